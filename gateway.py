@@ -1,0 +1,4069 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["tornado>=6.6", "uvloop; sys_platform != 'win32'"]
+# ///
+"""A gateway that lets a team share one Anthropic API key without handing it out.
+
+    python gateway.py --port=4000
+
+It relays Anthropic's API byte for byte under /anthropic/ and /v1/, swaps a virtual key
+for the real one, and keeps the virtual keys in a JSON file. Only Tornado is required.
+
+The rooms of this file, top to bottom; each uses only what stands above it:
+Settings, Errors, Keys, Store, Admission, Upstream, Relay, Management, Operations,
+Stand-in, Main.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import calendar
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import gzip
+import hashlib
+import hmac
+import http.client
+import io
+import json
+import logging
+import os
+import re
+import resource
+import secrets
+import select
+import signal
+import socket
+import ssl
+import struct
+import sys
+import urllib.parse
+import uuid
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, NoReturn, Protocol, cast
+
+from tornado import httputil, web
+from tornado.httpclient import AsyncHTTPClient, HTTPRequest, HTTPResponse
+from tornado.httpserver import HTTPServer
+from tornado.iostream import StreamClosedError
+from tornado.log import define_logging_options
+from tornado.netutil import bind_sockets
+from tornado.options import Error as OptionError
+from tornado.options import OptionParser
+from tornado.tcpclient import TCPClient
+
+__version__ = "1.0.0"
+
+log = logging.getLogger("gateway")
+
+KIB = 1024
+MIB = 1024 * KIB
+
+
+# ─── Settings ────────────────────────────────────────────────────────────────────────
+
+ANTHROPIC_API = "https://api.anthropic.com"
+MOCK_UPSTREAM = "mock"
+MAX_BODY_SIZE = (
+    512 * MIB
+)  # Anthropic's limit on a file is 500 MB (api/overview, "Request size limits")
+WEAK_MASTER_KEYS = frozenset(
+    {"sk-1234"}
+)  # LiteLLM's documented example, known to everybody
+MIN_MASTER_KEY_LENGTH = 16  # below this a key can be guessed
+
+options = OptionParser()
+define = functools.partial(options.define, group="Gateway")
+define("port", default=4000, type=int, help="port to listen on; 0 takes a free one")
+define(
+    "address",
+    default="",
+    help="address to listen on; the default is every address, and loopback only in open mode"
+    " (no master key set and no key in the keys file)",
+)
+define(
+    "upstream",
+    default="",
+    help=f"where to relay to: an http or https URL, or 'mock' for the built-in stand-in"
+    f" (default $ANTHROPIC_API_BASE or {ANTHROPIC_API})",
+)
+define("keys", default="keys.json", help="file that holds the virtual keys")
+define(
+    "connect-timeout",
+    default=10.0,
+    type=float,
+    help="seconds to wait for a connection upstream",
+)
+define(
+    "idle-timeout",
+    default=600.0,
+    type=float,
+    help="seconds of silence after which an exchange ends",
+)
+define(
+    "drain-timeout",
+    default=30.0,
+    type=float,
+    help="seconds that running requests get when stopping",
+)
+define(
+    "max-body-size",
+    default=MAX_BODY_SIZE,
+    type=int,
+    help="largest request body, in bytes",
+)
+define("config", default="", help="Python file with options, one name = value a line")
+define_logging_options(options)
+
+
+class SettingsError(Exception):
+    """A wrong option, variable or keys file; the message is one line for whoever starts the gateway."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the gateway runs with. Times are seconds, sizes bytes; secrets never show in its repr."""
+
+    port: int = 4000
+    address: str = ""
+    upstream: str = ANTHROPIC_API
+    keys: Path = Path("keys.json")
+    connect_timeout: float = 10.0
+    idle_timeout: float = 600.0
+    drain_timeout: float = 30.0
+    max_body_size: int = MAX_BODY_SIZE
+    api_key: str = field(default="", repr=False)
+    auth_token: str = field(default="", repr=False)
+    master_key: str = field(default="", repr=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise SettingsError(
+                f"--port: {self.port} is not a port number (0 to 65535)"
+            )
+        for name in ("connect_timeout", "idle_timeout", "drain_timeout"):
+            value = getattr(self, name)
+            least = 0 if name == "drain_timeout" else 0.001
+            if not least <= value < float("inf"):
+                raise SettingsError(
+                    f"--{name.replace('_', '-')}: {value} is not a time in seconds"
+                )
+        if self.max_body_size < 1:
+            raise SettingsError(
+                f"--max-body-size: {self.max_body_size} is not a size in bytes"
+            )
+        if self.upstream != MOCK_UPSTREAM:
+            parse_upstream(self.upstream)
+
+    @property
+    def real_credential(self) -> tuple[str, str] | None:
+        """The header that carries the real key upstream, as (name, value); None where no key is set."""
+        if self.api_key:
+            return "x-api-key", self.api_key
+        if self.auth_token:
+            return "Authorization", f"Bearer {self.auth_token}"
+        return None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where connections go: scheme ``http`` or ``https``, host (no brackets) and port."""
+
+    scheme: str
+    host: str
+    port: int
+
+    @property
+    def authority(self) -> str:
+        """The value of the Host header (RFC 9112 section 3.2): no port where it is the scheme's own."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return (
+            host if self.port == DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
+        )
+
+
+DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+def parse_upstream(url: str) -> tuple[Origin, str]:
+    """Split an upstream URL into its origin and base path (no trailing slash). Raises SettingsError."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise SettingsError(f"--upstream: {url!r} is not a URL ({error})") from None
+    if parts.scheme not in DEFAULT_PORTS or not parts.hostname:
+        raise SettingsError(
+            f"--upstream: {url!r} is not an http or https URL, nor 'mock'"
+        )
+    if parts.username is not None or parts.query or parts.fragment:
+        raise SettingsError(
+            "--upstream: takes a scheme, a host and a base path, nothing else"
+        )
+    if not re.fullmatch(r"[\x21-\x7e]*", url):
+        raise SettingsError(
+            f"--upstream: {url!r} has characters that a URL cannot have"
+        )
+    origin = Origin(parts.scheme, parts.hostname, port or DEFAULT_PORTS[parts.scheme])
+    return origin, parts.path.rstrip("/")
+
+
+def secret_from(environment: Mapping[str, str], *names: str) -> str:
+    """The first of these variables that is not empty, without white space around it."""
+    for name in names:
+        value = environment.get(name, "").strip()
+        if value and not re.fullmatch(r"[\x21-\x7e]+", value):
+            raise SettingsError(
+                f"{name} holds characters that a header cannot carry; set it again"
+            )
+        if value:
+            return value
+    return ""
+
+
+def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
+    """Read the command line (without the program's name), ``--config`` and the environment.
+
+    The command line wins over the file. Raises SettingsError. ANTHROPIC_BASE_URL is not read: on a
+    user's machine it names this very gateway.
+    """
+    parse_arguments(arguments)
+    if options.config:
+        try:
+            options.parse_config_file(options.config, final=False)
+        except Exception as error:  # noqa: BLE001 - the file is Python, it can fail in any way
+            raise SettingsError(f"--config: {options.config}: {error}") from None
+        parse_arguments(arguments)
+    options.run_parse_callbacks()
+    return Settings(
+        port=options.port,
+        address=options.address,
+        upstream=options.upstream
+        or environment.get("ANTHROPIC_API_BASE", "").strip()
+        or ANTHROPIC_API,
+        keys=Path(options.keys),
+        connect_timeout=options.connect_timeout,
+        idle_timeout=options.idle_timeout,
+        drain_timeout=options.drain_timeout,
+        max_body_size=options.max_body_size,
+        api_key=secret_from(environment, "ANTHROPIC_API_KEY"),
+        auth_token=secret_from(environment, "ANTHROPIC_AUTH_TOKEN"),
+        master_key=secret_from(environment, "GATEWAY_MASTER_KEY", "LITELLM_MASTER_KEY"),
+    )
+
+
+def parse_arguments(arguments: Sequence[str]) -> None:
+    """Hand the arguments to tornado.options one by one, so that an error can name its own."""
+    for argument in arguments:
+        try:
+            rest = options.parse_command_line(["gateway.py", argument], final=False)
+        except OptionError as error:
+            raise SettingsError(
+                f"{argument}: {error} (--help lists the options)"
+            ) from None
+        except ValueError:
+            raise SettingsError(f"{argument}: the value is not a number") from None
+        if rest:
+            raise SettingsError(f"{argument}: not an option (--help lists them)")
+
+
+# ─── Errors ──────────────────────────────────────────────────────────────────────────
+
+# Anthropic's error types by status (platform.claude.com, api/errors). 405, 408 and 431 are not
+# in its table; they are the caller's mistakes.
+ERROR_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "invalid_request_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    431: "invalid_request_error",
+    500: "api_error",
+    501: "api_error",
+    502: "api_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+class APIError(Exception):
+    """The only way to say no: becomes Anthropic's error envelope with this status.
+
+    ``kind`` is ``error.type``, by default the one that goes with the status. ``headers`` are sent
+    beside it. The message is for the client: it never holds a key, a hash or a path of the machine.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "",
+        headers: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.kind = kind or ERROR_TYPES[status]
+        self.headers = headers
+
+    def body(self, request_id: str) -> bytes:
+        """The envelope as JSON (platform.claude.com, api/errors, "Error shapes")."""
+        error = {"type": self.kind, "message": self.message}
+        return json.dumps(
+            {"type": "error", "error": error, "request_id": request_id}
+        ).encode()
+
+
+# ─── Keys ────────────────────────────────────────────────────────────────────────────
+
+KEY_PREFIX = "sk-"
+OWN_CREDENTIAL_PREFIX = "sk-ant-"  # every credential that Anthropic issues begins so
+KEY_BYTES = 16  # LiteLLM: "sk-" and secrets.token_urlsafe(16), 22 characters
+MIN_KEY_LENGTH = 16  # LiteLLM's limit on keys that a caller chooses
+TOMBSTONE_DAYS = 90  # how long a deleted key is told apart from one that never was
+DURATION = re.compile(r"([0-9]{1,9})(mo|s|m|h|d|w)", re.ASCII)
+DURATION_UNITS = {
+    "s": "seconds",
+    "m": "minutes",
+    "h": "hours",
+    "d": "days",
+    "w": "weeks",
+}
+
+
+def new_key() -> str:
+    """A fresh virtual key: ``sk-`` and 22 URL-safe characters."""
+    return KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES)
+
+
+def hash_key(key: str) -> str:
+    """The SHA-256 (hex) under which a key is kept; the plain key is kept nowhere."""
+    return hashlib.sha256(key.encode("latin-1", "replace")).hexdigest()
+
+
+def key_name(key: str) -> str:
+    """What may be shown of a key, as LiteLLM abbreviates it: ``sk-...`` and the last four."""
+    return f"{KEY_PREFIX}...{key[-4:]}"
+
+
+def now() -> datetime:
+    """The present moment, UTC, to the second."""
+    return datetime.now(UTC).replace(microsecond=0)
+
+
+def later(start: datetime, duration: str) -> datetime:
+    """``start`` plus a duration like ``30s 30m 30h 30d 2w 1mo`` (LiteLLM's units; a month is a
+    calendar month). Raises ValueError for anything else or a date past the year 9999."""
+    match = DURATION.fullmatch(duration)
+    if not match:
+        raise ValueError(
+            f"{duration!r} is not a duration: a number and one of s, m, h, d, w, mo"
+        )
+    amount, unit = int(match[1]), match[2]
+    try:
+        if unit != "mo":
+            return start + timedelta(**{DURATION_UNITS[unit]: amount})
+        years, month = divmod(start.month - 1 + amount, 12)
+        year, month = start.year + years, month + 1
+        return start.replace(
+            year=year,
+            month=month,
+            day=min(start.day, calendar.monthrange(year, month)[1]),
+        )
+    except (OverflowError, ValueError, calendar.IllegalMonthError):
+        raise ValueError(f"{duration!r} is too long") from None
+
+
+def iso(moment: datetime | None) -> str | None:
+    """A moment as ``2026-11-22T07:00:00Z``."""
+    return None if moment is None else moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def from_iso(text: object) -> datetime | None:
+    """The reverse of `iso`; any ISO 8601 moment is read, one without a zone as UTC.
+    Raises ValueError or TypeError."""
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise TypeError(f"{text!r} is not a time")
+    moment = datetime.fromisoformat(text)
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
+
+
+@dataclass(slots=True)
+class VirtualKey:
+    """One line of keys.json: what a key is and may do. Field names are LiteLLM's.
+
+    ``retired`` maps the hashes this key had before it was regenerated to the moment at which each
+    stops working. A deleted key keeps its line for a while, so that its holder is told what happened.
+    """
+
+    key_name: str
+    key_alias: str | None = None
+    user_id: str | None = None
+    team_id: str | None = None
+    models: list[str] = field(default_factory=list)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    tags: list[str] = field(default_factory=list)
+    blocked: bool = False
+    expires: datetime | None = None
+    created_at: datetime | None = None
+    updated_at: datetime | None = None
+    deleted_at: datetime | None = None
+    retired: dict[str, datetime] = field(default_factory=dict)
+
+    def status(self, moment: datetime) -> str:
+        """LiteLLM's word for the state: ``deleted``, ``revoked`` (blocked), ``expired`` or ``active``."""
+        if self.deleted_at:
+            return "deleted"
+        if self.blocked:
+            return "revoked"
+        if self.expires and moment >= self.expires:
+            return "expired"
+        return "active"
+
+    def to_json(self) -> dict[str, Any]:
+        """The line's object; empty fields are left out to keep lines short, but for LiteLLM's core."""
+        record = {name: getattr(self, name) for name in KEY_FIELDS}
+        for name in MOMENT_FIELDS:
+            record[name] = iso(record[name])
+        record["retired"] = {old: iso(until) for old, until in self.retired.items()}
+        return {
+            n: v
+            for n, v in record.items()
+            if n in ALWAYS_WRITTEN or v not in (None, [], {}, False)
+        }
+
+    @classmethod
+    def from_json(cls, record: object) -> VirtualKey:
+        """Read a line's object back. Raises ValueError or TypeError that names what is wrong."""
+        if not isinstance(record, dict):
+            raise TypeError("is not an object")
+        unknown = sorted(set(record) - set(KEY_FIELDS))
+        if unknown:
+            raise ValueError(
+                f"has a field {unknown[0]!r} that this gateway does not know"
+            )
+        for name, value in record.items():
+            kinds = KEY_FIELDS[name]
+            if not isinstance(value, kinds) or (
+                isinstance(value, bool) and bool not in kinds
+            ):
+                raise ValueError(f"has a wrong {name!r}")
+        if "key_name" not in record:
+            raise ValueError("has no 'key_name'")
+        moments = {name: from_iso(record.get(name)) for name in MOMENT_FIELDS}
+        retired = {
+            old: cast(datetime, from_iso(until))
+            for old, until in record.get("retired", {}).items()
+        }
+        return cls(**{**record, **moments, "retired": retired})
+
+
+NONE = type(None)
+MOMENT_FIELDS = ("expires", "created_at", "updated_at", "deleted_at")
+ALWAYS_WRITTEN = ("key_name", "key_alias", "created_at", "expires")
+KEY_FIELDS: dict[
+    str, tuple[type, ...]
+] = {  # every field of a line, with what JSON may hold there
+    "key_name": (str,),
+    "key_alias": (str, NONE),
+    "user_id": (str, NONE),
+    "team_id": (str, NONE),
+    "models": (list,),
+    "metadata": (dict,),
+    "tags": (list,),
+    "blocked": (bool,),
+    "expires": (str, NONE),
+    "created_at": (str, NONE),
+    "updated_at": (str, NONE),
+    "deleted_at": (str, NONE),
+    "retired": (dict,),
+}
+
+
+# ─── Store ───────────────────────────────────────────────────────────────────────────
+
+STORE_VERSION = 1
+STORE_MODE = 0o600
+WRITE_SLICE = (
+    1000  # lines joined at a time, so that the writing thread lets the loop breathe
+)
+HASH = re.compile(r"[0-9a-f]{64}")
+
+
+class KeyStore:
+    """keys.json: lookups by hash, changes that are on disk before they are answered.
+
+    The file is written whole to a temporary file beside it, fsynced and renamed over the old one.
+    An exclusive lock on it keeps a second gateway away for as long as this object lives.
+    Raises SettingsError where the file cannot be read, parsed or locked; it is then left as it is.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.keys: dict[str, VirtualKey] = {}
+        self.last_error = ""
+        self._lines: dict[str, bytes] = {}
+        self._retired: dict[str, str] = {}
+        self._aliases: dict[str, str] = {}
+        self._lock = -1
+        self._writing: asyncio.Task[None] | None = None
+        self._queued: asyncio.Task[None] | None = None
+        self._load()
+
+    # Reading
+
+    def lookup(self, key: str) -> tuple[str, VirtualKey, str] | None:
+        """Find a plain key: its present hash, its record and its `VirtualKey.status`; None if unknown.
+
+        A key that was regenerated answers for its old value too, ``expired`` once the grace is over.
+        """
+        hashed = hash_key(key)
+        record = self.keys.get(hashed)
+        if record is not None:
+            return hashed, record, record.status(now())
+        successor = self._retired.get(hashed)
+        if successor is None:
+            return None
+        record = self.keys[successor]
+        over = now() >= record.retired[hashed]
+        return successor, record, "expired" if over else record.status(now())
+
+    def find(self, key_or_hash: str) -> tuple[str, VirtualKey] | None:
+        """The key that a manager addresses by plain key or by hash; deleted ones are not found."""
+        hashed = key_or_hash if HASH.fullmatch(key_or_hash) else hash_key(key_or_hash)
+        record = self.keys.get(hashed)
+        return None if record is None or record.deleted_at else (hashed, record)
+
+    def find_alias(self, alias: str) -> tuple[str, VirtualKey] | None:
+        """The key of that alias; deleted ones are not found."""
+        hashed = self._aliases.get(alias)
+        return None if hashed is None else (hashed, self.keys[hashed])
+
+    def live(self) -> Iterator[tuple[str, VirtualKey]]:
+        """Every key that is not deleted, oldest first."""
+        return (
+            (hashed, key) for hashed, key in self.keys.items() if not key.deleted_at
+        )
+
+    # Changing
+
+    async def change(self, changes: Mapping[str, VirtualKey | None]) -> None:
+        """Put these records (None removes one) and return once they are on disk.
+
+        They hold in memory at once. Where the disk fails they are taken back, and APIError 503 is
+        raised. Calls that arrive together share one write.
+        """
+        before = {hashed: self.keys.get(hashed) for hashed in changes}
+        self._apply(changes)
+        try:
+            await self.save()
+        except OSError as error:
+            undone = {
+                h: before[h]
+                for h, record in changes.items()
+                if self.keys.get(h) is record
+            }
+            self._apply(undone)
+            raise APIError(503, store_message(error)) from None
+
+    async def save(self) -> None:
+        """Return once all that was changed before this call is on disk. Raises OSError."""
+        if self._queued is None:
+            self._queued = asyncio.create_task(self._write_after(self._writing))
+        await asyncio.shield(self._queued)
+
+    async def reload(self) -> None:
+        """Read the file again (SIGHUP). Raises SettingsError and keeps what was there."""
+        if self._queued or self._writing:
+            await self.save()
+        self._load()
+
+    def close(self) -> None:
+        """Give up the lock."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _apply(self, changes: Mapping[str, VirtualKey | None]) -> None:
+        for hashed, record in changes.items():
+            before = self.keys.pop(hashed, None)
+            if before is not None:
+                self._forget(hashed, before)
+            if record is None:
+                self._lines.pop(hashed, None)
+                continue
+            self.keys[hashed] = record
+            self._lines[hashed] = store_line(hashed, record)
+            self._retired.update(dict.fromkeys(record.retired, hashed))
+            if record.key_alias is not None and not record.deleted_at:
+                self._aliases[record.key_alias] = hashed
+
+    def _forget(self, hashed: str, record: VirtualKey) -> None:
+        for old in record.retired:
+            if self._retired.get(old) == hashed:
+                del self._retired[old]
+        if (
+            record.key_alias is not None
+            and self._aliases.get(record.key_alias) == hashed
+        ):
+            del self._aliases[record.key_alias]
+
+    async def _write_after(self, earlier: asyncio.Task[None] | None) -> None:
+        if earlier is not None:
+            await asyncio.wait([earlier])
+        self._writing, self._queued = self._queued, None
+        lines = list(self._lines.values())
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, self._write, lines)
+            self.last_error = ""
+        except OSError as error:
+            self.last_error = store_message(error)
+            log.error("keys file not written: %s", error.strerror or error)
+            raise
+        finally:
+            if self._writing is asyncio.current_task():
+                self._writing = None
+
+    def _write(self, lines: list[bytes]) -> None:
+        """Write, fsync, lock, rename, fsync the folder. The old file stays until the new one is whole."""
+        folder = self.path.parent
+        temporary = folder / f".{self.path.name}.{os.getpid()}.tmp"
+        descriptor = os.open(
+            temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, STORE_MODE
+        )
+        try:
+            os.fchmod(descriptor, STORE_MODE)
+            with open(descriptor, "wb", closefd=False) as file:
+                file.write(b'{"version": %d, "keys": {' % STORE_VERSION)
+                for start in range(0, len(lines), WRITE_SLICE):
+                    file.write(b"\n" if start == 0 else b",\n")
+                    file.write(b",\n".join(lines[start : start + WRITE_SLICE]))
+                file.write(b"\n}}\n")
+            os.fsync(descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.replace(temporary, self.path)
+        except BaseException:
+            os.close(descriptor)
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        self.close()
+        self._lock = descriptor
+        folder_descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder_descriptor)
+        finally:
+            os.close(folder_descriptor)
+
+    def _load(self) -> None:
+        try:
+            descriptor = self._open_locked()
+        except FileNotFoundError:
+            self._create()
+            return
+        except OSError as error:
+            raise SettingsError(f"{self.path}: {error.strerror}") from None
+        try:
+            with open(descriptor, "rb", closefd=False) as file:
+                keys = parse_store(file.read(), str(self.path))
+        except BaseException:
+            if descriptor != self._lock:
+                os.close(descriptor)
+            raise
+        if descriptor != self._lock:
+            self.close()
+            self._lock = descriptor
+        self.keys, self._lines, self._retired, self._aliases = {}, {}, {}, {}
+        self._apply(keys)
+
+    def _open_locked(self) -> int:
+        """Open and lock the file; once more if it was replaced between the two. Our own lock counts."""
+        while True:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            seen = os.fstat(descriptor)
+            if self._lock >= 0 and os.path.samestat(seen, os.fstat(self._lock)):
+                os.close(descriptor)
+                os.lseek(self._lock, 0, os.SEEK_SET)
+                return self._lock
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(seen, os.stat(self.path)):
+                    return descriptor
+            except BlockingIOError:
+                os.close(descriptor)
+                raise SettingsError(
+                    f"{self.path}: another gateway uses this file; give this one its own with --keys"
+                ) from None
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)
+
+    def _create(self) -> None:
+        try:
+            self._write([])
+        except OSError as error:
+            self.last_error = store_message(error)
+            log.warning(
+                "%s cannot be created (%s): no keys can be made",
+                self.path,
+                error.strerror,
+            )
+
+
+def store_line(hashed: str, record: VirtualKey) -> bytes:
+    """One line of keys.json."""
+    return f'"{hashed}": {json.dumps(record.to_json())}'.encode()
+
+
+def store_message(error: OSError) -> str:
+    """What a client is told when the file cannot be written; paths of the machine stay out of it."""
+    return f"The keys file cannot be written ({error.strerror or 'unknown error'}); nothing was changed."
+
+
+def parse_store(text: bytes, name: str) -> dict[str, VirtualKey]:
+    """Read a keys file. Raises SettingsError that says where it is damaged; forgets old tombstones."""
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SettingsError(
+            f"{name}: damaged, not JSON ({error}); mend it or restore a copy"
+        ) from None
+    if not isinstance(document, dict) or not isinstance(document.get("keys"), dict):
+        raise SettingsError(
+            f'{name}: damaged, not {{"version": {STORE_VERSION}, "keys": {{…}}}}'
+        )
+    if document.get("version") != STORE_VERSION:
+        raise SettingsError(
+            f"{name}: version {document.get('version')!r} is not for this gateway"
+        )
+    keys: dict[str, VirtualKey] = {}
+    forget = now() - timedelta(days=TOMBSTONE_DAYS)
+    for number, (hashed, record) in enumerate(document["keys"].items(), start=1):
+        try:
+            if not HASH.fullmatch(hashed):
+                raise ValueError("does not stand under a SHA-256")
+            key = VirtualKey.from_json(record)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise SettingsError(
+                f"{name}: damaged, key number {number} {error}"
+            ) from None
+        if not key.deleted_at or key.deleted_at > forget:
+            keys[hashed] = key
+    return keys
+
+
+# ─── Admission ───────────────────────────────────────────────────────────────────────
+
+BEARER = re.compile(r"bearer[ \t]+(.*)", re.IGNORECASE)
+# Where a caller may show a credential, in the order in which they are looked at (LiteLLM's).
+CREDENTIAL_HEADERS = ("x-litellm-api-key", "authorization", "x-api-key")
+OWN_CREDENTIAL_NAMES = {"authorization": "Authorization", "x-api-key": "x-api-key"}
+REFUSED_KEYS = {"revoked": "blocked", "expired": "expired", "deleted": "deleted"}
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who sends a request: the keys he showed and what goes upstream in their place.
+
+    ``hashed`` and ``key`` are None for the master key and in open mode. ``own`` is a credential of
+    the caller's, as the header (name, value) it came in: then his account pays. ``presented`` is
+    every key of this gateway that he showed; none of them may go upstream in any field.
+    """
+
+    presented: tuple[str, ...] = ()
+    hashed: str | None = None
+    key: VirtualKey | None = None
+    is_master: bool = False
+    own: tuple[str, str] | None = None
+
+
+class Admission:
+    """Says who a caller is and whether he may.
+
+    Open mode (any credential or none is let in) holds where no master key is set and the keys file
+    has no key. It is settled at the start: a gateway that was started closed, and so may listen to
+    the world, never falls open when its last key goes.
+    """
+
+    def __init__(self, settings: Settings, store: KeyStore) -> None:
+        self.store = store
+        self._started_open = not settings.master_key and not store.keys
+        self._master = hash_key(settings.master_key) if settings.master_key else ""
+
+    @property
+    def has_master(self) -> bool:
+        """Whether a master key is set."""
+        return bool(self._master)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether any or no credential is let in."""
+        return self._started_open and not self.store.keys
+
+    def is_master(self, credential: str) -> bool:
+        """Whether this is the master key; takes the same time whatever the answer."""
+        return bool(self._master) and hmac.compare_digest(
+            hash_key(credential), self._master
+        )
+
+    def authenticate(self, headers: Mapping[str, Sequence[str]]) -> Caller:
+        """Find the caller in request headers (lower-case name → values). Raises APIError 401."""
+        own: tuple[str, str] | None = None
+        found: Caller | None = None
+        presented: tuple[str, ...] = ()
+        refused = ""
+        shown = False
+        for header, credential in candidates(headers):
+            shown = True
+            if self.is_master(credential):
+                found = found or Caller(is_master=True)
+            elif match := self.store.lookup(credential):
+                if match[2] != "active":
+                    refused = refused or REFUSED_KEYS[match[2]]
+                elif found is None:
+                    found = Caller(hashed=match[0], key=match[1])
+            else:
+                if own is None and credential.startswith(OWN_CREDENTIAL_PREFIX):
+                    own = own_credential(header, credential)
+                continue
+            presented += (credential,)
+        if found is None and self.is_open:
+            found = Caller()
+        if found is not None:
+            return dataclasses.replace(found, own=own, presented=presented)
+        if refused:
+            raise APIError(
+                401,
+                f"This virtual key is {refused}. Ask whoever runs the gateway for another.",
+            )
+        if shown:
+            raise APIError(
+                401, "Unknown API key. Use a virtual key that this gateway gave out."
+            )
+        raise APIError(
+            401,
+            "No API key was sent. Send a virtual key as 'x-api-key' or 'Authorization: Bearer'.",
+        )
+
+
+def candidates(headers: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, str]]:
+    """The credentials shown, as (lower-case header name, value without its scheme), empty ones left out.
+
+    ``Authorization`` counts with the Bearer scheme only; the others with or without it, as in LiteLLM.
+    """
+    for header in CREDENTIAL_HEADERS:
+        for value in headers.get(header, ()):
+            bearer = BEARER.fullmatch(value)
+            credential = (
+                bearer[1].strip()
+                if bearer
+                else ""
+                if header == "authorization"
+                else value
+            )
+            if credential and credential.lower() != "bearer":
+                yield header, credential
+
+
+def own_credential(header: str, credential: str) -> tuple[str, str] | None:
+    """The header in which a caller's own credential goes upstream: the one it came in."""
+    name = OWN_CREDENTIAL_NAMES.get(header)
+    if name is None:
+        return None
+    return name, f"Bearer {credential}" if header == "authorization" else credential
+
+
+# ─── Upstream ────────────────────────────────────────────────────────────────────────
+#
+# HTTP/1.1 stands here once, apart from I/O, for both sides of the gateway: requests that arrive
+# and responses that come back are read by the same strict grammar, so that the two sides cannot
+# disagree about where a message ends (RFC 9112 section 11.2, request smuggling).
+
+MAX_HEAD_SIZE = 64 * KIB  # Tornado's default max_header_size
+MAX_CHUNK_LINE = 1 * KIB  # a chunk's size and extensions, or one trailer field
+MAX_TRAILERS = 16 * KIB
+MAX_INFORMATIONAL = 10  # 1xx responses before the real one; Tornado's limit
+CHUNKED = -1  # lengths of bodies that are not known beforehand
+UNTIL_CLOSE = -2
+WRITE_HIGH_WATER = (
+    64 * KIB
+)  # what may wait in a socket's write buffer before its source is paused
+POOL_IDLE_TIMEOUT = (
+    55.0  # seconds; load balancers commonly drop idle connections after 60
+)
+SWEEP_INTERVAL = 1.0  # seconds between looks for silent exchanges and idle connections
+
+TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 section 5.6.2
+FIELD_VALUE = (
+    r"[\t\x20-\x7e\x80-\xff]*"  # RFC 9110 section 5.5: no CR, LF, NUL or other control
+)
+REQUEST_LINE = re.compile(rf"({TOKEN}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])")
+STATUS_LINE = re.compile(rf"HTTP/1\.([01]) ([1-9][0-9]{{2}})(?: ({FIELD_VALUE}))?")
+FIELD_LINES = re.compile(rf"(?:{TOKEN}:{FIELD_VALUE}\r\n)*")
+CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
+LENGTH = re.compile(r"[0-9]{1,18}", re.ASCII)
+BARE_LF = re.compile(rb"(?<!\r)\n")
+# RFC 9110 section 7.6.1, and Proxy-Connection, which old clients send.
+HOP_BY_HOP = frozenset(
+    {
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
+
+
+class ProtocolError(Exception):
+    """Bytes that are not HTTP/1.1, or not so that both sides must read them alike."""
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+Fields = list[tuple[str, str]]
+
+
+@dataclass(slots=True)
+class Head:
+    """A request's or response's header fields: ``fields`` as they came, in their order;
+    ``values`` by lower-case name. ``version`` is the minor version of HTTP/1."""
+
+    version: int
+    fields: Fields
+    values: dict[str, list[str]]
+
+    def get(self, name: str) -> str:
+        """The first value of a field, by its lower-case name; empty where there is none."""
+        values = self.values.get(name)
+        return values[0] if values else ""
+
+    def connection_options(self) -> list[str]:
+        """What ``Connection`` lists, in lower case (RFC 9110 section 7.6.1)."""
+        values = self.values.get("connection")
+        if not values:
+            return []
+        return [
+            option.strip().lower() for value in values for option in value.split(",")
+        ]
+
+    def keeps_alive(self) -> bool:
+        """Whether the sender will reuse the connection (RFC 9112 section 9.3)."""
+        named = self.connection_options()
+        return "close" not in named and (self.version == 1 or "keep-alive" in named)
+
+
+@dataclass(slots=True)
+class RequestHead(Head):
+    """A request's head; ``target`` is the raw request target."""
+
+    method: str
+    target: str
+
+
+@dataclass(slots=True)
+class ResponseHead(Head):
+    """A response's head."""
+
+    status: int
+    reason: str
+
+
+def parse_fields(block: str) -> tuple[Fields, dict[str, list[str]]]:
+    """Read header field lines, each ended by CRLF. Raises ProtocolError.
+
+    No obsolete line folding, no space before the colon, no lone CR or LF (RFC 9112 section 5).
+    """
+    if not FIELD_LINES.fullmatch(block):
+        raise ProtocolError("a header field is malformed")
+    fields: Fields = []
+    values: dict[str, list[str]] = {}
+    for line in block.split("\r\n")[:-1]:
+        name, _, value = line.partition(":")
+        value = value.strip(" \t")
+        fields.append((name, value))
+        lower = name.lower()
+        if lower in values:
+            values[lower].append(value)
+        else:
+            values[lower] = [value]
+    return fields, values
+
+
+def parse_request_head(data: bytes) -> RequestHead:
+    """Read what stands before the empty line of a request. Raises ProtocolError."""
+    line, _, block = data.decode("latin-1").partition("\r\n")
+    match = REQUEST_LINE.fullmatch(line)
+    if not match:
+        raise ProtocolError("the request line is malformed")
+    fields, values = parse_fields(block + "\r\n" if block else "")
+    version = int(match[3])
+    hosts = len(values.get("host", ()))
+    if hosts > 1 or (hosts == 0 and version == 1):
+        raise ProtocolError(
+            "a request has exactly one Host field"
+        )  # RFC 9112 section 3.2
+    return RequestHead(version, fields, values, match[1], match[2])
+
+
+def parse_response_head(data: bytes) -> ResponseHead:
+    """Read what stands before the empty line of a response. Raises ProtocolError."""
+    line, _, block = data.decode("latin-1").partition("\r\n")
+    match = STATUS_LINE.fullmatch(line)
+    if not match:
+        raise ProtocolError("the status line is malformed")
+    fields, values = parse_fields(block + "\r\n" if block else "")
+    return ResponseHead(int(match[1]), fields, values, int(match[2]), match[3] or "")
+
+
+def declared_length(head: Head) -> int | None:
+    """The length of a body by its head: bytes, CHUNKED, or None where the head does not say.
+
+    RFC 9112 section 6, without its leniencies: both lengths, two lengths, or a coding other than
+    chunked is an error, since two readers could understand it differently.
+    """
+    coding = head.values.get("transfer-encoding")
+    length = head.values.get("content-length")
+    if coding:
+        if length or head.version == 0 or len(coding) != 1:
+            raise ProtocolError(
+                "Transfer-Encoding stands beside another length, or in HTTP/1.0"
+            )
+        if coding[0].lower() != "chunked":
+            raise ProtocolError("the only transfer coding understood is chunked", 501)
+        return CHUNKED
+    if not length:
+        return None
+    if len(length) != 1 or not LENGTH.fullmatch(length[0]):
+        raise ProtocolError("Content-Length is malformed or stands twice")
+    return int(length[0])
+
+
+def response_length(head: ResponseHead, method: str) -> int:
+    """The length of a response's body (RFC 9112 section 6.3): bytes, CHUNKED or UNTIL_CLOSE."""
+    declared = declared_length(head)
+    if method == "HEAD" or head.status in (204, 304):
+        return 0
+    return UNTIL_CLOSE if declared is None else declared
+
+
+class Body:
+    """Takes a message body out of the bytes of a connection, without I/O (RFC 9112 sections 6, 7.1).
+
+    ``length`` is a number of bytes, CHUNKED or UNTIL_CLOSE. Chunk extensions and trailers are read
+    and dropped, as section 7.1.1 asks of a recipient that does not know them.
+    """
+
+    __slots__ = ("_left", "_partial", "_trailers", "_where", "complete", "length")
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.complete = length == 0
+        self._left = max(length, 0)
+        self._where = "size"
+        self._partial = b""
+        self._trailers = 0
+
+    def feed(self, data: bytes) -> tuple[bytes, bytes]:
+        """The part of these bytes that is body, and what stands behind the body. Raises ProtocolError."""
+        if self.complete:
+            return b"", data
+        if self.length == CHUNKED:
+            return self._feed_chunked(data)
+        if self.length == UNTIL_CLOSE:
+            return data, b""
+        if len(data) < self._left:
+            self._left -= len(data)
+            return data, b""
+        self.complete = True
+        return data[: self._left], data[self._left :]
+
+    def _feed_chunked(self, data: bytes) -> tuple[bytes, bytes]:
+        if self._partial:
+            data, self._partial = self._partial + data, b""
+        pieces: list[bytes] = []
+        at = 0
+        while True:
+            if self._where == "data":
+                piece = data[at : at + self._left]
+                at += len(piece)
+                self._left -= len(piece)
+                pieces.append(piece)
+                if self._left:
+                    break
+                self._where = "end"
+            if self._where == "end":
+                if data[at : at + 2] != b"\r\n":
+                    if data[at : at + 2] not in (b"", b"\r"):
+                        raise ProtocolError("a chunk is longer than its size")
+                    self._partial = data[at:]
+                    break
+                at += 2
+                self._where = "size"
+            end = data.find(b"\r\n", at)
+            if end < 0 or end - at > MAX_CHUNK_LINE:
+                if len(data) - at > MAX_CHUNK_LINE or BARE_LF.search(data, at):
+                    raise ProtocolError("a chunk's size line is malformed")
+                self._partial = data[at:]
+                break
+            line, at = data[at:end], end + 2
+            if self._where == "size":
+                self._read_size(line)
+            elif self._read_trailer(line):
+                self.complete = True
+                break
+        return (pieces[0] if len(pieces) == 1 else b"".join(pieces)), data[
+            at:
+        ] if self.complete else b""
+
+    def _read_size(self, line: bytes) -> None:
+        match = CHUNK_SIZE.fullmatch(line)
+        if not match:
+            raise ProtocolError("a chunk's size line is malformed")
+        self._left = int(match[1], 16)
+        self._where = "data" if self._left else "trailers"
+
+    def _read_trailer(self, line: bytes) -> bool:
+        """Whether this line ends the trailer section."""
+        if not line:
+            return True
+        self._trailers += len(line)
+        if self._trailers > MAX_TRAILERS or not FIELD_LINES.fullmatch(
+            line.decode("latin-1") + "\r\n"
+        ):
+            raise ProtocolError("the trailer section is malformed")
+        return False
+
+
+def head_bytes(start_line: str, fields: Iterable[tuple[str, str]]) -> bytes:
+    """A message head as it goes over the wire."""
+    lines = [start_line, *(f"{name}: {value}" for name, value in fields), "\r\n"]
+    return "\r\n".join(lines).encode("latin-1")
+
+
+def framed(data: bytes) -> bytes:
+    """Data as one chunk of the chunked coding; empty for empty data, which would end the body."""
+    return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+
+
+LAST_CHUNK = b"0\r\n\r\n"
+
+
+class UpstreamError(Exception):
+    """The upstream did not answer as it should. ``status`` is 502, or 504 where it kept silent."""
+
+    def __init__(self, message: str, status: int = 502) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class ResponseSink(Protocol):
+    """Who a response is for. Calls come from the loop; none of them may block.
+
+    After ``response_received(…, complete=True)`` or ``response_failed`` nothing more is called.
+    """
+
+    def informational_received(self, head: ResponseHead) -> None:
+        """A 1xx response came before the real one."""
+
+    def response_started(self, head: ResponseHead, length: int) -> None:
+        """The head came; the body will have this length (bytes, CHUNKED or UNTIL_CLOSE)."""
+
+    def response_received(self, data: bytes, complete: bool) -> None:
+        """The part of the body that came with one read; also called, empty, right after the head."""
+
+    def response_failed(self, error: UpstreamError) -> None:
+        """The response will not come, or not to its end."""
+
+    def pause_sending(self) -> None:
+        """The upstream takes the request's body more slowly than it arrives."""
+
+    def resume_sending(self) -> None:
+        """The upstream takes more of the request's body."""
+
+
+class Exchange:
+    """One request on its way upstream and its response on the way back.
+
+    ``body`` is what goes in one piece behind the head. A body that comes in parts is handed to
+    `write` and ended by `finish`; then ``streamed`` is true, and the request is never repeated.
+    """
+
+    def __init__(
+        self,
+        client: UpstreamClient,
+        origin: Origin,
+        method: str,
+        head: bytes,
+        body: bytes,
+        sink: ResponseSink,
+        *,
+        streamed: bool = False,
+        connect_timeout: float = 0,
+    ) -> None:
+        self.client = client
+        self.origin = origin
+        self.method = method
+        self.sink = sink
+        self.connect_timeout = connect_timeout or client.connect_timeout
+        self.sent = not streamed
+        self.touched = client.time()
+        self._head = head
+        self._body = body
+        self._streamed = streamed
+        self._connection: UpstreamConnection | None = None
+        self._connecting: asyncio.Task[None] | None = None
+        self._waiting: list[bytes] = []
+        self._waiting_size = 0
+        self._sending_paused = False
+        self.reading_paused = False
+        self._over = False
+
+    def start(self) -> None:
+        """Send over a kept-alive connection, or over a new one once it stands."""
+        self.client.exchanges.add(self)
+        connection = self.client.take_idle(self.origin)
+        if connection is None:
+            self._connect()
+        else:
+            self._begin(connection)
+
+    def write(self, data: bytes) -> None:
+        """Send a part of the body; `ResponseSink.pause_sending` says when to hold."""
+        self.touched = self.client.time()
+        if self._over:
+            return
+        if self._connection is not None:
+            self._connection.transport.write(data)
+            return
+        self._waiting.append(data)
+        self._waiting_size += len(data)
+        if self._waiting_size > WRITE_HIGH_WATER:
+            self.pause_sending()
+
+    def finish(self, last: bytes = b"") -> None:
+        """The body has ended; ``last`` is what is still to be sent."""
+        if last:
+            self.write(last)
+        self.sent = True
+
+    def pause_reading(self) -> None:
+        """Take nothing more from the upstream for now."""
+        self.reading_paused = True
+        if self._connection is not None:
+            self._connection.transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        """Take from the upstream again."""
+        self.reading_paused = False
+        self.touched = self.client.time()
+        if self._connection is not None:
+            self._connection.transport.resume_reading()
+
+    def abort(self) -> None:
+        """End it now: the connection is closed, the sink hears nothing more."""
+        if self._over:
+            return
+        connection = self._connection
+        self._end()
+        if self._connecting is not None:
+            self._connecting.cancel()
+        if connection is not None:
+            connection.abandon()
+
+    def check_silence(self, moment: float, idle_timeout: float) -> None:
+        """Give up where nothing has moved for ``idle_timeout`` seconds.
+
+        A caller who is slow to send is not the upstream's silence.
+        """
+        if self._connection is None or moment - self.touched < idle_timeout:
+            return
+        if self.reading_paused:
+            self._fail(UpstreamError("The client stopped reading the response.", 504))
+        elif self.sent or self._sending_paused:
+            self._fail(
+                UpstreamError(
+                    f"The upstream was silent for {idle_timeout:g} seconds.", 504
+                )
+            )
+
+    # What the connection says
+
+    def pause_sending(self) -> None:
+        """Called by the connection when its write buffer is full."""
+        if not self._sending_paused:
+            self._sending_paused = True
+            self.sink.pause_sending()
+
+    def resume_sending(self) -> None:
+        """Called by the connection when its write buffer has room."""
+        if self._sending_paused:
+            self._sending_paused = False
+            self.touched = self.client.time()
+            self.sink.resume_sending()
+
+    def completed(self) -> None:
+        """Called by the connection before the last bytes of the response are handed on."""
+        self._end()
+
+    def connection_lost(
+        self, error: Exception | None, *, answered: bool, reused: bool
+    ) -> None:
+        """Called by the connection when it broke before the response was whole.
+
+        A kept-alive connection may have been closed while the request was on its way. Then a GET or
+        HEAD is sent again over a new connection (RFC 9110 section 9.2.2); a POST never twice.
+        """
+        self._connection = None
+        if (
+            reused
+            and not answered
+            and not self._streamed
+            and self.method in ("GET", "HEAD")
+        ):
+            self._connect()
+            return
+        if isinstance(error, ProtocolError):
+            text = f"The upstream's response is not valid HTTP: {error}."
+        elif answered:
+            text = (
+                "The upstream closed the connection before its response was complete."
+            )
+        else:
+            text = "The upstream closed the connection without answering."
+        self._fail(UpstreamError(text))
+
+    # Inside
+
+    def _connect(self) -> None:
+        self._connecting = asyncio.get_running_loop().create_task(
+            self._connect_and_begin()
+        )
+
+    async def _connect_and_begin(self) -> None:
+        try:
+            async with asyncio.timeout(self.connect_timeout):
+                connection = await self.client.connect(self.origin)
+        except (OSError, StreamClosedError) as error:
+            self._connecting = None
+            self._fail(connect_failure(error, self.connect_timeout))
+            return
+        self._connecting = None
+        self._begin(connection)
+
+    def _begin(self, connection: UpstreamConnection) -> None:
+        self._connection = connection
+        self.touched = self.client.time()
+        waiting, self._waiting = self._waiting, []
+        connection.begin(self)
+        connection.transport.write(b"".join([self._head, self._body, *waiting]))
+        if self.reading_paused:
+            connection.transport.pause_reading()
+        if self._waiting_size and not connection.writing_paused:
+            self._waiting_size = 0
+            self.resume_sending()
+
+    def _fail(self, error: UpstreamError) -> None:
+        if self._over:
+            return
+        connection = self._connection
+        self._end()
+        if connection is not None:
+            connection.abandon()
+        self.sink.response_failed(error)
+
+    def _end(self) -> None:
+        self._over = True
+        self._connection = None
+        self.client.exchanges.discard(self)
+
+
+def connect_failure(error: BaseException, timeout: float) -> UpstreamError:
+    """Say which way the connection failed, for the operator who reads the message."""
+    if isinstance(error, StreamClosedError) and error.real_error is not None:
+        error = error.real_error
+    if isinstance(error, TimeoutError):
+        return UpstreamError(
+            f"The upstream could not be reached within {timeout:g} seconds.", 504
+        )
+    if isinstance(error, socket.gaierror):
+        return UpstreamError("The upstream's host name could not be resolved.")
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return UpstreamError(
+            f"The upstream's certificate is not trusted: {error.verify_message}."
+        )
+    if isinstance(error, ssl.SSLError):
+        return UpstreamError("The TLS handshake with the upstream failed.")
+    if isinstance(error, ConnectionRefusedError):
+        return UpstreamError("The upstream refused the connection.")
+    if isinstance(error, ConnectionError):
+        return UpstreamError(
+            "The upstream closed the connection while it was being opened."
+        )
+    reason = (
+        error.strerror
+        if isinstance(error, OSError) and error.strerror
+        else "no connection"
+    )
+    return UpstreamError(f"The upstream cannot be reached: {reason}.")
+
+
+class UpstreamConnection(asyncio.Protocol):
+    """A connection to the upstream, kept alive; it carries one `Exchange` at a time."""
+
+    transport: asyncio.Transport
+
+    def __init__(self, client: UpstreamClient, origin: Origin) -> None:
+        self.client = client
+        self.origin = origin
+        self.exchange: Exchange | None = None
+        self.idle_since = 0.0
+        self.writing_paused = False
+        self._reused = False
+        self._keep = True
+        self._closed = False
+        self._reset_response()
+
+    def begin(self, exchange: Exchange) -> None:
+        """Take up an exchange; its request is written to `transport` next."""
+        self._reused = self.idle_since > 0
+        self.exchange = exchange
+        self._reset_response()
+
+    def abandon(self) -> None:
+        """Close at once, and say nothing to anyone."""
+        self.exchange = None
+        self._closed = True
+        self.transport.abort()
+
+    def is_usable(self) -> bool:
+        """Whether an idle connection still stands: nothing is to be read from it, not even its end.
+
+        The kernel is asked, since the loop may not have come to a close that has already arrived.
+        """
+        if self._closed or self.transport.is_closing():
+            return False
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket").fileno(), select.POLLIN)
+        return not poll.poll(0)
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Called by asyncio."""
+        self.transport = cast(asyncio.Transport, transport)
+        self.transport.set_write_buffer_limits(high=WRITE_HIGH_WATER)
+
+    def data_received(self, data: bytes) -> None:
+        """Called by asyncio."""
+        exchange = self.exchange
+        if (
+            exchange is None
+        ):  # bytes that belong to no request: whatever they are, nobody may see them
+            self._close()
+            return
+        exchange.touched = self.client.time()
+        try:
+            if self._body is None:
+                rest = self._read_head(exchange, data)
+                if rest is None:
+                    return
+                data = rest
+            assert self._body is not None
+            payload, rest = self._body.feed(data)
+        except ProtocolError as error:
+            self._break(error)
+            return
+        if exchange is not self.exchange:
+            return
+        complete = self._body.complete
+        if complete:
+            self._complete(exchange, stray=bool(rest))
+        exchange.sink.response_received(payload, complete)
+
+    def eof_received(self) -> None:
+        """Called by asyncio; the transport closes and `connection_lost` follows."""
+        if (
+            self._body is not None
+            and self._body.length == UNTIL_CLOSE
+            and self.exchange is not None
+        ):
+            exchange = self.exchange
+            self._complete(exchange, stray=True)
+            exchange.sink.response_received(b"", True)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Called by asyncio."""
+        self._break(error)
+
+    def pause_writing(self) -> None:
+        """Called by asyncio."""
+        self.writing_paused = True
+        if self.exchange is not None:
+            self.exchange.pause_sending()
+
+    def resume_writing(self) -> None:
+        """Called by asyncio."""
+        self.writing_paused = False
+        if self.exchange is not None:
+            self.exchange.resume_sending()
+
+    # Inside
+
+    def _reset_response(self) -> None:
+        self._buffer = b""
+        self._body: Body | None = None
+        self._informational = 0
+
+    def _read_head(self, exchange: Exchange, data: bytes) -> bytes | None:
+        """Read the head, 1xx ones before it; what stands behind it, or None while it is not whole."""
+        self._buffer += data
+        while True:
+            end = self._buffer.find(b"\r\n\r\n")
+            if end < 0 or end > MAX_HEAD_SIZE:
+                if len(self._buffer) > MAX_HEAD_SIZE or BARE_LF.search(self._buffer):
+                    raise ProtocolError("the head is malformed or too large")
+                return None
+            head = parse_response_head(self._buffer[:end])
+            self._buffer = self._buffer[end + 4 :]
+            if head.status >= 200:
+                break
+            self._check_informational(head)
+            exchange.sink.informational_received(head)
+        length = response_length(head, exchange.method)
+        self._body = Body(length)
+        self._keep = head.keeps_alive() and length != UNTIL_CLOSE
+        rest, self._buffer = self._buffer, b""
+        exchange.sink.response_started(head, length)
+        return rest
+
+    def _check_informational(self, head: ResponseHead) -> None:
+        self._informational += 1
+        if head.status == 101 or self._informational > MAX_INFORMATIONAL:
+            raise ProtocolError("an informational response was not asked for")
+        if declared_length(head) is not None:
+            raise ProtocolError("an informational response has no body")
+
+    def _complete(self, exchange: Exchange, *, stray: bool) -> None:
+        """The response is whole: back to the pool, unless either side left something behind."""
+        self.exchange = None
+        exchange.completed()
+        if (
+            self._keep
+            and exchange.sent
+            and not stray
+            and not self.transport.is_closing()
+        ):
+            if exchange.reading_paused:
+                self.transport.resume_reading()
+            self.client.put_idle(self)
+        else:
+            self._close()
+
+    def _break(self, error: Exception | None) -> None:
+        exchange, self.exchange = self.exchange, None
+        answered = (
+            self._body is not None or bool(self._buffer) or self._informational > 0
+        )
+        self._close()
+        if exchange is not None:
+            exchange.connection_lost(error, answered=answered, reused=self._reused)
+
+    def _close(self) -> None:
+        self._closed = True
+        self.client.drop_idle(self)
+        self.transport.abort()
+
+
+class UpstreamClient(AsyncHTTPClient):
+    """Tornado's `AsyncHTTPClient` on kept-alive connections, with as many at once as are asked for.
+
+    `fetch` follows no redirect, adds no header but ``Host`` and the body's length, decompresses
+    nothing, and awaits ``streaming_callback`` (which may be a coroutine) before it reads on;
+    ``header_callback`` gets each line of the head. ``request_timeout`` holds for the whole of a
+    fetch, 0 is none. A failed exchange raises `UpstreamError`. The relay uses `exchange`, which is
+    the same without a future and a response object for every request.
+
+    Times are seconds. ``ssl_context`` verifies certificates always; SSL_CERT_FILE and SSL_CERT_DIR
+    name others to trust, as OpenSSL reads them.
+    """
+
+    def initialize(
+        self,
+        defaults: dict[str, Any] | None = None,
+        connect_timeout: float = 10.0,
+        idle_timeout: float = 600.0,
+    ) -> None:
+        """Called by Tornado's constructor, with its keyword arguments."""
+        super().initialize(defaults)
+        self.connect_timeout = connect_timeout
+        self.idle_timeout = idle_timeout
+        self.exchanges: set[Exchange] = set()
+        self.opened = 0
+        self.reused = 0
+        self._idle: dict[Origin, list[UpstreamConnection]] = {}
+        self._tcp = TCPClient()
+        self._loop = asyncio.get_event_loop()
+        self.time = self._loop.time
+        self._sweeper = self._loop.call_later(self._sweep_interval(), self._sweep)
+
+    @functools.cached_property
+    def ssl_context(self) -> ssl.SSLContext:
+        """Made at the first TLS connection; loading the system's certificates takes a while."""
+        context = ssl.create_default_context()
+        context.set_alpn_protocols(["http/1.1"])
+        return context
+
+    def exchange(
+        self,
+        origin: Origin,
+        method: str,
+        head: bytes,
+        body: bytes,
+        sink: ResponseSink,
+        **kwargs: Any,
+    ) -> Exchange:
+        """An `Exchange` that is not started yet; the arguments are its constructor's."""
+        return Exchange(self, origin, method, head, body, sink, **kwargs)
+
+    def fetch_impl(
+        self, request: HTTPRequest, callback: Callable[[HTTPResponse], None]
+    ) -> None:
+        """Called by `fetch`."""
+        Fetch(self, request, callback).start()
+
+    def close(self) -> None:
+        """Close every connection; exchanges under way hear nothing more."""
+        self._sweeper.cancel()
+        for exchange in list(self.exchanges):
+            exchange.abort()
+        for connections in self._idle.values():
+            for connection in list(connections):
+                connection.abandon()
+        self._idle.clear()
+        super().close()
+
+    # The pool
+
+    def take_idle(self, origin: Origin) -> UpstreamConnection | None:
+        """The idle connection used last, if one still stands."""
+        connections = self._idle.get(origin)
+        while connections:
+            connection = connections.pop()
+            if connection.is_usable():
+                self.reused += 1
+                return connection
+            connection.abandon()
+        return None
+
+    def put_idle(self, connection: UpstreamConnection) -> None:
+        """Keep a connection for the next exchange."""
+        connection.idle_since = self.time()
+        self._idle.setdefault(connection.origin, []).append(connection)
+
+    def drop_idle(self, connection: UpstreamConnection) -> None:
+        """Forget a connection that closed."""
+        connections = self._idle.get(connection.origin)
+        if connections and connection in connections:
+            connections.remove(connection)
+
+    async def connect(self, origin: Origin) -> UpstreamConnection:
+        """Open a connection. Tornado's TCPClient resolves and tries the addresses of both families;
+        asyncio's transport, which costs less for each read and write, takes the socket over."""
+        stream = await self._tcp.connect(origin.host, origin.port)
+        try:
+            connected = stream.socket.dup()
+        finally:
+            stream.close()
+        connected.setblocking(False)
+        secure = origin.scheme == "https"
+        try:
+            _, connection = await self._loop.create_connection(
+                lambda: UpstreamConnection(self, origin),
+                sock=connected,
+                ssl=self.ssl_context if secure else None,
+                server_hostname=origin.host if secure else None,
+            )
+        except BaseException:
+            connected.close()
+            raise
+        self.opened += 1
+        return connection
+
+    def _sweep_interval(self) -> float:
+        return min(SWEEP_INTERVAL, self.idle_timeout / 4)
+
+    def _sweep(self) -> None:
+        moment = self.time()
+        for exchange in list(self.exchanges):
+            exchange.check_silence(moment, self.idle_timeout)
+        for connections in self._idle.values():
+            while (
+                connections and moment - connections[0].idle_since > POOL_IDLE_TIMEOUT
+            ):
+                connections.pop(0).abandon()
+        self._sweeper = self._loop.call_later(self._sweep_interval(), self._sweep)
+
+
+class Fetch:
+    """One `AsyncHTTPClient.fetch`: a sink that gathers an HTTPResponse."""
+
+    def __init__(
+        self,
+        client: UpstreamClient,
+        request: HTTPRequest,
+        callback: Callable[[HTTPResponse], None],
+    ) -> None:
+        self.client = client
+        self.request = request
+        self.callback = callback
+        self.started = client.time()
+        self.head: ResponseHead | None = None
+        self.buffer = io.BytesIO()
+        self.exchange: Exchange | None = None
+        self.timeout: asyncio.TimerHandle | None = None
+        self.producer: asyncio.Future[None] | None = None
+        self.sending = asyncio.Event()
+        self.sending.set()
+        self.delivering: asyncio.Task[None] | None = None
+        self.waiting: list[tuple[bytes, bool]] = []
+
+    def start(self) -> None:
+        """Send the request."""
+        parts = urllib.parse.urlsplit(self.request.url)
+        if parts.scheme not in DEFAULT_PORTS or not parts.hostname:
+            self._answer(error=ValueError("only http and https URLs can be fetched"))
+            return
+        origin = Origin(
+            parts.scheme, parts.hostname, parts.port or DEFAULT_PORTS[parts.scheme]
+        )
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        method, body, producer = (
+            self.request.method,
+            self.request.body,
+            self.request.body_producer,
+        )
+        fields = (
+            [("Host", origin.authority)] if "Host" not in self.request.headers else []
+        )
+        fields += self.request.headers.get_all()
+        if producer is not None and "Content-Length" not in self.request.headers:
+            fields.append(("Transfer-Encoding", "chunked"))
+        elif producer is None and (
+            body is not None or method in ("POST", "PUT", "PATCH")
+        ):
+            fields = [(n, v) for n, v in fields if n != "Content-Length"]
+            fields.append(("Content-Length", str(len(body or b""))))
+        self.exchange = self.client.exchange(
+            origin,
+            method,
+            head_bytes(f"{method} {target} HTTP/1.1", fields),
+            body or b"",
+            self,
+            streamed=producer is not None,
+            connect_timeout=self.request.connect_timeout or 0,
+        )
+        self.exchange.start()
+        if self.request.request_timeout:
+            loop = asyncio.get_running_loop()
+            self.timeout = loop.call_later(
+                self.request.request_timeout, self._timed_out
+            )
+        if producer is not None:
+            self.producer = asyncio.ensure_future(self._produce(producer, fields))
+
+    async def _produce(self, producer: Callable[..., Any], fields: Fields) -> None:
+        chunked = fields[-1] == ("Transfer-Encoding", "chunked")
+        assert self.exchange is not None
+
+        async def write(data: bytes) -> None:
+            await self.sending.wait()
+            cast(Exchange, self.exchange).write(framed(data) if chunked else data)
+
+        try:
+            await producer(write)
+        except Exception as error:  # noqa: BLE001 - the caller's own code
+            self.exchange.abort()
+            self._answer(error=error)
+            return
+        self.exchange.finish(LAST_CHUNK if chunked else b"")
+
+    # ResponseSink
+
+    def informational_received(self, head: ResponseHead) -> None:
+        """A caller of `fetch` sees the real response only."""
+
+    def response_started(self, head: ResponseHead, length: int) -> None:
+        """Hand each line of the head to ``header_callback``."""
+        self.head = head
+        if self.request.header_callback is not None:
+            self.request.header_callback(
+                f"HTTP/1.{head.version} {head.status} {head.reason}\r\n"
+            )
+            for name, value in head.fields:
+                self.request.header_callback(f"{name}: {value}\r\n")
+            self.request.header_callback("\r\n")
+
+    def response_received(self, data: bytes, complete: bool) -> None:
+        """Keep the body, or hand it to ``streaming_callback`` and read on when that is done."""
+        self.waiting.append((data, complete))
+        if self.delivering is None:
+            self.delivering = asyncio.get_running_loop().create_task(self._deliver())
+
+    async def _deliver(self) -> None:
+        assert self.exchange is not None
+        streaming_callback = self.request.streaming_callback
+        self.exchange.pause_reading()
+        while self.waiting:
+            data, complete = self.waiting.pop(0)
+            if data and streaming_callback is not None:
+                try:
+                    awaitable = streaming_callback(data)
+                    if awaitable is not None:
+                        await awaitable
+                except Exception as error:  # noqa: BLE001 - the caller's own code
+                    self.exchange.abort()
+                    self._answer(error=error)
+                    return
+            else:
+                self.buffer.write(data)
+            if complete:
+                self._answer()
+                return
+        self.delivering = None
+        self.exchange.resume_reading()
+
+    def response_failed(self, error: UpstreamError) -> None:
+        """Answer with the error."""
+        if self.delivering is not None:
+            self.delivering.cancel()
+        self._answer(error=error)
+
+    def pause_sending(self) -> None:
+        """Hold the body producer."""
+        self.sending.clear()
+
+    def resume_sending(self) -> None:
+        """Let the body producer go on."""
+        self.sending.set()
+
+    def _timed_out(self) -> None:
+        if self.exchange is not None:
+            self.exchange.abort()
+        self.response_failed(
+            UpstreamError("The request took longer than request_timeout.", 504)
+        )
+
+    def _answer(self, error: Exception | None = None) -> None:
+        if self.timeout is not None:
+            self.timeout.cancel()
+        if self.producer is not None and error is not None:
+            self.producer.cancel()
+        headers = httputil.HTTPHeaders()
+        for name, value in self.head.fields if self.head else ():
+            headers.add(name, value)
+        self.buffer.seek(0)
+        status = (
+            self.head.status if self.head and error is None else 599
+        )  # Tornado's "no response"
+        self.callback(
+            HTTPResponse(
+                self.request,
+                status,
+                headers=headers,
+                buffer=self.buffer,
+                effective_url=self.request.url,
+                error=error,
+                request_time=self.client.time() - self.started,
+                reason=self.head.reason if self.head else None,
+            )
+        )
+
+
+# ─── Relay ───────────────────────────────────────────────────────────────────────────
+
+RELAY_PREFIX = "/anthropic"
+BARE_PREFIX = "/v1/"
+# What Claude Code asks of its base URL to warm the connection up; answered here, cheaply.
+HELLO_PATHS = frozenset(
+    {"/", RELAY_PREFIX, f"{RELAY_PREFIX}/", f"{RELAY_PREFIX}/api/hello", "/api/hello"}
+)
+JSON_BODY_LIMIT = (
+    32 * MIB
+)  # Anthropic's limit on messages (api/errors); larger ones are streamed
+DISCARD_LIMIT = (
+    32 * MIB
+)  # how much of a refused request's body is read, so that its answer arrives
+OWN_BODY_LIMIT = 1 * MIB  # a request to the gateway itself
+BACKLOG = 4096  # connections that the kernel holds until they are accepted; it caps this at somaxconn
+PIPELINE_LIMIT = (
+    64 * KIB
+)  # bytes of further requests that may wait for the present one's end
+REWRITE_LIMIT = 64 * MIB  # a list of a thousand batches has about one
+
+# Request fields that stay here, beside the hop-by-hop ones.
+DROPPED_REQUEST_FIELDS = HOP_BY_HOP | {
+    "host",
+    "content-length",
+    "expect",
+    "cookie",
+    "forwarded",
+    "authorization",
+    "x-api-key",
+}
+DROPPED_REQUEST_PREFIXES = ("x-litellm-", "x-forwarded-")
+WORKSPACE_FIELD = (
+    "anthropic-workspace-id"  # chooses a workspace of the real key's owner
+)
+READABLE_CODINGS = ("gzip", "deflate", "identity")
+BATCH_OBJECT = re.compile(r"/v1/messages/batches(?:/[^/]+(?:/cancel)?)?/?")
+METERED = re.compile(r"/v1/(?:messages|complete|messages/batches(?:/.*)?)/?")
+# An absolute URL up to its path, as a JSON string may hold it.
+RESULTS_URL = re.compile(
+    rb'(?<!\\)("results_url"\s*:\s*")https?:(?:\\?/){2}[^/"\\]+(?=[/"\\])'
+)
+SSE_ERROR = b"\nevent: error\ndata: %b\n\n"
+
+
+def upstream_target(method: str, target: str) -> str | None:
+    """The raw target behind the upstream's base path; None where the gateway itself answers."""
+    if target.startswith(f"{RELAY_PREFIX}/"):
+        if method in ("GET", "HEAD") and target.partition("?")[0] in HELLO_PATHS:
+            return None
+        return target[len(RELAY_PREFIX) :]
+    return target if target.startswith(BARE_PREFIX) else None
+
+
+def rule_path(target: str) -> str:
+    """The path that rules look at: without query, decoded, repeated slashes as one.
+
+    Raises APIError 400 for dot segments, raw or encoded once or twice, with the separators and
+    parameters under which some server would resolve them.
+    """
+    path = target.partition("?")[0]
+    if not any(mark in path for mark in ("%", "//", "/.", "\\", "#")):
+        return path
+    decoded = urllib.parse.unquote(path, "latin-1")
+    for form in (path, decoded, urllib.parse.unquote(decoded, "latin-1")):
+        segments = form.replace("\\", "/").split("/")
+        if "#" in path or any(
+            segment.partition(";")[0] in (".", "..") for segment in segments
+        ):
+            raise APIError(
+                400, "The path has a dot segment or a fragment; send it resolved."
+            )
+    return re.sub("/{2,}", "/", decoded)
+
+
+def readable_codings(accepted: Iterable[str]) -> str:
+    """Cut an Accept-Encoding down to the codings that the gateway reads itself."""
+    offers = [offer.strip() for value in accepted for offer in value.split(",")]
+    kept = [
+        o for o in offers if o.partition(";")[0].strip().lower() in READABLE_CODINGS
+    ]
+    return ", ".join(kept) or "identity"
+
+
+def forwarded_fields(request: RequestHead, caller: Caller, *, metered: bool) -> Fields:
+    """The request fields that go on, in their order: all but those that DROPPED_* name, those that
+    ``Connection`` names, and any that holds a key of this gateway."""
+    options = request.connection_options()
+    fields: Fields = []
+    for name, value in request.fields:
+        lower = name.lower()
+        if lower in DROPPED_REQUEST_FIELDS or lower.startswith(
+            DROPPED_REQUEST_PREFIXES
+        ):
+            continue
+        if lower in options or (lower == WORKSPACE_FIELD and caller.own is None):
+            continue
+        if any(key in value for key in caller.presented):
+            continue
+        if metered and lower == "accept-encoding":
+            if value is request.values[lower][0]:
+                fields.append((name, readable_codings(request.values[lower])))
+            continue
+        fields.append((name, value))
+    return fields
+
+
+class Redactor:
+    """Masks a secret in a passing stream with asterisks, so that lengths stay right.
+
+    An upstream that echoes what it was sent must not carry the real key to a client. Bytes are held
+    back only where a read ends inside what may become the secret.
+    """
+
+    def __init__(self, secret: bytes) -> None:
+        self._secret = secret
+        self._held = b""
+
+    def feed(self, data: bytes, complete: bool) -> bytes:
+        """What may go on of these bytes and of those held back."""
+        if self._held:
+            data, self._held = self._held + data, b""
+        data = self.mask(data)
+        if not complete:
+            held = self._open_prefix(data)
+            if held:
+                data, self._held = data[:-held], data[-held:]
+        return data
+
+    def mask(self, data: bytes) -> bytes:
+        """Whole data with the secret masked."""
+        return (
+            data.replace(self._secret, b"*" * len(self._secret))
+            if self._secret in data
+            else data
+        )
+
+    def _open_prefix(self, data: bytes) -> int:
+        """How many of the last bytes are a beginning of the secret."""
+        start = max(0, len(data) - len(self._secret) + 1)
+        while (start := data.find(self._secret[:1], start)) >= 0:
+            if self._secret.startswith(data[start:]):
+                return len(data) - start
+            start += 1
+        return 0
+
+
+def decompress(coding: str, data: bytes, limit: int) -> bytes:
+    """Decode a whole body. Raises ValueError for an unknown coding, bad data or more than ``limit``."""
+    if coding in ("", "identity"):
+        return data
+    if coding not in ("gzip", "x-gzip", "deflate"):
+        raise ValueError(f"unknown coding {coding}")
+    decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)  # 32: gzip or zlib by its header
+    try:
+        plain = decoder.decompress(data, limit)
+    except zlib.error as error:
+        raise ValueError(str(error)) from None
+    if not decoder.eof:
+        raise ValueError("cut short, or too large")
+    return plain
+
+
+def compress(coding: str, data: bytes) -> bytes:
+    """The reverse of `decompress`."""
+    if coding in ("gzip", "x-gzip"):
+        return gzip.compress(data, mtime=0)
+    return zlib.compress(data) if coding == "deflate" else data
+
+
+def rewrite_results_url(data: bytes, base_path: str) -> bytes:
+    """Make ``results_url`` in batch objects the same path on the gateway, relative.
+
+    The SDKs follow it with the caller's credential, and join a relative one to their base URL
+    (anthropic/_base_client.py, _prepare_url), so it works under either of the gateway's prefixes.
+    """
+    base = base_path.encode()
+
+    def relative(match: re.Match[bytes]) -> bytes:
+        return match[1]
+
+    data = RESULTS_URL.sub(relative, data)
+    if not base:
+        return data
+    return re.sub(
+        rb'("results_url"\s*:\s*")' + re.escape(base) + rb'(?=[/"])', relative, data
+    )
+
+
+class Relay:
+    """What all relayed requests share."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: KeyStore,
+        admission: Admission,
+        client: UpstreamClient,
+    ) -> None:
+        self.settings = settings
+        self.store = store
+        self.admission = admission
+        self.client = client
+        self.origin, self.base_path = parse_upstream(settings.upstream)
+        self.active: set[RelayHandler] = set()
+        self.stopping = False
+        self.idle = asyncio.Event()
+        self.idle.set()
+
+    def enter(self, handler: RelayHandler) -> None:
+        """A relayed request has begun."""
+        self.active.add(handler)
+        self.idle.clear()
+
+    def leave(self, handler: RelayHandler) -> None:
+        """A relayed request is settled."""
+        self.active.discard(handler)
+        if not self.active:
+            self.idle.set()
+
+
+class RelayHandler:
+    """One relayed request, from its head to `settle`. Also the `ResponseSink` of its exchange."""
+
+    def __init__(
+        self,
+        relay: Relay,
+        connection: ClientConnection,
+        request: RequestHead,
+        target: str,
+    ) -> None:
+        self.relay = relay
+        self.connection = connection
+        self.request = request
+        self.target = target
+        self.call_id = str(uuid.uuid4())
+        self.started = relay.client.time()
+        self.caller = Caller()
+        self.status = 0
+        self._exchange: Exchange | None = None
+        self._kept: list[bytes] | None = None
+        self._received = 0
+        self._chunked_up = False
+        self._upstream_start = ""
+        self._upstream_fields: Fields = []
+        self._redactor: Redactor | None = None
+        self._head: ResponseHead | None = None
+        self._pending = b""
+        self._chunked_down = False
+        self._head_sent = False
+        self._rewritten: list[bytes] | None = None
+        self._settled = False
+        relay.enter(self)
+
+    # The request
+
+    def prepare(self, length: int) -> None:
+        """Decide by the head alone, before any body is read. ``length`` is bytes or CHUNKED."""
+        try:
+            self._prepare(length)
+        except APIError as error:
+            self.refuse(error)
+
+    def _prepare(self, length: int) -> None:
+        relay, request = self.relay, self.request
+        if relay.stopping:
+            raise APIError(
+                503,
+                "The gateway is stopping. Try again.",
+                headers=[("retry-after", "5")],
+            )
+        path = rule_path(self.target)
+        self.caller = relay.admission.authenticate(request.values)
+        credential = self.caller.own or relay.settings.real_credential
+        if credential is None:
+            raise APIError(
+                401,
+                "The gateway has no Anthropic credential to use. Whoever runs it must set"
+                " ANTHROPIC_API_KEY (or ANTHROPIC_AUTH_TOKEN) and start it again.",
+            )
+        self._check_size(length)
+        metered = METERED.fullmatch(path) is not None
+        if BATCH_OBJECT.fullmatch(path) and request.method in ("GET", "POST"):
+            self._rewritten = []
+        if self.caller.own is None:
+            self._redactor = Redactor(real_secret(credential))
+        self._upstream_start = (
+            f"{request.method} {relay.base_path}{self.target} HTTP/1.1"
+        )
+        self._upstream_fields = [
+            ("Host", relay.origin.authority),
+            *forwarded_fields(request, self.caller, metered=metered),
+            credential,
+        ]
+        if length == 0 or (
+            is_json(request.get("content-type")) and length <= JSON_BODY_LIMIT
+        ):
+            self._kept = []
+        else:
+            self._stream(length)
+
+    def data_received(self, chunk: bytes) -> None:
+        """A part of the body came."""
+        self._received += len(chunk)
+        if self._kept is not None:
+            self._kept.append(chunk)
+            if self._received > JSON_BODY_LIMIT:
+                kept, self._kept = self._kept, None
+                self._stream(CHUNKED)
+                self._forward(b"".join(kept))
+            return
+        self._forward(chunk)
+
+    def finish(self) -> None:
+        """The request is whole."""
+        if self._settled:
+            return
+        if self._kept is None:
+            assert self._exchange is not None
+            self._exchange.finish(LAST_CHUNK if self._chunked_up else b"")
+            return
+        body = b"".join(self._kept)
+        self._kept = None
+        declared = (
+            "content-length" in self.request.values
+            or "transfer-encoding" in self.request.values
+        )
+        if declared:
+            self._upstream_fields.append(("Content-Length", str(len(body))))
+        self._start(body)
+
+    def _forward(self, chunk: bytes) -> None:
+        try:
+            self._check_size(self._received)
+        except APIError as error:
+            self._abort()
+            self.refuse(error)
+            return
+        if self._exchange is not None and not self._settled:
+            self._exchange.write(framed(chunk) if self._chunked_up else chunk)
+
+    def _stream(self, length: int) -> None:
+        """Open the upstream now; the body follows as it comes."""
+        self._chunked_up = length == CHUNKED
+        framing = (
+            ("Transfer-Encoding", "chunked")
+            if self._chunked_up
+            else ("Content-Length", str(length))
+        )
+        self._upstream_fields.append(framing)
+        self._start(b"", streamed=True)
+
+    def _start(self, body: bytes, *, streamed: bool = False) -> None:
+        head = head_bytes(self._upstream_start, self._upstream_fields)
+        self._upstream_fields = []
+        self._exchange = self.relay.client.exchange(
+            self.relay.origin, self.request.method, head, body, self, streamed=streamed
+        )
+        self._exchange.start()
+
+    def _check_size(self, size: int) -> None:
+        limit = self.relay.settings.max_body_size
+        if size > limit:
+            raise APIError(413, f"The request body is larger than {limit:,} bytes.")
+
+    # The response: ResponseSink
+
+    def informational_received(self, head: ResponseHead) -> None:
+        """Pass a 1xx response on; HTTP/1.0 has none (RFC 9110 section 15.2)."""
+        if self.request.version == 1:
+            self.connection.send(
+                head_bytes(
+                    f"HTTP/1.1 {head.status} {head.reason}", self._response_fields(head)
+                )
+            )
+
+    def response_started(self, head: ResponseHead, length: int) -> None:
+        """Make the client's head of the upstream's; it goes out with the first bytes of the body."""
+        self._head = head
+        self.status = head.status
+        if self._rewritten is not None:
+            if head.status == 200 and is_json(head.get("content-type")) and length != 0:
+                return
+            self._rewritten = None
+        self._prepare_head(head, length)
+
+    def response_received(self, data: bytes, complete: bool) -> None:
+        """Send on what one read brought."""
+        if self._rewritten is not None:
+            self._rewrite(data, complete)
+            return
+        if self._redactor is not None:
+            data = self._redactor.feed(data, complete)
+        self._send(data, complete)
+
+    def response_failed(self, error: UpstreamError) -> None:
+        """Before the head: an error of ours. After it: an SSE error event, and a broken connection."""
+        outcome = "timeout" if error.status == 504 else "upstream_lost"
+        if not self._head_sent:
+            self.refuse(APIError(error.status, str(error)), outcome=outcome)
+            return
+        if self._is_plain_sse():
+            event = SSE_ERROR % APIError(error.status, str(error)).body(self.call_id)
+            self.connection.send(framed(event) if self._chunked_down else event)
+        self.connection.break_off()
+        self.settle(outcome)
+
+    def pause_sending(self) -> None:
+        """The upstream takes the body slowly: read the client slowly."""
+        self.connection.pause_reading()
+
+    def resume_sending(self) -> None:
+        """Read the client again."""
+        self.connection.resume_reading()
+
+    # What the connection says
+
+    def pause_writing(self) -> None:
+        """The client reads slowly: read the upstream slowly."""
+        if self._exchange is not None:
+            self._exchange.pause_reading()
+
+    def resume_writing(self) -> None:
+        """Read the upstream again."""
+        if self._exchange is not None:
+            self._exchange.resume_reading()
+
+    def on_connection_close(self) -> None:
+        """The client has left: so does the upstream connection, at once."""
+        self._abort()
+        self.settle("client_gone")
+
+    # Inside
+
+    @property
+    def has_answered(self) -> bool:
+        """Whether a response has begun."""
+        return self._head_sent
+
+    def refuse(self, error: APIError, *, outcome: str = "") -> None:
+        """Answer with an error of our own."""
+        self.status = error.status
+        self._head_sent = True
+        self.connection.send_error(error, self.call_id)
+        self.settle(outcome or f"refused:{error.kind}")
+        self.connection.response_done()
+
+    def settle(self, outcome: str) -> None:
+        """Every way out passes here, once: free what is held, write the log line."""
+        if self._settled:
+            return
+        self._settled = True
+        self.relay.leave(self)
+        log_relayed(self, outcome)
+
+    def _abort(self) -> None:
+        if self._exchange is not None:
+            self._exchange.abort()
+
+    def _response_fields(self, head: ResponseHead) -> Fields:
+        """The response fields that go on: all but hop-by-hop ones; the real key masked."""
+        options = head.connection_options()
+        fields = []
+        for name, value in head.fields:
+            lower = name.lower()
+            if lower in HOP_BY_HOP or lower in options:
+                continue
+            if self._redactor is not None:
+                value = self._redactor.mask(value.encode("latin-1")).decode("latin-1")
+            fields.append((name, value))
+        return fields
+
+    def _prepare_head(self, head: ResponseHead, length: int) -> None:
+        fields = self._response_fields(head)
+        fields.append(("x-litellm-call-id", self.call_id))
+        self._chunked_down = length < 0 and self.request.version == 1
+        if self._chunked_down:
+            fields.append(("Transfer-Encoding", "chunked"))
+        fields += self.connection.connection_fields(
+            delimited=length >= 0 or self._chunked_down
+        )
+        self._pending = head_bytes(f"HTTP/1.1 {head.status} {head.reason}", fields)
+
+    def _send(self, data: bytes, complete: bool) -> None:
+        if self._chunked_down:
+            data = framed(data) + LAST_CHUNK if complete else framed(data)
+        if self._pending:
+            data, self._pending = self._pending + data, b""
+            self._head_sent = True
+        if data:
+            self.connection.send(data)
+        if complete:
+            self.settle("ok")
+            self.connection.response_done()
+
+    def _rewrite(self, data: bytes, complete: bool) -> None:
+        """Gather a batch object, then send it with its ``results_url`` on the gateway."""
+        assert self._rewritten is not None and self._head is not None
+        self._rewritten.append(data)
+        if not complete and sum(map(len, self._rewritten)) <= REWRITE_LIMIT:
+            return
+        coding = self._head.get("content-encoding").strip().lower()
+        try:
+            if not complete:
+                raise ValueError("too large")
+            plain = decompress(coding, b"".join(self._rewritten), REWRITE_LIMIT)
+        except ValueError as error:
+            self._abort()
+            self.refuse(
+                APIError(502, f"The upstream's batch object cannot be read: {error}.")
+            )
+            return
+        if self._redactor is not None:
+            plain = self._redactor.mask(plain)
+        body = compress(coding, rewrite_results_url(plain, self.relay.base_path))
+        self._head.fields = [
+            (n, v) for n, v in self._head.fields if n.lower() != "content-length"
+        ]
+        self._head.fields.append(("Content-Length", str(len(body))))
+        self._prepare_head(self._head, len(body))
+        self._send(body, True)
+
+    def _is_plain_sse(self) -> bool:
+        assert self._head is not None
+        return (
+            self._head.get("content-type").lower().startswith("text/event-stream")
+            and self._head.get("content-encoding").lower() in ("", "identity")
+            and "content-length" not in self._head.values
+        )
+
+
+def real_secret(credential: tuple[str, str]) -> bytes:
+    """The part of an upstream credential that must never reach a client."""
+    return credential[1].removeprefix("Bearer ").encode("latin-1")
+
+
+def is_json(content_type: str) -> bool:
+    """Whether a media type is JSON (RFC 6839: or ends in ``+json``)."""
+    kind = content_type.partition(";")[0].strip().lower()
+    return kind == "application/json" or kind.endswith("+json")
+
+
+def log_relayed(handler: RelayHandler, outcome: str) -> None:
+    """The one log line of a relayed request. No key, hash, body or query stands in it."""
+    key = handler.caller.key
+    name = (
+        "master"
+        if handler.caller.is_master
+        else (key.key_alias or key.key_name)
+        if key
+        else "-"
+    )
+    log.info(
+        "%s %s %s %d %s %.0fms %s",
+        name,
+        handler.request.method,
+        printable(handler.target.partition("?")[0]),
+        handler.status,
+        outcome,
+        (handler.relay.client.time() - handler.started) * 1000,
+        handler.call_id,
+    )
+
+
+def printable(text: str) -> str:
+    """Text for a log line: nothing in it can end the line or steer a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text[:200])
+
+
+class ClientContext:
+    """What Tornado asks about a connection: the peer's address and the protocol."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        peer = transport.get_extra_info("peername")
+        self.remote_ip = peer[0] if isinstance(peer, tuple) else "0.0.0.0"
+        self.protocol = "https" if transport.get_extra_info("sslcontext") else "http"
+
+
+class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
+    """A client's connection: reads requests one after the other, hands each to its delegate.
+
+    Relayed requests go to a `RelayHandler`, which writes bytes with `send`; all others to the
+    Tornado application, which writes through the `tornado.httputil.HTTPConnection` interface.
+    """
+
+    transport: asyncio.Transport
+    context: ClientContext
+
+    def __init__(self, server: GatewayServer) -> None:
+        self.server = server
+        self.request: RequestHead | None = None
+        self._delegate: RelayHandler | ApplicationDelegate | None = None
+        self._body: Body | None = None
+        self._buffer = b""
+        self._response_done = False
+        self._discarded = 0
+        self._close_after = False
+        self._lost = False
+        self._close_callback: Callable[[], None] | None = None
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Called by asyncio."""
+        self.transport = cast(asyncio.Transport, transport)
+        self.transport.set_write_buffer_limits(high=WRITE_HIGH_WATER)
+        self.context = ClientContext(self.transport)
+        self.server.connections.add(self)
+
+    def data_received(self, data: bytes) -> None:
+        """Called by asyncio."""
+        if self._body is not None:
+            self._feed(data)
+            return
+        self._buffer += data
+        if self._delegate is None:
+            self._read_head()
+        elif len(self._buffer) > PIPELINE_LIMIT:
+            self.pause_reading()
+
+    def eof_received(self) -> None:
+        """Called by asyncio. A client that has closed its half is taken to have left, as in nginx."""
+        if self._delegate is not None and not self._response_done:
+            self.transport.abort()  # a mere close would first wait for what is still to be written
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Called by asyncio."""
+        self._lost = True
+        self.server.connections.discard(self)
+        delegate, self._delegate = self._delegate, None
+        callback, self._close_callback = self._close_callback, None
+        if delegate is not None and not self._response_done:
+            delegate.on_connection_close()
+        if callback is not None:
+            callback()
+
+    def pause_writing(self) -> None:
+        """Called by asyncio."""
+        if isinstance(self._delegate, RelayHandler):
+            self._delegate.pause_writing()
+
+    def resume_writing(self) -> None:
+        """Called by asyncio."""
+        if isinstance(self._delegate, RelayHandler):
+            self._delegate.resume_writing()
+
+    # For delegates
+
+    def send(self, data: bytes) -> None:
+        """Write bytes of a response as they are."""
+        if not self._lost:
+            self.transport.write(data)
+
+    def pause_reading(self) -> None:
+        """Take nothing more from the client for now."""
+        if not self._lost:
+            self.transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        """Take from the client again."""
+        if not self._lost:
+            self.transport.resume_reading()
+
+    def connection_fields(self, *, delimited: bool) -> Fields:
+        """The Connection field of a response, if it needs one (RFC 9112 section 9.3).
+
+        ``delimited`` says whether the response's end shows without closing the connection.
+        """
+        request = self.request
+        if (
+            request is None
+            or not delimited
+            or self.server.stopping
+            or not request.keeps_alive()
+        ):
+            self._close_after = True
+        if self._close_after:
+            return [("Connection", "close")]
+        return (
+            [("Connection", "keep-alive")] if request and request.version == 0 else []
+        )
+
+    def send_error(self, error: APIError, request_id: str) -> None:
+        """Send an error of the gateway's own as a whole response; `response_done` is to follow."""
+        body = error.body(request_id)
+        fields = [
+            ("Content-Type", "application/json"),
+            ("Content-Length", str(len(body))),
+            ("request-id", request_id),
+            ("x-litellm-call-id", request_id),
+            *error.headers,
+            *self.connection_fields(delimited=True),
+        ]
+        if self.request is not None and self.request.method == "HEAD":
+            body = b""
+        self.send(
+            head_bytes(f"HTTP/1.1 {error.status} {reason(error.status)}", fields) + body
+        )
+
+    def response_done(self) -> None:
+        """The response is written. The next request follows once this one's body has been read."""
+        self._response_done = True
+        self._close_callback = None
+        if (
+            self._body is not None
+            and self.request is not None
+            and self.request.get("expect")
+        ):
+            self._close_after = (
+                True  # the body may never come (RFC 9110 section 10.1.1)
+            )
+        self.resume_reading()
+        self._turn()
+
+    def break_off(self) -> None:
+        """End the connection so that nobody takes the response for complete."""
+        if self._lost:
+            return
+        if self.request is not None and self.request.version == 0:
+            # Without a length, only a reset tells a broken response from one that has ended.
+            client = self.transport.get_extra_info("socket")
+            client.setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+            )
+        self._response_done = True
+        self.transport.close()
+
+    # tornado.httputil.HTTPConnection
+
+    def write_headers(
+        self,
+        start_line: httputil.RequestStartLine | httputil.ResponseStartLine,
+        headers: httputil.HTTPHeaders,
+        chunk: bytes | None = None,
+    ) -> asyncio.Future[None]:
+        """Called by Tornado's handlers, which send whole bodies with a Content-Length."""
+        assert isinstance(start_line, httputil.ResponseStartLine)
+        delimited = "Content-Length" in headers or start_line.code in (204, 304)
+        fields = [*headers.get_all(), *self.connection_fields(delimited=delimited)]
+        self.send(
+            head_bytes(f"HTTP/1.1 {start_line.code} {start_line.reason}", fields)
+            + (chunk or b"")
+        )
+        return done()
+
+    def write(self, chunk: bytes) -> asyncio.Future[None]:
+        """Called by Tornado's handlers."""
+        self.send(chunk)
+        return done()
+
+    def finish(self) -> None:
+        """Called by Tornado's handlers."""
+        self.response_done()
+
+    def set_close_callback(self, callback: Callable[[], None] | None) -> None:
+        """Called by Tornado's handlers."""
+        self._close_callback = callback
+
+    # Inside
+
+    def _read_head(self) -> None:
+        """Begin the request whose head stands in the buffer, if it is whole."""
+        while self._buffer.startswith(b"\r\n"):  # RFC 9112 section 2.2
+            self._buffer = self._buffer[2:]
+        end = self._buffer.find(b"\r\n\r\n")
+        try:
+            if end < 0 or end > MAX_HEAD_SIZE:
+                if len(self._buffer) > MAX_HEAD_SIZE:
+                    raise ProtocolError(
+                        f"the head is larger than {MAX_HEAD_SIZE:,} bytes", 431
+                    )
+                if BARE_LF.search(self._buffer):
+                    raise ProtocolError("lines end with CR LF")
+                return
+            request = parse_request_head(self._buffer[:end])
+            length = declared_length(request) or 0
+        except ProtocolError as error:
+            self._refuse_malformed(error)
+            return
+        rest, self._buffer = self._buffer[end + 4 :], b""
+        self.request = request
+        self._body = Body(length)
+        self._response_done = False
+        self._discarded = 0
+        self._delegate = self.server.delegate(self, request)
+        self._delegate.prepare(length)
+        if (
+            not rest
+            and length != 0
+            and not self._response_done
+            and self._expects_continue(request)
+        ):
+            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._feed(rest)
+
+    def _expects_continue(self, request: RequestHead) -> bool:
+        return request.version == 1 and request.get("expect").lower() == "100-continue"
+
+    def _feed(self, data: bytes) -> None:
+        """Hand on a part of the present request's body."""
+        assert self._body is not None
+        try:
+            payload, rest = self._body.feed(data)
+        except ProtocolError as error:
+            self._refuse_malformed(error)
+            return
+        complete = self._body.complete
+        if complete:
+            self._body = None
+            self._buffer = rest
+        if self._response_done:
+            self._discard(len(payload))
+        elif self._delegate is not None:
+            if payload:
+                self._delegate.data_received(payload)
+            if complete and not self._response_done:
+                self._delegate.finish()
+        self._turn()
+
+    def _discard(self, size: int) -> None:
+        self._discarded += size
+        if self._discarded > DISCARD_LIMIT:
+            self._close()
+
+    def _turn(self) -> None:
+        """Make ready for the next request, once both the response and the request's body are over."""
+        if not self._response_done or self._lost:
+            return
+        if self._body is not None:
+            return
+        self._delegate = None
+        self.request = None
+        if self._close_after:
+            self._close()
+        elif self._buffer:
+            asyncio.get_running_loop().call_soon(self._read_next)
+
+    def _read_next(self) -> None:
+        if self._delegate is None and self._body is None and not self._lost:
+            self._read_head()
+
+    def _refuse_malformed(self, error: ProtocolError) -> None:
+        """Answer bytes that are not a request, and close: what follows cannot be understood."""
+        delegate, self._delegate = self._delegate, None
+        answered = self._response_done
+        if delegate is not None and not answered:
+            self._response_done = True
+            delegate.on_connection_close()
+        self._body = None
+        self._close_after = True
+        if not answered and not (
+            isinstance(delegate, RelayHandler) and delegate.has_answered
+        ):
+            self.send_error(
+                APIError(error.status, f"Malformed request: {error}."),
+                str(uuid.uuid4()),
+            )
+        self._close()
+
+    def _close(self) -> None:
+        if not self._lost:
+            self.transport.close()
+
+
+def done() -> asyncio.Future[None]:
+    """A future that is done."""
+    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    future.set_result(None)
+    return future
+
+
+def reason(status: int) -> str:
+    """The reason phrase of a status."""
+    return http.client.responses.get(status, "Unknown")
+
+
+class ApplicationDelegate:
+    """Hands a request to the Tornado application: everything that is not relayed."""
+
+    def __init__(
+        self,
+        application: web.Application,
+        connection: ClientConnection,
+        head: RequestHead,
+    ) -> None:
+        self.connection = connection
+        self._head = head
+        self._received = 0
+        self._delegate = application.start_request(connection, connection)
+
+    def prepare(self, length: int) -> None:
+        """Hand over the head. ``length`` is bytes or CHUNKED."""
+        if self._too_large(length):
+            return
+        start_line = httputil.RequestStartLine(
+            self._head.method, self._head.target, "HTTP/1.1"
+        )
+        try:
+            headers = httputil.HTTPHeaders()
+            for name, value in self._head.fields:
+                headers.add(name, value)
+            self._delegate.headers_received(start_line, headers)
+        except httputil.HTTPInputError as error:
+            self._refuse(APIError(400, f"Malformed request: {error}."))
+
+    def data_received(self, chunk: bytes) -> None:
+        """Hand over a part of the body."""
+        self._received += len(chunk)
+        if not self._too_large(self._received):
+            self._delegate.data_received(chunk)
+
+    def finish(self) -> None:
+        """The request is whole: the handler runs."""
+        self._delegate.finish()
+
+    def on_connection_close(self) -> None:
+        """The client has left before the request was whole."""
+
+    def _too_large(self, size: int) -> bool:
+        if size <= OWN_BODY_LIMIT:
+            return False
+        self._refuse(
+            APIError(413, f"The request body is larger than {OWN_BODY_LIMIT:,} bytes.")
+        )
+        return True
+
+    def _refuse(self, error: APIError) -> None:
+        self.connection.send_error(error, str(uuid.uuid4()))
+        self.connection.response_done()
+
+
+class GatewayServer:
+    """Listens, and finds the delegate of each request: the relay or the Tornado application."""
+
+    def __init__(self, relay: Relay, application: web.Application) -> None:
+        self.relay = relay
+        self.application = application
+        self.connections: set[ClientConnection] = set()
+        self._servers: list[asyncio.Server] = []
+
+    @property
+    def stopping(self) -> bool:
+        """Whether connections are to end after the response under way."""
+        return self.relay.stopping
+
+    def delegate(
+        self, connection: ClientConnection, request: RequestHead
+    ) -> RelayHandler | ApplicationDelegate:
+        """The delegate that takes a request up."""
+        target = upstream_target(request.method, request.target)
+        if target is None:
+            return ApplicationDelegate(self.application, connection, request)
+        return RelayHandler(self.relay, connection, request, target)
+
+    async def add_sockets(self, sockets: Iterable[socket.socket]) -> None:
+        """Take connections from these listening sockets."""
+        loop = asyncio.get_running_loop()
+        for listening in sockets:
+            self._servers.append(
+                await loop.create_server(
+                    lambda: ClientConnection(self), sock=listening, backlog=BACKLOG
+                )
+            )
+
+    def stop(self) -> None:
+        """Take no further connections; those without a request close."""
+        for server in self._servers:
+            server.close()
+        for connection in list(self.connections):
+            if connection.request is None:
+                connection.transport.close()
+
+    def close_all_connections(self) -> None:
+        """Break what is left."""
+        for connection in list(self.connections):
+            connection.transport.abort()
+
+
+# ─── Management ──────────────────────────────────────────────────────────────────────
+
+PRINTABLE_KEY = re.compile(r"sk-[\x21-\x7e]+")
+MAX_PAGE_SIZE = 100  # LiteLLM's limit on /key/list
+# What LiteLLM's fields may hold here. Any other field is refused by name: a limit that is accepted
+# must be enforced.
+TEXT_FIELDS = ("key_alias", "user_id", "team_id")
+
+
+class BaseHandler(web.RequestHandler):
+    """Answers in JSON, errors in Anthropic's envelope, and logs no query (keys stand there)."""
+
+    SUPPORTED_METHODS = ("GET", "HEAD", "POST", "DELETE", "PATCH", "PUT", "OPTIONS")
+
+    @property
+    def relay(self) -> Relay:
+        """What the relay works with."""
+        return cast(Relay, self.application.settings["relay"])
+
+    def set_default_headers(self) -> None:
+        """Called by Tornado."""
+        self.call_id = str(uuid.uuid4())
+        self.clear_header("Server")
+        self.set_header("x-litellm-call-id", self.call_id)
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        """Called by Tornado for every exception of a handler."""
+        error = kwargs.get("exc_info", (None, None, None))[1]
+        if isinstance(error, web.HTTPError):
+            error = http_error(
+                error.status_code, self.request.method or "", self.request.path
+            )
+        if not isinstance(error, APIError):
+            error = APIError(
+                500, "The gateway failed on this request; its log says why."
+            )
+        self.set_status(error.status)
+        for name, value in error.headers:
+            self.set_header(name, value)
+        self.set_header("Content-Type", "application/json")
+        self.set_header("request-id", self.call_id)
+        self.finish(error.body(self.call_id))
+
+    def log_exception(self, typ: Any, value: Any, tb: Any) -> None:
+        """Called by Tornado. Refusals are no failures."""
+        if not isinstance(value, APIError):
+            super().log_exception(typ, value, tb)
+
+    def send_json(self, value: object) -> None:
+        """Answer 200 with a JSON value."""
+        self.set_header("Content-Type", "application/json")
+        self.finish(json.dumps(value))
+
+
+def http_error(status: int, method: str, path: str) -> APIError:
+    """Tornado's own errors in words of ours."""
+    if status == 404:
+        return APIError(
+            404,
+            f"Nothing is served at {printable(path)}. Anthropic's API is at /anthropic/v1/",
+        )
+    if status == 405:
+        return APIError(405, f"{printable(path)} does not take {printable(method)}.")
+    return APIError(status if status in ERROR_TYPES else 400, reason(status))
+
+
+class NotFoundHandler(BaseHandler):
+    """Every path that nothing else serves."""
+
+    def prepare(self) -> None:
+        """Called by Tornado."""
+        raise web.HTTPError(404)
+
+
+class ManagementHandler(BaseHandler):
+    """What only the master key may do. Raises 401 without a key, 403 with any other."""
+
+    def prepare(self) -> None:
+        """Called by Tornado before the handler's method."""
+        self.require_master()
+
+    def require_master(self) -> None:
+        """Let the master key pass, as ``Authorization: Bearer``, ``x-api-key`` or ``x-litellm-api-key``."""
+        admission = self.relay.admission
+        if not admission.has_master:
+            raise APIError(
+                403,
+                "No master key is set, so keys cannot be managed. Start the gateway with"
+                " GATEWAY_MASTER_KEY in its environment.",
+            )
+        shown = [credential for _, credential in self.credentials()]
+        if any(admission.is_master(credential) for credential in shown):
+            return
+        if any(self.relay.store.lookup(credential) for credential in shown):
+            raise APIError(
+                403, "Only the master key may do this; a virtual key was sent."
+            )
+        raise APIError(
+            401, "Send the master key as 'Authorization: Bearer' or 'x-api-key'."
+        )
+
+    def credentials(self) -> list[tuple[str, str]]:
+        """The credentials of this request, as `candidates` gives them."""
+        headers = self.request.headers
+        return list(
+            candidates({name: headers.get_list(name) for name in CREDENTIAL_HEADERS})
+        )
+
+    def json_body(self) -> dict[str, Any]:
+        """The body as a JSON object; an empty body is ``{}``. Raises APIError 400."""
+        try:
+            body = json.loads(
+                self.request.body or b"{}", parse_constant=refuse_constant
+            )
+        except (ValueError, RecursionError) as error:
+            raise APIError(400, f"The body is not JSON: {error}.") from None
+        if not isinstance(body, dict):
+            raise APIError(400, "The body is not a JSON object.")
+        return body
+
+    def addressed(self, body: Mapping[str, Any]) -> tuple[str, VirtualKey]:
+        """The key that ``key`` (plain or hash) or ``key_alias`` names. Raises APIError 400 or 404."""
+        key, alias = body.get("key"), body.get("key_alias")
+        if isinstance(key, str) and key:
+            return self.existing(self.relay.store.find(key))
+        if key is None and isinstance(alias, str) and alias:
+            return self.existing(self.relay.store.find_alias(alias))
+        raise APIError(400, "'key' must name a key: the plain key or its hash.")
+
+    def existing(self, found: tuple[str, VirtualKey] | None) -> tuple[str, VirtualKey]:
+        """What was found. Raises APIError 404 where it was nothing."""
+        if found is None:
+            raise APIError(404, "Key not found.")
+        return found
+
+
+def refuse_constant(name: str) -> NoReturn:
+    """NaN and Infinity are no JSON (RFC 8259 section 6)."""
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def key_row(hashed: str, key: VirtualKey) -> dict[str, Any]:
+    """A key as LiteLLM's answers describe it; fields of LiteLLM that mean nothing here are null."""
+    return {
+        "token": hashed,
+        "token_id": hashed,
+        "key_name": key.key_name,
+        "key_alias": key.key_alias,
+        "user_id": key.user_id,
+        "team_id": key.team_id,
+        "models": key.models,
+        "metadata": key.metadata,
+        "tags": key.tags,
+        "blocked": key.blocked,
+        "status": key.status(now()),
+        "expires": iso(key.expires),
+        "created_at": iso(key.created_at),
+        "updated_at": iso(key.updated_at),
+        "created_by": "master",
+        "updated_by": "master",
+        "budget_id": None,
+        "litellm_budget_table": None,
+        "key_type": "default",
+    }
+
+
+def key_changes(body: Mapping[str, Any], moment: datetime) -> dict[str, Any]:
+    """The fields of a request as fields of a VirtualKey; null clears. Raises APIError 400 by name."""
+    changes: dict[str, Any] = {}
+    for name, value in body.items():
+        if name == "duration":
+            changes["expires"] = read_expiry(value, moment)
+        elif name in TEXT_FIELDS:
+            changes[name] = read_text(name, value)
+        elif name == "metadata":
+            changes[name] = read_kind(name, value, dict, "an object", {})
+        elif name == "tags":
+            changes[name] = read_texts(name, value)
+        elif name == "blocked":
+            changes[name] = read_kind(name, value, bool, "true or false", False)
+        elif name == "models" and value in ([], None):
+            changes[name] = []
+        elif value is not None:
+            raise APIError(
+                400, f"{printable(name)!r} is not supported: it would not be enforced."
+            )
+    return changes
+
+
+def read_kind(name: str, value: Any, kind: type, words: str, default: Any) -> Any:
+    """A value of that type; null is the default. Raises APIError 400."""
+    if value is None:
+        return default
+    if not isinstance(value, kind):
+        raise APIError(400, f"{name!r} must be {words}.")
+    return value
+
+
+def read_text(name: str, value: Any) -> str | None:
+    """A string or null; empty is null. Raises APIError 400."""
+    text = read_kind(name, value, str, "a string", None)
+    return text or None
+
+
+def read_texts(name: str, value: Any) -> list[str]:
+    """A list of strings; null is empty. Raises APIError 400."""
+    texts = read_kind(name, value, list, "a list of strings", [])
+    if not all(isinstance(text, str) for text in texts):
+        raise APIError(400, f"{name!r} must be a list of strings.")
+    return cast("list[str]", texts)
+
+
+def read_expiry(value: Any, moment: datetime) -> datetime | None:
+    """``duration`` as the moment it ends; null is never. Raises APIError 400."""
+    text = read_kind("duration", value, str, "a string like '30d'", None)
+    try:
+        return None if text is None else later(moment, text)
+    except ValueError as error:
+        raise APIError(400, f"'duration': {error}.") from None
+
+
+def read_own_key(value: Any, store: KeyStore) -> str:
+    """A key that the caller chose, or a fresh one. Raises APIError 400."""
+    if value is None:
+        return new_key()
+    if (
+        not isinstance(value, str)
+        or not PRINTABLE_KEY.fullmatch(value)
+        or len(value) < MIN_KEY_LENGTH
+    ):
+        raise APIError(
+            400,
+            f"'key' must begin 'sk-' and have at least {MIN_KEY_LENGTH} ASCII characters.",
+        )
+    if value.startswith(OWN_CREDENTIAL_PREFIX):
+        raise APIError(
+            400,
+            f"'key' must not begin {OWN_CREDENTIAL_PREFIX!r}: so do Anthropic's own.",
+        )
+    if store.lookup(value) is not None:
+        raise APIError(400, "'key' exists already; choose another, or leave it out.")
+    return value
+
+
+class GenerateHandler(ManagementHandler):
+    """POST /key/generate: LiteLLM's request and response; the plain key stands in this answer only."""
+
+    async def post(self) -> None:
+        """Make a key."""
+        body = self.json_body()
+        store, moment = self.relay.store, now()
+        key = read_own_key(body.pop("key", None), store)
+        changes = key_changes(body, moment)
+        refuse_taken_alias(store, changes.get("key_alias"))
+        record = VirtualKey(
+            key_name(key), created_at=moment, updated_at=moment, **changes
+        )
+        hashed = hash_key(key)
+        await store.change({hashed: record})
+        log.info("key %s made", record.key_alias or record.key_name)
+        self.send_json({**key_row(hashed, record), "key": key})
+
+
+def refuse_taken_alias(store: KeyStore, alias: str | None, own: str = "") -> None:
+    """Raises APIError 400 where another key has this alias."""
+    taken = store.find_alias(alias) if alias is not None else None
+    if taken is not None and taken[0] != own:
+        raise APIError(400, "'key_alias' is taken by another key.")
+
+
+class UpdateHandler(ManagementHandler):
+    """POST /key/update: ``key`` (plain or hash) and the fields to change; null clears one."""
+
+    async def post(self) -> None:
+        """Change a key."""
+        body = self.json_body()
+        hashed, record = self.addressed(body)
+        by_alias = body.pop("key", None) is None
+        if by_alias:
+            body.pop("key_alias")
+        moment = now()
+        changes = key_changes(body, moment)
+        refuse_taken_alias(self.relay.store, changes.get("key_alias"), hashed)
+        changed = dataclasses.replace(record, **changes, updated_at=moment)
+        await self.relay.store.change({hashed: changed})
+        log.info(
+            "key %s updated: %s",
+            changed.key_alias or changed.key_name,
+            ", ".join(changes) or "nothing",
+        )
+        self.send_json({**key_row(hashed, changed), "key": hashed})
+
+
+class DeleteHandler(ManagementHandler):
+    """POST /key/delete: ``keys`` (plain or hashes) or ``key_aliases``; all of them or none."""
+
+    async def post(self) -> None:
+        """Delete keys."""
+        body, store = self.json_body(), self.relay.store
+        keys, aliases = (
+            read_texts("keys", body.get("keys")),
+            read_texts("key_aliases", body.get("key_aliases")),
+        )
+        if not keys and not aliases:
+            raise APIError(400, "Name the keys to delete in 'keys' or 'key_aliases'.")
+        found = [self.existing(store.find(key)) for key in keys]
+        found += [self.existing(store.find_alias(alias)) for alias in aliases]
+        moment = now()
+        await store.change(
+            {
+                hashed: dataclasses.replace(record, deleted_at=moment, retired={})
+                for hashed, record in found
+            }
+        )
+        for _, record in found:
+            log.info("key %s deleted", record.key_alias or record.key_name)
+        self.send_json({"deleted_keys": [*keys, *aliases]})
+
+
+class BlockHandler(ManagementHandler):
+    """POST /key/block and /key/unblock: ``key`` (plain or hash)."""
+
+    def initialize(self, blocked: bool) -> None:
+        """Called by Tornado with what the route says."""
+        self.blocked = blocked
+
+    async def post(self) -> None:
+        """Block or unblock a key."""
+        hashed, record = self.addressed(self.json_body())
+        changed = dataclasses.replace(record, blocked=self.blocked, updated_at=now())
+        await self.relay.store.change({hashed: changed})
+        log.info(
+            "key %s %s",
+            record.key_alias or record.key_name,
+            "blocked" if self.blocked else "unblocked",
+        )
+        self.send_json(key_row(hashed, changed))
+
+
+class RegenerateHandler(ManagementHandler):
+    """POST /key/regenerate or /key/{key}/regenerate: a new value for a key, that keeps all else.
+
+    ``new_key`` chooses it. During ``grace_period`` (a duration) the old value still works. Other
+    fields are changed as by /key/update.
+    """
+
+    async def post(self, key: str | None = None) -> None:
+        """Give a key a new value."""
+        body, store = self.json_body(), self.relay.store
+        if key is not None:
+            body["key"] = urllib.parse.unquote(key)
+        old_hash, record = self.addressed(body)
+        if body.pop("key", None) is None:
+            body.pop("key_alias")
+        moment = now()
+        grace = read_expiry(body.pop("grace_period", None), moment)
+        value = read_own_key(body.pop("new_key", None), store)
+        changes = key_changes(body, moment)
+        refuse_taken_alias(store, changes.get("key_alias"), old_hash)
+        retired = {
+            old: until for old, until in record.retired.items() if until > moment
+        }
+        retired[old_hash] = grace or moment
+        new = {"key_name": key_name(value), "updated_at": moment, "retired": retired}
+        changed = dataclasses.replace(record, **{**changes, **new})
+        hashed = hash_key(value)
+        await store.change({old_hash: None, hashed: changed})
+        log.info("key %s regenerated", changed.key_alias or changed.key_name)
+        self.send_json({**key_row(hashed, changed), "key": value})
+
+
+class InfoHandler(ManagementHandler):
+    """GET /key/info?key=: LiteLLM's ``{"key", "info"}``. A virtual key may ask about itself."""
+
+    def prepare(self) -> None:
+        """Called by Tornado; `get` decides, since a key may ask about itself."""
+
+    def get(self) -> None:
+        """Describe a key."""
+        asked = self.get_query_argument("key", "")
+        hashed, record = self.own_key(asked) or self.managed_key(asked)
+        info = key_row(hashed, record)
+        del info["token"], info["token_id"]
+        self.send_json({"key": asked or hashed, "info": info})
+
+    def own_key(self, asked: str) -> tuple[str, VirtualKey] | None:
+        """The virtual key that was shown, where it asks about itself. Raises APIError 401, 403."""
+        caller = self.relay.admission.authenticate(
+            {name: self.request.headers.get_list(name) for name in CREDENTIAL_HEADERS}
+        )
+        if caller.hashed is None or caller.key is None:
+            return None
+        if asked and self.relay.store.find(asked) != (caller.hashed, caller.key):
+            raise APIError(403, "A virtual key may ask about itself only.")
+        return caller.hashed, caller.key
+
+    def managed_key(self, asked: str) -> tuple[str, VirtualKey]:
+        """The key that the master key asks about. Raises APIError."""
+        self.require_master()
+        if not asked:
+            raise APIError(
+                400, "Name the key: /key/info?key=…, the plain key or its hash."
+            )
+        return self.existing(self.relay.store.find(asked))
+
+
+class ListHandler(ManagementHandler):
+    """GET /key/list: pages of hashes, or of whole rows with ``return_full_object=true``.
+
+    Filters: ``user_id``, ``team_id``, ``key_alias``, ``key_hash``. ``page`` counts from 1, ``size``
+    is at most 100.
+    """
+
+    def get(self) -> None:
+        """List keys."""
+        page, size = self.number("page", 1), min(self.number("size", 10), MAX_PAGE_SIZE)
+        filters = {
+            name: self.get_query_argument(name)
+            for name in ("user_id", "team_id", "key_alias")
+            if self.get_query_argument(name, "")
+        }
+        wanted = self.get_query_argument("key_hash", "")
+        rows = [
+            (hashed, record)
+            for hashed, record in self.relay.store.live()
+            if all(getattr(record, name) == value for name, value in filters.items())
+            and wanted in ("", hashed)
+        ]
+        shown = rows[(page - 1) * size : page * size]
+        full = self.get_query_argument("return_full_object", "").lower() == "true"
+        self.send_json(
+            {
+                "keys": [key_row(*row) if full else row[0] for row in shown],
+                "total_count": len(rows),
+                "current_page": page,
+                "total_pages": -(-len(rows) // size),
+            }
+        )
+
+    def number(self, name: str, default: int) -> int:
+        """A query parameter that counts from 1. Raises APIError 400."""
+        text = self.get_query_argument(name, "") or str(default)
+        if not re.fullmatch(r"[0-9]{1,9}", text, re.ASCII) or int(text) < 1:
+            raise APIError(400, f"{name!r} must be a whole number from 1.")
+        return int(text)
+
+
+# ─── Operations ──────────────────────────────────────────────────────────────────────
+
+WELCOME = """\
+This is a gateway to Anthropic's API: {base}
+
+    export ANTHROPIC_BASE_URL={base}/anthropic
+    export ANTHROPIC_AUTH_TOKEN=<your virtual key>
+
+Claude Code and the Anthropic SDKs read these two; curl sends the key as x-api-key.
+Ask whoever runs the gateway for a key.
+"""
+
+
+class HelloHandler(BaseHandler):
+    """What Claude Code asks to warm its connection up, and what a browser sees at /."""
+
+    def get(self) -> None:
+        """Say what this is and how to connect."""
+        self.set_header("Content-Type", "text/plain; charset=utf-8")
+        if self.request.path in ("/", RELAY_PREFIX, f"{RELAY_PREFIX}/"):
+            self.finish(
+                WELCOME.format(base=f"{self.request.protocol}://{self.request.host}")
+            )
+        else:
+            self.finish("hello\n")
+
+    def head(self) -> None:
+        """The same without a body."""
+        self.get()
+
+
+class LivenessHandler(BaseHandler):
+    """GET /health/liveliness and /health/liveness, as LiteLLM answers them."""
+
+    def get(self) -> None:
+        """Say that the process runs."""
+        self.send_json("I'm alive!")
+
+
+class ReadinessHandler(BaseHandler):
+    """GET /health/readiness: 200 where requests are taken and keys can be kept, 503 otherwise."""
+
+    def get(self) -> None:
+        """Say whether requests are taken."""
+        relay = self.relay
+        ready = not relay.stopping and not relay.store.last_error
+        self.set_status(200 if ready else 503)
+        self.send_json(
+            {
+                "status": "healthy"
+                if ready
+                else "shutting_down"
+                if relay.stopping
+                else "unhealthy",
+                "version": __version__,
+                "store": relay.store.last_error or "writable",
+            }
+        )
+
+
+def log_request(handler: web.RequestHandler) -> None:
+    """Tornado's access log for what is not relayed: without the query, where keys may stand."""
+    request = handler.request
+    level = logging.DEBUG if handler.get_status() < 400 else logging.INFO
+    log.log(
+        level,
+        "- %s %s %d",
+        request.method,
+        printable(request.path),
+        handler.get_status(),
+    )
+
+
+# ─── Stand-in ────────────────────────────────────────────────────────────────────────
+
+MOCK_MODELS = ("claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5")
+MOCK_TOKEN_INTERVAL = 0.02  # seconds between two deltas, about what a model does
+MOCK_MAX_TOKENS = 200  # what an echo is cut down to
+MOCK_ERROR = re.compile(r"mock-error-(4[0-9]{2}|5[0-9]{2})")
+MOCK_CACHE_SIZE = 1000  # prompts whose cached prefix is remembered
+
+
+class MockError(Exception):
+    """An error of the stand-in, in the status and type that Anthropic gives it."""
+
+    def __init__(self, status: int, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+
+
+MOCK_ERROR_TYPES = {
+    **ERROR_TYPES,
+    402: "billing_error",
+    409: "conflict_error",
+    529: "overloaded_error",
+}
+
+
+class MockAnthropic(web.Application):
+    """A stand-in for Anthropic's API, for trying the gateway without a key or a network.
+
+    It echoes what it was asked, counts four characters as a token, and refuses any credential but
+    ``credential``, the one that the gateway is to send as x-api-key. The model ``mock-error-429``
+    (or any other status) is answered with that error.
+    """
+
+    def __init__(self, credential: str) -> None:
+        self.credential = credential
+        self.batches: dict[str, dict[str, Any]] = {}
+        self.results: dict[str, list[dict[str, Any]]] = {}
+        self.files: dict[str, tuple[dict[str, Any], bytes]] = {}
+        self.cached: dict[str, None] = {}
+        batch = r"/v1/messages/batches"
+        super().__init__(
+            [
+                (r"/v1/messages", MockMessages),
+                (r"/v1/messages/count_tokens", MockCountTokens),
+                (batch, MockBatches),
+                (rf"{batch}/([^/]+)", MockBatch),
+                (rf"{batch}/([^/]+)/(cancel|results)", MockBatchAction),
+                (r"/v1/models", MockModels),
+                (r"/v1/models/([^/]+)", MockModels),
+                (r"/v1/files", MockFiles),
+                (r"/v1/files/([^/]+)(/content)?", MockFile),
+            ],
+            default_handler_class=MockHandler,
+            log_function=lambda handler: None,
+        )
+
+
+def mock_id(prefix: str) -> str:
+    """An id that looks like Anthropic's."""
+    return f"{prefix}_01{secrets.token_hex(11)}"
+
+
+def mock_tokens(value: object) -> int:
+    """How many tokens the stand-in counts: one for four characters of JSON."""
+    return max(1, len(json.dumps(value)) // 4)
+
+
+def mock_message(app: MockAnthropic, params: Mapping[str, Any]) -> dict[str, Any]:
+    """A whole message in answer to these parameters. Raises MockError."""
+    model, messages, max_tokens = (
+        params.get("model"),
+        params.get("messages"),
+        params.get("max_tokens"),
+    )
+    if not isinstance(model, str):
+        raise MockError(400, "invalid_request_error", "model: Field required")
+    if not isinstance(max_tokens, int) or max_tokens < 1:
+        raise MockError(400, "invalid_request_error", "max_tokens: Field required")
+    if not isinstance(messages, list) or not messages:
+        raise MockError(
+            400, "invalid_request_error", "messages: at least one message is required"
+        )
+    error = MOCK_ERROR.fullmatch(model)
+    if error:
+        status = int(error[1])
+        raise MockError(
+            status, MOCK_ERROR_TYPES.get(status, "api_error"), "An error, as you asked."
+        )
+    words = f"You said: {mock_text(messages[-1])}".split(" ")[
+        : min(max_tokens, MOCK_MAX_TOKENS)
+    ]
+    return {
+        "id": mock_id("msg"),
+        "type": "message",
+        "role": "assistant",
+        "model": model,
+        "content": [{"type": "text", "text": " ".join(words)}],
+        "stop_reason": "max_tokens" if len(words) == max_tokens else "end_turn",
+        "stop_sequence": None,
+        "usage": mock_usage(app, params, len(words)),
+    }
+
+
+def mock_text(message: object) -> str:
+    """The text of a message, whichever way its content is written."""
+    content = message.get("content") if isinstance(message, dict) else None
+    if isinstance(content, str):
+        return content
+    blocks = content if isinstance(content, list) else []
+    return " ".join(
+        str(block.get("text", "")) for block in blocks if isinstance(block, dict)
+    )
+
+
+def mock_usage(
+    app: MockAnthropic, params: Mapping[str, Any], output: int
+) -> dict[str, Any]:
+    """Usage as Anthropic reports it; a prompt with ``cache_control`` is written to the cache the
+    first time and read from it after that."""
+    total, prefix = (
+        mock_tokens(params.get("messages")),
+        json.dumps([params.get("system"), params.get("tools")]),
+    )
+    marked = "cache_control" in json.dumps(params)
+    cached = mock_tokens(prefix) if marked else 0
+    hit = marked and prefix in app.cached
+    if marked:
+        app.cached[prefix] = None
+        while len(app.cached) > MOCK_CACHE_SIZE:
+            del app.cached[next(iter(app.cached))]
+    written = 0 if hit else cached
+    return {
+        "input_tokens": total,
+        "cache_creation_input_tokens": written,
+        "cache_read_input_tokens": cached if hit else 0,
+        "cache_creation": {
+            "ephemeral_5m_input_tokens": written,
+            "ephemeral_1h_input_tokens": 0,
+        },
+        "output_tokens": output,
+        "service_tier": "standard",
+    }
+
+
+class MockHandler(web.RequestHandler):
+    """What every route of the stand-in shares: the credential's check, ids, errors."""
+
+    @property
+    def app(self) -> MockAnthropic:
+        """The stand-in."""
+        return cast(MockAnthropic, self.application)
+
+    def set_default_headers(self) -> None:
+        """Called by Tornado."""
+        self.request_id = mock_id("req")
+        self.set_header("request-id", self.request_id)
+        self.set_header("Server", "mock")
+
+    def prepare(self) -> None:
+        """Called by Tornado before the handler's method."""
+        if self.request.headers.get_list("x-api-key") != [self.app.credential]:
+            raise MockError(401, "authentication_error", "invalid x-api-key")
+        if type(self) is MockHandler:
+            raise MockError(404, "not_found_error", "Not found")
+
+    def params(self) -> dict[str, Any]:
+        """The body as a JSON object. Raises MockError."""
+        try:
+            body = json.loads(self.request.body)
+        except ValueError:
+            body = None
+        if not isinstance(body, dict):
+            raise MockError(
+                400, "invalid_request_error", "The body is not a JSON object"
+            )
+        return body
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        """Called by Tornado for every exception of a handler."""
+        error = kwargs.get("exc_info", (None, None, None))[1]
+        if not isinstance(error, MockError):
+            error = MockError(
+                status_code, MOCK_ERROR_TYPES.get(status_code, "api_error"), "Error"
+            )
+        self.set_status(error.status, MOCK_ERROR_TYPES.get(error.status, "Error"))
+        if error.status == 429:
+            self.set_header("retry-after", "1")
+        self.finish(
+            {
+                "type": "error",
+                "error": {"type": error.kind, "message": str(error)},
+                "request_id": self.request_id,
+            }
+        )
+
+    def log_exception(self, typ: Any, value: Any, tb: Any) -> None:
+        """Called by Tornado. Errors of the stand-in are meant."""
+        if not isinstance(value, MockError):
+            super().log_exception(typ, value, tb)
+
+    def page(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Answer with a page of rows, as Anthropic's lists are paged."""
+        limit = int(self.get_query_argument("limit", "20"))
+        after = self.get_query_argument("after_id", "")
+        ids = [row["id"] for row in rows]
+        start = ids.index(after) + 1 if after in ids else 0
+        shown = rows[start : start + limit]
+        self.finish(
+            {
+                "data": shown,
+                "has_more": start + limit < len(rows),
+                "first_id": shown[0]["id"] if shown else None,
+                "last_id": shown[-1]["id"] if shown else None,
+            }
+        )
+
+
+class MockMessages(MockHandler):
+    """POST /v1/messages, whole or as a stream."""
+
+    async def post(self) -> None:
+        """Answer a message."""
+        params = self.params()
+        message = mock_message(self.app, params)
+        if params.get("stream") is not True:
+            self.finish(message)
+            return
+        self.set_header("Content-Type", "text/event-stream; charset=utf-8")
+        self.set_header("Cache-Control", "no-cache")
+        text, usage, stop = (
+            message["content"][0]["text"],
+            message["usage"],
+            message["stop_reason"],
+        )
+        started = {
+            **message,
+            "content": [],
+            "stop_reason": None,
+            "usage": {**usage, "output_tokens": 1},
+        }
+        await self.event("message_start", message=started)
+        await self.event(
+            "content_block_start", index=0, content_block={"type": "text", "text": ""}
+        )
+        await self.event("ping")
+        for number, word in enumerate(text.split(" ")):
+            await asyncio.sleep(MOCK_TOKEN_INTERVAL)
+            delta = {"type": "text_delta", "text": word if number == 0 else f" {word}"}
+            await self.event("content_block_delta", index=0, delta=delta)
+        await self.event("content_block_stop", index=0)
+        ended = {"stop_reason": stop, "stop_sequence": None}
+        await self.event(
+            "message_delta",
+            delta=ended,
+            usage={"output_tokens": usage["output_tokens"]},
+        )
+        await self.event("message_stop")
+
+    async def event(self, kind: str, **data: Any) -> None:
+        """Send one event of the stream."""
+        self.write(f"event: {kind}\ndata: {json.dumps({'type': kind, **data})}\n\n")
+        with contextlib.suppress(StreamClosedError):
+            await self.flush()
+
+
+class MockCountTokens(MockHandler):
+    """POST /v1/messages/count_tokens."""
+
+    def post(self) -> None:
+        """Count."""
+        self.finish({"input_tokens": mock_tokens(self.params().get("messages"))})
+
+
+class MockBatches(MockHandler):
+    """POST and GET /v1/messages/batches."""
+
+    def post(self) -> None:
+        """Make a batch; it is worked off at once, and has ended when it is next looked at."""
+        requests = self.params().get("requests")
+        if not isinstance(requests, list) or not requests:
+            raise MockError(
+                400,
+                "invalid_request_error",
+                "requests: at least one request is required",
+            )
+        batch_id, moment = mock_id("msgbatch"), now()
+        self.app.results[batch_id] = [
+            mock_result(self.app, request) for request in requests
+        ]
+        batch = {
+            "id": batch_id,
+            "type": "message_batch",
+            "processing_status": "in_progress",
+            "request_counts": mock_counts(processing=len(requests)),
+            "created_at": iso(moment),
+            "expires_at": iso(moment + timedelta(days=1)),
+            "ended_at": None,
+            "cancel_initiated_at": None,
+            "archived_at": None,
+            "results_url": None,
+        }
+        self.app.batches[batch_id] = batch
+        self.finish(batch)
+
+    def get(self) -> None:
+        """List batches, newest first."""
+        self.page(
+            [
+                mock_ended(self.app, batch)
+                for batch in reversed(self.app.batches.values())
+            ]
+        )
+
+
+def mock_counts(**counts: int) -> dict[str, int]:
+    """A batch's request_counts."""
+    return {
+        "processing": 0,
+        "succeeded": 0,
+        "errored": 0,
+        "canceled": 0,
+        "expired": 0,
+        **counts,
+    }
+
+
+def mock_result(app: MockAnthropic, request: Mapping[str, Any]) -> dict[str, Any]:
+    """One line of a batch's results."""
+    try:
+        result: dict[str, Any] = {
+            "type": "succeeded",
+            "message": mock_message(app, request["params"]),
+        }
+    except MockError as error:
+        shape = {"type": "error", "error": {"type": error.kind, "message": str(error)}}
+        result = {"type": "errored", "error": shape}
+    return {"custom_id": request["custom_id"], "result": result}
+
+
+def mock_ended(app: MockAnthropic, batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch, ended, with its results at Anthropic's own absolute URL."""
+    kinds = [line["result"]["type"] for line in app.results[batch["id"]]]
+    counts = mock_counts(
+        succeeded=kinds.count("succeeded"), errored=kinds.count("errored")
+    )
+    batch["processing_status"], batch["request_counts"] = "ended", counts
+    batch["ended_at"] = batch["ended_at"] or iso(now())
+    batch["results_url"] = f"{ANTHROPIC_API}/v1/messages/batches/{batch['id']}/results"
+    return batch
+
+
+class MockBatch(MockHandler):
+    """GET and DELETE /v1/messages/batches/{id}."""
+
+    def get(self, batch_id: str) -> None:
+        """Retrieve a batch."""
+        self.finish(mock_ended(self.app, self.batch(batch_id)))
+
+    def delete(self, batch_id: str) -> None:
+        """Delete a batch."""
+        self.batch(batch_id)
+        del self.app.batches[batch_id], self.app.results[batch_id]
+        self.finish({"id": batch_id, "type": "message_batch_deleted"})
+
+    def batch(self, batch_id: str) -> dict[str, Any]:
+        """The batch of that id. Raises MockError."""
+        if batch_id not in self.app.batches:
+            raise MockError(404, "not_found_error", "batch not found")
+        return self.app.batches[batch_id]
+
+
+class MockBatchAction(MockBatch):
+    """POST …/{id}/cancel and GET …/{id}/results."""
+
+    def post(self, batch_id: str, action: str) -> None:
+        """Cancel a batch."""
+        batch = self.batch(batch_id)
+        batch["cancel_initiated_at"] = iso(now())
+        self.finish({**batch, "processing_status": "canceling"})
+
+    def get(self, batch_id: str, action: str) -> None:  # type: ignore[override]
+        """Stream the results as JSONL."""
+        mock_ended(self.app, self.batch(batch_id))
+        self.set_header("Content-Type", "application/x-jsonl")
+        self.finish(
+            "".join(json.dumps(line) + "\n" for line in self.app.results[batch_id])
+        )
+
+
+class MockModels(MockHandler):
+    """GET /v1/models and /v1/models/{id}."""
+
+    def get(self, model_id: str = "") -> None:
+        """List models, or describe one."""
+        models = [
+            {
+                "type": "model",
+                "id": name,
+                "display_name": name,
+                "created_at": "2026-01-01T00:00:00Z",
+            }
+            for name in MOCK_MODELS
+        ]
+        if not model_id:
+            self.page(models)
+            return
+        found = [model for model in models if model["id"] == model_id]
+        if not found:
+            raise MockError(404, "not_found_error", f"model: {model_id}")
+        self.finish(found[0])
+
+
+class MockFiles(MockHandler):
+    """POST and GET /v1/files; files are kept in memory."""
+
+    def post(self) -> None:
+        """Take a file."""
+        uploads = self.request.files.get("file")
+        if not uploads:
+            raise MockError(400, "invalid_request_error", "file: Field required")
+        upload = uploads[0]
+        described = {
+            "id": mock_id("file"),
+            "type": "file",
+            "filename": upload["filename"],
+            "mime_type": upload["content_type"],
+            "size_bytes": len(upload["body"]),
+            "created_at": iso(now()),
+            "downloadable": True,
+        }
+        self.app.files[described["id"]] = described, upload["body"]
+        self.finish(described)
+
+    def get(self) -> None:
+        """List files."""
+        self.page([described for described, _ in self.app.files.values()])
+
+
+class MockFile(MockHandler):
+    """GET and DELETE /v1/files/{id}, GET /v1/files/{id}/content."""
+
+    def get(self, file_id: str, content: str | None) -> None:
+        """Describe a file, or send its bytes."""
+        described, data = self.file(file_id)
+        if not content:
+            self.finish(described)
+            return
+        self.set_header("Content-Type", described["mime_type"])
+        self.finish(data)
+
+    def delete(self, file_id: str, content: str | None) -> None:
+        """Delete a file."""
+        self.file(file_id)
+        del self.app.files[file_id]
+        self.finish({"id": file_id, "type": "file_deleted"})
+
+    def file(self, file_id: str) -> tuple[dict[str, Any], bytes]:
+        """The file of that id. Raises MockError."""
+        if file_id not in self.app.files:
+            raise MockError(404, "not_found_error", "file not found")
+        return self.app.files[file_id]
+
+
+# ─── Main ────────────────────────────────────────────────────────────────────────────
+
+USAGE_ERROR = 2  # exit status for a start that cannot be
+DRAIN_PROGRESS = 5.0  # seconds between two lines about what a stop waits for
+LOOPBACK = ("127.0.0.1", "::1")
+
+
+def make_app(settings: Settings) -> web.Application:
+    """The Tornado application for what is not relayed; ``settings["relay"]`` is the `Relay`.
+
+    Call it from a running loop. Raises SettingsError where the keys file cannot be used.
+    """
+    store = KeyStore(settings.keys)
+    client = UpstreamClient(
+        force_instance=True,
+        connect_timeout=settings.connect_timeout,
+        idle_timeout=settings.idle_timeout,
+    )
+    relay = Relay(settings, store, Admission(settings, store), client)
+    hello = "|".join(re.escape(path) for path in HELLO_PATHS)
+    return web.Application(
+        [
+            (rf"(?:{hello})", HelloHandler),
+            (r"/health/(?:liveliness|liveness)", LivenessHandler),
+            (r"/health/readiness", ReadinessHandler),
+            (r"/key/generate", GenerateHandler),
+            (r"/key/update", UpdateHandler),
+            (r"/key/delete", DeleteHandler),
+            (r"/key/block", BlockHandler, {"blocked": True}),
+            (r"/key/unblock", BlockHandler, {"blocked": False}),
+            (r"/key/regenerate", RegenerateHandler),
+            (r"/key/([^/]+)/regenerate", RegenerateHandler),
+            (r"/key/info", InfoHandler),
+            (r"/key/list", ListHandler),
+        ],
+        default_handler_class=NotFoundHandler,
+        log_function=log_request,
+        relay=relay,
+    )
+
+
+def bind(settings: Settings, *, loopback: bool) -> list[socket.socket]:
+    """Listening sockets, on loopback where ``--address`` does not say otherwise. Raises SettingsError."""
+    try:
+        if settings.address or not loopback:
+            return bind_sockets(settings.port, settings.address or None)
+        sockets = bind_sockets(settings.port, LOOPBACK[0])
+        with contextlib.suppress(OSError):  # a machine without IPv6
+            sockets += bind_sockets(sockets[0].getsockname()[1], LOOPBACK[1])
+        return sockets
+    except OSError as error:
+        where = f"{settings.address or 'port'} {settings.port}".strip()
+        raise SettingsError(f"cannot listen on {where}: {error.strerror}") from None
+
+
+def announce(settings: Settings, relay: Relay, port: int) -> None:
+    """Print where it listens and relays to, what it lets in, and what a user pastes to connect."""
+    admission, keys = relay.admission, sum(1 for _ in relay.store.live())
+    address = settings.address or (LOOPBACK[0] if admission.is_open else "")
+    shown = f"[{address}]" if ":" in address else address
+    url = f"http://{shown if address not in ('', '0.0.0.0', '::') else LOOPBACK[0]}:{port}"
+    lines = [
+        f"gateway {__version__} listening on {url}{'' if address else ' and every other address'}"
+    ]
+    upstream = (
+        "the built-in stand-in"
+        if settings.api_key.startswith(MOCK_CREDENTIAL)
+        else settings.upstream
+    )
+    lines.append(f"relaying to {upstream}")
+    if settings.real_credential is None:
+        lines.append(
+            "! no ANTHROPIC_API_KEY is set: only callers with an sk-ant-… of their own get through"
+        )
+    if admission.is_open:
+        lines.append(
+            "! no master key is set and there are no virtual keys: open to all who reach it"
+        )
+    else:
+        lines.append(f"virtual keys are required ({keys} in {settings.keys})")
+    if not admission.has_master:
+        lines.append("! no GATEWAY_MASTER_KEY is set: /key/* is closed")
+    elif (
+        settings.master_key in WEAK_MASTER_KEYS
+        or len(settings.master_key) < MIN_MASTER_KEY_LENGTH
+    ):
+        lines.append(
+            "! the master key is weak: take 16 characters or more that nobody can guess"
+        )
+    lines += [
+        "connect with",
+        f"  export ANTHROPIC_BASE_URL={url}/anthropic",
+        f"  export ANTHROPIC_AUTH_TOKEN={'anything' if admission.is_open else '<a virtual key>'}",
+    ]
+    print("\n".join(lines), flush=True)
+
+
+MOCK_CREDENTIAL = "sk-ant-mock-"
+
+
+def start_mock(settings: Settings) -> Settings:
+    """Start the stand-in on a free loopback port and return settings that relay to it."""
+    credential = MOCK_CREDENTIAL + secrets.token_urlsafe(KEY_BYTES)
+    sockets = bind_sockets(0, LOOPBACK[0])
+    server = HTTPServer(
+        MockAnthropic(credential),
+        max_body_size=MAX_BODY_SIZE,
+        max_buffer_size=MAX_BODY_SIZE,
+    )
+    server.add_sockets(sockets)
+    upstream = f"http://{LOOPBACK[0]}:{sockets[0].getsockname()[1]}"
+    return dataclasses.replace(
+        settings, upstream=upstream, api_key=credential, auth_token=""
+    )
+
+
+async def serve(settings: Settings) -> None:
+    """Run until SIGTERM or SIGINT. Raises SettingsError where it cannot start."""
+    if settings.upstream == MOCK_UPSTREAM:
+        settings = start_mock(settings)
+    application = make_app(settings)
+    relay: Relay = application.settings["relay"]
+    server = GatewayServer(relay, application)
+    sockets = bind(settings, loopback=relay.admission.is_open)
+    await server.add_sockets(sockets)
+    stops: asyncio.Queue[None] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stops.put_nowait, None)
+    loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(reload(relay)))
+    announce(settings, relay, sockets[0].getsockname()[1])
+    await stops.get()
+    await stop(relay, server, stops)
+
+
+async def reload(relay: Relay) -> None:
+    """Read the keys file again (SIGHUP); a bad one changes nothing."""
+    try:
+        await relay.store.reload()
+        log.info("keys read again: %d", sum(1 for _ in relay.store.live()))
+    except (SettingsError, OSError) as error:
+        log.error("keys not read again: %s", error)
+
+
+async def stop(relay: Relay, server: GatewayServer, stops: asyncio.Queue[None]) -> None:
+    """Take no more requests, let those under way end, break what is left. A second signal hurries."""
+    relay.stopping = True
+    server.stop()
+    hurry = asyncio.create_task(stops.get())
+    deadline = relay.client.time() + relay.settings.drain_timeout
+    while (
+        relay.active
+        and not hurry.done()
+        and (left := deadline - relay.client.time()) > 0
+    ):
+        log.info(
+            "stopping: %d requests under way, %.0f s left", len(relay.active), left
+        )
+        drained = asyncio.create_task(relay.idle.wait())
+        await asyncio.wait(
+            {hurry, drained},
+            timeout=min(left, DRAIN_PROGRESS),
+            return_when=asyncio.FIRST_COMPLETED,
+        )
+        drained.cancel()
+    hurry.cancel()
+    server.close_all_connections()
+    await asyncio.sleep(0)  # the connections' ends reach their handlers
+    relay.client.close()
+    relay.store.close()
+    log.info("stopped")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the gateway with these arguments, by default the command line's. Ends the process."""
+    try:
+        settings = read_settings(
+            sys.argv[1:] if arguments is None else arguments, os.environ
+        )
+        raise_file_limit()
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+            runner.run(serve(settings))
+    except SettingsError as error:
+        sys.stderr.write(f"gateway: {error}\n")
+        sys.exit(USAGE_ERROR)
+
+
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's event loop where it is installed; asyncio's own otherwise."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return cast("Callable[[], asyncio.AbstractEventLoop]", uvloop.new_event_loop)
+
+
+def raise_file_limit() -> None:
+    """Take as many open files as the system allows: each stream holds two sockets."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+if __name__ == "__main__":
+    main()
