@@ -262,16 +262,17 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
 def parse_arguments(arguments: Sequence[str]) -> None:
     """Hand the arguments to tornado.options one by one, so that an error can name its own."""
     for argument in arguments:
+        name = argument.lstrip("-").partition("=")[0]
+        if not argument.startswith("-") or name not in (*options, "help"):
+            raise SettingsError(f"{argument}: not an option (--help lists them)")
         try:
-            rest = options.parse_command_line(["gateway.py", argument], final=False)
+            options.parse_command_line(["gateway.py", argument], final=False)
         except OptionError as error:
             raise SettingsError(
                 f"{argument}: {error} (--help lists the options)"
             ) from None
         except ValueError:
             raise SettingsError(f"{argument}: the value is not a number") from None
-        if rest:
-            raise SettingsError(f"{argument}: not an option (--help lists them)")
 
 
 # ─── Errors ──────────────────────────────────────────────────────────────────────────
@@ -677,8 +678,7 @@ class KeyStore:
         except OSError as error:
             raise SettingsError(f"{self.path}: {error.strerror}") from None
         try:
-            with open(descriptor, "rb", closefd=False) as file:
-                keys = parse_store(file.read(), str(self.path))
+            keys = parse_store(read_whole(descriptor), str(self.path))
         except BaseException:
             if descriptor != self._lock:
                 os.close(descriptor)
@@ -722,6 +722,15 @@ class KeyStore:
                 self.path,
                 error.strerror,
             )
+
+
+def read_whole(descriptor: int) -> bytes:
+    """What an open file holds. Raises SettingsError."""
+    try:
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    except OSError as error:
+        raise SettingsError(f"the keys file cannot be read: {error.strerror}") from None
 
 
 def store_line(hashed: str, record: VirtualKey) -> bytes:
@@ -1364,7 +1373,7 @@ class Exchange:
         try:
             async with asyncio.timeout(self.connect_timeout):
                 connection = await self.client.connect(self.origin)
-        except (OSError, StreamClosedError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the caller must hear
             self._connecting = None
             self._fail(connect_failure(error, self.connect_timeout))
             return
@@ -1420,12 +1429,11 @@ def connect_failure(error: BaseException, timeout: float) -> UpstreamError:
         return UpstreamError(
             "The upstream closed the connection while it was being opened."
         )
-    reason = (
-        error.strerror
-        if isinstance(error, OSError) and error.strerror
-        else "no connection"
-    )
-    return UpstreamError(f"The upstream cannot be reached: {reason}.")
+    if isinstance(error, OSError) and error.strerror:
+        return UpstreamError(f"The upstream cannot be reached: {error.strerror}.")
+    if not isinstance(error, StreamClosedError):
+        log.error("connecting upstream failed", exc_info=error)
+    return UpstreamError("The upstream cannot be reached.")
 
 
 class UpstreamConnection(asyncio.Protocol):
@@ -1914,6 +1922,7 @@ JSON_BODY_LIMIT = (
 DISCARD_LIMIT = (
     32 * MIB
 )  # how much of a refused request's body is read, so that its answer arrives
+LINGER_TIMEOUT = 5.0  # seconds for a client to read its answer before the socket closes
 OWN_BODY_LIMIT = 1 * MIB  # a request to the gateway itself
 BACKLOG = 4096  # connections that the kernel holds until they are accepted; it caps this at somaxconn
 PIPELINE_LIMIT = (
@@ -2487,6 +2496,7 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
 
     transport: asyncio.Transport
     context: ClientContext
+    descriptor: int
 
     def __init__(self, server: GatewayServer) -> None:
         self.server = server
@@ -2498,6 +2508,7 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
         self._discarded = 0
         self._close_after = False
         self._lost = False
+        self._lingering = False
         self._close_callback: Callable[[], None] | None = None
 
     # asyncio.Protocol
@@ -2507,10 +2518,13 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
         self.transport = cast(asyncio.Transport, transport)
         self.transport.set_write_buffer_limits(high=WRITE_HIGH_WATER)
         self.context = ClientContext(self.transport)
+        self.descriptor = transport.get_extra_info("socket").fileno()
         self.server.connections.add(self)
 
     def data_received(self, data: bytes) -> None:
         """Called by asyncio."""
+        if self._lingering:
+            return
         if self._body is not None:
             self._feed(data)
             return
@@ -2528,6 +2542,7 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
     def connection_lost(self, error: Exception | None) -> None:
         """Called by asyncio."""
         self._lost = True
+        self.server.hangups.forget(self)
         self.server.connections.discard(self)
         delegate, self._delegate = self._delegate, None
         callback, self._close_callback = self._close_callback, None
@@ -2554,14 +2569,20 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
             self.transport.write(data)
 
     def pause_reading(self) -> None:
-        """Take nothing more from the client for now."""
+        """Take nothing more from the client for now, but notice if it leaves."""
         if not self._lost:
             self.transport.pause_reading()
+            self.server.hangups.watch(self)
 
     def resume_reading(self) -> None:
         """Take from the client again."""
         if not self._lost:
+            self.server.hangups.forget(self)
             self.transport.resume_reading()
+
+    def hung_up(self) -> None:
+        """Called by `HangupWatch`."""
+        self.transport.abort()
 
     def connection_fields(self, *, delimited: bool) -> Fields:
         """The Connection field of a response, if it needs one (RFC 9112 section 9.3).
@@ -2603,16 +2624,12 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
         """The response is written. The next request follows once this one's body has been read."""
         self._response_done = True
         self._close_callback = None
-        if (
-            self._body is not None
-            and self.request is not None
-            and self.request.get("expect")
-        ):
-            self._close_after = (
-                True  # the body may never come (RFC 9110 section 10.1.1)
-            )
         self.resume_reading()
-        self._turn()
+        request = self.request
+        if self._body is not None and request is not None and request.get("expect"):
+            self._linger()  # the body may never come (RFC 9110 section 10.1.1)
+        else:
+            self._turn()
 
     def break_off(self) -> None:
         """End the connection so that nobody takes the response for complete."""
@@ -2722,7 +2739,7 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
     def _discard(self, size: int) -> None:
         self._discarded += size
         if self._discarded > DISCARD_LIMIT:
-            self._close()
+            self._linger()
 
     def _turn(self) -> None:
         """Make ready for the next request, once both the response and the request's body are over."""
@@ -2757,7 +2774,19 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
                 APIError(error.status, f"Malformed request: {error}."),
                 str(uuid.uuid4()),
             )
-        self._close()
+        self._linger()
+
+    def _linger(self) -> None:
+        """Close so that the answer still arrives: data that meets a closed socket is answered with
+        a reset, which throws away what the client has not read yet (RFC 9112 section 9.6)."""
+        if self._lost or self._lingering:
+            return
+        self._lingering = True
+        if not self.transport.can_write_eof():  # TLS knows no half-closed connection
+            self.transport.close()
+            return
+        self.transport.write_eof()
+        asyncio.get_running_loop().call_later(LINGER_TIMEOUT, self.transport.close)
 
     def _close(self) -> None:
         if not self._lost:
@@ -2831,6 +2860,51 @@ class ApplicationDelegate:
         self.connection.response_done()
 
 
+class HangupWatch:
+    """Notices that a client has left while nothing is read from it.
+
+    asyncio sees the end of a connection only by reading. This asks the kernel for the
+    event itself (EPOLLRDHUP; nginx does the same), through an epoll that the loop reads.
+    Where there is no epoll, such a client is noticed when it is read from again.
+    """
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll() if hasattr(select, "epoll") else None
+        self._watched: dict[int, ClientConnection] = {}
+        if self._epoll is not None:
+            loop = asyncio.get_running_loop()
+            loop.add_reader(self._epoll.fileno(), self._hung_up)
+
+    def watch(self, connection: ClientConnection) -> None:
+        """Call the connection's ``hung_up`` once the peer has closed or reset."""
+        descriptor = connection.descriptor
+        if self._epoll is not None and descriptor not in self._watched:
+            self._watched[descriptor] = connection
+            self._epoll.register(descriptor, select.EPOLLRDHUP | select.EPOLLONESHOT)
+
+    def forget(self, connection: ClientConnection) -> None:
+        """Watch no longer."""
+        if self._watched.pop(connection.descriptor, None) is not None:
+            assert self._epoll is not None
+            with contextlib.suppress(
+                OSError
+            ):  # closing a socket takes it out of an epoll
+                self._epoll.unregister(connection.descriptor)
+
+    def close(self) -> None:
+        """Free the epoll."""
+        if self._epoll is not None:
+            asyncio.get_running_loop().remove_reader(self._epoll.fileno())
+            self._epoll.close()
+
+    def _hung_up(self) -> None:
+        assert self._epoll is not None
+        for descriptor, _ in self._epoll.poll(0):
+            connection = self._watched.get(descriptor)
+            if connection is not None:
+                connection.hung_up()
+
+
 class GatewayServer:
     """Listens, and finds the delegate of each request: the relay or the Tornado application."""
 
@@ -2838,6 +2912,7 @@ class GatewayServer:
         self.relay = relay
         self.application = application
         self.connections: set[ClientConnection] = set()
+        self.hangups = HangupWatch()
         self._servers: list[asyncio.Server] = []
 
     @property
@@ -2876,6 +2951,10 @@ class GatewayServer:
         """Break what is left."""
         for connection in list(self.connections):
             connection.transport.abort()
+
+    def close(self) -> None:
+        """Free what the server holds beside its connections."""
+        self.hangups.close()
 
 
 # ─── Management ──────────────────────────────────────────────────────────────────────
@@ -4032,6 +4111,7 @@ async def stop(relay: Relay, server: GatewayServer, stops: asyncio.Queue[None]) 
     await asyncio.sleep(0)  # the connections' ends reach their handlers
     relay.client.close()
     relay.store.close()
+    server.close()
     log.info("stopped")
 
 

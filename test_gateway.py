@@ -1,0 +1,3150 @@
+"""Tests of the gateway: through real sockets, against a process started as a user would.
+
+The upstream is a raw stand-in in this file, which can be made to fail in any way, or the
+gateway's own `MockAnthropic` where nothing has to fail.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import gzip
+import hashlib
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import ssl
+import stat
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Self
+
+import anthropic
+import httpx2
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import gateway
+
+GATEWAY = Path(gateway.__file__)
+REAL_KEY = "sk-ant-real-0123456789-0123456789"
+MASTER_KEY = "sk-master-0123456789abcdef"
+MIB = 1024 * 1024
+PATIENCE = 10  # seconds until a wait for something that must happen is given up
+
+gen_test = pytest.mark.gen_test(timeout=30)
+
+
+# ─── Helpers: the gateway as a process ────────────────────────────────────────────────
+
+
+@dataclass
+class Process:
+    """A running gateway."""
+
+    popen: subprocess.Popen[str]
+    port: int
+    banner: str
+    folder: Path
+    log_path: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def keys(self) -> Path:
+        return self.folder / "keys.json"
+
+    @property
+    def log(self) -> str:
+        return self.log_path.read_text()
+
+    def memory(self) -> int:
+        """Resident memory, bytes."""
+        status = Path(f"/proc/{self.popen.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) * 1024
+
+    def peak_memory(self) -> int:
+        """The highest resident memory so far, bytes."""
+        status = Path(f"/proc/{self.popen.pid}/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+
+    def descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self.popen.pid}/fd"))
+
+    def manage(
+        self, path: str, body: Any = None, key: str = MASTER_KEY
+    ) -> httpx2.Response:
+        """Call /key/…: POST with a body, GET without."""
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        if body is None:
+            return httpx2.get(self.url + path, headers=headers)
+        return httpx2.post(self.url + path, headers=headers, json=body)
+
+    def new_key(self, **fields: Any) -> str:
+        answer = self.manage("/key/generate", fields)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["key"]
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.popen.send_signal(number)
+        return self.popen.wait(PATIENCE)
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """This process's environment without what would steer the gateway."""
+    unset = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_BASE")
+    unset += ("GATEWAY_MASTER_KEY", "LITELLM_MASTER_KEY", "ANTHROPIC_BASE_URL")
+    kept = {name: value for name, value in os.environ.items() if name not in unset}
+    return {**kept, **variables}
+
+
+DEFAULT_VARIABLES = {"ANTHROPIC_API_KEY": REAL_KEY, "GATEWAY_MASTER_KEY": MASTER_KEY}
+
+
+class Starter:
+    """Starts gateways in a folder and ends them after the test."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.started: list[Process] = []
+
+    def __call__(
+        self,
+        upstream: str = "mock",
+        *options: str,
+        variables: dict[str, str] | None = None,
+        program: list[str] | None = None,
+        folder: Path | None = None,
+    ) -> Process:
+        folder = folder or self.folder
+        log_path = folder / f"log-{len(self.started)}.txt"
+        with log_path.open("w") as log:
+            popen = subprocess.Popen(
+                [
+                    *(program or [sys.executable, str(GATEWAY)]),
+                    "--port=0",
+                    f"--upstream={upstream}",
+                    *options,
+                ],
+                cwd=folder,
+                env=environment(
+                    **(DEFAULT_VARIABLES if variables is None else variables)
+                ),
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        banner = ""
+        assert popen.stdout is not None
+        for line in popen.stdout:
+            banner += line
+            if "ANTHROPIC_AUTH_TOKEN" in line:
+                break
+        found = re.search(r"listening on http://[^ ]*:(\d+)", banner)
+        assert found, f"did not start: {banner}{log_path.read_text()}"
+        process = Process(popen, int(found[1]), banner, folder, log_path)
+        self.started.append(process)
+        return process
+
+    def close(self) -> None:
+        for process in self.started:
+            if process.popen.poll() is None:
+                process.popen.kill()
+            process.popen.wait(PATIENCE)
+            process.popen.stdout.close()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Starter]:
+    starter = Starter(tmp_path)
+    yield starter
+    starter.close()
+
+
+@pytest.fixture(scope="module")
+def mocked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """One gateway in front of the built-in stand-in, for all tests that break nothing."""
+    starter = Starter(tmp_path_factory.mktemp("mocked"))
+    yield starter("mock")
+    starter.close()
+
+
+@pytest.fixture(scope="module")
+def virtual_key(mocked: Process) -> str:
+    return mocked.new_key(key_alias="shared by the module")
+
+
+def failed_start(folder: Path, *options: str, **variables: str) -> str:
+    """Start a gateway that must not start; its one line."""
+    done = subprocess.run(
+        [sys.executable, str(GATEWAY), *options],
+        cwd=folder,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 2, done
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr, done.stderr
+    return done.stderr
+
+
+# ─── Helpers: a raw upstream and a raw client ─────────────────────────────────────────
+
+
+async def until(condition: Callable[[], Any], seconds: float = PATIENCE) -> None:
+    """Wait until a condition holds; fail if it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        await asyncio.sleep(0.005)
+
+
+@dataclass
+class Arrived:
+    """A request as it arrived at the raw upstream."""
+
+    head: bytes
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    body: bytes = b""
+    closed_at: float = 0.0
+
+    @property
+    def start_line(self) -> str:
+        return self.head.split(b"\r\n")[0].decode("latin-1")
+
+    @property
+    def target(self) -> str:
+        return self.start_line.split(" ")[1]
+
+    @property
+    def fields(self) -> list[tuple[str, str]]:
+        lines = self.head.decode("latin-1").split("\r\n")[1:-2]
+        return [tuple(line.split(": ", 1)) for line in lines]
+
+    def field(self, name: str) -> list[str]:
+        return [v for n, v in self.fields if n.lower() == name.lower()]
+
+    async def read_body(self) -> bytes:
+        if self.field("content-length"):
+            self.body = await self.reader.readexactly(
+                int(self.field("content-length")[0])
+            )
+        elif self.field("transfer-encoding"):
+            self.body = await read_chunked(self.reader)
+        return self.body
+
+    async def send(self, data: bytes) -> None:
+        self.writer.write(data)
+        await self.writer.drain()
+
+    async def answer(
+        self, body: bytes = b"{}", status: str = "200 OK", *fields: str
+    ) -> None:
+        lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", *fields, "\r\n"]
+        if self.start_line.startswith("HEAD "):
+            body = b""
+        await self.send("\r\n".join(lines).encode("latin-1") + body)
+
+    async def gone(self) -> float:
+        """Wait until the gateway closes this connection; when that was."""
+        with contextlib.suppress(ConnectionError):
+            while await self.reader.read(65536):
+                pass
+        return time.monotonic()
+
+
+async def read_chunked(reader: asyncio.StreamReader) -> bytes:
+    body = b""
+    while size := int((await reader.readline()).split(b";")[0], 16):
+        body += await reader.readexactly(size)
+        assert await reader.readexactly(2) == b"\r\n"
+    assert await reader.readline() == b"\r\n"
+    return body
+
+
+Script = Callable[[Arrived], Awaitable[None]]
+
+
+@dataclass
+class Upstream:
+    """A raw HTTP server whose script says what it does with each request."""
+
+    script: Script
+    port: int = 0
+    arrived: list[Arrived] = field(default_factory=list)
+    connections: int = 0
+    scheme: str = "http"
+
+    @property
+    def url(self) -> str:
+        return f"{self.scheme}://localhost:{self.port}"
+
+    async def serve(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self.connections += 1
+        try:
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                request = Arrived(head, reader, writer)
+                self.arrived.append(request)
+                await self.script(request)
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            pass
+        finally:
+            writer.close()
+
+
+@contextlib.asynccontextmanager
+async def upstream(script: Script, **kwargs: Any) -> AsyncIterator[Upstream]:
+    serving = Upstream(script)
+    tasks: set[asyncio.Task[None]] = set()
+
+    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(serving.serve(reader, writer))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0, limit=4 * MIB, **kwargs)
+    serving.port = server.sockets[0].getsockname()[1]
+    serving.scheme = "https" if kwargs.get("ssl") else "http"
+    try:
+        yield serving
+    finally:
+        server.close()
+        for task in list(tasks):
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def echo(request: Arrived) -> None:
+    """Answer with what arrived, as JSON."""
+    body = await request.read_body()
+    told = {
+        "start_line": request.start_line,
+        "fields": request.fields,
+        "body": hashlib.sha256(body).hexdigest(),
+        "size": len(body),
+    }
+    await request.answer(
+        json.dumps(told).encode(), "200 OK", "Content-Type: application/json"
+    )
+
+
+@dataclass
+class Response:
+    """A raw response as it reached a client."""
+
+    head: bytes
+    body: bytes
+    clean: bool = True
+    informational: list[bytes] = field(default_factory=list)
+
+    @property
+    def status(self) -> int:
+        return int(self.head.split(b" ", 2)[1])
+
+    @property
+    def reason(self) -> str:
+        return self.head.split(b"\r\n")[0].split(b" ", 2)[2].decode("latin-1")
+
+    def field(self, name: str) -> list[str]:
+        lines = self.head.decode("latin-1").split("\r\n")[1:-2]
+        pairs = [line.split(": ", 1) for line in lines]
+        return [pair[1] for pair in pairs if pair[0].lower() == name.lower()]
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> dict[str, str]:
+        """The Anthropic error in the body; also checks the envelope."""
+        document = self.json()
+        assert document["type"] == "error" and document["request_id"]
+        assert [document["request_id"]] == self.field("request-id")
+        return document["error"]
+
+
+class Client:
+    """A raw HTTP/1.1 client on one connection."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+
+    async def __aenter__(self) -> Self:
+        self.reader, self.writer = await asyncio.open_connection(
+            "127.0.0.1", self.port, limit=4 * MIB
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.writer.close()
+
+    def request(
+        self, start: str, *fields: str, body: bytes | None = None, key: str = ""
+    ) -> None:
+        lines = [f"{start} HTTP/1.1", "Host: gateway", *fields]
+        if key:
+            lines.append(f"x-api-key: {key}")
+        if body is not None and "content-length" not in "".join(fields).lower():
+            lines.append(f"Content-Length: {len(body)}")
+        self.send("\r\n".join([*lines, "\r\n"]).encode("latin-1") + (body or b""))
+
+    def send(self, data: bytes) -> None:
+        self.writer.write(data)
+
+    async def head(self) -> bytes:
+        return await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), PATIENCE)
+
+    async def response(self, method: str = "GET") -> Response:
+        informational = []
+        while (head := await self.head()).split(b" ")[1].startswith(b"1"):
+            informational.append(head)
+        response = Response(head, b"", informational=informational)
+        if method == "HEAD" or response.status in (204, 304):
+            return response
+        with contextlib.suppress(ConnectionError):
+            try:
+                async with asyncio.timeout(PATIENCE):
+                    response.body = await self.read_body(response)
+                return response
+            except (asyncio.IncompleteReadError, ValueError):
+                pass
+        response.clean = False
+        return response
+
+    async def read_body(self, response: Response) -> bytes:
+        if response.field("content-length"):
+            return await self.reader.readexactly(
+                int(response.field("content-length")[0])
+            )
+        if response.field("transfer-encoding"):
+            return await read_chunked(self.reader)
+        return await self.reader.read()
+
+    def reset(self) -> None:
+        """Close with a TCP reset."""
+        linger = struct.pack("ii", 1, 0)
+        client = self.writer.get_extra_info("socket")
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self.writer.transport.abort()
+
+
+async def ask(port: int, start: str, *fields: str, **kwargs: Any) -> Response:
+    """One request on a connection of its own."""
+    async with Client(port) as client:
+        client.request(start, *fields, **kwargs)
+        return await client.response(start.split(" ")[0])
+
+
+MESSAGE = {
+    "model": "claude-sonnet-5-5",
+    "max_tokens": 64,
+    "messages": [{"role": "user", "content": "Hello, world"}],
+}
+
+
+# ─── Grammar, apart from I/O ─────────────────────────────────────────────────────────
+
+
+def feed_in_parts(length: int, parts: list[bytes]) -> tuple[bytes, bytes, bool]:
+    body, payload, behind = gateway.Body(length), b"", b""
+    for part in parts:
+        if body.complete:
+            behind += part
+            continue
+        taken, rest = body.feed(part)
+        payload += taken
+        behind += rest
+    return payload, behind, body.complete
+
+
+def split_at(data: bytes, cuts: list[int]) -> list[bytes]:
+    edges = [0, *sorted(cut % (len(data) + 1) for cut in cuts), len(data)]
+    return [data[a:b] for a, b in itertools.pairwise(edges)]
+
+
+CUTS = st.lists(st.integers(min_value=0), max_size=12)
+
+
+@given(chunks=st.lists(st.binary(min_size=1, max_size=40), max_size=8), cuts=CUTS)
+def test_chunked_bodies_read_the_same_however_they_are_split(
+    chunks: list[bytes], cuts: list[int]
+) -> None:
+    wire = b"".join(b"%X;ext=1\r\n%b\r\n" % (len(c), c) for c in chunks)
+    wire += b"0\r\nTrailer: x\r\n\r\nbehind"
+    payload, behind, complete = feed_in_parts(gateway.CHUNKED, split_at(wire, cuts))
+    assert (payload, behind, complete) == (b"".join(chunks), b"behind", True)
+
+
+@given(data=st.binary(max_size=60), cuts=CUTS)
+def test_fixed_bodies_read_the_same_however_they_are_split(
+    data: bytes, cuts: list[int]
+) -> None:
+    payload, behind, complete = feed_in_parts(
+        len(data), split_at(data + b"behind", cuts)
+    )
+    assert (payload, behind, complete) == (data, b"behind", True)
+
+
+@pytest.mark.parametrize(
+    "wire",
+    [
+        b"+5\r\nhello\r\n0\r\n\r\n",
+        b"0x5\r\nhello\r\n0\r\n\r\n",
+        b"5_0\r\n",
+        b" 5\r\nhello\r\n",
+        b"5 \r\nhello\r\n",
+        b"-1\r\n",
+        b"5\nhello\r\n",
+        b"5\r\nhelloX\r\n",
+        b"5\r\nhello\n0\r\n",
+        b"\r\n",
+        b"5;a=\x01\r\nhello",
+        b"5;a=b\rc\r\nhello",
+        b"fffffffffffffffff\r\n",
+        b"5" * 2000,
+        b"0\r\nbad trailer\r\n\r\n",
+        b"0\r\n" + b"a: b\r\n" * 5000,
+    ],
+)
+def test_malformed_chunks_are_refused(wire: bytes) -> None:
+    for parts in ([wire], [wire[i : i + 1] for i in range(len(wire))]):
+        with pytest.raises(gateway.ProtocolError):
+            feed_in_parts(gateway.CHUNKED, parts)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nTransfer-Encoding: chunked",
+        b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 6",
+        b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 5",
+        b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 5, 5",
+        b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: +5",
+        b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 5 5",
+        "GET / HTTP/1.1\r\nHost: a\r\nContent-Length: ²".encode("latin-1"),
+        b"GET / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: identity",
+        b"GET / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip, chunked",
+        b"GET / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked",
+        b"GET / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding:\x0bchunked",
+        b"GET / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding : chunked",
+        b"GET / HTTP/1.0\r\nTransfer-Encoding: chunked",
+        b"GET / HTTP/1.1\r\nHost: a\r\nX: a\r\n b",
+        b"GET / HTTP/1.1\r\nHost: a\r\nX: a\rb",
+        b"GET / HTTP/1.1\r\nHost: a\r\nX: a\nb: c",
+        b"GET / HTTP/1.1\r\nHost: a\r\nX: a\x00",
+        b"GET / HTTP/1.1\r\nHost: a\r\n: a",
+        b"GET / HTTP/1.1\r\nHost: a\r\nno colon",
+        b"GET / HTTP/1.1\r\nHost: a\r\nHost: b",
+        b"GET / HTTP/1.1",
+        b"GET  / HTTP/1.1\r\nHost: a",
+        b"GET / HTTP/2.0\r\nHost: a",
+        b"GET / a HTTP/1.1\r\nHost: a",
+        b"G(T / HTTP/1.1\r\nHost: a",
+        b" GET / HTTP/1.1\r\nHost: a",
+    ],
+)
+def test_malformed_heads_are_refused(head: bytes) -> None:
+    with pytest.raises(gateway.ProtocolError):
+        gateway.declared_length(gateway.parse_request_head(head))
+
+
+@pytest.mark.parametrize(
+    ("target", "path"),
+    [
+        ("/v1/messages?beta=true", "/v1/messages"),
+        ("//v1//messages", "/v1/messages"),
+        ("/v1/%6Dessages", "/v1/messages"),
+        ("/v1%2Fmessages", "/v1/messages"),
+        ("/v1/a...b/..c/.d", "/v1/a...b/..c/.d"),
+        ("/v1/messages?x=../..", "/v1/messages"),
+    ],
+)
+def test_rules_see_the_decoded_path(target: str, path: str) -> None:
+    assert gateway.rule_path(target) == path
+
+
+DOT_SEGMENTS = [
+    "/v1/../messages",
+    "/v1/./messages",
+    "/v1/..",
+    "/v1/%2e%2e/x",
+    "/v1/.%2E/x",
+    "/v1/%2E/x",
+    "/v1/..%2fx",
+    "/v1%2f..%2fx",
+    "/v1/..\\x",
+    "/v1/..;a=b/x",
+    "/v1/%252e%252e/x",
+    "/v1/x#/../y",
+]
+
+
+@pytest.mark.parametrize("target", DOT_SEGMENTS)
+def test_dot_segments_are_refused_by_rule(target: str) -> None:
+    with pytest.raises(gateway.APIError) as refused:
+        gateway.rule_path(target)
+    assert refused.value.status == 400
+
+
+@pytest.mark.parametrize(
+    ("offered", "kept"),
+    [
+        (["gzip, deflate, br, zstd"], "gzip, deflate"),
+        (["br;q=1.0, gzip;q=0.5", "identity;q=0"], "gzip;q=0.5, identity;q=0"),
+        (["br"], "identity"),
+        (["*"], "identity"),
+        (["GZIP"], "GZIP"),
+    ],
+)
+def test_accepted_codings_are_cut_down(offered: list[str], kept: str) -> None:
+    assert gateway.readable_codings(offered) == kept
+
+
+@given(
+    cuts=CUTS,
+    before=st.text("sk-ant", max_size=20),
+    after=st.text("sk-ant", max_size=20),
+)
+def test_a_secret_is_masked_however_the_stream_is_split(
+    cuts: list[int], before: str, after: str
+) -> None:
+    data = (before + REAL_KEY + after + REAL_KEY).encode()
+    redactor, parts = gateway.Redactor(REAL_KEY.encode()), split_at(data, cuts)
+    out = b"".join(redactor.feed(part, False) for part in parts) + redactor.feed(
+        b"", True
+    )
+    masked = b"*" * len(REAL_KEY)
+    assert out == before.encode() + masked + after.encode() + masked
+
+
+def test_an_event_is_never_held_back_by_the_mask() -> None:
+    redactor = gateway.Redactor(b"sk-ant-secret")
+    assert redactor.feed(b"data: sk-ant\n\n", False) == b"data: sk-ant\n\n"
+    assert redactor.feed(b"data: sk-an", False) == b"data: "
+
+
+@pytest.mark.parametrize(
+    ("base", "before", "after"),
+    [
+        (
+            "",
+            b'{"results_url":"https://api.anthropic.com/v1/x"}',
+            b'{"results_url":"/v1/x"}',
+        ),
+        ("", b'{"results_url" : "http://h:1/v1/x"}', b'{"results_url" : "/v1/x"}'),
+        ("", b'{"results_url":"https:\\/\\/a\\/v1"}', b'{"results_url":"\\/v1"}'),
+        ("", b'{"results_url":null}', b'{"results_url":null}'),
+        ("", b'{"a":"\\"results_url\\":\\"https://a/b\\""}', None),
+        ("", b'{"url":"https://api.anthropic.com/v1/x"}', None),
+        ("/base", b'{"results_url":"https://a/base/v1/x"}', b'{"results_url":"/v1/x"}'),
+        ("/base", b'{"results_url":"/base/v1/x"}', b'{"results_url":"/v1/x"}'),
+        ("/base", b'{"results_url":"https://a/v1/x"}', b'{"results_url":"/v1/x"}'),
+    ],
+)
+def test_results_url_becomes_relative(
+    base: str, before: bytes, after: bytes | None
+) -> None:
+    assert gateway.rewrite_results_url(before, base) == (
+        before if after is None else after
+    )
+
+
+def test_durations() -> None:
+    start = datetime(2027, 1, 31, 12, tzinfo=UTC)
+    assert gateway.later(start, "90s") == start + timedelta(seconds=90)
+    assert gateway.later(start, "2w") == start + timedelta(days=14)
+    assert gateway.later(start, "1mo") == datetime(2027, 2, 28, 12, tzinfo=UTC)
+    assert gateway.later(start, "12mo") == datetime(2028, 1, 31, 12, tzinfo=UTC)
+    for wrong in (
+        "",
+        "30",
+        "d",
+        "1y",
+        "-1d",
+        "1.5h",
+        "1 d",
+        "١d",
+        "999999999mo",
+        "999999999w",
+    ):
+        with pytest.raises(ValueError, match="duration|long"):
+            gateway.later(start, wrong)
+
+
+# ─── Start and options ───────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("option", "names"),
+    [
+        ("--port=x", "--port"),
+        ("--port=70000", "--port"),
+        ("--idle-timeout=-1", "--idle-timeout"),
+        ("--idle-timeout=nan", "--idle-timeout"),
+        ("--connect-timeout=soon", "--connect-timeout"),
+        ("--max-body-size=0", "--max-body-size"),
+        ("--upstream=ftp://x", "--upstream"),
+        ("--upstream=http://x:99999", "--upstream"),
+        ("--upstream=https://user:pw@host", "--upstream"),
+        ("--upstream=api.anthropic.com", "--upstream"),
+        ("--nonsense=1", "--nonsense"),
+        ("stray", "stray"),
+        ("--config=/nonexistent.conf", "--config"),
+        ("--address=999.1.1.1", "listen"),
+        ("--keys=/nonexistent/folder", ""),
+    ],
+)
+def test_a_wrong_value_ends_the_start(option: str, names: str, tmp_path: Path) -> None:
+    if option.startswith("--keys"):
+        (tmp_path / "folder").mkdir()
+        option = f"--keys={tmp_path / 'folder'}"
+    line = failed_start(tmp_path, "--port=0", "--upstream=mock", option)
+    assert names in line
+
+
+def test_a_port_in_use_ends_the_start(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert "in use" in failed_start(tmp_path, f"--port={port}", "--upstream=mock")
+
+
+def test_a_config_file_is_read_and_the_command_line_wins(
+    tmp_path: Path, start: Starter
+) -> None:
+    config = tmp_path / "gateway.conf"
+    config.write_text('keys = "other.json"\nidle_timeout = "nonsense"\n')
+    assert "config" in failed_start(tmp_path, f"--config={config}")
+    config.write_text('keys = "other.json"\nmax_body_size = 5\n')
+    process = start("mock", f"--config={config}", "--max-body-size=100")
+    assert (tmp_path / "other.json").exists()
+    key = process.new_key()
+    send = {"headers": {"x-api-key": key}, "content": b"x" * 50}
+    assert httpx2.post(process.url + "/v1/x", **send).status_code == 404
+    send["content"] = b"x" * 101
+    assert httpx2.post(process.url + "/v1/x", **send).status_code == 413
+
+
+def test_help_lists_the_options(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(GATEWAY), "--help"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0
+    for option in (
+        "--port",
+        "--upstream",
+        "--keys",
+        "--idle-timeout",
+        "--max-body-size",
+    ):
+        assert option in done.stderr
+
+
+def test_the_first_lines_say_what_matters(start: Starter) -> None:
+    closed = start("https://api.anthropic.com/base")
+    assert "https://api.anthropic.com/base" in closed.banner
+    assert "virtual keys are required" in closed.banner
+    assert f"export ANTHROPIC_BASE_URL={closed.url}/anthropic" in closed.banner
+    assert REAL_KEY not in closed.banner and MASTER_KEY not in closed.banner
+    closed.stop()
+    bare = start("http://localhost:1", "--keys=bare.json", variables={})
+    assert "no ANTHROPIC_API_KEY is set" in bare.banner
+    assert "open to all" in bare.banner
+    assert "no GATEWAY_MASTER_KEY is set" in bare.banner
+    bare.stop()
+    for weak in ("sk-1234", "sk-short"):
+        assert "weak" in start("mock", variables={"LITELLM_MASTER_KEY": weak}).banner
+        start.started[-1].stop()
+
+
+def listening_addresses(process: Process) -> set[str]:
+    """The local addresses on which this process's port is listened on, from /proc."""
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            local, _, state = line.split()[1:4]
+            address, port = local.split(":")
+            if state == "0A" and int(port, 16) == process.port:
+                found.add(address)
+    return found
+
+
+def test_open_mode_listens_on_loopback_only(start: Starter) -> None:
+    loopback = {"0100007F", "00000000000000000000000001000000"}
+    anywhere = {"00000000", "00000000000000000000000000000000"}
+    assert listening_addresses(start("mock", variables={})) <= loopback
+    start.started[-1].stop()
+    assert listening_addresses(start("mock")) & anywhere
+    start.started[-1].stop()
+    assert listening_addresses(start("mock", "--address=0.0.0.0", variables={})) == {
+        "00000000"
+    }
+
+
+def test_the_upstream_is_not_read_from_anthropic_base_url(start: Starter) -> None:
+    variables = {**DEFAULT_VARIABLES, "ANTHROPIC_BASE_URL": "http://localhost:4000"}
+    process = start("", variables=variables)
+    assert "relaying to https://api.anthropic.com\n" in process.banner
+    process.stop()
+    variables["ANTHROPIC_API_BASE"] = "http://localhost:9/x"
+    assert "relaying to http://localhost:9/x\n" in start("", variables=variables).banner
+
+
+def test_one_file_and_tornado_suffice(start: Starter, tmp_path: Path) -> None:
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    shutil.copy(GATEWAY, folder)
+    # Everything but the standard library and Tornado is made impossible to import.
+    barred = (
+        "import sys, runpy, importlib.abc\n"
+        "class Bar(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        top = name.partition('.')[0]\n"
+        "        if top not in sys.stdlib_module_names and top not in ('tornado', 'gateway'):\n"
+        "            raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Bar())\n"
+        "sys.argv = ['gateway.py', *sys.argv[1:]]\n"
+        "runpy.run_path('gateway.py', run_name='__main__')\n"
+    )
+    process = start("mock", program=[sys.executable, "-c", barred], folder=folder)
+    key = process.new_key()
+    client = anthropic.Anthropic(base_url=process.url + "/anthropic", api_key=key)
+    assert client.messages.create(**MESSAGE).content[0].text == "You said: Hello, world"
+
+
+def test_inline_metadata_names_what_requirements_name() -> None:
+    script = re.search(r"# /// script\n(.*?)# ///\n", GATEWAY.read_text(), re.DOTALL)[1]
+    named = set(re.findall(r'"([a-z0-9-]+)[^"]*"', script.split("dependencies")[1]))
+    listed = (GATEWAY.parent / "requirements.txt").read_text().split("# to test")[0]
+    assert named == set(re.findall(r"^([a-z0-9-]+)", listed, re.MULTILINE))
+
+
+# ─── The relay: requests ─────────────────────────────────────────────────────────────
+
+
+@contextlib.asynccontextmanager
+async def relayed(
+    start: Starter, script: Script = echo, *options: str, base: str = "", **kwargs: Any
+) -> AsyncIterator[tuple[Process, Upstream, str]]:
+    """A gateway in front of a raw upstream, and a virtual key for it."""
+    async with upstream(script, **kwargs.pop("server", {})) as up:
+        process = start(up.url + base, *options, **kwargs)
+        key = (
+            process.new_key()
+            if "GATEWAY_MASTER_KEY" in process_variables(kwargs)
+            else ""
+        )
+        yield process, up, key
+
+
+def process_variables(kwargs: dict[str, Any]) -> dict[str, str]:
+    return kwargs.get("variables") or (
+        DEFAULT_VARIABLES if "variables" not in kwargs else {}
+    )
+
+
+@gen_test
+async def test_every_method_is_relayed(start: Starter) -> None:
+    async with relayed(start) as (process, up, key):
+        for method in (
+            "GET",
+            "POST",
+            "PUT",
+            "PATCH",
+            "DELETE",
+            "OPTIONS",
+            "HEAD",
+            "PURGE",
+        ):
+            answer = await ask(process.port, f"{method} /anthropic/v1/things", key=key)
+            assert answer.status == 200
+            assert up.arrived[-1].start_line == f"{method} /v1/things HTTP/1.1"
+        assert up.connections == 1, "the upstream connection was not kept alive"
+
+
+TARGETS = [
+    "/v1/a%2Fb",
+    "/v1//x",
+    "/v1/a+b?x=1+2",
+    "/v1/m?ids=a&ids=b&empty=&bare&&x=%e4%E4",
+    "/v1/m?",
+    "/v1/%7euser/%41",
+    "/v1/m?u=http://evil.example/",
+    "/v1/@evil.example/",
+    "/v1/m;a=b?c=d;e",
+    "/v1/\xfc",
+]
+
+
+@pytest.mark.parametrize("base", ["", "/deep/base"])
+@gen_test
+async def test_raw_targets_are_kept(start: Starter, base: str) -> None:
+    async with relayed(start, base=base) as (process, up, key):
+        for target in TARGETS:
+            for prefix in ("/anthropic", ""):
+                answer = await ask(process.port, f"GET {prefix}{target}", key=key)
+                assert answer.status == 200, (target, answer)
+                assert up.arrived[-1].target == base + target
+        await ask(process.port, "GET /anthropic//v1/x", key=key)
+        assert up.arrived[-1].target == base + "//v1/x"
+
+
+@gen_test
+async def test_dot_segments_and_foreign_targets_never_go_upstream(
+    start: Starter,
+) -> None:
+    async with relayed(start) as (process, up, key):
+        for target in DOT_SEGMENTS:
+            answer = await ask(process.port, f"GET /anthropic{target}", key=key)
+            assert answer.status == 400, target
+            assert answer.error["type"] == "invalid_request_error"
+        for target in (
+            "http://evil.example/v1/x",
+            "*",
+            "evil.example:443",
+            "/%61nthropic/v1/x",
+        ):
+            answer = await ask(process.port, f"GET {target}", key=key)
+            assert answer.status in (400, 404), target
+        assert not up.arrived
+
+
+BODIES: list[tuple[str, bytes]] = [
+    (
+        "application/json",
+        b' {"b":1,  "a":1e400, "a":2, "c":"\\ud800", "d":"\xc3\xa9"}\n',
+    ),
+    ("application/json", b"not JSON at all \x00\xff"),
+    ("application/json; charset=utf-8", gzip.compress(b'{"a": 1}')),
+    ("text/plain", b"plain"),
+    ("multipart/form-data; boundary=x", b"--x\r\n\r\n\x00\x01\r\n--x--\r\n"),
+    ("application/octet-stream", bytes(range(256)) * 1000),
+    ("application/json", b"[" + b"1," * 500_000 + b"1]"),
+]
+
+
+@gen_test
+async def test_request_bytes_are_upstream_bytes(start: Starter) -> None:
+    async with relayed(start) as (process, up, key):
+        for kind, body in BODIES:
+            answer = await ask(
+                process.port, "POST /v1/x", f"Content-Type: {kind}", body=body, key=key
+            )
+            assert answer.json()["body"] == hashlib.sha256(body).hexdigest()
+            assert up.arrived[-1].field("content-length") == [str(len(body))]
+            assert up.arrived[-1].field("content-type") == [kind]
+
+
+@gen_test
+async def test_chunked_requests_arrive_whole(start: Starter) -> None:
+    async with relayed(start) as (process, up, key):
+        for kind in ("application/json", "application/octet-stream"):
+            async with Client(process.port) as client:
+                client.request(
+                    "POST /v1/x",
+                    f"Content-Type: {kind}",
+                    "Transfer-Encoding: chunked",
+                    key=key,
+                )
+                for part in (
+                    b"5\r\nhello\r\n",
+                    b"7;x=y\r\n, world\r\n",
+                    b"0\r\nT: r\r\n\r\n",
+                ):
+                    client.send(part)
+                answer = await client.response()
+                assert (
+                    answer.json()["body"] == hashlib.sha256(b"hello, world").hexdigest()
+                )
+        framing = [
+            [
+                n.lower()
+                for n, _ in r.fields
+                if n.lower() in ("content-length", "transfer-encoding")
+            ]
+            for r in up.arrived
+        ]
+        assert framing == [["content-length"], ["transfer-encoding"]]
+
+
+@gen_test
+async def test_a_post_without_body_or_type_gains_nothing(start: Starter) -> None:
+    async with relayed(start) as (process, up, key):
+        await ask(process.port, "POST /v1/x", key=key)
+        assert {n for n, _ in up.arrived[-1].fields} == {"Host", "x-api-key"}
+        await ask(process.port, "POST /v1/x", "Content-Length: 0", key=key)
+        assert up.arrived[-1].field("content-length") == ["0"]
+
+
+@gen_test
+async def test_expect_continue(start: Starter) -> None:
+    async with relayed(start) as (process, up, key):
+        async with Client(process.port) as client:
+            client.request(
+                "POST /v1/x", "Content-Length: 5", "expect: 100-Continue", key=key
+            )
+            assert await client.head() == b"HTTP/1.1 100 Continue\r\n\r\n"
+            client.send(b"hello")
+            answer = await client.response()
+            assert answer.json()["size"] == 5 and not answer.informational
+            assert not up.arrived[-1].field("expect")
+        async with Client(process.port) as client:
+            client.request(
+                "POST /v1/x", "Content-Length: 5", "Expect: 100-continue", key="sk-no"
+            )
+            refused = await client.response()
+            assert refused.status == 401 and not refused.informational
+            assert await client.reader.read() == b"", (
+                "the connection's state is unknown: close"
+            )
+
+
+SPECIAL = [
+    "X-Odd: a,b",
+    "X-Odd: c",
+    "aNtHrOpIc-BeTa: one,two",
+    "X-Latin: \xe4\xff",
+    "X-Empty: ",
+]
+
+
+@gen_test
+async def test_request_fields_go_on_as_they_came(start: Starter) -> None:
+    async with relayed(start) as (process, up, key):
+        kept = [
+            *SPECIAL,
+            "User-Agent: me",
+            "anthropic-version: 2099-01-01",
+            "Accept-Encoding: br",
+        ]
+        dropped = [
+            "Connection: keep-alive, X-Hop",
+            "X-Hop: 1",
+            "Keep-Alive: timeout=5",
+            "TE: trailers",
+            "Upgrade: h2c",
+            "Proxy-Authorization: Basic x",
+            "Proxy-Connection: keep-alive",
+            "Cookie: a=b",
+            "X-Forwarded-For: 1.2.3.4",
+            "X-Forwarded-Proto: https",
+            "Forwarded: for=1.2.3.4",
+            "X-LiteLLM-Tags: a",
+            "anthropic-workspace-id: wrkspc_x",
+            f"X-Debug: my key is {key}!",
+        ]
+        await ask(
+            process.port, "GET /v1/things", *dropped[:7], *kept, *dropped[7:], key=key
+        )
+        wire = [f"{name}: {value}" for name, value in up.arrived[-1].fields]
+        assert wire == [f"Host: localhost:{up.port}", *kept, f"x-api-key: {REAL_KEY}"]
+
+
+@gen_test
+async def test_codings_are_cut_down_where_the_gateway_reads(start: Starter) -> None:
+    async with relayed(start) as (process, up, key):
+        offered = "Accept-Encoding: gzip, deflate, br, zstd"
+        for path, expected in [
+            ("/v1/messages", "gzip, deflate"),
+            ("/v1/messages?beta=true", "gzip, deflate"),
+            ("/v1/messages/batches", "gzip, deflate"),
+            ("/v1/messages/batches/b/results", "gzip, deflate"),
+            ("/v1/messages/count_tokens", "gzip, deflate, br, zstd"),
+            ("/v1/models", "gzip, deflate, br, zstd"),
+        ]:
+            await ask(process.port, f"GET {path}", offered, key=key)
+            assert up.arrived[-1].field("accept-encoding") == [expected], path
+
+
+# ─── The relay: credentials ──────────────────────────────────────────────────────────
+
+
+def credentials(arrived: Arrived) -> list[tuple[str, str]]:
+    names = ("x-api-key", "authorization", "x-litellm-api-key")
+    return [(n.lower(), v) for n, v in arrived.fields if n.lower() in names]
+
+
+@gen_test
+async def test_the_virtual_key_is_read_anywhere_and_seen_nowhere(
+    start: Starter,
+) -> None:
+    async with relayed(start) as (process, up, key):
+        own = "sk-ant-oat01-mine"
+        real, mine = [("x-api-key", REAL_KEY)], [("authorization", f"Bearer {own}")]
+        cases = [
+            ([f"x-api-key: {key}"], real),
+            ([f"Authorization: Bearer {key}"], real),
+            ([f"authorization: bearer {key}"], real),
+            ([f"AUTHORIZATION: BEARER   {key}"], real),
+            ([f"x-litellm-api-key: {key}"], real),
+            ([f"x-litellm-api-key: Bearer {key}"], real),
+            ([f"x-api-key: {key}", f"Authorization: Bearer {key}"], real),
+            (["x-api-key: ", f"Authorization: Bearer {key}"], real),
+            (["Authorization: Bearer ", f"x-api-key: {key}"], real),
+            (["x-api-key: dummy", f"Authorization: Bearer {key}"], real),
+            ([f"x-api-key: {MASTER_KEY}"], real),
+            ([f"x-api-key: {key}", f"Authorization: Bearer {own}"], mine),
+            ([f"x-litellm-api-key: {key}", f"Authorization: Bearer {own}"], mine),
+            (
+                [f"Authorization: Bearer {key}", f"x-api-key: {own}"],
+                [("x-api-key", own)],
+            ),
+            (
+                [
+                    f"X-Also: <{key}>",
+                    f"x-api-key: {key}",
+                    f"Authorization: Bearer {MASTER_KEY}",
+                ],
+                real,
+            ),
+        ]
+        for fields, sent in cases:
+            answer = await ask(process.port, "GET /v1/things", *fields)
+            assert answer.status == 200, (fields, answer.body)
+            assert credentials(up.arrived[-1]) == sent, fields
+            assert key.encode() not in up.arrived[-1].head
+            assert MASTER_KEY.encode() not in up.arrived[-1].head
+
+
+@gen_test
+async def test_who_pays_himself_chooses_his_workspace(start: Starter) -> None:
+    async with relayed(start) as (process, up, key):
+        workspace = "anthropic-workspace-id: wrkspc_1"
+        own = "Authorization: Bearer sk-ant-api03-mine"
+        await ask(process.port, "GET /v1/things", workspace, own, key=key)
+        assert up.arrived[-1].field("anthropic-workspace-id") == ["wrkspc_1"]
+
+
+@gen_test
+async def test_wrong_keys_are_refused(start: Starter) -> None:
+    async with relayed(start) as (process, up, _):
+        wrong = "sk-wrong-key-0123456789"
+        for fields in (
+            [],
+            [f"x-api-key: {wrong}"],
+            [f"Authorization: Bearer {wrong}"],
+            [f"Authorization: Basic {wrong}"],
+            [f"x-api-key: {wrong}", "Authorization: Bearer sk-ant-api03-mine"],
+            ["Authorization: Bearer sk-ant-api03-mine"],
+            [f"x-api-key: {gateway.hash_key(MASTER_KEY)}"],
+            [f"x-api-key: {REAL_KEY}"],
+            ["x-api-key: \xff\xfe"],
+        ):
+            answer = await ask(process.port, "GET /v1/things", *fields)
+            assert (
+                answer.status == 401 and answer.error["type"] == "authentication_error"
+            )
+            assert wrong.encode() not in answer.body
+        assert not up.arrived
+        assert wrong not in process.log
+
+
+@gen_test
+async def test_open_mode_lets_anyone_in(start: Starter) -> None:
+    variables = {"ANTHROPIC_API_KEY": REAL_KEY}
+    async with relayed(start, variables=variables) as (process, up, _):
+        real = [("x-api-key", REAL_KEY)]
+        for fields, sent in [
+            ([], real),
+            (["Authorization: bearer sk-anything"], real),
+            (["x-api-key: sk-ant-mine"], [("x-api-key", "sk-ant-mine")]),
+        ]:
+            assert (await ask(process.port, "GET /v1/things", *fields)).status == 200
+            assert credentials(up.arrived[-1]) == sent
+        refused = process.manage("/key/generate", {})
+        assert refused.status_code == 403 and "GATEWAY_MASTER_KEY" in refused.text
+
+
+@gen_test
+async def test_a_forgotten_master_key_does_not_open_the_gateway(start: Starter) -> None:
+    async with relayed(start) as (process, up, key):
+        process.stop()
+        again = start(up.url, variables={"ANTHROPIC_API_KEY": REAL_KEY})
+        assert (await ask(again.port, "GET /v1/things")).status == 401
+        assert (await ask(again.port, "GET /v1/things", key=key)).status == 200
+        assert again.manage("/key/generate", {}).status_code == 403
+
+
+@gen_test
+async def test_an_auth_token_goes_upstream_as_bearer(start: Starter) -> None:
+    variables = {"ANTHROPIC_AUTH_TOKEN": "token-1", "GATEWAY_MASTER_KEY": MASTER_KEY}
+    async with relayed(start, variables=variables) as (process, up, key):
+        await ask(process.port, "GET /v1/things", key=key)
+        assert credentials(up.arrived[-1]) == [("authorization", "Bearer token-1")]
+
+
+@gen_test
+async def test_without_any_credential_the_answer_names_the_variable(
+    start: Starter,
+) -> None:
+    variables = {"GATEWAY_MASTER_KEY": MASTER_KEY}
+    async with relayed(start, variables=variables) as (process, up, key):
+        answer = await ask(process.port, "GET /v1/things", key=key)
+        assert answer.status == 401 and "ANTHROPIC_API_KEY" in answer.error["message"]
+        assert not up.arrived
+        own = "Authorization: Bearer sk-ant-mine"
+        assert (await ask(process.port, "GET /v1/things", own, key=key)).status == 200
+
+
+@gen_test
+async def test_an_echoing_upstream_does_not_reveal_the_real_key(start: Starter) -> None:
+    async def reveal(request: Arrived) -> None:
+        whole = request.head + request.head
+        await request.send(
+            b"HTTP/1.1 200 OK\r\nX-Echo: key=" + REAL_KEY.encode() + b"\r\n"
+            b"Content-Length: %d\r\n\r\n" % len(whole)
+        )
+        cut = whole.index(REAL_KEY.encode()) + 10
+        await request.send(whole[:cut])
+        await asyncio.sleep(0.02)
+        await request.send(whole[cut:])
+
+    async with relayed(start, reveal) as (process, _, key):
+        answer = await ask(process.port, "GET /v1/things", key=key)
+        assert answer.clean and answer.status == 200
+        assert REAL_KEY.encode() not in answer.head + answer.body
+        assert answer.body.count(b"*" * len(REAL_KEY)) == 2
+
+
+# ─── The relay: responses ────────────────────────────────────────────────────────────
+
+
+@gen_test
+async def test_responses_come_back_as_sent(start: Starter) -> None:
+    packed = gzip.compress(b"hello" * 100)
+    wire = {
+        "plain": b"HTTP/1.1 200 Fine By Me\r\nContent-Length: 5\r\nSet-Cookie: a=1\r\n"
+        b"set-cookie: b=2\r\nrequest-ID: req_1\r\nX-Latin: \xe4\r\nX-Empty:\r\n\r\nhello",
+        "no-reason": b"HTTP/1.1 299 \r\nContent-Length: 0\r\n\r\n",
+        "204": b"HTTP/1.1 204 No Content\r\nX-A: b\r\n\r\n",
+        "304": b'HTTP/1.1 304 Not Modified\r\nContent-Length: 500\r\nETag: "x"\r\n\r\n',
+        "gzip": b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n"
+        % len(packed)
+        + packed,
+        "redirect": b"HTTP/1.1 307 Go\r\nLocation: http://x/\r\nContent-Length: 0\r\n\r\n",
+        "529": b"HTTP/1.1 529 Overloaded\r\nretry-after: 7\r\nx-should-retry: true\r\n"
+        b"request-id: req_2\r\nanthropic-ratelimit-tokens-remaining: 0\r\nContent-Length: 2\r\n\r\n{}",
+    }
+
+    async def replay(request: Arrived) -> None:
+        await request.send(wire[request.target.rpartition("/")[2]])
+
+    async with relayed(start, replay) as (process, _, key):
+        async with Client(process.port) as client:
+            for name, sent in wire.items():
+                client.request(f"GET /v1/{name}", key=key)
+                answer = await client.response()
+                head, _, body = sent.partition(b"\r\n\r\n")
+                lines = answer.head[:-4].split(b"\r\n")
+                added = lines.pop()
+                assert added.startswith(b"x-litellm-call-id: ")
+                assert b"\r\n".join(lines) == head.replace(b"X-Empty:", b"X-Empty: "), (
+                    name
+                )
+                assert answer.body == body and answer.clean
+
+
+@gen_test
+async def test_hop_by_hop_response_fields_stay_here(start: Starter) -> None:
+    async def hop(request: Arrived) -> None:
+        await request.answer(
+            b"x",
+            "200 OK",
+            "Connection: keep-alive, X-Hop",
+            "X-Hop: 1",
+            "Keep-Alive: 5",
+            "X-End: 1",
+        )
+
+    async with relayed(start, hop) as (process, _, key):
+        answer = await ask(process.port, "GET /v1/x", key=key)
+        names = [line.split(b":")[0] for line in answer.head.split(b"\r\n")[1:-2]]
+        assert names == [b"Content-Length", b"X-End", b"x-litellm-call-id"]
+
+
+@gen_test
+async def test_head_keeps_its_length(start: Starter) -> None:
+    async def head(request: Arrived) -> None:
+        await request.send(b"HTTP/1.1 200 OK\r\nContent-Length: 1234\r\n\r\n")
+
+    async with (
+        relayed(start, head) as (process, _, key),
+        Client(process.port) as client,
+    ):
+        for _ in range(2):
+            client.request("HEAD /v1/x", key=key)
+            answer = await client.response("HEAD")
+            assert answer.field("content-length") == ["1234"]
+
+
+@gen_test
+async def test_informational_responses_pass(start: Starter) -> None:
+    async def hints(request: Arrived) -> None:
+        await request.send(b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n")
+        await request.send(b"HTTP/1.1 103 Early Hints\r\nLink: </b>\r\n\r\n")
+        await request.answer(b"done")
+
+    async with relayed(start, hints) as (process, _, key):
+        answer = await ask(process.port, "GET /v1/x", key=key)
+        assert [h.split(b"\r\n")[1] for h in answer.informational] == [
+            b"Link: </a>",
+            b"Link: </b>",
+        ]
+        assert answer.body == b"done"
+
+
+@gen_test
+async def test_bodies_of_unknown_length(start: Starter) -> None:
+    async def unknown(request: Arrived) -> None:
+        if request.target.endswith("chunked"):
+            await request.send(
+                b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+                b"3\r\nabc\r\n3;x=1\r\ndef\r\n0\r\nTrailer: x\r\n\r\n"
+            )
+        else:
+            await request.send(b"HTTP/1.1 200 OK\r\n\r\nabcdef")
+            request.writer.close()
+
+    async with relayed(start, unknown) as (process, _, key):
+        for name in ("chunked", "close"):
+            answer = await ask(process.port, f"GET /v1/{name}", key=key)
+            assert answer.body == b"abcdef" and answer.clean
+            assert answer.field("transfer-encoding") == ["chunked"]
+            async with Client(process.port) as client:  # HTTP/1.0 knows no chunks
+                client.send(
+                    f"GET /v1/{name} HTTP/1.0\r\nx-api-key: {key}\r\n\r\n".encode()
+                )
+                old = await client.response()
+                assert old.body == b"abcdef" and not old.field("transfer-encoding")
+                assert old.field("connection") == ["close"]
+
+
+@gen_test
+async def test_each_event_arrives_when_it_is_sent(start: Starter) -> None:
+    go_on = asyncio.Event()
+
+    async def events(request: Arrived) -> None:
+        await request.read_body()
+        await request.send(
+            b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n"
+        )
+        for number in range(5):
+            await go_on.wait()
+            go_on.clear()
+            event = b"event: ping\ndata: %d\n\n" % number
+            await request.send(b"%x\r\n%b\r\n" % (len(event), event))
+        await go_on.wait()
+        await request.send(b"0\r\n\r\n")
+
+    async with (
+        relayed(start, events) as (process, _, key),
+        Client(process.port) as client,
+    ):
+        client.request(
+            "POST /v1/messages", "Content-Type: application/json", body=b"{}", key=key
+        )
+        assert (await client.head()).startswith(
+            b"HTTP/1.1 200 OK"
+        )  # before the first event
+        for number in range(5):
+            go_on.set()  # the next event is sent only when this one has arrived
+            size = int(await client.reader.readline(), 16)
+            event = await client.reader.readexactly(size + 2)
+            assert event == b"event: ping\ndata: %d\n\n\r\n" % number
+        go_on.set()
+        assert await client.reader.readexactly(5) == b"0\r\n\r\n"
+
+
+@gen_test
+async def test_pipelined_requests_are_answered_in_order(start: Starter) -> None:
+    async with relayed(start) as (process, _, key), Client(process.port) as client:
+        for number in range(20):
+            client.request(f"POST /v1/{number}", body=b"x" * number, key=key)
+        for number in range(20):
+            answer = (await client.response()).json()
+            assert answer["start_line"] == f"POST /v1/{number} HTTP/1.1"
+            assert answer["size"] == number
+
+
+# ─── The relay: big bodies, slow readers ─────────────────────────────────────────────
+
+
+async def upload(client: Client, size: int, key: str, *fields: str) -> Response:
+    client.request("POST /v1/files", f"Content-Length: {size}", *fields, key=key)
+    block = bytes(MIB)
+    for _ in range(size // MIB):
+        client.send(block)
+        await client.writer.drain()
+    return await client.response()
+
+
+async def count(request: Arrived) -> None:
+    """Answer with how many bytes arrived, without keeping them."""
+    left = size = int(request.field("content-length")[0])
+    while left:
+        left -= len(await request.reader.read(min(left, MIB)))
+    await request.answer(str(size).encode())
+
+
+@pytest.mark.gen_test(timeout=60)
+@pytest.mark.parametrize("size", [128 * MIB, 500 * MIB])
+async def test_large_uploads_stream_with_flat_memory(start: Starter, size: int) -> None:
+    async with (
+        relayed(start, count) as (process, _, key),
+        Client(process.port) as client,
+    ):
+        before = process.memory()
+        answer = await upload(
+            client, size, key, "Content-Type: multipart/form-data; boundary=x"
+        )
+        assert answer.body == str(size).encode()
+        assert process.peak_memory() - before < 64 * MIB
+
+
+@gen_test
+async def test_large_json_is_streamed(start: Starter) -> None:
+    async with (
+        relayed(start, count) as (process, _, key),
+        Client(process.port) as client,
+    ):
+        before = process.memory()
+        answer = await upload(client, 100 * MIB, key, "Content-Type: application/json")
+        assert answer.body == str(100 * MIB).encode()
+        assert process.peak_memory() - before < 64 * MIB
+
+
+@gen_test
+async def test_json_that_grows_past_the_limit_is_streamed(start: Starter) -> None:
+    async with relayed(start) as (process, _up, key), Client(process.port) as client:
+        fields = ("Content-Type: application/json", "Transfer-Encoding: chunked")
+        client.request("POST /v1/x", *fields, key=key)
+        digest = hashlib.sha256()
+        for number in range(40):
+            block = bytes([number]) * MIB
+            digest.update(block)
+            client.send(b"%x\r\n%b\r\n" % (len(block), block))
+            await client.writer.drain()
+        client.send(b"0\r\n\r\n")
+        answer = (await client.response()).json()
+        assert (answer["size"], answer["body"]) == (40 * MIB, digest.hexdigest())
+
+
+@gen_test
+async def test_a_slow_reader_slows_the_upstream(start: Starter) -> None:
+    sent = 0
+
+    async def pour(request: Arrived) -> None:
+        nonlocal sent
+        size = 200 * MIB
+        await request.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
+        for _ in range(size // MIB):
+            await request.send(bytes(MIB))
+            sent += MIB
+
+    async with (
+        relayed(start, pour) as (process, _, key),
+        Client(process.port) as client,
+    ):
+        before = process.memory()
+        client.request("GET /v1/files/x/content", key=key)
+        await client.head()
+        last = -1
+        while last != sent:  # until the upstream can send no more
+            last = sent
+            await asyncio.sleep(0.2)
+        assert sent < 40 * MIB, "the upstream was read faster than the client reads"
+        body = 0
+        while body < 200 * MIB:
+            body += len(await client.reader.read(MIB))
+        assert process.peak_memory() - before < 64 * MIB
+
+
+@pytest.mark.gen_test(timeout=60)
+async def test_200_slow_readers_cost_no_more_than_their_buffers(start: Starter) -> None:
+    async def pour(request: Arrived) -> None:
+        await request.send(
+            b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (200 * MIB)
+        )
+        for _ in range(200):
+            await request.send(bytes(MIB))
+
+    async with relayed(start, pour) as (process, up, key):
+        before = process.memory()
+        async with contextlib.AsyncExitStack() as stack:
+            for _ in range(200):
+                client = Client(process.port)
+                client.reader, client.writer = await asyncio.open_connection(
+                    "127.0.0.1", process.port, limit=4096
+                )
+                stack.callback(client.writer.transport.abort)
+                client.request("GET /v1/files/x/content", key=key)
+                await client.head()
+            await until(lambda: len(up.arrived) == 200)
+            last = -1
+            while last != (last := process.memory()):
+                await asyncio.sleep(0.5)
+            # per reader: what one read brings (256 KiB) and the write buffer (64 KiB)
+            assert process.memory() - before < 200 * 320 * 1024
+        await until(lambda: process.log.count("client_gone") == 200)
+
+
+# ─── The relay: endings ──────────────────────────────────────────────────────────────
+
+SSE_HEAD = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\n"
+)
+
+
+async def stall(request: Arrived) -> None:
+    """Behave as the target says, then keep silent and note when the gateway leaves."""
+    if request.target.endswith("/events"):
+        await request.send(SSE_HEAD + b"d\r\ndata: hello\n\n\r\n")
+    if request.target.endswith("/download"):
+        await request.send(
+            b"HTTP/1.1 200 OK\r\nContent-Length: 9000000\r\n\r\n" + bytes(100_000)
+        )
+    request.closed_at = await request.gone()
+
+
+@pytest.mark.parametrize("leave", ["close", "reset"])
+@pytest.mark.parametrize(
+    "phase", ["head", "events", "download", "upload", "json-upload"]
+)
+@gen_test
+async def test_a_client_that_leaves_takes_the_upstream_with_it(
+    start: Starter, phase: str, leave: str
+) -> None:
+    async with (
+        relayed(start, stall) as (process, up, key),
+        Client(process.port) as client,
+    ):
+        if phase == "upload":
+            client.request("POST /v1/upload", "Content-Length: 9000000", key=key)
+            client.send(bytes(100_000))
+        elif phase == "json-upload":
+            fields = ("Content-Type: application/json", "Content-Length: 90000000")
+            client.request("POST /v1/upload", *fields, key=key)
+            client.send(bytes(100_000))
+        else:
+            client.request(f"POST /v1/{phase}", body=b"{}", key=key)
+        await until(lambda: len(up.arrived) == 1)
+        if phase in ("events", "download"):
+            await client.head()
+            await client.reader.readexactly(13)
+        left_at = time.monotonic()
+        client.reset() if leave == "reset" else client.writer.close()
+        await until(lambda: up.arrived[0].closed_at)
+        assert up.arrived[0].closed_at - left_at < 0.1
+        await until(lambda: "client_gone" in process.log)
+
+
+@gen_test
+async def test_a_client_that_leaves_while_the_upstream_reads_nothing(
+    start: Starter,
+) -> None:
+    reset = asyncio.Event()
+
+    async def deaf(request: Arrived) -> None:
+        request.writer.transport.pause_reading()
+        await reset.wait()
+        request.writer.transport.resume_reading()
+        request.closed_at = await request.gone()
+
+    async with (
+        relayed(start, deaf) as (process, up, key),
+        Client(process.port) as client,
+    ):
+        client.request("POST /v1/upload", f"Content-Length: {400 * MIB}", key=key)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1):  # until every buffer on the way is full
+                while True:
+                    client.send(bytes(MIB))
+                    await client.writer.drain()
+        client.reset()
+        await until(lambda: "client_gone" in process.log, 1)
+        reset.set()
+        await until(lambda: up.arrived[0].closed_at)
+
+
+async def break_as_told(request: Arrived) -> None:
+    """Break the response in the way that the target names."""
+    await request.read_body()
+    how = request.target.rpartition("/")[2]
+    packed = gzip.compress(os.urandom(1000))
+    wire = {
+        "before-head": b"",
+        "in-head": b"HTTP/1.1 200 OK\r\nContent-Le",
+        "short": b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n12345",
+        "chunked": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n",
+        "in-chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\nhello",
+        "gzip": b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n"
+        b"100\r\n" + packed[:256] + b"\r\n",
+        "sse": SSE_HEAD + b"d\r\ndata: hello\n\n\r\n",
+        "sse-in-event": SSE_HEAD + b'b\r\ndata: {"hal\r\n',
+        "sse-gzip": SSE_HEAD.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n")
+        + b"100\r\n"
+        + packed[:256]
+        + b"\r\n",
+    }[how.removesuffix("-reset")]
+    await request.send(wire)
+    if how.endswith("-reset"):
+        await asyncio.sleep(
+            0.05
+        )  # let it arrive: a reset throws away what is on the way
+        linger = struct.pack("ii", 1, 0)
+        connection = request.writer.get_extra_info("socket")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        request.writer.transport.abort()
+    request.writer.close()
+
+
+@pytest.mark.parametrize("how", ["", "-reset"])
+@gen_test
+async def test_an_upstream_that_breaks_is_never_a_clean_end(
+    start: Starter, how: str
+) -> None:
+    async with relayed(start, break_as_told) as (process, _, key):
+        for place in ("before-head", "in-head"):
+            answer = await ask(
+                process.port, f"POST /v1/{place}{how}", body=b"x", key=key
+            )
+            assert answer.status == 502 and answer.error["type"] == "api_error"
+        for place in (
+            "short",
+            "chunked",
+            "in-chunk",
+            "gzip",
+            "sse",
+            "sse-in-event",
+            "sse-gzip",
+        ):
+            for version in ("1.1", "1.0"):
+                async with Client(process.port) as client:
+                    client.send(
+                        f"GET /v1/{place}{how} HTTP/{version}\r\nHost: x\r\n"
+                        f"x-api-key: {key}\r\n\r\n".encode()
+                    )
+                    answer = Response(await client.head(), b"")
+                    assert answer.status == 200
+                    raw, reset = b"", False
+                    try:
+                        while data := await client.reader.read(65536):
+                            raw += data
+                    except ConnectionResetError:
+                        reset = True
+                    delimited = answer.field("content-length") or version == "1.1"
+                    assert delimited or reset, (
+                        f"{place} looks complete to HTTP/{version}"
+                    )
+                    assert not raw.endswith(b"0\r\n\r\n")
+                    plain_sse = place in ("sse", "sse-in-event") and version == "1.1"
+                    assert (b"event: error\ndata: {" in raw) == plain_sse or reset
+
+
+@gen_test
+async def test_the_sdk_sees_a_broken_stream_as_an_error(start: Starter) -> None:
+    for place in ("sse", "sse-in-event"):
+        async with relayed(start, break_as_told) as (process, _, key):
+            client = anthropic.AsyncAnthropic(
+                base_url=process.url + "/anthropic", api_key=key, max_retries=0
+            )
+            stream = await client.post(
+                f"/v1/{place}",
+                body={},
+                cast_to=object,
+                stream=True,
+                stream_cls=anthropic.AsyncStream[object],
+            )
+            with pytest.raises(anthropic.APIStatusError, match="closed the connection"):
+                async for _ in stream:
+                    pass
+            process.stop()
+
+
+@gen_test
+async def test_a_close_delimited_response_that_is_reset_is_no_clean_end(
+    start: Starter,
+) -> None:
+    async def reset(request: Arrived) -> None:
+        await request.send(b"HTTP/1.1 200 OK\r\n\r\nhalf")
+        await asyncio.sleep(0.05)
+        connection = request.writer.get_extra_info("socket")
+        connection.setsockopt(
+            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+        )
+        request.writer.transport.abort()
+
+    async with relayed(start, reset) as (process, _, key):
+        answer = await ask(process.port, "GET /v1/x", key=key)
+        assert answer.status == 200 and not answer.clean
+
+
+def make_certificate(folder: Path, name: str) -> tuple[Path, Path]:
+    certificate, private = folder / f"{name}.pem", folder / f"{name}.key"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
+         "-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}",
+         "-keyout", private, "-out", certificate],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return certificate, private
+
+
+def tls_server(folder: Path, name: str = "localhost") -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*make_certificate(folder, name))
+    return context
+
+
+@gen_test
+async def test_tls_upstream_is_verified_kept_alive_and_streams(
+    start: Starter, tmp_path: Path
+) -> None:
+    context = tls_server(tmp_path)
+    variables = {**DEFAULT_VARIABLES, "SSL_CERT_FILE": str(tmp_path / "localhost.pem")}
+    async with relayed(start, server={"ssl": context}, variables=variables) as (
+        process,
+        up,
+        key,
+    ):
+        for _ in range(5):
+            body = os.urandom(300_000)
+            answer = await ask(process.port, "POST /v1/x", body=body, key=key)
+            assert answer.json()["body"] == hashlib.sha256(body).hexdigest()
+        assert up.connections == 1
+    async with upstream(echo, ssl=context) as again:
+        untrusted = start(again.url, "--keys=other.json")
+        answer = await ask(untrusted.port, "GET /v1/x", key=untrusted.new_key())
+        assert answer.status == 502 and "certificate" in answer.error["message"]
+        assert not again.arrived
+    misnamed = tls_server(tmp_path, "elsewhere")
+    variables["SSL_CERT_FILE"] = str(tmp_path / "elsewhere.pem")
+    async with upstream(echo, ssl=misnamed) as wrong:
+        process = start(wrong.url, "--keys=third.json", variables=variables)
+        answer = await ask(process.port, "GET /v1/x", key=process.new_key())
+        assert answer.status == 502 and "certificate" in answer.error["message"]
+
+
+@gen_test
+async def test_each_way_not_to_reach_the_upstream_is_told_apart(start: Starter) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        unused = server.getsockname()[1]
+    full = socket.create_server(("127.0.0.1", 0), backlog=0)
+    waiting = []
+    for _ in range(3):  # a listener whose backlog is full answers no more
+        connection = socket.socket()
+        connection.setblocking(False)
+        connection.connect_ex(full.getsockname())
+        waiting.append(connection)
+    cases = [
+        (f"http://127.0.0.1:{unused}", 502, "refused"),
+        ("http://no-such-host.invalid", 502, "resolved"),
+        (
+            f"http://127.0.0.1:{full.getsockname()[1]}",
+            504,
+            "reached within 0.3 seconds",
+        ),
+    ]
+    for number, (url, status, word) in enumerate(cases):
+        process = start(url, f"--keys=k{number}.json", "--connect-timeout=0.3")
+        key = process.new_key()
+        answer = await ask(process.port, "POST /v1/x", body=b"{}", key=key)
+        assert answer.status == status and word in answer.error["message"], answer.body
+        kind = "api_error" if status == 502 else "timeout_error"
+        assert answer.error["type"] == kind
+    for connection in [*waiting, full]:
+        connection.close()
+
+    def no_tls(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+    plain = await asyncio.start_server(no_tls, "127.0.0.1", 0)
+    port = plain.sockets[0].getsockname()[1]
+    process = start(f"https://localhost:{port}", "--keys=tls.json")
+    answer = await ask(process.port, "GET /v1/x", key=process.new_key())
+    assert answer.status == 502 and "TLS" in answer.error["message"]
+    plain.close()
+
+
+@gen_test
+async def test_a_silent_upstream_times_out(start: Starter) -> None:
+    async with relayed(start, stall, "--idle-timeout=0.3") as (process, up, key):
+        answer = await ask(process.port, "POST /v1/silent", body=b"{}", key=key)
+        assert answer.status == 504 and answer.error["type"] == "timeout_error"
+        answer = await ask(process.port, "POST /v1/events", body=b"{}", key=key)
+        assert answer.status == 200 and not answer.clean
+        await until(lambda: all(request.closed_at for request in up.arrived))
+        assert process.log.count(" timeout ") == 2
+
+
+@gen_test
+async def test_a_slow_uploader_is_not_the_upstreams_silence(start: Starter) -> None:
+    async with relayed(start, echo, "--idle-timeout=0.3") as (process, _, key):
+        async with Client(process.port) as client:
+            client.request("POST /v1/x", "Content-Length: 10", key=key)
+            for _ in range(5):
+                client.send(b"ab")
+                await asyncio.sleep(0.2)
+            assert (await client.response()).json()["size"] == 10
+
+
+@gen_test
+async def test_idle_connections_that_the_upstream_closes_are_dropped(
+    start: Starter,
+) -> None:
+    async def answer_and_close(request: Arrived) -> None:
+        await request.read_body()
+        await request.answer(b"ok")
+        request.writer.close()
+
+    async with relayed(start, answer_and_close) as (process, up, key):
+        before = process.descriptors()
+        for _ in range(10):
+            assert (
+                await ask(process.port, "POST /v1/x", body=b"{}", key=key)
+            ).body == b"ok"
+        assert up.connections == 10
+        await until(lambda: process.descriptors() <= before)
+
+
+@gen_test
+async def test_what_met_a_dead_connection_is_repeated_only_if_harmless(
+    start: Starter,
+) -> None:
+    async def die_on_the_second(request: Arrived) -> None:
+        await request.read_body()
+        if len(up.arrived) % 2 == 0:
+            request.writer.transport.abort()
+        else:
+            await request.answer(b"ok")
+
+    async with relayed(start, die_on_the_second) as (process, up, key):
+        for method, repeated in (
+            ("GET", True),
+            ("HEAD", True),
+            ("POST", False),
+            ("DELETE", False),
+        ):
+            up.arrived.clear()
+            await ask(process.port, f"{method} /v1/first", key=key)
+            answer = await ask(process.port, f"{method} /v1/second", key=key)
+            assert answer.status == (200 if repeated else 502), method
+            seconds = [r for r in up.arrived if r.target == "/v1/second"]
+            assert len(seconds) == (2 if repeated else 1), method
+
+
+@gen_test
+async def test_a_response_before_the_whole_request(start: Starter) -> None:
+    async def early(request: Arrived) -> None:
+        await request.reader.readexactly(1000)
+        await request.answer(b'{"early": true}', "413 Too Large")
+        await request.gone()
+
+    async with (
+        relayed(start, early) as (process, _, key),
+        Client(process.port) as client,
+    ):
+        client.request("POST /v1/x", "Content-Length: 20000000", key=key)
+        client.send(bytes(10_000_000))
+        answer = await client.response()
+        assert answer.status == 413 and answer.body == b'{"early": true}'
+        client.send(
+            bytes(10_000_000)
+        )  # the rest is read and dropped, the connection lives
+        client.request("GET /", key=key)
+        assert (await client.response()).status == 200
+
+
+@gen_test
+async def test_a_refused_upload_gets_its_answer(start: Starter) -> None:
+    async with relayed(start, echo, f"--max-body-size={8 * MIB}") as (process, up, key):
+        cases = [
+            ("sk-wrong", 10 * MIB, 401),
+            (key, 10 * MIB, 413),
+            (key, 60 * MIB, 413),
+        ]
+        for shown, size, status in cases:
+            async with Client(process.port) as client:
+                client.request("POST /v1/x", f"Content-Length: {size}", key=shown)
+                with contextlib.suppress(ConnectionError):
+                    for _ in range(size // MIB):
+                        client.send(bytes(MIB))
+                        await client.writer.drain()
+                answer = await client.response()
+                assert answer.status == status
+                if size <= 32 * MIB:
+                    client.request("GET /")
+                    assert (await client.response()).status == 200
+        async with Client(process.port) as client:
+            client.request("POST /v1/x", "Transfer-Encoding: chunked", key=key)
+            for _ in range(10):
+                client.send(b"100000\r\n" + bytes(MIB) + b"\r\n")
+                await client.writer.drain()
+            client.send(b"0\r\n\r\n")
+            answer = await client.response()
+            assert answer.status == 413 and answer.error["type"] == "request_too_large"
+        assert "Traceback" not in process.log
+        assert all(request.target == "/v1/x" for request in up.arrived)
+
+
+# ─── The relay: smuggling ────────────────────────────────────────────────────────────
+
+SMUGGLED = b"GET /v1/smuggled HTTP/1.1\r\nHost: x\r\nx-api-key: KEY\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        "Content-Length: 0\r\nTransfer-Encoding: chunked",
+        "Transfer-Encoding: chunked\r\nContent-Length: 0",
+        "Content-Length: 0\r\nContent-Length: 60",
+        "Content-Length: 0, 0",
+        "Content-Length: +0",
+        "Content-Length: 0x0",
+        "Transfer-Encoding: xchunked",
+        "Transfer-Encoding: chunked, identity",
+        "Transfer-Encoding:\tchunked\r\nTransfer-encoding: x",
+        "X: y\r\n Transfer-Encoding: chunked",
+        "X: y\rTransfer-Encoding: chunked",
+        "X: y\nTransfer-Encoding: chunked",
+        "X : y",
+        "\x00X: y",
+    ],
+)
+@gen_test
+async def test_ambiguous_requests_end_the_connection(
+    start: Starter, fields: str
+) -> None:
+    async with relayed(start) as (process, up, key), Client(process.port) as client:
+        smuggled = SMUGGLED.replace(b"KEY", key.encode())
+        head = f"POST /v1/x HTTP/1.1\r\nHost: x\r\nx-api-key: {key}\r\n{fields}\r\n\r\n"
+        client.send(head.encode("latin-1") + smuggled)
+        answer = await client.response()
+        assert answer.status in (400, 501) and answer.error["type"]
+        assert await client.reader.read() == b""
+        assert not up.arrived
+
+
+@gen_test
+async def test_a_broken_chunk_in_an_upload_ends_both_connections(
+    start: Starter,
+) -> None:
+    async with (
+        relayed(start, stall) as (process, up, key),
+        Client(process.port) as client,
+    ):
+        client.request("POST /v1/x", "Transfer-Encoding: chunked", key=key)
+        client.send(b"5\r\nhello\r\n")
+        await until(lambda: up.arrived)
+        client.send(b"5\r\nhelloX\r\n" + SMUGGLED)
+        assert (await client.response()).status == 400
+        await until(lambda: up.arrived[0].closed_at)
+        assert len(up.arrived) == 1
+
+
+@gen_test
+async def test_bare_line_feeds_and_oversized_heads_are_answered(start: Starter) -> None:
+    async with relayed(start) as (process, up, _):
+        for data, status in [
+            (b"GET / HTTP/1.1\nHost: x\n\n", 400),
+            (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
+            (b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 70_000, 431),
+            (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
+        ]:
+            async with Client(process.port) as client:
+                client.send(data)
+                answer = await client.response()
+                assert answer.status == status and answer.error["message"]
+                assert await client.reader.read() == b""
+        assert not up.arrived
+
+
+@pytest.mark.parametrize(
+    "wire",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nabc",
+        b"HTTP/1.1 200 OK\r\nX: a\rb\r\nContent-Length: 2\r\n\r\nab",
+        b"HTTP/1.1 200 OK\nContent-Length: 2\n\nab",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\nab",
+        b"HTTP/1.1 200 OK\r\n folded\r\n\r\n",
+        b"HTTP/2 200\r\n\r\n",
+        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: h2c\r\n\r\n",
+        b"HTTP/1.1 103 Hints\r\nContent-Length: 5\r\n\r\nhello",
+        b"HTTP/1.1 103 Hints\r\n\r\n" * 20,
+        b"nonsense\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nX: " + b"a" * 70_000,
+    ],
+)
+@gen_test
+async def test_malformed_responses_are_a_bad_gateway(
+    start: Starter, wire: bytes
+) -> None:
+    async def malformed(request: Arrived) -> None:
+        await request.send(wire)
+        await request.gone()
+
+    async with relayed(start, malformed) as (process, _, key):
+        answer = await ask(process.port, "GET /v1/x", key=key)
+        assert answer.status == 502 and answer.error["type"] == "api_error"
+
+
+@gen_test
+async def test_stray_bytes_behind_a_response_reach_nobody(start: Starter) -> None:
+    poison = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\npoison"
+
+    async def stray(request: Arrived) -> None:
+        target = request.target
+        if target.endswith("later"):
+            await request.answer(b"fine")
+            await asyncio.sleep(0.05)
+            await request.send(poison)
+        else:
+            await request.send(
+                b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nfine" + poison
+            )
+
+    async with (
+        relayed(start, stray) as (process, up, key),
+        Client(process.port) as client,
+    ):
+        for name in ("at-once", "later", "at-once", "later"):
+            client.request(f"GET /v1/{name}", key=key)
+            assert (await client.response()).body == b"fine"
+            await asyncio.sleep(0.1)
+        assert up.connections == 4, "a connection with stray bytes was used again"
+
+
+# ─── UpstreamClient, as Tornado's AsyncHTTPClient ────────────────────────────────────
+
+
+@pytest.fixture
+def client_of_upstream(io_loop: Any) -> Iterator[gateway.UpstreamClient]:
+    async def make() -> gateway.UpstreamClient:
+        return gateway.UpstreamClient(force_instance=True, idle_timeout=5)
+
+    client = io_loop.run_sync(make)
+    yield client
+    client.close()
+
+
+@gen_test
+async def test_fetch_is_tornados(client_of_upstream: gateway.UpstreamClient) -> None:
+    client = client_of_upstream
+
+    async def redirect_or_echo(request: Arrived) -> None:
+        if request.target == "/redirect":
+            await request.answer(
+                b"", "302 Found", "Location: /elsewhere", "X-A: 1", "X-A: 2"
+            )
+        else:
+            await echo(request)
+
+    async with upstream(redirect_or_echo) as up:
+        lines: list[str] = []
+        told = (await client.fetch(up.url + "/a?b", header_callback=lines.append)).body
+        assert json.loads(told)["fields"] == [["Host", f"localhost:{up.port}"]]
+        assert lines[0] == "HTTP/1.1 200 OK\r\n" and lines[-1] == "\r\n"
+        posted = await client.fetch(up.url, method="POST", body=b"hello")
+        assert json.loads(posted.body)["size"] == 5
+        answer = await client.fetch(up.url + "/redirect", raise_error=False)
+        assert answer.code == 302 and answer.headers.get_list("X-A") == ["1", "2"]
+        assert len(up.arrived) == 3 and up.connections == 1
+
+        async def produce(write: Callable[[bytes], Awaitable[None]]) -> None:
+            for _ in range(30):
+                await write(bytes(MIB))
+
+        streamed = await client.fetch(up.url, method="PUT", body_producer=produce)
+        assert json.loads(streamed.body)["size"] == 30 * MIB
+        together = await asyncio.gather(*(client.fetch(up.url) for _ in range(100)))
+        assert all(response.code == 200 for response in together)
+        with pytest.raises(ValueError, match="http"):
+            await client.fetch("ftp://x/")
+
+
+@gen_test
+async def test_fetch_awaits_the_streaming_callback(
+    client_of_upstream: gateway.UpstreamClient,
+) -> None:
+    sent = 0
+
+    async def pour(request: Arrived) -> None:
+        nonlocal sent
+        await request.send(
+            b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (50 * MIB)
+        )
+        for _ in range(50):
+            await request.send(bytes(MIB))
+            sent += 1
+
+    received, release = 0, asyncio.Event()
+
+    async def take(data: bytes) -> None:
+        nonlocal received
+        received += len(data)
+        await release.wait()
+
+    async with upstream(pour) as up:
+        fetching = client_of_upstream.fetch(up.url, streaming_callback=take)
+        await until(lambda: received)
+        last = -1
+        while last != sent:
+            last = sent
+            await asyncio.sleep(0.2)
+        assert sent < 30, "read on before the callback was done"
+        release.set()
+        assert (await fetching).code == 200 and received == 50 * MIB
+
+
+@gen_test
+async def test_fetch_fails_clearly(client_of_upstream: gateway.UpstreamClient) -> None:
+    async with upstream(break_as_told) as up:
+        with pytest.raises(gateway.UpstreamError, match="without answering"):
+            await client_of_upstream.fetch(up.url + "/before-head")
+        with pytest.raises(
+            gateway.UpstreamError, match="before its response was complete"
+        ):
+            await client_of_upstream.fetch(up.url + "/short")
+    async with upstream(stall) as up:
+        with pytest.raises(gateway.UpstreamError, match="request_timeout"):
+            await client_of_upstream.fetch(up.url + "/x", request_timeout=0.1)
+        await until(lambda: up.arrived[0].closed_at)
+
+
+# ─── Virtual keys ────────────────────────────────────────────────────────────────────
+
+
+def error_of(response: httpx2.Response, status: int, kind: str) -> str:
+    """Check an error's status and envelope; its message."""
+    assert response.status_code == status, response.text
+    document = response.json()
+    assert document["type"] == "error" and document["error"]["type"] == kind
+    assert document["request_id"] == response.headers["request-id"]
+    return document["error"]["message"]
+
+
+def relay_status(process: Process, key: str) -> int:
+    return httpx2.get(
+        process.url + "/v1/models", headers={"x-api-key": key}
+    ).status_code
+
+
+def test_an_empty_request_makes_a_key(mocked: Process) -> None:
+    headers = {"Authorization": f"Bearer {MASTER_KEY}"}
+    bare = httpx2.post(mocked.url + "/key/generate", headers=headers)
+    made = mocked.manage("/key/generate", {})
+    assert bare.status_code == made.status_code == 200
+    answer = made.json()
+    assert re.fullmatch(r"sk-[A-Za-z0-9_-]{22}", answer["key"])
+    assert answer["token"] == answer["token_id"] == gateway.hash_key(answer["key"])
+    assert answer["key_name"] == f"sk-...{answer['key'][-4:]}"
+    assert (
+        answer["expires"] is None
+        and answer["models"] == []
+        and answer["metadata"] == {}
+    )
+    assert relay_status(mocked, answer["key"]) == 200
+    assert (
+        answer["key"] not in mocked.keys.read_text() and answer["key"] not in mocked.log
+    )
+
+
+def test_fields_of_a_key_are_kept_and_shown(mocked: Process) -> None:
+    fields = {
+        "key_alias": "ci", "user_id": "u", "team_id": "t", "tags": ["a", "b"],
+        "metadata": {"deep": [1, {"x": None}]}, "duration": "30d", "models": [],
+    }  # fmt: skip
+    key = mocked.new_key(**fields)
+    by_key = mocked.manage(f"/key/info?key={key}").json()
+    by_hash = mocked.manage(f"/key/info?key={gateway.hash_key(key)}").json()
+    assert by_key["info"] == by_hash["info"] and by_key["key"] == key
+    for name in ("key_alias", "user_id", "team_id", "tags", "metadata", "models"):
+        assert by_key["info"][name] == fields[name]
+    expires = datetime.fromisoformat(by_key["info"]["expires"])
+    assert abs(expires - datetime.now(UTC) - timedelta(days=30)) < timedelta(minutes=1)
+    itself = mocked.manage("/key/info", key=key).json()
+    assert itself["info"] == by_key["info"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"max_budget": 5}, "max_budget"),
+        ({"rpm_limit": 1}, "rpm_limit"),
+        ({"models": ["claude-x"]}, "models"),
+        ({"nonsense": True}, "nonsense"),
+        ({"duration": "soon"}, "duration"),
+        ({"duration": 30}, "duration"),
+        ({"duration": "999999999w"}, "duration"),
+        ({"key": "sk-short"}, "key"),
+        ({"key": "no-prefix-0123456789"}, "key"),
+        ({"key": "sk-with space 0123456789"}, "key"),
+        ({"key": "sk-ant-0123456789012345"}, "key"),
+        ({"key": 5}, "key"),
+        ({"key_alias": 5}, "key_alias"),
+        ({"tags": "a"}, "tags"),
+        ({"tags": [1]}, "tags"),
+        ({"metadata": []}, "metadata"),
+        ({"blocked": "yes"}, "blocked"),
+        ({"blocked": 1}, "blocked"),
+    ],
+)
+def test_wrong_fields_are_refused_by_name(
+    mocked: Process, virtual_key: str, fields: dict[str, Any], named: str
+) -> None:
+    before = mocked.keys.read_bytes()
+    message = error_of(
+        mocked.manage("/key/generate", fields), 400, "invalid_request_error"
+    )
+    assert f"'{named}'" in message
+    if "key" not in fields:
+        update = {"key": virtual_key, **fields}
+        assert named in error_of(
+            mocked.manage("/key/update", update), 400, "invalid_request_error"
+        )
+    assert mocked.keys.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "body", [b"{", b"[]", b"null", b'{"metadata": {"a": NaN}}', b"\xff", b"[" * 100_000]
+)
+def test_bodies_that_are_no_json_object_are_refused(
+    mocked: Process, body: bytes
+) -> None:
+    headers = {"Authorization": f"Bearer {MASTER_KEY}"}
+    answer = httpx2.post(mocked.url + "/key/generate", headers=headers, content=body)
+    error_of(answer, 400, "invalid_request_error")
+    assert "Traceback" not in mocked.log
+
+
+def test_own_keys_and_aliases_are_unique(mocked: Process) -> None:
+    own = "sk-own-key-0123456789"
+    assert mocked.new_key(key=own, key_alias="only one") == own
+    assert relay_status(mocked, own) == 200
+    for fields in ({"key": own}, {"key_alias": "only one"}):
+        error_of(mocked.manage("/key/generate", fields), 400, "invalid_request_error")
+    other = mocked.new_key()
+    taken = {"key": other, "key_alias": "only one"}
+    error_of(mocked.manage("/key/update", taken), 400, "invalid_request_error")
+    assert (
+        mocked.manage("/key/delete", {"key_aliases": ["only one"]}).status_code == 200
+    )
+    assert mocked.manage("/key/update", taken).status_code == 200
+
+
+def test_updates_change_and_null_clears(mocked: Process) -> None:
+    key = mocked.new_key(user_id="u", duration="1h", tags=["a"])
+    update = {
+        "key": gateway.hash_key(key),
+        "user_id": "v",
+        "duration": None,
+        "tags": None,
+    }
+    answer = mocked.manage("/key/update", update).json()
+    assert (answer["user_id"], answer["expires"], answer["tags"]) == ("v", None, [])
+    info = mocked.manage(f"/key/info?key={key}").json()["info"]
+    assert (info["user_id"], info["expires"], info["tags"]) == ("v", None, [])
+    by_alias = mocked.new_key(key_alias="by alias")
+    renamed = mocked.manage(
+        "/key/update", {"key_alias": "by alias", "team_id": "t"}
+    ).json()
+    assert renamed["token"] == gateway.hash_key(by_alias) and renamed["team_id"] == "t"
+
+
+def test_changes_hold_from_the_next_request_on(mocked: Process) -> None:
+    def refusal(key: str) -> str:
+        answer = httpx2.get(mocked.url + "/v1/models", headers={"x-api-key": key})
+        message = error_of(answer, 401, "authentication_error")
+        assert key not in message and gateway.hash_key(key) not in message
+        return message
+
+    key = mocked.new_key()
+    assert relay_status(mocked, key) == 200
+    assert mocked.manage("/key/block", {"key": key}).json()["blocked"] is True
+    assert "blocked" in refusal(key)
+    assert mocked.manage("/key/unblock", {"key": key}).json()["blocked"] is False
+    assert relay_status(mocked, key) == 200
+    assert (
+        mocked.manage("/key/update", {"key": key, "duration": "0s"}).status_code == 200
+    )
+    assert "expired" in refusal(key)
+    assert mocked.manage(f"/key/info?key={key}").json()["info"]["status"] == "expired"
+    deleted = mocked.manage("/key/delete", {"keys": [key]})
+    assert deleted.json() == {"deleted_keys": [key]}
+    assert "deleted" in refusal(key)
+    error_of(mocked.manage(f"/key/info?key={key}"), 404, "not_found_error")
+    error_of(mocked.manage("/key/generate", {"key": key}), 400, "invalid_request_error")
+    born_blocked = mocked.new_key(blocked=True)
+    assert "blocked" in refusal(born_blocked)
+
+
+def test_unknown_keys_are_404_and_nothing_is_deleted(mocked: Process) -> None:
+    key, unknown = mocked.new_key(), "sk-unknown-0123456789"
+    for path in ("/key/update", "/key/block", "/key/unblock", "/key/regenerate"):
+        error_of(mocked.manage(path, {"key": unknown}), 404, "not_found_error")
+        error_of(mocked.manage(path, {}), 400, "invalid_request_error")
+    error_of(
+        mocked.manage("/key/delete", {"keys": [key, unknown]}), 404, "not_found_error"
+    )
+    error_of(mocked.manage("/key/delete", {}), 400, "invalid_request_error")
+    error_of(mocked.manage(f"/key/info?key={unknown}"), 404, "not_found_error")
+    assert relay_status(mocked, key) == 200
+
+
+def test_regenerated_keys(mocked: Process) -> None:
+    old = mocked.new_key(key_alias="rotating", user_id="u")
+    answer = mocked.manage("/key/regenerate", {"key": old}).json()
+    new = answer["key"]
+    assert new != old and (answer["key_alias"], answer["user_id"]) == ("rotating", "u")
+    assert (relay_status(mocked, new), relay_status(mocked, old)) == (200, 401)
+    newer = mocked.manage(f"/key/{new}/regenerate", {"grace_period": "1h"}).json()[
+        "key"
+    ]
+    assert (relay_status(mocked, newer), relay_status(mocked, new)) == (200, 200)
+    assert mocked.manage("/key/block", {"key": newer}).status_code == 200
+    assert (relay_status(mocked, newer), relay_status(mocked, new)) == (401, 401)
+    mocked.manage("/key/unblock", {"key": newer})
+    short = mocked.manage(
+        "/key/regenerate",
+        {
+            "key": newer,
+            "grace_period": "1s",
+            "new_key": "sk-chosen-0123456789",
+            "team_id": "t",
+        },
+    ).json()
+    assert (short["key"], short["team_id"]) == ("sk-chosen-0123456789", "t")
+    assert relay_status(mocked, newer) == 200
+    deadline = time.monotonic() + PATIENCE
+    while relay_status(mocked, newer) == 200 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert (relay_status(mocked, newer), relay_status(mocked, short["key"])) == (
+        401,
+        200,
+    )
+
+
+def test_who_may_manage(mocked: Process, virtual_key: str) -> None:
+    posts = ["generate", "update", "delete", "block", "unblock", "regenerate"]
+    for path in [f"/key/{name}" for name in posts]:
+        error_of(mocked.manage(path, {}, key=""), 401, "authentication_error")
+        error_of(mocked.manage(path, {}, key="sk-wrong"), 401, "authentication_error")
+        error_of(mocked.manage(path, {}, key=virtual_key), 403, "permission_error")
+    error_of(mocked.manage("/key/list", key=virtual_key), 403, "permission_error")
+    other = mocked.new_key()
+    error_of(
+        mocked.manage(f"/key/info?key={other}", key=virtual_key),
+        403,
+        "permission_error",
+    )
+    for header in (
+        {"x-api-key": MASTER_KEY},
+        {"Authorization": f"bearer {MASTER_KEY}"},
+    ):
+        listed = httpx2.get(mocked.url + "/key/list", headers=header)
+        assert listed.status_code == 200
+    error_of(mocked.manage("/key/nonsense", {}), 404, "not_found_error")
+    error_of(mocked.manage("/key/generate"), 405, "invalid_request_error")
+
+
+def test_lists_are_paged_and_filtered(start: Starter) -> None:
+    process = start()
+    keys = [
+        process.new_key(user_id=f"u{n % 2}", key_alias=f"k{n:02}") for n in range(25)
+    ]
+    gone = process.new_key()
+    process.manage("/key/delete", {"keys": [gone]})
+    page = process.manage("/key/list?page=3&size=10").json()
+    assert page["keys"] == [gateway.hash_key(key) for key in keys[20:]]
+    assert (page["total_count"], page["current_page"], page["total_pages"]) == (
+        25,
+        3,
+        3,
+    )
+    full = process.manage(
+        "/key/list?user_id=u1&size=100&return_full_object=true"
+    ).json()
+    assert [row["key_alias"] for row in full["keys"]] == [
+        f"k{n:02}" for n in range(1, 25, 2)
+    ]
+    assert process.manage("/key/list?key_alias=k07").json()["total_count"] == 1
+    error_of(process.manage("/key/list?page=0"), 400, "invalid_request_error")
+
+
+def test_keys_in_queries_never_reach_the_log(start: Starter) -> None:
+    process = start("mock", "--logging=debug")
+    key = process.new_key()
+    process.manage(f"/key/info?key={key}")
+    process.manage("/key/info?key=sk-unknown-0123456789")
+    relay_status(process, key)
+    process.stop()
+    for secret in (key, gateway.hash_key(key), "sk-unknown", MASTER_KEY, REAL_KEY):
+        assert secret not in process.log
+
+
+# ─── keys.json ───────────────────────────────────────────────────────────────────────
+
+
+def test_the_file_is_one_line_a_key_and_private(start: Starter) -> None:
+    process = start()
+    keys = [process.new_key(key_alias=f"k{n}") for n in range(3)]
+    text = process.keys.read_text()
+    lines = text.splitlines()
+    assert lines[0] == '{"version": 1, "keys": {' and lines[-1] == "}}"
+    assert len(lines) == 5 and set(json.loads(text)["keys"]) == set(
+        map(gateway.hash_key, keys)
+    )
+    assert stat.S_IMODE(process.keys.stat().st_mode) == 0o600
+    assert [path.name for path in process.folder.iterdir() if "tmp" in path.name] == []
+
+
+def test_keys_survive_a_restart(start: Starter) -> None:
+    process = start()
+    fields = {"key_alias": "a", "tags": ["t"], "metadata": {"m": 1}, "duration": "1d"}
+    key, blocked, deleted = (
+        process.new_key(**fields),
+        process.new_key(),
+        process.new_key(),
+    )
+    process.manage("/key/block", {"key": blocked})
+    process.manage("/key/delete", {"keys": [deleted]})
+    rotated = process.manage(
+        "/key/regenerate", {"key": key, "grace_period": "1h"}
+    ).json()["key"]
+    info = process.manage(f"/key/info?key={rotated}").json()
+    assert process.stop() == 0
+    again = start()
+    assert again.manage(f"/key/info?key={rotated}").json() == info
+    statuses = [relay_status(again, k) for k in (rotated, key, blocked, deleted)]
+    assert statuses == [200, 200, 401, 401]
+
+
+async def generate_until_killed(
+    process: Process, answered: list[str], enough: int
+) -> None:
+    """50 callers make keys until ``enough`` were answered or the gateway is gone."""
+
+    async def caller() -> None:
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            async with Client(process.port) as client:
+                while len(answered) < enough:
+                    client.request("POST /key/generate", body=b"{}", key=MASTER_KEY)
+                    answered.append((await client.response()).json()["key"])
+
+    await asyncio.gather(*(caller() for _ in range(50)))
+
+
+def has_length(things: list[Any], length: int) -> bool:
+    return len(things) >= length
+
+
+@pytest.mark.gen_test(timeout=120)
+async def test_no_acknowledged_key_is_lost_to_sigkill(start: Starter) -> None:
+    chance = random.Random(20261122)
+    answered: list[str] = []
+    for round_number in range(1, 21):
+        process = start()
+        goal = max(len(answered) + 1, 50 * round_number)
+        callers = asyncio.create_task(
+            generate_until_killed(process, answered, goal + 500)
+        )
+        await until(functools.partial(has_length, answered, goal))
+        await asyncio.sleep(chance.uniform(0, 0.05))
+        process.popen.kill()
+        process.popen.wait()
+        await callers
+        document = json.loads(process.keys.read_text())
+        lost = [
+            key for key in answered if gateway.hash_key(key) not in document["keys"]
+        ]
+        assert not lost, f"round {round_number}"
+    assert len(answered) >= 1000
+
+
+def test_a_damaged_file_stops_the_start_and_is_left_alone(tmp_path: Path) -> None:
+    hashed, path = gateway.hash_key("sk-x"), tmp_path / "keys.json"
+    for text, word in [
+        ('{"version": 1, "keys": {', "not JSON"),
+        ("", "not JSON"),
+        ("[]", "damaged"),
+        ('{"version": 2, "keys": {}}', "version"),
+        ('{"version": 1, "keys": {"short": {"key_name": "x"}}}', "number 1"),
+        (f'{{"version": 1, "keys": {{"{hashed}": []}}}}', "object"),
+        (f'{{"version": 1, "keys": {{"{hashed}": {{}}}}}}', "key_name"),
+        (
+            f'{{"version": 1, "keys": {{"{hashed}": {{"key_name": "x", "modles": []}}}}}}',
+            "modles",
+        ),
+        (
+            f'{{"version": 1, "keys": {{"{hashed}": {{"key_name": "x", "blocked": 1}}}}}}',
+            "blocked",
+        ),
+        (
+            f'{{"version": 1, "keys": {{"{hashed}": {{"key_name": "x", "expires": "y"}}}}}}',
+            "y",
+        ),
+    ]:
+        path.write_text(text)
+        line = failed_start(tmp_path, "--port=0", "--upstream=mock")
+        assert "keys.json" in line and word in line
+        assert hashed not in line
+        assert path.read_text() == text
+
+
+def test_a_second_gateway_on_the_same_file_is_refused(start: Starter) -> None:
+    process = start()
+    assert "another gateway" in failed_start(
+        process.folder, "--port=0", "--upstream=mock"
+    )
+    process.new_key()  # the file is another one now, and still ours
+    assert "another gateway" in failed_start(
+        process.folder, "--port=0", "--upstream=mock"
+    )
+    process.popen.kill()
+    process.popen.wait()
+    start()
+
+
+def as_nobody() -> None:
+    """Run in the child before the gateway starts: root is stopped by no file mode."""
+    if os.getuid() == 0:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+
+
+@pytest.mark.skipif(
+    os.getuid() != 0 or not shutil.which("mount"), reason="needs to mount a disk"
+)
+def test_a_full_disk_refuses_the_change_and_keeps_the_file(
+    start: Starter, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk],
+        capture_output=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip("this machine does not let the tests mount a disk")
+    try:
+        process = start("mock", f"--keys={disk / 'keys.json'}")
+        key = process.new_key()
+        before = (disk / "keys.json").read_bytes()
+        (disk / "filler").write_bytes(b"")
+        with (
+            contextlib.suppress(OSError),
+            (disk / "filler").open("wb", buffering=0) as filler,
+        ):
+            while True:
+                filler.write(bytes(4096))
+        metadata = {"metadata": {"much": "x" * 20_000}}
+        error_of(process.manage("/key/generate", metadata), 503, "overloaded_error")
+        error_of(
+            process.manage("/key/update", {"key": key, **metadata}),
+            503,
+            "overloaded_error",
+        )
+        error_of(process.manage("/key/block", {"key": key}), 503, "overloaded_error")
+        assert (disk / "keys.json").read_bytes() == before
+        assert [path.name for path in disk.iterdir() if "tmp" in path.name] == []
+        info = process.manage(f"/key/info?key={key}").json()["info"]
+        assert info["metadata"] == {} and info["blocked"] is False
+        assert relay_status(process, key) == 200
+        assert httpx2.get(process.url + "/health/readiness").status_code == 503
+        (disk / "filler").unlink()
+        process.new_key(**metadata)
+        assert httpx2.get(process.url + "/health/readiness").status_code == 200
+        process.stop()
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_read_only_folder_refuses_the_change(tmp_path: Path, start: Starter) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    process = start("mock", folder=folder)
+    key = process.new_key()
+    before = process.keys.read_bytes()
+    with unwritable(folder):
+        message = error_of(process.manage("/key/generate", {}), 503, "overloaded_error")
+        assert str(folder) not in message
+        assert relay_status(process, key) == 200
+        assert process.keys.read_bytes() == before
+    process.new_key()
+
+
+@contextlib.contextmanager
+def unwritable(folder: Path) -> Iterator[None]:
+    """Make files in a folder impossible to create or rename, for root too."""
+    if os.getuid() != 0:
+        folder.chmod(0o500)
+        yield
+        folder.chmod(0o700)
+        return
+    immutable = subprocess.run(
+        ["chattr", "+i", folder], capture_output=True, check=False
+    )
+    if immutable.returncode:
+        pytest.skip("this file system knows no immutable folders")
+    try:
+        yield
+    finally:
+        subprocess.run(["chattr", "-i", folder], check=True)
+
+
+def test_sighup_reads_the_file_again(start: Starter) -> None:
+    process = start()
+    key, other = process.new_key(key_alias="one"), process.new_key(key_alias="two")
+    document = json.loads(process.keys.read_text())
+    document["keys"][gateway.hash_key(key)]["blocked"] = True
+    process.keys.write_text(json.dumps(document))
+    assert relay_status(process, key) == 200
+    process.popen.send_signal(signal.SIGHUP)
+    wait_for(lambda: relay_status(process, key) == 401)
+    assert relay_status(process, other) == 200
+    process.keys.write_text("damaged")
+    process.popen.send_signal(signal.SIGHUP)
+    wait_for(lambda: "keys not read again" in process.log)
+    assert relay_status(process, other) == 200
+    # an editor that replaces the file: the new one is ours as well
+    fresh = process.folder / "fresh.json"
+    fresh.write_text(json.dumps(document))
+    fresh.replace(process.keys)
+    process.popen.send_signal(signal.SIGHUP)
+    wait_for(lambda: process.log.count("keys read again") == 2)
+    assert "another gateway" in failed_start(
+        process.folder, "--port=0", "--upstream=mock"
+    )
+    process.manage("/key/unblock", {"key": key})
+    assert relay_status(process, key) == 200
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def test_the_committed_file_is_an_empty_store() -> None:
+    shown = subprocess.run(
+        ["git", "show", "HEAD:keys.json"],
+        cwd=GATEWAY.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    text = (
+        shown.stdout
+        if shown.returncode == 0
+        else (GATEWAY.parent / "keys.json").read_text()
+    )
+    assert json.loads(text) == {"version": 1, "keys": {}}
+
+
+# ─── Operations ──────────────────────────────────────────────────────────────────────
+
+
+def test_probes_are_answered_here_and_need_no_key(start: Starter) -> None:
+    process = start("http://localhost:1")
+    for path in ("/", "/anthropic", "/anthropic/api/hello", "/api/hello"):
+        for method in ("GET", "HEAD"):
+            answer = httpx2.request(method, process.url + path)
+            assert answer.status_code == 200, (method, path)
+    assert "ANTHROPIC_BASE_URL" in httpx2.get(process.url + "/").text
+    for path in ("/health/liveliness", "/health/liveness"):
+        assert httpx2.get(process.url + path).json() == "I'm alive!"
+    assert httpx2.get(process.url + "/health/readiness").json()["status"] == "healthy"
+    for path in ("/nope", "/anthropicx/v1/x", "/v2/x", "/.env"):
+        error_of(httpx2.get(process.url + path), 404, "not_found_error")
+
+
+@gen_test
+async def test_stopping_lets_running_requests_end(start: Starter) -> None:
+    release = asyncio.Event()
+
+    async def slow(request: Arrived) -> None:
+        await request.read_body()
+        await request.send(SSE_HEAD + b"3\r\na\n\n\r\n")
+        await release.wait()
+        await request.send(b"3\r\nb\n\n\r\n0\r\n\r\n")
+
+    async with (
+        relayed(start, slow) as (process, _, key),
+        Client(process.port) as client,
+    ):
+        client.request("POST /v1/messages", body=b"{}", key=key)
+        await client.head()
+        async with Client(process.port) as idle:
+            idle.request("GET /")
+            await idle.response()
+            process.popen.send_signal(signal.SIGTERM)
+            assert await idle.reader.read() == b"", (
+                "an idle connection is closed at once"
+            )
+        with pytest.raises(OSError):
+            await asyncio.open_connection("127.0.0.1", process.port)
+        release.set()
+        assert await read_chunked(client.reader) == b"a\n\nb\n\n"
+        assert process.popen.wait(PATIENCE) == 0
+
+
+@gen_test
+async def test_stopping_breaks_what_does_not_end(start: Starter) -> None:
+    async with relayed(start, stall, "--drain-timeout=0.2") as (process, up, key):
+        async with Client(process.port) as client:
+            client.request("POST /v1/events", body=b"{}", key=key)
+            await client.head()
+            process.popen.send_signal(signal.SIGTERM)
+            await until(lambda: up.arrived[0].closed_at)
+            assert process.popen.wait(PATIENCE) == 0
+            assert "1 requests under way" in process.log
+
+
+@gen_test
+async def test_a_second_signal_ends_it_at_once(start: Starter) -> None:
+    async with (
+        relayed(start, stall) as (process, _, key),
+        Client(process.port) as client,
+    ):
+        client.request("POST /v1/events", body=b"{}", key=key)
+        await client.head()
+        process.popen.send_signal(signal.SIGINT)
+        await until(lambda: "under way" in process.log)
+        process.popen.send_signal(signal.SIGINT)
+        assert process.popen.wait(2) == 0
+        json.loads(process.keys.read_text())
+
+
+def test_log_lines_are_one_line_each(mocked: Process, virtual_key: str) -> None:
+    before = len(mocked.log.splitlines())
+    path = "/v1/%0a%1b%5b31m"
+    httpx2.get(mocked.url + path + "?secret=1", headers={"x-api-key": virtual_key})
+    wait_for(lambda: len(mocked.log.splitlines()) == before + 1)
+    line = mocked.log.splitlines()[-1]
+    assert (
+        "shared by the module GET" in line
+        and " 404 ok " in line
+        and "secret" not in line
+    )
+
+
+# ─── The real SDK ────────────────────────────────────────────────────────────────────
+
+
+def sdk(
+    process: Process, key: str, base: str = "/anthropic", **kwargs: Any
+) -> anthropic.Anthropic:
+    kwargs.setdefault("max_retries", 0)
+    return anthropic.Anthropic(base_url=process.url + base, api_key=key, **kwargs)
+
+
+BASES = pytest.mark.parametrize("base", ["/anthropic", ""])
+
+
+@BASES
+def test_sdk_messages(mocked: Process, virtual_key: str, base: str) -> None:
+    client = sdk(mocked, virtual_key, base)
+    message = client.messages.create(**MESSAGE)
+    assert message.content[0].text == "You said: Hello, world" and message._request_id
+    assert message.usage.input_tokens > 0 and message.usage.output_tokens == 4
+    with client.messages.stream(**MESSAGE) as stream:
+        assert "".join(stream.text_stream) == "You said: Hello, world"
+        assert stream.get_final_message().usage.output_tokens == 4
+    counted = client.messages.count_tokens(
+        model=MESSAGE["model"], messages=MESSAGE["messages"]
+    )
+    assert counted.input_tokens > 0
+
+
+def test_sdk_auth_token_and_both(mocked: Process, virtual_key: str) -> None:
+    bearer = anthropic.Anthropic(
+        base_url=mocked.url + "/anthropic", auth_token=virtual_key, api_key=None
+    )
+    assert bearer.messages.create(**MESSAGE).content
+    header = {"x-api-key": virtual_key}
+    both = sdk(mocked, virtual_key, default_headers=header)
+    assert both.messages.create(**MESSAGE).content
+
+
+def test_the_mock_caches_like_anthropic(mocked: Process, virtual_key: str) -> None:
+    system = [
+        {"type": "text", "text": "x" * 4000, "cache_control": {"type": "ephemeral"}}
+    ]
+    client = sdk(mocked, virtual_key)
+    first = client.messages.create(**MESSAGE, system=system).usage
+    second = client.messages.create(**MESSAGE, system=system).usage
+    assert first.cache_creation_input_tokens == second.cache_read_input_tokens > 900
+    assert first.cache_read_input_tokens == second.cache_creation_input_tokens == 0
+
+
+@BASES
+def test_sdk_batches(mocked: Process, virtual_key: str, base: str) -> None:
+    client = sdk(mocked, virtual_key, base)
+    batch = client.messages.batches.create(
+        requests=[
+            {"custom_id": "one", "params": MESSAGE},
+            {"custom_id": "two", "params": {**MESSAGE, "model": "mock-error-400"}},
+        ]
+    )
+    retrieved = client.messages.batches.retrieve(batch.id)
+    assert retrieved.processing_status == "ended"
+    assert retrieved.results_url == f"/v1/messages/batches/{batch.id}/results"
+    results = list(client.messages.batches.results(batch.id))
+    assert [(r.custom_id, r.result.type) for r in results] == [
+        ("one", "succeeded"),
+        ("two", "errored"),
+    ]
+    assert batch.id in [listed.id for listed in client.messages.batches.list(limit=1)]
+    assert client.messages.batches.cancel(batch.id).processing_status == "canceling"
+    assert client.messages.batches.delete(batch.id).id == batch.id
+    with pytest.raises(anthropic.NotFoundError):
+        client.messages.batches.retrieve(batch.id)
+
+
+@pytest.mark.parametrize("base", ["", "/deep/base"])
+@pytest.mark.parametrize("coding", ["identity", "gzip", "deflate"])
+@gen_test
+async def test_results_urls_lead_back_to_the_gateway(
+    start: Starter, coding: str, base: str
+) -> None:
+    pack = {"identity": bytes, "gzip": gzip.compress, "deflate": zlib.compress}[coding]
+
+    async def batches(request: Arrived) -> None:
+        await request.read_body()
+        if request.target.endswith("/results"):
+            line = {"custom_id": "a", "result": {"type": "expired"}}
+            await request.answer(json.dumps(line).encode() + b"\n")
+            return
+        origin = "https://api.anthropic.com" if "far" in request.target else up.url
+        batch = {
+            "id": "msgbatch_1", "type": "message_batch", "processing_status": "ended",
+            "created_at": "2026-11-22T00:00:00Z", "expires_at": "2026-11-23T00:00:00Z",
+            "request_counts": {}, "note": f"see {origin}/v1/x",
+            "results_url": f"{origin}{base}/v1/messages/batches/msgbatch_1/results",
+        }  # fmt: skip
+        document = (
+            {"data": [batch, batch]} if request.target.endswith("batches") else batch
+        )
+        kinds = [f"Content-Encoding: {coding}"] if coding != "identity" else []
+        packed = pack(json.dumps(document).encode())
+        await request.answer(packed, "200 OK", "Content-Type: application/json", *kinds)
+
+    async with relayed(start, batches, base=base) as (process, up, key):
+        relative = "/v1/messages/batches/msgbatch_1/results"
+        for start_line, many in [
+            ("GET /v1/messages/batches/far", False),
+            ("GET /anthropic/v1/messages/batches/near?beta=true", False),
+            ("POST /v1/messages/batches/far/cancel", False),
+            ("POST /v1/messages/batches", True),
+            ("GET /v1/messages/batches", True),
+        ]:
+            answer = await ask(process.port, start_line, key=key)
+            assert answer.field("content-length") == [str(len(answer.body))]
+            assert answer.field("content-encoding") == (
+                [coding] if coding != "identity" else []
+            )
+            plain = gateway.decompress(coding, answer.body, MIB)
+            document = json.loads(plain)
+            batch = document["data"][1] if many else document
+            assert batch["results_url"] == relative and "://" in batch["note"]
+        client = anthropic.AsyncAnthropic(
+            base_url=process.url + "/anthropic", api_key=key
+        )
+        results = [r async for r in await client.messages.batches.results("far")]
+        assert results[0].result.type == "expired"
+        assert up.arrived[-1].target == base + relative
+
+
+@gen_test
+async def test_a_batch_object_that_cannot_be_read_is_not_passed_on(
+    start: Starter,
+) -> None:
+    async def unreadable(request: Arrived) -> None:
+        await request.answer(
+            b"\x00", "200 OK", "Content-Type: application/json", "Content-Encoding: br"
+        )
+
+    async with relayed(start, unreadable) as (process, _, key):
+        answer = await ask(process.port, "GET /v1/messages/batches/b", key=key)
+        assert answer.status == 502 and "batch" in answer.error["message"]
+
+
+def test_sdk_models(mocked: Process, virtual_key: str) -> None:
+    client = sdk(mocked, virtual_key)
+    names = [model.id for model in client.models.list(limit=2)]
+    assert names == list(gateway.MOCK_MODELS)
+    assert client.models.retrieve(names[0]).id == names[0]
+
+
+def test_sdk_files(mocked: Process, virtual_key: str) -> None:
+    client, data = sdk(mocked, virtual_key), os.urandom(3 * MIB)
+    files = client.files if hasattr(client, "files") else client.beta.files
+    uploaded = files.upload(file=("data.bin", data, "application/octet-stream"))
+    assert uploaded.size_bytes == len(data)
+    assert uploaded.id in [listed.id for listed in files.list()]
+    assert files.download(uploaded.id).read() == data
+    assert files.delete(uploaded.id).id == uploaded.id
+    with pytest.raises(anthropic.NotFoundError):
+        files.retrieve_metadata(uploaded.id)
+
+
+@pytest.mark.parametrize(
+    ("status", "exception"),
+    [
+        (400, anthropic.BadRequestError),
+        (401, anthropic.AuthenticationError),
+        (403, anthropic.PermissionDeniedError),
+        (404, anthropic.NotFoundError),
+        (409, anthropic.ConflictError),
+        (413, anthropic.APIStatusError),
+        (429, anthropic.RateLimitError),
+        (500, anthropic.InternalServerError),
+        (504, anthropic.InternalServerError),
+        (529, anthropic.InternalServerError),
+    ],
+)
+def test_sdk_errors(
+    mocked: Process,
+    virtual_key: str,
+    status: int,
+    exception: type[anthropic.APIStatusError],
+) -> None:
+    with pytest.raises(exception) as raised:
+        sdk(mocked, virtual_key).messages.create(
+            **{**MESSAGE, "model": f"mock-error-{status}"}
+        )
+    assert raised.value.status_code == status
+    assert raised.value.request_id.startswith("req_")
+
+
+def test_sdk_errors_of_the_gateway_itself(mocked: Process, start: Starter) -> None:
+    with pytest.raises(
+        anthropic.AuthenticationError, match="Unknown API key"
+    ) as raised:
+        sdk(mocked, "sk-wrong-0123456789").messages.create(**MESSAGE)
+    assert raised.value.request_id == raised.value.response.headers["x-litellm-call-id"]
+    unreachable = start("http://localhost:1")
+    with pytest.raises(anthropic.InternalServerError, match="refused the connection"):
+        sdk(unreachable, unreachable.new_key()).messages.create(**MESSAGE)
+
+
+@gen_test
+async def test_sdk_honours_retry_after(start: Starter) -> None:
+    times: list[float] = []
+
+    async def limited_once(request: Arrived) -> None:
+        await request.read_body()
+        times.append(time.monotonic())
+        if len(times) == 1:
+            await request.answer(b"{}", "429 Too Many Requests", "retry-after: 1")
+        else:
+            await request.answer(
+                b'{"input_tokens": 7}', "200 OK", "Content-Type: application/json"
+            )
+
+    async with relayed(start, limited_once) as (process, _, key):
+        client = anthropic.AsyncAnthropic(base_url=process.url, api_key=key)
+        counted = await client.messages.count_tokens(
+            model="m", messages=MESSAGE["messages"]
+        )
+        assert counted.input_tokens == 7 and times[1] - times[0] >= 1
+
+
+@gen_test
+async def test_sdk_leaves_a_stream_in_the_middle(start: Starter) -> None:
+    async def endless(request: Arrived) -> None:
+        await request.read_body()
+        event = b'event: ping\ndata: {"type": "ping"}\n\n'
+        await request.send(SSE_HEAD + b"%x\r\n%b\r\n" % (len(event), event))
+        request.closed_at = await request.gone()
+
+    async with relayed(start, endless) as (process, up, key):
+        client = anthropic.AsyncAnthropic(base_url=process.url, api_key=key)
+        stream = await client.messages.create(**MESSAGE, stream=True)
+        await stream.close()
+        await client.close()
+        await until(lambda: up.arrived[0].closed_at)
+
+
+@gen_test
+async def test_50_sdk_streams_at_once(mocked: Process, virtual_key: str) -> None:
+    async with anthropic.AsyncAnthropic(
+        base_url=mocked.url + "/anthropic", api_key=virtual_key
+    ) as client:
+
+        async def one(number: int) -> str:
+            text = f"number {number} " * 10
+            messages = [{"role": "user", "content": text}]
+            async with client.messages.stream(
+                **{**MESSAGE, "messages": messages}
+            ) as stream:
+                return "".join([part async for part in stream.text_stream])
+
+        answers = await asyncio.gather(*(one(number) for number in range(50)))
+        assert all(f"number {n} " in answer for n, answer in enumerate(answers))
+
+
+# ─── The curls of LiteLLM's page ─────────────────────────────────────────────────────
+
+CURLS = {
+    "quick start": """curl --request POST \\
+--url http://0.0.0.0:4000/anthropic/v1/messages \\
+--header 'accept: application/json' \\
+--header 'content-type: application/json' \\
+--header "Authorization: bearer sk-anything" \\
+--data '{
+"model": "claude-3-5-sonnet-20241022",
+"max_tokens": 1024,
+"messages": [
+{"role": "user", "content": "Hello, world"}
+]
+}'""",
+    "test it": """curl http://0.0.0.0:4000/anthropic/v1/messages \\
+--header "x-api-key: $LITELLM_API_KEY" \\
+--header "anthropic-version: 2023-06-01" \\
+--header "content-type: application/json" \\
+--data \\
+'{
+"model": "claude-3-5-sonnet-20241022",
+"max_tokens": 1024,
+"messages": [
+{"role": "user", "content": "Hello, world"}
+]
+}'""",
+    "messages": """curl --request POST \\
+--url http://0.0.0.0:4000/anthropic/v1/messages \\
+--header "x-api-key: $LITELLM_API_KEY" \\
+--header "anthropic-version: 2023-06-01" \\
+--header "content-type: application/json" \\
+--data '{
+"model": "claude-3-5-sonnet-20241022",
+"max_tokens": 1024,
+"messages": [
+{"role": "user", "content": "Hello, world"}
+]
+}'""",
+    "count_tokens": """curl --request POST \\
+--url http://0.0.0.0:4000/anthropic/v1/messages/count_tokens \\
+--header "x-api-key: $LITELLM_API_KEY" \\
+--header "anthropic-version: 2023-06-01" \\
+--header "anthropic-beta: token-counting-2024-11-01" \\
+--header "content-type: application/json" \\
+--data \\
+'{
+"model": "claude-3-5-sonnet-20241022",
+"messages": [
+{"role": "user", "content": "Hello, world"}
+]
+}'""",
+    "batches": """curl --request POST \\
+--url http://0.0.0.0:4000/anthropic/v1/messages/batches \\
+--header "x-api-key: $LITELLM_API_KEY" \\
+--header "anthropic-version: 2023-06-01" \\
+--header "anthropic-beta: message-batches-2024-09-24" \\
+--header "content-type: application/json" \\
+--data \\
+'{
+"requests": [
+{
+"custom_id": "my-first-request",
+"params": {
+"model": "claude-3-5-sonnet-20241022",
+"max_tokens": 1024,
+"messages": [
+{"role": "user", "content": "Hello, world"}
+]
+}
+},
+{
+"custom_id": "my-second-request",
+"params": {
+"model": "claude-3-5-sonnet-20241022",
+"max_tokens": 1024,
+"messages": [
+{"role": "user", "content": "Hi again, friend"}
+]
+}
+}
+]
+}'""",
+    "virtual key": """curl --request POST \\
+--url http://0.0.0.0:4000/anthropic/v1/messages \\
+--header 'accept: application/json' \\
+--header 'content-type: application/json' \\
+--header "Authorization: bearer $LITELLM_API_KEY" \\
+--data '{
+"model": "claude-3-5-sonnet-20241022",
+"max_tokens": 1024,
+"messages": [
+{"role": "user", "content": "Hello, world"}
+]
+}'""",
+}
+
+
+def curl(command: str, port: int, key: str) -> Any:
+    command = command.replace("0.0.0.0:4000", f"127.0.0.1:{port}")
+    done = subprocess.run(
+        ["bash", "-c", command.replace("curl", "curl -s", 1)],
+        env={**os.environ, "LITELLM_API_KEY": key},
+        capture_output=True,
+        check=True,
+        timeout=PATIENCE,
+    )
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", CURLS)
+def test_the_curls_of_litellms_page(
+    mocked: Process, virtual_key: str, start: Starter, name: str
+) -> None:
+    if "sk-anything" in CURLS[name]:
+        answer = curl(CURLS[name], start("mock", variables={}).port, "")
+    else:
+        answer = curl(CURLS[name], mocked.port, virtual_key)
+    assert "error" not in answer
+    assert (
+        answer.get("type") in ("message", "message_batch") or answer["input_tokens"] > 0
+    )
+
+
+def test_the_curl_that_makes_a_key(mocked: Process) -> None:
+    answer = curl(
+        f"""curl -X POST 'http://0.0.0.0:4000/key/generate' \\
+-H 'Authorization: Bearer {MASTER_KEY}' \\
+-H 'Content-Type: application/json' \\
+-d '{{}}'""",
+        mocked.port,
+        "",
+    )
+    assert relay_status(mocked, answer["key"]) == 200
