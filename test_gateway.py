@@ -1253,19 +1253,19 @@ async def test_responses_come_back_as_sent(start: Starter) -> None:
     async def replay(request: Arrived) -> None:
         await request.send(wire[request.target.rpartition("/")[2]])
 
-    async with relayed(start, replay) as (process, _, key):
-        async with Client(process.port) as client:
-            for name, sent in wire.items():
-                client.request(f"GET /v1/{name}", key=key)
-                answer = await client.response()
-                head, _, body = sent.partition(b"\r\n\r\n")
-                lines = answer.head[:-4].split(b"\r\n")
-                added = lines.pop()
-                assert added.startswith(b"x-litellm-call-id: ")
-                assert b"\r\n".join(lines) == head.replace(b"X-Empty:", b"X-Empty: "), (
-                    name
-                )
-                assert answer.body == body and answer.clean
+    async with (
+        relayed(start, replay) as (process, _, key),
+        Client(process.port) as client,
+    ):
+        for name, sent in wire.items():
+            client.request(f"GET /v1/{name}", key=key)
+            answer = await client.response()
+            head, _, body = sent.partition(b"\r\n\r\n")
+            lines = answer.head[:-4].split(b"\r\n")
+            added = lines.pop()
+            assert added.startswith(b"x-litellm-call-id: ")
+            assert b"\r\n".join(lines) == head.replace(b"X-Empty:", b"X-Empty: "), name
+            assert answer.body == body and answer.clean
 
 
 @gen_test
@@ -1805,13 +1805,15 @@ async def test_a_silent_upstream_times_out(start: Starter) -> None:
 
 @gen_test
 async def test_a_slow_uploader_is_not_the_upstreams_silence(start: Starter) -> None:
-    async with relayed(start, echo, "--idle-timeout=0.3") as (process, _, key):
-        async with Client(process.port) as client:
-            client.request("POST /v1/x", "Content-Length: 10", key=key)
-            for _ in range(5):
-                client.send(b"ab")
-                await asyncio.sleep(0.2)
-            assert (await client.response()).json()["size"] == 10
+    async with (
+        relayed(start, echo, "--idle-timeout=0.3") as (process, _, key),
+        Client(process.port) as client,
+    ):
+        client.request("POST /v1/x", "Content-Length: 10", key=key)
+        for _ in range(5):
+            client.send(b"ab")
+            await asyncio.sleep(0.2)
+        assert (await client.response()).json()["size"] == 10
 
 
 @gen_test
@@ -2720,14 +2722,16 @@ async def test_stopping_lets_running_requests_end(start: Starter) -> None:
 
 @gen_test
 async def test_stopping_breaks_what_does_not_end(start: Starter) -> None:
-    async with relayed(start, stall, "--drain-timeout=0.2") as (process, up, key):
-        async with Client(process.port) as client:
-            client.request("POST /v1/events", body=b"{}", key=key)
-            await client.head()
-            process.popen.send_signal(signal.SIGTERM)
-            await until(lambda: up.arrived[0].closed_at)
-            assert process.popen.wait(PATIENCE) == 0
-            assert "1 requests under way" in process.log
+    async with (
+        relayed(start, stall, "--drain-timeout=0.2") as (process, up, key),
+        Client(process.port) as client,
+    ):
+        client.request("POST /v1/events", body=b"{}", key=key)
+        await client.head()
+        process.popen.send_signal(signal.SIGTERM)
+        await until(lambda: up.arrived[0].closed_at)
+        assert process.popen.wait(PATIENCE) == 0
+        assert "1 requests under way" in process.log
 
 
 @gen_test
