@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["tornado>=6.6", "uvloop; sys_platform != 'win32'"]
+# dependencies = ["tornado>=6.6", "uvloop>=0.21; sys_platform != 'win32'", "genai-prices>=0.2.3"]
 # ///
 """A gateway that lets a team share one Anthropic API key without handing it out.
 
@@ -18,18 +18,23 @@ Stand-in, Main.
 from __future__ import annotations
 
 import asyncio
+import bisect
 import calendar
+import collections
 import contextlib
 import dataclasses
 import fcntl
+import fnmatch
 import functools
 import gzip
 import hashlib
 import hmac
 import http.client
+import importlib.util
 import io
 import json
 import logging
+import math
 import os
 import re
 import resource
@@ -40,12 +45,14 @@ import socket
 import ssl
 import struct
 import sys
+import time
 import urllib.parse
 import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, cast
 
@@ -119,6 +126,18 @@ define(
     type=int,
     help="largest request body, in bytes",
 )
+define(
+    "prices",
+    default="",
+    help="JSON file of model (or pattern with *) to USD per million tokens; wins over genai-prices",
+)
+define("usage-days", default=90, type=int, help="days for which usage is kept")
+define(
+    "recent-requests",
+    default=10_000,
+    type=int,
+    help="requests that /spend/logs remembers",
+)
 define("config", default="", help="Python file with options, one name = value a line")
 define_logging_options(options)
 
@@ -139,6 +158,9 @@ class Settings:
     idle_timeout: float = 600.0
     drain_timeout: float = 30.0
     max_body_size: int = MAX_BODY_SIZE
+    prices: Path | None = None
+    usage_days: int = 90
+    recent_requests: int = 10_000
     api_key: str = field(default="", repr=False)
     auth_token: str = field(default="", repr=False)
     master_key: str = field(default="", repr=False)
@@ -155,6 +177,9 @@ class Settings:
                 raise SettingsError(
                     f"--{name.replace('_', '-')}: {value} is not a time in seconds"
                 )
+        for name in ("usage_days", "recent_requests"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"--{name.replace('_', '-')}: must be at least 1")
         if self.max_body_size < 1:
             raise SettingsError(
                 f"--max-body-size: {self.max_body_size} is not a size in bytes"
@@ -253,6 +278,9 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
         idle_timeout=options.idle_timeout,
         drain_timeout=options.drain_timeout,
         max_body_size=options.max_body_size,
+        prices=Path(options.prices) if options.prices else None,
+        usage_days=options.usage_days,
+        recent_requests=options.recent_requests,
         api_key=secret_from(environment, "ANTHROPIC_API_KEY"),
         auth_token=secret_from(environment, "ANTHROPIC_AUTH_TOKEN"),
         master_key=secret_from(environment, "GATEWAY_MASTER_KEY", "LITELLM_MASTER_KEY"),
@@ -402,12 +430,268 @@ def from_iso(text: object) -> datetime | None:
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
 
 
+def window(duration: str, moment: datetime) -> tuple[datetime, datetime]:
+    """The budget window that ``moment`` falls in: its start and its end, on the UTC calendar.
+
+    As LiteLLM snaps them: ``1d`` from midnight, ``7d`` and ``1w`` from Monday, ``30d`` and ``1mo`` from
+    the 1st, ``1h`` from the hour; other lengths count on from the epoch. Raises ValueError.
+    """
+    match = DURATION.fullmatch(SNAPPED_DURATIONS.get(duration, duration))
+    if not match or int(match[1]) == 0:
+        raise ValueError(f"{duration!r} is not a length of time above zero, like '30d'")
+    amount, unit = int(match[1]), match[2]
+    if unit == "mo":
+        month = (moment.year * 12 + moment.month - 1) // amount * amount
+        start = datetime(month // 12, month % 12 + 1, 1, tzinfo=UTC)
+    else:
+        step = timedelta(**{DURATION_UNITS[unit]: amount})
+        origin = FIRST_MONDAY if unit == "w" else EPOCH
+        start = origin + (moment - origin) // step * step
+    return start, later(start, f"{amount}{unit}")
+
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+FIRST_MONDAY = datetime(1970, 1, 5, tzinfo=UTC)
+SNAPPED_DURATIONS = {"7d": "1w", "30d": "1mo"}
+ZERO = Decimal(0)
+
+
+@dataclass(slots=True)
+class Tally:
+    """What was used: requests, of them errors, each kind of token, web searches, and USD spent."""
+
+    requests: int = 0
+    errors: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_read_tokens: int = 0
+    cache_write_5m_tokens: int = 0
+    cache_write_1h_tokens: int = 0
+    web_searches: int = 0
+    spend: Decimal = ZERO
+
+    def add(self, other: Tally) -> None:
+        """Count another tally in."""
+        for name in TALLY_FIELDS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def to_json(self) -> dict[str, Any]:
+        """As an object; the amount as a string, since JSON's numbers are no decimals."""
+        counts = {name: getattr(self, name) for name in TALLY_FIELDS}
+        return {name: value for name, value in counts.items() if value} | {
+            "spend": str(self.spend)
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Tally:
+        """Read it back. Raises ValueError or TypeError."""
+        if any(
+            type(n) is not int or n < 0 for name, n in record.items() if name != "spend"
+        ):
+            raise ValueError("has a wrong count in 'usage'")
+        return cls(**{**record, "spend": read_decimal(record["spend"])})
+
+
+TALLY_FIELDS = tuple(f.name for f in dataclasses.fields(Tally))
+
+
+def read_decimal(value: object) -> Decimal:
+    """A finite amount that is not negative, from a JSON string or number. Raises ValueError
+    or TypeError."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise TypeError(f"{value!r} is not an amount")
+    try:
+        amount = Decimal(str(value))
+    except InvalidOperation:
+        raise ValueError(f"{value!r} is not an amount") from None
+    if not amount.is_finite() or amount < 0:
+        raise ValueError(f"{value!r} is not an amount from zero up")
+    return amount
+
+
+class Usage:
+    """What a key used, by UTC day (ISO date) and model. Days past are kept as the JSON text that
+    they have in the file, so that their number costs nothing."""
+
+    def __init__(self, days: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        self._open: dict[str, dict[str, Tally]] = {}
+        self._closed: dict[str, str] = {}
+        for day, models in (days or {}).items():
+            datetime.fromisoformat(day)
+            tallies = {model: Tally.from_json(tally) for model, tally in models.items()}
+            self._closed[day] = day_json(tallies)
+
+    def add(self, day: str, model: str, tally: Tally) -> None:
+        """Count a tally in."""
+        models = self._day(day)
+        if model not in models and len(models) >= MAX_MODELS_A_DAY:
+            model = OTHER_MODELS
+        models.setdefault(model, Tally()).add(tally)
+
+    def days(
+        self, first: str = "", last: str = "9999"
+    ) -> Iterator[tuple[str, str, Tally]]:
+        """(day, model, tally) of every day from first to last, in order."""
+        for day in sorted({*self._open, *self._closed}):
+            if first <= day <= last:
+                models = self._open.get(day) or self._read(day)
+                for model, tally in models.items():
+                    yield day, model, tally
+
+    def to_json(self, today: str, keep_from: str) -> str:
+        """The JSON text; days before ``keep_from`` are forgotten."""
+        for day in [day for day in self._open if day < today]:
+            self._closed[day] = day_json(self._open.pop(day))
+        for day in [day for day in self._closed if day < keep_from]:
+            del self._closed[day]
+        days = self._closed | {
+            day: day_json(models) for day, models in self._open.items()
+        }
+        return "{" + ", ".join(f'"{day}": {text}' for day, text in days.items()) + "}"
+
+    def _day(self, day: str) -> dict[str, Tally]:
+        if day not in self._open:
+            self._open[day] = dict(self._read(day))
+            self._closed.pop(day, None)
+        return self._open[day]
+
+    def _read(self, day: str) -> dict[str, Tally]:
+        models = json.loads(self._closed.get(day, "{}"))
+        return {model: Tally.from_json(tally) for model, tally in models.items()}
+
+
+MAX_MODELS_A_DAY = (
+    50  # names come from requests; beyond these they are counted together
+)
+OTHER_MODELS = "other"
+
+
+def day_json(models: Mapping[str, Tally]) -> str:
+    """One day's usage as JSON text."""
+    return json.dumps({model: tally.to_json() for model, tally in models.items()})
+
+
+class Bucket:
+    """A token bucket that refills continuously, as Anthropic's own limits do (api/rate-limits).
+
+    It holds ``limit`` and gains ``limit`` a minute. It may be drawn below zero, and then blocks.
+    Times are seconds of a clock that does not jump.
+    """
+
+    __slots__ = ("_at", "_level", "limit")
+
+    def __init__(self, limit: int, moment: float) -> None:
+        self.limit = limit
+        self._level = float(limit)
+        self._at = moment
+
+    def level(self, moment: float) -> float:
+        """How much it holds."""
+        gained = (moment - self._at) * self.limit / MINUTE
+        self._level, self._at = min(float(self.limit), self._level + gained), moment
+        return self._level
+
+    def draw(self, amount: float, moment: float) -> None:
+        """Take out."""
+        self._level = self.level(moment) - amount
+
+    def seconds_until(self, wanted: float, moment: float) -> float:
+        """How long until it holds that much; a minute where it never will."""
+        missing = wanted - self.level(moment)
+        if missing <= 0:
+            return 0.0
+        return missing * MINUTE / self.limit if self.limit >= wanted else MINUTE
+
+    def resize(self, limit: int, moment: float) -> None:
+        """Take another limit from now on; what was drawn stays drawn."""
+        self._level = self.level(moment) + limit - self.limit
+        self.limit = limit
+
+
+MINUTE = 60.0
+
+
+@dataclass(slots=True)
+class WindowSpend:
+    """USD spent in one window of a budget, and held for requests under way (not in the file)."""
+
+    start: str = ""
+    spend: Decimal = ZERO
+    held: Decimal = ZERO
+
+    def spent(self, start: str) -> Decimal:
+        """What was spent in the window that starts there; an earlier window's spend is over."""
+        if self.start != start:
+            self.start, self.spend = start, ZERO
+        return self.spend
+
+
+@dataclass(slots=True)
+class Account:
+    """What a key has used, and what it has under way; shared by all versions of its record.
+
+    ``batches`` maps the id of each batch the key owns to [day made, result lines booked].
+    """
+
+    total: WindowSpend = field(default_factory=WindowSpend)
+    models: dict[str, WindowSpend] = field(default_factory=dict)
+    usage: Usage = field(default_factory=Usage)
+    batches: dict[str, list[Any]] = field(default_factory=dict)
+    last_active: datetime | None = None
+    mean_output: float = 0.0
+    running: int = 0
+    requests: Bucket | None = None
+    tokens: Bucket | None = None
+    warned_window: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What the file keeps, but for the usage."""
+        return {
+            "spend": str(self.total.spend),
+            "spend_window": self.total.start,
+            "model_spend": {p: [w.start, str(w.spend)] for p, w in self.models.items()},
+            "last_active": iso(self.last_active),
+            "mean_output": round(self.mean_output, 1),
+            "batches": self.batches,
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Account:
+        """Read it back out of a line's object. Raises ValueError or TypeError."""
+        models = record.get("model_spend", {}).items()
+        return cls(
+            total=WindowSpend(
+                record.get("spend_window", ""), read_decimal(record.get("spend", 0))
+            ),
+            models={
+                p: WindowSpend(start, read_decimal(spend))
+                for p, (start, spend) in models
+            },
+            usage=Usage(record.get("usage")),
+            batches={
+                name: [day, int(lines)]
+                for name, (day, lines) in record.get("batches", {}).items()
+            },
+            last_active=from_iso(record.get("last_active")),
+            mean_output=float(record.get("mean_output", 0)),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelBudget:
+    """A budget for the models that a pattern matches: USD, and the window or None for ever."""
+
+    limit: Decimal
+    duration: str | None = None
+
+
 @dataclass(slots=True)
 class VirtualKey:
     """One line of keys.json: what a key is and may do. Field names are LiteLLM's.
 
     ``retired`` maps the hashes this key had before it was regenerated to the moment at which each
     stops working. A deleted key keeps its line for a while, so that its holder is told what happened.
+    Budgets are USD, ``rpm_limit`` and ``tpm_limit`` a minute. None is no limit.
     """
 
     key_name: str
@@ -415,6 +699,14 @@ class VirtualKey:
     user_id: str | None = None
     team_id: str | None = None
     models: list[str] = field(default_factory=list)
+    allowed_routes: list[str] = field(default_factory=list)
+    rpm_limit: int | None = None
+    tpm_limit: int | None = None
+    max_parallel_requests: int | None = None
+    max_budget: Decimal | None = None
+    soft_budget: Decimal | None = None
+    budget_duration: str | None = None
+    model_max_budget: dict[str, ModelBudget] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
     tags: list[str] = field(default_factory=list)
     blocked: bool = False
@@ -423,6 +715,12 @@ class VirtualKey:
     updated_at: datetime | None = None
     deleted_at: datetime | None = None
     retired: dict[str, datetime] = field(default_factory=dict)
+    account: Account = field(default_factory=Account)
+
+    @property
+    def shown_name(self) -> str:
+        """What the key is called in a log line."""
+        return self.key_alias or self.key_name
 
     def status(self, moment: datetime) -> str:
         """LiteLLM's word for the state: ``deleted``, ``revoked`` (blocked), ``expired`` or ``active``."""
@@ -434,16 +732,39 @@ class VirtualKey:
             return "expired"
         return "active"
 
+    def window_start(self, moment: datetime, duration: str | None) -> str:
+        """The name of a budget's present window; empty for a budget that never resets."""
+        return "" if duration is None else cast(str, iso(window(duration, moment)[0]))
+
+    def spent(self, moment: datetime) -> Decimal:
+        """USD spent in the present window of the key's budget."""
+        return self.account.total.spent(self.window_start(moment, self.budget_duration))
+
+    def model_spent(self, pattern: str, moment: datetime) -> Decimal:
+        """USD spent in the present window of a model's budget."""
+        budget = self.model_max_budget[pattern]
+        windowed = self.account.models.setdefault(pattern, WindowSpend())
+        return windowed.spent(self.window_start(moment, budget.duration))
+
     def to_json(self) -> dict[str, Any]:
-        """The line's object; empty fields are left out to keep lines short, but for LiteLLM's core."""
-        record = {name: getattr(self, name) for name in KEY_FIELDS}
+        """The line's object but for the usage; empty fields are left out to keep lines short."""
+        record = {
+            name: getattr(self, name)
+            for name in KEY_FIELDS
+            if name not in ACCOUNT_FIELDS
+        }
         for name in MOMENT_FIELDS:
             record[name] = iso(record[name])
+        for name in AMOUNT_FIELDS:
+            record[name] = None if record[name] is None else str(record[name])
         record["retired"] = {old: iso(until) for old, until in self.retired.items()}
+        record["model_max_budget"] = {
+            pattern: {"budget_limit": str(budget.limit), "time_period": budget.duration}
+            for pattern, budget in self.model_max_budget.items()
+        }
+        record |= self.account.to_json()
         return {
-            n: v
-            for n, v in record.items()
-            if n in ALWAYS_WRITTEN or v not in (None, [], {}, False)
+            n: v for n, v in record.items() if n in ALWAYS_WRITTEN or v not in EMPTY
         }
 
     @classmethod
@@ -464,17 +785,52 @@ class VirtualKey:
                 raise ValueError(f"has a wrong {name!r}")
         if "key_name" not in record:
             raise ValueError("has no 'key_name'")
-        moments = {name: from_iso(record.get(name)) for name in MOMENT_FIELDS}
-        retired = {
-            old: cast(datetime, from_iso(until))
-            for old, until in record.get("retired", {}).items()
+        fields = {
+            name: value for name, value in record.items() if name not in ACCOUNT_FIELDS
         }
-        return cls(**{**record, **moments, "retired": retired})
+        fields |= {name: from_iso(record.get(name)) for name in MOMENT_FIELDS}
+        fields |= {
+            n: read_decimal(record[n])
+            for n in AMOUNT_FIELDS
+            if record.get(n) is not None
+        }
+        fields["retired"] = {
+            old: from_iso(until) for old, until in record.get("retired", {}).items()
+        }
+        fields["model_max_budget"] = {
+            pattern: ModelBudget(
+                read_decimal(budget["budget_limit"]), budget.get("time_period")
+            )
+            for pattern, budget in record.get("model_max_budget", {}).items()
+        }
+        for duration in (
+            fields.get("budget_duration"),
+            *durations(fields["model_max_budget"]),
+        ):
+            if duration is not None:
+                window(duration, EPOCH)
+        return cls(**fields, account=Account.from_json(record))
+
+
+def durations(budgets: Mapping[str, ModelBudget]) -> list[str | None]:
+    """The windows of these budgets."""
+    return [budget.duration for budget in budgets.values()]
 
 
 NONE = type(None)
 MOMENT_FIELDS = ("expires", "created_at", "updated_at", "deleted_at")
+AMOUNT_FIELDS = ("max_budget", "soft_budget")
+ACCOUNT_FIELDS = (
+    "spend",
+    "spend_window",
+    "model_spend",
+    "last_active",
+    "mean_output",
+    "batches",
+    "usage",
+)
 ALWAYS_WRITTEN = ("key_name", "key_alias", "created_at", "expires")
+EMPTY: tuple[Any, ...] = (None, [], {}, False, "", "0", 0.0)
 KEY_FIELDS: dict[
     str, tuple[type, ...]
 ] = {  # every field of a line, with what JSON may hold there
@@ -483,6 +839,14 @@ KEY_FIELDS: dict[
     "user_id": (str, NONE),
     "team_id": (str, NONE),
     "models": (list,),
+    "allowed_routes": (list,),
+    "rpm_limit": (int, NONE),
+    "tpm_limit": (int, NONE),
+    "max_parallel_requests": (int, NONE),
+    "max_budget": (str, int, float, NONE),
+    "soft_budget": (str, int, float, NONE),
+    "budget_duration": (str, NONE),
+    "model_max_budget": (dict,),
     "metadata": (dict,),
     "tags": (list,),
     "blocked": (bool,),
@@ -491,6 +855,13 @@ KEY_FIELDS: dict[
     "updated_at": (str, NONE),
     "deleted_at": (str, NONE),
     "retired": (dict,),
+    "spend": (str, int, float),
+    "spend_window": (str,),
+    "model_spend": (dict,),
+    "last_active": (str, NONE),
+    "mean_output": (int, float),
+    "batches": (dict,),
+    "usage": (dict,),
 }
 
 
@@ -498,6 +869,7 @@ KEY_FIELDS: dict[
 
 STORE_VERSION = 1
 STORE_MODE = 0o600
+FLUSH_INTERVAL = 1.0  # seconds between two writes of what relaying changes
 WRITE_SLICE = (
     1000  # lines joined at a time, so that the writing thread lets the loop breathe
 )
@@ -512,13 +884,18 @@ class KeyStore:
     Raises SettingsError where the file cannot be read, parsed or locked; it is then left as it is.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, usage_days: int = 90) -> None:
         self.path = path
+        self.usage_days = usage_days
         self.keys: dict[str, VirtualKey] = {}
         self.last_error = ""
         self._lines: dict[str, bytes] = {}
         self._retired: dict[str, str] = {}
         self._aliases: dict[str, str] = {}
+        self._batches: dict[str, str] = {}
+        self._touched: set[str] = set()
+        self._flush_timer: asyncio.TimerHandle | None = None
+        self._flushing: asyncio.Task[None] | None = None
         self._lock = -1
         self._writing: asyncio.Task[None] | None = None
         self._queued: asyncio.Task[None] | None = None
@@ -587,10 +964,67 @@ class KeyStore:
         await asyncio.shield(self._queued)
 
     async def reload(self) -> None:
-        """Read the file again (SIGHUP). Raises SettingsError and keeps what was there."""
+        """Read the file again (SIGHUP): what keys may do from the file, what they used from memory.
+
+        Raises SettingsError and keeps what was there.
+        """
         if self._queued or self._writing:
             await self.save()
+        accounts = {hashed: key.account for hashed, key in self.keys.items()}
         self._load()
+        for hashed, record in self.keys.items():
+            record.account = accounts.get(hashed, record.account)
+            self.touch(hashed)
+
+    def touch(self, hashed: str) -> None:
+        """What a key used has changed: write it within FLUSH_INTERVAL seconds."""
+        self._touched.add(self.present_hash(hashed))
+        if self._flush_timer is None:
+            loop = asyncio.get_running_loop()
+            self._flush_timer = loop.call_later(FLUSH_INTERVAL, self._start_flush)
+
+    async def flush(self) -> None:
+        """Write what keys used; a disk that fails is logged, and tried again with the next change."""
+        if self._flush_timer is not None:
+            self._flush_timer.cancel()
+            self._flush_timer = None
+        touched, self._touched = self._touched, set()
+        for hashed in touched:
+            record = self.keys.get(hashed)
+            if record is not None:
+                self._lines[hashed] = self._line(hashed, record)
+        if touched:
+            with contextlib.suppress(OSError):
+                await self.save()
+
+    def batch_owner(self, batch: str) -> str | None:
+        """The hash of the key that made a batch."""
+        return self._batches.get(batch)
+
+    def own_batch(self, hashed: str, batch: str) -> None:
+        """Remember that a key made a batch."""
+        hashed = self.present_hash(hashed)
+        if hashed in self.keys:
+            self.keys[hashed].account.batches[batch] = [day_of(now()), 0]
+            self._batches[batch] = hashed
+            self.touch(hashed)
+
+    def present_hash(self, hashed: str) -> str:
+        """The hash that a key has now; it may have been regenerated meanwhile."""
+        return hashed if hashed in self.keys else self._retired.get(hashed, hashed)
+
+    def _start_flush(self) -> None:
+        self._flush_timer = None
+        self._flushing = asyncio.get_running_loop().create_task(self.flush())
+
+    def _line(self, hashed: str, record: VirtualKey) -> bytes:
+        moment = now()
+        oldest = day_of(moment - timedelta(days=self.usage_days))
+        batches = record.account.batches
+        for batch in [batch for batch, (day, _) in batches.items() if day < oldest]:
+            del batches[batch]
+            self._batches.pop(batch, None)
+        return store_line(hashed, record, day_of(moment), oldest)
 
     def close(self) -> None:
         """Give up the lock."""
@@ -600,15 +1034,17 @@ class KeyStore:
 
     def _apply(self, changes: Mapping[str, VirtualKey | None]) -> None:
         for hashed, record in changes.items():
-            before = self.keys.pop(hashed, None)
+            before = self.keys.get(hashed)
             if before is not None:
                 self._forget(hashed, before)
             if record is None:
+                self.keys.pop(hashed, None)
                 self._lines.pop(hashed, None)
                 continue
             self.keys[hashed] = record
-            self._lines[hashed] = store_line(hashed, record)
+            self._lines[hashed] = self._line(hashed, record)
             self._retired.update(dict.fromkeys(record.retired, hashed))
+            self._batches.update(dict.fromkeys(record.account.batches, hashed))
             if record.key_alias is not None and not record.deleted_at:
                 self._aliases[record.key_alias] = hashed
 
@@ -687,6 +1123,7 @@ class KeyStore:
             self.close()
             self._lock = descriptor
         self.keys, self._lines, self._retired, self._aliases = {}, {}, {}, {}
+        self._batches = {}
         self._apply(keys)
 
     def _open_locked(self) -> int:
@@ -733,9 +1170,20 @@ def read_whole(descriptor: int) -> bytes:
         raise SettingsError(f"the keys file cannot be read: {error.strerror}") from None
 
 
-def store_line(hashed: str, record: VirtualKey) -> bytes:
-    """One line of keys.json."""
-    return f'"{hashed}": {json.dumps(record.to_json())}'.encode()
+def store_line(
+    hashed: str, record: VirtualKey, today: str = "", keep_from: str = ""
+) -> bytes:
+    """One line of keys.json; usage of days before ``keep_from`` is left out."""
+    line = json.dumps(record.to_json())
+    usage = record.account.usage.to_json(today, keep_from)
+    if usage != "{}":
+        line = f'{line[:-1]}, "usage": {usage}}}'
+    return f'"{hashed}": {line}'.encode()
+
+
+def day_of(moment: datetime) -> str:
+    """The UTC day of a moment, as an ISO date."""
+    return moment.date().isoformat()
 
 
 def store_message(error: OSError) -> str:
@@ -766,13 +1214,698 @@ def parse_store(text: bytes, name: str) -> dict[str, VirtualKey]:
             if not HASH.fullmatch(hashed):
                 raise ValueError("does not stand under a SHA-256")
             key = VirtualKey.from_json(record)
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise SettingsError(
                 f"{name}: damaged, key number {number} {error}"
             ) from None
         if not key.deleted_at or key.deleted_at > forget:
             keys[hashed] = key
     return keys
+
+
+# ─── Metering ────────────────────────────────────────────────────────────────────────
+
+MAX_CAPTURE = (
+    64 * KIB
+)  # of a picked JSON value, or of a line of a stream; larger ones are passed over
+MAX_DEPTH = 16  # of the paths of nested values that are told apart
+INFLATE_SLICE = 64 * KIB  # decompressed at a time, so that a small bomb stays small
+CHARACTERS_A_TOKEN = (
+    4  # Anthropic's own rule of thumb (claude-apps-gateway-spend-limits)
+)
+MAX_MODEL_NAME = 100
+MILLION = Decimal(1_000_000)
+US_INFERENCE = Decimal("1.1")  # about-claude/pricing, "Data residency"
+BATCH_DISCOUNT = Decimal(
+    "0.5"
+)  # about-claude/pricing, "Batch processing"; web searches are full price
+# What Anthropic's rates for the cache are of the input rate, where a price file does not say.
+CACHE_READ_FACTOR = Decimal("0.1")
+CACHE_WRITE_5M_FACTOR = Decimal("1.25")
+CACHE_WRITE_1H_FACTOR = Decimal(2)
+WEB_SEARCH_PRICE = Decimal("0.01")
+
+DELTA_TEXT = re.compile(rb'"(?:text|thinking|partial_json)": ?"((?:[^"\\]|\\.)*)"')
+JSON_MARK = re.compile(rb'["{}\[\],:]')
+STRING_MARK = re.compile(rb'["\\]')
+JSONPath = tuple[str, ...]
+USAGE, MODEL, STOP_REASON, CONTENT = (
+    ("usage",),
+    ("model",),
+    ("stop_reason",),
+    ("content", "*"),
+)
+
+
+class JSONPicker:
+    """Picks the values at a few paths out of passing JSON documents, without keeping the rest.
+
+    Paths are keys from the outermost object in; ``*`` is any element of an array. At each document's
+    end ``emit`` gets a dict of the paths that were met: the value, or True for an array's elements.
+    Text that is not JSON picks nothing. Memory is bounded by MAX_CAPTURE.
+    """
+
+    def __init__(
+        self, paths: Iterable[JSONPath], emit: Callable[[dict[JSONPath, Any]], None]
+    ) -> None:
+        self._paths = frozenset(paths)
+        self._emit = emit
+        self._picked: dict[JSONPath, Any] = {}
+        self._path: list[str] = []
+        self._depth = 0
+        self._in_string = False
+        self._escaped = False
+        self._key: bytearray | None = None
+        self._capture: bytearray | None = None
+        self._capture_path: JSONPath = ()
+        self._capture_depth = 0
+        self._expects_key = False
+
+    def feed(self, data: bytes) -> None:
+        """Look at the next part."""
+        at, size = 0, len(data)
+        if self._escaped and size:
+            at, self._escaped = 1, False
+            self._keep(data[:1])
+        while at < size:
+            mark = (STRING_MARK if self._in_string else JSON_MARK).search(data, at)
+            if mark is None:
+                self._keep(data[at:])
+                return
+            end = mark.end()
+            if self._in_string:
+                if mark[0] == b"\\":
+                    self._keep(data[at : end + 1])
+                    self._escaped = end == size
+                    at = end + 1
+                    continue
+                self._in_string = False
+                self._keep(data[at : end - 1])
+                self._end_string()
+            else:
+                self._keep(data[at : end - 1])
+                self._structure(mark[0])
+            at = end
+
+    def _keep(self, data: bytes) -> None:
+        if self._capture is not None:
+            self._capture += data
+            if len(self._capture) > MAX_CAPTURE:
+                self._capture = None
+        elif self._key is not None and len(self._key) < MAX_MODEL_NAME:
+            self._key += data
+
+    def _structure(self, mark: bytes) -> None:
+        if mark == b'"':
+            self._in_string = True
+            if self._capture is not None:
+                self._keep(mark)
+            elif self._expects_key and self._depth <= MAX_DEPTH:
+                self._key = bytearray()
+            else:
+                self._meet_element()
+        elif mark in b"{[":
+            self._meet_element()
+            self._keep_mark(mark)
+            self._depth += 1
+            self._expects_key = mark == b"{"
+            if self._depth <= MAX_DEPTH:
+                self._path.append("" if mark == b"{" else "*")
+        elif mark in b"}]":
+            self._end_value()
+            self._keep_mark(mark)
+            self._depth = max(0, self._depth - 1)
+            del self._path[self._depth :]
+            self._expects_key = False
+            if self._depth == 0:
+                picked, self._picked = self._picked, {}
+                self._emit(picked)
+        elif mark == b",":
+            self._end_value()
+            self._keep_mark(mark)
+            in_object = 0 < self._depth <= MAX_DEPTH and self._path[-1] != "*"
+            self._expects_key = in_object
+        else:
+            self._keep_mark(mark)
+            self._expects_key = False
+            self._begin_value()
+
+    def _keep_mark(self, mark: bytes) -> None:
+        if self._capture is not None:
+            self._keep(mark)
+
+    def _end_string(self) -> None:
+        if self._capture is not None:
+            self._keep(b'"')
+        elif self._key is not None:
+            if self._path:
+                self._path[-1] = self._key.decode("utf-8", "replace")
+            self._key = None
+
+    def _meet_element(self) -> None:
+        path = tuple(self._path)
+        if self._capture is None and path in self._paths and path[-1:] == ("*",):
+            self._picked[path] = True
+
+    def _begin_value(self) -> None:
+        path = tuple(self._path)
+        if self._capture is None and self._depth <= MAX_DEPTH and path in self._paths:
+            self._capture = bytearray()
+            self._capture_path, self._capture_depth = path, self._depth
+
+    def _end_value(self) -> None:
+        if self._capture is not None and self._depth == self._capture_depth:
+            with contextlib.suppress(ValueError, RecursionError):
+                self._picked[self._capture_path] = json.loads(bytes(self._capture))
+            self._capture = None
+
+
+@dataclass
+class Measured:
+    """What one response used, as Anthropic reports it (types/usage.py of its SDK).
+
+    ``usage`` is the raw object, its counts cumulative; ``output_tokens`` may be an estimate, where
+    the response was cut short. ``empty`` says that it has no content.
+    """
+
+    model: str = ""
+    usage: dict[str, Any] = field(default_factory=dict)
+    stop_reason: str = ""
+    empty: bool = True
+    delta_characters: int = 0
+    estimated: bool = False
+
+    def merge(self, usage: object) -> None:
+        """Take newer counts over older ones: they are cumulative, and later ones may lack fields."""
+        if not isinstance(usage, dict):
+            return
+        for name, value in usage.items():
+            if value is not None:
+                self.usage[name] = value
+
+    def cut_short(self) -> None:
+        """The response broke off: its output is at least what was seen of it."""
+        if not self.usage:
+            return
+        seen = -(-self.delta_characters // CHARACTERS_A_TOKEN)
+        if not self.usage.get("iterations"):
+            self.usage["output_tokens"] = max(
+                count_of(self.usage, "output_tokens"), seen
+            )
+        self.estimated = True
+
+
+class Meter:
+    """Reads usage out of a response as it passes: SSE, a JSON message, or batch results (JSONL).
+
+    ``feed`` takes the body's bytes with whatever boundaries; the result is the same for every split.
+    Holds at most MAX_CAPTURE bytes of a line, a value or a small message, and zlib's window of
+    32 KiB where the body is compressed. ``on_result`` is called with each line of batch results,
+    counted from 1.
+    """
+
+    def __init__(
+        self,
+        content_type: str,
+        coding: str,
+        on_result: Callable[[int, Measured], None] | None = None,
+    ) -> None:
+        self.measured = Measured()
+        self._on_result = on_result
+        self._lines = 0
+        self._tail = b""
+        self._skipping = False
+        self._blind = False
+        self._inflate: Any = None
+        self._picker: JSONPicker | None = None
+        self._whole = False
+        if coding in ("gzip", "x-gzip", "deflate"):
+            self._inflate = zlib.decompressobj(zlib.MAX_WBITS | 32)
+        elif coding not in ("", "identity"):
+            self._blind = True
+        if on_result is not None:
+            paths = [
+                ("result", "message", *path)
+                for path in (USAGE, MODEL, STOP_REASON, CONTENT)
+            ]
+            self._picker = JSONPicker(paths, self._result_line)
+        else:
+            self._whole = not content_type.lower().startswith("text/event-stream")
+
+    def feed(self, data: bytes) -> None:
+        """Look at the next part of the body."""
+        if self._blind:
+            return
+        if self._inflate is None:
+            self._look(data)
+            return
+        try:
+            while data:
+                self._look(self._inflate.decompress(data, INFLATE_SLICE))
+                data = self._inflate.unconsumed_tail
+        except zlib.error:
+            self._blind = True
+
+    def finish(self, complete: bool) -> Measured:
+        """The body has ended, or was cut short."""
+        if self._whole and self._picker is None:
+            self._message(pick_whole(self._tail))
+        elif self._tail and complete and self._picker is None:
+            self._look(b"\n")
+        if not complete:
+            self.measured.cut_short()
+        return self.measured
+
+    def _look(self, data: bytes) -> None:
+        if self._picker is not None:
+            self._picker.feed(data)
+        elif self._whole:
+            self._tail += data
+            if len(self._tail) > MAX_CAPTURE:
+                self._picker = JSONPicker(
+                    [USAGE, MODEL, STOP_REASON, CONTENT], self._message
+                )
+                held, self._tail = self._tail, b""
+                self._picker.feed(held)
+        else:
+            self._split_lines(data)
+
+    def _split_lines(self, data: bytes) -> None:
+        end = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
+        if end == 0:
+            self._hold(data)
+            return
+        if self._skipping:
+            start = min(at for at in (data.find(b"\n"), data.find(b"\r")) if at >= 0)
+            lines = data[start:end]
+        else:
+            lines = self._tail + data[:end]
+        self._tail, self._skipping = b"", False
+        self._hold(data[end:])
+        self._events(lines)
+
+    def _hold(self, data: bytes) -> None:
+        """Keep the beginning of a line until its end comes; one that is too long is passed over."""
+        if self._skipping or len(self._tail) + len(data) > MAX_CAPTURE:
+            self.measured.delta_characters += len(self._tail) + len(data)
+            self._tail, self._skipping = b"", True
+        else:
+            self._tail += data
+
+    def _events(self, lines: bytes) -> None:
+        """Look at whole lines of a stream; most of them are deltas, and only their text counts."""
+        measured = self.measured
+        for match in DELTA_TEXT.finditer(lines):
+            measured.delta_characters += text_length(match[1])
+        if measured.empty and b"content_block_start" in lines:
+            measured.empty = False
+        if b'"usage"' not in lines:
+            return
+        for line in lines.splitlines():
+            if b'"usage"' in line and line.startswith(b"data:"):
+                self._usage_event(line[5:])
+
+    def _usage_event(self, data: bytes) -> None:
+        try:
+            event = json.loads(data)
+        except (ValueError, RecursionError):
+            return
+        if not isinstance(event, dict):
+            return
+        message = event.get("message")
+        if isinstance(message, dict):
+            self.measured.model = model_of(message.get("model")) or self.measured.model
+            self.measured.merge(message.get("usage"))
+        self.measured.merge(event.get("usage"))
+        delta = event.get("delta")
+        if isinstance(delta, dict) and isinstance(delta.get("stop_reason"), str):
+            self.measured.stop_reason = delta["stop_reason"]
+
+    def _message(self, picked: Mapping[JSONPath, Any]) -> None:
+        self.measured = measured_message(picked, ())
+
+    def _result_line(self, picked: Mapping[JSONPath, Any]) -> None:
+        self._lines += 1
+        assert self._on_result is not None
+        self._on_result(self._lines, measured_message(picked, ("result", "message")))
+
+
+def text_length(escaped: bytes) -> int:
+    """The characters of a JSON string without its quotes."""
+    if escaped.isascii() and b"\\" not in escaped:
+        return len(escaped)
+    try:
+        return len(json.loads(b'"%b"' % escaped))
+    except ValueError:
+        return len(escaped)
+
+
+def pick_whole(data: bytes) -> dict[JSONPath, Any]:
+    """What `JSONPicker` picks of a message, of a message that is here as a whole."""
+    try:
+        message = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(message, dict):
+        return {}
+    picked = {
+        path: message[path[0]]
+        for path in (USAGE, MODEL, STOP_REASON)
+        if path[0] in message
+    }
+    return picked | ({CONTENT: True} if message.get("content") else {})
+
+
+def measured_message(picked: Mapping[JSONPath, Any], prefix: JSONPath) -> Measured:
+    """What was picked out of a message, as Measured."""
+    usage, stop_reason = (
+        picked.get((*prefix, *USAGE)),
+        picked.get((*prefix, *STOP_REASON)),
+    )
+    return Measured(
+        model=model_of(picked.get((*prefix, *MODEL))),
+        usage=usage if isinstance(usage, dict) else {},
+        stop_reason=stop_reason if isinstance(stop_reason, str) else "",
+        empty=(*prefix, *CONTENT) not in picked,
+    )
+
+
+def model_of(value: object) -> str:
+    """A model's name, printable and short enough for a log."""
+    return printable(value[:MAX_MODEL_NAME]) if isinstance(value, str) else ""
+
+
+def printable(text: str) -> str:
+    """Text for a log line: nothing in it can end the line or steer a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text[:200])
+
+
+def count_of(usage: object, *path: str) -> int:
+    """A count out of a usage object; 0 where there is none."""
+    for name in path:
+        usage = usage.get(name) if isinstance(usage, dict) else None
+    return usage if type(usage) is int and usage > 0 else 0
+
+
+def tally_of(usage: Mapping[str, Any]) -> Tally:
+    """The counts of one usage object, or of one entry of its ``iterations``.
+
+    ``input_tokens`` leaves cached ones out. Of cache writes whose length of life is not told, all
+    are 5-minute ones, Anthropic's default.
+    """
+    written = count_of(usage, "cache_creation_input_tokens")
+    hour = count_of(usage, "cache_creation", "ephemeral_1h_input_tokens")
+    five = count_of(usage, "cache_creation", "ephemeral_5m_input_tokens")
+    return Tally(
+        input_tokens=count_of(usage, "input_tokens"),
+        output_tokens=count_of(usage, "output_tokens"),
+        cache_read_tokens=count_of(usage, "cache_read_input_tokens"),
+        cache_write_5m_tokens=max(five, written - hour),
+        cache_write_1h_tokens=hour,
+    )
+
+
+def charged_entries(measured: Measured) -> list[tuple[str, Tally]]:
+    """What is billed of a response, as (model, counts) of each attempt.
+
+    Advisor, compaction and fallback attempts stand in ``iterations`` alone, each at a model of its
+    own. Free are an attempt declined before any output that a fallback followed, and a refusal
+    without content (PLD refusals-and-fallback, "How server-side fallback is billed").
+    """
+    usage = measured.usage
+    if not usage or (measured.stop_reason == "refusal" and measured.empty):
+        return []
+    iterations = usage.get("iterations")
+    entries = (
+        [e for e in iterations if isinstance(e, dict)]
+        if isinstance(iterations, list)
+        else []
+    )
+    if not entries:
+        return [(measured.model, tally_of(usage))]
+    charged = []
+    for entry, following in zip(entries, [*entries[1:], {}], strict=True):
+        declined = entry.get("type") == "message" and not count_of(
+            entry, "output_tokens"
+        )
+        if not (declined and following.get("type") == "fallback_message"):
+            charged.append(
+                (model_of(entry.get("model")) or measured.model, tally_of(entry))
+            )
+    return charged
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """USD for one token of each kind, and for one web search."""
+
+    input: Decimal
+    output: Decimal
+    cache_read: Decimal
+    cache_write_5m: Decimal
+    cache_write_1h: Decimal
+    web_search: Decimal = WEB_SEARCH_PRICE
+
+    def price(self, tally: Tally) -> Decimal:
+        """USD for these tokens; web searches are priced apart."""
+        return (
+            self.input * tally.input_tokens
+            + self.output * tally.output_tokens
+            + self.cache_read * tally.cache_read_tokens
+            + self.cache_write_5m * tally.cache_write_5m_tokens
+            + self.cache_write_1h * tally.cache_write_1h_tokens
+        )
+
+
+class Prices:
+    """What tokens cost: a price file where one is given, else the package genai-prices.
+
+    The package answers for a usage in about 0.1 ms; its rates are asked for once for each model,
+    hour, speed and tier, which makes `price` forty times as fast. `load` imports it, which takes
+    0.3 seconds: call it in a thread. Until then, and without package and file, `loaded` is false.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self.loaded = False
+        self._own: dict[str, Rates] = {}
+        self._package: Any = None
+        self._tiers: list[int] = [0]
+        self._rates: dict[tuple[str, str, bool, int], Rates] = {}
+        self._unknown: set[str] = set()
+        self._dearest: tuple[str, Rates] | None = None
+        self.reload()
+        self.available = (
+            bool(self._own) or importlib.util.find_spec("genai_prices") is not None
+        )
+
+    def reload(self) -> None:
+        """Read the price file again. Raises SettingsError that says where it is wrong."""
+        if self.path is not None:
+            self._own = read_prices(self.path)
+        self._rates.clear()
+        self._unknown.clear()
+
+    def load(self) -> None:
+        """Import the package, if it is installed."""
+        with contextlib.suppress(ImportError):
+            import genai_prices.data_snapshot as package
+
+            self._package = package
+            self._tiers = sorted({0, *package_tiers(package)})
+        self.loaded = self.available
+
+    def price(self, usage: Measured, model: str, when: datetime) -> Decimal:
+        """USD for a response of this model."""
+        usage = dataclasses.replace(usage, model=model)
+        return sum((tally.spend for _, tally in self.charge(usage, when)), ZERO)
+
+    def charge(self, measured: Measured, when: datetime) -> list[tuple[str, Tally]]:
+        """What is billed of a response, as (model, counts and USD); see `charged_entries`.
+
+        A model that nobody knows is priced as the dearest known one, and said so in the log.
+        Without package and file the tokens are counted, at no price.
+        """
+        entries = charged_entries(measured)
+        raw = measured.usage
+        searches = (
+            count_of(raw, "server_tool_use", "web_search_requests") if entries else 0
+        )
+        if searches:
+            entries.append((measured.model, Tally(web_searches=searches)))
+        if not self.available:
+            return entries
+        factor = BATCH_DISCOUNT if raw.get("service_tier") == "batch" else Decimal(1)
+        if raw.get("inference_geo") == "us":
+            factor *= US_INFERENCE
+        for model, tally in entries:
+            rates = self.rates(model, when, tally, raw.get("speed") == "fast")
+            tally.spend = (
+                rates.price(tally) * factor + rates.web_search * tally.web_searches
+            )
+        return entries
+
+    def rates(
+        self, model: str, when: datetime, tally: Tally, fast: bool = False
+    ) -> Rates:
+        """The rates of a model at a moment, for a prompt as long as this one."""
+        own = self._own.get(model) or next(
+            (
+                rates
+                for pattern, rates in self._own.items()
+                if fnmatch.fnmatchcase(model, pattern)
+            ),
+            None,
+        )
+        if own is not None:
+            return own
+        prompt = (
+            tally.input_tokens
+            + tally.cache_read_tokens
+            + tally.cache_write_5m_tokens
+            + tally.cache_write_1h_tokens
+        )
+        tier = self._tiers[max(0, bisect.bisect_left(self._tiers, prompt) - 1)]
+        key = (model, when.strftime("%Y%m%d%H"), fast, tier)
+        rates = self._rates.get(key)
+        if rates is None:
+            if len(self._rates) > MAX_CACHED_RATES:
+                self._rates.clear()
+            rates = self._rates[key] = self._find(model, when, fast, tier)
+        return rates
+
+    def dearest(self, when: datetime) -> tuple[str, Rates]:
+        """The dearest known model."""
+        known = list(self._own.items())
+        if self._package is not None:
+            for model in anthropic_models(self._package):
+                with contextlib.suppress(LookupError, ValueError):
+                    known.append((model, package_rates(model, when, False, 0)))
+        return max(known, key=lambda item: item[1].input + item[1].output)
+
+    def _find(self, model: str, when: datetime, fast: bool, tier: int) -> Rates:
+        if self._package is not None:
+            with contextlib.suppress(LookupError, ValueError):
+                return package_rates(model, when, fast, tier)
+        name, rates = self.dearest(when)
+        if model not in self._unknown:
+            self._unknown.add(model)
+            log.warning(
+                "no price is known for model %r: priced as %s, the dearest", model, name
+            )
+        return rates
+
+
+MAX_CACHED_RATES = 1000
+
+
+def package_tiers(package: Any) -> Iterator[int]:
+    """The lengths of a prompt, in tokens, above which genai-prices has other rates for some model."""
+    for provider in package.get_snapshot().providers:
+        for model in provider.models if provider.id == "anthropic" else ():
+            for value in vars(model.get_prices(datetime.now(UTC))).values():
+                yield from (tier.start for tier in getattr(value, "tiers", ()))
+
+
+def anthropic_models(package: Any) -> list[str]:
+    """The models of Anthropic's that genai-prices knows."""
+    snapshot = package.get_snapshot()
+    return [
+        m.id
+        for provider in snapshot.providers
+        if provider.id == "anthropic"
+        for m in provider.models
+    ]
+
+
+def package_rates(model: str, when: datetime, fast: bool, tier: int) -> Rates:
+    """Ask genai-prices for the rates of a prompt just longer than ``tier``. Raises LookupError.
+
+    ``input_tokens`` is the package's word for all of the prompt, cached or not.
+    """
+    import genai_prices
+
+    prompt = tier + 1
+
+    def ask(**counts: int) -> Any:
+        return genai_prices.calc_price(
+            genai_prices.Usage(**counts),
+            model,
+            provider_id="anthropic",
+            genai_request_timestamp=when,
+            price_context={"speed": "fast"} if fast else None,
+        )
+
+    def cached(kind: str) -> Decimal:
+        counts = {kind: prompt}
+        if kind != "cache_read_tokens":
+            counts["cache_write_tokens"] = prompt
+        return cast(Decimal, ask(input_tokens=prompt, **counts).input_price) / prompt
+
+    plain = ask(input_tokens=prompt, output_tokens=prompt)
+    return Rates(
+        input=plain.input_price / prompt,
+        output=plain.output_price / prompt,
+        cache_read=cached("cache_read_tokens"),
+        cache_write_5m=cached("cache_write_5m_tokens"),
+        cache_write_1h=cached("cache_write_1h_tokens"),
+    )
+
+
+PRICE_FIELDS = ("input", "output", "cache_read", "cache_write_5m", "cache_write_1h")
+
+
+def read_prices(path: Path) -> dict[str, Rates]:
+    """Read a price file: ``{"model or pattern": {"input": 3, "output": 15, …}}``, USD per million tokens.
+
+    ``cache_read``, ``cache_write_5m`` and ``cache_write_1h`` are Anthropic's usual multiples of the
+    input rate where they are left out; ``web_search`` is USD for one. Raises SettingsError.
+    """
+    try:
+        document = json.loads(path.read_bytes(), parse_float=Decimal)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SettingsError(f"--prices: {path}: {reason}") from None
+    if not isinstance(document, dict) or not document:
+        raise SettingsError(f"--prices: {path}: is not an object of models")
+    return {
+        model: read_rates(f"--prices: {path}: {model}", row)
+        for model, row in document.items()
+    }
+
+
+def read_rates(where: str, row: object) -> Rates:
+    """One model's rates. Raises SettingsError that begins with ``where``."""
+    if not isinstance(row, dict):
+        raise SettingsError(f"{where}: is not an object of rates")
+    unknown = sorted(set(row) - {*PRICE_FIELDS, "web_search"})
+    if unknown:
+        raise SettingsError(
+            f"{where}: {unknown[0]!r} is not one of {', '.join(PRICE_FIELDS)}, web_search"
+        )
+    amounts = {}
+    for name, value in row.items():
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | Decimal)
+            or not 0 <= value < MILLION
+        ):
+            raise SettingsError(f"{where}: {name!r} is not an amount from zero up")
+        amounts[name] = Decimal(value)
+    for name in ("input", "output"):
+        if name not in amounts:
+            raise SettingsError(f"{where}: has no {name!r}")
+    base = amounts["input"]
+    return Rates(
+        input=base / MILLION,
+        output=amounts["output"] / MILLION,
+        cache_read=amounts.get("cache_read", base * CACHE_READ_FACTOR) / MILLION,
+        cache_write_5m=amounts.get("cache_write_5m", base * CACHE_WRITE_5M_FACTOR)
+        / MILLION,
+        cache_write_1h=amounts.get("cache_write_1h", base * CACHE_WRITE_1H_FACTOR)
+        / MILLION,
+        web_search=amounts.get("web_search", WEB_SEARCH_PRICE),
+    )
 
 
 # ─── Admission ───────────────────────────────────────────────────────────────────────
@@ -800,18 +1933,67 @@ class Caller:
     own: tuple[str, str] | None = None
 
 
+@dataclass(slots=True)
+class Grant:
+    """What an admitted request holds until it is settled: a slot, and money against budgets."""
+
+    caller: Caller
+    path: str
+    started: datetime
+    model: str = ""
+    slot: bool = False
+    holds: list[tuple[WindowSpend, Decimal]] = field(default_factory=list)
+    open: bool = True
+
+    @property
+    def key(self) -> VirtualKey | None:
+        """The key whose limits hold; None where none do."""
+        return self.caller.key
+
+    @property
+    def booked_key(self) -> VirtualKey | None:
+        """The key that pays; None where the caller pays himself."""
+        return None if self.caller.own else self.caller.key
+
+
+@dataclass(slots=True)
+class Settled:
+    """How a request ended, for the log and /spend/logs. ``cost`` is USD."""
+
+    model: str = ""
+    tally: Tally = field(default_factory=Tally)
+    estimated: bool = False
+
+    @property
+    def cost(self) -> Decimal:
+        """USD."""
+        return self.tally.spend
+
+
 class Admission:
-    """Says who a caller is and whether he may.
+    """Says who a caller is and whether he may, and books what he used.
+
+    `authenticate`, `admit` and `admit_body` come before anything goes upstream; each grant is given
+    back with `settle`, exactly once.
 
     Open mode (any credential or none is let in) holds where no master key is set and the keys file
     has no key. It is settled at the start: a gateway that was started closed, and so may listen to
     the world, never falls open when its last key goes.
     """
 
-    def __init__(self, settings: Settings, store: KeyStore) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        store: KeyStore,
+        prices: Prices,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.store = store
+        self.prices = prices
+        self.clock = clock
         self._started_open = not settings.master_key and not store.keys
         self._master = hash_key(settings.master_key) if settings.master_key else ""
+        self._unpriced: list[Callable[[], None]] = []
 
     @property
     def has_master(self) -> bool:
@@ -867,6 +2049,517 @@ class Admission:
             401,
             "No API key was sent. Send a virtual key as 'x-api-key' or 'Authorization: Bearer'.",
         )
+
+    def admit(self, caller: Caller, method: str, path: str) -> Grant:
+        """Let a request in by its head alone. Raises APIError 403 or 429; then nothing is held."""
+        moment = now()
+        grant = Grant(caller, path, moment)
+        key = caller.key
+        if key is None:
+            return grant
+        check_route(key, path)
+        account, clock = key.account, self.clock()
+        parallel = key.max_parallel_requests
+        if parallel is not None and account.running >= parallel:
+            raise rate_limited(key, clock, f"{parallel} requests at a time", 1)
+        resize_buckets(key, clock)
+        for bucket, what in (
+            (account.requests, "requests"),
+            (account.tokens, "tokens"),
+        ):
+            wait = bucket.seconds_until(1, clock) if bucket is not None else 0
+            if bucket is not None and wait > 0:
+                raise rate_limited(
+                    key, clock, f"{bucket.limit:,} {what} a minute", wait
+                )
+        if caller.own is None and not is_free(method, path):
+            self._check_budgets(key, "", ZERO, moment)
+        if account.requests is not None:
+            account.requests.draw(1, clock)
+        account.running += 1
+        grant.slot = True
+        return grant
+
+    def wants_body(self, caller: Caller, method: str, path: str) -> bool:
+        """Whether a rule of the key looks at the request's body."""
+        key = caller.key
+        if key is None or UPLOAD.fullmatch(path) or method in ("GET", "HEAD"):
+            return False
+        budgeted = caller.own is None and bool(
+            key.max_budget is not None or key.model_max_budget
+        )
+        return bool(key.models) or (budgeted and is_billed(method, path))
+
+    def admit_body(self, grant: Grant, method: str, body: bytes) -> None:
+        """Check the models in a body, and hold an estimate of its cost. Raises APIError 400, 403, 429."""
+        key = grant.key
+        if key is None:
+            return
+        if key.models and body:
+            check_models(key, body)
+        if grant.booked_key is None or not is_billed(method, grant.path):
+            return
+        orders, batched = read_orders(body)
+        if orders:
+            grant.model = orders[0].model
+        if not self.prices.available:
+            return
+        estimates: dict[str, Decimal] = {}
+        for order in orders:
+            cost = self._estimate(key, order, batched)
+            estimates[order.model] = estimates.get(order.model, ZERO) + cost
+        total = sum(estimates.values(), ZERO)
+        self._check_budgets(key, "", total, grant.started)
+        for model, cost in estimates.items():
+            self._check_budgets(key, model, cost, grant.started)
+        if key.max_budget is not None:
+            self._hold(grant, key.account.total, total)
+        for model, cost in estimates.items():
+            for pattern in matching_budgets(key, model):
+                self._hold(
+                    grant, key.account.models.setdefault(pattern, WindowSpend()), cost
+                )
+
+    def settle(
+        self, grant: Grant, measured: Measured | None, *, failed: bool
+    ) -> Settled:
+        """Give back what a grant holds and book what was used. ``failed``: no answer, or an error."""
+        settled = Settled(model=(measured.model if measured else "") or grant.model)
+        if not grant.open:
+            return settled
+        grant.open = False
+        key = grant.key
+        if key is not None and grant.slot:
+            key.account.running -= 1
+        charges: list[tuple[str, Tally]] | None = []
+        if measured is not None and grant.caller.own is None:
+            settled.estimated = measured.estimated
+            charges = self._charge(measured, grant)
+        if charges is not None:
+            self._release(grant)
+            self._book(grant, charges)
+        for _, tally in charges or ():
+            settled.tally.add(tally)
+        payer = grant.booked_key
+        if payer is not None:
+            payer.account.usage.add(
+                day_of(grant.started),
+                settled.model or NO_MODEL,
+                Tally(requests=1, errors=int(failed)),
+            )
+            payer.account.last_active = now()
+            if settled.tally.output_tokens:
+                learn_output(payer.account, settled.tally.output_tokens)
+        return settled
+
+    def book_result(
+        self, batch: str, line: int, measured: Measured, caller: Caller
+    ) -> None:
+        """Book a line of a batch's results to the batch's owner, once, however often it is fetched.
+
+        A batch that nobody here made belongs to the key that first fetches it.
+        """
+        if caller.own is not None:
+            return
+        if self.store.batch_owner(batch) is None and caller.hashed is not None:
+            self.store.own_batch(caller.hashed, batch)
+        hashed = self.store.batch_owner(batch) or ""
+        key = self.store.keys.get(hashed)
+        if key is None or line <= key.account.batches[batch][1]:
+            return
+        key.account.batches[batch][1] = line
+        measured.usage["service_tier"] = "batch"
+        moment = now()
+
+        def book() -> None:
+            self._book_to(hashed, self.prices.charge(measured, moment), moment)
+
+        self._when_priced(book)
+
+    def prices_loaded(self) -> None:
+        """Book what was used before the prices were there."""
+        waiting, self._unpriced = self._unpriced, []
+        for book in waiting:
+            book()
+
+    # Inside
+
+    def _when_priced(self, book: Callable[[], None]) -> None:
+        if self.prices.available and not self.prices.loaded:
+            self._unpriced.append(book)
+        else:
+            book()
+
+    def _charge(
+        self, measured: Measured, grant: Grant
+    ) -> list[tuple[str, Tally]] | None:
+        """What is billed; None where the prices are not there yet, and it is booked when they are."""
+        if not self.prices.available or self.prices.loaded:
+            return self.prices.charge(measured, grant.started)
+
+        def book() -> None:
+            self._release(grant)
+            self._book(grant, self.prices.charge(measured, grant.started))
+
+        self._unpriced.append(book)
+        return None
+
+    def _estimate(self, key: VirtualKey, order: Order, batched: bool) -> Decimal:
+        """USD that one order may cost: four bytes of prompt a token, and as much output as is asked
+        for, but no more than twice what the key's answers have lately been long (at least 1,000)."""
+        likely = max(MIN_OUTPUT_ESTIMATE, round(2 * key.account.mean_output))
+        output = likely if order.max_tokens is None else min(order.max_tokens, likely)
+        tally = Tally(input_tokens=order.size // BYTES_A_TOKEN, output_tokens=output)
+        if not self.prices.loaded:
+            self.prices.load()
+        cost = self.prices.rates(order.model, now(), tally).price(tally)
+        return cost * BATCH_DISCOUNT if batched else cost
+
+    def _check_budgets(
+        self, key: VirtualKey, model: str, cost: Decimal, moment: datetime
+    ) -> None:
+        """Raise APIError 429 where a budget has no room for that cost. No model: the key's own."""
+        if not model:
+            if key.max_budget is not None:
+                budget = ModelBudget(key.max_budget, key.budget_duration)
+                refuse_over_budget(
+                    "Budget",
+                    budget,
+                    key.spent(moment),
+                    key.account.total.held,
+                    cost,
+                    moment,
+                )
+            return
+        for pattern in matching_budgets(key, model):
+            spent = key.model_spent(pattern, moment)
+            held = key.account.models[pattern].held
+            budget = key.model_max_budget[pattern]
+            refuse_over_budget(
+                f"Budget for {pattern}", budget, spent, held, cost, moment
+            )
+
+    def _hold(self, grant: Grant, windowed: WindowSpend, amount: Decimal) -> None:
+        windowed.held += amount
+        grant.holds.append((windowed, amount))
+
+    def _release(self, grant: Grant) -> None:
+        for windowed, amount in grant.holds:
+            windowed.held -= amount
+        grant.holds = []
+
+    def _book(self, grant: Grant, charges: Iterable[tuple[str, Tally]]) -> None:
+        if grant.booked_key is not None and grant.caller.hashed is not None:
+            self._book_to(grant.caller.hashed, charges, grant.started)
+
+    def _book_to(
+        self, hashed: str, charges: Iterable[tuple[str, Tally]], moment: datetime
+    ) -> None:
+        hashed = self.store.present_hash(hashed)
+        key = self.store.keys.get(
+            hashed
+        )  # the newest record, which an update may have put there
+        if key is None:
+            return
+        account, day, present = key.account, day_of(moment), now()
+        for model, tally in charges:
+            account.usage.add(day, model or NO_MODEL, tally)
+            key.spent(present)
+            account.total.spend += tally.spend
+            for pattern in matching_budgets(key, model):
+                key.model_spent(pattern, present)
+                account.models[pattern].spend += tally.spend
+            if account.tokens is not None:
+                account.tokens.draw(rated_tokens(tally), self.clock())
+        self._warn(key, present)
+        self.store.touch(hashed)
+
+    def _warn(self, key: VirtualKey, moment: datetime) -> None:
+        """Log that a soft budget is passed, once a window."""
+        if key.soft_budget is None or key.spent(moment) < key.soft_budget:
+            return
+        start = key.window_start(moment, key.budget_duration)
+        if key.account.warned_window != start:
+            key.account.warned_window = start
+            log.warning(
+                "key %s has spent $%s, its soft budget is $%s",
+                key.shown_name,
+                dollars(key.spent(moment)),
+                dollars(key.soft_budget),
+            )
+
+
+NO_MODEL = "-"
+BYTES_A_TOKEN = 4
+MIN_OUTPUT_ESTIMATE = 1000  # tokens
+OUTPUT_LEARNING_RATE = (
+    0.2  # weight of the newest answer in the mean length of a key's answers
+)
+
+UPLOAD = re.compile(r"/v1/(?:files|skills)(?:/.*)?")
+BILLED = re.compile(r"/v1/(?:messages|complete|messages/batches)/?")
+FREE = re.compile(r"/v1/(?:messages/count_tokens|models(?:/[^/]*)?)/?")
+BATCHES = re.compile(r"/v1/messages/batches(?:/.*)?")
+# Administration and logins: closed to virtual keys unless ``allowed_routes`` names them.
+CLOSED_ROUTES = ("/v1/organizations", "/v1/compliance", "/v1/oauth")
+MODEL_PLACES = frozenset({"model", "fallbacks", "tools", "requests", "params"})
+
+
+def is_billed(method: str, path: str) -> bool:
+    """Whether a request orders something that costs money and that the gateway can estimate."""
+    return method == "POST" and BILLED.fullmatch(path) is not None
+
+
+def is_free(method: str, path: str) -> bool:
+    """Whether no budget stands against a request: counting, models, and fetching paid batches."""
+    fetches = method in ("GET", "HEAD") and BATCHES.fullmatch(path) is not None
+    return fetches or FREE.fullmatch(path) is not None
+
+
+def check_route(key: VirtualKey, path: str) -> None:
+    """Raise APIError 403 for a path that the key may not call.
+
+    ``allowed_routes`` are patterns with ``*``, written with or without ``/anthropic`` before them.
+    """
+    patterns = [pattern.removeprefix("/anthropic") for pattern in key.allowed_routes]
+    matching = [pattern for pattern in patterns if fnmatch.fnmatchcase(path, pattern)]
+    closed = next((route for route in CLOSED_ROUTES if path.startswith(route)), None)
+    if closed is not None:
+        allowed = any(pattern.startswith(closed) for pattern in matching)
+    else:
+        allowed = bool(matching) or not patterns
+    if not allowed:
+        raise APIError(
+            403,
+            f"This key may not call {printable(path)}; its 'allowed_routes' leave it out.",
+        )
+
+
+def resize_buckets(key: VirtualKey, clock: float) -> None:
+    """Bring the key's buckets in line with its limits, which may have been updated."""
+    account = key.account
+    account.requests = resized(account.requests, key.rpm_limit, clock)
+    account.tokens = resized(account.tokens, key.tpm_limit, clock)
+
+
+def resized(bucket: Bucket | None, limit: int | None, clock: float) -> Bucket | None:
+    """A bucket of that limit, with what was drawn from it still drawn."""
+    if limit is None:
+        return None
+    if bucket is None:
+        return Bucket(limit, clock)
+    if bucket.limit != limit:
+        bucket.resize(limit, clock)
+    return bucket
+
+
+def rate_limited(key: VirtualKey, clock: float, limit: str, wait: float) -> APIError:
+    """The 429 of a limit; retry-after is whole seconds (RFC 9110 section 10.2.3), rounded up."""
+    seconds = max(1, math.ceil(wait))
+    headers = [("retry-after", str(seconds)), *rate_fields(key, {}, clock)]
+    message = f"This key is limited to {limit}. Try again in {seconds} seconds."
+    return APIError(429, message, headers=headers)
+
+
+def rate_fields(
+    key: VirtualKey, upstream: Mapping[str, Sequence[str]], clock: float
+) -> list[tuple[str, str]]:
+    """anthropic-ratelimit-* of the key's own limits, where they are tighter than upstream's.
+
+    (platform.claude.com, api/rate-limits, "Response headers": limit, remaining, reset in RFC 3339.)
+    """
+    fields = []
+    for kind, bucket in (
+        ("requests", key.account.requests),
+        ("tokens", key.account.tokens),
+    ):
+        if bucket is None:
+            continue
+        remaining = max(0, math.floor(bucket.level(clock)))
+        prefix = f"anthropic-ratelimit-{kind}"
+        theirs = upstream.get(f"{prefix}-remaining", ("",))[0]
+        if theirs.isdigit() and int(theirs) <= remaining:
+            continue
+        full = now() + timedelta(
+            seconds=math.ceil(bucket.seconds_until(bucket.limit, clock))
+        )
+        fields += [
+            (f"{prefix}-limit", str(bucket.limit)),
+            (f"{prefix}-remaining", str(remaining)),
+            (f"{prefix}-reset", cast(str, iso(full))),
+        ]
+    return fields
+
+
+def rated_tokens(tally: Tally) -> int:
+    """The tokens that count against ``tpm_limit``: all but those read from the cache (api/rate-limits)."""
+    written = tally.cache_write_5m_tokens + tally.cache_write_1h_tokens
+    return tally.input_tokens + written + tally.output_tokens
+
+
+def matching_budgets(key: VirtualKey, model: str) -> list[str]:
+    """The patterns of ``model_max_budget`` that hold for a model."""
+    return [
+        pattern
+        for pattern in key.model_max_budget
+        if fnmatch.fnmatchcase(model, pattern)
+    ]
+
+
+def refuse_over_budget(
+    name: str,
+    budget: ModelBudget,
+    spent: Decimal,
+    held: Decimal,
+    cost: Decimal,
+    moment: datetime,
+) -> None:
+    """Raise the 429 of a budget without room for ``cost`` (CCD claude-apps-gateway-spend-limits)."""
+    if spent < budget.limit and spent + held + cost <= budget.limit:
+        return
+    resets, headers = "it does not reset by itself", [("x-should-retry", "false")]
+    if budget.duration is not None:
+        end = window(budget.duration, moment)[1]
+        resets = f"{budget.duration}; resets {end:%Y-%m-%d %H:%M} UTC"
+        headers.append(
+            ("retry-after", str(max(1, math.ceil((end - moment).total_seconds()))))
+        )
+    message = f"{name} of ${dollars(budget.limit)} reached ({resets}): ${dollars(spent)} is spent"
+    if held:
+        message += f", ${dollars(held)} is held for requests under way"
+    if spent < budget.limit and cost:
+        message += f", and this request may cost ${dollars(cost)}"
+    raise APIError(429, f"{message}.", kind="billing_error", headers=headers)
+
+
+def dollars(amount: Decimal) -> str:
+    """An amount for a message: at least cents, at most six digits behind the point."""
+    text = f"{amount:.6f}".rstrip("0")
+    return f"{amount:.2f}" if len(text.partition(".")[2]) < 2 else text
+
+
+def learn_output(account: Account, tokens: int) -> None:
+    """Let the newest answer count in the mean length of the key's answers."""
+    newest = float(tokens)
+    mean = account.mean_output or newest
+    account.mean_output = mean + OUTPUT_LEARNING_RATE * (newest - mean)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One message that a body asks for: its model, the bytes of its prompt, its ``max_tokens``."""
+
+    model: str
+    size: int
+    max_tokens: int | None
+
+
+def read_orders(body: bytes) -> tuple[list[Order], bool]:
+    """The messages that a body asks for, and whether they are a batch. A body that cannot be read
+    is one message of an unknown model."""
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError):
+        document = None
+    if not isinstance(document, dict):
+        return [Order("", len(body), None)], False
+    requests = document.get("requests")
+    if not isinstance(requests, list):
+        return [read_order(document, len(body))], False
+    params = [
+        request.get("params") if isinstance(request, dict) else None
+        for request in requests
+    ]
+    share = len(body) // max(1, len(params))
+    return [
+        read_order(entry if isinstance(entry, dict) else {}, share) for entry in params
+    ], True
+
+
+def read_order(params: Mapping[str, Any], size: int) -> Order:
+    """One message's order; old clients say ``max_tokens_to_sample`` (POST /v1/complete)."""
+    asked = params.get("max_tokens", params.get("max_tokens_to_sample"))
+    return Order(
+        model_of(params.get("model")),
+        size,
+        asked if type(asked) is int and asked >= 0 else None,
+    )
+
+
+def check_models(key: VirtualKey, body: bytes) -> None:
+    """Raise APIError unless every model that a body may reach is one of the key's. 400: unreadable.
+
+    What is checked is what is sent: two readers of one JSON may differ about duplicate keys, upper
+    and lower case, and encodings, so where a model can stand these are refused.
+    """
+    try:
+        document = json.loads(body.decode("utf-8"), object_pairs_hook=unambiguous)
+    except (ValueError, RecursionError) as error:
+        reason = (
+            error
+            if isinstance(error, AmbiguousJSON)
+            else "the body is not readable as JSON"
+        )
+        raise APIError(
+            400, f"This key is limited to some models, and {reason}."
+        ) from None
+    for model in models_in(document):
+        if model is None:
+            raise APIError(
+                403,
+                "This key is limited to some models; name the 'fallbacks', not 'default'.",
+            )
+        if not any(fnmatch.fnmatchcase(model, pattern) for pattern in key.models):
+            raise APIError(403, f"This key may not use the model {model_of(model)!r}.")
+
+
+class AmbiguousJSON(ValueError):
+    """JSON that two readers could understand differently."""
+
+
+def unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON document. Raises AmbiguousJSON for a place of a model that stands twice."""
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next((name for name in MODEL_PLACES if names.count(name) > 1), None)
+        if twice:
+            raise AmbiguousJSON(f"{twice!r} stands twice in one object")
+    for name in document:
+        if name.lower() in MODEL_PLACES and name not in MODEL_PLACES:
+            raise AmbiguousJSON(f"{printable(name)!r} is not written in lower case")
+    return document
+
+
+def models_in(document: object) -> Iterator[str | None]:
+    """Every model that a request may reach (SDK: message_create_params, beta_fallback_param,
+    beta_advisor_tool_param, batch_create_params, agent_create_params). None: upstream's choice."""
+    if not isinstance(document, dict):
+        return
+    yield from model_names(document.get("model"))
+    fallbacks = document.get("fallbacks")
+    if isinstance(fallbacks, list):
+        for fallback in fallbacks:
+            yield from model_names(
+                fallback.get("model") if isinstance(fallback, dict) else fallback
+            )
+    elif fallbacks is not None:
+        yield None
+    tools, requests = document.get("tools"), document.get("requests")
+    for tool in tools if isinstance(tools, list) else ():
+        if isinstance(tool, dict):
+            yield from model_names(tool.get("model"))
+    for request in requests if isinstance(requests, list) else ():
+        if isinstance(request, dict):
+            yield from models_in(request.get("params"))
+
+
+def model_names(value: object) -> Iterator[str]:
+    """The name in a ``model`` field: a string, or an object with an ``id`` (agents)."""
+    if isinstance(value, dict):
+        value = value.get("id")
+    if value is not None:
+        yield value if isinstance(value, str) else json.dumps(value)
 
 
 def candidates(headers: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, str]]:
@@ -1946,6 +3639,8 @@ WORKSPACE_FIELD = (
 )
 READABLE_CODINGS = ("gzip", "deflate", "identity")
 BATCH_OBJECT = re.compile(r"/v1/messages/batches(?:/[^/]+(?:/cancel)?)?/?")
+BATCHES_MADE = re.compile(r"/v1/messages/batches/?")
+RESULTS = re.compile(r"/v1/messages/batches/([^/]+)/results/?")
 METERED = re.compile(r"/v1/(?:messages|complete|messages/batches(?:/.*)?)/?")
 # An absolute URL up to its path, as a JSON string may hold it.
 RESULTS_URL = re.compile(
@@ -2114,6 +3809,9 @@ class Relay:
         self.client = client
         self.origin, self.base_path = parse_upstream(settings.upstream)
         self.active: set[RelayHandler] = set()
+        self.recent: collections.deque[Finished] = collections.deque(
+            maxlen=settings.recent_requests
+        )
         self.stopping = False
         self.idle = asyncio.Event()
         self.idle.set()
@@ -2126,8 +3824,29 @@ class Relay:
     def leave(self, handler: RelayHandler) -> None:
         """A relayed request is settled."""
         self.active.discard(handler)
+        if handler.grant is not None:
+            self.recent.append(handler.finished())
         if not self.active:
             self.idle.set()
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A relayed request as /spend/logs remembers it. Times are UTC, ``cost`` is USD."""
+
+    call_id: str
+    request_id: str
+    hashed: str
+    key: VirtualKey | None
+    method: str
+    path: str
+    status: int
+    outcome: str
+    started: datetime
+    ended: datetime
+    used: Settled
+    tags: list[str]
+    remote_ip: str
 
 
 class RelayHandler:
@@ -2146,8 +3865,12 @@ class RelayHandler:
         self.target = target
         self.call_id = str(uuid.uuid4())
         self.started = relay.client.time()
+        self.path = ""
         self.caller = Caller()
+        self.grant: Grant | None = None
+        self.used = Settled()
         self.status = 0
+        self.outcome = ""
         self._exchange: Exchange | None = None
         self._kept: list[bytes] | None = None
         self._received = 0
@@ -2156,8 +3879,11 @@ class RelayHandler:
         self._upstream_fields: Fields = []
         self._redactor: Redactor | None = None
         self._head: ResponseHead | None = None
-        self._pending = b""
+        self._length = 0
+        self._meter: Meter | None = None
+        self._policy_reads_body = False
         self._chunked_down = False
+        self._head_pending = False
         self._head_sent = False
         self._rewritten: list[bytes] | None = None
         self._settled = False
@@ -2180,7 +3906,7 @@ class RelayHandler:
                 "The gateway is stopping. Try again.",
                 headers=[("retry-after", "5")],
             )
-        path = rule_path(self.target)
+        self.path = path = rule_path(self.target)
         self.caller = relay.admission.authenticate(request.values)
         credential = self.caller.own or relay.settings.real_credential
         if credential is None:
@@ -2190,6 +3916,10 @@ class RelayHandler:
                 " ANTHROPIC_API_KEY (or ANTHROPIC_AUTH_TOKEN) and start it again.",
             )
         self._check_size(length)
+        self.grant = relay.admission.admit(self.caller, request.method, path)
+        self._policy_reads_body = relay.admission.wants_body(
+            self.caller, request.method, path
+        )
         metered = METERED.fullmatch(path) is not None
         if BATCH_OBJECT.fullmatch(path) and request.method in ("GET", "POST"):
             self._rewritten = []
@@ -2203,8 +3933,13 @@ class RelayHandler:
             *forwarded_fields(request, self.caller, metered=metered),
             credential,
         ]
-        if length == 0 or (
-            is_json(request.get("content-type")) and length <= JSON_BODY_LIMIT
+        small = length <= JSON_BODY_LIMIT
+        if self._policy_reads_body and not small:
+            raise body_too_large_to_check()
+        if (
+            length == 0
+            or self._policy_reads_body
+            or (small and is_json(request.get("content-type")))
         ):
             self._kept = []
         else:
@@ -2216,6 +3951,9 @@ class RelayHandler:
         if self._kept is not None:
             self._kept.append(chunk)
             if self._received > JSON_BODY_LIMIT:
+                if self._policy_reads_body:
+                    self.refuse(body_too_large_to_check())
+                    return
                 kept, self._kept = self._kept, None
                 self._stream(CHUNKED)
                 self._forward(b"".join(kept))
@@ -2232,6 +3970,12 @@ class RelayHandler:
             return
         body = b"".join(self._kept)
         self._kept = None
+        if self._policy_reads_body and self.grant is not None:
+            try:
+                self.relay.admission.admit_body(self.grant, self.request.method, body)
+            except APIError as error:
+                self.refuse(error)
+                return
         declared = (
             "content-length" in self.request.values
             or "transfer-encoding" in self.request.values
@@ -2288,18 +4032,22 @@ class RelayHandler:
     def response_started(self, head: ResponseHead, length: int) -> None:
         """Make the client's head of the upstream's; it goes out with the first bytes of the body."""
         self._head = head
+        self._length = length
+        self._head_pending = True
         self.status = head.status
+        self._meter = self._make_meter(head)
         if self._rewritten is not None:
             if head.status == 200 and is_json(head.get("content-type")) and length != 0:
                 return
             self._rewritten = None
-        self._prepare_head(head, length)
 
     def response_received(self, data: bytes, complete: bool) -> None:
         """Send on what one read brought."""
         if self._rewritten is not None:
             self._rewrite(data, complete)
             return
+        if self._meter is not None and data:
+            self._meter.feed(data)
         if self._redactor is not None:
             data = self._redactor.feed(data, complete)
         self._send(data, complete)
@@ -2361,8 +4109,57 @@ class RelayHandler:
         if self._settled:
             return
         self._settled = True
+        self.outcome = outcome
+        measured = (
+            self._meter.finish(outcome == "ok") if self._meter is not None else None
+        )
+        if self.grant is not None:
+            failed = self.status >= 400
+            self.used = self.relay.admission.settle(self.grant, measured, failed=failed)
         self.relay.leave(self)
-        log_relayed(self, outcome)
+        log_relayed(self)
+
+    def finished(self) -> Finished:
+        """The request as /spend/logs remembers it."""
+        assert self.grant is not None
+        return Finished(
+            call_id=self.call_id,
+            request_id=self._head.get("request-id") if self._head else "",
+            hashed=self.caller.hashed or "",
+            key=self.caller.key,
+            method=self.request.method,
+            path=self.path,
+            status=self.status,
+            outcome=self.outcome,
+            started=self.grant.started,
+            ended=now(),
+            used=self.used,
+            tags=self.tags(),
+            remote_ip=self.connection.context.remote_ip,
+        )
+
+    def tags(self) -> list[str]:
+        """The key's tags and those of the request's x-litellm-tags."""
+        sent = self.request.get("x-litellm-tags").split(",")
+        own = self.caller.key.tags if self.caller.key is not None else []
+        return [*own, *(printable(tag.strip()) for tag in sent if tag.strip())]
+
+    def _make_meter(self, head: ResponseHead) -> Meter | None:
+        """What reads the usage of a successful response of a metered route."""
+        if head.status != 200 or not METERED.fullmatch(self.path):
+            return None
+        coding = head.get("content-encoding").strip().lower()
+        results = RESULTS.fullmatch(self.path)
+        if results and self.request.method == "GET":
+            batch, admission = results[1], self.relay.admission
+
+            def book(line: int, measured: Measured) -> None:
+                admission.book_result(batch, line, measured, self.caller)
+
+            return Meter("", coding, book)
+        if self.request.method != "POST" or self._rewritten is not None:
+            return None
+        return Meter(head.get("content-type"), coding)
 
     def _abort(self) -> None:
         if self._exchange is not None:
@@ -2370,38 +4167,65 @@ class RelayHandler:
 
     def _response_fields(self, head: ResponseHead) -> Fields:
         """The response fields that go on: all but hop-by-hop ones; the real key masked."""
-        options = head.connection_options()
+        dropped = {*HOP_BY_HOP, *head.connection_options()}
+        own: Fields = []
+        if self.caller.key is not None:
+            own = rate_fields(
+                self.caller.key, head.values, self.relay.admission.clock()
+            )
+            dropped.update(name for name, _ in own)
         fields = []
         for name, value in head.fields:
-            lower = name.lower()
-            if lower in HOP_BY_HOP or lower in options:
+            if name.lower() in dropped:
                 continue
             if self._redactor is not None:
                 value = self._redactor.mask(value.encode("latin-1")).decode("latin-1")
             fields.append((name, value))
-        return fields
+        return fields + own
 
-    def _prepare_head(self, head: ResponseHead, length: int) -> None:
+    def _client_head(self, complete: bool) -> bytes:
+        """The response's head as the client gets it. ``complete``: the cost is known already."""
+        head, length = self._head, self._length
+        assert head is not None
         fields = self._response_fields(head)
         fields.append(("x-litellm-call-id", self.call_id))
+        fields += self._spend_fields(complete)
         self._chunked_down = length < 0 and self.request.version == 1
         if self._chunked_down:
             fields.append(("Transfer-Encoding", "chunked"))
         fields += self.connection.connection_fields(
             delimited=length >= 0 or self._chunked_down
         )
-        self._pending = head_bytes(f"HTTP/1.1 {head.status} {head.reason}", fields)
+        return head_bytes(f"HTTP/1.1 {head.status} {head.reason}", fields)
+
+    def _spend_fields(self, complete: bool) -> Fields:
+        """LiteLLM's x-litellm-* about cost and spend, in USD."""
+        key = self.grant.booked_key if self.grant is not None else None
+        if key is None or not self.relay.admission.prices.available:
+            return []
+        fields = []
+        if complete and self._meter is not None:
+            fields.append(("x-litellm-response-cost", f"{self.used.cost:f}"))
+        spent = key.spent(now())
+        fields.append(("x-litellm-key-spend", f"{spent:f}"))
+        if key.max_budget is not None:
+            fields.append(("x-litellm-key-max-budget", f"{key.max_budget:f}"))
+            left = max(ZERO, key.max_budget - spent)
+            fields.append(("x-litellm-key-remaining-budget", f"{left:f}"))
+        return fields
 
     def _send(self, data: bytes, complete: bool) -> None:
-        if self._chunked_down:
-            data = framed(data) + LAST_CHUNK if complete else framed(data)
-        if self._pending:
-            data, self._pending = self._pending + data, b""
-            self._head_sent = True
-        if data:
-            self.connection.send(data)
         if complete:
             self.settle("ok")
+        head = b""
+        if self._head_pending:
+            head, self._head_pending = self._client_head(complete), False
+            self._head_sent = True
+        if self._chunked_down:
+            data = framed(data) + LAST_CHUNK if complete else framed(data)
+        if head or data:
+            self.connection.send(head + data)
+        if complete:
             self.connection.response_done()
 
     def _rewrite(self, data: bytes, complete: bool) -> None:
@@ -2423,13 +4247,24 @@ class RelayHandler:
             return
         if self._redactor is not None:
             plain = self._redactor.mask(plain)
+        if self.request.method == "POST" and BATCHES_MADE.fullmatch(self.path):
+            self._own_batch(plain)
         body = compress(coding, rewrite_results_url(plain, self.relay.base_path))
         self._head.fields = [
             (n, v) for n, v in self._head.fields if n.lower() != "content-length"
         ]
         self._head.fields.append(("Content-Length", str(len(body))))
-        self._prepare_head(self._head, len(body))
+        self._length = len(body)
         self._send(body, True)
+
+    def _own_batch(self, plain: bytes) -> None:
+        """Remember whose batch it is that was just made: its results are booked to that key."""
+        payer = self.grant.booked_key if self.grant is not None else None
+        with contextlib.suppress(ValueError):
+            batch = json.loads(plain)
+            batch_id = batch.get("id") if isinstance(batch, dict) else None
+            if payer is not None and self.caller.hashed and isinstance(batch_id, str):
+                self.relay.store.own_batch(self.caller.hashed, batch_id)
 
     def _is_plain_sse(self) -> bool:
         assert self._head is not None
@@ -2451,31 +4286,44 @@ def is_json(content_type: str) -> bool:
     return kind == "application/json" or kind.endswith("+json")
 
 
-def log_relayed(handler: RelayHandler, outcome: str) -> None:
-    """The one log line of a relayed request. No key, hash, body or query stands in it."""
-    key = handler.caller.key
-    name = (
-        "master"
-        if handler.caller.is_master
-        else (key.key_alias or key.key_name)
-        if key
-        else "-"
+def body_too_large_to_check() -> APIError:
+    """The refusal of a body that a rule of the key would have to read."""
+    return APIError(
+        413,
+        f"This key has limits for which the body is read; it may be {JSON_BODY_LIMIT:,} bytes long.",
     )
-    log.info(
-        "%s %s %s %d %s %.0fms %s",
-        name,
+
+
+def log_relayed(handler: RelayHandler) -> None:
+    """The one log line of a relayed request. No key, hash, body or query stands in it."""
+    key, used = handler.caller.key, handler.used
+    name = "master" if handler.caller.is_master else key.shown_name if key else "-"
+    line = [
+        printable(name),
         handler.request.method,
         printable(handler.target.partition("?")[0]),
-        handler.status,
-        outcome,
-        (handler.relay.client.time() - handler.started) * 1000,
+        str(handler.status),
+        handler.outcome,
+        f"{(handler.relay.client.time() - handler.started) * 1000:.0f}ms",
         handler.call_id,
-    )
-
-
-def printable(text: str) -> str:
-    """Text for a log line: nothing in it can end the line or steer a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text[:200])
+    ]
+    tally = used.tally
+    if used.model:
+        line.append(used.model)
+    if tally.input_tokens or tally.output_tokens:
+        cached = (
+            tally.cache_read_tokens
+            + tally.cache_write_5m_tokens
+            + tally.cache_write_1h_tokens
+        )
+        line.append(
+            f"{tally.input_tokens}+{cached}->{tally.output_tokens} tokens ${dollars(used.cost)}"
+        )
+    if used.estimated:
+        line.append("estimated")
+    if tags := handler.tags():
+        line.append(f"tags={','.join(printable(tag) for tag in tags)}")
+    log.info(" ".join(line))
 
 
 class ClientContext:
@@ -2961,9 +4809,7 @@ class GatewayServer:
 
 PRINTABLE_KEY = re.compile(r"sk-[\x21-\x7e]+")
 MAX_PAGE_SIZE = 100  # LiteLLM's limit on /key/list
-# What LiteLLM's fields may hold here. Any other field is refused by name: a limit that is accepted
-# must be enforced.
-TEXT_FIELDS = ("key_alias", "user_id", "team_id")
+MAX_LIMIT = 10**12  # of requests and tokens a minute, and of USD
 
 
 class BaseHandler(web.RequestHandler):
@@ -3069,7 +4915,9 @@ class ManagementHandler(BaseHandler):
         """The body as a JSON object; an empty body is ``{}``. Raises APIError 400."""
         try:
             body = json.loads(
-                self.request.body or b"{}", parse_constant=refuse_constant
+                self.request.body or b"{}",
+                parse_constant=refuse_constant,
+                parse_float=Decimal,
             )
         except (ValueError, RecursionError) as error:
             raise APIError(400, f"The body is not JSON: {error}.") from None
@@ -3099,7 +4947,12 @@ def refuse_constant(name: str) -> NoReturn:
 
 
 def key_row(hashed: str, key: VirtualKey) -> dict[str, Any]:
-    """A key as LiteLLM's answers describe it; fields of LiteLLM that mean nothing here are null."""
+    """A key as LiteLLM's answers describe it; fields of LiteLLM that mean nothing here are null.
+
+    ``spend`` is USD in the present budget window, which ends at ``budget_reset_at``.
+    """
+    moment, duration = now(), key.budget_duration
+    reset = window(duration, moment)[1] if duration is not None else None
     return {
         "token": hashed,
         "token_id": hashed,
@@ -3108,11 +4961,33 @@ def key_row(hashed: str, key: VirtualKey) -> dict[str, Any]:
         "user_id": key.user_id,
         "team_id": key.team_id,
         "models": key.models,
+        "allowed_routes": key.allowed_routes,
+        "spend": float(key.spent(moment)),
+        "max_budget": usd(key.max_budget),
+        "soft_budget": usd(key.soft_budget),
+        "budget_duration": duration,
+        "budget_reset_at": iso(reset),
+        "model_max_budget": {
+            p: model_budget_row(b) for p, b in key.model_max_budget.items()
+        },
+        "model_max_budget_usage": {
+            pattern: {
+                "spend": float(key.model_spent(pattern, moment)),
+                "budget_reset_at": iso(window(b.duration, moment)[1])
+                if b.duration
+                else None,
+            }
+            for pattern, b in key.model_max_budget.items()
+        },
+        "rpm_limit": key.rpm_limit,
+        "tpm_limit": key.tpm_limit,
+        "max_parallel_requests": key.max_parallel_requests,
         "metadata": key.metadata,
         "tags": key.tags,
         "blocked": key.blocked,
-        "status": key.status(now()),
+        "status": key.status(moment),
         "expires": iso(key.expires),
+        "last_active": iso(key.account.last_active),
         "created_at": iso(key.created_at),
         "updated_at": iso(key.updated_at),
         "created_by": "master",
@@ -3123,27 +4998,155 @@ def key_row(hashed: str, key: VirtualKey) -> dict[str, Any]:
     }
 
 
-def key_changes(body: Mapping[str, Any], moment: datetime) -> dict[str, Any]:
+def model_budget_row(budget: ModelBudget) -> dict[str, Any]:
+    """A model's budget as LiteLLM writes it."""
+    return {"budget_limit": usd(budget.limit), "time_period": budget.duration}
+
+
+def usd(amount: Decimal | None) -> float | None:
+    """An amount as a JSON number, for answers only: what is kept and added stays decimal."""
+    return None if amount is None else float(amount)
+
+
+def usage_rows(key: VirtualKey) -> dict[str, Any]:
+    """What a key used, by day and model."""
+    days: dict[str, Any] = {}
+    for day, model, tally in key.account.usage.days():
+        days.setdefault(day, {})[model] = tally_row(tally)
+    return days
+
+
+def tally_row(tally: Tally) -> dict[str, Any]:
+    """A tally with every field, the spend as a number of USD."""
+    return {name: getattr(tally, name) for name in TALLY_FIELDS} | {
+        "spend": float(tally.spend)
+    }
+
+
+def key_changes(
+    body: Mapping[str, Any], moment: datetime, prices: Prices
+) -> dict[str, Any]:
     """The fields of a request as fields of a VirtualKey; null clears. Raises APIError 400 by name."""
     changes: dict[str, Any] = {}
     for name, value in body.items():
         if name == "duration":
             changes["expires"] = read_expiry(value, moment)
-        elif name in TEXT_FIELDS:
-            changes[name] = read_text(name, value)
-        elif name == "metadata":
-            changes[name] = read_kind(name, value, dict, "an object", {})
-        elif name == "tags":
-            changes[name] = read_texts(name, value)
-        elif name == "blocked":
-            changes[name] = read_kind(name, value, bool, "true or false", False)
-        elif name == "models" and value in ([], None):
-            changes[name] = []
+        elif name in KEY_READERS:
+            changes[name] = KEY_READERS[name](name, value)
         elif value is not None:
             raise APIError(
                 400, f"{printable(name)!r} is not supported: it would not be enforced."
             )
+    for name in ("max_budget", "soft_budget", "model_max_budget"):
+        if changes.get(name) not in (None, {}) and not prices.available:
+            raise APIError(
+                400,
+                f"{name!r} cannot be enforced: no prices are known. Install genai-prices where the"
+                " gateway runs, or start it with --prices.",
+            )
     return changes
+
+
+def read_amount(name: str, value: Any) -> Decimal | None:
+    """USD, or null. Raises APIError 400."""
+    if value is None:
+        return None
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | Decimal)
+        or not 0 <= value <= MAX_LIMIT
+    ):
+        raise APIError(400, f"{name!r} must be a number of USD from 0 up.")
+    return Decimal(value)
+
+
+def read_limit(name: str, value: Any) -> int | None:
+    """A whole number from 0 up, or null. Raises APIError 400."""
+    if value is None:
+        return None
+    if type(value) is not int or not 0 <= value <= MAX_LIMIT:
+        raise APIError(400, f"{name!r} must be a whole number from 0 up.")
+    return value
+
+
+def read_window(name: str, value: Any) -> str | None:
+    """A budget's window, or null. Raises APIError 400."""
+    text = read_text(name, value)
+    try:
+        if text is not None:
+            window(text, now())
+    except (ValueError, OverflowError):
+        raise APIError(
+            400, f"{name!r} must be a length of time above zero, like '30d'."
+        ) from None
+    return text
+
+
+def read_routes(name: str, value: Any) -> list[str]:
+    """Patterns of paths. Raises APIError 400."""
+    routes = read_texts(name, value)
+    if not all(route.startswith("/") for route in routes):
+        raise APIError(
+            400, f"{name!r} must be paths that begin with '/', with '*' for any text."
+        )
+    return routes
+
+
+def read_model_budgets(name: str, value: Any) -> dict[str, ModelBudget]:
+    """LiteLLM's ``{pattern: {"budget_limit": USD, "time_period": "1d"}}``. Raises APIError 400."""
+    budgets = {}
+    for pattern, row in read_kind(name, value, dict, "an object of models", {}).items():
+        if not isinstance(row, dict):
+            raise APIError(
+                400, f"{name!r}: each model takes an object with 'budget_limit'."
+            )
+        limits = [
+            row[field] for field in ("budget_limit", "max_budget") if field in row
+        ]
+        periods = [
+            row[field] for field in ("time_period", "budget_duration") if field in row
+        ]
+        unknown = set(row) - {
+            "budget_limit",
+            "max_budget",
+            "time_period",
+            "budget_duration",
+        }
+        if len(limits) != 1 or len(periods) > 1 or unknown:
+            raise APIError(
+                400,
+                f"{name!r}: each model takes 'budget_limit' and 'time_period' only.",
+            )
+        limit = read_amount(name, limits[0])
+        if limit is None:
+            raise APIError(
+                400, f"{name!r}: 'budget_limit' must be a number of USD from 0 up."
+            )
+        budgets[pattern] = ModelBudget(
+            limit, read_window(name, periods[0] if periods else None)
+        )
+    return budgets
+
+
+def read_object(name: str, value: Any) -> dict[str, Any]:
+    """An object; null is an empty one. Raises APIError 400."""
+    return cast(
+        "dict[str, Any]", plain_numbers(read_kind(name, value, dict, "an object", {}))
+    )
+
+
+def plain_numbers(value: Any) -> Any:
+    """A JSON value with its decimals as floats, which `json` can write."""
+    if isinstance(value, dict):
+        return {name: plain_numbers(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [plain_numbers(entry) for entry in value]
+    return float(value) if isinstance(value, Decimal) else value
+
+
+def read_flag(name: str, value: Any) -> bool:
+    """true or false; null is false. Raises APIError 400."""
+    return cast(bool, read_kind(name, value, bool, "true or false", False))
 
 
 def read_kind(name: str, value: Any, kind: type, words: str, default: Any) -> Any:
@@ -3178,6 +5181,25 @@ def read_expiry(value: Any, moment: datetime) -> datetime | None:
         raise APIError(400, f"'duration': {error}.") from None
 
 
+KEY_READERS: dict[str, Callable[[str, Any], Any]] = {
+    "key_alias": read_text,
+    "user_id": read_text,
+    "team_id": read_text,
+    "metadata": read_object,
+    "tags": read_texts,
+    "blocked": read_flag,
+    "models": read_texts,
+    "allowed_routes": read_routes,
+    "rpm_limit": read_limit,
+    "tpm_limit": read_limit,
+    "max_parallel_requests": read_limit,
+    "max_budget": read_amount,
+    "soft_budget": read_amount,
+    "budget_duration": read_window,
+    "model_max_budget": read_model_budgets,
+}
+
+
 def read_own_key(value: Any, store: KeyStore) -> str:
     """A key that the caller chose, or a fresh one. Raises APIError 400."""
     if value is None:
@@ -3209,14 +5231,14 @@ class GenerateHandler(ManagementHandler):
         body = self.json_body()
         store, moment = self.relay.store, now()
         key = read_own_key(body.pop("key", None), store)
-        changes = key_changes(body, moment)
+        changes = key_changes(body, moment, self.relay.admission.prices)
         refuse_taken_alias(store, changes.get("key_alias"))
         record = VirtualKey(
             key_name(key), created_at=moment, updated_at=moment, **changes
         )
         hashed = hash_key(key)
         await store.change({hashed: record})
-        log.info("key %s made", record.key_alias or record.key_name)
+        log.info("key %s made", record.shown_name)
         self.send_json({**key_row(hashed, record), "key": key})
 
 
@@ -3238,13 +5260,13 @@ class UpdateHandler(ManagementHandler):
         if by_alias:
             body.pop("key_alias")
         moment = now()
-        changes = key_changes(body, moment)
+        changes = key_changes(body, moment, self.relay.admission.prices)
         refuse_taken_alias(self.relay.store, changes.get("key_alias"), hashed)
         changed = dataclasses.replace(record, **changes, updated_at=moment)
         await self.relay.store.change({hashed: changed})
         log.info(
             "key %s updated: %s",
-            changed.key_alias or changed.key_name,
+            changed.shown_name,
             ", ".join(changes) or "nothing",
         )
         self.send_json({**key_row(hashed, changed), "key": hashed})
@@ -3272,7 +5294,7 @@ class DeleteHandler(ManagementHandler):
             }
         )
         for _, record in found:
-            log.info("key %s deleted", record.key_alias or record.key_name)
+            log.info("key %s deleted", record.shown_name)
         self.send_json({"deleted_keys": [*keys, *aliases]})
 
 
@@ -3290,7 +5312,7 @@ class BlockHandler(ManagementHandler):
         await self.relay.store.change({hashed: changed})
         log.info(
             "key %s %s",
-            record.key_alias or record.key_name,
+            record.shown_name,
             "blocked" if self.blocked else "unblocked",
         )
         self.send_json(key_row(hashed, changed))
@@ -3314,7 +5336,7 @@ class RegenerateHandler(ManagementHandler):
         moment = now()
         grace = read_expiry(body.pop("grace_period", None), moment)
         value = read_own_key(body.pop("new_key", None), store)
-        changes = key_changes(body, moment)
+        changes = key_changes(body, moment, self.relay.admission.prices)
         refuse_taken_alias(store, changes.get("key_alias"), old_hash)
         retired = {
             old: until for old, until in record.retired.items() if until > moment
@@ -3324,7 +5346,7 @@ class RegenerateHandler(ManagementHandler):
         changed = dataclasses.replace(record, **{**changes, **new})
         hashed = hash_key(value)
         await store.change({old_hash: None, hashed: changed})
-        log.info("key %s regenerated", changed.key_alias or changed.key_name)
+        log.info("key %s regenerated", changed.shown_name)
         self.send_json({**key_row(hashed, changed), "key": value})
 
 
@@ -3338,7 +5360,7 @@ class InfoHandler(ManagementHandler):
         """Describe a key."""
         asked = self.get_query_argument("key", "")
         hashed, record = self.own_key(asked) or self.managed_key(asked)
-        info = key_row(hashed, record)
+        info = key_row(hashed, record) | {"usage": usage_rows(record)}
         del info["token"], info["token_id"]
         self.send_json({"key": asked or hashed, "info": info})
 
@@ -3389,7 +5411,7 @@ class ListHandler(ManagementHandler):
         full = self.get_query_argument("return_full_object", "").lower() == "true"
         self.send_json(
             {
-                "keys": [key_row(*row) if full else row[0] for row in shown],
+                "keys": [full_row(*row) if full else row[0] for row in shown],
                 "total_count": len(rows),
                 "current_page": page,
                 "total_pages": -(-len(rows) // size),
@@ -3402,6 +5424,165 @@ class ListHandler(ManagementHandler):
         if not re.fullmatch(r"[0-9]{1,9}", text, re.ASCII) or int(text) < 1:
             raise APIError(400, f"{name!r} must be a whole number from 1.")
         return int(text)
+
+
+def full_row(hashed: str, key: VirtualKey) -> dict[str, Any]:
+    """A key with what it used."""
+    return key_row(hashed, key) | {"usage": usage_rows(key)}
+
+
+class ResetSpendHandler(ManagementHandler):
+    """POST /key/{key}/reset_spend: ``reset_to`` USD (0), for the present window."""
+
+    async def post(self, key: str) -> None:
+        """Set what a key has spent."""
+        found = self.relay.store.find(urllib.parse.unquote(key))
+        hashed, record = self.existing(found)
+        amount = read_amount("reset_to", self.json_body().get("reset_to", 0)) or ZERO
+        before = record.spent(now())
+        record.account.total.spend = amount
+        try:
+            await self.relay.store.change({hashed: record})
+        except APIError:
+            record.account.total.spend = before
+            raise
+        log.info("key %s: spend set to $%s", record.shown_name, dollars(amount))
+        self.send_json(key_row(hashed, record))
+
+
+class SpendKeysHandler(ManagementHandler):
+    """GET /spend/keys: every key's row, those that spent most first."""
+
+    def get(self) -> None:
+        """List keys by spend."""
+        rows = [key_row(hashed, key) for hashed, key in self.relay.store.keys.items()]
+        self.send_json(sorted(rows, key=lambda row: -cast(float, row["spend"])))
+
+
+REPORT_GROUPS: dict[str, Callable[[str, VirtualKey, str, str], str]] = {
+    "api_key": lambda hashed, key, day, model: hashed,
+    "model": lambda hashed, key, day, model: model,
+    "team": lambda hashed, key, day, model: key.team_id or "",
+    "user": lambda hashed, key, day, model: key.user_id or "",
+    "day": lambda hashed, key, day, model: day,
+}
+
+
+class SpendReportHandler(ManagementHandler):
+    """GET /global/spend/report?start_date&end_date&group_by=api_key|model|team|user|day.
+
+    Dates are UTC days, both included, by default the last 30. One row a group: its name under
+    ``group_by``'s own name, and every count.
+    """
+
+    def get(self) -> None:
+        """Report what was used."""
+        today = now()
+        first = self.day("start_date", day_of(today - timedelta(days=29)))
+        last = self.day("end_date", day_of(today))
+        group = self.get_query_argument("group_by", "") or "api_key"
+        if group not in REPORT_GROUPS:
+            raise APIError(
+                400, f"'group_by' must be one of {', '.join(REPORT_GROUPS)}."
+            )
+        sums: dict[str, Tally] = {}
+        for hashed, key in self.relay.store.keys.items():
+            for day, model, tally in key.account.usage.days(first, last):
+                sums.setdefault(
+                    REPORT_GROUPS[group](hashed, key, day, model), Tally()
+                ).add(tally)
+        rows = [
+            {group: name} | self.described(group, name) | tally_row(t)
+            for name, t in sums.items()
+        ]
+        self.send_json(sorted(rows, key=lambda row: -row["spend"]))
+
+    def described(self, group: str, name: str) -> dict[str, Any]:
+        """A key's alias and name beside its hash."""
+        if group != "api_key":
+            return {}
+        key = self.relay.store.keys[name]
+        return {"key_alias": key.key_alias, "key_name": key.key_name}
+
+    def day(self, name: str, default: str) -> str:
+        """A query parameter that is an ISO date. Raises APIError 400."""
+        text = self.get_query_argument(name, "") or default
+        try:
+            return day_of(datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC))
+        except ValueError:
+            raise APIError(400, f"{name!r} must be a date like 2026-11-22.") from None
+
+
+class SpendLogsHandler(SpendReportHandler):
+    """GET /spend/logs: the most recent requests, newest first, in LiteLLM's row fields.
+
+    Filters: ``request_id`` (the gateway's call id or Anthropic's), ``api_key`` (plain or hash),
+    ``user_id``, ``start_date``, ``end_date``. At most --recent-requests are remembered.
+    """
+
+    def get(self) -> None:
+        """List requests."""
+        first, last = (
+            self.day("start_date", "0001-01-01"),
+            self.day("end_date", "9999-12-31"),
+        )
+        wanted, user = (
+            self.get_query_argument("request_id", ""),
+            self.get_query_argument("user_id", ""),
+        )
+        shown = self.get_query_argument("api_key", "")
+        hashed = shown if not shown or HASH.fullmatch(shown) else hash_key(shown)
+        rows = [
+            spend_log_row(finished)
+            for finished in reversed(self.relay.recent)
+            if wanted in ("", finished.call_id, finished.request_id)
+            and hashed in ("", finished.hashed)
+            and (
+                not user or (finished.key is not None and finished.key.user_id == user)
+            )
+            and first <= day_of(finished.started) <= last
+        ]
+        self.send_json(rows)
+
+
+def spend_log_row(finished: Finished) -> dict[str, Any]:
+    """A request in the fields of LiteLLM's SpendLogs; those that mean nothing here are left out."""
+    tally, key = finished.used.tally, finished.key
+    cached = (
+        tally.cache_read_tokens
+        + tally.cache_write_5m_tokens
+        + tally.cache_write_1h_tokens
+    )
+    prompt = tally.input_tokens + cached
+    return {
+        "request_id": finished.request_id or finished.call_id,
+        "litellm_call_id": finished.call_id,
+        "call_type": "pass_through_endpoint",
+        "custom_llm_provider": "anthropic",
+        "api_base": finished.path,
+        "api_key": finished.hashed,
+        "key_alias": key.key_alias if key else None,
+        "user": key.user_id if key else None,
+        "team_id": key.team_id if key else None,
+        "model": finished.used.model,
+        "spend": float(finished.used.cost),
+        "prompt_tokens": prompt,
+        "completion_tokens": tally.output_tokens,
+        "total_tokens": prompt + tally.output_tokens,
+        "cache_read_input_tokens": tally.cache_read_tokens,
+        "cache_creation_input_tokens": tally.cache_write_5m_tokens
+        + tally.cache_write_1h_tokens,
+        "startTime": iso(finished.started),
+        "endTime": iso(finished.ended),
+        "status": "success"
+        if finished.status < 400 and finished.outcome == "ok"
+        else "failure",
+        "status_code": finished.status,
+        "outcome": finished.outcome,
+        "estimated": finished.used.estimated,
+        "request_tags": finished.tags,
+        "requester_ip_address": finished.remote_ip,
+    }
 
 
 # ─── Operations ──────────────────────────────────────────────────────────────────────
@@ -3953,13 +6134,14 @@ def make_app(settings: Settings) -> web.Application:
 
     Call it from a running loop. Raises SettingsError where the keys file cannot be used.
     """
-    store = KeyStore(settings.keys)
+    prices = Prices(settings.prices)
+    store = KeyStore(settings.keys, settings.usage_days)
     client = UpstreamClient(
         force_instance=True,
         connect_timeout=settings.connect_timeout,
         idle_timeout=settings.idle_timeout,
     )
-    relay = Relay(settings, store, Admission(settings, store), client)
+    relay = Relay(settings, store, Admission(settings, store, prices), client)
     hello = "|".join(re.escape(path) for path in HELLO_PATHS)
     return web.Application(
         [
@@ -3973,8 +6155,12 @@ def make_app(settings: Settings) -> web.Application:
             (r"/key/unblock", BlockHandler, {"blocked": False}),
             (r"/key/regenerate", RegenerateHandler),
             (r"/key/([^/]+)/regenerate", RegenerateHandler),
+            (r"/key/([^/]+)/reset_spend", ResetSpendHandler),
             (r"/key/info", InfoHandler),
             (r"/key/list", ListHandler),
+            (r"/spend/keys", SpendKeysHandler),
+            (r"/spend/logs", SpendLogsHandler),
+            (r"/global/spend/report", SpendReportHandler),
         ],
         default_handler_class=NotFoundHandler,
         log_function=log_request,
@@ -4030,6 +6216,10 @@ def announce(settings: Settings, relay: Relay, port: int) -> None:
         lines.append(
             "! the master key is weak: take 16 characters or more that nobody can guess"
         )
+    if not admission.prices.available:
+        lines.append(
+            "! genai-prices is not installed: tokens are counted, money is not"
+        )
     lines += [
         "connect with",
         f"  export ANTHROPIC_BASE_URL={url}/anthropic",
@@ -4072,6 +6262,9 @@ async def serve(settings: Settings) -> None:
         loop.add_signal_handler(number, stops.put_nowait, None)
     loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(reload(relay)))
     announce(settings, relay, sockets[0].getsockname()[1])
+    prices = relay.admission.prices
+    await loop.run_in_executor(None, prices.load)
+    relay.admission.prices_loaded()
     await stops.get()
     await stop(relay, server, stops)
 
@@ -4079,6 +6272,7 @@ async def serve(settings: Settings) -> None:
 async def reload(relay: Relay) -> None:
     """Read the keys file again (SIGHUP); a bad one changes nothing."""
     try:
+        relay.admission.prices.reload()
         await relay.store.reload()
         log.info("keys read again: %d", sum(1 for _ in relay.store.live()))
     except (SettingsError, OSError) as error:
@@ -4109,6 +6303,7 @@ async def stop(relay: Relay, server: GatewayServer, stops: asyncio.Queue[None]) 
     hurry.cancel()
     server.close_all_connections()
     await asyncio.sleep(0)  # the connections' ends reach their handlers
+    await relay.store.flush()
     relay.client.close()
     relay.store.close()
     server.close()

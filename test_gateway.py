@@ -35,6 +35,7 @@ from typing import Any, Self
 import anthropic
 import httpx2
 import pytest
+import tornado
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -818,19 +819,18 @@ def test_one_file_and_tornado_suffice(start: Starter, tmp_path: Path) -> None:
     folder = tmp_path / "alone"
     folder.mkdir()
     shutil.copy(GATEWAY, folder)
-    # Everything but the standard library and Tornado is made impossible to import.
-    barred = (
-        "import sys, runpy, importlib.abc\n"
-        "class Bar(importlib.abc.MetaPathFinder):\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        top = name.partition('.')[0]\n"
-        "        if top not in sys.stdlib_module_names and top not in ('tornado', 'gateway'):\n"
-        "            raise ImportError(name)\n"
-        "sys.meta_path.insert(0, Bar())\n"
-        "sys.argv = ['gateway.py', *sys.argv[1:]]\n"
-        "runpy.run_path('gateway.py', run_name='__main__')\n"
+    packages = tmp_path / "packages"  # all that Python finds beside its own library
+    packages.mkdir()
+    (packages / "tornado").symlink_to(Path(tornado.__file__).parent)
+    process = start(
+        "mock",
+        program=[sys.executable, "-S", "gateway.py"],
+        folder=folder,
+        variables={**DEFAULT_VARIABLES, "PYTHONPATH": str(packages)},
     )
-    process = start("mock", program=[sys.executable, "-c", barred], folder=folder)
+    assert "genai-prices is not installed" in process.banner
+    budget = process.manage("/key/generate", {"max_budget": 5})
+    assert "genai-prices" in error_of(budget, 400, "invalid_request_error")
     key = process.new_key()
     client = anthropic.Anthropic(base_url=process.url + "/anthropic", api_key=key)
     assert client.messages.create(**MESSAGE).content[0].text == "You said: Hello, world"
@@ -2198,9 +2198,29 @@ def test_fields_of_a_key_are_kept_and_shown(mocked: Process) -> None:
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"max_budget": 5}, "max_budget"),
-        ({"rpm_limit": 1}, "rpm_limit"),
-        ({"models": ["claude-x"]}, "models"),
+        ({"max_budget": -1}, "max_budget"),
+        ({"max_budget": True}, "max_budget"),
+        ({"max_budget": "5"}, "max_budget"),
+        ({"max_budget": 1e300}, "max_budget"),
+        ({"soft_budget": []}, "soft_budget"),
+        ({"budget_duration": "soon"}, "budget_duration"),
+        ({"budget_duration": "0d"}, "budget_duration"),
+        ({"rpm_limit": -1}, "rpm_limit"),
+        ({"rpm_limit": 1.5}, "rpm_limit"),
+        ({"tpm_limit": True}, "tpm_limit"),
+        ({"tpm_limit": 10**30}, "tpm_limit"),
+        ({"max_parallel_requests": "1"}, "max_parallel_requests"),
+        ({"models": "claude-x"}, "models"),
+        ({"models": [1]}, "models"),
+        ({"allowed_routes": ["llm_api_routes"]}, "allowed_routes"),
+        ({"model_max_budget": {"claude-x": 5}}, "model_max_budget"),
+        ({"model_max_budget": {"claude-x": {}}}, "model_max_budget"),
+        ({"model_max_budget": {"x": {"budget_limit": -1}}}, "model_max_budget"),
+        (
+            {"model_max_budget": {"x": {"budget_limit": 1, "rpm_limit": 1}}},
+            "model_max_budget",
+        ),
+        ({"tpd_limit": 5}, "tpd_limit"),
         ({"nonsense": True}, "nonsense"),
         ({"duration": "soon"}, "duration"),
         ({"duration": 30}, "duration"),
