@@ -647,9 +647,11 @@ class Account:
     def to_json(self) -> dict[str, Any]:
         """What the file keeps, but for the usage."""
         return {
-            "spend": str(self.total.spend),
+            "spend": f"{self.total.spend:f}",
             "spend_window": self.total.start,
-            "model_spend": {p: [w.start, str(w.spend)] for p, w in self.models.items()},
+            "model_spend": {
+                p: [w.start, f"{w.spend:f}"] for p, w in self.models.items()
+            },
             "last_active": iso(self.last_active),
             "mean_output": round(self.mean_output, 1),
             "batches": self.batches,
@@ -756,10 +758,13 @@ class VirtualKey:
         for name in MOMENT_FIELDS:
             record[name] = iso(record[name])
         for name in AMOUNT_FIELDS:
-            record[name] = None if record[name] is None else str(record[name])
+            record[name] = None if record[name] is None else f"{record[name]:f}"
         record["retired"] = {old: iso(until) for old, until in self.retired.items()}
         record["model_max_budget"] = {
-            pattern: {"budget_limit": str(budget.limit), "time_period": budget.duration}
+            pattern: {
+                "budget_limit": f"{budget.limit:f}",
+                "time_period": budget.duration,
+            }
             for pattern, budget in self.model_max_budget.items()
         }
         record |= self.account.to_json()
@@ -1740,9 +1745,8 @@ class Prices:
             factor *= US_INFERENCE
         for model, tally in entries:
             rates = self.rates(model, when, tally, raw.get("speed") == "fast")
-            tally.spend = (
-                rates.price(tally) * factor + rates.web_search * tally.web_searches
-            )
+            cost = rates.price(tally) * factor + rates.web_search * tally.web_searches
+            tally.spend = cost.normalize()
         return entries
 
     def rates(
@@ -2131,15 +2135,21 @@ class Admission:
         key = grant.key
         if key is not None and grant.slot:
             key.account.running -= 1
-        charges: list[tuple[str, Tally]] | None = []
-        if measured is not None and grant.caller.own is None:
-            settled.estimated = measured.estimated
-            charges = self._charge(measured, grant)
-        if charges is not None:
+
+        def book() -> None:
+            charges = self.prices.charge(measured, grant.started) if measured else []
             self._release(grant)
             self._book(grant, charges)
-        for _, tally in charges or ():
-            settled.tally.add(tally)
+            for _, tally in charges:
+                settled.tally.add(tally)
+
+        if grant.caller.own is not None:
+            measured = None
+        settled.estimated = measured is not None and measured.estimated
+        if measured is None:
+            book()
+        else:
+            self.when_priced(book)
         payer = grant.booked_key
         if payer is not None:
             payer.account.usage.add(
@@ -2148,8 +2158,8 @@ class Admission:
                 Tally(requests=1, errors=int(failed)),
             )
             payer.account.last_active = now()
-            if settled.tally.output_tokens:
-                learn_output(payer.account, settled.tally.output_tokens)
+            if measured is not None:
+                learn_output(payer.account, count_of(measured.usage, "output_tokens"))
         return settled
 
     def book_result(
@@ -2174,7 +2184,17 @@ class Admission:
         def book() -> None:
             self._book_to(hashed, self.prices.charge(measured, moment), moment)
 
-        self._when_priced(book)
+        self.when_priced(book)
+
+    def when_priced(self, book: Callable[[], None]) -> None:
+        """Call this once the prices are there, which they are but for a moment after the start.
+
+        Until then calls wait in their order.
+        """
+        if self.prices.available and not self.prices.loaded:
+            self._unpriced.append(book)
+        else:
+            book()
 
     def prices_loaded(self) -> None:
         """Book what was used before the prices were there."""
@@ -2183,26 +2203,6 @@ class Admission:
             book()
 
     # Inside
-
-    def _when_priced(self, book: Callable[[], None]) -> None:
-        if self.prices.available and not self.prices.loaded:
-            self._unpriced.append(book)
-        else:
-            book()
-
-    def _charge(
-        self, measured: Measured, grant: Grant
-    ) -> list[tuple[str, Tally]] | None:
-        """What is billed; None where the prices are not there yet, and it is booked when they are."""
-        if not self.prices.available or self.prices.loaded:
-            return self.prices.charge(measured, grant.started)
-
-        def book() -> None:
-            self._release(grant)
-            self._book(grant, self.prices.charge(measured, grant.started))
-
-        self._unpriced.append(book)
-        return None
 
     def _estimate(self, key: VirtualKey, order: Order, batched: bool) -> Decimal:
         """USD that one order may cost: four bytes of prompt a token, and as much output as is asked
@@ -2440,6 +2440,8 @@ def dollars(amount: Decimal) -> str:
 
 def learn_output(account: Account, tokens: int) -> None:
     """Let the newest answer count in the mean length of the key's answers."""
+    if tokens == 0:
+        return
     newest = float(tokens)
     mean = account.mean_output or newest
     account.mean_output = mean + OUTPUT_LEARNING_RATE * (newest - mean)
@@ -3824,8 +3826,6 @@ class Relay:
     def leave(self, handler: RelayHandler) -> None:
         """A relayed request is settled."""
         self.active.discard(handler)
-        if handler.grant is not None:
-            self.recent.append(handler.finished())
         if not self.active:
             self.idle.set()
 
@@ -3887,6 +3887,7 @@ class RelayHandler:
         self._head_sent = False
         self._rewritten: list[bytes] | None = None
         self._settled = False
+        self._ended = EPOCH
         relay.enter(self)
 
     # The request
@@ -4116,7 +4117,13 @@ class RelayHandler:
         if self.grant is not None:
             failed = self.status >= 400
             self.used = self.relay.admission.settle(self.grant, measured, failed=failed)
+        self._ended = now()
         self.relay.leave(self)
+        self.relay.admission.when_priced(self._record)
+
+    def _record(self) -> None:
+        if self.grant is not None:
+            self.relay.recent.append(self.finished())
         log_relayed(self)
 
     def finished(self) -> Finished:
@@ -4132,7 +4139,7 @@ class RelayHandler:
             status=self.status,
             outcome=self.outcome,
             started=self.grant.started,
-            ended=now(),
+            ended=self._ended,
             used=self.used,
             tags=self.tags(),
             remote_ip=self.connection.context.remote_ip,
@@ -5641,8 +5648,16 @@ class ReadinessHandler(BaseHandler):
                 else "unhealthy",
                 "version": __version__,
                 "store": relay.store.last_error or "writable",
+                "prices": prices_state(relay.admission.prices),
             }
         )
+
+
+def prices_state(prices: Prices) -> str:
+    """Whether what tokens cost is known: ``none``, ``loading`` or ``loaded``."""
+    if not prices.available:
+        return "none"
+    return "loaded" if prices.loaded else "loading"
 
 
 def log_request(handler: web.RequestHandler) -> None:

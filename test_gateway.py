@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import gzip
 import hashlib
@@ -29,6 +30,7 @@ import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,7 +38,7 @@ import anthropic
 import httpx2
 import pytest
 import tornado
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gateway
@@ -1261,9 +1263,11 @@ async def test_responses_come_back_as_sent(start: Starter) -> None:
             client.request(f"GET /v1/{name}", key=key)
             answer = await client.response()
             head, _, body = sent.partition(b"\r\n\r\n")
-            lines = answer.head[:-4].split(b"\r\n")
-            added = lines.pop()
-            assert added.startswith(b"x-litellm-call-id: ")
+            lines = [
+                line
+                for line in answer.head[:-4].split(b"\r\n")
+                if not line.startswith(b"x-litellm-")
+            ]
             assert b"\r\n".join(lines) == head.replace(b"X-Empty:", b"X-Empty: "), name
             assert answer.body == body and answer.clean
 
@@ -1283,7 +1287,8 @@ async def test_hop_by_hop_response_fields_stay_here(start: Starter) -> None:
     async with relayed(start, hop) as (process, _, key):
         answer = await ask(process.port, "GET /v1/x", key=key)
         names = [line.split(b":")[0] for line in answer.head.split(b"\r\n")[1:-2]]
-        assert names == [b"Content-Length", b"X-End", b"x-litellm-call-id"]
+        added = [b"x-litellm-call-id", b"x-litellm-key-spend"]
+        assert names == [b"Content-Length", b"X-End", *added]
 
 
 @gen_test
@@ -2241,7 +2246,7 @@ def test_fields_of_a_key_are_kept_and_shown(mocked: Process) -> None:
 def test_wrong_fields_are_refused_by_name(
     mocked: Process, virtual_key: str, fields: dict[str, Any], named: str
 ) -> None:
-    before = mocked.keys.read_bytes()
+    before = mocked.manage("/key/list").json()["total_count"]
     message = error_of(
         mocked.manage("/key/generate", fields), 400, "invalid_request_error"
     )
@@ -2251,7 +2256,7 @@ def test_wrong_fields_are_refused_by_name(
         assert named in error_of(
             mocked.manage("/key/update", update), 400, "invalid_request_error"
         )
-    assert mocked.keys.read_bytes() == before
+    assert mocked.manage("/key/list").json()["total_count"] == before
 
 
 @pytest.mark.parametrize(
@@ -2691,6 +2696,1418 @@ def test_the_committed_file_is_an_empty_store() -> None:
         else (GATEWAY.parent / "keys.json").read_text()
     )
     assert json.loads(text) == {"version": 1, "keys": {}}
+
+
+# ─── Metering and price, apart from I/O ──────────────────────────────────────────────
+
+WHEN = datetime(2026, 11, 22, 12, tzinfo=UTC)
+
+
+@pytest.fixture(scope="module")
+def prices() -> gateway.Prices:
+    prices = gateway.Prices()
+    prices.load()
+    return prices
+
+
+def usage(**fields: Any) -> dict[str, Any]:
+    return {"input_tokens": 0, "output_tokens": 0, **fields}
+
+
+def written(five: int, hour: int) -> dict[str, Any]:
+    return {
+        "cache_creation_input_tokens": five + hour,
+        "cache_creation": {
+            "ephemeral_5m_input_tokens": five,
+            "ephemeral_1h_input_tokens": hour,
+        },
+    }
+
+
+def entry(
+    kind: str, model: str, given: int, taken: int, **fields: Any
+) -> dict[str, Any]:
+    return {
+        "type": kind,
+        "model": model,
+        "input_tokens": given,
+        "output_tokens": taken,
+        **fields,
+    }
+
+
+# Each amount is computed by hand from platform.claude.com, about-claude/pricing, November 2026.
+# USD per million tokens, input / output / cache read / 5-minute write / 1-hour write:
+#   Opus 5.5    4 / 20 / 0.20 / 5    / 8        fast: 8 / 40
+#   Sonnet 5.5  2 / 10 / 0.10 / 2.50 / 4
+#   Haiku 4.5   1 / 5  / 0.10 / 1.25 / 2
+#   Haiku 5.5   0.10 / 0.50 / 0.01 / 0.125 / 0.20, prompts above 100k tokens five times that
+#   Sonnet 4.5  3 / 15 / 0.30 / 3.75 / 6, prompts above 200k tokens 6 / 22.50 / 0.60 / 7.50 / 12
+#   Sonnet 4.6  3 / 15 / 0.30 / 3.75 / 6        Opus 4.1  15 / 75 (the dearest known)
+#   Fable 5.1   10 / 50 / 0.25 / 12.50 / 20     Fable 5.2  8 / 40 / 0.20 / 10 / 16
+# Web search is $10 for 1,000. Batches are half of the tokens' price, US inference 1.1 times.
+PRICED: dict[str, tuple[str, dict[str, Any], str]] = {
+    # 1,000 x $4 + 500 x $20, per million
+    "opus plain": (
+        "claude-opus-5-5",
+        usage(input_tokens=1000, output_tokens=500),
+        "0.014",
+    ),
+    # 1,000 x $2 + 500 x $10
+    "sonnet plain": (
+        "claude-sonnet-5-5",
+        usage(input_tokens=1000, output_tokens=500),
+        "0.007",
+    ),
+    # 1,000 x $1 + 500 x $5
+    "haiku plain": (
+        "claude-haiku-4-5",
+        usage(input_tokens=1000, output_tokens=500),
+        "0.0035",
+    ),
+    "dated name": (
+        "claude-haiku-4-5-20251001",
+        usage(input_tokens=1000, output_tokens=500),
+        "0.0035",
+    ),
+    "nothing used": ("claude-opus-5-5", usage(), "0"),
+    "one token": ("claude-haiku-5-5", usage(input_tokens=1), "0.0000001"),
+    # 50 x $4 + 10,000 x $0.20 + 100 x $20
+    "cache read": (
+        "claude-opus-5-5",
+        usage(input_tokens=50, cache_read_input_tokens=10_000, output_tokens=100),
+        "0.0042",
+    ),
+    # 10,000 x $0.25: Fable 5.1 reads its cache at a fortieth, not a tenth
+    "cache read of fable": (
+        "claude-fable-5-1",
+        usage(cache_read_input_tokens=10_000),
+        "0.0025",
+    ),
+    # 10,000 x $5
+    "5-minute write": ("claude-opus-5-5", usage(**written(10_000, 0)), "0.05"),
+    # 10,000 x $8
+    "1-hour write": ("claude-opus-5-5", usage(**written(0, 10_000)), "0.08"),
+    # 10,000 x $5 + 20,000 x $8
+    "both writes": ("claude-opus-5-5", usage(**written(10_000, 20_000)), "0.21"),
+    # a sum without its parts is 5-minute writes: 10,000 x $5
+    "write without split": (
+        "claude-opus-5-5",
+        usage(cache_creation_input_tokens=10_000),
+        "0.05",
+    ),
+    # 100 x $2 + 200 x $10 + 1,000 x $0.10 + 400 x $2.50 + 300 x $4
+    "everything": (
+        "claude-sonnet-5-5",
+        usage(
+            input_tokens=100,
+            output_tokens=200,
+            cache_read_input_tokens=1000,
+            **written(400, 300),
+        ),
+        "0.0045",
+    ),
+    # half of (1,000 x $4 + 500 x $20)
+    "batch": (
+        "claude-opus-5-5",
+        usage(input_tokens=1000, output_tokens=500, service_tier="batch"),
+        "0.007",
+    ),
+    # half of (1,000 x $3 + 500 x $15): also for a model that genai-prices has no batch price for
+    "batch of an old model": (
+        "claude-3-5-sonnet-20241022",
+        usage(input_tokens=1000, output_tokens=500, service_tier="batch"),
+        "0.00525",
+    ),
+    # half of 10,000 x $0.20, and of 2,000 x $8
+    "cached batch": (
+        "claude-opus-5-5",
+        usage(cache_read_input_tokens=10_000, **written(0, 2000), service_tier="batch"),
+        "0.009",
+    ),
+    # 1,000 x $8 + 500 x $40
+    "fast": (
+        "claude-opus-5-5",
+        usage(input_tokens=1000, output_tokens=500, speed="fast"),
+        "0.028",
+    ),
+    # 1.1 x (1,000 x $4 + 500 x $20)
+    "us": (
+        "claude-opus-5-5",
+        usage(input_tokens=1000, output_tokens=500, inference_geo="us"),
+        "0.0154",
+    ),
+    # 1.1 x half of (1,000 x $4 + 500 x $20)
+    "us batch": (
+        "claude-opus-5-5",
+        usage(
+            input_tokens=1000,
+            output_tokens=500,
+            inference_geo="us",
+            service_tier="batch",
+        ),
+        "0.0077",
+    ),
+    "global is no us": (
+        "claude-opus-5-5",
+        usage(input_tokens=1000, output_tokens=500, inference_geo="global"),
+        "0.014",
+    ),
+    # 100,000 x $0.10 + 1,000 x $0.50
+    "haiku 5.5 at its tier": (
+        "claude-haiku-5-5",
+        usage(input_tokens=100_000, output_tokens=1000),
+        "0.0105",
+    ),
+    # one token more: 100,001 x $0.50 + 1,000 x $2.50
+    "haiku 5.5 above it": (
+        "claude-haiku-5-5",
+        usage(input_tokens=100_001, output_tokens=1000),
+        "0.0525005",
+    ),
+    # the prompt counts with its cached part: 1,000 x $0.50 + 150,000 x $0.05 + 1,000 x $2.50
+    "haiku 5.5 above it by its cache": (
+        "claude-haiku-5-5",
+        usage(input_tokens=1000, cache_read_input_tokens=150_000, output_tokens=1000),
+        "0.0105",
+    ),
+    # 200,000 x $3 + 100 x $15
+    "sonnet 4.5 at its tier": (
+        "claude-sonnet-4-5",
+        usage(input_tokens=200_000, output_tokens=100),
+        "0.6015",
+    ),
+    # 300,000 x $6 + 100 x $22.50
+    "sonnet 4.5 above it": (
+        "claude-sonnet-4-5",
+        usage(input_tokens=300_000, output_tokens=100),
+        "1.80225",
+    ),
+    # 1,000 x $2 + 3 x $0.01
+    "web search": (
+        "claude-sonnet-5-5",
+        usage(input_tokens=1000, server_tool_use={"web_search_requests": 3}),
+        "0.032",
+    ),
+    # half of 1,000 x $2, and 3 searches at full price
+    "web search in a batch": (
+        "claude-sonnet-5-5",
+        usage(
+            input_tokens=1000,
+            server_tool_use={"web_search_requests": 3, "web_fetch_requests": 9},
+            service_tier="batch",
+        ),
+        "0.031",
+    ),
+    # thinking is inside the output: 100 x $10
+    "thinking": (
+        "claude-sonnet-5-5",
+        usage(output_tokens=100, output_tokens_details={"thinking_tokens": 90}),
+        "0.001",
+    ),
+    # the executor 500 x $2 + 300 x $10; the advisor 2,000 x $4 + 100 x $20
+    "advisor": (
+        "claude-sonnet-5-5",
+        usage(
+            input_tokens=500,
+            output_tokens=300,
+            iterations=[
+                entry("message", "claude-sonnet-5-5", 500, 300),
+                entry("advisor_message", "claude-opus-5-5", 2000, 100),
+            ],
+        ),
+        "0.014",
+    ),
+    # compaction 180,000 x $3 + 3,500 x $15, then 23,000 x $3 + 1,000 x $15
+    "compaction": (
+        "claude-sonnet-4-6",
+        usage(
+            input_tokens=23_000,
+            output_tokens=1000,
+            iterations=[
+                {"type": "compaction", "input_tokens": 180_000, "output_tokens": 3500},
+                {"type": "message", "input_tokens": 23_000, "output_tokens": 1000},
+            ],
+        ),
+        "0.6765",
+    ),
+    # declined before any output: free; the fallback 1,000 x $2 + 200 x $10
+    "fallback, declined": (
+        "claude-sonnet-5-5",
+        usage(
+            input_tokens=1000,
+            output_tokens=200,
+            iterations=[
+                entry("message", "claude-fable-5-2", 1000, 0),
+                entry("fallback_message", "claude-sonnet-5-5", 1000, 200),
+            ],
+        ),
+        "0.004",
+    ),
+    # declined midway: 1,000 x $8 + 50 x $40, and the fallback 1,050 x $2 + 200 x $10
+    "fallback, midway": (
+        "claude-sonnet-5-5",
+        usage(
+            iterations=[
+                entry("message", "claude-fable-5-2", 1000, 50),
+                entry("fallback_message", "claude-sonnet-5-5", 1050, 200),
+            ],
+        ),
+        "0.0141",
+    ),
+    # `iterations` is often an empty list: the top level counts, 1,000 x $4
+    "no iterations": (
+        "claude-opus-5-5",
+        usage(input_tokens=1000, iterations=[]),
+        "0.004",
+    ),
+    # nobody knows it: 1,000 x $15 + 100 x $75, as Opus 4.1
+    "unknown model": (
+        "claude-unheard-of",
+        usage(input_tokens=1000, output_tokens=100),
+        "0.0225",
+    ),
+    "no model": ("", usage(input_tokens=1000, output_tokens=100), "0.0225"),
+}
+
+
+@pytest.mark.parametrize("name", PRICED)
+def test_prices_are_those_worked_out_by_hand(prices: gateway.Prices, name: str) -> None:
+    model, used, amount = PRICED[name]
+    measured = gateway.Measured(usage=used, empty=False)
+    assert prices.price(measured, model, WHEN) == Decimal(amount)
+
+
+def test_a_refusal_without_content_is_free(prices: gateway.Prices) -> None:
+    used = usage(input_tokens=1000, output_tokens=10)
+    refused = gateway.Measured(usage=used, stop_reason="refusal", empty=True)
+    assert prices.price(refused, "claude-opus-5-5", WHEN) == 0
+    refused.empty = False  # 1,000 x $4 + 10 x $20
+    assert prices.price(refused, "claude-opus-5-5", WHEN) == Decimal("0.0042")
+
+
+def test_an_own_price_file_wins(tmp_path: Path) -> None:
+    path = tmp_path / "prices.json"
+    path.write_text(
+        '{"claude-x": {"input": 1.5, "output": 2}, "claude-*": {"input": 7, "output": 9}}'
+    )
+    prices = gateway.Prices(path)
+    prices.load()
+    used = gateway.Measured(
+        usage=usage(input_tokens=10, output_tokens=10, **written(10, 0))
+    )
+    # 10 x $1.50 + 10 x $2 + 10 x 1.25 x $1.50
+    assert prices.price(used, "claude-x", WHEN) == Decimal("0.00005375")
+    assert prices.rates("claude-opus-5-5", WHEN, gateway.Tally()).input == Decimal(
+        "0.000007"
+    )
+    path.write_text('{"claude-x": {"input": 3, "output": 4}}')
+    prices.reload()
+    assert prices.rates("claude-x", WHEN, gateway.Tally()).input == Decimal("0.000003")
+    assert prices.rates("claude-opus-5-5", WHEN, gateway.Tally()).input == Decimal(
+        "0.000004"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("{", "prices.json"),
+        ("[]", "object"),
+        ("{}", "object"),
+        ('{"m": 5}', "m: is not an object"),
+        ('{"m": {"input": 5}}', "'output'"),
+        ('{"m": {"input": "5", "output": 1}}', "'input'"),
+        ('{"m": {"input": -5, "output": 1}}', "'input'"),
+        ('{"m": {"input": NaN, "output": 1}}', "'input'"),
+        ('{"m": {"input": true, "output": 1}}', "'input'"),
+        ('{"m": {"input": 5, "output": 1, "typo": 2}}', "'typo'"),
+    ],
+)
+def test_a_bad_price_file_ends_the_start(tmp_path: Path, text: str, named: str) -> None:
+    (tmp_path / "prices.json").write_text(text)
+    line = failed_start(tmp_path, "--port=0", "--upstream=mock", "--prices=prices.json")
+    assert "--prices" in line and named in line
+
+
+def sse(*events: dict[str, Any], end: str = "\n") -> bytes:
+    lines = [f"event: {e['type']}{end}data: {json.dumps(e)}{end}{end}" for e in events]
+    return "".join(lines).encode()
+
+
+def delta(text: str) -> dict[str, Any]:
+    return {
+        "type": "content_block_delta",
+        "index": 0,
+        "delta": {"type": "text_delta", "text": text},
+    }
+
+
+FINAL_USAGE = usage(input_tokens=25, output_tokens=180, cache_read_input_tokens=7)
+STREAM = [
+    {
+        "type": "message_start",
+        "message": {
+            "model": "claude-opus-5-5",
+            "content": [],
+            "usage": usage(input_tokens=25, output_tokens=1, **written(10, 20)),
+        },
+    },
+    {
+        "type": "content_block_start",
+        "index": 0,
+        "content_block": {"type": "text", "text": ""},
+    },
+    {"type": "ping"},
+    delta('the "usage" of \\ back and "text": "x"'),
+    delta("Grüße, 世界 \U0001f600 \n"),
+    {"type": "something_new", "usage": None, "field": [1, {"a": 2}]},
+    {"type": "content_block_stop", "index": 0},
+    {
+        "type": "message_delta",
+        "delta": {"stop_reason": "end_turn"},
+        "usage": {"output_tokens": 90},
+    },
+    {
+        "type": "message_delta",
+        "delta": {"stop_reason": "end_turn"},
+        "usage": {
+            "output_tokens": 180,
+            "cache_read_input_tokens": 7,
+            "cache_creation": None,
+        },
+    },
+    {"type": "message_stop"},
+]
+LONG_TEXT = 'a "usage": {"input_tokens": 9} \\" ]}{[ ' * 4000
+MESSAGES = {
+    "small": {"text": "hello"},
+    "awkward": {
+        "text": '{"usage": {"output_tokens": 1}} \\ " ]',
+        "n": [1, [2, {"usage": 3}]],
+    },
+    "long": {"text": LONG_TEXT},
+}
+
+
+def message_body(name: str) -> bytes:
+    block = {"type": "text", **MESSAGES[name]}
+    return json.dumps(
+        {
+            "id": "msg",
+            "content": [block],
+            "nested": {"usage": {"input_tokens": 99}, "model": "no"},
+            "model": "claude-opus-5-5",
+            "stop_reason": "end_turn",
+            "usage": {
+                **FINAL_USAGE,
+                "iterations": [],
+                "server_tool_use": {"web_search_requests": 2},
+            },
+        }
+    ).encode()
+
+
+def measure(
+    parts: list[bytes], kind: str, coding: str = "", complete: bool = True
+) -> gateway.Measured:
+    meter = gateway.Meter(kind, coding)
+    for part in parts:
+        meter.feed(part)
+    return meter.finish(complete)
+
+
+@settings(deadline=None)
+@given(
+    cuts=CUTS,
+    end=st.sampled_from(["\n", "\r\n", "\r"]),
+    coding=st.sampled_from(["", "gzip"]),
+)
+def test_a_stream_is_measured_the_same_however_it_is_split(
+    cuts: list[int], end: str, coding: str
+) -> None:
+    body = sse(*STREAM, end=end)
+    wire = gzip.compress(body, mtime=0) if coding else body
+    measured = measure(split_at(wire, cuts), "text/event-stream; charset=utf-8", coding)
+    assert measured.model == "claude-opus-5-5" and measured.stop_reason == "end_turn"
+    tally = gateway.tally_of(measured.usage)
+    assert (tally.input_tokens, tally.output_tokens, tally.cache_read_tokens) == (
+        25,
+        180,
+        7,
+    )
+    assert (tally.cache_write_5m_tokens, tally.cache_write_1h_tokens) == (10, 20)
+    texts = [e["delta"]["text"] for e in STREAM if e["type"] == "content_block_delta"]
+    assert measured.delta_characters == sum(map(len, texts))
+    assert not measured.empty and not measured.estimated
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    cuts=CUTS,
+    name=st.sampled_from(sorted(MESSAGES)),
+    coding=st.sampled_from(["", "deflate"]),
+)
+def test_a_message_is_measured_the_same_however_it_is_split(
+    cuts: list[int], name: str, coding: str
+) -> None:
+    body = message_body(name)
+    wire = zlib.compress(body) if coding else body
+    measured = measure(split_at(wire, cuts), "application/json", coding)
+    assert measured.model == "claude-opus-5-5" and measured.stop_reason == "end_turn"
+    assert measured.usage["server_tool_use"] == {"web_search_requests": 2}
+    assert measured.usage["output_tokens"] == 180 and not measured.empty
+
+
+@settings(deadline=None, max_examples=60)
+@given(cuts=CUTS)
+def test_batch_results_are_measured_the_same_however_they_are_split(
+    cuts: list[int],
+) -> None:
+    lines = []
+    for name in MESSAGES:
+        message = json.loads(message_body(name))
+        lines.append(
+            {"custom_id": name, "result": {"type": "succeeded", "message": message}}
+        )
+    lines.insert(
+        1, {"custom_id": "x", "result": {"type": "errored", "error": {"usage": 1}}}
+    )
+    body = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    seen: list[tuple[int, int]] = []
+    meter = gateway.Meter(
+        "application/x-jsonl",
+        "",
+        lambda line, measured: seen.append(
+            (line, gateway.tally_of(measured.usage).output_tokens)
+        ),
+    )
+    for part in split_at(body, cuts):
+        meter.feed(part)
+    meter.finish(True)
+    assert seen == [(1, 180), (2, 0), (3, 180), (4, 180)]
+
+
+@given(data=st.binary(max_size=300), cuts=CUTS)
+def test_no_bytes_upset_a_meter(data: bytes, cuts: list[int]) -> None:
+    for kind in ("text/event-stream", "application/json"):
+        for coding in ("", "gzip", "br"):
+            measure(split_at(data, cuts), kind, coding)
+
+
+@given(document=st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4)
+    | st.dictionaries(st.sampled_from(["usage", "model", "content", "a", 'q"', "\\"]), inner, max_size=4),
+    max_leaves=20,
+), cuts=CUTS, ascii_only=st.booleans())  # fmt: skip
+def test_the_picker_picks_what_a_parser_finds(
+    document: Any, cuts: list[int], ascii_only: bool
+) -> None:
+    document = {
+        "first": 1,
+        "rest": document,
+        **(document if isinstance(document, dict) else {}),
+    }
+    found: list[dict[Any, Any]] = []
+    picker = gateway.JSONPicker(
+        [gateway.USAGE, gateway.MODEL, ("rest", "usage")], found.append
+    )
+    body = json.dumps(document, ensure_ascii=ascii_only).encode()
+    for part in split_at(body, cuts):
+        picker.feed(part)
+    expected = {
+        (name,): document[name] for name in ("usage", "model") if name in document
+    }
+    if isinstance(document["rest"], dict) and "usage" in document["rest"]:
+        expected[("rest", "usage")] = document["rest"]["usage"]
+    assert found == [expected]
+
+
+def test_a_meter_keeps_no_response() -> None:
+    meter = gateway.Meter("application/json", "")
+    meter.feed(b'{"content": [{"text": "')
+    for _ in range(100):
+        meter.feed(b"x" * MIB)
+    held = len(meter._tail) + sum(
+        len(b) for b in (meter._picker._capture, meter._picker._key) if b
+    )
+    assert held <= gateway.MAX_CAPTURE
+    streaming = gateway.Meter("text/event-stream", "")
+    for _ in range(100):
+        streaming.feed(b"data: " + b"x" * MIB)
+    assert len(streaming._tail) <= gateway.MAX_CAPTURE
+
+
+def test_a_cut_stream_is_estimated(prices: gateway.Prices) -> None:
+    body = sse(*STREAM[:3], delta("x" * 401), delta("y" * 10))
+    measured = measure([body[:-20]], "text/event-stream", complete=False)
+    assert measured.estimated
+    # the second delta was cut: ceil(401 / 4) = 101 tokens of output, 25 of input, the writes
+    tally = gateway.tally_of(measured.usage)
+    assert (tally.input_tokens, tally.output_tokens) == (25, 101)
+    # 25 x $4 + 101 x $20 + 10 x $5 + 20 x $8
+    assert prices.price(measured, measured.model, WHEN) == Decimal("0.00233")
+    few = measure([sse(*STREAM[:3])], "text/event-stream", complete=False)
+    assert (
+        gateway.tally_of(few.usage).output_tokens == 1
+    )  # the count in message_start is larger
+    assert not measure([b""], "text/event-stream", complete=False).usage
+
+
+# ─── Windows, buckets, models, routes ────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("duration", "start", "end"),
+    [
+        ("1d", "2026-11-22T00:00:00Z", "2026-11-23T00:00:00Z"),
+        ("24h", "2026-11-22T00:00:00Z", "2026-11-23T00:00:00Z"),
+        (
+            "7d",
+            "2026-11-16T00:00:00Z",
+            "2026-11-23T00:00:00Z",
+        ),  # a Sunday; weeks begin on Monday
+        ("1w", "2026-11-16T00:00:00Z", "2026-11-23T00:00:00Z"),
+        ("30d", "2026-11-01T00:00:00Z", "2026-12-01T00:00:00Z"),
+        ("1mo", "2026-11-01T00:00:00Z", "2026-12-01T00:00:00Z"),
+        ("1h", "2026-11-22T23:00:00Z", "2026-11-23T00:00:00Z"),
+        ("15m", "2026-11-22T23:45:00Z", "2026-11-23T00:00:00Z"),
+        ("30s", "2026-11-22T23:59:30Z", "2026-11-23T00:00:00Z"),
+        ("12mo", "2026-01-01T00:00:00Z", "2027-01-01T00:00:00Z"),
+    ],
+)
+def test_windows_snap_to_the_calendar(duration: str, start: str, end: str) -> None:
+    moment = datetime(2026, 11, 22, 23, 59, 59, tzinfo=UTC)
+    assert tuple(map(gateway.iso, gateway.window(duration, moment))) == (start, end)
+
+
+@pytest.mark.parametrize(
+    "duration", ["0s", "", "d", "-1d", "1y", "999999999mo", "999999999w"]
+)
+def test_windows_of_no_length_are_refused(duration: str) -> None:
+    with pytest.raises((ValueError, OverflowError)):
+        gateway.window(duration, WHEN)
+
+
+def test_buckets_refill_continuously_and_may_go_below_zero() -> None:
+    bucket = gateway.Bucket(60, 0.0)
+    for _ in range(60):
+        bucket.draw(1, 0.0)
+    assert bucket.seconds_until(1, 0.0) == pytest.approx(1.0)
+    assert bucket.seconds_until(1, 0.25) == pytest.approx(0.75)
+    bucket.draw(120, 1.0)
+    assert bucket.level(1.0) == pytest.approx(-119)
+    assert bucket.seconds_until(1, 1.0) == pytest.approx(120)
+    assert bucket.level(1000.0) == 60
+    bucket.resize(100, 1000.0)
+    assert bucket.level(1000.0) == 100
+    assert gateway.Bucket(0, 0.0).seconds_until(1, 5.0) == 60
+
+
+def restricted(*models: str, **fields: Any) -> gateway.VirtualKey:
+    return gateway.VirtualKey("sk-...test", models=list(models), **fields)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"model": "claude-haiku-4-5"},
+        {"model": "claude-haiku-4-5", "fallbacks": [{"model": "claude-haiku-5-5"}]},
+        {
+            "model": "claude-haiku-4-5",
+            "tools": [{"name": "x"}, {"model": "claude-haiku-4-5"}],
+        },
+        {"requests": [{"params": {"model": "claude-haiku-4-5"}}] * 3},
+        {"model": {"id": "claude-haiku-4-5", "speed": "fast"}},
+        {
+            "model": "claude-haiku-4-5",
+            "tools": [{"input_schema": {"properties": {"model": 1}}}],
+        },
+        {
+            "model": "claude-haiku-4-5",
+            "messages": [{"content": [{"input": {"model": "gpt"}}]}],
+        },
+        {"messages": []},
+    ],
+)
+def test_allowed_models_pass(body: Any) -> None:
+    gateway.check_models(restricted("claude-haiku-*"), json.dumps(body).encode())
+
+
+OPUS = "claude-opus-5-5"
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (json.dumps({"model": OPUS}), 403),
+        (json.dumps({"model": [OPUS]}), 403),
+        (json.dumps({"model": {"id": OPUS}}), 403),
+        (
+            json.dumps({"model": "claude-haiku-4-5", "fallbacks": [{"model": OPUS}]}),
+            403,
+        ),
+        (json.dumps({"model": "claude-haiku-4-5", "fallbacks": [OPUS]}), 403),
+        (json.dumps({"model": "claude-haiku-4-5", "fallbacks": "default"}), 403),
+        (json.dumps({"model": "claude-haiku-4-5", "tools": [{"model": OPUS}]}), 403),
+        (json.dumps({"requests": [{"params": {"model": OPUS}}]}), 403),
+        (json.dumps({"requests": [{"params": {"tools": [{"model": OPUS}]}}]}), 403),
+        ('{"model": "claude-haiku-4-5", "model": "claude-opus-5-5"}', 400),
+        ('{"model": "claude-haiku-4-5", "mod\\u0065l": "claude-opus-5-5"}', 400),
+        ('{"model": "claude-haiku-4-5", "Model": "claude-opus-5-5"}', 400),
+        (
+            '{"requests": [], "requests": [{"params": {"model": "claude-opus-5-5"}}]}',
+            400,
+        ),
+        ('{"requests": [{"params": {}, "params": {"model": "claude-opus-5-5"}}]}', 400),
+        ("not json", 400),
+        ('{"model": "claude-haiku-4-5"} {"model": "claude-opus-5-5"}', 400),
+        ("\ufeff" + '{"model": "claude-haiku-4-5"}', 400),
+        ("[" * 100_000, 400),
+    ],
+)
+def test_other_models_are_refused(body: str, status: int) -> None:
+    with pytest.raises(gateway.APIError) as refused:
+        gateway.check_models(restricted("claude-haiku-*"), body.encode())
+    assert refused.value.status == status
+    assert (
+        status == 400
+        or OPUS in refused.value.message
+        or "default" in refused.value.message
+    )
+
+
+def test_a_body_in_another_encoding_is_refused() -> None:
+    for body in (
+        '{"model": "claude-haiku-4-5"}'.encode("utf-16"),
+        b'{"model": "\xff"}',
+    ):
+        with pytest.raises(gateway.APIError):
+            gateway.check_models(restricted("claude-haiku-*"), body)
+
+
+@pytest.mark.parametrize(
+    ("routes", "path", "allowed"),
+    [
+        ([], "/v1/messages", True),
+        ([], "/v1/files/x/content", True),
+        ([], "/v1/organizations/workspaces", False),
+        ([], "/v1/compliance", False),
+        ([], "/v1/oauth/token", False),
+        (["/anthropic/*"], "/v1/models", True),
+        (["/anthropic/*"], "/v1/organizations/x", False),
+        (["/anthropic/v1/organizations*"], "/v1/organizations/x", True),
+        (["/anthropic/v1/organizations*"], "/v1/messages", False),
+        (["/anthropic/v1/messages*"], "/v1/messages/count_tokens", True),
+        (["/v1/messages"], "/v1/messages", True),
+        (["/v1/messages"], "/v1/messages/batches", False),
+    ],
+)
+def test_routes(routes: list[str], path: str, allowed: bool) -> None:
+    key = restricted(allowed_routes=routes)
+    if allowed:
+        gateway.check_route(key, path)
+        return
+    with pytest.raises(gateway.APIError) as refused:
+        gateway.check_route(key, path)
+    assert refused.value.status == 403
+
+
+# ─── Limits, through the gateway ─────────────────────────────────────────────────────
+
+
+def usage_of(given: int, taken: int) -> dict[str, Any]:
+    return {"input_tokens": given, "output_tokens": taken}
+
+
+def answer_with(used: dict[str, Any], **headers: str) -> Script:
+    """An upstream whose every message used this much."""
+
+    async def script(request: Arrived) -> None:
+        body = await request.read_body()
+        model = json.loads(body).get("model") if body.startswith(b"{") else None
+        message = {
+            "id": "msg_1",
+            "type": "message",
+            "role": "assistant",
+            "model": model,
+            "content": [{"type": "text", "text": "hi"}],
+            "stop_reason": "end_turn",
+            "usage": used,
+        }
+        lines = [f"{name}: {value}" for name, value in headers.items()]
+        kind = "Content-Type: application/json"
+        await request.answer(
+            json.dumps(message).encode(), "200 OK", kind, "request-id: req_9", *lines
+        )
+
+    return script
+
+
+@contextlib.asynccontextmanager
+async def metered(
+    start: Starter, script: Script
+) -> AsyncIterator[tuple[Process, Upstream, str]]:
+    """As `relayed`, once the gateway knows what tokens cost."""
+    async with relayed(start, script) as (process, up, key):
+        await priced(process)
+        yield process, up, key
+
+
+async def priced(process: Process) -> None:
+    """Wait until the gateway knows what tokens cost."""
+    while True:
+        ready = await ask(process.port, "GET /health/readiness")
+        if ready.json()["prices"] == "loaded":
+            return
+        await asyncio.sleep(0.01)
+
+
+async def acall(
+    process: Process, key: str, path: str = "/v1/messages", **fields: Any
+) -> Response:
+    message = {**MESSAGE, "model": OPUS, "max_tokens": 32_000, **fields}
+    body = json.dumps(message).encode()
+    kind = "Content-Type: application/json"
+    return await ask(process.port, f"POST {path}", kind, body=body, key=key)
+
+
+@gen_test
+async def test_a_budget_stops_the_key_that_overspends(start: Starter) -> None:
+    # 1,000 x $4 + 500 x $20 = $0.014 a call
+    async with metered(start, answer_with(usage_of(1000, 500))) as (process, _up, _):
+        made = process.manage(
+            "/key/generate", {"max_budget": 0.05, "budget_duration": "1mo"}
+        )
+        key, row = made.json()["key"], made.json()
+        assert row["max_budget"] == 0.05 and row["budget_reset_at"].endswith(
+            "-01T00:00:00Z"
+        )
+        first = await acall(process, key)
+        assert first.status == 200
+        assert first.field("x-litellm-response-cost") == ["0.014"]
+        assert first.field("x-litellm-key-spend") == ["0.014"]
+        assert first.field("x-litellm-key-max-budget") == ["0.05"]
+        assert first.field("x-litellm-key-remaining-budget") == ["0.036"]
+        answers = [await acall(process, key) for _ in range(5)]
+        # each next call is held at the mean so far, twice 500 output tokens: about $0.02
+        assert [a.status for a in answers] == [200, 200, 429, 429, 429]
+        refused = answers[-1]
+        assert refused.error["type"] == "billing_error"
+        assert refused.field("x-should-retry") == ["false"]
+        assert int(refused.field("retry-after")[0]) > 0
+        for words in ("$0.05", "1mo", "resets", "$0.042"):
+            assert words in refused.error["message"]
+        counted = await acall(process, key, "/v1/messages/count_tokens")
+        assert counted.status == 200
+        assert (await ask(process.port, "GET /v1/models", key=key)).status == 200
+        raised = process.manage("/key/update", {"key": key, "max_budget": 1})
+        assert raised.status_code == 200
+        assert (await acall(process, key)).status == 200
+        info = process.manage("/key/info", key=key).json()["info"]
+        assert info["spend"] == pytest.approx(0.056)
+        today = next(iter(info["usage"].values()))[OPUS]
+        counts = ("requests", "errors", "input_tokens", "output_tokens")
+        assert [today[name] for name in counts] == [7, 3, 4000, 2000]
+        reset = process.manage(f"/key/{key}/reset_spend", {"reset_to": 0}).json()
+        assert reset["spend"] == 0
+
+
+@gen_test
+async def test_a_budget_of_zero_means_no_calls(start: Starter) -> None:
+    async with metered(start, answer_with(usage_of(1, 1))) as (process, up, _):
+        key = process.new_key(max_budget=0)
+        assert (await acall(process, key)).error["type"] == "billing_error"
+        assert (
+            await ask(process.port, "POST /v1/sessions", body=b"{}", key=key)
+        ).status == 429
+        assert not up.arrived
+
+
+@gen_test
+async def test_a_model_has_a_budget_of_its_own(start: Starter) -> None:
+    async with metered(start, answer_with(usage_of(1000, 500))) as (process, _, _):
+        budgets = {"claude-opus-*": {"budget_limit": 0.04, "time_period": "1d"}}
+        key = process.new_key(model_max_budget=budgets)
+        statuses = [(await acall(process, key)).status for _ in range(4)]
+        assert statuses == [200, 200, 429, 429]
+        refused = await acall(process, key)
+        assert "claude-opus-*" in refused.error["message"]
+        assert (await acall(process, key, model="claude-haiku-4-5")).status == 200
+        row = process.manage(f"/key/info?key={key}").json()["info"]
+        assert row["model_max_budget_usage"]["claude-opus-*"]["spend"] == pytest.approx(
+            0.028
+        )
+        assert row["model_max_budget"] == budgets
+
+
+@gen_test
+async def test_a_soft_budget_warns_once(start: Starter) -> None:
+    async with metered(start, answer_with(usage_of(1000, 500))) as (process, _, _):
+        key = process.new_key(soft_budget=0.02, key_alias="soft")
+        for _ in range(4):
+            assert (await acall(process, key)).status == 200
+        assert (
+            process.log.count("key soft has spent $0.028, its soft budget is $0.02")
+            == 1
+        )
+        assert process.log.count("soft budget") == 1
+
+
+@gen_test
+async def test_who_pays_himself_is_booked_nothing(start: Starter) -> None:
+    async with metered(start, answer_with(usage_of(1000, 500))) as (process, _, _):
+        key = process.new_key(max_budget=0.000001)
+        own = ("Authorization: Bearer sk-ant-mine", "Content-Type: application/json")
+        body = json.dumps({**MESSAGE, "model": OPUS}).encode()
+        for _ in range(2):
+            answer = await ask(
+                process.port, "POST /v1/messages", *own, body=body, key=key
+            )
+            assert answer.status == 200 and not answer.field("x-litellm-response-cost")
+        info = process.manage(f"/key/info?key={key}").json()["info"]
+        assert info["spend"] == 0 and info["usage"] == {}
+
+
+@gen_test
+async def test_requests_a_minute(start: Starter) -> None:
+    upstream_limits = {
+        "anthropic-ratelimit-requests-limit": "4000",
+        "anthropic-ratelimit-requests-remaining": "3999",
+        "anthropic-ratelimit-requests-reset": "2026-11-22T00:00:00Z",
+        "anthropic-ratelimit-input-tokens-remaining": "7",
+    }
+    script = answer_with(usage_of(1, 1), **upstream_limits)
+    async with metered(start, script) as (process, up, unlimited):
+        key = process.new_key(rpm_limit=2)
+        first = await acall(process, key)
+        assert first.field("anthropic-ratelimit-requests-limit") == ["2"]
+        assert first.field("anthropic-ratelimit-requests-remaining") == ["1"]
+        assert first.field("anthropic-ratelimit-input-tokens-remaining") == ["7"]
+        datetime.fromisoformat(first.field("anthropic-ratelimit-requests-reset")[0])
+        assert (await acall(process, key)).status == 200
+        refused = await acall(process, key)
+        assert refused.status == 429 and refused.error["type"] == "rate_limit_error"
+        assert refused.field("retry-after") in (["29"], ["30"])
+        assert refused.field("anthropic-ratelimit-requests-remaining") == ["0"]
+        assert len(up.arrived) == 2
+        other = await acall(process, unlimited)
+        assert other.field("anthropic-ratelimit-requests-limit") == ["4000"]
+        process.manage("/key/update", {"key": key, "rpm_limit": 100})
+        assert (await acall(process, key)).status == 200
+        generous = process.new_key(rpm_limit=100_000)
+        theirs = await acall(process, generous)
+        assert theirs.field("anthropic-ratelimit-requests-remaining") == ["3999"]
+
+
+@gen_test
+async def test_tokens_a_minute(start: Starter) -> None:
+    async with metered(start, answer_with(usage_of(900, 300))) as (process, _, _):
+        key = process.new_key(tpm_limit=1000)
+        first = await acall(process, key)
+        assert first.status == 200
+        assert first.field("anthropic-ratelimit-tokens-remaining") == ["0"]
+        refused = await acall(
+            process, key
+        )  # 200 below zero: 12 seconds and one token's 0.06
+        assert refused.status == 429 and refused.error["type"] == "rate_limit_error"
+        assert 11 <= int(refused.field("retry-after")[0]) <= 13
+
+
+@gen_test
+async def test_requests_at_a_time(start: Starter) -> None:
+    release = asyncio.Event()
+
+    async def slow(request: Arrived) -> None:
+        await request.read_body()
+        await release.wait()
+        await request.answer(b"{}")
+
+    async with metered(start, slow) as (process, up, _):
+        key = process.new_key(max_parallel_requests=2)
+        running = [asyncio.create_task(acall(process, key)) for _ in range(2)]
+        await until(lambda: len(up.arrived) == 2)
+        refused = await acall(process, key)
+        assert refused.status == 429 and refused.field("retry-after") == ["1"]
+        async with Client(
+            process.port
+        ) as leaver:  # a third key's slot comes back when he leaves
+            single = process.new_key(max_parallel_requests=1)
+            leaver.request("POST /v1/x", body=b"{}", key=single)
+            await until(lambda: len(up.arrived) == 3)
+            assert (await acall(process, single)).status == 429
+        await until(lambda: "client_gone" in process.log)
+        release.set()
+        assert (await acall(process, single)).status == 200
+        assert [answer.status for answer in await asyncio.gather(*running)] == [
+            200,
+            200,
+        ]
+        assert (await acall(process, key)).status == 200
+
+
+@gen_test
+async def test_models_and_routes_are_enforced_on_the_wire(start: Starter) -> None:
+    async with metered(start, answer_with(usage_of(1, 1))) as (process, _up, _):
+        key = process.new_key(models=["claude-haiku-*"])
+        for path in (
+            "/v1/messages",
+            "/v1/messages/count_tokens",
+            "/anthropic/v1/agents",
+        ):
+            refused = await acall(process, key, path)
+            assert refused.status == 403 and refused.error["type"] == "permission_error"
+            assert OPUS in refused.error["message"]
+            assert (
+                await acall(process, key, path, model="claude-haiku-4-5")
+            ).status == 200
+        packed = gzip.compress(json.dumps({"model": "claude-haiku-4-5"}).encode())
+        fields = ("Content-Encoding: gzip", "Content-Type: application/json")
+        answer = await ask(
+            process.port, "POST /v1/messages", *fields, body=packed, key=key
+        )
+        assert answer.status == 400
+        plain = await ask(
+            process.port,
+            "POST /v1/messages",
+            "Content-Type: text/plain",
+            body=b"hello",
+            key=key,
+        )
+        assert plain.status == 400
+        upload_type = "Content-Type: multipart/form-data; boundary=x"
+        upload_answer = await ask(
+            process.port, "POST /v1/files", upload_type, body=b"--x", key=key
+        )
+        assert upload_answer.status == 200
+        size = f"Content-Length: {33 * MIB}"
+        huge = await ask(process.port, "POST /v1/messages/batches", size, key=key)
+        assert huge.status == 413
+        routed = process.new_key(allowed_routes=["/anthropic/v1/messages*"])
+        assert (await acall(process, routed)).status == 200
+        for path in ("/v1/models", "/v1//models", "/anthropic/v1/%6dodels"):
+            refused = await ask(process.port, f"GET {path}", key=routed)
+            assert refused.status == 403 and refused.error["type"] == "permission_error"
+        assert (
+            await ask(process.port, "GET /v1/organizations/me", key=key)
+        ).status == 403
+
+
+@gen_test
+async def test_cut_streams_are_booked_as_seen(start: Starter) -> None:
+    async def streaming(request: Arrived) -> None:
+        await request.read_body()
+        body = sse(*STREAM[:3], delta("x" * 400))
+        await request.send(SSE_HEAD + b"%x\r\n%b\r\n" % (len(body), body))
+        await request.gone()
+
+    async with metered(start, streaming) as (process, _, _):
+        key = process.new_key(key_alias="cut")
+        async with Client(process.port) as client:
+            client.request(
+                "POST /v1/messages", body=json.dumps(MESSAGE).encode(), key=key
+            )
+            await client.head()
+            await client.reader.readuntil(b"x" * 400)
+        await until(lambda: "client_gone" in process.log)
+        line = process.log.splitlines()[-1]
+        assert "estimated" in line and "25+30->100 tokens" in line
+        info = process.manage(f"/key/info?key={key}").json()["info"]
+        assert info["spend"] == pytest.approx(
+            (25 * 4 + 100 * 20 + 10 * 5 + 20 * 8) / 1e6
+        )
+
+
+@gen_test
+async def test_a_batch_costs_its_owner_once(start: Starter) -> None:
+    message = {"model": OPUS, "content": [{}], "usage": usage_of(1000, 500)}
+    line = json.dumps(
+        {"custom_id": "a", "result": {"type": "succeeded", "message": message}}
+    )
+
+    async def batches(request: Arrived) -> None:
+        await request.read_body()
+        if request.target.endswith("/results"):
+            packed = gzip.compress((line + "\n").encode() * 10)
+            await request.answer(packed, "200 OK", "Content-Encoding: gzip")
+            return
+        batch = b'{"id": "msgbatch_7", "results_url": null}'
+        await request.answer(batch, "200 OK", "Content-Type: application/json")
+
+    def spend(process: Process, key: str) -> float:
+        return process.manage(f"/key/info?key={key}").json()["info"]["spend"]
+
+    async with metered(start, batches) as (process, up, other):
+        owner = process.new_key(max_budget=5)
+        body = json.dumps(
+            {"requests": [{"custom_id": "a", "params": {**MESSAGE}}]}
+        ).encode()
+        kind = "Content-Type: application/json"
+        made = await ask(
+            process.port, "POST /v1/messages/batches", kind, body=body, key=owner
+        )
+        assert made.status == 200 and spend(process, owner) == 0
+        for key in (other, owner, other):
+            path = "GET /v1/messages/batches/msgbatch_7/results"
+            fetched = await ask(process.port, path, "Accept-Encoding: gzip", key=key)
+            assert fetched.status == 200
+        # ten lines of half of $0.014
+        assert (
+            spend(process, owner) == pytest.approx(0.07) and spend(process, other) == 0
+        )
+        process.stop()
+        again = start(up.url)
+        await priced(again)
+        await ask(again.port, "GET /v1/messages/batches/msgbatch_7/results", key=other)
+        assert spend(again, owner) == pytest.approx(0.07) and spend(again, other) == 0
+
+
+@gen_test
+async def test_what_was_used_survives(start: Starter) -> None:
+    async with metered(start, answer_with(usage_of(1000, 500))) as (process, up, _):
+        key = process.new_key(max_budget=5, budget_duration="1mo", key_alias="a")
+        for _ in range(3):
+            assert (await acall(process, key)).status == 200
+        await until(
+            lambda: '"spend": "0.042"' in process.keys.read_text()
+        )  # within a second
+        process.popen.kill()
+        process.popen.wait()
+        again = start(up.url)
+        await priced(again)
+        info = again.manage(f"/key/info?key={key}").json()["info"]
+        assert info["spend"] == pytest.approx(0.042) and info["last_active"]
+        assert (await acall(again, key)).status == 200
+        assert again.stop() == 0  # stopping writes what the last second brought
+        third = start(up.url)
+        assert third.manage(f"/key/info?key={key}").json()["info"][
+            "spend"
+        ] == pytest.approx(0.056)
+        third.popen.send_signal(signal.SIGHUP)
+        await until(lambda: "keys read again" in third.log)
+        assert third.manage(f"/key/info?key={key}").json()["info"][
+            "spend"
+        ] == pytest.approx(0.056)
+
+
+@gen_test
+async def test_what_was_spent_is_reported(start: Starter) -> None:
+    async with metered(start, answer_with(usage_of(1000, 500))) as (process, _, _):
+        ann = process.new_key(
+            key_alias="ann", user_id="ann", team_id="web", tags=["t1"]
+        )
+        bob = process.new_key(key_alias="bob", user_id="bob", team_id="web")
+        await acall(process, ann)
+        await acall(process, ann, model="claude-haiku-4-5")
+        await acall(process, bob)
+        today = gateway.day_of(gateway.now())
+        expected = {  # $0.014 for Opus, 1,000 x $1 + 500 x $5 for Haiku
+            "user": {"ann": 0.0175, "bob": 0.014},
+            "team": {"web": 0.0315},
+            "model": {OPUS: 0.028, "claude-haiku-4-5": 0.0035},
+            "day": {today: 0.0315},
+            "api_key": {gateway.hash_key(ann): 0.0175, gateway.hash_key(bob): 0.014},
+        }
+        for group, sums in expected.items():
+            query = f"start_date={today}&end_date={today}&group_by={group}"
+            rows = process.manage(f"/global/spend/report?{query}").json()
+            assert {row[group]: row["spend"] for row in rows} == pytest.approx(sums)
+            assert sum(row["requests"] for row in rows) == 3
+        past = process.manage(
+            "/global/spend/report?start_date=2026-01-01&end_date=2026-01-02"
+        )
+        assert past.json() == []
+        for query in ("group_by=nonsense", "start_date=yesterday"):
+            answer = process.manage(f"/global/spend/report?{query}")
+            error_of(answer, 400, "invalid_request_error")
+        keys = process.manage("/spend/keys").json()
+        assert [row["key_alias"] for row in keys[:2]] == ["ann", "bob"]
+        tags, body = "x-litellm-tags: t2, t3", json.dumps(MESSAGE).encode()
+        await ask(process.port, "POST /v1/messages", tags, body=body, key=ann)
+        logs = process.manage("/spend/logs").json()
+        assert len(logs) == 4 and logs[0]["request_tags"] == ["t1", "t2", "t3"]
+        row = logs[-1]
+        assert (
+            row["request_id"] == "req_9"
+            and row["model"] == OPUS
+            and row["user"] == "ann"
+        )
+        assert (row["prompt_tokens"], row["completion_tokens"]) == (1000, 500)
+        assert row["spend"] == pytest.approx(0.014) and row["status"] == "success"
+        of_bob = process.manage(f"/spend/logs?api_key={bob}").json()
+        assert [row["key_alias"] for row in of_bob] == ["bob"]
+        by_id = process.manage(
+            f"/spend/logs?request_id={row['litellm_call_id']}"
+        ).json()
+        assert by_id == [row]
+        assert "tags=t1,t2,t3" in process.log
+        for path in ("/spend/keys", "/spend/logs", "/global/spend/report"):
+            error_of(process.manage(path, key=ann), 403, "permission_error")
+
+
+@gen_test
+async def test_the_sdk_understands_the_refusals(start: Starter) -> None:
+    async with metered(start, answer_with(usage_of(1, 1))) as (process, up, _):
+
+        async def refused(retries: int, **fields: Any) -> anthropic.APIStatusError:
+            client = anthropic.AsyncAnthropic(
+                base_url=process.url,
+                api_key=process.new_key(**fields),
+                max_retries=retries,
+            )
+            with pytest.raises(anthropic.APIStatusError) as raised:
+                await client.messages.create(**{**MESSAGE, "model": OPUS})
+            return raised.value
+
+        over = await refused(
+            5, max_budget=0
+        )  # x-should-retry: false, so it is asked once
+        assert (
+            isinstance(over, anthropic.RateLimitError)
+            and "Budget of $0.00" in over.message
+        )
+        assert process.log.count("refused:billing_error") == 1
+        limited = await refused(0, rpm_limit=0)
+        assert isinstance(
+            limited, anthropic.RateLimitError
+        ) and "0 requests a minute" in str(limited)
+        denied = await refused(5, models=["claude-haiku-*"])
+        assert (
+            isinstance(denied, anthropic.PermissionDeniedError)
+            and OPUS in denied.message
+        )
+        assert not up.arrived
+
+
+# ─── Limits under concurrency, inside one process ────────────────────────────────────
+
+
+@contextlib.asynccontextmanager
+async def inside(url: str, folder: Path) -> AsyncIterator[tuple[gateway.Relay, int]]:
+    """A gateway in this process, so that what it holds can be looked at; and its port."""
+    chosen = gateway.Settings(
+        port=0,
+        upstream=url,
+        keys=folder / "inside.json",
+        idle_timeout=1,
+        api_key=REAL_KEY,
+    )
+    application = gateway.make_app(dataclasses.replace(chosen, master_key=MASTER_KEY))
+    relay = application.settings["relay"]
+    relay.admission.prices.load()
+    server = gateway.GatewayServer(relay, application)
+    sockets = gateway.bind(chosen, loopback=True)
+    await server.add_sockets(sockets)
+    try:
+        yield relay, sockets[0].getsockname()[1]
+    finally:
+        server.stop()
+        server.close_all_connections()
+        await asyncio.sleep(0)
+        await relay.store.flush()
+        relay.client.close()
+        relay.store.close()
+        server.close()
+
+
+async def put_key(
+    relay: gateway.Relay, **fields: Any
+) -> tuple[str, gateway.VirtualKey]:
+    key = gateway.new_key()
+    record = gateway.VirtualKey(gateway.key_name(key), **fields)
+    await relay.store.change({gateway.hash_key(key): record})
+    return key, record
+
+
+def assert_nothing_is_held(account: gateway.Account) -> None:
+    assert account.running == 0
+    assert account.total.held == 0
+    assert all(windowed.held == 0 for windowed in account.models.values())
+
+
+@gen_test
+async def test_100_callers_at_once_keep_within_the_budget(tmp_path: Path) -> None:
+    # Each call costs $0.014; held for it is about $0.0203: prompt, and 1,000 tokens of output.
+    async def slow(request: Arrived) -> None:
+        await asyncio.sleep(0.05)
+        await answer_with(usage_of(1000, 500))(request)
+
+    async with upstream(slow) as up, inside(up.url, tmp_path) as (relay, port):
+        budget = Decimal("0.2")  # room for about ten
+        key, record = await put_key(relay, max_budget=budget)
+        body = json.dumps({**MESSAGE, "max_tokens": 32_000, "model": OPUS}).encode()
+        kind = "Content-Type: application/json"
+        asked = [
+            ask(port, "POST /v1/messages", kind, body=body, key=key) for _ in range(100)
+        ]
+        answers = await asyncio.gather(*asked)
+        served = [answer for answer in answers if answer.status == 200]
+        assert {answer.status for answer in answers} == {200, 429}
+        assert len(served) == len(up.arrived) == 9
+        # The estimate is above the cost here, so nothing is overspent; in general the sum passes
+        # the budget by no more than (cost - estimate) of those in flight.
+        spent = record.spent(gateway.now())
+        assert spent == len(served) * Decimal("0.014") <= budget
+        assert_nothing_is_held(record.account)
+
+
+@pytest.mark.gen_test(timeout=60)
+async def test_no_hold_is_left_behind_by_a_storm(tmp_path: Path) -> None:
+    chance = random.Random(7)
+
+    async def capricious(request: Arrived) -> None:
+        await request.read_body()
+        kind = chance.randrange(7)
+        if kind == 0:
+            request.writer.transport.abort()
+        elif kind == 1:
+            await request.answer(b"{}", "529 Overloaded")
+        elif kind == 2:
+            await (
+                request.gone()
+            )  # silent until the gateway gives up, or its client does
+        elif kind == 3:
+            await request.send(SSE_HEAD + b"5\r\ndata:\r\n")
+            request.writer.transport.abort()
+        elif kind == 4:
+            body = sse(*STREAM)
+            await request.send(SSE_HEAD + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
+        else:
+            await answer_with(usage_of(1000, 500))(request)
+
+    async with upstream(capricious) as up, inside(up.url, tmp_path) as (relay, port):
+        budgets = {"claude-*": gateway.ModelBudget(Decimal(2), "1d")}
+        limits = {
+            "max_budget": Decimal(3),
+            "model_max_budget": budgets,
+            "rpm_limit": 10_000,
+        }
+        key, record = await put_key(
+            relay,
+            **limits,
+            max_parallel_requests=60,
+            models=["claude-*"],
+            tpm_limit=10**6,
+        )
+
+        async def visit(number: int) -> None:
+            async with Client(port) as client:
+                model = "gpt-x" if number % 11 == 0 else OPUS
+                body = json.dumps({**MESSAGE, "model": model}).encode()
+                with contextlib.suppress(
+                    OSError, asyncio.IncompleteReadError, TimeoutError
+                ):
+                    kind = "Content-Type: application/json"
+                    if number % 5 == 0:
+                        client.request(
+                            "POST /v1/messages", kind, "Content-Length: 9999", key=key
+                        )
+                        client.send(body)
+                        await asyncio.sleep(chance.uniform(0, 0.05))
+                        client.reset()
+                        return
+                    client.request("POST /v1/messages", kind, body=body, key=key)
+                    async with asyncio.timeout(chance.choice([0.01, 0.1, 3])):
+                        await client.response()
+
+        for _ in range(6):
+            await asyncio.gather(*(visit(number) for number in range(100)))
+        await until(lambda: not relay.active)
+        assert len(up.arrived) > 100
+        assert_nothing_is_held(record.account)
+        assert not relay.client.exchanges
+        answered = [f for f in relay.recent if f.used.cost]
+        assert answered and record.spent(gateway.now()) == sum(
+            f.used.cost for f in answered
+        )
+
+
+ACTIONS = st.lists(
+    st.tuples(
+        st.sampled_from(["admit", "settle", "cut", "fail", "update"]),
+        st.integers(0, 9),
+        st.integers(0, 3000),
+    ),
+    max_size=60,
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(actions=ACTIONS)
+def test_no_sequence_of_admissions_breaks_a_limit(
+    actions: list[tuple[str, int, int]], prices: gateway.Prices, tmp_path_factory: Any
+) -> None:
+    async def run() -> None:
+        await admissions(
+            actions, prices, tmp_path_factory.mktemp("admission") / "keys.json"
+        )
+
+    asyncio.run(run())
+
+
+async def admissions(
+    actions: list[tuple[str, int, int]], prices: gateway.Prices, path: Path
+) -> None:
+    store = gateway.KeyStore(path)
+    clock = [0.0]
+    chosen = gateway.Settings(master_key=MASTER_KEY)
+    admission = gateway.Admission(chosen, store, prices, lambda: clock[0])
+    budget = Decimal("0.10")
+    record = gateway.VirtualKey(
+        "sk-...test", max_budget=budget, max_parallel_requests=4, rpm_limit=30
+    )
+    hashed = gateway.hash_key("sk-test")
+    store.keys[hashed] = record
+    running: list[tuple[gateway.Grant, Decimal]] = []
+    beyond = Decimal(
+        0
+    )  # what the estimates of admitted calls fell short of their costs
+    admitted = 0
+    for action, which, amount in actions:
+        clock[0] += 0.5
+        record = store.keys[hashed]
+        if action == "admit":
+            caller = gateway.Caller(hashed=hashed, key=record)
+            body = json.dumps({"model": OPUS, "max_tokens": amount}).encode()
+            try:
+                grant = admission.admit(caller, "POST", "/v1/messages")
+            except gateway.APIError as refused:
+                assert refused.status == 429
+                continue
+            admitted += 1
+            try:
+                admission.admit_body(grant, "POST", body)
+            except gateway.APIError:
+                admission.settle(grant, None, failed=True)
+                continue
+            running.append((grant, sum((held for _, held in grant.holds), Decimal(0))))
+        elif action == "update":
+            store.keys[hashed] = dataclasses.replace(record, key_alias=f"a{which}")
+        elif running:
+            grant, held = running.pop(which % len(running))
+            measured = gateway.Measured(OPUS, usage_of(amount, amount), empty=False)
+            if action == "cut":
+                measured.delta_characters = amount
+                measured.cut_short()
+            settled = admission.settle(
+                grant, None if action == "fail" else measured, failed=False
+            )
+            admission.settle(
+                grant, measured, failed=False
+            )  # a second time changes nothing
+            beyond += max(Decimal(0), settled.cost - held)
+        account = store.keys[hashed].account
+        assert 0 <= account.running == len(running) <= 4
+        assert account.total.held == sum((held for _, held in running), Decimal(0)) >= 0
+        assert account.total.spend <= budget + beyond
+        assert admitted <= 30 + clock[0] / 2
+    for grant, _ in running:
+        admission.settle(grant, None, failed=True)
+    assert_nothing_is_held(store.keys[hashed].account)
+    if store._flush_timer:
+        store._flush_timer.cancel()
+    store.close()
 
 
 # ─── Operations ──────────────────────────────────────────────────────────────────────
