@@ -47,9 +47,8 @@ import struct
 import sys
 import time
 import urllib.parse
-import uuid
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
@@ -388,7 +387,13 @@ def key_name(key: str) -> str:
 
 def now() -> datetime:
     """The present moment, UTC, to the second."""
-    return datetime.now(UTC).replace(microsecond=0)
+    return moment_of(int(time.time()))
+
+
+@functools.lru_cache(maxsize=2)
+def moment_of(second: int) -> datetime:
+    """A second of Unix time as a moment; kept, since a busy gateway asks many times a second."""
+    return datetime.fromtimestamp(second, UTC)
 
 
 def later(start: datetime, duration: str) -> datetime:
@@ -414,6 +419,7 @@ def later(start: datetime, duration: str) -> datetime:
         raise ValueError(f"{duration!r} is too long") from None
 
 
+@functools.lru_cache(maxsize=64)
 def iso(moment: datetime | None) -> str | None:
     """A moment as ``2026-11-22T07:00:00Z``."""
     return None if moment is None else moment.strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -430,6 +436,7 @@ def from_iso(text: object) -> datetime | None:
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
 
 
+@functools.lru_cache(maxsize=256)
 def window(duration: str, moment: datetime) -> tuple[datetime, datetime]:
     """The budget window that ``moment`` falls in: its start and its end, on the UTC calendar.
 
@@ -472,8 +479,15 @@ class Tally:
 
     def add(self, other: Tally) -> None:
         """Count another tally in."""
-        for name in TALLY_FIELDS:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.requests += other.requests
+        self.errors += other.errors
+        self.input_tokens += other.input_tokens
+        self.output_tokens += other.output_tokens
+        self.cache_read_tokens += other.cache_read_tokens
+        self.cache_write_5m_tokens += other.cache_write_5m_tokens
+        self.cache_write_1h_tokens += other.cache_write_1h_tokens
+        self.web_searches += other.web_searches
+        self.spend += other.spend
 
     def to_json(self) -> dict[str, Any]:
         """As an object; the amount as a string, since JSON's numbers are no decimals."""
@@ -1186,6 +1200,7 @@ def store_line(
     return f'"{hashed}": {line}'.encode()
 
 
+@functools.lru_cache(maxsize=64)
 def day_of(moment: datetime) -> str:
     """The UTC day of a moment, as an ISO date."""
     return moment.date().isoformat()
@@ -1696,7 +1711,7 @@ class Prices:
         self._own: dict[str, Rates] = {}
         self._package: Any = None
         self._tiers: list[int] = [0]
-        self._rates: dict[tuple[str, str, bool, int], Rates] = {}
+        self._rates: dict[tuple[str, int, bool, int], Rates] = {}
         self._unknown: set[str] = set()
         self._dearest: tuple[str, Rates] | None = None
         self.reload()
@@ -1770,7 +1785,7 @@ class Prices:
             + tally.cache_write_1h_tokens
         )
         tier = self._tiers[max(0, bisect.bisect_left(self._tiers, prompt) - 1)]
-        key = (model, when.strftime("%Y%m%d%H"), fast, tier)
+        key = (model, hour_of(when), fast, tier)
         rates = self._rates.get(key)
         if rates is None:
             if len(self._rates) > MAX_CACHED_RATES:
@@ -1801,6 +1816,12 @@ class Prices:
 
 
 MAX_CACHED_RATES = 1000
+
+
+@functools.lru_cache(maxsize=64)
+def hour_of(moment: datetime) -> int:
+    """The hour of a moment, counted from 1970."""
+    return int(moment.timestamp()) // 3600
 
 
 def package_tiers(package: Any) -> Iterator[int]:
@@ -2018,28 +2039,29 @@ class Admission:
     def authenticate(self, headers: Mapping[str, Sequence[str]]) -> Caller:
         """Find the caller in request headers (lower-case name → values). Raises APIError 401."""
         own: tuple[str, str] | None = None
-        found: Caller | None = None
+        match: tuple[str, VirtualKey, str] | None = None
+        is_master = False
         presented: tuple[str, ...] = ()
         refused = ""
         shown = False
         for header, credential in candidates(headers):
             shown = True
             if self.is_master(credential):
-                found = found or Caller(is_master=True)
-            elif match := self.store.lookup(credential):
-                if match[2] != "active":
-                    refused = refused or REFUSED_KEYS[match[2]]
-                elif found is None:
-                    found = Caller(hashed=match[0], key=match[1])
+                is_master = is_master or match is None
+            elif found := self.store.lookup(credential):
+                if found[2] != "active":
+                    refused = refused or REFUSED_KEYS[found[2]]
+                elif match is None and not is_master:
+                    match = found
             else:
                 if own is None and credential.startswith(OWN_CREDENTIAL_PREFIX):
                     own = own_credential(header, credential)
                 continue
             presented += (credential,)
-        if found is None and self.is_open:
-            found = Caller()
-        if found is not None:
-            return dataclasses.replace(found, own=own, presented=presented)
+        if match is not None:
+            return Caller(presented, match[0], match[1], own=own)
+        if is_master or self.is_open:
+            return Caller(presented, is_master=is_master, own=own)
         if refused:
             raise APIError(
                 401,
@@ -2099,11 +2121,10 @@ class Admission:
         key = grant.key
         if key is None:
             return
-        if key.models and body:
-            check_models(key, body)
+        document = check_models(key, body) if key.models and body else None
         if grant.booked_key is None or not is_billed(method, grant.path):
             return
-        orders, batched = read_orders(body)
+        orders, batched = read_orders(body, document)
         if orders:
             grant.model = orders[0].model
         if not self.prices.available:
@@ -2456,13 +2477,12 @@ class Order:
     max_tokens: int | None
 
 
-def read_orders(body: bytes) -> tuple[list[Order], bool]:
+def read_orders(body: bytes, document: object = None) -> tuple[list[Order], bool]:
     """The messages that a body asks for, and whether they are a batch. A body that cannot be read
-    is one message of an unknown model."""
-    try:
-        document = json.loads(body)
-    except (ValueError, RecursionError):
-        document = None
+    is one message of an unknown model. ``document`` is the body, where it was read already."""
+    if document is None:
+        with contextlib.suppress(ValueError, RecursionError):
+            document = json.loads(body)
     if not isinstance(document, dict):
         return [Order("", len(body), None)], False
     requests = document.get("requests")
@@ -2488,11 +2508,12 @@ def read_order(params: Mapping[str, Any], size: int) -> Order:
     )
 
 
-def check_models(key: VirtualKey, body: bytes) -> None:
+def check_models(key: VirtualKey, body: bytes) -> object:
     """Raise APIError unless every model that a body may reach is one of the key's. 400: unreadable.
 
     What is checked is what is sent: two readers of one JSON may differ about duplicate keys, upper
-    and lower case, and encodings, so where a model can stand these are refused.
+    and lower case, and encodings, so where a model can stand these are refused. Returns the body
+    as it was read.
     """
     try:
         document = json.loads(body.decode("utf-8"), object_pairs_hook=unambiguous)
@@ -2513,6 +2534,7 @@ def check_models(key: VirtualKey, body: bytes) -> None:
             )
         if not any(fnmatch.fnmatchcase(model, pattern) for pattern in key.models):
             raise APIError(403, f"This key may not use the model {model_of(model)!r}.")
+    return cast(object, document)
 
 
 class AmbiguousJSON(ValueError):
@@ -3166,9 +3188,7 @@ class UpstreamConnection(asyncio.Protocol):
         """
         if self._closed or self.transport.is_closing():
             return False
-        poll = select.poll()
-        poll.register(self.transport.get_extra_info("socket").fileno(), select.POLLIN)
-        return not poll.poll(0)
+        return not self._readable.poll(0)
 
     # asyncio.Protocol
 
@@ -3176,6 +3196,9 @@ class UpstreamConnection(asyncio.Protocol):
         """Called by asyncio."""
         self.transport = cast(asyncio.Transport, transport)
         self.transport.set_write_buffer_limits(high=WRITE_HIGH_WATER)
+        self._readable = select.poll()
+        descriptor = transport.get_extra_info("socket").fileno()
+        self._readable.register(descriptor, select.POLLIN)
 
     def data_received(self, data: bytes) -> None:
         """Called by asyncio."""
@@ -3703,7 +3726,7 @@ def forwarded_fields(request: RequestHead, caller: Caller, *, metered: bool) -> 
             continue
         if lower in options or (lower == WORKSPACE_FIELD and caller.own is None):
             continue
-        if any(key in value for key in caller.presented):
+        if holds_any(value, caller.presented):
             continue
         if metered and lower == "accept-encoding":
             if value is request.values[lower][0]:
@@ -3711,6 +3734,14 @@ def forwarded_fields(request: RequestHead, caller: Caller, *, metered: bool) -> 
             continue
         fields.append((name, value))
     return fields
+
+
+def holds_any(text: str, keys: Iterable[str]) -> bool:
+    """Whether one of these keys stands in a text."""
+    for key in keys:  # a loop, since this runs for every field of every request
+        if key in text:
+            return True
+    return False
 
 
 class Redactor:
@@ -3722,6 +3753,7 @@ class Redactor:
 
     def __init__(self, secret: bytes) -> None:
         self._secret = secret
+        self._text = secret.decode("latin-1")
         self._held = b""
 
     def feed(self, data: bytes, complete: bool) -> bytes:
@@ -3741,6 +3773,14 @@ class Redactor:
             data.replace(self._secret, b"*" * len(self._secret))
             if self._secret in data
             else data
+        )
+
+    def mask_text(self, text: str) -> str:
+        """The same for a field's value."""
+        return (
+            text.replace(self._text, "*" * len(self._text))
+            if self._text in text
+            else text
         )
 
     def _open_prefix(self, data: bytes) -> int:
@@ -3830,7 +3870,7 @@ class Relay:
             self.idle.set()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Finished:
     """A relayed request as /spend/logs remembers it. Times are UTC, ``cost`` is USD."""
 
@@ -3863,7 +3903,7 @@ class RelayHandler:
         self.connection = connection
         self.request = request
         self.target = target
-        self.call_id = str(uuid.uuid4())
+        self.call_id = new_call_id()
         self.started = relay.client.time()
         self.path = ""
         self.caller = Caller()
@@ -4174,19 +4214,22 @@ class RelayHandler:
 
     def _response_fields(self, head: ResponseHead) -> Fields:
         """The response fields that go on: all but hop-by-hop ones; the real key masked."""
-        dropped = {*HOP_BY_HOP, *head.connection_options()}
+        dropped: Collection[str] = HOP_BY_HOP
         own: Fields = []
         if self.caller.key is not None:
             own = rate_fields(
                 self.caller.key, head.values, self.relay.admission.clock()
             )
-            dropped.update(name for name, _ in own)
+        if own or "connection" in head.values:
+            named = [name for name, _ in own]
+            dropped = {*HOP_BY_HOP, *head.connection_options(), *named}
+        redactor = self._redactor
         fields = []
         for name, value in head.fields:
             if name.lower() in dropped:
                 continue
-            if self._redactor is not None:
-                value = self._redactor.mask(value.encode("latin-1")).decode("latin-1")
+            if redactor is not None:
+                value = redactor.mask_text(value)
             fields.append((name, value))
         return fields + own
 
@@ -4282,6 +4325,14 @@ class RelayHandler:
         )
 
 
+def new_call_id() -> str:
+    """A random UUID of version 4 (RFC 9562), as LiteLLM's call ids are."""
+    digits = os.urandom(16).hex()
+    return (
+        f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
+    )
+
+
 def real_secret(credential: tuple[str, str]) -> bytes:
     """The part of an upstream credential that must never reach a client."""
     return credential[1].removeprefix("Bearer ").encode("latin-1")
@@ -4303,6 +4354,8 @@ def body_too_large_to_check() -> APIError:
 
 def log_relayed(handler: RelayHandler) -> None:
     """The one log line of a relayed request. No key, hash, body or query stands in it."""
+    if not log.isEnabledFor(logging.INFO):
+        return
     key, used = handler.caller.key, handler.used
     name = "master" if handler.caller.is_master else key.shown_name if key else "-"
     line = [
@@ -4627,7 +4680,7 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
         ):
             self.send_error(
                 APIError(error.status, f"Malformed request: {error}."),
-                str(uuid.uuid4()),
+                new_call_id(),
             )
         self._linger()
 
@@ -4711,7 +4764,7 @@ class ApplicationDelegate:
         return True
 
     def _refuse(self, error: APIError) -> None:
-        self.connection.send_error(error, str(uuid.uuid4()))
+        self.connection.send_error(error, new_call_id())
         self.connection.response_done()
 
 
@@ -4831,7 +4884,7 @@ class BaseHandler(web.RequestHandler):
 
     def set_default_headers(self) -> None:
         """Called by Tornado."""
-        self.call_id = str(uuid.uuid4())
+        self.call_id = new_call_id()
         self.clear_header("Server")
         self.set_header("x-litellm-call-id", self.call_id)
 
