@@ -77,9 +77,8 @@ MIB = 1024 * KIB
 
 ANTHROPIC_API = "https://api.anthropic.com"
 MOCK_UPSTREAM = "mock"
-MAX_BODY_SIZE = (
-    512 * MIB
-)  # Anthropic's limit on a file is 500 MB (api/overview, "Request size limits")
+# Anthropic's limit on a file is 500 MB (api/overview, "Request size limits")
+MAX_BODY_SIZE = 512 * MIB
 WEAK_MASTER_KEYS = frozenset(
     {"sk-1234"}
 )  # LiteLLM's documented example, known to everybody
@@ -1245,9 +1244,9 @@ def parse_store(text: bytes, name: str) -> dict[str, VirtualKey]:
 
 # ─── Metering ────────────────────────────────────────────────────────────────────────
 
-MAX_CAPTURE = (
-    64 * KIB
-)  # of a picked JSON value, or of a line of a stream; larger ones are passed over
+
+# Of a picked JSON value, or of a line of a stream; larger ones are passed over.
+MAX_CAPTURE = 64 * KIB
 MAX_DEPTH = 16  # of the paths of nested values that are told apart
 INFLATE_SLICE = 64 * KIB  # decompressed at a time, so that a small bomb stays small
 CHARACTERS_A_TOKEN = (
@@ -1728,11 +1727,16 @@ class Prices:
 
     def load(self) -> None:
         """Import the package, if it is installed."""
-        with contextlib.suppress(ImportError):
+        try:
             import genai_prices.data_snapshot as package
 
-            self._package = package
             self._tiers = sorted({0, *package_tiers(package)})
+            self._package = package
+        except ImportError:
+            self.available = bool(self._own)
+        except Exception:
+            log.exception("genai-prices cannot be used")
+            self.available = bool(self._own)
         self.loaded = self.available
 
     def price(self, usage: Measured, model: str, when: datetime) -> Decimal:
@@ -2099,6 +2103,14 @@ class Admission:
                     key, clock, f"{bucket.limit:,} {what} a minute", wait
                 )
         if caller.own is None and not is_free(method, path):
+            if (
+                key.max_budget is not None or key.model_max_budget
+            ) and not self.prices.available:
+                raise APIError(
+                    503,
+                    "This key has a budget, and the gateway does not know what tokens cost. Whoever"
+                    " runs it must install genai-prices, or start it with --prices.",
+                )
             self._check_budgets(key, "", ZERO, moment)
         if account.requests is not None:
             account.requests.draw(1, clock)
@@ -2122,9 +2134,26 @@ class Admission:
         if key is None:
             return
         document = check_models(key, body) if key.models and body else None
-        if grant.booked_key is None or not is_billed(method, grant.path):
+        if grant.booked_key is not None and is_billed(method, grant.path):
+            self._hold_orders(grant, key, *read_orders(body, document))
+
+    def admit_unread(self, grant: Grant, method: str, size: int) -> None:
+        """The same for a body of ``size`` bytes that is too large to be kept. Raises APIError 413, 429."""
+        key = grant.key
+        if key is None:
             return
-        orders, batched = read_orders(body, document)
+        if key.models:
+            raise APIError(
+                413,
+                f"This key is limited to some models, so its requests are read, and may be"
+                f" {JSON_BODY_LIMIT:,} bytes long.",
+            )
+        if grant.booked_key is not None and is_billed(method, grant.path):
+            self._hold_orders(grant, key, [Order("", size, None)], False)
+
+    def _hold_orders(
+        self, grant: Grant, key: VirtualKey, orders: list[Order], batched: bool
+    ) -> None:
         if orders:
             grant.model = orders[0].model
         if not self.prices.available:
@@ -2199,6 +2228,8 @@ class Admission:
         if key is None or line <= key.account.batches[batch][1]:
             return
         key.account.batches[batch][1] = line
+        if not measured.usage:
+            return
         measured.usage["service_tier"] = "batch"
         moment = now()
 
@@ -2310,6 +2341,7 @@ class Admission:
             )
 
 
+JSON_BODY_LIMIT = 32 * MIB  # Anthropic's limit on messages; larger ones are streamed
 NO_MODEL = "-"
 BYTES_A_TOKEN = 4
 MIN_OUTPUT_ESTIMATE = 1000  # tokens
@@ -2625,9 +2657,8 @@ MAX_TRAILERS = 16 * KIB
 MAX_INFORMATIONAL = 10  # 1xx responses before the real one; Tornado's limit
 CHUNKED = -1  # lengths of bodies that are not known beforehand
 UNTIL_CLOSE = -2
-WRITE_HIGH_WATER = (
-    64 * KIB
-)  # what may wait in a socket's write buffer before its source is paused
+# What may wait in a socket's write buffer before its source is paused.
+WRITE_HIGH_WATER = 64 * KIB
 POOL_IDLE_TIMEOUT = (
     55.0  # seconds; load balancers commonly drop idle connections after 60
 )
@@ -3609,9 +3640,8 @@ class Fetch:
         for name, value in self.head.fields if self.head else ():
             headers.add(name, value)
         self.buffer.seek(0)
-        status = (
-            self.head.status if self.head and error is None else 599
-        )  # Tornado's "no response"
+        # Tornado's status for "no response" is 599.
+        status = self.head.status if self.head and error is None else 599
         self.callback(
             HTTPResponse(
                 self.request,
@@ -3634,18 +3664,13 @@ BARE_PREFIX = "/v1/"
 HELLO_PATHS = frozenset(
     {"/", RELAY_PREFIX, f"{RELAY_PREFIX}/", f"{RELAY_PREFIX}/api/hello", "/api/hello"}
 )
-JSON_BODY_LIMIT = (
-    32 * MIB
-)  # Anthropic's limit on messages (api/errors); larger ones are streamed
-DISCARD_LIMIT = (
-    32 * MIB
-)  # how much of a refused request's body is read, so that its answer arrives
+# How much of a refused request's body is read, so that its answer arrives.
+DISCARD_LIMIT = 32 * MIB
 LINGER_TIMEOUT = 5.0  # seconds for a client to read its answer before the socket closes
 OWN_BODY_LIMIT = 1 * MIB  # a request to the gateway itself
 BACKLOG = 4096  # connections that the kernel holds until they are accepted; it caps this at somaxconn
-PIPELINE_LIMIT = (
-    64 * KIB
-)  # bytes of further requests that may wait for the present one's end
+# Bytes of further requests that may wait for the present one's end.
+PIPELINE_LIMIT = 64 * KIB
 REWRITE_LIMIT = 64 * MIB  # a list of a thousand batches has about one
 
 # Request fields that stay here, beside the hop-by-hop ones.
@@ -3976,12 +4001,10 @@ class RelayHandler:
         ]
         small = length <= JSON_BODY_LIMIT
         if self._policy_reads_body and not small:
-            raise body_too_large_to_check()
-        if (
-            length == 0
-            or self._policy_reads_body
-            or (small and is_json(request.get("content-type")))
-        ):
+            relay.admission.admit_unread(self.grant, request.method, length)
+            self._policy_reads_body = False
+        wanted = small and is_json(request.get("content-type"))
+        if length == 0 or self._policy_reads_body or wanted:
             self._kept = []
         else:
             self._stream(length)
@@ -3992,8 +4015,7 @@ class RelayHandler:
         if self._kept is not None:
             self._kept.append(chunk)
             if self._received > JSON_BODY_LIMIT:
-                if self._policy_reads_body:
-                    self.refuse(body_too_large_to_check())
+                if not self._may_go_unread():
                     return
                 kept, self._kept = self._kept, None
                 self._stream(CHUNKED)
@@ -4024,6 +4046,17 @@ class RelayHandler:
         if declared:
             self._upstream_fields.append(("Content-Length", str(len(body))))
         self._start(body)
+
+    def _may_go_unread(self) -> bool:
+        """Whether the rules of the key let a body go on that is too large to be kept."""
+        if self._policy_reads_body and self.grant is not None:
+            try:
+                method = self.request.method
+                self.relay.admission.admit_unread(self.grant, method, self._received)
+            except APIError as error:
+                self.refuse(error)
+                return False
+        return True
 
     def _forward(self, chunk: bytes) -> None:
         try:
@@ -4344,14 +4377,6 @@ def is_json(content_type: str) -> bool:
     return kind == "application/json" or kind.endswith("+json")
 
 
-def body_too_large_to_check() -> APIError:
-    """The refusal of a body that a rule of the key would have to read."""
-    return APIError(
-        413,
-        f"This key has limits for which the body is read; it may be {JSON_BODY_LIMIT:,} bytes long.",
-    )
-
-
 def log_relayed(handler: RelayHandler) -> None:
     """The one log line of a relayed request. No key, hash, body or query stands in it."""
     if not log.isEnabledFor(logging.INFO):
@@ -4551,6 +4576,8 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
             )
         self._response_done = True
         self.transport.close()
+        # A client that does not read keeps the rest of the response from being written.
+        asyncio.get_running_loop().call_later(LINGER_TIMEOUT, self.transport.abort)
 
     # tornado.httputil.HTTPConnection
 

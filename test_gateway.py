@@ -3514,6 +3514,24 @@ async def test_a_budget_stops_the_key_that_overspends(start: Starter) -> None:
         assert reset["spend"] == 0
 
 
+def test_a_budget_is_not_forgotten_with_its_prices(
+    start: Starter, tmp_path: Path
+) -> None:
+    process = start()
+    key = process.new_key(max_budget=5)
+    process.stop()
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    (packages / "tornado").symlink_to(Path(tornado.__file__).parent)
+    variables = {**DEFAULT_VARIABLES, "PYTHONPATH": str(packages)}
+    unpriced = start(
+        "mock", program=[sys.executable, "-S", str(GATEWAY)], variables=variables
+    )
+    with pytest.raises(anthropic.InternalServerError, match="genai-prices"):
+        sdk(unpriced, key).messages.create(**MESSAGE)
+    assert sdk(unpriced, key).models.list().data
+
+
 @gen_test
 async def test_a_budget_of_zero_means_no_calls(start: Starter) -> None:
     async with metered(start, answer_with(usage_of(1, 1))) as (process, up, _):
@@ -3684,6 +3702,19 @@ async def test_models_and_routes_are_enforced_on_the_wire(start: Starter) -> Non
         size = f"Content-Length: {33 * MIB}"
         huge = await ask(process.port, "POST /v1/messages/batches", size, key=key)
         assert huge.status == 413
+        budgeted = process.new_key(max_budget=1000)
+        for fields in ((size,), ("Transfer-Encoding: chunked",)):
+            async with Client(process.port) as client:
+                kind = "Content-Type: application/json"
+                client.request("POST /v1/messages/batches", kind, *fields, key=budgeted)
+                for _ in range(33):
+                    part = bytes(MIB)
+                    client.send(
+                        part if fields == (size,) else b"100000\r\n" + part + b"\r\n"
+                    )
+                    await client.writer.drain()
+                client.send(b"" if fields == (size,) else b"0\r\n\r\n")
+                assert (await client.response()).status == 200
         routed = process.new_key(allowed_routes=["/anthropic/v1/messages*"])
         assert (await acall(process, routed)).status == 200
         for path in ("/v1/models", "/v1//models", "/anthropic/v1/%6dodels"):
