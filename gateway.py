@@ -3773,16 +3773,26 @@ class Redactor:
     """Masks a secret in a passing stream with asterisks, so that lengths stay right.
 
     An upstream that echoes what it was sent must not carry the real key to a client. Bytes are held
-    back only where a read ends inside what may become the secret.
+    back only where a read ends inside what may become the secret. In a compressed body (gzip,
+    deflate) nothing can be masked: there `feed` raises UpstreamError when the secret appears.
     """
 
     def __init__(self, secret: bytes) -> None:
         self._secret = secret
         self._text = secret.decode("latin-1")
         self._held = b""
+        self._inflate: Any = None
+
+    def expect(self, coding: str) -> None:
+        """Say how the body that follows is compressed."""
+        if coding in ("gzip", "x-gzip", "deflate"):
+            self._inflate = zlib.decompressobj(zlib.MAX_WBITS | 32)
 
     def feed(self, data: bytes, complete: bool) -> bytes:
         """What may go on of these bytes and of those held back."""
+        if self._inflate is not None:
+            self._watch(data)
+            return data
         if self._held:
             data, self._held = self._held + data, b""
         data = self.mask(data)
@@ -3791,6 +3801,19 @@ class Redactor:
             if held:
                 data, self._held = data[:-held], data[-held:]
         return data
+
+    def _watch(self, data: bytes) -> None:
+        with contextlib.suppress(
+            zlib.error
+        ):  # what cannot be read cannot be an echo either
+            while data:
+                plain = self._held + self._inflate.decompress(data, INFLATE_SLICE)
+                if self._secret in plain:
+                    raise UpstreamError(
+                        "The upstream sent the gateway's own credential back."
+                    )
+                self._held = plain[1 - len(self._secret) :]
+                data = self._inflate.unconsumed_tail
 
     def mask(self, data: bytes) -> bytes:
         """Whole data with the secret masked."""
@@ -4110,6 +4133,8 @@ class RelayHandler:
         self._head_pending = True
         self.status = head.status
         self._meter = self._make_meter(head)
+        if self._redactor is not None:
+            self._redactor.expect(head.get("content-encoding").strip().lower())
         if self._rewritten is not None:
             if head.status == 200 and is_json(head.get("content-type")) and length != 0:
                 return
@@ -4123,7 +4148,12 @@ class RelayHandler:
         if self._meter is not None and data:
             self._meter.feed(data)
         if self._redactor is not None:
-            data = self._redactor.feed(data, complete)
+            try:
+                data = self._redactor.feed(data, complete)
+            except UpstreamError as error:
+                self._abort()
+                self.response_failed(error)
+                return
         self._send(data, complete)
 
     def response_failed(self, error: UpstreamError) -> None:

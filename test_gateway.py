@@ -1232,6 +1232,25 @@ async def test_an_echoing_upstream_does_not_reveal_the_real_key(start: Starter) 
         assert answer.body.count(b"*" * len(REAL_KEY)) == 2
 
 
+@pytest.mark.parametrize("coding", ["gzip", "deflate"])
+@gen_test
+async def test_a_compressed_echo_does_not_reveal_the_real_key(
+    start: Starter, coding: str
+) -> None:
+    pack = {"gzip": gzip.compress, "deflate": zlib.compress}[coding]
+
+    async def reveal(request: Arrived) -> None:
+        packed = pack(os.urandom(300_000) + request.head + os.urandom(1000))
+        await request.answer(packed, "200 OK", f"Content-Encoding: {coding}")
+
+    async with relayed(start, reveal) as (process, _, key):
+        answer = await ask(process.port, "GET /v1/things", key=key)
+        assert answer.status == 502 or not answer.clean
+        inflate = zlib.decompressobj(zlib.MAX_WBITS | 32)
+        with contextlib.suppress(zlib.error):
+            assert REAL_KEY.encode() not in inflate.decompress(answer.body)
+
+
 # ─── The relay: responses ────────────────────────────────────────────────────────────
 
 
