@@ -6331,7 +6331,8 @@ def announce(settings: Settings, relay: Relay, port: int) -> None:
             "! no master key is set and there are no virtual keys: open to all who reach it"
         )
     else:
-        lines.append(f"virtual keys are required ({keys} in {settings.keys})")
+        made = f"{keys} in {settings.keys}" if keys else "POST /key/generate makes one"
+        lines.append(f"virtual keys are required ({made})")
     if not admission.has_master:
         lines.append("! no GATEWAY_MASTER_KEY is set: /key/* is closed")
     elif (
