@@ -389,7 +389,7 @@ def now() -> datetime:
     return moment_of(int(time.time()))
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=64)
 def moment_of(second: int) -> datetime:
     """A second of Unix time as a moment; kept, since a busy gateway asks many times a second."""
     return datetime.fromtimestamp(second, UTC)
@@ -1006,6 +1006,8 @@ class KeyStore:
         if self._flush_timer is not None:
             self._flush_timer.cancel()
             self._flush_timer = None
+        if self._flushing is not None and self._flushing is not asyncio.current_task():
+            await self._flushing
         touched, self._touched = self._touched, set()
         for hashed in touched:
             record = self.keys.get(hashed)
@@ -1616,7 +1618,12 @@ def model_of(value: object) -> str:
 
 def printable(text: str) -> str:
     """Text for a log line: nothing in it can end the line or steer a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text[:200])
+    text = text[:200]
+    return (
+        text
+        if text.isprintable()
+        else "".join(c if c.isprintable() else "?" for c in text)
+    )
 
 
 def count_of(usage: object, *path: str) -> int:
@@ -1712,7 +1719,6 @@ class Prices:
         self._tiers: list[int] = [0]
         self._rates: dict[tuple[str, int, bool, int], Rates] = {}
         self._unknown: set[str] = set()
-        self._dearest: tuple[str, Rates] | None = None
         self.reload()
         self.available = (
             bool(self._own) or importlib.util.find_spec("genai_prices") is not None
@@ -2358,11 +2364,13 @@ CLOSED_ROUTES = ("/v1/organizations", "/v1/compliance", "/v1/oauth")
 MODEL_PLACES = frozenset({"model", "fallbacks", "tools", "requests", "params"})
 
 
+@functools.lru_cache(maxsize=1024)
 def is_billed(method: str, path: str) -> bool:
     """Whether a request orders something that costs money and that the gateway can estimate."""
     return method == "POST" and BILLED.fullmatch(path) is not None
 
 
+@functools.lru_cache(maxsize=1024)
 def is_free(method: str, path: str) -> bool:
     """Whether no budget stands against a request: counting, models, and fetching paid batches."""
     fetches = method in ("GET", "HEAD") and BATCHES.fullmatch(path) is not None
@@ -2428,18 +2436,19 @@ def rate_fields(
     ):
         if bucket is None:
             continue
-        remaining = max(0, math.floor(bucket.level(clock)))
+        level = bucket.level(clock)
+        remaining = max(0, math.floor(level))
         prefix = f"anthropic-ratelimit-{kind}"
         theirs = upstream.get(f"{prefix}-remaining", ("",))[0]
         if theirs.isdigit() and int(theirs) <= remaining:
             continue
-        full = now() + timedelta(
-            seconds=math.ceil(bucket.seconds_until(bucket.limit, clock))
+        refill = math.ceil(
+            (bucket.limit - level) * MINUTE / bucket.limit if bucket.limit else MINUTE
         )
         fields += [
             (f"{prefix}-limit", str(bucket.limit)),
             (f"{prefix}-remaining", str(remaining)),
-            (f"{prefix}-reset", cast(str, iso(full))),
+            (f"{prefix}-reset", cast(str, iso(moment_of(int(time.time()) + refill)))),
         ]
     return fields
 
@@ -3376,8 +3385,6 @@ class UpstreamClient(AsyncHTTPClient):
         self.connect_timeout = connect_timeout
         self.idle_timeout = idle_timeout
         self.exchanges: set[Exchange] = set()
-        self.opened = 0
-        self.reused = 0
         self._idle: dict[Origin, list[UpstreamConnection]] = {}
         self._tcp = TCPClient()
         self._loop = asyncio.get_event_loop()
@@ -3428,7 +3435,6 @@ class UpstreamClient(AsyncHTTPClient):
         while connections:
             connection = connections.pop()
             if connection.is_usable():
-                self.reused += 1
                 return connection
             connection.abandon()
         return None
@@ -3464,7 +3470,6 @@ class UpstreamClient(AsyncHTTPClient):
         except BaseException:
             connected.close()
             raise
-        self.opened += 1
         return connection
 
     def _sweep_interval(self) -> float:
@@ -4931,8 +4936,6 @@ MAX_LIMIT = 10**12  # of requests and tokens a minute, and of USD
 
 class BaseHandler(web.RequestHandler):
     """Answers in JSON, errors in Anthropic's envelope, and logs no query (keys stand there)."""
-
-    SUPPORTED_METHODS = ("GET", "HEAD", "POST", "DELETE", "PATCH", "PUT", "OPTIONS")
 
     @property
     def relay(self) -> Relay:
