@@ -1694,13 +1694,14 @@ class Rates:
 
     def price(self, tally: Tally) -> Decimal:
         """USD for these tokens; web searches are priced apart."""
-        return (
-            self.input * tally.input_tokens
-            + self.output * tally.output_tokens
-            + self.cache_read * tally.cache_read_tokens
-            + self.cache_write_5m * tally.cache_write_5m_tokens
-            + self.cache_write_1h * tally.cache_write_1h_tokens
-        )
+        total = self.input * tally.input_tokens + self.output * tally.output_tokens
+        if tally.cache_read_tokens:
+            total += self.cache_read * tally.cache_read_tokens
+        if tally.cache_write_5m_tokens:
+            total += self.cache_write_5m * tally.cache_write_5m_tokens
+        if tally.cache_write_1h_tokens:
+            total += self.cache_write_1h * tally.cache_write_1h_tokens
+        return total
 
 
 class Prices:
@@ -3692,6 +3693,8 @@ DROPPED_REQUEST_PREFIXES = ("x-litellm-", "x-forwarded-")
 WORKSPACE_FIELD = (
     "anthropic-workspace-id"  # chooses a workspace of the real key's owner
 )
+# A shorter "key" (for a test server, say) is an ordinary word, which responses may well hold.
+MIN_SECRET_LENGTH = 16
 READABLE_CODINGS = ("gzip", "deflate", "identity")
 BATCH_OBJECT = re.compile(r"/v1/messages/batches(?:/[^/]+(?:/cancel)?)?/?")
 BATCHES_MADE = re.compile(r"/v1/messages/batches/?")
@@ -4017,8 +4020,9 @@ class RelayHandler:
         metered = METERED.fullmatch(path) is not None
         if BATCH_OBJECT.fullmatch(path) and request.method in ("GET", "POST"):
             self._rewritten = []
-        if self.caller.own is None:
-            self._redactor = Redactor(real_secret(credential))
+        secret = real_secret(credential)
+        if self.caller.own is None and len(secret) >= MIN_SECRET_LENGTH:
+            self._redactor = Redactor(secret)
         self._upstream_start = (
             f"{request.method} {relay.base_path}{self.target} HTTP/1.1"
         )

@@ -1232,6 +1232,16 @@ async def test_an_echoing_upstream_does_not_reveal_the_real_key(start: Starter) 
         assert answer.body.count(b"*" * len(REAL_KEY)) == 2
 
 
+@gen_test
+async def test_a_key_that_is_an_ordinary_word_masks_nothing(start: Starter) -> None:
+    async def say(request: Arrived) -> None:
+        await request.answer(b"this is a test")
+
+    variables = {**DEFAULT_VARIABLES, "ANTHROPIC_API_KEY": "test"}
+    async with relayed(start, say, variables=variables) as (process, _, key):
+        assert (await ask(process.port, "GET /v1/x", key=key)).body == b"this is a test"
+
+
 @pytest.mark.parametrize("coding", ["gzip", "deflate"])
 @gen_test
 async def test_a_compressed_echo_does_not_reveal_the_real_key(
