@@ -3468,8 +3468,10 @@ class UpstreamClient(AsyncHTTPClient):
                 ssl=self.ssl_context if secure else None,
                 server_hostname=origin.host if secure else None,
             )
-        except BaseException:
+        except BaseException as error:
             connected.close()
+            if secure and isinstance(error, ConnectionError):
+                raise ssl.SSLError("the peer closed during the handshake") from None
             raise
         return connection
 
