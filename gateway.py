@@ -3455,6 +3455,8 @@ class UpstreamClient(AsyncHTTPClient):
         """Open a connection. Tornado's TCPClient resolves and tries the addresses of both families;
         asyncio's transport, which costs less for each read and write, takes the socket over."""
         stream = await self._tcp.connect(origin.host, origin.port)
+        if stream.closed():
+            raise ConnectionResetError
         try:
             connected = stream.socket.dup()
         finally:

@@ -1818,8 +1818,15 @@ async def test_each_way_not_to_reach_the_upstream_is_told_apart(start: Starter) 
     for connection in [*waiting, full]:
         connection.close()
 
-    def no_tls(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def no_tls(
+        reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await reader.read(
+            1
+        )  # as a plain HTTP server answers what it takes for a request
         writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        await reader.read()
+        writer.close()
 
     plain = await asyncio.start_server(no_tls, "127.0.0.1", 0)
     port = plain.sockets[0].getsockname()[1]
