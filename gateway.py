@@ -2118,7 +2118,7 @@ class Admission:
                     "This key has a budget, and the gateway does not know what tokens cost. Whoever"
                     " runs it must install genai-prices, or start it with --prices.",
                 )
-            self._check_budgets(key, "", ZERO, moment)
+            self._check_budget(key, ZERO, moment)
         if account.requests is not None:
             account.requests.draw(1, clock)
         account.running += 1
@@ -2142,6 +2142,9 @@ class Admission:
             return
         document = check_models(key, body) if key.models and body else None
         if grant.booked_key is not None and is_billed(method, grant.path):
+            document = read_json(body) if document is None else document
+            for model in models_in(document) if key.model_max_budget else ():
+                self._check_model_budgets(key, model or "", ZERO, grant.started)
             self._hold_orders(grant, key, *read_orders(body, document))
 
     def admit_unread(self, grant: Grant, method: str, size: int) -> None:
@@ -2170,9 +2173,9 @@ class Admission:
             cost = self._estimate(key, order, batched)
             estimates[order.model] = estimates.get(order.model, ZERO) + cost
         total = sum(estimates.values(), ZERO)
-        self._check_budgets(key, "", total, grant.started)
+        self._check_budget(key, total, grant.started)
         for model, cost in estimates.items():
-            self._check_budgets(key, model, cost, grant.started)
+            self._check_model_budgets(key, model, cost, grant.started)
         if key.max_budget is not None:
             self._hold(grant, key.account.total, total)
         for model, cost in estimates.items():
@@ -2194,8 +2197,8 @@ class Admission:
             key.account.running -= 1
 
         def book() -> None:
-            charges = self.prices.charge(measured, grant.started) if measured else []
             self._release(grant)
+            charges = self.prices.charge(measured, grant.started) if measured else []
             self._book(grant, charges)
             for _, tally in charges:
                 settled.tally.add(tally)
@@ -2274,22 +2277,17 @@ class Admission:
         cost = self.prices.rates(order.model, now(), tally).price(tally)
         return cost * BATCH_DISCOUNT if batched else cost
 
-    def _check_budgets(
+    def _check_budget(self, key: VirtualKey, cost: Decimal, moment: datetime) -> None:
+        """Raise APIError 429 where the key's budget has no room for that cost."""
+        if key.max_budget is not None:
+            budget = ModelBudget(key.max_budget, key.budget_duration)
+            spent, held = key.spent(moment), key.account.total.held
+            refuse_over_budget("Budget", budget, spent, held, cost, moment)
+
+    def _check_model_budgets(
         self, key: VirtualKey, model: str, cost: Decimal, moment: datetime
     ) -> None:
-        """Raise APIError 429 where a budget has no room for that cost. No model: the key's own."""
-        if not model:
-            if key.max_budget is not None:
-                budget = ModelBudget(key.max_budget, key.budget_duration)
-                refuse_over_budget(
-                    "Budget",
-                    budget,
-                    key.spent(moment),
-                    key.account.total.held,
-                    cost,
-                    moment,
-                )
-            return
+        """The same for the budgets that hold for a model."""
         for pattern in matching_budgets(key, model):
             spent = key.model_spent(pattern, moment)
             held = key.account.models[pattern].held
@@ -2461,12 +2459,9 @@ def rated_tokens(tally: Tally) -> int:
 
 
 def matching_budgets(key: VirtualKey, model: str) -> list[str]:
-    """The patterns of ``model_max_budget`` that hold for a model."""
-    return [
-        pattern
-        for pattern in key.model_max_budget
-        if fnmatch.fnmatchcase(model, pattern)
-    ]
+    """The patterns of ``model_max_budget`` that hold for a model; all for one that is not known."""
+    patterns = key.model_max_budget
+    return [p for p in patterns if not model or fnmatch.fnmatchcase(model, p)]
 
 
 def refuse_over_budget(
@@ -2519,12 +2514,16 @@ class Order:
     max_tokens: int | None
 
 
-def read_orders(body: bytes, document: object = None) -> tuple[list[Order], bool]:
-    """The messages that a body asks for, and whether they are a batch. A body that cannot be read
-    is one message of an unknown model. ``document`` is the body, where it was read already."""
-    if document is None:
-        with contextlib.suppress(ValueError, RecursionError):
-            document = json.loads(body)
+def read_json(body: bytes) -> object:
+    """What a body says; None where it cannot be read."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return cast(object, json.loads(body))
+    return None
+
+
+def read_orders(body: bytes, document: object) -> tuple[list[Order], bool]:
+    """The messages that a body asks for, and whether they are a batch. ``document`` is the body as
+    it was read; one that could not be is one message of an unknown model."""
     if not isinstance(document, dict):
         return [Order("", len(body), None)], False
     requests = document.get("requests")

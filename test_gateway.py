@@ -3597,6 +3597,18 @@ async def test_a_model_has_a_budget_of_its_own(start: Starter) -> None:
             0.028
         )
         assert row["model_max_budget"] == budgets
+        # Once it is gone, no other way leads to the model, nor a body that nobody here can read.
+        assert (await acall(process, key, max_tokens=64)).status == 200
+        for detour in ({"fallbacks": [{"model": OPUS}]}, {"tools": [{"model": OPUS}]}):
+            answer = await acall(process, key, model="claude-haiku-4-5", **detour)
+            assert answer.status == 429 and answer.error["type"] == "billing_error"
+        kinds = ("Content-Encoding: gzip", "Content-Type: application/json")
+        packed = gzip.compress(json.dumps({**MESSAGE, "model": OPUS}).encode())
+        hidden = await ask(
+            process.port, "POST /v1/messages", *kinds, body=packed, key=key
+        )
+        assert hidden.status == 429
+        assert (await acall(process, key, model="claude-haiku-4-5")).status == 200
 
 
 @gen_test
