@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["tornado>=6.6", "uvloop>=0.21; sys_platform != 'win32'", "genai-prices>=0.2.3"]
+# dependencies = ["tornado>=6.6", "uvloop>=0.21; sys_platform != 'win32'", "genai-prices>=0.2.3", "prometheus-client"]
 # ///
 """A gateway that lets a team share one Anthropic API key without handing it out.
 
@@ -32,6 +32,7 @@ import hmac
 import http.client
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import math
@@ -45,6 +46,7 @@ import socket
 import ssl
 import struct
 import sys
+import tempfile
 import time
 import urllib.parse
 import zlib
@@ -55,7 +57,8 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, cast
 
-from tornado import httputil, web
+import tornado
+from tornado import httputil, netutil, web
 from tornado.httpclient import AsyncHTTPClient, HTTPRequest, HTTPResponse
 from tornado.httpserver import HTTPServer
 from tornado.iostream import StreamClosedError
@@ -83,6 +86,9 @@ WEAK_MASTER_KEYS = frozenset(
     {"sk-1234"}
 )  # LiteLLM's documented example, known to everybody
 MIN_MASTER_KEY_LENGTH = 16  # below this a key can be guessed
+WEAK_MASTER_KEY = (
+    "the master key is weak: take 16 characters or more that nobody can guess"
+)
 
 options = OptionParser()
 define = functools.partial(options.define, group="Gateway")
@@ -110,7 +116,19 @@ define(
     "idle-timeout",
     default=600.0,
     type=float,
-    help="seconds of silence after which an exchange ends",
+    help="seconds of silence after which an exchange, or a connection without one, ends",
+)
+define(
+    "client-timeout",
+    default=60.0,
+    type=float,
+    help="seconds that a request's head may take, and its body may stand still",
+)
+define(
+    "max-connections-per-address",
+    default=4096,
+    type=int,
+    help="connections that one address may have open (not counted with --xheaders)",
 )
 define(
     "drain-timeout",
@@ -136,6 +154,36 @@ define(
     type=int,
     help="requests that /spend/logs remembers",
 )
+define(
+    "unix-socket",
+    default="",
+    help="listen on this Unix socket, for a proxy on the same machine, instead of a port",
+)
+define(
+    "certfile",
+    default="",
+    help="PEM file with the certificate chain to serve TLS with; read again on SIGHUP",
+)
+define("keyfile", default="", help="its private key, where --certfile does not hold it")
+define(
+    "xheaders",
+    default=False,
+    type=bool,
+    help="believe X-Real-Ip, X-Forwarded-For and X-Forwarded-Proto of a proxy in front",
+)
+define(
+    "open-metrics",
+    default=False,
+    type=bool,
+    help="let everybody read /metrics",
+)
+define("log-json", default=False, type=bool, help="write the log as JSON, a line each")
+define(
+    "check",
+    default=False,
+    type=bool,
+    help="say whether all is well to start, and end: 0 if so, 1 if not",
+)
 define("config", default="", help="Python file with options, one name = value a line")
 define_logging_options(options)
 
@@ -154,11 +202,18 @@ class Settings:
     keys: Path = Path("keys.json")
     connect_timeout: float = 10.0
     idle_timeout: float = 600.0
+    client_timeout: float = 60.0
     drain_timeout: float = 30.0
     max_body_size: int = MAX_BODY_SIZE
+    max_connections_per_address: int = 4096
     prices: Path | None = None
     usage_days: int = 90
     recent_requests: int = 10_000
+    unix_socket: str = ""
+    certfile: str = ""
+    keyfile: str = ""
+    xheaders: bool = False
+    open_metrics: bool = False
     api_key: str = field(default="", repr=False)
     auth_token: str = field(default="", repr=False)
     master_key: str = field(default="", repr=False)
@@ -168,22 +223,32 @@ class Settings:
             raise SettingsError(
                 f"--port: {self.port} is not a port number (0 to 65535)"
             )
-        for name in ("connect_timeout", "idle_timeout", "drain_timeout"):
+        for name in TIMEOUTS:
             value = getattr(self, name)
             least = 0 if name == "drain_timeout" else 0.001
             if not least <= value < float("inf"):
                 raise SettingsError(
                     f"--{name.replace('_', '-')}: {value} is not a time in seconds"
                 )
-        for name in ("usage_days", "recent_requests"):
+        for name in ("usage_days", "recent_requests", "max_connections_per_address"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"--{name.replace('_', '-')}: must be at least 1")
         if self.max_body_size < 1:
             raise SettingsError(
                 f"--max-body-size: {self.max_body_size} is not a size in bytes"
             )
+        if self.keyfile and not self.certfile:
+            raise SettingsError("--keyfile: needs --certfile")
+        if self.unix_socket and self.certfile:
+            raise SettingsError("--unix-socket: takes no --certfile; the proxy has it")
         if self.upstream != MOCK_UPSTREAM:
             parse_upstream(self.upstream)
+
+    @property
+    def has_weak_master_key(self) -> bool:
+        """Whether the master key can be guessed."""
+        short = len(self.master_key) < MIN_MASTER_KEY_LENGTH
+        return short or self.master_key in WEAK_MASTER_KEYS
 
     @property
     def real_credential(self) -> tuple[str, str] | None:
@@ -193,6 +258,9 @@ class Settings:
         if self.auth_token:
             return "Authorization", f"Bearer {self.auth_token}"
         return None
+
+
+TIMEOUTS = ("connect_timeout", "idle_timeout", "client_timeout", "drain_timeout")
 
 
 @dataclass(frozen=True)
@@ -274,11 +342,18 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
         keys=Path(options.keys),
         connect_timeout=options.connect_timeout,
         idle_timeout=options.idle_timeout,
+        client_timeout=options.client_timeout,
         drain_timeout=options.drain_timeout,
         max_body_size=options.max_body_size,
+        max_connections_per_address=options.max_connections_per_address,
         prices=Path(options.prices) if options.prices else None,
         usage_days=options.usage_days,
         recent_requests=options.recent_requests,
+        unix_socket=options.unix_socket,
+        certfile=options.certfile,
+        keyfile=options.keyfile,
+        xheaders=options.xheaders,
+        open_metrics=options.open_metrics,
         api_key=secret_from(environment, "ANTHROPIC_API_KEY"),
         auth_token=secret_from(environment, "ANTHROPIC_AUTH_TOKEN"),
         master_key=secret_from(environment, "GATEWAY_MASTER_KEY", "LITELLM_MASTER_KEY"),
@@ -384,6 +459,16 @@ def key_name(key: str) -> str:
     return f"{KEY_PREFIX}...{key[-4:]}"
 
 
+def printable(text: str) -> str:
+    """Text for a log line: nothing in it can end the line or steer a terminal."""
+    text = text[:200]
+    return (
+        text
+        if text.isprintable()
+        else "".join(c if c.isprintable() else "?" for c in text)
+    )
+
+
 def now() -> datetime:
     """The present moment, UTC, to the second."""
     return moment_of(int(time.time()))
@@ -487,6 +572,16 @@ class Tally:
         self.cache_write_1h_tokens += other.cache_write_1h_tokens
         self.web_searches += other.web_searches
         self.spend += other.spend
+
+    @property
+    def written(self) -> int:
+        """Tokens written to the cache."""
+        return self.cache_write_5m_tokens + self.cache_write_1h_tokens
+
+    @property
+    def cached(self) -> int:
+        """Tokens of the prompt that were read from the cache or written to it."""
+        return self.cache_read_tokens + self.written
 
     def to_json(self) -> dict[str, Any]:
         """As an object; the amount as a string, since JSON's numbers are no decimals."""
@@ -633,9 +728,14 @@ class WindowSpend:
     held: Decimal = ZERO
 
     def spent(self, start: str) -> Decimal:
-        """What was spent in the window that starts there; an earlier window's spend is over."""
+        """What was spent in the window that starts there; an earlier window's spend is over.
+
+        A window before the one counted means that the clock was set back: what was spent counts on.
+        """
         if self.start != start:
-            self.start, self.spend = start, ZERO
+            if start > self.start:
+                self.spend = ZERO
+            self.start = start
         return self.spend
 
 
@@ -735,7 +835,7 @@ class VirtualKey:
     @property
     def shown_name(self) -> str:
         """What the key is called in a log line."""
-        return self.key_alias or self.key_name
+        return printable(self.key_alias or self.key_name)
 
     def status(self, moment: datetime) -> str:
         """LiteLLM's word for the state: ``deleted``, ``revoked`` (blocked), ``expired`` or ``active``."""
@@ -997,12 +1097,10 @@ class KeyStore:
     def touch(self, hashed: str) -> None:
         """What a key used has changed: write it within FLUSH_INTERVAL seconds."""
         self._touched.add(self.present_hash(hashed))
-        if self._flush_timer is None:
-            loop = asyncio.get_running_loop()
-            self._flush_timer = loop.call_later(FLUSH_INTERVAL, self._start_flush)
+        self._flush_soon()
 
     async def flush(self) -> None:
-        """Write what keys used; a disk that fails is logged, and tried again with the next change."""
+        """Write what keys used. Where the disk fails, `_write_after` says so and tries again."""
         if self._flush_timer is not None:
             self._flush_timer.cancel()
             self._flush_timer = None
@@ -1013,9 +1111,13 @@ class KeyStore:
             record = self.keys.get(hashed)
             if record is not None:
                 self._lines[hashed] = self._line(hashed, record)
-        if touched:
+        if touched or self.last_error:
             with contextlib.suppress(OSError):
                 await self.save()
+
+    def is_writable(self) -> bool:
+        """Whether the last write succeeded, and the folder still takes files."""
+        return not self.last_error and os.access(self.path.parent, os.W_OK)
 
     def batch_owner(self, batch: str) -> str | None:
         """The hash of the key that made a batch."""
@@ -1032,6 +1134,11 @@ class KeyStore:
     def present_hash(self, hashed: str) -> str:
         """The hash that a key has now; it may have been regenerated meanwhile."""
         return hashed if hashed in self.keys else self._retired.get(hashed, hashed)
+
+    def _flush_soon(self) -> None:
+        if self._flush_timer is None:
+            loop = asyncio.get_running_loop()
+            self._flush_timer = loop.call_later(FLUSH_INTERVAL, self._start_flush)
 
     def _start_flush(self) -> None:
         self._flush_timer = None
@@ -1085,10 +1192,14 @@ class KeyStore:
         lines = list(self._lines.values())
         try:
             await asyncio.get_running_loop().run_in_executor(None, self._write, lines)
+            if self.last_error:
+                log.warning("keys file written again")
             self.last_error = ""
         except OSError as error:
+            if self.last_error != store_message(error):
+                log.error("keys file not written: %s", error.strerror or error)
             self.last_error = store_message(error)
-            log.error("keys file not written: %s", error.strerror or error)
+            self._flush_soon()
             raise
         finally:
             if self._writing is asyncio.current_task():
@@ -1616,16 +1727,6 @@ def model_of(value: object) -> str:
     return printable(value[:MAX_MODEL_NAME]) if isinstance(value, str) else ""
 
 
-def printable(text: str) -> str:
-    """Text for a log line: nothing in it can end the line or steer a terminal."""
-    text = text[:200]
-    return (
-        text
-        if text.isprintable()
-        else "".join(c if c.isprintable() else "?" for c in text)
-    )
-
-
 def count_of(usage: object, *path: str) -> int:
     """A count out of a usage object; 0 where there is none."""
     for name in path:
@@ -1789,12 +1890,7 @@ class Prices:
         )
         if own is not None:
             return own
-        prompt = (
-            tally.input_tokens
-            + tally.cache_read_tokens
-            + tally.cache_write_5m_tokens
-            + tally.cache_write_1h_tokens
-        )
+        prompt = tally.input_tokens + tally.cached
         tier = self._tiers[max(0, bisect.bisect_left(self._tiers, prompt) - 1)]
         key = (model, hour_of(when), fast, tier)
         rates = self._rates.get(key)
@@ -2014,7 +2110,8 @@ class Admission:
 
     Open mode (any credential or none is let in) holds where no master key is set and the keys file
     has no key. It is settled at the start: a gateway that was started closed, and so may listen to
-    the world, never falls open when its last key goes.
+    the world, never falls open when its last key goes. ``booked`` is what was used since the start,
+    by key and model, those beyond MAX_LABELS as one.
     """
 
     def __init__(
@@ -2029,6 +2126,7 @@ class Admission:
         self.clock = clock
         self._started_open = not settings.master_key and not store.keys
         self._master = hash_key(settings.master_key) if settings.master_key else ""
+        self.booked: dict[tuple[str, str], Tally] = {}
         self._unpriced: list[Callable[[], None]] = []
 
     @property
@@ -2306,8 +2404,13 @@ class Admission:
         grant.holds = []
 
     def _book(self, grant: Grant, charges: Iterable[tuple[str, Tally]]) -> None:
-        if grant.booked_key is not None and grant.caller.hashed is not None:
-            self._book_to(grant.caller.hashed, charges, grant.started)
+        caller = grant.caller
+        if grant.booked_key is not None and caller.hashed is not None:
+            self._book_to(caller.hashed, charges, grant.started)
+        elif caller.own is None:
+            for model, tally in charges:
+                name = MASTER_NAME if caller.is_master else NO_KEY
+                self._count(name, model or NO_MODEL, tally)
 
     def _book_to(
         self, hashed: str, charges: Iterable[tuple[str, Tally]], moment: datetime
@@ -2321,6 +2424,7 @@ class Admission:
         account, day, present = key.account, day_of(moment), now()
         for model, tally in charges:
             account.usage.add(day, model or NO_MODEL, tally)
+            self._count(key.shown_name, model or NO_MODEL, tally)
             key.spent(present)
             account.total.spend += tally.spend
             for pattern in matching_budgets(key, model):
@@ -2330,6 +2434,12 @@ class Admission:
                 account.tokens.draw(rated_tokens(tally), self.clock())
         self._warn(key, present)
         self.store.touch(hashed)
+
+    def _count(self, key: str, model: str, tally: Tally) -> None:
+        label = (key, model)
+        if label not in self.booked and len(self.booked) >= MAX_LABELS:
+            label = (OTHER_MODELS, OTHER_MODELS)
+        self.booked.setdefault(label, Tally()).add(tally)
 
     def _warn(self, key: VirtualKey, moment: datetime) -> None:
         """Log that a soft budget is passed, once a window."""
@@ -2347,7 +2457,9 @@ class Admission:
 
 
 JSON_BODY_LIMIT = 32 * MIB  # Anthropic's limit on messages; larger ones are streamed
-NO_MODEL = "-"
+NO_MODEL = NO_KEY = "-"  # what stands in logs and sums for none
+MASTER_NAME = "master"
+MAX_LABELS = 1000  # keys, and keys with their models, that /metrics tells apart
 BYTES_A_TOKEN = 4
 MIN_OUTPUT_ESTIMATE = 1000  # tokens
 OUTPUT_LEARNING_RATE = (
@@ -2454,8 +2566,7 @@ def rate_fields(
 
 def rated_tokens(tally: Tally) -> int:
     """The tokens that count against ``tpm_limit``: all but those read from the cache (api/rate-limits)."""
-    written = tally.cache_write_5m_tokens + tally.cache_write_1h_tokens
-    return tally.input_tokens + written + tally.output_tokens
+    return tally.input_tokens + tally.written + tally.output_tokens
 
 
 def matching_budgets(key: VirtualKey, model: str) -> list[str]:
@@ -2994,6 +3105,7 @@ class Exchange:
         self.connect_timeout = connect_timeout or client.connect_timeout
         self.sent = not streamed
         self.touched = client.time()
+        self.begun = 0.0
         self._head = head
         self._body = body
         self._streamed = streamed
@@ -3139,7 +3251,7 @@ class Exchange:
 
     def _begin(self, connection: UpstreamConnection) -> None:
         self._connection = connection
-        self.touched = self.client.time()
+        self.begun = self.touched = self.client.time()
         waiting, self._waiting = self._waiting, []
         connection.begin(self)
         connection.transport.write(b"".join([self._head, self._body, *waiting]))
@@ -3370,7 +3482,8 @@ class UpstreamClient(AsyncHTTPClient):
     fetch, 0 is none. A failed exchange raises `UpstreamError`. The relay uses `exchange`, which is
     the same without a future and a response object for every request.
 
-    Times are seconds. ``ssl_context`` verifies certificates always; SSL_CERT_FILE and SSL_CERT_DIR
+    Times are seconds. ``opened`` and ``reused`` count connections: new ones, and exchanges that went
+    over a kept one. ``ssl_context`` verifies certificates always; SSL_CERT_FILE and SSL_CERT_DIR
     name others to trust, as OpenSSL reads them.
     """
 
@@ -3384,11 +3497,13 @@ class UpstreamClient(AsyncHTTPClient):
         super().initialize(defaults)
         self.connect_timeout = connect_timeout
         self.idle_timeout = idle_timeout
+        self.time = time.monotonic
         self.exchanges: set[Exchange] = set()
+        self.opened = 0
+        self.reused = 0
         self._idle: dict[Origin, list[UpstreamConnection]] = {}
         self._tcp = TCPClient()
         self._loop = asyncio.get_event_loop()
-        self.time = self._loop.time
         self._sweeper = self._loop.call_later(self._sweep_interval(), self._sweep)
 
     @functools.cached_property
@@ -3435,6 +3550,7 @@ class UpstreamClient(AsyncHTTPClient):
         while connections:
             connection = connections.pop()
             if connection.is_usable():
+                self.reused += 1
                 return connection
             connection.abandon()
         return None
@@ -3474,7 +3590,13 @@ class UpstreamClient(AsyncHTTPClient):
             if secure and isinstance(error, ConnectionError):
                 raise ssl.SSLError("the peer closed during the handshake") from None
             raise
+        self.opened += 1
         return connection
+
+    @property
+    def idle(self) -> int:
+        """How many connections are kept for the next exchange."""
+        return sum(map(len, self._idle.values()))
 
     def _sweep_interval(self) -> float:
         return min(SWEEP_INTERVAL, self.idle_timeout / 4)
@@ -3677,10 +3799,20 @@ HELLO_PATHS = frozenset(
 DISCARD_LIMIT = 32 * MIB
 LINGER_TIMEOUT = 5.0  # seconds for a client to read its answer before the socket closes
 OWN_BODY_LIMIT = 1 * MIB  # a request to the gateway itself
+# Bytes a second below which a body is too slow, once --client-timeout has passed
+# (Apache's mod_reqtimeout has the same rule and figure).
+MIN_BODY_RATE = 500
+# Connections beyond a limit that are told so; further ones are closed without a word.
+REFUSALS = 100
+RESERVED_FILES = 64  # for the keys file, the log and whatever else is no connection
 BACKLOG = 4096  # connections that the kernel holds until they are accepted; it caps this at somaxconn
 # Bytes of further requests that may wait for the present one's end.
 PIPELINE_LIMIT = 64 * KIB
 REWRITE_LIMIT = 64 * MIB  # a list of a thousand batches has about one
+EVENT_STREAM = "text/event-stream"
+# Claude Code names its session and the agent within it (CCD llm-gateway, "Request headers").
+SESSION_FIELD, AGENT_FIELD = "x-claude-code-session-id", "x-claude-code-agent-id"
+TAGS_FIELD = "x-litellm-tags"
 
 # Request fields that stay here, beside the hop-by-hop ones.
 DROPPED_REQUEST_FIELDS = HOP_BY_HOP | {
@@ -3894,6 +4026,82 @@ def rewrite_results_url(data: bytes, base_path: str) -> bytes:
     )
 
 
+class Histogram:
+    """How long something took: seconds, counted in LATENCY_BUCKETS."""
+
+    __slots__ = ("counts", "total")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(LATENCY_BUCKETS) + 1)
+        self.total = 0.0
+
+    def observe(self, seconds: float) -> None:
+        """Count one."""
+        self.counts[bisect.bisect_left(LATENCY_BUCKETS, seconds)] += 1
+        self.total += seconds
+
+
+class Traffic:
+    """What passed since the start, as /metrics shows it: plain counts, which cost a request little.
+
+    ``requests`` counts by (key, model, status, outcome); ``timings`` has, for a model, a Histogram
+    for each of TIMINGS. Names beyond MAX_LABELS are counted as one, so that neither keys nor
+    callers can make them grow without end.
+    """
+
+    def __init__(self) -> None:
+        self.requests: collections.Counter[tuple[str, str, int, str]] = (
+            collections.Counter()
+        )
+        self.timings: dict[str, tuple[Histogram, ...]] = {}
+        self.last_success: datetime | None = None
+        self.last_failure: datetime | None = None
+        self.last_error = ""
+        self._keys: set[str] = set()
+        self._models: set[str] = set()
+
+    def count(self, finished: Finished) -> None:
+        """Count a request that is over."""
+        model = bounded(finished.used.model or NO_MODEL, self._models, MAX_MODELS_A_DAY)
+        key = bounded(finished.shown_key, self._keys, MAX_LABELS)
+        self.requests[key, model, finished.status, finished.outcome] += 1
+        histograms = self.timings.get(model)
+        if histograms is None:
+            histograms = tuple(Histogram() for _ in TIMINGS)
+            self.timings[model] = histograms
+        for histogram, seconds in zip(histograms, finished.timings(), strict=True):
+            if seconds is not None:
+                histogram.observe(seconds)
+
+    def answered(self, status: int) -> None:
+        """The upstream answered: seen in passing, for /health/readiness."""
+        if status < 500:
+            self.last_success = now()
+        else:
+            self.failed(f"The upstream answered {status}.")
+
+    def failed(self, error: str) -> None:
+        """The upstream did not answer, or not well."""
+        self.last_failure, self.last_error = now(), error
+
+
+def bounded(name: str, known: set[str], limit: int) -> str:
+    """The name, or OTHER_MODELS where ``known`` has reached its limit without it."""
+    if name not in known:
+        if len(known) >= limit:
+            return OTHER_MODELS
+        known.add(name)
+    return name
+
+
+# Seconds; LiteLLM's buckets of its latency metrics.
+LATENCY_BUCKETS = (
+    *(0.0005, 0.001, 0.0025, 0.005, 0.0125, 0.025, 0.05, 0.1, 0.25, 0.5),
+    *(1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0),
+)
+TIMINGS = ("total", "first_byte", "upstream", "overhead")
+
+
 class Relay:
     """What all relayed requests share."""
 
@@ -3913,6 +4121,8 @@ class Relay:
         self.recent: collections.deque[Finished] = collections.deque(
             maxlen=settings.recent_requests
         )
+        self.traffic = Traffic()
+        self.started = now()
         self.stopping = False
         self.idle = asyncio.Event()
         self.idle.set()
@@ -3931,12 +4141,19 @@ class Relay:
 
 @dataclass(slots=True)
 class Finished:
-    """A relayed request as /spend/logs remembers it. Times are UTC, ``cost`` is USD."""
+    """A relayed request that is over, for the log, /spend/logs and /metrics.
+
+    ``request_id`` is Anthropic's; ``session`` and ``agent`` are Claude Code's. ``first_byte``,
+    ``upstream``, ``overhead`` and ``duration`` are seconds: until the first byte of the answer,
+    from the request's sending to the answer's end, what the gateway itself added before the
+    first byte, and the whole; None where there was no such thing. Sizes are bytes of bodies.
+    """
 
     call_id: str
     request_id: str
     hashed: str
     key: VirtualKey | None
+    is_master: bool
     method: str
     path: str
     status: int
@@ -3945,7 +4162,103 @@ class Finished:
     ended: datetime
     used: Settled
     tags: list[str]
+    session: str
+    agent: str
     remote_ip: str
+    duration: float
+    first_byte: float | None
+    upstream: float | None
+    overhead: float | None
+    bytes_in: int
+    bytes_out: int
+
+    @property
+    def shown_key(self) -> str:
+        """The key's alias, or its abbreviated name; ``master``, or ``-`` for none."""
+        if self.key is not None:
+            return self.key.shown_name
+        return MASTER_NAME if self.is_master else NO_KEY
+
+    def timings(self) -> tuple[float | None, ...]:
+        """Seconds, in the order of TIMINGS."""
+        return self.duration, self.first_byte, self.upstream, self.overhead
+
+    def __str__(self) -> str:
+        """The line for a terminal. No key, hash, body or query stands in it."""
+        key, used, tally = self.key, self.used, self.used.tally
+        words = [
+            self.shown_key,
+            self.method,
+            self.path,
+            str(self.status),
+            self.outcome,
+            f"{self.duration * 1000:.0f}ms",
+        ]
+        if self.first_byte is not None:
+            words.append(f"ttfb={self.first_byte * 1000:.0f}ms")
+        words.append(f"in={self.bytes_in} out={self.bytes_out}")
+        if used.model:
+            words.append(used.model)
+        if tally.input_tokens or tally.output_tokens:
+            words.append(
+                f"{tally.input_tokens}+{tally.cached}->{tally.output_tokens} tokens"
+                f" ${dollars(used.cost)}"
+            )
+        if used.estimated:
+            words.append("estimated")
+        words.append(self.call_id)
+        if self.request_id:
+            words.append(printable(self.request_id))
+        if key is not None and key.key_alias:
+            words.append(f"key={key.key_name}")
+        if key is not None and key.user_id:
+            words.append(f"user={printable(key.user_id)}")
+        if self.tags:
+            words.append(f"tags={printable(','.join(self.tags))}")
+        if self.session:
+            words.append(f"session={self.session}")
+        if self.agent:
+            words.append(f"agent={self.agent}")
+        return " ".join(words)
+
+    def fields(self) -> dict[str, Any]:
+        """The line as JSON has it; the README's "Log" describes it."""
+        key, tally = self.key, self.used.tally
+        return {
+            "call_id": self.call_id,
+            "request_id": self.request_id or None,
+            "key_alias": key.key_alias
+            if key
+            else MASTER_NAME
+            if self.is_master
+            else None,
+            "key_name": key.key_name if key else None,
+            "user": key.user_id if key else None,
+            "tags": self.tags,
+            "session_id": self.session or None,
+            "agent_id": self.agent or None,
+            "remote_ip": self.remote_ip,
+            "method": self.method,
+            "path": self.path,
+            "status": self.status,
+            "outcome": self.outcome,
+            "model": self.used.model or None,
+            "input_tokens": tally.input_tokens,
+            "output_tokens": tally.output_tokens,
+            "cache_read_tokens": tally.cache_read_tokens,
+            "cache_write_tokens": tally.written,
+            "cost": float(self.used.cost),
+            "estimated": self.used.estimated,
+            "time_to_first_byte": rounded(self.first_byte),
+            "duration": rounded(self.duration),
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
+        }
+
+
+def rounded(seconds: float | None) -> float | None:
+    """Seconds to the tenth of a millisecond."""
+    return None if seconds is None else round(seconds, 4)
 
 
 class RelayHandler:
@@ -3987,6 +4300,11 @@ class RelayHandler:
         self._rewritten: list[bytes] | None = None
         self._settled = False
         self._ended = EPOCH
+        self._whole = self.started
+        self._answered = 0.0
+        self._first_byte = 0.0
+        self._duration = 0.0
+        self._sent = 0
         relay.enter(self)
 
     # The request
@@ -4066,6 +4384,7 @@ class RelayHandler:
             assert self._exchange is not None
             self._exchange.finish(LAST_CHUNK if self._chunked_up else b"")
             return
+        self._whole = self.relay.client.time()
         body = b"".join(self._kept)
         self._kept = None
         if self._policy_reads_body and self.grant is not None:
@@ -4143,6 +4462,8 @@ class RelayHandler:
         self._head = head
         self._length = length
         self._head_pending = True
+        self._answered = self.relay.client.time()
+        self.relay.traffic.answered(head.status)
         self.status = head.status
         self._meter = self._make_meter(head)
         if self._redactor is not None:
@@ -4171,11 +4492,13 @@ class RelayHandler:
     def response_failed(self, error: UpstreamError) -> None:
         """Before the head: an error of ours. After it: an SSE error event, and a broken connection."""
         outcome = "timeout" if error.status == 504 else "upstream_lost"
+        self.relay.traffic.failed(str(error))
         if not self._head_sent:
             self.refuse(APIError(error.status, str(error)), outcome=outcome)
             return
         if self._is_plain_sse():
             event = SSE_ERROR % APIError(error.status, str(error)).body(self.call_id)
+            self._sent += len(event)
             self.connection.send(framed(event) if self._chunked_down else event)
         self.connection.break_off()
         self.settle(outcome)
@@ -4205,6 +4528,15 @@ class RelayHandler:
         self._abort()
         self.settle("client_gone")
 
+    def on_timeout(self, message: str) -> None:
+        """The client was too slow to send its request."""
+        self._abort()
+        if self._head_sent:
+            self.connection.break_off()
+            self.settle("timeout")
+        else:
+            self.refuse(APIError(408, message), outcome="timeout")
+
     # Inside
 
     @property
@@ -4216,7 +4548,8 @@ class RelayHandler:
         """Answer with an error of our own."""
         self.status = error.status
         self._head_sent = True
-        self.connection.send_error(error, self.call_id)
+        self._first_byte = self.relay.client.time()
+        self._sent = self.connection.send_error(error, self.call_id)
         self.settle(outcome or f"refused:{error.kind}")
         self.connection.response_done()
 
@@ -4233,38 +4566,77 @@ class RelayHandler:
             failed = self.status >= 400
             self.used = self.relay.admission.settle(self.grant, measured, failed=failed)
         self._ended = now()
+        self._duration = self.relay.client.time() - self.started
         self.relay.leave(self)
         self.relay.admission.when_priced(self._record)
 
     def _record(self) -> None:
+        finished = self.finished()
         if self.grant is not None:
-            self.relay.recent.append(self.finished())
-        log_relayed(self)
+            self.relay.recent.append(finished)
+        self.relay.traffic.count(finished)
+        log.info("%s", finished)
 
     def finished(self) -> Finished:
-        """The request as /spend/logs remembers it."""
-        assert self.grant is not None
+        """The request as it is remembered, counted and logged."""
+        request, head = self.request, self._head
+        first_byte, upstream, overhead = self._times()
         return Finished(
             call_id=self.call_id,
-            request_id=self._head.get("request-id") if self._head else "",
+            request_id=head.get("request-id") if head is not None else "",
             hashed=self.caller.hashed or "",
             key=self.caller.key,
-            method=self.request.method,
-            path=self.path,
+            is_master=self.caller.is_master,
+            method=request.method,
+            path=self._shown(self.target.partition("?")[0]),
             status=self.status,
             outcome=self.outcome,
-            started=self.grant.started,
+            started=self.grant.started if self.grant is not None else self._ended,
             ended=self._ended,
             used=self.used,
             tags=self.tags(),
+            session=self._shown(request.get(SESSION_FIELD)),
+            agent=self._shown(request.get(AGENT_FIELD)),
             remote_ip=self.connection.context.remote_ip,
+            duration=self._duration,
+            first_byte=first_byte,
+            upstream=upstream,
+            overhead=overhead,
+            bytes_in=self._received,
+            bytes_out=self._sent,
         )
+
+    def _times(self) -> tuple[float | None, float | None, float | None]:
+        """Seconds to the first byte, upstream, and added by the gateway, as far as they came."""
+        first_byte = self._first_byte - self.started if self._first_byte else None
+        if self._exchange is None or not self._exchange.begun or not self._answered:
+            return first_byte, None, None
+        begun = self._exchange.begun
+        before = max(0.0, begun - self._whole)
+        after = max(0.0, self._first_byte - self._answered)
+        return first_byte, self.started + self._duration - begun, before + after
+
+    @property
+    def is_streaming(self) -> bool:
+        """Whether a response of server-sent events is under way."""
+        head = self._head
+        return head is not None and head.get("content-type").startswith(EVENT_STREAM)
 
     def tags(self) -> list[str]:
         """The key's tags and those of the request's x-litellm-tags."""
-        sent = self.request.get("x-litellm-tags").split(",")
         own = self.caller.key.tags if self.caller.key is not None else []
-        return [*own, *(printable(tag.strip()) for tag in sent if tag.strip())]
+        sent = self.request.get(TAGS_FIELD)
+        if not sent:
+            return own
+        tags = (tag.strip() for tag in self._shown(sent).split(","))
+        return [*own, *(tag for tag in tags if tag)]
+
+    def _shown(self, text: str) -> str:
+        """A text of the client's for the log, without the keys that he showed."""
+        for key in self.caller.presented:
+            if key in text:
+                text = text.replace(key, key_name(key))
+        return printable(text)
 
     def _make_meter(self, head: ResponseHead) -> Meter | None:
         """What reads the usage of a successful response of a metered route."""
@@ -4340,6 +4712,9 @@ class RelayHandler:
         return fields
 
     def _send(self, data: bytes, complete: bool) -> None:
+        self._sent += len(data)
+        if self._head_pending:
+            self._first_byte = self.relay.client.time()
         if complete:
             self.settle("ok")
         head = b""
@@ -4394,7 +4769,7 @@ class RelayHandler:
     def _is_plain_sse(self) -> bool:
         assert self._head is not None
         return (
-            self._head.get("content-type").lower().startswith("text/event-stream")
+            self._head.get("content-type").lower().startswith(EVENT_STREAM)
             and self._head.get("content-encoding").lower() in ("", "identity")
             and "content-length" not in self._head.values
         )
@@ -4419,47 +4794,34 @@ def is_json(content_type: str) -> bool:
     return kind == "application/json" or kind.endswith("+json")
 
 
-def log_relayed(handler: RelayHandler) -> None:
-    """The one log line of a relayed request. No key, hash, body or query stands in it."""
-    if not log.isEnabledFor(logging.INFO):
-        return
-    key, used = handler.caller.key, handler.used
-    name = "master" if handler.caller.is_master else key.shown_name if key else "-"
-    line = [
-        printable(name),
-        handler.request.method,
-        printable(handler.target.partition("?")[0]),
-        str(handler.status),
-        handler.outcome,
-        f"{(handler.relay.client.time() - handler.started) * 1000:.0f}ms",
-        handler.call_id,
-    ]
-    tally = used.tally
-    if used.model:
-        line.append(used.model)
-    if tally.input_tokens or tally.output_tokens:
-        cached = (
-            tally.cache_read_tokens
-            + tally.cache_write_5m_tokens
-            + tally.cache_write_1h_tokens
-        )
-        line.append(
-            f"{tally.input_tokens}+{cached}->{tally.output_tokens} tokens ${dollars(used.cost)}"
-        )
-    if used.estimated:
-        line.append("estimated")
-    if tags := handler.tags():
-        line.append(f"tags={','.join(printable(tag) for tag in tags)}")
-    log.info(" ".join(line))
-
-
 class ClientContext:
-    """What Tornado asks about a connection: the peer's address and the protocol."""
+    """What Tornado asks about a connection: the client's address and the protocol.
+
+    ``peer`` is the address at the other end; empty for a Unix socket.
+    """
 
     def __init__(self, transport: asyncio.Transport) -> None:
         peer = transport.get_extra_info("peername")
-        self.remote_ip = peer[0] if isinstance(peer, tuple) else "0.0.0.0"
-        self.protocol = "https" if transport.get_extra_info("sslcontext") else "http"
+        self.peer: str = peer[0] if isinstance(peer, tuple) else ""
+        self.remote_ip = self.peer or NO_ADDRESS
+        self._secure = bool(transport.get_extra_info("sslcontext"))
+        self.protocol = "https" if self._secure else "http"
+
+    def believe(self, head: RequestHead) -> None:
+        """Take the address and protocol that a proxy in front tells (`--xheaders`), as Tornado's
+        HTTPServer does: the last of X-Forwarded-For, or X-Real-Ip."""
+        forwarded = head.get("x-forwarded-for").rpartition(",")[2].strip()
+        address = head.get("x-real-ip") or forwarded
+        self.remote_ip = (
+            address if netutil.is_valid_ip(address) else self.peer or NO_ADDRESS
+        )
+        told = head.get("x-scheme") or head.get("x-forwarded-proto")
+        scheme = told.rpartition(",")[2].strip().lower()
+        own = "https" if self._secure else "http"
+        self.protocol = scheme if scheme in DEFAULT_PORTS else own
+
+
+NO_ADDRESS = "0.0.0.0"  # what Tornado says of a Unix socket
 
 
 class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
@@ -4484,6 +4846,10 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
         self._close_after = False
         self._lost = False
         self._lingering = False
+        self._reading_paused = False
+        self._served = False
+        self._since = self._heard = server.time()
+        self._taken = 0
         self._close_callback: Callable[[], None] | None = None
 
     # asyncio.Protocol
@@ -4494,15 +4860,19 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
         self.transport.set_write_buffer_limits(high=WRITE_HIGH_WATER)
         self.context = ClientContext(self.transport)
         self.descriptor = transport.get_extra_info("socket").fileno()
-        self.server.connections.add(self)
+        self.server.enter(self)
 
     def data_received(self, data: bytes) -> None:
         """Called by asyncio."""
         if self._lingering:
             return
+        self._heard = self.server.time()
         if self._body is not None:
+            self._taken += len(data)
             self._feed(data)
             return
+        if not self._buffer:
+            self._since = self._heard
         self._buffer += data
         if self._delegate is None:
             self._read_head()
@@ -4517,8 +4887,7 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
     def connection_lost(self, error: Exception | None) -> None:
         """Called by asyncio."""
         self._lost = True
-        self.server.hangups.forget(self)
-        self.server.connections.discard(self)
+        self.server.leave(self)
         delegate, self._delegate = self._delegate, None
         callback, self._close_callback = self._close_callback, None
         if delegate is not None and not self._response_done:
@@ -4546,18 +4915,52 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
     def pause_reading(self) -> None:
         """Take nothing more from the client for now, but notice if it leaves."""
         if not self._lost:
+            self._reading_paused = True
             self.transport.pause_reading()
             self.server.hangups.watch(self)
 
     def resume_reading(self) -> None:
         """Take from the client again."""
-        if not self._lost:
+        if self._reading_paused and not self._lost:
+            self._reading_paused = False
+            self._begin_waiting()
             self.server.hangups.forget(self)
             self.transport.resume_reading()
 
     def hung_up(self) -> None:
         """Called by `HangupWatch`."""
         self.transport.abort()
+
+    def refuse(self, error: APIError) -> None:
+        """Turn the connection away before it has asked for anything."""
+        self._close_after = True
+        self.send_error(error, new_call_id())
+        self._linger()
+
+    def check_patience(
+        self, moment: float, client_timeout: float, idle_timeout: float
+    ) -> None:
+        """Called now and then: end what has taken too long. Times are seconds.
+
+        A head must be whole ``client_timeout`` after its first byte; a body may not stand still for
+        so long, nor come at less than MIN_BODY_RATE. A body that is not read is not the client's fault.
+        """
+        if self._body is not None:
+            allowed = client_timeout + self._taken / MIN_BODY_RATE
+            slow = moment - self._since > allowed
+            if not self._reading_paused and (
+                slow or moment - self._heard > client_timeout
+            ):
+                self._time_out(f"The request's body took longer than {allowed:.0f} s.")
+        elif self._delegate is not None:
+            return
+        elif self._buffer:
+            if moment - self._since > client_timeout:
+                self._time_out(
+                    f"The request's head took longer than {client_timeout:g} s."
+                )
+        elif moment - self._since > (idle_timeout if self._served else client_timeout):
+            self._end_idle()
 
     def connection_fields(self, *, delimited: bool) -> Fields:
         """The Connection field of a response, if it needs one (RFC 9112 section 9.3).
@@ -4578,8 +4981,9 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
             [("Connection", "keep-alive")] if request and request.version == 0 else []
         )
 
-    def send_error(self, error: APIError, request_id: str) -> None:
-        """Send an error of the gateway's own as a whole response; `response_done` is to follow."""
+    def send_error(self, error: APIError, request_id: str) -> int:
+        """Send an error of the gateway's own as a whole response; `response_done` is to follow.
+        Returns the length of its body."""
         body = error.body(request_id)
         fields = [
             ("Content-Type", "application/json"),
@@ -4594,6 +4998,7 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
         self.send(
             head_bytes(f"HTTP/1.1 {error.status} {reason(error.status)}", fields) + body
         )
+        return len(body)
 
     def response_done(self) -> None:
         """The response is written. The next request follows once this one's body has been read."""
@@ -4674,8 +5079,13 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
             self._refuse_malformed(error)
             return
         rest, self._buffer = self._buffer[end + 4 :], b""
+        if self.server.xheaders:
+            self.context.believe(request)
         self.request = request
+        self._served = True
         self._body = Body(length)
+        self._taken = len(rest)
+        self._since = self._heard
         self._response_done = False
         self._discarded = 0
         self._delegate = self.server.delegate(self, request)
@@ -4726,6 +5136,7 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
             return
         self._delegate = None
         self.request = None
+        self._begin_waiting()
         if self._close_after:
             self._close()
         elif self._buffer:
@@ -4756,14 +5167,37 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
     def _linger(self) -> None:
         """Close so that the answer still arrives: data that meets a closed socket is answered with
         a reset, which throws away what the client has not read yet (RFC 9112 section 9.6)."""
-        if self._lost or self._lingering:
+        if self._lost or self._lingering or self.transport.is_closing():
             return
         self._lingering = True
-        if not self.transport.can_write_eof():  # TLS knows no half-closed connection
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        else:  # TLS knows no half-closed connection
             self.transport.close()
-            return
-        self.transport.write_eof()
-        asyncio.get_running_loop().call_later(LINGER_TIMEOUT, self.transport.close)
+        asyncio.get_running_loop().call_later(LINGER_TIMEOUT, self.transport.abort)
+
+    def _begin_waiting(self) -> None:
+        """From now on the client is expected to send."""
+        self._since = self._heard = self.server.time()
+        self._taken = 0
+
+    def _time_out(self, message: str) -> None:
+        """Answer 408 where no answer has begun (RFC 9110 section 15.5.9), and close."""
+        delegate, answered = self._delegate, self._response_done
+        self._close_after = True
+        if isinstance(delegate, RelayHandler) and not answered:
+            delegate.on_timeout(message)
+        elif not answered:
+            self._response_done = True
+            self.send_error(APIError(408, message), new_call_id())
+        self._linger()
+
+    def _end_idle(self) -> None:
+        """Close a connection that has nothing to do; at once if the client does not read."""
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+        else:
+            self.transport.close()
 
     def _close(self) -> None:
         if not self._lost:
@@ -4890,7 +5324,14 @@ class GatewayServer:
         self.application = application
         self.connections: set[ClientConnection] = set()
         self.hangups = HangupWatch()
+        self.time = relay.client.time
+        self.xheaders = relay.settings.xheaders
+        # A relayed request needs two: the client's and the upstream's.
+        self.max_connections = max(1, (file_limit() - RESERVED_FILES) // 2)
+        self._addresses: collections.Counter[str] = collections.Counter()
         self._servers: list[asyncio.Server] = []
+        self._sweep_interval = min(SWEEP_INTERVAL, relay.settings.client_timeout / 4)
+        self._sweep()
 
     @property
     def stopping(self) -> bool:
@@ -4906,15 +5347,51 @@ class GatewayServer:
             return ApplicationDelegate(self.application, connection, request)
         return RelayHandler(self.relay, connection, request, target)
 
-    async def add_sockets(self, sockets: Iterable[socket.socket]) -> None:
-        """Take connections from these listening sockets."""
+    async def add_sockets(
+        self,
+        sockets: Iterable[socket.socket],
+        ssl_context: ssl.SSLContext | None = None,
+    ) -> None:
+        """Take connections from these listening sockets, over TLS where a context is given."""
         loop = asyncio.get_running_loop()
+        handshake = self.relay.settings.client_timeout if ssl_context else None
         for listening in sockets:
             self._servers.append(
                 await loop.create_server(
-                    lambda: ClientConnection(self), sock=listening, backlog=BACKLOG
+                    lambda: ClientConnection(self),
+                    sock=listening,
+                    backlog=BACKLOG,
+                    ssl=ssl_context,
+                    ssl_handshake_timeout=handshake,
                 )
             )
+
+    def enter(self, connection: ClientConnection) -> None:
+        """A connection was made: keep it, unless there are too many."""
+        peer = connection.context.peer
+        self.connections.add(connection)
+        self._addresses[peer] += 1
+        over = len(self.connections) - self.max_connections
+        message = "The gateway has as many connections as it can hold. Try again."
+        if peer and not self.xheaders:
+            limit = self.relay.settings.max_connections_per_address
+            if self._addresses[peer] - limit > over:
+                over = self._addresses[peer] - limit
+                message = f"Your address has more than {limit:,} connections open."
+        if over > REFUSALS:
+            connection.transport.abort()
+        elif over > 0:
+            headers = [("retry-after", "5")]
+            connection.refuse(APIError(429, message, headers=headers))
+
+    def leave(self, connection: ClientConnection) -> None:
+        """A connection is closed."""
+        self.hangups.forget(connection)
+        self.connections.discard(connection)
+        peer = connection.context.peer
+        self._addresses[peer] -= 1
+        if not self._addresses[peer]:
+            del self._addresses[peer]
 
     def stop(self) -> None:
         """Take no further connections; those without a request close."""
@@ -4931,7 +5408,22 @@ class GatewayServer:
 
     def close(self) -> None:
         """Free what the server holds beside its connections."""
+        self._sweeper.cancel()
         self.hangups.close()
+
+    def _sweep(self) -> None:
+        moment, settings = self.time(), self.relay.settings
+        for connection in list(self.connections):
+            connection.check_patience(
+                moment, settings.client_timeout, settings.idle_timeout
+            )
+        loop = asyncio.get_running_loop()
+        self._sweeper = loop.call_later(self._sweep_interval, self._sweep)
+
+
+def file_limit() -> int:
+    """How many files this process may have open."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 # ─── Management ──────────────────────────────────────────────────────────────────────
@@ -5675,12 +6167,7 @@ class SpendLogsHandler(SpendReportHandler):
 def spend_log_row(finished: Finished) -> dict[str, Any]:
     """A request in the fields of LiteLLM's SpendLogs; those that mean nothing here are left out."""
     tally, key = finished.used.tally, finished.key
-    cached = (
-        tally.cache_read_tokens
-        + tally.cache_write_5m_tokens
-        + tally.cache_write_1h_tokens
-    )
-    prompt = tally.input_tokens + cached
+    prompt = tally.input_tokens + tally.cached
     return {
         "request_id": finished.request_id or finished.call_id,
         "litellm_call_id": finished.call_id,
@@ -5697,8 +6184,7 @@ def spend_log_row(finished: Finished) -> dict[str, Any]:
         "completion_tokens": tally.output_tokens,
         "total_tokens": prompt + tally.output_tokens,
         "cache_read_input_tokens": tally.cache_read_tokens,
-        "cache_creation_input_tokens": tally.cache_write_5m_tokens
-        + tally.cache_write_1h_tokens,
+        "cache_creation_input_tokens": tally.written,
         "startTime": iso(finished.started),
         "endTime": iso(finished.ended),
         "status": "success"
@@ -5752,22 +6238,33 @@ class LivenessHandler(BaseHandler):
 
 
 class ReadinessHandler(BaseHandler):
-    """GET /health/readiness: 200 where requests are taken and keys can be kept, 503 otherwise."""
+    """GET /health/readiness: 200 where requests are taken and keys can be kept, 503 otherwise.
+
+    ``upstream`` tells what passing requests have met; ``uptime`` is seconds.
+    """
 
     def get(self) -> None:
         """Say whether requests are taken."""
-        relay = self.relay
-        ready = not relay.stopping and not relay.store.last_error
-        self.set_status(200 if ready else 503)
+        relay, traffic = self.relay, self.relay.traffic
+        writable = relay.store.is_writable()
+        if relay.stopping:
+            status = "shutting_down"
+        else:
+            status = "healthy" if writable else "unhealthy"
+        self.set_status(200 if status == "healthy" else 503)
         self.send_json(
             {
-                "status": "healthy"
-                if ready
-                else "shutting_down"
-                if relay.stopping
-                else "unhealthy",
+                "status": status,
                 "version": __version__,
-                "store": relay.store.last_error or "writable",
+                "uptime": round((now() - relay.started).total_seconds()),
+                "store": "writable"
+                if writable
+                else relay.store.last_error or "The keys file cannot be written.",
+                "upstream": {
+                    "last_success": iso(traffic.last_success),
+                    "last_failure": iso(traffic.last_failure),
+                    "last_error": traffic.last_error or None,
+                },
                 "prices": prices_state(relay.admission.prices),
             }
         )
@@ -5778,6 +6275,217 @@ def prices_state(prices: Prices) -> str:
     if not prices.available:
         return "none"
     return "loaded" if prices.loaded else "loading"
+
+
+class MetricsHandler(ManagementHandler):
+    """GET /metrics: what the gateway has done since it started, for Prometheus.
+
+    Open to the master key, to a key whose ``allowed_routes`` name it, and with --open-metrics and
+    in open mode to all. 501 where the package prometheus-client is not installed.
+    """
+
+    def prepare(self) -> None:
+        """Called by Tornado before the handler's method."""
+        admission = self.relay.admission
+        if self.relay.settings.open_metrics or admission.is_open:
+            return
+        for _, credential in self.credentials():
+            found = self.relay.store.lookup(credential)
+            if found and found[2] == "active" and names_route(found[1], METRICS_PATH):
+                return
+        self.require_master()
+
+    def get(self) -> None:
+        """Answer in Prometheus' text format."""
+        try:
+            import prometheus_client as prometheus
+        except ImportError:
+            raise APIError(
+                501,
+                "Metrics need the package prometheus-client. Install it where the gateway runs:"
+                " pip install prometheus-client",
+            ) from None
+        registry = prometheus.CollectorRegistry()
+        registry.register(MetricsCollector(self.relay))
+        prometheus.ProcessCollector(registry=registry)
+        accepted = self.request.headers.get("Accept", "")
+        encode, content_type = prometheus.exposition.choose_encoder(accepted)
+        self.set_header("Content-Type", content_type)
+        self.finish(encode(registry))
+
+
+METRICS_PATH = "/metrics"
+
+
+def names_route(key: VirtualKey, path: str) -> bool:
+    """Whether ``allowed_routes`` name a path of the gateway's own; a mere ``*`` does not."""
+    return any(
+        pattern.startswith(path) and fnmatch.fnmatchcase(path, pattern)
+        for pattern in key.allowed_routes
+    )
+
+
+class MetricsCollector:
+    """Makes Prometheus' metrics of the gateway's counts, at each scrape; so they cost nothing between.
+
+    Names are LiteLLM's where it has one (its docs, "Prometheus metrics"), else they begin
+    ``gateway_``. Times are seconds, amounts USD. At most MAX_LABELS keys have labels of their own.
+    """
+
+    def __init__(self, relay: Relay) -> None:
+        self.relay = relay
+
+    def collect(self) -> Iterator[Any]:
+        """Called by the registry."""
+        yield from self._requests()
+        yield from self._latencies()
+        yield from self._used()
+        yield from self._budgets()
+        yield from self._connections()
+
+    def _requests(self) -> Iterator[Any]:
+        from prometheus_client.core import CounterMetricFamily as Counter
+
+        every = Counter(
+            "litellm_proxy_total_requests_metric",
+            "Relayed requests",
+            labels=["api_key_alias", "model", "status_code"],
+        )
+        failed = Counter(
+            "litellm_proxy_failed_requests_metric",
+            "Relayed requests that were refused, failed or broke, by what happened",
+            labels=["api_key_alias", "model", "exception_status", "exception_class"],
+        )
+        gone = Counter("gateway_client_disconnects", "Clients that left too early")
+        sums: collections.Counter[tuple[str, str, str]] = collections.Counter()
+        left = 0
+        for (key, model, status, outcome), count in self.relay.traffic.requests.items():
+            sums[key, model, str(status)] += count
+            if outcome != "ok" or status >= 400:
+                kind = "upstream_error" if outcome == "ok" else outcome
+                failed.add_metric([key, model, str(status), kind], count)
+            left += count if outcome == "client_gone" else 0
+        for labels, count in sums.items():
+            every.add_metric(labels, count)
+        gone.add_metric([], left)
+        yield from (every, failed, gone)
+
+    def _latencies(self) -> Iterator[Any]:
+        from prometheus_client.core import HistogramMetricFamily
+
+        for index, (name, text) in enumerate(LATENCY_METRICS):
+            family = HistogramMetricFamily(name, text, labels=["model"])
+            for model, histograms in self.relay.traffic.timings.items():
+                histogram, seen, buckets = histograms[index], 0, []
+                for bound, count in zip(
+                    (*LATENCY_BUCKETS, math.inf), histogram.counts, strict=True
+                ):
+                    seen += count
+                    shown = "+Inf" if bound == math.inf else str(bound)
+                    buckets.append((shown, seen))
+                family.add_metric([model], buckets, histogram.total)
+            yield family
+
+    def _used(self) -> Iterator[Any]:
+        from prometheus_client.core import CounterMetricFamily as Counter
+
+        for name, text, amount in USAGE_METRICS:
+            family = Counter(name, text, labels=["api_key_alias", "model"])
+            for labels, tally in self.relay.admission.booked.items():
+                family.add_metric(labels, float(amount(tally)))
+            yield family
+
+    def _budgets(self) -> Iterator[Any]:
+        from prometheus_client.core import GaugeMetricFamily as Gauge
+
+        families = [
+            Gauge(name, text, labels=["api_key_alias"]) for name, text in BUDGET_METRICS
+        ]
+        spent, limit, remaining, hours = families
+        moment = now()
+        keys = itertools.islice(self.relay.store.live(), MAX_LABELS)
+        for name, key in {key.shown_name: key for _, key in keys}.items():
+            labels = [name]
+            spent.add_metric(labels, float(key.spent(moment)))
+            if key.max_budget is None:
+                continue
+            limit.add_metric(labels, float(key.max_budget))
+            remaining.add_metric(labels, float(key.max_budget - key.spent(moment)))
+            if key.budget_duration is not None:
+                left = window(key.budget_duration, moment)[1] - moment
+                hours.add_metric(labels, left.total_seconds() / 3600)
+        yield from families
+
+    def _connections(self) -> Iterator[Any]:
+        from prometheus_client.core import CounterMetricFamily as Counter
+        from prometheus_client.core import GaugeMetricFamily as Gauge
+
+        relay, client = self.relay, self.relay.client
+        active = list(relay.active)
+        streams = sum(handler.is_streaming for handler in active)
+        yield Gauge(
+            "litellm_in_flight_requests", "Requests under way", value=len(active)
+        )
+        yield Gauge("gateway_streams_open", "Streams under way", value=streams)
+        yield Gauge(
+            "gateway_upstream_connections_idle",
+            "Connections kept for the next request",
+            value=client.idle,
+        )
+        for name, text, value in (
+            ("opened", "Connections opened to the upstream", client.opened),
+            ("reused", "Requests that went over a kept connection", client.reused),
+        ):
+            yield Counter(f"gateway_upstream_connections_{name}", text, value=value)
+
+
+LATENCY_METRICS = (  # in the order of TIMINGS
+    ("litellm_request_total_latency_metric", "The whole of a request"),
+    ("litellm_llm_api_time_to_first_token_metric", "Until the first byte of an answer"),
+    ("litellm_llm_api_latency_metric", "From the sending upstream to the answer's end"),
+    ("litellm_overhead_latency_metric", "Added by the gateway before the first byte"),
+)
+USAGE_METRICS: tuple[tuple[str, str, Callable[[Tally], int | Decimal]], ...] = (
+    ("litellm_spend_metric", "USD", lambda t: t.spend),
+    (
+        "litellm_total_tokens_metric",
+        "Tokens",
+        lambda t: t.input_tokens + t.cached + t.output_tokens,
+    ),
+    ("litellm_input_tokens_metric", "Prompt", lambda t: t.input_tokens + t.cached),
+    ("litellm_output_tokens_metric", "Output", lambda t: t.output_tokens),
+    ("litellm_input_cached_tokens_metric", "From cache", lambda t: t.cache_read_tokens),
+    ("litellm_input_cache_creation_tokens_metric", "To cache", lambda t: t.written),
+)
+BUDGET_METRICS = (
+    ("gateway_api_key_spend", "USD spent in the budget's present window"),
+    ("litellm_api_key_max_budget_metric", "USD of the key's budget"),
+    ("litellm_remaining_api_key_budget_metric", "USD left of the key's budget"),
+    ("litellm_api_key_budget_remaining_hours_metric", "Hours until the budget resets"),
+)
+
+
+class JSONFormatter(logging.Formatter):
+    """A log line as a JSON object: ``time``, ``level``, and a relayed request's `Finished.fields`
+    or a ``message`` (with ``exception``, where there was one)."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Called by logging."""
+        moment = datetime.fromtimestamp(record.created, UTC)
+        line: dict[str, Any] = {
+            "time": moment.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "level": record.levelname.lower(),
+        }
+        subject = (
+            record.args[0] if isinstance(record.args, tuple) and record.args else 0
+        )
+        if isinstance(subject, Finished):
+            line |= subject.fields()
+        else:
+            line["message"] = record.getMessage()
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
 
 
 def log_request(handler: web.RequestHandler) -> None:
@@ -6262,6 +6970,7 @@ class MockFile(MockHandler):
 USAGE_ERROR = 2  # exit status for a start that cannot be
 DRAIN_PROGRESS = 5.0  # seconds between two lines about what a stop waits for
 LOOPBACK = ("127.0.0.1", "::1")
+UNIX_SOCKET_MODE = 0o660  # for the owner and his group, such as the proxy's
 
 
 def make_app(settings: Settings) -> web.Application:
@@ -6283,6 +6992,7 @@ def make_app(settings: Settings) -> web.Application:
             (rf"(?:{hello})", HelloHandler),
             (r"/health/(?:liveliness|liveness)", LivenessHandler),
             (r"/health/readiness", ReadinessHandler),
+            (METRICS_PATH, MetricsHandler),
             (r"/key/generate", GenerateHandler),
             (r"/key/update", UpdateHandler),
             (r"/key/delete", DeleteHandler),
@@ -6304,8 +7014,11 @@ def make_app(settings: Settings) -> web.Application:
 
 
 def bind(settings: Settings, *, loopback: bool) -> list[socket.socket]:
-    """Listening sockets, on loopback where ``--address`` does not say otherwise. Raises SettingsError."""
+    """Listening sockets: the Unix socket, or the port, on loopback where ``--address`` does not say
+    otherwise. Raises SettingsError."""
     try:
+        if settings.unix_socket:
+            return [netutil.bind_unix_socket(settings.unix_socket, UNIX_SOCKET_MODE)]
         if settings.address or not loopback:
             return bind_sockets(settings.port, settings.address or None)
         sockets = bind_sockets(settings.port, LOOPBACK[0])
@@ -6313,19 +7026,41 @@ def bind(settings: Settings, *, loopback: bool) -> list[socket.socket]:
             sockets += bind_sockets(sockets[0].getsockname()[1], LOOPBACK[1])
         return sockets
     except OSError as error:
-        where = f"{settings.address or 'port'} {settings.port}".strip()
-        raise SettingsError(f"cannot listen on {where}: {error.strerror}") from None
+        where = settings.unix_socket or f"{settings.address or 'port'} {settings.port}"
+        raise SettingsError(
+            f"cannot listen on {where}: {error.strerror or error}"
+        ) from None
+    except ValueError as error:  # what stands there is a file, but no socket
+        raise SettingsError(f"--unix-socket: {error}") from None
+
+
+def server_context(settings: Settings) -> ssl.SSLContext | None:
+    """What serves TLS, where ``--certfile`` is given. Raises SettingsError."""
+    if not settings.certfile:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.set_alpn_protocols(["http/1.1"])
+    load_certificate(context, settings)
+    return context
+
+
+def load_certificate(context: ssl.SSLContext, settings: Settings) -> None:
+    """Give a context the certificate that the files hold now. Raises SettingsError."""
+    try:
+        context.load_cert_chain(settings.certfile, settings.keyfile or None, "")
+    except OSError as error:  # ssl.SSLError is one
+        reason = error.strerror or error.__class__.__name__
+        raise SettingsError(f"--certfile, --keyfile: {reason}") from None
 
 
 def announce(settings: Settings, relay: Relay, port: int) -> None:
     """Print where it listens and relays to, what it lets in, and what a user pastes to connect."""
     admission, keys = relay.admission, sum(1 for _ in relay.store.live())
-    address = settings.address or (LOOPBACK[0] if admission.is_open else "")
-    shown = f"[{address}]" if ":" in address else address
-    url = f"http://{shown if address not in ('', '0.0.0.0', '::') else LOOPBACK[0]}:{port}"
-    lines = [
-        f"gateway {__version__} listening on {url}{'' if address else ' and every other address'}"
-    ]
+    url, everywhere = base_url(settings, port, is_open=admission.is_open)
+    where = settings.unix_socket or url + (
+        " and every other address" if everywhere else ""
+    )
+    lines = [f"gateway {__version__} listening on {where}"]
     upstream = (
         "the built-in stand-in"
         if settings.api_key.startswith(MOCK_CREDENTIAL)
@@ -6345,23 +7080,33 @@ def announce(settings: Settings, relay: Relay, port: int) -> None:
         lines.append(f"virtual keys are required ({made})")
     if not admission.has_master:
         lines.append("! no GATEWAY_MASTER_KEY is set: /key/* is closed")
-    elif (
-        settings.master_key in WEAK_MASTER_KEYS
-        or len(settings.master_key) < MIN_MASTER_KEY_LENGTH
-    ):
-        lines.append(
-            "! the master key is weak: take 16 characters or more that nobody can guess"
-        )
+    elif settings.has_weak_master_key:
+        lines.append(f"! {WEAK_MASTER_KEY}")
     if not admission.prices.available:
         lines.append(
             "! genai-prices is not installed: tokens are counted, money is not"
         )
-    lines += [
-        "connect with",
-        f"  export ANTHROPIC_BASE_URL={url}/anthropic",
-        f"  export ANTHROPIC_AUTH_TOKEN={'anything' if admission.is_open else '<a virtual key>'}",
-    ]
+    lines += connect_lines(url, is_open=admission.is_open)
     print("\n".join(lines), flush=True)
+
+
+def base_url(settings: Settings, port: int, *, is_open: bool) -> tuple[str, bool]:
+    """Where a client on this machine finds the gateway, and whether it listens on all addresses."""
+    address = settings.address or (LOOPBACK[0] if is_open else "")
+    host = f"[{address}]" if ":" in address else address
+    if address in ("", "0.0.0.0", "::"):
+        host = LOOPBACK[0]
+    scheme = "https" if settings.certfile else "http"
+    return f"{scheme}://{host}:{port}", not address
+
+
+def connect_lines(url: str, *, is_open: bool) -> list[str]:
+    """What a user pastes to connect."""
+    return [
+        "connect with",
+        f"  export ANTHROPIC_BASE_URL={url}{RELAY_PREFIX}",
+        f"  export ANTHROPIC_AUTH_TOKEN={'anything' if is_open else '<a virtual key>'}",
+    ]
 
 
 MOCK_CREDENTIAL = "sk-ant-mock-"
@@ -6390,29 +7135,40 @@ async def serve(settings: Settings) -> None:
     application = make_app(settings)
     relay: Relay = application.settings["relay"]
     server = GatewayServer(relay, application)
+    context = server_context(settings)
     sockets = bind(settings, loopback=relay.admission.is_open)
-    await server.add_sockets(sockets)
+    port = 0 if settings.unix_socket else sockets[0].getsockname()[1]
+    await server.add_sockets(sockets, context)
     stops: asyncio.Queue[None] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stops.put_nowait, None)
-    loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(reload(relay)))
-    announce(settings, relay, sockets[0].getsockname()[1])
+    loop.add_signal_handler(
+        signal.SIGHUP, lambda: loop.create_task(reload(relay, context))
+    )
+    announce(settings, relay, port)
     prices = relay.admission.prices
     await loop.run_in_executor(None, prices.load)
     relay.admission.prices_loaded()
     await stops.get()
     await stop(relay, server, stops)
+    if settings.unix_socket:
+        with contextlib.suppress(OSError):
+            os.unlink(settings.unix_socket)
 
 
-async def reload(relay: Relay) -> None:
-    """Read the keys file again (SIGHUP); a bad one changes nothing."""
+async def reload(relay: Relay, context: ssl.SSLContext | None) -> None:
+    """Read the certificate, the price file and the keys file again (SIGHUP); a bad one changes
+    nothing. A new certificate holds for connections from now on."""
     try:
+        if context is not None:
+            server_context(relay.settings)  # one that fails must not be half loaded
+            load_certificate(context, relay.settings)
         relay.admission.prices.reload()
         await relay.store.reload()
         log.info("keys read again: %d", sum(1 for _ in relay.store.live()))
     except (SettingsError, OSError) as error:
-        log.error("keys not read again: %s", error)
+        log.error("not read again: %s", error)
 
 
 async def stop(relay: Relay, server: GatewayServer, stops: asyncio.Queue[None]) -> None:
@@ -6446,14 +7202,162 @@ async def stop(relay: Relay, server: GatewayServer, stops: asyncio.Queue[None]) 
     log.info("stopped")
 
 
+async def check(settings: Settings) -> bool:
+    """Print, a line each, what is well and what is not, and what to do about it (``--check``)."""
+    if settings.upstream == MOCK_UPSTREAM:
+        settings = start_mock(settings)
+    findings = [
+        *check_packages(),
+        check_keys_file(settings.keys),
+        check_master_key(settings),
+        check_certificate(settings),
+        await check_upstream(settings),
+    ]
+    for well, text in findings:
+        print(f"{'ok  ' if well else 'FAIL'} {text}")
+    is_open = not settings.master_key and not has_keys(settings.keys)
+    url, _ = base_url(settings, settings.port, is_open=is_open)
+    print("\n".join([*connect_lines(url, is_open=is_open), *sdk_lines(url)]))
+    return all(well for well, _ in findings)
+
+
+Finding = tuple[bool, str]
+OPTIONAL_PACKAGES = (
+    ("uvloop", "uvloop", "the gateway is slower"),
+    ("genai_prices", "genai-prices", "money is not counted, budgets cannot be set"),
+    ("prometheus_client", "prometheus-client", "there is no /metrics"),
+)
+
+
+def check_packages() -> Iterator[Finding]:
+    """The packages that are there; one that is not costs a feature, and is no failure."""
+    python = ".".join(map(str, sys.version_info[:3]))
+    yield True, f"Python {python}, Tornado {tornado.version}"
+    for module, package, loss in OPTIONAL_PACKAGES:
+        if importlib.util.find_spec(module) is not None:
+            yield True, f"{package} is installed"
+        else:
+            yield True, f"{package} is not installed: {loss} (pip install {package})"
+
+
+def has_keys(path: Path) -> bool:
+    """Whether a keys file holds keys."""
+    try:
+        return bool(parse_store(path.read_bytes(), str(path)))
+    except (OSError, SettingsError):
+        return False
+
+
+def check_keys_file(path: Path) -> Finding:
+    """Whether the keys file is sound, and its folder takes the new file that each change makes."""
+    try:
+        keys = parse_store(path.read_bytes(), str(path))
+        text = f"{path}: {len(keys)} keys"
+    except FileNotFoundError:
+        text = f"{path}: will be made"
+    except OSError as error:
+        return False, f"{path}: {error.strerror}; let the gateway's user read it"
+    except SettingsError as error:
+        return False, str(error)
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            return True, text
+    except OSError as error:
+        reason = f"{path.parent} cannot be written ({error.strerror})"
+        return False, f"{text}; {reason}: let the gateway's user write there, or --keys"
+
+
+def check_master_key(settings: Settings) -> Finding:
+    """Whether there is a master key that nobody guesses."""
+    if not settings.master_key:
+        return False, (
+            "no master key, so no virtual keys can be made: set GATEWAY_MASTER_KEY, for example to"
+            f" {KEY_PREFIX}{secrets.token_urlsafe(24)}"
+        )
+    return (
+        (False, WEAK_MASTER_KEY)
+        if settings.has_weak_master_key
+        else (
+            True,
+            "the master key is set",
+        )
+    )
+
+
+def check_certificate(settings: Settings) -> Finding:
+    """Whether TLS can be served, if it is to be."""
+    try:
+        if server_context(settings) is None:
+            return (
+                True,
+                "TLS is not served (--certfile), as behind a proxy or on loopback",
+            )
+    except SettingsError as error:
+        return False, f"{error}; give PEM files that the gateway's user can read"
+    return True, f"TLS is served with {settings.certfile}"
+
+
+async def check_upstream(settings: Settings) -> Finding:
+    """Whether the upstream answers, and takes the real key: one GET /v1/models."""
+    client = UpstreamClient(
+        force_instance=True, connect_timeout=settings.connect_timeout
+    )
+    request = HTTPRequest(f"{settings.upstream.rstrip('/')}/v1/models?limit=1")
+    request.request_timeout = CHECK_TIMEOUT
+    request.headers["anthropic-version"] = ANTHROPIC_VERSION
+    credential = settings.real_credential
+    if credential is not None:
+        request.headers[credential[0]] = credential[1]
+    try:
+        response = await client.fetch(request, raise_error=False)
+        if isinstance(response.error, UpstreamError):
+            raise response.error
+    except UpstreamError as error:
+        return (
+            False,
+            f"{settings.upstream}: {error} Look at --upstream and the network.",
+        )
+    finally:
+        client.close()
+    where = f"{settings.upstream} answers"
+    if credential is None:
+        return False, f"{where}, but no real key is set: set ANTHROPIC_API_KEY"
+    if response.code in (401, 403):
+        return (
+            False,
+            f"{where} {response.code}: the real key is not accepted, set another",
+        )
+    if response.code >= 400:
+        return False, f"{where} {response.code} to GET /v1/models: is --upstream right?"
+    return True, f"{where} and accepts the real key"
+
+
+CHECK_TIMEOUT = 30.0  # seconds
+ANTHROPIC_VERSION = "2023-06-01"  # platform.claude.com, api/versioning
+
+
+def sdk_lines(url: str) -> list[str]:
+    """What a program with an Anthropic SDK says to connect."""
+    base = f"{url}{RELAY_PREFIX}"
+    return [
+        f'  anthropic.Anthropic(base_url="{base}", api_key="<a virtual key>")',
+        f'  new Anthropic({{ baseURL: "{base}", apiKey: "<a virtual key>" }})',
+    ]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the gateway with these arguments, by default the command line's. Ends the process."""
     try:
         settings = read_settings(
             sys.argv[1:] if arguments is None else arguments, os.environ
         )
+        if options.log_json:
+            for handler in logging.getLogger().handlers:
+                handler.setFormatter(JSONFormatter())
         raise_file_limit()
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
+            if options.check:
+                sys.exit(0 if runner.run(check(settings)) else 1)
             runner.run(serve(settings))
     except SettingsError as error:
         sys.stderr.write(f"gateway: {error}\n")

@@ -1,0 +1,829 @@
+"""A gateway between a hostile upstream and hostile clients, with faults of the machine besides.
+
+.venv/bin/python bench/chaos.py --seconds=60 --seed=1
+
+Upstream and clients do all that is in UPSTREAM_FAULTS and CLIENT_FAULTS, by a seeded choice; now
+and then the disk is full, file descriptors run out, the clock jumps, or thousands of connections
+stand idle. Meanwhile honest clients use the same keys, and keys are made, changed and deleted.
+Afterwards nothing may be left: no request, exchange, slot, hold, connection, task or open file;
+memory is where it was after the first part (within a tenth); every acknowledged key is in the file
+as it was acknowledged; and every answer that a client got whole is in the log at its exact cost,
+the costs of the log being what the file says the keys have used. Ends with 1 where any of this fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import collections
+import contextlib
+import gc
+import gzip
+import json
+import logging
+import os
+import random
+import resource
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(FOLDER))
+
+import gateway
+
+MASTER_KEY = "sk-chaos-0123456789abcdef"
+REAL_KEY = "sk-ant-chaos-0123456789abcdef"
+PRICES = {"*": {"input": 1, "output": 10}}
+INPUT_PRICE, OUTPUT_PRICE = Decimal("0.000001"), Decimal("0.00001")
+CLIENTS = 80  # at a time
+MAX_KEYS = 200
+SWARM = 2000  # idle connections
+FILES = 5200  # what the gateway may open: the swarm twice over, and a little
+CLOCK_JUMPS = (86_400, -172_800, 40 * 86_400, -3, 0)  # seconds off the real time
+CALM = 40  # seconds until all must be over once nobody does anything any more
+WARM_UP = 0.3  # the part of the time after which memory is first measured
+MEMORY_MARGIN = 0.10
+
+
+# ─── The gateway's side ───────────────────────────────────────────────────────────────
+
+
+def run_gateway(arguments: list[str]) -> None:
+    """The gateway itself, with a clock that jumps on SIGUSR1, and a census on SIGUSR2."""
+    real_time, jumps = time.time, [0]
+    time.time = lambda: real_time() + CLOCK_JUMPS[jumps[0] % len(CLOCK_JUMPS) - 1]
+    relays: list[gateway.Relay] = []
+    make_app = gateway.make_app
+
+    def remember(settings: gateway.Settings) -> Any:
+        application = make_app(settings)
+        relays.append(application.settings["relay"])
+        return application
+
+    def jump(*_: Any) -> None:
+        jumps[0] += 1
+
+    def census(*_: Any) -> None:
+        gc.collect()
+        relay = relays[0]
+        accounts = [key.account for key in relay.store.keys.values()]
+        counts = {
+            "requests": len(relay.active),
+            "exchanges": len(relay.client.exchanges),
+            "slots": sum(account.running for account in accounts),
+            "holds": float(sum(w.held for a in accounts for w in windows(a))),
+            "tasks": len(asyncio.all_tasks(asyncio.get_event_loop())),
+            "connections": instances(gateway.ClientConnection),
+            "handlers": instances(gateway.RelayHandler),
+            "upstream connections": instances(gateway.UpstreamConnection)
+            - relay.client.idle,
+            "open files": len(os.listdir("/proc/self/fd")) - relay.client.idle,
+        }
+        print(json.dumps({"census": counts}), flush=True)
+
+    gateway.make_app = remember
+    signal.signal(signal.SIGUSR1, jump)
+    signal.signal(signal.SIGUSR2, census)
+    gateway.main(arguments)
+
+
+def windows(account: gateway.Account) -> list[gateway.WindowSpend]:
+    return [account.total, *account.models.values()]
+
+
+def instances(kind: type) -> int:
+    return sum(type(thing) is kind for thing in gc.get_objects())
+
+
+# ─── The upstream ─────────────────────────────────────────────────────────────────────
+
+
+def message(given: int, taken: int) -> bytes:
+    return json.dumps(
+        {
+            "id": "msg_1",
+            "type": "message",
+            "role": "assistant",
+            "model": "claude-chaos-1",
+            "content": [{"type": "text", "text": "x" * 200}],
+            "stop_reason": "end_turn",
+            "usage": {"input_tokens": given, "output_tokens": taken},
+        }
+    ).encode()
+
+
+def events(given: int, taken: int) -> list[bytes]:
+    def event(**fields: Any) -> bytes:
+        return f"event: {fields['type']}\ndata: {json.dumps(fields)}\n\n".encode()
+
+    begun = {
+        "model": "claude-chaos-1",
+        "usage": {"input_tokens": given, "output_tokens": 1},
+    }
+    delta = {"type": "text_delta", "text": "some words "}
+    return [
+        event(type="message_start", message=begun),
+        event(type="content_block_start", index=0, content_block={"type": "text"}),
+        *[event(type="content_block_delta", index=0, delta=delta)] * 8,
+        event(type="content_block_stop", index=0),
+        event(
+            type="message_delta",
+            delta={"stop_reason": "end_turn"},
+            usage={"output_tokens": taken},
+        ),
+        event(type="message_stop"),
+    ]
+
+
+def head(status: str, *fields: str) -> bytes:
+    return "\r\n".join([f"HTTP/1.1 {status}", *fields, "\r\n"]).encode()
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def reset(writer: asyncio.StreamWriter) -> None:
+    """Close with a reset, which may throw away what was written."""
+    connection = writer.get_extra_info("socket")
+    if connection is not None and connection.fileno() >= 0:
+        linger = struct.pack("ii", 1, 0)
+        with contextlib.suppress(OSError):
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    writer.transport.abort()
+
+
+JSON = "Content-Type: application/json"
+SSE = "Content-Type: text/event-stream"
+
+
+class Answering:
+    """One request at the upstream; each method is a way to answer it. True: keep the connection."""
+
+    def __init__(self, rng: random.Random, writer: asyncio.StreamWriter) -> None:
+        self.rng = rng
+        self.writer = writer
+        self.given, self.taken = rng.randint(1, 5000), rng.randint(1, 900)
+
+    async def send(self, *parts: bytes) -> None:
+        for part in parts:
+            self.writer.write(part)
+            await self.writer.drain()
+
+    async def plain(self) -> bool:
+        body = message(self.given, self.taken)
+        await self.send(head("200 OK", JSON, f"Content-Length: {len(body)}") + body)
+        return True
+
+    async def zipped(self) -> bool:
+        body = gzip.compress(message(self.given, self.taken))
+        fields = (JSON, "Content-Encoding: gzip", f"Content-Length: {len(body)}")
+        await self.send(head("200 OK", *fields), body[:20], body[20:])
+        return True
+
+    async def stream(self) -> bool:
+        data = b"".join(map(chunk, events(self.given, self.taken))) + b"0\r\n\r\n"
+        cuts = sorted(self.rng.sample(range(len(data)), 6))
+        parts = [data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)], strict=True)]
+        await self.send(head("200 OK", SSE, "Transfer-Encoding: chunked"))
+        for part in parts:
+            await self.send(part)
+            await asyncio.sleep(self.rng.random() * 0.05)
+        return True
+
+    async def until_close(self) -> bool:
+        await self.send(head("200 OK", JSON), message(self.given, self.taken))
+        return False
+
+    async def large(self) -> bool:
+        size = 4_000_000
+        await self.send(head("200 OK", JSON, f"Content-Length: {size}"))
+        for _ in range(40):
+            await self.send(b"y" * (size // 40))
+        return True
+
+    async def overloaded(self) -> bool:
+        body = (
+            b'{"type": "error", "error": {"type": "overloaded_error", "message": "x"}}'
+        )
+        fields = (JSON, f"Content-Length: {len(body)}", "retry-after: 1")
+        await self.send(head("529 Overloaded", *fields) + body)
+        return True
+
+    async def closed_behind(self) -> bool:
+        await self.plain()
+        return False
+
+    async def reset_at_once(self) -> bool:
+        reset(self.writer)
+        return False
+
+    async def closed_at_once(self) -> bool:
+        return False
+
+    async def silent(self) -> bool:
+        await asyncio.sleep(5)
+        return False
+
+    async def reset_within(self) -> bool:
+        await self.send(head("200 OK", SSE, "Transfer-Encoding: chunked"))
+        await self.send(*map(chunk, events(self.given, self.taken)[:5]))
+        reset(self.writer)
+        return False
+
+    async def silent_within(self) -> bool:
+        await self.send(head("200 OK", SSE, "Transfer-Encoding: chunked"))
+        await self.send(*map(chunk, events(self.given, self.taken)[:3]))
+        await asyncio.sleep(5)
+        return False
+
+    async def half_closed(self) -> bool:
+        await self.send(head("200 OK", JSON, "Content-Length: 1000"), b'{"usage": ')
+        self.writer.write_eof()
+        await asyncio.sleep(1)
+        return False
+
+    async def bad_gzip(self) -> bool:
+        body = gzip.compress(message(self.given, self.taken))[:50] + b"\0" * 50
+        fields = (JSON, "Content-Encoding: gzip", f"Content-Length: {len(body)}")
+        await self.send(head("200 OK", *fields) + body)
+        return True
+
+    async def bad_chunk(self) -> bool:
+        await self.send(
+            head("200 OK", SSE, "Transfer-Encoding: chunked"), b"zz\r\nhello"
+        )
+        return False
+
+    async def large_head(self) -> bool:
+        await self.send(
+            head("200 OK", JSON, *[f"x-{n}: {'z' * 900}" for n in range(100)])
+        )
+        return False
+
+    async def garbage(self) -> bool:
+        await self.send(self.rng.randbytes(300) + b"\r\n\r\n")
+        return False
+
+    async def many_continues(self) -> bool:
+        await self.send(head("103 Early Hints", "x-a: b") * 30)
+        return False
+
+    async def stray(self) -> bool:
+        body = message(self.given, self.taken)
+        whole = head("200 OK", JSON, f"Content-Length: {len(body)}") + body
+        await self.send(whole + head("200 OK", "Content-Length: 0"))
+        return False
+
+
+Answer = Callable[[Answering], Awaitable[bool]]
+GOOD_ANSWERS: list[Answer] = [Answering.plain, Answering.zipped, Answering.stream]
+UPSTREAM_FAULTS: list[Answer] = [
+    *(Answering.until_close, Answering.large, Answering.overloaded),
+    *(Answering.closed_behind, Answering.reset_at_once, Answering.closed_at_once),
+    *(Answering.silent, Answering.reset_within, Answering.silent_within),
+    *(Answering.half_closed, Answering.bad_gzip, Answering.bad_chunk),
+    *(Answering.large_head, Answering.garbage, Answering.many_continues),
+    Answering.stray,
+]
+
+
+class Upstream:
+    """Answers well as often as not."""
+
+    def __init__(self, seed: int, counts: collections.Counter[str]) -> None:
+        self.rng = random.Random(seed)
+        self.counts = counts
+
+    async def serve(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        ends = (OSError, asyncio.IncompleteReadError, asyncio.CancelledError)
+        with contextlib.suppress(*ends):
+            kept = True
+            while kept:
+                request = await reader.readuntil(b"\r\n\r\n")
+                if REAL_KEY.encode() not in request:
+                    self.counts["FAILED: a request without the real key"] += 1
+                await self.read_body(reader, request.lower())
+                good = self.rng.random() < 0.5
+                answer = self.rng.choice(GOOD_ANSWERS if good else UPSTREAM_FAULTS)
+                self.counts[f"upstream {answer.__name__}"] += 1
+                kept = await answer(Answering(self.rng, writer))
+        writer.close()
+
+    async def read_body(self, reader: asyncio.StreamReader, request: bytes) -> None:
+        for line in request.split(b"\r\n"):
+            if line.startswith(b"content-length:"):
+                await reader.readexactly(int(line.split(b":")[1]))
+            if line.startswith(b"transfer-encoding:"):
+                while size := int((await reader.readline()).strip() or b"0", 16):
+                    await reader.readexactly(size + 2)
+                await reader.readline()
+
+
+# ─── The clients ──────────────────────────────────────────────────────────────────────
+
+BODY = json.dumps(
+    {"model": "claude-chaos-1", "max_tokens": 900, "messages": [{"role": "user"}]}
+).encode()
+
+
+def request(key: str, *fields: str, body: bytes = BODY) -> bytes:
+    lines = [
+        "POST /anthropic/v1/messages HTTP/1.1",
+        "Host: gateway",
+        f"x-api-key: {key}",
+    ]
+    lines += ["content-type: application/json", *fields]
+    if not any(field.startswith("transfer-encoding") for field in fields):
+        lines.append(f"content-length: {len(body)}")
+    return "\r\n".join([*lines, "\r\n"]).encode() + body
+
+
+class Chaos:
+    """The clients, and what they know to be true of the gateway."""
+
+    def __init__(self, seed: int, port: int, pid: int) -> None:
+        self.rng = random.Random(seed + 1)
+        self.port = port
+        self.pid = pid
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.keys: list[str] = []
+        self.acknowledged: dict[str, dict[str, Any]] = {}
+        self.expected: dict[str, Decimal] = {}
+        self.logged: dict[str, Decimal] = {}
+        self.spent: collections.Counter[str] = collections.Counter()
+        self.censuses: list[dict[str, Any]] = []
+
+    @contextlib.asynccontextmanager
+    async def connection(
+        self,
+    ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        try:
+            yield reader, writer
+        finally:
+            writer.transport.abort()
+
+    def key(self) -> str:
+        return self.rng.choice(self.keys)
+
+    async def call(self, path: str, body: Any) -> tuple[int, Any]:
+        """Call the gateway itself with the master key."""
+        data = json.dumps(body).encode()
+        async with self.connection() as (reader, writer):
+            lines = [f"POST {path} HTTP/1.1", "Host: gateway", "connection: close"]
+            lines += [
+                f"authorization: Bearer {MASTER_KEY}",
+                f"content-length: {len(data)}",
+            ]
+            writer.write("\r\n".join([*lines, "\r\n"]).encode() + data)
+            answer = await asyncio.wait_for(reader.read(), 20)
+        start, _, answered = answer.partition(b"\r\n\r\n")
+        return int(start.split(b" ")[1]), json.loads(answered)
+
+    # Honest clients
+
+    async def honest(self) -> None:
+        """Ask a few times over one connection, and remember what each whole answer must cost."""
+        async with self.connection() as (reader, writer):
+            for _ in range(self.rng.randint(1, 5)):
+                writer.write(request(self.key()))
+                start, body = await asyncio.wait_for(read_answer(reader), 30)
+                status = int(start.split(b" ")[1])
+                self.counts[f"honest {status}"] += 1
+                if status == 200:
+                    self.expect(start, body)
+                if b"connection: close" in start.lower():
+                    return
+
+    def expect(self, start: bytes, body: bytes) -> None:
+        fields = dict(line.split(b": ", 1) for line in start.split(b"\r\n")[1:-2])
+        if fields.get(b"Content-Encoding") == b"gzip":
+            try:
+                body = gzip.decompress(body)
+            except (OSError, EOFError, zlib.error):
+                return
+        if cost := cost_of(body):
+            self.expected[fields[b"x-litellm-call-id"].decode()] = cost
+
+    async def manage(self) -> None:
+        """Make, change or delete a key, and remember what was acknowledged."""
+        full = len(self.acknowledged) >= MAX_KEYS  # for memory's sake
+        if self.keys and (full or self.rng.random() < 0.5):
+            key, rpm = self.key(), self.rng.randint(10**6, 10**9)
+            status, _ = await self.call("/key/update", {"key": key, "rpm_limit": rpm})
+            if status == 200:
+                self.acknowledged[key]["rpm_limit"] = rpm
+        else:
+            fields = {"rpm_limit": 10**6, "max_parallel_requests": 1000}
+            fields |= {"tpm_limit": 10**12, "max_budget": 10**6}
+            status, made = await self.call("/key/generate", fields)
+            if status == 200:
+                self.acknowledged[made["key"]] = fields
+                if len(self.keys) < 40 or self.rng.random() < 0.5:
+                    self.keys = [*self.keys[-39:], made["key"]]
+                else:
+                    status, _ = await self.call("/key/delete", {"keys": [made["key"]]})
+                    if status == 200:
+                        self.acknowledged[made["key"]] = {"deleted": True}
+        self.counts[f"manage {status}"] += 1
+
+    # Hostile ones
+
+    async def leaves(self) -> None:
+        async with self.connection() as (_, writer):
+            data = request(self.key())
+            writer.write(data[: self.rng.randint(1, len(data))])
+            await asyncio.sleep(self.rng.random() * 0.1)
+            if self.rng.random() < 0.5:
+                reset(writer)
+
+    async def leaves_within_the_answer(self) -> None:
+        async with self.connection() as (reader, writer):
+            writer.write(request(self.key()))
+            await asyncio.wait_for(reader.read(self.rng.randint(1, 900)), 30)
+
+    async def half_closes(self) -> None:
+        async with self.connection() as (reader, writer):
+            writer.write(request(self.key()))
+            writer.write_eof()
+            await asyncio.wait_for(reader.read(), 30)
+
+    async def slow_head(self) -> None:
+        await self.drip(b"", request(self.key())[:100])
+
+    async def slow_body(self) -> None:
+        data = request(self.key(), body=b" " * 5000)
+        await self.drip(data[:-4000], data[-100:])
+
+    async def drip(self, first: bytes, rest: bytes) -> None:
+        """Send the rest byte by byte, which the gateway must not put up with for long."""
+        async with self.connection() as (reader, writer):
+            writer.write(first)
+            answer = asyncio.create_task(reader.read())
+            for byte in rest:
+                writer.write(bytes([byte]))
+                await asyncio.wait({answer}, timeout=0.2)
+                if answer.done():
+                    self.counts["slow ones that were ended"] += 1
+                    await answer
+                    return
+            answer.cancel()
+            self.counts["FAILED: a slow one was put up with"] += 1
+
+    async def large_head(self) -> None:
+        async with self.connection() as (reader, writer):
+            writer.write(
+                request(self.key(), *[f"x-{n}: {'z' * 900}" for n in range(99)])
+            )
+            await asyncio.wait_for(reader.read(), 30)
+
+    async def bad_chunks(self) -> None:
+        async with self.connection() as (reader, writer):
+            chunked = "transfer-encoding: chunked"
+            writer.write(request(self.key(), chunked, body=b"5\r\nhellothere\r\n"))
+            await asyncio.wait_for(reader.read(), 30)
+
+    async def bad_gzip(self) -> None:
+        async with self.connection() as (reader, writer):
+            body = b"\x1f\x8b" + self.rng.randbytes(200)
+            writer.write(request(self.key(), "content-encoding: gzip", body=body))
+            await asyncio.wait_for(reader.read(200), 30)
+
+    async def garbage(self) -> None:
+        async with self.connection() as (reader, writer):
+            writer.write(self.rng.randbytes(500) + b"\r\n\r\n")
+            await asyncio.wait_for(reader.read(), 30)
+
+    async def pipelines(self) -> None:
+        async with self.connection() as (reader, writer):
+            writer.write(request(self.key()) * 8)
+            await asyncio.wait_for(reader.read(3000), 30)
+
+    async def slow_reader(self) -> None:
+        async with self.connection() as (reader, writer):
+            writer.transport.set_write_buffer_limits(0)
+            reader._limit = 1000  # asyncio stops reading the socket at twice this
+            writer.write(request(self.key()))
+            await asyncio.sleep(self.rng.random() * 4)
+
+    async def large_upload(self) -> None:
+        async with self.connection() as (reader, writer):
+            lines = [
+                "POST /v1/files HTTP/1.1",
+                "Host: gateway",
+                f"x-api-key: {self.key()}",
+            ]
+            lines += ["content-type: multipart/form-data", "content-length: 3000000"]
+            writer.write("\r\n".join([*lines, "\r\n"]).encode())
+            for _ in range(self.rng.randint(1, 30)):
+                writer.write(b"u" * 100_000)
+                await asyncio.wait_for(writer.drain(), 30)
+            await asyncio.wait_for(reader.read(100), 30)
+
+    async def wrong_keys(self) -> None:
+        async with self.connection() as (reader, writer):
+            for _ in range(20):
+                writer.write(request(f"sk-{self.rng.getrandbits(100):x}"))
+                start, _ = await asyncio.wait_for(read_answer(reader), 30)
+                self.counts["wrong keys"] += 1
+                if b" 401 " not in start.split(b"\r\n")[0] + b" ":
+                    self.counts["wrong keys not refused by 401"] += 1
+                    return
+
+    # The machine
+
+    async def swarm(self) -> None:
+        """Thousands of connections that say nothing, for longer than they are let to."""
+        opened = []
+        for _ in range(SWARM):
+            with contextlib.suppress(OSError):
+                opened.append(await asyncio.open_connection("127.0.0.1", self.port))
+        self.counts["idle connections"] += len(opened)
+        await asyncio.sleep(self.rng.random() * 6)
+        for _, writer in opened:
+            writer.transport.abort()
+
+    async def full_disk(self) -> None:
+        """No file may grow beyond 10 bytes, so that every write of the keys file fails."""
+        await self.limited(resource.RLIMIT_FSIZE, 10)
+
+    async def no_descriptors(self) -> None:
+        """Fewer files than are open already."""
+        await self.limited(resource.RLIMIT_NOFILE, 12)
+
+    async def limited(self, what: int, soft: int) -> None:
+        before = resource.prlimit(self.pid, what)
+        resource.prlimit(self.pid, what, (soft, before[1]))
+        try:
+            await asyncio.sleep(1.5)
+        finally:
+            resource.prlimit(self.pid, what, before)
+
+    async def clock_jumps(self) -> None:
+        os.kill(self.pid, signal.SIGUSR1)
+
+    async def reloads(self) -> None:
+        os.kill(self.pid, signal.SIGHUP)
+
+    # The storm
+
+    async def storm(self, seconds: float) -> None:
+        """All of it at once for so long."""
+        deadline = time.monotonic() + seconds
+        machine = asyncio.create_task(self.trouble(deadline))
+        await asyncio.gather(*(self.client(deadline) for _ in range(CLIENTS)))
+        await machine
+
+    async def client(self, deadline: float) -> None:
+        while time.monotonic() < deadline:
+            dice = self.rng.random()
+            if dice < 0.05:
+                act: Act = Chaos.manage
+            else:
+                act = Chaos.honest if dice < 0.6 else self.rng.choice(CLIENT_FAULTS)
+            self.counts[f"client {act.__name__}"] += 1
+            try:
+                await act(self)
+            except TimeoutError:
+                self.counts[f"FAILED: {act.__name__} had no answer in time"] += 1
+            except (OSError, EOFError, ValueError, IndexError):
+                self.counts["connections that broke"] += 1
+
+    async def trouble(self, deadline: float) -> None:
+        while time.monotonic() < deadline - 4:
+            act = self.rng.choice(MACHINE_FAULTS)
+            self.counts[f"machine {act.__name__}"] += 1
+            await act(self)
+            await asyncio.sleep(self.rng.random() * 2)
+
+    # Afterwards
+
+    def read_line(self, line: str) -> None:
+        """A line of the gateway's log, or a census."""
+        entry = json.loads(line)
+        if "census" in entry:
+            self.censuses.append(entry["census"])
+        elif "call_id" in entry:
+            self.counts[f"outcome {entry['outcome']}"] += 1
+            cost = Decimal(str(entry["cost"]))
+            self.logged[entry["call_id"]] = cost
+            self.spent[entry["key_name"] or ""] += cost
+            expected = self.expected.pop(entry["call_id"], None)
+            if expected is not None and (expected != cost or entry["outcome"] != "ok"):
+                self.counts["FAILED: an answer that was not booked as it was"] += 1
+        elif entry.get("exception"):
+            self.counts["FAILED: a traceback in the log"] += 1
+            print(entry["message"], entry["exception"], file=sys.stderr)
+        elif entry["level"] != "info":
+            self.counts[f"log: {entry['message'].split(':')[0][:60]}"] += 1
+
+    def match(self) -> None:
+        """Compare answers with log lines that came before them."""
+        for call_id, cost in list(self.expected.items()):
+            if call_id in self.logged:
+                del self.expected[call_id]
+                if self.logged[call_id] != cost:
+                    self.counts["FAILED: an answer that was not booked as it was"] += 1
+                else:
+                    self.counts["answers whose cost is exact"] += 1
+        self.logged.clear()
+
+    async def calm(self) -> dict[str, Any]:
+        """Wait until nothing is under way; the last census."""
+        for _ in range(CALM):
+            seen = len(self.censuses)
+            os.kill(self.pid, signal.SIGUSR2)
+            while len(self.censuses) == seen:
+                await asyncio.sleep(0.05)
+            census = self.censuses[-1]
+            if not any(census[name] for name in MUST_BE_ZERO):
+                break
+            await asyncio.sleep(1)
+        self.match()
+        return census
+
+
+MUST_BE_ZERO = ("requests", "exchanges", "slots", "connections", "handlers")
+Act = Callable[[Chaos], Awaitable[None]]
+CLIENT_FAULTS: list[Act] = [
+    *(Chaos.leaves, Chaos.leaves_within_the_answer, Chaos.half_closes),
+    *(Chaos.slow_head, Chaos.slow_body, Chaos.large_head, Chaos.bad_chunks),
+    *(Chaos.bad_gzip, Chaos.garbage, Chaos.pipelines, Chaos.slow_reader),
+    *(Chaos.large_upload, Chaos.wrong_keys),
+]
+MACHINE_FAULTS: list[Act] = [
+    *(Chaos.swarm, Chaos.full_disk, Chaos.no_descriptors),
+    *(Chaos.clock_jumps, Chaos.reloads),
+]
+
+
+async def read_answer(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
+    """A response: its head and its whole body, freed of chunks. Raises EOFError if it broke."""
+    start = b"HTTP/1.1 100 "
+    while start.startswith(b"HTTP/1.1 1"):
+        start = await reader.readuntil(b"\r\n\r\n")
+    fields = start.lower()
+    if b"transfer-encoding: chunked" in fields:
+        body = b""
+        while size := int((await reader.readline()).strip(), 16):
+            body += (await reader.readexactly(size + 2))[:-2]
+        await reader.readexactly(2)
+        return start, body
+    if b"content-length: " not in fields:
+        return start, b""
+    length = int(fields.split(b"content-length: ")[1].split(b"\r\n")[0])
+    return start, await reader.readexactly(length)
+
+
+def cost_of(body: bytes) -> Decimal:
+    """What a whole message, or its events, cost by their own word."""
+    given = taken = 0
+    lines = body.split(b"\n") if body.startswith(b"event:") else [b"data: " + body]
+    for line in lines:
+        if b'"usage"' in line and line.startswith(b"data: "):
+            entry = json.loads(line[6:])
+            usage = entry.get("usage") or entry["message"]["usage"]
+            given = usage.get("input_tokens", given)
+            taken = usage.get("output_tokens", taken)
+    return given * INPUT_PRICE + taken * OUTPUT_PRICE
+
+
+def memory(pid: int) -> int:
+    """Resident memory of a process, bytes."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    raise ProcessLookupError(pid)
+
+
+async def run(seconds: float, seed: int, folder: Path) -> collections.Counter[str]:
+    """The whole of it; what was counted, what failed among it."""
+    counts: collections.Counter[str] = collections.Counter()
+    upstream = await asyncio.start_server(
+        Upstream(seed, counts).serve, "127.0.0.1", 0, limit=2**20, backlog=1000
+    )
+    (folder / "prices.json").write_text(json.dumps(PRICES))
+    options = ["--port=0", "--client-timeout=2", "--idle-timeout=3", "--log-json"]
+    options += ["--connect-timeout=2", "--recent-requests=1000", "--usage-days=10000"]
+    options += ["--prices=prices.json", "--drain-timeout=10"]
+    options += [f"--upstream=http://127.0.0.1:{upstream.sockets[0].getsockname()[1]}"]
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, str(Path(__file__).resolve()), "--gateway", *options),
+        cwd=folder,
+        env=os.environ
+        | {"ANTHROPIC_API_KEY": REAL_KEY, "GATEWAY_MASTER_KEY": MASTER_KEY},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        limit=2**20,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, FILES)),
+    )
+    assert process.stdout is not None
+    banner = (await process.stdout.readline()).decode()
+    chaos = Chaos(seed, int(banner.split(":")[2].split(" ")[0]), process.pid)
+    chaos.counts = counts
+
+    async def read_log() -> None:
+        assert process.stdout is not None
+        async for line in process.stdout:
+            if line.startswith(b"{"):
+                chaos.read_line(line.decode())
+
+    log = asyncio.create_task(read_log())
+    try:
+        while len(chaos.keys) < 10:
+            await chaos.manage()
+        first = await chaos.calm()
+        await chaos.storm(seconds * WARM_UP)
+        await chaos.calm()
+        warm = memory(process.pid)
+        await chaos.storm(seconds * (1 - WARM_UP))
+        last = await chaos.calm()
+        used = memory(process.pid)
+        process.send_signal(signal.SIGTERM)
+        status = await asyncio.wait_for(process.wait(), 30)
+        await log
+    finally:
+        if process.returncode is None:
+            process.kill()
+        upstream.close()
+    chaos.match()
+    judge(chaos, first, last, folder / "keys.json")
+    print(
+        f"memory: {warm / 2**20:.1f} MB after a part, {used / 2**20:.1f} MB at the end"
+    )
+    if used > warm * (1 + MEMORY_MARGIN):
+        counts["FAILED: memory has grown"] += 1
+    if status != 0:
+        counts[f"FAILED: the gateway ended with {status}"] += 1
+    return counts
+
+
+def judge(
+    chaos: Chaos, first: dict[str, Any], last: dict[str, Any], file: Path
+) -> None:
+    """Count what is not as it must be."""
+    print("left:", ", ".join(f"{name} {count}" for name, count in last.items()))
+    for name, count in last.items():
+        if count != first[name]:
+            chaos.counts[f"FAILED: {name} left, {count} and not {first[name]}"] += 1
+    if chaos.expected:
+        chaos.counts["FAILED: answers that are not in the log"] += len(chaos.expected)
+    kept = json.loads(file.read_bytes())["keys"]
+    spent: collections.Counter[str] = collections.Counter()
+    for record in kept.values():
+        for models in record.get("usage", {}).values():
+            for tally in models.values():
+                spent[record["key_name"]] += Decimal(tally["spend"])
+    for name, amount in chaos.spent.items():
+        if amount != spent[name]:
+            chaos.counts["FAILED: a key whose spend is not the log's"] += 1
+    for key, fields in chaos.acknowledged.items():
+        record = kept.get(gateway.hash_key(key))
+        if fields.get("deleted"):
+            well = record is None or record.get("deleted_at")
+        else:
+            well = record is not None and record.get("rpm_limit") == fields["rpm_limit"]
+        if not well:
+            chaos.counts["FAILED: a key that is not in the file as acknowledged"] += 1
+    chaos.counts["keys acknowledged"] = len(chaos.acknowledged)
+    total = sum(chaos.spent.values(), Decimal(0))
+    print(f"spent: ${total} in {chaos.counts['outcome ok']:,} whole answers and others")
+
+
+def main() -> int:
+    """Run by hand or in CI; see the top of this file."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    logging.getLogger("asyncio").setLevel(
+        logging.ERROR
+    )  # clients write to lost sockets
+    with tempfile.TemporaryDirectory() as folder:
+        counts = asyncio.run(run(arguments.seconds, arguments.seed, Path(folder)))
+    for name, count in sorted(counts.items()):
+        print(f"{count:>9,}  {name}")
+    failed = sum(count for name, count in counts.items() if name.startswith("FAILED"))
+    print(f"{'nothing' if not failed else failed} failed; seed {arguments.seed}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--gateway"]:
+        run_gateway(sys.argv[2:])
+    else:
+        sys.exit(main())
