@@ -37,6 +37,7 @@ import json
 import logging
 import math
 import os
+import random
 import re
 import resource
 import secrets
@@ -50,7 +51,7 @@ import tempfile
 import time
 import urllib.parse
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
@@ -541,6 +542,12 @@ def window(duration: str, moment: datetime) -> tuple[datetime, datetime]:
     return start, later(start, f"{amount}{unit}")
 
 
+@functools.lru_cache(maxsize=256)
+def window_start(duration: str | None, moment: datetime) -> str:
+    """The name of a budget's present window; empty for a budget that never resets."""
+    return "" if duration is None else cast(str, iso(window(duration, moment)[0]))
+
+
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 FIRST_MONDAY = datetime(1970, 1, 5, tzinfo=UTC)
 SNAPPED_DURATIONS = {"7d": "1w", "30d": "1mo"}
@@ -567,9 +574,10 @@ class Tally:
         self.errors += other.errors
         self.input_tokens += other.input_tokens
         self.output_tokens += other.output_tokens
-        self.cache_read_tokens += other.cache_read_tokens
-        self.cache_write_5m_tokens += other.cache_write_5m_tokens
-        self.cache_write_1h_tokens += other.cache_write_1h_tokens
+        if other.cached:
+            self.cache_read_tokens += other.cache_read_tokens
+            self.cache_write_5m_tokens += other.cache_write_5m_tokens
+            self.cache_write_1h_tokens += other.cache_write_1h_tokens
         self.web_searches += other.web_searches
         self.spend += other.spend
 
@@ -631,10 +639,13 @@ class Usage:
 
     def add(self, day: str, model: str, tally: Tally) -> None:
         """Count a tally in."""
-        models = self._day(day)
-        if model not in models and len(models) >= MAX_MODELS_A_DAY:
-            model = OTHER_MODELS
-        models.setdefault(model, Tally()).add(tally)
+        self._tally(day, model).add(tally)
+
+    def count(self, day: str, model: str, *, failed: bool) -> None:
+        """Count a request."""
+        tally = self._tally(day, model)
+        tally.requests += 1
+        tally.errors += failed
 
     def days(
         self, first: str = "", last: str = "9999"
@@ -657,11 +668,18 @@ class Usage:
         }
         return "{" + ", ".join(f'"{day}": {text}' for day, text in days.items()) + "}"
 
-    def _day(self, day: str) -> dict[str, Tally]:
-        if day not in self._open:
-            self._open[day] = dict(self._read(day))
+    def _tally(self, day: str, model: str) -> Tally:
+        """The tally of a day and model, to be counted in."""
+        models = self._open.get(day)
+        if models is None:
+            models = self._open[day] = self._read(day)
             self._closed.pop(day, None)
-        return self._open[day]
+        tally = models.get(model)
+        if tally is None:
+            if len(models) >= MAX_MODELS_A_DAY:
+                model = OTHER_MODELS
+            tally = models.setdefault(model, Tally())
+        return tally
 
     def _read(self, day: str) -> dict[str, Tally]:
         models = json.loads(self._closed.get(day, "{}"))
@@ -695,8 +713,9 @@ class Bucket:
 
     def level(self, moment: float) -> float:
         """How much it holds."""
-        gained = (moment - self._at) * self.limit / MINUTE
-        self._level, self._at = min(float(self.limit), self._level + gained), moment
+        if moment != self._at:
+            gained = (moment - self._at) * self.limit / MINUTE
+            self._level, self._at = min(float(self.limit), self._level + gained), moment
         return self._level
 
     def draw(self, amount: float, moment: float) -> None:
@@ -833,6 +852,11 @@ class VirtualKey:
     account: Account = field(default_factory=Account)
 
     @property
+    def has_budget(self) -> bool:
+        """Whether money limits it."""
+        return self.max_budget is not None or bool(self.model_max_budget)
+
+    @property
     def shown_name(self) -> str:
         """What the key is called in a log line."""
         return printable(self.key_alias or self.key_name)
@@ -847,19 +871,15 @@ class VirtualKey:
             return "expired"
         return "active"
 
-    def window_start(self, moment: datetime, duration: str | None) -> str:
-        """The name of a budget's present window; empty for a budget that never resets."""
-        return "" if duration is None else cast(str, iso(window(duration, moment)[0]))
-
     def spent(self, moment: datetime) -> Decimal:
         """USD spent in the present window of the key's budget."""
-        return self.account.total.spent(self.window_start(moment, self.budget_duration))
+        return self.account.total.spent(window_start(self.budget_duration, moment))
 
     def model_spent(self, pattern: str, moment: datetime) -> Decimal:
         """USD spent in the present window of a model's budget."""
         budget = self.model_max_budget[pattern]
         windowed = self.account.models.setdefault(pattern, WindowSpend())
-        return windowed.spent(self.window_start(moment, budget.duration))
+        return windowed.spent(window_start(budget.duration, moment))
 
     def to_json(self) -> dict[str, Any]:
         """The line's object but for the usage; empty fields are left out to keep lines short."""
@@ -1026,7 +1046,10 @@ class KeyStore:
 
         A key that was regenerated answers for its old value too, ``expired`` once the grace is over.
         """
-        hashed = hash_key(key)
+        return self.lookup_hash(hash_key(key))
+
+    def lookup_hash(self, hashed: str) -> tuple[str, VirtualKey, str] | None:
+        """The same for a key's hash."""
         record = self.keys.get(hashed)
         if record is not None:
             return hashed, record, record.status(now())
@@ -1556,6 +1579,14 @@ class Meter:
     counted from 1.
     """
 
+    _lines = 0
+    _tail = b""
+    _skipping = False
+    _blind = False
+    _whole = False
+    _inflate: Any = None
+    _picker: JSONPicker | None = None
+
     def __init__(
         self,
         content_type: str,
@@ -1564,13 +1595,6 @@ class Meter:
     ) -> None:
         self.measured = Measured()
         self._on_result = on_result
-        self._lines = 0
-        self._tail = b""
-        self._skipping = False
-        self._blind = False
-        self._inflate: Any = None
-        self._picker: JSONPicker | None = None
-        self._whole = False
         if coding in ("gzip", "x-gzip", "deflate"):
             self._inflate = zlib.decompressobj(zlib.MAX_WBITS | 32)
         elif coding not in ("", "identity"):
@@ -1601,7 +1625,7 @@ class Meter:
     def finish(self, complete: bool) -> Measured:
         """The body has ended, or was cut short."""
         if self._whole and self._picker is None:
-            self._message(pick_whole(self._tail))
+            self.measured = measured_whole(self._tail)
         elif self._tail and complete and self._picker is None:
             self._look(b"\n")
         if not complete:
@@ -1692,20 +1716,26 @@ def text_length(escaped: bytes) -> int:
         return len(escaped)
 
 
-def pick_whole(data: bytes) -> dict[JSONPath, Any]:
-    """What `JSONPicker` picks of a message, of a message that is here as a whole."""
-    try:
-        message = json.loads(data)
-    except (ValueError, RecursionError):
-        return {}
+def measured_whole(data: bytes) -> Measured:
+    """What `JSONPicker` and `measured_message` find, of a message that is here as a whole."""
+    message = read_json(data)
     if not isinstance(message, dict):
-        return {}
-    picked = {
-        path: message[path[0]]
-        for path in (USAGE, MODEL, STOP_REASON)
-        if path[0] in message
-    }
-    return picked | ({CONTENT: True} if message.get("content") else {})
+        return Measured()
+    usage, stop_reason = message.get("usage"), message.get("stop_reason")
+    return Measured(
+        model=model_of(message.get("model")),
+        usage=usage if isinstance(usage, dict) else {},
+        stop_reason=stop_reason if isinstance(stop_reason, str) else "",
+        empty=not message.get("content"),
+    )
+
+
+def read_json(body: bytes) -> object:
+    """What a body says; None where it cannot be read."""
+    try:
+        return cast(object, json.loads(str(body, "utf-8")))
+    except (ValueError, RecursionError):
+        return None
 
 
 def measured_message(picked: Mapping[JSONPath, Any], prefix: JSONPath) -> Measured:
@@ -1740,16 +1770,19 @@ def tally_of(usage: Mapping[str, Any]) -> Tally:
     ``input_tokens`` leaves cached ones out. Of cache writes whose length of life is not told, all
     are 5-minute ones, Anthropic's default.
     """
-    written = count_of(usage, "cache_creation_input_tokens")
-    hour = count_of(usage, "cache_creation", "ephemeral_1h_input_tokens")
-    five = count_of(usage, "cache_creation", "ephemeral_5m_input_tokens")
-    return Tally(
+    tally = Tally(
         input_tokens=count_of(usage, "input_tokens"),
         output_tokens=count_of(usage, "output_tokens"),
-        cache_read_tokens=count_of(usage, "cache_read_input_tokens"),
-        cache_write_5m_tokens=max(five, written - hour),
-        cache_write_1h_tokens=hour,
     )
+    if usage.get("cache_read_input_tokens"):
+        tally.cache_read_tokens = count_of(usage, "cache_read_input_tokens")
+    if usage.get("cache_creation_input_tokens") or usage.get("cache_creation"):
+        written = count_of(usage, "cache_creation_input_tokens")
+        hour = count_of(usage, "cache_creation", "ephemeral_1h_input_tokens")
+        five = count_of(usage, "cache_creation", "ephemeral_5m_input_tokens")
+        tally.cache_write_5m_tokens = max(five, written - hour)
+        tally.cache_write_1h_tokens = hour
+    return tally
 
 
 def charged_entries(measured: Measured) -> list[tuple[str, Tally]]:
@@ -1796,11 +1829,9 @@ class Rates:
     def price(self, tally: Tally) -> Decimal:
         """USD for these tokens; web searches are priced apart."""
         total = self.input * tally.input_tokens + self.output * tally.output_tokens
-        if tally.cache_read_tokens:
+        if tally.cached:
             total += self.cache_read * tally.cache_read_tokens
-        if tally.cache_write_5m_tokens:
             total += self.cache_write_5m * tally.cache_write_5m_tokens
-        if tally.cache_write_1h_tokens:
             total += self.cache_write_1h * tally.cache_write_1h_tokens
         return total
 
@@ -1860,45 +1891,42 @@ class Prices:
         """
         entries = charged_entries(measured)
         raw = measured.usage
-        searches = (
-            count_of(raw, "server_tool_use", "web_search_requests") if entries else 0
-        )
-        if searches:
-            entries.append((measured.model, Tally(web_searches=searches)))
+        if entries and raw.get("server_tool_use"):
+            searches = count_of(raw, "server_tool_use", "web_search_requests")
+            if searches:
+                entries.append((measured.model, Tally(web_searches=searches)))
         if not self.available:
             return entries
         factor = BATCH_DISCOUNT if raw.get("service_tier") == "batch" else Decimal(1)
         if raw.get("inference_geo") == "us":
             factor *= US_INFERENCE
         for model, tally in entries:
-            rates = self.rates(model, when, tally, raw.get("speed") == "fast")
-            cost = rates.price(tally) * factor + rates.web_search * tally.web_searches
+            prompt = tally.input_tokens + tally.cached
+            rates = self.rates(model, when, prompt, raw.get("speed") == "fast")
+            cost = rates.price(tally) * factor
+            if tally.web_searches:
+                cost += rates.web_search * tally.web_searches
             tally.spend = cost.normalize()
         return entries
 
     def rates(
-        self, model: str, when: datetime, tally: Tally, fast: bool = False
+        self, model: str, when: datetime, prompt: int, fast: bool = False
     ) -> Rates:
-        """The rates of a model at a moment, for a prompt as long as this one."""
-        own = self._own.get(model) or next(
-            (
-                rates
-                for pattern, rates in self._own.items()
-                if fnmatch.fnmatchcase(model, pattern)
-            ),
-            None,
-        )
+        """The rates of a model at a moment, for a prompt of so many tokens, cached ones included."""
+        own = self._own.get(model)
         if own is not None:
             return own
-        prompt = tally.input_tokens + tally.cached
+        for pattern, rates in self._own.items():
+            if fnmatch.fnmatchcase(model, pattern):
+                return rates
         tier = self._tiers[max(0, bisect.bisect_left(self._tiers, prompt) - 1)]
         key = (model, hour_of(when), fast, tier)
-        rates = self._rates.get(key)
-        if rates is None:
+        known = self._rates.get(key)
+        if known is None:
             if len(self._rates) > MAX_CACHED_RATES:
                 self._rates.clear()
-            rates = self._rates[key] = self._find(model, when, fast, tier)
-        return rates
+            known = self._rates[key] = self._find(model, when, fast, tier)
+        return known
 
     def dearest(self, when: datetime) -> tuple[str, Rates]:
         """The dearest known model."""
@@ -2049,7 +2077,7 @@ OWN_CREDENTIAL_NAMES = {"authorization": "Authorization", "x-api-key": "x-api-ke
 REFUSED_KEYS = {"revoked": "blocked", "expired": "expired", "deleted": "deleted"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Caller:
     """Who sends a request: the keys he showed and what goes upstream in their place.
 
@@ -2070,7 +2098,7 @@ class Grant:
     """What an admitted request holds until it is settled: a slot, and money against budgets."""
 
     caller: Caller
-    path: str
+    route: Route
     started: datetime
     model: str = ""
     slot: bool = False
@@ -2141,9 +2169,7 @@ class Admission:
 
     def is_master(self, credential: str) -> bool:
         """Whether this is the master key; takes the same time whatever the answer."""
-        return bool(self._master) and hmac.compare_digest(
-            hash_key(credential), self._master
-        )
+        return self._is_master(hash_key(credential))
 
     def authenticate(self, headers: Mapping[str, Sequence[str]]) -> Caller:
         """Find the caller in request headers (lower-case name → values). Raises APIError 401."""
@@ -2155,9 +2181,10 @@ class Admission:
         shown = False
         for header, credential in candidates(headers):
             shown = True
-            if self.is_master(credential):
+            hashed = hash_key(credential)
+            if self._is_master(hashed):
                 is_master = is_master or match is None
-            elif found := self.store.lookup(credential):
+            elif found := self.store.lookup_hash(hashed):
                 if found[2] != "active":
                     refused = refused or REFUSED_KEYS[found[2]]
                 elif match is None and not is_master:
@@ -2188,7 +2215,8 @@ class Admission:
     def admit(self, caller: Caller, method: str, path: str) -> Grant:
         """Let a request in by its head alone. Raises APIError 403 or 429; then nothing is held."""
         moment = now()
-        grant = Grant(caller, path, moment)
+        route = route_of(method, path)
+        grant = Grant(caller, route, moment)
         key = caller.key
         if key is None:
             return grant
@@ -2202,15 +2230,12 @@ class Admission:
             (account.requests, "requests"),
             (account.tokens, "tokens"),
         ):
-            wait = bucket.seconds_until(1, clock) if bucket is not None else 0
-            if bucket is not None and wait > 0:
+            if bucket is not None and (wait := bucket.seconds_until(1, clock)) > 0:
                 raise rate_limited(
                     key, clock, f"{bucket.limit:,} {what} a minute", wait
                 )
-        if caller.own is None and not is_free(method, path):
-            if (
-                key.max_budget is not None or key.model_max_budget
-            ) and not self.prices.available:
+        if caller.own is None and not route.free:
+            if key.has_budget and not self.prices.available:
                 raise APIError(
                     503,
                     "This key has a budget, and the gateway does not know what tokens cost. Whoever"
@@ -2223,29 +2248,29 @@ class Admission:
         grant.slot = True
         return grant
 
-    def wants_body(self, caller: Caller, method: str, path: str) -> bool:
+    def wants_body(self, grant: Grant) -> bool:
         """Whether a rule of the key looks at the request's body."""
-        key = caller.key
-        if key is None or UPLOAD.fullmatch(path) or method in ("GET", "HEAD"):
+        key = grant.key
+        if key is None or grant.route.unread:
             return False
-        budgeted = caller.own is None and bool(
-            key.max_budget is not None or key.model_max_budget
-        )
-        return bool(key.models) or (budgeted and is_billed(method, path))
+        if key.models:
+            return True
+        return grant.route.billed and grant.caller.own is None and key.has_budget
 
-    def admit_body(self, grant: Grant, method: str, body: bytes) -> None:
+    def admit_body(self, grant: Grant, body: bytes) -> None:
         """Check the models in a body, and hold an estimate of its cost. Raises APIError 400, 403, 429."""
         key = grant.key
         if key is None:
             return
         document = check_models(key, body) if key.models and body else None
-        if grant.booked_key is not None and is_billed(method, grant.path):
+        if grant.booked_key is not None and grant.route.billed:
             document = read_json(body) if document is None else document
-            for model in models_in(document) if key.model_max_budget else ():
-                self._check_model_budgets(key, model or "", ZERO, grant.started)
+            if key.model_max_budget:
+                for model in models_in(document):
+                    self._check_model_budgets(key, model or "", ZERO, grant.started)
             self._hold_orders(grant, key, *read_orders(body, document))
 
-    def admit_unread(self, grant: Grant, method: str, size: int) -> None:
+    def admit_unread(self, grant: Grant, size: int) -> None:
         """The same for a body of ``size`` bytes that is too large to be kept. Raises APIError 413, 429."""
         key = grant.key
         if key is None:
@@ -2256,7 +2281,7 @@ class Admission:
                 f"This key is limited to some models, so its requests are read, and may be"
                 f" {JSON_BODY_LIMIT:,} bytes long.",
             )
-        if grant.booked_key is not None and is_billed(method, grant.path):
+        if grant.booked_key is not None and grant.route.billed:
             self._hold_orders(grant, key, [Order("", size, None)], False)
 
     def _hold_orders(
@@ -2290,30 +2315,22 @@ class Admission:
         if not grant.open:
             return settled
         grant.open = False
-        key = grant.key
-        if key is not None and grant.slot:
-            key.account.running -= 1
-
-        def book() -> None:
-            self._release(grant)
-            charges = self.prices.charge(measured, grant.started) if measured else []
-            self._book(grant, charges)
-            for _, tally in charges:
-                settled.tally.add(tally)
-
         if grant.caller.own is not None:
             measured = None
-        settled.estimated = measured is not None and measured.estimated
+        if grant.slot:
+            cast(VirtualKey, grant.key).account.running -= 1
         if measured is None:
-            book()
+            self._release(grant)
         else:
-            self.when_priced(book)
+            settled.estimated = measured.estimated
+            if self.is_priced:
+                self._book(grant, measured, settled)
+            else:
+                self._unpriced.append(lambda: self._book(grant, measured, settled))
         payer = grant.booked_key
         if payer is not None:
-            payer.account.usage.add(
-                day_of(grant.started),
-                settled.model or NO_MODEL,
-                Tally(requests=1, errors=int(failed)),
+            payer.account.usage.count(
+                day_of(grant.started), settled.model or NO_MODEL, failed=failed
             )
             payer.account.last_active = now()
             if measured is not None:
@@ -2351,10 +2368,15 @@ class Admission:
 
         Until then calls wait in their order.
         """
-        if self.prices.available and not self.prices.loaded:
-            self._unpriced.append(book)
-        else:
+        if self.is_priced:
             book()
+        else:
+            self._unpriced.append(book)
+
+    @property
+    def is_priced(self) -> bool:
+        """Whether the prices are there, or will never be."""
+        return self.prices.loaded or not self.prices.available
 
     def prices_loaded(self) -> None:
         """Book what was used before the prices were there."""
@@ -2364,23 +2386,29 @@ class Admission:
 
     # Inside
 
+    def _is_master(self, hashed: str) -> bool:
+        return bool(self._master) and hmac.compare_digest(hashed, self._master)
+
     def _estimate(self, key: VirtualKey, order: Order, batched: bool) -> Decimal:
         """USD that one order may cost: four bytes of prompt a token, and as much output as is asked
         for, but no more than twice what the key's answers have lately been long (at least 1,000)."""
         likely = max(MIN_OUTPUT_ESTIMATE, round(2 * key.account.mean_output))
         output = likely if order.max_tokens is None else min(order.max_tokens, likely)
-        tally = Tally(input_tokens=order.size // BYTES_A_TOKEN, output_tokens=output)
+        prompt = order.size // BYTES_A_TOKEN
         if not self.prices.loaded:
             self.prices.load()
-        cost = self.prices.rates(order.model, now(), tally).price(tally)
+        rates = self.prices.rates(order.model, now(), prompt)
+        cost = rates.input * prompt + rates.output * output
         return cost * BATCH_DISCOUNT if batched else cost
 
     def _check_budget(self, key: VirtualKey, cost: Decimal, moment: datetime) -> None:
         """Raise APIError 429 where the key's budget has no room for that cost."""
-        if key.max_budget is not None:
-            budget = ModelBudget(key.max_budget, key.budget_duration)
+        limit = key.max_budget
+        if limit is not None:
             spent, held = key.spent(moment), key.account.total.held
-            refuse_over_budget("Budget", budget, spent, held, cost, moment)
+            if is_over(limit, spent, held, cost):
+                budget = ModelBudget(limit, key.budget_duration)
+                raise over_budget("Budget", budget, spent, held, cost, moment)
 
     def _check_model_budgets(
         self, key: VirtualKey, model: str, cost: Decimal, moment: datetime
@@ -2390,9 +2418,9 @@ class Admission:
             spent = key.model_spent(pattern, moment)
             held = key.account.models[pattern].held
             budget = key.model_max_budget[pattern]
-            refuse_over_budget(
-                f"Budget for {pattern}", budget, spent, held, cost, moment
-            )
+            if is_over(budget.limit, spent, held, cost):
+                name = f"Budget for {pattern}"
+                raise over_budget(name, budget, spent, held, cost, moment)
 
     def _hold(self, grant: Grant, windowed: WindowSpend, amount: Decimal) -> None:
         windowed.held += amount
@@ -2403,14 +2431,19 @@ class Admission:
             windowed.held -= amount
         grant.holds = []
 
-    def _book(self, grant: Grant, charges: Iterable[tuple[str, Tally]]) -> None:
+    def _book(self, grant: Grant, measured: Measured, settled: Settled) -> None:
+        """Turn what is held into what was used."""
+        self._release(grant)
+        charges = self.prices.charge(measured, grant.started)
+        for _, tally in charges:
+            settled.tally.add(tally)
         caller = grant.caller
-        if grant.booked_key is not None and caller.hashed is not None:
+        if caller.key is not None and caller.hashed is not None:
             self._book_to(caller.hashed, charges, grant.started)
-        elif caller.own is None:
-            for model, tally in charges:
-                name = MASTER_NAME if caller.is_master else NO_KEY
-                self._count(name, model or NO_MODEL, tally)
+            return
+        name = MASTER_NAME if caller.is_master else NO_KEY
+        for model, tally in charges:
+            self._count(name, model or NO_MODEL, tally)
 
     def _book_to(
         self, hashed: str, charges: Iterable[tuple[str, Tally]], moment: datetime
@@ -2445,7 +2478,7 @@ class Admission:
         """Log that a soft budget is passed, once a window."""
         if key.soft_budget is None or key.spent(moment) < key.soft_budget:
             return
-        start = key.window_start(moment, key.budget_duration)
+        start = window_start(key.budget_duration, moment)
         if key.account.warned_window != start:
             key.account.warned_window = start
             log.warning(
@@ -2460,32 +2493,70 @@ JSON_BODY_LIMIT = 32 * MIB  # Anthropic's limit on messages; larger ones are str
 NO_MODEL = NO_KEY = "-"  # what stands in logs and sums for none
 MASTER_NAME = "master"
 MAX_LABELS = 1000  # keys, and keys with their models, that /metrics tells apart
+RATE_FIELDS = ("limit", "remaining", "reset")  # of anthropic-ratelimit-{kind}-…
 BYTES_A_TOKEN = 4
 MIN_OUTPUT_ESTIMATE = 1000  # tokens
 OUTPUT_LEARNING_RATE = (
     0.2  # weight of the newest answer in the mean length of a key's answers
 )
 
-UPLOAD = re.compile(r"/v1/(?:files|skills)(?:/.*)?")
-BILLED = re.compile(r"/v1/(?:messages|complete|messages/batches)/?")
-FREE = re.compile(r"/v1/(?:messages/count_tokens|models(?:/[^/]*)?)/?")
-BATCHES = re.compile(r"/v1/messages/batches(?:/.*)?")
 # Administration and logins: closed to virtual keys unless ``allowed_routes`` names them.
 CLOSED_ROUTES = ("/v1/organizations", "/v1/compliance", "/v1/oauth")
 MODEL_PLACES = frozenset({"model", "fallbacks", "tools", "requests", "params"})
 
 
-@functools.lru_cache(maxsize=1024)
-def is_billed(method: str, path: str) -> bool:
-    """Whether a request orders something that costs money and that the gateway can estimate."""
-    return method == "POST" and BILLED.fullmatch(path) is not None
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What a method and a path mean to the rules.
+
+    ``billed``: it orders something that costs money and that can be estimated. ``free``: no budget
+    stands against it (counting, models, fetching paid batches). ``metered``: its answer may say what
+    was used. ``batch``: it is answered with batch objects. ``results_of``: the batch it fetches the
+    results of. ``unread``: no rule looks at its body.
+    """
+
+    billed: bool
+    free: bool
+    metered: bool
+    batch: bool
+    makes_batch: bool
+    results_of: str
+    unread: bool
 
 
-@functools.lru_cache(maxsize=1024)
-def is_free(method: str, path: str) -> bool:
-    """Whether no budget stands against a request: counting, models, and fetching paid batches."""
-    fetches = method in ("GET", "HEAD") and BATCHES.fullmatch(path) is not None
-    return fetches or FREE.fullmatch(path) is not None
+def read_route(method: str, path: str) -> Route:
+    """Classify a request by its method and decoded path."""
+    fetches = method in ("GET", "HEAD")
+    results = RESULTS.fullmatch(path) if method == "GET" else None
+    return Route(
+        billed=method == "POST" and BILLED.fullmatch(path) is not None,
+        free=(fetches and BATCHES.fullmatch(path) is not None)
+        or FREE.fullmatch(path) is not None,
+        metered=METERED.fullmatch(path) is not None,
+        batch=method in ("GET", "POST") and BATCH_OBJECT.fullmatch(path) is not None,
+        makes_batch=method == "POST" and BATCHES_MADE.fullmatch(path) is not None,
+        results_of=results[1] if results else "",
+        unread=fetches or UPLOAD.fullmatch(path) is not None,
+    )
+
+
+read_kept_route = functools.lru_cache(maxsize=1024)(read_route)
+
+
+def route_of(method: str, path: str) -> Route:
+    """`read_route`, which is done once for paths of common length."""
+    return (read_kept_route if len(path) <= KEPT_PATH else read_route)(method, path)
+
+
+KEPT_PATH = 200  # characters
+UPLOAD = re.compile(r"/v1/(?:files|skills)(?:/.*)?")
+BILLED = re.compile(r"/v1/(?:messages|complete|messages/batches)/?")
+FREE = re.compile(r"/v1/(?:messages/count_tokens|models(?:/[^/]*)?)/?")
+METERED = re.compile(r"/v1/(?:messages|complete|messages/batches(?:/.*)?)/?")
+BATCHES = re.compile(r"/v1/messages/batches(?:/.*)?")
+BATCHES_MADE = re.compile(r"/v1/messages/batches/?")
+BATCH_OBJECT = re.compile(r"/v1/messages/batches(?:/[^/]+(?:/cancel)?)?/?")
+RESULTS = re.compile(r"/v1/messages/batches/([^/]+)/results/?")
 
 
 def check_route(key: VirtualKey, path: str) -> None:
@@ -2493,13 +2564,15 @@ def check_route(key: VirtualKey, path: str) -> None:
 
     ``allowed_routes`` are patterns with ``*``, written with or without ``/anthropic`` before them.
     """
+    if not key.allowed_routes and not path.startswith(CLOSED_ROUTES):
+        return
     patterns = [pattern.removeprefix("/anthropic") for pattern in key.allowed_routes]
     matching = [pattern for pattern in patterns if fnmatch.fnmatchcase(path, pattern)]
     closed = next((route for route in CLOSED_ROUTES if path.startswith(route)), None)
     if closed is not None:
         allowed = any(pattern.startswith(closed) for pattern in matching)
     else:
-        allowed = bool(matching) or not patterns
+        allowed = bool(matching)
     if not allowed:
         raise APIError(
             403,
@@ -2540,28 +2613,29 @@ def rate_fields(
 
     (platform.claude.com, api/rate-limits, "Response headers": limit, remaining, reset in RFC 3339.)
     """
-    fields = []
-    for kind, bucket in (
-        ("requests", key.account.requests),
-        ("tokens", key.account.tokens),
+    account = key.account
+    fields: list[tuple[str, str]] = []
+    for names, bucket in (
+        (REQUEST_LIMIT_FIELDS, account.requests),
+        (TOKEN_LIMIT_FIELDS, account.tokens),
     ):
         if bucket is None:
             continue
-        level = bucket.level(clock)
-        remaining = max(0, math.floor(level))
-        prefix = f"anthropic-ratelimit-{kind}"
-        theirs = upstream.get(f"{prefix}-remaining", ("",))[0]
-        if theirs.isdigit() and int(theirs) <= remaining:
+        remaining = max(0, math.floor(bucket.level(clock)))
+        theirs = upstream.get(names[1])
+        if theirs and theirs[0].isdigit() and int(theirs[0]) <= remaining:
             continue
-        refill = math.ceil(
-            (bucket.limit - level) * MINUTE / bucket.limit if bucket.limit else MINUTE
-        )
-        fields += [
-            (f"{prefix}-limit", str(bucket.limit)),
-            (f"{prefix}-remaining", str(remaining)),
-            (f"{prefix}-reset", cast(str, iso(moment_of(int(time.time()) + refill)))),
-        ]
+        wait = math.ceil(bucket.seconds_until(bucket.limit, clock))
+        reset = cast(str, iso(moment_of(int(time.time()) + wait)))
+        values = (str(bucket.limit), str(remaining), reset)
+        fields += zip(names, values, strict=True)
     return fields
+
+
+REQUEST_LIMIT_FIELDS, TOKEN_LIMIT_FIELDS = (
+    tuple(f"anthropic-ratelimit-{kind}-{what}" for what in RATE_FIELDS)
+    for kind in ("requests", "tokens")
+)
 
 
 def rated_tokens(tally: Tally) -> int:
@@ -2572,20 +2646,25 @@ def rated_tokens(tally: Tally) -> int:
 def matching_budgets(key: VirtualKey, model: str) -> list[str]:
     """The patterns of ``model_max_budget`` that hold for a model; all for one that is not known."""
     patterns = key.model_max_budget
+    if not patterns:
+        return []
     return [p for p in patterns if not model or fnmatch.fnmatchcase(model, p)]
 
 
-def refuse_over_budget(
+def is_over(limit: Decimal, spent: Decimal, held: Decimal, cost: Decimal) -> bool:
+    """Whether a budget is spent, or has no room for ``cost`` beside what is held."""
+    return spent >= limit or spent + held + cost > limit
+
+
+def over_budget(
     name: str,
     budget: ModelBudget,
     spent: Decimal,
     held: Decimal,
     cost: Decimal,
     moment: datetime,
-) -> None:
-    """Raise the 429 of a budget without room for ``cost`` (CCD claude-apps-gateway-spend-limits)."""
-    if spent < budget.limit and spent + held + cost <= budget.limit:
-        return
+) -> APIError:
+    """The 429 of a budget without room for ``cost`` (CCD claude-apps-gateway-spend-limits)."""
     resets, headers = "it does not reset by itself", [("x-should-retry", "false")]
     if budget.duration is not None:
         end = window(budget.duration, moment)[1]
@@ -2598,7 +2677,7 @@ def refuse_over_budget(
         message += f", ${dollars(held)} is held for requests under way"
     if spent < budget.limit and cost:
         message += f", and this request may cost ${dollars(cost)}"
-    raise APIError(429, f"{message}.", kind="billing_error", headers=headers)
+    return APIError(429, f"{message}.", kind="billing_error", headers=headers)
 
 
 def dollars(amount: Decimal) -> str:
@@ -2616,20 +2695,13 @@ def learn_output(account: Account, tokens: int) -> None:
     account.mean_output = mean + OUTPUT_LEARNING_RATE * (newest - mean)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Order:
     """One message that a body asks for: its model, the bytes of its prompt, its ``max_tokens``."""
 
     model: str
     size: int
     max_tokens: int | None
-
-
-def read_json(body: bytes) -> object:
-    """What a body says; None where it cannot be read."""
-    with contextlib.suppress(ValueError, RecursionError):
-        return cast(object, json.loads(body))
-    return None
 
 
 def read_orders(body: bytes, document: object) -> tuple[list[Order], bool]:
@@ -2790,7 +2862,7 @@ FIELD_VALUE = (
 )
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])")
 STATUS_LINE = re.compile(rf"HTTP/1\.([01]) ([1-9][0-9]{{2}})(?: ({FIELD_VALUE}))?")
-FIELD_LINES = re.compile(rf"(?:{TOKEN}:{FIELD_VALUE}\r\n)*")
+FIELD_LINE = re.compile(rf"{TOKEN}:{FIELD_VALUE}")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 LENGTH = re.compile(r"[0-9]{1,18}", re.ASCII)
 BARE_LF = re.compile(rb"(?<!\r)\n")
@@ -2810,6 +2882,19 @@ HOP_BY_HOP = frozenset(
 )
 
 
+# Request fields that stay here, beside the hop-by-hop ones.
+DROPPED_REQUEST_FIELDS = HOP_BY_HOP | {
+    "host",
+    "content-length",
+    "expect",
+    "cookie",
+    "forwarded",
+    "authorization",
+    "x-api-key",
+}
+DROPPED_REQUEST_PREFIXES = ("x-litellm-", "x-forwarded-")
+
+
 class ProtocolError(Exception):
     """Bytes that are not HTTP/1.1, or not so that both sides must read them alike."""
 
@@ -2818,7 +2903,19 @@ class ProtocolError(Exception):
         self.status = status
 
 
-Fields = list[tuple[str, str]]
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A header field: ``name`` and ``value`` as they came, the name in lower case, the value as all
+    that one field has of it, the line to send, and whether it goes on to the upstream or the client,
+    where ``Connection`` does not name it."""
+
+    name: str
+    value: str
+    lower: str
+    values: tuple[str, ...]
+    line: str
+    goes_up: bool
+    goes_down: bool
 
 
 @dataclass(slots=True)
@@ -2827,8 +2924,8 @@ class Head:
     ``values`` by lower-case name. ``version`` is the minor version of HTTP/1."""
 
     version: int
-    fields: Fields
-    values: dict[str, list[str]]
+    fields: list[Field]
+    values: dict[str, tuple[str, ...]]
 
     def get(self, name: str) -> str:
         """The first value of a field, by its lower-case name; empty where there is none."""
@@ -2847,7 +2944,9 @@ class Head:
     def keeps_alive(self) -> bool:
         """Whether the sender will reuse the connection (RFC 9112 section 9.3)."""
         named = self.connection_options()
-        return "close" not in named and (self.version == 1 or "keep-alive" in named)
+        if self.version == 1:
+            return "close" not in named
+        return "keep-alive" in named and "close" not in named
 
 
 @dataclass(slots=True)
@@ -2866,25 +2965,43 @@ class ResponseHead(Head):
     reason: str
 
 
-def parse_fields(block: str) -> tuple[Fields, dict[str, list[str]]]:
-    """Read header field lines, each ended by CRLF. Raises ProtocolError.
+def parse_fields(block: str) -> tuple[list[Field], dict[str, tuple[str, ...]]]:
+    """Read header field lines, with CRLF between them. Raises ProtocolError."""
+    if not block:
+        return [], {}
+    read = read_field if len(block) <= KEPT_HEAD else parse_field
+    fields = list(map(read, block.split("\r\n")))
+    values = {field.lower: field.values for field in fields}
+    if len(values) < len(fields):
+        for name in values:
+            values[name] = tuple(f.value for f in fields if f.lower == name)
+    return fields, values
+
+
+def parse_field(line: str) -> Field:
+    """Read a field line. Raises ProtocolError.
 
     No obsolete line folding, no space before the colon, no lone CR or LF (RFC 9112 section 5).
     """
-    if not FIELD_LINES.fullmatch(block):
+    if not FIELD_LINE.fullmatch(line):
         raise ProtocolError("a header field is malformed")
-    fields: Fields = []
-    values: dict[str, list[str]] = {}
-    for line in block.split("\r\n")[:-1]:
-        name, _, value = line.partition(":")
-        value = value.strip(" \t")
-        fields.append((name, value))
-        lower = name.lower()
-        if lower in values:
-            values[lower].append(value)
-        else:
-            values[lower] = [value]
-    return fields, values
+    name, _, value = line.partition(":")
+    value, lower = value.strip(" \t"), name.lower()
+    dropped = lower in DROPPED_REQUEST_FIELDS
+    return Field(
+        name,
+        value,
+        lower,
+        values=(value,),
+        line=f"{name}: {value}",
+        goes_up=not dropped and not lower.startswith(DROPPED_REQUEST_PREFIXES),
+        goes_down=lower not in HOP_BY_HOP,
+    )
+
+
+# Clients and upstreams send the same lines with every message; those are read once.
+KEPT_HEAD = 4 * KIB  # lines of longer heads are not kept
+read_field = functools.lru_cache(maxsize=512)(parse_field)
 
 
 def parse_request_head(data: bytes) -> RequestHead:
@@ -2893,7 +3010,7 @@ def parse_request_head(data: bytes) -> RequestHead:
     match = REQUEST_LINE.fullmatch(line)
     if not match:
         raise ProtocolError("the request line is malformed")
-    fields, values = parse_fields(block + "\r\n" if block else "")
+    fields, values = parse_fields(block)
     version = int(match[3])
     hosts = len(values.get("host", ()))
     if hosts > 1 or (hosts == 0 and version == 1):
@@ -2909,7 +3026,7 @@ def parse_response_head(data: bytes) -> ResponseHead:
     match = STATUS_LINE.fullmatch(line)
     if not match:
         raise ProtocolError("the status line is malformed")
-    fields, values = parse_fields(block + "\r\n" if block else "")
+    fields, values = parse_fields(block)
     return ResponseHead(int(match[1]), fields, values, int(match[2]), match[3] or "")
 
 
@@ -3025,17 +3142,20 @@ class Body:
         if not line:
             return True
         self._trailers += len(line)
-        if self._trailers > MAX_TRAILERS or not FIELD_LINES.fullmatch(
-            line.decode("latin-1") + "\r\n"
-        ):
-            raise ProtocolError("the trailer section is malformed")
+        if self._trailers > MAX_TRAILERS:
+            raise ProtocolError("the trailer section is too large")
+        parse_field(line.decode("latin-1"))
         return False
 
 
-def head_bytes(start_line: str, fields: Iterable[tuple[str, str]]) -> bytes:
-    """A message head as it goes over the wire."""
-    lines = [start_line, *(f"{name}: {value}" for name, value in fields), "\r\n"]
-    return "\r\n".join(lines).encode("latin-1")
+def head_bytes(start_line: str, lines: Iterable[str]) -> bytes:
+    """A message head as it goes over the wire, of its start line and field lines."""
+    return "\r\n".join([start_line, *lines, "\r\n"]).encode("latin-1")
+
+
+def field_lines(fields: Iterable[tuple[str, str]]) -> list[str]:
+    """Field lines of names and values."""
+    return [f"{name}: {value}" for name, value in fields]
 
 
 def framed(data: bytes) -> bytes:
@@ -3044,6 +3164,7 @@ def framed(data: bytes) -> bytes:
 
 
 LAST_CHUNK = b"0\r\n\r\n"
+CHUNKED_LINE = "Transfer-Encoding: chunked"
 
 
 class UpstreamError(Exception):
@@ -3665,7 +3786,7 @@ class Fetch:
         self.exchange = self.client.exchange(
             origin,
             method,
-            head_bytes(f"{method} {target} HTTP/1.1", fields),
+            head_bytes(f"{method} {target} HTTP/1.1", field_lines(fields)),
             body or b"",
             self,
             streamed=producer is not None,
@@ -3680,7 +3801,9 @@ class Fetch:
         if producer is not None:
             self.producer = asyncio.ensure_future(self._produce(producer, fields))
 
-    async def _produce(self, producer: Callable[..., Any], fields: Fields) -> None:
+    async def _produce(
+        self, producer: Callable[..., Any], fields: list[tuple[str, str]]
+    ) -> None:
         chunked = fields[-1] == ("Transfer-Encoding", "chunked")
         assert self.exchange is not None
 
@@ -3708,8 +3831,8 @@ class Fetch:
             self.request.header_callback(
                 f"HTTP/1.{head.version} {head.status} {head.reason}\r\n"
             )
-            for name, value in head.fields:
-                self.request.header_callback(f"{name}: {value}\r\n")
+            for header in head.fields:
+                self.request.header_callback(f"{header.line}\r\n")
             self.request.header_callback("\r\n")
 
     def response_received(self, data: bytes, complete: bool) -> None:
@@ -3768,8 +3891,8 @@ class Fetch:
         if self.producer is not None and error is not None:
             self.producer.cancel()
         headers = httputil.HTTPHeaders()
-        for name, value in self.head.fields if self.head else ():
-            headers.add(name, value)
+        for header in self.head.fields if self.head else ():
+            headers.add(header.name, header.value)
         self.buffer.seek(0)
         # Tornado's status for "no response" is 599.
         status = self.head.status if self.head and error is None else 599
@@ -3814,27 +3937,12 @@ EVENT_STREAM = "text/event-stream"
 SESSION_FIELD, AGENT_FIELD = "x-claude-code-session-id", "x-claude-code-agent-id"
 TAGS_FIELD = "x-litellm-tags"
 
-# Request fields that stay here, beside the hop-by-hop ones.
-DROPPED_REQUEST_FIELDS = HOP_BY_HOP | {
-    "host",
-    "content-length",
-    "expect",
-    "cookie",
-    "forwarded",
-    "authorization",
-    "x-api-key",
-}
-DROPPED_REQUEST_PREFIXES = ("x-litellm-", "x-forwarded-")
 WORKSPACE_FIELD = (
     "anthropic-workspace-id"  # chooses a workspace of the real key's owner
 )
 # A shorter "key" (for a test server, say) is an ordinary word, which responses may well hold.
 MIN_SECRET_LENGTH = 16
 READABLE_CODINGS = ("gzip", "deflate", "identity")
-BATCH_OBJECT = re.compile(r"/v1/messages/batches(?:/[^/]+(?:/cancel)?)?/?")
-BATCHES_MADE = re.compile(r"/v1/messages/batches/?")
-RESULTS = re.compile(r"/v1/messages/batches/([^/]+)/results/?")
-METERED = re.compile(r"/v1/(?:messages|complete|messages/batches(?:/.*)?)/?")
 # An absolute URL up to its path, as a JSON string may hold it.
 RESULTS_URL = re.compile(
     rb'(?<!\\)("results_url"\s*:\s*")https?:(?:\\?/){2}[^/"\\]+(?=[/"\\])'
@@ -3858,7 +3966,7 @@ def rule_path(target: str) -> str:
     parameters under which some server would resolve them.
     """
     path = target.partition("?")[0]
-    if not any(mark in path for mark in ("%", "//", "/.", "\\", "#")):
+    if not UNUSUAL_PATH.search(path):
         return path
     decoded = urllib.parse.unquote(path, "latin-1")
     for form in (path, decoded, urllib.parse.unquote(decoded, "latin-1")):
@@ -3872,44 +3980,56 @@ def rule_path(target: str) -> str:
     return re.sub("/{2,}", "/", decoded)
 
 
-def readable_codings(accepted: Iterable[str]) -> str:
+UNUSUAL_PATH = re.compile(r"[%\\#]|//|/\.")
+
+
+@functools.lru_cache(maxsize=256)
+def readable_codings(accepted: tuple[str, ...]) -> str:
     """Cut an Accept-Encoding down to the codings that the gateway reads itself."""
-    offers = [offer.strip() for value in accepted for offer in value.split(",")]
+    offers = [offer.strip() for offer in ", ".join(accepted).split(",")]
     kept = [
         o for o in offers if o.partition(";")[0].strip().lower() in READABLE_CODINGS
     ]
     return ", ".join(kept) or "identity"
 
 
-def forwarded_fields(request: RequestHead, caller: Caller, *, metered: bool) -> Fields:
-    """The request fields that go on, in their order: all but those that DROPPED_* name, those that
-    ``Connection`` names, and any that holds a key of this gateway."""
-    options = request.connection_options()
-    fields: Fields = []
-    for name, value in request.fields:
-        lower = name.lower()
-        if lower in DROPPED_REQUEST_FIELDS or lower.startswith(
-            DROPPED_REQUEST_PREFIXES
-        ):
-            continue
-        if lower in options or (lower == WORKSPACE_FIELD and caller.own is None):
-            continue
-        if holds_any(value, caller.presented):
-            continue
-        if metered and lower == "accept-encoding":
-            if value is request.values[lower][0]:
-                fields.append((name, readable_codings(request.values[lower])))
-            continue
-        fields.append((name, value))
-    return fields
+def forwarded_lines(
+    request: RequestHead, caller: Caller, *, metered: bool
+) -> list[str]:
+    """The request's field lines that go on, in their order: all but those that DROPPED_* name,
+    those that ``Connection`` names, and any that holds a key of this gateway."""
+    unwanted = request.connection_options()
+    if caller.own is None:
+        unwanted.append(WORKSPACE_FIELD)
+    lines = [
+        field.line
+        for field in request.fields
+        if field.goes_up and field.lower not in unwanted
+    ]
+    offered = request.values.get("accept-encoding") if metered else None
+    if offered and (codings := readable_codings(offered)) != offered[0]:
+        lines = with_codings(lines, codings)
+    if holds_any("\n".join(lines), caller.presented):
+        lines = [line for line in lines if not holds_any(line, caller.presented)]
+    return lines
+
+
+def with_codings(lines: list[str], codings: str) -> list[str]:
+    """Field lines with this Accept-Encoding in the place of the first."""
+    changed = []
+    for line in lines:
+        name = line.partition(":")[0]
+        if name.lower() != "accept-encoding":
+            changed.append(line)
+        elif codings:
+            changed.append(f"{name}: {codings}")
+            codings = ""
+    return changed
 
 
 def holds_any(text: str, keys: Iterable[str]) -> bool:
     """Whether one of these keys stands in a text."""
-    for key in keys:  # a loop, since this runs for every field of every request
-        if key in text:
-            return True
-    return False
+    return any(key in text for key in keys)
 
 
 class Redactor:
@@ -3966,13 +4086,11 @@ class Redactor:
             else data
         )
 
-    def mask_text(self, text: str) -> str:
-        """The same for a field's value."""
-        return (
-            text.replace(self._text, "*" * len(self._text))
-            if self._text in text
-            else text
-        )
+    def mask_lines(self, lines: list[str]) -> list[str]:
+        """The same for field lines."""
+        if self._text not in "\n".join(lines):
+            return lines
+        return [line.replace(self._text, "*" * len(self._text)) for line in lines]
 
     def _open_prefix(self, data: bytes) -> int:
         """How many of the last bytes are a beginning of the secret."""
@@ -4117,6 +4235,7 @@ class Relay:
         self.admission = admission
         self.client = client
         self.origin, self.base_path = parse_upstream(settings.upstream)
+        self.host_line = f"Host: {self.origin.authority}"
         self.active: set[RelayHandler] = set()
         self.recent: collections.deque[Finished] = collections.deque(
             maxlen=settings.recent_requests
@@ -4264,6 +4383,34 @@ def rounded(seconds: float | None) -> float | None:
 class RelayHandler:
     """One relayed request, from its head to `settle`. Also the `ResponseSink` of its exchange."""
 
+    caller = Caller()
+    grant: Grant | None = None
+    used = Settled()
+    status = 0
+    outcome = ""
+    # The request
+    _exchange: Exchange | None = None
+    _kept: list[bytes] | None = None
+    _received = 0
+    _chunked_up = False
+    _policy_reads_body = False
+    _redactor: Redactor | None = None
+    # The response
+    _head: ResponseHead | None = None
+    _length = 0
+    _meter: Meter | None = None
+    _chunked_down = False
+    _head_pending = False
+    _head_sent = False
+    _rewritten: list[bytes] | None = None
+    _sent = 0
+    # The end
+    _settled = False
+    _ended = EPOCH
+    _answered = 0.0
+    _first_byte = 0.0
+    _duration = 0.0
+
     def __init__(
         self,
         relay: Relay,
@@ -4277,34 +4424,7 @@ class RelayHandler:
         self.target = target
         self.call_id = new_call_id()
         self.started = relay.client.time()
-        self.path = ""
-        self.caller = Caller()
-        self.grant: Grant | None = None
-        self.used = Settled()
-        self.status = 0
-        self.outcome = ""
-        self._exchange: Exchange | None = None
-        self._kept: list[bytes] | None = None
-        self._received = 0
-        self._chunked_up = False
-        self._upstream_start = ""
-        self._upstream_fields: Fields = []
-        self._redactor: Redactor | None = None
-        self._head: ResponseHead | None = None
-        self._length = 0
-        self._meter: Meter | None = None
-        self._policy_reads_body = False
-        self._chunked_down = False
-        self._head_pending = False
-        self._head_sent = False
-        self._rewritten: list[bytes] | None = None
-        self._settled = False
-        self._ended = EPOCH
         self._whole = self.started
-        self._answered = 0.0
-        self._first_byte = 0.0
-        self._duration = 0.0
-        self._sent = 0
         relay.enter(self)
 
     # The request
@@ -4324,7 +4444,7 @@ class RelayHandler:
                 "The gateway is stopping. Try again.",
                 headers=[("retry-after", "5")],
             )
-        self.path = path = rule_path(self.target)
+        path = rule_path(self.target)
         self.caller = relay.admission.authenticate(request.values)
         credential = self.caller.own or relay.settings.real_credential
         if credential is None:
@@ -4335,11 +4455,9 @@ class RelayHandler:
             )
         self._check_size(length)
         self.grant = relay.admission.admit(self.caller, request.method, path)
-        self._policy_reads_body = relay.admission.wants_body(
-            self.caller, request.method, path
-        )
-        metered = METERED.fullmatch(path) is not None
-        if BATCH_OBJECT.fullmatch(path) and request.method in ("GET", "POST"):
+        self._policy_reads_body = relay.admission.wants_body(self.grant)
+        route = self.grant.route
+        if route.batch:
             self._rewritten = []
         secret = real_secret(credential)
         if self.caller.own is None and len(secret) >= MIN_SECRET_LENGTH:
@@ -4347,14 +4465,14 @@ class RelayHandler:
         self._upstream_start = (
             f"{request.method} {relay.base_path}{self.target} HTTP/1.1"
         )
-        self._upstream_fields = [
-            ("Host", relay.origin.authority),
-            *forwarded_fields(request, self.caller, metered=metered),
-            credential,
+        self._upstream_lines = [
+            relay.host_line,
+            *forwarded_lines(request, self.caller, metered=route.metered),
+            f"{credential[0]}: {credential[1]}",
         ]
         small = length <= JSON_BODY_LIMIT
         if self._policy_reads_body and not small:
-            relay.admission.admit_unread(self.grant, request.method, length)
+            relay.admission.admit_unread(self.grant, length)
             self._policy_reads_body = False
         wanted = small and is_json(request.get("content-type"))
         if length == 0 or self._policy_reads_body or wanted:
@@ -4389,7 +4507,7 @@ class RelayHandler:
         self._kept = None
         if self._policy_reads_body and self.grant is not None:
             try:
-                self.relay.admission.admit_body(self.grant, self.request.method, body)
+                self.relay.admission.admit_body(self.grant, body)
             except APIError as error:
                 self.refuse(error)
                 return
@@ -4398,15 +4516,14 @@ class RelayHandler:
             or "transfer-encoding" in self.request.values
         )
         if declared:
-            self._upstream_fields.append(("Content-Length", str(len(body))))
+            self._upstream_lines.append(f"Content-Length: {len(body)}")
         self._start(body)
 
     def _may_go_unread(self) -> bool:
         """Whether the rules of the key let a body go on that is too large to be kept."""
         if self._policy_reads_body and self.grant is not None:
             try:
-                method = self.request.method
-                self.relay.admission.admit_unread(self.grant, method, self._received)
+                self.relay.admission.admit_unread(self.grant, self._received)
             except APIError as error:
                 self.refuse(error)
                 return False
@@ -4425,17 +4542,13 @@ class RelayHandler:
     def _stream(self, length: int) -> None:
         """Open the upstream now; the body follows as it comes."""
         self._chunked_up = length == CHUNKED
-        framing = (
-            ("Transfer-Encoding", "chunked")
-            if self._chunked_up
-            else ("Content-Length", str(length))
-        )
-        self._upstream_fields.append(framing)
+        framing = CHUNKED_LINE if self._chunked_up else f"Content-Length: {length}"
+        self._upstream_lines.append(framing)
         self._start(b"", streamed=True)
 
     def _start(self, body: bytes, *, streamed: bool = False) -> None:
-        head = head_bytes(self._upstream_start, self._upstream_fields)
-        self._upstream_fields = []
+        head = head_bytes(self._upstream_start, self._upstream_lines)
+        self._upstream_lines = []
         self._exchange = self.relay.client.exchange(
             self.relay.origin, self.request.method, head, body, self, streamed=streamed
         )
@@ -4453,7 +4566,7 @@ class RelayHandler:
         if self.request.version == 1:
             self.connection.send(
                 head_bytes(
-                    f"HTTP/1.1 {head.status} {head.reason}", self._response_fields(head)
+                    f"HTTP/1.1 {head.status} {head.reason}", self._response_lines(head)
                 )
             )
 
@@ -4633,6 +4746,8 @@ class RelayHandler:
 
     def _shown(self, text: str) -> str:
         """A text of the client's for the log, without the keys that he showed."""
+        if not text:
+            return ""
         for key in self.caller.presented:
             if key in text:
                 text = text.replace(key, key_name(key))
@@ -4640,12 +4755,13 @@ class RelayHandler:
 
     def _make_meter(self, head: ResponseHead) -> Meter | None:
         """What reads the usage of a successful response of a metered route."""
-        if head.status != 200 or not METERED.fullmatch(self.path):
+        assert self.grant is not None
+        route = self.grant.route
+        if head.status != 200 or not route.metered:
             return None
         coding = head.get("content-encoding").strip().lower()
-        results = RESULTS.fullmatch(self.path)
-        if results and self.request.method == "GET":
-            batch, admission = results[1], self.relay.admission
+        if batch := route.results_of:
+            admission = self.relay.admission
 
             def book(line: int, measured: Measured) -> None:
                 admission.book_result(batch, line, measured, self.caller)
@@ -4659,57 +4775,53 @@ class RelayHandler:
         if self._exchange is not None:
             self._exchange.abort()
 
-    def _response_fields(self, head: ResponseHead) -> Fields:
-        """The response fields that go on: all but hop-by-hop ones; the real key masked."""
-        dropped: Collection[str] = HOP_BY_HOP
-        own: Fields = []
+    def _response_lines(self, head: ResponseHead) -> list[str]:
+        """The response's field lines that go on: all but hop-by-hop ones; the real key masked."""
+        named = head.connection_options()
+        own: Sequence[tuple[str, str]] = ()
         if self.caller.key is not None:
-            own = rate_fields(
-                self.caller.key, head.values, self.relay.admission.clock()
-            )
-        if own or "connection" in head.values:
-            named = [name for name, _ in own]
-            dropped = {*HOP_BY_HOP, *head.connection_options(), *named}
-        redactor = self._redactor
-        fields = []
-        for name, value in head.fields:
-            if name.lower() in dropped:
-                continue
-            if redactor is not None:
-                value = redactor.mask_text(value)
-            fields.append((name, value))
-        return fields + own
+            clock = self.relay.admission.clock()
+            own = rate_fields(self.caller.key, head.values, clock)
+            named += [name for name, _ in own]
+        lines = [
+            field.line
+            for field in head.fields
+            if field.goes_down and field.lower not in named
+        ]
+        if self._redactor is not None:
+            lines = self._redactor.mask_lines(lines)
+        return lines + field_lines(own)
 
     def _client_head(self, complete: bool) -> bytes:
         """The response's head as the client gets it. ``complete``: the cost is known already."""
         head, length = self._head, self._length
         assert head is not None
-        fields = self._response_fields(head)
-        fields.append(("x-litellm-call-id", self.call_id))
-        fields += self._spend_fields(complete)
+        lines = self._response_lines(head)
+        lines.append(f"x-litellm-call-id: {self.call_id}")
+        lines += self._spend_lines(complete)
         self._chunked_down = length < 0 and self.request.version == 1
         if self._chunked_down:
-            fields.append(("Transfer-Encoding", "chunked"))
-        fields += self.connection.connection_fields(
+            lines.append(CHUNKED_LINE)
+        lines += self.connection.connection_lines(
             delimited=length >= 0 or self._chunked_down
         )
-        return head_bytes(f"HTTP/1.1 {head.status} {head.reason}", fields)
+        return head_bytes(f"HTTP/1.1 {head.status} {head.reason}", lines)
 
-    def _spend_fields(self, complete: bool) -> Fields:
+    def _spend_lines(self, complete: bool) -> list[str]:
         """LiteLLM's x-litellm-* about cost and spend, in USD."""
         key = self.grant.booked_key if self.grant is not None else None
         if key is None or not self.relay.admission.prices.available:
             return []
-        fields = []
+        lines = []
         if complete and self._meter is not None:
-            fields.append(("x-litellm-response-cost", f"{self.used.cost:f}"))
+            lines.append(f"x-litellm-response-cost: {self.used.cost:f}")
         spent = key.spent(now())
-        fields.append(("x-litellm-key-spend", f"{spent:f}"))
+        lines.append(f"x-litellm-key-spend: {spent:f}")
         if key.max_budget is not None:
-            fields.append(("x-litellm-key-max-budget", f"{key.max_budget:f}"))
+            lines.append(f"x-litellm-key-max-budget: {key.max_budget:f}")
             left = max(ZERO, key.max_budget - spent)
-            fields.append(("x-litellm-key-remaining-budget", f"{left:f}"))
-        return fields
+            lines.append(f"x-litellm-key-remaining-budget: {left:f}")
+        return lines
 
     def _send(self, data: bytes, complete: bool) -> None:
         self._sent += len(data)
@@ -4747,13 +4859,12 @@ class RelayHandler:
             return
         if self._redactor is not None:
             plain = self._redactor.mask(plain)
-        if self.request.method == "POST" and BATCHES_MADE.fullmatch(self.path):
+        if self.grant is not None and self.grant.route.makes_batch:
             self._own_batch(plain)
         body = compress(coding, rewrite_results_url(plain, self.relay.base_path))
-        self._head.fields = [
-            (n, v) for n, v in self._head.fields if n.lower() != "content-length"
-        ]
-        self._head.fields.append(("Content-Length", str(len(body))))
+        kept = (f for f in self._head.fields if f.lower != "content-length")
+        self._head.fields = [*kept]
+        self._head.fields.append(parse_field(f"Content-Length: {len(body)}"))
         self._length = len(body)
         self._send(body, True)
 
@@ -4777,7 +4888,7 @@ class RelayHandler:
 
 def new_call_id() -> str:
     """A random UUID of version 4 (RFC 9562), as LiteLLM's call ids are."""
-    digits = os.urandom(16).hex()
+    digits = f"{random.getrandbits(128):032x}"
     return (
         f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
     )
@@ -4962,7 +5073,7 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
         elif moment - self._since > (idle_timeout if self._served else client_timeout):
             self._end_idle()
 
-    def connection_fields(self, *, delimited: bool) -> Fields:
+    def connection_lines(self, *, delimited: bool) -> list[str]:
         """The Connection field of a response, if it needs one (RFC 9112 section 9.3).
 
         ``delimited`` says whether the response's end shows without closing the connection.
@@ -4976,27 +5087,25 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
         ):
             self._close_after = True
         if self._close_after:
-            return [("Connection", "close")]
-        return (
-            [("Connection", "keep-alive")] if request and request.version == 0 else []
-        )
+            return ["Connection: close"]
+        return ["Connection: keep-alive"] if request and request.version == 0 else []
 
     def send_error(self, error: APIError, request_id: str) -> int:
         """Send an error of the gateway's own as a whole response; `response_done` is to follow.
         Returns the length of its body."""
         body = error.body(request_id)
-        fields = [
-            ("Content-Type", "application/json"),
-            ("Content-Length", str(len(body))),
-            ("request-id", request_id),
-            ("x-litellm-call-id", request_id),
-            *error.headers,
-            *self.connection_fields(delimited=True),
+        lines = [
+            "Content-Type: application/json",
+            f"Content-Length: {len(body)}",
+            f"request-id: {request_id}",
+            f"x-litellm-call-id: {request_id}",
+            *field_lines(error.headers),
+            *self.connection_lines(delimited=True),
         ]
         if self.request is not None and self.request.method == "HEAD":
             body = b""
         self.send(
-            head_bytes(f"HTTP/1.1 {error.status} {reason(error.status)}", fields) + body
+            head_bytes(f"HTTP/1.1 {error.status} {reason(error.status)}", lines) + body
         )
         return len(body)
 
@@ -5037,9 +5146,10 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
         """Called by Tornado's handlers, which send whole bodies with a Content-Length."""
         assert isinstance(start_line, httputil.ResponseStartLine)
         delimited = "Content-Length" in headers or start_line.code in (204, 304)
-        fields = [*headers.get_all(), *self.connection_fields(delimited=delimited)]
+        lines = field_lines(headers.get_all())
+        lines += self.connection_lines(delimited=delimited)
         self.send(
-            head_bytes(f"HTTP/1.1 {start_line.code} {start_line.reason}", fields)
+            head_bytes(f"HTTP/1.1 {start_line.code} {start_line.reason}", lines)
             + (chunk or b"")
         )
         return done()
@@ -5239,8 +5349,8 @@ class ApplicationDelegate:
         )
         try:
             headers = httputil.HTTPHeaders()
-            for name, value in self._head.fields:
-                headers.add(name, value)
+            for header in self._head.fields:
+                headers.add(header.name, header.value)
             self._delegate.headers_received(start_line, headers)
         except httputil.HTTPInputError as error:
             self._refuse(APIError(400, f"Malformed request: {error}."))

@@ -3037,15 +3037,11 @@ def test_an_own_price_file_wins(tmp_path: Path) -> None:
     )
     # 10 x $1.50 + 10 x $2 + 10 x 1.25 x $1.50
     assert prices.price(used, "claude-x", WHEN) == Decimal("0.00005375")
-    assert prices.rates("claude-opus-5-5", WHEN, gateway.Tally()).input == Decimal(
-        "0.000007"
-    )
+    assert prices.rates("claude-opus-5-5", WHEN, 0).input == Decimal("0.000007")
     path.write_text('{"claude-x": {"input": 3, "output": 4}}')
     prices.reload()
-    assert prices.rates("claude-x", WHEN, gateway.Tally()).input == Decimal("0.000003")
-    assert prices.rates("claude-opus-5-5", WHEN, gateway.Tally()).input == Decimal(
-        "0.000004"
-    )
+    assert prices.rates("claude-x", WHEN, 0).input == Decimal("0.000003")
+    assert prices.rates("claude-opus-5-5", WHEN, 0).input == Decimal("0.000004")
 
 
 @pytest.mark.parametrize(
