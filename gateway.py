@@ -1610,17 +1610,16 @@ class Meter:
 
     def feed(self, data: bytes) -> None:
         """Look at the next part of the body."""
-        if self._blind:
-            return
         if self._inflate is None:
-            self._look(data)
+            if not self._blind:
+                self._look(data)
             return
         try:
             while data:
                 self._look(self._inflate.decompress(data, INFLATE_SLICE))
                 data = self._inflate.unconsumed_tail
         except zlib.error:
-            self._blind = True
+            self._blind, self._inflate = True, None
 
     def finish(self, complete: bool) -> Measured:
         """The body has ended, or was cut short."""
@@ -1647,6 +1646,9 @@ class Meter:
             self._split_lines(data)
 
     def _split_lines(self, data: bytes) -> None:
+        if data.endswith(b"\n") and not self._tail and not self._skipping:
+            self._events(data)
+            return
         end = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
         if end == 0:
             self._hold(data)
@@ -2854,6 +2856,8 @@ WRITE_HIGH_WATER = 64 * KIB
 POOL_IDLE_TIMEOUT = (
     55.0  # seconds; load balancers commonly drop idle connections after 60
 )
+ADDRESS_TTL = 30.0  # seconds for which an address that was reached is not resolved anew
+REACH_AGAIN_TIMEOUT = 0.3  # seconds; Tornado's TCPClient goes on to the next as soon
 SWEEP_INTERVAL = 1.0  # seconds between looks for silent exchanges and idle connections
 
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 section 5.6.2
@@ -2864,6 +2868,7 @@ REQUEST_LINE = re.compile(rf"({TOKEN}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])")
 STATUS_LINE = re.compile(rf"HTTP/1\.([01]) ([1-9][0-9]{{2}})(?: ({FIELD_VALUE}))?")
 FIELD_LINE = re.compile(rf"{TOKEN}:{FIELD_VALUE}")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
+CHUNK_START = re.compile(rb"([0-9A-Fa-f]{1,16})\r\n")
 LENGTH = re.compile(r"[0-9]{1,18}", re.ASCII)
 BARE_LF = re.compile(rb"(?<!\r)\n")
 # RFC 9110 section 7.6.1, and Proxy-Connection, which old clients send.
@@ -3095,6 +3100,11 @@ class Body:
     def _feed_chunked(self, data: bytes) -> tuple[bytes, bytes]:
         if self._partial:
             data, self._partial = self._partial + data, b""
+        elif self._where == "size" and (match := CHUNK_START.match(data)):
+            # Mostly a read brings just one chunk, as an event was sent.
+            start, size = match.end(), int(match[1], 16)
+            if size and len(data) == start + size + 2 and data.endswith(b"\r\n"):
+                return data[start:-2], b""
         pieces: list[bytes] = []
         at = 0
         while True:
@@ -3624,6 +3634,7 @@ class UpstreamClient(AsyncHTTPClient):
         self.reused = 0
         self._idle: dict[Origin, list[UpstreamConnection]] = {}
         self._tcp = TCPClient()
+        self._reached: dict[Origin, tuple[int, Any, float]] = {}
         self._loop = asyncio.get_event_loop()
         self._sweeper = self._loop.call_later(self._sweep_interval(), self._sweep)
 
@@ -3688,16 +3699,8 @@ class UpstreamClient(AsyncHTTPClient):
             connections.remove(connection)
 
     async def connect(self, origin: Origin) -> UpstreamConnection:
-        """Open a connection. Tornado's TCPClient resolves and tries the addresses of both families;
-        asyncio's transport, which costs less for each read and write, takes the socket over."""
-        stream = await self._tcp.connect(origin.host, origin.port)
-        if stream.closed():
-            raise ConnectionResetError
-        try:
-            connected = stream.socket.dup()
-        finally:
-            stream.close()
-        connected.setblocking(False)
+        """Open a connection; asyncio's transport costs less for each read and write than IOStream."""
+        connected = await self._reach_again(origin) or await self._reach(origin)
         secure = origin.scheme == "https"
         try:
             _, connection = await self._loop.create_connection(
@@ -3713,6 +3716,40 @@ class UpstreamClient(AsyncHTTPClient):
             raise
         self.opened += 1
         return connection
+
+    async def _reach(self, origin: Origin) -> socket.socket:
+        """Connect by Tornado's TCPClient, which resolves and tries the addresses of both families."""
+        stream = await self._tcp.connect(origin.host, origin.port)
+        if stream.closed():
+            raise ConnectionResetError
+        try:
+            connected = stream.socket.dup()
+        finally:
+            stream.close()
+        connected.setblocking(False)
+        until = self.time() + ADDRESS_TTL
+        self._reached[origin] = (connected.family, connected.getpeername(), until)
+        return connected
+
+    async def _reach_again(self, origin: Origin) -> socket.socket | None:
+        """Connect to the address that was reached lately, without asking the resolver again; None
+        where there is none, or it does not answer at once."""
+        family, address, until = self._reached.get(origin, (0, None, 0.0))
+        if self.time() > until:
+            return None
+        connected = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            connected.setblocking(False)
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            async with asyncio.timeout(REACH_AGAIN_TIMEOUT):
+                await self._loop.sock_connect(connected, address)
+        except BaseException as error:
+            connected.close()
+            self._reached.pop(origin, None)
+            if isinstance(error, OSError):  # TimeoutError is one
+                return None
+            raise
+        return connected
 
     @property
     def idle(self) -> int:
@@ -4094,6 +4131,8 @@ class Redactor:
 
     def _open_prefix(self, data: bytes) -> int:
         """How many of the last bytes are a beginning of the secret."""
+        if not data or data[-1] not in self._secret:
+            return 0
         start = max(0, len(data) - len(self._secret) + 1)
         while (start := data.find(self._secret[:1], start)) >= 0:
             if self._secret.startswith(data[start:]):

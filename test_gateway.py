@@ -621,7 +621,7 @@ def test_dot_segments_are_refused_by_rule(target: str) -> None:
     ],
 )
 def test_accepted_codings_are_cut_down(offered: list[str], kept: str) -> None:
-    assert gateway.readable_codings(offered) == kept
+    assert gateway.readable_codings(tuple(offered)) == kept
 
 
 @given(
@@ -4155,7 +4155,7 @@ async def admissions(
                 continue
             admitted += 1
             try:
-                admission.admit_body(grant, "POST", body)
+                admission.admit_body(grant, body)
             except gateway.APIError:
                 admission.settle(grant, None, failed=True)
                 continue
