@@ -26,6 +26,7 @@ import dataclasses
 import fcntl
 import fnmatch
 import functools
+import gc
 import gzip
 import hashlib
 import hmac
@@ -2857,7 +2858,7 @@ POOL_IDLE_TIMEOUT = (
     55.0  # seconds; load balancers commonly drop idle connections after 60
 )
 ADDRESS_TTL = 30.0  # seconds for which an address that was reached is not resolved anew
-REACH_AGAIN_TIMEOUT = 0.3  # seconds; Tornado's TCPClient goes on to the next as soon
+REACH_AGAIN_TIMEOUT = 3.0  # seconds for it to answer, before it is
 SWEEP_INTERVAL = 1.0  # seconds between looks for silent exchanges and idle connections
 
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 section 5.6.2
@@ -3634,7 +3635,7 @@ class UpstreamClient(AsyncHTTPClient):
         self.reused = 0
         self._idle: dict[Origin, list[UpstreamConnection]] = {}
         self._tcp = TCPClient()
-        self._reached: dict[Origin, tuple[int, Any, float]] = {}
+        self._reached: dict[Origin, tuple[Any, float]] = {}
         self._loop = asyncio.get_event_loop()
         self._sweeper = self._loop.call_later(self._sweep_interval(), self._sweep)
 
@@ -3700,24 +3701,11 @@ class UpstreamClient(AsyncHTTPClient):
 
     async def connect(self, origin: Origin) -> UpstreamConnection:
         """Open a connection; asyncio's transport costs less for each read and write than IOStream."""
-        connected = await self._reach_again(origin) or await self._reach(origin)
-        secure = origin.scheme == "https"
-        try:
-            _, connection = await self._loop.create_connection(
-                lambda: UpstreamConnection(self, origin),
-                sock=connected,
-                ssl=self.ssl_context if secure else None,
-                server_hostname=origin.host if secure else None,
-            )
-        except BaseException as error:
-            connected.close()
-            if secure and isinstance(error, ConnectionError):
-                raise ssl.SSLError("the peer closed during the handshake") from None
-            raise
+        connection = await self._reach_again(origin) or await self._reach(origin)
         self.opened += 1
         return connection
 
-    async def _reach(self, origin: Origin) -> socket.socket:
+    async def _reach(self, origin: Origin) -> UpstreamConnection:
         """Connect by Tornado's TCPClient, which resolves and tries the addresses of both families."""
         stream = await self._tcp.connect(origin.host, origin.port)
         if stream.closed():
@@ -3727,29 +3715,37 @@ class UpstreamClient(AsyncHTTPClient):
         finally:
             stream.close()
         connected.setblocking(False)
-        until = self.time() + ADDRESS_TTL
-        self._reached[origin] = (connected.family, connected.getpeername(), until)
-        return connected
-
-    async def _reach_again(self, origin: Origin) -> socket.socket | None:
-        """Connect to the address that was reached lately, without asking the resolver again; None
-        where there is none, or it does not answer at once."""
-        family, address, until = self._reached.get(origin, (0, None, 0.0))
-        if self.time() > until:
-            return None
-        connected = socket.socket(family, socket.SOCK_STREAM)
         try:
-            connected.setblocking(False)
-            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            async with asyncio.timeout(REACH_AGAIN_TIMEOUT):
-                await self._loop.sock_connect(connected, address)
+            self._reached[origin] = (connected.getpeername(), self.time() + ADDRESS_TTL)
+            return await self._open(origin, sock=connected)
         except BaseException as error:
             connected.close()
-            self._reached.pop(origin, None)
-            if isinstance(error, OSError):  # TimeoutError is one
-                return None
+            if origin.scheme == "https" and isinstance(error, ConnectionError):
+                raise ssl.SSLError("the peer closed during the handshake") from None
             raise
-        return connected
+
+    async def _reach_again(self, origin: Origin) -> UpstreamConnection | None:
+        """Connect to the address that was reached lately, without asking the resolver again; None
+        where there is none, or it does not answer as before."""
+        address, until = self._reached.get(origin, (None, 0.0))
+        if address is None or self.time() > until:
+            return None
+        try:
+            async with asyncio.timeout(REACH_AGAIN_TIMEOUT):
+                return await self._open(origin, host=address[0], port=address[1])
+        except OSError:  # TimeoutError and ssl.SSLError are such
+            self._reached.pop(origin, None)
+            return None
+
+    async def _open(self, origin: Origin, **where: Any) -> UpstreamConnection:
+        secure = origin.scheme == "https"
+        _, connection = await self._loop.create_connection(
+            lambda: UpstreamConnection(self, origin),
+            ssl=self.ssl_context if secure else None,
+            server_hostname=origin.host if secure else None,
+            **where,
+        )
+        return connection
 
     @property
     def idle(self) -> int:
@@ -7299,6 +7295,7 @@ async def serve(settings: Settings) -> None:
     prices = relay.admission.prices
     await loop.run_in_executor(None, prices.load)
     relay.admission.prices_loaded()
+    spare_the_collector()
     await stops.get()
     await stop(relay, server, stops)
     if settings.unix_socket:
@@ -7315,6 +7312,7 @@ async def reload(relay: Relay, context: ssl.SSLContext | None) -> None:
             load_certificate(context, relay.settings)
         relay.admission.prices.reload()
         await relay.store.reload()
+        spare_the_collector()
         log.info("keys read again: %d", sum(1 for _ in relay.store.live()))
     except (SettingsError, OSError) as error:
         log.error("not read again: %s", error)
@@ -7511,6 +7509,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except SettingsError as error:
         sys.stderr.write(f"gateway: {error}\n")
         sys.exit(USAGE_ERROR)
+
+
+def spare_the_collector() -> None:
+    """Tell Python's garbage collector that what is here now stays: prices, keys and code are hundreds
+    of thousands of objects, and looking through them again and again would stop all streams."""
+    gc.collect()
+    gc.freeze()
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
