@@ -4723,7 +4723,8 @@ class RelayHandler:
         if self.grant is not None:
             self.relay.recent.append(finished)
         self.relay.traffic.count(finished)
-        log.info("%s", finished)
+        if log.isEnabledFor(logging.INFO):
+            log.handle(relayed_record(finished))
 
     def finished(self) -> Finished:
         """The request as it is remembered, counted and logged."""
@@ -4919,6 +4920,11 @@ class RelayHandler:
             and self._head.get("content-encoding").lower() in ("", "identity")
             and "content-length" not in self._head.values
         )
+
+
+def relayed_record(finished: Finished) -> logging.LogRecord:
+    """What log.info("%s", finished) would make, without looking up the line it was called from."""
+    return log.makeRecord(log.name, logging.INFO, "relay", 0, "%s", (finished,), None)
 
 
 def new_call_id() -> str:
@@ -7501,6 +7507,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.log_json:
             for handler in logging.getLogger().handlers:
                 handler.setFormatter(JSONFormatter())
+        # The log shows neither; looking them up costs each line (docs of logging, "Optimization").
+        logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
         raise_file_limit()
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
             if options.check:
