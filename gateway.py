@@ -11,8 +11,8 @@ It relays Anthropic's API byte for byte under /anthropic/ and /v1/, swaps a virt
 for the real one, and keeps the virtual keys in a JSON file. Only Tornado is required.
 
 The rooms of this file, top to bottom; each uses only what stands above it:
-Settings, Errors, Keys, Store, Admission, Upstream, Relay, Management, Operations,
-Stand-in, Main.
+Settings, Errors, Keys, Store, Metering, Admission, Upstream, Relay, Management,
+Operations, Stand-in, Main.
 """
 
 from __future__ import annotations
@@ -364,9 +364,10 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
 
 def parse_arguments(arguments: Sequence[str]) -> None:
     """Hand the arguments to tornado.options one by one, so that an error can name its own."""
+    names = {name.replace("_", "-") for name in (*options, "help")}
     for argument in arguments:
-        name = argument.lstrip("-").partition("=")[0]
-        if not argument.startswith("-") or name not in (*options, "help"):
+        name = argument.lstrip("-").partition("=")[0].replace("_", "-")
+        if not argument.startswith("-") or name not in names:
             raise SettingsError(f"{argument}: not an option (--help lists them)")
         try:
             options.parse_command_line(["gateway.py", argument], final=False)
@@ -2336,6 +2337,7 @@ class Admission:
                 day_of(grant.started), settled.model or NO_MODEL, failed=failed
             )
             payer.account.last_active = now()
+            self.store.touch(grant.caller.hashed or "")
             if measured is not None:
                 learn_output(payer.account, count_of(measured.usage, "output_tokens"))
         return settled
@@ -2854,6 +2856,7 @@ CHUNKED = -1  # lengths of bodies that are not known beforehand
 UNTIL_CLOSE = -2
 # What may wait in a socket's write buffer before its source is paused.
 WRITE_HIGH_WATER = 64 * KIB
+JOINED_BODY = 16 * KIB  # a larger one is not copied behind its head
 POOL_IDLE_TIMEOUT = (
     55.0  # seconds; load balancers commonly drop idle connections after 60
 )
@@ -2872,6 +2875,7 @@ CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)
 CHUNK_START = re.compile(rb"([0-9A-Fa-f]{1,16})\r\n")
 LENGTH = re.compile(r"[0-9]{1,18}", re.ASCII)
 BARE_LF = re.compile(rb"(?<!\r)\n")
+REPEATABLE = ("GET", "HEAD")  # sent again where a kept-alive connection had closed
 # RFC 9110 section 7.6.1, and Proxy-Connection, which old clients send.
 HOP_BY_HOP = frozenset(
     {
@@ -3345,12 +3349,7 @@ class Exchange:
         HEAD is sent again over a new connection (RFC 9110 section 9.2.2); a POST never twice.
         """
         self._connection = None
-        if (
-            reused
-            and not answered
-            and not self._streamed
-            and self.method in ("GET", "HEAD")
-        ):
+        if reused and not answered and not self._streamed and self.method in REPEATABLE:
             self._connect()
             return
         if isinstance(error, ProtocolError):
@@ -3386,7 +3385,12 @@ class Exchange:
         self.begun = self.touched = self.client.time()
         waiting, self._waiting = self._waiting, []
         connection.begin(self)
-        connection.transport.write(b"".join([self._head, self._body, *waiting]))
+        if len(self._body) <= JOINED_BODY:
+            connection.transport.write(b"".join([self._head, self._body, *waiting]))
+        else:
+            connection.transport.writelines([self._head, self._body, *waiting])
+        if self.method not in REPEATABLE:  # nor kept for as long as the response lasts
+            self._head = self._body = b""
         if self.reading_paused:
             connection.transport.pause_reading()
         if self._waiting_size and not connection.writing_paused:
@@ -3960,6 +3964,7 @@ OWN_BODY_LIMIT = 1 * MIB  # a request to the gateway itself
 MIN_BODY_RATE = 500
 # Connections beyond a limit that are told so; further ones are closed without a word.
 REFUSALS = 100
+MANY_FILES = 2**20  # what "no limit" is taken for
 RESERVED_FILES = 64  # for the keys file, the log and whatever else is no connection
 BACKLOG = 4096  # connections that the kernel holds until they are accepted; it caps this at somaxconn
 # Bytes of further requests that may wait for the present one's end.
@@ -4198,8 +4203,8 @@ class Traffic:
     """What passed since the start, as /metrics shows it: plain counts, which cost a request little.
 
     ``requests`` counts by (key, model, status, outcome); ``timings`` has, for a model, a Histogram
-    for each of TIMINGS. Names beyond MAX_LABELS are counted as one, so that neither keys nor
-    callers can make them grow without end.
+    for each of TIMINGS. Beyond MAX_LABELS pairs of key and model, and MAX_MODELS_A_DAY models, all
+    are counted as one, so that neither keys nor callers can make them grow without end.
     """
 
     def __init__(self) -> None:
@@ -4210,18 +4215,23 @@ class Traffic:
         self.last_success: datetime | None = None
         self.last_failure: datetime | None = None
         self.last_error = ""
-        self._keys: set[str] = set()
-        self._models: set[str] = set()
+        self._pairs: set[tuple[str, str]] = set()
 
     def count(self, finished: Finished) -> None:
         """Count a request that is over."""
-        model = bounded(finished.used.model or NO_MODEL, self._models, MAX_MODELS_A_DAY)
-        key = bounded(finished.shown_key, self._keys, MAX_LABELS)
+        key, model = pair = finished.shown_key, finished.used.model or NO_MODEL
+        if pair not in self._pairs:
+            if len(self._pairs) < MAX_LABELS:
+                self._pairs.add(pair)
+            else:
+                key, model = OTHER_MODELS, OTHER_MODELS
         self.requests[key, model, finished.status, finished.outcome] += 1
         histograms = self.timings.get(model)
         if histograms is None:
-            histograms = tuple(Histogram() for _ in TIMINGS)
-            self.timings[model] = histograms
+            if len(self.timings) >= MAX_MODELS_A_DAY:
+                model = OTHER_MODELS
+            new = tuple(Histogram() for _ in TIMINGS)
+            histograms = self.timings.setdefault(model, new)
         for histogram, seconds in zip(histograms, finished.timings(), strict=True):
             if seconds is not None:
                 histogram.observe(seconds)
@@ -4236,15 +4246,6 @@ class Traffic:
     def failed(self, error: str) -> None:
         """The upstream did not answer, or not well."""
         self.last_failure, self.last_error = now(), error
-
-
-def bounded(name: str, known: set[str], limit: int) -> str:
-    """The name, or OTHER_MODELS where ``known`` has reached its limit without it."""
-    if name not in known:
-        if len(known) >= limit:
-            return OTHER_MODELS
-        known.add(name)
-    return name
 
 
 # Seconds; LiteLLM's buckets of its latency metrics.
@@ -4640,7 +4641,8 @@ class RelayHandler:
     def response_failed(self, error: UpstreamError) -> None:
         """Before the head: an error of ours. After it: an SSE error event, and a broken connection."""
         outcome = "timeout" if error.status == 504 else "upstream_lost"
-        self.relay.traffic.failed(str(error))
+        if self._exchange is None or not self._exchange.reading_paused:
+            self.relay.traffic.failed(str(error))
         if not self._head_sent:
             self.refuse(APIError(error.status, str(error)), outcome=outcome)
             return
@@ -5056,6 +5058,11 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
         """Called by asyncio."""
         if isinstance(self._delegate, RelayHandler):
             self._delegate.resume_writing()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is under way, nor a part of one here."""
+        return self.request is None and not self._buffer
 
     # For delegates
 
@@ -5545,11 +5552,12 @@ class GatewayServer:
             del self._addresses[peer]
 
     def stop(self) -> None:
-        """Take no further connections; those without a request close."""
+        """Take no further connections; those that ask for nothing close. One that is just sending a
+        request is answered 503."""
         for server in self._servers:
             server.close()
         for connection in list(self.connections):
-            if connection.request is None:
+            if connection.is_idle:
                 connection.transport.close()
 
     def close_all_connections(self) -> None:
@@ -5574,7 +5582,8 @@ class GatewayServer:
 
 def file_limit() -> int:
     """How many files this process may have open."""
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MANY_FILES if soft == resource.RLIM_INFINITY else soft
 
 
 # ─── Management ──────────────────────────────────────────────────────────────────────
@@ -7243,6 +7252,8 @@ def announce(settings: Settings, relay: Relay, port: int) -> None:
 
 def base_url(settings: Settings, port: int, *, is_open: bool) -> tuple[str, bool]:
     """Where a client on this machine finds the gateway, and whether it listens on all addresses."""
+    if settings.unix_socket:
+        return "https://<the proxy in front>", False
     address = settings.address or (LOOPBACK[0] if is_open else "")
     host = f"[{address}]" if ":" in address else address
     if address in ("", "0.0.0.0", "::"):

@@ -17,6 +17,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -40,6 +41,7 @@ import pytest
 import tornado
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
 
 import gateway
 
@@ -159,9 +161,9 @@ class Starter:
             banner += line
             if "ANTHROPIC_AUTH_TOKEN" in line:
                 break
-        found = re.search(r"listening on http://[^ ]*:(\d+)", banner)
+        found = re.search(r"listening on (?:https?://\S*:(\d+)|/)", banner)
         assert found, f"did not start: {banner}{log_path.read_text()}"
-        process = Process(popen, int(found[1]), banner, folder, log_path)
+        process = Process(popen, int(found[1] or 0), banner, folder, log_path)
         self.started.append(process)
         return process
 
@@ -3371,6 +3373,7 @@ def test_allowed_models_pass(body: Any) -> None:
 
 
 OPUS = "claude-opus-5-5"
+JSON_KIND = "Content-Type: application/json"
 
 
 @pytest.mark.parametrize(
@@ -3504,8 +3507,7 @@ async def acall(
 ) -> Response:
     message = {**MESSAGE, "model": OPUS, "max_tokens": 32_000, **fields}
     body = json.dumps(message).encode()
-    kind = "Content-Type: application/json"
-    return await ask(process.port, f"POST {path}", kind, body=body, key=key)
+    return await ask(process.port, f"POST {path}", JSON_KIND, body=body, key=key)
 
 
 @gen_test
@@ -4275,6 +4277,621 @@ def test_log_lines_are_one_line_each(mocked: Process, virtual_key: str) -> None:
         and " 404 ok " in line
         and "secret" not in line
     )
+
+
+def limit_files(process: Process, what: int, soft: int) -> None:
+    """Set a running gateway's soft limit."""
+    hard = resource.prlimit(process.popen.pid, what)[1]
+    resource.prlimit(process.popen.pid, what, (soft, hard))
+
+
+def readiness(process: Process) -> tuple[int, dict[str, Any]]:
+    answer = httpx2.get(process.url + "/health/readiness")
+    return answer.status_code, answer.json()
+
+
+@gen_test
+async def test_readiness_tells_what_requests_have_met(start: Starter) -> None:
+    async def as_told(request: Arrived) -> None:
+        if request.target.endswith("lost"):
+            request.writer.close()
+        else:
+            await request.answer(status=request.target.rpartition("/")[2] + " X")
+
+    async with relayed(start, as_told) as (process, up, key):
+        status, ready = await asyncio.to_thread(readiness, process)
+        assert status == 200 and ready["status"] == "healthy"
+        assert ready["version"] == gateway.__version__ and ready["uptime"] >= 0
+        assert ready["store"] == "writable"
+        assert ready["upstream"] == dict.fromkeys(
+            ("last_success", "last_failure", "last_error")
+        )
+        assert not up.arrived, "a probe called the upstream"
+        await ask(process.port, "GET /v1/404", key=key)
+        seen = (await asyncio.to_thread(readiness, process))[1]["upstream"]
+        assert seen["last_success"] and not seen["last_failure"]
+        await ask(process.port, "GET /v1/529", key=key)
+        seen = (await asyncio.to_thread(readiness, process))[1]["upstream"]
+        assert seen["last_failure"] and "529" in seen["last_error"]
+        await ask(process.port, "GET /v1/lost", key=key)
+        status, ready = await asyncio.to_thread(readiness, process)
+        assert status == 200 and "closed" in ready["upstream"]["last_error"]
+
+
+def test_a_disk_that_filled_is_noticed_and_written_when_it_is_free_again(
+    start: Starter,
+) -> None:
+    process = start("mock")
+    key = process.new_key()
+    limit_files(process, resource.RLIMIT_FSIZE, 10)
+    error_of(process.manage("/key/generate", {}), 503, "overloaded_error")
+    status, ready = readiness(process)
+    assert status == 503 and ready["status"] == "unhealthy"
+    assert "cannot be written" in ready["store"] and str(process.folder) not in str(
+        ready
+    )
+    assert relay_status(process, key) == 200, "requests are relayed all the same"
+    before = process.keys.read_bytes()
+    limit_files(process, resource.RLIMIT_FSIZE, resource.RLIM_INFINITY)
+    wait_for(lambda: readiness(process)[0] == 200)
+    wait_for(lambda: process.keys.read_bytes() != before)
+    record = json.loads(process.keys.read_bytes())["keys"][gateway.hash_key(key)]
+    assert record["usage"], "what was used meanwhile was not written"
+
+
+@gen_test
+async def test_a_request_that_arrives_while_stopping_gets_503(start: Starter) -> None:
+    async with (
+        relayed(start, stall) as (process, _, key),
+        Client(process.port) as running,
+        Client(process.port) as probe,
+        Client(process.port) as late,
+    ):
+        running.request("POST /v1/events", body=b"{}", key=key)
+        await running.head()
+        probe.send(b"GET /health/readiness HTTP/1.1\r\n")
+        late.send(b"POST /v1/messages HTTP/1.1\r\n")
+        await asyncio.to_thread(
+            relay_status, process, "sk-none"
+        )  # both parts are there
+        process.popen.send_signal(signal.SIGTERM)
+        await until(lambda: "under way" in process.log)
+        probe.send(b"Host: x\r\n\r\n")
+        answer = await probe.response()
+        assert answer.status == 503 and answer.json()["status"] == "shutting_down"
+        late.send(b"Host: x\r\nContent-Length: 0\r\n\r\n")
+        answer = await late.response()
+        assert answer.status == 503 and answer.error["type"] == "overloaded_error"
+        assert answer.field("retry-after") and await late.reader.read() == b""
+        process.popen.send_signal(signal.SIGTERM)
+        assert process.popen.wait(PATIENCE) == 0
+
+
+# Metrics
+
+
+def metrics(process: Process, key: str = MASTER_KEY, **headers: str) -> Any:
+    """What /metrics says, as {(name, label values…): value}."""
+    answer = httpx2.get(process.url + "/metrics", headers={"x-api-key": key} | headers)
+    assert answer.status_code == 200, answer.text
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+
+
+def test_metrics_are_for_those_who_may(start: Starter) -> None:
+    process = start("mock")
+    error_of(httpx2.get(process.url + "/metrics"), 401, "authentication_error")
+    for routes in ([], ["*"], ["/v1/*"]):
+        key = process.new_key(
+            **({"allowed_routes": routes} if "*" not in routes else {})
+        )
+        error_of(process.manage("/metrics", key=key), 403, "permission_error")
+    scraper = process.new_key(allowed_routes=["/metrics"])
+    assert ("litellm_in_flight_requests",) in metrics(process, scraper)
+    assert relay_status(process, scraper) == 403, "it may do nothing else"
+    process.manage("/key/block", {"key": scraper})
+    error_of(process.manage("/metrics", key=scraper), 403, "permission_error")
+    assert process.stop() == 0
+    open_to_all = start("mock", "--open-metrics")
+    assert httpx2.get(open_to_all.url + "/metrics").status_code == 200
+
+
+@gen_test
+async def test_metrics_count_what_passed(start: Starter) -> None:
+    async def as_told(request: Arrived) -> None:
+        await request.read_body()
+        if b"break" in request.body:
+            request.writer.close()
+        elif b"stream" in request.body:
+            await request.send(SSE_HEAD + b"3\r\na\n\n\r\n")
+            await request.gone()
+        else:
+            used = {
+                "input_tokens": 10,
+                "output_tokens": 5,
+                "cache_read_input_tokens": 7,
+            }
+            answer = {"model": OPUS, "content": [1], "usage": used}
+            await request.answer(json.dumps(answer).encode(), "200 OK", JSON_KIND)
+
+    async with metered(start, as_told) as (process, _, _):
+        fields = json.dumps({"key_alias": 'a "quoted" \ud800', "max_budget": 10})
+        master = {"Authorization": f"Bearer {MASTER_KEY}"}
+        made = httpx2.post(
+            f"{process.url}/key/generate", headers=master, content=fields
+        )
+        key = made.json()["key"]
+        shown = 'a "quoted" ?'
+        for _ in range(2):
+            assert (await acall(process, key)).status == 200
+        assert (await acall(process, key, stop="break")).status == 502
+        assert (await acall(process, "sk-unknown-0123456789")).status == 401
+        async with Client(process.port) as client:
+            client.request(
+                "POST /v1/messages", JSON_KIND, body=b'{"stream":1}', key=key
+            )
+            await client.head()
+            seen = await asyncio.to_thread(metrics, process)
+            assert seen["gateway_streams_open",] == 1
+            assert seen["litellm_in_flight_requests",] == 1
+        await until(lambda: "client_gone" in process.log)
+        seen = await asyncio.to_thread(metrics, process)
+    total = "litellm_proxy_total_requests_metric_total"
+    failed = "litellm_proxy_failed_requests_metric_total"
+    assert seen[total, shown, OPUS, "200"] == 2
+    assert seen[failed, shown, "upstream_lost", "502", OPUS] == 1
+    assert seen[failed, "-", "refused:authentication_error", "401", "-"] == 1
+    assert seen["gateway_client_disconnects_total",] == 1
+    assert seen["gateway_streams_open",] == 0
+    for name, value in (
+        ("input", 34), ("output", 10), ("input_cached", 14), ("total", 44)
+    ):  # fmt: skip
+        assert seen[f"litellm_{name}_tokens_metric_total", shown, OPUS] == value
+    spent = process.manage(f"/key/info?key={key}").json()["info"]["spend"]
+    assert spent > 0
+    assert seen["litellm_spend_metric_total", shown, OPUS] == pytest.approx(spent)
+    left = seen["litellm_remaining_api_key_budget_metric", shown]
+    assert left == pytest.approx(10 - spent)
+    assert seen["litellm_api_key_max_budget_metric", shown] == 10
+    assert seen["gateway_upstream_connections_opened_total",] >= 1
+    assert seen["gateway_upstream_connections_reused_total",] >= 1
+    assert seen["process_open_fds",] > 0
+    for kind in (
+        *("request_total_latency", "llm_api_latency", "overhead_latency"),
+        "llm_api_time_to_first_token",
+    ):
+        assert seen[f"litellm_{kind}_metric_count", OPUS] >= 2
+        assert 0 <= seen[f"litellm_{kind}_metric_sum", OPUS] < PATIENCE
+
+
+def test_labels_are_bounded() -> None:
+    traffic = gateway.Traffic()
+    for number in range(2 * gateway.MAX_LABELS):
+        record = gateway.VirtualKey("sk-...x", f"key {number}")
+        used = gateway.Settled(f"model {number}")
+        traffic.count(finished_request(key=record, used=used))
+    assert len(traffic.timings) == gateway.MAX_MODELS_A_DAY + 1
+    assert len({labels[0] for labels in traffic.requests}) == gateway.MAX_LABELS + 1
+    assert sum(traffic.requests.values()) == 2 * gateway.MAX_LABELS
+
+
+def finished_request(**fields: Any) -> gateway.Finished:
+    some: dict[str, Any] = dict.fromkeys(
+        [f.name for f in dataclasses.fields(gateway.Finished)], ""
+    )
+    numbers = {"status": 200, "duration": 0.1, "bytes_in": 0, "bytes_out": 0}
+    times = {"first_byte": None, "upstream": None, "overhead": None}
+    return gateway.Finished(**(some | numbers | times | {"tags": []} | fields))
+
+
+# The log
+
+LOG_FIELDS = {
+    *(
+        "time",
+        "level",
+        "call_id",
+        "request_id",
+        "key_alias",
+        "key_name",
+        "user",
+        "tags",
+    ),
+    *("session_id", "agent_id", "remote_ip", "method", "path", "status", "outcome"),
+    *("model", "input_tokens", "output_tokens", "cache_read_tokens"),
+    *("cache_write_tokens", "cost", "estimated", "time_to_first_byte", "duration"),
+    *("bytes_in", "bytes_out"),
+}
+
+
+def test_the_log_as_json_has_one_schema(start: Starter) -> None:
+    process = start("mock", "--log-json")
+    key = process.new_key(key_alias="ci", user_id="ann", tags=["nightly"], max_budget=5)
+    wait_for(lambda: readiness(process)[1]["prices"] == "loaded")
+    fields = {
+        "x-api-key": key,
+        "x-claude-code-session-id": "session-1",
+        "x-claude-code-agent-id": "agent-1",
+        "x-litellm-tags": f"one, {key}",
+    }
+    body = json.dumps(MESSAGE)
+    headers = fields | {"content-type": "application/json"}
+    url = f"{process.url}/anthropic/v1/messages?secret=1"
+    answer = httpx2.post(url, headers=headers, content=body)
+    httpx2.post(url, headers={"x-api-key": "sk-unknown-0123456789"}, content=body)
+    wait_for(lambda: '"status": 401' in process.log)
+    lines = [json.loads(line) for line in process.log.splitlines()]
+    assert {"time", "level", "message"} == set(lines[0]), "lines of no request"
+    served, refused = [line for line in lines if "call_id" in line]
+    assert set(served) == set(refused) == LOG_FIELDS
+    assert served["call_id"] == answer.headers["x-litellm-call-id"]
+    assert served["request_id"] == answer.headers["request-id"]
+    expected = {
+        "key_alias": "ci", "key_name": gateway.key_name(key), "user": "ann",
+        "session_id": "session-1", "agent_id": "agent-1", "remote_ip": "127.0.0.1",
+        "method": "POST", "path": "/v1/messages", "status": 200, "outcome": "ok",
+        "model": MESSAGE["model"], "bytes_in": len(body), "estimated": False,
+        "bytes_out": len(answer.content), "level": "info",
+        "tags": ["nightly", "one", gateway.key_name(key)],
+    }  # fmt: skip
+    assert {name: served[name] for name in expected} == expected
+    used = answer.json()["usage"]
+    assert served["output_tokens"] == used["output_tokens"] > 0
+    info = process.manage(f"/key/info?key={key}").json()["info"]
+    assert served["cost"] == info["spend"] > 0
+    assert 0 < served["time_to_first_byte"] <= served["duration"]
+    assert datetime.fromisoformat(served["time"]).tzinfo
+    assert refused["outcome"] == "refused:authentication_error"
+    assert refused["model"] is refused["key_name"] is None
+    for secret in (key, gateway.hash_key(key), "secret", "Hello, world"):
+        assert secret not in process.log
+
+
+def test_the_log_goes_to_files_that_are_rotated(start: Starter) -> None:
+    options = ("--log-file-prefix=g.log", "--log-file-max-size=600", "--log-json")
+    process = start(
+        "mock", *options, "--log-file-num-backups=3", "--log-to-stderr=false"
+    )
+    for _ in range(4):
+        relay_status(process, "sk-unknown-0123456789")
+    wait_for(lambda: (process.folder / "g.log.2").exists())
+    for name in ("g.log.1", "g.log.2"):
+        for line in (process.folder / name).read_text().splitlines():
+            assert json.loads(line)["level"]
+    assert process.log == ""
+
+
+# Patience
+
+IMPATIENT = ("--client-timeout=0.4",)
+
+
+@gen_test
+async def test_slow_heads_and_bodies_are_timed_out(start: Starter) -> None:
+    async with relayed(start, echo, *IMPATIENT) as (process, up, key):
+        head = f"POST /v1/messages HTTP/1.1\r\nHost: x\r\nx-api-key: {key}\r\n".encode()
+        json_head = head + b"content-type: application/json\r\n"
+        slow = {
+            "half a head": head,
+            "half a body": json_head + b"content-length: 9\r\n\r\n{",
+            "a chunk less": json_head + b"transfer-encoding: chunked\r\n\r\n1\r\n{",
+            "half an upload": head + b"content-length: 9\r\n\r\nx",
+            "half a body for the gateway": b"POST /key/info HTTP/1.1\r\nHost: x\r\n"
+            b"content-length: 9\r\n\r\n{",
+        }
+        for name, data in slow.items():
+            async with Client(process.port) as client:
+                client.send(data)
+                began = time.monotonic()
+                answer = await client.response()
+                assert answer.status == 408, name
+                assert answer.error["type"] == "invalid_request_error"
+                assert await client.reader.read() == b"", name
+                assert 0.3 < time.monotonic() - began < 5, name
+        # The upload had begun upstream; it is broken off there.
+        assert [arrived.target for arrived in up.arrived] == ["/v1/messages"]
+        await up.arrived[0].gone()
+        await until(lambda: process.log.count("408 timeout") == 3)
+
+
+@gen_test
+async def test_silent_connections_are_closed_without_a_word(start: Starter) -> None:
+    async with (
+        relayed(start, echo, *IMPATIENT, "--idle-timeout=1") as (process, _, key),
+        Client(process.port) as silent,
+        Client(process.port) as served,
+    ):
+        served.request("GET /v1/models", key=key)
+        assert (await served.response()).status == 200
+        began = time.monotonic()
+        assert await silent.reader.read() == b""
+        assert time.monotonic() - began < 0.9, "one that never asked is closed sooner"
+        assert await served.reader.read() == b""
+        assert 0.7 < time.monotonic() - began < 5
+
+
+@gen_test
+async def test_a_steady_body_and_a_slow_upstream_are_put_up_with(
+    start: Starter,
+) -> None:
+    release = asyncio.Event()
+
+    async def late(request: Arrived) -> None:
+        if request.target.endswith("late"):
+            request.writer.transport.pause_reading()
+            await release.wait()
+            request.writer.transport.resume_reading()
+        body = await request.read_body()
+        await request.answer(b"%d" % len(body))
+
+    async with (
+        relayed(start, late, *IMPATIENT) as (process, _, key),
+        Client(process.port) as steady,
+        Client(process.port) as waiting,
+    ):
+        size = 32 * MIB
+        waiting.request("POST /v1/late", f"content-length: {size}", body=b"", key=key)
+        waiting.send(b"x" * size)
+        steady.request("POST /v1/steady", "content-length: 3000", body=b"", key=key)
+        for _ in range(6):  # 500 bytes each 0.2 s: for three times the client timeout
+            steady.send(b"x" * 500)
+            await asyncio.sleep(0.2)
+        assert (await steady.response()).body == b"3000"
+        release.set()
+        assert (await waiting.response()).body == b"%d" % size
+
+
+@gen_test
+async def test_connections_of_an_address_are_capped(start: Starter) -> None:
+    async with relayed(start, stall, "--max-connections-per-address=3") as served:
+        process, _, key = served
+        clients = [Client(process.port) for _ in range(3)]
+        for client in clients:
+            await client.__aenter__()
+            client.request("POST /v1/events", body=b"{}", key=key)
+            await client.head()
+        refused = await ask(process.port, "GET /v1/models", key=key)
+        assert refused.status == 429 and refused.error["type"] == "rate_limit_error"
+        assert "3 connections" in refused.error["message"]
+        assert refused.field("retry-after") and refused.field("connection") == ["close"]
+        clients.pop().writer.close()
+        await until(lambda: "client_gone" in process.log)
+        async with Client(process.port) as client:
+            client.request("POST /v1/events", body=b"{}", key=key)
+            assert b"200 OK" in await client.head()
+        for client in clients:
+            client.writer.close()
+
+
+@gen_test
+async def test_a_flood_of_wrong_keys_leaves_nothing(start: Starter) -> None:
+    async with relayed(start) as (process, up, _), Client(process.port) as client:
+        written = process.keys.stat().st_ino
+        for number in range(500):
+            client.request("POST /v1/messages", body=b"{}", key=f"sk-wrong-{number}")
+            assert (await client.response()).status == 401
+        assert not up.arrived and process.keys.stat().st_ino == written
+        assert process.manage("/spend/logs").json() == []
+        assert process.manage("/spend/keys").json()[0]["spend"] == 0
+
+
+@gen_test
+async def test_no_more_files_is_survived(start: Starter) -> None:
+    async with relayed(start) as (process, _, key), Client(process.port) as client:
+        client.request("GET /v1/models", key=key)
+        assert (await client.response()).status == 200
+        limit_files(process, resource.RLIMIT_NOFILE, 5)
+        await asyncio.gather(
+            *(asyncio.open_connection("127.0.0.1", process.port) for _ in range(20))
+        )
+        client.request("POST /key/generate", f"x-api-key: {MASTER_KEY}", body=b"{}")
+        assert (await client.response()).status == 503
+        limit_files(process, resource.RLIMIT_NOFILE, 1000)
+        answer = await ask(process.port, "GET /v1/models", key=key)
+        assert answer.status == 200
+        assert process.manage("/key/generate", {}).status_code == 200
+
+
+def test_a_clock_that_is_set_back_forgives_nothing() -> None:
+    spent = gateway.WindowSpend("2026-12-01T00:00:00Z", Decimal(5))
+    assert spent.spent("2026-11-01T00:00:00Z") == 5
+    assert spent.spent("2026-12-01T00:00:00Z") == 0, "a new window"
+    assert spent.spent("2027-01-01T00:00:00Z") == 0
+
+
+@gen_test
+async def test_an_address_that_answers_no_more_is_resolved_again(
+    client_of_upstream: gateway.UpstreamClient,
+) -> None:
+    async with upstream(echo) as up:
+        origin = gateway.Origin("http", "localhost", up.port)
+        (await client_of_upstream.connect(origin)).abandon()
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            gone = unused.getsockname()
+        client_of_upstream._reached[origin] = (gone, float("inf"))
+        connection = await client_of_upstream.connect(origin)
+        peer = connection.transport.get_extra_info("peername")
+        assert peer == ("127.0.0.1", up.port)
+        assert client_of_upstream.opened == 2
+        connection.abandon()
+
+
+# Ways in
+
+
+def secure_client(certificate: Path) -> httpx2.Client:
+    return httpx2.Client(verify=ssl.create_default_context(cafile=certificate))
+
+
+def test_tls_is_served_and_a_new_certificate_taken(start: Starter) -> None:
+    certificate, private = make_certificate(start.folder, "localhost")
+    options = (f"--certfile={certificate}", f"--keyfile={private}")
+    process = start("mock", *options)
+    assert f"https://127.0.0.1:{process.port}" in process.banner
+    url = f"https://localhost:{process.port}"
+    master = {"Authorization": f"Bearer {MASTER_KEY}"}
+    with secure_client(certificate) as client:
+        made = client.post(f"{url}/key/generate", headers=master, json={}).json()
+        sdk_client = anthropic.Anthropic(
+            base_url=f"{url}/anthropic", api_key=made["key"], http_client=client
+        )
+        with sdk_client.messages.stream(**MESSAGE) as stream:
+            assert "".join(stream.text_stream) == "You said: Hello, world"
+        assert f"{url}/anthropic" in client.get(url).text
+    first = ssl.get_server_certificate(("127.0.0.1", process.port))
+    process.popen.send_signal(signal.SIGHUP)
+    wait_for(lambda: "keys read again" in process.log)
+    certificate.write_text("no certificate")
+    process.popen.send_signal(signal.SIGHUP)
+    wait_for(lambda: "not read again: --certfile" in process.log)
+    assert ssl.get_server_certificate(("127.0.0.1", process.port)) == first
+    make_certificate(start.folder, "localhost")
+    process.popen.send_signal(signal.SIGHUP)
+    wait_for(lambda: process.log.count("keys read again") == 2)
+    assert ssl.get_server_certificate(("127.0.0.1", process.port)) != first
+    with secure_client(certificate) as client:
+        assert client.get(f"{url}/health/liveness").status_code == 200
+
+
+@gen_test
+async def test_over_tls_a_client_that_leaves_is_noticed(start: Starter) -> None:
+    certificate, private = make_certificate(start.folder, "localhost")
+    options = (f"--certfile={certificate}", f"--keyfile={private}")
+    async with upstream(stall) as up:
+        process = start(up.url, *options)
+        context = ssl.create_default_context(cafile=certificate)
+        for leave in ("close", "reset"):
+            reader, writer = await asyncio.open_connection(
+                "localhost", process.port, ssl=context
+            )
+            key = f"x-api-key: {REAL_KEY}"
+            writer.write(
+                f"POST /v1/events HTTP/1.1\r\nHost: x\r\n{key}\r\n\r\n".encode()
+            )
+            assert b" 401 " in await reader.readuntil(b"\r\n\r\n")
+            writer.write(
+                b"POST /v1/events HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n"
+                b"x-api-key: " + MASTER_KEY.encode() + b"\r\n\r\n"
+            )
+            await reader.readuntil(b"event-stream")
+            arrived = up.arrived[-1]
+            if leave == "close":
+                writer.close()
+            else:
+                writer.transport.abort()
+            await until(lambda arrived=arrived: arrived.closed_at)
+
+
+def test_a_unix_socket_takes_the_place_of_the_port(start: Starter) -> None:
+    path = start.folder / "g.sock"
+    process = start("mock", f"--unix-socket={path}")
+    assert str(path) in process.banner
+    assert stat.S_IMODE(path.stat().st_mode) == 0o660
+    transport = httpx2.HTTPTransport(uds=str(path))
+    with httpx2.Client(transport=transport, base_url="http://gateway") as client:
+        master = {"Authorization": f"Bearer {MASTER_KEY}"}
+        key = client.post("/key/generate", headers=master, json={}).json()["key"]
+        asked = {"headers": {"x-api-key": key}, "json": MESSAGE}
+        assert client.post("/anthropic/v1/messages", **asked).status_code == 200
+    assert listening_addresses(process) <= {"127.0.0.1"}, "but for the stand-in"
+    process.popen.kill()
+    process.popen.wait()
+    again = start("mock", f"--unix-socket={path}")
+    assert again.stop() == 0 and not path.exists()
+    path.write_text("a file")
+    assert "--unix-socket" in failed_start(
+        start.folder, "--upstream=mock", f"--unix-socket={path}"
+    )
+    assert path.read_text() == "a file"
+
+
+def test_xheaders_are_believed_only_where_told(start: Starter) -> None:
+    fields = {"X-Forwarded-For": "9.9.9.9, 10.1.2.3", "X-Forwarded-Proto": "https"}
+    for option, address, scheme in (
+        ("--xheaders", "10.1.2.3", "https"),
+        ("--xheaders=false", "127.0.0.1", "http"),
+    ):
+        process = start("mock", option)
+        key = process.new_key()
+        headers = fields | {"x-api-key": key}
+        httpx2.post(f"{process.url}/v1/messages", headers=headers, json=MESSAGE)
+        wait_for(lambda p=process: p.manage("/spend/logs").json())
+        row = process.manage("/spend/logs").json()[0]
+        assert row["requester_ip_address"] == address
+        page = httpx2.get(process.url, headers=fields).text
+        assert f"{scheme}://127.0.0.1" in page
+        assert process.stop() == 0
+
+
+# --check
+
+
+def check(folder: Path, *options: str, **variables: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, str(GATEWAY), "--check", *options],
+        cwd=folder,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert not done.stderr, done.stderr
+    return done.returncode, done.stdout
+
+
+def test_check_tells_a_newcomer_what_is_well_and_what_is_not(tmp_path: Path) -> None:
+    status, text = check(
+        tmp_path, "--upstream=mock", "--port=4321", **DEFAULT_VARIABLES
+    )
+    assert status == 0 and "FAIL" not in text, text
+    assert "accepts the real key" in text and "uvloop is installed" in text
+    assert "export ANTHROPIC_BASE_URL=http://127.0.0.1:4321/anthropic" in text
+    assert 'anthropic.Anthropic(base_url="http://127.0.0.1:4321/anthropic"' in text
+    assert os.listdir(tmp_path) == [], "it leaves nothing behind"
+
+    (tmp_path / "keys.json").write_text("{broken")
+    status, text = check(
+        tmp_path,
+        "--upstream=http://127.0.0.1:9",
+        "--certfile=none.pem",
+        GATEWAY_MASTER_KEY="sk-1234",
+        ANTHROPIC_API_KEY=REAL_KEY,
+    )
+    assert status == 1
+    failures = [line for line in text.splitlines() if line.startswith("FAIL")]
+    assert len(failures) == 4, text
+    for said in ("damaged, not JSON", "weak", "--certfile", "refused the connection"):
+        assert said in text
+    assert "set GATEWAY_MASTER_KEY" in check(tmp_path, "--upstream=mock")[1]
+    assert REAL_KEY not in text
+
+
+@gen_test
+async def test_check_asks_the_upstream_once(tmp_path: Path) -> None:
+    statuses = iter(["200 OK", "401 Unauthorized", "404 Not Found"])
+
+    async def as_told(request: Arrived) -> None:
+        await request.answer(status=next(statuses))
+
+    async with upstream(as_told) as up:
+        for said, code in (
+            ("accepts the real key", 0),
+            ("not accepted", 1),
+            ("is --upstream right?", 1),
+        ):
+            status, text = await asyncio.to_thread(
+                check, tmp_path, f"--upstream={up.url}", **DEFAULT_VARIABLES
+            )
+            assert status == code and said in text, text
+        assert [a.start_line for a in up.arrived] == [
+            "GET /v1/models?limit=1 HTTP/1.1"
+        ] * 3
+        assert up.arrived[0].field("x-api-key") == [REAL_KEY]
 
 
 # ─── The real SDK ────────────────────────────────────────────────────────────────────

@@ -1,4 +1,5 @@
-"""What the number of keys costs: start, lookup and one /key/generate, 10 keys beside 100,000.
+"""What the number of keys costs: start, lookup and one /key/generate, 10 keys beside 100,000; and
+for how long the event loop is held while requests pass, with writes of the keys file and without.
 
 .venv/bin/python bench/keys.py
 """
@@ -6,7 +7,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import json
+import math
 import os
 import re
 import statistics
@@ -25,6 +29,11 @@ import gateway
 MASTER_KEY = "sk-bench-0123456789abcdef"
 LOOKUPS = 100_000
 GENERATES = 9
+HELD_SECONDS = 10.0
+CONNECTIONS = 8
+ANSWER = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
+)
 
 
 def fill(path: Path, number: int) -> str:
@@ -89,10 +98,78 @@ async def lookup(path: Path, key: str) -> float:
     return took
 
 
+async def held(path: Path, key: str, flush_interval: float) -> list[float]:
+    """A gateway in this process, with load from another: the seconds for which its loop was held,
+    each as it was seen by a task that only yields."""
+    gateway.FLUSH_INTERVAL = flush_interval
+    load = await asyncio.create_subprocess_exec(
+        *(sys.executable, __file__, "--load", key),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert load.stdin is not None and load.stdout is not None
+    upstream = int(await load.stdout.readline())
+    settings = gateway.Settings(
+        upstream=f"http://127.0.0.1:{upstream}",
+        keys=path,
+        master_key=MASTER_KEY,
+        api_key="sk-ant-bench-0123456789",
+    )
+    application = gateway.make_app(settings)
+    relay: gateway.Relay = application.settings["relay"]
+    server = gateway.GatewayServer(relay, application)
+    sockets = gateway.bind(dataclasses.replace(settings, port=0), loopback=True)
+    await server.add_sockets(sockets)
+    gateway.spare_the_collector()
+    load.stdin.write(b"%d\n" % sockets[0].getsockname()[1])
+    await asyncio.sleep(1)
+    times, deadline = [], time.perf_counter() + HELD_SECONDS
+    while (began := time.perf_counter()) < deadline:
+        await asyncio.sleep(0)
+        times.append(time.perf_counter() - began)
+    assert relay.traffic.requests.total() > CONNECTIONS, "no requests passed"
+    load.terminate()
+    await load.wait()
+    server.stop()
+    server.close_all_connections()
+    await asyncio.sleep(0.1)
+    await relay.store.flush()
+    relay.client.close()
+    relay.store.close()
+    server.close()
+    return times
+
+
+async def make_load(key: str) -> None:
+    """An upstream, and clients of the gateway whose port comes on standard input; until killed."""
+
+    async def answer(
+        reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while await reader.readuntil(b"\r\n\r\n"):
+                writer.write(ANSWER)
+
+    upstream = await asyncio.start_server(answer, "127.0.0.1", 0)
+    print(upstream.sockets[0].getsockname()[1], flush=True)
+    port = int(await asyncio.to_thread(sys.stdin.readline))
+    request = f"GET /v1/models HTTP/1.1\r\nHost: x\r\nx-api-key: {key}\r\n\r\n"
+
+    async def ask() -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        while True:
+            writer.write(request.encode())
+            await reader.readuntil(b"{}")
+            await asyncio.sleep(0.005)
+
+    await asyncio.gather(*(ask() for _ in range(CONNECTIONS)))
+
+
 def main() -> None:
     """Print one row for each number of keys."""
     print(
         f"{'keys':>8} {'file MB':>8} {'start s':>8} {'lookup µs':>10} {'generate ms':>12}"
+        "   longest holds of the loop, ms: no writes / a write each second"
     )
     for number in (10, 100_000):
         with tempfile.TemporaryDirectory() as folder:
@@ -106,11 +183,24 @@ def main() -> None:
                 process.terminate()
                 process.wait()
             looked_up = asyncio.run(lookup(path, key))
+            quiet = hold_figures(path, key, math.inf)
+            writing = hold_figures(path, key, 1.0)
         print(
             f"{number:>8} {size:>8.1f} {started:>8.2f} {looked_up * 1e6:>10.2f}"
-            f" {generated * 1e3:>12.1f}"
+            f" {generated * 1e3:>12.1f}   {quiet:>20}   {writing:>20}",
+            flush=True,
         )
 
 
+def hold_figures(path: Path, key: str, flush_interval: float) -> str:
+    """The three longest holds of the loop, in milliseconds."""
+    with asyncio.Runner(loop_factory=gateway.loop_factory()) as runner:
+        times = runner.run(held(path, key, flush_interval))
+    return " ".join(f"{seconds * 1e3:.1f}" for seconds in sorted(times)[:-4:-1])
+
+
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--load"]:
+        asyncio.run(make_load(sys.argv[2]))
+    else:
+        main()
