@@ -7130,6 +7130,7 @@ class MockFile(MockHandler):
 USAGE_ERROR = 2  # exit status for a start that cannot be
 DRAIN_PROGRESS = 5.0  # seconds between two lines about what a stop waits for
 LOOPBACK = ("127.0.0.1", "::1")
+SWITCH_INTERVAL = 0.0005  # seconds; Python's own is 0.005
 UNIX_SOCKET_MODE = 0o660  # for the owner and his group, such as the proxy's
 
 
@@ -7312,7 +7313,7 @@ async def serve(settings: Settings) -> None:
     prices = relay.admission.prices
     await loop.run_in_executor(None, prices.load)
     relay.admission.prices_loaded()
-    spare_the_collector()
+    favour_the_loop()
     await stops.get()
     await stop(relay, server, stops)
     if settings.unix_socket:
@@ -7329,7 +7330,7 @@ async def reload(relay: Relay, context: ssl.SSLContext | None) -> None:
             load_certificate(context, relay.settings)
         relay.admission.prices.reload()
         await relay.store.reload()
-        spare_the_collector()
+        favour_the_loop()
         log.info("keys read again: %d", sum(1 for _ in relay.store.live()))
     except (SettingsError, OSError) as error:
         log.error("not read again: %s", error)
@@ -7530,11 +7531,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(USAGE_ERROR)
 
 
-def spare_the_collector() -> None:
-    """Tell Python's garbage collector that what is here now stays: prices, keys and code are hundreds
-    of thousands of objects, and looking through them again and again would stop all streams."""
+def favour_the_loop() -> None:
+    """Keep what else goes on in this process from stopping streams.
+
+    What is here now stays: prices, keys and code are hundreds of thousands of objects, through which
+    the garbage collector need not look again and again. And the thread that writes the keys file
+    hands Python's lock back after SWITCH_INTERVAL.
+    """
     gc.collect()
     gc.freeze()
+    sys.setswitchinterval(SWITCH_INTERVAL)
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
