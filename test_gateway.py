@@ -835,6 +835,7 @@ def test_one_file_and_tornado_suffice(start: Starter, tmp_path: Path) -> None:
     assert "genai-prices is not installed" in process.banner
     budget = process.manage("/key/generate", {"max_budget": 5})
     assert "genai-prices" in error_of(budget, 400, "invalid_request_error")
+    assert "prometheus-client" in error_of(process.manage("/metrics"), 501, "api_error")
     key = process.new_key()
     client = anthropic.Anthropic(base_url=process.url + "/anthropic", api_key=key)
     assert client.messages.create(**MESSAGE).content[0].text == "You said: Hello, world"
@@ -4562,6 +4563,27 @@ def test_the_log_goes_to_files_that_are_rotated(start: Starter) -> None:
         for line in (process.folder / name).read_text().splitlines():
             assert json.loads(line)["level"]
     assert process.log == ""
+
+
+@gen_test
+async def test_a_stream_does_not_hold_its_request(start: Starter) -> None:
+    async def begin(request: Arrived) -> None:
+        await request.read_body()
+        await request.send(SSE_HEAD + b"3\r\na\n\n\r\n")
+        await request.gone()
+
+    async with (
+        relayed(start, begin) as (process, _, key),
+        contextlib.AsyncExitStack() as all_,
+    ):
+        body = json.dumps({"messages": "x" * 4 * MIB}).encode()
+        for number in range(21):
+            client = await all_.enter_async_context(Client(process.port))
+            client.request("POST /v1/messages", JSON_KIND, body=body, key=key)
+            await client.head()
+            if number == 0:
+                before = process.memory()
+        assert process.memory() < before + 20 * MIB
 
 
 # Patience
