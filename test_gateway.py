@@ -1847,7 +1847,7 @@ async def test_a_silent_upstream_times_out(start: Starter) -> None:
         answer = await ask(process.port, "POST /v1/events", body=b"{}", key=key)
         assert answer.status == 200 and not answer.clean
         await until(lambda: all(request.closed_at for request in up.arrived))
-        assert process.log.count(" timeout ") == 2
+        await until(lambda: process.log.count(" timeout ") == 2)
 
 
 @gen_test
@@ -3922,7 +3922,7 @@ async def test_what_was_spent_is_reported(start: Starter) -> None:
             f"/spend/logs?request_id={row['litellm_call_id']}"
         ).json()
         assert by_id == [row]
-        assert "tags=t1,t2,t3" in process.log
+        await until(lambda: "tags=t1,t2,t3" in process.log)
         for path in ("/spend/keys", "/spend/logs", "/global/spend/report"):
             error_of(process.manage(path, key=ann), 403, "permission_error")
 
@@ -3948,6 +3948,7 @@ async def test_the_sdk_understands_the_refusals(start: Starter) -> None:
             isinstance(over, anthropic.RateLimitError)
             and "Budget of $0.00" in over.message
         )
+        await until(lambda: "refused:billing_error" in process.log)
         assert process.log.count("refused:billing_error") == 1
         limited = await refused(0, rpm_limit=0)
         assert isinstance(
