@@ -4443,6 +4443,7 @@ class RelayHandler:
     # The end
     _settled = False
     _ended = EPOCH
+    _begun = 0.0
     _answered = 0.0
     _first_byte = 0.0
     _duration = 0.0
@@ -4717,6 +4718,9 @@ class RelayHandler:
             self.used = self.relay.admission.settle(self.grant, measured, failed=failed)
         self._ended = now()
         self._duration = self.relay.client.time() - self.started
+        if self._exchange is not None:
+            self._begun = self._exchange.begun
+            self._exchange = None  # no cycle is left for the garbage collector
         self.relay.leave(self)
         if measured is None:
             self._record()
@@ -4763,12 +4767,12 @@ class RelayHandler:
     def _times(self) -> tuple[float | None, float | None, float | None]:
         """Seconds to the first byte, upstream, and added by the gateway, as far as they came."""
         first_byte = self._first_byte - self.started if self._first_byte else None
-        if self._exchange is None or not self._exchange.begun or not self._answered:
+        if not self._begun or not self._answered:
             return first_byte, None, None
-        begun = self._exchange.begun
-        before = max(0.0, begun - self._whole)
+        before = max(0.0, self._begun - self._whole)
         after = max(0.0, self._first_byte - self._answered)
-        return first_byte, self.started + self._duration - begun, before + after
+        upstream = self.started + self._duration - self._begun
+        return first_byte, upstream, before + after
 
     @property
     def is_streaming(self) -> bool:
@@ -7543,6 +7547,7 @@ def favour_the_loop() -> None:
     which it need not look every few requests. And the thread that writes the keys file
     hands Python's lock back after SWITCH_INTERVAL.
     """
+    gc.unfreeze()  # requests that were under way at the last time are garbage by now
     gc.collect()
     gc.freeze()
     gc.set_threshold(COLLECTOR_THRESHOLD)
