@@ -54,6 +54,7 @@ CLOCK_JUMPS = (86_400, -172_800, 40 * 86_400, -3, 0)  # seconds off the real tim
 CALM = 40  # seconds until all must be over once nobody does anything any more
 WARM_UP = 0.3  # the part of the time after which memory is first measured
 MEMORY_MARGIN = 0.10
+OBJECTS_MARGIN = 0.02  # of Python's objects, which show a leak sooner than memory does
 
 
 # ─── The gateway's side ───────────────────────────────────────────────────────────────
@@ -89,6 +90,7 @@ def run_gateway(arguments: list[str]) -> None:
             "upstream connections": instances(gateway.UpstreamConnection)
             - relay.client.idle,
             "open files": len(os.listdir("/proc/self/fd")) - relay.client.idle,
+            "objects": len(gc.get_objects()) + gc.get_freeze_count(),
         }
         print(json.dumps({"census": counts}), flush=True)
 
@@ -748,7 +750,7 @@ async def run(seconds: float, seed: int, folder: Path) -> collections.Counter[st
             await chaos.manage()
         first = await chaos.calm()
         await chaos.storm(seconds * WARM_UP)
-        await chaos.calm()
+        warm_census = await chaos.calm()
         warm = memory(process.pid)
         await chaos.storm(seconds * (1 - WARM_UP))
         last = await chaos.calm()
@@ -762,6 +764,9 @@ async def run(seconds: float, seed: int, folder: Path) -> collections.Counter[st
         upstream.close()
     chaos.match()
     judge(chaos, first, last, folder / "keys.json")
+    if last["objects"] > warm_census["objects"] * (1 + OBJECTS_MARGIN):
+        before = warm_census["objects"]
+        counts[f"FAILED: {last['objects']:,} objects, {before:,} after a part"] += 1
     print(
         f"memory: {warm / 2**20:.1f} MB after a part, {used / 2**20:.1f} MB at the end"
     )
@@ -778,7 +783,7 @@ def judge(
     """Count what is not as it must be."""
     print("left:", ", ".join(f"{name} {count}" for name, count in last.items()))
     for name, count in last.items():
-        if count != first[name]:
+        if count != first[name] and name != "objects":
             chaos.counts[f"FAILED: {name} left, {count} and not {first[name]}"] += 1
     if chaos.expected:
         chaos.counts["FAILED: answers that are not in the log"] += len(chaos.expected)
