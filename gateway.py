@@ -1111,8 +1111,10 @@ class KeyStore:
 
         Raises SettingsError and keeps what was there.
         """
-        if self._queued or self._writing:
-            await self.save()
+        while writes := {task for task in (self._queued, self._writing) if task}:
+            await asyncio.wait(
+                writes
+            )  # else a change could be read over before it is there
         accounts = {hashed: key.account for hashed, key in self.keys.items()}
         self._load()
         for hashed, record in self.keys.items():

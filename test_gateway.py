@@ -2690,6 +2690,35 @@ def unwritable(folder: Path) -> Iterator[None]:
         subprocess.run(["chattr", "-i", folder], check=True)
 
 
+@gen_test
+async def test_a_change_during_a_reload_is_kept(tmp_path: Path) -> None:
+    """Wherever in the reload it comes."""
+    for early in range(6):
+        for late in range(8):
+            path = tmp_path / f"{early}-{late}.json"
+            store = gateway.KeyStore(path)
+
+            async def make(name: str, store: gateway.KeyStore = store) -> None:
+                record = gateway.VirtualKey("sk-...test", name)
+                await store.change({gateway.hash_key(name): record})
+
+            async def ticks(number: int) -> None:
+                for _ in range(number):
+                    await asyncio.sleep(0)
+
+            first = asyncio.create_task(make("first"))
+            await ticks(early)
+            reload = asyncio.create_task(store.reload())
+            await ticks(late)
+            await asyncio.gather(first, reload, make("second"))
+            await store.save()
+            kept = json.loads(path.read_bytes())["keys"]
+            hashes = {gateway.hash_key("first"), gateway.hash_key("second")}
+            assert hashes == set(kept) == set(store.keys), (early, late)
+            await store.flush()
+            store.close()
+
+
 def test_sighup_reads_the_file_again(start: Starter) -> None:
     process = start()
     key, other = process.new_key(key_alias="one"), process.new_key(key_alias="two")
