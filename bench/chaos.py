@@ -48,6 +48,7 @@ PRICES = {"*": {"input": 1, "output": 10}}
 INPUT_PRICE, OUTPUT_PRICE = Decimal("0.000001"), Decimal("0.00001")
 CLIENTS = 80  # at a time
 MAX_KEYS = 200
+DELETED = -1  # in the place of a limit
 SWARM = 2000  # idle connections
 FILES = 5200  # what the gateway may open: the swarm twice over, and a little
 CLOCK_JUMPS = (86_400, -172_800, 40 * 86_400, -3, 0)  # seconds off the real time
@@ -363,7 +364,8 @@ class Chaos:
         self.pid = pid
         self.counts: collections.Counter[str] = collections.Counter()
         self.keys: list[str] = []
-        self.acknowledged: dict[str, dict[str, Any]] = {}
+        self.acknowledged: dict[str, set[int]] = {}
+        self.updating: dict[str, asyncio.Lock] = collections.defaultdict(asyncio.Lock)
         self.expected: dict[str, Decimal] = {}
         self.logged: dict[str, Decimal] = {}
         self.spent: collections.Counter[str] = collections.Counter()
@@ -425,23 +427,31 @@ class Chaos:
         """Make, change or delete a key, and remember what was acknowledged."""
         full = len(self.acknowledged) >= MAX_KEYS  # for memory's sake
         if self.keys and (full or self.rng.random() < 0.5):
-            key, rpm = self.key(), self.rng.randint(10**6, 10**9)
-            status, _ = await self.call("/key/update", {"key": key, "rpm_limit": rpm})
-            if status == 200:
-                self.acknowledged[key]["rpm_limit"] = rpm
+            status = await self.update(self.key())
         else:
-            fields = {"rpm_limit": 10**6, "max_parallel_requests": 1000}
+            limit = self.rng.randint(10**6, 10**9)
+            fields = {"rpm_limit": limit, "max_parallel_requests": 1000}
             fields |= {"tpm_limit": 10**12, "max_budget": 10**6}
             status, made = await self.call("/key/generate", fields)
             if status == 200:
-                self.acknowledged[made["key"]] = fields
+                self.acknowledged[made["key"]] = {limit}
                 if len(self.keys) < 40 or self.rng.random() < 0.5:
                     self.keys = [*self.keys[-39:], made["key"]]
                 else:
+                    self.acknowledged[made["key"]] = {limit, DELETED}
                     status, _ = await self.call("/key/delete", {"keys": [made["key"]]})
-                    if status == 200:
-                        self.acknowledged[made["key"]] = {"deleted": True}
+                    kept = DELETED if status == 200 else limit
+                    self.acknowledged[made["key"]] = {kept}
         self.counts[f"manage {status}"] += 1
+
+    async def update(self, key: str) -> int:
+        """Change a key; while no answer has come, both the old and the new value may be in the file."""
+        async with self.updating[key]:
+            old, new = self.acknowledged[key], self.rng.randint(10**6, 10**9)
+            self.acknowledged[key] = {*old, new}
+            status, _ = await self.call("/key/update", {"key": key, "rpm_limit": new})
+            self.acknowledged[key] = {new} if status == 200 else old
+            return status
 
     # Hostile ones
 
@@ -796,13 +806,10 @@ def judge(
     for name, amount in chaos.spent.items():
         if amount != spent[name]:
             chaos.counts["FAILED: a key whose spend is not the log's"] += 1
-    for key, fields in chaos.acknowledged.items():
+    for key, limits in chaos.acknowledged.items():
         record = kept.get(gateway.hash_key(key))
-        if fields.get("deleted"):
-            well = record is None or record.get("deleted_at")
-        else:
-            well = record is not None and record.get("rpm_limit") == fields["rpm_limit"]
-        if not well:
+        gone = record is None or record.get("deleted_at")
+        if (DELETED if gone else record["rpm_limit"]) not in limits:
             chaos.counts["FAILED: a key that is not in the file as acknowledged"] += 1
     chaos.counts["keys acknowledged"] = len(chaos.acknowledged)
     total = sum(chaos.spent.values(), Decimal(0))
