@@ -1112,9 +1112,8 @@ class KeyStore:
         Raises SettingsError and keeps what was there.
         """
         while writes := {task for task in (self._queued, self._writing) if task}:
-            await asyncio.wait(
-                writes
-            )  # else a change could be read over before it is there
+            # Else a change that is still being written would be read over.
+            await asyncio.wait(writes)
         accounts = {hashed: key.account for hashed, key in self.keys.items()}
         self._load()
         for hashed, record in self.keys.items():
@@ -3739,9 +3738,11 @@ class UpstreamClient(AsyncHTTPClient):
         try:
             async with asyncio.timeout(REACH_AGAIN_TIMEOUT):
                 return await self._open(origin, host=address[0], port=address[1])
-        except OSError:  # TimeoutError and ssl.SSLError are such
+        except BaseException as error:  # the connect timeout may be shorter, and cancel
             self._reached.pop(origin, None)
-            return None
+            if isinstance(error, OSError):  # TimeoutError and ssl.SSLError are such
+                return None
+            raise
 
     async def _open(self, origin: Origin, **where: Any) -> UpstreamConnection:
         secure = origin.scheme == "https"
@@ -4743,7 +4744,7 @@ class RelayHandler:
         first_byte, upstream, overhead = self._times()
         return Finished(
             call_id=self.call_id,
-            request_id=head.get("request-id") if head is not None else "",
+            request_id=self._shown(head.get("request-id")) if head is not None else "",
             hashed=self.caller.hashed or "",
             key=self.caller.key,
             is_master=self.caller.is_master,
@@ -4780,7 +4781,7 @@ class RelayHandler:
     def is_streaming(self) -> bool:
         """Whether a response of server-sent events is under way."""
         head = self._head
-        return head is not None and head.get("content-type").startswith(EVENT_STREAM)
+        return head is not None and is_event_stream(head)
 
     def tags(self) -> list[str]:
         """The key's tags and those of the request's x-litellm-tags."""
@@ -4788,13 +4789,15 @@ class RelayHandler:
         sent = self.request.get(TAGS_FIELD)
         if not sent:
             return own
-        tags = (tag.strip() for tag in self._shown(sent).split(","))
+        tags = (self._shown(tag.strip()) for tag in sent.split(","))
         return [*own, *(tag for tag in tags if tag)]
 
     def _shown(self, text: str) -> str:
-        """A text of the client's for the log, without the keys that he showed."""
+        """A text of the wire for the log, without the real key and those the client showed."""
         if not text:
             return ""
+        if self._redactor is not None:
+            (text,) = self._redactor.mask_lines([text])
         for key in self.caller.presented:
             if key in text:
                 text = text.replace(key, key_name(key))
@@ -4927,7 +4930,7 @@ class RelayHandler:
     def _is_plain_sse(self) -> bool:
         assert self._head is not None
         return (
-            self._head.get("content-type").lower().startswith(EVENT_STREAM)
+            is_event_stream(self._head)
             and self._head.get("content-encoding").lower() in ("", "identity")
             and "content-length" not in self._head.values
         )
@@ -4949,6 +4952,11 @@ def new_call_id() -> str:
 def real_secret(credential: tuple[str, str]) -> bytes:
     """The part of an upstream credential that must never reach a client."""
     return credential[1].removeprefix("Bearer ").encode("latin-1")
+
+
+def is_event_stream(head: Head) -> bool:
+    """Whether a message's body is server-sent events."""
+    return head.get("content-type").lower().startswith(EVENT_STREAM)
 
 
 def is_json(content_type: str) -> bool:
@@ -5119,13 +5127,16 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
             if not self._reading_paused and (
                 slow or moment - self._heard > client_timeout
             ):
-                self._time_out(f"The request's body took longer than {allowed:.0f} s.")
+                self._time_out(
+                    f"The request's body stood still for {client_timeout:g} s, or came at less"
+                    f" than {MIN_BODY_RATE} bytes a second. Send it again, faster."
+                )
         elif self._delegate is not None:
             return
         elif self._buffer:
             if moment - self._since > client_timeout:
                 self._time_out(
-                    f"The request's head took longer than {client_timeout:g} s."
+                    f"The request's head took longer than {client_timeout:g} s. Send it again."
                 )
         elif moment - self._since > (idle_timeout if self._served else client_timeout):
             self._end_idle()
