@@ -1372,7 +1372,13 @@ def parse_store(text: bytes, name: str) -> dict[str, VirtualKey]:
             if not HASH.fullmatch(hashed):
                 raise ValueError("does not stand under a SHA-256")
             key = VirtualKey.from_json(record)
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
+        except (
+            ValueError,
+            TypeError,
+            AttributeError,
+            KeyError,
+            OverflowError,
+        ) as error:
             raise SettingsError(
                 f"{name}: damaged, key number {number} {error}"
             ) from None
@@ -7324,22 +7330,32 @@ async def serve(settings: Settings) -> None:
     port = 0 if settings.unix_socket else sockets[0].getsockname()[1]
     await server.add_sockets(sockets, context)
     stops: asyncio.Queue[None] = asyncio.Queue()
+    hangups: asyncio.Queue[None] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stops.put_nowait, None)
-    loop.add_signal_handler(
-        signal.SIGHUP, lambda: loop.create_task(reload(relay, context))
-    )
+    loop.add_signal_handler(signal.SIGHUP, hangups.put_nowait, None)
+    reloading = asyncio.create_task(reload_at_each(hangups, relay, context))
     announce(settings, relay, port)
     prices = relay.admission.prices
     await loop.run_in_executor(None, prices.load)
     relay.admission.prices_loaded()
     favour_the_loop()
     await stops.get()
+    reloading.cancel()
     await stop(relay, server, stops)
     if settings.unix_socket:
         with contextlib.suppress(OSError):
             os.unlink(settings.unix_socket)
+
+
+async def reload_at_each(
+    hangups: asyncio.Queue[None], relay: Relay, context: ssl.SSLContext | None
+) -> None:
+    """Reload at each SIGHUP, one at a time, until cancelled."""
+    while True:
+        await hangups.get()
+        await reload(relay, context)
 
 
 async def reload(relay: Relay, context: ssl.SSLContext | None) -> None:
@@ -7408,6 +7424,8 @@ async def check(settings: Settings) -> bool:
 
 
 Finding = tuple[bool, str]
+CHECK_TIMEOUT = 30.0  # seconds
+ANTHROPIC_VERSION = "2023-06-01"  # platform.claude.com, api/versioning
 OPTIONAL_PACKAGES = (
     ("uvloop", "uvloop", "the gateway is slower"),
     ("genai_prices", "genai-prices", "money is not counted, budgets cannot be set"),
@@ -7460,24 +7478,16 @@ def check_master_key(settings: Settings) -> Finding:
             "no master key, so no virtual keys can be made: set GATEWAY_MASTER_KEY, for example to"
             f" {KEY_PREFIX}{secrets.token_urlsafe(24)}"
         )
-    return (
-        (False, WEAK_MASTER_KEY)
-        if settings.has_weak_master_key
-        else (
-            True,
-            "the master key is set",
-        )
-    )
+    if settings.has_weak_master_key:
+        return False, WEAK_MASTER_KEY
+    return True, "the master key is set"
 
 
 def check_certificate(settings: Settings) -> Finding:
     """Whether TLS can be served, if it is to be."""
     try:
         if server_context(settings) is None:
-            return (
-                True,
-                "TLS is not served (--certfile), as behind a proxy or on loopback",
-            )
+            return True, "TLS is not served (--certfile): for a proxy, or loopback"
     except SettingsError as error:
         return False, f"{error}; give PEM files that the gateway's user can read"
     return True, f"TLS is served with {settings.certfile}"
@@ -7499,27 +7509,17 @@ async def check_upstream(settings: Settings) -> Finding:
         if isinstance(response.error, UpstreamError):
             raise response.error
     except UpstreamError as error:
-        return (
-            False,
-            f"{settings.upstream}: {error} Look at --upstream and the network.",
-        )
+        return False, f"{settings.upstream}: {error} See --upstream and the network."
     finally:
         client.close()
     where = f"{settings.upstream} answers"
     if credential is None:
         return False, f"{where}, but no real key is set: set ANTHROPIC_API_KEY"
     if response.code in (401, 403):
-        return (
-            False,
-            f"{where} {response.code}: the real key is not accepted, set another",
-        )
+        return False, f"{where} {response.code}: the real key is not accepted"
     if response.code >= 400:
         return False, f"{where} {response.code} to GET /v1/models: is --upstream right?"
     return True, f"{where} and accepts the real key"
-
-
-CHECK_TIMEOUT = 30.0  # seconds
-ANTHROPIC_VERSION = "2023-06-01"  # platform.claude.com, api/versioning
 
 
 def sdk_lines(url: str) -> list[str]:

@@ -1221,7 +1221,9 @@ async def test_an_echoing_upstream_does_not_reveal_the_real_key(start: Starter) 
         whole = request.head + request.head
         await request.send(
             b"HTTP/1.1 200 OK\r\nX-Echo: key=" + REAL_KEY.encode() + b"\r\n"
-            b"Content-Length: %d\r\n\r\n" % len(whole)
+            b"Request-Id: "
+            + REAL_KEY.encode()
+            + b"\r\nContent-Length: %d\r\n\r\n" % len(whole)
         )
         cut = whole.index(REAL_KEY.encode()) + 10
         await request.send(whole[:cut])
@@ -1233,6 +1235,8 @@ async def test_an_echoing_upstream_does_not_reveal_the_real_key(start: Starter) 
         assert answer.clean and answer.status == 200
         assert REAL_KEY.encode() not in answer.head + answer.body
         assert answer.body.count(b"*" * len(REAL_KEY)) == 2
+        await until(lambda: "things" in process.log)
+        assert REAL_KEY not in process.log
 
 
 @gen_test
@@ -2578,6 +2582,10 @@ def test_a_damaged_file_stops_the_start_and_is_left_alone(tmp_path: Path) -> Non
         (
             f'{{"version": 1, "keys": {{"{hashed}": {{"key_name": "x", "expires": "y"}}}}}}',
             "y",
+        ),
+        (
+            f'{{"version": 1, "keys": {{"{hashed}": {{"key_name": "x", "mean_output": 1{"0" * 400}}}}}}}',
+            "too large",
         ),
     ]:
         path.write_text(text)
