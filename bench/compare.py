@@ -352,18 +352,19 @@ class Bench:
         return int(answer[0]), int(answer[1])
 
     def start(self, name: str, *, tls: bool = False) -> Contestant:
-        """Start a contestant and wait for its first answer."""
-        if name == "direct":
+        """Start a contestant and wait for its first answer. Its kind stands before the comma."""
+        kind = name.partition(",")[0]
+        if kind == "direct":
             return Contestant(name, self.plain_port)
         port, began = free_port(), time.perf_counter()
         start = {"nginx": self.start_nginx, "litellm": self.start_litellm}.get(
-            name, self.start_gateway
+            kind, self.start_gateway
         )
         contestant = start(name, port, tls)
-        path = "/counts" if name == "nginx" else "/health/liveliness"
+        path = "/counts" if kind == "nginx" else "/health/liveliness"
         wait_until(lambda: ask(f"http://127.0.0.1:{port}{path}"))
         contestant.started = time.perf_counter() - began
-        if name.startswith("gateway"):
+        if kind == "gateway":
             prepare_gateway(contestant, limits="no limits" not in name)
         return contestant
 
@@ -675,9 +676,14 @@ ROWS = {
 }
 
 
+BESIDE_TLS = ", plain upstream"  # beside those with TLS, to tell what TLS costs
+
+
 def run_rows(bench: Bench, rows: list[Row], names: list[str], *, tls: bool) -> None:
     """Let the contestants take turns at each row, after a turn to warm up, and print it."""
-    contestants = [bench.start(name, tls=tls) for name in names]
+    contestants = [
+        bench.start(name, tls=tls and not name.endswith(BESIDE_TLS)) for name in names
+    ]
     for contestant in contestants:
         bench.wrk(contestant, PLAIN, 1000, 8)
     for row in rows:
@@ -822,6 +828,7 @@ def main() -> None:
                 run_rows(bench, plain, names, tls=False)
             if len(plain) < len(rows):
                 secure = [n for n in names if n not in ("direct", "litellm")]
+                secure += ["nginx" + BESIDE_TLS, "gateway" + BESIDE_TLS]
                 run_rows(bench, [row for row in rows if row.tls], secure, tls=True)
             if "start" in chosen:
                 measure_starts(bench, names)
