@@ -4910,7 +4910,7 @@ def test_check_tells_a_newcomer_what_is_well_and_what_is_not(tmp_path: Path) -> 
         tmp_path, "--upstream=mock", "--port=4321", **DEFAULT_VARIABLES
     )
     assert status == 0 and "FAIL" not in text, text
-    assert "accepts the real key" in text and "uvloop is installed" in text
+    assert "accepts the real key" in text and "genai-prices is installed" in text
     assert "export ANTHROPIC_BASE_URL=http://127.0.0.1:4321/anthropic" in text
     assert 'anthropic.Anthropic(base_url="http://127.0.0.1:4321/anthropic"' in text
     assert os.listdir(tmp_path) == [], "it leaves nothing behind"
