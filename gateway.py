@@ -23,6 +23,7 @@ import calendar
 import collections
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import fnmatch
 import functools
@@ -4372,7 +4373,7 @@ class Finished:
             words.append("estimated")
         words.append(self.call_id)
         if self.request_id:
-            words.append(printable(self.request_id))
+            words.append(self.request_id)
         if key is not None and key.key_alias:
             words.append(f"key={key.key_name}")
         if key is not None and key.user_id:
@@ -5544,11 +5545,14 @@ class GatewayServer:
                 await loop.create_server(
                     lambda: ClientConnection(self),
                     sock=listening,
-                    backlog=BACKLOG,
+                    # Not BACKLOG: asyncio's own loop takes so many at a time, and where no more
+                    # files can be opened it fails and retries so many times.
+                    backlog=1,
                     ssl=ssl_context,
                     ssl_handshake_timeout=handshake,
                 )
             )
+            listening.listen(BACKLOG)
 
     def enter(self, connection: ClientConnection) -> None:
         """A connection was made: keep it, unless there are too many."""
@@ -7158,6 +7162,7 @@ DRAIN_PROGRESS = 5.0  # seconds between two lines about what a stop waits for
 LOOPBACK = ("127.0.0.1", "::1")
 COLLECTOR_THRESHOLD = 10_000  # objects made and not freed; Python's own is 700
 SWITCH_INTERVAL = 0.0005  # seconds; Python's own is 0.005
+OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
 UNIX_SOCKET_MODE = 0o660  # for the owner and his group, such as the proxy's
 
 
@@ -7318,6 +7323,15 @@ def start_mock(settings: Settings) -> Settings:
     )
 
 
+def report_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log what the event loop reports; a line is enough where no more files can be opened."""
+    error = context.get("exception")
+    if isinstance(error, OSError) and error.errno in OUT_OF_FILES:
+        log.warning("%s: new connections wait a second", error.strerror)
+        return
+    loop.default_exception_handler(context)
+
+
 async def serve(settings: Settings) -> None:
     """Run until SIGTERM or SIGINT. Raises SettingsError where it cannot start."""
     if settings.upstream == MOCK_UPSTREAM:
@@ -7332,6 +7346,7 @@ async def serve(settings: Settings) -> None:
     stops: asyncio.Queue[None] = asyncio.Queue()
     hangups: asyncio.Queue[None] = asyncio.Queue()
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(report_loop_error)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stops.put_nowait, None)
     loop.add_signal_handler(signal.SIGHUP, hangups.put_nowait, None)

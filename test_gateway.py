@@ -4739,11 +4739,22 @@ async def test_a_flood_of_wrong_keys_leaves_nothing(start: Starter) -> None:
         assert process.manage("/spend/keys").json()[0]["spend"] == 0
 
 
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
 @gen_test
-async def test_no_more_files_is_survived(start: Starter) -> None:
-    async with relayed(start) as (process, _, key), Client(process.port) as client:
+async def test_no_more_files_is_survived(
+    start: Starter, loop: str, tmp_path: Path
+) -> None:
+    variables = dict(DEFAULT_VARIABLES)
+    if loop == "asyncio":
+        variables["PYTHONPATH"] = str(tmp_path)
+        (tmp_path / "uvloop.py").write_text("raise ImportError")
+    async with (
+        relayed(start, variables=variables) as (process, _, key),
+        Client(process.port) as client,
+    ):
         client.request("GET /v1/models", key=key)
         assert (await client.response()).status == 200
+        await priced(process)
         limit_files(process, resource.RLIMIT_NOFILE, 5)
         await asyncio.gather(
             *(asyncio.open_connection("127.0.0.1", process.port) for _ in range(20))
@@ -4754,6 +4765,7 @@ async def test_no_more_files_is_survived(start: Starter) -> None:
         answer = await ask(process.port, "GET /v1/models", key=key)
         assert answer.status == 200
         assert process.manage("/key/generate", {}).status_code == 200
+        assert "Traceback" not in process.log and process.log.count("\n") < 20
 
 
 def test_a_clock_that_is_set_back_forgives_nothing() -> None:

@@ -55,7 +55,7 @@ CLOCK_JUMPS = (86_400, -172_800, 40 * 86_400, -3, 0)  # seconds off the real tim
 CALM = 40  # seconds until all must be over once nobody does anything any more
 WARM_UP = 0.3  # the part of the time after which memory is first measured
 MEMORY_MARGIN = 0.10
-OBJECTS_MARGIN = 0.02  # of Python's objects, which show a leak sooner than memory does
+OBJECTS_MARGIN = 0.03  # of Python's objects, which show a leak sooner than memory does
 
 
 # ─── The gateway's side ───────────────────────────────────────────────────────────────
