@@ -3757,6 +3757,8 @@ class UpstreamClient(AsyncHTTPClient):
             lambda: UpstreamConnection(self, origin),
             ssl=self.ssl_context if secure else None,
             server_hostname=origin.host if secure else None,
+            # uvloop holds an attempt that was given up for as long, by default for a minute.
+            ssl_handshake_timeout=self.connect_timeout if secure else None,
             **where,
         )
         return connection
@@ -5013,8 +5015,11 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
     context: ClientContext
     descriptor: int
 
-    def __init__(self, server: GatewayServer) -> None:
+    def __init__(
+        self, server: GatewayServer, handshake: Handshake | None = None
+    ) -> None:
         self.server = server
+        self._handshake = handshake
         self.request: RequestHead | None = None
         self._delegate: RelayHandler | ApplicationDelegate | None = None
         self._body: Body | None = None
@@ -5038,6 +5043,9 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
         self.transport.set_write_buffer_limits(high=WRITE_HIGH_WATER)
         self.context = ClientContext(self.transport)
         self.descriptor = transport.get_extra_info("socket").fileno()
+        handshake, self._handshake = self._handshake, None
+        if handshake is not None:
+            self.server.end_handshake(handshake)
         self.server.enter(self)
 
     def data_received(self, data: bytes) -> None:
@@ -5389,6 +5397,49 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
             self.transport.close()
 
 
+class Handshake(asyncio.Protocol):
+    """A client's connection over TLS until the handshake is done, when a `ClientConnection` follows.
+
+    asyncio can serve TLS by itself, but tells of a connection only then; and one that never says a
+    word costs some 100 KB, and so must count.
+    """
+
+    context: ClientContext
+
+    def __init__(self, server: GatewayServer, ssl_context: ssl.SSLContext) -> None:
+        self.server = server
+        self._ssl_context = ssl_context
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Called by asyncio, which is given the socket a second time, now to speak TLS."""
+        plain = cast(asyncio.Transport, transport)
+        self.context = ClientContext(plain)
+        try:
+            client = plain.get_extra_info("socket").dup()
+        except OSError:  # no more files
+            return
+        finally:
+            plain.abort()
+        if not self.server.begin_handshake(self):
+            client.close()
+            return
+        self._task = asyncio.get_running_loop().create_task(self._shake_hands(client))
+
+    async def _shake_hands(self, client: socket.socket) -> None:
+        client_timeout = self.server.relay.settings.client_timeout
+        with contextlib.suppress(
+            OSError
+        ):  # ssl.SSLError too; the loop closes the socket
+            await asyncio.get_running_loop().connect_accepted_socket(
+                lambda: ClientConnection(self.server, self),
+                client,
+                ssl=self._ssl_context,
+                ssl_handshake_timeout=client_timeout,
+                ssl_shutdown_timeout=client_timeout,
+            )
+        self.server.end_handshake(self)
+
+
 def done() -> asyncio.Future[None]:
     """A future that is done."""
     future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -5508,6 +5559,7 @@ class GatewayServer:
         self.relay = relay
         self.application = application
         self.connections: set[ClientConnection] = set()
+        self._handshakes: set[Handshake] = set()
         self.hangups = HangupWatch()
         self.time = relay.client.time
         self.xheaders = relay.settings.xheaders
@@ -5539,33 +5591,23 @@ class GatewayServer:
     ) -> None:
         """Take connections from these listening sockets, over TLS where a context is given."""
         loop = asyncio.get_running_loop()
-        handshake = self.relay.settings.client_timeout if ssl_context else None
+
+        def accept() -> ClientConnection | Handshake:
+            if ssl_context is None:
+                return ClientConnection(self)
+            return Handshake(self, ssl_context)
+
         for listening in sockets:
-            self._servers.append(
-                await loop.create_server(
-                    lambda: ClientConnection(self),
-                    sock=listening,
-                    # Not BACKLOG: asyncio's own loop takes so many at a time, and where no more
-                    # files can be opened it fails and retries so many times.
-                    backlog=1,
-                    ssl=ssl_context,
-                    ssl_handshake_timeout=handshake,
-                )
-            )
+            # No BACKLOG yet: asyncio's own loop takes so many at a time, and where no more files can
+            # be opened it fails and retries so many times.
+            server = await loop.create_server(accept, sock=listening, backlog=1)
+            self._servers.append(server)
             listening.listen(BACKLOG)
 
     def enter(self, connection: ClientConnection) -> None:
         """A connection was made: keep it, unless there are too many."""
-        peer = connection.context.peer
         self.connections.add(connection)
-        self._addresses[peer] += 1
-        over = len(self.connections) - self.max_connections
-        message = "The gateway has as many connections as it can hold. Try again."
-        if peer and not self.xheaders:
-            limit = self.relay.settings.max_connections_per_address
-            if self._addresses[peer] - limit > over:
-                over = self._addresses[peer] - limit
-                message = f"Your address has more than {limit:,} connections open."
+        over, message = self._count(connection.context.peer)
         if over > REFUSALS:
             connection.transport.abort()
         elif over > 0:
@@ -5576,7 +5618,35 @@ class GatewayServer:
         """A connection is closed."""
         self.hangups.forget(connection)
         self.connections.discard(connection)
-        peer = connection.context.peer
+        self._uncount(connection.context.peer)
+
+    def begin_handshake(self, handshake: Handshake) -> bool:
+        """Whether a connection over TLS may go on: the same for one that cannot be answered yet."""
+        self._handshakes.add(handshake)
+        over, _ = self._count(handshake.context.peer)
+        if over > REFUSALS:
+            self.end_handshake(handshake)
+        return over <= REFUSALS
+
+    def end_handshake(self, handshake: Handshake) -> None:
+        """It is done, or has failed."""
+        if handshake in self._handshakes:
+            self._handshakes.remove(handshake)
+            self._uncount(handshake.context.peer)
+
+    def _count(self, peer: str) -> tuple[int, str]:
+        """Count a connection in: how many there are too many, and of what."""
+        self._addresses[peer] += 1
+        over = len(self.connections) + len(self._handshakes) - self.max_connections
+        message = "The gateway has as many connections as it can hold. Try again."
+        if peer and not self.xheaders:
+            limit = self.relay.settings.max_connections_per_address
+            if self._addresses[peer] - limit > over:
+                over = self._addresses[peer] - limit
+                message = f"Your address has more than {limit:,} connections open."
+        return over, message
+
+    def _uncount(self, peer: str) -> None:
         self._addresses[peer] -= 1
         if not self._addresses[peer]:
             del self._addresses[peer]
@@ -7325,11 +7395,14 @@ def start_mock(settings: Settings) -> Settings:
 
 def report_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """Log what the event loop reports; a line is enough where no more files can be opened."""
-    error = context.get("exception")
+    error, transport = context.get("exception"), context.get("transport")
     if isinstance(error, OSError) and error.errno in OUT_OF_FILES:
         log.warning("%s: new connections wait a second", error.strerror)
-        return
-    loop.default_exception_handler(context)
+    elif isinstance(error, RuntimeError) and transport and transport.is_closing():
+        # uvloop goes on with a read over TLS whose connection was broken off within it.
+        log.debug("after the end of a connection: %s", error)
+    else:
+        loop.default_exception_handler(context)
 
 
 async def serve(settings: Settings) -> None:

@@ -4831,6 +4831,33 @@ def test_tls_is_served_and_a_new_certificate_taken(start: Starter) -> None:
 
 
 @gen_test
+async def test_handshakes_under_way_count_as_connections(start: Starter) -> None:
+    certificate, private = make_certificate(start.folder, "localhost")
+    options = (f"--certfile={certificate}", f"--keyfile={private}")
+    process = start("mock", "--max-connections-per-address=3", *options)
+    silent = [
+        await asyncio.open_connection("127.0.0.1", process.port)
+        for _ in range(3 + gateway.REFUSALS)
+    ]
+    reader, writer = await asyncio.open_connection("127.0.0.1", process.port)
+    assert await reader.read() == b"", "one more is closed without a handshake"
+    for _, silent_writer in silent:
+        silent_writer.close()
+    writer.close()
+
+    def answers() -> bool:
+        url = f"https://localhost:{process.port}/health/liveness"
+        with (
+            secure_client(certificate) as client,
+            contextlib.suppress(httpx2.TransportError),
+        ):
+            return client.get(url).status_code == 200
+        return False
+
+    await until(answers)
+
+
+@gen_test
 async def test_over_tls_a_client_that_leaves_is_noticed(start: Starter) -> None:
     certificate, private = make_certificate(start.folder, "localhost")
     options = (f"--certfile={certificate}", f"--keyfile={private}")
