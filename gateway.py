@@ -7395,12 +7395,12 @@ def start_mock(settings: Settings) -> Settings:
 
 def report_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """Log what the event loop reports; a line is enough where no more files can be opened."""
-    error, transport = context.get("exception"), context.get("transport")
+    error = context.get("exception")
     if isinstance(error, OSError) and error.errno in OUT_OF_FILES:
         log.warning("%s: new connections wait a second", error.strerror)
-    elif isinstance(error, RuntimeError) and transport and transport.is_closing():
+    elif type(error) is RuntimeError and "transport" in context:
         # uvloop goes on with a read over TLS whose connection was broken off within it.
-        log.debug("after the end of a connection: %s", error)
+        log.debug("after the end of a connection", exc_info=error)
     else:
         loop.default_exception_handler(context)
 

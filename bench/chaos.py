@@ -691,7 +691,8 @@ class Chaos:
             while len(self.censuses) == seen:
                 await asyncio.sleep(0.05)
             census = self.censuses[-1]
-            if not any(census[name] for name in MUST_BE_ZERO):
+            files = census["open files"] <= self.censuses[0]["open files"]
+            if files and not any(census[name] for name in MUST_BE_ZERO):
                 break
             await asyncio.sleep(1)
         self.match()
