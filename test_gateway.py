@@ -4048,8 +4048,10 @@ def assert_nothing_is_held(account: gateway.Account) -> None:
 @gen_test
 async def test_100_callers_at_once_keep_within_the_budget(tmp_path: Path) -> None:
     # Each call costs $0.014; held for it is about $0.0203: prompt, and 1,000 tokens of output.
+    all_are_in = asyncio.Event()
+
     async def slow(request: Arrived) -> None:
-        await asyncio.sleep(0.05)
+        await all_are_in.wait()
         await answer_with(usage_of(1000, 500))(request)
 
     async with upstream(slow) as up, inside(up.url, tmp_path) as (relay, port):
@@ -4058,8 +4060,13 @@ async def test_100_callers_at_once_keep_within_the_budget(tmp_path: Path) -> Non
         body = json.dumps({**MESSAGE, "max_tokens": 32_000, "model": OPUS}).encode()
         kind = "Content-Type: application/json"
         asked = [
-            ask(port, "POST /v1/messages", kind, body=body, key=key) for _ in range(100)
+            asyncio.ensure_future(
+                ask(port, "POST /v1/messages", kind, body=body, key=key)
+            )
+            for _ in range(100)
         ]
+        await until(lambda: len(up.arrived) + sum(a.done() for a in asked) == 100)
+        all_are_in.set()
         answers = await asyncio.gather(*asked)
         served = [answer for answer in answers if answer.status == 200]
         assert {answer.status for answer in answers} == {200, 429}
