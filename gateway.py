@@ -5427,9 +5427,7 @@ class Handshake(asyncio.Protocol):
 
     async def _shake_hands(self, client: socket.socket) -> None:
         client_timeout = self.server.relay.settings.client_timeout
-        with contextlib.suppress(
-            OSError
-        ):  # ssl.SSLError too; the loop closes the socket
+        try:
             await asyncio.get_running_loop().connect_accepted_socket(
                 lambda: ClientConnection(self.server, self),
                 client,
@@ -5437,7 +5435,10 @@ class Handshake(asyncio.Protocol):
                 ssl_handshake_timeout=client_timeout,
                 ssl_shutdown_timeout=client_timeout,
             )
-        self.server.end_handshake(self)
+        except OSError as error:  # ssl.SSLError too; the loop closes the socket
+            log.debug("handshake with %s: %s", self.context.remote_ip, error)
+        finally:
+            self.server.end_handshake(self)
 
 
 def done() -> asyncio.Future[None]:
