@@ -3380,7 +3380,9 @@ class Exchange:
     async def _connect_and_begin(self) -> None:
         try:
             async with asyncio.timeout(self.connect_timeout):
-                connection = await self.client.connect(self.origin)
+                connection = await self.client.connect(
+                    self.origin, self.connect_timeout
+                )
         except Exception as error:  # noqa: BLE001 - whatever it is, the caller must hear
             self._connecting = None
             self._fail(connect_failure(error, self.connect_timeout))
@@ -3711,13 +3713,19 @@ class UpstreamClient(AsyncHTTPClient):
         if connections and connection in connections:
             connections.remove(connection)
 
-    async def connect(self, origin: Origin) -> UpstreamConnection:
-        """Open a connection; asyncio's transport costs less for each read and write than IOStream."""
-        connection = await self._reach_again(origin) or await self._reach(origin)
+    async def connect(
+        self, origin: Origin, timeout: float | None = None
+    ) -> UpstreamConnection:
+        """Open a connection; asyncio's transport costs less for each read and write than IOStream.
+
+        ``timeout`` is the caller's, in seconds; the loop forgets a TLS handshake after as long."""
+        connection = await self._reach_again(origin)
+        if connection is None:
+            connection = await self._reach(origin, timeout)
         self.opened += 1
         return connection
 
-    async def _reach(self, origin: Origin) -> UpstreamConnection:
+    async def _reach(self, origin: Origin, timeout: float | None) -> UpstreamConnection:
         """Connect by Tornado's TCPClient, which resolves and tries the addresses of both families."""
         stream = await self._tcp.connect(origin.host, origin.port)
         if stream.closed():
@@ -3729,7 +3737,7 @@ class UpstreamClient(AsyncHTTPClient):
         connected.setblocking(False)
         try:
             self._reached[origin] = (connected.getpeername(), self.time() + ADDRESS_TTL)
-            return await self._open(origin, sock=connected)
+            return await self._open(origin, timeout, sock=connected)
         except BaseException as error:
             connected.close()
             if origin.scheme == "https" and isinstance(error, ConnectionError):
@@ -3744,21 +3752,25 @@ class UpstreamClient(AsyncHTTPClient):
             return None
         try:
             async with asyncio.timeout(REACH_AGAIN_TIMEOUT):
-                return await self._open(origin, host=address[0], port=address[1])
+                return await self._open(
+                    origin, REACH_AGAIN_TIMEOUT, host=address[0], port=address[1]
+                )
         except BaseException as error:  # the connect timeout may be shorter, and cancel
             self._reached.pop(origin, None)
             if isinstance(error, OSError):  # TimeoutError and ssl.SSLError are such
                 return None
             raise
 
-    async def _open(self, origin: Origin, **where: Any) -> UpstreamConnection:
+    async def _open(
+        self, origin: Origin, timeout: float | None, **where: Any
+    ) -> UpstreamConnection:
         secure = origin.scheme == "https"
         _, connection = await self._loop.create_connection(
             lambda: UpstreamConnection(self, origin),
             ssl=self.ssl_context if secure else None,
             server_hostname=origin.host if secure else None,
             # uvloop holds an attempt that was given up for as long, by default for a minute.
-            ssl_handshake_timeout=self.connect_timeout if secure else None,
+            ssl_handshake_timeout=timeout if secure else None,
             **where,
         )
         return connection
@@ -7234,6 +7246,7 @@ LOOPBACK = ("127.0.0.1", "::1")
 COLLECTOR_THRESHOLD = 10_000  # objects made and not freed; Python's own is 700
 SWITCH_INTERVAL = 0.0005  # seconds; Python's own is 0.005
 OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
+UVLOOP_CLOSED = "the handler is closed"  # uvloop/handles/handle.pyx, _ensure_alive
 UNIX_SOCKET_MODE = 0o660  # for the owner and his group, such as the proxy's
 
 
@@ -7398,8 +7411,10 @@ def report_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) 
     """Log what the event loop reports; a line is enough where no more files can be opened."""
     error = context.get("exception")
     if isinstance(error, OSError) and error.errno in OUT_OF_FILES:
-        log.warning("%s: new connections wait a second", error.strerror)
-    elif type(error) is RuntimeError and "transport" in context:
+        log.warning(
+            "%s: new connections wait a second; raise the limit", error.strerror
+        )
+    elif isinstance(error, RuntimeError) and UVLOOP_CLOSED in str(error):
         # uvloop goes on with a read over TLS whose connection was broken off within it.
         log.debug("after the end of a connection", exc_info=error)
     else:
@@ -7576,7 +7591,7 @@ def check_certificate(settings: Settings) -> Finding:
     """Whether TLS can be served, if it is to be."""
     try:
         if server_context(settings) is None:
-            return True, "TLS is not served (--certfile): for a proxy, or loopback"
+            return True, "TLS is not served: right behind a proxy, or on loopback"
     except SettingsError as error:
         return False, f"{error}; give PEM files that the gateway's user can read"
     return True, f"TLS is served with {settings.certfile}"
@@ -7605,7 +7620,7 @@ async def check_upstream(settings: Settings) -> Finding:
     if credential is None:
         return False, f"{where}, but no real key is set: set ANTHROPIC_API_KEY"
     if response.code in (401, 403):
-        return False, f"{where} {response.code}: the real key is not accepted"
+        return False, f"{where} {response.code}: real key not accepted, set another"
     if response.code >= 400:
         return False, f"{where} {response.code} to GET /v1/models: is --upstream right?"
     return True, f"{where} and accepts the real key"

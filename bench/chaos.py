@@ -5,10 +5,10 @@
 Upstream and clients do all that is in UPSTREAM_FAULTS and CLIENT_FAULTS, by a seeded choice; now
 and then the disk is full, file descriptors run out, the clock jumps, or thousands of connections
 stand idle. Meanwhile honest clients use the same keys, and keys are made, changed and deleted.
-With --tls both sides speak TLS.
-Afterwards nothing may be left: no request, exchange, slot, hold, connection, task or open file;
-memory is where it was after the first part (within a tenth); every acknowledged key is in the file
-as it was acknowledged; and every answer that a client got whole is in the log at its exact cost,
+With --tls both sides speak TLS. Afterwards nothing may be left: no request, exchange, slot, hold,
+connection, task or open file; memory is where it was after the first part (within a tenth, over TLS
+a quarter); every acknowledged key is in the file as it was acknowledged; and every answer that a
+client got whole is in the log at its exact cost,
 the costs of the log being what the file says the keys have used. Ends with 1 where any of this fails.
 """
 
@@ -699,10 +699,8 @@ class Chaos:
         return census
 
 
-MUST_BE_ZERO = (
-    *("requests", "exchanges", "slots", "connections", "handlers"),
-    "upstream connections",
-)
+MUST_BE_ZERO = ["requests", "exchanges", "slots", "connections", "handlers"]
+MUST_BE_ZERO += ["upstream connections"]
 Act = Callable[[Chaos], Awaitable[None]]
 CLIENT_FAULTS: list[Act] = [
     *(Chaos.leaves, Chaos.leaves_within_the_answer, Chaos.half_closes),
@@ -777,12 +775,12 @@ async def run(
         backlog=1000,
         ssl=make_certificate(folder) if tls else None,
     )
-    port = upstream.sockets[0].getsockname()[1]
+    upstream_port = upstream.sockets[0].getsockname()[1]
     (folder / "prices.json").write_text(json.dumps(PRICES))
     options = ["--port=0", "--client-timeout=2", "--idle-timeout=3", "--log-json"]
     options += ["--connect-timeout=2", "--recent-requests=1000", "--usage-days=10000"]
     options += ["--prices=prices.json", "--drain-timeout=10"]
-    options += [f"--upstream=http{'s' if tls else ''}://localhost:{port}"]
+    options += [f"--upstream=http{'s' if tls else ''}://localhost:{upstream_port}"]
     options += ["--certfile=cert.pem", "--keyfile=key.pem"] if tls else []
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, str(Path(__file__).resolve()), "--gateway", *options),
