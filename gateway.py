@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["tornado>=6.6", "uvloop>=0.21; sys_platform != 'win32'", "genai-prices>=0.2.3", "prometheus-client"]
+# dependencies = ["tornado>=6.6", "uvloop>=0.21; sys_platform != 'win32'", "genai-prices>=0.2.3", "prometheus-client", "msgspec"]
 # ///
 """A gateway that lets a team share one Anthropic API key without handing it out.
 
@@ -16,6 +16,11 @@ Operations, Stand-in, Main.
 """
 
 from __future__ import annotations
+
+import signal
+
+if __name__ == "__main__":  # until the files can be read again, SIGHUP must not end it
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 import asyncio
 import bisect
@@ -34,6 +39,7 @@ import hmac
 import http.client
 import importlib.util
 import io
+import ipaddress
 import itertools
 import json
 import logging
@@ -44,7 +50,6 @@ import re
 import resource
 import secrets
 import select
-import signal
 import socket
 import ssl
 import struct
@@ -53,12 +58,12 @@ import tempfile
 import time
 import urllib.parse
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, cast
+from typing import Any, NoReturn, Protocol, TypedDict, TypeVar, cast
 
 import tornado
 from tornado import httputil, netutil, web
@@ -146,6 +151,13 @@ define(
     help="largest request body, in bytes",
 )
 define(
+    "max-held-bytes",
+    default=0,
+    type=int,
+    help="bytes of request bodies held at once, a quarter of it for one key; the default is a"
+    " quarter of the machine's or the cgroup's memory",
+)
+define(
     "prices",
     default="",
     help="JSON file of model (or pattern with *) to USD per million tokens; wins over genai-prices",
@@ -209,6 +221,7 @@ class Settings:
     drain_timeout: float = 30.0
     max_body_size: int = MAX_BODY_SIZE
     max_connections_per_address: int = 4096
+    max_held_bytes: int = 0
     prices: Path | None = None
     usage_days: int = 90
     recent_requests: int = 10_000
@@ -240,6 +253,10 @@ class Settings:
             raise SettingsError(
                 f"--max-body-size: {self.max_body_size} is not a size in bytes"
             )
+        if self.max_held_bytes < 0:
+            raise SettingsError(
+                "--max-held-bytes: must be at least 1, or 0 for default"
+            )
         if self.keyfile and not self.certfile:
             raise SettingsError("--keyfile: needs --certfile")
         if self.unix_socket and self.certfile:
@@ -261,6 +278,22 @@ class Settings:
         if self.auth_token:
             return "Authorization", f"Bearer {self.auth_token}"
         return None
+
+
+# Where Linux says how much memory a container may use: cgroup v2 and v1.
+CGROUP_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
+
+
+def memory_size() -> int:
+    """Bytes of memory that this process may use: the machine's, or the cgroup's where it is less."""
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in CGROUP_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # "max", or no cgroup
+            size = min(size, int(path.read_text()))
+    return size
 
 
 TIMEOUTS = ("connect_timeout", "idle_timeout", "client_timeout", "drain_timeout")
@@ -349,6 +382,7 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
         drain_timeout=options.drain_timeout,
         max_body_size=options.max_body_size,
         max_connections_per_address=options.max_connections_per_address,
+        max_held_bytes=options.max_held_bytes,
         prices=Path(options.prices) if options.prices else None,
         usage_days=options.usage_days,
         recent_requests=options.recent_requests,
@@ -402,6 +436,10 @@ ERROR_TYPES = {
 }
 
 
+# The SDKs look at it before the status (anthropic/_base_client.py, _should_retry).
+DO_NOT_RETRY = ("x-should-retry", "false")
+
+
 class APIError(Exception):
     """The only way to say no: becomes Anthropic's error envelope with this status.
 
@@ -421,7 +459,9 @@ class APIError(Exception):
         self.status = status
         self.message = message
         self.kind = kind or ERROR_TYPES[status]
-        self.headers = headers
+        self.headers = tuple(headers)
+        if status == 401:  # the SDKs and Claude Code would try again for minutes
+            self.headers += (DO_NOT_RETRY,)
 
     def body(self, request_id: str) -> bytes:
         """The envelope as JSON (platform.claude.com, api/errors, "Error shapes")."""
@@ -471,6 +511,24 @@ def printable(text: str) -> str:
         if text.isprintable()
         else "".join(c if c.isprintable() else "?" for c in text)
     )
+
+
+KEY_LIKE = re.compile(r"sk-[^\s\"\\]{13,}")  # with its prefix 16 characters or more
+
+
+def mask_keys(text: str) -> str:
+    """A text in which whatever looks like a key is abbreviated as `key_name` does it."""
+    if KEY_PREFIX not in text:
+        return text
+    return KEY_LIKE.sub(lambda match: key_name(match[0]), text)
+
+
+def word(text: str) -> str:
+    """A value for a log line of words: in quotes where it could be taken for several."""
+    return json.dumps(text) if WORD_ENDS.search(text) else text
+
+
+WORD_ENDS = re.compile(r'[\s"]')
 
 
 def now() -> datetime:
@@ -529,20 +587,24 @@ def window(duration: str, moment: datetime) -> tuple[datetime, datetime]:
     """The budget window that ``moment`` falls in: its start and its end, on the UTC calendar.
 
     As LiteLLM snaps them: ``1d`` from midnight, ``7d`` and ``1w`` from Monday, ``30d`` and ``1mo`` from
-    the 1st, ``1h`` from the hour; other lengths count on from the epoch. Raises ValueError.
+    the 1st, ``1h`` from the hour; other lengths count on from the epoch. One that leads out of the
+    calendar never ends. Raises ValueError for what is no length of time.
     """
     match = DURATION.fullmatch(SNAPPED_DURATIONS.get(duration, duration))
     if not match or int(match[1]) == 0:
         raise ValueError(f"{duration!r} is not a length of time above zero, like '30d'")
     amount, unit = int(match[1]), match[2]
-    if unit == "mo":
-        month = (moment.year * 12 + moment.month - 1) // amount * amount
-        start = datetime(month // 12, month % 12 + 1, 1, tzinfo=UTC)
-    else:
-        step = timedelta(**{DURATION_UNITS[unit]: amount})
-        origin = FIRST_MONDAY if unit == "w" else EPOCH
-        start = origin + (moment - origin) // step * step
-    return start, later(start, f"{amount}{unit}")
+    try:
+        if unit == "mo":
+            month = (moment.year * 12 + moment.month - 1) // amount * amount
+            start = datetime(month // 12, month % 12 + 1, 1, tzinfo=UTC)
+        else:
+            step = timedelta(**{DURATION_UNITS[unit]: amount})
+            origin = FIRST_MONDAY if unit == "w" else EPOCH
+            start = origin + (moment - origin) // step * step
+        return start, later(start, f"{amount}{unit}")
+    except (ValueError, OverflowError):
+        return EPOCH, END_OF_TIME
 
 
 @functools.lru_cache(maxsize=256)
@@ -553,6 +615,7 @@ def window_start(duration: str | None, moment: datetime) -> str:
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 FIRST_MONDAY = datetime(1970, 1, 5, tzinfo=UTC)
+END_OF_TIME = datetime(9999, 12, 31, tzinfo=UTC)
 SNAPPED_DURATIONS = {"7d": "1w", "30d": "1mo"}
 ZERO = Decimal(0)
 
@@ -762,56 +825,98 @@ class WindowSpend:
 
 
 @dataclass(slots=True)
+class Batch:
+    """A batch that a key made: the UTC day, how many lines of its results are booked, the USD held
+    for the rest of them, by budget, and whether all are ``booked``."""
+
+    day: str
+    lines: int = 0
+    held: dict[str, Decimal] = field(default_factory=dict)
+    booked: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """As an object; without what says nothing."""
+        record: dict[str, Any] = {"day": self.day, "lines": self.lines}
+        if self.held:
+            record["held"] = {p: f"{amount:f}" for p, amount in self.held.items()}
+        return record | ({"booked": True} if self.booked else {})
+
+    @classmethod
+    def from_json(cls, record: Any) -> Batch:
+        """Read it back; version 1.0 wrote ``[day, lines]``. Raises ValueError or TypeError."""
+        if isinstance(record, list):
+            day, lines = record
+            record = {"day": day, "lines": lines}
+        batch = cls(**record)
+        datetime.fromisoformat(batch.day)
+        if type(batch.lines) is not int or type(batch.booked) is not bool:
+            raise TypeError("has a wrong batch")
+        batch.held = {p: read_decimal(amount) for p, amount in batch.held.items()}
+        return batch
+
+
+ALL_MODELS = ""  # in the place of a pattern: the budget that is for all of them
+
+
+@dataclass(slots=True)
 class Account:
     """What a key has used, and what it has under way; shared by all versions of its record.
 
-    ``batches`` maps the id of each batch the key owns to [day made, result lines booked].
+    ``windows`` has what was spent of each budget, by its pattern; ``hashed`` is what the key is
+    kept under now.
     """
 
-    total: WindowSpend = field(default_factory=WindowSpend)
-    models: dict[str, WindowSpend] = field(default_factory=dict)
+    windows: dict[str, WindowSpend] = field(default_factory=dict)
     usage: Usage = field(default_factory=Usage)
-    batches: dict[str, list[Any]] = field(default_factory=dict)
+    batches: dict[str, Batch] = field(default_factory=dict)
     last_active: datetime | None = None
-    mean_output: float = 0.0
+    hashed: str = ""
     running: int = 0
     requests: Bucket | None = None
     tokens: Bucket | None = None
     warned_window: str | None = None
 
+    def window(self, pattern: str = ALL_MODELS) -> WindowSpend:
+        """What was spent of a budget."""
+        windowed = self.windows.get(pattern)
+        if windowed is None:
+            windowed = self.windows[pattern] = WindowSpend()
+        return windowed
+
     def to_json(self) -> dict[str, Any]:
-        """What the file keeps, but for the usage."""
-        return {
-            "spend": f"{self.total.spend:f}",
-            "spend_window": self.total.start,
-            "model_spend": {
-                p: [w.start, f"{w.spend:f}"] for p, w in self.models.items()
-            },
-            "last_active": iso(self.last_active),
-            "mean_output": round(self.mean_output, 1),
-            "batches": self.batches,
-        }
+        """What the file keeps, but for the usage; without what says nothing."""
+        total = self.window()
+        record: dict[str, Any] = {}
+        models = {p: w for p, w in self.windows.items() if p and w.spend}
+        if total.spend:
+            record = {"spend": f"{total.spend:f}", "spend_window": total.start}
+        if models:
+            record["model_spend"] = {
+                p: [w.start, f"{w.spend:f}"] for p, w in models.items()
+            }
+        if self.last_active:
+            record["last_active"] = iso(self.last_active)
+        if self.batches:
+            record["batches"] = {n: b.to_json() for n, b in self.batches.items()}
+        return record
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Account:
         """Read it back out of a line's object. Raises ValueError or TypeError."""
-        models = record.get("model_spend", {}).items()
-        return cls(
-            total=WindowSpend(
-                record.get("spend_window", ""), read_decimal(record.get("spend", 0))
-            ),
-            models={
-                p: WindowSpend(start, read_decimal(spend))
-                for p, (start, spend) in models
-            },
+        spent = {ALL_MODELS: [record.get("spend_window", ""), record.get("spend", 0)]}
+        spent |= record.get("model_spend", {})
+        account = cls(
+            windows={p: WindowSpend(s, read_decimal(n)) for p, (s, n) in spent.items()},
             usage=Usage(record.get("usage")),
             batches={
-                name: [day, int(lines)]
-                for name, (day, lines) in record.get("batches", {}).items()
+                n: Batch.from_json(b) for n, b in record.get("batches", {}).items()
             },
             last_active=from_iso(record.get("last_active")),
-            mean_output=float(record.get("mean_output", 0)),
         )
+        for batch in account.batches.values():
+            for pattern, amount in batch.held.items():
+                account.window(pattern).held += amount
+        return account
 
 
 @dataclass(frozen=True, slots=True)
@@ -828,7 +933,8 @@ class VirtualKey:
 
     ``retired`` maps the hashes this key had before it was regenerated to the moment at which each
     stops working. A deleted key keeps its line for a while, so that its holder is told what happened.
-    Budgets are USD, ``rpm_limit`` and ``tpm_limit`` a minute. None is no limit.
+    Budgets are USD, ``rpm_limit`` and ``tpm_limit`` a minute. None is no limit. ``unmetered_routes``
+    lets a key with a budget spend where the gateway cannot count it.
     """
 
     key_name: str
@@ -837,6 +943,7 @@ class VirtualKey:
     team_id: str | None = None
     models: list[str] = field(default_factory=list)
     allowed_routes: list[str] = field(default_factory=list)
+    unmetered_routes: bool = False
     rpm_limit: int | None = None
     tpm_limit: int | None = None
     max_parallel_requests: int | None = None
@@ -874,18 +981,26 @@ class VirtualKey:
             return "expired"
         return "active"
 
-    def spent(self, moment: datetime) -> Decimal:
-        """USD spent in the present window of the key's budget."""
-        return self.account.total.spent(window_start(self.budget_duration, moment))
+    def budgets(self, model: str | None = None) -> Iterator[tuple[str, ModelBudget]]:
+        """The budgets that hold for a model, by pattern: ALL_MODELS is the key's own. All of them for
+        a model that is not known (empty); the key's own alone where none is asked for."""
+        if self.max_budget is not None:
+            yield ALL_MODELS, ModelBudget(self.max_budget, self.budget_duration)
+        if model is None or not self.model_max_budget:
+            return
+        for pattern, budget in self.model_max_budget.items():
+            if not model or fnmatch.fnmatchcase(model, pattern):
+                yield pattern, budget
 
-    def model_spent(self, pattern: str, moment: datetime) -> Decimal:
-        """USD spent in the present window of a model's budget."""
-        budget = self.model_max_budget[pattern]
-        windowed = self.account.models.setdefault(pattern, WindowSpend())
-        return windowed.spent(window_start(budget.duration, moment))
+    def spent(self, moment: datetime, pattern: str = ALL_MODELS) -> Decimal:
+        """USD spent in the present window of the key's budget, or of a model's."""
+        duration = self.budget_duration
+        if pattern:
+            duration = self.model_max_budget[pattern].duration
+        return self.account.window(pattern).spent(window_start(duration, moment))
 
     def to_json(self) -> dict[str, Any]:
-        """The line's object but for the usage; empty fields are left out to keep lines short."""
+        """The line's object but for the usage; fields that say nothing are left out."""
         record = {
             name: getattr(self, name)
             for name in KEY_FIELDS
@@ -903,10 +1018,13 @@ class VirtualKey:
             }
             for pattern, budget in self.model_max_budget.items()
         }
-        record |= self.account.to_json()
+        # A limit of 0 says something, though it equals False.
         return {
-            n: v for n, v in record.items() if n in ALWAYS_WRITTEN or v not in EMPTY
-        }
+            name: value
+            for name, value in record.items()
+            if name in ALWAYS_WRITTEN
+            or not (value is None or value is False or value in ([], {}))
+        } | self.account.to_json()
 
     @classmethod
     def from_json(cls, record: object) -> VirtualKey:
@@ -971,7 +1089,6 @@ ACCOUNT_FIELDS = (
     "usage",
 )
 ALWAYS_WRITTEN = ("key_name", "key_alias", "created_at", "expires")
-EMPTY: tuple[Any, ...] = (None, [], {}, False, "", "0", 0.0)
 KEY_FIELDS: dict[
     str, tuple[type, ...]
 ] = {  # every field of a line, with what JSON may hold there
@@ -981,6 +1098,7 @@ KEY_FIELDS: dict[
     "team_id": (str, NONE),
     "models": (list,),
     "allowed_routes": (list,),
+    "unmetered_routes": (bool,),
     "rpm_limit": (int, NONE),
     "tpm_limit": (int, NONE),
     "max_parallel_requests": (int, NONE),
@@ -1000,7 +1118,7 @@ KEY_FIELDS: dict[
     "spend_window": (str,),
     "model_spend": (dict,),
     "last_active": (str, NONE),
-    "mean_output": (int, float),
+    "mean_output": (int, float),  # written by version 1.0, and no longer used
     "batches": (dict,),
     "usage": (dict,),
 }
@@ -1015,31 +1133,41 @@ WRITE_SLICE = (
     1000  # lines joined at a time, so that the writing thread lets the loop breathe
 )
 HASH = re.compile(r"[0-9a-f]{64}")
+# Device, inode, size and time of change (ns): another one, and somebody has edited the file.
+FileMark = tuple[int, int, int, int]
+
+
+class StoreEdited(OSError):
+    """The keys file is not the one that was last read or written: it must not be written over."""
 
 
 class KeyStore:
     """keys.json: lookups by hash, changes that are on disk before they are answered.
 
-    The file is written whole to a temporary file beside it, fsynced and renamed over the old one.
-    An exclusive lock on it keeps a second gateway away for as long as this object lives.
+    The file is written whole to a temporary file beside it, fsynced and renamed over the old one; a
+    link stays a link. One that was edited meanwhile is not written over but read. An exclusive lock
+    on it keeps a second gateway away for as long as this object lives.
     Raises SettingsError where the file cannot be read, parsed or locked; it is then left as it is.
     """
 
     def __init__(self, path: Path, usage_days: int = 90) -> None:
-        self.path = path
+        self.path = Path(os.path.realpath(path))
         self.usage_days = usage_days
         self.keys: dict[str, VirtualKey] = {}
         self.last_error = ""
         self._lines: dict[str, bytes] = {}
         self._retired: dict[str, str] = {}
         self._aliases: dict[str, str] = {}
-        self._batches: dict[str, str] = {}
+        self._batches: dict[str, Account] = {}
         self._touched: set[str] = set()
         self._flush_timer: asyncio.TimerHandle | None = None
         self._flushing: asyncio.Task[None] | None = None
         self._lock = -1
-        self._writing: asyncio.Task[None] | None = None
-        self._queued: asyncio.Task[None] | None = None
+        self._mark: FileMark | None = None
+        self._bad_mark: FileMark | None = None
+        self._undo: dict[str, VirtualKey | None] = {}
+        self._waiting: list[asyncio.Future[None]] = []
+        self._writer: asyncio.Task[None] | None = None
         self._load()
 
     # Reading
@@ -1085,59 +1213,76 @@ class KeyStore:
     async def change(self, changes: Mapping[str, VirtualKey | None]) -> None:
         """Put these records (None removes one) and return once they are on disk.
 
-        They hold in memory at once. Where the disk fails they are taken back, and APIError 503 is
-        raised. Calls that arrive together share one write.
+        They hold in memory at once. Where the disk fails all that is not on it is taken back, and
+        APIError 503 is raised. Calls that arrive together share one write.
         """
-        before = {hashed: self.keys.get(hashed) for hashed in changes}
+        for hashed in changes:
+            self._undo.setdefault(hashed, self.keys.get(hashed))
         self._apply(changes)
         try:
             await self.save()
         except OSError as error:
-            undone = {
-                h: before[h]
-                for h, record in changes.items()
-                if self.keys.get(h) is record
-            }
-            self._apply(undone)
             raise APIError(503, store_message(error)) from None
 
     async def save(self) -> None:
         """Return once all that was changed before this call is on disk. Raises OSError."""
-        if self._queued is None:
-            self._queued = asyncio.create_task(self._write_after(self._writing))
-        await asyncio.shield(self._queued)
+        loop = asyncio.get_running_loop()
+        written: asyncio.Future[None] = loop.create_future()
+        self._waiting.append(written)
+        if self._writer is None:
+            self._writer = loop.create_task(self._write_all())
+        await written
 
     async def reload(self) -> None:
         """Read the file again (SIGHUP): what keys may do from the file, what they used from memory.
 
         Raises SettingsError and keeps what was there.
         """
-        while writes := {task for task in (self._queued, self._writing) if task}:
+        while self._writer is not None:
             # Else a change that is still being written would be read over.
-            await asyncio.wait(writes)
-        accounts = {hashed: key.account for hashed, key in self.keys.items()}
+            await asyncio.wait([self._writer])
         self._load()
-        for hashed, record in self.keys.items():
-            record.account = accounts.get(hashed, record.account)
-            self.touch(hashed)
+        self._bad_mark = None
 
-    def touch(self, hashed: str) -> None:
+    def notice_edit(self) -> None:
+        """Take the file in, as `reload` does, where somebody has edited it. One that does not parse
+        is said once; then nothing is written until it is mended."""
+        if self._writer is not None:  # which looks for itself
+            return
+        mark = file_mark(self.path)
+        if mark is None or mark in (self._mark, self._bad_mark):
+            return
+        try:
+            self._load()
+            log.info("keys file was edited: read again, %d keys", len(self.keys))
+            self._bad_mark = None
+        except SettingsError as error:
+            log.error("keys file was edited, and cannot be read: %s", error)
+            self._bad_mark = mark
+
+    def touch(self, account: Account) -> None:
         """What a key used has changed: write it within FLUSH_INTERVAL seconds."""
-        self._touched.add(self.present_hash(hashed))
+        self._touched.add(account.hashed)
         self._flush_soon()
 
+    def freshen(self, account: Account) -> None:
+        """Let the next write have what a key used until now."""
+        record = self.keys.get(account.hashed)
+        if record is not None:
+            self._lines[account.hashed] = self._line(account.hashed, record)
+
     async def flush(self) -> None:
-        """Write what keys used. Where the disk fails, `_write_after` says so and tries again."""
+        """Write what keys used. Where the disk fails, `_write_all` says so and tries again."""
         if self._flush_timer is not None:
             self._flush_timer.cancel()
             self._flush_timer = None
         if self._flushing is not None and self._flushing is not asyncio.current_task():
             await self._flushing
+        self.notice_edit()
         touched, self._touched = self._touched, set()
         for hashed in touched:
-            record = self.keys.get(hashed)
-            if record is not None:
-                self._lines[hashed] = self._line(hashed, record)
+            if hashed in self.keys:
+                self.freshen(self.keys[hashed].account)
         if touched or self.last_error:
             with contextlib.suppress(OSError):
                 await self.save()
@@ -1146,21 +1291,24 @@ class KeyStore:
         """Whether the last write succeeded, and the folder still takes files."""
         return not self.last_error and os.access(self.path.parent, os.W_OK)
 
-    def batch_owner(self, batch: str) -> str | None:
-        """The hash of the key that made a batch."""
+    def batch_owner(self, batch: str) -> Account | None:
+        """The account of the key that made a batch."""
         return self._batches.get(batch)
 
-    def own_batch(self, hashed: str, batch: str) -> None:
+    def own_batch(self, account: Account, name: str) -> Batch:
         """Remember that a key made a batch."""
-        hashed = self.present_hash(hashed)
-        if hashed in self.keys:
-            self.keys[hashed].account.batches[batch] = [day_of(now()), 0]
-            self._batches[batch] = hashed
-            self.touch(hashed)
+        batch = account.batches[name] = Batch(day_of(now()))
+        self._batches[name] = account
+        self.touch(account)
+        return batch
 
-    def present_hash(self, hashed: str) -> str:
-        """The hash that a key has now; it may have been regenerated meanwhile."""
-        return hashed if hashed in self.keys else self._retired.get(hashed, hashed)
+    def unbooked(self) -> list[str]:
+        """The batches whose results are not all booked."""
+        return [
+            name
+            for name, account in self._batches.items()
+            if not account.batches[name].booked
+        ]
 
     def _flush_soon(self) -> None:
         if self._flush_timer is None:
@@ -1175,9 +1323,9 @@ class KeyStore:
         moment = now()
         oldest = day_of(moment - timedelta(days=self.usage_days))
         batches = record.account.batches
-        for batch in [batch for batch, (day, _) in batches.items() if day < oldest]:
-            del batches[batch]
-            self._batches.pop(batch, None)
+        for name in [n for n, b in batches.items() if b.booked and b.day < oldest]:
+            del batches[name]
+            self._batches.pop(name, None)
         return store_line(hashed, record, day_of(moment), oldest)
 
     def close(self) -> None:
@@ -1198,9 +1346,11 @@ class KeyStore:
             self.keys[hashed] = record
             self._lines[hashed] = self._line(hashed, record)
             self._retired.update(dict.fromkeys(record.retired, hashed))
-            self._batches.update(dict.fromkeys(record.account.batches, hashed))
             if record.key_alias is not None and not record.deleted_at:
                 self._aliases[record.key_alias] = hashed
+            account = record.account
+            account.hashed = hashed
+            self._batches.update(dict.fromkeys(account.batches, account))
 
     def _forget(self, hashed: str, record: VirtualKey) -> None:
         for old in record.retired:
@@ -1212,30 +1362,67 @@ class KeyStore:
         ):
             del self._aliases[record.key_alias]
 
-    async def _write_after(self, earlier: asyncio.Task[None] | None) -> None:
-        if earlier is not None:
-            await asyncio.wait([earlier])
-        self._writing, self._queued = self._queued, None
-        lines = list(self._lines.values())
-        try:
-            await asyncio.get_running_loop().run_in_executor(None, self._write, lines)
-            if self.last_error:
-                log.warning("keys file written again")
-            self.last_error = ""
-        except OSError as error:
+    async def _write_all(self) -> None:
+        """Write for all that wait, until nobody does."""
+        loop = asyncio.get_running_loop()
+        while self._waiting:
+            waiting, self._waiting = self._waiting, []
+            undo, self._undo = self._undo, {}
+            lines = list(self._lines.values())
+            failure: OSError | None = None
+            try:
+                await loop.run_in_executor(None, self._write, lines)
+                if self.last_error:
+                    log.warning("keys file written again")
+                self.last_error = ""
+            except OSError as error:
+                failure = error
+                # What was changed meanwhile stands on what is now refused, and falls with it.
+                waiting += self._waiting
+                self._apply({**self._undo, **undo})
+                self._waiting, self._undo = [], {}
+                self._say_failure(error)
+            for written in waiting:
+                if written.done():  # who waited has left
+                    continue
+                if failure is None:
+                    written.set_result(None)
+                else:
+                    written.set_exception(failure)
+        self._writer = None
+
+    def _say_failure(self, error: OSError) -> None:
+        """Log it once, and try again."""
+        if not isinstance(error, StoreEdited):
             if self.last_error != store_message(error):
                 log.error("keys file not written: %s", error.strerror or error)
             self.last_error = store_message(error)
-            self._flush_soon()
-            raise
-        finally:
-            if self._writing is asyncio.current_task():
-                self._writing = None
+        elif self._bad_mark is not None:
+            self.last_error = store_message(error)
+        self._flush_soon()
 
     def _write(self, lines: list[bytes]) -> None:
         """Write, fsync, lock, rename, fsync the folder. The old file stays until the new one is whole."""
-        folder = self.path.parent
-        temporary = folder / f".{self.path.name}.{os.getpid()}.tmp"
+        self._refuse_edited()
+        temporary, descriptor = self._write_beside(lines)
+        try:
+            self._refuse_edited()
+            os.replace(temporary, self.path)
+        except BaseException:
+            os.close(descriptor)
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        self._take(descriptor)
+
+    def _refuse_edited(self) -> None:
+        """Raise StoreEdited where the file is not the one that was last read or written."""
+        if file_mark(self.path) not in (self._mark, None):
+            raise StoreEdited(errno.EBUSY, DAMAGED if self._bad_mark else EDITED)
+
+    def _write_beside(self, lines: list[bytes]) -> tuple[Path, int]:
+        """Write a locked file beside the present one; its path and descriptor."""
+        temporary = self.path.parent / f".{self.path.name}.{os.getpid()}.tmp"
         descriptor = os.open(
             temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, STORE_MODE
         )
@@ -1249,40 +1436,68 @@ class KeyStore:
                 file.write(b"\n}}\n")
             os.fsync(descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.replace(temporary, self.path)
         except BaseException:
             os.close(descriptor)
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
-        self.close()
+        return temporary, descriptor
+
+    def _take(self, descriptor: int) -> None:
+        """Hold this file from now on, and make sure that its folder names it."""
+        if descriptor != self._lock:
+            self.close()
         self._lock = descriptor
-        folder_descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        self._mark = mark_of(os.fstat(descriptor))
+        folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            os.fsync(folder_descriptor)
+            os.fsync(folder)
         finally:
-            os.close(folder_descriptor)
+            os.close(folder)
 
     def _load(self) -> None:
-        try:
-            descriptor = self._open_locked()
-        except FileNotFoundError:
-            self._create()
+        """Read the file; what keys used stays, where it is known already."""
+        descriptor = self._open_or_create()
+        if descriptor < 0:
             return
-        except OSError as error:
-            raise SettingsError(f"{self.path}: {error.strerror}") from None
         try:
             keys = parse_store(read_whole(descriptor), str(self.path))
         except BaseException:
             if descriptor != self._lock:
                 os.close(descriptor)
             raise
-        if descriptor != self._lock:
-            self.close()
-            self._lock = descriptor
+        with contextlib.suppress(OSError):  # a folder that cannot be synced can be read
+            self._take(descriptor)
+        accounts = {hashed: key.account for hashed, key in self.keys.items()}
         self.keys, self._lines, self._retired, self._aliases = {}, {}, {}, {}
         self._batches = {}
+        for hashed, record in keys.items():
+            record.account = accounts.get(hashed, record.account)
         self._apply(keys)
+        for hashed in accounts.keys() & keys.keys():
+            self.touch(keys[hashed].account)
+
+    def _open_or_create(self) -> int:
+        """The locked file; -1 where there is none and none can be made."""
+        while True:
+            try:
+                return self._open_locked()
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                raise SettingsError(f"{self.path}: {error.strerror}") from None
+            try:
+                self._create()
+            except FileExistsError:  # another gateway was faster
+                continue
+            except OSError as error:
+                self.last_error = store_message(error)
+                log.warning(
+                    "%s cannot be created (%s): no keys can be made",
+                    self.path,
+                    error.strerror,
+                )
+                return -1
 
     def _open_locked(self) -> int:
         """Open and lock the file; once more if it was replaced between the two. Our own lock counts."""
@@ -1308,15 +1523,36 @@ class KeyStore:
             os.close(descriptor)
 
     def _create(self) -> None:
+        """Make the file, with the keys that are here. Raises FileExistsError where it is there."""
+        temporary, descriptor = self._write_beside(list(self._lines.values()))
         try:
-            self._write([])
+            os.link(temporary, self.path)  # unlike a rename, it replaces nothing
         except OSError as error:
-            self.last_error = store_message(error)
-            log.warning(
-                "%s cannot be created (%s): no keys can be made",
-                self.path,
-                error.strerror,
-            )
+            if error.errno not in NO_LINKS:
+                raise
+            os.rename(temporary, self.path)
+        finally:
+            os.close(descriptor)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+
+
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # FAT, some network disks
+EDITED = "it was edited meanwhile; send the change again"
+DAMAGED = "it was edited and is damaged; mend it first"
+
+
+def mark_of(seen: os.stat_result) -> FileMark:
+    """What tells an edited file from one that was not."""
+    return seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns
+
+
+def file_mark(path: Path) -> FileMark | None:
+    """The mark of a file; None where there is none."""
+    try:
+        return mark_of(os.stat(path))
+    except OSError:
+        return None
 
 
 def read_whole(descriptor: int) -> bytes:
@@ -1391,13 +1627,16 @@ def parse_store(text: bytes, name: str) -> dict[str, VirtualKey]:
 # ─── Metering ────────────────────────────────────────────────────────────────────────
 
 
-# Of a picked JSON value, or of a line of a stream; larger ones are passed over.
-MAX_CAPTURE = 64 * KIB
-MAX_DEPTH = 16  # of the paths of nested values that are told apart
+# A line of a stream or of batch results, or a whole message, is read up to this size; of longer ones
+# the size counts. `json` takes some 40 ms for so much.
+MAX_LINE = 4 * MIB
 INFLATE_SLICE = 64 * KIB  # decompressed at a time, so that a small bomb stays small
-CHARACTERS_A_TOKEN = (
-    4  # Anthropic's own rule of thumb (claude-apps-gateway-spend-limits)
-)
+# What is known of a text before its tokens are: 3 bytes each, a little more than Anthropic's rule of
+# thumb for English (4 characters), and right for Chinese, Japanese and Korean (3 bytes a character).
+BYTES_A_TOKEN = 3
+UNSEEN_THINKING = 4  # the part of max_tokens that thinking unseen is taken for
+MAX_COUNT = 10**9  # tokens; whoever counts more is not believed
+MAX_OUTPUT = 128_000  # tokens that an answer may have where the request does not say
 MAX_MODEL_NAME = 100
 MILLION = Decimal(1_000_000)
 US_INFERENCE = Decimal("1.1")  # about-claude/pricing, "Data residency"
@@ -1410,154 +1649,84 @@ CACHE_WRITE_5M_FACTOR = Decimal("1.25")
 CACHE_WRITE_1H_FACTOR = Decimal(2)
 WEB_SEARCH_PRICE = Decimal("0.01")
 
-DELTA_TEXT = re.compile(rb'"(?:text|thinking|partial_json)": ?"((?:[^"\\]|\\.)*)"')
-JSON_MARK = re.compile(rb'["{}\[\],:]')
-STRING_MARK = re.compile(rb'["\\]')
-JSONPath = tuple[str, ...]
-USAGE, MODEL, STOP_REASON, CONTENT = (
-    ("usage",),
-    ("model",),
-    ("stop_reason",),
-    ("content", "*"),
+# The text of deltas; "completion" is that of POST /v1/complete.
+DELTA_TEXT = re.compile(
+    rb'"(text|thinking|partial_json|completion)": ?"([^"\\]*(?:\\.[^"\\]*)*)"'
 )
+THINKING_START = re.compile(rb'"content_block": ?\{"type": ?"(?:redacted_)?thinking"')
 
 
-class JSONPicker:
-    """Picks the values at a few paths out of passing JSON documents, without keeping the rest.
+class Inflater:
+    """Decompresses gzip (of any number of members), zlib and raw deflate bit by bit.
 
-    Paths are keys from the outermost object in; ``*`` is any element of an array. At each document's
-    end ``emit`` gets a dict of the paths that were met: the value, or True for an array's elements.
-    Text that is not JSON picks nothing. Memory is bounded by MAX_CAPTURE.
+    `slices` raises zlib.error for anything else, and from then on.
     """
 
-    def __init__(
-        self, paths: Iterable[JSONPath], emit: Callable[[dict[JSONPath, Any]], None]
-    ) -> None:
-        self._paths = frozenset(paths)
-        self._emit = emit
-        self._picked: dict[JSONPath, Any] = {}
-        self._path: list[str] = []
-        self._depth = 0
-        self._in_string = False
-        self._escaped = False
-        self._key: bytearray | None = None
-        self._capture: bytearray | None = None
-        self._capture_path: JSONPath = ()
-        self._capture_depth = 0
-        self._expects_key = False
+    def __init__(self, coding: str) -> None:
+        self._deflate = coding == "deflate"
+        self._decoder: Any = None
+        self._held = b""
 
-    def feed(self, data: bytes) -> None:
-        """Look at the next part."""
-        at, size = 0, len(data)
-        if self._escaped and size:
-            at, self._escaped = 1, False
-            self._keep(data[:1])
-        while at < size:
-            mark = (STRING_MARK if self._in_string else JSON_MARK).search(data, at)
-            if mark is None:
-                self._keep(data[at:])
-                return
-            end = mark.end()
-            if self._in_string:
-                if mark[0] == b"\\":
-                    self._keep(data[at : end + 1])
-                    self._escaped = end == size
-                    at = end + 1
-                    continue
-                self._in_string = False
-                self._keep(data[at : end - 1])
-                self._end_string()
-            else:
-                self._keep(data[at : end - 1])
-                self._structure(mark[0])
-            at = end
+    def slices(self, data: bytes) -> Iterator[bytes]:
+        """What these bytes hold, INFLATE_SLICE at a time; what is not taken is lost."""
+        data, self._held = self._held + data, b""
+        while data:
+            if self._decoder is None:
+                data = data.lstrip(b"\0")  # members may be padded (gzip's own manual)
+                if len(data) < 2:
+                    self._held = data
+                    return
+                self._decoder = zlib.decompressobj(self._window_bits(data))
+            plain = self._decoder.decompress(data, INFLATE_SLICE)
+            data = self._decoder.unconsumed_tail
+            while plain:
+                yield plain
+                full = len(plain) == INFLATE_SLICE  # then more may be waiting inside
+                plain = self._decoder.decompress(data, INFLATE_SLICE) if full else b""
+                data = self._decoder.unconsumed_tail
+            if self._decoder.eof:
+                data, self._decoder = self._decoder.unused_data, None
 
-    def _keep(self, data: bytes) -> None:
-        if self._capture is not None:
-            self._capture += data
-            if len(self._capture) > MAX_CAPTURE:
-                self._capture = None
-        elif self._key is not None and len(self._key) < MAX_MODEL_NAME:
-            self._key += data
+    @property
+    def is_whole(self) -> bool:
+        """Whether what came so far has ended."""
+        return self._decoder is None and not self._held
 
-    def _structure(self, mark: bytes) -> None:
-        if mark == b'"':
-            self._in_string = True
-            if self._capture is not None:
-                self._keep(mark)
-            elif self._expects_key and self._depth <= MAX_DEPTH:
-                self._key = bytearray()
-            else:
-                self._meet_element()
-        elif mark in b"{[":
-            self._meet_element()
-            self._keep_mark(mark)
-            self._depth += 1
-            self._expects_key = mark == b"{"
-            if self._depth <= MAX_DEPTH:
-                self._path.append("" if mark == b"{" else "*")
-        elif mark in b"}]":
-            self._end_value()
-            self._keep_mark(mark)
-            self._depth = max(0, self._depth - 1)
-            del self._path[self._depth :]
-            self._expects_key = False
-            if self._depth == 0:
-                picked, self._picked = self._picked, {}
-                self._emit(picked)
-        elif mark == b",":
-            self._end_value()
-            self._keep_mark(mark)
-            in_object = 0 < self._depth <= MAX_DEPTH and self._path[-1] != "*"
-            self._expects_key = in_object
-        else:
-            self._keep_mark(mark)
-            self._expects_key = False
-            self._begin_value()
+    def _window_bits(self, data: bytes) -> int:
+        """How zlib is to read what begins so: "deflate" comes with zlib's header or without
+        (RFC 9110 section 8.4.1.2), which is a multiple of 31 (RFC 1950 section 2.2)."""
+        if not self._deflate:
+            return zlib.MAX_WBITS | 16
+        has_header = (
+            data[0] & 0x0F == zlib.DEFLATED and (data[0] * 256 + data[1]) % 31 == 0
+        )
+        return zlib.MAX_WBITS if has_header else -zlib.MAX_WBITS
 
-    def _keep_mark(self, mark: bytes) -> None:
-        if self._capture is not None:
-            self._keep(mark)
 
-    def _end_string(self) -> None:
-        if self._capture is not None:
-            self._keep(b'"')
-        elif self._key is not None:
-            if self._path:
-                self._path[-1] = self._key.decode("utf-8", "replace")
-            self._key = None
-
-    def _meet_element(self) -> None:
-        path = tuple(self._path)
-        if self._capture is None and path in self._paths and path[-1:] == ("*",):
-            self._picked[path] = True
-
-    def _begin_value(self) -> None:
-        path = tuple(self._path)
-        if self._capture is None and self._depth <= MAX_DEPTH and path in self._paths:
-            self._capture = bytearray()
-            self._capture_path, self._capture_depth = path, self._depth
-
-    def _end_value(self) -> None:
-        if self._capture is not None and self._depth == self._capture_depth:
-            with contextlib.suppress(ValueError, RecursionError):
-                self._picked[self._capture_path] = json.loads(bytes(self._capture))
-            self._capture = None
+READABLE_CODINGS = ("gzip", "x-gzip", "deflate")
 
 
 @dataclass
 class Measured:
     """What one response used, as Anthropic reports it (types/usage.py of its SDK).
 
-    ``usage`` is the raw object, its counts cumulative; ``output_tokens`` may be an estimate, where
-    the response was cut short. ``empty`` says that it has no content.
+    ``usage`` is the raw object, its counts cumulative. ``empty`` says that it has no content.
+    ``seen`` counts the bytes of text, thinking and tool input that passed, ``thought`` those of
+    thinking; ``thinks`` says that a block of thinking began. ``final`` says that the usage is the last
+    word on it, ``blind`` that the response could not be read. ``beyond`` is what must be charged
+    besides the usage, and then the whole is ``estimated``.
     """
 
     model: str = ""
     usage: dict[str, Any] = field(default_factory=dict)
     stop_reason: str = ""
     empty: bool = True
-    delta_characters: int = 0
+    seen: int = 0
+    thought: int = 0
+    thinks: bool = False
+    final: bool = False
+    blind: bool = False
+    beyond: Tally | None = None
     estimated: bool = False
 
     def merge(self, usage: object) -> None:
@@ -1568,125 +1737,149 @@ class Measured:
             if value is not None:
                 self.usage[name] = value
 
-    def cut_short(self) -> None:
-        """The response broke off: its output is at least what was seen of it."""
-        if not self.usage:
+    def complete_with(self, order: Order) -> None:
+        """Estimate what a response that did not come to its last word used besides: at least the
+        prompt, what was seen of it, and the thinking that was not."""
+        if self.final:
             return
-        seen = -(-self.delta_characters // CHARACTERS_A_TOKEN)
-        if not self.usage.get("iterations"):
-            self.usage["output_tokens"] = max(
-                count_of(self.usage, "output_tokens"), seen
-            )
+        thinking = 0 if self.thought else order.thinking
+        if self.thinks and not self.thought and not thinking:
+            thinking = order.max_tokens // UNSEEN_THINKING
+        told = [tally for _, tally in reported(self)]
+        prompt = any(tally.input_tokens or tally.cached for tally in told)
+        output = tokens_in(self.seen) + thinking - sum(t.output_tokens for t in told)
+        self.beyond = Tally(
+            input_tokens=0 if prompt else order.prompt, output_tokens=max(0, output)
+        )
+        self.model = self.model or order.model
         self.estimated = True
+
+
+def tokens_in(size: int) -> int:
+    """How many tokens so many bytes of text are taken for."""
+    return -(-size // BYTES_A_TOKEN)
 
 
 class Meter:
     """Reads usage out of a response as it passes: SSE, a JSON message, or batch results (JSONL).
 
-    ``feed`` takes the body's bytes with whatever boundaries; the result is the same for every split.
-    Holds at most MAX_CAPTURE bytes of a line, a value or a small message, and zlib's window of
-    32 KiB where the body is compressed. ``on_result`` is called with each line of batch results,
-    counted from 1.
+    ``look`` takes the plain body with whatever boundaries; the result is the same for every split.
+    Holds at most MAX_LINE bytes of a line or a message. ``on_result`` is called with each line of
+    batch results, counted from 1.
     """
-
-    _lines = 0
-    _tail = b""
-    _skipping = False
-    _blind = False
-    _whole = False
-    _inflate: Any = None
-    _picker: JSONPicker | None = None
 
     def __init__(
         self,
         content_type: str,
-        coding: str,
         on_result: Callable[[int, Measured], None] | None = None,
     ) -> None:
         self.measured = Measured()
         self._on_result = on_result
-        if coding in ("gzip", "x-gzip", "deflate"):
-            self._inflate = zlib.decompressobj(zlib.MAX_WBITS | 32)
-        elif coding not in ("", "identity"):
-            self._blind = True
-        if on_result is not None:
-            paths = [
-                ("result", "message", *path)
-                for path in (USAGE, MODEL, STOP_REASON, CONTENT)
-            ]
-            self._picker = JSONPicker(paths, self._result_line)
-        else:
-            self._whole = not content_type.lower().startswith("text/event-stream")
+        self._lines = 0
+        self._whole = on_result is None and not content_type.lower().startswith(
+            "text/event-stream"
+        )
+        self._held: list[bytes] = []  # of a line that has not ended, or of the message
+        self._size = 0
 
-    def feed(self, data: bytes) -> None:
+    def look(self, data: bytes) -> None:
         """Look at the next part of the body."""
-        if self._inflate is None:
-            if not self._blind:
-                self._look(data)
+        if self.measured.blind:
             return
-        try:
-            while data:
-                self._look(self._inflate.decompress(data, INFLATE_SLICE))
-                data = self._inflate.unconsumed_tail
-        except zlib.error:
-            self._blind, self._inflate = True, None
+        if self._whole:
+            self._hold(data)
+        elif self._size == 0 and data.endswith(b"\n") and len(data) <= MAX_LINE:
+            self._read(data)
+        else:
+            self._split(data)
 
     def finish(self, complete: bool) -> Measured:
         """The body has ended, or was cut short."""
-        if self._whole and self._picker is None:
-            self.measured = measured_whole(self._tail)
-        elif self._tail and complete and self._picker is None:
-            self._look(b"\n")
-        if not complete:
-            self.measured.cut_short()
+        if self.measured.blind:
+            return self.measured
+        held = b"".join(self._held)
+        if self._whole and complete and held:
+            self.measured = measured_message(read_json(held), self._size)
+        elif self._whole:
+            self.measured.seen = self._size
+        elif complete:
+            self._end_line(b"")
+        elif self._on_result is None and self._size > MAX_LINE:
+            self.measured.seen += self._size
+        elif self._on_result is None:
+            self._read_text(held)
         return self.measured
 
-    def _look(self, data: bytes) -> None:
-        if self._picker is not None:
-            self._picker.feed(data)
-        elif self._whole:
-            self._tail += data
-            if len(self._tail) > MAX_CAPTURE:
-                self._picker = JSONPicker(
-                    [USAGE, MODEL, STOP_REASON, CONTENT], self._message
-                )
-                held, self._tail = self._tail, b""
-                self._picker.feed(held)
-        else:
-            self._split_lines(data)
+    def _hold(self, data: bytes) -> None:
+        """Keep a beginning until its end comes; of one that is too long only the size."""
+        self._size += len(data)
+        if self._size > MAX_LINE:
+            self._held.clear()
+        elif data:
+            self._held.append(data)
 
-    def _split_lines(self, data: bytes) -> None:
-        if data.endswith(b"\n") and not self._tail and not self._skipping:
-            self._events(data)
-            return
-        end = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
-        if end == 0:
+    def _split(self, data: bytes) -> None:
+        """Read the lines that end here, those of more than MAX_LINE apart."""
+        end = line_end(data)
+        if not end:
             self._hold(data)
             return
-        if self._skipping:
-            start = min(at for at in (data.find(b"\n"), data.find(b"\r")) if at >= 0)
-            lines = data[start:end]
-        else:
-            lines = self._tail + data[:end]
-        self._tail, self._skipping = b"", False
-        self._hold(data[end:])
-        self._events(lines)
+        self._end_line(data[:end])
+        last = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
+        whole = data[end:last]
+        if len(whole) > MAX_LINE:
+            for line in whole.splitlines(keepends=True):
+                self._end_line(line)
+        elif whole:
+            self._read(whole)
+        self._hold(data[last:])
 
-    def _hold(self, data: bytes) -> None:
-        """Keep the beginning of a line until its end comes; one that is too long is passed over."""
-        if self._skipping or len(self._tail) + len(data) > MAX_CAPTURE:
-            self.measured.delta_characters += len(self._tail) + len(data)
-            self._tail, self._skipping = b"", True
+    def _end_line(self, rest: bytes) -> None:
+        """A line ends with these bytes."""
+        self._hold(rest)
+        size, line = self._size, b"".join(self._held)
+        self._held, self._size = [], 0
+        if size <= MAX_LINE:
+            self._read(line)
+        elif self._on_result is not None:
+            self._result(Measured(seen=size))
         else:
-            self._tail += data
+            self.measured.seen += size
 
-    def _events(self, lines: bytes) -> None:
-        """Look at whole lines of a stream; most of them are deltas, and only their text counts."""
+    def _read(self, lines: bytes) -> None:
+        """Look at whole lines."""
+        if self._on_result is None:
+            self._read_events(lines)
+            return
+        for line in lines.splitlines():
+            if line.strip():
+                row = read_json(line)
+                result = row.get("result") if isinstance(row, dict) else None
+                message = result.get("message") if isinstance(result, dict) else None
+                self._result(measured_message(message, 0))
+
+    def _result(self, measured: Measured) -> None:
+        self._lines += 1
+        assert self._on_result is not None
+        self._on_result(self._lines, measured)
+
+    def _read_text(self, lines: bytes) -> None:
+        """Count the text of deltas."""
         measured = self.measured
-        for match in DELTA_TEXT.finditer(lines):
-            measured.delta_characters += text_length(match[1])
-        if measured.empty and b"content_block_start" in lines:
+        for name, text in DELTA_TEXT.findall(lines):
+            size = text_size(text)
+            measured.seen += size
+            if name == b"thinking":
+                measured.thought += size
+
+    def _read_events(self, lines: bytes) -> None:
+        """Look at whole lines of a stream; most of them are deltas, and only their text counts."""
+        self._read_text(lines)
+        measured = self.measured
+        if b"content_block_start" in lines:
             measured.empty = False
+            if THINKING_START.search(lines):
+                measured.thinks = True
         if b'"usage"' not in lines:
             return
         for line in lines.splitlines():
@@ -1694,10 +1887,7 @@ class Meter:
                 self._usage_event(line[5:])
 
     def _usage_event(self, data: bytes) -> None:
-        try:
-            event = json.loads(data)
-        except (ValueError, RecursionError):
-            return
+        event = read_json(data)
         if not isinstance(event, dict):
             return
         message = event.get("message")
@@ -1708,38 +1898,23 @@ class Meter:
         delta = event.get("delta")
         if isinstance(delta, dict) and isinstance(delta.get("stop_reason"), str):
             self.measured.stop_reason = delta["stop_reason"]
-
-    def _message(self, picked: Mapping[JSONPath, Any]) -> None:
-        self.measured = measured_message(picked, ())
-
-    def _result_line(self, picked: Mapping[JSONPath, Any]) -> None:
-        self._lines += 1
-        assert self._on_result is not None
-        self._on_result(self._lines, measured_message(picked, ("result", "message")))
+            self.measured.final = bool(self.measured.usage)
 
 
-def text_length(escaped: bytes) -> int:
-    """The characters of a JSON string without its quotes."""
-    if escaped.isascii() and b"\\" not in escaped:
+def line_end(data: bytes) -> int:
+    """Where the first line of these bytes ends, its ending included; 0 where none does."""
+    ends = [at for at in (data.find(b"\n"), data.find(b"\r")) if at >= 0]
+    return min(ends) + 1 if ends else 0
+
+
+def text_size(escaped: bytes) -> int:
+    """The bytes in UTF-8 of a JSON string without its quotes."""
+    if b"\\" not in escaped:
         return len(escaped)
     try:
-        return len(json.loads(b'"%b"' % escaped))
+        return len(json.loads(b'"%b"' % escaped).encode("utf-8", "replace"))
     except ValueError:
         return len(escaped)
-
-
-def measured_whole(data: bytes) -> Measured:
-    """What `JSONPicker` and `measured_message` find, of a message that is here as a whole."""
-    message = read_json(data)
-    if not isinstance(message, dict):
-        return Measured()
-    usage, stop_reason = message.get("usage"), message.get("stop_reason")
-    return Measured(
-        model=model_of(message.get("model")),
-        usage=usage if isinstance(usage, dict) else {},
-        stop_reason=stop_reason if isinstance(stop_reason, str) else "",
-        empty=not message.get("content"),
-    )
 
 
 def read_json(body: bytes) -> object:
@@ -1750,18 +1925,25 @@ def read_json(body: bytes) -> object:
         return None
 
 
-def measured_message(picked: Mapping[JSONPath, Any], prefix: JSONPath) -> Measured:
-    """What was picked out of a message, as Measured."""
-    usage, stop_reason = (
-        picked.get((*prefix, *USAGE)),
-        picked.get((*prefix, *STOP_REASON)),
-    )
-    return Measured(
-        model=model_of(picked.get((*prefix, *MODEL))),
+def measured_message(message: object, size: int) -> Measured:
+    """What a whole message of so many bytes says."""
+    if not isinstance(message, dict):
+        return Measured(seen=size)
+    usage, stop_reason = message.get("usage"), message.get("stop_reason")
+    completion = message.get("completion")
+    measured = Measured(
+        model=model_of(message.get("model")),
         usage=usage if isinstance(usage, dict) else {},
         stop_reason=stop_reason if isinstance(stop_reason, str) else "",
-        empty=(*prefix, *CONTENT) not in picked,
+        empty=not message.get("content"),
+        final=isinstance(usage, dict) and bool(usage),
     )
+    if not measured.final:
+        told = isinstance(completion, str)
+        measured.seen = (
+            len(str(completion).encode("utf-8", "replace")) if told else size
+        )
+    return measured
 
 
 def model_of(value: object) -> str:
@@ -1770,10 +1952,10 @@ def model_of(value: object) -> str:
 
 
 def count_of(usage: object, *path: str) -> int:
-    """A count out of a usage object; 0 where there is none."""
+    """A count out of a usage object; 0 where there is none that can be believed."""
     for name in path:
         usage = usage.get(name) if isinstance(usage, dict) else None
-    return usage if type(usage) is int and usage > 0 else 0
+    return usage if type(usage) is int and 0 < usage <= MAX_COUNT else 0
 
 
 def tally_of(usage: Mapping[str, Any]) -> Tally:
@@ -1797,11 +1979,11 @@ def tally_of(usage: Mapping[str, Any]) -> Tally:
     return tally
 
 
-def charged_entries(measured: Measured) -> list[tuple[str, Tally]]:
-    """What is billed of a response, as (model, counts) of each attempt.
+def reported(measured: Measured) -> list[tuple[str, Tally]]:
+    """What is billed of a response by its own word, as (model, counts) of each attempt.
 
     Advisor, compaction and fallback attempts stand in ``iterations`` alone, each at a model of its
-    own. Free are an attempt declined before any output that a fallback followed, and a refusal
+    own. Free are attempts declined before any output that a fallback followed, and a refusal
     without content (PLD refusals-and-fallback, "How server-side fallback is billed").
     """
     usage = measured.usage
@@ -1817,7 +1999,7 @@ def charged_entries(measured: Measured) -> list[tuple[str, Tally]]:
         return [(measured.model, tally_of(usage))]
     charged = []
     for entry, following in zip(entries, [*entries[1:], {}], strict=True):
-        declined = entry.get("type") == "message" and not count_of(
+        declined = entry.get("type") in ATTEMPTS and not count_of(
             entry, "output_tokens"
         )
         if not (declined and following.get("type") == "fallback_message"):
@@ -1825,6 +2007,57 @@ def charged_entries(measured: Measured) -> list[tuple[str, Tally]]:
                 (model_of(entry.get("model")) or measured.model, tally_of(entry))
             )
     return charged
+
+
+ATTEMPTS = ("message", "fallback_message")  # the types of iterations that may decline
+
+
+def charged_entries(measured: Measured) -> list[tuple[str, Tally]]:
+    """What is billed of a response, with what was estimated besides."""
+    entries, beyond = reported(measured), measured.beyond
+    if beyond is None:
+        return entries
+    if len(entries) == 1 and not measured.usage.get("iterations"):
+        entries[0][1].add(beyond)  # one prompt, which has one length
+        return entries
+    return [*entries, (measured.model, beyond)]
+
+
+# What prices a part of an order: its model, whether in fast mode, and whether in the US.
+Part = tuple[str, bool, bool]
+
+
+@dataclass(slots=True)
+class Order:
+    """What a request asks for, as far as its price goes: all of it estimated before, at worst.
+
+    ``model`` is the first it names, ``prompt`` its length in tokens, ``thinking`` those that may be
+    thought unseen. ``parts`` has, for each Part, tokens of prompt, tokens of output and web searches;
+    where it is empty, ``model`` has the prompt and ``max_tokens``. ``prompts`` is how many messages
+    share the prompt. ``cache`` is ``5m`` or ``1h`` where it may be written to the cache.
+    """
+
+    model: str = ""
+    prompt: int = 0
+    max_tokens: int = MAX_OUTPUT
+    thinking: int = 0
+    streams: bool = False
+    parts: dict[Part, list[int]] = field(default_factory=dict)
+    prompts: int = 1
+    batched: bool = False
+    cache: str = ""
+
+    def add(self, part: Part, prompt: int, output: int, searches: int = 0) -> None:
+        """Count in what an attempt may use; beyond MAX_MODELS the model is any."""
+        if part not in self.parts and len(self.parts) >= MAX_MODELS:
+            part = ("", *part[1:])
+        counts = self.parts.setdefault(part, [0, 0, 0])
+        counts[0] += prompt
+        counts[1] += output
+        counts[2] += searches
+
+
+MAX_MODELS = 20  # of one request that are priced apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -1863,6 +2096,7 @@ class Prices:
         self._package: Any = None
         self._tiers: list[int] = [0]
         self._rates: dict[tuple[str, int, bool, int], Rates] = {}
+        self._dearest: dict[tuple[int, bool, int], Rates] = {}
         self._unknown: set[str] = set()
         self.reload()
         self.available = (
@@ -1874,6 +2108,7 @@ class Prices:
         if self.path is not None:
             self._own = read_prices(self.path)
         self._rates.clear()
+        self._dearest.clear()
         self._unknown.clear()
 
     def load(self) -> None:
@@ -1921,17 +2156,36 @@ class Prices:
             tally.spend = cost.normalize()
         return entries
 
+    def worst(self, order: Order, when: datetime) -> list[tuple[str, Tally]]:
+        """What a request may cost at worst, as (model, counts and USD). A model that may be any is
+        the dearest known one."""
+        parts = order.parts or {
+            (order.model, False, False): [order.prompt, order.max_tokens, 0]
+        }
+        entries = []
+        for (model, fast, us), (prompt, output, searches) in parts.items():
+            tally = Tally(
+                input_tokens=prompt, output_tokens=output, web_searches=searches
+            )
+            if self.available:
+                rates = self.rates(model, when, prompt // order.prompts, fast)
+                paid = max(rates.input, getattr(rates, CACHE_RATES[order.cache]))
+                cost = paid * prompt + rates.output * output
+                cost *= US_INFERENCE if us else 1
+                cost *= BATCH_DISCOUNT if order.batched else 1
+                tally.spend = cost + rates.web_search * searches
+            entries.append((model, tally))
+        return entries
+
     def rates(
         self, model: str, when: datetime, prompt: int, fast: bool = False
     ) -> Rates:
         """The rates of a model at a moment, for a prompt of so many tokens, cached ones included."""
-        own = self._own.get(model)
-        if own is not None:
+        if self._own and model and (own := self._own_rates(model)):
             return own
-        for pattern, rates in self._own.items():
-            if fnmatch.fnmatchcase(model, pattern):
-                return rates
         tier = self._tiers[max(0, bisect.bisect_left(self._tiers, prompt) - 1)]
+        if not model:
+            return self.dearest(when, fast, tier)
         key = (model, hour_of(when), fast, tier)
         known = self._rates.get(key)
         if known is None:
@@ -1940,29 +2194,48 @@ class Prices:
             known = self._rates[key] = self._find(model, when, fast, tier)
         return known
 
-    def dearest(self, when: datetime) -> tuple[str, Rates]:
-        """The dearest known model."""
-        known = list(self._own.items())
-        if self._package is not None:
-            for model in anthropic_models(self._package):
+    def dearest(self, when: datetime, fast: bool = False, tier: int = 0) -> Rates:
+        """The rates of the dearest known model; looking for it takes some 20 ms, once an hour."""
+        key = (hour_of(when), fast, tier)
+        if key not in self._dearest:
+            if len(self._dearest) > MAX_CACHED_RATES:
+                self._dearest.clear()
+            known = list(self._own.values())
+            for model in anthropic_models(self._package) if self._package else ():
                 with contextlib.suppress(LookupError, ValueError):
-                    known.append((model, package_rates(model, when, False, 0)))
-        return max(known, key=lambda item: item[1].input + item[1].output)
+                    own = self._own_rates(model)
+                    known.append(own or package_rates(model, when, fast, tier))
+            self._dearest[key] = max(
+                known, key=lambda rates: rates.input + rates.output
+            )
+        return self._dearest[key]
+
+    def _own_rates(self, model: str) -> Rates | None:
+        """What the price file says of a model."""
+        own = self._own.get(model)
+        if own is not None:
+            return own
+        matching = (p for p in self._own if fnmatch.fnmatchcase(model, p))
+        return self._own.get(next(matching, ""))
 
     def _find(self, model: str, when: datetime, fast: bool, tier: int) -> Rates:
         if self._package is not None:
             with contextlib.suppress(LookupError, ValueError):
                 return package_rates(model, when, fast, tier)
-        name, rates = self.dearest(when)
-        if model not in self._unknown:
+        if model not in self._unknown and len(self._unknown) <= MAX_UNKNOWN:
             self._unknown.add(model)
-            log.warning(
-                "no price is known for model %r: priced as %s, the dearest", model, name
-            )
-        return rates
+            if len(self._unknown) > MAX_UNKNOWN:
+                log.warning("further models without a known price are not named")
+            else:
+                log.warning(
+                    "no price is known for model %r: priced as the dearest", model
+                )
+        return self.dearest(when, fast, tier)
 
 
 MAX_CACHED_RATES = 1000
+MAX_UNKNOWN = 50  # models without a price that the log names
+CACHE_RATES = {"": "input", "5m": "cache_write_5m", "1h": "cache_write_1h"}
 
 
 @functools.lru_cache(maxsize=64)
@@ -2089,6 +2362,11 @@ OWN_CREDENTIAL_NAMES = {"authorization": "Authorization", "x-api-key": "x-api-ke
 REFUSED_KEYS = {"revoked": "blocked", "expired": "expired", "deleted": "deleted"}
 
 
+Result = TypeVar("Result")
+# What is done in steps, between which the loop may do something else.
+Steps = Generator[None, None, Result]
+
+
 @dataclass(slots=True)
 class Caller:
     """Who sends a request: the keys he showed and what goes upstream in their place.
@@ -2107,14 +2385,15 @@ class Caller:
 
 @dataclass(slots=True)
 class Grant:
-    """What an admitted request holds until it is settled: a slot, and money against budgets."""
+    """What an admitted request holds until it is settled: a slot, and USD against budgets, by their
+    patterns. ``order`` is what it asks for."""
 
     caller: Caller
     route: Route
     started: datetime
-    model: str = ""
+    order: Order = field(default_factory=lambda: Order())
     slot: bool = False
-    holds: list[tuple[WindowSpend, Decimal]] = field(default_factory=list)
+    holds: dict[str, Decimal] = field(default_factory=dict)
     open: bool = True
 
     @property
@@ -2142,11 +2421,64 @@ class Settled:
         return self.tally.spend
 
 
+class Held:
+    """How many bytes requests hold at once: never more than ``limit``, nor for one key than a part
+    of it, so that slow bodies cannot keep others out."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.share = limit // KEY_SHARE
+        self.total = 0
+        self._shares: collections.Counter[str] = collections.Counter()
+
+    def take(self, key: str, size: int) -> None:
+        """Hold so many bytes more for a key (its hash; empty for the operator's requests, which have
+        no share). Raises APIError 413, 429 or 503."""
+        limit = self.share if key else self.limit
+        if size > limit:
+            raise APIError(
+                413,
+                f"The gateway holds at most {limit:,} bytes of a request. Send a smaller one, or ask"
+                " whoever runs it for more --max-held-bytes.",
+            )
+        if self.total + size > self.limit:
+            raise APIError(
+                503,
+                "The gateway holds as much as it can for requests under way. Try again.",
+                headers=TRY_SOON,
+            )
+        if key and self._shares[key] + size > self.share:
+            raise APIError(
+                429,
+                f"The gateway holds at most {self.share:,} bytes for one key's requests under way."
+                " Try again.",
+                headers=TRY_SOON,
+            )
+        self.total += size
+        self._shares[key] += size
+
+    def give_back(self, key: str, size: int) -> None:
+        """Hold so many bytes less."""
+        self.total -= size
+        self._shares[key] -= size
+        if self._shares[key] <= 0:
+            del self._shares[key]
+
+
+KEY_SHARE = 4  # of what is held at once one key gets a quarter
+MEMORY_SHARE = 4  # and all get a quarter of the machine's memory
+TRY_SOON = (("retry-after", "1"),)
+
+
 class Admission:
     """Says who a caller is and whether he may, and books what he used.
 
     `authenticate`, `admit` and `admit_body` come before anything goes upstream; each grant is given
     back with `settle`, exactly once.
+
+    A budget is passed by one answer at most: while a request is under way its worst case is held,
+    and it is let in only while what is spent and held is below the budget. So far from the edge
+    nothing waits, and near it a key works one request at a time.
 
     Open mode (any credential or none is let in) holds where no master key is set and the keys file
     has no key. It is settled at the start: a gateway that was started closed, and so may listen to
@@ -2164,8 +2496,11 @@ class Admission:
         self.store = store
         self.prices = prices
         self.clock = clock
+        self.held = Held(settings.max_held_bytes or memory_size() // MEMORY_SHARE)
         self._started_open = not settings.master_key and not store.keys
+        self._master_key = settings.master_key
         self._master = hash_key(settings.master_key) if settings.master_key else ""
+        self._address = settings.address
         self.booked: dict[tuple[str, str], Tally] = {}
         self._unpriced: list[Callable[[], None]] = []
 
@@ -2182,6 +2517,40 @@ class Admission:
     def is_master(self, credential: str) -> bool:
         """Whether this is the master key; takes the same time whatever the answer."""
         return self._is_master(hash_key(credential))
+
+    def shows_master(self, headers: Mapping[str, Sequence[str]]) -> bool:
+        """Whether the master key is among the credentials of request headers."""
+        shown = [self.is_master(credential) for _, credential in candidates(headers)]
+        return any(shown)
+
+    def refuse_foreign(self, host: str, head: Mapping[str, Sequence[str]]) -> None:
+        """In open mode nothing but where a request comes from tells a program on this machine from
+        a web page in its browser, or from one whose name leads here (DNS rebinding). Raises 403."""
+        if not self.is_open:
+            return
+        places = [origin.partition("://")[2] for origin in head.get("origin", ())]
+        places += [host] if host else []  # HTTP/1.0 has none, and no browser speaks it
+        crosses = any(
+            site.lower() == "cross-site" for site in head.get("sec-fetch-site", ())
+        )
+        if crosses or not all(map(self._is_here, places)):
+            raise APIError(
+                403,
+                "This gateway is open, so it takes requests to and from this machine's own addresses"
+                " only. Set GATEWAY_MASTER_KEY where it is started, and use a virtual key.",
+            )
+
+    def _is_here(self, authority: str) -> bool:
+        """Whether a host (with or without port) is loopback, or where --address says to listen."""
+        host = re.sub(r":[0-9]*$", "", authority).strip("[]").lower()
+        if host == "localhost" or host.endswith(".localhost"):
+            return True
+        try:
+            address = ipaddress.ip_address(host)
+        except ValueError:
+            return bool(host) and host == self._address.lower()
+        # An address that is typed as such cannot have been led here by a name.
+        return address.is_loopback or bool(self._address)
 
     def authenticate(self, headers: Mapping[str, Sequence[str]]) -> Caller:
         """Find the caller in request headers (lower-case name → values). Raises APIError 401."""
@@ -2205,7 +2574,8 @@ class Admission:
                 if own is None and credential.startswith(OWN_CREDENTIAL_PREFIX):
                     own = own_credential(header, credential)
                 continue
-            presented += (credential,)
+            if credential not in presented:
+                presented += (credential,)
         if match is not None:
             return Caller(presented, match[0], match[1], own=own)
         if is_master or self.is_open:
@@ -2224,15 +2594,33 @@ class Admission:
             "No API key was sent. Send a virtual key as 'x-api-key' or 'Authorization: Bearer'.",
         )
 
+    def holds_key(self, text: str) -> bool:
+        """Whether a key of this gateway stands in a text."""
+        if self._master_key and self._master_key in text:
+            return True
+        if KEY_PREFIX not in text:
+            return False
+        starts = [match.start() for match in re.finditer(KEY_PREFIX, text)]
+        if len(starts) > MAX_KEY_STARTS:
+            return True
+        for start in starts:
+            run = PRINTABLE_KEY.match(text, start)
+            word = KEY_WORD.match(text, start)
+            made = text[start : start + MADE_KEY_LENGTH]
+            for candidate in {run and run[0], word and word[0], made}:
+                if candidate and self.store.lookup(candidate):
+                    return True
+        return False
+
     def admit(self, caller: Caller, method: str, path: str) -> Grant:
         """Let a request in by its head alone. Raises APIError 403 or 429; then nothing is held."""
         moment = now()
-        route = route_of(method, path)
+        route = route_of(method.upper(), path)
         grant = Grant(caller, route, moment)
         key = caller.key
         if key is None:
             return grant
-        check_route(key, path)
+        check_route(key, route, path, pays=caller.own is None)
         account, clock = key.account, self.clock()
         parallel = key.max_parallel_requests
         if parallel is not None and account.running >= parallel:
@@ -2253,77 +2641,86 @@ class Admission:
                     "This key has a budget, and the gateway does not know what tokens cost. Whoever"
                     " runs it must install genai-prices, or start it with --prices.",
                 )
-            self._check_budget(key, ZERO, moment)
+            for pattern, budget in key.budgets():
+                held = key.account.window(pattern).held if route.billed else ZERO
+                refuse_where_full(key, pattern, budget, held, ZERO, moment)
         if account.requests is not None:
             account.requests.draw(1, clock)
         account.running += 1
         grant.slot = True
         return grant
 
-    def wants_body(self, grant: Grant) -> bool:
+    def reads_body(self, grant: Grant) -> bool:
         """Whether a rule of the key looks at the request's body."""
         key = grant.key
         if key is None or grant.route.unread:
             return False
-        if key.models:
-            return True
-        return grant.route.billed and grant.caller.own is None and key.has_budget
+        return bool(key.models) or self._is_held(grant)
 
-    def admit_body(self, grant: Grant, body: bytes) -> None:
-        """Check the models in a body, and hold an estimate of its cost. Raises APIError 400, 403, 429."""
-        key = grant.key
-        if key is None:
+    def _is_held(self, grant: Grant) -> bool:
+        """Whether what a request may cost is held against a budget."""
+        key = grant.booked_key
+        return key is not None and key.has_budget and grant.route.billed
+
+    def admit_body(self, grant: Grant, body: bytes) -> Steps[None]:
+        """Check the models in a body, and hold what it may cost at worst. Raises APIError 400, 403,
+        429. Yields where the loop may do something else, of which a large body needs some."""
+        key, route = grant.key, grant.route
+        if key is None or not self.reads_body(grant):
+            if route.billed:
+                grant.order = glance(body)
             return
-        document = check_models(key, body) if key.models and body else None
-        if grant.booked_key is not None and grant.route.billed:
-            document = read_json(body) if document is None else document
-            if key.model_max_budget:
-                for model in models_in(document):
-                    self._check_model_budgets(key, model or "", ZERO, grant.started)
-            self._hold_orders(grant, key, *read_orders(body, document))
+        document: object = None
+        if key.models and body:
+            document = yield from read_strictly(body, route)
+            yield from check_models(key, route, document)
+        elif body:
+            document = yield from read_leniently(body, route)
+        if key.models and not document and not (route.open or route.deletes):
+            raise APIError(
+                403, "This key is limited to some models, and this request names none."
+            )
+        if not route.billed:
+            return
+        grant.order = yield from read_order(document, body, batched=route.makes_batch)
+        if self._is_held(grant) and self.prices.available:
+            self._hold(grant, key)
 
     def admit_unread(self, grant: Grant, size: int) -> None:
-        """The same for a body of ``size`` bytes that is too large to be kept. Raises APIError 413, 429."""
-        key = grant.key
-        if key is None:
-            return
-        if key.models:
+        """The same for a body of ``size`` bytes that is too large to be kept. Raises APIError 413."""
+        if self.reads_body(grant):
             raise APIError(
                 413,
-                f"This key is limited to some models, so its requests are read, and may be"
-                f" {JSON_BODY_LIMIT:,} bytes long.",
+                f"This key is limited to some models or to a budget, so its requests are read, and"
+                f" may be {JSON_BODY_LIMIT:,} bytes long.",
             )
-        if grant.booked_key is not None and grant.route.billed:
-            self._hold_orders(grant, key, [Order("", size, None)], False)
+        grant.order = Order(prompt=tokens_in(size))
 
-    def _hold_orders(
-        self, grant: Grant, key: VirtualKey, orders: list[Order], batched: bool
-    ) -> None:
-        if orders:
-            grant.model = orders[0].model
-        if not self.prices.available:
-            return
-        estimates: dict[str, Decimal] = {}
-        for order in orders:
-            cost = self._estimate(key, order, batched)
-            estimates[order.model] = estimates.get(order.model, ZERO) + cost
-        total = sum(estimates.values(), ZERO)
-        self._check_budget(key, total, grant.started)
-        for model, cost in estimates.items():
-            self._check_model_budgets(key, model, cost, grant.started)
-        if key.max_budget is not None:
-            self._hold(grant, key.account.total, total)
-        for model, cost in estimates.items():
-            for pattern in matching_budgets(key, model):
-                self._hold(
-                    grant, key.account.models.setdefault(pattern, WindowSpend()), cost
+    def _hold(self, grant: Grant, key: VirtualKey) -> None:
+        """Hold what the grant's order may cost at worst, against every budget, or nothing."""
+        if not self.prices.loaded:
+            self.prices.load()
+        worst: dict[str, Decimal] = {}
+        for model, tally in self.prices.worst(grant.order, grant.started):
+            for pattern, _ in key.budgets(model):
+                worst[pattern] = worst.get(pattern, ZERO) + tally.spend
+        batched = grant.route.makes_batch
+        for pattern, budget in key.budgets(""):
+            if pattern in worst:
+                held, cost = key.account.window(pattern).held, worst[pattern]
+                refuse_where_full(
+                    key, pattern, budget, held, cost, grant.started, fit=batched
                 )
+        for pattern, cost in worst.items():
+            key.account.window(pattern).held += cost
+        grant.holds = worst
 
     def settle(
         self, grant: Grant, measured: Measured | None, *, failed: bool
     ) -> Settled:
         """Give back what a grant holds and book what was used. ``failed``: no answer, or an error."""
-        settled = Settled(model=(measured.model if measured else "") or grant.model)
+        order = grant.order
+        settled = Settled(model=(measured.model if measured else "") or order.model)
         if not grant.open:
             return settled
         grant.open = False
@@ -2334,6 +2731,8 @@ class Admission:
         if measured is None:
             self._release(grant)
         else:
+            measured.complete_with(order)
+            settled.model = measured.model
             settled.estimated = measured.estimated
             if self.is_priced:
                 self._book(grant, measured, settled)
@@ -2345,36 +2744,64 @@ class Admission:
                 day_of(grant.started), settled.model or NO_MODEL, failed=failed
             )
             payer.account.last_active = now()
-            self.store.touch(grant.caller.hashed or "")
-            if measured is not None:
-                learn_output(payer.account, count_of(measured.usage, "output_tokens"))
+            self.store.touch(payer.account)
         return settled
 
-    def book_result(
-        self, batch: str, line: int, measured: Measured, caller: Caller
-    ) -> None:
-        """Book a line of a batch's results to the batch's owner, once, however often it is fetched.
+    # Batches
 
-        A batch that nobody here made belongs to the key that first fetches it.
-        """
-        if caller.own is not None:
+    def own_batch(self, grant: Grant, name: str) -> None:
+        """A batch was made: what is held for it stays until it is booked."""
+        payer = grant.booked_key
+        if payer is not None:
+            self.store.own_batch(payer.account, name).held = grant.holds
+            grant.holds = {}
+
+    def claim_batch(self, caller: Caller, name: str) -> None:
+        """A batch that nobody here made belongs to the key that first fetches its results."""
+        if caller.key is not None and self.store.batch_owner(name) is None:
+            self.store.own_batch(caller.key.account, name)
+
+    def book_result(self, name: str, line: int, measured: Measured) -> None:
+        """Book a line of a batch's results to the key that made it, once, however often it is read."""
+        account = self.store.batch_owner(name)
+        if account is None or line <= account.batches[name].lines:
             return
-        if self.store.batch_owner(batch) is None and caller.hashed is not None:
-            self.store.own_batch(caller.hashed, batch)
-        hashed = self.store.batch_owner(batch) or ""
-        key = self.store.keys.get(hashed)
-        if key is None or line <= key.account.batches[batch][1]:
-            return
-        key.account.batches[batch][1] = line
-        if not measured.usage:
+        account.batches[name].lines = line
+        if measured.seen:  # it was too long to be read
+            measured.complete_with(Order())
+        if not measured.usage and measured.beyond is None:
             return
         measured.usage["service_tier"] = "batch"
         moment = now()
 
         def book() -> None:
-            self._book_to(hashed, self.prices.charge(measured, moment), moment)
+            self._book_to(account, self.prices.charge(measured, moment), moment)
 
         self.when_priced(book)
+
+    def finish_batch(self, name: str, *, lost: bool = False) -> None:
+        """All results of a batch are booked; where they are ``lost``, what is held for it is."""
+        account = self.store.batch_owner(name)
+        if account is None or account.batches[name].booked:
+            return
+        batch = account.batches[name]
+        held, batch.held, batch.booked = batch.held, {}, True
+        for pattern, amount in held.items():
+            account.window(pattern).held -= amount
+        key = self.store.keys.get(account.hashed)
+        if lost and held and key is not None:
+            log.warning(
+                "key %s: batch %s is gone, so its worst case is booked",
+                key.shown_name,
+                printable(name),
+            )
+            moment = now()
+            for pattern, _ in key.budgets(""):
+                key.spent(moment, pattern)
+                account.window(pattern).spend += held.get(pattern, ZERO)
+            total = held.get(ALL_MODELS, max(held.values()))
+            account.usage.add(day_of(moment), NO_MODEL, Tally(spend=total))
+        self.store.touch(account)
 
     def when_priced(self, book: Callable[[], None]) -> None:
         """Call this once the prices are there, which they are but for a moment after the start.
@@ -2402,84 +2829,50 @@ class Admission:
     def _is_master(self, hashed: str) -> bool:
         return bool(self._master) and hmac.compare_digest(hashed, self._master)
 
-    def _estimate(self, key: VirtualKey, order: Order, batched: bool) -> Decimal:
-        """USD that one order may cost: four bytes of prompt a token, and as much output as is asked
-        for, but no more than twice what the key's answers have lately been long (at least 1,000)."""
-        likely = max(MIN_OUTPUT_ESTIMATE, round(2 * key.account.mean_output))
-        output = likely if order.max_tokens is None else min(order.max_tokens, likely)
-        prompt = order.size // BYTES_A_TOKEN
-        if not self.prices.loaded:
-            self.prices.load()
-        rates = self.prices.rates(order.model, now(), prompt)
-        cost = rates.input * prompt + rates.output * output
-        return cost * BATCH_DISCOUNT if batched else cost
-
-    def _check_budget(self, key: VirtualKey, cost: Decimal, moment: datetime) -> None:
-        """Raise APIError 429 where the key's budget has no room for that cost."""
-        limit = key.max_budget
-        if limit is not None:
-            spent, held = key.spent(moment), key.account.total.held
-            if is_over(limit, spent, held, cost):
-                budget = ModelBudget(limit, key.budget_duration)
-                raise over_budget("Budget", budget, spent, held, cost, moment)
-
-    def _check_model_budgets(
-        self, key: VirtualKey, model: str, cost: Decimal, moment: datetime
-    ) -> None:
-        """The same for the budgets that hold for a model."""
-        for pattern in matching_budgets(key, model):
-            spent = key.model_spent(pattern, moment)
-            held = key.account.models[pattern].held
-            budget = key.model_max_budget[pattern]
-            if is_over(budget.limit, spent, held, cost):
-                name = f"Budget for {pattern}"
-                raise over_budget(name, budget, spent, held, cost, moment)
-
-    def _hold(self, grant: Grant, windowed: WindowSpend, amount: Decimal) -> None:
-        windowed.held += amount
-        grant.holds.append((windowed, amount))
-
     def _release(self, grant: Grant) -> None:
-        for windowed, amount in grant.holds:
-            windowed.held -= amount
-        grant.holds = []
+        if grant.key is not None:
+            for pattern, amount in grant.holds.items():
+                grant.key.account.window(pattern).held -= amount
+        grant.holds = {}
 
     def _book(self, grant: Grant, measured: Measured, settled: Settled) -> None:
         """Turn what is held into what was used."""
         self._release(grant)
-        charges = self.prices.charge(measured, grant.started)
+        if measured.blind:
+            charges = self.prices.worst(grant.order, grant.started)
+        else:
+            charges = self.prices.charge(measured, grant.started)
         for _, tally in charges:
             settled.tally.add(tally)
         caller = grant.caller
-        if caller.key is not None and caller.hashed is not None:
-            self._book_to(caller.hashed, charges, grant.started)
+        if caller.key is not None:
+            self._book_to(caller.key.account, charges, grant.started)
             return
         name = MASTER_NAME if caller.is_master else NO_KEY
         for model, tally in charges:
             self._count(name, model or NO_MODEL, tally)
 
     def _book_to(
-        self, hashed: str, charges: Iterable[tuple[str, Tally]], moment: datetime
+        self, account: Account, charges: Iterable[tuple[str, Tally]], moment: datetime
     ) -> None:
-        hashed = self.store.present_hash(hashed)
-        key = self.store.keys.get(
-            hashed
-        )  # the newest record, which an update may have put there
+        # The newest record, which an update or a regeneration may have put there.
+        key = self.store.keys.get(account.hashed)
         if key is None:
             return
-        account, day, present = key.account, day_of(moment), now()
+        day, present = day_of(moment), now()
         for model, tally in charges:
             account.usage.add(day, model or NO_MODEL, tally)
             self._count(key.shown_name, model or NO_MODEL, tally)
             key.spent(present)
-            account.total.spend += tally.spend
-            for pattern in matching_budgets(key, model):
-                key.model_spent(pattern, present)
-                account.models[pattern].spend += tally.spend
+            account.window().spend += tally.spend
+            for pattern, _ in key.budgets(model):
+                if pattern:
+                    key.spent(present, pattern)
+                    account.window(pattern).spend += tally.spend
             if account.tokens is not None:
                 account.tokens.draw(rated_tokens(tally), self.clock())
         self._warn(key, present)
-        self.store.touch(hashed)
+        self.store.touch(account)
 
     def _count(self, key: str, model: str, tally: Tally) -> None:
         label = (key, model)
@@ -2507,47 +2900,57 @@ NO_MODEL = NO_KEY = "-"  # what stands in logs and sums for none
 MASTER_NAME = "master"
 MAX_LABELS = 1000  # keys, and keys with their models, that /metrics tells apart
 RATE_FIELDS = ("limit", "remaining", "reset")  # of anthropic-ratelimit-{kind}-…
-BYTES_A_TOKEN = 4
-MIN_OUTPUT_ESTIMATE = 1000  # tokens
-OUTPUT_LEARNING_RATE = (
-    0.2  # weight of the newest answer in the mean length of a key's answers
+MAX_KEY_STARTS = 1000  # of what may be a key, in one text
+MAX_KEY_LENGTH = 256
+PRINTABLE_KEY = re.compile(r"sk-[\x21-\x7e]{1,253}")
+KEY_WORD = re.compile(r"sk-[0-9A-Za-z_-]{1,253}")
+MADE_KEY_LENGTH = len(KEY_PREFIX) + 22  # what `new_key` makes
+BUDGET_WAIT = (
+    2  # seconds after which a request that a budget has no room for may ask again
 )
-
-# Administration and logins: closed to virtual keys unless ``allowed_routes`` names them.
-CLOSED_ROUTES = ("/v1/organizations", "/v1/compliance", "/v1/oauth")
-MODEL_PLACES = frozenset({"model", "fallbacks", "tools", "requests", "params"})
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
     """What a method and a path mean to the rules.
 
-    ``billed``: it orders something that costs money and that can be estimated. ``free``: no budget
-    stands against it (counting, models, fetching paid batches). ``metered``: its answer may say what
-    was used. ``batch``: it is answered with batch objects. ``results_of``: the batch it fetches the
-    results of. ``unread``: no rule looks at its body.
+    ``open``: every key may call it, as far as its ``allowed_routes`` go. ``group``: what a pattern of
+    them must begin with to open it otherwise. ``billed``: it orders something that costs money and
+    that can be estimated. ``free``: no budget stands against it (counting, models, fetching paid
+    batches). ``metered``: its answer may say what was used. ``batch``: it is answered with batch
+    objects; ``batch_id`` is the batch that it names, ``deletes`` says that it deletes it.
+    ``results_of``: the batch it fetches the results of. ``unread``: no rule looks at its body.
     """
 
+    open: bool
+    group: str
     billed: bool
     free: bool
     metered: bool
     batch: bool
     makes_batch: bool
+    batch_id: str
+    deletes: bool
     results_of: str
     unread: bool
 
 
 def read_route(method: str, path: str) -> Route:
-    """Classify a request by its method and decoded path."""
-    fetches = method in ("GET", "HEAD")
+    """Classify a request by its method in capitals and its decoded path."""
+    fetches = method in ("GET", "HEAD", "OPTIONS")
     results = RESULTS.fullmatch(path) if method == "GET" else None
+    named = BATCH_NAMED.match(path)
     return Route(
-        billed=method == "POST" and BILLED.fullmatch(path) is not None,
+        open=OPEN.fullmatch(path) is not None,
+        group=cast("re.Match[str]", GROUP.match(path))[0],
+        billed=not fetches and BILLED.fullmatch(path) is not None,
         free=(fetches and BATCHES.fullmatch(path) is not None)
         or FREE.fullmatch(path) is not None,
         metered=METERED.fullmatch(path) is not None,
         batch=method in ("GET", "POST") and BATCH_OBJECT.fullmatch(path) is not None,
-        makes_batch=method == "POST" and BATCHES_MADE.fullmatch(path) is not None,
+        makes_batch=not fetches and BATCHES_MADE.fullmatch(path) is not None,
+        batch_id=named[1] if named else "",
+        deletes=method == "DELETE",
         results_of=results[1] if results else "",
         unread=fetches or UPLOAD.fullmatch(path) is not None,
     )
@@ -2562,35 +2965,70 @@ def route_of(method: str, path: str) -> Route:
 
 
 KEPT_PATH = 200  # characters
-UPLOAD = re.compile(r"/v1/(?:files|skills)(?:/.*)?")
-BILLED = re.compile(r"/v1/(?:messages|complete|messages/batches)/?")
+# What every virtual key reaches. All else (sessions, agents, deployments, administration, logins, and
+# what will be added tomorrow) may cost what the gateway cannot count, or give out what it guards.
+OPEN = re.compile(
+    r"(?s)/v1/(?:messages(?:/count_tokens|/cache_touch|/batches(?:/.*)?)?|complete"
+    r"|(?:models|files|skills)(?:/.*)?)/?"
+)
+OPEN_NAMES = (
+    *("/v1/messages/batches/", "/v1/messages/count_tokens", "/v1/messages/cache_touch"),
+    *("/v1/complete", "/v1/models/", "/v1/files/", "/v1/skills/"),
+)
+GROUP = re.compile(r"/v1/messages(?:/[^/]*)?|/v1(?:/[^/]*)?|/?[^/]*")
+UPLOAD = re.compile(r"(?s)/v1/(?:files|skills)(?:/.*)?")
+BILLED = re.compile(
+    r"/v1/(?:messages|complete|messages/batches|messages/cache_touch)/?"
+)
 FREE = re.compile(r"/v1/(?:messages/count_tokens|models(?:/[^/]*)?)/?")
-METERED = re.compile(r"/v1/(?:messages|complete|messages/batches(?:/.*)?)/?")
-BATCHES = re.compile(r"/v1/messages/batches(?:/.*)?")
+METERED = re.compile(
+    r"(?s)/v1/(?:messages|complete|messages/cache_touch|messages/batches(?:/.*)?)/?"
+)
+BATCHES = re.compile(r"(?s)/v1/messages/batches(?:/.*)?")
 BATCHES_MADE = re.compile(r"/v1/messages/batches/?")
+BATCH_NAMED = re.compile(r"/v1/messages/batches/([^/]+)")
 BATCH_OBJECT = re.compile(r"/v1/messages/batches(?:/[^/]+(?:/cancel)?)?/?")
 RESULTS = re.compile(r"/v1/messages/batches/([^/]+)/results/?")
+WILDCARD = re.compile(r"[*?\[]")
 
 
-def check_route(key: VirtualKey, path: str) -> None:
-    """Raise APIError 403 for a path that the key may not call.
+def check_route(key: VirtualKey, route: Route, path: str, *, pays: bool) -> None:
+    """Raise APIError 403 for a path that the key may not call. ``pays``: at the gateway's cost.
 
     ``allowed_routes`` are patterns with ``*``, written with or without ``/anthropic`` before them.
     """
-    if not key.allowed_routes and not path.startswith(CLOSED_ROUTES):
+    if route.open and not key.allowed_routes:
         return
     patterns = [pattern.removeprefix("/anthropic") for pattern in key.allowed_routes]
     matching = [pattern for pattern in patterns if fnmatch.fnmatchcase(path, pattern)]
-    closed = next((route for route in CLOSED_ROUTES if path.startswith(route)), None)
-    if closed is not None:
-        allowed = any(pattern.startswith(closed) for pattern in matching)
-    else:
-        allowed = bool(matching)
-    if not allowed:
+    if not route.open:
+        matching = [p for p in matching if p.startswith(route.group)]
+    shown = printable(path)
+    if not matching:
         raise APIError(
             403,
-            f"This key may not call {printable(path)}; its 'allowed_routes' leave it out.",
+            f"This key may not call {shown}; its 'allowed_routes' leave it out."
+            if route.open
+            else f"This key may not call {shown}: keys reach messages, batches, models, files and"
+            " skills, and more only where their 'allowed_routes' name it.",
         )
+    if not route.open and pays and key.has_budget and not key.unmetered_routes:
+        raise APIError(
+            403,
+            f"This key has a budget, and what {shown} costs cannot be counted. Whoever runs the"
+            " gateway may give the key 'unmetered_routes': true.",
+        )
+
+
+def unmetered(pattern: str) -> bool:
+    """Whether a pattern of ``allowed_routes`` opens a route that may cost what cannot be counted."""
+    literal = WILDCARD.split(pattern.removeprefix("/anthropic"))[0]
+    if literal.startswith(METRICS_PATH) or OPEN.fullmatch(literal):
+        return False
+    return not any(name.startswith(literal) for name in OPEN_NAMES)
+
+
+METRICS_PATH = "/metrics"
 
 
 def resize_buckets(key: VirtualKey, clock: float) -> None:
@@ -2636,7 +3074,8 @@ def rate_fields(
             continue
         remaining = max(0, math.floor(bucket.level(clock)))
         theirs = upstream.get(names[1])
-        if theirs and theirs[0].isdigit() and int(theirs[0]) <= remaining:
+        told = theirs[0] if theirs else ""
+        if told.isascii() and told.isdigit() and float(told) <= remaining:
             continue
         wait = math.ceil(bucket.seconds_until(bucket.limit, clock))
         reset = cast(str, iso(moment_of(int(time.time()) + wait)))
@@ -2656,41 +3095,55 @@ def rated_tokens(tally: Tally) -> int:
     return tally.input_tokens + tally.written + tally.output_tokens
 
 
-def matching_budgets(key: VirtualKey, model: str) -> list[str]:
-    """The patterns of ``model_max_budget`` that hold for a model; all for one that is not known."""
-    patterns = key.model_max_budget
-    if not patterns:
-        return []
-    return [p for p in patterns if not model or fnmatch.fnmatchcase(model, p)]
-
-
-def is_over(limit: Decimal, spent: Decimal, held: Decimal, cost: Decimal) -> bool:
-    """Whether a budget is spent, or has no room for ``cost`` beside what is held."""
-    return spent >= limit or spent + held + cost > limit
-
-
-def over_budget(
-    name: str,
+def refuse_where_full(
+    key: VirtualKey,
+    pattern: str,
     budget: ModelBudget,
-    spent: Decimal,
     held: Decimal,
     cost: Decimal,
     moment: datetime,
-) -> APIError:
-    """The 429 of a budget without room for ``cost`` (CCD claude-apps-gateway-spend-limits)."""
-    resets, headers = "it does not reset by itself", [("x-should-retry", "false")]
+    *,
+    fit: bool = False,
+) -> None:
+    """Raise APIError 429 where a budget has no room for a request of that cost: where what is spent
+    and held has reached it, or where the cost must ``fit`` and does not.
+
+    A spent budget, and a cost that will never fit, are a ``billing_error``, which nobody need try
+    again; where others' requests are only in the way, it is a ``rate_limit_error``, which goes by.
+    """
+    spent, limit = key.spent(moment, pattern), budget.limit
+    taken = spent + held
+    if spent < limit and (taken + cost <= limit if fit or not cost else taken < limit):
+        return
+    name = f"Budget for {pattern}" if pattern else "Budget"
+    resets, headers = "it does not reset by itself", [DO_NOT_RETRY]
     if budget.duration is not None:
         end = window(budget.duration, moment)[1]
         resets = f"{budget.duration}; resets {end:%Y-%m-%d %H:%M} UTC"
-        headers.append(
-            ("retry-after", str(max(1, math.ceil((end - moment).total_seconds()))))
+        wait = max(1, math.ceil((end - moment).total_seconds()))
+        headers.append(("retry-after", str(wait)))
+    told = f"{name} of ${dollars(limit)}"
+    if spent >= limit:
+        raise APIError(
+            429,
+            f"{told} reached ({resets}): ${dollars(spent)} is spent.",
+            kind="billing_error",
+            headers=headers,
         )
-    message = f"{name} of ${dollars(budget.limit)} reached ({resets}): ${dollars(spent)} is spent"
-    if held:
-        message += f", ${dollars(held)} is held for requests under way"
-    if spent < budget.limit and cost:
-        message += f", and this request may cost ${dollars(cost)}"
-    return APIError(429, f"{message}.", kind="billing_error", headers=headers)
+    if fit and spent + cost > limit:
+        raise APIError(
+            429,
+            f"{told} ({resets}): ${dollars(spent)} is spent, and this batch may cost"
+            f" ${dollars(cost)}. Send a smaller one, or lower its 'max_tokens'.",
+            kind="billing_error",
+            headers=headers,
+        )
+    raise APIError(
+        429,
+        f"{told}: ${dollars(spent)} is spent, and ${dollars(held)} is held for requests and batches"
+        f" under way. Try again in {BUDGET_WAIT} seconds.",
+        headers=[("retry-after", str(BUDGET_WAIT))],
+    )
 
 
 def dollars(amount: Decimal) -> str:
@@ -2699,61 +3152,66 @@ def dollars(amount: Decimal) -> str:
     return f"{amount:.2f}" if len(text.partition(".")[2]) < 2 else text
 
 
-def learn_output(account: Account, tokens: int) -> None:
-    """Let the newest answer count in the mean length of the key's answers."""
-    if tokens == 0:
+# What no client sends, and what takes the loop away from others: `json` makes 7 containers or 2
+# members a microsecond. Counted before anything is made of it; a batch has more by its rows.
+MAX_CONTAINERS = 250_000
+MAX_MEMBERS = 250_000
+MAX_ITEMS = 2_000_000
+MAX_ROWS = 100_000  # Anthropic's limit on a batch (PLD batch-processing)
+CONTAINERS_A_ROW, MEMBERS_A_ROW = 20, 40
+MAX_DEPTH = 500  # Python's own parser gives up at about 1,000, or at none
+UNCOUNTED_BODY = 512 * KIB  # smaller ones cannot hold so much
+BREATH = (
+    2000  # rows or members that are looked at before the loop may do something else
+)
+
+
+def refuse_costly(body: bytes, route: Route) -> Steps[None]:
+    """Raise APIError 400 for a body whose reading would take too long. Yields between the counts."""
+    if len(body) <= UNCOUNTED_BODY:
         return
-    newest = float(tokens)
-    mean = account.mean_output or newest
-    account.mean_output = mean + OUTPUT_LEARNING_RATE * (newest - mean)
+    rows = min(body.count(b'"custom_id"'), MAX_ROWS) if route.makes_batch else 0
+    containers = body.count(b"[") + body.count(b"{")
+    yield
+    # A colon behind a quote, or behind one white space, is a member's; behind \\" it is text.
+    members = body.count(b'":') - body.count(b'\\":') + body.count(b" :")
+    yield
+    members += sum(map(body.count, (b"\t:", b"\n:", b"\r:")))
+    items = body.count(b",")
+    yield
+    if (
+        containers > MAX_CONTAINERS + CONTAINERS_A_ROW * rows
+        or members > MAX_MEMBERS + MEMBERS_A_ROW * rows
+        or items > MAX_ITEMS + MEMBERS_A_ROW * rows
+    ):
+        raise APIError(
+            400,
+            "The body has more lists, objects or members than any model can read. This key's"
+            " requests are read; send less at a time.",
+        )
 
 
-@dataclass(slots=True)
-class Order:
-    """One message that a body asks for: its model, the bytes of its prompt, its ``max_tokens``."""
-
-    model: str
-    size: int
-    max_tokens: int | None
-
-
-def read_orders(body: bytes, document: object) -> tuple[list[Order], bool]:
-    """The messages that a body asks for, and whether they are a batch. ``document`` is the body as
-    it was read; one that could not be is one message of an unknown model."""
-    if not isinstance(document, dict):
-        return [Order("", len(body), None)], False
-    requests = document.get("requests")
-    if not isinstance(requests, list):
-        return [read_order(document, len(body))], False
-    params = [
-        request.get("params") if isinstance(request, dict) else None
-        for request in requests
-    ]
-    share = len(body) // max(1, len(params))
-    return [
-        read_order(entry if isinstance(entry, dict) else {}, share) for entry in params
-    ], True
-
-
-def read_order(params: Mapping[str, Any], size: int) -> Order:
-    """One message's order; old clients say ``max_tokens_to_sample`` (POST /v1/complete)."""
-    asked = params.get("max_tokens", params.get("max_tokens_to_sample"))
-    return Order(
-        model_of(params.get("model")),
-        size,
-        asked if type(asked) is int and asked >= 0 else None,
-    )
-
-
-def check_models(key: VirtualKey, body: bytes) -> object:
-    """Raise APIError unless every model that a body may reach is one of the key's. 400: unreadable.
-
-    What is checked is what is sent: two readers of one JSON may differ about duplicate keys, upper
-    and lower case, and encodings, so where a model can stand these are refused. Returns the body
-    as it was read.
-    """
+@contextlib.contextmanager
+def no_collector() -> Iterator[None]:
+    """Keep the garbage collector away while a document is made, all of which is in use."""
+    enabled = gc.isenabled()
+    gc.disable()
     try:
-        document = json.loads(body.decode("utf-8"), object_pairs_hook=unambiguous)
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def read_strictly(body: bytes, route: Route) -> Steps[object]:
+    """Read a body in which a rule looks for models. Raises APIError 400 for what two readers of one
+    JSON may understand differently: what is checked is what is sent."""
+    yield from refuse_costly(body, route)
+    try:
+        with no_collector():
+            document = json.loads(body.decode("utf-8"), object_pairs_hook=unambiguous)
+        if is_deeper(document, MAX_DEPTH):
+            raise AmbiguousJSON(f"it is more than {MAX_DEPTH} levels deep")
     except (ValueError, RecursionError) as error:
         reason = (
             error
@@ -2763,7 +3221,209 @@ def check_models(key: VirtualKey, body: bytes) -> object:
         raise APIError(
             400, f"This key is limited to some models, and {reason}."
         ) from None
-    for model in models_in(document):
+    return cast(object, document)
+
+
+def read_leniently(body: bytes, route: Route) -> Steps[object]:
+    """Read of a body what its price depends on; None where it cannot be read."""
+    yield from refuse_costly(body, route)
+    decode = order_decoder()
+    with no_collector():
+        if decode is not None:
+            with contextlib.suppress(Exception):  # what msgspec cannot read, json may
+                return cast(object, decode(body))
+        return read_json(body)
+
+
+class AttemptMembers(TypedDict, total=False):
+    """What an attempt of a message costs depends on."""
+
+    model: Any
+    max_tokens: Any
+    speed: Any
+
+
+class ToolMembers(AttemptMembers, total=False):
+    """The same of a tool that the server runs."""
+
+    type: Any
+    max_uses: Any
+
+
+class MessageMembers(AttemptMembers, total=False):
+    """The same of a message."""
+
+    max_tokens_to_sample: Any
+    stream: Any
+    thinking: Any
+    inference_geo: Any
+    compaction: Any
+    context_management: Any
+    fallbacks: list[AttemptMembers] | str | None
+    tools: list[ToolMembers] | None
+
+
+class RowMembers(TypedDict, total=False):
+    """The same of a row of a batch."""
+
+    params: MessageMembers
+
+
+class BodyMembers(MessageMembers, total=False):
+    """The same of a message or a batch."""
+
+    requests: list[RowMembers]
+
+
+@functools.cache
+def order_decoder() -> Callable[[bytes], Any] | None:
+    """msgspec's reader of BodyMembers, five times as fast as `json`, which makes all; None where it is
+    not installed."""
+    try:
+        import msgspec
+    except ImportError:
+        return None
+    return cast("Callable[[bytes], Any]", msgspec.json.Decoder(BodyMembers).decode)
+
+
+def is_deeper(document: object, limit: int) -> bool:
+    """Whether a JSON value is nested more than ``limit`` levels deep."""
+    level: list[Any] = [document]
+    for _ in range(limit):
+        level = [
+            value
+            for holder in level
+            if isinstance(holder, dict | list)
+            for value in (holder.values() if isinstance(holder, dict) else holder)
+            if isinstance(value, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def read_order(document: object, body: bytes, *, batched: bool) -> Steps[Order]:
+    """What a body asks for. ``document`` is the body as it was read; one that could not be is one
+    message of any model. Raises APIError 400 for a batch that cannot be read."""
+    order = Order(prompt=tokens_in(len(body)), batched=batched)
+    if b'"cache_control"' in body:
+        order.cache = "1h" if b'"1h"' in body else "5m"
+    if not isinstance(document, dict):
+        if batched:
+            raise APIError(400, "This key has a budget, and its batch cannot be read.")
+        return order
+    if not batched:
+        add_message(order, document, order.prompt)
+        order.model = model_of(document.get("model"))
+        order.max_tokens = max_tokens_of(document)
+        order.thinking = thinking_of(document, order.max_tokens)
+        order.streams = document.get("stream") is True
+        return order
+    requests = document.get("requests")
+    rows = requests if isinstance(requests, list) else []
+    order.prompts = max(1, len(rows))
+    for number, row in enumerate(rows):
+        params = row.get("params") if isinstance(row, dict) else None
+        if isinstance(params, dict):
+            order.model = order.model or model_of(params.get("model"))
+            add_message(order, params, order.prompt // order.prompts)
+        if number % BREATH == BREATH - 1:
+            yield
+    return order
+
+
+def add_message(order: Order, params: Mapping[str, Any], prompt: int) -> None:
+    """Count in every attempt that a message may make, each at its own model (SDK:
+    beta_fallback_param, beta_advisor_tool_param, web_search_tool_param, beta_compaction_config_param).
+    """
+    fast, us = params.get("speed") == "fast", params.get("inference_geo") == "us"
+    output, model = max_tokens_of(params), model_of(params.get("model"))
+    attempts = 2 if compacts(params) else 1
+    order.add((model, fast, us), prompt * attempts, output * attempts)
+    fallbacks, tools = params.get("fallbacks"), params.get("tools")
+    for fallback in fallbacks if isinstance(fallbacks, list) else [fallbacks]:
+        if isinstance(fallback, dict):
+            speed = fallback.get("speed", "fast" if fast else None)
+            part = (model_of(fallback.get("model")), speed == "fast", us)
+            order.add(part, prompt, max_tokens_of(fallback, output))
+        elif fallback is not None:
+            order.add(("", fast, us), prompt, output)
+    for tool in tools if isinstance(tools, list) else ():
+        if not isinstance(tool, dict):
+            continue
+        kind, uses = str(tool.get("type")), tool.get("max_uses")
+        uses = uses if type(uses) is int and 0 <= uses <= MAX_COUNT else MAX_USES
+        if kind.startswith("advisor"):
+            part = (model_of(tool.get("model")), fast, us)
+            advice = max_tokens_of(tool, output)
+            order.add(part, prompt * uses, advice * uses)
+        elif kind.startswith("web_search"):
+            order.add((model, fast, us), 0, 0, uses)
+
+
+MAX_USES = 10  # of a tool that the server runs, where the request does not say
+
+
+def compacts(params: Mapping[str, Any]) -> bool:
+    """Whether a message may summarize its conversation first, which is an attempt of its own."""
+    management = params.get("context_management")
+    edits = management.get("edits") if isinstance(management, dict) else None
+    return bool(params.get("compaction")) or any(
+        isinstance(edit, dict) and str(edit.get("type")).startswith("compact")
+        for edit in (edits if isinstance(edits, list) else ())
+    )
+
+
+def max_tokens_of(params: Mapping[str, Any], default: int = MAX_OUTPUT) -> int:
+    """How long an answer may be; old clients say ``max_tokens_to_sample`` (POST /v1/complete)."""
+    asked = params.get("max_tokens", params.get("max_tokens_to_sample"))
+    return asked if type(asked) is int and 0 <= asked <= MAX_COUNT else default
+
+
+def thinking_of(params: Mapping[str, Any], max_tokens: int) -> int:
+    """Tokens that may be thought unseen: as many as are asked for, or a part of the answer's."""
+    thinking = params.get("thinking")
+    if not isinstance(thinking, dict) or thinking.get("type") == "disabled":
+        return 0
+    budget = thinking.get("budget_tokens")
+    if type(budget) is int and 0 <= budget <= max_tokens:
+        return budget
+    return max_tokens // UNSEEN_THINKING
+
+
+def glance(body: bytes) -> Order:
+    """What a body asks for, as far as a look for its members' names tells, which costs a tenth of
+    reading it: for estimates where the answer is cut short."""
+    found: dict[str, Any] = {}
+    for name, member in GLANCED.items():
+        at = body.find(name)
+        while at >= 0 and not (match := member.match(body, at + len(name))):
+            at = body.find(name, at + 1)
+        if at >= 0 and match:
+            found[name[1:-1].decode()] = read_json(match[1])
+    order = Order(model_of(found.get("model")), tokens_in(len(body)))
+    order.max_tokens = max_tokens_of(found)
+    order.thinking = thinking_of(found, order.max_tokens)
+    order.streams = found.get("stream") is True
+    return order
+
+
+GLANCED = {
+    b'"model"': re.compile(rb'\s*:\s*("[^"\\]*")'),
+    b'"max_tokens"': re.compile(rb"\s*:\s*([0-9]{1,9})\b"),
+    b'"stream"': re.compile(rb"\s*:\s*(true|false)\b"),
+    b'"thinking"': re.compile(rb"\s*:\s*(\{[^{}]*\})"),
+}
+
+
+def check_models(key: VirtualKey, route: Route, document: object) -> Steps[None]:
+    """Raise APIError 403 unless every model that a body may reach is one of the key's."""
+    checked: set[str] = set()
+    for number, model in enumerate(models_in(document, route)):
+        if number % BREATH == BREATH - 1:
+            yield
+        if model in checked:
+            continue
         if model is None:
             raise APIError(
                 403,
@@ -2771,7 +3431,18 @@ def check_models(key: VirtualKey, body: bytes) -> object:
             )
         if not any(fnmatch.fnmatchcase(model, pattern) for pattern in key.models):
             raise APIError(403, f"This key may not use the model {model_of(model)!r}.")
-    return cast(object, document)
+        checked.add(model)
+
+
+MODEL_PLACES = frozenset({"model", "fallbacks", "tools", "requests", "params"})
+# The same words in other letters, which a reader that takes those for alike would take: capitals, and
+# what Unicode folds to k and s.
+ALIKE = {"k": "\u212a", "s": "\u017f"}
+ODD_PLACES = frozenset(
+    "".join(letters)
+    for place in MODEL_PLACES
+    for letters in itertools.product(*(c + c.upper() + ALIKE.get(c, "") for c in place))
+) - {*MODEL_PLACES}
 
 
 class AmbiguousJSON(ValueError):
@@ -2786,19 +3457,33 @@ def unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next((name for name in MODEL_PLACES if names.count(name) > 1), None)
         if twice:
             raise AmbiguousJSON(f"{twice!r} stands twice in one object")
-    for name in document:
-        if name.lower() in MODEL_PLACES and name not in MODEL_PLACES:
-            raise AmbiguousJSON(f"{printable(name)!r} is not written in lower case")
+    if not ODD_PLACES.isdisjoint(document):
+        name = next(name for name in document if name in ODD_PLACES)
+        raise AmbiguousJSON(f"{printable(name)!r} is not written in lower case")
     return document
 
 
-def models_in(document: object) -> Iterator[str | None]:
+def models_in(document: object, route: Route) -> Iterator[str | None]:
     """Every model that a request may reach (SDK: message_create_params, beta_fallback_param,
-    beta_advisor_tool_param, batch_create_params, agent_create_params). None: upstream's choice."""
-    if not isinstance(document, dict):
+    beta_advisor_tool_param, batch_create_params). None: upstream's choice. On routes that are not
+    known, whatever is called ``model`` at any depth (agent_create_params)."""
+    if not route.open:
+        yield from models_anywhere(document)
+    elif isinstance(document, dict) and route.makes_batch:
+        requests = document.get("requests")
+        for request in requests if isinstance(requests, list) else ():
+            if isinstance(request, dict):
+                yield from models_of_message(request.get("params"))
+    else:
+        yield from models_of_message(document)
+
+
+def models_of_message(params: object) -> Iterator[str | None]:
+    """Every model that a message may reach."""
+    if not isinstance(params, dict):
         return
-    yield from model_names(document.get("model"))
-    fallbacks = document.get("fallbacks")
+    yield from model_names(params.get("model"))
+    fallbacks, tools = params.get("fallbacks"), params.get("tools")
     if isinstance(fallbacks, list):
         for fallback in fallbacks:
             yield from model_names(
@@ -2806,13 +3491,21 @@ def models_in(document: object) -> Iterator[str | None]:
             )
     elif fallbacks is not None:
         yield None
-    tools, requests = document.get("tools"), document.get("requests")
     for tool in tools if isinstance(tools, list) else ():
         if isinstance(tool, dict):
             yield from model_names(tool.get("model"))
-    for request in requests if isinstance(requests, list) else ():
-        if isinstance(request, dict):
-            yield from models_in(request.get("params"))
+
+
+def models_anywhere(document: object) -> Iterator[str | None]:
+    """What is called ``model`` at any depth."""
+    holders = [document]
+    while holders:
+        holder = holders.pop()
+        if isinstance(holder, dict):
+            yield from model_names(holder.get("model"))
+            holders += holder.values()
+        elif isinstance(holder, list):
+            holders += holder
 
 
 def model_names(value: object) -> Iterator[str]:
@@ -2857,8 +3550,11 @@ def own_credential(header: str, credential: str) -> tuple[str, str] | None:
 # disagree about where a message ends (RFC 9112 section 11.2, request smuggling).
 
 MAX_HEAD_SIZE = 64 * KIB  # Tornado's default max_header_size
+MAX_FIELDS = 1000  # of a head; Node's limit is 2,000, Apache's 100
+MAX_EMPTY_LINES = 4  # before a request; RFC 9112 section 2.2 speaks of one
+CHUNKS_A_TURN = 1000  # of a body that are read before the loop may do something else
 MAX_CHUNK_LINE = 1 * KIB  # a chunk's size and extensions, or one trailer field
-MAX_TRAILERS = 16 * KIB
+MAX_TRAILERS = 8 * KIB
 MAX_INFORMATIONAL = 10  # 1xx responses before the real one; Tornado's limit
 CHUNKED = -1  # lengths of bodies that are not known beforehand
 UNTIL_CLOSE = -2
@@ -2876,6 +3572,7 @@ TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 section 5.6.2
 FIELD_VALUE = (
     r"[\t\x20-\x7e\x80-\xff]*"  # RFC 9110 section 5.5: no CR, LF, NUL or other control
 )
+ABSOLUTE_TARGET = re.compile(r"https?://([^/?#]*)(.*)", re.IGNORECASE)
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])")
 STATUS_LINE = re.compile(rf"HTTP/1\.([01]) ([1-9][0-9]{{2}})(?: ({FIELD_VALUE}))?")
 FIELD_LINE = re.compile(rf"{TOKEN}:{FIELD_VALUE}")
@@ -2909,6 +3606,10 @@ DROPPED_REQUEST_FIELDS = HOP_BY_HOP | {
     "forwarded",
     "authorization",
     "x-api-key",
+    # Some servers take these for the method, which the rules have looked at already.
+    "x-http-method",
+    "x-http-method-override",
+    "x-method-override",
 }
 DROPPED_REQUEST_PREFIXES = ("x-litellm-", "x-forwarded-")
 
@@ -2950,14 +3651,14 @@ class Head:
         values = self.values.get(name)
         return values[0] if values else ""
 
-    def connection_options(self) -> list[str]:
+    def connection_options(self) -> frozenset[str]:
         """What ``Connection`` lists, in lower case (RFC 9110 section 7.6.1)."""
         values = self.values.get("connection")
         if not values:
-            return []
-        return [
+            return NO_OPTIONS
+        return frozenset(
             option.strip().lower() for value in values for option in value.split(",")
-        ]
+        )
 
     def keeps_alive(self) -> bool:
         """Whether the sender will reuse the connection (RFC 9112 section 9.3)."""
@@ -2967,12 +3668,17 @@ class Head:
         return "keep-alive" in named and "close" not in named
 
 
+NO_OPTIONS: frozenset[str] = frozenset()
+
+
 @dataclass(slots=True)
 class RequestHead(Head):
-    """A request's head; ``target`` is the raw request target."""
+    """A request's head; ``target`` is the raw request target, from its path on; ``host`` is whom it
+    is for: the target's own authority, or the Host field's, empty where HTTP/1.0 has none."""
 
     method: str
     target: str
+    host: str
 
 
 @dataclass(slots=True)
@@ -2987,12 +3693,16 @@ def parse_fields(block: str) -> tuple[list[Field], dict[str, tuple[str, ...]]]:
     """Read header field lines, with CRLF between them. Raises ProtocolError."""
     if not block:
         return [], {}
-    read = read_field if len(block) <= KEPT_HEAD else parse_field
-    fields = list(map(read, block.split("\r\n")))
+    lines = block.split("\r\n")
+    if len(lines) > MAX_FIELDS:
+        raise ProtocolError(f"the head has more than {MAX_FIELDS:,} fields", 431)
+    fields = list(map(read_field if len(block) <= KEPT_HEAD else parse_field, lines))
     values = {field.lower: field.values for field in fields}
     if len(values) < len(fields):
-        for name in values:
-            values[name] = tuple(f.value for f in fields if f.lower == name)
+        repeated: dict[str, list[str]] = {}
+        for each in fields:
+            repeated.setdefault(each.lower, []).append(each.value)
+        values = {name: tuple(every) for name, every in repeated.items()}
     return fields, values
 
 
@@ -3035,7 +3745,11 @@ def parse_request_head(data: bytes) -> RequestHead:
         raise ProtocolError(
             "a request has exactly one Host field"
         )  # RFC 9112 section 3.2
-    return RequestHead(version, fields, values, match[1], match[2])
+    target, host = match[2], values["host"][0] if hosts else ""
+    if absolute := ABSOLUTE_TARGET.fullmatch(target):  # RFC 9112 section 3.2.2
+        host, path = absolute[1].rpartition("@")[2], absolute[2]
+        target = path if path.startswith("/") else f"/{path}"
+    return RequestHead(version, fields, values, match[1], target, host)
 
 
 def parse_response_head(data: bytes) -> ResponseHead:
@@ -3046,6 +3760,45 @@ def parse_response_head(data: bytes) -> ResponseHead:
         raise ProtocolError("the status line is malformed")
     fields, values = parse_fields(block)
     return ResponseHead(int(match[1]), fields, values, int(match[2]), match[3] or "")
+
+
+class HeadReader:
+    """Finds the end of a message's head in what a connection brings; looks at each byte once."""
+
+    __slots__ = ("_data", "_seen")
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+        self._seen = 0
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def feed(self, data: bytes) -> tuple[bytes, bytes] | None:
+        """The head without its empty line, and what stands behind it; None while it is not whole.
+        Raises ProtocolError for one that is too large, or has lines that end otherwise."""
+        if not self._data:  # mostly a read brings all of it
+            end = data.find(b"\r\n\r\n")
+            if 0 <= end <= MAX_HEAD_SIZE:
+                return data[:end], data[end + 4 :]
+        self._data += data
+        start = max(0, self._seen - 3)
+        end = self._data.find(b"\r\n\r\n", start)
+        if 0 <= end <= MAX_HEAD_SIZE:
+            head, rest = bytes(self._data[:end]), bytes(self._data[end + 4 :])
+            self._data, self._seen = bytearray(), 0
+            return head, rest
+        if len(self._data) > MAX_HEAD_SIZE:
+            raise ProtocolError(f"the head is larger than {MAX_HEAD_SIZE:,} bytes", 431)
+        if BARE_LF.search(self._data, start):
+            raise ProtocolError("lines end with CR LF")
+        self._seen = len(self._data)
+        return None
+
+    def take_back(self) -> bytes:
+        """What is held of a head that is not whole."""
+        data, self._data, self._seen = bytes(self._data), bytearray(), 0
+        return data
 
 
 def declared_length(head: Head) -> int | None:
@@ -3097,7 +3850,9 @@ class Body:
         self._trailers = 0
 
     def feed(self, data: bytes) -> tuple[bytes, bytes]:
-        """The part of these bytes that is body, and what stands behind the body. Raises ProtocolError."""
+        """The part of these bytes that is body, and what stands behind it: after the body where that
+        is `complete`, else chunks for which the loop must be asked for another turn. Raises
+        ProtocolError."""
         if self.complete:
             return b"", data
         if self.length == CHUNKED:
@@ -3120,7 +3875,7 @@ class Body:
                 return data[start:-2], b""
         pieces: list[bytes] = []
         at = 0
-        while True:
+        while len(pieces) < CHUNKS_A_TURN:
             if self._where == "data":
                 piece = data[at : at + self._left]
                 at += len(piece)
@@ -3149,9 +3904,8 @@ class Body:
             elif self._read_trailer(line):
                 self.complete = True
                 break
-        return (pieces[0] if len(pieces) == 1 else b"".join(pieces)), data[
-            at:
-        ] if self.complete else b""
+        rest = b"" if self._partial else data[at:]
+        return (pieces[0] if len(pieces) == 1 else b"".join(pieces)), rest
 
     def _read_size(self, line: bytes) -> None:
         match = CHUNK_SIZE.fullmatch(line)
@@ -3221,6 +3975,9 @@ class ResponseSink(Protocol):
 
     def resume_sending(self) -> None:
         """The upstream takes more of the request's body."""
+
+    def request_taken(self) -> None:
+        """The upstream has taken what was handed over of the request; it may be called again."""
 
 
 class Exchange:
@@ -3300,7 +4057,7 @@ class Exchange:
         self.reading_paused = False
         self.touched = self.client.time()
         if self._connection is not None:
-            self._connection.transport.resume_reading()
+            self._connection.resume_reading()
 
     def abort(self) -> None:
         """End it now: the connection is closed, the sink hears nothing more."""
@@ -3343,6 +4100,7 @@ class Exchange:
             self._sending_paused = False
             self.touched = self.client.time()
             self.sink.resume_sending()
+            self.sink.request_taken()
 
     def completed(self) -> None:
         """Called by the connection before the last bytes of the response are handed on."""
@@ -3403,9 +4161,10 @@ class Exchange:
             self._head = self._body = b""
         if self.reading_paused:
             connection.transport.pause_reading()
-        if self._waiting_size and not connection.writing_paused:
+        if not connection.writing_paused:
             self._waiting_size = 0
             self.resume_sending()
+            self.sink.request_taken()
 
     def _fail(self, error: UpstreamError) -> None:
         if self._over:
@@ -3507,12 +4266,18 @@ class UpstreamConnection(asyncio.Protocol):
             self._close()
             return
         exchange.touched = self.client.time()
+        if self._rest:
+            self._rest += data
+        else:
+            self._receive(exchange, data)
+
+    def _receive(self, exchange: Exchange, data: bytes) -> None:
         try:
             if self._body is None:
-                rest = self._read_head(exchange, data)
-                if rest is None:
+                behind = self._read_head(exchange, data)
+                if behind is None:
                     return
-                data = rest
+                data = behind
             assert self._body is not None
             payload, rest = self._body.feed(data)
         except ProtocolError as error:
@@ -3523,7 +4288,27 @@ class UpstreamConnection(asyncio.Protocol):
         complete = self._body.complete
         if complete:
             self._complete(exchange, stray=bool(rest))
+        elif rest:
+            self._rest = rest
+            self.transport.pause_reading()
+            asyncio.get_running_loop().call_soon(self._go_on, exchange)
         exchange.sink.response_received(payload, complete)
+
+    def _go_on(self, exchange: Exchange) -> None:
+        """Read on in what one read brought, unless nobody takes it now."""
+        if exchange is not self.exchange or exchange.reading_paused or not self._rest:
+            return
+        rest, self._rest = self._rest, b""
+        self._receive(exchange, rest)
+        if exchange is self.exchange and not exchange.reading_paused:
+            self.resume_reading()
+
+    def resume_reading(self) -> None:
+        """Take from the upstream again, first what is here already."""
+        if self._rest and self.exchange is not None:
+            asyncio.get_running_loop().call_soon(self._go_on, self.exchange)
+        else:
+            self.transport.resume_reading()
 
     def eof_received(self) -> None:
         """Called by asyncio; the transport closes and `connection_lost` follows."""
@@ -3555,21 +4340,18 @@ class UpstreamConnection(asyncio.Protocol):
     # Inside
 
     def _reset_response(self) -> None:
-        self._buffer = b""
+        self._head = HeadReader()
         self._body: Body | None = None
+        self._rest = b""
         self._informational = 0
 
     def _read_head(self, exchange: Exchange, data: bytes) -> bytes | None:
         """Read the head, 1xx ones before it; what stands behind it, or None while it is not whole."""
-        self._buffer += data
         while True:
-            end = self._buffer.find(b"\r\n\r\n")
-            if end < 0 or end > MAX_HEAD_SIZE:
-                if len(self._buffer) > MAX_HEAD_SIZE or BARE_LF.search(self._buffer):
-                    raise ProtocolError("the head is malformed or too large")
+            found = self._head.feed(data)
+            if found is None:
                 return None
-            head = parse_response_head(self._buffer[:end])
-            self._buffer = self._buffer[end + 4 :]
+            head, data = parse_response_head(found[0]), found[1]
             if head.status >= 200:
                 break
             self._check_informational(head)
@@ -3577,9 +4359,8 @@ class UpstreamConnection(asyncio.Protocol):
         length = response_length(head, exchange.method)
         self._body = Body(length)
         self._keep = head.keeps_alive() and length != UNTIL_CLOSE
-        rest, self._buffer = self._buffer, b""
         exchange.sink.response_started(head, length)
-        return rest
+        return data
 
     def _check_informational(self, head: ResponseHead) -> None:
         self._informational += 1
@@ -3607,7 +4388,7 @@ class UpstreamConnection(asyncio.Protocol):
     def _break(self, error: Exception | None) -> None:
         exchange, self.exchange = self.exchange, None
         answered = (
-            self._body is not None or bool(self._buffer) or self._informational > 0
+            self._body is not None or len(self._head) > 0 or self._informational > 0
         )
         self._close()
         if exchange is not None:
@@ -3939,6 +4720,9 @@ class Fetch:
         """Let the body producer go on."""
         self.sending.set()
 
+    def request_taken(self) -> None:
+        """Nothing is held of a request but by who asks."""
+
     def _timed_out(self) -> None:
         if self.exchange is not None:
             self.exchange.abort()
@@ -3993,7 +4777,14 @@ RESERVED_FILES = 64  # for the keys file, the log and whatever else is no connec
 BACKLOG = 4096  # connections that the kernel holds until they are accepted; it caps this at somaxconn
 # Bytes of further requests that may wait for the present one's end.
 PIPELINE_LIMIT = 64 * KIB
-REWRITE_LIMIT = 64 * MIB  # a list of a thousand batches has about one
+REWRITE_LIMIT = (
+    4 * MIB
+)  # a list of a thousand batches, the longest there is, has about one
+QUICK_BODY = 256 * KIB  # what is read of it is read at once
+SLICES_A_TURN = (
+    4  # of a compressed answer that are looked at before the loop does something else
+)
+MAX_TAGS = 20  # of one request that are remembered
 EVENT_STREAM = "text/event-stream"
 # Claude Code names its session and the agent within it (CCD llm-gateway, "Request headers").
 SESSION_FIELD, AGENT_FIELD = "x-claude-code-session-id", "x-claude-code-agent-id"
@@ -4004,7 +4795,7 @@ WORKSPACE_FIELD = (
 )
 # A shorter "key" (for a test server, say) is an ordinary word, which responses may well hold.
 MIN_SECRET_LENGTH = 16
-READABLE_CODINGS = ("gzip", "deflate", "identity")
+OFFERED_CODINGS = ("gzip", "identity")  # of answers that are metered
 # An absolute URL up to its path, as a JSON string may hold it.
 RESULTS_URL = re.compile(
     rb'(?<!\\)("results_url"\s*:\s*")https?:(?:\\?/){2}[^/"\\]+(?=[/"\\])'
@@ -4049,26 +4840,24 @@ UNUSUAL_PATH = re.compile(r"[%\\#]|//|/\.")
 def readable_codings(accepted: tuple[str, ...]) -> str:
     """Cut an Accept-Encoding down to the codings that the gateway reads itself."""
     offers = [offer.strip() for offer in ", ".join(accepted).split(",")]
-    kept = [
-        o for o in offers if o.partition(";")[0].strip().lower() in READABLE_CODINGS
-    ]
+    kept = [o for o in offers if o.partition(";")[0].strip().lower() in OFFERED_CODINGS]
     return ", ".join(kept) or "identity"
 
 
-def forwarded_lines(
-    request: RequestHead, caller: Caller, *, metered: bool
-) -> list[str]:
+def forwarded_lines(request: RequestHead, caller: Caller, route: Route) -> list[str]:
     """The request's field lines that go on, in their order: all but those that DROPPED_* name,
-    those that ``Connection`` names, and any that holds a key of this gateway."""
+    those that ``Connection`` names, and any that holds a key that the caller showed."""
     unwanted = request.connection_options()
     if caller.own is None:
-        unwanted.append(WORKSPACE_FIELD)
+        unwanted |= {WORKSPACE_FIELD}
+    if route.results_of and caller.own is None:
+        unwanted |= {"range", "if-range"}  # a part of the results could not be booked
     lines = [
         field.line
         for field in request.fields
         if field.goes_up and field.lower not in unwanted
     ]
-    offered = request.values.get("accept-encoding") if metered else None
+    offered = request.values.get("accept-encoding") if route.metered else None
     if offered and (codings := readable_codings(offered)) != offered[0]:
         lines = with_codings(lines, codings)
     if holds_any("\n".join(lines), caller.presented):
@@ -4098,26 +4887,17 @@ class Redactor:
     """Masks a secret in a passing stream with asterisks, so that lengths stay right.
 
     An upstream that echoes what it was sent must not carry the real key to a client. Bytes are held
-    back only where a read ends inside what may become the secret. In a compressed body (gzip,
-    deflate) nothing can be masked: there `feed` raises UpstreamError when the secret appears.
+    back only where a read ends inside what may become the secret. In a compressed body nothing can
+    be masked: there `watch` raises UpstreamError when the secret appears.
     """
 
     def __init__(self, secret: bytes) -> None:
         self._secret = secret
         self._text = secret.decode("latin-1")
         self._held = b""
-        self._inflate: Any = None
-
-    def expect(self, coding: str) -> None:
-        """Say how the body that follows is compressed."""
-        if coding in ("gzip", "x-gzip", "deflate"):
-            self._inflate = zlib.decompressobj(zlib.MAX_WBITS | 32)
 
     def feed(self, data: bytes, complete: bool) -> bytes:
         """What may go on of these bytes and of those held back."""
-        if self._inflate is not None:
-            self._watch(data)
-            return data
         if self._held:
             data, self._held = self._held + data, b""
         data = self.mask(data)
@@ -4127,18 +4907,16 @@ class Redactor:
                 data, self._held = data[:-held], data[-held:]
         return data
 
-    def _watch(self, data: bytes) -> None:
-        with contextlib.suppress(
-            zlib.error
-        ):  # what cannot be read cannot be an echo either
-            while data:
-                plain = self._held + self._inflate.decompress(data, INFLATE_SLICE)
-                if self._secret in plain:
-                    raise UpstreamError(
-                        "The upstream sent the gateway's own credential back."
-                    )
-                self._held = plain[1 - len(self._secret) :]
-                data = self._inflate.unconsumed_tail
+    def watch(self, plain: bytes) -> None:
+        """Look at a part of a compressed body, whose bytes go on as they are. Raises UpstreamError."""
+        plain = self._held + plain
+        if self._secret in plain:
+            raise UpstreamError("The upstream sent the gateway's own credential back.")
+        self._held = plain[1 - len(self._secret) :]
+
+    def stop_watching(self) -> None:
+        """What follows cannot be decompressed: its bytes are looked at as they are."""
+        self._held = b""
 
     def mask(self, data: bytes) -> bytes:
         """Whole data with the secret masked."""
@@ -4148,11 +4926,15 @@ class Redactor:
             else data
         )
 
+    def mask_text(self, text: str) -> str:
+        """Text of a head with the secret masked."""
+        return text.replace(self._text, "*" * len(self._text))
+
     def mask_lines(self, lines: list[str]) -> list[str]:
         """The same for field lines."""
         if self._text not in "\n".join(lines):
             return lines
-        return [line.replace(self._text, "*" * len(self._text)) for line in lines]
+        return [self.mask_text(line) for line in lines]
 
     def _open_prefix(self, data: bytes) -> int:
         """How many of the last bytes are a beginning of the secret."""
@@ -4170,16 +4952,19 @@ def decompress(coding: str, data: bytes, limit: int) -> bytes:
     """Decode a whole body. Raises ValueError for an unknown coding, bad data or more than ``limit``."""
     if coding in ("", "identity"):
         return data
-    if coding not in ("gzip", "x-gzip", "deflate"):
+    if coding not in READABLE_CODINGS:
         raise ValueError(f"unknown coding {coding}")
-    decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)  # 32: gzip or zlib by its header
+    plain, inflater = bytearray(), Inflater(coding)
     try:
-        plain = decoder.decompress(data, limit)
+        for part in inflater.slices(data):
+            plain += part
+            if len(plain) > limit:
+                raise ValueError("too large")
     except zlib.error as error:
         raise ValueError(str(error)) from None
-    if not decoder.eof:
-        raise ValueError("cut short, or too large")
-    return plain
+    if not inflater.is_whole:
+        raise ValueError("cut short")
+    return bytes(plain)
 
 
 def compress(coding: str, data: bytes) -> bytes:
@@ -4280,6 +5065,121 @@ LATENCY_BUCKETS = (
 TIMINGS = ("total", "first_byte", "upstream", "overhead")
 
 
+BATCH_ENDED = "ended"  # types/messages/message_batch.py, processing_status
+BATCH_LOOK = 60.0  # seconds from the making of a batch to the first look at it
+BATCH_SLACK = 1.5  # each look comes so many times later than the one before,
+BATCH_LOOK_LATEST = 1800.0  # but not later than this
+BATCH_STATE_TIMEOUT = 30.0
+BATCH_KEPT = timedelta(days=30)  # results are kept for 29 days (PLD batch-processing)
+GONE = (404, 410)
+
+
+class BatchKeeper:
+    """Books batches once they have ended, whether or not anybody fetches their results: asks the
+    upstream for their state, with the real key, now and then, and reads the results through a meter.
+    """
+
+    def __init__(
+        self, settings: Settings, admission: Admission, client: UpstreamClient
+    ) -> None:
+        self._settings = settings
+        self._admission = admission
+        self._client = client
+        self._due: dict[str, float] = {}
+        self._waits: dict[str, float] = {}
+        self._changed = asyncio.Event()
+
+    def watch(self, name: str) -> None:
+        """Look at a batch from time to time until it is booked."""
+        self._waits[name] = BATCH_LOOK
+        self._due[name] = self._client.time() + BATCH_LOOK
+        self._changed.set()
+
+    def hurry(self, name: str) -> None:
+        """A batch is known to have ended."""
+        if name in self._due:
+            self._due[name] = self._client.time()
+            self._changed.set()
+
+    async def run(self) -> None:
+        """Look at batches when it is time, until cancelled."""
+        for name in self._admission.store.unbooked():
+            self.watch(name)
+        while True:
+            self._changed.clear()
+            name = min(self._due, key=self._due.__getitem__, default="")
+            wait = self._due[name] - self._client.time() if name else None
+            if wait is not None and wait <= 0:
+                await self._look(name)
+                continue
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await self._changed.wait()
+
+    async def _look(self, name: str) -> None:
+        if await self.book(name):
+            del self._due[name], self._waits[name]
+            return
+        wait = self._waits[name] = min(
+            BATCH_LOOK_LATEST, self._waits[name] * BATCH_SLACK
+        )
+        self._due[name] = self._client.time() + wait
+
+    async def book(self, name: str) -> bool:
+        """Book what a batch cost, if it has ended; whether nothing of it is left to be booked."""
+        account = self._admission.store.batch_owner(name)
+        if account is None or account.batches[name].booked:
+            return True
+        made = datetime.fromisoformat(account.batches[name].day).replace(tzinfo=UTC)
+        path = f"/v1/messages/batches/{urllib.parse.quote(name, safe='')}"
+        state = await self._fetch(path, request_timeout=BATCH_STATE_TIMEOUT)
+        batch = read_json(state.body) if state.code == 200 else None
+        ended = (
+            isinstance(batch, dict) and batch.get("processing_status") == BATCH_ENDED
+        )
+        if ended and await self._read_results(name, f"{path}/results"):
+            return True
+        if state.code in GONE or now() - made > BATCH_KEPT:
+            self._admission.finish_batch(name, lost=True)
+            return True
+        return False
+
+    async def _read_results(self, name: str, path: str) -> bool:
+        """Book every line of a batch's results; whether that were all."""
+        meter = Meter("", functools.partial(self._admission.book_result, name))
+        status = ""
+
+        def head(line: str) -> None:
+            nonlocal status
+            status = status or line.split(" ")[1]
+
+        def look(data: bytes) -> None:
+            if status == "200":
+                meter.look(data)
+
+        results = await self._fetch(
+            path, request_timeout=0, header_callback=head, streaming_callback=look
+        )
+        if results.code in GONE:
+            self._admission.finish_batch(name, lost=True)
+        elif results.code == 200:
+            meter.finish(True)
+            self._admission.finish_batch(name)
+        return results.code in (200, *GONE)
+
+    async def _fetch(self, path: str, **options: Any) -> HTTPResponse:
+        """GET with the real key; 599 where there is no answer."""
+        credential = self._settings.real_credential
+        request = HTTPRequest(self._settings.upstream.rstrip("/") + path, **options)
+        request.headers["anthropic-version"] = ANTHROPIC_VERSION
+        if credential is not None:
+            request.headers[credential[0]] = credential[1]
+        return await self._client.fetch(request, raise_error=False)
+
+
+ANTHROPIC_VERSION = "2023-06-01"  # platform.claude.com, api/versioning
+
+
 class Relay:
     """What all relayed requests share."""
 
@@ -4294,6 +5194,7 @@ class Relay:
         self.store = store
         self.admission = admission
         self.client = client
+        self.batches = BatchKeeper(settings, admission, client)
         self.origin, self.base_path = parse_upstream(settings.upstream)
         self.host_line = f"Host: {self.origin.authority}"
         self.active: set[RelayHandler] = set()
@@ -4305,6 +5206,11 @@ class Relay:
         self.stopping = False
         self.idle = asyncio.Event()
         self.idle.set()
+
+    def is_unbooked(self, batch: str) -> bool:
+        """Whether results of a batch are still to be booked to a key."""
+        account = self.store.batch_owner(batch)
+        return account is not None and not account.batches[batch].booked
 
     def enter(self, handler: RelayHandler) -> None:
         """A relayed request has begun."""
@@ -4368,7 +5274,7 @@ class Finished:
         words = [
             self.shown_key,
             self.method,
-            self.path,
+            word(self.path),
             str(self.status),
             self.outcome,
             f"{self.duration * 1000:.0f}ms",
@@ -4377,7 +5283,7 @@ class Finished:
             words.append(f"ttfb={self.first_byte * 1000:.0f}ms")
         words.append(f"in={self.bytes_in} out={self.bytes_out}")
         if used.model:
-            words.append(used.model)
+            words.append(word(used.model))
         if tally.input_tokens or tally.output_tokens:
             words.append(
                 f"{tally.input_tokens}+{tally.cached}->{tally.output_tokens} tokens"
@@ -4387,17 +5293,17 @@ class Finished:
             words.append("estimated")
         words.append(self.call_id)
         if self.request_id:
-            words.append(self.request_id)
+            words.append(word(self.request_id))
         if key is not None and key.key_alias:
             words.append(f"key={key.key_name}")
         if key is not None and key.user_id:
             words.append(f"user={printable(key.user_id)}")
         if self.tags:
-            words.append(f"tags={printable(','.join(self.tags))}")
+            words.append(f"tags={word(printable(','.join(self.tags)))}")
         if self.session:
-            words.append(f"session={self.session}")
+            words.append(f"session={word(self.session)}")
         if self.agent:
-            words.append(f"agent={self.agent}")
+            words.append(f"agent={word(self.agent)}")
         return " ".join(words)
 
     def fields(self) -> dict[str, Any]:
@@ -4450,22 +5356,27 @@ class RelayHandler:
     outcome = ""
     # The request
     _exchange: Exchange | None = None
-    _kept: list[bytes] | None = None
+    _kept: bytearray | None = None
+    _held = 0
     _received = 0
     _chunked_up = False
-    _policy_reads_body = False
+    _reads_body = False
     _redactor: Redactor | None = None
+    _judging: asyncio.Task[None] | None = None
     # The response
     _head: ResponseHead | None = None
     _length = 0
     _meter: Meter | None = None
+    _inflater: Inflater | None = None
+    _slices: Iterator[bytes] | None = None
     _chunked_down = False
     _head_pending = False
     _head_sent = False
-    _rewritten: list[bytes] | None = None
+    _rewritten: bytearray | None = None
     _sent = 0
     # The end
     _settled = False
+    _deserted = False
     _ended = EPOCH
     _begun = 0.0
     _answered = 0.0
@@ -4486,6 +5397,7 @@ class RelayHandler:
         self.call_id = new_call_id()
         self.started = relay.client.time()
         self._whole = self.started
+        self._arrived: collections.deque[tuple[bytes, bool]] = collections.deque()
         relay.enter(self)
 
     # The request
@@ -4498,62 +5410,76 @@ class RelayHandler:
             self.refuse(error)
 
     def _prepare(self, length: int) -> None:
-        relay, request = self.relay, self.request
+        relay, request, admission = self.relay, self.request, self.relay.admission
         if relay.stopping:
             raise APIError(
                 503,
                 "The gateway is stopping. Try again.",
                 headers=[("retry-after", "5")],
             )
+        admission.refuse_foreign(request.host, request.values)
         path = rule_path(self.target)
-        self.caller = relay.admission.authenticate(request.values)
-        credential = self.caller.own or relay.settings.real_credential
-        if credential is None:
-            raise APIError(
-                401,
-                "The gateway has no Anthropic credential to use. Whoever runs it must set"
-                " ANTHROPIC_API_KEY (or ANTHROPIC_AUTH_TOKEN) and start it again.",
-            )
+        credential: tuple[str, str] | None = None
+        if admission.is_open or length or not is_preflight(request):
+            self.caller = admission.authenticate(request.values)
+            credential = self.caller.own or relay.settings.real_credential
+            if credential is None:
+                raise APIError(
+                    401,
+                    "The gateway has no Anthropic credential to use. Whoever runs it must set"
+                    " ANTHROPIC_API_KEY (or ANTHROPIC_AUTH_TOKEN) and start it again.",
+                )
         self._check_size(length)
-        self.grant = relay.admission.admit(self.caller, request.method, path)
-        self._policy_reads_body = relay.admission.wants_body(self.grant)
+        self.grant = admission.admit(self.caller, request.method, path)
+        self._reads_body = admission.reads_body(self.grant)
         route = self.grant.route
         if route.batch:
-            self._rewritten = []
-        secret = real_secret(credential)
+            self._rewritten = bytearray()
+        secret = real_secret(credential) if credential else b""
         if self.caller.own is None and len(secret) >= MIN_SECRET_LENGTH:
             self._redactor = Redactor(secret)
+        lines = forwarded_lines(request, self.caller, route)
+        target = urllib.parse.unquote(self.target, "latin-1")
+        if any(map(admission.holds_key, (self.target, target, "\n".join(lines)))):
+            raise APIError(
+                400,
+                "A key of this gateway stands in the path, the query or a header field where it would"
+                " go on to Anthropic. Send it as 'x-api-key' or 'Authorization: Bearer' alone.",
+            )
         self._upstream_start = (
             f"{request.method} {relay.base_path}{self.target} HTTP/1.1"
         )
-        self._upstream_lines = [
-            relay.host_line,
-            *forwarded_lines(request, self.caller, metered=route.metered),
-            f"{credential[0]}: {credential[1]}",
-        ]
+        self._upstream_lines = [relay.host_line, *lines]
+        if credential:
+            self._upstream_lines.append(f"{credential[0]}: {credential[1]}")
         small = length <= JSON_BODY_LIMIT
-        if self._policy_reads_body and not small:
-            relay.admission.admit_unread(self.grant, length)
-            self._policy_reads_body = False
-        wanted = small and is_json(request.get("content-type"))
-        if length == 0 or self._policy_reads_body or wanted:
-            self._kept = []
+        if not small:
+            admission.admit_unread(self.grant, length)
+        kept = self._reads_body or route.billed or is_json(request.get("content-type"))
+        if length == 0 or (small and kept):
+            self._hold(max(length, 0))
+            self._kept = bytearray()
         else:
             self._stream(length)
 
     def data_received(self, chunk: bytes) -> None:
         """A part of the body came."""
         self._received += len(chunk)
-        if self._kept is not None:
-            self._kept.append(chunk)
-            if self._received > JSON_BODY_LIMIT:
-                if not self._may_go_unread():
-                    return
-                kept, self._kept = self._kept, None
-                self._stream(CHUNKED)
-                self._forward(b"".join(kept))
+        if self._kept is None:
+            self._forward(chunk)
             return
-        self._forward(chunk)
+        try:
+            self._hold(self._received - self._held)
+            if self._received > JSON_BODY_LIMIT and self.grant is not None:
+                self.relay.admission.admit_unread(self.grant, self._received)
+        except APIError as error:
+            self.refuse(error)
+            return
+        self._kept += chunk
+        if self._received > JSON_BODY_LIMIT:
+            kept, self._kept = bytes(self._kept), None
+            self._stream(CHUNKED)
+            self._forward(kept)
 
     def finish(self) -> None:
         """The request is whole."""
@@ -4564,31 +5490,59 @@ class RelayHandler:
             self._exchange.finish(LAST_CHUNK if self._chunked_up else b"")
             return
         self._whole = self.relay.client.time()
-        body = b"".join(self._kept)
-        self._kept = None
-        if self._policy_reads_body and self.grant is not None:
-            try:
-                self.relay.admission.admit_body(self.grant, body)
-            except APIError as error:
-                self.refuse(error)
-                return
-        declared = (
-            "content-length" in self.request.values
-            or "transfer-encoding" in self.request.values
+        body, self._kept = bytes(self._kept), None
+        assert self.grant is not None
+        steps = self.relay.admission.admit_body(self.grant, body)
+        if len(body) > QUICK_BODY or self._deletes_unbooked():
+            judging = self._judge_slowly(steps, body)
+            self._judging = asyncio.get_running_loop().create_task(judging)
+            return
+        try:
+            for _ in steps:
+                pass
+        except APIError as error:
+            self.refuse(error)
+            return
+        self._send_whole(body)
+
+    async def _judge_slowly(self, steps: Steps[None], body: bytes) -> None:
+        """Judge a large body, and let the loop do something else between."""
+        try:
+            for _ in steps:
+                await asyncio.sleep(0)
+            if self.grant is not None and self._deletes_unbooked():
+                await self.relay.batches.book(self.grant.route.batch_id)
+        except APIError as error:
+            self.refuse(error)
+        else:
+            self._send_whole(body)
+
+    def _deletes_unbooked(self) -> bool:
+        """Whether a batch goes whose results are still to be booked."""
+        route = self.grant.route if self.grant is not None else None
+        return (
+            route is not None
+            and route.deletes
+            and self.relay.is_unbooked(route.batch_id)
         )
-        if declared:
+
+    def _send_whole(self, body: bytes) -> None:
+        values = self.request.values
+        if "content-length" in values or "transfer-encoding" in values:
             self._upstream_lines.append(f"Content-Length: {len(body)}")
         self._start(body)
 
-    def _may_go_unread(self) -> bool:
-        """Whether the rules of the key let a body go on that is too large to be kept."""
-        if self._policy_reads_body and self.grant is not None:
-            try:
-                self.relay.admission.admit_unread(self.grant, self._received)
-            except APIError as error:
-                self.refuse(error)
-                return False
-        return True
+    def _hold(self, size: int) -> None:
+        """Count so many bytes more as held for this request. Raises APIError."""
+        if size > 0:
+            self.relay.admission.held.take(self.caller.hashed or "", size)
+            self._held += size
+
+    def request_taken(self) -> None:
+        """Nothing is held of the request any more."""
+        if self._held:
+            held, self._held = self._held, 0
+            self.relay.admission.held.give_back(self.caller.hashed or "", held)
 
     def _forward(self, chunk: bytes) -> None:
         try:
@@ -4624,11 +5578,9 @@ class RelayHandler:
 
     def informational_received(self, head: ResponseHead) -> None:
         """Pass a 1xx response on; HTTP/1.0 has none (RFC 9110 section 15.2)."""
-        if self.request.version == 1:
+        if self.request.version == 1 and not self._deserted:
             self.connection.send(
-                head_bytes(
-                    f"HTTP/1.1 {head.status} {head.reason}", self._response_lines(head)
-                )
+                head_bytes(self._status_line(head), self._response_lines(head))
             )
 
     def response_started(self, head: ResponseHead, length: int) -> None:
@@ -4640,34 +5592,92 @@ class RelayHandler:
         self.relay.traffic.answered(head.status)
         self.status = head.status
         self._meter = self._make_meter(head)
-        if self._redactor is not None:
-            self._redactor.expect(head.get("content-encoding").strip().lower())
         if self._rewritten is not None:
             if head.status == 200 and is_json(head.get("content-type")) and length != 0:
                 return
             self._rewritten = None
+        coding = head.get("content-encoding").strip().lower()
+        if coding in ("", "identity"):
+            return
+        if coding not in READABLE_CODINGS:
+            self._go_blind()
+        elif self._meter is not None or self._redactor is not None:
+            self._inflater = Inflater(coding)
 
     def response_received(self, data: bytes, complete: bool) -> None:
         """Send on what one read brought."""
         if self._rewritten is not None:
             self._rewrite(data, complete)
-            return
-        if self._meter is not None and data:
-            self._meter.feed(data)
-        if self._redactor is not None:
-            try:
+        elif self._inflater is not None or self._arrived:
+            self._arrived.append((data, complete))
+            if len(self._arrived) == 1:
+                self._inflate()
+        else:
+            if self._meter is not None and data:
+                self._meter.look(data)
+            if self._redactor is not None:
                 data = self._redactor.feed(data, complete)
-            except UpstreamError as error:
-                self._abort()
-                self.response_failed(error)
+            self._send(data, complete)
+
+    def _inflate(self) -> None:
+        """Look at what compressed bytes hold before they go on. A read may hold a thousand times its
+        size, so the loop does other things in between, while the upstream waits."""
+        if self._settled:
+            return
+        data, complete = self._arrived[0]
+        try:
+            if not self._look_inside(data):
+                if self._exchange is not None:
+                    self._exchange.pause_reading()
+                asyncio.get_running_loop().call_soon(self._inflate)
                 return
+        except zlib.error:
+            self._go_blind()
+        except UpstreamError as error:
+            self._abort()
+            self.response_failed(error)
+            return
+        self._slices = None
+        self._arrived.popleft()
+        if self._inflater is None and self._redactor is not None:
+            data = self._redactor.feed(data, complete)
         self._send(data, complete)
+        if self._arrived:
+            asyncio.get_running_loop().call_soon(self._inflate)
+        elif not self.connection.writing_paused:
+            self.resume_writing()
+
+    def _look_inside(self, data: bytes) -> bool:
+        """Let meter and mask look at a few more slices of these bytes; whether that were all."""
+        if self._inflater is None:
+            return True
+        if self._slices is None:
+            self._slices = self._inflater.slices(data)
+        looked = 0
+        for plain in itertools.islice(self._slices, SLICES_A_TURN):
+            looked += 1
+            if self._meter is not None:
+                self._meter.look(plain)
+            if self._redactor is not None:
+                self._redactor.watch(plain)
+        return looked < SLICES_A_TURN
+
+    def _go_blind(self) -> None:
+        """The answer is in a coding that cannot be read, or is not in the one it says."""
+        self._inflater = self._slices = None
+        if self._redactor is not None:
+            self._redactor.stop_watching()
+        if self._meter is not None:
+            self._meter.measured.blind = True
 
     def response_failed(self, error: UpstreamError) -> None:
         """Before the head: an error of ours. After it: an SSE error event, and a broken connection."""
         outcome = "timeout" if error.status == 504 else "upstream_lost"
         if self._exchange is None or not self._exchange.reading_paused:
             self.relay.traffic.failed(str(error))
+        if self._deserted:
+            self.settle("client_gone")
+            return
         if not self._head_sent:
             self.refuse(APIError(error.status, str(error)), outcome=outcome)
             return
@@ -4694,12 +5704,20 @@ class RelayHandler:
             self._exchange.pause_reading()
 
     def resume_writing(self) -> None:
-        """Read the upstream again."""
-        if self._exchange is not None:
-            self._exchange.resume_reading()
+        """Read the upstream again, unless there is still something to look at."""
+        exchange = self._exchange
+        if exchange is not None and exchange.reading_paused and not self._arrived:
+            exchange.resume_reading()
 
     def on_connection_close(self) -> None:
-        """The client has left: so does the upstream connection, at once."""
+        """The client has left: so does the upstream connection, at once; but where a batch is being
+        made its answer is awaited, since whoever makes one pays for it."""
+        exchange, grant = self._exchange, self.grant
+        made = grant is not None and grant.route.makes_batch and not self._settled
+        if made and exchange is not None and exchange.begun and exchange.sent:
+            self._deserted = True
+            exchange.resume_reading()
+            return
         self._abort()
         self.settle("client_gone")
 
@@ -4721,9 +5739,15 @@ class RelayHandler:
 
     def refuse(self, error: APIError, *, outcome: str = "") -> None:
         """Answer with an error of our own."""
+        if self._settled:
+            return
         self.status = error.status
         self._head_sent = True
         self._first_byte = self.relay.client.time()
+        self._kept = None
+        if self._deserted:
+            self.settle("client_gone")
+            return
         self._sent = self.connection.send_error(error, self.call_id)
         self.settle(outcome or f"refused:{error.kind}")
         self.connection.response_done()
@@ -4734,9 +5758,10 @@ class RelayHandler:
             return
         self._settled = True
         self.outcome = outcome
-        measured = (
-            self._meter.finish(outcome == "ok") if self._meter is not None else None
-        )
+        self.request_taken()
+        if self._judging is not None and self._judging is not asyncio.current_task():
+            self._judging.cancel()
+        measured = self._measured(outcome)
         if self.grant is not None:
             failed = self.status >= 400
             self.used = self.relay.admission.settle(self.grant, measured, failed=failed)
@@ -4745,11 +5770,39 @@ class RelayHandler:
         if self._exchange is not None:
             self._begun = self._exchange.begun
             self._exchange = None  # no cycle is left for the garbage collector
+        self._judging = self._slices = None
         self.relay.leave(self)
         if measured is None:
             self._record()
         else:
             self.relay.admission.when_priced(self._record)
+
+    def _measured(self, outcome: str) -> Measured | None:
+        """What the response used; None where it is nothing that this request pays."""
+        grant, meter, exchange = self.grant, self._meter, self._exchange
+        if grant is None:
+            return None
+        if meter is not None:
+            measured = meter.finish(outcome == "ok")
+            if not grant.route.results_of:
+                if measured.blind:
+                    log.warning(
+                        "call %s: what cannot be read costs its worst case",
+                        self.call_id,
+                    )
+                return measured
+            if outcome == "ok" and not measured.blind:
+                self.relay.admission.finish_batch(grant.route.results_of)
+            return None
+        # Whoever leaves before the head pays what was under way; without a head no stream has begun.
+        began = exchange is not None and exchange.begun and exchange.sent
+        if self._head or not began or not grant.route.billed or grant.route.makes_batch:
+            return None
+        if outcome not in ("client_gone", "timeout"):
+            return None
+        if grant.order.streams:
+            grant.order.thinking = 0
+        return Measured()
 
     def _record(self) -> None:
         finished = self.finished()
@@ -4810,41 +5863,47 @@ class RelayHandler:
         sent = self.request.get(TAGS_FIELD)
         if not sent:
             return own
-        tags = (self._shown(tag.strip()) for tag in sent.split(","))
+        tags = (
+            self._shown(tag.strip()) for tag in sent.split(",", MAX_TAGS)[:MAX_TAGS]
+        )
         return [*own, *(tag for tag in tags if tag)]
 
     def _shown(self, text: str) -> str:
-        """A text of the wire for the log, without the real key and those the client showed."""
+        """A text of the wire for the log, cut short, without what is or looks like a key."""
         if not text:
             return ""
+        if "%" in text and KEY_PREFIX in urllib.parse.unquote(text, "latin-1"):
+            text = urllib.parse.unquote(text, "latin-1")
         if self._redactor is not None:
-            (text,) = self._redactor.mask_lines([text])
+            text = self._redactor.mask_text(text)
         for key in self.caller.presented:
             if key in text:
                 text = text.replace(key, key_name(key))
-        return printable(text)
+        return printable(mask_keys(text))
 
     def _make_meter(self, head: ResponseHead) -> Meter | None:
         """What reads the usage of a successful response of a metered route."""
         assert self.grant is not None
-        route = self.grant.route
+        route, admission = self.grant.route, self.relay.admission
         if head.status != 200 or not route.metered:
             return None
-        coding = head.get("content-encoding").strip().lower()
         if batch := route.results_of:
-            admission = self.relay.admission
-
-            def book(line: int, measured: Measured) -> None:
-                admission.book_result(batch, line, measured, self.caller)
-
-            return Meter("", coding, book)
-        if self.request.method != "POST" or self._rewritten is not None:
+            if self.caller.own is not None:
+                return None
+            admission.claim_batch(self.caller, batch)
+            return Meter("", functools.partial(admission.book_result, batch))
+        if not route.billed or self._rewritten is not None:
             return None
-        return Meter(head.get("content-type"), coding)
+        return Meter(head.get("content-type"))
 
     def _abort(self) -> None:
         if self._exchange is not None:
             self._exchange.abort()
+
+    def _status_line(self, head: ResponseHead) -> str:
+        """The response's first line; the real key masked."""
+        line = f"HTTP/1.1 {head.status} {head.reason}"
+        return line if self._redactor is None else self._redactor.mask_text(line)
 
     def _response_lines(self, head: ResponseHead) -> list[str]:
         """The response's field lines that go on: all but hop-by-hop ones; the real key masked."""
@@ -4853,7 +5912,7 @@ class RelayHandler:
         if self.caller.key is not None:
             clock = self.relay.admission.clock()
             own = rate_fields(self.caller.key, head.values, clock)
-            named += [name for name, _ in own]
+            named |= {name for name, _ in own}
         lines = [
             field.line
             for field in head.fields
@@ -4876,7 +5935,7 @@ class RelayHandler:
         lines += self.connection.connection_lines(
             delimited=length >= 0 or self._chunked_down
         )
-        return head_bytes(f"HTTP/1.1 {head.status} {head.reason}", lines)
+        return head_bytes(self._status_line(head), lines)
 
     def _spend_lines(self, complete: bool) -> list[str]:
         """LiteLLM's x-litellm-* about cost and spend, in USD."""
@@ -4914,14 +5973,14 @@ class RelayHandler:
     def _rewrite(self, data: bytes, complete: bool) -> None:
         """Gather a batch object, then send it with its ``results_url`` on the gateway."""
         assert self._rewritten is not None and self._head is not None
-        self._rewritten.append(data)
-        if not complete and sum(map(len, self._rewritten)) <= REWRITE_LIMIT:
+        self._rewritten += data
+        if not complete and len(self._rewritten) <= REWRITE_LIMIT:
             return
         coding = self._head.get("content-encoding").strip().lower()
         try:
             if not complete:
                 raise ValueError("too large")
-            plain = decompress(coding, b"".join(self._rewritten), REWRITE_LIMIT)
+            plain = decompress(coding, bytes(self._rewritten), REWRITE_LIMIT)
         except ValueError as error:
             self._abort()
             self.refuse(
@@ -4930,23 +5989,43 @@ class RelayHandler:
             return
         if self._redactor is not None:
             plain = self._redactor.mask(plain)
-        if self.grant is not None and self.grant.route.makes_batch:
-            self._own_batch(plain)
         body = compress(coding, rewrite_results_url(plain, self.relay.base_path))
         kept = (f for f in self._head.fields if f.lower != "content-length")
         self._head.fields = [*kept]
         self._head.fields.append(parse_field(f"Content-Length: {len(body)}"))
         self._length = len(body)
-        self._send(body, True)
+        if self._owns_batch(plain):
+            # What the client is told of is on disk.
+            self._judging = asyncio.get_running_loop().create_task(
+                self._save_and_send(body)
+            )
+        else:
+            self._send(body, True)
 
-    def _own_batch(self, plain: bytes) -> None:
-        """Remember whose batch it is that was just made: its results are booked to that key."""
-        payer = self.grant.booked_key if self.grant is not None else None
-        with contextlib.suppress(ValueError):
-            batch = json.loads(plain)
-            batch_id = batch.get("id") if isinstance(batch, dict) else None
-            if payer is not None and self.caller.hashed and isinstance(batch_id, str):
-                self.relay.store.own_batch(self.caller.hashed, batch_id)
+    async def _save_and_send(self, body: bytes) -> None:
+        with contextlib.suppress(OSError):  # which is said, and tried again each second
+            await self.relay.store.save()
+        self._judging = None
+        if self._deserted:
+            self.settle("client_gone")
+        elif not self._settled:
+            self._send(body, True)
+
+    def _owns_batch(self, plain: bytes) -> bool:
+        """Look at a batch object: remember whose it is, if it was just made; if it has ended, it is
+        time to book it."""
+        grant, batch = self.grant, read_json(plain)
+        name = batch.get("id") if isinstance(batch, dict) else None
+        if grant is None or not isinstance(name, str) or not isinstance(batch, dict):
+            return False
+        if grant.route.makes_batch and grant.booked_key is not None:
+            self.relay.admission.own_batch(grant, name)
+            self.relay.batches.watch(name)
+            self.relay.store.freshen(grant.booked_key.account)
+            return True
+        if batch.get("processing_status") == BATCH_ENDED:
+            self.relay.batches.hurry(name)
+        return False
 
     def _is_plain_sse(self) -> bool:
         assert self._head is not None
@@ -4955,6 +6034,16 @@ class RelayHandler:
             and self._head.get("content-encoding").lower() in ("", "identity")
             and "content-length" not in self._head.values
         )
+
+
+def is_preflight(request: RequestHead) -> bool:
+    """Whether a browser asks whether a page may call the API (Fetch, "CORS-preflight request"). It
+    shows no credential then, and so goes on without the real one."""
+    shown = next(candidates(request.values), None)
+    asks = (
+        "origin" in request.values and "access-control-request-method" in request.values
+    )
+    return request.method == "OPTIONS" and asks and shown is None
 
 
 def relayed_record(finished: Finished) -> logging.LogRecord:
@@ -5035,12 +6124,16 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
         self.request: RequestHead | None = None
         self._delegate: RelayHandler | ApplicationDelegate | None = None
         self._body: Body | None = None
-        self._buffer = b""
+        self._head = HeadReader()
+        self._buffer = b""  # what came while it could not be read
+        self._empty_lines = 0
         self._response_done = False
+        self.writing_paused = False
         self._discarded = 0
         self._close_after = False
         self._lost = False
         self._lingering = False
+        self._held_back = False
         self._reading_paused = False
         self._served = False
         self._since = self._heard = server.time()
@@ -5067,15 +6160,13 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
         self._heard = self.server.time()
         if self._body is not None:
             self._taken += len(data)
+        if self._buffer or (self._body is None and self.is_busy):
+            self._buffer += data
+            self._update_reading()
+        elif self._body is not None:
             self._feed(data)
-            return
-        if not self._buffer:
-            self._since = self._heard
-        self._buffer += data
-        if self._delegate is None:
-            self._read_head()
-        elif len(self._buffer) > PIPELINE_LIMIT:
-            self.pause_reading()
+        else:
+            self._read_head(data)
 
     def eof_received(self) -> None:
         """Called by asyncio. A client that has closed its half is taken to have left, as in nginx."""
@@ -5095,18 +6186,28 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
 
     def pause_writing(self) -> None:
         """Called by asyncio."""
+        self.writing_paused = True
         if isinstance(self._delegate, RelayHandler):
             self._delegate.pause_writing()
 
     def resume_writing(self) -> None:
-        """Called by asyncio."""
+        """Called by asyncio. A client that has taken its answers may have the next one."""
+        self.writing_paused = False
         if isinstance(self._delegate, RelayHandler):
             self._delegate.resume_writing()
+        elif self._delegate is None:
+            self._read_on_soon()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the next request has to wait: for the present one's end, or until the client has
+        taken the answers that are here for him."""
+        return self._delegate is not None or self.writing_paused
 
     @property
     def is_idle(self) -> bool:
         """Whether no request is under way, nor a part of one here."""
-        return self.request is None and not self._buffer
+        return self.request is None and not self._buffer and not self._head
 
     # For delegates
 
@@ -5117,15 +6218,26 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
 
     def pause_reading(self) -> None:
         """Take nothing more from the client for now, but notice if it leaves."""
-        if not self._lost:
-            self._reading_paused = True
-            self.transport.pause_reading()
-            self.server.hangups.watch(self)
+        self._held_back = True
+        self._update_reading()
 
     def resume_reading(self) -> None:
         """Take from the client again."""
-        if self._reading_paused and not self._lost:
-            self._reading_paused = False
+        if self._held_back:
+            self._held_back = False
+            self._update_reading()
+            self._read_on_soon()
+
+    def _update_reading(self) -> None:
+        """Read from the socket unless the delegate asked not to, or enough is here already."""
+        pause = self._held_back or len(self._buffer) > PIPELINE_LIMIT
+        if self._lost or pause == self._reading_paused:
+            return
+        self._reading_paused = pause
+        if pause:
+            self.transport.pause_reading()
+            self.server.hangups.watch(self)
+        else:
             self._begin_waiting()
             self.server.hangups.forget(self)
             self.transport.resume_reading()
@@ -5160,7 +6272,7 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
                 )
         elif self._delegate is not None:
             return
-        elif self._buffer:
+        elif (self._buffer or self._head) and not self.writing_paused:
             if moment - self._since > client_timeout:
                 self._time_out(
                     f"The request's head took longer than {client_timeout:g} s. Send it again."
@@ -5264,26 +6376,25 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
 
     # Inside
 
-    def _read_head(self) -> None:
-        """Begin the request whose head stands in the buffer, if it is whole."""
-        while self._buffer.startswith(b"\r\n"):  # RFC 9112 section 2.2
-            self._buffer = self._buffer[2:]
-        end = self._buffer.find(b"\r\n\r\n")
+    def _read_head(self, data: bytes) -> None:
+        """Begin the request whose head ends with these bytes, if it does."""
+        if len(self._head) == 1:  # it may be half an empty line
+            data = self._head.take_back() + data
+        if not self._head:
+            self._since = self._heard
+            data = self._skip_empty_lines(data)
         try:
-            if end < 0 or end > MAX_HEAD_SIZE:
-                if len(self._buffer) > MAX_HEAD_SIZE:
-                    raise ProtocolError(
-                        f"the head is larger than {MAX_HEAD_SIZE:,} bytes", 431
-                    )
-                if BARE_LF.search(self._buffer):
-                    raise ProtocolError("lines end with CR LF")
+            if self._empty_lines > MAX_EMPTY_LINES:
+                raise ProtocolError("a request begins with a request line")
+            found = self._head.feed(data) if data else None
+            if found is None:
                 return
-            request = parse_request_head(self._buffer[:end])
+            request = parse_request_head(found[0])
             length = declared_length(request) or 0
         except ProtocolError as error:
             self._refuse_malformed(error)
             return
-        rest, self._buffer = self._buffer[end + 4 :], b""
+        rest, self._empty_lines = found[1], 0
         if self.server.xheaders:
             self.context.believe(request)
         self.request = request
@@ -5304,6 +6415,13 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._feed(rest)
 
+    def _skip_empty_lines(self, data: bytes) -> bytes:
+        """What stands behind the empty lines before a request (RFC 9112 section 2.2)."""
+        while data.startswith(b"\r\n") and self._empty_lines <= MAX_EMPTY_LINES:
+            data = data[2:]
+            self._empty_lines += 1
+        return data
+
     def _expects_continue(self, request: RequestHead) -> bool:
         return request.version == 1 and request.get("expect").lower() == "100-continue"
 
@@ -5318,7 +6436,7 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
         complete = self._body.complete
         if complete:
             self._body = None
-            self._buffer = rest
+        self._buffer = rest
         if self._response_done:
             self._discard(len(payload))
         elif self._delegate is not None:
@@ -5326,6 +6444,8 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
                 self._delegate.data_received(payload)
             if complete and not self._response_done:
                 self._delegate.finish()
+        if rest and not complete:
+            self._read_on_soon()
         self._turn()
 
     def _discard(self, size: int) -> None:
@@ -5344,12 +6464,25 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
         self._begin_waiting()
         if self._close_after:
             self._close()
-        elif self._buffer:
-            asyncio.get_running_loop().call_soon(self._read_next)
+        else:
+            self._read_on_soon()
 
-    def _read_next(self) -> None:
-        if self._delegate is None and self._body is None and not self._lost:
-            self._read_head()
+    def _read_on_soon(self) -> None:
+        """Read what is here already, in another turn of the loop."""
+        if self._buffer:
+            asyncio.get_running_loop().call_soon(self._read_on)
+
+    def _read_on(self) -> None:
+        if self._lost or self._lingering or not self._buffer:
+            return
+        if self._held_back or (self._body is None and self.is_busy):
+            return  # who resumes comes back to it
+        data, self._buffer = self._buffer, b""
+        if self._body is not None:
+            self._feed(data)
+        else:
+            self._read_head(data)
+        self._update_reading()
 
     def _refuse_malformed(self, error: ProtocolError) -> None:
         """Answer bytes that are not a request, and close: what follows cannot be understood."""
@@ -5466,7 +6599,8 @@ def reason(status: int) -> str:
 
 
 class ApplicationDelegate:
-    """Hands a request to the Tornado application: everything that is not relayed."""
+    """Hands a request to the Tornado application: everything that is not relayed. Its body is kept
+    for the master key alone, since no other may do what takes one."""
 
     def __init__(
         self,
@@ -5477,15 +6611,22 @@ class ApplicationDelegate:
         self.connection = connection
         self._head = head
         self._received = 0
+        self._admission = cast(Relay, application.settings["relay"]).admission
+        self._keeps_body = self._admission.shows_master(head.values)
         self._delegate = application.start_request(connection, connection)
 
     def prepare(self, length: int) -> None:
         """Hand over the head. ``length`` is bytes or CHUNKED."""
+        start_line = httputil.RequestStartLine(
+            self._head.method, self._head.target, f"HTTP/1.{self._head.version}"
+        )
+        try:
+            self._admission.refuse_foreign(self._head.host, self._head.values)
+        except APIError as error:
+            self._refuse(error)
+            return
         if self._too_large(length):
             return
-        start_line = httputil.RequestStartLine(
-            self._head.method, self._head.target, "HTTP/1.1"
-        )
         try:
             headers = httputil.HTTPHeaders()
             for header in self._head.fields:
@@ -5495,9 +6636,9 @@ class ApplicationDelegate:
             self._refuse(APIError(400, f"Malformed request: {error}."))
 
     def data_received(self, chunk: bytes) -> None:
-        """Hand over a part of the body."""
+        """Hand over a part of the body; only the operator's is kept, nobody else's is looked at."""
         self._received += len(chunk)
-        if not self._too_large(self._received):
+        if not self._too_large(self._received) and self._keeps_body:
             self._delegate.data_received(chunk)
 
     def finish(self) -> None:
@@ -5647,8 +6788,9 @@ class GatewayServer:
             self._handshakes.remove(handshake)
             self._uncount(handshake.context.peer)
 
-    def _count(self, peer: str) -> tuple[int, str]:
+    def _count(self, address: str) -> tuple[int, str]:
         """Count a connection in: how many there are too many, and of what."""
+        peer = site_of(address)
         self._addresses[peer] += 1
         over = len(self.connections) + len(self._handshakes) - self.max_connections
         message = "The gateway has as many connections as it can hold. Try again."
@@ -5659,7 +6801,8 @@ class GatewayServer:
                 message = f"Your address has more than {limit:,} connections open."
         return over, message
 
-    def _uncount(self, peer: str) -> None:
+    def _uncount(self, address: str) -> None:
+        peer = site_of(address)
         self._addresses[peer] -= 1
         if not self._addresses[peer]:
             del self._addresses[peer]
@@ -5693,6 +6836,22 @@ class GatewayServer:
         self._sweeper = loop.call_later(self._sweep_interval, self._sweep)
 
 
+def site_of(address: str) -> str:
+    """Who has an address: of IPv6 ones a site has 2**64, which all begin alike (RFC 6177)."""
+    if ":" not in address:
+        return address
+    try:
+        whole = ipaddress.IPv6Address(address.partition("%")[0])
+    except ValueError:
+        return address
+    mapped = whole.ipv4_mapped
+    return (
+        str(mapped)
+        if mapped
+        else str(ipaddress.IPv6Network((int(whole) >> 64 << 64, 64)))
+    )
+
+
 def file_limit() -> int:
     """How many files this process may have open."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -5701,9 +6860,10 @@ def file_limit() -> int:
 
 # ─── Management ──────────────────────────────────────────────────────────────────────
 
-PRINTABLE_KEY = re.compile(r"sk-[\x21-\x7e]+")
 MAX_PAGE_SIZE = 100  # LiteLLM's limit on /key/list
 MAX_LIMIT = 10**12  # of requests and tokens a minute, and of USD
+MAX_DIGITS = 40  # of a number with a point or an exponent
+MAX_OWN_DEPTH = 50  # of JSON in requests to the gateway itself
 
 
 class BaseHandler(web.RequestHandler):
@@ -5775,6 +6935,7 @@ class ManagementHandler(BaseHandler):
     def prepare(self) -> None:
         """Called by Tornado before the handler's method."""
         self.require_master()
+        self.relay.store.notice_edit()
 
     def require_master(self) -> None:
         """Let the master key pass, as ``Authorization: Bearer``, ``x-api-key`` or ``x-litellm-api-key``."""
@@ -5809,10 +6970,12 @@ class ManagementHandler(BaseHandler):
             body = json.loads(
                 self.request.body or b"{}",
                 parse_constant=refuse_constant,
-                parse_float=Decimal,
+                parse_float=read_number,
             )
         except (ValueError, RecursionError) as error:
             raise APIError(400, f"The body is not JSON: {error}.") from None
+        if is_deeper(body, MAX_OWN_DEPTH):
+            raise APIError(400, f"The body is more than {MAX_OWN_DEPTH} levels deep.")
         if not isinstance(body, dict):
             raise APIError(400, "The body is not a JSON object.")
         return body
@@ -5831,6 +6994,13 @@ class ManagementHandler(BaseHandler):
         if found is None:
             raise APIError(404, "Key not found.")
         return found
+
+
+def read_number(text: str) -> Decimal:
+    """A number with a point or an exponent. Raises ValueError for one that no float can be."""
+    if len(text) > MAX_DIGITS or not math.isfinite(float(text)):
+        raise ValueError("a number is too large or too long")
+    return Decimal(text)
 
 
 def refuse_constant(name: str) -> NoReturn:
@@ -5854,6 +7024,7 @@ def key_row(hashed: str, key: VirtualKey) -> dict[str, Any]:
         "team_id": key.team_id,
         "models": key.models,
         "allowed_routes": key.allowed_routes,
+        "unmetered_routes": key.unmetered_routes,
         "spend": float(key.spent(moment)),
         "max_budget": usd(key.max_budget),
         "soft_budget": usd(key.soft_budget),
@@ -5864,7 +7035,7 @@ def key_row(hashed: str, key: VirtualKey) -> dict[str, Any]:
         },
         "model_max_budget_usage": {
             pattern: {
-                "spend": float(key.model_spent(pattern, moment)),
+                "spend": float(key.spent(moment, pattern)),
                 "budget_reset_at": iso(window(b.duration, moment)[1])
                 if b.duration
                 else None,
@@ -6082,6 +7253,7 @@ KEY_READERS: dict[str, Callable[[str, Any], Any]] = {
     "blocked": read_flag,
     "models": read_texts,
     "allowed_routes": read_routes,
+    "unmetered_routes": read_flag,
     "rpm_limit": read_limit,
     "tpm_limit": read_limit,
     "max_parallel_requests": read_limit,
@@ -6103,7 +7275,7 @@ def read_own_key(value: Any, store: KeyStore) -> str:
     ):
         raise APIError(
             400,
-            f"'key' must begin 'sk-' and have at least {MIN_KEY_LENGTH} ASCII characters.",
+            f"'key' must begin 'sk-' and have {MIN_KEY_LENGTH} to {MAX_KEY_LENGTH} ASCII characters.",
         )
     if value.startswith(OWN_CREDENTIAL_PREFIX):
         raise APIError(
@@ -6128,10 +7300,23 @@ class GenerateHandler(ManagementHandler):
         record = VirtualKey(
             key_name(key), created_at=moment, updated_at=moment, **changes
         )
+        refuse_unmetered(record)
         hashed = hash_key(key)
         await store.change({hashed: record})
         log.info("key %s made", record.shown_name)
         self.send_json({**key_row(hashed, record), "key": key})
+
+
+def refuse_unmetered(key: VirtualKey) -> None:
+    """Raises APIError 400 where a key with a budget may call what the gateway cannot count, and
+    nobody has said that it may."""
+    named = [pattern for pattern in key.allowed_routes if unmetered(pattern)]
+    if named and key.has_budget and not key.unmetered_routes:
+        raise APIError(
+            400,
+            f"'allowed_routes' names {named[0]}, and what that costs cannot be counted against the"
+            " key's budget. Leave it out, or add 'unmetered_routes': true.",
+        )
 
 
 def refuse_taken_alias(store: KeyStore, alias: str | None, own: str = "") -> None:
@@ -6155,6 +7340,7 @@ class UpdateHandler(ManagementHandler):
         changes = key_changes(body, moment, self.relay.admission.prices)
         refuse_taken_alias(self.relay.store, changes.get("key_alias"), hashed)
         changed = dataclasses.replace(record, **changes, updated_at=moment)
+        refuse_unmetered(changed)
         await self.relay.store.change({hashed: changed})
         log.info(
             "key %s updated: %s",
@@ -6236,6 +7422,7 @@ class RegenerateHandler(ManagementHandler):
         retired[old_hash] = grace or moment
         new = {"key_name": key_name(value), "updated_at": moment, "retired": retired}
         changed = dataclasses.replace(record, **{**changes, **new})
+        refuse_unmetered(changed)
         hashed = hash_key(value)
         await store.change({old_hash: None, hashed: changed})
         log.info("key %s regenerated", changed.shown_name)
@@ -6331,12 +7518,12 @@ class ResetSpendHandler(ManagementHandler):
         found = self.relay.store.find(urllib.parse.unquote(key))
         hashed, record = self.existing(found)
         amount = read_amount("reset_to", self.json_body().get("reset_to", 0)) or ZERO
-        before = record.spent(now())
-        record.account.total.spend = amount
+        change = amount - record.spent(now())
+        record.account.window().spend += change
         try:
             await self.relay.store.change({hashed: record})
         except APIError:
-            record.account.total.spend = before
+            record.account.window().spend -= change
             raise
         log.info("key %s: spend set to $%s", record.shown_name, dollars(amount))
         self.send_json(key_row(hashed, record))
@@ -6587,9 +7774,6 @@ class MetricsHandler(ManagementHandler):
         self.finish(encode(registry))
 
 
-METRICS_PATH = "/metrics"
-
-
 def names_route(key: VirtualKey, path: str) -> bool:
     """Whether ``allowed_routes`` name a path of the gateway's own; a mere ``*`` does not."""
     return any(
@@ -6761,6 +7945,19 @@ class JSONFormatter(logging.Formatter):
         return json.dumps(line)
 
 
+class MaskingFormatter(logging.Formatter):
+    """What another formatter makes of a line, with everything in it abbreviated that looks like a
+    key, whoever wrote the line."""
+
+    def __init__(self, inner: logging.Formatter | None) -> None:
+        super().__init__()
+        self._inner = inner or logging.Formatter()
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Called by logging."""
+        return mask_keys(self._inner.format(record))
+
+
 def log_request(handler: web.RequestHandler) -> None:
     """Tornado's access log for what is not relayed: without the query, where keys may stand."""
     request = handler.request
@@ -6768,8 +7965,8 @@ def log_request(handler: web.RequestHandler) -> None:
     log.log(
         level,
         "- %s %s %d",
-        request.method,
-        printable(request.path),
+        printable(request.method or ""),
+        word(printable(urllib.parse.unquote(request.path, "latin-1"))),
         handler.get_status(),
     )
 
@@ -7439,14 +8636,18 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stops.put_nowait, None)
     loop.add_signal_handler(signal.SIGHUP, hangups.put_nowait, None)
-    reloading = asyncio.create_task(reload_at_each(hangups, relay, context))
+    tasks = [
+        asyncio.create_task(reload_at_each(hangups, relay, context)),
+        asyncio.create_task(relay.batches.run()),
+    ]
     announce(settings, relay, port)
     prices = relay.admission.prices
     await loop.run_in_executor(None, prices.load)
     relay.admission.prices_loaded()
     favour_the_loop()
     await stops.get()
-    reloading.cancel()
+    for task in tasks:
+        task.cancel()
     await stop(relay, server, stops)
     if settings.unix_socket:
         with contextlib.suppress(OSError):
@@ -7529,7 +8730,6 @@ async def check(settings: Settings) -> bool:
 
 Finding = tuple[bool, str]
 CHECK_TIMEOUT = 30.0  # seconds
-ANTHROPIC_VERSION = "2023-06-01"  # platform.claude.com, api/versioning
 OPTIONAL_PACKAGES = (
     ("uvloop", "uvloop", "the gateway is slower"),
     ("genai_prices", "genai-prices", "money is not counted, budgets cannot be set"),
@@ -7641,9 +8841,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = read_settings(
             sys.argv[1:] if arguments is None else arguments, os.environ
         )
-        if options.log_json:
-            for handler in logging.getLogger().handlers:
-                handler.setFormatter(JSONFormatter())
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(
+                MaskingFormatter(
+                    JSONFormatter() if options.log_json else handler.formatter
+                )
+            )
         # The log shows neither; looking them up costs each line (docs of logging, "Optimization").
         logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
         raise_file_limit()
