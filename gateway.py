@@ -2603,12 +2603,13 @@ class Admission:
         starts = [match.start() for match in re.finditer(KEY_PREFIX, text)]
         if len(starts) > MAX_KEY_STARTS:
             return True
+        # A key may have any printable characters, so whatever length it may have is tried.
         for start in starts:
-            run = PRINTABLE_KEY.match(text, start)
-            word = KEY_WORD.match(text, start)
-            made = text[start : start + MADE_KEY_LENGTH]
-            for candidate in {run and run[0], word and word[0], made}:
-                if candidate and self.store.lookup(candidate):
+            most = text[start : start + MAX_KEY_LENGTH].encode("latin-1", "replace")
+            digest = hashlib.sha256(most[: MIN_KEY_LENGTH - 1])
+            for end in range(MIN_KEY_LENGTH, len(most) + 1):
+                digest.update(most[end - 1 : end])
+                if self.store.lookup_hash(digest.hexdigest()):
                     return True
         return False
 
@@ -2900,11 +2901,11 @@ NO_MODEL = NO_KEY = "-"  # what stands in logs and sums for none
 MASTER_NAME = "master"
 MAX_LABELS = 1000  # keys, and keys with their models, that /metrics tells apart
 RATE_FIELDS = ("limit", "remaining", "reset")  # of anthropic-ratelimit-{kind}-…
-MAX_KEY_STARTS = 1000  # of what may be a key, in one text
+MAX_KEY_STARTS = (
+    50  # of what may be a key, in one text; no client's fields have so many
+)
 MAX_KEY_LENGTH = 256
 PRINTABLE_KEY = re.compile(r"sk-[\x21-\x7e]{1,253}")
-KEY_WORD = re.compile(r"sk-[0-9A-Za-z_-]{1,253}")
-MADE_KEY_LENGTH = len(KEY_PREFIX) + 22  # what `new_key` makes
 BUDGET_WAIT = (
     2  # seconds after which a request that a budget has no room for may ask again
 )
@@ -4289,7 +4290,7 @@ class UpstreamConnection(asyncio.Protocol):
         if complete:
             self._complete(exchange, stray=bool(rest))
         elif rest:
-            self._rest = rest
+            self._rest, self._breathing = rest, True
             self.transport.pause_reading()
             asyncio.get_running_loop().call_soon(self._go_on, exchange)
         exchange.sink.response_received(payload, complete)
@@ -4300,14 +4301,16 @@ class UpstreamConnection(asyncio.Protocol):
             return
         rest, self._rest = self._rest, b""
         self._receive(exchange, rest)
-        if exchange is self.exchange and not exchange.reading_paused:
-            self.resume_reading()
+        if exchange is self.exchange and not exchange.reading_paused and not self._rest:
+            self._breathing = False
+            self.transport.resume_reading()
 
     def resume_reading(self) -> None:
         """Take from the upstream again, first what is here already."""
         if self._rest and self.exchange is not None:
             asyncio.get_running_loop().call_soon(self._go_on, self.exchange)
         else:
+            self._breathing = False
             self.transport.resume_reading()
 
     def eof_received(self) -> None:
@@ -4342,7 +4345,10 @@ class UpstreamConnection(asyncio.Protocol):
     def _reset_response(self) -> None:
         self._head = HeadReader()
         self._body: Body | None = None
-        self._rest = b""
+        self._rest = (
+            b""  # chunks that wait for the loop's next turn, while nothing is read
+        )
+        self._breathing = False
         self._informational = 0
 
     def _read_head(self, exchange: Exchange, data: bytes) -> bytes | None:
@@ -4379,7 +4385,7 @@ class UpstreamConnection(asyncio.Protocol):
             and not stray
             and not self.transport.is_closing()
         ):
-            if exchange.reading_paused:
+            if exchange.reading_paused or self._breathing:
                 self.transport.resume_reading()
             self.client.put_idle(self)
         else:
@@ -5440,7 +5446,9 @@ class RelayHandler:
             self._redactor = Redactor(secret)
         lines = forwarded_lines(request, self.caller, route)
         target = urllib.parse.unquote(self.target, "latin-1")
-        if any(map(admission.holds_key, (self.target, target, "\n".join(lines)))):
+        places = (self.target, target, "\n".join(lines))
+        shown = holds_any(f"{self.target} {target}", self.caller.presented)
+        if shown or any(map(admission.holds_key, places)):
             raise APIError(
                 400,
                 "A key of this gateway stands in the path, the query or a header field where it would"
@@ -6998,9 +7006,14 @@ class ManagementHandler(BaseHandler):
 
 def read_number(text: str) -> Decimal:
     """A number with a point or an exponent. Raises ValueError for one that no float can be."""
-    if len(text) > MAX_DIGITS or not math.isfinite(float(text)):
-        raise ValueError("a number is too large or too long")
-    return Decimal(text)
+    number = Decimal(text) if len(text) <= MAX_DIGITS else None
+    if (
+        number is None
+        or not math.isfinite(float(text))
+        or number.adjusted() < -MAX_DIGITS
+    ):
+        raise ValueError("a number is too large, too small or too long")
+    return number
 
 
 def refuse_constant(name: str) -> NoReturn:

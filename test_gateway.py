@@ -4253,7 +4253,9 @@ async def test_the_sdk_understands_the_refusals(start: Starter) -> None:
 
 
 @contextlib.asynccontextmanager
-async def inside(url: str, folder: Path) -> AsyncIterator[tuple[gateway.Relay, int]]:
+async def inside(
+    url: str, folder: Path, **options: Any
+) -> AsyncIterator[tuple[gateway.Relay, int]]:
     """A gateway in this process, so that what it holds can be looked at; and its port."""
     chosen = gateway.Settings(
         port=0,
@@ -4261,6 +4263,7 @@ async def inside(url: str, folder: Path) -> AsyncIterator[tuple[gateway.Relay, i
         keys=folder / "inside.json",
         idle_timeout=1,
         api_key=REAL_KEY,
+        **options,
     )
     application = gateway.make_app(dataclasses.replace(chosen, master_key=MASTER_KEY))
     relay = application.settings["relay"]
@@ -4553,6 +4556,1301 @@ class Admissions:
         assert 0 <= account.running == len(self.running) <= 4
         assert account.window().spend + held <= self.budget + self.worst
         assert self.admitted <= 60 + self.clock / 2
+
+
+# ─── Under attack: nobody can stop it ────────────────────────────────────────────────
+
+
+async def alive(process: Process) -> None:
+    """The gateway answers others."""
+    assert (await ask(process.port, "GET /health/liveliness")).status == 200
+
+
+@gen_test
+async def test_empty_lines_before_a_request_are_few(start: Starter) -> None:
+    async with relayed(start) as (process, _, _):
+        for parts in ([b"\r\n\r\n"], [b"\r", b"\n"], [b"\r\n", b"\r\n"]):
+            async with Client(process.port) as client:
+                for part in parts:
+                    client.send(part)
+                    await client.writer.drain()
+                client.request("GET /health/liveliness")
+                assert (await client.response()).status == 200, parts
+        for flood in (b"\r\n" * MIB, b"\r\n" * 6 + b"GET / HTTP/1.0\r\n\r\n"):
+            async with Client(process.port) as client:
+                client.send(flood)
+                assert (await client.response()).status == 400
+        await alive(process)
+
+
+@given(cuts=CUTS, rest=st.binary(max_size=9))
+def test_a_head_is_found_however_it_is_split(cuts: list[int], rest: bytes) -> None:
+    head = b"GET / HTTP/1.1\r\nHost: a\r\nX: \r"
+    reader, found, behind = gateway.HeadReader(), None, b""
+    for part in split_at(head + b"\r\n\r\n" + rest, cuts):
+        if found is None:
+            found = reader.feed(part)
+        else:
+            behind += part
+    assert found is not None
+    assert (found[0], found[1] + behind, len(reader)) == (head, rest, 0)
+
+
+def test_a_head_of_many_fields_is_refused() -> None:
+    fields = "\r\n".join(["a: b", *(f"x-{number}: 1" for number in range(998))])
+    gateway.parse_fields(fields)
+    with pytest.raises(gateway.ProtocolError) as refused:
+        gateway.parse_fields(f"{fields}\r\na: b\r\na: c")
+    assert refused.value.status == 431
+
+
+def without_reading(port: int) -> socket.socket:
+    """A connection of a client that does not read what it is sent."""
+    client = socket.create_connection(("127.0.0.1", port))
+    client.setblocking(False)
+    return client
+
+
+@gen_test
+async def test_answers_that_nobody_reads_are_not_made(start: Starter) -> None:
+    async with relayed(start) as (process, _, _):
+        await priced(process)
+        before = process.memory()
+        asked = b"".join(
+            b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % path
+            for path in (b"/", b"/nothing", b"/v1/models", b"/health/liveliness")
+        )
+        with without_reading(process.port) as client:
+            sent = 0
+            with contextlib.suppress(TimeoutError):
+                while sent < 40 * MIB:  # they would be answered with some 400 MB
+                    data = asked[sent % len(asked) :] + asked * 500
+                    async with asyncio.timeout(1):
+                        await asyncio.get_running_loop().sock_sendall(client, data)
+                    sent += len(data)
+            await alive(process)
+            assert process.memory() - before < 4 * MIB
+            client.settimeout(PATIENCE)
+            answers = b""
+            while answers.count(b"HTTP/1.1 ") < 4000:  # it goes on when he reads
+                answers += client.recv(MIB)
+            statuses = re.findall(rb"HTTP/1\.1 (\d+)", answers)[:4000]
+            assert statuses == [b"200", b"404", b"401", b"200"] * 1000
+
+
+@gen_test
+async def test_a_strangers_body_is_not_kept(start: Starter) -> None:
+    async with relayed(start) as (process, _, key):
+        await priced(process)
+        before = process.memory()
+        async with contextlib.AsyncExitStack() as stack:
+            clients = []
+            for number in range(40):
+                client = await stack.enter_async_context(Client(process.port))
+                shown = key if number % 2 else ""
+                size = f"Content-Length: {MIB}"
+                client.request("POST /key/generate", size, key=shown)
+                client.send(b"x" * (MIB - 1))
+                await client.writer.drain()
+                clients.append(client)
+            await alive(process)
+            assert process.memory() - before < 8 * MIB
+            for number, client in enumerate(clients):
+                client.send(b"x")
+                answer = await client.response()
+                assert answer.status == (403 if number % 2 else 401)
+
+
+@gen_test
+async def test_the_next_request_waits_for_a_client_that_does_not_read(
+    start: Starter,
+) -> None:
+    async def pour(request: Arrived) -> None:
+        size = 100 * MIB if request.target.endswith("large") else 20_000
+        await request.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
+        for _ in range(max(1, size // MIB)):
+            await request.send(bytes(min(size, MIB)))
+
+    async with relayed(start, pour) as (process, up, key):
+        await priced(process)
+        before = process.memory()
+        head = f"HTTP/1.1\r\nHost: x\r\nx-api-key: {key}\r\n\r\n"
+        with without_reading(process.port) as client:
+            paths = ["/v1/files/small"] * 3000 + ["/v1/files/large"]
+            asked = "".join(f"GET {path} {head}" for path in paths).encode()
+            sending = asyncio.create_task(
+                asyncio.get_running_loop().sock_sendall(client, asked)
+            )
+            last = -1
+            while last != (last := len(up.arrived)):
+                await asyncio.sleep(0.3)
+            assert 0 < last < 3000 and process.memory() - before < 8 * MIB
+            sending.cancel()
+
+
+@pytest.mark.parametrize("direction", ["up", "down"])
+@gen_test
+async def test_bodies_in_tiny_chunks_arrive_whole(
+    start: Starter, direction: str
+) -> None:
+    body = os.urandom(30_000)
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
+
+    async def answer(request: Arrived) -> None:
+        got = await request.read_body()
+        if direction == "up":
+            await request.answer(got)
+        else:
+            await request.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+            await request.send(chunks)
+
+    async with (
+        relayed(start, answer) as (process, _, key),
+        Client(process.port) as client,
+    ):
+        for kind in ("application/json", "application/octet-stream"):
+            sent = chunks if direction == "up" else b"0\r\n\r\n"
+            fields = (f"Content-Type: {kind}", "Transfer-Encoding: chunked")
+            client.request("POST /v1/files", *fields, key=key)
+            client.send(sent)
+            client.request("GET /health/liveliness")  # behind it, in the same bytes
+            got = await client.response()
+            assert got.body == body and got.clean
+            assert (await client.response()).status == 200
+
+
+COSTLY = {
+    "lists": b'{"model": "m", "x": [' + b"[]," * 500_000 + b"1]}",
+    "objects": b'{"model": "m", "x": [' + b"{}," * 500_000 + b"1]}",
+    "numbers": b'{"model": "m", "x": [' + b"1," * 3_000_000 + b"1]}",
+    "members": b'{"model": "m", %b"a":1}'
+    % b"".join(b'"%d":1,' % n for n in range(400_000)),
+    "spaced members": b'{"model": "m", %b"a":1}'
+    % b"".join(b'"%d" :1,' % n for n in range(400_000)),
+}
+
+
+@pytest.mark.parametrize("name", COSTLY)
+def test_bodies_that_no_client_sends_are_refused(name: str) -> None:
+    for path in (MESSAGES_PATH, BATCHES):
+        route = gateway.read_route("POST", path)
+        for read in (gateway.read_strictly, gateway.read_leniently):
+            with pytest.raises(gateway.APIError) as refused:
+                drain(read(COSTLY[name], route))
+            assert refused.value.status == 400
+
+
+def test_bodies_that_clients_send_are_read() -> None:
+    rows = [{"custom_id": f"r{n}", "params": MESSAGE} for n in range(100_000)]
+    text = (
+        '{"a": [1, 2], "b": {}}, \\ "model": "x"\n' * 80_000
+    )  # JSON as a prompt's text
+    message = {**MESSAGE, "messages": [{"role": "user", "content": text}]}
+    for path, document in ((BATCHES, {"requests": rows}), (MESSAGES_PATH, message)):
+        body, route = json.dumps(document).encode(), gateway.read_route("POST", path)
+        assert drain(gateway.read_strictly(body, route)) == document
+        read = drain(gateway.read_leniently(body, route))
+        order = drain(gateway.read_order(read, body, batched=route.makes_batch))
+        assert order.model == MESSAGE["model"]
+        (part,) = order.parts.values()
+        assert part[1] == 64 * (100_000 if route.makes_batch else 1)
+
+
+def test_both_readers_read_the_same_of_a_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    bodies = [json.dumps(body).encode() for body, _ in ORDERS]
+    bodies += [b"[1]", b"nonsense", b'{"model": 1, "fallbacks": {"a": 1}, "tools": 5}']
+    read: list[list[Any]] = []
+    for decoder in (gateway.order_decoder(), None):
+        monkeypatch.setattr(gateway, "order_decoder", lambda decoder=decoder: decoder)
+        route, orders = gateway.read_route("POST", MESSAGES_PATH), []
+        for body in bodies:
+            document = drain(gateway.read_leniently(body, route))
+            orders.append(drain(gateway.read_order(document, body, batched=False)))
+        read.append(orders)
+    assert gateway.order_decoder is not None and read[0] == read[1]
+
+
+def test_invented_models_are_looked_up_and_named_a_few_times(
+    prices: gateway.Prices, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"params": {**MESSAGE, "model": f"invented-{n}"}} for n in range(1000)]
+    body = json.dumps({"requests": rows}).encode()
+    document = json.loads(body)
+    order = drain(gateway.read_order(document, body, batched=True))
+    assert len(order.parts) == gateway.MAX_MODELS + 1
+    total = sum(tally.spend for _, tally in prices.worst(order, WHEN))
+    dearest = prices.dearest(WHEN)
+    assert total >= 64_000 * dearest.output / 2
+    for number in range(200):
+        prices.rates(f"unheard-of-{number}", WHEN, 0)
+    assert caplog.text.count("no price is known") <= gateway.MAX_UNKNOWN
+
+
+@gen_test
+async def test_what_is_held_at_once_is_capped(tmp_path: Path) -> None:
+    release = asyncio.Event()
+
+    async def slow(request: Arrived) -> None:
+        await request.read_body()
+        await release.wait()
+        await request.answer(b"{}")
+
+    part = MIB // 2  # the cap is 8 MB, of which each key has 2
+    async with (
+        upstream(slow) as up,
+        inside(up.url, tmp_path, max_held_bytes=8 * MIB) as (relay, port),
+        contextlib.AsyncExitStack() as stack,
+    ):
+        held = relay.admission.held
+        keys = [(await put_key(relay))[0] for _ in range(5)]
+
+        async def begin(key: str, *fields: str) -> Client:
+            client = await stack.enter_async_context(Client(port))
+            client.request("POST /v1/messages", JSON_KIND, *fields, key=key)
+            return client
+
+        declared = f"Content-Length: {part}"
+        waiting = [await begin(key, declared) for key in keys[:4] for _ in range(4)]
+        await until(lambda: held.total == 8 * MIB)
+        for key, status in ((keys[0], 503), (keys[4], 503)):
+            answer = await (await begin(key, declared)).response()
+            assert answer.status == status and answer.field("retry-after") == ["1"]
+            assert answer.error["type"] == "overloaded_error"
+        await (await stack.enter_async_context(Client(port))).__aexit__()
+        waiting.pop().writer.close()
+        await until(lambda: held.total == 8 * MIB - part)
+        answer = await (await begin(keys[0], declared)).response()
+        assert answer.status == 429 and answer.error["type"] == "rate_limit_error"
+        assert answer.field("retry-after") == ["1"]
+        large = await (await begin(keys[4], f"Content-Length: {3 * MIB}")).response()
+        assert large.status == 413 and "--max-held-bytes" in large.error["message"]
+        chunked = await begin(keys[4], "Transfer-Encoding: chunked")
+        for _ in range(3):
+            chunked.send(b"%x\r\n%b\r\n" % (part // 2, b"x" * (part // 2)))
+        assert (await chunked.response()).status == 503
+        # What is on its way upstream is held no more, though the answer is still to come.
+        for client in waiting:
+            client.send(b"x" * part)
+        await until(lambda: len(up.arrived) == 15 and held.total == 0)
+        assert not held._shares
+        release.set()
+        for client in waiting:
+            assert (await client.response()).status == 200
+
+
+def test_the_default_cap_is_a_quarter_of_the_memory_there_is(tmp_path: Path) -> None:
+    store = gateway.KeyStore(tmp_path / "keys.json")
+    prices = gateway.Prices()
+    admission = gateway.Admission(gateway.Settings(), store, prices)
+    assert admission.held.limit == gateway.memory_size() // 4
+    assert admission.held.share == admission.held.limit // 4
+    store.close()
+
+
+@gen_test
+async def test_of_many_tags_a_few_are_remembered(start: Starter) -> None:
+    async with relayed(start) as (process, _, key):
+        tags = "x-litellm-tags: " + ",".join(f"t{n}-{'x' * 300}" for n in range(150))
+        await ask(process.port, "GET /v1/models", tags, key=key)
+        (row,) = process.manage("/spend/logs").json()
+        assert len(row["request_tags"]) == gateway.MAX_TAGS
+        assert max(map(len, row["request_tags"])) <= 200
+
+
+@pytest.mark.parametrize("kind", ["application/json", "text/event-stream"])
+@gen_test
+async def test_an_answer_that_unfolds_lets_others_go_on(
+    start: Starter, kind: str
+) -> None:
+    packed = gzip.compress(bytes(256 * MIB), 1)  # a thousand times its size
+
+    async def unfold(request: Arrived) -> None:
+        await request.read_body()
+        fields = (f"Content-Type: {kind}", "Content-Encoding: gzip")
+        await request.answer(packed, "200 OK", *fields)
+
+    async with metered(start, unfold) as (process, _, key):
+        before = process.memory()
+        body = json.dumps(MESSAGE).encode()
+        unfolding = asyncio.create_task(
+            ask(process.port, "POST /v1/messages", JSON_KIND, body=body, key=key)
+        )
+        probes = 0
+        while not unfolding.done():
+            await alive(process)
+            probes += 1
+        answer = await unfolding
+        assert answer.body == packed and answer.clean and probes > 20
+        assert process.memory() - before < 24 * MIB
+
+
+# ─── Under attack: a budget is a budget ──────────────────────────────────────────────
+
+
+def ordered(params: Any, batched: bool = False) -> gateway.Order:
+    body = json.dumps(params).encode()
+    order = drain(gateway.read_order(params, body, batched=batched))
+    order.prompt = 1000
+    return order
+
+
+TOOL = {"type": "advisor_20260301", "model": "claude-haiku-4-5"}
+SEARCH = {"type": "web_search_20260318"}
+# A message of 30 bytes a token costs nothing beside these: Opus 5.5 $4 and $20, Haiku 4.5 $1 and $5,
+# Opus 4, the dearest known, $15 and $75 for a million; a search $0.01.
+ORDERS: list[tuple[dict[str, Any], str]] = [
+    ({"max_tokens": 1000}, "0.02"),
+    ({}, "2.56"),  # upstream's own limit, of 128,000
+    ({"max_tokens": "1000"}, "2.56"),
+    ({"max_tokens": 1000, "inference_geo": "us"}, "0.022"),
+    ({"max_tokens": 1000, "model": "never-heard-of"}, "0.075"),
+    ({"max_tokens": 1000, "fallbacks": "default"}, "0.095"),
+    (
+        {
+            "max_tokens": 1000,
+            "fallbacks": [
+                {"model": "claude-haiku-4-5"},
+                {"model": OPUS, "max_tokens": 500},
+            ],
+        },
+        "0.035",
+    ),
+    (
+        {"max_tokens": 1000, "tools": [{**TOOL, "max_uses": 3, "max_tokens": 100}]},
+        "0.0215",
+    ),
+    ({"max_tokens": 1000, "tools": [{**TOOL}, {"name": "mine"}]}, "0.07"),
+    ({"max_tokens": 1000, "tools": [{**SEARCH, "max_uses": 7}]}, "0.09"),
+    ({"max_tokens": 1000, "tools": [SEARCH]}, "0.12"),
+    (
+        {"max_tokens": 1000, "context_management": {"edits": [{"type": "compact_1"}]}},
+        "0.04",
+    ),
+    ({"max_tokens": 1000, "requests": []}, "0.02"),  # of no meaning in a message
+]
+
+
+@pytest.mark.parametrize(("params", "outputs"), ORDERS)
+def test_the_worst_case_is_all_that_may_be_written(
+    prices: gateway.Prices, params: dict[str, Any], outputs: str
+) -> None:
+    order = ordered({"model": OPUS, **params})
+    for counts in order.parts.values():
+        counts[0] = 0  # the prompt's share is looked at below
+    total = sum(tally.spend for _, tally in prices.worst(order, WHEN))
+    assert total == Decimal(outputs)
+
+
+def test_the_worst_case_has_the_prompt_at_its_dearest(prices: gateway.Prices) -> None:
+    def prompt(**params: Any) -> Decimal:
+        message = {"model": OPUS, "max_tokens": 0, "system": "x" * 30_000, **params}
+        order = ordered(message)
+        assert 10_000 <= next(iter(order.parts.values()))[0] < 10_050
+        return sum(tally.spend for _, tally in prices.worst(order, WHEN)) / 10_000
+
+    def cached(**control: str) -> list[Any]:
+        return [{"text": "x", "cache_control": {"type": "ephemeral", **control}}]
+
+    million = Decimal(1_000_000)
+    assert round(prompt() * million, 1) == 4
+    assert round(prompt(messages=cached()) * million, 1) == 5
+    assert round(prompt(messages=cached(ttl="1h")) * million, 1) == 8
+    assert round(prompt(speed="fast") * million, 1) >= 4
+
+
+def test_the_worst_case_of_a_batch_is_half_of_all_its_rows(
+    prices: gateway.Prices,
+) -> None:
+    rows = [{"params": {"model": OPUS, "max_tokens": 1000}}] * 10
+    rows.append(
+        {"params": {"model": "claude-haiku-4-5", "max_tokens": 2000, "tools": [SEARCH]}}
+    )
+    order = ordered({"requests": rows}, batched=True)
+    for counts in order.parts.values():
+        counts[0] = 0
+    worst = sum(tally.spend for _, tally in prices.worst(order, WHEN))
+    assert worst == (10 * Decimal("0.02") + Decimal("0.01")) / 2 + Decimal("0.10")
+
+
+FIELDS_OF_KEYS: dict[str, st.SearchStrategy[Any]] = {
+    "key_alias": st.text(max_size=9),
+    "user_id": st.text(max_size=9),
+    "team_id": st.none() | st.text(max_size=9),
+    "models": st.lists(st.text(max_size=9), max_size=2),
+    "allowed_routes": st.lists(st.sampled_from(["/v1/*", "/v1/sessions"]), max_size=2),
+    "unmetered_routes": st.booleans(),
+    "rpm_limit": st.none() | st.integers(0, 10**12),
+    "tpm_limit": st.none() | st.integers(0, 10**12),
+    "max_parallel_requests": st.none() | st.integers(0, 10**12),
+    "max_budget": st.none() | st.integers(0, 10**12) | st.floats(0, 10**9),
+    "soft_budget": st.none() | st.integers(0, 9) | st.floats(0, 1),
+    "budget_duration": st.none()
+    | st.from_regex(r"[1-9][0-9]{0,8}(mo|s|m|h|d|w)", fullmatch=True),
+    "model_max_budget": st.dictionaries(
+        st.text(min_size=1, max_size=5),
+        st.fixed_dictionaries(
+            {"budget_limit": st.integers(0, 9) | st.floats(0, 10**6)},
+            optional={"time_period": st.sampled_from(["1d", "24000mo", "999999999w"])},
+        ),
+        max_size=2,
+    ),
+    "metadata": st.dictionaries(
+        st.text(max_size=5), st.floats() | st.text(max_size=5), max_size=3
+    ),
+    "tags": st.lists(st.text(max_size=9), max_size=2),
+    "blocked": st.booleans(),
+    "duration": st.none() | st.from_regex(r"[0-9]{1,9}(mo|s|m|h|d|w)", fullmatch=True),
+}
+
+
+@settings(deadline=None, max_examples=300)
+@given(fields=st.fixed_dictionaries({}, optional=FIELDS_OF_KEYS))
+def test_what_is_taken_of_a_key_is_read_again(
+    fields: dict[str, Any], prices: gateway.Prices
+) -> None:
+    """Every field and value that /key/generate takes goes through the file unchanged."""
+    text = json.dumps(fields)
+    try:
+        body = json.loads(text, parse_float=gateway.read_number)
+        changes = gateway.key_changes(body, WHEN, prices)
+    except (gateway.APIError, ValueError):
+        return
+    record = gateway.VirtualKey(
+        "sk-...test", created_at=WHEN, updated_at=WHEN, **changes
+    )
+    line = gateway.store_line("a" * 64, record).decode()
+    kept = gateway.parse_store(f'{{"version": 1, "keys": {{{line}}}}}'.encode(), "x")
+    (again,) = kept.values()
+    account, record.account.usage = again.account, again.account.usage
+    account.windows, record.account.windows = {}, {}
+    assert dataclasses.replace(again) == record
+    # What can be shown of it does not depend on when it is looked at.
+    gateway.key_row("a" * 64, again)
+
+
+def test_a_limit_of_zero_is_one_after_a_restart_and_a_reload(start: Starter) -> None:
+    process = start()
+    limits = {"rpm_limit": 0, "tpm_limit": 0, "max_parallel_requests": 0}
+    limits |= {"max_budget": 0, "soft_budget": 0}
+    keys = [process.new_key(**{name: 0}) for name in limits]
+    process.popen.send_signal(signal.SIGHUP)
+    wait_for(lambda: "keys read again" in process.log)
+    for running in (process, None):
+        if running is None:
+            process.stop()
+            running = start()
+        for key, name in zip(keys, limits, strict=True):
+            row = running.manage(f"/key/info?key={key}").json()["info"]
+            assert row[name] == 0
+            expected = 200 if name == "soft_budget" else 429
+            assert relay_message(running, key) == expected, name
+
+
+def relay_message(process: Process, key: str, **fields: Any) -> int:
+    answer = httpx2.post(
+        f"{process.url}/v1/messages",
+        headers={"x-api-key": key, "content-type": "application/json"},
+        content=json.dumps({**MESSAGE, **fields}),
+    )
+    return answer.status_code
+
+
+class Batches:
+    """An upstream that makes batches of Opus, whose rows use 1,000 and 500 tokens ($0.007 each)."""
+
+    def __init__(self) -> None:
+        self.state = "in_progress"
+        self.made = 0
+        self.rows = 10
+        self.gone = False
+        self.answering = asyncio.Event()
+        self.answering.set()
+        self.seen: list[Arrived] = []
+
+    async def __call__(self, request: Arrived) -> None:
+        self.seen.append(request)
+        await request.read_body()
+        if request.target.endswith("/results"):
+            message = {"model": OPUS, "content": [{}], "usage": usage_of(1000, 500)}
+            row = {
+                "custom_id": "a",
+                "result": {"type": "succeeded", "message": message},
+            }
+            rows = (json.dumps(row) + "\n").encode() * self.rows
+            await request.answer(rows, "200 OK" if not self.gone else "404 Not Found")
+        elif request.start_line.startswith("POST"):
+            await self.answering.wait()
+            self.made += 1
+            await self.describe(request, f"msgbatch_{self.made}")
+        elif self.gone:
+            await request.answer(b"{}", "404 Not Found")
+        else:
+            await self.describe(request, request.target.rpartition("/")[2])
+
+    async def describe(self, request: Arrived, name: str) -> None:
+        batch = {"id": name, "processing_status": self.state, "results_url": None}
+        await request.answer(json.dumps(batch).encode(), "200 OK", JSON_KIND)
+
+
+def batch_of(rows: int, max_tokens: int = 500) -> bytes:
+    params = {**MESSAGE, "model": OPUS, "max_tokens": max_tokens}
+    return json.dumps(
+        {"requests": [{"custom_id": str(n), "params": params} for n in range(rows)]}
+    ).encode()
+
+
+@contextlib.asynccontextmanager
+async def batching(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, look: float = 0.05
+) -> AsyncIterator[tuple[Batches, gateway.Relay, Callable[..., Awaitable[Response]]]]:
+    """A gateway that looks after its batches often, before an upstream that makes them."""
+    monkeypatch.setattr(gateway, "BATCH_LOOK", look)
+    monkeypatch.setattr(gateway, "BATCH_LOOK_LATEST", look)
+    batches = Batches()
+    async with upstream(batches) as up, inside(up.url, folder) as (relay, port):
+        running = asyncio.create_task(relay.batches.run())
+
+        async def call(start: str, *fields: str, **kwargs: Any) -> Response:
+            return await ask(port, start, JSON_KIND, *fields, **kwargs)
+
+        yield batches, relay, call
+        running.cancel()
+
+
+@gen_test
+async def test_a_batch_is_let_in_only_where_its_worst_case_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Worst case of a row: 500 tokens at half of $20 a million, $0.005, and the prompt's $0.0001.
+    async with batching(tmp_path, monkeypatch, 60) as (batches, relay, call):
+        key, record = await put_key(relay, max_budget=Decimal("0.08"))
+        window = record.account.window()
+
+        async def make(rows: int, **kwargs: Any) -> Response:
+            path = "POST /v1/messages/batches"
+            return await call(path, body=batch_of(rows), key=key, **kwargs)
+
+        too_large = await make(20)
+        assert too_large.status == 429 and too_large.error["type"] == "billing_error"
+        assert too_large.field("x-should-retry") == ["false"]
+        assert "reached" not in too_large.error["message"]
+        assert (await make(10)).status == 200 and not record.spent(gateway.now())
+        assert Decimal("0.05") < window.held < Decimal("0.06")
+        # It would fit if the first one were over.
+        waits = await make(10)
+        assert waits.status == 429 and waits.error["type"] == "rate_limit_error"
+        assert waits.field("retry-after") == [str(gateway.BUDGET_WAIT)]
+        unread = await call(
+            "POST /v1/messages/batches", body=gzip.compress(batch_of(1)), key=key
+        )
+        assert unread.status == 400 and batches.made == 1
+        # What is held outlives the process.
+        await relay.store.flush()
+        again = gateway.parse_store(relay.store.path.read_bytes(), "again")
+        (account,) = [kept.account for kept in again.values()]
+        assert account.window().held == window.held
+        assert list(account.batches) == ["msgbatch_1"]
+
+
+@gen_test
+async def test_a_batch_that_nobody_fetches_is_booked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with batching(tmp_path, monkeypatch) as (batches, relay, call):
+        key, record = await put_key(relay, max_budget=Decimal(1))
+        plain, unlimited = await put_key(relay)
+        for who in (key, plain):
+            path = "POST /v1/messages/batches"
+            assert (await call(path, body=batch_of(10), key=who)).status == 200
+        await until(lambda: len(batches.seen) > 6)  # it is looked at again and again
+        assert record.spent(gateway.now()) == 0 and record.account.window().held
+        for asked in batches.seen[2:]:
+            assert credentials(asked) == [("x-api-key", REAL_KEY)]
+            assert asked.field("anthropic-version") == ["2023-06-01"]
+        batches.state = "ended"  # a canceled or expired one has ended too
+        accounts = (record.account, unlimited.account)
+        await until(lambda: all(b.booked for a in accounts for b in a.batches.values()))
+        looked = len(batches.seen)
+        results = "GET /v1/messages/batches/msgbatch_1/results"
+        for fields in ((), ("Range: bytes=0-10",)):
+            fetched = await call(results, *fields, key=key)
+            assert fetched.status == 200 and not batches.seen[-1].field("range")
+        for owner in (record, unlimited):
+            assert owner.spent(gateway.now()) == Decimal("0.07")
+            assert_nothing_is_held(owner.account)
+        assert len(batches.seen) == looked + 2  # nobody looks at it any more
+
+
+@gen_test
+async def test_who_fetches_before_deletes_or_loses_a_batch_pays_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with batching(tmp_path, monkeypatch, 60) as (batches, relay, call):
+        key, record = await put_key(relay, max_budget=Decimal(1))
+        path = "/v1/messages/batches"
+
+        async def make() -> str:
+            made = await call(f"POST {path}", body=batch_of(10), key=key)
+            return f"{path}/{made.json()['id']}"
+
+        async def spent(change: str) -> None:
+            nonlocal before
+            await until(lambda: not record.account.window().held)
+            now = record.spent(gateway.now())
+            assert now - before == Decimal(change)
+            before = now
+
+        before = Decimal(0)
+        first = await make()
+        batches.state = "ended"
+        await call(f"GET {first}/results", "Range: bytes=5-", key=key)
+        await spent("0.07")
+        await call(f"DELETE {await make()}", key=key)  # read before it goes
+        await spent("0.07")
+        assert batches.seen[-1].start_line.startswith("DELETE")
+        await call(f"GET {await make()}", key=key)  # which shows that it has ended
+        await spent("0.07")
+        lost = await make()
+        held, batches.gone = record.account.window().held, True
+        await relay.batches.book(lost.rpartition("/")[2])
+        await spent(str(held))
+        assert Decimal("0.05") < held < Decimal("0.06")
+
+
+@gen_test
+async def test_who_leaves_while_his_batch_is_made_owns_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with batching(tmp_path, monkeypatch) as (batches, relay, call):
+        key, record = await put_key(relay, max_budget=Decimal(1))
+        batches.answering.clear()
+        path = "POST /v1/messages/batches"
+        leaving = asyncio.create_task(call(path, body=batch_of(10), key=key))
+        await until(lambda: batches.seen)
+        leaving.cancel()
+        await until(lambda: not [c for c in relay.active if not c._deserted])
+        batches.state = "ended"
+        batches.answering.set()
+        await until(lambda: record.spent(gateway.now()) == Decimal("0.07"))
+        assert_nothing_is_held(record.account)
+        await until(lambda: not relay.active)
+        assert relay.recent[-1].outcome == "client_gone"
+
+
+@gen_test
+async def test_what_is_regenerated_or_read_again_loses_nothing(tmp_path: Path) -> None:
+    release = asyncio.Event()
+
+    async def slow(request: Arrived) -> None:
+        if "batches" in request.target:
+            await request.read_body()
+            await request.answer(b'{"id": "msgbatch_9"}', "200 OK", JSON_KIND)
+            return
+        await release.wait()
+        await answer_with(usage_of(1000, 500))(request)
+
+    async with upstream(slow) as up, inside(up.url, tmp_path) as (relay, port):
+        key, _record = await put_key(relay, max_budget=Decimal(1), key_alias="a")
+        body = json.dumps({**MESSAGE, "model": OPUS}).encode()
+        running = asyncio.create_task(
+            ask(port, "POST /v1/messages", JSON_KIND, body=body, key=key)
+        )
+        await until(lambda: up.arrived)
+        name = key
+        for _ in range(3):
+            body = json.dumps({"key_alias": "a"}).encode()
+            made = await ask(port, "POST /key/regenerate", body=body, key=MASTER_KEY)
+            name = made.json()["key"]
+        release.set()
+        assert (await running).status == 200
+        present = relay.store.keys[gateway.hash_key(name)]
+        assert present.spent(gateway.now()) == Decimal("0.014")
+        assert next(iter(present.account.usage.days()))[2].spend == Decimal("0.014")
+        made = await ask(
+            port, "POST /v1/messages/batches", JSON_KIND, body=batch_of(1), key=name
+        )
+        assert made.status == 200
+        await relay.store.reload()
+        assert relay.store.batch_owner("msgbatch_9") is present.account
+        assert relay.store.keys[gateway.hash_key(name)].account is present.account
+
+
+@gen_test
+async def test_what_cannot_be_counted_is_closed(start: Starter) -> None:
+    async with metered(start, answer_with(usage_of(1, 1))) as (process, up, key):
+        body = json.dumps({**MESSAGE}).encode()
+
+        async def status(start: str, who: str) -> int:
+            return (
+                await ask(process.port, start, JSON_KIND, body=body, key=who)
+            ).status
+
+        closed = ["/v1/sessions", "/v1/agents", "/v1/dreams", "/v1/new/x", "/v1/vaults"]
+        closed += [
+            "/v1/messages%20",
+            "/v1/messages;a",
+            "/v1/messages/new",
+            "/v1/oauth/token",
+        ]
+        closed += [
+            "/anthropic/V1/messages",
+            "/anthropic/api/oauth/claude_cli/create_api_key",
+        ]
+        for path in closed:
+            assert await status(f"POST {path}", key) == 403, path
+        assert not up.arrived
+        for path in closed:
+            assert await status(f"POST {path}", MASTER_KEY) == 200, path
+        for path in (
+            "/v1/messages",
+            "/v1/messages/cache_touch",
+            "/v1/complete",
+            "/v1/files",
+        ):
+            assert await status(f"POST {path}", key) == 200, path
+        # Whoever opens more to a key with a budget must say that he knows.
+        routes = {"allowed_routes": ["/v1/*", "/v1/sessions*"]}
+        refused = process.manage("/key/generate", {**routes, "max_budget": 5})
+        assert "unmetered_routes" in error_of(refused, 400, "invalid_request_error")
+        opened = process.new_key(**routes)
+        assert await status("POST /v1/sessions", opened) == 200
+        for change in (
+            {"max_budget": 5},
+            {"model_max_budget": {"*": {"budget_limit": 1}}},
+        ):
+            refused = process.manage("/key/update", {"key": opened, **change})
+            error_of(refused, 400, "invalid_request_error")
+        known = process.new_key(**routes, max_budget=5, unmetered_routes=True)
+        assert await status("POST /v1/sessions", known) == 200
+        changed = process.manage(
+            "/key/update", {"key": known, "unmetered_routes": False}
+        )
+        error_of(changed, 400, "invalid_request_error")
+
+
+@gen_test
+async def test_an_odd_method_is_no_way_round_a_budget(start: Starter) -> None:
+    async with metered(start, answer_with(usage_of(1000, 500))) as (process, up, _):
+        body = json.dumps({**MESSAGE, "model": OPUS}).encode()
+        override = "X-HTTP-Method-Override: POST"
+        for method in ("post", "Post", "PUT", "PURGE"):
+            key = process.new_key(max_budget=0.00001)
+            asked = f"{method} /v1/messages/"
+            first = await ask(
+                process.port, asked, JSON_KIND, override, body=body, key=key
+            )
+            assert first.status == 200 and not up.arrived[-1].field(
+                override.split(":")[0]
+            )
+            second = await ask(process.port, asked, JSON_KIND, body=body, key=key)
+            assert second.error["type"] == "billing_error", method
+
+
+@gen_test
+async def test_old_completions_are_booked_by_what_they_say(start: Starter) -> None:
+    async def complete(request: Arrived) -> None:
+        await request.read_body()
+        said = {"type": "completion", "completion": "世" * 300, "model": OPUS}
+        if b'"stream"' in request.body:
+            data = sse(said, {**said, "stop_reason": "stop_sequence"})
+            await request.send(SSE_HEAD + b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data))
+        else:
+            await request.answer(json.dumps(said).encode(), "200 OK", JSON_KIND)
+
+    async with metered(start, complete) as (process, _, key):
+        for extra, taken in (({}, 300), ({"stream": True}, 600)):
+            params = {
+                "model": OPUS,
+                "prompt": "x" * 300,
+                "max_tokens_to_sample": 9,
+                **extra,
+            }
+            body = json.dumps(params).encode()
+            await ask(process.port, "POST /v1/complete", JSON_KIND, body=body, key=key)
+            await until(lambda taken=taken: f"->{taken} tokens" in process.log)
+        (row, _) = process.manage("/spend/logs").json()
+        assert row["estimated"] and row["model"] == OPUS and row["prompt_tokens"] > 100
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_budget": 100}])
+@gen_test
+async def test_who_leaves_before_the_head_pays_what_was_under_way(
+    start: Starter, limits: dict[str, Any]
+) -> None:
+    async def silent(request: Arrived) -> None:
+        await request.read_body()
+        await request.gone()
+
+    async with metered(start, silent) as (process, up, _):
+        key = process.new_key(**limits)
+        thinking = {"thinking": {"type": "enabled", "budget_tokens": 2000}}
+        for fields, taken in (
+            ({}, 0),
+            (thinking, 2000),
+            ({**thinking, "stream": True}, 0),
+        ):
+            message = {**MESSAGE, "model": OPUS, "max_tokens": 8000, **fields}
+            message["system"] = "x" * 3000
+            up.arrived.clear()
+            async with Client(process.port) as client:
+                body = json.dumps(message).encode()
+                client.request("POST /v1/messages", JSON_KIND, body=body, key=key)
+                await until(lambda: up.arrived and up.arrived[0].body)
+            await until(
+                lambda: not process.manage("/metrics").text.count("flight_requests 1")
+            )
+            row = process.manage("/spend/logs").json()[0]
+            assert row["outcome"] == "client_gone" and row["estimated"]
+            assert row["prompt_tokens"] == gateway.tokens_in(len(body))
+            assert (row["completion_tokens"], row["model"]) == (taken, OPUS)
+            cost = row["prompt_tokens"] * 4 + taken * 20
+            assert row["spend"] == pytest.approx(cost / 1e6)
+
+
+@pytest.mark.parametrize("coding", ["br", "gzip", "deflate"])
+@pytest.mark.parametrize("limits", [{}, {"max_budget": 100}])
+@gen_test
+async def test_what_cannot_be_read_costs_its_worst_case(
+    start: Starter, limits: dict[str, Any], coding: str
+) -> None:
+    data = b"\x8b\x01\x80nothing that anybody can read\x03" * 50
+
+    async def odd(request: Arrived) -> None:
+        await request.read_body()
+        await request.answer(data, "200 OK", JSON_KIND, f"Content-Encoding: {coding}")
+
+    async with metered(start, odd) as (process, _, _):
+        answer = await acall(process, process.new_key(**limits), max_tokens=1000)
+        assert answer.body == data and answer.clean
+        await until(lambda: "worst case" in process.log)
+        row = process.manage("/spend/logs").json()[0]
+        assert row["completion_tokens"] == 1000 and row["estimated"]
+        assert row["spend"] == pytest.approx((row["prompt_tokens"] * 4 + 20_000) / 1e6)
+
+
+# ─── Under attack: no key, no secret, no stranger ────────────────────────────────────
+
+
+@gen_test
+async def test_the_real_key_leaves_in_no_line_of_a_head(start: Starter) -> None:
+    async def reveal(request: Arrived) -> None:
+        await request.send(
+            f"HTTP/1.1 103 {REAL_KEY}\r\nX-A: {REAL_KEY}\r\n\r\n".encode()
+        )
+        await request.answer(b"hi", f"200 {REAL_KEY}", f"X-{REAL_KEY}: a")
+
+    async with relayed(start, reveal) as (process, _, key):
+        answer = await ask(process.port, "GET /v1/models", key=key)
+        (early,) = answer.informational
+        assert answer.body == b"hi" and answer.reason == "*" * len(REAL_KEY)
+        assert REAL_KEY.encode() not in answer.head + early
+
+
+@pytest.mark.parametrize(
+    "pack",
+    [
+        lambda data: ("deflate", RAW_DEFLATE(data)),
+        lambda data: ("gzip", gzip.compress(b"first") + gzip.compress(data)),
+        lambda data: ("gzip", gzip.compress(data[:40]) + gzip.compress(data[40:])),
+        lambda data: ("gzip", data),  # a lie
+    ],
+)
+@gen_test
+async def test_the_real_key_leaves_in_no_compressed_body(
+    start: Starter, pack: Any
+) -> None:
+    async def reveal(request: Arrived) -> None:
+        coding, body = pack(b"it is " + REAL_KEY.encode() + b"." + os.urandom(5000))
+        await request.answer(body, "200 OK", f"Content-Encoding: {coding}")
+
+    async with relayed(start, reveal) as (process, _, key):
+        answer = await ask(process.port, "GET /v1/models", key=key)
+        if answer.status == 200 and answer.clean:
+            assert REAL_KEY.encode() not in answer.body
+            assert b"*" * len(REAL_KEY) in answer.body
+        else:
+            assert answer.status == 502 or not answer.clean
+
+
+@gen_test
+async def test_a_key_of_the_gateway_goes_nowhere_else(start: Starter) -> None:
+    async with relayed(start) as (process, up, key):
+        other = process.new_key()
+        chosen = process.new_key(key="sk-~!own.key+with=odd/letters")
+        quoted = other.replace("s", "%73", 1)
+        for secret in (key, other, chosen, MASTER_KEY, quoted):
+            for asked in (f"GET /v1/files/{secret}", f"GET /v1/models?a={secret}&b=c"):
+                answer = await ask(process.port, asked, key=key)
+                assert answer.status == 400, asked
+                assert secret.encode() not in answer.body
+        for secret in (other, chosen, MASTER_KEY):
+            for field in (
+                f"X-Debug: {secret}",
+                f"X-Debug: a,{secret};b",
+                f"User-Agent: {secret}",
+            ):
+                answer = await ask(process.port, "GET /v1/models", field, key=key)
+                assert answer.status == 400 and secret.encode() not in answer.body
+        many = "X-Debug: " + "sk-" * 2000
+        assert (await ask(process.port, "GET /v1/models", many, key=key)).status == 400
+        assert not up.arrived
+        innocent = "X-Debug: sk-ant-something-else-altogether, task-1, sk-"
+        assert (
+            await ask(process.port, "GET /v1/models", innocent, key=key)
+        ).status == 200
+        assert up.arrived[-1].field("x-debug") == [innocent[9:]]
+
+
+@gen_test
+async def test_no_key_stands_in_the_log_whoever_writes_it(start: Starter) -> None:
+    for options in ([], ["--log-json"]):
+        async with relayed(start, echo, *options, "--logging=debug") as (
+            process,
+            _,
+            key,
+        ):
+            secret = process.new_key()
+            odd = secret.replace("k", "%6b", 1)
+            for path in (
+                f"/key/{secret}/regenerate",
+                f"/key/{odd}/reset_spend",
+                f"/key/{secret}/nothing?key={secret}",
+                f"/nothing/{secret}",
+                f"/v1/files/{secret}",
+                f"/v1/files/{odd}",
+                f"/key/list?user_id={secret}%ff",  # of which Tornado itself warns
+            ):
+                await ask(process.port, f"GET {path}", key=MASTER_KEY)
+                await ask(process.port, f"POST {path}", body=b"{}", key=MASTER_KEY)
+            tags = (
+                f"x-litellm-tags: a,{secret}",
+                f"x-claude-code-session-id: {secret}",
+            )
+            await ask(process.port, "GET /v1/models", *tags, key=key)
+            await until(lambda: "tags" in process.log)
+            plain = secret.removeprefix("sk-")
+            assert plain not in process.log and plain not in str(
+                process.manage("/spend/logs").json()
+            )
+            assert f"sk-...{secret[-4:]}" in process.log
+            process.stop()
+
+
+@gen_test
+async def test_a_client_forges_no_field_of_a_log_line(start: Starter) -> None:
+    async with relayed(start) as (process, _, key):
+        forged = "x 200 ok user=root"
+        fields = (
+            f"x-claude-code-session-id: {forged}",
+            f"x-claude-code-agent-id: {forged}",
+        )
+        await ask(
+            process.port,
+            "GET /v1/models",
+            *fields,
+            f"x-litellm-tags: {forged}",
+            key=key,
+        )
+        await until(lambda: "session=" in process.log)
+        line = process.log.splitlines()[-1]
+        for name in ("session", "agent", "tags"):
+            assert f'{name}="{forged}"' in line
+
+
+@gen_test
+async def test_an_open_gateway_takes_no_request_of_a_web_page(start: Starter) -> None:
+    variables = {"ANTHROPIC_API_KEY": REAL_KEY}
+    async with relayed(start, variables=variables) as (process, up, _):
+        here = f"localhost:{process.port}"
+        for asked in (
+            "POST /v1/messages",
+            "GET /",
+            "GET /metrics",
+            "OPTIONS /v1/messages",
+        ):
+            for host, *fields in (
+                ("evil.example",),
+                ("evil.example:4000",),
+                ("127.0.0.1.evil.example",),
+                ("10.0.0.1",),
+                (here, "Origin: http://evil.example"),
+                (here, "Origin: null"),
+                (here, "Origin: https://localhost.evil.example"),
+                (here, "Sec-Fetch-Site: cross-site"),
+            ):
+                answer = await ask(process.port, asked, *fields, host=host)
+                assert answer.status == 403, (asked, host, fields)
+                assert "GATEWAY_MASTER_KEY" in answer.error["message"]
+        target = "GET http://evil.example/v1/models"
+        assert (await ask(process.port, target, host=here)).status == 403
+        assert not up.arrived
+        for host in (here, "localhost", "127.0.0.1", "[::1]:4000", "app.localhost:80"):
+            own = f"Origin: http://{host}"
+            answer = await ask(process.port, "GET /v1/models", own, host=host)
+            assert answer.status == 200
+
+
+@gen_test
+async def test_a_preflight_goes_on_without_the_real_key(start: Starter) -> None:
+    async def cors(request: Arrived) -> None:
+        await request.read_body()
+        allowed = "Access-Control-Allow-Origin: https://app.example"
+        await request.answer(b"", "200 OK", allowed)
+
+    async with relayed(start, cors) as (process, up, key):
+        page = "Origin: https://app.example"
+        asks = "Access-Control-Request-Method: POST"
+        answer = await ask(process.port, "OPTIONS /v1/messages", page, asks)
+        assert answer.status == 200 and answer.field("access-control-allow-origin")
+        assert credentials(up.arrived[-1]) == []
+        assert up.arrived[-1].field("origin") == ["https://app.example"]
+        with_key = await ask(
+            process.port, "POST /v1/messages", page, body=b"{}", key=key
+        )
+        assert with_key.status == 200 and with_key.field("access-control-allow-origin")
+        assert credentials(up.arrived[-1]) == [("x-api-key", REAL_KEY)]
+        seen = len(up.arrived)
+        for start_line, *fields in (
+            ("OPTIONS /v1/messages", page),
+            ("OPTIONS /v1/messages", asks),
+            ("OPTIONS /v1/messages", page, asks, "Content-Length: 5"),
+            ("OPTIONS /v1/messages", page, asks, "x-api-key: sk-wrong"),
+            ("POST /v1/messages", page, asks),
+        ):
+            answer = await ask(process.port, start_line, *fields)
+            assert answer.status == 401, fields
+        assert len(up.arrived) == seen
+
+
+@gen_test
+async def test_dead_and_unknown_keys_are_not_tried_again(start: Starter) -> None:
+    async with relayed(start) as (process, _, _):
+        blocked = process.new_key(blocked=True)
+        expired = process.new_key(duration="0s")
+        deleted = process.new_key()
+        process.manage("/key/delete", {"keys": [deleted]})
+        for key in (blocked, expired, deleted, "sk-unknown-0123456789"):
+            for path in ("/v1/models", "/key/info"):
+                answer = await ask(process.port, f"GET {path}", key=key)
+                assert answer.status == 401
+                assert answer.field("x-should-retry") == ["false"]
+
+
+# ─── Under attack: the file tells the truth ──────────────────────────────────────────
+
+
+@gen_test
+async def test_a_change_that_was_refused_is_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = gateway.KeyStore(tmp_path / "keys.json")
+    first = gateway.VirtualKey("sk-...test", rpm_limit=1)
+    hashed, other = gateway.hash_key("sk-a"), gateway.hash_key("sk-b")
+    await store.change({hashed: first})
+    release, replace = asyncio.Event(), os.replace
+    loop = asyncio.get_running_loop()
+
+    def full(*_: Any) -> None:
+        asyncio.run_coroutine_threadsafe(release.wait(), loop).result(PATIENCE)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+
+    async def change(limit: int) -> gateway.APIError:
+        changed = dataclasses.replace(store.keys[hashed], rpm_limit=limit)
+        with pytest.raises(gateway.APIError) as refused:
+            await store.change(
+                {hashed: changed, gateway.hash_key(f"sk-{limit}"): first}
+            )
+        return refused.value
+
+    changes = [asyncio.create_task(change(limit)) for limit in range(2, 10)]
+    await until(lambda: len(store.keys) == 9)
+    release.set()
+    assert {error.status for error in await asyncio.gather(*changes)} == {503}
+    monkeypatch.setattr(os, "replace", replace)
+    assert store.keys == {hashed: first}
+    # Whatever is written next knows nothing of it.
+    await store.change({other: gateway.VirtualKey("sk-...b")})
+    kept = gateway.parse_store(store.path.read_bytes(), "x")
+    assert [(h, k.rpm_limit) for h, k in kept.items()] == [(hashed, 1), (other, None)]
+    store.close()
+
+
+def edit(process: Process, change: Callable[[str], str], *, renames: bool) -> str:
+    """Edit the keys file as an editor does: in place, or by a new file."""
+    text = change(process.keys.read_text())
+    target = process.keys.with_name("new") if renames else process.keys
+    target.write_text(text)
+    if renames:
+        target.rename(process.keys)
+    return text
+
+
+@pytest.mark.parametrize("renames", [True, False])
+def test_a_hand_edited_file_is_taken_in_and_not_written_over(
+    start: Starter, renames: bool
+) -> None:
+    process = start()
+    key, other = process.new_key(rpm_limit=1000), process.new_key()
+    assert relay_message(process, key) == 200  # so that there is something to write
+    edit(
+        process,
+        lambda text: text.replace('"rpm_limit": 1000', '"rpm_limit": 7'),
+        renames=renames,
+    )
+    wait_for(lambda: "edited" in process.log)  # no signal was sent
+    info = process.manage(f"/key/info?key={key}").json()["info"]
+    assert info["rpm_limit"] == 7 and info["usage"]
+    wait_for(lambda: '"usage"' in process.keys.read_text())
+    assert '"rpm_limit": 7' in process.keys.read_text()
+    # Whoever changes a key in the same moment does not write over it either.
+    edit(
+        process,
+        lambda text: text.replace('"rpm_limit": 7', '"rpm_limit": 0'),
+        renames=renames,
+    )
+    assert (
+        process.manage("/key/update", {"key": other, "key_alias": "b"}).status_code
+        == 200
+    )
+    assert relay_message(process, key) == 429
+    text = process.keys.read_text()
+    assert '"rpm_limit": 0' in text and '"key_alias": "b"' in text
+
+
+def test_a_damaged_edit_is_left_alone_until_it_is_mended(start: Starter) -> None:
+    process = start()
+    key = process.new_key()
+    sound = process.keys.read_text()
+    damaged = edit(process, lambda text: text[:-5], renames=False)
+    assert relay_message(process, key) == 200
+    for _ in range(2):
+        answer = process.manage("/key/update", {"key": key, "rpm_limit": 5})
+        assert "mend" in error_of(answer, 503, "overloaded_error")
+    wait_for(lambda: process.log.count("cannot be read") == 1)
+    assert readiness(process)[0] == 503 and process.keys.read_text() == damaged
+    process.keys.write_text(sound)
+    wait_for(lambda: readiness(process)[0] == 200)
+    assert (
+        process.manage("/key/update", {"key": key, "rpm_limit": 5}).status_code == 200
+    )
+    assert '"rpm_limit": 5' in process.keys.read_text()
+    assert process.log.count("cannot be read") == 1 and process.stop() == 0
+
+
+def test_a_linked_file_stays_a_link(start: Starter, tmp_path: Path) -> None:
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (tmp_path / "keys.json").symlink_to(folder / "real.json")
+    process = start()
+    key = process.new_key()
+    assert (tmp_path / "keys.json").is_symlink()
+    assert gateway.hash_key(key) in (folder / "real.json").read_text()
+    process.stop()
+    again = start()
+    assert again.manage(f"/key/info?key={key}").status_code == 200
+
+
+def test_of_two_that_start_at_once_one_runs(tmp_path: Path) -> None:
+    for number in range(4):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        command = [sys.executable, str(GATEWAY), "--port=0", "--upstream=mock"]
+        both = [
+            subprocess.Popen(
+                command,
+                cwd=folder,
+                env=environment(**DEFAULT_VARIABLES),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for _ in range(2)
+        ]
+        try:
+            wait_for(lambda both=both: any(p.poll() is not None for p in both))
+            (ended,) = [p for p in both if p.poll() is not None]
+            (running,) = [p for p in both if p is not ended]
+            assert ended.returncode == 2 and "another gateway" in ended.stderr.read()
+            assert "listening" in running.stdout.readline()
+        finally:
+            for process in both:
+                process.kill()
+                process.communicate()
+
+
+def test_sighup_during_the_start_does_not_end_it(
+    start: Starter, tmp_path: Path
+) -> None:
+    """From the first line of the file on, before Tornado and all else is imported."""
+    hasty = tmp_path / "hasty.py"
+    hasty.write_text(
+        "import os, runpy, signal, sys, builtins\n"
+        "real = builtins.__import__\n"
+        "def hurried(name, *args, **kwargs):\n"
+        "    if name == 'asyncio': os.kill(os.getpid(), signal.SIGHUP)\n"
+        "    return real(name, *args, **kwargs)\n"
+        "builtins.__import__ = hurried\n"
+        f"sys.argv[0] = {str(GATEWAY)!r}\n"
+        f"runpy.run_path({str(GATEWAY)!r}, run_name='__main__')\n"
+    )
+    process = start(program=[sys.executable, str(hasty)])
+    process.popen.send_signal(signal.SIGHUP)
+    wait_for(lambda: "keys read again" in process.log)
+    assert process.manage("/key/list").status_code == 200
+
+
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = {"a": [value]}
+    return value
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"metadata": {"a": 1e999}}',
+        '{"max_budget": 1e999}',
+        f'{{"max_budget": 0.{"0" * 3000}1}}',
+        '{"max_budget": 1e-999999}',
+        json.dumps({"metadata": nested(60)}),
+        json.dumps({"metadata": nested(350)}),
+        '{"metadata": ' + '{"a":' * 1500 + "1" + "}" * 1501,
+        '{"budget_duration": "0mo"}',
+        json.dumps({"key": "sk-" + "x" * 300}),
+    ],
+)
+def test_what_the_file_could_not_hold_is_refused(mocked: Process, body: str) -> None:
+    headers = {"Authorization": f"Bearer {MASTER_KEY}"}
+    answer = httpx2.post(f"{mocked.url}/key/generate", headers=headers, content=body)
+    error_of(answer, 400, "invalid_request_error")
+
+
+# ─── Under attack: small things ──────────────────────────────────────────────────────
+
+
+@gen_test
+async def test_health_checks_of_http_1_0_need_no_host(start: Starter) -> None:
+    for variables in (DEFAULT_VARIABLES, {"ANTHROPIC_API_KEY": REAL_KEY}):
+        process = start(variables=variables)
+        for path in ("/", "/health/liveliness", "/health/readiness"):
+            async with Client(process.port) as client:
+                client.send(f"GET {path} HTTP/1.0\r\n\r\n".encode())
+                answer = await client.response()
+                assert answer.status == 200, path
+        process.stop()
+
+
+def test_addresses_of_one_site_count_together() -> None:
+    first = gateway.site_of("2001:db8:1:2:3:4:5:6")
+    assert (
+        first == gateway.site_of("2001:db8:1:2::9") != gateway.site_of("2001:db8:1:3::")
+    )
+    assert gateway.site_of("::ffff:1.2.3.4") == gateway.site_of("1.2.3.4") == "1.2.3.4"
+    assert gateway.site_of("fe80::1%eth0") == gateway.site_of("fe80::2%eth0")
+    assert gateway.site_of("") == ""
 
 
 # ─── Operations ──────────────────────────────────────────────────────────────────────

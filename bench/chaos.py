@@ -92,7 +92,7 @@ def run_gateway(arguments: list[str]) -> None:
             "requests": len(relay.active),
             "exchanges": len(relay.client.exchanges),
             "slots": sum(account.running for account in accounts),
-            "holds": float(sum(w.held for a in accounts for w in windows(a))),
+            "holds": float(sum(w.held for a in accounts for w in a.windows.values())),
             "tasks": len(asyncio.all_tasks(asyncio.get_event_loop())),
             "connections": instances(gateway.ClientConnection),
             "handlers": instances(gateway.RelayHandler),
@@ -120,10 +120,6 @@ def books(relay: gateway.Relay) -> int:
                 seen.add(id(part))
                 things.append(part)
     return len(things)
-
-
-def windows(account: gateway.Account) -> list[gateway.WindowSpend]:
-    return [account.total, *account.models.values()]
 
 
 def instances(kind: type) -> int:
