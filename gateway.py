@@ -2383,6 +2383,9 @@ class Caller:
     own: tuple[str, str] | None = None
 
 
+UNREAD = Order()  # until the body is here
+
+
 @dataclass(slots=True)
 class Grant:
     """What an admitted request holds until it is settled: a slot, and USD against budgets, by their
@@ -2391,7 +2394,7 @@ class Grant:
     caller: Caller
     route: Route
     started: datetime
-    order: Order = field(default_factory=lambda: Order())
+    order: Order = field(default_factory=lambda: UNREAD)
     slot: bool = False
     holds: dict[str, Decimal] = field(default_factory=dict)
     open: bool = True
@@ -2429,7 +2432,7 @@ class Held:
         self.limit = limit
         self.share = limit // KEY_SHARE
         self.total = 0
-        self._shares: collections.Counter[str] = collections.Counter()
+        self._shares: dict[str, int] = {}
 
     def take(self, key: str, size: int) -> None:
         """Hold so many bytes more for a key (its hash; empty for the operator's requests, which have
@@ -2447,7 +2450,8 @@ class Held:
                 "The gateway holds as much as it can for requests under way. Try again.",
                 headers=TRY_SOON,
             )
-        if key and self._shares[key] + size > self.share:
+        mine = self._shares.get(key, 0) + size
+        if key and mine > self.share:
             raise APIError(
                 429,
                 f"The gateway holds at most {self.share:,} bytes for one key's requests under way."
@@ -2455,13 +2459,15 @@ class Held:
                 headers=TRY_SOON,
             )
         self.total += size
-        self._shares[key] += size
+        self._shares[key] = mine
 
     def give_back(self, key: str, size: int) -> None:
         """Hold so many bytes less."""
         self.total -= size
-        self._shares[key] -= size
-        if self._shares[key] <= 0:
+        left = self._shares[key] - size
+        if left:
+            self._shares[key] = left
+        else:
             del self._shares[key]
 
 
@@ -3168,22 +3174,28 @@ BREATH = (
 
 
 def refuse_costly(body: bytes, route: Route) -> Steps[None]:
-    """Raise APIError 400 for a body whose reading would take too long. Yields between the counts."""
+    """Raise APIError 400 for a body whose reading would take too long. Yields between the counts,
+    each of which takes a third of a millisecond for a megabyte."""
     if len(body) <= UNCOUNTED_BODY:
         return
     rows = min(body.count(b'"custom_id"'), MAX_ROWS) if route.makes_batch else 0
+    most_members = MAX_MEMBERS + MEMBERS_A_ROW * rows
+    yield
     containers = body.count(b"[") + body.count(b"{")
     yield
-    # A colon behind a quote, or behind one white space, is a member's; behind \\" it is text.
-    members = body.count(b'":') - body.count(b'\\":') + body.count(b" :")
+    items, members = body.count(b","), body.count(b":")
     yield
-    members += sum(map(body.count, (b"\t:", b"\n:", b"\r:")))
-    items = body.count(b",")
-    yield
+    if members > most_members:
+        # Text has colons too. A member's stands behind a quote that is none of the text's (\\"), or
+        # behind a space, which in text is rarer than that.
+        members = body.count(b'":') - body.count(b'\\":') + body.count(b" :")
+        yield
+        members += sum(map(body.count, (b"\t:", b"\n:", b"\r:")))
+        yield
     if (
         containers > MAX_CONTAINERS + CONTAINERS_A_ROW * rows
-        or members > MAX_MEMBERS + MEMBERS_A_ROW * rows
         or items > MAX_ITEMS + MEMBERS_A_ROW * rows
+        or members > most_members
     ):
         raise APIError(
             400,
@@ -3394,27 +3406,28 @@ def thinking_of(params: Mapping[str, Any], max_tokens: int) -> int:
 
 def glance(body: bytes) -> Order:
     """What a body asks for, as far as a look for its members' names tells, which costs a tenth of
-    reading it: for estimates where the answer is cut short."""
-    found: dict[str, Any] = {}
-    for name, member in GLANCED.items():
-        at = body.find(name)
-        while at >= 0 and not (match := member.match(body, at + len(name))):
-            at = body.find(name, at + 1)
-        if at >= 0 and match:
-            found[name[1:-1].decode()] = read_json(match[1])
-    order = Order(model_of(found.get("model")), tokens_in(len(body)))
-    order.max_tokens = max_tokens_of(found)
-    order.thinking = thinking_of(found, order.max_tokens)
-    order.streams = found.get("stream") is True
+    reading it: for estimates where the answer is cut short. Clients write the members that are looked
+    for first or last, before or after all that is long."""
+    edges = body
+    if len(body) > 2 * GLANCED_EDGE:
+        edges = body[:GLANCED_EDGE] + b" " + body[-GLANCED_EDGE:]
+    members = dict(GLANCED.findall(edges))
+    order = Order(str(members.get(b"model", b"")[1:-1], "utf-8", "replace"))
+    order.model = model_of(order.model)
+    order.prompt = tokens_in(len(body))
+    order.max_tokens = int(members.get(b"max_tokens", MAX_OUTPUT))
+    order.streams = members.get(b"stream") == b"true"
+    if b"thinking" in members:
+        thinking = {"thinking": read_json(members[b"thinking"])}
+        order.thinking = thinking_of(thinking, order.max_tokens)
     return order
 
 
-GLANCED = {
-    b'"model"': re.compile(rb'\s*:\s*("[^"\\]*")'),
-    b'"max_tokens"': re.compile(rb"\s*:\s*([0-9]{1,9})\b"),
-    b'"stream"': re.compile(rb"\s*:\s*(true|false)\b"),
-    b'"thinking"': re.compile(rb"\s*:\s*(\{[^{}]*\})"),
-}
+GLANCED_EDGE = 4 * KIB
+GLANCED = re.compile(
+    rb'"(model|max_tokens|stream|thinking)"\s*:\s*'
+    rb'("[^"\\]*"(?=[,}\s])|[0-9]{1,9}\b|true\b|\{[^{}]*\})'
+)
 
 
 def check_models(key: VirtualKey, route: Route, document: object) -> Steps[None]:
@@ -4790,6 +4803,7 @@ QUICK_BODY = 256 * KIB  # what is read of it is read at once
 SLICES_A_TURN = (
     4  # of a compressed answer that are looked at before the loop does something else
 )
+MANY_PARTS = 1000  # of a body that is kept
 MAX_TAGS = 20  # of one request that are remembered
 EVENT_STREAM = "text/event-stream"
 # Claude Code names its session and the agent within it (CCD llm-gateway, "Request headers").
@@ -5362,7 +5376,7 @@ class RelayHandler:
     outcome = ""
     # The request
     _exchange: Exchange | None = None
-    _kept: bytearray | None = None
+    _kept: list[bytes] | None = None
     _held = 0
     _received = 0
     _chunked_up = False
@@ -5446,9 +5460,8 @@ class RelayHandler:
             self._redactor = Redactor(secret)
         lines = forwarded_lines(request, self.caller, route)
         target = urllib.parse.unquote(self.target, "latin-1")
-        places = (self.target, target, "\n".join(lines))
-        shown = holds_any(f"{self.target} {target}", self.caller.presented)
-        if shown or any(map(admission.holds_key, places)):
+        text = "\n".join((self.target, target, *lines))
+        if holds_any(text, self.caller.presented) or admission.holds_key(text):
             raise APIError(
                 400,
                 "A key of this gateway stands in the path, the query or a header field where it would"
@@ -5466,7 +5479,7 @@ class RelayHandler:
         kept = self._reads_body or route.billed or is_json(request.get("content-type"))
         if length == 0 or (small and kept):
             self._hold(max(length, 0))
-            self._kept = bytearray()
+            self._kept = []
         else:
             self._stream(length)
 
@@ -5483,9 +5496,13 @@ class RelayHandler:
         except APIError as error:
             self.refuse(error)
             return
-        self._kept += chunk
+        self._kept.append(chunk)
+        if (
+            len(self._kept) > MANY_PARTS
+        ):  # each takes more than it holds where they are small
+            self._kept = [b"".join(self._kept)]
         if self._received > JSON_BODY_LIMIT:
-            kept, self._kept = bytes(self._kept), None
+            kept, self._kept = b"".join(self._kept), None
             self._stream(CHUNKED)
             self._forward(kept)
 
@@ -5498,7 +5515,7 @@ class RelayHandler:
             self._exchange.finish(LAST_CHUNK if self._chunked_up else b"")
             return
         self._whole = self.relay.client.time()
-        body, self._kept = bytes(self._kept), None
+        body, self._kept = b"".join(self._kept), None
         assert self.grant is not None
         steps = self.relay.admission.admit_body(self.grant, body)
         if len(body) > QUICK_BODY or self._deletes_unbooked():
