@@ -436,6 +436,7 @@ ERROR_TYPES = {
 }
 
 
+FAILED_HERE = "The gateway failed on this request; its log says why."
 # The SDKs look at it before the status (anthropic/_base_client.py, _should_retry).
 DO_NOT_RETRY = ("x-should-retry", "false")
 
@@ -1375,13 +1376,16 @@ class KeyStore:
                 if self.last_error:
                     log.warning("keys file written again")
                 self.last_error = ""
-            except OSError as error:
-                failure = error
+            except Exception as error:
+                unexpected = OSError(errno.EIO, "unexpected failure")
+                failure = error if isinstance(error, OSError) else unexpected
+                if failure is unexpected:
+                    log.error("keys file not written", exc_info=error)
                 # What was changed meanwhile stands on what is now refused, and falls with it.
                 waiting += self._waiting
                 self._apply({**self._undo, **undo})
                 self._waiting, self._undo = [], {}
-                self._say_failure(error)
+                self._say_failure(failure)
             for written in waiting:
                 if written.done():  # who waited has left
                     continue
@@ -5137,7 +5141,12 @@ class BatchKeeper:
                     await self._changed.wait()
 
     async def _look(self, name: str) -> None:
-        if await self.book(name):
+        try:
+            booked = await self.book(name)
+        except Exception:
+            log.exception("a batch could not be booked; it is looked at again")
+            booked = False
+        if booked:
             del self._due[name], self._waits[name]
             return
         wait = self._waits[name] = min(
@@ -5537,10 +5546,12 @@ class RelayHandler:
                 await asyncio.sleep(0)
             if self.grant is not None and self._deletes_unbooked():
                 await self.relay.batches.book(self.grant.route.batch_id)
+            self._send_whole(body)
         except APIError as error:
             self.refuse(error)
-        else:
-            self._send_whole(body)
+        except Exception:
+            log.exception("a request could not be judged")
+            self.refuse(APIError(500, FAILED_HERE))
 
     def _deletes_unbooked(self) -> bool:
         """Whether a batch goes whose results are still to be booked."""
@@ -6913,9 +6924,7 @@ class BaseHandler(web.RequestHandler):
                 error.status_code, self.request.method or "", self.request.path
             )
         if not isinstance(error, APIError):
-            error = APIError(
-                500, "The gateway failed on this request; its log says why."
-            )
+            error = APIError(500, FAILED_HERE)
         self.set_status(error.status)
         for name, value in error.headers:
             self.set_header(name, value)
