@@ -1242,6 +1242,12 @@ class KeyStore:
         while self._writer is not None:
             # Else a change that is still being written would be read over.
             await asyncio.wait([self._writer])
+        if self.last_error and file_mark(self.path) == self._mark:
+            # The file may have a change that was refused, since it was not known to be on disk.
+            try:
+                await self.save()
+            except OSError as error:
+                raise SettingsError(store_message(error)) from None
         self._load()
         self._bad_mark = None
 
@@ -1692,6 +1698,11 @@ class Inflater:
                 data, self._decoder = self._decoder.unused_data, None
 
     @property
+    def is_undecided(self) -> bool:
+        """Whether bytes came of which is not known yet what they are."""
+        return bool(self._held)
+
+    @property
     def is_whole(self) -> bool:
         """Whether what came so far has ended."""
         return self._decoder is None and not self._held
@@ -1859,6 +1870,9 @@ class Meter:
             if line.strip():
                 row = read_json(line)
                 result = row.get("result") if isinstance(row, dict) else None
+                if result is None:  # these are no results, or not in plain text
+                    self.measured.blind = True
+                    return
                 message = result.get("message") if isinstance(result, dict) else None
                 self._result(measured_message(message, 0))
 
@@ -2764,6 +2778,9 @@ class Admission:
         """A batch was made: what is held for it stays until it is booked."""
         payer = grant.booked_key
         if payer is not None:
+            self.finish_batch(
+                name
+            )  # an upstream that gives an id twice frees what was held for it
             self.store.own_batch(payer.account, name).held = grant.holds
             grant.holds = {}
 
@@ -2915,7 +2932,8 @@ MAX_KEY_STARTS = (
     50  # of what may be a key, in one text; no client's fields have so many
 )
 MAX_KEY_LENGTH = 256
-PRINTABLE_KEY = re.compile(r"sk-[\x21-\x7e]{1,253}")
+# Without what ends or escapes a string, so that it is known in a log line that has one.
+PRINTABLE_KEY = re.compile(r'sk-(?:(?!["\\])[\x21-\x7e]){1,253}')
 BUDGET_WAIT = (
     2  # seconds after which a request that a budget has no room for may ask again
 )
@@ -2949,10 +2967,13 @@ class Route:
 def read_route(method: str, path: str) -> Route:
     """Classify a request by its method in capitals and its decoded path."""
     fetches = method in ("GET", "HEAD", "OPTIONS")
+    # What orders something that its path does not tell is closed; a batch's own id is none of that.
+    known = fetches or method == "DELETE" or BATCH_NAMED.match(path) is None
     results = RESULTS.fullmatch(path) if method == "GET" else None
     named = BATCH_NAMED.match(path)
     return Route(
-        open=OPEN.fullmatch(path) is not None,
+        open=OPEN.fullmatch(path) is not None
+        and (known or CANCEL.fullmatch(path) is not None),
         group=cast("re.Match[str]", GROUP.match(path))[0],
         billed=not fetches and BILLED.fullmatch(path) is not None,
         free=(fetches and BATCHES.fullmatch(path) is not None)
@@ -2979,7 +3000,8 @@ KEPT_PATH = 200  # characters
 # What every virtual key reaches. All else (sessions, agents, deployments, administration, logins, and
 # what will be added tomorrow) may cost what the gateway cannot count, or give out what it guards.
 OPEN = re.compile(
-    r"(?s)/v1/(?:messages(?:/count_tokens|/cache_touch|/batches(?:/.*)?)?|complete"
+    r"(?sa)/v1/(?:messages(?:/count_tokens|/cache_touch|/batches(?:/[\w-]+(?:/(?:results|cancel))?)?)?"
+    r"|complete"
     r"|(?:models|files|skills)(?:/.*)?)/?"
 )
 OPEN_NAMES = (
@@ -2999,6 +3021,7 @@ BATCHES = re.compile(r"(?s)/v1/messages/batches(?:/.*)?")
 BATCHES_MADE = re.compile(r"/v1/messages/batches/?")
 BATCH_NAMED = re.compile(r"/v1/messages/batches/([^/]+)")
 BATCH_OBJECT = re.compile(r"/v1/messages/batches(?:/[^/]+(?:/cancel)?)?/?")
+CANCEL = re.compile(r"(?a)/v1/messages/batches/[\w-]+/cancel/?")
 RESULTS = re.compile(r"/v1/messages/batches/([^/]+)/results/?")
 WILDCARD = re.compile(r"[*?\[]")
 
@@ -3163,18 +3186,21 @@ def dollars(amount: Decimal) -> str:
     return f"{amount:.2f}" if len(text.partition(".")[2]) < 2 else text
 
 
-# What no client sends, and what takes the loop away from others: `json` makes 7 containers or 2
-# members a microsecond. Counted before anything is made of it; a batch has more by its rows.
-MAX_CONTAINERS = 250_000
-MAX_MEMBERS = 250_000
-MAX_ITEMS = 2_000_000
+# What no client sends, and what would take the loop away from others: with its hook `json` makes 2
+# objects or members a microsecond, and 30 numbers. A batch may have more, by its rows and its size.
+MAX_CONTAINERS = 60_000
+MAX_MEMBERS = 100_000
+MAX_ITEMS = 500_000
 MAX_ROWS = 100_000  # Anthropic's limit on a batch (PLD batch-processing)
 CONTAINERS_A_ROW, MEMBERS_A_ROW = 20, 40
+BYTES_A_CONTAINER = 40  # of a batch's rows, at least; half of it for a member
+MAX_ATTEMPTS = 10_000  # tools or fallbacks of one message
 MAX_DEPTH = 500  # Python's own parser gives up at about 1,000, or at none
-UNCOUNTED_BODY = 512 * KIB  # smaller ones cannot hold so much
-BREATH = (
-    2000  # rows or members that are looked at before the loop may do something else
+DEPTH_LOOKS = (
+    100_000  # values that are looked at for that; wider documents are not deep
 )
+UNCOUNTED_BODY = 192 * KIB  # smaller ones cannot hold so much
+BREATH = 2000  # rows, members or quotes that are looked at before the loop may do something else
 
 
 def refuse_costly(body: bytes, route: Route) -> Steps[None]:
@@ -3183,29 +3209,60 @@ def refuse_costly(body: bytes, route: Route) -> Steps[None]:
     if len(body) <= UNCOUNTED_BODY:
         return
     rows = min(body.count(b'"custom_id"'), MAX_ROWS) if route.makes_batch else 0
-    most_members = MAX_MEMBERS + MEMBERS_A_ROW * rows
+    limits = (
+        MAX_CONTAINERS + min(CONTAINERS_A_ROW * rows, len(body) // BYTES_A_CONTAINER),
+        MAX_MEMBERS + min(MEMBERS_A_ROW * rows, 2 * len(body) // BYTES_A_CONTAINER),
+        MAX_ITEMS + min(MEMBERS_A_ROW * rows, 2 * len(body) // BYTES_A_CONTAINER),
+    )
     yield
-    containers = body.count(b"[") + body.count(b"{")
-    yield
-    items, members = body.count(b","), body.count(b":")
-    yield
-    if members > most_members:
-        # Text has colons too. A member's stands behind a quote that is none of the text's (\\"), or
-        # behind a space, which in text is rarer than that.
-        members = body.count(b'":') - body.count(b'\\":') + body.count(b" :")
-        yield
-        members += sum(map(body.count, (b"\t:", b"\n:", b"\r:")))
-        yield
-    if (
-        containers > MAX_CONTAINERS + CONTAINERS_A_ROW * rows
-        or items > MAX_ITEMS + MEMBERS_A_ROW * rows
-        or members > most_members
+    text = body
+    while any(
+        count > limit for count, limit in zip(marks_of(text), limits, strict=True)
     ):
-        raise APIError(
-            400,
-            "The body has more lists, objects or members than any model can read. This key's"
-            " requests are read; send less at a time.",
-        )
+        if text is not body:
+            raise APIError(
+                400,
+                "The body has more lists, objects or members than any model can read. This key's"
+                " requests are read; send less at a time.",
+            )
+        text = yield from outside_strings(body)  # where code and tables have none
+    yield
+
+
+def marks_of(body: bytes) -> tuple[int, int, int]:
+    """How many containers, members and items a JSON text has at most."""
+    return body.count(b"[") + body.count(b"{"), body.count(b":"), body.count(b",")
+
+
+def outside_strings(body: bytes) -> Steps[bytes]:
+    """A JSON text without its strings."""
+    parts, at, looked = [], 0, 0
+    while (start := body.find(b'"', at)) >= 0:
+        parts.append(body[at:start])
+        end = start
+        while True:
+            end = body.find(b'"', end + 1)
+            looked += 1
+            if looked % BREATH == 0:
+                yield
+            if end < 0:
+                return b"".join(parts)
+            if not escaped_at(body, start + 1, end):
+                break
+        at = end + 1
+    parts.append(body[at:])
+    return b"".join(parts)
+
+
+def escaped_at(body: bytes, start: int, end: int) -> bool:
+    """Whether an odd number of backslashes stands right before ``end``, none of them before ``start``."""
+    width = 1
+    while True:
+        before = body[max(start, end - width) : end]
+        rest = before.rstrip(b"\\")
+        if rest or len(before) == end - start:
+            return (len(before) - len(rest)) % 2 == 1
+        width *= 8
 
 
 @contextlib.contextmanager
@@ -3227,7 +3284,7 @@ def read_strictly(body: bytes, route: Route) -> Steps[object]:
     try:
         with no_collector():
             document = json.loads(body.decode("utf-8"), object_pairs_hook=unambiguous)
-        if is_deeper(document, MAX_DEPTH):
+        if is_deeper([document], MAX_DEPTH):
             raise AmbiguousJSON(f"it is more than {MAX_DEPTH} levels deep")
     except (ValueError, RecursionError) as error:
         reason = (
@@ -3305,16 +3362,18 @@ def order_decoder() -> Callable[[bytes], Any] | None:
 
 def is_deeper(document: object, limit: int) -> bool:
     """Whether a JSON value is nested more than ``limit`` levels deep."""
-    level: list[Any] = [document]
+    level, looked = [document], 0
     for _ in range(limit):
-        level = [
-            value
-            for holder in level
-            if isinstance(holder, dict | list)
-            for value in (holder.values() if isinstance(holder, dict) else holder)
-            if isinstance(value, dict | list)
-        ]
-        if not level:
+        values: list[Any] = []
+        for holder in level:
+            values += (
+                holder.values()
+                if isinstance(holder, dict)
+                else cast("list[Any]", holder)
+            )
+        looked += len(values)
+        level = [value for value in values if isinstance(value, dict | list)]
+        if not level or looked > DEPTH_LOOKS:
             return False
     return True
 
@@ -3358,6 +3417,7 @@ def add_message(order: Order, params: Mapping[str, Any], prompt: int) -> None:
     attempts = 2 if compacts(params) else 1
     order.add((model, fast, us), prompt * attempts, output * attempts)
     fallbacks, tools = params.get("fallbacks"), params.get("tools")
+    refuse_many(fallbacks, tools)
     for fallback in fallbacks if isinstance(fallbacks, list) else [fallbacks]:
         if isinstance(fallback, dict):
             speed = fallback.get("speed", "fast" if fast else None)
@@ -3376,6 +3436,14 @@ def add_message(order: Order, params: Mapping[str, Any], prompt: int) -> None:
             order.add(part, prompt * uses, advice * uses)
         elif kind.startswith("web_search"):
             order.add((model, fast, us), 0, 0, uses)
+
+
+def refuse_many(*attempts: object) -> None:
+    """Raise APIError 400 for more tools or fallbacks than any request has."""
+    if any(isinstance(every, list) and len(every) > MAX_ATTEMPTS for every in attempts):
+        raise APIError(
+            400, f"The body has more than {MAX_ATTEMPTS:,} tools or fallbacks."
+        )
 
 
 MAX_USES = 10  # of a tool that the server runs, where the request does not say
@@ -3502,6 +3570,7 @@ def models_of_message(params: object) -> Iterator[str | None]:
         return
     yield from model_names(params.get("model"))
     fallbacks, tools = params.get("fallbacks"), params.get("tools")
+    refuse_many(fallbacks, tools)
     if isinstance(fallbacks, list):
         for fallback in fallbacks:
             yield from model_names(
@@ -3531,7 +3600,7 @@ def model_names(value: object) -> Iterator[str]:
     if isinstance(value, dict):
         value = value.get("id")
     if value is not None:
-        yield value if isinstance(value, str) else json.dumps(value)
+        yield value if isinstance(value, str) else f"a {type(value).__name__}"
 
 
 def candidates(headers: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, str]]:
@@ -3568,7 +3637,10 @@ def own_credential(header: str, credential: str) -> tuple[str, str] | None:
 # disagree about where a message ends (RFC 9112 section 11.2, request smuggling).
 
 MAX_HEAD_SIZE = 64 * KIB  # Tornado's default max_header_size
-MAX_FIELDS = 1000  # of a head; Node's limit is 2,000, Apache's 100
+MAX_FIELDS = 200  # of a head; Apache's limit is 100, Node's 2,000
+MAX_METHOD = (
+    32  # characters; the longest that is registered has 16 (RFC 9110 section 16.1)
+)
 MAX_EMPTY_LINES = 4  # before a request; RFC 9112 section 2.2 speaks of one
 CHUNKS_A_TURN = 1000  # of a body that are read before the loop may do something else
 MAX_CHUNK_LINE = 1 * KIB  # a chunk's size and extensions, or one trailer field
@@ -3664,6 +3736,15 @@ class Head:
     fields: list[Field]
     values: dict[str, tuple[str, ...]]
 
+    @property
+    def coding(self) -> str:
+        """How the body is compressed (RFC 9110 section 8.4), in lower case; empty where it is not."""
+        values = self.values.get("content-encoding")
+        if not values:
+            return ""
+        codings = (coding.strip() for coding in ",".join(values).lower().split(","))
+        return ", ".join(coding for coding in codings if coding not in ("", "identity"))
+
     def get(self, name: str) -> str:
         """The first value of a field, by its lower-case name; empty where there is none."""
         values = self.values.get(name)
@@ -3754,7 +3835,7 @@ def parse_request_head(data: bytes) -> RequestHead:
     """Read what stands before the empty line of a request. Raises ProtocolError."""
     line, _, block = data.decode("latin-1").partition("\r\n")
     match = REQUEST_LINE.fullmatch(line)
-    if not match:
+    if not match or match.end(1) > MAX_METHOD:
         raise ProtocolError("the request line is malformed")
     fields, values = parse_fields(block)
     version = int(match[3])
@@ -4027,7 +4108,7 @@ class Exchange:
         self.begun = 0.0
         self._head = head
         self._body = body
-        self._streamed = streamed
+        self._repeatable = method in REPEATABLE and not streamed and not body
         self._connection: UpstreamConnection | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._waiting: list[bytes] = []
@@ -4133,7 +4214,7 @@ class Exchange:
         HEAD is sent again over a new connection (RFC 9110 section 9.2.2); a POST never twice.
         """
         self._connection = None
-        if reused and not answered and not self._streamed and self.method in REPEATABLE:
+        if reused and not answered and self._repeatable:
             self._connect()
             return
         if isinstance(error, ProtocolError):
@@ -4175,7 +4256,7 @@ class Exchange:
             connection.transport.write(b"".join([self._head, self._body, *waiting]))
         else:
             connection.transport.writelines([self._head, self._body, *waiting])
-        if self.method not in REPEATABLE:  # nor kept for as long as the response lasts
+        if not self._repeatable:  # nor kept for as long as the response lasts
             self._head = self._body = b""
         if self.reading_paused:
             connection.transport.pause_reading()
@@ -4860,7 +4941,6 @@ def rule_path(target: str) -> str:
 UNUSUAL_PATH = re.compile(r"[%\\#]|//|/\.")
 
 
-@functools.lru_cache(maxsize=256)
 def readable_codings(accepted: tuple[str, ...]) -> str:
     """Cut an Accept-Encoding down to the codings that the gateway reads itself."""
     offers = [offer.strip() for offer in ", ".join(accepted).split(",")]
@@ -4937,6 +5017,15 @@ class Redactor:
         if self._secret in plain:
             raise UpstreamError("The upstream sent the gateway's own credential back.")
         self._held = plain[1 - len(self._secret) :]
+
+    def watch_raw(self, data: bytes) -> None:
+        """Look at the compressed bytes themselves. Raises UpstreamError."""
+        if self._secret in data:
+            raise UpstreamError("The upstream sent the gateway's own credential back.")
+
+    def may_follow(self, data: bytes) -> bool:
+        """Whether the secret may have begun: at the end of what was watched, or of these bytes."""
+        return self._open_prefix(self._held) > 0 or self._open_prefix(data) > 0
 
     def stop_watching(self) -> None:
         """What follows cannot be decompressed: its bytes are looked at as they are."""
@@ -5094,6 +5183,7 @@ BATCH_LOOK = 60.0  # seconds from the making of a batch to the first look at it
 BATCH_SLACK = 1.5  # each look comes so many times later than the one before,
 BATCH_LOOK_LATEST = 1800.0  # but not later than this
 BATCH_STATE_TIMEOUT = 30.0
+LOOKS_AT_ONCE = 4
 BATCH_KEPT = timedelta(days=30)  # results are kept for 29 days (PLD batch-processing)
 GONE = (404, 410)
 
@@ -5112,6 +5202,7 @@ class BatchKeeper:
         self._due: dict[str, float] = {}
         self._waits: dict[str, float] = {}
         self._changed = asyncio.Event()
+        self._looks: set[asyncio.Task[None]] = set()
 
     def watch(self, name: str) -> None:
         """Look at a batch from time to time until it is booked."""
@@ -5121,7 +5212,7 @@ class BatchKeeper:
 
     def hurry(self, name: str) -> None:
         """A batch is known to have ended."""
-        if name in self._due:
+        if self._due.get(name, math.inf) < math.inf:
             self._due[name] = self._client.time()
             self._changed.set()
 
@@ -5129,16 +5220,30 @@ class BatchKeeper:
         """Look at batches when it is time, until cancelled."""
         for name in self._admission.store.unbooked():
             self.watch(name)
-        while True:
-            self._changed.clear()
-            name = min(self._due, key=self._due.__getitem__, default="")
-            wait = self._due[name] - self._client.time() if name else None
-            if wait is not None and wait <= 0:
-                await self._look(name)
-                continue
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait):
-                    await self._changed.wait()
+        try:
+            while True:
+                self._changed.clear()
+                name = min(self._due, key=self._due.__getitem__, default="")
+                due = self._due[name] if name else math.inf
+                if due <= self._client.time() and len(self._looks) < LOOKS_AT_ONCE:
+                    self._due[name] = math.inf  # until this look is over
+                    look = asyncio.get_running_loop().create_task(self._look(name))
+                    self._looks.add(look)
+                    look.add_done_callback(self._looked)
+                    continue
+                wait = None if due == math.inf else max(0.0, due - self._client.time())
+                if len(self._looks) >= LOOKS_AT_ONCE:
+                    wait = None
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(wait):
+                        await self._changed.wait()
+        finally:
+            for look in self._looks:
+                look.cancel()
+
+    def _looked(self, look: asyncio.Task[None]) -> None:
+        self._looks.discard(look)
+        self._changed.set()
 
     async def _look(self, name: str) -> None:
         try:
@@ -5191,19 +5296,25 @@ class BatchKeeper:
         )
         if results.code in GONE:
             self._admission.finish_batch(name, lost=True)
-        elif results.code == 200:
-            meter.finish(True)
-            self._admission.finish_batch(name)
-        return results.code in (200, *GONE)
+            return True
+        if results.code != 200 or meter.finish(True).blind:
+            return False
+        self._admission.finish_batch(name)
+        return True
 
     async def _fetch(self, path: str, **options: Any) -> HTTPResponse:
         """GET with the real key; 599 where there is no answer."""
         credential = self._settings.real_credential
         request = HTTPRequest(self._settings.upstream.rstrip("/") + path, **options)
         request.headers["anthropic-version"] = ANTHROPIC_VERSION
+        request.headers["Accept-Encoding"] = "identity"
         if credential is not None:
             request.headers[credential[0]] = credential[1]
-        return await self._client.fetch(request, raise_error=False)
+        try:
+            return await self._client.fetch(request, raise_error=False)
+        except UpstreamError as error:  # which Tornado raises all the same
+            log.info("a batch could not be looked at: %s", error)
+            return HTTPResponse(request, 599, error=error)
 
 
 ANTHROPIC_VERSION = "2023-06-01"  # platform.claude.com, api/versioning
@@ -5398,6 +5509,7 @@ class RelayHandler:
     _meter: Meter | None = None
     _inflater: Inflater | None = None
     _slices: Iterator[bytes] | None = None
+    _withheld = b""
     _chunked_down = False
     _head_pending = False
     _head_sent = False
@@ -5469,7 +5581,7 @@ class RelayHandler:
             self._redactor = Redactor(secret)
         lines = forwarded_lines(request, self.caller, route)
         target = urllib.parse.unquote(self.target, "latin-1")
-        text = "\n".join((self.target, target, *lines))
+        text = "\n".join((request.method, self.target, target, *lines))
         if holds_any(text, self.caller.presented) or admission.holds_key(text):
             raise APIError(
                 400,
@@ -5499,6 +5611,7 @@ class RelayHandler:
             self._forward(chunk)
             return
         try:
+            self._check_size(self._received)
             self._hold(self._received - self._held)
             if self._received > JSON_BODY_LIMIT and self.grant is not None:
                 self.relay.admission.admit_unread(self.grant, self._received)
@@ -5512,8 +5625,7 @@ class RelayHandler:
             self._kept = [b"".join(self._kept)]
         if self._received > JSON_BODY_LIMIT:
             kept, self._kept = b"".join(self._kept), None
-            self._stream(CHUNKED)
-            self._forward(kept)
+            self._stream(CHUNKED, kept)
 
     def finish(self) -> None:
         """The request is whole."""
@@ -5590,12 +5702,12 @@ class RelayHandler:
         if self._exchange is not None and not self._settled:
             self._exchange.write(framed(chunk) if self._chunked_up else chunk)
 
-    def _stream(self, length: int) -> None:
-        """Open the upstream now; the body follows as it comes."""
+    def _stream(self, length: int, kept: bytes = b"") -> None:
+        """Open the upstream now; the body follows what is ``kept`` of it as it comes."""
         self._chunked_up = length == CHUNKED
         framing = CHUNKED_LINE if self._chunked_up else f"Content-Length: {length}"
         self._upstream_lines.append(framing)
-        self._start(b"", streamed=True)
+        self._start(framed(kept), streamed=True)
 
     def _start(self, body: bytes, *, streamed: bool = False) -> None:
         head = head_bytes(self._upstream_start, self._upstream_lines)
@@ -5632,8 +5744,8 @@ class RelayHandler:
             if head.status == 200 and is_json(head.get("content-type")) and length != 0:
                 return
             self._rewritten = None
-        coding = head.get("content-encoding").strip().lower()
-        if coding in ("", "identity"):
+        coding = head.coding
+        if not coding:
             return
         if coding not in READABLE_CODINGS:
             self._go_blind()
@@ -5675,13 +5787,24 @@ class RelayHandler:
             return
         self._slices = None
         self._arrived.popleft()
-        if self._inflater is None and self._redactor is not None:
-            data = self._redactor.feed(data, complete)
-        self._send(data, complete)
+        self._send(self._released(data, complete), complete)
         if self._arrived:
             asyncio.get_running_loop().call_soon(self._inflate)
         elif not self.connection.writing_paused:
             self.resume_writing()
+
+    def _released(self, data: bytes, complete: bool) -> bytes:
+        """What may go on of compressed bytes whose inside was looked at. They wait for the next ones
+        while they may hold a beginning of the real key."""
+        if self._redactor is None:
+            return data
+        data, self._withheld = self._withheld + data, b""
+        if self._inflater is None:
+            return self._redactor.feed(data, complete)
+        undecided = self._redactor.may_follow(data) or self._inflater.is_undecided
+        if undecided and not complete:
+            data, self._withheld = b"", data
+        return data
 
     def _look_inside(self, data: bytes) -> bool:
         """Let meter and mask look at a few more slices of these bytes; whether that were all."""
@@ -5689,6 +5812,10 @@ class RelayHandler:
             return True
         if self._slices is None:
             self._slices = self._inflater.slices(data)
+            if (
+                self._redactor is not None
+            ):  # names and comments of gzip are not compressed
+                self._redactor.watch_raw(self._withheld + data)
         looked = 0
         for plain in itertools.islice(self._slices, SLICES_A_TURN):
             looked += 1
@@ -5830,9 +5957,22 @@ class RelayHandler:
             if outcome == "ok" and not measured.blind:
                 self.relay.admission.finish_batch(grant.route.results_of)
             return None
-        # Whoever leaves before the head pays what was under way; without a head no stream has begun.
         began = exchange is not None and exchange.begun and exchange.sent
-        if self._head or not began or not grant.route.billed or grant.route.makes_batch:
+        if grant.route.makes_batch:
+            # One that may have been made, though nobody knows its name, costs what is held for it.
+            lost = (
+                began
+                and grant.holds
+                and (self._head is None or self._head.status < 300)
+            )
+            if not lost:
+                return None
+            log.warning(
+                "call %s: a batch that is not known costs its worst case", self.call_id
+            )
+            return Measured(blind=True)
+        # Whoever leaves before the head pays what was under way; without a head no stream has begun.
+        if self._head or not began or not grant.route.billed:
             return None
         if outcome not in ("client_gone", "timeout"):
             return None
@@ -6012,7 +6152,7 @@ class RelayHandler:
         self._rewritten += data
         if not complete and len(self._rewritten) <= REWRITE_LIMIT:
             return
-        coding = self._head.get("content-encoding").strip().lower()
+        coding = self._head.coding
         try:
             if not complete:
                 raise ValueError("too large")
@@ -6067,7 +6207,7 @@ class RelayHandler:
         assert self._head is not None
         return (
             is_event_stream(self._head)
-            and self._head.get("content-encoding").lower() in ("", "identity")
+            and not self._head.coding
             and "content-length" not in self._head.values
         )
 
@@ -7008,7 +7148,7 @@ class ManagementHandler(BaseHandler):
             )
         except (ValueError, RecursionError) as error:
             raise APIError(400, f"The body is not JSON: {error}.") from None
-        if is_deeper(body, MAX_OWN_DEPTH):
+        if is_deeper([body], MAX_OWN_DEPTH):
             raise APIError(400, f"The body is more than {MAX_OWN_DEPTH} levels deep.")
         if not isinstance(body, dict):
             raise APIError(400, "The body is not a JSON object.")
@@ -7314,7 +7454,8 @@ def read_own_key(value: Any, store: KeyStore) -> str:
     ):
         raise APIError(
             400,
-            f"'key' must begin 'sk-' and have {MIN_KEY_LENGTH} to {MAX_KEY_LENGTH} ASCII characters.",
+            f"'key' must begin 'sk-' and have {MIN_KEY_LENGTH} to {MAX_KEY_LENGTH} ASCII characters,"
+            " without quotes and backslashes.",
         )
     if value.startswith(OWN_CREDENTIAL_PREFIX):
         raise APIError(
@@ -7985,16 +8126,20 @@ class JSONFormatter(logging.Formatter):
 
 
 class MaskingFormatter(logging.Formatter):
-    """What another formatter makes of a line, with everything in it abbreviated that looks like a
-    key, whoever wrote the line."""
+    """What another formatter makes of a line, with the secrets masked and everything in it
+    abbreviated that looks like a key, whoever wrote the line."""
 
-    def __init__(self, inner: logging.Formatter | None) -> None:
+    def __init__(self, inner: logging.Formatter | None, *secrets: str) -> None:
         super().__init__()
         self._inner = inner or logging.Formatter()
+        self._secrets = [s for s in secrets if len(s) >= MIN_SECRET_LENGTH]
 
     def format(self, record: logging.LogRecord) -> str:
         """Called by logging."""
-        return mask_keys(self._inner.format(record))
+        line = self._inner.format(record)
+        for secret in self._secrets:
+            line = line.replace(secret, "*" * 8)
+        return mask_keys(line)
 
 
 def log_request(handler: web.RequestHandler) -> None:
@@ -8678,6 +8823,7 @@ async def serve(settings: Settings) -> None:
     tasks = [
         asyncio.create_task(reload_at_each(hangups, relay, context)),
         asyncio.create_task(relay.batches.run()),
+        asyncio.create_task(notice_edits(relay.store)),
     ]
     announce(settings, relay, port)
     prices = relay.admission.prices
@@ -8691,6 +8837,13 @@ async def serve(settings: Settings) -> None:
     if settings.unix_socket:
         with contextlib.suppress(OSError):
             os.unlink(settings.unix_socket)
+
+
+async def notice_edits(store: KeyStore) -> None:
+    """Look at the keys file now and then, until cancelled."""
+    while True:
+        await asyncio.sleep(FLUSH_INTERVAL)
+        store.notice_edit()
 
 
 async def reload_at_each(
@@ -8741,6 +8894,8 @@ async def stop(relay: Relay, server: GatewayServer, stops: asyncio.Queue[None]) 
     hurry.cancel()
     server.close_all_connections()
     await asyncio.sleep(0)  # the connections' ends reach their handlers
+    for handler in list(relay.active):  # which wait for the names of batches
+        handler.settle("client_gone")
     await relay.store.flush()
     relay.client.close()
     relay.store.close()
@@ -8880,12 +9035,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = read_settings(
             sys.argv[1:] if arguments is None else arguments, os.environ
         )
+        masked = (settings.master_key, settings.api_key, settings.auth_token)
         for handler in logging.getLogger().handlers:
-            handler.setFormatter(
-                MaskingFormatter(
-                    JSONFormatter() if options.log_json else handler.formatter
-                )
-            )
+            inner = JSONFormatter() if options.log_json else handler.formatter
+            handler.setFormatter(MaskingFormatter(inner, *masked))
         # The log shows neither; looking them up costs each line (docs of logging, "Optimization").
         logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
         raise_file_limit()

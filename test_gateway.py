@@ -3646,6 +3646,7 @@ def test_other_models_are_refused(body: str, status: int) -> None:
         status == 400
         or OPUS in refused.value.message
         or "default" in refused.value.message
+        or "a list" in refused.value.message
     )
 
 
@@ -3677,7 +3678,14 @@ def test_a_model_is_found_at_any_depth_of_what_is_not_known(body: Any) -> None:
     [
         ([], "/v1/messages", True),
         ([], "/v1/files/x/content", True),
-        ([], "/v1/messages/batches/b/results", True),
+        ([], "/v1/messages/batches/b/cancel", True),
+        ([], "/v1/messages/batches/", True),
+        ([], "/v1/messages/batches/b", False),
+        ([], "/v1/messages/batches/b/results", False),
+        ([], "/v1/messages/batches/ ", False),
+        ([], "/v1/messages/batches/;a", False),
+        ([], "/v1/messages/batches/?", False),
+        ([], "/v1/messages/batches/\x00", False),
         ([], "/v1/messages/cache_touch", True),
         ([], "/v1/skills/s/versions/1", True),
         ([], "/v1/complete", True),
@@ -4600,7 +4608,8 @@ def test_a_head_is_found_however_it_is_split(cuts: list[int], rest: bytes) -> No
 
 
 def test_a_head_of_many_fields_is_refused() -> None:
-    fields = "\r\n".join(["a: b", *(f"x-{number}: 1" for number in range(998))])
+    most = gateway.MAX_FIELDS
+    fields = "\r\n".join(["a: b", *(f"x-{number}: 1" for number in range(most - 2))])
     gateway.parse_fields(fields)
     with pytest.raises(gateway.ProtocolError) as refused:
         gateway.parse_fields(f"{fields}\r\na: b\r\na: c")
@@ -4723,6 +4732,11 @@ async def test_bodies_in_tiny_chunks_arrive_whole(
 
 
 COSTLY = {
+    "rows that are none": b'{"requests": [], "x": [%b], "y": [%b1]}'
+    % (b'"custom_id",' * 100_000 + b"1", b"{}," * 500_000),
+    "tools": b'{"model": "m", "tools": [' + b'{"name":1},' * 50_000 + b"{}]}",
+    "fallbacks": b'{"model": "m", "fallbacks": [' + b'"m",' * 50_000 + b'"m"]}',
+    "behind escaped quotes": b'{"a": "\\\\\\"", "x": [' + b"[]," * 500_000 + b"1]}",
     "lists": b'{"model": "m", "x": [' + b"[]," * 500_000 + b"1]}",
     "objects": b'{"model": "m", "x": [' + b"{}," * 500_000 + b"1]}",
     "numbers": b'{"model": "m", "x": [' + b"1," * 3_000_000 + b"1]}",
@@ -4735,12 +4749,33 @@ COSTLY = {
 
 @pytest.mark.parametrize("name", COSTLY)
 def test_bodies_that_no_client_sends_are_refused(name: str) -> None:
+    body = COSTLY[name]
     for path in (MESSAGES_PATH, BATCHES):
         route = gateway.read_route("POST", path)
         for read in (gateway.read_strictly, gateway.read_leniently):
             with pytest.raises(gateway.APIError) as refused:
-                drain(read(COSTLY[name], route))
+                document = drain(read(body, route))
+                if route.makes_batch:  # in which they have no meaning
+                    document = {"requests": [{"params": document}]}
+                drain(gateway.check_models(restricted("m"), route, document))
+                drain(gateway.read_order(document, body, batched=route.makes_batch))
             assert refused.value.status == 400
+
+
+@given(
+    parts=st.lists(
+        st.text(alphabet='a"\\[{:,é', max_size=6)
+        | st.lists(st.integers(0, 9), max_size=3),
+        max_size=8,
+    )
+)
+def test_what_stands_outside_of_strings(parts: list[Any]) -> None:
+    body = json.dumps({"x": parts, "y": [[]]}, ensure_ascii=False).encode()
+    outside = drain(gateway.outside_strings(body))
+    bare = json.dumps(
+        {"": [p if isinstance(p, list) else "" for p in parts], " ": [[]]}
+    )
+    assert outside == bare.replace('""', "").replace('" "', "").encode()
 
 
 def test_bodies_that_clients_send_are_read() -> None:
@@ -5065,7 +5100,8 @@ class Batches:
         self.state = "in_progress"
         self.made = 0
         self.rows = 10
-        self.gone = False
+        self.gone = self.packs = False
+        self.stuck = ""
         self.answering = asyncio.Event()
         self.answering.set()
         self.seen: list[Arrived] = []
@@ -5080,6 +5116,13 @@ class Batches:
                 "result": {"type": "succeeded", "message": message},
             }
             rows = (json.dumps(row) + "\n").encode() * self.rows
+            if self.stuck and self.stuck in request.target:
+                await request.gone()
+            if self.packs:
+                await request.answer(
+                    gzip.compress(rows), "200 OK", "Content-Encoding: gzip"
+                )
+                return
             await request.answer(rows, "200 OK" if not self.gone else "404 Not Found")
         elif request.start_line.startswith("POST"):
             await self.answering.wait()
@@ -5238,6 +5281,125 @@ async def test_who_leaves_while_his_batch_is_made_owns_it(
         assert_nothing_is_held(record.account)
         await until(lambda: not relay.active)
         assert relay.recent[-1].outcome == "client_gone"
+
+
+@pytest.mark.parametrize(
+    "how", ["cut", "no head", "br", "text", "huge", "503", "refused"]
+)
+@gen_test
+async def test_a_batch_that_may_have_been_made_is_paid(
+    tmp_path: Path, how: str
+) -> None:
+    async def answer(request: Arrived) -> None:
+        await request.read_body()
+        batch = b'{"id": "msgbatch_1"}'
+        if how == "cut":
+            await request.send(
+                b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+            )
+            request.writer.close()
+        elif how == "no head":
+            request.writer.close()
+        elif how == "br":
+            await request.answer(batch, "200 OK", JSON_KIND, "Content-Encoding: br")
+        elif how == "text":
+            await request.answer(batch, "200 OK", "Content-Type: text/plain")
+        elif how == "huge":
+            await request.answer(
+                batch + b" " * (3 * gateway.REWRITE_LIMIT), "200 OK", JSON_KIND
+            )
+        else:
+            status = "503 Service Unavailable" if how == "503" else "400 Bad Request"
+            await request.answer(b"{}", status, JSON_KIND)
+
+    async with upstream(answer) as up, inside(up.url, tmp_path) as (relay, port):
+        key, record = await put_key(relay, max_budget=Decimal(1))
+        made = await ask(
+            port, "POST /v1/messages/batches", JSON_KIND, body=batch_of(10), key=key
+        )
+        await until(lambda: not relay.active)
+        assert_nothing_is_held(record.account)
+        spent = record.spent(gateway.now())
+        if how in ("503", "refused"):
+            assert spent == 0 and made.status == (503 if how == "503" else 400)
+        else:
+            assert (
+                Decimal("0.05") < spent < Decimal("0.06")
+                and relay.recent[-1].used.estimated
+            )
+
+
+@gen_test
+async def test_results_that_cannot_be_read_book_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gateway asks for plain results; what else comes is looked at again."""
+    async with batching(tmp_path, monkeypatch) as (batches, relay, call):
+        key, record = await put_key(relay, max_budget=Decimal(1))
+        path = "POST /v1/messages/batches"
+        assert (await call(path, body=batch_of(10), key=key)).status == 200
+        (batch,) = record.account.batches.values()
+        batches.packs, batches.state = True, "ended"
+        await until(lambda: sum("/results" in r.target for r in batches.seen) > 2)
+        assert batches.seen[-1].field("accept-encoding") == ["identity"]
+        assert not batch.booked and batch.held and not record.spent(gateway.now())
+        batches.packs = False
+        await until(lambda: batch.booked)
+        assert record.spent(gateway.now()) == Decimal("0.07")
+
+
+@gen_test
+async def test_one_batch_keeps_no_other_from_being_booked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with batching(tmp_path, monkeypatch) as (batches, relay, call):
+        key, record = await put_key(relay)
+        for _ in range(3):
+            await call("POST /v1/messages/batches", body=batch_of(1), key=key)
+        batches.stuck, batches.state = "msgbatch_1", "ended"
+        made = record.account.batches
+        await until(lambda: made["msgbatch_2"].booked and made["msgbatch_3"].booked)
+        assert not made["msgbatch_1"].booked
+
+
+@gen_test
+async def test_a_body_is_held_until_it_is_on_its_way(tmp_path: Path) -> None:
+    """Whatever the method, and however the body comes."""
+    reading = asyncio.Event()
+
+    async def slow(request: Arrived) -> None:
+        if "warm" in request.target:
+            await request.answer(b"{}")
+            return
+        request.writer.transport.pause_reading()
+        await reading.wait()
+        request.writer.transport.resume_reading()
+        await request.read_body()
+        await request.answer(b"{}")
+
+    size = gateway.JSON_BODY_LIMIT + MIB
+    async with upstream(slow) as up, inside(up.url, tmp_path) as (relay, port):
+        key, _ = await put_key(relay)
+        held = relay.admission.held
+        await ask(
+            port, "GET /v1/models/warm", key=key
+        )  # a connection that is kept alive
+        async with Client(port) as chunked, Client(port) as getting:
+            chunked.request(
+                "POST /v1/files", JSON_KIND, "Transfer-Encoding: chunked", key=key
+            )
+            for _ in range(size // MIB):
+                chunked.send(b"%x\r\n%b\r\n" % (MIB, bytes(MIB)))
+            chunked.send(b"0\r\n\r\n")
+            await until(lambda: len(up.arrived) == 2)
+            getting.request("GET /v1/models", JSON_KIND, body=bytes(20 * MIB), key=key)
+            await until(lambda: len(up.arrived) == 3)
+            assert held.total >= 50 * MIB
+            reading.set()
+            for client in (chunked, getting):
+                assert (await client.response()).status == 200
+            exchanges = [h._exchange for h in relay.active]
+            assert held.total == 0 and not any(e._body for e in exchanges if e)
 
 
 @gen_test
@@ -5449,6 +5611,62 @@ async def test_the_real_key_leaves_in_no_line_of_a_head(start: Starter) -> None:
         assert REAL_KEY.encode() not in answer.head + early
 
 
+def gzip_named(name: bytes, data: bytes) -> bytes:
+    """A gzip member with a file's name in its head, which is not compressed (RFC 1952)."""
+    packed = gzip.compress(data)
+    return packed[:3] + b"\x08" + packed[4:10] + name + b"\0" + packed[10:]
+
+
+def plain_of(coding: str, data: bytes) -> bytes:
+    """As much of a broken-off body as can be read."""
+    try:
+        inflater = gateway.Inflater(coding)
+        return data + b"".join(inflater.slices(data))
+    except zlib.error:
+        return data
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "lie"])
+@pytest.mark.parametrize("cut", [1, 10, len(REAL_KEY) - 1])
+@gen_test
+async def test_no_part_of_the_real_key_leaves_at_the_end_of_a_read(
+    start: Starter, coding: str, cut: int
+) -> None:
+    async def reveal(request: Arrived) -> None:
+        packer = zlib.compressobj(wbits=31 if coding == "gzip" else -15)
+        secret = REAL_KEY.encode()
+        parts = [b"it is " + secret[:cut], secret[cut:] + b"."]
+        if coding == "lie":
+            parts = [secret[:cut], secret[cut:] + b"."]
+        else:
+            parts = [
+                packer.compress(p) + packer.flush(zlib.Z_SYNC_FLUSH) for p in parts
+            ]
+        length = sum(map(len, parts))
+        named = "gzip" if coding == "lie" else coding
+        await request.send(
+            f"HTTP/1.1 200 OK\r\nContent-Encoding: {named}\r\nContent-Length: {length}\r\n\r\n".encode()
+        )
+        for part in parts:
+            await asyncio.sleep(0.05)  # so that they are two reads
+            await request.send(part)
+
+    async with (
+        relayed(start, reveal) as (process, _, key),
+        Client(process.port) as client,
+    ):
+        client.request("GET /v1/models", key=key)
+        got = b""
+        with contextlib.suppress(ConnectionError):
+            while data := await client.reader.read(65536):
+                got += data
+                if b"*" * len(REAL_KEY) in got:
+                    break
+        body = got.partition(b"\r\n\r\n")[2]
+        shown = plain_of("gzip" if coding == "lie" else coding, body)
+        assert REAL_KEY[: max(cut, 4)].encode() not in shown
+
+
 @pytest.mark.parametrize(
     "pack",
     [
@@ -5456,6 +5674,8 @@ async def test_the_real_key_leaves_in_no_line_of_a_head(start: Starter) -> None:
         lambda data: ("gzip", gzip.compress(b"first") + gzip.compress(data)),
         lambda data: ("gzip", gzip.compress(data[:40]) + gzip.compress(data[40:])),
         lambda data: ("gzip", data),  # a lie
+        lambda data: ("identity\r\nContent-Encoding: gzip", gzip.compress(data)),
+        lambda data: ("gzip", gzip_named(REAL_KEY.encode(), b"it is its name")),
     ],
 )
 @gen_test
@@ -5469,7 +5689,7 @@ async def test_the_real_key_leaves_in_no_compressed_body(
     async with relayed(start, reveal) as (process, _, key):
         answer = await ask(process.port, "GET /v1/models", key=key)
         if answer.status == 200 and answer.clean:
-            assert REAL_KEY.encode() not in answer.body
+            assert REAL_KEY.encode() not in plain_of("gzip", answer.body)
             assert b"*" * len(REAL_KEY) in answer.body
         else:
             assert answer.status == 502 or not answer.clean
@@ -5494,6 +5714,12 @@ async def test_a_key_of_the_gateway_goes_nowhere_else(start: Starter) -> None:
             ):
                 answer = await ask(process.port, "GET /v1/models", field, key=key)
                 assert answer.status == 400 and secret.encode() not in answer.body
+        for method in (key, "sk-~!own.key"):  # a token like any other
+            async with Client(process.port) as client:
+                client.request(f"{method} /v1/models", key=key)
+                assert (await client.response()).status in (400, 200), method
+        assert all(key not in arrived.start_line for arrived in up.arrived)
+        up.arrived.clear()
         many = "X-Debug: " + "sk-" * 2000
         assert (await ask(process.port, "GET /v1/models", many, key=key)).status == 400
         assert not up.arrived
