@@ -1239,11 +1239,9 @@ class KeyStore:
 
         Raises SettingsError and keeps what was there.
         """
-        while self._writer is not None:
-            # Else a change that is still being written would be read over.
-            await asyncio.wait([self._writer])
-        if self.last_error and file_mark(self.path) == self._mark:
-            # The file may have a change that was refused, since it was not known to be on disk.
+        while self._writer is not None or (self.last_error and not self._is_edited()):
+            # A change that is being written would be read over; and where the last write failed,
+            # the file may have one that was refused, since it was not known to be on disk.
             try:
                 await self.save()
             except OSError as error:
@@ -1425,9 +1423,12 @@ class KeyStore:
             raise
         self._take(descriptor)
 
+    def _is_edited(self) -> bool:
+        return file_mark(self.path) not in (self._mark, None)
+
     def _refuse_edited(self) -> None:
         """Raise StoreEdited where the file is not the one that was last read or written."""
-        if file_mark(self.path) not in (self._mark, None):
+        if self._is_edited():
             raise StoreEdited(errno.EBUSY, DAMAGED if self._bad_mark else EDITED)
 
     def _write_beside(self, lines: list[bytes]) -> tuple[Path, int]:

@@ -5906,6 +5906,36 @@ async def test_a_change_that_was_refused_is_nowhere(
     store.close()
 
 
+@gen_test
+async def test_a_refused_change_does_not_come_back_from_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = gateway.KeyStore(tmp_path / "keys.json")
+    hashed = gateway.hash_key("sk-a")
+    await store.change({hashed: gateway.VirtualKey("sk-...test", rpm_limit=1)})
+    fsync, failing = os.fsync, True
+
+    def fail_for_folders(descriptor: int) -> None:
+        if failing and stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(5, "Input/output error")  # after the new file has its name
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail_for_folders)
+    with pytest.raises(gateway.APIError):
+        await store.change(
+            {hashed: dataclasses.replace(store.keys[hashed], rpm_limit=2)}
+        )
+    with pytest.raises(gateway.SettingsError):
+        await store.reload()
+    failing = False
+    await store.reload()
+    assert store.keys[hashed].rpm_limit == 1
+    (kept,) = gateway.parse_store(store.path.read_bytes(), "x").values()
+    assert kept.rpm_limit == 1
+    await store.flush()
+    store.close()
+
+
 def edit(process: Process, change: Callable[[str], str], *, renames: bool) -> str:
     """Edit the keys file as an editor does: in place, or by a new file."""
     text = change(process.keys.read_text())
