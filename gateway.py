@@ -4256,7 +4256,9 @@ class Exchange:
         if len(self._body) <= JOINED_BODY:
             connection.transport.write(b"".join([self._head, self._body, *waiting]))
         else:
-            connection.transport.writelines([self._head, self._body, *waiting])
+            # Not writelines: Python 3.12 and 3.13 do not say then that the buffer is full.
+            for data in (self._head, self._body, *waiting):
+                connection.transport.write(data)
         if not self._repeatable:  # nor kept for as long as the response lasts
             self._head = self._body = b""
         if self.reading_paused:
