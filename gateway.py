@@ -1815,7 +1815,8 @@ class Meter:
             return self.measured
         held = b"".join(self._held)
         if self._whole and complete and held:
-            self.measured = measured_message(read_json(held), self._size)
+            message = read_members(held, AnswerMembers)
+            self.measured = measured_message(message, self._size)
         elif self._whole:
             self.measured.seen = self._size
         elif complete:
@@ -1869,7 +1870,7 @@ class Meter:
             return
         for line in lines.splitlines():
             if line.strip():
-                row = read_json(line)
+                row = read_members(line, ResultRowMembers)
                 result = row.get("result") if isinstance(row, dict) else None
                 if result is None:  # these are no results, or not in plain text
                     self.measured.blind = True
@@ -1942,6 +1943,65 @@ def read_json(body: bytes) -> object:
         return cast(object, json.loads(str(body, "utf-8")))
     except (ValueError, RecursionError):
         return None
+
+
+@contextlib.contextmanager
+def no_collector() -> Iterator[None]:
+    """Keep the garbage collector away while a document is made, all of which is in use."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+class NoMembers(TypedDict):
+    """An object of which nothing is looked at."""
+
+
+class AnswerMembers(TypedDict, total=False):
+    """What is looked at of a whole message."""
+
+    model: Any
+    stop_reason: Any
+    usage: Any
+    completion: Any
+    content: list[NoMembers]
+
+
+class ResultMembers(TypedDict, total=False):
+    """What is looked at of a row's result."""
+
+    message: AnswerMembers
+
+
+class ResultRowMembers(TypedDict, total=False):
+    """What is looked at of a row of a batch's results."""
+
+    result: ResultMembers
+
+
+@functools.cache
+def decoder_of(members: type) -> Callable[[bytes], Any] | None:
+    """msgspec's reader of the members that a TypedDict names; None where it is not installed."""
+    try:
+        import msgspec
+    except ImportError:
+        return None
+    return cast("Callable[[bytes], Any]", msgspec.json.Decoder(members).decode)
+
+
+def read_members(body: bytes, members: type) -> object:
+    """What a body says of some members, and maybe of others: msgspec skips what it is not asked for,
+    `json`, which takes five times as long, makes it all. None where it cannot be read."""
+    decode = decoder_of(members)
+    with no_collector():
+        if decode is not None:
+            with contextlib.suppress(Exception):  # what msgspec cannot read, json may
+                return cast(object, decode(body))
+        return read_json(body)
 
 
 def measured_message(message: object, size: int) -> Measured:
@@ -3266,18 +3326,6 @@ def escaped_at(body: bytes, start: int, end: int) -> bool:
         width *= 8
 
 
-@contextlib.contextmanager
-def no_collector() -> Iterator[None]:
-    """Keep the garbage collector away while a document is made, all of which is in use."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 def read_strictly(body: bytes, route: Route) -> Steps[object]:
     """Read a body in which a rule looks for models. Raises APIError 400 for what two readers of one
     JSON may understand differently: what is checked is what is sent."""
@@ -3302,12 +3350,7 @@ def read_strictly(body: bytes, route: Route) -> Steps[object]:
 def read_leniently(body: bytes, route: Route) -> Steps[object]:
     """Read of a body what its price depends on; None where it cannot be read."""
     yield from refuse_costly(body, route)
-    decode = order_decoder()
-    with no_collector():
-        if decode is not None:
-            with contextlib.suppress(Exception):  # what msgspec cannot read, json may
-                return cast(object, decode(body))
-        return read_json(body)
+    return read_members(body, BodyMembers)
 
 
 class AttemptMembers(TypedDict, total=False):
@@ -3348,17 +3391,6 @@ class BodyMembers(MessageMembers, total=False):
     """The same of a message or a batch."""
 
     requests: list[RowMembers]
-
-
-@functools.cache
-def order_decoder() -> Callable[[bytes], Any] | None:
-    """msgspec's reader of BodyMembers, five times as fast as `json`, which makes all; None where it is
-    not installed."""
-    try:
-        import msgspec
-    except ImportError:
-        return None
-    return cast("Callable[[bytes], Any]", msgspec.json.Decoder(BodyMembers).decode)
 
 
 def is_deeper(document: object, limit: int) -> bool:

@@ -4798,14 +4798,26 @@ def test_both_readers_read_the_same_of_a_body(monkeypatch: pytest.MonkeyPatch) -
     bodies = [json.dumps(body).encode() for body, _ in ORDERS]
     bodies += [b"[1]", b"nonsense", b'{"model": 1, "fallbacks": {"a": 1}, "tools": 5}']
     read: list[list[Any]] = []
-    for decoder in (gateway.order_decoder(), None):
-        monkeypatch.setattr(gateway, "order_decoder", lambda decoder=decoder: decoder)
+    assert gateway.decoder_of(gateway.BodyMembers) is not None
+    for installed in (True, False):
+        if not installed:
+            monkeypatch.setattr(gateway, "decoder_of", lambda members: None)
         route, orders = gateway.read_route("POST", MESSAGES_PATH), []
         for body in bodies:
             document = drain(gateway.read_leniently(body, route))
             orders.append(drain(gateway.read_order(document, body, batched=False)))
         read.append(orders)
-    assert gateway.order_decoder is not None and read[0] == read[1]
+    assert read[0] == read[1]
+    for name in MESSAGES:
+        whole = json.loads(message_body(name))
+        result = json.dumps({"result": {"message": whole}}).encode()
+        messages = [
+            gateway.read_members(message_body(name), gateway.AnswerMembers),
+            gateway.read_members(result, gateway.ResultRowMembers)["result"]["message"],
+            whole,
+        ]
+        measured = [gateway.measured_message(message, 0) for message in messages]
+        assert measured[0] == measured[1] == measured[2]
 
 
 def test_invented_models_are_looked_up_and_named_a_few_times(
