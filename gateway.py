@@ -4904,6 +4904,7 @@ HELLO_PATHS = frozenset(
 )
 # How much of a refused request's body is read, so that its answer arrives.
 DISCARD_LIMIT = 32 * MIB
+LINGER_SILENCE = 0.25  # seconds after which a client over TLS is taken to have sent all
 LINGER_TIMEOUT = 5.0  # seconds for a client to read its answer before the socket closes
 OWN_BODY_LIMIT = 1 * MIB  # a request to the gateway itself
 # Bytes a second below which a body is too slow, once --client-timeout has passed
@@ -6366,9 +6367,9 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
 
     def data_received(self, data: bytes) -> None:
         """Called by asyncio."""
+        self._heard = self.server.time()
         if self._lingering:
             return
-        self._heard = self.server.time()
         if self._body is not None:
             self._taken += len(data)
         if self._buffer or (self._body is None and self.is_busy):
@@ -6721,9 +6722,19 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
         self._lingering = True
         if self.transport.can_write_eof():
             self.transport.write_eof()
-        else:  # TLS knows no half-closed connection
-            self.transport.close()
+        else:
+            self._close_once_silent()
         asyncio.get_running_loop().call_later(LINGER_TIMEOUT, self.transport.abort)
+
+    def _close_once_silent(self) -> None:
+        """TLS knows no half-closed connection; and what comes while it is being closed is gathered by
+        the loop, where what comes before is dropped."""
+        silent = self.server.time() - self._heard
+        if silent >= LINGER_SILENCE:
+            self._close()
+        elif not self._lost:
+            wait = LINGER_SILENCE - silent
+            asyncio.get_running_loop().call_later(wait, self._close_once_silent)
 
     def _begin_waiting(self) -> None:
         """From now on the client is expected to send."""
