@@ -2461,7 +2461,7 @@ def test_regenerated_keys(mocked: Process) -> None:
         "/key/regenerate",
         {
             "key": newer,
-            "grace_period": "1s",
+            "grace_period": "2s",  # moments are whole seconds, so it may be one
             "new_key": "sk-chosen-0123456789",
             "team_id": "t",
         },
