@@ -9,9 +9,9 @@ With --tls both sides speak TLS.
 
 After that storm come the ATTACKS, each by itself, which try to keep the gateway from everybody else.
 Meanwhile a watch in a process of its own asks on another connection whether the gateway lives: 99 of
-100 answers come within 0.1 s. Nor does an attack make the gateway take more memory, at its peak, than
-connections hold by the README's word, and --max-held-bytes where it sends bodies.
-
+100 answers come within 0.1 s, in the calmer of two rounds. Nor does an attack make the gateway take
+more memory, at its peak, than connections hold by the README's word, and --max-held-bytes where it
+sends bodies.
 
 Afterwards nothing may be left: no request, exchange, slot, hold, connection, task or open file;
 memory is where it was (after the storm as after its first part, after the second round of attacks
