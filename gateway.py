@@ -2070,7 +2070,7 @@ def reported(measured: Measured) -> list[tuple[str, Tally]]:
         return []
     iterations = usage.get("iterations")
     entries = (
-        [e for e in iterations if isinstance(e, dict)]
+        [e for e in iterations[:MAX_ITERATIONS] if isinstance(e, dict)]
         if isinstance(iterations, list)
         else []
     )
@@ -2089,6 +2089,9 @@ def reported(measured: Measured) -> list[tuple[str, Tally]]:
 
 
 ATTEMPTS = ("message", "fallback_message")  # the types of iterations that may decline
+MAX_ITERATIONS = (
+    1000  # that are read of one answer, so that a lying upstream holds nobody up
+)
 
 
 def charged_entries(measured: Measured) -> list[tuple[str, Tally]]:
@@ -2839,9 +2842,8 @@ class Admission:
         """A batch was made: what is held for it stays until it is booked."""
         payer = grant.booked_key
         if payer is not None:
-            self.finish_batch(
-                name
-            )  # an upstream that gives an id twice frees what was held for it
+            # An upstream that gives an id twice frees what was held for it.
+            self.finish_batch(name)
             self.store.own_batch(payer.account, name).held = grant.holds
             grant.holds = {}
 
@@ -3257,9 +3259,7 @@ CONTAINERS_A_ROW, MEMBERS_A_ROW = 20, 40
 BYTES_A_CONTAINER = 40  # of a batch's rows, at least; half of it for a member
 MAX_ATTEMPTS = 10_000  # tools or fallbacks of one message
 MAX_DEPTH = 500  # Python's own parser gives up at about 1,000, or at none
-DEPTH_LOOKS = (
-    100_000  # values that are looked at for that; wider documents are not deep
-)
+DEPTH_LOOKS = 100_000  # values that are looked at for it; wider ones are not deep
 UNCOUNTED_BODY = 192 * KIB  # smaller ones cannot hold so much
 BREATH = 2000  # rows, members or quotes that are looked at before the loop may do something else
 
@@ -3671,9 +3671,7 @@ def own_credential(header: str, credential: str) -> tuple[str, str] | None:
 
 MAX_HEAD_SIZE = 64 * KIB  # Tornado's default max_header_size
 MAX_FIELDS = 200  # of a head; Apache's limit is 100, Node's 2,000
-MAX_METHOD = (
-    32  # characters; the longest that is registered has 16 (RFC 9110 section 16.1)
-)
+MAX_METHOD = 32  # characters; the longest that is registered has 16 (RFC 4437)
 MAX_EMPTY_LINES = 4  # before a request; RFC 9112 section 2.2 speaks of one
 CHUNKS_A_TURN = 1000  # of a body that are read before the loop may do something else
 MAX_CHUNK_LINE = 1 * KIB  # a chunk's size and extensions, or one trailer field
@@ -4478,9 +4476,7 @@ class UpstreamConnection(asyncio.Protocol):
     def _reset_response(self) -> None:
         self._head = HeadReader()
         self._body: Body | None = None
-        self._rest = (
-            b""  # chunks that wait for the loop's next turn, while nothing is read
-        )
+        self._rest = b""  # chunks that wait for the loop's next turn
         self._breathing = False
         self._informational = 0
 
@@ -4917,13 +4913,9 @@ RESERVED_FILES = 64  # for the keys file, the log and whatever else is no connec
 BACKLOG = 4096  # connections that the kernel holds until they are accepted; it caps this at somaxconn
 # Bytes of further requests that may wait for the present one's end.
 PIPELINE_LIMIT = 64 * KIB
-REWRITE_LIMIT = (
-    4 * MIB
-)  # a list of a thousand batches, the longest there is, has about one
+REWRITE_LIMIT = 4 * MIB  # a list of a thousand batches, the longest, has about one
 QUICK_BODY = 256 * KIB  # what is read of it is read at once
-SLICES_A_TURN = (
-    4  # of a compressed answer that are looked at before the loop does something else
-)
+SLICES_A_TURN = 4  # of a compressed answer, before the loop does something else
 MANY_PARTS = 1000  # of a body that is kept
 MAX_TAGS = 20  # of one request that are remembered
 EVENT_STREAM = "text/event-stream"
@@ -5050,8 +5042,7 @@ class Redactor:
     def watch(self, plain: bytes) -> None:
         """Look at a part of a compressed body, whose bytes go on as they are. Raises UpstreamError."""
         plain = self._held + plain
-        if self._secret in plain:
-            raise UpstreamError("The upstream sent the gateway's own credential back.")
+        self.watch_raw(plain)
         self._held = plain[1 - len(self._secret) :]
 
     def watch_raw(self, data: bytes) -> None:
@@ -5655,9 +5646,8 @@ class RelayHandler:
             self.refuse(error)
             return
         self._kept.append(chunk)
-        if (
-            len(self._kept) > MANY_PARTS
-        ):  # each takes more than it holds where they are small
+        # Each part takes more than it holds where they are small.
+        if len(self._kept) > MANY_PARTS:
             self._kept = [b"".join(self._kept)]
         if self._received > JSON_BODY_LIMIT:
             kept, self._kept = b"".join(self._kept), None
