@@ -25,6 +25,7 @@ if __name__ == "__main__":  # until the files can be read again, SIGHUP must not
 import asyncio
 import bisect
 import calendar
+import codecs
 import collections
 import contextlib
 import dataclasses
@@ -1641,6 +1642,7 @@ def parse_store(text: bytes, name: str) -> dict[str, VirtualKey]:
 # A line of a stream or of batch results, or a whole message, is read up to this size; of longer ones
 # the size counts. `json` takes some 40 ms for so much.
 MAX_LINE = 4 * MIB
+UNASKED_LINE = 64 * KIB  # of it are held without being counted
 INFLATE_SLICE = 64 * KIB  # decompressed at a time, so that a small bomb stays small
 # What is known of a text before its tokens are: 3 bytes each, a little more than Anthropic's rule of
 # thumb for English (4 characters), and right for Chinese, Japanese and Korean (3 bytes a character).
@@ -1780,22 +1782,27 @@ class Meter:
     """Reads usage out of a response as it passes: SSE, a JSON message, or batch results (JSONL).
 
     ``look`` takes the plain body with whatever boundaries; the result is the same for every split.
-    Holds at most MAX_LINE bytes of a line or a message. ``on_result`` is called with each line of
-    batch results, counted from 1.
+    Holds at most MAX_LINE bytes of a line or a message, and beyond UNASKED_LINE no more than ``room``
+    lets it, which is asked for so many bytes and told (below 0) of those that are held no more.
+    ``on_result`` is called with each line of batch results, counted from 1.
     """
 
     def __init__(
         self,
         content_type: str,
         on_result: Callable[[int, Measured], None] | None = None,
+        room: Callable[[int], bool] = lambda size: True,
     ) -> None:
         self.measured = Measured()
         self._on_result = on_result
+        self._room = room
+        self._asked = 0
         self._lines = 0
         self._whole = on_result is None and not content_type.lower().startswith(
             "text/event-stream"
         )
-        self._held: list[bytes] = []  # of a line that has not ended, or of the message
+        # Of a line that has not ended, or of the message; None where it is too long.
+        self._held: list[bytes] | None = []
         self._size = 0
 
     def look(self, data: bytes) -> None:
@@ -1811,29 +1818,42 @@ class Meter:
 
     def finish(self, complete: bool) -> Measured:
         """The body has ended, or was cut short."""
+        size, held = self._ended()
         if self.measured.blind:
-            return self.measured
-        held = b"".join(self._held)
-        if self._whole and complete and held:
+            pass
+        elif self._whole and complete and held:
             message = read_members(held, AnswerMembers)
-            self.measured = measured_message(message, self._size)
+            self.measured = measured_message(message, size)
         elif self._whole:
-            self.measured.seen = self._size
+            self.measured.seen = size
         elif complete:
-            self._end_line(b"")
-        elif self._on_result is None and self._size > MAX_LINE:
-            self.measured.seen += self._size
-        elif self._on_result is None:
+            self._read_line(size, held)
+        elif self._on_result is None and held is None:
+            self.measured.seen += size
+        elif self._on_result is None and held:
             self._read_text(held)
         return self.measured
 
     def _hold(self, data: bytes) -> None:
         """Keep a beginning until its end comes; of one that is too long only the size."""
         self._size += len(data)
-        if self._size > MAX_LINE:
-            self._held.clear()
-        elif data:
-            self._held.append(data)
+        if self._held is None or not data:
+            return
+        more = self._size - UNASKED_LINE - self._asked
+        if self._size > MAX_LINE or (more > 0 and not self._room(more)):
+            self._let_go()
+            self._held = None
+            return
+        self._held.append(data)
+        self._asked += max(0, more)
+
+    def _let_go(self) -> bytes | None:
+        """What is held; None where it was too long."""
+        held = None if self._held is None else b"".join(self._held)
+        if self._asked:
+            self._room(-self._asked)
+        self._held, self._asked = [], 0
+        return held
 
     def _split(self, data: bytes) -> None:
         """Read the lines that end here, those of more than MAX_LINE apart."""
@@ -1854,9 +1874,16 @@ class Meter:
     def _end_line(self, rest: bytes) -> None:
         """A line ends with these bytes."""
         self._hold(rest)
-        size, line = self._size, b"".join(self._held)
-        self._held, self._size = [], 0
-        if size <= MAX_LINE:
+        self._read_line(*self._ended())
+
+    def _ended(self) -> tuple[int, bytes | None]:
+        """The size of what has come to its end, and what it is; None where it was too long."""
+        size, self._size = self._size, 0
+        return size, self._let_go()
+
+    def _read_line(self, size: int, line: bytes | None) -> None:
+        """Look at a line."""
+        if line is not None:
             self._read(line)
         elif self._on_result is not None:
             self._result(Measured(seen=size))
@@ -2449,6 +2476,15 @@ Result = TypeVar("Result")
 Steps = Generator[None, None, Result]
 
 
+def at_once(steps: Steps[Result]) -> Result:
+    """What comes of steps that are few."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return cast(Result, stop.value)
+
+
 @dataclass(slots=True)
 class Caller:
     """Who sends a request: the keys he showed and what goes upstream in their place.
@@ -2542,6 +2578,17 @@ class Held:
             )
         self.total += size
         self._shares[key] = mine
+
+    def find_room(self, key: str, size: int) -> bool:
+        """Whether so many bytes more are held now; or so many less, below 0."""
+        if size < 0:
+            self.give_back(key, -size)
+            return True
+        try:
+            self.take(key, size)
+        except APIError:
+            return False
+        return True
 
     def give_back(self, key: str, size: int) -> None:
         """Hold so many bytes less."""
@@ -3259,9 +3306,17 @@ CONTAINERS_A_ROW, MEMBERS_A_ROW = 20, 40
 BYTES_A_CONTAINER = 40  # of a batch's rows, at least; half of it for a member
 MAX_ATTEMPTS = 10_000  # tools or fallbacks of one message
 MAX_DEPTH = 500  # Python's own parser gives up at about 1,000, or at none
-DEPTH_LOOKS = 100_000  # values that are looked at for it; wider ones are not deep
 UNCOUNTED_BODY = 192 * KIB  # smaller ones cannot hold so much
-BREATH = 2000  # rows, members or quotes that are looked at before the loop may do something else
+BREATH = (
+    2000  # rows or members that are looked at before the loop may do something else
+)
+SLICE = (
+    32 * KIB
+)  # the same of a text, of which json makes members or objects in some 10 ms
+LONG_TEXT = "…"  # stands for a string that is longer, which names no model
+MISSING = object()
+JSON_BLANKS = re.compile(r"[ \t\n\r]*")
+STRING_INSIDE = re.compile(r'[^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*')
 
 
 def refuse_costly(body: bytes, route: Route) -> Steps[None]:
@@ -3269,88 +3324,268 @@ def refuse_costly(body: bytes, route: Route) -> Steps[None]:
     each of which takes a third of a millisecond for a megabyte."""
     if len(body) <= UNCOUNTED_BODY:
         return
-    rows = min(body.count(b'"custom_id"'), MAX_ROWS) if route.makes_batch else 0
+    counted, counts = 0, (0, 0, 0)
+    for start in range(0, len(body), MIB):
+        part = body[start : start + MIB]
+        counted += part.count(b'"custom_id"')
+        counts = added(counts, marks_of(part))
+        yield
+    rows = min(counted, MAX_ROWS) if route.makes_batch else 0
     limits = (
         MAX_CONTAINERS + min(CONTAINERS_A_ROW * rows, len(body) // BYTES_A_CONTAINER),
         MAX_MEMBERS + min(MEMBERS_A_ROW * rows, 2 * len(body) // BYTES_A_CONTAINER),
         MAX_ITEMS + min(MEMBERS_A_ROW * rows, 2 * len(body) // BYTES_A_CONTAINER),
     )
-    yield
-    text = body
-    while any(
-        count > limit for count, limit in zip(marks_of(text), limits, strict=True)
-    ):
-        if text is not body:
-            raise APIError(
-                400,
-                "The body has more lists, objects or members than any model can read. This key's"
-                " requests are read; send less at a time.",
-            )
-        text = yield from outside_strings(body)  # where code and tables have none
-    yield
+    if not exceeds(counts, limits):
+        return
+    counts = (0, 0, 0)
+    for text in outside_strings(body):  # where code and tables have none
+        counts = added(counts, marks_of(text))
+        yield
+    if exceeds(counts, limits):
+        raise APIError(
+            400,
+            "The body has more lists, objects or members than any model can read. This key's"
+            " requests are read; send less at a time.",
+        )
 
 
-def marks_of(body: bytes) -> tuple[int, int, int]:
+Marks = tuple[int, int, int]  # containers, members, items
+
+
+def marks_of(body: bytes) -> Marks:
     """How many containers, members and items a JSON text has at most."""
     return body.count(b"[") + body.count(b"{"), body.count(b":"), body.count(b",")
 
 
-def outside_strings(body: bytes) -> Steps[bytes]:
-    """A JSON text without its strings."""
-    parts, at, looked = [], 0, 0
-    while (start := body.find(b'"', at)) >= 0:
-        parts.append(body[at:start])
-        end = start
-        while True:
-            end = body.find(b'"', end + 1)
-            looked += 1
-            if looked % BREATH == 0:
-                yield
-            if end < 0:
-                return b"".join(parts)
-            if not escaped_at(body, start + 1, end):
-                break
-        at = end + 1
-    parts.append(body[at:])
-    return b"".join(parts)
+def added(counts: Marks, more: Marks) -> Marks:
+    """The sums of these."""
+    return counts[0] + more[0], counts[1] + more[1], counts[2] + more[2]
 
 
-def escaped_at(body: bytes, start: int, end: int) -> bool:
-    """Whether an odd number of backslashes stands right before ``end``, none of them before ``start``."""
-    width = 1
-    while True:
-        before = body[max(start, end - width) : end]
-        rest = before.rstrip(b"\\")
-        if rest or len(before) == end - start:
-            return (len(before) - len(rest)) % 2 == 1
-        width *= 8
+def exceeds(counts: Marks, limits: Marks) -> bool:
+    """Whether one of these counts is above its limit."""
+    return any(count > limit for count, limit in zip(counts, limits, strict=True))
+
+
+def outside_strings(body: bytes) -> Iterator[bytes]:
+    """A JSON text without its strings, a slice at a time."""
+    at, inside = 0, False
+    while at < len(body):
+        # No slice ends within an escape.
+        end = backslashes_end(body, at + SLICE) if at + SLICE < len(body) else len(body)
+        slice_ = body[at:end].replace(b"\\\\", b"").replace(b'\\"', b"")
+        parts = slice_.split(b'"')
+        yield b"".join(parts[inside::2])
+        inside ^= len(parts) % 2 == 0
+        at = end
+
+
+def backslashes_end(body: bytes, at: int) -> int:
+    """The first place from there on that has no backslash before it."""
+    while body[at - 1 : at] == b"\\":
+        run = BACKSLASHES.match(body, at)
+        at = (run.end() if run else at) + 1
+    return at
+
+
+BACKSLASHES = re.compile(rb"\\*")
+
+
+def is_deeper(body: bytes, limit: int) -> Steps[bool]:
+    """Whether a JSON text is nested more than ``limit`` levels deep."""
+    if body.count(b"[") + body.count(b"{") <= limit:
+        return False
+    depth = 0
+    for text in outside_strings(body):
+        steps = (NESTING[mark] for mark in text.translate(None, NO_BRACKETS))
+        depths = list(itertools.accumulate(steps, initial=depth))
+        if max(depths) > limit:
+            return True
+        depth = depths[-1]
+        yield
+    return False
+
+
+NESTING = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+NO_BRACKETS = bytes(set(range(256)) - NESTING.keys())
 
 
 def read_strictly(body: bytes, route: Route) -> Steps[object]:
     """Read a body in which a rule looks for models. Raises APIError 400 for what two readers of one
     JSON may understand differently: what is checked is what is sent."""
     yield from refuse_costly(body, route)
+    if (yield from is_deeper(body, MAX_DEPTH)):
+        raise unclear(f"it is more than {MAX_DEPTH} levels deep")
+    names = PLACES if route.open else None
     try:
-        with no_collector():
-            document = json.loads(body.decode("utf-8"), object_pairs_hook=unambiguous)
-        if is_deeper([document], MAX_DEPTH):
-            raise AmbiguousJSON(f"it is more than {MAX_DEPTH} levels deep")
-    except (ValueError, RecursionError) as error:
-        reason = (
-            error
-            if isinstance(error, AmbiguousJSON)
-            else "the body is not readable as JSON"
-        )
-        raise APIError(
-            400, f"This key is limited to some models, and {reason}."
-        ) from None
-    return cast(object, document)
+        return (yield from JSONReader(body, names).read())
+    except (ValueError, RecursionError):
+        raise unclear("the body is not readable as JSON") from None
+
+
+def unclear(reason: str) -> APIError:
+    """The answer to a body of which it is not clear what it says."""
+    return APIError(400, f"This key is limited to some models, and {reason}.")
 
 
 def read_leniently(body: bytes, route: Route) -> Steps[object]:
     """Read of a body what its price depends on; None where it cannot be read."""
     yield from refuse_costly(body, route)
-    return read_members(body, BodyMembers)
+    decode = decoder_of(BodyMembers)
+    if decode is not None:
+        with no_collector(), contextlib.suppress(Exception):
+            return decode(body)
+    try:
+        return (yield from JSONReader(body, PLACES).read())
+    except (ValueError, RecursionError):
+        return None
+
+
+@dataclass
+class Holder:
+    """A list or an object that is being read, ``end`` its last character."""
+
+    end: str
+    names: list[Any] = field(default_factory=list)
+    values: list[object] = field(default_factory=list)
+
+
+ENDS = {"[": "]", "{": "}"}
+
+
+class JSONReader:
+    """Reads a JSON text as `json.loads` does, a slice at a time, so that the loop may do something
+    else in between: what is longer than a slice is read by its parts.
+
+    Of objects only the members that are in ``names`` are kept (None: all), so that what was read takes
+    little memory; an object with a place of a model that could be read in two ways is an `Ambiguous`.
+    A string longer than a slice stands as LONG_TEXT.
+    """
+
+    def __init__(self, body: bytes, names: frozenset[str] | None) -> None:
+        self._body = body
+        self._made = functools.partial(object_of, names)
+        decoder = json.JSONDecoder(object_pairs_hook=self._made)
+        self._scan = cast(Any, decoder).scan_once
+        self._begin = self._end = 0  # of the window, in the body
+        self._window = ""
+        self._at = 0  # in the window
+        self._move()
+
+    def read(self) -> Steps[object]:
+        """The document. Raises ValueError, RecursionError."""
+        holders: list[Holder] = []
+        while True:
+            if holders and holders[-1].end == "}":
+                holders[-1].names.append((yield from self._name()))
+            value = self._take()
+            if value is MISSING:
+                value = yield from self._longer()
+            if value is MISSING:
+                holders.append(Holder(ENDS[self._step()]))
+                if (yield from self._next()) != holders[-1].end:
+                    continue
+                self._step()
+                value = self._made_of(holders.pop())
+            while holders:
+                holders[-1].values.append(value)
+                mark = yield from self._next()
+                self._step()
+                if mark == ",":
+                    break
+                if mark != holders[-1].end:
+                    raise ValueError("neither the end nor another part")
+                value = self._made_of(holders.pop())
+            else:
+                if (yield from self._next()):
+                    raise ValueError("something follows the document")
+                return value
+
+    def _move(self) -> None:
+        """Let the window begin where reading has come to."""
+        self._begin += len(self._window[: self._at].encode())
+        piece = self._body[self._begin : self._begin + SLICE]
+        is_last = self._begin + len(piece) == len(self._body)
+        self._window, size = codecs.utf_8_decode(piece, "strict", is_last)
+        self._end, self._at = self._begin + size, 0
+
+    @property
+    def _is_last(self) -> bool:
+        return self._end == len(self._body)
+
+    def _next(self) -> Steps[str]:
+        """The next character that is no whitespace; "" at the end."""
+        while True:
+            self._skip()
+            if self._at < len(self._window) or self._is_last:
+                return self._window[self._at : self._at + 1]
+            yield
+            self._move()
+
+    def _skip(self) -> None:
+        blank = JSON_BLANKS.match(self._window, self._at)
+        self._at = blank.end() if blank else self._at
+
+    def _take(self) -> object:
+        """The next value, where it is whole in the window; else MISSING."""
+        self._skip()
+        try:
+            value, end = self._scan(self._window, self._at)
+        except (ValueError, StopIteration):
+            return MISSING
+        if end + len("e+0") > len(self._window) and not self._is_last:
+            return MISSING  # since a number may go on
+        self._at = end
+        return cast(object, value)
+
+    def _longer(self) -> Steps[object]:
+        """A value that is not whole in the window; MISSING before a container longer than a slice."""
+        yield
+        mark = yield from self._next()
+        if self._at:
+            self._move()
+        if (value := self._take()) is not MISSING:
+            return value
+        if self._is_last or mark not in '["{':
+            raise ValueError("no value")
+        return (yield from self._long_text()) if mark == '"' else MISSING
+
+    def _name(self) -> Steps[object]:
+        """The name of a member, up to its value."""
+        if (yield from self._next()) != '"':
+            raise ValueError("no name")
+        name = self._take()
+        if name is MISSING:
+            name = yield from self._longer()
+        if (yield from self._next()) != ":":
+            raise ValueError("no value of the member")
+        self._step()
+        return name
+
+    def _step(self) -> str:
+        """Go on by a character, which it is."""
+        self._at += 1
+        return self._window[self._at - 1 : self._at]
+
+    def _made_of(self, holder: Holder) -> object:
+        if holder.end == "]":
+            return holder.values
+        return self._made(list(zip(holder.names, holder.values, strict=True)))
+
+    def _long_text(self) -> Steps[str]:
+        """Go to the end of a string that is longer than the window."""
+        self._at += 1
+        while True:
+            inside = STRING_INSIDE.match(self._window, self._at)
+            self._at = inside.end() if inside else self._at
+            if self._window[self._at : self._at + 1] == '"':
+                self._at += 1
+                return LONG_TEXT
+            if self._is_last or len(self._window) - self._at > 1:
+                raise ValueError("the string does not end")
+            yield
+            self._move()
 
 
 class AttemptMembers(TypedDict, total=False):
@@ -3391,24 +3626,6 @@ class BodyMembers(MessageMembers, total=False):
     """The same of a message or a batch."""
 
     requests: list[RowMembers]
-
-
-def is_deeper(document: object, limit: int) -> bool:
-    """Whether a JSON value is nested more than ``limit`` levels deep."""
-    level, looked = [document], 0
-    for _ in range(limit):
-        values: list[Any] = []
-        for holder in level:
-            values += (
-                holder.values()
-                if isinstance(holder, dict)
-                else cast("list[Any]", holder)
-            )
-        looked += len(values)
-        level = [value for value in values if isinstance(value, dict | list)]
-        if not level or looked > DEPTH_LOOKS:
-            return False
-    return True
 
 
 def read_order(document: object, body: bytes, *, batched: bool) -> Steps[Order]:
@@ -3486,7 +3703,7 @@ def compacts(params: Mapping[str, Any]) -> bool:
     """Whether a message may summarize its conversation first, which is an attempt of its own."""
     management = params.get("context_management")
     edits = management.get("edits") if isinstance(management, dict) else None
-    return bool(params.get("compaction")) or any(
+    return params.get("compaction") is not None or any(
         isinstance(edit, dict) and str(edit.get("type")).startswith("compact")
         for edit in (edits if isinstance(edits, list) else ())
     )
@@ -3562,24 +3779,45 @@ ODD_PLACES = frozenset(
     for place in MODEL_PLACES
     for letters in itertools.product(*(c + c.upper() + ALIKE.get(c, "") for c in place))
 ) - {*MODEL_PLACES}
+# What is kept of an object's members, wherever it stands.
+PLACES = ODD_PLACES.union(
+    {"budget_tokens", "edits", "id"},
+    BodyMembers.__annotations__,
+    RowMembers.__annotations__,
+    ToolMembers.__annotations__,
+)
 
 
-class AmbiguousJSON(ValueError):
-    """JSON that two readers could understand differently."""
+class Ambiguous(dict[str, Any]):
+    """An object that two readers could understand differently, and why."""
+
+    def __init__(self, members: dict[str, Any], reason: str) -> None:
+        super().__init__(members)
+        self.reason = reason
 
 
-def unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of a JSON document. Raises AmbiguousJSON for a place of a model that stands twice."""
-    document = dict(pairs)
-    if len(document) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next((name for name in MODEL_PLACES if names.count(name) > 1), None)
-        if twice:
-            raise AmbiguousJSON(f"{twice!r} stands twice in one object")
-    if not ODD_PLACES.isdisjoint(document):
-        name = next(name for name in document if name in ODD_PLACES)
-        raise AmbiguousJSON(f"{printable(name)!r} is not written in lower case")
-    return document
+def object_of(
+    names: frozenset[str] | None, pairs: list[tuple[str, Any]]
+) -> dict[str, Any]:
+    """An object of a JSON document with those of its members that are named (None: all)."""
+    if names is not None:
+        pairs = [pair for pair in pairs if pair[0] in names]
+    members = dict(pairs)
+    if len(members) != len(pairs) or not ODD_PLACES.isdisjoint(members):
+        for name, times in collections.Counter(name for name, _ in pairs).items():
+            if name in ODD_PLACES:
+                reason = f"{printable(name)!r} is not written in lower case"
+                return Ambiguous(members, reason)
+            if times > 1 and name in PLACES:
+                return Ambiguous(members, f"{name!r} stands twice in one object")
+    return members
+
+
+def members_of(value: object) -> dict[str, Any] | None:
+    """A value as an object; None where it is none. Raises APIError 400 where it is ambiguous."""
+    if isinstance(value, Ambiguous):
+        raise unclear(value.reason)
+    return value if isinstance(value, dict) else None
 
 
 def models_in(document: object, route: Route) -> Iterator[str | None]:
@@ -3588,32 +3826,33 @@ def models_in(document: object, route: Route) -> Iterator[str | None]:
     known, whatever is called ``model`` at any depth (agent_create_params)."""
     if not route.open:
         yield from models_anywhere(document)
-    elif isinstance(document, dict) and route.makes_batch:
-        requests = document.get("requests")
-        for request in requests if isinstance(requests, list) else ():
-            if isinstance(request, dict):
-                yield from models_of_message(request.get("params"))
-    else:
+    elif not route.makes_batch:
         yield from models_of_message(document)
+    elif members := members_of(document):
+        requests = members.get("requests")
+        for request in requests if isinstance(requests, list) else ():
+            if row := members_of(request):
+                yield from models_of_message(row.get("params"))
 
 
-def models_of_message(params: object) -> Iterator[str | None]:
+def models_of_message(message: object) -> Iterator[str | None]:
     """Every model that a message may reach."""
-    if not isinstance(params, dict):
+    if not (params := members_of(message)):
         return
     yield from model_names(params.get("model"))
     fallbacks, tools = params.get("fallbacks"), params.get("tools")
     refuse_many(fallbacks, tools)
     if isinstance(fallbacks, list):
         for fallback in fallbacks:
+            attempt = members_of(fallback)
             yield from model_names(
-                fallback.get("model") if isinstance(fallback, dict) else fallback
+                fallback if attempt is None else attempt.get("model")
             )
     elif fallbacks is not None:
         yield None
     for tool in tools if isinstance(tools, list) else ():
-        if isinstance(tool, dict):
-            yield from model_names(tool.get("model"))
+        if runs := members_of(tool):
+            yield from model_names(runs.get("model"))
 
 
 def models_anywhere(document: object) -> Iterator[str | None]:
@@ -3621,17 +3860,17 @@ def models_anywhere(document: object) -> Iterator[str | None]:
     holders = [document]
     while holders:
         holder = holders.pop()
-        if isinstance(holder, dict):
-            yield from model_names(holder.get("model"))
-            holders += holder.values()
+        if members := members_of(holder):
+            yield from model_names(members.get("model"))
+            holders += members.values()
         elif isinstance(holder, list):
             holders += holder
 
 
 def model_names(value: object) -> Iterator[str]:
     """The name in a ``model`` field: a string, or an object with an ``id`` (agents)."""
-    if isinstance(value, dict):
-        value = value.get("id")
+    if (members := members_of(value)) is not None:
+        value = members.get("id")
     if value is not None:
         yield value if isinstance(value, str) else f"a {type(value).__name__}"
 
@@ -4914,7 +5153,6 @@ BACKLOG = 4096  # connections that the kernel holds until they are accepted; it 
 # Bytes of further requests that may wait for the present one's end.
 PIPELINE_LIMIT = 64 * KIB
 REWRITE_LIMIT = 4 * MIB  # a list of a thousand batches, the longest, has about one
-QUICK_BODY = 256 * KIB  # what is read of it is read at once
 SLICES_A_TURN = 4  # of a compressed answer, before the loop does something else
 MANY_PARTS = 1000  # of a body that is kept
 MAX_TAGS = 20  # of one request that are remembered
@@ -5371,6 +5609,7 @@ class Relay:
         self.traffic = Traffic()
         self.started = now()
         self.stopping = False
+        self.turn = asyncio.Lock()
         self.idle = asyncio.Event()
         self.idle.set()
 
@@ -5665,23 +5904,29 @@ class RelayHandler:
         body, self._kept = b"".join(self._kept), None
         assert self.grant is not None
         steps = self.relay.admission.admit_body(self.grant, body)
-        if len(body) > QUICK_BODY or self._deletes_unbooked():
-            judging = self._judge_slowly(steps, body)
-            self._judging = asyncio.get_running_loop().create_task(judging)
-            return
         try:
-            for _ in steps:
-                pass
+            next(steps)
         except APIError as error:
             self.refuse(error)
             return
-        self._send_whole(body)
+        except StopIteration:
+            if not self._deletes_unbooked():
+                self._send_whole(body)
+                return
+        judging = self._judge_slowly(steps, body)
+        self._judging = asyncio.get_running_loop().create_task(judging)
 
     async def _judge_slowly(self, steps: Steps[None], body: bytes) -> None:
-        """Judge a large body, and let the loop do something else between."""
+        """Judge a large body, a step of all that are judged at each turn of the loop."""
+        turn = self.relay.turn
         try:
-            for _ in steps:
-                await asyncio.sleep(0)
+            while True:
+                async with turn:
+                    await asyncio.sleep(0)
+                    try:
+                        next(steps)
+                    except StopIteration:
+                        break
             if self.grant is not None and self._deletes_unbooked():
                 await self.relay.batches.book(self.grant.route.batch_id)
             self._send_whole(body)
@@ -5958,8 +6203,8 @@ class RelayHandler:
         self._duration = self.relay.client.time() - self.started
         if self._exchange is not None:
             self._begun = self._exchange.begun
-            self._exchange = None  # no cycle is left for the garbage collector
-        self._judging = self._slices = None
+        # No cycle is left for the garbage collector.
+        self._exchange = self._judging = self._slices = None
         self.relay.leave(self)
         if measured is None:
             self._record()
@@ -6089,14 +6334,16 @@ class RelayHandler:
         route, admission = self.grant.route, self.relay.admission
         if head.status != 200 or not route.metered:
             return None
+        room = functools.partial(admission.held.find_room, self.caller.hashed or "")
         if batch := route.results_of:
             if self.caller.own is not None:
                 return None
             admission.claim_batch(self.caller, batch)
-            return Meter("", functools.partial(admission.book_result, batch))
+            book = functools.partial(admission.book_result, batch)
+            return Meter("", book, room)
         if not route.billed or self._rewritten is not None:
             return None
-        return Meter(head.get("content-type"))
+        return Meter(head.get("content-type"), room=room)
 
     def _abort(self) -> None:
         if self._exchange is not None:
@@ -7184,7 +7431,7 @@ class ManagementHandler(BaseHandler):
             )
         except (ValueError, RecursionError) as error:
             raise APIError(400, f"The body is not JSON: {error}.") from None
-        if is_deeper([body], MAX_OWN_DEPTH):
+        if at_once(is_deeper(self.request.body, MAX_OWN_DEPTH)):
             raise APIError(400, f"The body is more than {MAX_OWN_DEPTH} levels deep.")
         if not isinstance(body, dict):
             raise APIError(400, "The body is not a JSON object.")

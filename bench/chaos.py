@@ -484,6 +484,15 @@ FEW = gateway.MAX_ATTEMPTS - 100
 THINGS = [b"[]," * MOST, b"{}," * MOST, b'"",' * 490_000, b"[]," * 2_000_000]
 THINGS += [b"{}," * FEW, b'"",' * FEW]
 FILLINGS = itertools.cycle(itertools.product(PLACES, THINGS))
+ROW = json.dumps(
+    {
+        "custom_id": "row",
+        "params": {
+            **json.loads(BODY),
+            "messages": [{"role": "user", "content": "word " * 8}] * 15,
+        },
+    }
+).encode()
 
 
 class Chaos:
@@ -784,6 +793,10 @@ class Chaos:
         body = json.dumps({"requests": rows}).encode()
         await self.ask("overloaded", path=BATCHES, body=body)
 
+    async def large_batches(self) -> None:
+        body = b'{"requests": [%b]}' % b",".join([ROW] * 20_000)
+        await self.ask("overloaded", path=BATCHES, body=body)
+
     async def filled_bodies(self) -> None:
         place, things = next(FILLINGS)
         body = BODY.replace(b"{", b'{"%b": [%b""], ' % (place, things), 1)
@@ -1006,7 +1019,8 @@ CONNECTION_ATTACKS: dict[Act, int] = {
 BODY_ATTACKS: dict[Act, int] = {
     Chaos.tiny_chunks_with_key: 2,
     Chaos.invented_models: 2,
-    Chaos.filled_bodies: 2,
+    Chaos.large_batches: 2,
+    Chaos.filled_bodies: 4,
     Chaos.unfinished_bodies: 20,
     Chaos.unread_successor: 10,  # an answer that is metered is held too, up to MAX_LINE
     Chaos.structured_message: 2,
