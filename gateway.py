@@ -3305,25 +3305,26 @@ MAX_ROWS = 100_000  # Anthropic's limit on a batch (PLD batch-processing)
 CONTAINERS_A_ROW, MEMBERS_A_ROW = 20, 40
 BYTES_A_CONTAINER = 40  # of a batch's rows, at least; half of it for a member
 MAX_ATTEMPTS = 10_000  # tools or fallbacks of one message
-MAX_DEPTH = 500  # Python's own parser gives up at about 1,000, or at none
+MAX_DEPTH = 1000  # where Python 3.11's own parser gives up too, and later ones do not
 UNCOUNTED_BODY = 192 * KIB  # smaller ones cannot hold so much
-BREATH = (
-    2000  # rows or members that are looked at before the loop may do something else
-)
+BREATH = 2000  # rows or members that are looked at at once
+AT_ONCE = 32 * KIB  # bytes that are read without a step before
 SLICE = (
     32 * KIB
-)  # the same of a text, of which json makes members or objects in some 10 ms
+)  # of a larger body, of which json makes objects or members in some 10 ms
+LIGHT_BODY = 4 * MIB  # and one with no more in it than LIGHT is read in as long
+LIGHT = (8000, 16_000, 100_000)  # containers, members, items
 LONG_TEXT = "…"  # stands for a string that is longer, which names no model
 MISSING = object()
 JSON_BLANKS = re.compile(r"[ \t\n\r]*")
 STRING_INSIDE = re.compile(r'[^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*')
 
 
-def refuse_costly(body: bytes, route: Route) -> Steps[None]:
-    """Raise APIError 400 for a body whose reading would take too long. Yields between the counts,
-    each of which takes a third of a millisecond for a megabyte."""
+def weigh(body: bytes, route: Route) -> Steps[bool]:
+    """Whether a body can be read at once. Raises APIError 400 for one whose reading would take too
+    long in whatever slices."""
     if len(body) <= UNCOUNTED_BODY:
-        return
+        return True
     counted, counts = 0, (0, 0, 0)
     for start in range(0, len(body), MIB):
         part = body[start : start + MIB]
@@ -3337,7 +3338,7 @@ def refuse_costly(body: bytes, route: Route) -> Steps[None]:
         MAX_ITEMS + min(MEMBERS_A_ROW * rows, 2 * len(body) // BYTES_A_CONTAINER),
     )
     if not exceeds(counts, limits):
-        return
+        return len(body) <= LIGHT_BODY and not exceeds(counts, LIGHT)
     counts = (0, 0, 0)
     for text in outside_strings(body):  # where code and tables have none
         counts = added(counts, marks_of(text))
@@ -3348,6 +3349,7 @@ def refuse_costly(body: bytes, route: Route) -> Steps[None]:
             "The body has more lists, objects or members than any model can read. This key's"
             " requests are read; send less at a time.",
         )
+    return False
 
 
 Marks = tuple[int, int, int]  # containers, members, items
@@ -3414,12 +3416,11 @@ NO_BRACKETS = bytes(set(range(256)) - NESTING.keys())
 def read_strictly(body: bytes, route: Route) -> Steps[object]:
     """Read a body in which a rule looks for models. Raises APIError 400 for what two readers of one
     JSON may understand differently: what is checked is what is sent."""
-    yield from refuse_costly(body, route)
+    light = yield from weigh(body, route)
     if (yield from is_deeper(body, MAX_DEPTH)):
         raise unclear(f"it is more than {MAX_DEPTH} levels deep")
-    names = PLACES if route.open else None
     try:
-        return (yield from JSONReader(body, names).read())
+        return (yield from read_slowly(body, PLACES if route.open else None, light))
     except (ValueError, RecursionError):
         raise unclear("the body is not readable as JSON") from None
 
@@ -3431,15 +3432,26 @@ def unclear(reason: str) -> APIError:
 
 def read_leniently(body: bytes, route: Route) -> Steps[object]:
     """Read of a body what its price depends on; None where it cannot be read."""
-    yield from refuse_costly(body, route)
+    light = yield from weigh(body, route)
     decode = decoder_of(BodyMembers)
     if decode is not None:
         with no_collector(), contextlib.suppress(Exception):
             return decode(body)
     try:
-        return (yield from JSONReader(body, PLACES).read())
+        return (yield from read_slowly(body, PLACES, light))
     except (ValueError, RecursionError):
         return None
+
+
+def read_slowly(
+    body: bytes, names: frozenset[str] | None, light: bool
+) -> Steps[object]:
+    """What a body says; of one that is not light no more than the members of these names (None: all).
+    Raises ValueError, RecursionError."""
+    if len(body) > AT_ONCE:
+        yield
+    reader = JSONReader(body, None, len(body)) if light else JSONReader(body, names)
+    return (yield from reader.read())
 
 
 @dataclass
@@ -3463,9 +3475,12 @@ class JSONReader:
     A string longer than a slice stands as LONG_TEXT.
     """
 
-    def __init__(self, body: bytes, names: frozenset[str] | None) -> None:
+    def __init__(
+        self, body: bytes, names: frozenset[str] | None, slice_size: int = SLICE
+    ) -> None:
         self._body = body
-        self._made = functools.partial(object_of, names)
+        self._size = slice_size
+        self._made = functools.partial(object_of, names) if names else object_of_all
         decoder = json.JSONDecoder(object_pairs_hook=self._made)
         self._scan = cast(Any, decoder).scan_once
         self._begin = self._end = 0  # of the window, in the body
@@ -3505,7 +3520,7 @@ class JSONReader:
     def _move(self) -> None:
         """Let the window begin where reading has come to."""
         self._begin += len(self._window[: self._at].encode())
-        piece = self._body[self._begin : self._begin + SLICE]
+        piece = self._body[self._begin : self._begin + self._size]
         is_last = self._begin + len(piece) == len(self._body)
         self._window, size = codecs.utf_8_decode(piece, "strict", is_last)
         self._end, self._at = self._begin + size, 0
@@ -3796,20 +3811,22 @@ class Ambiguous(dict[str, Any]):
         self.reason = reason
 
 
-def object_of(
-    names: frozenset[str] | None, pairs: list[tuple[str, Any]]
-) -> dict[str, Any]:
-    """An object of a JSON document with those of its members that are named (None: all)."""
-    if names is not None:
-        pairs = [pair for pair in pairs if pair[0] in names]
+def object_of(names: frozenset[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON document with those of its members that are named."""
+    return object_of_all([pair for pair in pairs if pair[0] in names])
+
+
+def object_of_all(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON document."""
     members = dict(pairs)
-    if len(members) != len(pairs) or not ODD_PLACES.isdisjoint(members):
-        for name, times in collections.Counter(name for name, _ in pairs).items():
-            if name in ODD_PLACES:
-                reason = f"{printable(name)!r} is not written in lower case"
-                return Ambiguous(members, reason)
-            if times > 1 and name in PLACES:
-                return Ambiguous(members, f"{name!r} stands twice in one object")
+    if len(members) == len(pairs) and ODD_PLACES.isdisjoint(members):
+        return members
+    for name, times in collections.Counter(name for name, _ in pairs).items():
+        if name in ODD_PLACES:
+            reason = f"{printable(name)!r} is not written in lower case"
+            return Ambiguous(members, reason)
+        if times > 1 and name in PLACES:
+            return Ambiguous(members, f"{name!r} stands twice in one object")
     return members
 
 

@@ -4812,25 +4812,22 @@ def test_a_body_is_read_in_slices_as_json_reads_it(
     body = text.encode("utf-8", "replace") + end
     body = body[: max(0, len(body) - cut)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gateway, "SLICE", 120)  # no string is as long
         patch.setattr(gateway, "ODD_PLACES", frozenset())
         patch.setattr(gateway, "PLACES", frozenset())
         try:
             known = json.loads(body.decode())
         except ValueError:
             with pytest.raises(ValueError):
-                gateway.at_once(gateway.JSONReader(body, None).read())
+                gateway.at_once(gateway.JSONReader(body, None, 120).read())
         else:
-            assert gateway.at_once(gateway.JSONReader(body, None).read()) == known
+            assert gateway.at_once(gateway.JSONReader(body, None, 120).read()) == known
 
 
 @given(st.text(alphabet='a"\\é\n[', min_size=1, max_size=40), st.integers(12, 20))
 def test_a_string_longer_than_a_slice_is_passed_over(text: str, size: int) -> None:
     text = text * 12
     body = json.dumps({"x": [text], "model": "m"}, ensure_ascii=False).encode()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gateway, "SLICE", size)
-        read = gateway.at_once(gateway.JSONReader(body, None).read())
+    read = gateway.at_once(gateway.JSONReader(body, None, size).read())
     assert read["model"] == "m" and read["x"] in ([text], [gateway.LONG_TEXT])
 
 
