@@ -3571,7 +3571,7 @@ def restricted(*models: str, **fields: Any) -> gateway.VirtualKey:
         {"model": {"id": "claude-haiku-4-5", "speed": "fast"}},
         {
             "model": "claude-haiku-4-5",
-            "tools": [{"input_schema": {"properties": {"model": 1}}}],
+            "tools": [{"input_schema": {"properties": {"model": 1, "Model": 2}}}],
         },
         {
             "model": "claude-haiku-4-5",
