@@ -865,7 +865,7 @@ class Account:
     """What a key has used, and what it has under way; shared by all versions of its record.
 
     ``windows`` has what was spent of each budget, by its pattern; ``hashed`` is what the key is
-    kept under now.
+    kept under now. Of the large bodies that are judged, one at a time has the ``turn``.
     """
 
     windows: dict[str, WindowSpend] = field(default_factory=dict)
@@ -877,6 +877,7 @@ class Account:
     requests: Bucket | None = None
     tokens: Bucket | None = None
     warned_window: str | None = None
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock, compare=False)
 
     def window(self, pattern: str = ALL_MODELS) -> WindowSpend:
         """What was spent of a budget."""
@@ -1841,19 +1842,16 @@ class Meter:
             return
         more = self._size - UNASKED_LINE - self._asked
         if self._size > MAX_LINE or (more > 0 and not self._room(more)):
-            self._let_go()
             self._held = None
+            self._leave_room()
             return
         self._held.append(data)
         self._asked += max(0, more)
 
-    def _let_go(self) -> bytes | None:
-        """What is held; None where it was too long."""
-        held = None if self._held is None else b"".join(self._held)
-        if self._asked:
-            self._room(-self._asked)
-        self._held, self._asked = [], 0
-        return held
+    def _leave_room(self) -> None:
+        asked, self._asked = self._asked, 0
+        if asked:
+            self._room(-asked)
 
     def _split(self, data: bytes) -> None:
         """Read the lines that end here, those of more than MAX_LINE apart."""
@@ -1878,8 +1876,10 @@ class Meter:
 
     def _ended(self) -> tuple[int, bytes | None]:
         """The size of what has come to its end, and what it is; None where it was too long."""
-        size, self._size = self._size, 0
-        return size, self._let_go()
+        size, held = self._size, self._held
+        self._size, self._held = 0, []
+        self._leave_room()
+        return size, None if held is None else b"".join(held)
 
     def _read_line(self, size: int, line: bytes | None) -> None:
         """Look at a line."""
@@ -3309,9 +3309,7 @@ MAX_DEPTH = 1000  # where Python 3.11's own parser gives up too, and later ones 
 UNCOUNTED_BODY = 192 * KIB  # smaller ones cannot hold so much
 BREATH = 2000  # rows or members that are looked at at once
 AT_ONCE = 32 * KIB  # bytes that are read without a step before
-SLICE = (
-    32 * KIB
-)  # of a larger body, of which json makes objects or members in some 10 ms
+SLICE = 32 * KIB  # of a larger body, all of which json reads in some 10 ms
 LIGHT_BODY = 4 * MIB  # and one with no more in it than LIGHT is read in as long
 LIGHT = (8000, 16_000, 100_000)  # containers, members, items
 LONG_TEXT = "…"  # stands for a string that is longer, which names no model
@@ -5934,11 +5932,13 @@ class RelayHandler:
         self._judging = asyncio.get_running_loop().create_task(judging)
 
     async def _judge_slowly(self, steps: Steps[None], body: bytes) -> None:
-        """Judge a large body, a step of all that are judged at each turn of the loop."""
-        turn = self.relay.turn
+        """Judge a large body: at each turn of the loop a step of one key's, and of each key's one
+        body after the other, so that nobody waits for all that another has sent."""
+        key = self.grant.key if self.grant is not None else None
+        mine = asyncio.Lock() if key is None else key.account.turn
         try:
             while True:
-                async with turn:
+                async with mine, self.relay.turn:
                     await asyncio.sleep(0)
                     try:
                         next(steps)

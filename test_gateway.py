@@ -4939,6 +4939,39 @@ async def test_what_is_held_at_once_is_capped(tmp_path: Path) -> None:
 
 
 @gen_test
+async def test_who_sends_many_large_bodies_keeps_no_other_waiting(
+    tmp_path: Path,
+) -> None:
+    async def answer(request: Arrived) -> None:
+        await request.read_body()
+        await request.answer(b"{}")
+
+    blocks = [{"type": "text", "text": "x"}] * 12_000  # far from being read at once
+    message = {**MESSAGE, "messages": [{"role": "user", "content": blocks}]}
+    body = json.dumps(message).encode()
+    async with (
+        upstream(answer) as up,
+        inside(up.url, tmp_path) as (relay, port),
+        contextlib.AsyncExitStack() as stack,
+    ):
+        greedy, other = [(await put_key(relay, models=["*"]))[0] for _ in range(2)]
+
+        async def send(key: str, name: str) -> None:
+            client = await stack.enter_async_context(Client(port))
+            client.request(
+                "POST /v1/messages", JSON_KIND, f"x-who: {name}", body=body, key=key
+            )
+
+        for _ in range(20):
+            await send(greedy, "greedy")
+        await until(lambda: sum(bool(c._judging) for c in relay.active) == 20)
+        await send(other, "other")
+        await until(lambda: len(up.arrived) == 21)
+        order = [request.field("x-who") for request in up.arrived]
+        assert ["other"] in order[:3]
+
+
+@gen_test
 async def test_an_answer_that_is_kept_for_its_usage_counts_as_held(
     tmp_path: Path,
 ) -> None:
