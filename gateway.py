@@ -10,9 +10,9 @@
 It relays Anthropic's API byte for byte under /anthropic/ and /v1/, swaps a virtual key
 for the real one, and keeps the virtual keys in a JSON file. Only Tornado is required.
 
-The rooms of this file, top to bottom; each uses only what stands above it:
-Settings, Errors, Keys, Store, Metering, Admission, Upstream, Relay, Management,
-Operations, Stand-in, Main.
+The rooms of this file, top to bottom; each uses only what stands above it: Settings, Errors,
+Time and money, Keys, Anthropic, Prices, Ledger, Wire, Client, Rules, Filters, Record, Relay,
+Management, Operations, Stand-in, Main.
 """
 
 from __future__ import annotations
@@ -85,20 +85,15 @@ KIB = 1024
 MIB = 1024 * KIB
 
 
-# ─── Settings ────────────────────────────────────────────────────────────────────────
+# ─── Settings ─────────────────────────────────────────────────────────────────────────────────────
 
 ANTHROPIC_API = "https://api.anthropic.com"
 MOCK_UPSTREAM = "mock"
 # Anthropic's limit on a file is 500 MB (api/overview, "Request size limits")
 MAX_BODY_SIZE = 512 * MIB
-WEAK_MASTER_KEYS = frozenset(
-    {"sk-1234"}
-)  # LiteLLM's documented example, known to everybody
+WEAK_MASTER_KEYS = frozenset({"sk-1234"})  # LiteLLM's documented example, known to everybody
 MIN_MASTER_KEY_LENGTH = 16  # below this a key can be guessed
-WEAK_MASTER_KEY = (
-    "the master key is weak: take 16 characters or more that nobody can guess"
-)
-
+WEAK_MASTER_KEY = "the master key is weak: take 16 characters or more that nobody can guess"
 options = OptionParser()
 define = functools.partial(options.define, group="Gateway")
 define("port", default=4000, type=int, help="port to listen on; 0 takes a free one")
@@ -116,10 +111,7 @@ define(
 )
 define("keys", default="keys.json", help="file that holds the virtual keys")
 define(
-    "connect-timeout",
-    default=10.0,
-    type=float,
-    help="seconds to wait for a connection upstream",
+    "connect-timeout", default=10.0, type=float, help="seconds to wait for a connection upstream"
 )
 define(
     "idle-timeout",
@@ -145,12 +137,7 @@ define(
     type=float,
     help="seconds that running requests get when stopping",
 )
-define(
-    "max-body-size",
-    default=MAX_BODY_SIZE,
-    type=int,
-    help="largest request body, in bytes",
-)
+define("max-body-size", default=MAX_BODY_SIZE, type=int, help="largest request body, in bytes")
 define(
     "max-held-bytes",
     default=0,
@@ -164,12 +151,7 @@ define(
     help="JSON file of model (or pattern with *) to USD per million tokens; wins over genai-prices",
 )
 define("usage-days", default=90, type=int, help="days for which usage is kept")
-define(
-    "recent-requests",
-    default=10_000,
-    type=int,
-    help="requests that /spend/logs remembers",
-)
+define("recent-requests", default=10_000, type=int, help="requests that /spend/logs remembers")
 define(
     "unix-socket",
     default="",
@@ -187,12 +169,7 @@ define(
     type=bool,
     help="believe X-Real-Ip, X-Forwarded-For and X-Forwarded-Proto of a proxy in front",
 )
-define(
-    "open-metrics",
-    default=False,
-    type=bool,
-    help="let everybody read /metrics",
-)
+define("open-metrics", default=False, type=bool, help="let everybody read /metrics")
 define("log-json", default=False, type=bool, help="write the log as JSON, a line each")
 define(
     "check",
@@ -206,6 +183,9 @@ define_logging_options(options)
 
 class SettingsError(Exception):
     """A wrong option, variable or keys file; the message is one line for whoever starts the gateway."""
+
+
+TIMEOUTS = ("connect_timeout", "idle_timeout", "client_timeout", "drain_timeout")
 
 
 @dataclass(frozen=True)
@@ -237,27 +217,19 @@ class Settings:
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
-            raise SettingsError(
-                f"--port: {self.port} is not a port number (0 to 65535)"
-            )
+            raise SettingsError(f"--port: {self.port} is not a port number (0 to 65535)")
         for name in TIMEOUTS:
             value = getattr(self, name)
             least = 0 if name == "drain_timeout" else 0.001
             if not least <= value < float("inf"):
-                raise SettingsError(
-                    f"--{name.replace('_', '-')}: {value} is not a time in seconds"
-                )
+                raise SettingsError(f"--{name.replace('_', '-')}: {value} is not a time in seconds")
         for name in ("usage_days", "recent_requests", "max_connections_per_address"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"--{name.replace('_', '-')}: must be at least 1")
         if self.max_body_size < 1:
-            raise SettingsError(
-                f"--max-body-size: {self.max_body_size} is not a size in bytes"
-            )
+            raise SettingsError(f"--max-body-size: {self.max_body_size} is not a size in bytes")
         if self.max_held_bytes < 0:
-            raise SettingsError(
-                "--max-held-bytes: must be at least 1, or 0 for default"
-            )
+            raise SettingsError("--max-held-bytes: must be at least 1, or 0 for default")
         if self.keyfile and not self.certfile:
             raise SettingsError("--keyfile: needs --certfile")
         if self.unix_socket and self.certfile:
@@ -297,7 +269,7 @@ def memory_size() -> int:
     return size
 
 
-TIMEOUTS = ("connect_timeout", "idle_timeout", "client_timeout", "drain_timeout")
+DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 @dataclass(frozen=True)
@@ -312,12 +284,7 @@ class Origin:
     def authority(self) -> str:
         """The value of the Host header (RFC 9112 section 3.2): no port where it is the scheme's own."""
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return (
-            host if self.port == DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
-        )
-
-
-DEFAULT_PORTS = {"http": 80, "https": 443}
+        return host if self.port == DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
 
 
 def parse_upstream(url: str) -> tuple[Origin, str]:
@@ -328,17 +295,11 @@ def parse_upstream(url: str) -> tuple[Origin, str]:
     except ValueError as error:
         raise SettingsError(f"--upstream: {url!r} is not a URL ({error})") from None
     if parts.scheme not in DEFAULT_PORTS or not parts.hostname:
-        raise SettingsError(
-            f"--upstream: {url!r} is not an http or https URL, nor 'mock'"
-        )
+        raise SettingsError(f"--upstream: {url!r} is not an http or https URL, nor 'mock'")
     if parts.username is not None or parts.query or parts.fragment:
-        raise SettingsError(
-            "--upstream: takes a scheme, a host and a base path, nothing else"
-        )
+        raise SettingsError("--upstream: takes a scheme, a host and a base path, nothing else")
     if not re.fullmatch(r"[\x21-\x7e]*", url):
-        raise SettingsError(
-            f"--upstream: {url!r} has characters that a URL cannot have"
-        )
+        raise SettingsError(f"--upstream: {url!r} has characters that a URL cannot have")
     origin = Origin(parts.scheme, parts.hostname, port or DEFAULT_PORTS[parts.scheme])
     return origin, parts.path.rstrip("/")
 
@@ -348,9 +309,7 @@ def secret_from(environment: Mapping[str, str], *names: str) -> str:
     for name in names:
         value = environment.get(name, "").strip()
         if value and not re.fullmatch(r"[\x21-\x7e]+", value):
-            raise SettingsError(
-                f"{name} holds characters that a header cannot carry; set it again"
-            )
+            raise SettingsError(f"{name} holds characters that a header cannot carry; set it again")
         if value:
             return value
     return ""
@@ -408,14 +367,12 @@ def parse_arguments(arguments: Sequence[str]) -> None:
         try:
             options.parse_command_line(["gateway.py", argument], final=False)
         except OptionError as error:
-            raise SettingsError(
-                f"{argument}: {error} (--help lists the options)"
-            ) from None
+            raise SettingsError(f"{argument}: {error} (--help lists the options)") from None
         except ValueError:
             raise SettingsError(f"{argument}: the value is not a number") from None
 
 
-# ─── Errors ──────────────────────────────────────────────────────────────────────────
+# ─── Errors ───────────────────────────────────────────────────────────────────────────────────────
 
 # Anthropic's error types by status (platform.claude.com, api/errors). 405, 408 and 431 are not
 # in its table; they are the caller's mistakes.
@@ -435,8 +392,6 @@ ERROR_TYPES = {
     503: "overloaded_error",
     504: "timeout_error",
 }
-
-
 FAILED_HERE = "The gateway failed on this request; its log says why."
 # The SDKs look at it before the status (anthropic/_base_client.py, _should_retry).
 DO_NOT_RETRY = ("x-should-retry", "false")
@@ -450,12 +405,7 @@ class APIError(Exception):
     """
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        kind: str = "",
-        headers: Sequence[tuple[str, str]] = (),
+        self, status: int, message: str, *, kind: str = "", headers: Sequence[tuple[str, str]] = ()
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -468,69 +418,19 @@ class APIError(Exception):
     def body(self, request_id: str) -> bytes:
         """The envelope as JSON (platform.claude.com, api/errors, "Error shapes")."""
         error = {"type": self.kind, "message": self.message}
-        return json.dumps(
-            {"type": "error", "error": error, "request_id": request_id}
-        ).encode()
+        return json.dumps({"type": "error", "error": error, "request_id": request_id}).encode()
 
 
-# ─── Keys ────────────────────────────────────────────────────────────────────────────
+# ─── Time and money ───────────────────────────────────────────────────────────────────────────────
 
-KEY_PREFIX = "sk-"
-OWN_CREDENTIAL_PREFIX = "sk-ant-"  # every credential that Anthropic issues begins so
-KEY_BYTES = 16  # LiteLLM: "sk-" and secrets.token_urlsafe(16), 22 characters
-MIN_KEY_LENGTH = 16  # LiteLLM's limit on keys that a caller chooses
-TOMBSTONE_DAYS = 90  # how long a deleted key is told apart from one that never was
 DURATION = re.compile(r"([0-9]{1,9})(mo|s|m|h|d|w)", re.ASCII)
-DURATION_UNITS = {
-    "s": "seconds",
-    "m": "minutes",
-    "h": "hours",
-    "d": "days",
-    "w": "weeks",
-}
-
-
-def new_key() -> str:
-    """A fresh virtual key: ``sk-`` and 22 URL-safe characters."""
-    return KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES)
-
-
-def hash_key(key: str) -> str:
-    """The SHA-256 (hex) under which a key is kept; the plain key is kept nowhere."""
-    return hashlib.sha256(key.encode("latin-1", "replace")).hexdigest()
-
-
-def key_name(key: str) -> str:
-    """What may be shown of a key, as LiteLLM abbreviates it: ``sk-...`` and the last four."""
-    return f"{KEY_PREFIX}...{key[-4:]}"
-
-
-def printable(text: str) -> str:
-    """Text for a log line: nothing in it can end the line or steer a terminal."""
-    text = text[:200]
-    return (
-        text
-        if text.isprintable()
-        else "".join(c if c.isprintable() else "?" for c in text)
-    )
-
-
-KEY_LIKE = re.compile(r"sk-[^\s\"\\]{13,}")  # with its prefix 16 characters or more
-
-
-def mask_keys(text: str) -> str:
-    """A text in which whatever looks like a key is abbreviated as `key_name` does it."""
-    if KEY_PREFIX not in text:
-        return text
-    return KEY_LIKE.sub(lambda match: key_name(match[0]), text)
-
-
-def word(text: str) -> str:
-    """A value for a log line of words: in quotes where it could be taken for several."""
-    return json.dumps(text) if WORD_ENDS.search(text) else text
-
-
-WORD_ENDS = re.compile(r'[\s"]')
+DURATION_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+FIRST_MONDAY = datetime(1970, 1, 5, tzinfo=UTC)
+END_OF_TIME = datetime(9999, 12, 31, tzinfo=UTC)
+SNAPPED_DURATIONS = {"7d": "1w", "30d": "1mo"}
+ZERO = Decimal(0)
+MINUTE = 60.0
 
 
 def now() -> datetime:
@@ -549,9 +449,7 @@ def later(start: datetime, duration: str) -> datetime:
     calendar month). Raises ValueError for anything else or a date past the year 9999."""
     match = DURATION.fullmatch(duration)
     if not match:
-        raise ValueError(
-            f"{duration!r} is not a duration: a number and one of s, m, h, d, w, mo"
-        )
+        raise ValueError(f"{duration!r} is not a duration: a number and one of s, m, h, d, w, mo")
     amount, unit = int(match[1]), match[2]
     try:
         if unit != "mo":
@@ -559,9 +457,7 @@ def later(start: datetime, duration: str) -> datetime:
         years, month = divmod(start.month - 1 + amount, 12)
         year, month = start.year + years, month + 1
         return start.replace(
-            year=year,
-            month=month,
-            day=min(start.day, calendar.monthrange(year, month)[1]),
+            year=year, month=month, day=min(start.day, calendar.monthrange(year, month)[1])
         )
     except (OverflowError, ValueError, calendar.IllegalMonthError):
         raise ValueError(f"{duration!r} is too long") from None
@@ -582,6 +478,18 @@ def from_iso(text: object) -> datetime | None:
         raise TypeError(f"{text!r} is not a time")
     moment = datetime.fromisoformat(text)
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
+
+
+@functools.lru_cache(maxsize=64)
+def day_of(moment: datetime) -> str:
+    """The UTC day of a moment, as an ISO date."""
+    return moment.date().isoformat()
+
+
+@functools.lru_cache(maxsize=64)
+def hour_of(moment: datetime) -> int:
+    """The hour of a moment, counted from 1970."""
+    return int(moment.timestamp()) // 3600
 
 
 @functools.lru_cache(maxsize=256)
@@ -613,13 +521,6 @@ def window(duration: str, moment: datetime) -> tuple[datetime, datetime]:
 def window_start(duration: str | None, moment: datetime) -> str:
     """The name of a budget's present window; empty for a budget that never resets."""
     return "" if duration is None else cast(str, iso(window(duration, moment)[0]))
-
-
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-FIRST_MONDAY = datetime(1970, 1, 5, tzinfo=UTC)
-END_OF_TIME = datetime(9999, 12, 31, tzinfo=UTC)
-SNAPPED_DURATIONS = {"7d": "1w", "30d": "1mo"}
-ZERO = Decimal(0)
 
 
 @dataclass(slots=True)
@@ -662,16 +563,12 @@ class Tally:
     def to_json(self) -> dict[str, Any]:
         """As an object; the amount as a string, since JSON's numbers are no decimals."""
         counts = {name: getattr(self, name) for name in TALLY_FIELDS}
-        return {name: value for name, value in counts.items() if value} | {
-            "spend": str(self.spend)
-        }
+        return {name: value for name, value in counts.items() if value} | {"spend": str(self.spend)}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Tally:
         """Read it back. Raises ValueError or TypeError."""
-        if any(
-            type(n) is not int or n < 0 for name, n in record.items() if name != "spend"
-        ):
+        if any(type(n) is not int or n < 0 for name, n in record.items() if name != "spend"):
             raise ValueError("has a wrong count in 'usage'")
         return cls(**{**record, "spend": read_decimal(record["spend"])})
 
@@ -691,6 +588,21 @@ def read_decimal(value: object) -> Decimal:
     if not amount.is_finite() or amount < 0:
         raise ValueError(f"{value!r} is not an amount from zero up")
     return amount
+
+
+def dollars(amount: Decimal) -> str:
+    """An amount for a message: at least cents, at most six digits behind the point."""
+    text = f"{amount:.6f}".rstrip("0")
+    return f"{amount:.2f}" if len(text.partition(".")[2]) < 2 else text
+
+
+def usd(amount: Decimal | None) -> float | None:
+    """An amount as a JSON number, for answers only: what is kept and added stays decimal."""
+    return None if amount is None else float(amount)
+
+
+MAX_MODELS_A_DAY = 50  # names come from requests; beyond these they are counted together
+OTHER_MODELS = "other"
 
 
 class Usage:
@@ -715,9 +627,7 @@ class Usage:
         tally.requests += 1
         tally.errors += failed
 
-    def days(
-        self, first: str = "", last: str = "9999"
-    ) -> Iterator[tuple[str, str, Tally]]:
+    def days(self, first: str = "", last: str = "9999") -> Iterator[tuple[str, str, Tally]]:
         """(day, model, tally) of every day from first to last, in order."""
         for day in sorted({*self._open, *self._closed}):
             if first <= day <= last:
@@ -731,9 +641,7 @@ class Usage:
             self._closed[day] = day_json(self._open.pop(day))
         for day in [day for day in self._closed if day < keep_from]:
             del self._closed[day]
-        days = self._closed | {
-            day: day_json(models) for day, models in self._open.items()
-        }
+        days = self._closed | {day: day_json(models) for day, models in self._open.items()}
         return "{" + ", ".join(f'"{day}": {text}' for day, text in days.items()) + "}"
 
     def _tally(self, day: str, model: str) -> Tally:
@@ -752,12 +660,6 @@ class Usage:
     def _read(self, day: str) -> dict[str, Tally]:
         models = json.loads(self._closed.get(day, "{}"))
         return {model: Tally.from_json(tally) for model, tally in models.items()}
-
-
-MAX_MODELS_A_DAY = (
-    50  # names come from requests; beyond these they are counted together
-)
-OTHER_MODELS = "other"
 
 
 def day_json(models: Mapping[str, Tally]) -> str:
@@ -803,9 +705,6 @@ class Bucket:
         self.limit = limit
 
 
-MINUTE = 60.0
-
-
 @dataclass(slots=True)
 class WindowSpend:
     """USD spent in one window of a budget, and held for requests under way (not in the file)."""
@@ -824,6 +723,55 @@ class WindowSpend:
                 self.spend = ZERO
             self.start = start
         return self.spend
+
+
+# ─── Keys ─────────────────────────────────────────────────────────────────────────────────────────
+
+KEY_PREFIX = "sk-"
+OWN_CREDENTIAL_PREFIX = "sk-ant-"  # every credential that Anthropic issues begins so
+KEY_BYTES = 16  # LiteLLM: "sk-" and secrets.token_urlsafe(16), 22 characters
+MIN_KEY_LENGTH = 16  # LiteLLM's limit on keys that a caller chooses
+MAX_KEY_LENGTH = 256
+TOMBSTONE_DAYS = 90  # how long a deleted key is told apart from one that never was
+
+
+def new_key() -> str:
+    """A fresh virtual key: ``sk-`` and 22 URL-safe characters."""
+    return KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES)
+
+
+def hash_key(key: str) -> str:
+    """The SHA-256 (hex) under which a key is kept; the plain key is kept nowhere."""
+    return hashlib.sha256(key.encode("latin-1", "replace")).hexdigest()
+
+
+def key_name(key: str) -> str:
+    """What may be shown of a key, as LiteLLM abbreviates it: ``sk-...`` and the last four."""
+    return f"{KEY_PREFIX}...{key[-4:]}"
+
+
+def printable(text: str) -> str:
+    """Text for a log line: nothing in it can end the line or steer a terminal."""
+    text = text[:200]
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+
+
+KEY_LIKE = re.compile(r"sk-[^\s\"\\]{13,}")  # with its prefix 16 characters or more
+
+
+def mask_keys(text: str) -> str:
+    """A text in which whatever looks like a key is abbreviated as `key_name` does it."""
+    if KEY_PREFIX not in text:
+        return text
+    return KEY_LIKE.sub(lambda match: key_name(match[0]), text)
+
+
+WORD_ENDS = re.compile(r'[\s"]')
+
+
+def word(text: str) -> str:
+    """A value for a log line of words: in quotes where it could be taken for several."""
+    return json.dumps(text) if WORD_ENDS.search(text) else text
 
 
 @dataclass(slots=True)
@@ -894,9 +842,7 @@ class Account:
         if total.spend:
             record = {"spend": f"{total.spend:f}", "spend_window": total.start}
         if models:
-            record["model_spend"] = {
-                p: [w.start, f"{w.spend:f}"] for p, w in models.items()
-            }
+            record["model_spend"] = {p: [w.start, f"{w.spend:f}"] for p, w in models.items()}
         if self.last_active:
             record["last_active"] = iso(self.last_active)
         if self.batches:
@@ -911,9 +857,7 @@ class Account:
         account = cls(
             windows={p: WindowSpend(s, read_decimal(n)) for p, (s, n) in spent.items()},
             usage=Usage(record.get("usage")),
-            batches={
-                n: Batch.from_json(b) for n, b in record.get("batches", {}).items()
-            },
+            batches={n: Batch.from_json(b) for n, b in record.get("batches", {}).items()},
             last_active=from_iso(record.get("last_active")),
         )
         for batch in account.batches.values():
@@ -928,6 +872,52 @@ class ModelBudget:
 
     limit: Decimal
     duration: str | None = None
+
+
+NONE = type(None)
+MOMENT_FIELDS = ("expires", "created_at", "updated_at", "deleted_at")
+AMOUNT_FIELDS = ("max_budget", "soft_budget")
+ACCOUNT_FIELDS = (
+    "spend",
+    "spend_window",
+    "model_spend",
+    "last_active",
+    "mean_output",
+    "batches",
+    "usage",
+)
+ALWAYS_WRITTEN = ("key_name", "key_alias", "created_at", "expires")
+KEY_FIELDS: dict[str, tuple[type, ...]] = {  # every field of a line, with what JSON may hold there
+    "key_name": (str,),
+    "key_alias": (str, NONE),
+    "user_id": (str, NONE),
+    "team_id": (str, NONE),
+    "models": (list,),
+    "allowed_routes": (list,),
+    "unmetered_routes": (bool,),
+    "rpm_limit": (int, NONE),
+    "tpm_limit": (int, NONE),
+    "max_parallel_requests": (int, NONE),
+    "max_budget": (str, int, float, NONE),
+    "soft_budget": (str, int, float, NONE),
+    "budget_duration": (str, NONE),
+    "model_max_budget": (dict,),
+    "metadata": (dict,),
+    "tags": (list,),
+    "blocked": (bool,),
+    "expires": (str, NONE),
+    "created_at": (str, NONE),
+    "updated_at": (str, NONE),
+    "deleted_at": (str, NONE),
+    "retired": (dict,),
+    "spend": (str, int, float),
+    "spend_window": (str,),
+    "model_spend": (dict,),
+    "last_active": (str, NONE),
+    "mean_output": (int, float),  # written by version 1.0, and no longer used
+    "batches": (dict,),
+    "usage": (dict,),
+}
 
 
 @dataclass(slots=True)
@@ -1004,29 +994,21 @@ class VirtualKey:
 
     def to_json(self) -> dict[str, Any]:
         """The line's object but for the usage; fields that say nothing are left out."""
-        record = {
-            name: getattr(self, name)
-            for name in KEY_FIELDS
-            if name not in ACCOUNT_FIELDS
-        }
+        record = {name: getattr(self, name) for name in KEY_FIELDS if name not in ACCOUNT_FIELDS}
         for name in MOMENT_FIELDS:
             record[name] = iso(record[name])
         for name in AMOUNT_FIELDS:
             record[name] = None if record[name] is None else f"{record[name]:f}"
         record["retired"] = {old: iso(until) for old, until in self.retired.items()}
         record["model_max_budget"] = {
-            pattern: {
-                "budget_limit": f"{budget.limit:f}",
-                "time_period": budget.duration,
-            }
+            pattern: {"budget_limit": f"{budget.limit:f}", "time_period": budget.duration}
             for pattern, budget in self.model_max_budget.items()
         }
         # A limit of 0 says something, though it equals False.
         return {
             name: value
             for name, value in record.items()
-            if name in ALWAYS_WRITTEN
-            or not (value is None or value is False or value in ([], {}))
+            if name in ALWAYS_WRITTEN or not (value is None or value is False or value in ([], {}))
         } | self.account.to_json()
 
     @classmethod
@@ -1036,39 +1018,24 @@ class VirtualKey:
             raise TypeError("is not an object")
         unknown = sorted(set(record) - set(KEY_FIELDS))
         if unknown:
-            raise ValueError(
-                f"has a field {unknown[0]!r} that this gateway does not know"
-            )
+            raise ValueError(f"has a field {unknown[0]!r} that this gateway does not know")
         for name, value in record.items():
             kinds = KEY_FIELDS[name]
-            if not isinstance(value, kinds) or (
-                isinstance(value, bool) and bool not in kinds
-            ):
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
                 raise ValueError(f"has a wrong {name!r}")
         if "key_name" not in record:
             raise ValueError("has no 'key_name'")
-        fields = {
-            name: value for name, value in record.items() if name not in ACCOUNT_FIELDS
-        }
+        fields = {name: value for name, value in record.items() if name not in ACCOUNT_FIELDS}
         fields |= {name: from_iso(record.get(name)) for name in MOMENT_FIELDS}
-        fields |= {
-            n: read_decimal(record[n])
-            for n in AMOUNT_FIELDS
-            if record.get(n) is not None
-        }
+        fields |= {n: read_decimal(record[n]) for n in AMOUNT_FIELDS if record.get(n) is not None}
         fields["retired"] = {
             old: from_iso(until) for old, until in record.get("retired", {}).items()
         }
         fields["model_max_budget"] = {
-            pattern: ModelBudget(
-                read_decimal(budget["budget_limit"]), budget.get("time_period")
-            )
+            pattern: ModelBudget(read_decimal(budget["budget_limit"]), budget.get("time_period"))
             for pattern, budget in record.get("model_max_budget", {}).items()
         }
-        for duration in (
-            fields.get("budget_duration"),
-            *durations(fields["model_max_budget"]),
-        ):
+        for duration in (fields.get("budget_duration"), *durations(fields["model_max_budget"])):
             if duration is not None:
                 window(duration, EPOCH)
         return cls(**fields, account=Account.from_json(record))
@@ -1079,699 +1046,128 @@ def durations(budgets: Mapping[str, ModelBudget]) -> list[str | None]:
     return [budget.duration for budget in budgets.values()]
 
 
-NONE = type(None)
-MOMENT_FIELDS = ("expires", "created_at", "updated_at", "deleted_at")
-AMOUNT_FIELDS = ("max_budget", "soft_budget")
-ACCOUNT_FIELDS = (
-    "spend",
-    "spend_window",
-    "model_spend",
-    "last_active",
-    "mean_output",
-    "batches",
-    "usage",
-)
-ALWAYS_WRITTEN = ("key_name", "key_alias", "created_at", "expires")
-KEY_FIELDS: dict[
-    str, tuple[type, ...]
-] = {  # every field of a line, with what JSON may hold there
-    "key_name": (str,),
-    "key_alias": (str, NONE),
-    "user_id": (str, NONE),
-    "team_id": (str, NONE),
-    "models": (list,),
-    "allowed_routes": (list,),
-    "unmetered_routes": (bool,),
-    "rpm_limit": (int, NONE),
-    "tpm_limit": (int, NONE),
-    "max_parallel_requests": (int, NONE),
-    "max_budget": (str, int, float, NONE),
-    "soft_budget": (str, int, float, NONE),
-    "budget_duration": (str, NONE),
-    "model_max_budget": (dict,),
-    "metadata": (dict,),
-    "tags": (list,),
-    "blocked": (bool,),
-    "expires": (str, NONE),
-    "created_at": (str, NONE),
-    "updated_at": (str, NONE),
-    "deleted_at": (str, NONE),
-    "retired": (dict,),
-    "spend": (str, int, float),
-    "spend_window": (str,),
-    "model_spend": (dict,),
-    "last_active": (str, NONE),
-    "mean_output": (int, float),  # written by version 1.0, and no longer used
-    "batches": (dict,),
-    "usage": (dict,),
-}
+# ─── Anthropic ────────────────────────────────────────────────────────────────────────────────────
+
+ANTHROPIC_VERSION = "2023-06-01"  # platform.claude.com, api/versioning
+JSON_BODY_LIMIT = 32 * MIB  # Anthropic's limit on messages; larger ones are streamed
+EVENT_STREAM = "text/event-stream"
+# Claude Code names its session and the agent within it (CCD llm-gateway, "Request headers").
+SESSION_FIELD, AGENT_FIELD = "x-claude-code-session-id", "x-claude-code-agent-id"
+TAGS_FIELD = "x-litellm-tags"
+WORKSPACE_FIELD = "anthropic-workspace-id"  # chooses a workspace of the real key's owner
 
 
-# ─── Store ───────────────────────────────────────────────────────────────────────────
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What a method and a path mean to the rules.
 
-STORE_VERSION = 1
-STORE_MODE = 0o600
-FLUSH_INTERVAL = 1.0  # seconds between two writes of what relaying changes
-WRITE_SLICE = (
-    1000  # lines joined at a time, so that the writing thread lets the loop breathe
-)
-HASH = re.compile(r"[0-9a-f]{64}")
-# Device, inode, size and time of change (ns): another one, and somebody has edited the file.
-FileMark = tuple[int, int, int, int]
-
-
-class StoreEdited(OSError):
-    """The keys file is not the one that was last read or written: it must not be written over."""
-
-
-class KeyStore:
-    """keys.json: lookups by hash, changes that are on disk before they are answered.
-
-    The file is written whole to a temporary file beside it, fsynced and renamed over the old one; a
-    link stays a link. One that was edited meanwhile is not written over but read. An exclusive lock
-    on it keeps a second gateway away for as long as this object lives.
-    Raises SettingsError where the file cannot be read, parsed or locked; it is then left as it is.
+    ``open``: every key may call it, as far as its ``allowed_routes`` go. ``group``: what a pattern of
+    them must begin with to open it otherwise. ``billed``: it orders something that costs money and
+    that can be estimated. ``free``: no budget stands against it (counting, models, fetching paid
+    batches). ``metered``: its answer may say what was used. ``batch``: it is answered with batch
+    objects; ``batch_id`` is the batch that it names, ``deletes`` says that it deletes it.
+    ``results_of``: the batch it fetches the results of. ``unread``: no rule looks at its body.
     """
 
-    def __init__(self, path: Path, usage_days: int = 90) -> None:
-        self.path = Path(os.path.realpath(path))
-        self.usage_days = usage_days
-        self.keys: dict[str, VirtualKey] = {}
-        self.last_error = ""
-        self._lines: dict[str, bytes] = {}
-        self._retired: dict[str, str] = {}
-        self._aliases: dict[str, str] = {}
-        self._batches: dict[str, Account] = {}
-        self._touched: set[str] = set()
-        self._flush_timer: asyncio.TimerHandle | None = None
-        self._flushing: asyncio.Task[None] | None = None
-        self._lock = -1
-        self._mark: FileMark | None = None
-        self._bad_mark: FileMark | None = None
-        self._undo: dict[str, VirtualKey | None] = {}
-        self._waiting: list[asyncio.Future[None]] = []
-        self._writer: asyncio.Task[None] | None = None
-        self._load()
-
-    # Reading
-
-    def lookup(self, key: str) -> tuple[str, VirtualKey, str] | None:
-        """Find a plain key: its present hash, its record and its `VirtualKey.status`; None if unknown.
-
-        A key that was regenerated answers for its old value too, ``expired`` once the grace is over.
-        """
-        return self.lookup_hash(hash_key(key))
-
-    def lookup_hash(self, hashed: str) -> tuple[str, VirtualKey, str] | None:
-        """The same for a key's hash."""
-        record = self.keys.get(hashed)
-        if record is not None:
-            return hashed, record, record.status(now())
-        successor = self._retired.get(hashed)
-        if successor is None:
-            return None
-        record = self.keys[successor]
-        over = now() >= record.retired[hashed]
-        return successor, record, "expired" if over else record.status(now())
-
-    def find(self, key_or_hash: str) -> tuple[str, VirtualKey] | None:
-        """The key that a manager addresses by plain key or by hash; deleted ones are not found."""
-        hashed = key_or_hash if HASH.fullmatch(key_or_hash) else hash_key(key_or_hash)
-        record = self.keys.get(hashed)
-        return None if record is None or record.deleted_at else (hashed, record)
-
-    def find_alias(self, alias: str) -> tuple[str, VirtualKey] | None:
-        """The key of that alias; deleted ones are not found."""
-        hashed = self._aliases.get(alias)
-        return None if hashed is None else (hashed, self.keys[hashed])
-
-    def live(self) -> Iterator[tuple[str, VirtualKey]]:
-        """Every key that is not deleted, oldest first."""
-        return (
-            (hashed, key) for hashed, key in self.keys.items() if not key.deleted_at
-        )
-
-    # Changing
-
-    async def change(self, changes: Mapping[str, VirtualKey | None]) -> None:
-        """Put these records (None removes one) and return once they are on disk.
-
-        They hold in memory at once. Where the disk fails all that is not on it is taken back, and
-        APIError 503 is raised. Calls that arrive together share one write.
-        """
-        for hashed in changes:
-            self._undo.setdefault(hashed, self.keys.get(hashed))
-        self._apply(changes)
-        try:
-            await self.save()
-        except OSError as error:
-            raise APIError(503, store_message(error)) from None
-
-    async def save(self) -> None:
-        """Return once all that was changed before this call is on disk. Raises OSError."""
-        loop = asyncio.get_running_loop()
-        written: asyncio.Future[None] = loop.create_future()
-        self._waiting.append(written)
-        if self._writer is None:
-            self._writer = loop.create_task(self._write_all())
-        await written
-
-    async def reload(self) -> None:
-        """Read the file again (SIGHUP): what keys may do from the file, what they used from memory.
-
-        Raises SettingsError and keeps what was there.
-        """
-        while self._writer is not None or (self.last_error and not self._is_edited()):
-            # A change that is being written would be read over; and where the last write failed,
-            # the file may have one that was refused, since it was not known to be on disk.
-            try:
-                await self.save()
-            except OSError as error:
-                raise SettingsError(store_message(error)) from None
-        self._load()
-        self._bad_mark = None
-
-    def notice_edit(self) -> None:
-        """Take the file in, as `reload` does, where somebody has edited it. One that does not parse
-        is said once; then nothing is written until it is mended."""
-        if self._writer is not None:  # which looks for itself
-            return
-        mark = file_mark(self.path)
-        if mark is None or mark in (self._mark, self._bad_mark):
-            return
-        try:
-            self._load()
-            log.info("keys file was edited: read again, %d keys", len(self.keys))
-            self._bad_mark = None
-        except SettingsError as error:
-            log.error("keys file was edited, and cannot be read: %s", error)
-            self._bad_mark = mark
-
-    def touch(self, account: Account) -> None:
-        """What a key used has changed: write it within FLUSH_INTERVAL seconds."""
-        self._touched.add(account.hashed)
-        self._flush_soon()
-
-    def freshen(self, account: Account) -> None:
-        """Let the next write have what a key used until now."""
-        record = self.keys.get(account.hashed)
-        if record is not None:
-            self._lines[account.hashed] = self._line(account.hashed, record)
-
-    async def flush(self) -> None:
-        """Write what keys used. Where the disk fails, `_write_all` says so and tries again."""
-        if self._flush_timer is not None:
-            self._flush_timer.cancel()
-            self._flush_timer = None
-        if self._flushing is not None and self._flushing is not asyncio.current_task():
-            await self._flushing
-        self.notice_edit()
-        touched, self._touched = self._touched, set()
-        for hashed in touched:
-            if hashed in self.keys:
-                self.freshen(self.keys[hashed].account)
-        if touched or self.last_error:
-            with contextlib.suppress(OSError):
-                await self.save()
-
-    def is_writable(self) -> bool:
-        """Whether the last write succeeded, and the folder still takes files."""
-        return not self.last_error and os.access(self.path.parent, os.W_OK)
-
-    def batch_owner(self, batch: str) -> Account | None:
-        """The account of the key that made a batch."""
-        return self._batches.get(batch)
-
-    def own_batch(self, account: Account, name: str) -> Batch:
-        """Remember that a key made a batch."""
-        batch = account.batches[name] = Batch(day_of(now()))
-        self._batches[name] = account
-        self.touch(account)
-        return batch
-
-    def unbooked(self) -> list[str]:
-        """The batches whose results are not all booked."""
-        return [
-            name
-            for name, account in self._batches.items()
-            if not account.batches[name].booked
-        ]
-
-    def _flush_soon(self) -> None:
-        if self._flush_timer is None:
-            loop = asyncio.get_running_loop()
-            self._flush_timer = loop.call_later(FLUSH_INTERVAL, self._start_flush)
-
-    def _start_flush(self) -> None:
-        self._flush_timer = None
-        self._flushing = asyncio.get_running_loop().create_task(self.flush())
-
-    def _line(self, hashed: str, record: VirtualKey) -> bytes:
-        moment = now()
-        oldest = day_of(moment - timedelta(days=self.usage_days))
-        batches = record.account.batches
-        for name in [n for n, b in batches.items() if b.booked and b.day < oldest]:
-            del batches[name]
-            self._batches.pop(name, None)
-        return store_line(hashed, record, day_of(moment), oldest)
-
-    def close(self) -> None:
-        """Give up the lock."""
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
-
-    def _apply(self, changes: Mapping[str, VirtualKey | None]) -> None:
-        for hashed, record in changes.items():
-            before = self.keys.get(hashed)
-            if before is not None:
-                self._forget(hashed, before)
-            if record is None:
-                self.keys.pop(hashed, None)
-                self._lines.pop(hashed, None)
-                continue
-            self.keys[hashed] = record
-            self._lines[hashed] = self._line(hashed, record)
-            self._retired.update(dict.fromkeys(record.retired, hashed))
-            if record.key_alias is not None and not record.deleted_at:
-                self._aliases[record.key_alias] = hashed
-            account = record.account
-            account.hashed = hashed
-            self._batches.update(dict.fromkeys(account.batches, account))
-
-    def _forget(self, hashed: str, record: VirtualKey) -> None:
-        for old in record.retired:
-            if self._retired.get(old) == hashed:
-                del self._retired[old]
-        if (
-            record.key_alias is not None
-            and self._aliases.get(record.key_alias) == hashed
-        ):
-            del self._aliases[record.key_alias]
-
-    async def _write_all(self) -> None:
-        """Write for all that wait, until nobody does."""
-        loop = asyncio.get_running_loop()
-        while self._waiting:
-            waiting, self._waiting = self._waiting, []
-            undo, self._undo = self._undo, {}
-            lines = list(self._lines.values())
-            failure: OSError | None = None
-            try:
-                await loop.run_in_executor(None, self._write, lines)
-                if self.last_error:
-                    log.warning("keys file written again")
-                self.last_error = ""
-            except Exception as error:
-                unexpected = OSError(errno.EIO, "unexpected failure")
-                failure = error if isinstance(error, OSError) else unexpected
-                if failure is unexpected:
-                    log.error("keys file not written", exc_info=error)
-                # What was changed meanwhile stands on what is now refused, and falls with it.
-                waiting += self._waiting
-                self._apply({**self._undo, **undo})
-                self._waiting, self._undo = [], {}
-                self._say_failure(failure)
-            for written in waiting:
-                if written.done():  # who waited has left
-                    continue
-                if failure is None:
-                    written.set_result(None)
-                else:
-                    written.set_exception(failure)
-        self._writer = None
-
-    def _say_failure(self, error: OSError) -> None:
-        """Log it once, and try again."""
-        if not isinstance(error, StoreEdited):
-            if self.last_error != store_message(error):
-                log.error("keys file not written: %s", error.strerror or error)
-            self.last_error = store_message(error)
-        elif self._bad_mark is not None:
-            self.last_error = store_message(error)
-        self._flush_soon()
-
-    def _write(self, lines: list[bytes]) -> None:
-        """Write, fsync, lock, rename, fsync the folder. The old file stays until the new one is whole."""
-        self._refuse_edited()
-        temporary, descriptor = self._write_beside(lines)
-        try:
-            self._refuse_edited()
-            os.replace(temporary, self.path)
-        except BaseException:
-            os.close(descriptor)
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
-        self._take(descriptor)
-
-    def _is_edited(self) -> bool:
-        return file_mark(self.path) not in (self._mark, None)
-
-    def _refuse_edited(self) -> None:
-        """Raise StoreEdited where the file is not the one that was last read or written."""
-        if self._is_edited():
-            raise StoreEdited(errno.EBUSY, DAMAGED if self._bad_mark else EDITED)
-
-    def _write_beside(self, lines: list[bytes]) -> tuple[Path, int]:
-        """Write a locked file beside the present one; its path and descriptor."""
-        temporary = self.path.parent / f".{self.path.name}.{os.getpid()}.tmp"
-        descriptor = os.open(
-            temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, STORE_MODE
-        )
-        try:
-            os.fchmod(descriptor, STORE_MODE)
-            with open(descriptor, "wb", closefd=False) as file:
-                file.write(b'{"version": %d, "keys": {' % STORE_VERSION)
-                for start in range(0, len(lines), WRITE_SLICE):
-                    file.write(b"\n" if start == 0 else b",\n")
-                    file.write(b",\n".join(lines[start : start + WRITE_SLICE]))
-                file.write(b"\n}}\n")
-            os.fsync(descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BaseException:
-            os.close(descriptor)
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
-        return temporary, descriptor
-
-    def _take(self, descriptor: int) -> None:
-        """Hold this file from now on, and make sure that its folder names it."""
-        if descriptor != self._lock:
-            self.close()
-        self._lock = descriptor
-        self._mark = mark_of(os.fstat(descriptor))
-        folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-    def _load(self) -> None:
-        """Read the file; what keys used stays, where it is known already."""
-        descriptor = self._open_or_create()
-        if descriptor < 0:
-            return
-        try:
-            keys = parse_store(read_whole(descriptor), str(self.path))
-        except BaseException:
-            if descriptor != self._lock:
-                os.close(descriptor)
-            raise
-        with contextlib.suppress(OSError):  # a folder that cannot be synced can be read
-            self._take(descriptor)
-        accounts = {hashed: key.account for hashed, key in self.keys.items()}
-        self.keys, self._lines, self._retired, self._aliases = {}, {}, {}, {}
-        self._batches = {}
-        for hashed, record in keys.items():
-            record.account = accounts.get(hashed, record.account)
-        self._apply(keys)
-        for hashed in accounts.keys() & keys.keys():
-            self.touch(keys[hashed].account)
-
-    def _open_or_create(self) -> int:
-        """The locked file; -1 where there is none and none can be made."""
-        while True:
-            try:
-                return self._open_locked()
-            except FileNotFoundError:
-                pass
-            except OSError as error:
-                raise SettingsError(f"{self.path}: {error.strerror}") from None
-            try:
-                self._create()
-            except FileExistsError:  # another gateway was faster
-                continue
-            except OSError as error:
-                self.last_error = store_message(error)
-                log.warning(
-                    "%s cannot be created (%s): no keys can be made",
-                    self.path,
-                    error.strerror,
-                )
-                return -1
-
-    def _open_locked(self) -> int:
-        """Open and lock the file; once more if it was replaced between the two. Our own lock counts."""
-        while True:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            seen = os.fstat(descriptor)
-            if self._lock >= 0 and os.path.samestat(seen, os.fstat(self._lock)):
-                os.close(descriptor)
-                os.lseek(self._lock, 0, os.SEEK_SET)
-                return self._lock
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(seen, os.stat(self.path)):
-                    return descriptor
-            except BlockingIOError:
-                os.close(descriptor)
-                raise SettingsError(
-                    f"{self.path}: another gateway uses this file; give this one its own with --keys"
-                ) from None
-            except BaseException:
-                os.close(descriptor)
-                raise
-            os.close(descriptor)
-
-    def _create(self) -> None:
-        """Make the file, with the keys that are here. Raises FileExistsError where it is there."""
-        temporary, descriptor = self._write_beside(list(self._lines.values()))
-        try:
-            os.link(temporary, self.path)  # unlike a rename, it replaces nothing
-        except OSError as error:
-            if error.errno not in NO_LINKS:
-                raise
-            os.rename(temporary, self.path)
-        finally:
-            os.close(descriptor)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+    open: bool
+    group: str
+    billed: bool
+    free: bool
+    metered: bool
+    batch: bool
+    makes_batch: bool
+    batch_id: str
+    deletes: bool
+    results_of: str
+    unread: bool
 
 
-NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # FAT, some network disks
-EDITED = "it was edited meanwhile; send the change again"
-DAMAGED = "it was edited and is damaged; mend it first"
+# What every virtual key reaches. All else (sessions, agents, deployments, administration, logins, and
+# what will be added tomorrow) may cost what the gateway cannot count, or give out what it guards.
+OPEN = re.compile(
+    r"(?sa)/v1/(?:messages(?:/count_tokens|/cache_touch|/batches(?:/[\w-]+(?:/(?:results|cancel))?)?)?"
+    r"|complete"
+    r"|(?:models|files|skills)(?:/.*)?)/?"
+)
+OPEN_NAMES = (
+    *("/v1/messages/batches/", "/v1/messages/count_tokens", "/v1/messages/cache_touch"),
+    *("/v1/complete", "/v1/models/", "/v1/files/", "/v1/skills/"),
+)
+GROUP = re.compile(r"/v1/messages(?:/[^/]*)?|/v1(?:/[^/]*)?|/?[^/]*")
+UPLOAD = re.compile(r"(?s)/v1/(?:files|skills)(?:/.*)?")
+BILLED = re.compile(r"/v1/(?:messages|complete|messages/batches|messages/cache_touch)/?")
+FREE = re.compile(r"/v1/(?:messages/count_tokens|models(?:/[^/]*)?)/?")
+METERED = re.compile(
+    r"(?s)/v1/(?:messages|complete|messages/cache_touch|messages/batches(?:/.*)?)/?"
+)
+BATCHES = re.compile(r"(?s)/v1/messages/batches(?:/.*)?")
+BATCHES_MADE = re.compile(r"/v1/messages/batches/?")
+BATCH_NAMED = re.compile(r"/v1/messages/batches/([^/]+)")
+BATCH_OBJECT = re.compile(r"/v1/messages/batches(?:/[^/]+(?:/cancel)?)?/?")
+CANCEL = re.compile(r"(?a)/v1/messages/batches/[\w-]+/cancel/?")
+RESULTS = re.compile(r"/v1/messages/batches/([^/]+)/results/?")
+WILDCARD = re.compile(r"[*?\[]")
+METRICS_PATH = "/metrics"
 
 
-def mark_of(seen: os.stat_result) -> FileMark:
-    """What tells an edited file from one that was not."""
-    return seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns
+def read_route(method: str, path: str) -> Route:
+    """Classify a request by its method in capitals and its decoded path."""
+    fetches = method in ("GET", "HEAD", "OPTIONS")
+    # What orders something that its path does not tell is closed; a batch's own id is none of that.
+    known = fetches or method == "DELETE" or BATCH_NAMED.match(path) is None
+    results = RESULTS.fullmatch(path) if method == "GET" else None
+    named = BATCH_NAMED.match(path)
+    return Route(
+        open=OPEN.fullmatch(path) is not None and (known or CANCEL.fullmatch(path) is not None),
+        group=cast("re.Match[str]", GROUP.match(path))[0],
+        billed=not fetches and BILLED.fullmatch(path) is not None,
+        free=(fetches and BATCHES.fullmatch(path) is not None) or FREE.fullmatch(path) is not None,
+        metered=METERED.fullmatch(path) is not None,
+        batch=method in ("GET", "POST") and BATCH_OBJECT.fullmatch(path) is not None,
+        makes_batch=not fetches and BATCHES_MADE.fullmatch(path) is not None,
+        batch_id=named[1] if named else "",
+        deletes=method == "DELETE",
+        results_of=results[1] if results else "",
+        unread=fetches or UPLOAD.fullmatch(path) is not None,
+    )
 
 
-def file_mark(path: Path) -> FileMark | None:
-    """The mark of a file; None where there is none."""
-    try:
-        return mark_of(os.stat(path))
-    except OSError:
-        return None
+read_kept_route = functools.lru_cache(maxsize=1024)(read_route)
+KEPT_PATH = 200  # characters
 
 
-def read_whole(descriptor: int) -> bytes:
-    """What an open file holds. Raises SettingsError."""
-    try:
-        with open(descriptor, "rb", closefd=False) as file:
-            return file.read()
-    except OSError as error:
-        raise SettingsError(f"the keys file cannot be read: {error.strerror}") from None
+def route_of(method: str, path: str) -> Route:
+    """`read_route`, which is done once for paths of common length."""
+    return (read_kept_route if len(path) <= KEPT_PATH else read_route)(method, path)
 
 
-def store_line(
-    hashed: str, record: VirtualKey, today: str = "", keep_from: str = ""
-) -> bytes:
-    """One line of keys.json; usage of days before ``keep_from`` is left out."""
-    line = json.dumps(record.to_json())
-    usage = record.account.usage.to_json(today, keep_from)
-    if usage != "{}":
-        line = f'{line[:-1]}, "usage": {usage}}}'
-    return f'"{hashed}": {line}'.encode()
+def unmetered(pattern: str) -> bool:
+    """Whether a pattern of ``allowed_routes`` opens a route that may cost what cannot be counted."""
+    literal = WILDCARD.split(pattern.removeprefix("/anthropic"))[0]
+    if literal.startswith(METRICS_PATH) or OPEN.fullmatch(literal):
+        return False
+    return not any(name.startswith(literal) for name in OPEN_NAMES)
 
 
-@functools.lru_cache(maxsize=64)
-def day_of(moment: datetime) -> str:
-    """The UTC day of a moment, as an ISO date."""
-    return moment.date().isoformat()
-
-
-def store_message(error: OSError) -> str:
-    """What a client is told when the file cannot be written; paths of the machine stay out of it."""
-    return f"The keys file cannot be written ({error.strerror or 'unknown error'}); nothing was changed."
-
-
-def parse_store(text: bytes, name: str) -> dict[str, VirtualKey]:
-    """Read a keys file. Raises SettingsError that says where it is damaged; forgets old tombstones."""
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise SettingsError(
-            f"{name}: damaged, not JSON ({error}); mend it or restore a copy"
-        ) from None
-    if not isinstance(document, dict) or not isinstance(document.get("keys"), dict):
-        raise SettingsError(
-            f'{name}: damaged, not {{"version": {STORE_VERSION}, "keys": {{…}}}}'
-        )
-    if document.get("version") != STORE_VERSION:
-        raise SettingsError(
-            f"{name}: version {document.get('version')!r} is not for this gateway"
-        )
-    keys: dict[str, VirtualKey] = {}
-    forget = now() - timedelta(days=TOMBSTONE_DAYS)
-    for number, (hashed, record) in enumerate(document["keys"].items(), start=1):
-        try:
-            if not HASH.fullmatch(hashed):
-                raise ValueError("does not stand under a SHA-256")
-            key = VirtualKey.from_json(record)
-        except (
-            ValueError,
-            TypeError,
-            AttributeError,
-            KeyError,
-            OverflowError,
-        ) as error:
-            raise SettingsError(
-                f"{name}: damaged, key number {number} {error}"
-            ) from None
-        if not key.deleted_at or key.deleted_at > forget:
-            keys[hashed] = key
-    return keys
-
-
-# ─── Metering ────────────────────────────────────────────────────────────────────────
-
-
-# A line of a stream or of batch results, or a whole message, is read up to this size; of longer ones
-# the size counts. `json` takes some 40 ms for so much.
-MAX_LINE = 4 * MIB
-UNASKED_LINE = 64 * KIB  # of it are held without being counted
-INFLATE_SLICE = 64 * KIB  # decompressed at a time, so that a small bomb stays small
+MAX_COUNT = 10**9  # tokens; whoever counts more is not believed
+MAX_OUTPUT = 128_000  # tokens that an answer may have where the request does not say
+MAX_MODEL_NAME = 100
 # What is known of a text before its tokens are: 3 bytes each, a little more than Anthropic's rule of
 # thumb for English (4 characters), and right for Chinese, Japanese and Korean (3 bytes a character).
 BYTES_A_TOKEN = 3
 UNSEEN_THINKING = 4  # the part of max_tokens that thinking unseen is taken for
-MAX_COUNT = 10**9  # tokens; whoever counts more is not believed
-MAX_OUTPUT = 128_000  # tokens that an answer may have where the request does not say
-MAX_MODEL_NAME = 100
-MILLION = Decimal(1_000_000)
-US_INFERENCE = Decimal("1.1")  # about-claude/pricing, "Data residency"
-BATCH_DISCOUNT = Decimal(
-    "0.5"
-)  # about-claude/pricing, "Batch processing"; web searches are full price
-# What Anthropic's rates for the cache are of the input rate, where a price file does not say.
-CACHE_READ_FACTOR = Decimal("0.1")
-CACHE_WRITE_5M_FACTOR = Decimal("1.25")
-CACHE_WRITE_1H_FACTOR = Decimal(2)
-WEB_SEARCH_PRICE = Decimal("0.01")
-
-# The text of deltas; "completion" is that of POST /v1/complete.
-DELTA_TEXT = re.compile(
-    rb'"(text|thinking|partial_json|completion)": ?"([^"\\]*(?:\\.[^"\\]*)*)"'
-)
-THINKING_START = re.compile(rb'"content_block": ?\{"type": ?"(?:redacted_)?thinking"')
+Result = TypeVar("Result")
+# What is done in steps, between which the loop may do something else.
+Steps = Generator[None, None, Result]
 
 
-class Inflater:
-    """Decompresses gzip (of any number of members), zlib and raw deflate bit by bit.
-
-    `slices` raises zlib.error for anything else, and from then on.
-    """
-
-    def __init__(self, coding: str) -> None:
-        self._deflate = coding == "deflate"
-        self._decoder: Any = None
-        self._held = b""
-
-    def slices(self, data: bytes) -> Iterator[bytes]:
-        """What these bytes hold, INFLATE_SLICE at a time; what is not taken is lost."""
-        data, self._held = self._held + data, b""
-        while data:
-            if self._decoder is None:
-                data = data.lstrip(b"\0")  # members may be padded (gzip's own manual)
-                if len(data) < 2:
-                    self._held = data
-                    return
-                self._decoder = zlib.decompressobj(self._window_bits(data))
-            plain = self._decoder.decompress(data, INFLATE_SLICE)
-            data = self._decoder.unconsumed_tail
-            while plain:
-                yield plain
-                full = len(plain) == INFLATE_SLICE  # then more may be waiting inside
-                plain = self._decoder.decompress(data, INFLATE_SLICE) if full else b""
-                data = self._decoder.unconsumed_tail
-            if self._decoder.eof:
-                data, self._decoder = self._decoder.unused_data, None
-
-    @property
-    def is_undecided(self) -> bool:
-        """Whether bytes came of which is not known yet what they are."""
-        return bool(self._held)
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether what came so far has ended."""
-        return self._decoder is None and not self._held
-
-    def _window_bits(self, data: bytes) -> int:
-        """How zlib is to read what begins so: "deflate" comes with zlib's header or without
-        (RFC 9110 section 8.4.1.2), which is a multiple of 31 (RFC 1950 section 2.2)."""
-        if not self._deflate:
-            return zlib.MAX_WBITS | 16
-        has_header = (
-            data[0] & 0x0F == zlib.DEFLATED and (data[0] * 256 + data[1]) % 31 == 0
-        )
-        return zlib.MAX_WBITS if has_header else -zlib.MAX_WBITS
-
-
-READABLE_CODINGS = ("gzip", "x-gzip", "deflate")
-
-
-@dataclass
-class Measured:
-    """What one response used, as Anthropic reports it (types/usage.py of its SDK).
-
-    ``usage`` is the raw object, its counts cumulative. ``empty`` says that it has no content.
-    ``seen`` counts the bytes of text, thinking and tool input that passed, ``thought`` those of
-    thinking; ``thinks`` says that a block of thinking began. ``final`` says that the usage is the last
-    word on it, ``blind`` that the response could not be read. ``beyond`` is what must be charged
-    besides the usage, and then the whole is ``estimated``.
-    """
-
-    model: str = ""
-    usage: dict[str, Any] = field(default_factory=dict)
-    stop_reason: str = ""
-    empty: bool = True
-    seen: int = 0
-    thought: int = 0
-    thinks: bool = False
-    final: bool = False
-    blind: bool = False
-    beyond: Tally | None = None
-    estimated: bool = False
-
-    def merge(self, usage: object) -> None:
-        """Take newer counts over older ones: they are cumulative, and later ones may lack fields."""
-        if not isinstance(usage, dict):
-            return
-        for name, value in usage.items():
-            if value is not None:
-                self.usage[name] = value
-
-    def complete_with(self, order: Order) -> None:
-        """Estimate what a response that did not come to its last word used besides: at least the
-        prompt, what was seen of it, and the thinking that was not."""
-        if self.final:
-            return
-        thinking = 0 if self.thought else order.thinking
-        if self.thinks and not self.thought and not thinking:
-            thinking = order.max_tokens // UNSEEN_THINKING
-        told = [tally for _, tally in reported(self)]
-        prompt = any(tally.input_tokens or tally.cached for tally in told)
-        output = tokens_in(self.seen) + thinking - sum(t.output_tokens for t in told)
-        self.beyond = Tally(
-            input_tokens=0 if prompt else order.prompt, output_tokens=max(0, output)
-        )
-        self.model = self.model or order.model
-        self.estimated = True
+def at_once(steps: Steps[Result]) -> Result:
+    """What comes of steps that are few."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return cast(Result, stop.value)
 
 
 def tokens_in(size: int) -> int:
@@ -1779,189 +1175,27 @@ def tokens_in(size: int) -> int:
     return -(-size // BYTES_A_TOKEN)
 
 
-class Meter:
-    """Reads usage out of a response as it passes: SSE, a JSON message, or batch results (JSONL).
-
-    ``look`` takes the plain body with whatever boundaries; the result is the same for every split.
-    Holds at most MAX_LINE bytes of a line or a message, and beyond UNASKED_LINE no more than ``room``
-    lets it, which is asked for so many bytes and told (below 0) of those that are held no more.
-    ``on_result`` is called with each line of batch results, counted from 1.
-    """
-
-    def __init__(
-        self,
-        content_type: str,
-        on_result: Callable[[int, Measured], None] | None = None,
-        room: Callable[[int], bool] = lambda size: True,
-    ) -> None:
-        self.measured = Measured()
-        self._on_result = on_result
-        self._room = room
-        self._asked = 0
-        self._lines = 0
-        self._whole = on_result is None and not content_type.lower().startswith(
-            "text/event-stream"
-        )
-        # Of a line that has not ended, or of the message; None where it is too long.
-        self._held: list[bytes] | None = []
-        self._size = 0
-
-    def look(self, data: bytes) -> None:
-        """Look at the next part of the body."""
-        if self.measured.blind:
-            return
-        if self._whole:
-            self._hold(data)
-        elif self._size == 0 and data.endswith(b"\n") and len(data) <= MAX_LINE:
-            self._read(data)
-        else:
-            self._split(data)
-
-    def finish(self, complete: bool) -> Measured:
-        """The body has ended, or was cut short."""
-        size, held = self._ended()
-        if self.measured.blind:
-            pass
-        elif self._whole and complete and held:
-            message = read_members(held, AnswerMembers)
-            self.measured = measured_message(message, size)
-        elif self._whole:
-            self.measured.seen = size
-        elif complete:
-            self._read_line(size, held)
-        elif self._on_result is None and held is None:
-            self.measured.seen += size
-        elif self._on_result is None and held:
-            self._read_text(held)
-        return self.measured
-
-    def _hold(self, data: bytes) -> None:
-        """Keep a beginning until its end comes; of one that is too long only the size."""
-        self._size += len(data)
-        if self._held is None or not data:
-            return
-        more = self._size - UNASKED_LINE - self._asked
-        if self._size > MAX_LINE or (more > 0 and not self._room(more)):
-            self._held = None
-            self._leave_room()
-            return
-        self._held.append(data)
-        self._asked += max(0, more)
-
-    def _leave_room(self) -> None:
-        asked, self._asked = self._asked, 0
-        if asked:
-            self._room(-asked)
-
-    def _split(self, data: bytes) -> None:
-        """Read the lines that end here, those of more than MAX_LINE apart."""
-        end = line_end(data)
-        if not end:
-            self._hold(data)
-            return
-        self._end_line(data[:end])
-        last = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
-        whole = data[end:last]
-        if len(whole) > MAX_LINE:
-            for line in whole.splitlines(keepends=True):
-                self._end_line(line)
-        elif whole:
-            self._read(whole)
-        self._hold(data[last:])
-
-    def _end_line(self, rest: bytes) -> None:
-        """A line ends with these bytes."""
-        self._hold(rest)
-        self._read_line(*self._ended())
-
-    def _ended(self) -> tuple[int, bytes | None]:
-        """The size of what has come to its end, and what it is; None where it was too long."""
-        size, held = self._size, self._held
-        self._size, self._held = 0, []
-        self._leave_room()
-        return size, None if held is None else b"".join(held)
-
-    def _read_line(self, size: int, line: bytes | None) -> None:
-        """Look at a line."""
-        if line is not None:
-            self._read(line)
-        elif self._on_result is not None:
-            self._result(Measured(seen=size))
-        else:
-            self.measured.seen += size
-
-    def _read(self, lines: bytes) -> None:
-        """Look at whole lines."""
-        if self._on_result is None:
-            self._read_events(lines)
-            return
-        for line in lines.splitlines():
-            if line.strip():
-                row = read_members(line, ResultRowMembers)
-                result = row.get("result") if isinstance(row, dict) else None
-                if result is None:  # these are no results, or not in plain text
-                    self.measured.blind = True
-                    return
-                message = result.get("message") if isinstance(result, dict) else None
-                self._result(measured_message(message, 0))
-
-    def _result(self, measured: Measured) -> None:
-        self._lines += 1
-        assert self._on_result is not None
-        self._on_result(self._lines, measured)
-
-    def _read_text(self, lines: bytes) -> None:
-        """Count the text of deltas."""
-        measured = self.measured
-        for name, text in DELTA_TEXT.findall(lines):
-            size = text_size(text)
-            measured.seen += size
-            if name == b"thinking":
-                measured.thought += size
-
-    def _read_events(self, lines: bytes) -> None:
-        """Look at whole lines of a stream; most of them are deltas, and only their text counts."""
-        self._read_text(lines)
-        measured = self.measured
-        if b"content_block_start" in lines:
-            measured.empty = False
-            if THINKING_START.search(lines):
-                measured.thinks = True
-        if b'"usage"' not in lines:
-            return
-        for line in lines.splitlines():
-            if b'"usage"' in line and line.startswith(b"data:"):
-                self._usage_event(line[5:])
-
-    def _usage_event(self, data: bytes) -> None:
-        event = read_json(data)
-        if not isinstance(event, dict):
-            return
-        message = event.get("message")
-        if isinstance(message, dict):
-            self.measured.model = model_of(message.get("model")) or self.measured.model
-            self.measured.merge(message.get("usage"))
-        self.measured.merge(event.get("usage"))
-        delta = event.get("delta")
-        if isinstance(delta, dict) and isinstance(delta.get("stop_reason"), str):
-            self.measured.stop_reason = delta["stop_reason"]
-            self.measured.final = bool(self.measured.usage)
+def model_of(value: object) -> str:
+    """A model's name, printable and short enough for a log."""
+    return printable(value[:MAX_MODEL_NAME]) if isinstance(value, str) else ""
 
 
-def line_end(data: bytes) -> int:
-    """Where the first line of these bytes ends, its ending included; 0 where none does."""
-    ends = [at for at in (data.find(b"\n"), data.find(b"\r")) if at >= 0]
-    return min(ends) + 1 if ends else 0
+def count_of(usage: object, *path: str) -> int:
+    """A count out of a usage object; 0 where there is none that can be believed."""
+    for name in path:
+        usage = usage.get(name) if isinstance(usage, dict) else None
+    return usage if type(usage) is int and 0 < usage <= MAX_COUNT else 0
 
 
-def text_size(escaped: bytes) -> int:
-    """The bytes in UTF-8 of a JSON string without its quotes."""
-    if b"\\" not in escaped:
-        return len(escaped)
-    try:
-        return len(json.loads(b'"%b"' % escaped).encode("utf-8", "replace"))
-    except ValueError:
-        return len(escaped)
+def is_event_stream(head: Head) -> bool:
+    """Whether a message's body is server-sent events."""
+    return head.get("content-type").lower().startswith(EVENT_STREAM)
+
+
+def is_json(content_type: str) -> bool:
+    """Whether a media type is JSON (RFC 6839: or ends in ``+json``)."""
+    kind = content_type.partition(";")[0].strip().lower()
+    return kind == "application/json" or kind.endswith("+json")
 
 
 def read_json(body: bytes) -> object:
@@ -1982,32 +1216,6 @@ def no_collector() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-class NoMembers(TypedDict):
-    """An object of which nothing is looked at."""
-
-
-class AnswerMembers(TypedDict, total=False):
-    """What is looked at of a whole message."""
-
-    model: Any
-    stop_reason: Any
-    usage: Any
-    completion: Any
-    content: list[NoMembers]
-
-
-class ResultMembers(TypedDict, total=False):
-    """What is looked at of a row's result."""
-
-    message: AnswerMembers
-
-
-class ResultRowMembers(TypedDict, total=False):
-    """What is looked at of a row of a batch's results."""
-
-    result: ResultMembers
 
 
 @functools.cache
@@ -2031,109 +1239,9 @@ def read_members(body: bytes, members: type) -> object:
         return read_json(body)
 
 
-def measured_message(message: object, size: int) -> Measured:
-    """What a whole message of so many bytes says."""
-    if not isinstance(message, dict):
-        return Measured(seen=size)
-    usage, stop_reason = message.get("usage"), message.get("stop_reason")
-    completion = message.get("completion")
-    measured = Measured(
-        model=model_of(message.get("model")),
-        usage=usage if isinstance(usage, dict) else {},
-        stop_reason=stop_reason if isinstance(stop_reason, str) else "",
-        empty=not message.get("content"),
-        final=isinstance(usage, dict) and bool(usage),
-    )
-    if not measured.final:
-        told = isinstance(completion, str)
-        measured.seen = (
-            len(str(completion).encode("utf-8", "replace")) if told else size
-        )
-    return measured
-
-
-def model_of(value: object) -> str:
-    """A model's name, printable and short enough for a log."""
-    return printable(value[:MAX_MODEL_NAME]) if isinstance(value, str) else ""
-
-
-def count_of(usage: object, *path: str) -> int:
-    """A count out of a usage object; 0 where there is none that can be believed."""
-    for name in path:
-        usage = usage.get(name) if isinstance(usage, dict) else None
-    return usage if type(usage) is int and 0 < usage <= MAX_COUNT else 0
-
-
-def tally_of(usage: Mapping[str, Any]) -> Tally:
-    """The counts of one usage object, or of one entry of its ``iterations``.
-
-    ``input_tokens`` leaves cached ones out. Of cache writes whose length of life is not told, all
-    are 5-minute ones, Anthropic's default.
-    """
-    tally = Tally(
-        input_tokens=count_of(usage, "input_tokens"),
-        output_tokens=count_of(usage, "output_tokens"),
-    )
-    if usage.get("cache_read_input_tokens"):
-        tally.cache_read_tokens = count_of(usage, "cache_read_input_tokens")
-    if usage.get("cache_creation_input_tokens") or usage.get("cache_creation"):
-        written = count_of(usage, "cache_creation_input_tokens")
-        hour = count_of(usage, "cache_creation", "ephemeral_1h_input_tokens")
-        five = count_of(usage, "cache_creation", "ephemeral_5m_input_tokens")
-        tally.cache_write_5m_tokens = max(five, written - hour)
-        tally.cache_write_1h_tokens = hour
-    return tally
-
-
-def reported(measured: Measured) -> list[tuple[str, Tally]]:
-    """What is billed of a response by its own word, as (model, counts) of each attempt.
-
-    Advisor, compaction and fallback attempts stand in ``iterations`` alone, each at a model of its
-    own. Free are attempts declined before any output that a fallback followed, and a refusal
-    without content (PLD refusals-and-fallback, "How server-side fallback is billed").
-    """
-    usage = measured.usage
-    if not usage or (measured.stop_reason == "refusal" and measured.empty):
-        return []
-    iterations = usage.get("iterations")
-    entries = (
-        [e for e in iterations[:MAX_ITERATIONS] if isinstance(e, dict)]
-        if isinstance(iterations, list)
-        else []
-    )
-    if not entries:
-        return [(measured.model, tally_of(usage))]
-    charged = []
-    for entry, following in zip(entries, [*entries[1:], {}], strict=True):
-        declined = entry.get("type") in ATTEMPTS and not count_of(
-            entry, "output_tokens"
-        )
-        if not (declined and following.get("type") == "fallback_message"):
-            charged.append(
-                (model_of(entry.get("model")) or measured.model, tally_of(entry))
-            )
-    return charged
-
-
-ATTEMPTS = ("message", "fallback_message")  # the types of iterations that may decline
-MAX_ITERATIONS = (
-    1000  # that are read of one answer, so that a lying upstream holds nobody up
-)
-
-
-def charged_entries(measured: Measured) -> list[tuple[str, Tally]]:
-    """What is billed of a response, with what was estimated besides."""
-    entries, beyond = reported(measured), measured.beyond
-    if beyond is None:
-        return entries
-    if len(entries) == 1 and not measured.usage.get("iterations"):
-        entries[0][1].add(beyond)  # one prompt, which has one length
-        return entries
-    return [*entries, (measured.model, beyond)]
-
-
 # What prices a part of an order: its model, whether in fast mode, and whether in the US.
 Part = tuple[str, bool, bool]
+MAX_MODELS = 20  # of one request that are priced apart
 
 
 @dataclass(slots=True)
@@ -2164,1136 +1272,6 @@ class Order:
         counts[0] += prompt
         counts[1] += output
         counts[2] += searches
-
-
-MAX_MODELS = 20  # of one request that are priced apart
-
-
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """USD for one token of each kind, and for one web search."""
-
-    input: Decimal
-    output: Decimal
-    cache_read: Decimal
-    cache_write_5m: Decimal
-    cache_write_1h: Decimal
-    web_search: Decimal = WEB_SEARCH_PRICE
-
-    def price(self, tally: Tally) -> Decimal:
-        """USD for these tokens; web searches are priced apart."""
-        total = self.input * tally.input_tokens + self.output * tally.output_tokens
-        if tally.cached:
-            total += self.cache_read * tally.cache_read_tokens
-            total += self.cache_write_5m * tally.cache_write_5m_tokens
-            total += self.cache_write_1h * tally.cache_write_1h_tokens
-        return total
-
-
-class Prices:
-    """What tokens cost: a price file where one is given, else the package genai-prices.
-
-    The package answers for a usage in about 0.1 ms; its rates are asked for once for each model,
-    hour, speed and tier, which makes `price` forty times as fast. `load` imports it, which takes
-    0.3 seconds: call it in a thread. Until then, and without package and file, `loaded` is false.
-    """
-
-    def __init__(self, path: Path | None = None) -> None:
-        self.path = path
-        self.loaded = False
-        self._own: dict[str, Rates] = {}
-        self._package: Any = None
-        self._tiers: list[int] = [0]
-        self._rates: dict[tuple[str, int, bool, int], Rates] = {}
-        self._dearest: dict[tuple[int, bool, int], Rates] = {}
-        self._unknown: set[str] = set()
-        self.reload()
-        self.available = (
-            bool(self._own) or importlib.util.find_spec("genai_prices") is not None
-        )
-
-    def reload(self) -> None:
-        """Read the price file again. Raises SettingsError that says where it is wrong."""
-        if self.path is not None:
-            self._own = read_prices(self.path)
-        self._rates.clear()
-        self._dearest.clear()
-        self._unknown.clear()
-
-    def load(self) -> None:
-        """Import the package, if it is installed."""
-        try:
-            import genai_prices.data_snapshot as package
-
-            self._tiers = sorted({0, *package_tiers(package)})
-            self._package = package
-        except ImportError:
-            self.available = bool(self._own)
-        except Exception:
-            log.exception("genai-prices cannot be used")
-            self.available = bool(self._own)
-        self.loaded = self.available
-
-    def price(self, usage: Measured, model: str, when: datetime) -> Decimal:
-        """USD for a response of this model."""
-        usage = dataclasses.replace(usage, model=model)
-        return sum((tally.spend for _, tally in self.charge(usage, when)), ZERO)
-
-    def charge(self, measured: Measured, when: datetime) -> list[tuple[str, Tally]]:
-        """What is billed of a response, as (model, counts and USD); see `charged_entries`.
-
-        A model that nobody knows is priced as the dearest known one, and said so in the log.
-        Without package and file the tokens are counted, at no price.
-        """
-        entries = charged_entries(measured)
-        raw = measured.usage
-        if entries and raw.get("server_tool_use"):
-            searches = count_of(raw, "server_tool_use", "web_search_requests")
-            if searches:
-                entries.append((measured.model, Tally(web_searches=searches)))
-        if not self.available:
-            return entries
-        factor = BATCH_DISCOUNT if raw.get("service_tier") == "batch" else Decimal(1)
-        if raw.get("inference_geo") == "us":
-            factor *= US_INFERENCE
-        for model, tally in entries:
-            prompt = tally.input_tokens + tally.cached
-            rates = self.rates(model, when, prompt, raw.get("speed") == "fast")
-            cost = rates.price(tally) * factor
-            if tally.web_searches:
-                cost += rates.web_search * tally.web_searches
-            tally.spend = cost.normalize()
-        return entries
-
-    def worst(self, order: Order, when: datetime) -> list[tuple[str, Tally]]:
-        """What a request may cost at worst, as (model, counts and USD). A model that may be any is
-        the dearest known one."""
-        parts = order.parts or {
-            (order.model, False, False): [order.prompt, order.max_tokens, 0]
-        }
-        entries = []
-        for (model, fast, us), (prompt, output, searches) in parts.items():
-            tally = Tally(
-                input_tokens=prompt, output_tokens=output, web_searches=searches
-            )
-            if self.available:
-                rates = self.rates(model, when, prompt // order.prompts, fast)
-                paid = max(rates.input, getattr(rates, CACHE_RATES[order.cache]))
-                cost = paid * prompt + rates.output * output
-                cost *= US_INFERENCE if us else 1
-                cost *= BATCH_DISCOUNT if order.batched else 1
-                tally.spend = cost + rates.web_search * searches
-            entries.append((model, tally))
-        return entries
-
-    def rates(
-        self, model: str, when: datetime, prompt: int, fast: bool = False
-    ) -> Rates:
-        """The rates of a model at a moment, for a prompt of so many tokens, cached ones included."""
-        if self._own and model and (own := self._own_rates(model)):
-            return own
-        tier = self._tiers[max(0, bisect.bisect_left(self._tiers, prompt) - 1)]
-        if not model:
-            return self.dearest(when, fast, tier)
-        key = (model, hour_of(when), fast, tier)
-        known = self._rates.get(key)
-        if known is None:
-            if len(self._rates) > MAX_CACHED_RATES:
-                self._rates.clear()
-            known = self._rates[key] = self._find(model, when, fast, tier)
-        return known
-
-    def dearest(self, when: datetime, fast: bool = False, tier: int = 0) -> Rates:
-        """The rates of the dearest known model; looking for it takes some 20 ms, once an hour."""
-        key = (hour_of(when), fast, tier)
-        if key not in self._dearest:
-            if len(self._dearest) > MAX_CACHED_RATES:
-                self._dearest.clear()
-            known = list(self._own.values())
-            for model in anthropic_models(self._package) if self._package else ():
-                with contextlib.suppress(LookupError, ValueError):
-                    own = self._own_rates(model)
-                    known.append(own or package_rates(model, when, fast, tier))
-            self._dearest[key] = max(
-                known, key=lambda rates: rates.input + rates.output
-            )
-        return self._dearest[key]
-
-    def _own_rates(self, model: str) -> Rates | None:
-        """What the price file says of a model."""
-        own = self._own.get(model)
-        if own is not None:
-            return own
-        matching = (p for p in self._own if fnmatch.fnmatchcase(model, p))
-        return self._own.get(next(matching, ""))
-
-    def _find(self, model: str, when: datetime, fast: bool, tier: int) -> Rates:
-        if self._package is not None:
-            with contextlib.suppress(LookupError, ValueError):
-                return package_rates(model, when, fast, tier)
-        if model not in self._unknown and len(self._unknown) <= MAX_UNKNOWN:
-            self._unknown.add(model)
-            if len(self._unknown) > MAX_UNKNOWN:
-                log.warning("further models without a known price are not named")
-            else:
-                log.warning(
-                    "no price is known for model %r: priced as the dearest", model
-                )
-        return self.dearest(when, fast, tier)
-
-
-MAX_CACHED_RATES = 1000
-MAX_UNKNOWN = 50  # models without a price that the log names
-CACHE_RATES = {"": "input", "5m": "cache_write_5m", "1h": "cache_write_1h"}
-
-
-@functools.lru_cache(maxsize=64)
-def hour_of(moment: datetime) -> int:
-    """The hour of a moment, counted from 1970."""
-    return int(moment.timestamp()) // 3600
-
-
-def package_tiers(package: Any) -> Iterator[int]:
-    """The lengths of a prompt, in tokens, above which genai-prices has other rates for some model."""
-    for provider in package.get_snapshot().providers:
-        for model in provider.models if provider.id == "anthropic" else ():
-            for value in vars(model.get_prices(datetime.now(UTC))).values():
-                yield from (tier.start for tier in getattr(value, "tiers", ()))
-
-
-def anthropic_models(package: Any) -> list[str]:
-    """The models of Anthropic's that genai-prices knows."""
-    snapshot = package.get_snapshot()
-    return [
-        m.id
-        for provider in snapshot.providers
-        if provider.id == "anthropic"
-        for m in provider.models
-    ]
-
-
-def package_rates(model: str, when: datetime, fast: bool, tier: int) -> Rates:
-    """Ask genai-prices for the rates of a prompt just longer than ``tier``. Raises LookupError.
-
-    ``input_tokens`` is the package's word for all of the prompt, cached or not.
-    """
-    import genai_prices
-
-    prompt = tier + 1
-
-    def ask(**counts: int) -> Any:
-        return genai_prices.calc_price(
-            genai_prices.Usage(**counts),
-            model,
-            provider_id="anthropic",
-            genai_request_timestamp=when,
-            price_context={"speed": "fast"} if fast else None,
-        )
-
-    def cached(kind: str) -> Decimal:
-        counts = {kind: prompt}
-        if kind != "cache_read_tokens":
-            counts["cache_write_tokens"] = prompt
-        return cast(Decimal, ask(input_tokens=prompt, **counts).input_price) / prompt
-
-    plain = ask(input_tokens=prompt, output_tokens=prompt)
-    return Rates(
-        input=plain.input_price / prompt,
-        output=plain.output_price / prompt,
-        cache_read=cached("cache_read_tokens"),
-        cache_write_5m=cached("cache_write_5m_tokens"),
-        cache_write_1h=cached("cache_write_1h_tokens"),
-    )
-
-
-PRICE_FIELDS = ("input", "output", "cache_read", "cache_write_5m", "cache_write_1h")
-
-
-def read_prices(path: Path) -> dict[str, Rates]:
-    """Read a price file: ``{"model or pattern": {"input": 3, "output": 15, …}}``, USD per million tokens.
-
-    ``cache_read``, ``cache_write_5m`` and ``cache_write_1h`` are Anthropic's usual multiples of the
-    input rate where they are left out; ``web_search`` is USD for one. Raises SettingsError.
-    """
-    try:
-        document = json.loads(path.read_bytes(), parse_float=Decimal)
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise SettingsError(f"--prices: {path}: {reason}") from None
-    if not isinstance(document, dict) or not document:
-        raise SettingsError(f"--prices: {path}: is not an object of models")
-    return {
-        model: read_rates(f"--prices: {path}: {model}", row)
-        for model, row in document.items()
-    }
-
-
-def read_rates(where: str, row: object) -> Rates:
-    """One model's rates. Raises SettingsError that begins with ``where``."""
-    if not isinstance(row, dict):
-        raise SettingsError(f"{where}: is not an object of rates")
-    unknown = sorted(set(row) - {*PRICE_FIELDS, "web_search"})
-    if unknown:
-        raise SettingsError(
-            f"{where}: {unknown[0]!r} is not one of {', '.join(PRICE_FIELDS)}, web_search"
-        )
-    amounts = {}
-    for name, value in row.items():
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | Decimal)
-            or not 0 <= value < MILLION
-        ):
-            raise SettingsError(f"{where}: {name!r} is not an amount from zero up")
-        amounts[name] = Decimal(value)
-    for name in ("input", "output"):
-        if name not in amounts:
-            raise SettingsError(f"{where}: has no {name!r}")
-    base = amounts["input"]
-    return Rates(
-        input=base / MILLION,
-        output=amounts["output"] / MILLION,
-        cache_read=amounts.get("cache_read", base * CACHE_READ_FACTOR) / MILLION,
-        cache_write_5m=amounts.get("cache_write_5m", base * CACHE_WRITE_5M_FACTOR)
-        / MILLION,
-        cache_write_1h=amounts.get("cache_write_1h", base * CACHE_WRITE_1H_FACTOR)
-        / MILLION,
-        web_search=amounts.get("web_search", WEB_SEARCH_PRICE),
-    )
-
-
-# ─── Admission ───────────────────────────────────────────────────────────────────────
-
-BEARER = re.compile(r"bearer[ \t]+(.*)", re.IGNORECASE)
-# Where a caller may show a credential, in the order in which they are looked at (LiteLLM's).
-CREDENTIAL_HEADERS = ("x-litellm-api-key", "authorization", "x-api-key")
-OWN_CREDENTIAL_NAMES = {"authorization": "Authorization", "x-api-key": "x-api-key"}
-REFUSED_KEYS = {"revoked": "blocked", "expired": "expired", "deleted": "deleted"}
-
-
-Result = TypeVar("Result")
-# What is done in steps, between which the loop may do something else.
-Steps = Generator[None, None, Result]
-
-
-def at_once(steps: Steps[Result]) -> Result:
-    """What comes of steps that are few."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            return cast(Result, stop.value)
-
-
-@dataclass(slots=True)
-class Caller:
-    """Who sends a request: the keys he showed and what goes upstream in their place.
-
-    ``hashed`` and ``key`` are None for the master key and in open mode. ``own`` is a credential of
-    the caller's, as the header (name, value) it came in: then his account pays. ``presented`` is
-    every key of this gateway that he showed; none of them may go upstream in any field.
-    """
-
-    presented: tuple[str, ...] = ()
-    hashed: str | None = None
-    key: VirtualKey | None = None
-    is_master: bool = False
-    own: tuple[str, str] | None = None
-
-
-UNREAD = Order()  # until the body is here
-
-
-@dataclass(slots=True)
-class Grant:
-    """What an admitted request holds until it is settled: a slot, and USD against budgets, by their
-    patterns. ``order`` is what it asks for."""
-
-    caller: Caller
-    route: Route
-    started: datetime
-    order: Order = field(default_factory=lambda: UNREAD)
-    slot: bool = False
-    holds: dict[str, Decimal] = field(default_factory=dict)
-    open: bool = True
-
-    @property
-    def key(self) -> VirtualKey | None:
-        """The key whose limits hold; None where none do."""
-        return self.caller.key
-
-    @property
-    def booked_key(self) -> VirtualKey | None:
-        """The key that pays; None where the caller pays himself."""
-        return None if self.caller.own else self.caller.key
-
-
-@dataclass(slots=True)
-class Settled:
-    """How a request ended, for the log and /spend/logs. ``cost`` is USD."""
-
-    model: str = ""
-    tally: Tally = field(default_factory=Tally)
-    estimated: bool = False
-
-    @property
-    def cost(self) -> Decimal:
-        """USD."""
-        return self.tally.spend
-
-
-class Held:
-    """How many bytes requests hold at once: never more than ``limit``, nor for one key than a part
-    of it, so that slow bodies cannot keep others out."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.share = limit // KEY_SHARE
-        self.total = 0
-        self._shares: dict[str, int] = {}
-
-    def take(self, key: str, size: int) -> None:
-        """Hold so many bytes more for a key (its hash; empty for the operator's requests, which have
-        no share). Raises APIError 413, 429 or 503."""
-        limit = self.share if key else self.limit
-        if size > limit:
-            raise APIError(
-                413,
-                f"The gateway holds at most {limit:,} bytes of a request. Send a smaller one, or ask"
-                " whoever runs it for more --max-held-bytes.",
-            )
-        if self.total + size > self.limit:
-            raise APIError(
-                503,
-                "The gateway holds as much as it can for requests under way. Try again.",
-                headers=TRY_SOON,
-            )
-        mine = self._shares.get(key, 0) + size
-        if key and mine > self.share:
-            raise APIError(
-                429,
-                f"The gateway holds at most {self.share:,} bytes for one key's requests under way."
-                " Try again.",
-                headers=TRY_SOON,
-            )
-        self.total += size
-        self._shares[key] = mine
-
-    def find_room(self, key: str, size: int) -> bool:
-        """Whether so many bytes more are held now; or so many less, below 0."""
-        if size < 0:
-            self.give_back(key, -size)
-            return True
-        try:
-            self.take(key, size)
-        except APIError:
-            return False
-        return True
-
-    def give_back(self, key: str, size: int) -> None:
-        """Hold so many bytes less."""
-        self.total -= size
-        left = self._shares[key] - size
-        if left:
-            self._shares[key] = left
-        else:
-            del self._shares[key]
-
-
-KEY_SHARE = 4  # of what is held at once one key gets a quarter
-MEMORY_SHARE = 4  # and all get a quarter of the machine's memory
-TRY_SOON = (("retry-after", "1"),)
-
-
-class Admission:
-    """Says who a caller is and whether he may, and books what he used.
-
-    `authenticate`, `admit` and `admit_body` come before anything goes upstream; each grant is given
-    back with `settle`, exactly once.
-
-    A budget is passed by one answer at most: while a request is under way its worst case is held,
-    and it is let in only while what is spent and held is below the budget. So far from the edge
-    nothing waits, and near it a key works one request at a time.
-
-    Open mode (any credential or none is let in) holds where no master key is set and the keys file
-    has no key. It is settled at the start: a gateway that was started closed, and so may listen to
-    the world, never falls open when its last key goes. ``booked`` is what was used since the start,
-    by key and model, those beyond MAX_LABELS as one.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        store: KeyStore,
-        prices: Prices,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.store = store
-        self.prices = prices
-        self.clock = clock
-        self.held = Held(settings.max_held_bytes or memory_size() // MEMORY_SHARE)
-        self._started_open = not settings.master_key and not store.keys
-        self._master_key = settings.master_key
-        self._master = hash_key(settings.master_key) if settings.master_key else ""
-        self._address = settings.address
-        self.booked: dict[tuple[str, str], Tally] = {}
-        self._unpriced: list[Callable[[], None]] = []
-
-    @property
-    def has_master(self) -> bool:
-        """Whether a master key is set."""
-        return bool(self._master)
-
-    @property
-    def is_open(self) -> bool:
-        """Whether any or no credential is let in."""
-        return self._started_open and not self.store.keys
-
-    def is_master(self, credential: str) -> bool:
-        """Whether this is the master key; takes the same time whatever the answer."""
-        return self._is_master(hash_key(credential))
-
-    def shows_master(self, headers: Mapping[str, Sequence[str]]) -> bool:
-        """Whether the master key is among the credentials of request headers."""
-        shown = [self.is_master(credential) for _, credential in candidates(headers)]
-        return any(shown)
-
-    def refuse_foreign(self, host: str, head: Mapping[str, Sequence[str]]) -> None:
-        """In open mode nothing but where a request comes from tells a program on this machine from
-        a web page in its browser, or from one whose name leads here (DNS rebinding). Raises 403."""
-        if not self.is_open:
-            return
-        places = [origin.partition("://")[2] for origin in head.get("origin", ())]
-        places += [host] if host else []  # HTTP/1.0 has none, and no browser speaks it
-        crosses = any(
-            site.lower() == "cross-site" for site in head.get("sec-fetch-site", ())
-        )
-        if crosses or not all(map(self._is_here, places)):
-            raise APIError(
-                403,
-                "This gateway is open, so it takes requests to and from this machine's own addresses"
-                " only. Set GATEWAY_MASTER_KEY where it is started, and use a virtual key.",
-            )
-
-    def _is_here(self, authority: str) -> bool:
-        """Whether a host (with or without port) is loopback, or where --address says to listen."""
-        host = re.sub(r":[0-9]*$", "", authority).strip("[]").lower()
-        if host == "localhost" or host.endswith(".localhost"):
-            return True
-        try:
-            address = ipaddress.ip_address(host)
-        except ValueError:
-            return bool(host) and host == self._address.lower()
-        # An address that is typed as such cannot have been led here by a name.
-        return address.is_loopback or bool(self._address)
-
-    def authenticate(self, headers: Mapping[str, Sequence[str]]) -> Caller:
-        """Find the caller in request headers (lower-case name → values). Raises APIError 401."""
-        own: tuple[str, str] | None = None
-        match: tuple[str, VirtualKey, str] | None = None
-        is_master = False
-        presented: tuple[str, ...] = ()
-        refused = ""
-        shown = False
-        for header, credential in candidates(headers):
-            shown = True
-            hashed = hash_key(credential)
-            if self._is_master(hashed):
-                is_master = is_master or match is None
-            elif found := self.store.lookup_hash(hashed):
-                if found[2] != "active":
-                    refused = refused or REFUSED_KEYS[found[2]]
-                elif match is None and not is_master:
-                    match = found
-            else:
-                if own is None and credential.startswith(OWN_CREDENTIAL_PREFIX):
-                    own = own_credential(header, credential)
-                continue
-            if credential not in presented:
-                presented += (credential,)
-        if match is not None:
-            return Caller(presented, match[0], match[1], own=own)
-        if is_master or self.is_open:
-            return Caller(presented, is_master=is_master, own=own)
-        if refused:
-            raise APIError(
-                401,
-                f"This virtual key is {refused}. Ask whoever runs the gateway for another.",
-            )
-        if shown:
-            raise APIError(
-                401, "Unknown API key. Use a virtual key that this gateway gave out."
-            )
-        raise APIError(
-            401,
-            "No API key was sent. Send a virtual key as 'x-api-key' or 'Authorization: Bearer'.",
-        )
-
-    def holds_key(self, text: str) -> bool:
-        """Whether a key of this gateway stands in a text."""
-        if self._master_key and self._master_key in text:
-            return True
-        if KEY_PREFIX not in text:
-            return False
-        starts = [match.start() for match in re.finditer(KEY_PREFIX, text)]
-        if len(starts) > MAX_KEY_STARTS:
-            return True
-        # A key may have any printable characters, so whatever length it may have is tried.
-        for start in starts:
-            most = text[start : start + MAX_KEY_LENGTH].encode("latin-1", "replace")
-            digest = hashlib.sha256(most[: MIN_KEY_LENGTH - 1])
-            for end in range(MIN_KEY_LENGTH, len(most) + 1):
-                digest.update(most[end - 1 : end])
-                if self.store.lookup_hash(digest.hexdigest()):
-                    return True
-        return False
-
-    def admit(self, caller: Caller, method: str, path: str) -> Grant:
-        """Let a request in by its head alone. Raises APIError 403 or 429; then nothing is held."""
-        moment = now()
-        route = route_of(method.upper(), path)
-        grant = Grant(caller, route, moment)
-        key = caller.key
-        if key is None:
-            return grant
-        check_route(key, route, path, pays=caller.own is None)
-        account, clock = key.account, self.clock()
-        parallel = key.max_parallel_requests
-        if parallel is not None and account.running >= parallel:
-            raise rate_limited(key, clock, f"{parallel} requests at a time", 1)
-        resize_buckets(key, clock)
-        for bucket, what in (
-            (account.requests, "requests"),
-            (account.tokens, "tokens"),
-        ):
-            if bucket is not None and (wait := bucket.seconds_until(1, clock)) > 0:
-                raise rate_limited(
-                    key, clock, f"{bucket.limit:,} {what} a minute", wait
-                )
-        if caller.own is None and not route.free:
-            if key.has_budget and not self.prices.available:
-                raise APIError(
-                    503,
-                    "This key has a budget, and the gateway does not know what tokens cost. Whoever"
-                    " runs it must install genai-prices, or start it with --prices.",
-                )
-            for pattern, budget in key.budgets():
-                held = key.account.window(pattern).held if route.billed else ZERO
-                refuse_where_full(key, pattern, budget, held, ZERO, moment)
-        if account.requests is not None:
-            account.requests.draw(1, clock)
-        account.running += 1
-        grant.slot = True
-        return grant
-
-    def reads_body(self, grant: Grant) -> bool:
-        """Whether a rule of the key looks at the request's body."""
-        key = grant.key
-        if key is None or grant.route.unread:
-            return False
-        return bool(key.models) or self._is_held(grant)
-
-    def _is_held(self, grant: Grant) -> bool:
-        """Whether what a request may cost is held against a budget."""
-        key = grant.booked_key
-        return key is not None and key.has_budget and grant.route.billed
-
-    def admit_body(self, grant: Grant, body: bytes) -> Steps[None]:
-        """Check the models in a body, and hold what it may cost at worst. Raises APIError 400, 403,
-        429. Yields where the loop may do something else, of which a large body needs some."""
-        key, route = grant.key, grant.route
-        if key is None or not self.reads_body(grant):
-            if route.billed:
-                grant.order = glance(body)
-            return
-        document: object = None
-        if key.models and body:
-            document = yield from read_strictly(body, route)
-            yield from check_models(key, route, document)
-        elif body:
-            document = yield from read_leniently(body, route)
-        if key.models and not document and not (route.open or route.deletes):
-            raise APIError(
-                403, "This key is limited to some models, and this request names none."
-            )
-        if not route.billed:
-            return
-        grant.order = yield from read_order(document, body, batched=route.makes_batch)
-        if self._is_held(grant) and self.prices.available:
-            self._hold(grant, key)
-
-    def admit_unread(self, grant: Grant, size: int) -> None:
-        """The same for a body of ``size`` bytes that is too large to be kept. Raises APIError 413."""
-        if self.reads_body(grant):
-            raise APIError(
-                413,
-                f"This key is limited to some models or to a budget, so its requests are read, and"
-                f" may be {JSON_BODY_LIMIT:,} bytes long.",
-            )
-        grant.order = Order(prompt=tokens_in(size))
-
-    def _hold(self, grant: Grant, key: VirtualKey) -> None:
-        """Hold what the grant's order may cost at worst, against every budget, or nothing."""
-        if not self.prices.loaded:
-            self.prices.load()
-        worst: dict[str, Decimal] = {}
-        for model, tally in self.prices.worst(grant.order, grant.started):
-            for pattern, _ in key.budgets(model):
-                worst[pattern] = worst.get(pattern, ZERO) + tally.spend
-        batched = grant.route.makes_batch
-        for pattern, budget in key.budgets(""):
-            if pattern in worst:
-                held, cost = key.account.window(pattern).held, worst[pattern]
-                refuse_where_full(
-                    key, pattern, budget, held, cost, grant.started, fit=batched
-                )
-        for pattern, cost in worst.items():
-            key.account.window(pattern).held += cost
-        grant.holds = worst
-
-    def settle(
-        self, grant: Grant, measured: Measured | None, *, failed: bool
-    ) -> Settled:
-        """Give back what a grant holds and book what was used. ``failed``: no answer, or an error."""
-        order = grant.order
-        settled = Settled(model=(measured.model if measured else "") or order.model)
-        if not grant.open:
-            return settled
-        grant.open = False
-        if grant.caller.own is not None:
-            measured = None
-        if grant.slot:
-            cast(VirtualKey, grant.key).account.running -= 1
-        if measured is None:
-            self._release(grant)
-        else:
-            measured.complete_with(order)
-            settled.model = measured.model
-            settled.estimated = measured.estimated
-            if self.is_priced:
-                self._book(grant, measured, settled)
-            else:
-                self._unpriced.append(lambda: self._book(grant, measured, settled))
-        payer = grant.booked_key
-        if payer is not None:
-            payer.account.usage.count(
-                day_of(grant.started), settled.model or NO_MODEL, failed=failed
-            )
-            payer.account.last_active = now()
-            self.store.touch(payer.account)
-        return settled
-
-    # Batches
-
-    def own_batch(self, grant: Grant, name: str) -> None:
-        """A batch was made: what is held for it stays until it is booked."""
-        payer = grant.booked_key
-        if payer is not None:
-            # An upstream that gives an id twice frees what was held for it.
-            self.finish_batch(name)
-            self.store.own_batch(payer.account, name).held = grant.holds
-            grant.holds = {}
-
-    def claim_batch(self, caller: Caller, name: str) -> None:
-        """A batch that nobody here made belongs to the key that first fetches its results."""
-        if caller.key is not None and self.store.batch_owner(name) is None:
-            self.store.own_batch(caller.key.account, name)
-
-    def book_result(self, name: str, line: int, measured: Measured) -> None:
-        """Book a line of a batch's results to the key that made it, once, however often it is read."""
-        account = self.store.batch_owner(name)
-        if account is None or line <= account.batches[name].lines:
-            return
-        account.batches[name].lines = line
-        if measured.seen:  # it was too long to be read
-            measured.complete_with(Order())
-        if not measured.usage and measured.beyond is None:
-            return
-        measured.usage["service_tier"] = "batch"
-        moment = now()
-
-        def book() -> None:
-            self._book_to(account, self.prices.charge(measured, moment), moment)
-
-        self.when_priced(book)
-
-    def finish_batch(self, name: str, *, lost: bool = False) -> None:
-        """All results of a batch are booked; where they are ``lost``, what is held for it is."""
-        account = self.store.batch_owner(name)
-        if account is None or account.batches[name].booked:
-            return
-        batch = account.batches[name]
-        held, batch.held, batch.booked = batch.held, {}, True
-        for pattern, amount in held.items():
-            account.window(pattern).held -= amount
-        key = self.store.keys.get(account.hashed)
-        if lost and held and key is not None:
-            log.warning(
-                "key %s: batch %s is gone, so its worst case is booked",
-                key.shown_name,
-                printable(name),
-            )
-            moment = now()
-            for pattern, _ in key.budgets(""):
-                key.spent(moment, pattern)
-                account.window(pattern).spend += held.get(pattern, ZERO)
-            total = held.get(ALL_MODELS, max(held.values()))
-            account.usage.add(day_of(moment), NO_MODEL, Tally(spend=total))
-        self.store.touch(account)
-
-    def when_priced(self, book: Callable[[], None]) -> None:
-        """Call this once the prices are there, which they are but for a moment after the start.
-
-        Until then calls wait in their order.
-        """
-        if self.is_priced:
-            book()
-        else:
-            self._unpriced.append(book)
-
-    @property
-    def is_priced(self) -> bool:
-        """Whether the prices are there, or will never be."""
-        return self.prices.loaded or not self.prices.available
-
-    def prices_loaded(self) -> None:
-        """Book what was used before the prices were there."""
-        waiting, self._unpriced = self._unpriced, []
-        for book in waiting:
-            book()
-
-    # Inside
-
-    def _is_master(self, hashed: str) -> bool:
-        return bool(self._master) and hmac.compare_digest(hashed, self._master)
-
-    def _release(self, grant: Grant) -> None:
-        if grant.key is not None:
-            for pattern, amount in grant.holds.items():
-                grant.key.account.window(pattern).held -= amount
-        grant.holds = {}
-
-    def _book(self, grant: Grant, measured: Measured, settled: Settled) -> None:
-        """Turn what is held into what was used."""
-        self._release(grant)
-        if measured.blind:
-            charges = self.prices.worst(grant.order, grant.started)
-        else:
-            charges = self.prices.charge(measured, grant.started)
-        for _, tally in charges:
-            settled.tally.add(tally)
-        caller = grant.caller
-        if caller.key is not None:
-            self._book_to(caller.key.account, charges, grant.started)
-            return
-        name = MASTER_NAME if caller.is_master else NO_KEY
-        for model, tally in charges:
-            self._count(name, model or NO_MODEL, tally)
-
-    def _book_to(
-        self, account: Account, charges: Iterable[tuple[str, Tally]], moment: datetime
-    ) -> None:
-        # The newest record, which an update or a regeneration may have put there.
-        key = self.store.keys.get(account.hashed)
-        if key is None:
-            return
-        day, present = day_of(moment), now()
-        for model, tally in charges:
-            account.usage.add(day, model or NO_MODEL, tally)
-            self._count(key.shown_name, model or NO_MODEL, tally)
-            key.spent(present)
-            account.window().spend += tally.spend
-            for pattern, _ in key.budgets(model):
-                if pattern:
-                    key.spent(present, pattern)
-                    account.window(pattern).spend += tally.spend
-            if account.tokens is not None:
-                account.tokens.draw(rated_tokens(tally), self.clock())
-        self._warn(key, present)
-        self.store.touch(account)
-
-    def _count(self, key: str, model: str, tally: Tally) -> None:
-        label = (key, model)
-        if label not in self.booked and len(self.booked) >= MAX_LABELS:
-            label = (OTHER_MODELS, OTHER_MODELS)
-        self.booked.setdefault(label, Tally()).add(tally)
-
-    def _warn(self, key: VirtualKey, moment: datetime) -> None:
-        """Log that a soft budget is passed, once a window."""
-        if key.soft_budget is None or key.spent(moment) < key.soft_budget:
-            return
-        start = window_start(key.budget_duration, moment)
-        if key.account.warned_window != start:
-            key.account.warned_window = start
-            log.warning(
-                "key %s has spent $%s, its soft budget is $%s",
-                key.shown_name,
-                dollars(key.spent(moment)),
-                dollars(key.soft_budget),
-            )
-
-
-JSON_BODY_LIMIT = 32 * MIB  # Anthropic's limit on messages; larger ones are streamed
-NO_MODEL = NO_KEY = "-"  # what stands in logs and sums for none
-MASTER_NAME = "master"
-MAX_LABELS = 1000  # keys, and keys with their models, that /metrics tells apart
-RATE_FIELDS = ("limit", "remaining", "reset")  # of anthropic-ratelimit-{kind}-…
-MAX_KEY_STARTS = (
-    50  # of what may be a key, in one text; no client's fields have so many
-)
-MAX_KEY_LENGTH = 256
-# Without what ends or escapes a string, so that it is known in a log line that has one.
-PRINTABLE_KEY = re.compile(r'sk-(?:(?!["\\])[\x21-\x7e]){1,253}')
-BUDGET_WAIT = (
-    2  # seconds after which a request that a budget has no room for may ask again
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """What a method and a path mean to the rules.
-
-    ``open``: every key may call it, as far as its ``allowed_routes`` go. ``group``: what a pattern of
-    them must begin with to open it otherwise. ``billed``: it orders something that costs money and
-    that can be estimated. ``free``: no budget stands against it (counting, models, fetching paid
-    batches). ``metered``: its answer may say what was used. ``batch``: it is answered with batch
-    objects; ``batch_id`` is the batch that it names, ``deletes`` says that it deletes it.
-    ``results_of``: the batch it fetches the results of. ``unread``: no rule looks at its body.
-    """
-
-    open: bool
-    group: str
-    billed: bool
-    free: bool
-    metered: bool
-    batch: bool
-    makes_batch: bool
-    batch_id: str
-    deletes: bool
-    results_of: str
-    unread: bool
-
-
-def read_route(method: str, path: str) -> Route:
-    """Classify a request by its method in capitals and its decoded path."""
-    fetches = method in ("GET", "HEAD", "OPTIONS")
-    # What orders something that its path does not tell is closed; a batch's own id is none of that.
-    known = fetches or method == "DELETE" or BATCH_NAMED.match(path) is None
-    results = RESULTS.fullmatch(path) if method == "GET" else None
-    named = BATCH_NAMED.match(path)
-    return Route(
-        open=OPEN.fullmatch(path) is not None
-        and (known or CANCEL.fullmatch(path) is not None),
-        group=cast("re.Match[str]", GROUP.match(path))[0],
-        billed=not fetches and BILLED.fullmatch(path) is not None,
-        free=(fetches and BATCHES.fullmatch(path) is not None)
-        or FREE.fullmatch(path) is not None,
-        metered=METERED.fullmatch(path) is not None,
-        batch=method in ("GET", "POST") and BATCH_OBJECT.fullmatch(path) is not None,
-        makes_batch=not fetches and BATCHES_MADE.fullmatch(path) is not None,
-        batch_id=named[1] if named else "",
-        deletes=method == "DELETE",
-        results_of=results[1] if results else "",
-        unread=fetches or UPLOAD.fullmatch(path) is not None,
-    )
-
-
-read_kept_route = functools.lru_cache(maxsize=1024)(read_route)
-
-
-def route_of(method: str, path: str) -> Route:
-    """`read_route`, which is done once for paths of common length."""
-    return (read_kept_route if len(path) <= KEPT_PATH else read_route)(method, path)
-
-
-KEPT_PATH = 200  # characters
-# What every virtual key reaches. All else (sessions, agents, deployments, administration, logins, and
-# what will be added tomorrow) may cost what the gateway cannot count, or give out what it guards.
-OPEN = re.compile(
-    r"(?sa)/v1/(?:messages(?:/count_tokens|/cache_touch|/batches(?:/[\w-]+(?:/(?:results|cancel))?)?)?"
-    r"|complete"
-    r"|(?:models|files|skills)(?:/.*)?)/?"
-)
-OPEN_NAMES = (
-    *("/v1/messages/batches/", "/v1/messages/count_tokens", "/v1/messages/cache_touch"),
-    *("/v1/complete", "/v1/models/", "/v1/files/", "/v1/skills/"),
-)
-GROUP = re.compile(r"/v1/messages(?:/[^/]*)?|/v1(?:/[^/]*)?|/?[^/]*")
-UPLOAD = re.compile(r"(?s)/v1/(?:files|skills)(?:/.*)?")
-BILLED = re.compile(
-    r"/v1/(?:messages|complete|messages/batches|messages/cache_touch)/?"
-)
-FREE = re.compile(r"/v1/(?:messages/count_tokens|models(?:/[^/]*)?)/?")
-METERED = re.compile(
-    r"(?s)/v1/(?:messages|complete|messages/cache_touch|messages/batches(?:/.*)?)/?"
-)
-BATCHES = re.compile(r"(?s)/v1/messages/batches(?:/.*)?")
-BATCHES_MADE = re.compile(r"/v1/messages/batches/?")
-BATCH_NAMED = re.compile(r"/v1/messages/batches/([^/]+)")
-BATCH_OBJECT = re.compile(r"/v1/messages/batches(?:/[^/]+(?:/cancel)?)?/?")
-CANCEL = re.compile(r"(?a)/v1/messages/batches/[\w-]+/cancel/?")
-RESULTS = re.compile(r"/v1/messages/batches/([^/]+)/results/?")
-WILDCARD = re.compile(r"[*?\[]")
-
-
-def check_route(key: VirtualKey, route: Route, path: str, *, pays: bool) -> None:
-    """Raise APIError 403 for a path that the key may not call. ``pays``: at the gateway's cost.
-
-    ``allowed_routes`` are patterns with ``*``, written with or without ``/anthropic`` before them.
-    """
-    if route.open and not key.allowed_routes:
-        return
-    patterns = [pattern.removeprefix("/anthropic") for pattern in key.allowed_routes]
-    matching = [pattern for pattern in patterns if fnmatch.fnmatchcase(path, pattern)]
-    if not route.open:
-        matching = [p for p in matching if p.startswith(route.group)]
-    shown = printable(path)
-    if not matching:
-        raise APIError(
-            403,
-            f"This key may not call {shown}; its 'allowed_routes' leave it out."
-            if route.open
-            else f"This key may not call {shown}: keys reach messages, batches, models, files and"
-            " skills, and more only where their 'allowed_routes' name it.",
-        )
-    if not route.open and pays and key.has_budget and not key.unmetered_routes:
-        raise APIError(
-            403,
-            f"This key has a budget, and what {shown} costs cannot be counted. Whoever runs the"
-            " gateway may give the key 'unmetered_routes': true.",
-        )
-
-
-def unmetered(pattern: str) -> bool:
-    """Whether a pattern of ``allowed_routes`` opens a route that may cost what cannot be counted."""
-    literal = WILDCARD.split(pattern.removeprefix("/anthropic"))[0]
-    if literal.startswith(METRICS_PATH) or OPEN.fullmatch(literal):
-        return False
-    return not any(name.startswith(literal) for name in OPEN_NAMES)
-
-
-METRICS_PATH = "/metrics"
-
-
-def resize_buckets(key: VirtualKey, clock: float) -> None:
-    """Bring the key's buckets in line with its limits, which may have been updated."""
-    account = key.account
-    account.requests = resized(account.requests, key.rpm_limit, clock)
-    account.tokens = resized(account.tokens, key.tpm_limit, clock)
-
-
-def resized(bucket: Bucket | None, limit: int | None, clock: float) -> Bucket | None:
-    """A bucket of that limit, with what was drawn from it still drawn."""
-    if limit is None:
-        return None
-    if bucket is None:
-        return Bucket(limit, clock)
-    if bucket.limit != limit:
-        bucket.resize(limit, clock)
-    return bucket
-
-
-def rate_limited(key: VirtualKey, clock: float, limit: str, wait: float) -> APIError:
-    """The 429 of a limit; retry-after is whole seconds (RFC 9110 section 10.2.3), rounded up."""
-    seconds = max(1, math.ceil(wait))
-    headers = [("retry-after", str(seconds)), *rate_fields(key, {}, clock)]
-    message = f"This key is limited to {limit}. Try again in {seconds} seconds."
-    return APIError(429, message, headers=headers)
-
-
-def rate_fields(
-    key: VirtualKey, upstream: Mapping[str, Sequence[str]], clock: float
-) -> list[tuple[str, str]]:
-    """anthropic-ratelimit-* of the key's own limits, where they are tighter than upstream's.
-
-    (platform.claude.com, api/rate-limits, "Response headers": limit, remaining, reset in RFC 3339.)
-    """
-    account = key.account
-    fields: list[tuple[str, str]] = []
-    for names, bucket in (
-        (REQUEST_LIMIT_FIELDS, account.requests),
-        (TOKEN_LIMIT_FIELDS, account.tokens),
-    ):
-        if bucket is None:
-            continue
-        remaining = max(0, math.floor(bucket.level(clock)))
-        theirs = upstream.get(names[1])
-        told = theirs[0] if theirs else ""
-        if told.isascii() and told.isdigit() and float(told) <= remaining:
-            continue
-        wait = math.ceil(bucket.seconds_until(bucket.limit, clock))
-        reset = cast(str, iso(moment_of(int(time.time()) + wait)))
-        values = (str(bucket.limit), str(remaining), reset)
-        fields += zip(names, values, strict=True)
-    return fields
-
-
-REQUEST_LIMIT_FIELDS, TOKEN_LIMIT_FIELDS = (
-    tuple(f"anthropic-ratelimit-{kind}-{what}" for what in RATE_FIELDS)
-    for kind in ("requests", "tokens")
-)
-
-
-def rated_tokens(tally: Tally) -> int:
-    """The tokens that count against ``tpm_limit``: all but those read from the cache (api/rate-limits)."""
-    return tally.input_tokens + tally.written + tally.output_tokens
-
-
-def refuse_where_full(
-    key: VirtualKey,
-    pattern: str,
-    budget: ModelBudget,
-    held: Decimal,
-    cost: Decimal,
-    moment: datetime,
-    *,
-    fit: bool = False,
-) -> None:
-    """Raise APIError 429 where a budget has no room for a request of that cost: where what is spent
-    and held has reached it, or where the cost must ``fit`` and does not.
-
-    A spent budget, and a cost that will never fit, are a ``billing_error``, which nobody need try
-    again; where others' requests are only in the way, it is a ``rate_limit_error``, which goes by.
-    """
-    spent, limit = key.spent(moment, pattern), budget.limit
-    taken = spent + held
-    if spent < limit and (taken + cost <= limit if fit or not cost else taken < limit):
-        return
-    name = f"Budget for {pattern}" if pattern else "Budget"
-    resets, headers = "it does not reset by itself", [DO_NOT_RETRY]
-    if budget.duration is not None:
-        end = window(budget.duration, moment)[1]
-        resets = f"{budget.duration}; resets {end:%Y-%m-%d %H:%M} UTC"
-        wait = max(1, math.ceil((end - moment).total_seconds()))
-        headers.append(("retry-after", str(wait)))
-    told = f"{name} of ${dollars(limit)}"
-    if spent >= limit:
-        raise APIError(
-            429,
-            f"{told} reached ({resets}): ${dollars(spent)} is spent.",
-            kind="billing_error",
-            headers=headers,
-        )
-    if fit and spent + cost > limit:
-        raise APIError(
-            429,
-            f"{told} ({resets}): ${dollars(spent)} is spent, and this batch may cost"
-            f" ${dollars(cost)}. Send a smaller one, or lower its 'max_tokens'.",
-            kind="billing_error",
-            headers=headers,
-        )
-    raise APIError(
-        429,
-        f"{told}: ${dollars(spent)} is spent, and ${dollars(held)} is held for requests and batches"
-        f" under way. Try again in {BUDGET_WAIT} seconds.",
-        headers=[("retry-after", str(BUDGET_WAIT))],
-    )
-
-
-def dollars(amount: Decimal) -> str:
-    """An amount for a message: at least cents, at most six digits behind the point."""
-    text = f"{amount:.6f}".rstrip("0")
-    return f"{amount:.2f}" if len(text.partition(".")[2]) < 2 else text
 
 
 # What no client sends, and what would take the loop away from others: with its hook `json` makes 2
@@ -3381,6 +1359,9 @@ def outside_strings(body: bytes) -> Iterator[bytes]:
         at = end
 
 
+BACKSLASHES = re.compile(rb"\\*")
+
+
 def backslashes_end(body: bytes, at: int) -> int:
     """The first place from there on that has no backslash before it."""
     while body[at - 1 : at] == b"\\":
@@ -3389,7 +1370,8 @@ def backslashes_end(body: bytes, at: int) -> int:
     return at
 
 
-BACKSLASHES = re.compile(rb"\\*")
+NESTING = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+NO_BRACKETS = bytes(set(range(256)) - NESTING.keys())
 
 
 def is_deeper(body: bytes, limit: int) -> Steps[bool]:
@@ -3405,10 +1387,6 @@ def is_deeper(body: bytes, limit: int) -> Steps[bool]:
         depth = depths[-1]
         yield
     return False
-
-
-NESTING = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
-NO_BRACKETS = bytes(set(range(256)) - NESTING.keys())
 
 
 def read_strictly(body: bytes, route: Route) -> Steps[object]:
@@ -3441,9 +1419,7 @@ def read_leniently(body: bytes, route: Route) -> Steps[object]:
         return None
 
 
-def read_slowly(
-    body: bytes, names: frozenset[str] | None, light: bool
-) -> Steps[object]:
+def read_slowly(body: bytes, names: frozenset[str] | None, light: bool) -> Steps[object]:
     """What a body says; of one that is not light no more than the members of these names (None: all).
     Raises ValueError, RecursionError."""
     if len(body) > AT_ONCE:
@@ -3473,9 +1449,7 @@ class JSONReader:
     A string longer than a slice stands as LONG_TEXT.
     """
 
-    def __init__(
-        self, body: bytes, names: frozenset[str] | None, slice_size: int = SLICE
-    ) -> None:
+    def __init__(self, body: bytes, names: frozenset[str] | None, slice_size: int = SLICE) -> None:
         self._body = body
         self._size = slice_size
         self._made = functools.partial(object_of, names) if names else object_of_all
@@ -3671,6 +1645,9 @@ def read_order(document: object, body: bytes, *, batched: bool) -> Steps[Order]:
     return order
 
 
+MAX_USES = 10  # of a tool that the server runs, where the request does not say
+
+
 def add_message(order: Order, params: Mapping[str, Any], prompt: int) -> None:
     """Count in every attempt that a message may make, each at its own model (SDK:
     beta_fallback_param, beta_advisor_tool_param, web_search_tool_param, beta_compaction_config_param).
@@ -3704,12 +1681,7 @@ def add_message(order: Order, params: Mapping[str, Any], prompt: int) -> None:
 def refuse_many(*attempts: object) -> None:
     """Raise APIError 400 for more tools or fallbacks than any request has."""
     if any(isinstance(every, list) and len(every) > MAX_ATTEMPTS for every in attempts):
-        raise APIError(
-            400, f"The body has more than {MAX_ATTEMPTS:,} tools or fallbacks."
-        )
-
-
-MAX_USES = 10  # of a tool that the server runs, where the request does not say
+        raise APIError(400, f"The body has more than {MAX_ATTEMPTS:,} tools or fallbacks.")
 
 
 def compacts(params: Mapping[str, Any]) -> bool:
@@ -3739,6 +1711,13 @@ def thinking_of(params: Mapping[str, Any], max_tokens: int) -> int:
     return max_tokens // UNSEEN_THINKING
 
 
+GLANCED_EDGE = 4 * KIB
+GLANCED = re.compile(
+    rb'"(model|max_tokens|stream|thinking)"\s*:\s*'
+    rb'("[^"\\]*"(?=[,}\s])|[0-9]{1,9}\b|true\b|\{[^{}]*\})'
+)
+
+
 def glance(body: bytes) -> Order:
     """What a body asks for, as far as a look for its members' names tells, which costs a tenth of
     reading it: for estimates where the answer is cut short. Clients write the members that are looked
@@ -3756,31 +1735,6 @@ def glance(body: bytes) -> Order:
         thinking = {"thinking": read_json(members[b"thinking"])}
         order.thinking = thinking_of(thinking, order.max_tokens)
     return order
-
-
-GLANCED_EDGE = 4 * KIB
-GLANCED = re.compile(
-    rb'"(model|max_tokens|stream|thinking)"\s*:\s*'
-    rb'("[^"\\]*"(?=[,}\s])|[0-9]{1,9}\b|true\b|\{[^{}]*\})'
-)
-
-
-def check_models(key: VirtualKey, route: Route, document: object) -> Steps[None]:
-    """Raise APIError 403 unless every model that a body may reach is one of the key's."""
-    checked: set[str] = set()
-    for number, model in enumerate(models_in(document, route)):
-        if number % BREATH == BREATH - 1:
-            yield
-        if model in checked:
-            continue
-        if model is None:
-            raise APIError(
-                403,
-                "This key is limited to some models; name the 'fallbacks', not 'default'.",
-            )
-        if not any(fnmatch.fnmatchcase(model, pattern) for pattern in key.models):
-            raise APIError(403, f"This key may not use the model {model_of(model)!r}.")
-        checked.add(model)
 
 
 MODEL_PLACES = frozenset({"model", "fallbacks", "tools", "requests", "params"})
@@ -3860,9 +1814,7 @@ def models_of_message(message: object) -> Iterator[str | None]:
     if isinstance(fallbacks, list):
         for fallback in fallbacks:
             attempt = members_of(fallback)
-            yield from model_names(
-                fallback if attempt is None else attempt.get("model")
-            )
+            yield from model_names(fallback if attempt is None else attempt.get("model"))
     elif fallbacks is not None:
         yield None
     for tool in tools if isinstance(tools, list) else ():
@@ -3890,38 +1842,947 @@ def model_names(value: object) -> Iterator[str]:
         yield value if isinstance(value, str) else f"a {type(value).__name__}"
 
 
-def candidates(headers: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, str]]:
-    """The credentials shown, as (lower-case header name, value without its scheme), empty ones left out.
+@dataclass
+class Measured:
+    """What one response used, as Anthropic reports it (types/usage.py of its SDK).
 
-    ``Authorization`` counts with the Bearer scheme only; the others with or without it, as in LiteLLM.
+    ``usage`` is the raw object, its counts cumulative. ``empty`` says that it has no content.
+    ``seen`` counts the bytes of text, thinking and tool input that passed, ``thought`` those of
+    thinking; ``thinks`` says that a block of thinking began. ``final`` says that the usage is the last
+    word on it, ``blind`` that the response could not be read. ``beyond`` is what must be charged
+    besides the usage, and then the whole is ``estimated``.
     """
-    for header in CREDENTIAL_HEADERS:
-        for value in headers.get(header, ()):
-            bearer = BEARER.fullmatch(value)
-            credential = (
-                bearer[1].strip()
-                if bearer
-                else ""
-                if header == "authorization"
-                else value
-            )
-            if credential and credential.lower() != "bearer":
-                yield header, credential
+
+    model: str = ""
+    usage: dict[str, Any] = field(default_factory=dict)
+    stop_reason: str = ""
+    empty: bool = True
+    seen: int = 0
+    thought: int = 0
+    thinks: bool = False
+    final: bool = False
+    blind: bool = False
+    beyond: Tally | None = None
+    estimated: bool = False
+
+    def merge(self, usage: object) -> None:
+        """Take newer counts over older ones: they are cumulative, and later ones may lack fields."""
+        if not isinstance(usage, dict):
+            return
+        for name, value in usage.items():
+            if value is not None:
+                self.usage[name] = value
+
+    def complete_with(self, order: Order) -> None:
+        """Estimate what a response that did not come to its last word used besides: at least the
+        prompt, what was seen of it, and the thinking that was not."""
+        if self.final:
+            return
+        thinking = 0 if self.thought else order.thinking
+        if self.thinks and not self.thought and not thinking:
+            thinking = order.max_tokens // UNSEEN_THINKING
+        told = [tally for _, tally in reported(self)]
+        prompt = any(tally.input_tokens or tally.cached for tally in told)
+        output = tokens_in(self.seen) + thinking - sum(t.output_tokens for t in told)
+        self.beyond = Tally(
+            input_tokens=0 if prompt else order.prompt, output_tokens=max(0, output)
+        )
+        self.model = self.model or order.model
+        self.estimated = True
 
 
-def own_credential(header: str, credential: str) -> tuple[str, str] | None:
-    """The header in which a caller's own credential goes upstream: the one it came in."""
-    name = OWN_CREDENTIAL_NAMES.get(header)
-    if name is None:
+class NoMembers(TypedDict):
+    """An object of which nothing is looked at."""
+
+
+class AnswerMembers(TypedDict, total=False):
+    """What is looked at of a whole message."""
+
+    model: Any
+    stop_reason: Any
+    usage: Any
+    completion: Any
+    content: list[NoMembers]
+
+
+class ResultMembers(TypedDict, total=False):
+    """What is looked at of a row's result."""
+
+    message: AnswerMembers
+
+
+class ResultRowMembers(TypedDict, total=False):
+    """What is looked at of a row of a batch's results."""
+
+    result: ResultMembers
+
+
+def measured_message(message: object, size: int) -> Measured:
+    """What a whole message of so many bytes says."""
+    if not isinstance(message, dict):
+        return Measured(seen=size)
+    usage, stop_reason = message.get("usage"), message.get("stop_reason")
+    completion = message.get("completion")
+    measured = Measured(
+        model=model_of(message.get("model")),
+        usage=usage if isinstance(usage, dict) else {},
+        stop_reason=stop_reason if isinstance(stop_reason, str) else "",
+        empty=not message.get("content"),
+        final=isinstance(usage, dict) and bool(usage),
+    )
+    if not measured.final:
+        told = isinstance(completion, str)
+        measured.seen = len(str(completion).encode("utf-8", "replace")) if told else size
+    return measured
+
+
+def tally_of(usage: Mapping[str, Any]) -> Tally:
+    """The counts of one usage object, or of one entry of its ``iterations``.
+
+    ``input_tokens`` leaves cached ones out. Of cache writes whose length of life is not told, all
+    are 5-minute ones, Anthropic's default.
+    """
+    tally = Tally(
+        input_tokens=count_of(usage, "input_tokens"), output_tokens=count_of(usage, "output_tokens")
+    )
+    if usage.get("cache_read_input_tokens"):
+        tally.cache_read_tokens = count_of(usage, "cache_read_input_tokens")
+    if usage.get("cache_creation_input_tokens") or usage.get("cache_creation"):
+        written = count_of(usage, "cache_creation_input_tokens")
+        hour = count_of(usage, "cache_creation", "ephemeral_1h_input_tokens")
+        five = count_of(usage, "cache_creation", "ephemeral_5m_input_tokens")
+        tally.cache_write_5m_tokens = max(five, written - hour)
+        tally.cache_write_1h_tokens = hour
+    return tally
+
+
+ATTEMPTS = ("message", "fallback_message")  # the types of iterations that may decline
+MAX_ITERATIONS = 1000  # that are read of one answer, so that a lying upstream holds nobody up
+
+
+def reported(measured: Measured) -> list[tuple[str, Tally]]:
+    """What is billed of a response by its own word, as (model, counts) of each attempt.
+
+    Advisor, compaction and fallback attempts stand in ``iterations`` alone, each at a model of its
+    own. Free are attempts declined before any output that a fallback followed, and a refusal
+    without content (PLD refusals-and-fallback, "How server-side fallback is billed").
+    """
+    usage = measured.usage
+    if not usage or (measured.stop_reason == "refusal" and measured.empty):
+        return []
+    iterations = usage.get("iterations")
+    entries = (
+        [e for e in iterations[:MAX_ITERATIONS] if isinstance(e, dict)]
+        if isinstance(iterations, list)
+        else []
+    )
+    if not entries:
+        return [(measured.model, tally_of(usage))]
+    charged = []
+    for entry, following in zip(entries, [*entries[1:], {}], strict=True):
+        declined = entry.get("type") in ATTEMPTS and not count_of(entry, "output_tokens")
+        if not (declined and following.get("type") == "fallback_message"):
+            charged.append((model_of(entry.get("model")) or measured.model, tally_of(entry)))
+    return charged
+
+
+def charged_entries(measured: Measured) -> list[tuple[str, Tally]]:
+    """What is billed of a response, with what was estimated besides."""
+    entries, beyond = reported(measured), measured.beyond
+    if beyond is None:
+        return entries
+    if len(entries) == 1 and not measured.usage.get("iterations"):
+        entries[0][1].add(beyond)  # one prompt, which has one length
+        return entries
+    return [*entries, (measured.model, beyond)]
+
+
+# An absolute URL up to its path, as a JSON string may hold it.
+RESULTS_URL = re.compile(rb'(?<!\\)("results_url"\s*:\s*")https?:(?:\\?/){2}[^/"\\]+(?=[/"\\])')
+
+
+def rewrite_results_url(data: bytes, base_path: str) -> bytes:
+    """Make ``results_url`` in batch objects the same path on the gateway, relative.
+
+    The SDKs follow it with the caller's credential, and join a relative one to their base URL
+    (anthropic/_base_client.py, _prepare_url), so it works under either of the gateway's prefixes.
+    """
+    base = base_path.encode()
+
+    def relative(match: re.Match[bytes]) -> bytes:
+        return match[1]
+
+    data = RESULTS_URL.sub(relative, data)
+    if not base:
+        return data
+    return re.sub(rb'("results_url"\s*:\s*")' + re.escape(base) + rb'(?=[/"])', relative, data)
+
+
+SSE_ERROR = b"\nevent: error\ndata: %b\n\n"
+
+
+# ─── Prices ───────────────────────────────────────────────────────────────────────────────────────
+
+MILLION = Decimal(1_000_000)
+US_INFERENCE = Decimal("1.1")  # about-claude/pricing, "Data residency"
+BATCH_DISCOUNT = Decimal(
+    "0.5"
+)  # about-claude/pricing, "Batch processing"; web searches are full price
+# What Anthropic's rates for the cache are of the input rate, where a price file does not say.
+CACHE_READ_FACTOR = Decimal("0.1")
+CACHE_WRITE_5M_FACTOR = Decimal("1.25")
+CACHE_WRITE_1H_FACTOR = Decimal(2)
+WEB_SEARCH_PRICE = Decimal("0.01")
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """USD for one token of each kind, and for one web search."""
+
+    input: Decimal
+    output: Decimal
+    cache_read: Decimal
+    cache_write_5m: Decimal
+    cache_write_1h: Decimal
+    web_search: Decimal = WEB_SEARCH_PRICE
+
+    def price(self, tally: Tally) -> Decimal:
+        """USD for these tokens; web searches are priced apart."""
+        total = self.input * tally.input_tokens + self.output * tally.output_tokens
+        if tally.cached:
+            total += self.cache_read * tally.cache_read_tokens
+            total += self.cache_write_5m * tally.cache_write_5m_tokens
+            total += self.cache_write_1h * tally.cache_write_1h_tokens
+        return total
+
+
+MAX_CACHED_RATES = 1000
+MAX_UNKNOWN = 50  # models without a price that the log names
+CACHE_RATES = {"": "input", "5m": "cache_write_5m", "1h": "cache_write_1h"}
+
+
+class Prices:
+    """What tokens cost: a price file where one is given, else the package genai-prices.
+
+    The package answers for a usage in about 0.1 ms; its rates are asked for once for each model,
+    hour, speed and tier, which makes `price` forty times as fast. `load` imports it, which takes
+    0.3 seconds: call it in a thread. Until then, and without package and file, `loaded` is false.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self.loaded = False
+        self._own: dict[str, Rates] = {}
+        self._package: Any = None
+        self._tiers: list[int] = [0]
+        self._rates: dict[tuple[str, int, bool, int], Rates] = {}
+        self._dearest: dict[tuple[int, bool, int], Rates] = {}
+        self._unknown: set[str] = set()
+        self.reload()
+        self.available = bool(self._own) or importlib.util.find_spec("genai_prices") is not None
+
+    def reload(self) -> None:
+        """Read the price file again. Raises SettingsError that says where it is wrong."""
+        if self.path is not None:
+            self._own = read_prices(self.path)
+        self._rates.clear()
+        self._dearest.clear()
+        self._unknown.clear()
+
+    def load(self) -> None:
+        """Import the package, if it is installed."""
+        try:
+            import genai_prices.data_snapshot as package
+
+            self._tiers = sorted({0, *package_tiers(package)})
+            self._package = package
+        except ImportError:
+            self.available = bool(self._own)
+        except Exception:
+            log.exception("genai-prices cannot be used")
+            self.available = bool(self._own)
+        self.loaded = self.available
+
+    def price(self, usage: Measured, model: str, when: datetime) -> Decimal:
+        """USD for a response of this model."""
+        usage = dataclasses.replace(usage, model=model)
+        return sum((tally.spend for _, tally in self.charge(usage, when)), ZERO)
+
+    def charge(self, measured: Measured, when: datetime) -> list[tuple[str, Tally]]:
+        """What is billed of a response, as (model, counts and USD); see `charged_entries`.
+
+        A model that nobody knows is priced as the dearest known one, and said so in the log.
+        Without package and file the tokens are counted, at no price.
+        """
+        entries = charged_entries(measured)
+        raw = measured.usage
+        if entries and raw.get("server_tool_use"):
+            searches = count_of(raw, "server_tool_use", "web_search_requests")
+            if searches:
+                entries.append((measured.model, Tally(web_searches=searches)))
+        if not self.available:
+            return entries
+        factor = BATCH_DISCOUNT if raw.get("service_tier") == "batch" else Decimal(1)
+        if raw.get("inference_geo") == "us":
+            factor *= US_INFERENCE
+        for model, tally in entries:
+            prompt = tally.input_tokens + tally.cached
+            rates = self.rates(model, when, prompt, raw.get("speed") == "fast")
+            cost = rates.price(tally) * factor
+            if tally.web_searches:
+                cost += rates.web_search * tally.web_searches
+            tally.spend = cost.normalize()
+        return entries
+
+    def worst(self, order: Order, when: datetime) -> list[tuple[str, Tally]]:
+        """What a request may cost at worst, as (model, counts and USD). A model that may be any is
+        the dearest known one."""
+        parts = order.parts or {(order.model, False, False): [order.prompt, order.max_tokens, 0]}
+        entries = []
+        for (model, fast, us), (prompt, output, searches) in parts.items():
+            tally = Tally(input_tokens=prompt, output_tokens=output, web_searches=searches)
+            if self.available:
+                rates = self.rates(model, when, prompt // order.prompts, fast)
+                paid = max(rates.input, getattr(rates, CACHE_RATES[order.cache]))
+                cost = paid * prompt + rates.output * output
+                cost *= US_INFERENCE if us else 1
+                cost *= BATCH_DISCOUNT if order.batched else 1
+                tally.spend = cost + rates.web_search * searches
+            entries.append((model, tally))
+        return entries
+
+    def rates(self, model: str, when: datetime, prompt: int, fast: bool = False) -> Rates:
+        """The rates of a model at a moment, for a prompt of so many tokens, cached ones included."""
+        if self._own and model and (own := self._own_rates(model)):
+            return own
+        tier = self._tiers[max(0, bisect.bisect_left(self._tiers, prompt) - 1)]
+        if not model:
+            return self.dearest(when, fast, tier)
+        key = (model, hour_of(when), fast, tier)
+        known = self._rates.get(key)
+        if known is None:
+            if len(self._rates) > MAX_CACHED_RATES:
+                self._rates.clear()
+            known = self._rates[key] = self._find(model, when, fast, tier)
+        return known
+
+    def dearest(self, when: datetime, fast: bool = False, tier: int = 0) -> Rates:
+        """The rates of the dearest known model; looking for it takes some 20 ms, once an hour."""
+        key = (hour_of(when), fast, tier)
+        if key not in self._dearest:
+            if len(self._dearest) > MAX_CACHED_RATES:
+                self._dearest.clear()
+            known = list(self._own.values())
+            for model in anthropic_models(self._package) if self._package else ():
+                with contextlib.suppress(LookupError, ValueError):
+                    own = self._own_rates(model)
+                    known.append(own or package_rates(model, when, fast, tier))
+            self._dearest[key] = max(known, key=lambda rates: rates.input + rates.output)
+        return self._dearest[key]
+
+    def _own_rates(self, model: str) -> Rates | None:
+        """What the price file says of a model."""
+        own = self._own.get(model)
+        if own is not None:
+            return own
+        matching = (p for p in self._own if fnmatch.fnmatchcase(model, p))
+        return self._own.get(next(matching, ""))
+
+    def _find(self, model: str, when: datetime, fast: bool, tier: int) -> Rates:
+        if self._package is not None:
+            with contextlib.suppress(LookupError, ValueError):
+                return package_rates(model, when, fast, tier)
+        if model not in self._unknown and len(self._unknown) <= MAX_UNKNOWN:
+            self._unknown.add(model)
+            if len(self._unknown) > MAX_UNKNOWN:
+                log.warning("further models without a known price are not named")
+            else:
+                log.warning("no price is known for model %r: priced as the dearest", model)
+        return self.dearest(when, fast, tier)
+
+
+def package_tiers(package: Any) -> Iterator[int]:
+    """The lengths of a prompt, in tokens, above which genai-prices has other rates for some model."""
+    for provider in package.get_snapshot().providers:
+        for model in provider.models if provider.id == "anthropic" else ():
+            for value in vars(model.get_prices(datetime.now(UTC))).values():
+                yield from (tier.start for tier in getattr(value, "tiers", ()))
+
+
+def anthropic_models(package: Any) -> list[str]:
+    """The models of Anthropic's that genai-prices knows."""
+    snapshot = package.get_snapshot()
+    return [
+        m.id
+        for provider in snapshot.providers
+        if provider.id == "anthropic"
+        for m in provider.models
+    ]
+
+
+def package_rates(model: str, when: datetime, fast: bool, tier: int) -> Rates:
+    """Ask genai-prices for the rates of a prompt just longer than ``tier``. Raises LookupError.
+
+    ``input_tokens`` is the package's word for all of the prompt, cached or not.
+    """
+    import genai_prices
+
+    prompt = tier + 1
+
+    def ask(**counts: int) -> Any:
+        return genai_prices.calc_price(
+            genai_prices.Usage(**counts),
+            model,
+            provider_id="anthropic",
+            genai_request_timestamp=when,
+            price_context={"speed": "fast"} if fast else None,
+        )
+
+    def cached(kind: str) -> Decimal:
+        counts = {kind: prompt}
+        if kind != "cache_read_tokens":
+            counts["cache_write_tokens"] = prompt
+        return cast(Decimal, ask(input_tokens=prompt, **counts).input_price) / prompt
+
+    plain = ask(input_tokens=prompt, output_tokens=prompt)
+    return Rates(
+        input=plain.input_price / prompt,
+        output=plain.output_price / prompt,
+        cache_read=cached("cache_read_tokens"),
+        cache_write_5m=cached("cache_write_5m_tokens"),
+        cache_write_1h=cached("cache_write_1h_tokens"),
+    )
+
+
+PRICE_FIELDS = ("input", "output", "cache_read", "cache_write_5m", "cache_write_1h")
+
+
+def read_prices(path: Path) -> dict[str, Rates]:
+    """Read a price file: ``{"model or pattern": {"input": 3, "output": 15, …}}``, USD per million tokens.
+
+    ``cache_read``, ``cache_write_5m`` and ``cache_write_1h`` are Anthropic's usual multiples of the
+    input rate where they are left out; ``web_search`` is USD for one. Raises SettingsError.
+    """
+    try:
+        document = json.loads(path.read_bytes(), parse_float=Decimal)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SettingsError(f"--prices: {path}: {reason}") from None
+    if not isinstance(document, dict) or not document:
+        raise SettingsError(f"--prices: {path}: is not an object of models")
+    return {model: read_rates(f"--prices: {path}: {model}", row) for model, row in document.items()}
+
+
+def read_rates(where: str, row: object) -> Rates:
+    """One model's rates. Raises SettingsError that begins with ``where``."""
+    if not isinstance(row, dict):
+        raise SettingsError(f"{where}: is not an object of rates")
+    unknown = sorted(set(row) - {*PRICE_FIELDS, "web_search"})
+    if unknown:
+        raise SettingsError(
+            f"{where}: {unknown[0]!r} is not one of {', '.join(PRICE_FIELDS)}, web_search"
+        )
+    amounts = {}
+    for name, value in row.items():
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | Decimal)
+            or not 0 <= value < MILLION
+        ):
+            raise SettingsError(f"{where}: {name!r} is not an amount from zero up")
+        amounts[name] = Decimal(value)
+    for name in ("input", "output"):
+        if name not in amounts:
+            raise SettingsError(f"{where}: has no {name!r}")
+    base = amounts["input"]
+    return Rates(
+        input=base / MILLION,
+        output=amounts["output"] / MILLION,
+        cache_read=amounts.get("cache_read", base * CACHE_READ_FACTOR) / MILLION,
+        cache_write_5m=amounts.get("cache_write_5m", base * CACHE_WRITE_5M_FACTOR) / MILLION,
+        cache_write_1h=amounts.get("cache_write_1h", base * CACHE_WRITE_1H_FACTOR) / MILLION,
+        web_search=amounts.get("web_search", WEB_SEARCH_PRICE),
+    )
+
+
+# ─── Ledger ───────────────────────────────────────────────────────────────────────────────────────
+
+STORE_VERSION = 1
+STORE_MODE = 0o600
+FLUSH_INTERVAL = 1.0  # seconds between two writes of what relaying changes
+WRITE_SLICE = 1000  # lines joined at a time, so that the writing thread lets the loop breathe
+HASH = re.compile(r"[0-9a-f]{64}")
+# Device, inode, size and time of change (ns): another one, and somebody has edited the file.
+FileMark = tuple[int, int, int, int]
+
+
+class StoreEdited(OSError):
+    """The keys file is not the one that was last read or written: it must not be written over."""
+
+
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # FAT, some network disks
+EDITED = "it was edited meanwhile; send the change again"
+DAMAGED = "it was edited and is damaged; mend it first"
+
+
+class KeyStore:
+    """keys.json: lookups by hash, changes that are on disk before they are answered.
+
+    The file is written whole to a temporary file beside it, fsynced and renamed over the old one; a
+    link stays a link. One that was edited meanwhile is not written over but read. An exclusive lock
+    on it keeps a second gateway away for as long as this object lives.
+    Raises SettingsError where the file cannot be read, parsed or locked; it is then left as it is.
+    """
+
+    def __init__(self, path: Path, usage_days: int = 90) -> None:
+        self.path = Path(os.path.realpath(path))
+        self.usage_days = usage_days
+        self.keys: dict[str, VirtualKey] = {}
+        self.last_error = ""
+        self._lines: dict[str, bytes] = {}
+        self._retired: dict[str, str] = {}
+        self._aliases: dict[str, str] = {}
+        self._batches: dict[str, Account] = {}
+        self._touched: set[str] = set()
+        self._flush_timer: asyncio.TimerHandle | None = None
+        self._flushing: asyncio.Task[None] | None = None
+        self._lock = -1
+        self._mark: FileMark | None = None
+        self._bad_mark: FileMark | None = None
+        self._undo: dict[str, VirtualKey | None] = {}
+        self._waiting: list[asyncio.Future[None]] = []
+        self._writer: asyncio.Task[None] | None = None
+        self._load()
+
+    # Reading
+
+    def lookup(self, key: str) -> tuple[str, VirtualKey, str] | None:
+        """Find a plain key: its present hash, its record and its `VirtualKey.status`; None if unknown.
+
+        A key that was regenerated answers for its old value too, ``expired`` once the grace is over.
+        """
+        return self.lookup_hash(hash_key(key))
+
+    def lookup_hash(self, hashed: str) -> tuple[str, VirtualKey, str] | None:
+        """The same for a key's hash."""
+        record = self.keys.get(hashed)
+        if record is not None:
+            return hashed, record, record.status(now())
+        successor = self._retired.get(hashed)
+        if successor is None:
+            return None
+        record = self.keys[successor]
+        over = now() >= record.retired[hashed]
+        return successor, record, "expired" if over else record.status(now())
+
+    def find(self, key_or_hash: str) -> tuple[str, VirtualKey] | None:
+        """The key that a manager addresses by plain key or by hash; deleted ones are not found."""
+        hashed = key_or_hash if HASH.fullmatch(key_or_hash) else hash_key(key_or_hash)
+        record = self.keys.get(hashed)
+        return None if record is None or record.deleted_at else (hashed, record)
+
+    def find_alias(self, alias: str) -> tuple[str, VirtualKey] | None:
+        """The key of that alias; deleted ones are not found."""
+        hashed = self._aliases.get(alias)
+        return None if hashed is None else (hashed, self.keys[hashed])
+
+    def live(self) -> Iterator[tuple[str, VirtualKey]]:
+        """Every key that is not deleted, oldest first."""
+        return ((hashed, key) for hashed, key in self.keys.items() if not key.deleted_at)
+
+    # Changing
+
+    async def change(self, changes: Mapping[str, VirtualKey | None]) -> None:
+        """Put these records (None removes one) and return once they are on disk.
+
+        They hold in memory at once. Where the disk fails all that is not on it is taken back, and
+        APIError 503 is raised. Calls that arrive together share one write.
+        """
+        for hashed in changes:
+            self._undo.setdefault(hashed, self.keys.get(hashed))
+        self._apply(changes)
+        try:
+            await self.save()
+        except OSError as error:
+            raise APIError(503, store_message(error)) from None
+
+    async def save(self) -> None:
+        """Return once all that was changed before this call is on disk. Raises OSError."""
+        loop = asyncio.get_running_loop()
+        written: asyncio.Future[None] = loop.create_future()
+        self._waiting.append(written)
+        if self._writer is None:
+            self._writer = loop.create_task(self._write_all())
+        await written
+
+    async def reload(self) -> None:
+        """Read the file again (SIGHUP): what keys may do from the file, what they used from memory.
+
+        Raises SettingsError and keeps what was there.
+        """
+        while self._writer is not None or (self.last_error and not self._is_edited()):
+            # A change that is being written would be read over; and where the last write failed,
+            # the file may have one that was refused, since it was not known to be on disk.
+            try:
+                await self.save()
+            except OSError as error:
+                raise SettingsError(store_message(error)) from None
+        self._load()
+        self._bad_mark = None
+
+    def notice_edit(self) -> None:
+        """Take the file in, as `reload` does, where somebody has edited it. One that does not parse
+        is said once; then nothing is written until it is mended."""
+        if self._writer is not None:  # which looks for itself
+            return
+        mark = file_mark(self.path)
+        if mark is None or mark in (self._mark, self._bad_mark):
+            return
+        try:
+            self._load()
+            log.info("keys file was edited: read again, %d keys", len(self.keys))
+            self._bad_mark = None
+        except SettingsError as error:
+            log.error("keys file was edited, and cannot be read: %s", error)
+            self._bad_mark = mark
+
+    def touch(self, account: Account) -> None:
+        """What a key used has changed: write it within FLUSH_INTERVAL seconds."""
+        self._touched.add(account.hashed)
+        self._flush_soon()
+
+    def freshen(self, account: Account) -> None:
+        """Let the next write have what a key used until now."""
+        record = self.keys.get(account.hashed)
+        if record is not None:
+            self._lines[account.hashed] = self._line(account.hashed, record)
+
+    async def flush(self) -> None:
+        """Write what keys used. Where the disk fails, `_write_all` says so and tries again."""
+        if self._flush_timer is not None:
+            self._flush_timer.cancel()
+            self._flush_timer = None
+        if self._flushing is not None and self._flushing is not asyncio.current_task():
+            await self._flushing
+        self.notice_edit()
+        touched, self._touched = self._touched, set()
+        for hashed in touched:
+            if hashed in self.keys:
+                self.freshen(self.keys[hashed].account)
+        if touched or self.last_error:
+            with contextlib.suppress(OSError):
+                await self.save()
+
+    def is_writable(self) -> bool:
+        """Whether the last write succeeded, and the folder still takes files."""
+        return not self.last_error and os.access(self.path.parent, os.W_OK)
+
+    def batch_owner(self, batch: str) -> Account | None:
+        """The account of the key that made a batch."""
+        return self._batches.get(batch)
+
+    def own_batch(self, account: Account, name: str) -> Batch:
+        """Remember that a key made a batch."""
+        batch = account.batches[name] = Batch(day_of(now()))
+        self._batches[name] = account
+        self.touch(account)
+        return batch
+
+    def unbooked(self) -> list[str]:
+        """The batches whose results are not all booked."""
+        return [name for name, account in self._batches.items() if not account.batches[name].booked]
+
+    def _flush_soon(self) -> None:
+        if self._flush_timer is None:
+            loop = asyncio.get_running_loop()
+            self._flush_timer = loop.call_later(FLUSH_INTERVAL, self._start_flush)
+
+    def _start_flush(self) -> None:
+        self._flush_timer = None
+        self._flushing = asyncio.get_running_loop().create_task(self.flush())
+
+    def _line(self, hashed: str, record: VirtualKey) -> bytes:
+        moment = now()
+        oldest = day_of(moment - timedelta(days=self.usage_days))
+        batches = record.account.batches
+        for name in [n for n, b in batches.items() if b.booked and b.day < oldest]:
+            del batches[name]
+            self._batches.pop(name, None)
+        return store_line(hashed, record, day_of(moment), oldest)
+
+    def close(self) -> None:
+        """Give up the lock."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _apply(self, changes: Mapping[str, VirtualKey | None]) -> None:
+        for hashed, record in changes.items():
+            before = self.keys.get(hashed)
+            if before is not None:
+                self._forget(hashed, before)
+            if record is None:
+                self.keys.pop(hashed, None)
+                self._lines.pop(hashed, None)
+                continue
+            self.keys[hashed] = record
+            self._lines[hashed] = self._line(hashed, record)
+            self._retired.update(dict.fromkeys(record.retired, hashed))
+            if record.key_alias is not None and not record.deleted_at:
+                self._aliases[record.key_alias] = hashed
+            account = record.account
+            account.hashed = hashed
+            self._batches.update(dict.fromkeys(account.batches, account))
+
+    def _forget(self, hashed: str, record: VirtualKey) -> None:
+        for old in record.retired:
+            if self._retired.get(old) == hashed:
+                del self._retired[old]
+        if record.key_alias is not None and self._aliases.get(record.key_alias) == hashed:
+            del self._aliases[record.key_alias]
+
+    async def _write_all(self) -> None:
+        """Write for all that wait, until nobody does."""
+        loop = asyncio.get_running_loop()
+        while self._waiting:
+            waiting, self._waiting = self._waiting, []
+            undo, self._undo = self._undo, {}
+            lines = list(self._lines.values())
+            failure: OSError | None = None
+            try:
+                await loop.run_in_executor(None, self._write, lines)
+                if self.last_error:
+                    log.warning("keys file written again")
+                self.last_error = ""
+            except Exception as error:
+                unexpected = OSError(errno.EIO, "unexpected failure")
+                failure = error if isinstance(error, OSError) else unexpected
+                if failure is unexpected:
+                    log.error("keys file not written", exc_info=error)
+                # What was changed meanwhile stands on what is now refused, and falls with it.
+                waiting += self._waiting
+                self._apply({**self._undo, **undo})
+                self._waiting, self._undo = [], {}
+                self._say_failure(failure)
+            for written in waiting:
+                if written.done():  # who waited has left
+                    continue
+                if failure is None:
+                    written.set_result(None)
+                else:
+                    written.set_exception(failure)
+        self._writer = None
+
+    def _say_failure(self, error: OSError) -> None:
+        """Log it once, and try again."""
+        if not isinstance(error, StoreEdited):
+            if self.last_error != store_message(error):
+                log.error("keys file not written: %s", error.strerror or error)
+            self.last_error = store_message(error)
+        elif self._bad_mark is not None:
+            self.last_error = store_message(error)
+        self._flush_soon()
+
+    def _write(self, lines: list[bytes]) -> None:
+        """Write, fsync, lock, rename, fsync the folder. The old file stays until the new one is whole."""
+        self._refuse_edited()
+        temporary, descriptor = self._write_beside(lines)
+        try:
+            self._refuse_edited()
+            os.replace(temporary, self.path)
+        except BaseException:
+            os.close(descriptor)
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        self._take(descriptor)
+
+    def _is_edited(self) -> bool:
+        return file_mark(self.path) not in (self._mark, None)
+
+    def _refuse_edited(self) -> None:
+        """Raise StoreEdited where the file is not the one that was last read or written."""
+        if self._is_edited():
+            raise StoreEdited(errno.EBUSY, DAMAGED if self._bad_mark else EDITED)
+
+    def _write_beside(self, lines: list[bytes]) -> tuple[Path, int]:
+        """Write a locked file beside the present one; its path and descriptor."""
+        temporary = self.path.parent / f".{self.path.name}.{os.getpid()}.tmp"
+        descriptor = os.open(
+            temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, STORE_MODE
+        )
+        try:
+            os.fchmod(descriptor, STORE_MODE)
+            with open(descriptor, "wb", closefd=False) as file:
+                file.write(b'{"version": %d, "keys": {' % STORE_VERSION)
+                for start in range(0, len(lines), WRITE_SLICE):
+                    file.write(b"\n" if start == 0 else b",\n")
+                    file.write(b",\n".join(lines[start : start + WRITE_SLICE]))
+                file.write(b"\n}}\n")
+            os.fsync(descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BaseException:
+            os.close(descriptor)
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        return temporary, descriptor
+
+    def _take(self, descriptor: int) -> None:
+        """Hold this file from now on, and make sure that its folder names it."""
+        if descriptor != self._lock:
+            self.close()
+        self._lock = descriptor
+        self._mark = mark_of(os.fstat(descriptor))
+        folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def _load(self) -> None:
+        """Read the file; what keys used stays, where it is known already."""
+        descriptor = self._open_or_create()
+        if descriptor < 0:
+            return
+        try:
+            keys = parse_store(read_whole(descriptor), str(self.path))
+        except BaseException:
+            if descriptor != self._lock:
+                os.close(descriptor)
+            raise
+        with contextlib.suppress(OSError):  # a folder that cannot be synced can be read
+            self._take(descriptor)
+        accounts = {hashed: key.account for hashed, key in self.keys.items()}
+        self.keys, self._lines, self._retired, self._aliases = {}, {}, {}, {}
+        self._batches = {}
+        for hashed, record in keys.items():
+            record.account = accounts.get(hashed, record.account)
+        self._apply(keys)
+        for hashed in accounts.keys() & keys.keys():
+            self.touch(keys[hashed].account)
+
+    def _open_or_create(self) -> int:
+        """The locked file; -1 where there is none and none can be made."""
+        while True:
+            try:
+                return self._open_locked()
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                raise SettingsError(f"{self.path}: {error.strerror}") from None
+            try:
+                self._create()
+            except FileExistsError:  # another gateway was faster
+                continue
+            except OSError as error:
+                self.last_error = store_message(error)
+                log.warning(
+                    "%s cannot be created (%s): no keys can be made", self.path, error.strerror
+                )
+                return -1
+
+    def _open_locked(self) -> int:
+        """Open and lock the file; once more if it was replaced between the two. Our own lock counts."""
+        while True:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            seen = os.fstat(descriptor)
+            if self._lock >= 0 and os.path.samestat(seen, os.fstat(self._lock)):
+                os.close(descriptor)
+                os.lseek(self._lock, 0, os.SEEK_SET)
+                return self._lock
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(seen, os.stat(self.path)):
+                    return descriptor
+            except BlockingIOError:
+                os.close(descriptor)
+                raise SettingsError(
+                    f"{self.path}: another gateway uses this file; give this one its own with --keys"
+                ) from None
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)
+
+    def _create(self) -> None:
+        """Make the file, with the keys that are here. Raises FileExistsError where it is there."""
+        temporary, descriptor = self._write_beside(list(self._lines.values()))
+        try:
+            os.link(temporary, self.path)  # unlike a rename, it replaces nothing
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            os.rename(temporary, self.path)
+        finally:
+            os.close(descriptor)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+
+
+def mark_of(seen: os.stat_result) -> FileMark:
+    """What tells an edited file from one that was not."""
+    return seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns
+
+
+def file_mark(path: Path) -> FileMark | None:
+    """The mark of a file; None where there is none."""
+    try:
+        return mark_of(os.stat(path))
+    except OSError:
         return None
-    return name, f"Bearer {credential}" if header == "authorization" else credential
 
 
-# ─── Upstream ────────────────────────────────────────────────────────────────────────
-#
-# HTTP/1.1 stands here once, apart from I/O, for both sides of the gateway: requests that arrive
-# and responses that come back are read by the same strict grammar, so that the two sides cannot
-# disagree about where a message ends (RFC 9112 section 11.2, request smuggling).
+def read_whole(descriptor: int) -> bytes:
+    """What an open file holds. Raises SettingsError."""
+    try:
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    except OSError as error:
+        raise SettingsError(f"the keys file cannot be read: {error.strerror}") from None
+
+
+def store_line(hashed: str, record: VirtualKey, today: str = "", keep_from: str = "") -> bytes:
+    """One line of keys.json; usage of days before ``keep_from`` is left out."""
+    line = json.dumps(record.to_json())
+    usage = record.account.usage.to_json(today, keep_from)
+    if usage != "{}":
+        line = f'{line[:-1]}, "usage": {usage}}}'
+    return f'"{hashed}": {line}'.encode()
+
+
+def store_message(error: OSError) -> str:
+    """What a client is told when the file cannot be written; paths of the machine stay out of it."""
+    return f"The keys file cannot be written ({error.strerror or 'unknown error'}); nothing was changed."
+
+
+def parse_store(text: bytes, name: str) -> dict[str, VirtualKey]:
+    """Read a keys file. Raises SettingsError that says where it is damaged; forgets old tombstones."""
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SettingsError(
+            f"{name}: damaged, not JSON ({error}); mend it or restore a copy"
+        ) from None
+    if not isinstance(document, dict) or not isinstance(document.get("keys"), dict):
+        raise SettingsError(f'{name}: damaged, not {{"version": {STORE_VERSION}, "keys": {{…}}}}')
+    if document.get("version") != STORE_VERSION:
+        raise SettingsError(f"{name}: version {document.get('version')!r} is not for this gateway")
+    keys: dict[str, VirtualKey] = {}
+    forget = now() - timedelta(days=TOMBSTONE_DAYS)
+    for number, (hashed, record) in enumerate(document["keys"].items(), start=1):
+        try:
+            if not HASH.fullmatch(hashed):
+                raise ValueError("does not stand under a SHA-256")
+            key = VirtualKey.from_json(record)
+        except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
+            raise SettingsError(f"{name}: damaged, key number {number} {error}") from None
+        if not key.deleted_at or key.deleted_at > forget:
+            keys[hashed] = key
+    return keys
+
+
+# ─── Wire ─────────────────────────────────────────────────────────────────────────────────────────
 
 MAX_HEAD_SIZE = 64 * KIB  # Tornado's default max_header_size
 MAX_FIELDS = 200  # of a head; Apache's limit is 100, Node's 2,000
@@ -3933,20 +2794,8 @@ MAX_TRAILERS = 8 * KIB
 MAX_INFORMATIONAL = 10  # 1xx responses before the real one; Tornado's limit
 CHUNKED = -1  # lengths of bodies that are not known beforehand
 UNTIL_CLOSE = -2
-# What may wait in a socket's write buffer before its source is paused.
-WRITE_HIGH_WATER = 64 * KIB
-JOINED_BODY = 16 * KIB  # a larger one is not copied behind its head
-POOL_IDLE_TIMEOUT = (
-    55.0  # seconds; load balancers commonly drop idle connections after 60
-)
-ADDRESS_TTL = 30.0  # seconds for which an address that was reached is not resolved anew
-REACH_AGAIN_TIMEOUT = 3.0  # seconds for it to answer, before it is
-SWEEP_INTERVAL = 1.0  # seconds between looks for silent exchanges and idle connections
-
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 section 5.6.2
-FIELD_VALUE = (
-    r"[\t\x20-\x7e\x80-\xff]*"  # RFC 9110 section 5.5: no CR, LF, NUL or other control
-)
+FIELD_VALUE = r"[\t\x20-\x7e\x80-\xff]*"  # RFC 9110 section 5.5: no CR, LF, NUL or other control
 ABSOLUTE_TARGET = re.compile(r"https?://([^/?#]*)(.*)", re.IGNORECASE)
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])")
 STATUS_LINE = re.compile(rf"HTTP/1\.([01]) ([1-9][0-9]{{2}})(?: ({FIELD_VALUE}))?")
@@ -3970,8 +2819,6 @@ HOP_BY_HOP = frozenset(
         "upgrade",
     }
 )
-
-
 # Request fields that stay here, beside the hop-by-hop ones.
 DROPPED_REQUEST_FIELDS = HOP_BY_HOP | {
     "host",
@@ -4012,6 +2859,9 @@ class Field:
     goes_down: bool
 
 
+NO_OPTIONS: frozenset[str] = frozenset()
+
+
 @dataclass(slots=True)
 class Head:
     """A request's or response's header fields: ``fields`` as they came, in their order;
@@ -4040,9 +2890,7 @@ class Head:
         values = self.values.get("connection")
         if not values:
             return NO_OPTIONS
-        return frozenset(
-            option.strip().lower() for value in values for option in value.split(",")
-        )
+        return frozenset(option.strip().lower() for value in values for option in value.split(","))
 
     def keeps_alive(self) -> bool:
         """Whether the sender will reuse the connection (RFC 9112 section 9.3)."""
@@ -4050,9 +2898,6 @@ class Head:
         if self.version == 1:
             return "close" not in named
         return "keep-alive" in named and "close" not in named
-
-
-NO_OPTIONS: frozenset[str] = frozenset()
 
 
 @dataclass(slots=True)
@@ -4071,6 +2916,10 @@ class ResponseHead(Head):
 
     status: int
     reason: str
+
+
+# Clients and upstreams send the same lines with every message; those are read once.
+KEPT_HEAD = 4 * KIB  # lines of longer heads are not kept
 
 
 def parse_fields(block: str) -> tuple[list[Field], dict[str, tuple[str, ...]]]:
@@ -4111,8 +2960,6 @@ def parse_field(line: str) -> Field:
     )
 
 
-# Clients and upstreams send the same lines with every message; those are read once.
-KEPT_HEAD = 4 * KIB  # lines of longer heads are not kept
 read_field = functools.lru_cache(maxsize=512)(parse_field)
 
 
@@ -4126,9 +2973,7 @@ def parse_request_head(data: bytes) -> RequestHead:
     version = int(match[3])
     hosts = len(values.get("host", ()))
     if hosts > 1 or (hosts == 0 and version == 1):
-        raise ProtocolError(
-            "a request has exactly one Host field"
-        )  # RFC 9112 section 3.2
+        raise ProtocolError("a request has exactly one Host field")  # RFC 9112 section 3.2
     target, host = match[2], values["host"][0] if hosts else ""
     if absolute := ABSOLUTE_TARGET.fullmatch(target):  # RFC 9112 section 3.2.2
         host, path = absolute[1].rpartition("@")[2], absolute[2]
@@ -4195,9 +3040,7 @@ def declared_length(head: Head) -> int | None:
     length = head.values.get("content-length")
     if coding:
         if length or head.version == 0 or len(coding) != 1:
-            raise ProtocolError(
-                "Transfer-Encoding stands beside another length, or in HTTP/1.0"
-            )
+            raise ProtocolError("Transfer-Encoding stands beside another length, or in HTTP/1.0")
         if coding[0].lower() != "chunked":
             raise ProtocolError("the only transfer coding understood is chunked", 501)
         return CHUNKED
@@ -4326,6 +3169,17 @@ def framed(data: bytes) -> bytes:
 
 LAST_CHUNK = b"0\r\n\r\n"
 CHUNKED_LINE = "Transfer-Encoding: chunked"
+
+
+# ─── Client ───────────────────────────────────────────────────────────────────────────────────────
+
+# What may wait in a socket's write buffer before its source is paused.
+WRITE_HIGH_WATER = 64 * KIB
+JOINED_BODY = 16 * KIB  # a larger one is not copied behind its head
+POOL_IDLE_TIMEOUT = 55.0  # seconds; load balancers commonly drop idle connections after 60
+ADDRESS_TTL = 30.0  # seconds for which an address that was reached is not resolved anew
+REACH_AGAIN_TIMEOUT = 3.0  # seconds for it to answer, before it is
+SWEEP_INTERVAL = 1.0  # seconds between looks for silent exchanges and idle connections
 
 
 class UpstreamError(Exception):
@@ -4464,11 +3318,7 @@ class Exchange:
         if self.reading_paused:
             self._fail(UpstreamError("The client stopped reading the response.", 504))
         elif self.sent or self._sending_paused:
-            self._fail(
-                UpstreamError(
-                    f"The upstream was silent for {idle_timeout:g} seconds.", 504
-                )
-            )
+            self._fail(UpstreamError(f"The upstream was silent for {idle_timeout:g} seconds.", 504))
 
     # What the connection says
 
@@ -4490,9 +3340,7 @@ class Exchange:
         """Called by the connection before the last bytes of the response are handed on."""
         self._end()
 
-    def connection_lost(
-        self, error: Exception | None, *, answered: bool, reused: bool
-    ) -> None:
+    def connection_lost(self, error: Exception | None, *, answered: bool, reused: bool) -> None:
         """Called by the connection when it broke before the response was whole.
 
         A kept-alive connection may have been closed while the request was on its way. Then a GET or
@@ -4505,9 +3353,7 @@ class Exchange:
         if isinstance(error, ProtocolError):
             text = f"The upstream's response is not valid HTTP: {error}."
         elif answered:
-            text = (
-                "The upstream closed the connection before its response was complete."
-            )
+            text = "The upstream closed the connection before its response was complete."
         else:
             text = "The upstream closed the connection without answering."
         self._fail(UpstreamError(text))
@@ -4515,16 +3361,12 @@ class Exchange:
     # Inside
 
     def _connect(self) -> None:
-        self._connecting = asyncio.get_running_loop().create_task(
-            self._connect_and_begin()
-        )
+        self._connecting = asyncio.get_running_loop().create_task(self._connect_and_begin())
 
     async def _connect_and_begin(self) -> None:
         try:
             async with asyncio.timeout(self.connect_timeout):
-                connection = await self.client.connect(
-                    self.origin, self.connect_timeout
-                )
+                connection = await self.client.connect(self.origin, self.connect_timeout)
         except Exception as error:  # noqa: BLE001 - whatever it is, the caller must hear
             self._connecting = None
             self._fail(connect_failure(error, self.connect_timeout))
@@ -4572,23 +3414,17 @@ def connect_failure(error: BaseException, timeout: float) -> UpstreamError:
     if isinstance(error, StreamClosedError) and error.real_error is not None:
         error = error.real_error
     if isinstance(error, TimeoutError):
-        return UpstreamError(
-            f"The upstream could not be reached within {timeout:g} seconds.", 504
-        )
+        return UpstreamError(f"The upstream could not be reached within {timeout:g} seconds.", 504)
     if isinstance(error, socket.gaierror):
         return UpstreamError("The upstream's host name could not be resolved.")
     if isinstance(error, ssl.SSLCertVerificationError):
-        return UpstreamError(
-            f"The upstream's certificate is not trusted: {error.verify_message}."
-        )
+        return UpstreamError(f"The upstream's certificate is not trusted: {error.verify_message}.")
     if isinstance(error, ssl.SSLError):
         return UpstreamError("The TLS handshake with the upstream failed.")
     if isinstance(error, ConnectionRefusedError):
         return UpstreamError("The upstream refused the connection.")
     if isinstance(error, ConnectionError):
-        return UpstreamError(
-            "The upstream closed the connection while it was being opened."
-        )
+        return UpstreamError("The upstream closed the connection while it was being opened.")
     if isinstance(error, OSError) and error.strerror:
         return UpstreamError(f"The upstream cannot be reached: {error.strerror}.")
     if not isinstance(error, StreamClosedError):
@@ -4762,12 +3598,7 @@ class UpstreamConnection(asyncio.Protocol):
         """The response is whole: back to the pool, unless either side left something behind."""
         self.exchange = None
         exchange.completed()
-        if (
-            self._keep
-            and exchange.sent
-            and not stray
-            and not self.transport.is_closing()
-        ):
+        if self._keep and exchange.sent and not stray and not self.transport.is_closing():
             if exchange.reading_paused or self._breathing:
                 self.transport.resume_reading()
             self.client.put_idle(self)
@@ -4776,9 +3607,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def _break(self, error: Exception | None) -> None:
         exchange, self.exchange = self.exchange, None
-        answered = (
-            self._body is not None or len(self._head) > 0 or self._informational > 0
-        )
+        answered = self._body is not None or len(self._head) > 0 or self._informational > 0
         self._close()
         if exchange is not None:
             exchange.connection_lost(error, answered=answered, reused=self._reused)
@@ -4842,9 +3671,7 @@ class UpstreamClient(AsyncHTTPClient):
         """An `Exchange` that is not started yet; the arguments are its constructor's."""
         return Exchange(self, origin, method, head, body, sink, **kwargs)
 
-    def fetch_impl(
-        self, request: HTTPRequest, callback: Callable[[HTTPResponse], None]
-    ) -> None:
+    def fetch_impl(self, request: HTTPRequest, callback: Callable[[HTTPResponse], None]) -> None:
         """Called by `fetch`."""
         Fetch(self, request, callback).start()
 
@@ -4883,9 +3710,7 @@ class UpstreamClient(AsyncHTTPClient):
         if connections and connection in connections:
             connections.remove(connection)
 
-    async def connect(
-        self, origin: Origin, timeout: float | None = None
-    ) -> UpstreamConnection:
+    async def connect(self, origin: Origin, timeout: float | None = None) -> UpstreamConnection:
         """Open a connection; asyncio's transport costs less for each read and write than IOStream.
 
         ``timeout`` is the caller's, in seconds; the loop forgets a TLS handshake after as long."""
@@ -4958,9 +3783,7 @@ class UpstreamClient(AsyncHTTPClient):
         for exchange in list(self.exchanges):
             exchange.check_silence(moment, self.idle_timeout)
         for connections in self._idle.values():
-            while (
-                connections and moment - connections[0].idle_since > POOL_IDLE_TIMEOUT
-            ):
+            while connections and moment - connections[0].idle_since > POOL_IDLE_TIMEOUT:
                 connections.pop(0).abandon()
         self._sweeper = self._loop.call_later(self._sweep_interval(), self._sweep)
 
@@ -4969,10 +3792,7 @@ class Fetch:
     """One `AsyncHTTPClient.fetch`: a sink that gathers an HTTPResponse."""
 
     def __init__(
-        self,
-        client: UpstreamClient,
-        request: HTTPRequest,
-        callback: Callable[[HTTPResponse], None],
+        self, client: UpstreamClient, request: HTTPRequest, callback: Callable[[HTTPResponse], None]
     ) -> None:
         self.client = client
         self.request = request
@@ -4994,24 +3814,18 @@ class Fetch:
         if parts.scheme not in DEFAULT_PORTS or not parts.hostname:
             self._answer(error=ValueError("only http and https URLs can be fetched"))
             return
-        origin = Origin(
-            parts.scheme, parts.hostname, parts.port or DEFAULT_PORTS[parts.scheme]
-        )
+        origin = Origin(parts.scheme, parts.hostname, parts.port or DEFAULT_PORTS[parts.scheme])
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         method, body, producer = (
             self.request.method,
             self.request.body,
             self.request.body_producer,
         )
-        fields = (
-            [("Host", origin.authority)] if "Host" not in self.request.headers else []
-        )
+        fields = [("Host", origin.authority)] if "Host" not in self.request.headers else []
         fields += self.request.headers.get_all()
         if producer is not None and "Content-Length" not in self.request.headers:
             fields.append(("Transfer-Encoding", "chunked"))
-        elif producer is None and (
-            body is not None or method in ("POST", "PUT", "PATCH")
-        ):
+        elif producer is None and (body is not None or method in ("POST", "PUT", "PATCH")):
             fields = [(n, v) for n, v in fields if n != "Content-Length"]
             fields.append(("Content-Length", str(len(body or b""))))
         self.exchange = self.client.exchange(
@@ -5026,15 +3840,11 @@ class Fetch:
         self.exchange.start()
         if self.request.request_timeout:
             loop = asyncio.get_running_loop()
-            self.timeout = loop.call_later(
-                self.request.request_timeout, self._timed_out
-            )
+            self.timeout = loop.call_later(self.request.request_timeout, self._timed_out)
         if producer is not None:
             self.producer = asyncio.ensure_future(self._produce(producer, fields))
 
-    async def _produce(
-        self, producer: Callable[..., Any], fields: list[tuple[str, str]]
-    ) -> None:
+    async def _produce(self, producer: Callable[..., Any], fields: list[tuple[str, str]]) -> None:
         chunked = fields[-1] == ("Transfer-Encoding", "chunked")
         assert self.exchange is not None
 
@@ -5059,9 +3869,7 @@ class Fetch:
         """Hand each line of the head to ``header_callback``."""
         self.head = head
         if self.request.header_callback is not None:
-            self.request.header_callback(
-                f"HTTP/1.{head.version} {head.status} {head.reason}\r\n"
-            )
+            self.request.header_callback(f"HTTP/1.{head.version} {head.status} {head.reason}\r\n")
             for header in head.fields:
                 self.request.header_callback(f"{header.line}\r\n")
             self.request.header_callback("\r\n")
@@ -5115,9 +3923,7 @@ class Fetch:
     def _timed_out(self) -> None:
         if self.exchange is not None:
             self.exchange.abort()
-        self.response_failed(
-            UpstreamError("The request took longer than request_timeout.", 504)
-        )
+        self.response_failed(UpstreamError("The request took longer than request_timeout.", 504))
 
     def _answer(self, error: Exception | None = None) -> None:
         if self.timeout is not None:
@@ -5144,128 +3950,986 @@ class Fetch:
         )
 
 
-# ─── Relay ───────────────────────────────────────────────────────────────────────────
+# ─── Rules ────────────────────────────────────────────────────────────────────────────────────────
 
-RELAY_PREFIX = "/anthropic"
-BARE_PREFIX = "/v1/"
-# What Claude Code asks of its base URL to warm the connection up; answered here, cheaply.
-HELLO_PATHS = frozenset(
-    {"/", RELAY_PREFIX, f"{RELAY_PREFIX}/", f"{RELAY_PREFIX}/api/hello", "/api/hello"}
-)
-# How much of a refused request's body is read, so that its answer arrives.
-DISCARD_LIMIT = 32 * MIB
-LINGER_SILENCE = 0.25  # seconds after which a client over TLS is taken to have sent all
-LINGER_TIMEOUT = 5.0  # seconds for a client to read its answer before the socket closes
-OWN_BODY_LIMIT = 1 * MIB  # a request to the gateway itself
-# Bytes a second below which a body is too slow, once --client-timeout has passed
-# (Apache's mod_reqtimeout has the same rule and figure).
-MIN_BODY_RATE = 500
-# Connections beyond a limit that are told so; further ones are closed without a word.
-REFUSALS = 100
-MANY_FILES = 2**20  # what "no limit" is taken for
-RESERVED_FILES = 64  # for the keys file, the log and whatever else is no connection
-BACKLOG = 4096  # connections that the kernel holds until they are accepted; it caps this at somaxconn
-# Bytes of further requests that may wait for the present one's end.
-PIPELINE_LIMIT = 64 * KIB
-REWRITE_LIMIT = 4 * MIB  # a list of a thousand batches, the longest, has about one
-SLICES_A_TURN = 4  # of a compressed answer, before the loop does something else
-MANY_PARTS = 1000  # of a body that is kept
-MAX_TAGS = 20  # of one request that are remembered
-EVENT_STREAM = "text/event-stream"
-# Claude Code names its session and the agent within it (CCD llm-gateway, "Request headers").
-SESSION_FIELD, AGENT_FIELD = "x-claude-code-session-id", "x-claude-code-agent-id"
-TAGS_FIELD = "x-litellm-tags"
+BEARER = re.compile(r"bearer[ \t]+(.*)", re.IGNORECASE)
+# Where a caller may show a credential, in the order in which they are looked at (LiteLLM's).
+CREDENTIAL_HEADERS = ("x-litellm-api-key", "authorization", "x-api-key")
+OWN_CREDENTIAL_NAMES = {"authorization": "Authorization", "x-api-key": "x-api-key"}
+REFUSED_KEYS = {"revoked": "blocked", "expired": "expired", "deleted": "deleted"}
 
-WORKSPACE_FIELD = (
-    "anthropic-workspace-id"  # chooses a workspace of the real key's owner
+
+@dataclass(slots=True)
+class Caller:
+    """Who sends a request: the keys he showed and what goes upstream in their place.
+
+    ``hashed`` and ``key`` are None for the master key and in open mode. ``own`` is a credential of
+    the caller's, as the header (name, value) it came in: then his account pays. ``presented`` is
+    every key of this gateway that he showed; none of them may go upstream in any field.
+    """
+
+    presented: tuple[str, ...] = ()
+    hashed: str | None = None
+    key: VirtualKey | None = None
+    is_master: bool = False
+    own: tuple[str, str] | None = None
+
+
+def candidates(headers: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, str]]:
+    """The credentials shown, as (lower-case header name, value without its scheme), empty ones left out.
+
+    ``Authorization`` counts with the Bearer scheme only; the others with or without it, as in LiteLLM.
+    """
+    for header in CREDENTIAL_HEADERS:
+        for value in headers.get(header, ()):
+            bearer = BEARER.fullmatch(value)
+            credential = bearer[1].strip() if bearer else "" if header == "authorization" else value
+            if credential and credential.lower() != "bearer":
+                yield header, credential
+
+
+def own_credential(header: str, credential: str) -> tuple[str, str] | None:
+    """The header in which a caller's own credential goes upstream: the one it came in."""
+    name = OWN_CREDENTIAL_NAMES.get(header)
+    if name is None:
+        return None
+    return name, f"Bearer {credential}" if header == "authorization" else credential
+
+
+UNREAD = Order()  # until the body is here
+
+
+@dataclass(slots=True)
+class Grant:
+    """What an admitted request holds until it is settled: a slot, and USD against budgets, by their
+    patterns. ``order`` is what it asks for."""
+
+    caller: Caller
+    route: Route
+    started: datetime
+    order: Order = field(default_factory=lambda: UNREAD)
+    slot: bool = False
+    holds: dict[str, Decimal] = field(default_factory=dict)
+    open: bool = True
+
+    @property
+    def key(self) -> VirtualKey | None:
+        """The key whose limits hold; None where none do."""
+        return self.caller.key
+
+    @property
+    def booked_key(self) -> VirtualKey | None:
+        """The key that pays; None where the caller pays himself."""
+        return None if self.caller.own else self.caller.key
+
+
+@dataclass(slots=True)
+class Settled:
+    """How a request ended, for the log and /spend/logs. ``cost`` is USD."""
+
+    model: str = ""
+    tally: Tally = field(default_factory=Tally)
+    estimated: bool = False
+
+    @property
+    def cost(self) -> Decimal:
+        """USD."""
+        return self.tally.spend
+
+
+KEY_SHARE = 4  # of what is held at once one key gets a quarter
+MEMORY_SHARE = 4  # and all get a quarter of the machine's memory
+TRY_SOON = (("retry-after", "1"),)
+
+
+class Held:
+    """How many bytes requests hold at once: never more than ``limit``, nor for one key than a part
+    of it, so that slow bodies cannot keep others out."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.share = limit // KEY_SHARE
+        self.total = 0
+        self._shares: dict[str, int] = {}
+
+    def take(self, key: str, size: int) -> None:
+        """Hold so many bytes more for a key (its hash; empty for the operator's requests, which have
+        no share). Raises APIError 413, 429 or 503."""
+        limit = self.share if key else self.limit
+        if size > limit:
+            raise APIError(
+                413,
+                f"The gateway holds at most {limit:,} bytes of a request. Send a smaller one, or ask"
+                " whoever runs it for more --max-held-bytes.",
+            )
+        if self.total + size > self.limit:
+            raise APIError(
+                503,
+                "The gateway holds as much as it can for requests under way. Try again.",
+                headers=TRY_SOON,
+            )
+        mine = self._shares.get(key, 0) + size
+        if key and mine > self.share:
+            raise APIError(
+                429,
+                f"The gateway holds at most {self.share:,} bytes for one key's requests under way."
+                " Try again.",
+                headers=TRY_SOON,
+            )
+        self.total += size
+        self._shares[key] = mine
+
+    def find_room(self, key: str, size: int) -> bool:
+        """Whether so many bytes more are held now; or so many less, below 0."""
+        if size < 0:
+            self.give_back(key, -size)
+            return True
+        try:
+            self.take(key, size)
+        except APIError:
+            return False
+        return True
+
+    def give_back(self, key: str, size: int) -> None:
+        """Hold so many bytes less."""
+        self.total -= size
+        left = self._shares[key] - size
+        if left:
+            self._shares[key] = left
+        else:
+            del self._shares[key]
+
+
+NO_MODEL = NO_KEY = "-"  # what stands in logs and sums for none
+MASTER_NAME = "master"
+MAX_LABELS = 1000  # keys, and keys with their models, that /metrics tells apart
+MAX_KEY_STARTS = 50  # of what may be a key, in one text; no client's fields have so many
+# Without what ends or escapes a string, so that it is known in a log line that has one.
+PRINTABLE_KEY = re.compile(r'sk-(?:(?!["\\])[\x21-\x7e]){1,253}')
+BUDGET_WAIT = 2  # seconds after which a request that a budget has no room for may ask again
+
+
+class Admission:
+    """Says who a caller is and whether he may, and books what he used.
+
+    `authenticate`, `admit` and `admit_body` come before anything goes upstream; each grant is given
+    back with `settle`, exactly once.
+
+    A budget is passed by one answer at most: while a request is under way its worst case is held,
+    and it is let in only while what is spent and held is below the budget. So far from the edge
+    nothing waits, and near it a key works one request at a time.
+
+    Open mode (any credential or none is let in) holds where no master key is set and the keys file
+    has no key. It is settled at the start: a gateway that was started closed, and so may listen to
+    the world, never falls open when its last key goes. ``booked`` is what was used since the start,
+    by key and model, those beyond MAX_LABELS as one.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: KeyStore,
+        prices: Prices,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.store = store
+        self.prices = prices
+        self.clock = clock
+        self.held = Held(settings.max_held_bytes or memory_size() // MEMORY_SHARE)
+        self._started_open = not settings.master_key and not store.keys
+        self._master_key = settings.master_key
+        self._master = hash_key(settings.master_key) if settings.master_key else ""
+        self._address = settings.address
+        self.booked: dict[tuple[str, str], Tally] = {}
+        self._unpriced: list[Callable[[], None]] = []
+
+    @property
+    def has_master(self) -> bool:
+        """Whether a master key is set."""
+        return bool(self._master)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether any or no credential is let in."""
+        return self._started_open and not self.store.keys
+
+    def is_master(self, credential: str) -> bool:
+        """Whether this is the master key; takes the same time whatever the answer."""
+        return self._is_master(hash_key(credential))
+
+    def shows_master(self, headers: Mapping[str, Sequence[str]]) -> bool:
+        """Whether the master key is among the credentials of request headers."""
+        shown = [self.is_master(credential) for _, credential in candidates(headers)]
+        return any(shown)
+
+    def refuse_foreign(self, host: str, head: Mapping[str, Sequence[str]]) -> None:
+        """In open mode nothing but where a request comes from tells a program on this machine from
+        a web page in its browser, or from one whose name leads here (DNS rebinding). Raises 403."""
+        if not self.is_open:
+            return
+        places = [origin.partition("://")[2] for origin in head.get("origin", ())]
+        places += [host] if host else []  # HTTP/1.0 has none, and no browser speaks it
+        crosses = any(site.lower() == "cross-site" for site in head.get("sec-fetch-site", ()))
+        if crosses or not all(map(self._is_here, places)):
+            raise APIError(
+                403,
+                "This gateway is open, so it takes requests to and from this machine's own addresses"
+                " only. Set GATEWAY_MASTER_KEY where it is started, and use a virtual key.",
+            )
+
+    def _is_here(self, authority: str) -> bool:
+        """Whether a host (with or without port) is loopback, or where --address says to listen."""
+        host = re.sub(r":[0-9]*$", "", authority).strip("[]").lower()
+        if host == "localhost" or host.endswith(".localhost"):
+            return True
+        try:
+            address = ipaddress.ip_address(host)
+        except ValueError:
+            return bool(host) and host == self._address.lower()
+        # An address that is typed as such cannot have been led here by a name.
+        return address.is_loopback or bool(self._address)
+
+    def authenticate(self, headers: Mapping[str, Sequence[str]]) -> Caller:
+        """Find the caller in request headers (lower-case name → values). Raises APIError 401."""
+        own: tuple[str, str] | None = None
+        match: tuple[str, VirtualKey, str] | None = None
+        is_master = False
+        presented: tuple[str, ...] = ()
+        refused = ""
+        shown = False
+        for header, credential in candidates(headers):
+            shown = True
+            hashed = hash_key(credential)
+            if self._is_master(hashed):
+                is_master = is_master or match is None
+            elif found := self.store.lookup_hash(hashed):
+                if found[2] != "active":
+                    refused = refused or REFUSED_KEYS[found[2]]
+                elif match is None and not is_master:
+                    match = found
+            else:
+                if own is None and credential.startswith(OWN_CREDENTIAL_PREFIX):
+                    own = own_credential(header, credential)
+                continue
+            if credential not in presented:
+                presented += (credential,)
+        if match is not None:
+            return Caller(presented, match[0], match[1], own=own)
+        if is_master or self.is_open:
+            return Caller(presented, is_master=is_master, own=own)
+        if refused:
+            raise APIError(
+                401, f"This virtual key is {refused}. Ask whoever runs the gateway for another."
+            )
+        if shown:
+            raise APIError(401, "Unknown API key. Use a virtual key that this gateway gave out.")
+        raise APIError(
+            401,
+            "No API key was sent. Send a virtual key as 'x-api-key' or 'Authorization: Bearer'.",
+        )
+
+    def holds_key(self, text: str) -> bool:
+        """Whether a key of this gateway stands in a text."""
+        if self._master_key and self._master_key in text:
+            return True
+        if KEY_PREFIX not in text:
+            return False
+        starts = [match.start() for match in re.finditer(KEY_PREFIX, text)]
+        if len(starts) > MAX_KEY_STARTS:
+            return True
+        # A key may have any printable characters, so whatever length it may have is tried.
+        for start in starts:
+            most = text[start : start + MAX_KEY_LENGTH].encode("latin-1", "replace")
+            digest = hashlib.sha256(most[: MIN_KEY_LENGTH - 1])
+            for end in range(MIN_KEY_LENGTH, len(most) + 1):
+                digest.update(most[end - 1 : end])
+                if self.store.lookup_hash(digest.hexdigest()):
+                    return True
+        return False
+
+    def admit(self, caller: Caller, method: str, path: str) -> Grant:
+        """Let a request in by its head alone. Raises APIError 403 or 429; then nothing is held."""
+        moment = now()
+        route = route_of(method.upper(), path)
+        grant = Grant(caller, route, moment)
+        key = caller.key
+        if key is None:
+            return grant
+        check_route(key, route, path, pays=caller.own is None)
+        account, clock = key.account, self.clock()
+        parallel = key.max_parallel_requests
+        if parallel is not None and account.running >= parallel:
+            raise rate_limited(key, clock, f"{parallel} requests at a time", 1)
+        resize_buckets(key, clock)
+        for bucket, what in ((account.requests, "requests"), (account.tokens, "tokens")):
+            if bucket is not None and (wait := bucket.seconds_until(1, clock)) > 0:
+                raise rate_limited(key, clock, f"{bucket.limit:,} {what} a minute", wait)
+        if caller.own is None and not route.free:
+            if key.has_budget and not self.prices.available:
+                raise APIError(
+                    503,
+                    "This key has a budget, and the gateway does not know what tokens cost. Whoever"
+                    " runs it must install genai-prices, or start it with --prices.",
+                )
+            for pattern, budget in key.budgets():
+                held = key.account.window(pattern).held if route.billed else ZERO
+                refuse_where_full(key, pattern, budget, held, ZERO, moment)
+        if account.requests is not None:
+            account.requests.draw(1, clock)
+        account.running += 1
+        grant.slot = True
+        return grant
+
+    def reads_body(self, grant: Grant) -> bool:
+        """Whether a rule of the key looks at the request's body."""
+        key = grant.key
+        if key is None or grant.route.unread:
+            return False
+        return bool(key.models) or self._is_held(grant)
+
+    def _is_held(self, grant: Grant) -> bool:
+        """Whether what a request may cost is held against a budget."""
+        key = grant.booked_key
+        return key is not None and key.has_budget and grant.route.billed
+
+    def admit_body(self, grant: Grant, body: bytes) -> Steps[None]:
+        """Check the models in a body, and hold what it may cost at worst. Raises APIError 400, 403,
+        429. Yields where the loop may do something else, of which a large body needs some."""
+        key, route = grant.key, grant.route
+        if key is None or not self.reads_body(grant):
+            if route.billed:
+                grant.order = glance(body)
+            return
+        document: object = None
+        if key.models and body:
+            document = yield from read_strictly(body, route)
+            yield from check_models(key, route, document)
+        elif body:
+            document = yield from read_leniently(body, route)
+        if key.models and not document and not (route.open or route.deletes):
+            raise APIError(403, "This key is limited to some models, and this request names none.")
+        if not route.billed:
+            return
+        grant.order = yield from read_order(document, body, batched=route.makes_batch)
+        if self._is_held(grant) and self.prices.available:
+            self._hold(grant, key)
+
+    def admit_unread(self, grant: Grant, size: int) -> None:
+        """The same for a body of ``size`` bytes that is too large to be kept. Raises APIError 413."""
+        if self.reads_body(grant):
+            raise APIError(
+                413,
+                f"This key is limited to some models or to a budget, so its requests are read, and"
+                f" may be {JSON_BODY_LIMIT:,} bytes long.",
+            )
+        grant.order = Order(prompt=tokens_in(size))
+
+    def _hold(self, grant: Grant, key: VirtualKey) -> None:
+        """Hold what the grant's order may cost at worst, against every budget, or nothing."""
+        if not self.prices.loaded:
+            self.prices.load()
+        worst: dict[str, Decimal] = {}
+        for model, tally in self.prices.worst(grant.order, grant.started):
+            for pattern, _ in key.budgets(model):
+                worst[pattern] = worst.get(pattern, ZERO) + tally.spend
+        batched = grant.route.makes_batch
+        for pattern, budget in key.budgets(""):
+            if pattern in worst:
+                held, cost = key.account.window(pattern).held, worst[pattern]
+                refuse_where_full(key, pattern, budget, held, cost, grant.started, fit=batched)
+        for pattern, cost in worst.items():
+            key.account.window(pattern).held += cost
+        grant.holds = worst
+
+    def settle(self, grant: Grant, measured: Measured | None, *, failed: bool) -> Settled:
+        """Give back what a grant holds and book what was used. ``failed``: no answer, or an error."""
+        order = grant.order
+        settled = Settled(model=(measured.model if measured else "") or order.model)
+        if not grant.open:
+            return settled
+        grant.open = False
+        if grant.caller.own is not None:
+            measured = None
+        if grant.slot:
+            cast(VirtualKey, grant.key).account.running -= 1
+        if measured is None:
+            self._release(grant)
+        else:
+            measured.complete_with(order)
+            settled.model = measured.model
+            settled.estimated = measured.estimated
+            if self.is_priced:
+                self._book(grant, measured, settled)
+            else:
+                self._unpriced.append(lambda: self._book(grant, measured, settled))
+        payer = grant.booked_key
+        if payer is not None:
+            payer.account.usage.count(
+                day_of(grant.started), settled.model or NO_MODEL, failed=failed
+            )
+            payer.account.last_active = now()
+            self.store.touch(payer.account)
+        return settled
+
+    # Batches
+
+    def own_batch(self, grant: Grant, name: str) -> None:
+        """A batch was made: what is held for it stays until it is booked."""
+        payer = grant.booked_key
+        if payer is not None:
+            # An upstream that gives an id twice frees what was held for it.
+            self.finish_batch(name)
+            self.store.own_batch(payer.account, name).held = grant.holds
+            grant.holds = {}
+
+    def claim_batch(self, caller: Caller, name: str) -> None:
+        """A batch that nobody here made belongs to the key that first fetches its results."""
+        if caller.key is not None and self.store.batch_owner(name) is None:
+            self.store.own_batch(caller.key.account, name)
+
+    def book_result(self, name: str, line: int, measured: Measured) -> None:
+        """Book a line of a batch's results to the key that made it, once, however often it is read."""
+        account = self.store.batch_owner(name)
+        if account is None or line <= account.batches[name].lines:
+            return
+        account.batches[name].lines = line
+        if measured.seen:  # it was too long to be read
+            measured.complete_with(Order())
+        if not measured.usage and measured.beyond is None:
+            return
+        measured.usage["service_tier"] = "batch"
+        moment = now()
+
+        def book() -> None:
+            self._book_to(account, self.prices.charge(measured, moment), moment)
+
+        self.when_priced(book)
+
+    def finish_batch(self, name: str, *, lost: bool = False) -> None:
+        """All results of a batch are booked; where they are ``lost``, what is held for it is."""
+        account = self.store.batch_owner(name)
+        if account is None or account.batches[name].booked:
+            return
+        batch = account.batches[name]
+        held, batch.held, batch.booked = batch.held, {}, True
+        for pattern, amount in held.items():
+            account.window(pattern).held -= amount
+        key = self.store.keys.get(account.hashed)
+        if lost and held and key is not None:
+            log.warning(
+                "key %s: batch %s is gone, so its worst case is booked",
+                key.shown_name,
+                printable(name),
+            )
+            moment = now()
+            for pattern, _ in key.budgets(""):
+                key.spent(moment, pattern)
+                account.window(pattern).spend += held.get(pattern, ZERO)
+            total = held.get(ALL_MODELS, max(held.values()))
+            account.usage.add(day_of(moment), NO_MODEL, Tally(spend=total))
+        self.store.touch(account)
+
+    def when_priced(self, book: Callable[[], None]) -> None:
+        """Call this once the prices are there, which they are but for a moment after the start.
+
+        Until then calls wait in their order.
+        """
+        if self.is_priced:
+            book()
+        else:
+            self._unpriced.append(book)
+
+    @property
+    def is_priced(self) -> bool:
+        """Whether the prices are there, or will never be."""
+        return self.prices.loaded or not self.prices.available
+
+    def prices_loaded(self) -> None:
+        """Book what was used before the prices were there."""
+        waiting, self._unpriced = self._unpriced, []
+        for book in waiting:
+            book()
+
+    # Inside
+
+    def _is_master(self, hashed: str) -> bool:
+        return bool(self._master) and hmac.compare_digest(hashed, self._master)
+
+    def _release(self, grant: Grant) -> None:
+        if grant.key is not None:
+            for pattern, amount in grant.holds.items():
+                grant.key.account.window(pattern).held -= amount
+        grant.holds = {}
+
+    def _book(self, grant: Grant, measured: Measured, settled: Settled) -> None:
+        """Turn what is held into what was used."""
+        self._release(grant)
+        if measured.blind:
+            charges = self.prices.worst(grant.order, grant.started)
+        else:
+            charges = self.prices.charge(measured, grant.started)
+        for _, tally in charges:
+            settled.tally.add(tally)
+        caller = grant.caller
+        if caller.key is not None:
+            self._book_to(caller.key.account, charges, grant.started)
+            return
+        name = MASTER_NAME if caller.is_master else NO_KEY
+        for model, tally in charges:
+            self._count(name, model or NO_MODEL, tally)
+
+    def _book_to(
+        self, account: Account, charges: Iterable[tuple[str, Tally]], moment: datetime
+    ) -> None:
+        # The newest record, which an update or a regeneration may have put there.
+        key = self.store.keys.get(account.hashed)
+        if key is None:
+            return
+        day, present = day_of(moment), now()
+        for model, tally in charges:
+            account.usage.add(day, model or NO_MODEL, tally)
+            self._count(key.shown_name, model or NO_MODEL, tally)
+            key.spent(present)
+            account.window().spend += tally.spend
+            for pattern, _ in key.budgets(model):
+                if pattern:
+                    key.spent(present, pattern)
+                    account.window(pattern).spend += tally.spend
+            if account.tokens is not None:
+                account.tokens.draw(rated_tokens(tally), self.clock())
+        self._warn(key, present)
+        self.store.touch(account)
+
+    def _count(self, key: str, model: str, tally: Tally) -> None:
+        label = (key, model)
+        if label not in self.booked and len(self.booked) >= MAX_LABELS:
+            label = (OTHER_MODELS, OTHER_MODELS)
+        self.booked.setdefault(label, Tally()).add(tally)
+
+    def _warn(self, key: VirtualKey, moment: datetime) -> None:
+        """Log that a soft budget is passed, once a window."""
+        if key.soft_budget is None or key.spent(moment) < key.soft_budget:
+            return
+        start = window_start(key.budget_duration, moment)
+        if key.account.warned_window != start:
+            key.account.warned_window = start
+            log.warning(
+                "key %s has spent $%s, its soft budget is $%s",
+                key.shown_name,
+                dollars(key.spent(moment)),
+                dollars(key.soft_budget),
+            )
+
+
+def check_route(key: VirtualKey, route: Route, path: str, *, pays: bool) -> None:
+    """Raise APIError 403 for a path that the key may not call. ``pays``: at the gateway's cost.
+
+    ``allowed_routes`` are patterns with ``*``, written with or without ``/anthropic`` before them.
+    """
+    if route.open and not key.allowed_routes:
+        return
+    patterns = [pattern.removeprefix("/anthropic") for pattern in key.allowed_routes]
+    matching = [pattern for pattern in patterns if fnmatch.fnmatchcase(path, pattern)]
+    if not route.open:
+        matching = [p for p in matching if p.startswith(route.group)]
+    shown = printable(path)
+    if not matching:
+        raise APIError(
+            403,
+            f"This key may not call {shown}; its 'allowed_routes' leave it out."
+            if route.open
+            else f"This key may not call {shown}: keys reach messages, batches, models, files and"
+            " skills, and more only where their 'allowed_routes' name it.",
+        )
+    if not route.open and pays and key.has_budget and not key.unmetered_routes:
+        raise APIError(
+            403,
+            f"This key has a budget, and what {shown} costs cannot be counted. Whoever runs the"
+            " gateway may give the key 'unmetered_routes': true.",
+        )
+
+
+def check_models(key: VirtualKey, route: Route, document: object) -> Steps[None]:
+    """Raise APIError 403 unless every model that a body may reach is one of the key's."""
+    checked: set[str] = set()
+    for number, model in enumerate(models_in(document, route)):
+        if number % BREATH == BREATH - 1:
+            yield
+        if model in checked:
+            continue
+        if model is None:
+            raise APIError(
+                403, "This key is limited to some models; name the 'fallbacks', not 'default'."
+            )
+        if not any(fnmatch.fnmatchcase(model, pattern) for pattern in key.models):
+            raise APIError(403, f"This key may not use the model {model_of(model)!r}.")
+        checked.add(model)
+
+
+def resize_buckets(key: VirtualKey, clock: float) -> None:
+    """Bring the key's buckets in line with its limits, which may have been updated."""
+    account = key.account
+    account.requests = resized(account.requests, key.rpm_limit, clock)
+    account.tokens = resized(account.tokens, key.tpm_limit, clock)
+
+
+def resized(bucket: Bucket | None, limit: int | None, clock: float) -> Bucket | None:
+    """A bucket of that limit, with what was drawn from it still drawn."""
+    if limit is None:
+        return None
+    if bucket is None:
+        return Bucket(limit, clock)
+    if bucket.limit != limit:
+        bucket.resize(limit, clock)
+    return bucket
+
+
+def rate_limited(key: VirtualKey, clock: float, limit: str, wait: float) -> APIError:
+    """The 429 of a limit; retry-after is whole seconds (RFC 9110 section 10.2.3), rounded up."""
+    seconds = max(1, math.ceil(wait))
+    headers = [("retry-after", str(seconds)), *rate_fields(key, {}, clock)]
+    message = f"This key is limited to {limit}. Try again in {seconds} seconds."
+    return APIError(429, message, headers=headers)
+
+
+RATE_FIELDS = ("limit", "remaining", "reset")  # of anthropic-ratelimit-{kind}-…
+REQUEST_LIMIT_FIELDS, TOKEN_LIMIT_FIELDS = (
+    tuple(f"anthropic-ratelimit-{kind}-{what}" for what in RATE_FIELDS)
+    for kind in ("requests", "tokens")
 )
+
+
+def rate_fields(
+    key: VirtualKey, upstream: Mapping[str, Sequence[str]], clock: float
+) -> list[tuple[str, str]]:
+    """anthropic-ratelimit-* of the key's own limits, where they are tighter than upstream's.
+
+    (platform.claude.com, api/rate-limits, "Response headers": limit, remaining, reset in RFC 3339.)
+    """
+    account = key.account
+    fields: list[tuple[str, str]] = []
+    for names, bucket in (
+        (REQUEST_LIMIT_FIELDS, account.requests),
+        (TOKEN_LIMIT_FIELDS, account.tokens),
+    ):
+        if bucket is None:
+            continue
+        remaining = max(0, math.floor(bucket.level(clock)))
+        theirs = upstream.get(names[1])
+        told = theirs[0] if theirs else ""
+        if told.isascii() and told.isdigit() and float(told) <= remaining:
+            continue
+        wait = math.ceil(bucket.seconds_until(bucket.limit, clock))
+        reset = cast(str, iso(moment_of(int(time.time()) + wait)))
+        values = (str(bucket.limit), str(remaining), reset)
+        fields += zip(names, values, strict=True)
+    return fields
+
+
+def rated_tokens(tally: Tally) -> int:
+    """The tokens that count against ``tpm_limit``: all but those read from the cache (api/rate-limits)."""
+    return tally.input_tokens + tally.written + tally.output_tokens
+
+
+def refuse_where_full(
+    key: VirtualKey,
+    pattern: str,
+    budget: ModelBudget,
+    held: Decimal,
+    cost: Decimal,
+    moment: datetime,
+    *,
+    fit: bool = False,
+) -> None:
+    """Raise APIError 429 where a budget has no room for a request of that cost: where what is spent
+    and held has reached it, or where the cost must ``fit`` and does not.
+
+    A spent budget, and a cost that will never fit, are a ``billing_error``, which nobody need try
+    again; where others' requests are only in the way, it is a ``rate_limit_error``, which goes by.
+    """
+    spent, limit = key.spent(moment, pattern), budget.limit
+    taken = spent + held
+    if spent < limit and (taken + cost <= limit if fit or not cost else taken < limit):
+        return
+    name = f"Budget for {pattern}" if pattern else "Budget"
+    resets, headers = "it does not reset by itself", [DO_NOT_RETRY]
+    if budget.duration is not None:
+        end = window(budget.duration, moment)[1]
+        resets = f"{budget.duration}; resets {end:%Y-%m-%d %H:%M} UTC"
+        wait = max(1, math.ceil((end - moment).total_seconds()))
+        headers.append(("retry-after", str(wait)))
+    told = f"{name} of ${dollars(limit)}"
+    if spent >= limit:
+        raise APIError(
+            429,
+            f"{told} reached ({resets}): ${dollars(spent)} is spent.",
+            kind="billing_error",
+            headers=headers,
+        )
+    if fit and spent + cost > limit:
+        raise APIError(
+            429,
+            f"{told} ({resets}): ${dollars(spent)} is spent, and this batch may cost"
+            f" ${dollars(cost)}. Send a smaller one, or lower its 'max_tokens'.",
+            kind="billing_error",
+            headers=headers,
+        )
+    raise APIError(
+        429,
+        f"{told}: ${dollars(spent)} is spent, and ${dollars(held)} is held for requests and batches"
+        f" under way. Try again in {BUDGET_WAIT} seconds.",
+        headers=[("retry-after", str(BUDGET_WAIT))],
+    )
+
+
+# ─── Filters ──────────────────────────────────────────────────────────────────────────────────────
+
+# A line of a stream or of batch results, or a whole message, is read up to this size; of longer ones
+# the size counts. `json` takes some 40 ms for so much.
+MAX_LINE = 4 * MIB
+UNASKED_LINE = 64 * KIB  # of it are held without being counted
+INFLATE_SLICE = 64 * KIB  # decompressed at a time, so that a small bomb stays small
+# The text of deltas; "completion" is that of POST /v1/complete.
+DELTA_TEXT = re.compile(rb'"(text|thinking|partial_json|completion)": ?"([^"\\]*(?:\\.[^"\\]*)*)"')
+THINKING_START = re.compile(rb'"content_block": ?\{"type": ?"(?:redacted_)?thinking"')
+READABLE_CODINGS = ("gzip", "x-gzip", "deflate")
+
+
+class Inflater:
+    """Decompresses gzip (of any number of members), zlib and raw deflate bit by bit.
+
+    `slices` raises zlib.error for anything else, and from then on.
+    """
+
+    def __init__(self, coding: str) -> None:
+        self._deflate = coding == "deflate"
+        self._decoder: Any = None
+        self._held = b""
+
+    def slices(self, data: bytes) -> Iterator[bytes]:
+        """What these bytes hold, INFLATE_SLICE at a time; what is not taken is lost."""
+        data, self._held = self._held + data, b""
+        while data:
+            if self._decoder is None:
+                data = data.lstrip(b"\0")  # members may be padded (gzip's own manual)
+                if len(data) < 2:
+                    self._held = data
+                    return
+                self._decoder = zlib.decompressobj(self._window_bits(data))
+            plain = self._decoder.decompress(data, INFLATE_SLICE)
+            data = self._decoder.unconsumed_tail
+            while plain:
+                yield plain
+                full = len(plain) == INFLATE_SLICE  # then more may be waiting inside
+                plain = self._decoder.decompress(data, INFLATE_SLICE) if full else b""
+                data = self._decoder.unconsumed_tail
+            if self._decoder.eof:
+                data, self._decoder = self._decoder.unused_data, None
+
+    @property
+    def is_undecided(self) -> bool:
+        """Whether bytes came of which is not known yet what they are."""
+        return bool(self._held)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether what came so far has ended."""
+        return self._decoder is None and not self._held
+
+    def _window_bits(self, data: bytes) -> int:
+        """How zlib is to read what begins so: "deflate" comes with zlib's header or without
+        (RFC 9110 section 8.4.1.2), which is a multiple of 31 (RFC 1950 section 2.2)."""
+        if not self._deflate:
+            return zlib.MAX_WBITS | 16
+        has_header = data[0] & 0x0F == zlib.DEFLATED and (data[0] * 256 + data[1]) % 31 == 0
+        return zlib.MAX_WBITS if has_header else -zlib.MAX_WBITS
+
+
+class Meter:
+    """Reads usage out of a response as it passes: SSE, a JSON message, or batch results (JSONL).
+
+    ``look`` takes the plain body with whatever boundaries; the result is the same for every split.
+    Holds at most MAX_LINE bytes of a line or a message, and beyond UNASKED_LINE no more than ``room``
+    lets it, which is asked for so many bytes and told (below 0) of those that are held no more.
+    ``on_result`` is called with each line of batch results, counted from 1.
+    """
+
+    def __init__(
+        self,
+        content_type: str,
+        on_result: Callable[[int, Measured], None] | None = None,
+        room: Callable[[int], bool] = lambda size: True,
+    ) -> None:
+        self.measured = Measured()
+        self._on_result = on_result
+        self._room = room
+        self._asked = 0
+        self._lines = 0
+        self._whole = on_result is None and not content_type.lower().startswith("text/event-stream")
+        # Of a line that has not ended, or of the message; None where it is too long.
+        self._held: list[bytes] | None = []
+        self._size = 0
+
+    def look(self, data: bytes) -> None:
+        """Look at the next part of the body."""
+        if self.measured.blind:
+            return
+        if self._whole:
+            self._hold(data)
+        elif self._size == 0 and data.endswith(b"\n") and len(data) <= MAX_LINE:
+            self._read(data)
+        else:
+            self._split(data)
+
+    def finish(self, complete: bool) -> Measured:
+        """The body has ended, or was cut short."""
+        size, held = self._ended()
+        if self.measured.blind:
+            pass
+        elif self._whole and complete and held:
+            message = read_members(held, AnswerMembers)
+            self.measured = measured_message(message, size)
+        elif self._whole:
+            self.measured.seen = size
+        elif complete:
+            self._read_line(size, held)
+        elif self._on_result is None and held is None:
+            self.measured.seen += size
+        elif self._on_result is None and held:
+            self._read_text(held)
+        return self.measured
+
+    def _hold(self, data: bytes) -> None:
+        """Keep a beginning until its end comes; of one that is too long only the size."""
+        self._size += len(data)
+        if self._held is None or not data:
+            return
+        more = self._size - UNASKED_LINE - self._asked
+        if self._size > MAX_LINE or (more > 0 and not self._room(more)):
+            self._held = None
+            self._leave_room()
+            return
+        self._held.append(data)
+        self._asked += max(0, more)
+
+    def _leave_room(self) -> None:
+        asked, self._asked = self._asked, 0
+        if asked:
+            self._room(-asked)
+
+    def _split(self, data: bytes) -> None:
+        """Read the lines that end here, those of more than MAX_LINE apart."""
+        end = line_end(data)
+        if not end:
+            self._hold(data)
+            return
+        self._end_line(data[:end])
+        last = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
+        whole = data[end:last]
+        if len(whole) > MAX_LINE:
+            for line in whole.splitlines(keepends=True):
+                self._end_line(line)
+        elif whole:
+            self._read(whole)
+        self._hold(data[last:])
+
+    def _end_line(self, rest: bytes) -> None:
+        """A line ends with these bytes."""
+        self._hold(rest)
+        self._read_line(*self._ended())
+
+    def _ended(self) -> tuple[int, bytes | None]:
+        """The size of what has come to its end, and what it is; None where it was too long."""
+        size, held = self._size, self._held
+        self._size, self._held = 0, []
+        self._leave_room()
+        return size, None if held is None else b"".join(held)
+
+    def _read_line(self, size: int, line: bytes | None) -> None:
+        """Look at a line."""
+        if line is not None:
+            self._read(line)
+        elif self._on_result is not None:
+            self._result(Measured(seen=size))
+        else:
+            self.measured.seen += size
+
+    def _read(self, lines: bytes) -> None:
+        """Look at whole lines."""
+        if self._on_result is None:
+            self._read_events(lines)
+            return
+        for line in lines.splitlines():
+            if line.strip():
+                row = read_members(line, ResultRowMembers)
+                result = row.get("result") if isinstance(row, dict) else None
+                if result is None:  # these are no results, or not in plain text
+                    self.measured.blind = True
+                    return
+                message = result.get("message") if isinstance(result, dict) else None
+                self._result(measured_message(message, 0))
+
+    def _result(self, measured: Measured) -> None:
+        self._lines += 1
+        assert self._on_result is not None
+        self._on_result(self._lines, measured)
+
+    def _read_text(self, lines: bytes) -> None:
+        """Count the text of deltas."""
+        measured = self.measured
+        for name, text in DELTA_TEXT.findall(lines):
+            size = text_size(text)
+            measured.seen += size
+            if name == b"thinking":
+                measured.thought += size
+
+    def _read_events(self, lines: bytes) -> None:
+        """Look at whole lines of a stream; most of them are deltas, and only their text counts."""
+        self._read_text(lines)
+        measured = self.measured
+        if b"content_block_start" in lines:
+            measured.empty = False
+            if THINKING_START.search(lines):
+                measured.thinks = True
+        if b'"usage"' not in lines:
+            return
+        for line in lines.splitlines():
+            if b'"usage"' in line and line.startswith(b"data:"):
+                self._usage_event(line[5:])
+
+    def _usage_event(self, data: bytes) -> None:
+        event = read_json(data)
+        if not isinstance(event, dict):
+            return
+        message = event.get("message")
+        if isinstance(message, dict):
+            self.measured.model = model_of(message.get("model")) or self.measured.model
+            self.measured.merge(message.get("usage"))
+        self.measured.merge(event.get("usage"))
+        delta = event.get("delta")
+        if isinstance(delta, dict) and isinstance(delta.get("stop_reason"), str):
+            self.measured.stop_reason = delta["stop_reason"]
+            self.measured.final = bool(self.measured.usage)
+
+
+def line_end(data: bytes) -> int:
+    """Where the first line of these bytes ends, its ending included; 0 where none does."""
+    ends = [at for at in (data.find(b"\n"), data.find(b"\r")) if at >= 0]
+    return min(ends) + 1 if ends else 0
+
+
+def text_size(escaped: bytes) -> int:
+    """The bytes in UTF-8 of a JSON string without its quotes."""
+    if b"\\" not in escaped:
+        return len(escaped)
+    try:
+        return len(json.loads(b'"%b"' % escaped).encode("utf-8", "replace"))
+    except ValueError:
+        return len(escaped)
+
+
 # A shorter "key" (for a test server, say) is an ordinary word, which responses may well hold.
 MIN_SECRET_LENGTH = 16
-OFFERED_CODINGS = ("gzip", "identity")  # of answers that are metered
-# An absolute URL up to its path, as a JSON string may hold it.
-RESULTS_URL = re.compile(
-    rb'(?<!\\)("results_url"\s*:\s*")https?:(?:\\?/){2}[^/"\\]+(?=[/"\\])'
-)
-SSE_ERROR = b"\nevent: error\ndata: %b\n\n"
-
-
-def upstream_target(method: str, target: str) -> str | None:
-    """The raw target behind the upstream's base path; None where the gateway itself answers."""
-    if target.startswith(f"{RELAY_PREFIX}/"):
-        if method in ("GET", "HEAD") and target.partition("?")[0] in HELLO_PATHS:
-            return None
-        return target[len(RELAY_PREFIX) :]
-    return target if target.startswith(BARE_PREFIX) else None
-
-
-def rule_path(target: str) -> str:
-    """The path that rules look at: without query, decoded, repeated slashes as one.
-
-    Raises APIError 400 for dot segments, raw or encoded once or twice, with the separators and
-    parameters under which some server would resolve them.
-    """
-    path = target.partition("?")[0]
-    if not UNUSUAL_PATH.search(path):
-        return path
-    decoded = urllib.parse.unquote(path, "latin-1")
-    for form in (path, decoded, urllib.parse.unquote(decoded, "latin-1")):
-        segments = form.replace("\\", "/").split("/")
-        if "#" in path or any(
-            segment.partition(";")[0] in (".", "..") for segment in segments
-        ):
-            raise APIError(
-                400, "The path has a dot segment or a fragment; send it resolved."
-            )
-    return re.sub("/{2,}", "/", decoded)
-
-
-UNUSUAL_PATH = re.compile(r"[%\\#]|//|/\.")
-
-
-def readable_codings(accepted: tuple[str, ...]) -> str:
-    """Cut an Accept-Encoding down to the codings that the gateway reads itself."""
-    offers = [offer.strip() for offer in ", ".join(accepted).split(",")]
-    kept = [o for o in offers if o.partition(";")[0].strip().lower() in OFFERED_CODINGS]
-    return ", ".join(kept) or "identity"
-
-
-def forwarded_lines(request: RequestHead, caller: Caller, route: Route) -> list[str]:
-    """The request's field lines that go on, in their order: all but those that DROPPED_* name,
-    those that ``Connection`` names, and any that holds a key that the caller showed."""
-    unwanted = request.connection_options()
-    if caller.own is None:
-        unwanted |= {WORKSPACE_FIELD}
-    if route.results_of and caller.own is None:
-        unwanted |= {"range", "if-range"}  # a part of the results could not be booked
-    lines = [
-        field.line
-        for field in request.fields
-        if field.goes_up and field.lower not in unwanted
-    ]
-    offered = request.values.get("accept-encoding") if route.metered else None
-    if offered and (codings := readable_codings(offered)) != offered[0]:
-        lines = with_codings(lines, codings)
-    if holds_any("\n".join(lines), caller.presented):
-        lines = [line for line in lines if not holds_any(line, caller.presented)]
-    return lines
-
-
-def with_codings(lines: list[str], codings: str) -> list[str]:
-    """Field lines with this Accept-Encoding in the place of the first."""
-    changed = []
-    for line in lines:
-        name = line.partition(":")[0]
-        if name.lower() != "accept-encoding":
-            changed.append(line)
-        elif codings:
-            changed.append(f"{name}: {codings}")
-            codings = ""
-    return changed
-
-
-def holds_any(text: str, keys: Iterable[str]) -> bool:
-    """Whether one of these keys stands in a text."""
-    return any(key in text for key in keys)
 
 
 class Redactor:
@@ -5314,9 +4978,7 @@ class Redactor:
     def mask(self, data: bytes) -> bytes:
         """Whole data with the secret masked."""
         return (
-            data.replace(self._secret, b"*" * len(self._secret))
-            if self._secret in data
-            else data
+            data.replace(self._secret, b"*" * len(self._secret)) if self._secret in data else data
         )
 
     def mask_text(self, text: str) -> str:
@@ -5367,23 +5029,14 @@ def compress(coding: str, data: bytes) -> bytes:
     return zlib.compress(data) if coding == "deflate" else data
 
 
-def rewrite_results_url(data: bytes, base_path: str) -> bytes:
-    """Make ``results_url`` in batch objects the same path on the gateway, relative.
+# ─── Record ───────────────────────────────────────────────────────────────────────────────────────
 
-    The SDKs follow it with the caller's credential, and join a relative one to their base URL
-    (anthropic/_base_client.py, _prepare_url), so it works under either of the gateway's prefixes.
-    """
-    base = base_path.encode()
-
-    def relative(match: re.Match[bytes]) -> bytes:
-        return match[1]
-
-    data = RESULTS_URL.sub(relative, data)
-    if not base:
-        return data
-    return re.sub(
-        rb'("results_url"\s*:\s*")' + re.escape(base) + rb'(?=[/"])', relative, data
-    )
+# Seconds; LiteLLM's buckets of its latency metrics.
+LATENCY_BUCKETS = (
+    *(0.0005, 0.001, 0.0025, 0.005, 0.0125, 0.025, 0.05, 0.1, 0.25, 0.5),
+    *(1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0),
+)
+TIMINGS = ("total", "first_byte", "upstream", "overhead")
 
 
 class Histogram:
@@ -5410,9 +5063,7 @@ class Traffic:
     """
 
     def __init__(self) -> None:
-        self.requests: collections.Counter[tuple[str, str, int, str]] = (
-            collections.Counter()
-        )
+        self.requests: collections.Counter[tuple[str, str, int, str]] = collections.Counter()
         self.timings: dict[str, tuple[Histogram, ...]] = {}
         self.last_success: datetime | None = None
         self.last_failure: datetime | None = None
@@ -5448,201 +5099,6 @@ class Traffic:
     def failed(self, error: str) -> None:
         """The upstream did not answer, or not well."""
         self.last_failure, self.last_error = now(), error
-
-
-# Seconds; LiteLLM's buckets of its latency metrics.
-LATENCY_BUCKETS = (
-    *(0.0005, 0.001, 0.0025, 0.005, 0.0125, 0.025, 0.05, 0.1, 0.25, 0.5),
-    *(1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0),
-)
-TIMINGS = ("total", "first_byte", "upstream", "overhead")
-
-
-BATCH_ENDED = "ended"  # types/messages/message_batch.py, processing_status
-BATCH_LOOK = 60.0  # seconds from the making of a batch to the first look at it
-BATCH_SLACK = 1.5  # each look comes so many times later than the one before,
-BATCH_LOOK_LATEST = 1800.0  # but not later than this
-BATCH_STATE_TIMEOUT = 30.0
-LOOKS_AT_ONCE = 4
-BATCH_KEPT = timedelta(days=30)  # results are kept for 29 days (PLD batch-processing)
-GONE = (404, 410)
-
-
-class BatchKeeper:
-    """Books batches once they have ended, whether or not anybody fetches their results: asks the
-    upstream for their state, with the real key, now and then, and reads the results through a meter.
-    """
-
-    def __init__(
-        self, settings: Settings, admission: Admission, client: UpstreamClient
-    ) -> None:
-        self._settings = settings
-        self._admission = admission
-        self._client = client
-        self._due: dict[str, float] = {}
-        self._waits: dict[str, float] = {}
-        self._changed = asyncio.Event()
-        self._looks: set[asyncio.Task[None]] = set()
-
-    def watch(self, name: str) -> None:
-        """Look at a batch from time to time until it is booked."""
-        self._waits[name] = BATCH_LOOK
-        self._due[name] = self._client.time() + BATCH_LOOK
-        self._changed.set()
-
-    def hurry(self, name: str) -> None:
-        """A batch is known to have ended."""
-        if self._due.get(name, math.inf) < math.inf:
-            self._due[name] = self._client.time()
-            self._changed.set()
-
-    async def run(self) -> None:
-        """Look at batches when it is time, until cancelled."""
-        for name in self._admission.store.unbooked():
-            self.watch(name)
-        try:
-            while True:
-                self._changed.clear()
-                name = min(self._due, key=self._due.__getitem__, default="")
-                due = self._due[name] if name else math.inf
-                if due <= self._client.time() and len(self._looks) < LOOKS_AT_ONCE:
-                    self._due[name] = math.inf  # until this look is over
-                    look = asyncio.get_running_loop().create_task(self._look(name))
-                    self._looks.add(look)
-                    look.add_done_callback(self._looked)
-                    continue
-                wait = None if due == math.inf else max(0.0, due - self._client.time())
-                if len(self._looks) >= LOOKS_AT_ONCE:
-                    wait = None
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(wait):
-                        await self._changed.wait()
-        finally:
-            for look in self._looks:
-                look.cancel()
-
-    def _looked(self, look: asyncio.Task[None]) -> None:
-        self._looks.discard(look)
-        self._changed.set()
-
-    async def _look(self, name: str) -> None:
-        try:
-            booked = await self.book(name)
-        except Exception:
-            log.exception("a batch could not be booked; it is looked at again")
-            booked = False
-        if booked:
-            del self._due[name], self._waits[name]
-            return
-        wait = self._waits[name] = min(
-            BATCH_LOOK_LATEST, self._waits[name] * BATCH_SLACK
-        )
-        self._due[name] = self._client.time() + wait
-
-    async def book(self, name: str) -> bool:
-        """Book what a batch cost, if it has ended; whether nothing of it is left to be booked."""
-        account = self._admission.store.batch_owner(name)
-        if account is None or account.batches[name].booked:
-            return True
-        made = datetime.fromisoformat(account.batches[name].day).replace(tzinfo=UTC)
-        path = f"/v1/messages/batches/{urllib.parse.quote(name, safe='')}"
-        state = await self._fetch(path, request_timeout=BATCH_STATE_TIMEOUT)
-        batch = read_json(state.body) if state.code == 200 else None
-        ended = (
-            isinstance(batch, dict) and batch.get("processing_status") == BATCH_ENDED
-        )
-        if ended and await self._read_results(name, f"{path}/results"):
-            return True
-        if state.code in GONE or now() - made > BATCH_KEPT:
-            self._admission.finish_batch(name, lost=True)
-            return True
-        return False
-
-    async def _read_results(self, name: str, path: str) -> bool:
-        """Book every line of a batch's results; whether that were all."""
-        meter = Meter("", functools.partial(self._admission.book_result, name))
-        status = ""
-
-        def head(line: str) -> None:
-            nonlocal status
-            status = status or line.split(" ")[1]
-
-        def look(data: bytes) -> None:
-            if status == "200":
-                meter.look(data)
-
-        results = await self._fetch(
-            path, request_timeout=0, header_callback=head, streaming_callback=look
-        )
-        if results.code in GONE:
-            self._admission.finish_batch(name, lost=True)
-            return True
-        if results.code != 200 or meter.finish(True).blind:
-            return False
-        self._admission.finish_batch(name)
-        return True
-
-    async def _fetch(self, path: str, **options: Any) -> HTTPResponse:
-        """GET with the real key; 599 where there is no answer."""
-        credential = self._settings.real_credential
-        request = HTTPRequest(self._settings.upstream.rstrip("/") + path, **options)
-        request.headers["anthropic-version"] = ANTHROPIC_VERSION
-        request.headers["Accept-Encoding"] = "identity"
-        if credential is not None:
-            request.headers[credential[0]] = credential[1]
-        try:
-            return await self._client.fetch(request, raise_error=False)
-        except UpstreamError as error:  # which Tornado raises all the same
-            log.info("a batch could not be looked at: %s", error)
-            return HTTPResponse(request, 599, error=error)
-
-
-ANTHROPIC_VERSION = "2023-06-01"  # platform.claude.com, api/versioning
-
-
-class Relay:
-    """What all relayed requests share."""
-
-    def __init__(
-        self,
-        settings: Settings,
-        store: KeyStore,
-        admission: Admission,
-        client: UpstreamClient,
-    ) -> None:
-        self.settings = settings
-        self.store = store
-        self.admission = admission
-        self.client = client
-        self.batches = BatchKeeper(settings, admission, client)
-        self.origin, self.base_path = parse_upstream(settings.upstream)
-        self.host_line = f"Host: {self.origin.authority}"
-        self.active: set[RelayHandler] = set()
-        self.recent: collections.deque[Finished] = collections.deque(
-            maxlen=settings.recent_requests
-        )
-        self.traffic = Traffic()
-        self.started = now()
-        self.stopping = False
-        self.turn = asyncio.Lock()
-        self.idle = asyncio.Event()
-        self.idle.set()
-
-    def is_unbooked(self, batch: str) -> bool:
-        """Whether results of a batch are still to be booked to a key."""
-        account = self.store.batch_owner(batch)
-        return account is not None and not account.batches[batch].booked
-
-    def enter(self, handler: RelayHandler) -> None:
-        """A relayed request has begun."""
-        self.active.add(handler)
-        self.idle.clear()
-
-    def leave(self, handler: RelayHandler) -> None:
-        """A relayed request is settled."""
-        self.active.discard(handler)
-        if not self.active:
-            self.idle.set()
 
 
 @dataclass(slots=True)
@@ -5733,11 +5189,7 @@ class Finished:
         return {
             "call_id": self.call_id,
             "request_id": self.request_id or None,
-            "key_alias": key.key_alias
-            if key
-            else MASTER_NAME
-            if self.is_master
-            else None,
+            "key_alias": key.key_alias if key else MASTER_NAME if self.is_master else None,
             "key_name": key.key_name if key else None,
             "user": key.user_id if key else None,
             "tags": self.tags,
@@ -5765,6 +5217,296 @@ class Finished:
 def rounded(seconds: float | None) -> float | None:
     """Seconds to the tenth of a millisecond."""
     return None if seconds is None else round(seconds, 4)
+
+
+def relayed_record(finished: Finished) -> logging.LogRecord:
+    """What log.info("%s", finished) would make, without looking up the line it was called from."""
+    return log.makeRecord(log.name, logging.INFO, "relay", 0, "%s", (finished,), None)
+
+
+def new_call_id() -> str:
+    """A random UUID of version 4 (RFC 9562), as LiteLLM's call ids are."""
+    digits = f"{random.getrandbits(128):032x}"
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
+
+
+# ─── Relay ────────────────────────────────────────────────────────────────────────────────────────
+
+RELAY_PREFIX = "/anthropic"
+BARE_PREFIX = "/v1/"
+# What Claude Code asks of its base URL to warm the connection up; answered here, cheaply.
+HELLO_PATHS = frozenset(
+    {"/", RELAY_PREFIX, f"{RELAY_PREFIX}/", f"{RELAY_PREFIX}/api/hello", "/api/hello"}
+)
+# How much of a refused request's body is read, so that its answer arrives.
+DISCARD_LIMIT = 32 * MIB
+LINGER_SILENCE = 0.25  # seconds after which a client over TLS is taken to have sent all
+LINGER_TIMEOUT = 5.0  # seconds for a client to read its answer before the socket closes
+OWN_BODY_LIMIT = 1 * MIB  # a request to the gateway itself
+# Bytes a second below which a body is too slow, once --client-timeout has passed
+# (Apache's mod_reqtimeout has the same rule and figure).
+MIN_BODY_RATE = 500
+# Connections beyond a limit that are told so; further ones are closed without a word.
+REFUSALS = 100
+MANY_FILES = 2**20  # what "no limit" is taken for
+RESERVED_FILES = 64  # for the keys file, the log and whatever else is no connection
+BACKLOG = (
+    4096  # connections that the kernel holds until they are accepted; it caps this at somaxconn
+)
+# Bytes of further requests that may wait for the present one's end.
+PIPELINE_LIMIT = 64 * KIB
+REWRITE_LIMIT = 4 * MIB  # a list of a thousand batches, the longest, has about one
+SLICES_A_TURN = 4  # of a compressed answer, before the loop does something else
+MANY_PARTS = 1000  # of a body that is kept
+MAX_TAGS = 20  # of one request that are remembered
+OFFERED_CODINGS = ("gzip", "identity")  # of answers that are metered
+
+
+def upstream_target(method: str, target: str) -> str | None:
+    """The raw target behind the upstream's base path; None where the gateway itself answers."""
+    if target.startswith(f"{RELAY_PREFIX}/"):
+        if method in ("GET", "HEAD") and target.partition("?")[0] in HELLO_PATHS:
+            return None
+        return target[len(RELAY_PREFIX) :]
+    return target if target.startswith(BARE_PREFIX) else None
+
+
+UNUSUAL_PATH = re.compile(r"[%\\#]|//|/\.")
+
+
+def rule_path(target: str) -> str:
+    """The path that rules look at: without query, decoded, repeated slashes as one.
+
+    Raises APIError 400 for dot segments, raw or encoded once or twice, with the separators and
+    parameters under which some server would resolve them.
+    """
+    path = target.partition("?")[0]
+    if not UNUSUAL_PATH.search(path):
+        return path
+    decoded = urllib.parse.unquote(path, "latin-1")
+    for form in (path, decoded, urllib.parse.unquote(decoded, "latin-1")):
+        segments = form.replace("\\", "/").split("/")
+        if "#" in path or any(segment.partition(";")[0] in (".", "..") for segment in segments):
+            raise APIError(400, "The path has a dot segment or a fragment; send it resolved.")
+    return re.sub("/{2,}", "/", decoded)
+
+
+def readable_codings(accepted: tuple[str, ...]) -> str:
+    """Cut an Accept-Encoding down to the codings that the gateway reads itself."""
+    offers = [offer.strip() for offer in ", ".join(accepted).split(",")]
+    kept = [o for o in offers if o.partition(";")[0].strip().lower() in OFFERED_CODINGS]
+    return ", ".join(kept) or "identity"
+
+
+def forwarded_lines(request: RequestHead, caller: Caller, route: Route) -> list[str]:
+    """The request's field lines that go on, in their order: all but those that DROPPED_* name,
+    those that ``Connection`` names, and any that holds a key that the caller showed."""
+    unwanted = request.connection_options()
+    if caller.own is None:
+        unwanted |= {WORKSPACE_FIELD}
+    if route.results_of and caller.own is None:
+        unwanted |= {"range", "if-range"}  # a part of the results could not be booked
+    lines = [
+        field.line for field in request.fields if field.goes_up and field.lower not in unwanted
+    ]
+    offered = request.values.get("accept-encoding") if route.metered else None
+    if offered and (codings := readable_codings(offered)) != offered[0]:
+        lines = with_codings(lines, codings)
+    if holds_any("\n".join(lines), caller.presented):
+        lines = [line for line in lines if not holds_any(line, caller.presented)]
+    return lines
+
+
+def with_codings(lines: list[str], codings: str) -> list[str]:
+    """Field lines with this Accept-Encoding in the place of the first."""
+    changed = []
+    for line in lines:
+        name = line.partition(":")[0]
+        if name.lower() != "accept-encoding":
+            changed.append(line)
+        elif codings:
+            changed.append(f"{name}: {codings}")
+            codings = ""
+    return changed
+
+
+def holds_any(text: str, keys: Iterable[str]) -> bool:
+    """Whether one of these keys stands in a text."""
+    return any(key in text for key in keys)
+
+
+BATCH_ENDED = "ended"  # types/messages/message_batch.py, processing_status
+BATCH_LOOK = 60.0  # seconds from the making of a batch to the first look at it
+BATCH_SLACK = 1.5  # each look comes so many times later than the one before,
+BATCH_LOOK_LATEST = 1800.0  # but not later than this
+BATCH_STATE_TIMEOUT = 30.0
+LOOKS_AT_ONCE = 4
+BATCH_KEPT = timedelta(days=30)  # results are kept for 29 days (PLD batch-processing)
+GONE = (404, 410)
+
+
+class BatchKeeper:
+    """Books batches once they have ended, whether or not anybody fetches their results: asks the
+    upstream for their state, with the real key, now and then, and reads the results through a meter.
+    """
+
+    def __init__(self, settings: Settings, admission: Admission, client: UpstreamClient) -> None:
+        self._settings = settings
+        self._admission = admission
+        self._client = client
+        self._due: dict[str, float] = {}
+        self._waits: dict[str, float] = {}
+        self._changed = asyncio.Event()
+        self._looks: set[asyncio.Task[None]] = set()
+
+    def watch(self, name: str) -> None:
+        """Look at a batch from time to time until it is booked."""
+        self._waits[name] = BATCH_LOOK
+        self._due[name] = self._client.time() + BATCH_LOOK
+        self._changed.set()
+
+    def hurry(self, name: str) -> None:
+        """A batch is known to have ended."""
+        if self._due.get(name, math.inf) < math.inf:
+            self._due[name] = self._client.time()
+            self._changed.set()
+
+    async def run(self) -> None:
+        """Look at batches when it is time, until cancelled."""
+        for name in self._admission.store.unbooked():
+            self.watch(name)
+        try:
+            while True:
+                self._changed.clear()
+                name = min(self._due, key=self._due.__getitem__, default="")
+                due = self._due[name] if name else math.inf
+                if due <= self._client.time() and len(self._looks) < LOOKS_AT_ONCE:
+                    self._due[name] = math.inf  # until this look is over
+                    look = asyncio.get_running_loop().create_task(self._look(name))
+                    self._looks.add(look)
+                    look.add_done_callback(self._looked)
+                    continue
+                wait = None if due == math.inf else max(0.0, due - self._client.time())
+                if len(self._looks) >= LOOKS_AT_ONCE:
+                    wait = None
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(wait):
+                        await self._changed.wait()
+        finally:
+            for look in self._looks:
+                look.cancel()
+
+    def _looked(self, look: asyncio.Task[None]) -> None:
+        self._looks.discard(look)
+        self._changed.set()
+
+    async def _look(self, name: str) -> None:
+        try:
+            booked = await self.book(name)
+        except Exception:
+            log.exception("a batch could not be booked; it is looked at again")
+            booked = False
+        if booked:
+            del self._due[name], self._waits[name]
+            return
+        wait = self._waits[name] = min(BATCH_LOOK_LATEST, self._waits[name] * BATCH_SLACK)
+        self._due[name] = self._client.time() + wait
+
+    async def book(self, name: str) -> bool:
+        """Book what a batch cost, if it has ended; whether nothing of it is left to be booked."""
+        account = self._admission.store.batch_owner(name)
+        if account is None or account.batches[name].booked:
+            return True
+        made = datetime.fromisoformat(account.batches[name].day).replace(tzinfo=UTC)
+        path = f"/v1/messages/batches/{urllib.parse.quote(name, safe='')}"
+        state = await self._fetch(path, request_timeout=BATCH_STATE_TIMEOUT)
+        batch = read_json(state.body) if state.code == 200 else None
+        ended = isinstance(batch, dict) and batch.get("processing_status") == BATCH_ENDED
+        if ended and await self._read_results(name, f"{path}/results"):
+            return True
+        if state.code in GONE or now() - made > BATCH_KEPT:
+            self._admission.finish_batch(name, lost=True)
+            return True
+        return False
+
+    async def _read_results(self, name: str, path: str) -> bool:
+        """Book every line of a batch's results; whether that were all."""
+        meter = Meter("", functools.partial(self._admission.book_result, name))
+        status = ""
+
+        def head(line: str) -> None:
+            nonlocal status
+            status = status or line.split(" ")[1]
+
+        def look(data: bytes) -> None:
+            if status == "200":
+                meter.look(data)
+
+        results = await self._fetch(
+            path, request_timeout=0, header_callback=head, streaming_callback=look
+        )
+        if results.code in GONE:
+            self._admission.finish_batch(name, lost=True)
+            return True
+        if results.code != 200 or meter.finish(True).blind:
+            return False
+        self._admission.finish_batch(name)
+        return True
+
+    async def _fetch(self, path: str, **options: Any) -> HTTPResponse:
+        """GET with the real key; 599 where there is no answer."""
+        credential = self._settings.real_credential
+        request = HTTPRequest(self._settings.upstream.rstrip("/") + path, **options)
+        request.headers["anthropic-version"] = ANTHROPIC_VERSION
+        request.headers["Accept-Encoding"] = "identity"
+        if credential is not None:
+            request.headers[credential[0]] = credential[1]
+        try:
+            return await self._client.fetch(request, raise_error=False)
+        except UpstreamError as error:  # which Tornado raises all the same
+            log.info("a batch could not be looked at: %s", error)
+            return HTTPResponse(request, 599, error=error)
+
+
+class Relay:
+    """What all relayed requests share."""
+
+    def __init__(
+        self, settings: Settings, store: KeyStore, admission: Admission, client: UpstreamClient
+    ) -> None:
+        self.settings = settings
+        self.store = store
+        self.admission = admission
+        self.client = client
+        self.batches = BatchKeeper(settings, admission, client)
+        self.origin, self.base_path = parse_upstream(settings.upstream)
+        self.host_line = f"Host: {self.origin.authority}"
+        self.active: set[RelayHandler] = set()
+        self.recent: collections.deque[Finished] = collections.deque(
+            maxlen=settings.recent_requests
+        )
+        self.traffic = Traffic()
+        self.started = now()
+        self.stopping = False
+        self.turn = asyncio.Lock()
+        self.idle = asyncio.Event()
+        self.idle.set()
+
+    def is_unbooked(self, batch: str) -> bool:
+        """Whether results of a batch are still to be booked to a key."""
+        account = self.store.batch_owner(batch)
+        return account is not None and not account.batches[batch].booked
+
+    def enter(self, handler: RelayHandler) -> None:
+        """A relayed request has begun."""
+        self.active.add(handler)
+        self.idle.clear()
+
+    def leave(self, handler: RelayHandler) -> None:
+        """A relayed request is settled."""
+        self.active.discard(handler)
+        if not self.active:
+            self.idle.set()
 
 
 class RelayHandler:
@@ -5806,11 +5548,7 @@ class RelayHandler:
     _duration = 0.0
 
     def __init__(
-        self,
-        relay: Relay,
-        connection: ClientConnection,
-        request: RequestHead,
-        target: str,
+        self, relay: Relay, connection: ClientConnection, request: RequestHead, target: str
     ) -> None:
         self.relay = relay
         self.connection = connection
@@ -5835,9 +5573,7 @@ class RelayHandler:
         relay, request, admission = self.relay, self.request, self.relay.admission
         if relay.stopping:
             raise APIError(
-                503,
-                "The gateway is stopping. Try again.",
-                headers=[("retry-after", "5")],
+                503, "The gateway is stopping. Try again.", headers=[("retry-after", "5")]
             )
         admission.refuse_foreign(request.host, request.values)
         path = rule_path(self.target)
@@ -5869,9 +5605,7 @@ class RelayHandler:
                 "A key of this gateway stands in the path, the query or a header field where it would"
                 " go on to Anthropic. Send it as 'x-api-key' or 'Authorization: Bearer' alone.",
             )
-        self._upstream_start = (
-            f"{request.method} {relay.base_path}{self.target} HTTP/1.1"
-        )
+        self._upstream_start = f"{request.method} {relay.base_path}{self.target} HTTP/1.1"
         self._upstream_lines = [relay.host_line, *lines]
         if credential:
             self._upstream_lines.append(f"{credential[0]}: {credential[1]}")
@@ -5956,11 +5690,7 @@ class RelayHandler:
     def _deletes_unbooked(self) -> bool:
         """Whether a batch goes whose results are still to be booked."""
         route = self.grant.route if self.grant is not None else None
-        return (
-            route is not None
-            and route.deletes
-            and self.relay.is_unbooked(route.batch_id)
-        )
+        return route is not None and route.deletes and self.relay.is_unbooked(route.batch_id)
 
     def _send_whole(self, body: bytes) -> None:
         values = self.request.values
@@ -6015,9 +5745,7 @@ class RelayHandler:
     def informational_received(self, head: ResponseHead) -> None:
         """Pass a 1xx response on; HTTP/1.0 has none (RFC 9110 section 15.2)."""
         if self.request.version == 1 and not self._deserted:
-            self.connection.send(
-                head_bytes(self._status_line(head), self._response_lines(head))
-            )
+            self.connection.send(head_bytes(self._status_line(head), self._response_lines(head)))
 
     def response_started(self, head: ResponseHead, length: int) -> None:
         """Make the client's head of the upstream's; it goes out with the first bytes of the body."""
@@ -6100,9 +5828,7 @@ class RelayHandler:
             return True
         if self._slices is None:
             self._slices = self._inflater.slices(data)
-            if (
-                self._redactor is not None
-            ):  # names and comments of gzip are not compressed
+            if self._redactor is not None:  # names and comments of gzip are not compressed
                 self._redactor.watch_raw(self._withheld + data)
         looked = 0
         for plain in itertools.islice(self._slices, SLICES_A_TURN):
@@ -6237,10 +5963,7 @@ class RelayHandler:
             measured = meter.finish(outcome == "ok")
             if not grant.route.results_of:
                 if measured.blind:
-                    log.warning(
-                        "call %s: what cannot be read costs its worst case",
-                        self.call_id,
-                    )
+                    log.warning("call %s: what cannot be read costs its worst case", self.call_id)
                 return measured
             if outcome == "ok" and not measured.blind:
                 self.relay.admission.finish_batch(grant.route.results_of)
@@ -6248,16 +5971,10 @@ class RelayHandler:
         began = exchange is not None and exchange.begun and exchange.sent
         if grant.route.makes_batch:
             # One that may have been made, though nobody knows its name, costs what is held for it.
-            lost = (
-                began
-                and grant.holds
-                and (self._head is None or self._head.status < 300)
-            )
+            lost = began and grant.holds and (self._head is None or self._head.status < 300)
             if not lost:
                 return None
-            log.warning(
-                "call %s: a batch that is not known costs its worst case", self.call_id
-            )
+            log.warning("call %s: a batch that is not known costs its worst case", self.call_id)
             return Measured(blind=True)
         # Whoever leaves before the head pays what was under way; without a head no stream has begun.
         if self._head or not began or not grant.route.billed:
@@ -6327,9 +6044,7 @@ class RelayHandler:
         sent = self.request.get(TAGS_FIELD)
         if not sent:
             return own
-        tags = (
-            self._shown(tag.strip()) for tag in sent.split(",", MAX_TAGS)[:MAX_TAGS]
-        )
+        tags = (self._shown(tag.strip()) for tag in sent.split(",", MAX_TAGS)[:MAX_TAGS])
         return [*own, *(tag for tag in tags if tag)]
 
     def _shown(self, text: str) -> str:
@@ -6380,9 +6095,7 @@ class RelayHandler:
             own = rate_fields(self.caller.key, head.values, clock)
             named |= {name for name, _ in own}
         lines = [
-            field.line
-            for field in head.fields
-            if field.goes_down and field.lower not in named
+            field.line for field in head.fields if field.goes_down and field.lower not in named
         ]
         if self._redactor is not None:
             lines = self._redactor.mask_lines(lines)
@@ -6398,9 +6111,7 @@ class RelayHandler:
         self._chunked_down = length < 0 and self.request.version == 1
         if self._chunked_down:
             lines.append(CHUNKED_LINE)
-        lines += self.connection.connection_lines(
-            delimited=length >= 0 or self._chunked_down
-        )
+        lines += self.connection.connection_lines(delimited=length >= 0 or self._chunked_down)
         return head_bytes(self._status_line(head), lines)
 
     def _spend_lines(self, complete: bool) -> list[str]:
@@ -6449,9 +6160,7 @@ class RelayHandler:
             plain = decompress(coding, bytes(self._rewritten), REWRITE_LIMIT)
         except ValueError as error:
             self._abort()
-            self.refuse(
-                APIError(502, f"The upstream's batch object cannot be read: {error}.")
-            )
+            self.refuse(APIError(502, f"The upstream's batch object cannot be read: {error}."))
             return
         if self._redactor is not None:
             plain = self._redactor.mask(plain)
@@ -6462,9 +6171,7 @@ class RelayHandler:
         self._length = len(body)
         if self._owns_batch(plain):
             # What the client is told of is on disk.
-            self._judging = asyncio.get_running_loop().create_task(
-                self._save_and_send(body)
-            )
+            self._judging = asyncio.get_running_loop().create_task(self._save_and_send(body))
         else:
             self._send(body, True)
 
@@ -6506,23 +6213,8 @@ def is_preflight(request: RequestHead) -> bool:
     """Whether a browser asks whether a page may call the API (Fetch, "CORS-preflight request"). It
     shows no credential then, and so goes on without the real one."""
     shown = next(candidates(request.values), None)
-    asks = (
-        "origin" in request.values and "access-control-request-method" in request.values
-    )
+    asks = "origin" in request.values and "access-control-request-method" in request.values
     return request.method == "OPTIONS" and asks and shown is None
-
-
-def relayed_record(finished: Finished) -> logging.LogRecord:
-    """What log.info("%s", finished) would make, without looking up the line it was called from."""
-    return log.makeRecord(log.name, logging.INFO, "relay", 0, "%s", (finished,), None)
-
-
-def new_call_id() -> str:
-    """A random UUID of version 4 (RFC 9562), as LiteLLM's call ids are."""
-    digits = f"{random.getrandbits(128):032x}"
-    return (
-        f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
-    )
 
 
 def real_secret(credential: tuple[str, str]) -> bytes:
@@ -6530,15 +6222,7 @@ def real_secret(credential: tuple[str, str]) -> bytes:
     return credential[1].removeprefix("Bearer ").encode("latin-1")
 
 
-def is_event_stream(head: Head) -> bool:
-    """Whether a message's body is server-sent events."""
-    return head.get("content-type").lower().startswith(EVENT_STREAM)
-
-
-def is_json(content_type: str) -> bool:
-    """Whether a media type is JSON (RFC 6839: or ends in ``+json``)."""
-    kind = content_type.partition(";")[0].strip().lower()
-    return kind == "application/json" or kind.endswith("+json")
+NO_ADDRESS = "0.0.0.0"  # what Tornado says of a Unix socket
 
 
 class ClientContext:
@@ -6559,16 +6243,11 @@ class ClientContext:
         HTTPServer does: the last of X-Forwarded-For, or X-Real-Ip."""
         forwarded = head.get("x-forwarded-for").rpartition(",")[2].strip()
         address = head.get("x-real-ip") or forwarded
-        self.remote_ip = (
-            address if netutil.is_valid_ip(address) else self.peer or NO_ADDRESS
-        )
+        self.remote_ip = address if netutil.is_valid_ip(address) else self.peer or NO_ADDRESS
         told = head.get("x-scheme") or head.get("x-forwarded-proto")
         scheme = told.rpartition(",")[2].strip().lower()
         own = "https" if self._secure else "http"
         self.protocol = scheme if scheme in DEFAULT_PORTS else own
-
-
-NO_ADDRESS = "0.0.0.0"  # what Tornado says of a Unix socket
 
 
 class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
@@ -6582,9 +6261,7 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
     context: ClientContext
     descriptor: int
 
-    def __init__(
-        self, server: GatewayServer, handshake: Handshake | None = None
-    ) -> None:
+    def __init__(self, server: GatewayServer, handshake: Handshake | None = None) -> None:
         self.server = server
         self._handshake = handshake
         self.request: RequestHead | None = None
@@ -6718,9 +6395,7 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
         self.send_error(error, new_call_id())
         self._linger()
 
-    def check_patience(
-        self, moment: float, client_timeout: float, idle_timeout: float
-    ) -> None:
+    def check_patience(self, moment: float, client_timeout: float, idle_timeout: float) -> None:
         """Called now and then: end what has taken too long. Times are seconds.
 
         A head must be whole ``client_timeout`` after its first byte; a body may not stand still for
@@ -6729,9 +6404,7 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
         if self._body is not None:
             allowed = client_timeout + self._taken / MIN_BODY_RATE
             slow = moment - self._since > allowed
-            if not self._reading_paused and (
-                slow or moment - self._heard > client_timeout
-            ):
+            if not self._reading_paused and (slow or moment - self._heard > client_timeout):
                 self._time_out(
                     f"The request's body stood still for {client_timeout:g} s, or came at less"
                     f" than {MIN_BODY_RATE} bytes a second. Send it again, faster."
@@ -6752,12 +6425,7 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
         ``delimited`` says whether the response's end shows without closing the connection.
         """
         request = self.request
-        if (
-            request is None
-            or not delimited
-            or self.server.stopping
-            or not request.keeps_alive()
-        ):
+        if request is None or not delimited or self.server.stopping or not request.keeps_alive():
             self._close_after = True
         if self._close_after:
             return ["Connection: close"]
@@ -6777,9 +6445,7 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
         ]
         if self.request is not None and self.request.method == "HEAD":
             body = b""
-        self.send(
-            head_bytes(f"HTTP/1.1 {error.status} {reason(error.status)}", lines) + body
-        )
+        self.send(head_bytes(f"HTTP/1.1 {error.status} {reason(error.status)}", lines) + body)
         return len(body)
 
     def response_done(self) -> None:
@@ -6800,9 +6466,7 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
         if self.request is not None and self.request.version == 0:
             # Without a length, only a reset tells a broken response from one that has ended.
             client = self.transport.get_extra_info("socket")
-            client.setsockopt(
-                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-            )
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._response_done = True
         self.transport.close()
         # A client that does not read keeps the rest of the response from being written.
@@ -6822,8 +6486,7 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
         lines = field_lines(headers.get_all())
         lines += self.connection_lines(delimited=delimited)
         self.send(
-            head_bytes(f"HTTP/1.1 {start_line.code} {start_line.reason}", lines)
-            + (chunk or b"")
+            head_bytes(f"HTTP/1.1 {start_line.code} {start_line.reason}", lines) + (chunk or b"")
         )
         return done()
 
@@ -6872,12 +6535,7 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
         self._discarded = 0
         self._delegate = self.server.delegate(self, request)
         self._delegate.prepare(length)
-        if (
-            not rest
-            and length != 0
-            and not self._response_done
-            and self._expects_continue(request)
-        ):
+        if not rest and length != 0 and not self._response_done and self._expects_continue(request):
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._feed(rest)
 
@@ -6959,13 +6617,8 @@ class ClientConnection(asyncio.Protocol, httputil.HTTPConnection):
             delegate.on_connection_close()
         self._body = None
         self._close_after = True
-        if not answered and not (
-            isinstance(delegate, RelayHandler) and delegate.has_answered
-        ):
-            self.send_error(
-                APIError(error.status, f"Malformed request: {error}."),
-                new_call_id(),
-            )
+        if not answered and not (isinstance(delegate, RelayHandler) and delegate.has_answered):
+            self.send_error(APIError(error.status, f"Malformed request: {error}."), new_call_id())
         self._linger()
 
     def _linger(self) -> None:
@@ -7079,10 +6732,7 @@ class ApplicationDelegate:
     for the master key alone, since no other may do what takes one."""
 
     def __init__(
-        self,
-        application: web.Application,
-        connection: ClientConnection,
-        head: RequestHead,
+        self, application: web.Application, connection: ClientConnection, head: RequestHead
     ) -> None:
         self.connection = connection
         self._head = head
@@ -7127,9 +6777,7 @@ class ApplicationDelegate:
     def _too_large(self, size: int) -> bool:
         if size <= OWN_BODY_LIMIT:
             return False
-        self._refuse(
-            APIError(413, f"The request body is larger than {OWN_BODY_LIMIT:,} bytes.")
-        )
+        self._refuse(APIError(413, f"The request body is larger than {OWN_BODY_LIMIT:,} bytes."))
         return True
 
     def _refuse(self, error: APIError) -> None:
@@ -7163,9 +6811,7 @@ class HangupWatch:
         """Watch no longer."""
         if self._watched.pop(connection.descriptor, None) is not None:
             assert self._epoll is not None
-            with contextlib.suppress(
-                OSError
-            ):  # closing a socket takes it out of an epoll
+            with contextlib.suppress(OSError):  # closing a socket takes it out of an epoll
                 self._epoll.unregister(connection.descriptor)
 
     def close(self) -> None:
@@ -7215,9 +6861,7 @@ class GatewayServer:
         return RelayHandler(self.relay, connection, request, target)
 
     async def add_sockets(
-        self,
-        sockets: Iterable[socket.socket],
-        ssl_context: ssl.SSLContext | None = None,
+        self, sockets: Iterable[socket.socket], ssl_context: ssl.SSLContext | None = None
     ) -> None:
         """Take connections from these listening sockets, over TLS where a context is given."""
         loop = asyncio.get_running_loop()
@@ -7305,9 +6949,7 @@ class GatewayServer:
     def _sweep(self) -> None:
         moment, settings = self.time(), self.relay.settings
         for connection in list(self.connections):
-            connection.check_patience(
-                moment, settings.client_timeout, settings.idle_timeout
-            )
+            connection.check_patience(moment, settings.client_timeout, settings.idle_timeout)
         loop = asyncio.get_running_loop()
         self._sweeper = loop.call_later(self._sweep_interval, self._sweep)
 
@@ -7321,11 +6963,7 @@ def site_of(address: str) -> str:
     except ValueError:
         return address
     mapped = whole.ipv4_mapped
-    return (
-        str(mapped)
-        if mapped
-        else str(ipaddress.IPv6Network((int(whole) >> 64 << 64, 64)))
-    )
+    return str(mapped) if mapped else str(ipaddress.IPv6Network((int(whole) >> 64 << 64, 64)))
 
 
 def file_limit() -> int:
@@ -7334,7 +6972,7 @@ def file_limit() -> int:
     return MANY_FILES if soft == resource.RLIM_INFINITY else soft
 
 
-# ─── Management ──────────────────────────────────────────────────────────────────────
+# ─── Management ───────────────────────────────────────────────────────────────────────────────────
 
 MAX_PAGE_SIZE = 100  # LiteLLM's limit on /key/list
 MAX_LIMIT = 10**12  # of requests and tokens a minute, and of USD
@@ -7360,9 +6998,7 @@ class BaseHandler(web.RequestHandler):
         """Called by Tornado for every exception of a handler."""
         error = kwargs.get("exc_info", (None, None, None))[1]
         if isinstance(error, web.HTTPError):
-            error = http_error(
-                error.status_code, self.request.method or "", self.request.path
-            )
+            error = http_error(error.status_code, self.request.method or "", self.request.path)
         if not isinstance(error, APIError):
             error = APIError(500, FAILED_HERE)
         self.set_status(error.status)
@@ -7387,8 +7023,7 @@ def http_error(status: int, method: str, path: str) -> APIError:
     """Tornado's own errors in words of ours."""
     if status == 404:
         return APIError(
-            404,
-            f"Nothing is served at {printable(path)}. Anthropic's API is at /anthropic/v1/",
+            404, f"Nothing is served at {printable(path)}. Anthropic's API is at /anthropic/v1/"
         )
     if status == 405:
         return APIError(405, f"{printable(path)} does not take {printable(method)}.")
@@ -7424,27 +7059,19 @@ class ManagementHandler(BaseHandler):
         if any(admission.is_master(credential) for credential in shown):
             return
         if any(self.relay.store.lookup(credential) for credential in shown):
-            raise APIError(
-                403, "Only the master key may do this; a virtual key was sent."
-            )
-        raise APIError(
-            401, "Send the master key as 'Authorization: Bearer' or 'x-api-key'."
-        )
+            raise APIError(403, "Only the master key may do this; a virtual key was sent.")
+        raise APIError(401, "Send the master key as 'Authorization: Bearer' or 'x-api-key'.")
 
     def credentials(self) -> list[tuple[str, str]]:
         """The credentials of this request, as `candidates` gives them."""
         headers = self.request.headers
-        return list(
-            candidates({name: headers.get_list(name) for name in CREDENTIAL_HEADERS})
-        )
+        return list(candidates({name: headers.get_list(name) for name in CREDENTIAL_HEADERS}))
 
     def json_body(self) -> dict[str, Any]:
         """The body as a JSON object; an empty body is ``{}``. Raises APIError 400."""
         try:
             body = json.loads(
-                self.request.body or b"{}",
-                parse_constant=refuse_constant,
-                parse_float=read_number,
+                self.request.body or b"{}", parse_constant=refuse_constant, parse_float=read_number
             )
         except (ValueError, RecursionError) as error:
             raise APIError(400, f"The body is not JSON: {error}.") from None
@@ -7473,11 +7100,7 @@ class ManagementHandler(BaseHandler):
 def read_number(text: str) -> Decimal:
     """A number with a point or an exponent. Raises ValueError for one that no float can be."""
     number = Decimal(text) if len(text) <= MAX_DIGITS else None
-    if (
-        number is None
-        or not math.isfinite(float(text))
-        or number.adjusted() < -MAX_DIGITS
-    ):
+    if number is None or not math.isfinite(float(text)) or number.adjusted() < -MAX_DIGITS:
         raise ValueError("a number is too large, too small or too long")
     return number
 
@@ -7509,15 +7132,11 @@ def key_row(hashed: str, key: VirtualKey) -> dict[str, Any]:
         "soft_budget": usd(key.soft_budget),
         "budget_duration": duration,
         "budget_reset_at": iso(reset),
-        "model_max_budget": {
-            p: model_budget_row(b) for p, b in key.model_max_budget.items()
-        },
+        "model_max_budget": {p: model_budget_row(b) for p, b in key.model_max_budget.items()},
         "model_max_budget_usage": {
             pattern: {
                 "spend": float(key.spent(moment, pattern)),
-                "budget_reset_at": iso(window(b.duration, moment)[1])
-                if b.duration
-                else None,
+                "budget_reset_at": iso(window(b.duration, moment)[1]) if b.duration else None,
             }
             for pattern, b in key.model_max_budget.items()
         },
@@ -7545,11 +7164,6 @@ def model_budget_row(budget: ModelBudget) -> dict[str, Any]:
     return {"budget_limit": usd(budget.limit), "time_period": budget.duration}
 
 
-def usd(amount: Decimal | None) -> float | None:
-    """An amount as a JSON number, for answers only: what is kept and added stays decimal."""
-    return None if amount is None else float(amount)
-
-
 def usage_rows(key: VirtualKey) -> dict[str, Any]:
     """What a key used, by day and model."""
     days: dict[str, Any] = {}
@@ -7560,14 +7174,10 @@ def usage_rows(key: VirtualKey) -> dict[str, Any]:
 
 def tally_row(tally: Tally) -> dict[str, Any]:
     """A tally with every field, the spend as a number of USD."""
-    return {name: getattr(tally, name) for name in TALLY_FIELDS} | {
-        "spend": float(tally.spend)
-    }
+    return {name: getattr(tally, name) for name in TALLY_FIELDS} | {"spend": float(tally.spend)}
 
 
-def key_changes(
-    body: Mapping[str, Any], moment: datetime, prices: Prices
-) -> dict[str, Any]:
+def key_changes(body: Mapping[str, Any], moment: datetime, prices: Prices) -> dict[str, Any]:
     """The fields of a request as fields of a VirtualKey; null clears. Raises APIError 400 by name."""
     changes: dict[str, Any] = {}
     for name, value in body.items():
@@ -7576,9 +7186,7 @@ def key_changes(
         elif name in KEY_READERS:
             changes[name] = KEY_READERS[name](name, value)
         elif value is not None:
-            raise APIError(
-                400, f"{printable(name)!r} is not supported: it would not be enforced."
-            )
+            raise APIError(400, f"{printable(name)!r} is not supported: it would not be enforced.")
     for name in ("max_budget", "soft_budget", "model_max_budget"):
         if changes.get(name) not in (None, {}) and not prices.available:
             raise APIError(
@@ -7618,9 +7226,7 @@ def read_window(name: str, value: Any) -> str | None:
         if text is not None:
             window(text, now())
     except (ValueError, OverflowError):
-        raise APIError(
-            400, f"{name!r} must be a length of time above zero, like '30d'."
-        ) from None
+        raise APIError(400, f"{name!r} must be a length of time above zero, like '30d'.") from None
     return text
 
 
@@ -7628,9 +7234,7 @@ def read_routes(name: str, value: Any) -> list[str]:
     """Patterns of paths. Raises APIError 400."""
     routes = read_texts(name, value)
     if not all(route.startswith("/") for route in routes):
-        raise APIError(
-            400, f"{name!r} must be paths that begin with '/', with '*' for any text."
-        )
+        raise APIError(400, f"{name!r} must be paths that begin with '/', with '*' for any text.")
     return routes
 
 
@@ -7639,42 +7243,24 @@ def read_model_budgets(name: str, value: Any) -> dict[str, ModelBudget]:
     budgets = {}
     for pattern, row in read_kind(name, value, dict, "an object of models", {}).items():
         if not isinstance(row, dict):
-            raise APIError(
-                400, f"{name!r}: each model takes an object with 'budget_limit'."
-            )
-        limits = [
-            row[field] for field in ("budget_limit", "max_budget") if field in row
-        ]
-        periods = [
-            row[field] for field in ("time_period", "budget_duration") if field in row
-        ]
-        unknown = set(row) - {
-            "budget_limit",
-            "max_budget",
-            "time_period",
-            "budget_duration",
-        }
+            raise APIError(400, f"{name!r}: each model takes an object with 'budget_limit'.")
+        limits = [row[field] for field in ("budget_limit", "max_budget") if field in row]
+        periods = [row[field] for field in ("time_period", "budget_duration") if field in row]
+        unknown = set(row) - {"budget_limit", "max_budget", "time_period", "budget_duration"}
         if len(limits) != 1 or len(periods) > 1 or unknown:
             raise APIError(
-                400,
-                f"{name!r}: each model takes 'budget_limit' and 'time_period' only.",
+                400, f"{name!r}: each model takes 'budget_limit' and 'time_period' only."
             )
         limit = read_amount(name, limits[0])
         if limit is None:
-            raise APIError(
-                400, f"{name!r}: 'budget_limit' must be a number of USD from 0 up."
-            )
-        budgets[pattern] = ModelBudget(
-            limit, read_window(name, periods[0] if periods else None)
-        )
+            raise APIError(400, f"{name!r}: 'budget_limit' must be a number of USD from 0 up.")
+        budgets[pattern] = ModelBudget(limit, read_window(name, periods[0] if periods else None))
     return budgets
 
 
 def read_object(name: str, value: Any) -> dict[str, Any]:
     """An object; null is an empty one. Raises APIError 400."""
-    return cast(
-        "dict[str, Any]", plain_numbers(read_kind(name, value, dict, "an object", {}))
-    )
+    return cast("dict[str, Any]", plain_numbers(read_kind(name, value, dict, "an object", {})))
 
 
 def plain_numbers(value: Any) -> Any:
@@ -7759,8 +7345,7 @@ def read_own_key(value: Any, store: KeyStore) -> str:
         )
     if value.startswith(OWN_CREDENTIAL_PREFIX):
         raise APIError(
-            400,
-            f"'key' must not begin {OWN_CREDENTIAL_PREFIX!r}: so do Anthropic's own.",
+            400, f"'key' must not begin {OWN_CREDENTIAL_PREFIX!r}: so do Anthropic's own."
         )
     if store.lookup(value) is not None:
         raise APIError(400, "'key' exists already; choose another, or leave it out.")
@@ -7777,9 +7362,7 @@ class GenerateHandler(ManagementHandler):
         key = read_own_key(body.pop("key", None), store)
         changes = key_changes(body, moment, self.relay.admission.prices)
         refuse_taken_alias(store, changes.get("key_alias"))
-        record = VirtualKey(
-            key_name(key), created_at=moment, updated_at=moment, **changes
-        )
+        record = VirtualKey(key_name(key), created_at=moment, updated_at=moment, **changes)
         refuse_unmetered(record)
         hashed = hash_key(key)
         await store.change({hashed: record})
@@ -7822,11 +7405,7 @@ class UpdateHandler(ManagementHandler):
         changed = dataclasses.replace(record, **changes, updated_at=moment)
         refuse_unmetered(changed)
         await self.relay.store.change({hashed: changed})
-        log.info(
-            "key %s updated: %s",
-            changed.shown_name,
-            ", ".join(changes) or "nothing",
-        )
+        log.info("key %s updated: %s", changed.shown_name, ", ".join(changes) or "nothing")
         self.send_json({**key_row(hashed, changed), "key": hashed})
 
 
@@ -7868,11 +7447,7 @@ class BlockHandler(ManagementHandler):
         hashed, record = self.addressed(self.json_body())
         changed = dataclasses.replace(record, blocked=self.blocked, updated_at=now())
         await self.relay.store.change({hashed: changed})
-        log.info(
-            "key %s %s",
-            record.shown_name,
-            "blocked" if self.blocked else "unblocked",
-        )
+        log.info("key %s %s", record.shown_name, "blocked" if self.blocked else "unblocked")
         self.send_json(key_row(hashed, changed))
 
 
@@ -7896,9 +7471,7 @@ class RegenerateHandler(ManagementHandler):
         value = read_own_key(body.pop("new_key", None), store)
         changes = key_changes(body, moment, self.relay.admission.prices)
         refuse_taken_alias(store, changes.get("key_alias"), old_hash)
-        retired = {
-            old: until for old, until in record.retired.items() if until > moment
-        }
+        retired = {old: until for old, until in record.retired.items() if until > moment}
         retired[old_hash] = grace or moment
         new = {"key_name": key_name(value), "updated_at": moment, "retired": retired}
         changed = dataclasses.replace(record, **{**changes, **new})
@@ -7938,9 +7511,7 @@ class InfoHandler(ManagementHandler):
         """The key that the master key asks about. Raises APIError."""
         self.require_master()
         if not asked:
-            raise APIError(
-                400, "Name the key: /key/info?key=…, the plain key or its hash."
-            )
+            raise APIError(400, "Name the key: /key/info?key=…, the plain key or its hash.")
         return self.existing(self.relay.store.find(asked))
 
 
@@ -8041,18 +7612,13 @@ class SpendReportHandler(ManagementHandler):
         last = self.day("end_date", day_of(today))
         group = self.get_query_argument("group_by", "") or "api_key"
         if group not in REPORT_GROUPS:
-            raise APIError(
-                400, f"'group_by' must be one of {', '.join(REPORT_GROUPS)}."
-            )
+            raise APIError(400, f"'group_by' must be one of {', '.join(REPORT_GROUPS)}.")
         sums: dict[str, Tally] = {}
         for hashed, key in self.relay.store.keys.items():
             for day, model, tally in key.account.usage.days(first, last):
-                sums.setdefault(
-                    REPORT_GROUPS[group](hashed, key, day, model), Tally()
-                ).add(tally)
+                sums.setdefault(REPORT_GROUPS[group](hashed, key, day, model), Tally()).add(tally)
         rows = [
-            {group: name} | self.described(group, name) | tally_row(t)
-            for name, t in sums.items()
+            {group: name} | self.described(group, name) | tally_row(t) for name, t in sums.items()
         ]
         self.send_json(sorted(rows, key=lambda row: -row["spend"]))
 
@@ -8081,10 +7647,7 @@ class SpendLogsHandler(SpendReportHandler):
 
     def get(self) -> None:
         """List requests."""
-        first, last = (
-            self.day("start_date", "0001-01-01"),
-            self.day("end_date", "9999-12-31"),
-        )
+        first, last = (self.day("start_date", "0001-01-01"), self.day("end_date", "9999-12-31"))
         wanted, user = (
             self.get_query_argument("request_id", ""),
             self.get_query_argument("user_id", ""),
@@ -8096,9 +7659,7 @@ class SpendLogsHandler(SpendReportHandler):
             for finished in reversed(self.relay.recent)
             if wanted in ("", finished.call_id, finished.request_id)
             and hashed in ("", finished.hashed)
-            and (
-                not user or (finished.key is not None and finished.key.user_id == user)
-            )
+            and (not user or (finished.key is not None and finished.key.user_id == user))
             and first <= day_of(finished.started) <= last
         ]
         self.send_json(rows)
@@ -8127,9 +7688,7 @@ def spend_log_row(finished: Finished) -> dict[str, Any]:
         "cache_creation_input_tokens": tally.written,
         "startTime": iso(finished.started),
         "endTime": iso(finished.ended),
-        "status": "success"
-        if finished.status < 400 and finished.outcome == "ok"
-        else "failure",
+        "status": "success" if finished.status < 400 and finished.outcome == "ok" else "failure",
         "status_code": finished.status,
         "outcome": finished.outcome,
         "estimated": finished.used.estimated,
@@ -8138,7 +7697,7 @@ def spend_log_row(finished: Finished) -> dict[str, Any]:
     }
 
 
-# ─── Operations ──────────────────────────────────────────────────────────────────────
+# ─── Operations ───────────────────────────────────────────────────────────────────────────────────
 
 WELCOME = """\
 This is a gateway to Anthropic's API: {base}
@@ -8158,9 +7717,7 @@ class HelloHandler(BaseHandler):
         """Say what this is and how to connect."""
         self.set_header("Content-Type", "text/plain; charset=utf-8")
         if self.request.path in ("/", RELAY_PREFIX, f"{RELAY_PREFIX}/"):
-            self.finish(
-                WELCOME.format(base=f"{self.request.protocol}://{self.request.host}")
-            )
+            self.finish(WELCOME.format(base=f"{self.request.protocol}://{self.request.host}"))
         else:
             self.finish("hello\n")
 
@@ -8262,6 +7819,32 @@ def names_route(key: VirtualKey, path: str) -> bool:
     )
 
 
+LATENCY_METRICS = (  # in the order of TIMINGS
+    ("litellm_request_total_latency_metric", "The whole of a request"),
+    ("litellm_llm_api_time_to_first_token_metric", "Until the first byte of an answer"),
+    ("litellm_llm_api_latency_metric", "From the sending upstream to the answer's end"),
+    ("litellm_overhead_latency_metric", "Added by the gateway before the first byte"),
+)
+USAGE_METRICS: tuple[tuple[str, str, Callable[[Tally], int | Decimal]], ...] = (
+    ("litellm_spend_metric", "USD", lambda t: t.spend),
+    (
+        "litellm_total_tokens_metric",
+        "Tokens",
+        lambda t: t.input_tokens + t.cached + t.output_tokens,
+    ),
+    ("litellm_input_tokens_metric", "Prompt", lambda t: t.input_tokens + t.cached),
+    ("litellm_output_tokens_metric", "Output", lambda t: t.output_tokens),
+    ("litellm_input_cached_tokens_metric", "From cache", lambda t: t.cache_read_tokens),
+    ("litellm_input_cache_creation_tokens_metric", "To cache", lambda t: t.written),
+)
+BUDGET_METRICS = (
+    ("gateway_api_key_spend", "USD spent in the budget's present window"),
+    ("litellm_api_key_max_budget_metric", "USD of the key's budget"),
+    ("litellm_remaining_api_key_budget_metric", "USD left of the key's budget"),
+    ("litellm_api_key_budget_remaining_hours_metric", "Hours until the budget resets"),
+)
+
+
 class MetricsCollector:
     """Makes Prometheus' metrics of the gateway's counts, at each scrape; so they cost nothing between.
 
@@ -8335,9 +7918,7 @@ class MetricsCollector:
     def _budgets(self) -> Iterator[Any]:
         from prometheus_client.core import GaugeMetricFamily as Gauge
 
-        families = [
-            Gauge(name, text, labels=["api_key_alias"]) for name, text in BUDGET_METRICS
-        ]
+        families = [Gauge(name, text, labels=["api_key_alias"]) for name, text in BUDGET_METRICS]
         spent, limit, remaining, hours = families
         moment = now()
         keys = itertools.islice(self.relay.store.live(), MAX_LABELS)
@@ -8360,9 +7941,7 @@ class MetricsCollector:
         relay, client = self.relay, self.relay.client
         active = list(relay.active)
         streams = sum(handler.is_streaming for handler in active)
-        yield Gauge(
-            "litellm_in_flight_requests", "Requests under way", value=len(active)
-        )
+        yield Gauge("litellm_in_flight_requests", "Requests under way", value=len(active))
         yield Gauge("gateway_streams_open", "Streams under way", value=streams)
         yield Gauge(
             "gateway_upstream_connections_idle",
@@ -8376,32 +7955,6 @@ class MetricsCollector:
             yield Counter(f"gateway_upstream_connections_{name}", text, value=value)
 
 
-LATENCY_METRICS = (  # in the order of TIMINGS
-    ("litellm_request_total_latency_metric", "The whole of a request"),
-    ("litellm_llm_api_time_to_first_token_metric", "Until the first byte of an answer"),
-    ("litellm_llm_api_latency_metric", "From the sending upstream to the answer's end"),
-    ("litellm_overhead_latency_metric", "Added by the gateway before the first byte"),
-)
-USAGE_METRICS: tuple[tuple[str, str, Callable[[Tally], int | Decimal]], ...] = (
-    ("litellm_spend_metric", "USD", lambda t: t.spend),
-    (
-        "litellm_total_tokens_metric",
-        "Tokens",
-        lambda t: t.input_tokens + t.cached + t.output_tokens,
-    ),
-    ("litellm_input_tokens_metric", "Prompt", lambda t: t.input_tokens + t.cached),
-    ("litellm_output_tokens_metric", "Output", lambda t: t.output_tokens),
-    ("litellm_input_cached_tokens_metric", "From cache", lambda t: t.cache_read_tokens),
-    ("litellm_input_cache_creation_tokens_metric", "To cache", lambda t: t.written),
-)
-BUDGET_METRICS = (
-    ("gateway_api_key_spend", "USD spent in the budget's present window"),
-    ("litellm_api_key_max_budget_metric", "USD of the key's budget"),
-    ("litellm_remaining_api_key_budget_metric", "USD left of the key's budget"),
-    ("litellm_api_key_budget_remaining_hours_metric", "Hours until the budget resets"),
-)
-
-
 class JSONFormatter(logging.Formatter):
     """A log line as a JSON object: ``time``, ``level``, and a relayed request's `Finished.fields`
     or a ``message`` (with ``exception``, where there was one)."""
@@ -8413,9 +7966,7 @@ class JSONFormatter(logging.Formatter):
             "time": moment.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             "level": record.levelname.lower(),
         }
-        subject = (
-            record.args[0] if isinstance(record.args, tuple) and record.args else 0
-        )
+        subject = record.args[0] if isinstance(record.args, tuple) and record.args else 0
         if isinstance(subject, Finished):
             line |= subject.fields()
         else:
@@ -8455,7 +8006,7 @@ def log_request(handler: web.RequestHandler) -> None:
     )
 
 
-# ─── Stand-in ────────────────────────────────────────────────────────────────────────
+# ─── Stand-in ─────────────────────────────────────────────────────────────────────────────────────
 
 MOCK_MODELS = ("claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5")
 MOCK_TOKEN_INTERVAL = 0.02  # seconds between two deltas, about what a model does
@@ -8535,18 +8086,14 @@ def mock_message(app: MockAnthropic, params: Mapping[str, Any]) -> dict[str, Any
     if not isinstance(max_tokens, int) or max_tokens < 1:
         raise MockError(400, "invalid_request_error", "max_tokens: Field required")
     if not isinstance(messages, list) or not messages:
-        raise MockError(
-            400, "invalid_request_error", "messages: at least one message is required"
-        )
+        raise MockError(400, "invalid_request_error", "messages: at least one message is required")
     error = MOCK_ERROR.fullmatch(model)
     if error:
         status = int(error[1])
         raise MockError(
             status, MOCK_ERROR_TYPES.get(status, "api_error"), "An error, as you asked."
         )
-    words = f"You said: {mock_text(messages[-1])}".split(" ")[
-        : min(max_tokens, MOCK_MAX_TOKENS)
-    ]
+    words = f"You said: {mock_text(messages[-1])}".split(" ")[: min(max_tokens, MOCK_MAX_TOKENS)]
     return {
         "id": mock_id("msg"),
         "type": "message",
@@ -8565,14 +8112,10 @@ def mock_text(message: object) -> str:
     if isinstance(content, str):
         return content
     blocks = content if isinstance(content, list) else []
-    return " ".join(
-        str(block.get("text", "")) for block in blocks if isinstance(block, dict)
-    )
+    return " ".join(str(block.get("text", "")) for block in blocks if isinstance(block, dict))
 
 
-def mock_usage(
-    app: MockAnthropic, params: Mapping[str, Any], output: int
-) -> dict[str, Any]:
+def mock_usage(app: MockAnthropic, params: Mapping[str, Any], output: int) -> dict[str, Any]:
     """Usage as Anthropic reports it; a prompt with ``cache_control`` is written to the cache the
     first time and read from it after that."""
     total, prefix = (
@@ -8591,10 +8134,7 @@ def mock_usage(
         "input_tokens": total,
         "cache_creation_input_tokens": written,
         "cache_read_input_tokens": cached if hit else 0,
-        "cache_creation": {
-            "ephemeral_5m_input_tokens": written,
-            "ephemeral_1h_input_tokens": 0,
-        },
+        "cache_creation": {"ephemeral_5m_input_tokens": written, "ephemeral_1h_input_tokens": 0},
         "output_tokens": output,
         "service_tier": "standard",
     }
@@ -8628,18 +8168,14 @@ class MockHandler(web.RequestHandler):
         except ValueError:
             body = None
         if not isinstance(body, dict):
-            raise MockError(
-                400, "invalid_request_error", "The body is not a JSON object"
-            )
+            raise MockError(400, "invalid_request_error", "The body is not a JSON object")
         return body
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """Called by Tornado for every exception of a handler."""
         error = kwargs.get("exc_info", (None, None, None))[1]
         if not isinstance(error, MockError):
-            error = MockError(
-                status_code, MOCK_ERROR_TYPES.get(status_code, "api_error"), "Error"
-            )
+            error = MockError(status_code, MOCK_ERROR_TYPES.get(status_code, "api_error"), "Error")
         self.set_status(error.status, MOCK_ERROR_TYPES.get(error.status, "Error"))
         if error.status == 429:
             self.set_header("retry-after", "1")
@@ -8697,9 +8233,7 @@ class MockMessages(MockHandler):
             "usage": {**usage, "output_tokens": 1},
         }
         await self.event("message_start", message=started)
-        await self.event(
-            "content_block_start", index=0, content_block={"type": "text", "text": ""}
-        )
+        await self.event("content_block_start", index=0, content_block={"type": "text", "text": ""})
         await self.event("ping")
         for number, word in enumerate(text.split(" ")):
             await asyncio.sleep(MOCK_TOKEN_INTERVAL)
@@ -8708,9 +8242,7 @@ class MockMessages(MockHandler):
         await self.event("content_block_stop", index=0)
         ended = {"stop_reason": stop, "stop_sequence": None}
         await self.event(
-            "message_delta",
-            delta=ended,
-            usage={"output_tokens": usage["output_tokens"]},
+            "message_delta", delta=ended, usage={"output_tokens": usage["output_tokens"]}
         )
         await self.event("message_stop")
 
@@ -8737,14 +8269,10 @@ class MockBatches(MockHandler):
         requests = self.params().get("requests")
         if not isinstance(requests, list) or not requests:
             raise MockError(
-                400,
-                "invalid_request_error",
-                "requests: at least one request is required",
+                400, "invalid_request_error", "requests: at least one request is required"
             )
         batch_id, moment = mock_id("msgbatch"), now()
-        self.app.results[batch_id] = [
-            mock_result(self.app, request) for request in requests
-        ]
+        self.app.results[batch_id] = [mock_result(self.app, request) for request in requests]
         batch = {
             "id": batch_id,
             "type": "message_batch",
@@ -8762,24 +8290,12 @@ class MockBatches(MockHandler):
 
     def get(self) -> None:
         """List batches, newest first."""
-        self.page(
-            [
-                mock_ended(self.app, batch)
-                for batch in reversed(self.app.batches.values())
-            ]
-        )
+        self.page([mock_ended(self.app, batch) for batch in reversed(self.app.batches.values())])
 
 
 def mock_counts(**counts: int) -> dict[str, int]:
     """A batch's request_counts."""
-    return {
-        "processing": 0,
-        "succeeded": 0,
-        "errored": 0,
-        "canceled": 0,
-        "expired": 0,
-        **counts,
-    }
+    return {"processing": 0, "succeeded": 0, "errored": 0, "canceled": 0, "expired": 0, **counts}
 
 
 def mock_result(app: MockAnthropic, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -8798,9 +8314,7 @@ def mock_result(app: MockAnthropic, request: Mapping[str, Any]) -> dict[str, Any
 def mock_ended(app: MockAnthropic, batch: dict[str, Any]) -> dict[str, Any]:
     """The batch, ended, with its results at Anthropic's own absolute URL."""
     kinds = [line["result"]["type"] for line in app.results[batch["id"]]]
-    counts = mock_counts(
-        succeeded=kinds.count("succeeded"), errored=kinds.count("errored")
-    )
+    counts = mock_counts(succeeded=kinds.count("succeeded"), errored=kinds.count("errored"))
     batch["processing_status"], batch["request_counts"] = "ended", counts
     batch["ended_at"] = batch["ended_at"] or iso(now())
     batch["results_url"] = f"{ANTHROPIC_API}/v1/messages/batches/{batch['id']}/results"
@@ -8840,9 +8354,7 @@ class MockBatchAction(MockBatch):
         """Stream the results as JSONL."""
         mock_ended(self.app, self.batch(batch_id))
         self.set_header("Content-Type", "application/x-jsonl")
-        self.finish(
-            "".join(json.dumps(line) + "\n" for line in self.app.results[batch_id])
-        )
+        self.finish("".join(json.dumps(line) + "\n" for line in self.app.results[batch_id]))
 
 
 class MockModels(MockHandler):
@@ -8919,7 +8431,7 @@ class MockFile(MockHandler):
         return self.app.files[file_id]
 
 
-# ─── Main ────────────────────────────────────────────────────────────────────────────
+# ─── Main ─────────────────────────────────────────────────────────────────────────────────────────
 
 USAGE_ERROR = 2  # exit status for a start that cannot be
 DRAIN_PROGRESS = 5.0  # seconds between two lines about what a stop waits for
@@ -8985,9 +8497,7 @@ def bind(settings: Settings, *, loopback: bool) -> list[socket.socket]:
         return sockets
     except OSError as error:
         where = settings.unix_socket or f"{settings.address or 'port'} {settings.port}"
-        raise SettingsError(
-            f"cannot listen on {where}: {error.strerror or error}"
-        ) from None
+        raise SettingsError(f"cannot listen on {where}: {error.strerror or error}") from None
     except ValueError as error:  # what stands there is a file, but no socket
         raise SettingsError(f"--unix-socket: {error}") from None
 
@@ -9011,13 +8521,14 @@ def load_certificate(context: ssl.SSLContext, settings: Settings) -> None:
         raise SettingsError(f"--certfile, --keyfile: {reason}") from None
 
 
+MOCK_CREDENTIAL = "sk-ant-mock-"
+
+
 def announce(settings: Settings, relay: Relay, port: int) -> None:
     """Print where it listens and relays to, what it lets in, and what a user pastes to connect."""
     admission, keys = relay.admission, sum(1 for _ in relay.store.live())
     url, everywhere = base_url(settings, port, is_open=admission.is_open)
-    where = settings.unix_socket or url + (
-        " and every other address" if everywhere else ""
-    )
+    where = settings.unix_socket or url + (" and every other address" if everywhere else "")
     lines = [f"gateway {__version__} listening on {where}"]
     upstream = (
         "the built-in stand-in"
@@ -9041,9 +8552,7 @@ def announce(settings: Settings, relay: Relay, port: int) -> None:
     elif settings.has_weak_master_key:
         lines.append(f"! {WEAK_MASTER_KEY}")
     if not admission.prices.available:
-        lines.append(
-            "! genai-prices is not installed: tokens are counted, money is not"
-        )
+        lines.append("! genai-prices is not installed: tokens are counted, money is not")
     lines += connect_lines(url, is_open=admission.is_open)
     print("\n".join(lines), flush=True)
 
@@ -9069,32 +8578,23 @@ def connect_lines(url: str, *, is_open: bool) -> list[str]:
     ]
 
 
-MOCK_CREDENTIAL = "sk-ant-mock-"
-
-
 def start_mock(settings: Settings) -> Settings:
     """Start the stand-in on a free loopback port and return settings that relay to it."""
     credential = MOCK_CREDENTIAL + secrets.token_urlsafe(KEY_BYTES)
     sockets = bind_sockets(0, LOOPBACK[0])
     server = HTTPServer(
-        MockAnthropic(credential),
-        max_body_size=MAX_BODY_SIZE,
-        max_buffer_size=MAX_BODY_SIZE,
+        MockAnthropic(credential), max_body_size=MAX_BODY_SIZE, max_buffer_size=MAX_BODY_SIZE
     )
     server.add_sockets(sockets)
     upstream = f"http://{LOOPBACK[0]}:{sockets[0].getsockname()[1]}"
-    return dataclasses.replace(
-        settings, upstream=upstream, api_key=credential, auth_token=""
-    )
+    return dataclasses.replace(settings, upstream=upstream, api_key=credential, auth_token="")
 
 
 def report_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """Log what the event loop reports; a line is enough where no more files can be opened."""
     error = context.get("exception")
     if isinstance(error, OSError) and error.errno in OUT_OF_FILES:
-        log.warning(
-            "%s: new connections wait a second; raise the limit", error.strerror
-        )
+        log.warning("%s: new connections wait a second; raise the limit", error.strerror)
     elif isinstance(error, RuntimeError) and UVLOOP_CLOSED in str(error):
         # uvloop goes on with a read over TLS whose connection was broken off within it.
         log.debug("after the end of a connection", exc_info=error)
@@ -9176,19 +8676,11 @@ async def stop(relay: Relay, server: GatewayServer, stops: asyncio.Queue[None]) 
     server.stop()
     hurry = asyncio.create_task(stops.get())
     deadline = relay.client.time() + relay.settings.drain_timeout
-    while (
-        relay.active
-        and not hurry.done()
-        and (left := deadline - relay.client.time()) > 0
-    ):
-        log.info(
-            "stopping: %d requests under way, %.0f s left", len(relay.active), left
-        )
+    while relay.active and not hurry.done() and (left := deadline - relay.client.time()) > 0:
+        log.info("stopping: %d requests under way, %.0f s left", len(relay.active), left)
         drained = asyncio.create_task(relay.idle.wait())
         await asyncio.wait(
-            {hurry, drained},
-            timeout=min(left, DRAIN_PROGRESS),
-            return_when=asyncio.FIRST_COMPLETED,
+            {hurry, drained}, timeout=min(left, DRAIN_PROGRESS), return_when=asyncio.FIRST_COMPLETED
         )
         drained.cancel()
     hurry.cancel()
@@ -9293,9 +8785,7 @@ def check_certificate(settings: Settings) -> Finding:
 
 async def check_upstream(settings: Settings) -> Finding:
     """Whether the upstream answers, and takes the real key: one GET /v1/models."""
-    client = UpstreamClient(
-        force_instance=True, connect_timeout=settings.connect_timeout
-    )
+    client = UpstreamClient(force_instance=True, connect_timeout=settings.connect_timeout)
     request = HTTPRequest(f"{settings.upstream.rstrip('/')}/v1/models?limit=1")
     request.request_timeout = CHECK_TIMEOUT
     request.headers["anthropic-version"] = ANTHROPIC_VERSION
@@ -9332,9 +8822,7 @@ def sdk_lines(url: str) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the gateway with these arguments, by default the command line's. Ends the process."""
     try:
-        settings = read_settings(
-            sys.argv[1:] if arguments is None else arguments, os.environ
-        )
+        settings = read_settings(sys.argv[1:] if arguments is None else arguments, os.environ)
         masked = (settings.master_key, settings.api_key, settings.auth_token)
         for handler in logging.getLogger().handlers:
             inner = JSONFormatter() if options.log_json else handler.formatter

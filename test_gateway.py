@@ -94,9 +94,7 @@ class Process:
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.popen.pid}/fd"))
 
-    def manage(
-        self, path: str, body: Any = None, key: str = MASTER_KEY
-    ) -> httpx2.Response:
+    def manage(self, path: str, body: Any = None, key: str = MASTER_KEY) -> httpx2.Response:
         """Call /key/…: POST with a body, GET without."""
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         if body is None:
@@ -150,9 +148,7 @@ class Starter:
                     *options,
                 ],
                 cwd=folder,
-                env=environment(
-                    **(DEFAULT_VARIABLES if variables is None else variables)
-                ),
+                env=environment(**(DEFAULT_VARIABLES if variables is None else variables)),
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
@@ -252,9 +248,7 @@ class Arrived:
 
     async def read_body(self) -> bytes:
         if self.field("content-length"):
-            self.body = await self.reader.readexactly(
-                int(self.field("content-length")[0])
-            )
+            self.body = await self.reader.readexactly(int(self.field("content-length")[0]))
         elif self.field("transfer-encoding"):
             self.body = await read_chunked(self.reader)
         return self.body
@@ -263,9 +257,7 @@ class Arrived:
         self.writer.write(data)
         await self.writer.drain()
 
-    async def answer(
-        self, body: bytes = b"{}", status: str = "200 OK", *fields: str
-    ) -> None:
+    async def answer(self, body: bytes = b"{}", status: str = "200 OK", *fields: str) -> None:
         lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", *fields, "\r\n"]
         if self.start_line.startswith("HEAD "):
             body = b""
@@ -305,9 +297,7 @@ class Upstream:
     def url(self) -> str:
         return f"{self.scheme}://localhost:{self.port}"
 
-    async def serve(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
         try:
             while True:
@@ -352,9 +342,7 @@ async def echo(request: Arrived) -> None:
         "body": hashlib.sha256(body).hexdigest(),
         "size": len(body),
     }
-    await request.answer(
-        json.dumps(told).encode(), "200 OK", "Content-Type: application/json"
-    )
+    await request.answer(json.dumps(told).encode(), "200 OK", "Content-Type: application/json")
 
 
 @dataclass
@@ -446,9 +434,7 @@ class Client:
 
     async def read_body(self, response: Response) -> bytes:
         if response.field("content-length"):
-            return await self.reader.readexactly(
-                int(response.field("content-length")[0])
-            )
+            return await self.reader.readexactly(int(response.field("content-length")[0]))
         if response.field("transfer-encoding"):
             return await read_chunked(self.reader)
         return await self.reader.read()
@@ -509,12 +495,8 @@ def test_chunked_bodies_read_the_same_however_they_are_split(
 
 
 @given(data=st.binary(max_size=60), cuts=CUTS)
-def test_fixed_bodies_read_the_same_however_they_are_split(
-    data: bytes, cuts: list[int]
-) -> None:
-    payload, behind, complete = feed_in_parts(
-        len(data), split_at(data + b"behind", cuts)
-    )
+def test_fixed_bodies_read_the_same_however_they_are_split(data: bytes, cuts: list[int]) -> None:
+    payload, behind, complete = feed_in_parts(len(data), split_at(data + b"behind", cuts))
     assert (payload, behind, complete) == (data, b"behind", True)
 
 
@@ -633,19 +615,13 @@ def test_accepted_codings_are_cut_down(offered: list[str], kept: str) -> None:
     assert gateway.readable_codings(tuple(offered)) == kept
 
 
-@given(
-    cuts=CUTS,
-    before=st.text("sk-ant", max_size=20),
-    after=st.text("sk-ant", max_size=20),
-)
+@given(cuts=CUTS, before=st.text("sk-ant", max_size=20), after=st.text("sk-ant", max_size=20))
 def test_a_secret_is_masked_however_the_stream_is_split(
     cuts: list[int], before: str, after: str
 ) -> None:
     data = (before + REAL_KEY + after + REAL_KEY).encode()
     redactor, parts = gateway.Redactor(REAL_KEY.encode()), split_at(data, cuts)
-    out = b"".join(redactor.feed(part, False) for part in parts) + redactor.feed(
-        b"", True
-    )
+    out = b"".join(redactor.feed(part, False) for part in parts) + redactor.feed(b"", True)
     masked = b"*" * len(REAL_KEY)
     assert out == before.encode() + masked + after.encode() + masked
 
@@ -664,38 +640,18 @@ def test_an_event_is_never_held_back_by_the_mask() -> None:
             b'{"results_url":"https://api.anthropic.com/v1/files/x"}',
             b'{"results_url":"/v1/files/x"}',
         ),
-        (
-            "",
-            b'{"results_url" : "http://h:1/v1/files/x"}',
-            b'{"results_url" : "/v1/files/x"}',
-        ),
+        ("", b'{"results_url" : "http://h:1/v1/files/x"}', b'{"results_url" : "/v1/files/x"}'),
         ("", b'{"results_url":"https:\\/\\/a\\/v1"}', b'{"results_url":"\\/v1"}'),
         ("", b'{"results_url":null}', b'{"results_url":null}'),
         ("", b'{"a":"\\"results_url\\":\\"https://a/b\\""}', None),
         ("", b'{"url":"https://api.anthropic.com/v1/files/x"}', None),
-        (
-            "/base",
-            b'{"results_url":"https://a/base/v1/files/x"}',
-            b'{"results_url":"/v1/files/x"}',
-        ),
-        (
-            "/base",
-            b'{"results_url":"/base/v1/files/x"}',
-            b'{"results_url":"/v1/files/x"}',
-        ),
-        (
-            "/base",
-            b'{"results_url":"https://a/v1/files/x"}',
-            b'{"results_url":"/v1/files/x"}',
-        ),
+        ("/base", b'{"results_url":"https://a/base/v1/files/x"}', b'{"results_url":"/v1/files/x"}'),
+        ("/base", b'{"results_url":"/base/v1/files/x"}', b'{"results_url":"/v1/files/x"}'),
+        ("/base", b'{"results_url":"https://a/v1/files/x"}', b'{"results_url":"/v1/files/x"}'),
     ],
 )
-def test_results_url_becomes_relative(
-    base: str, before: bytes, after: bytes | None
-) -> None:
-    assert gateway.rewrite_results_url(before, base) == (
-        before if after is None else after
-    )
+def test_results_url_becomes_relative(base: str, before: bytes, after: bytes | None) -> None:
+    assert gateway.rewrite_results_url(before, base) == (before if after is None else after)
 
 
 def test_durations() -> None:
@@ -704,18 +660,7 @@ def test_durations() -> None:
     assert gateway.later(start, "2w") == start + timedelta(days=14)
     assert gateway.later(start, "1mo") == datetime(2027, 2, 28, 12, tzinfo=UTC)
     assert gateway.later(start, "12mo") == datetime(2028, 1, 31, 12, tzinfo=UTC)
-    for wrong in (
-        "",
-        "30",
-        "d",
-        "1y",
-        "-1d",
-        "1.5h",
-        "1 d",
-        "١d",
-        "999999999mo",
-        "999999999w",
-    ):
+    for wrong in ("", "30", "d", "1y", "-1d", "1.5h", "1 d", "١d", "999999999mo", "999999999w"):
         with pytest.raises(ValueError, match="duration|long"):
             gateway.later(start, wrong)
 
@@ -757,9 +702,7 @@ def test_a_port_in_use_ends_the_start(tmp_path: Path) -> None:
         assert "in use" in failed_start(tmp_path, f"--port={port}", "--upstream=mock")
 
 
-def test_a_config_file_is_read_and_the_command_line_wins(
-    tmp_path: Path, start: Starter
-) -> None:
+def test_a_config_file_is_read_and_the_command_line_wins(tmp_path: Path, start: Starter) -> None:
     config = tmp_path / "gateway.conf"
     config.write_text('keys = "other.json"\nidle_timeout = "nonsense"\n')
     assert "config" in failed_start(tmp_path, f"--config={config}")
@@ -782,13 +725,7 @@ def test_help_lists_the_options(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0
-    for option in (
-        "--port",
-        "--upstream",
-        "--keys",
-        "--idle-timeout",
-        "--max-body-size",
-    ):
+    for option in ("--port", "--upstream", "--keys", "--idle-timeout", "--max-body-size"):
         assert option in done.stderr
 
 
@@ -828,9 +765,7 @@ def test_open_mode_listens_on_loopback_only(start: Starter) -> None:
     start.started[-1].stop()
     assert listening_addresses(start("mock")) & anywhere
     start.started[-1].stop()
-    assert listening_addresses(start("mock", "--address=0.0.0.0", variables={})) == {
-        "00000000"
-    }
+    assert listening_addresses(start("mock", "--address=0.0.0.0", variables={})) == {"00000000"}
 
 
 def test_the_upstream_is_not_read_from_anthropic_base_url(start: Starter) -> None:
@@ -881,36 +816,19 @@ async def relayed(
     """A gateway in front of a raw upstream, and a virtual key for it."""
     async with upstream(script, **kwargs.pop("server", {})) as up:
         process = start(up.url + base, *options, **kwargs)
-        key = (
-            process.new_key()
-            if "GATEWAY_MASTER_KEY" in process_variables(kwargs)
-            else ""
-        )
+        key = process.new_key() if "GATEWAY_MASTER_KEY" in process_variables(kwargs) else ""
         yield process, up, key
 
 
 def process_variables(kwargs: dict[str, Any]) -> dict[str, str]:
-    return kwargs.get("variables") or (
-        DEFAULT_VARIABLES if "variables" not in kwargs else {}
-    )
+    return kwargs.get("variables") or (DEFAULT_VARIABLES if "variables" not in kwargs else {})
 
 
 @gen_test
 async def test_every_method_is_relayed(start: Starter) -> None:
     async with relayed(start) as (process, up, key):
-        for method in (
-            "GET",
-            "POST",
-            "PUT",
-            "PATCH",
-            "DELETE",
-            "OPTIONS",
-            "HEAD",
-            "PURGE",
-        ):
-            answer = await ask(
-                process.port, f"{method} /anthropic/v1/files/things", key=key
-            )
+        for method in ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "HEAD", "PURGE"):
+            answer = await ask(process.port, f"{method} /anthropic/v1/files/things", key=key)
             assert answer.status == 200
             assert up.arrived[-1].start_line == f"{method} /v1/files/things HTTP/1.1"
         assert up.connections == 1, "the upstream connection was not kept alive"
@@ -944,9 +862,7 @@ async def test_raw_targets_are_kept(start: Starter, base: str) -> None:
 
 
 @gen_test
-async def test_dot_segments_and_foreign_targets_never_go_upstream(
-    start: Starter,
-) -> None:
+async def test_dot_segments_and_foreign_targets_never_go_upstream(start: Starter) -> None:
     async with relayed(start) as (process, up, key):
         for target in DOT_SEGMENTS:
             answer = await ask(process.port, f"GET /anthropic{target}", key=key)
@@ -970,10 +886,7 @@ async def test_dot_segments_and_foreign_targets_never_go_upstream(
 
 
 BODIES: list[tuple[str, bytes]] = [
-    (
-        "application/json",
-        b' {"b":1,  "a":1e400, "a":2, "c":"\\ud800", "d":"\xc3\xa9"}\n',
-    ),
+    ("application/json", b' {"b":1,  "a":1e400, "a":2, "c":"\\ud800", "d":"\xc3\xa9"}\n'),
     ("application/json", b"not JSON at all \x00\xff"),
     ("application/json; charset=utf-8", gzip.compress(b'{"a": 1}')),
     ("text/plain", b"plain"),
@@ -988,11 +901,7 @@ async def test_request_bytes_are_upstream_bytes(start: Starter) -> None:
     async with relayed(start) as (process, up, key):
         for kind, body in BODIES:
             answer = await ask(
-                process.port,
-                "POST /v1/files/x",
-                f"Content-Type: {kind}",
-                body=body,
-                key=key,
+                process.port, "POST /v1/files/x", f"Content-Type: {kind}", body=body, key=key
             )
             assert answer.json()["body"] == hashlib.sha256(body).hexdigest()
             assert up.arrived[-1].field("content-length") == [str(len(body))]
@@ -1010,22 +919,12 @@ async def test_chunked_requests_arrive_whole(start: Starter) -> None:
                     "Transfer-Encoding: chunked",
                     key=key,
                 )
-                for part in (
-                    b"5\r\nhello\r\n",
-                    b"7;x=y\r\n, world\r\n",
-                    b"0\r\nT: r\r\n\r\n",
-                ):
+                for part in (b"5\r\nhello\r\n", b"7;x=y\r\n, world\r\n", b"0\r\nT: r\r\n\r\n"):
                     client.send(part)
                 answer = await client.response()
-                assert (
-                    answer.json()["body"] == hashlib.sha256(b"hello, world").hexdigest()
-                )
+                assert answer.json()["body"] == hashlib.sha256(b"hello, world").hexdigest()
         framing = [
-            [
-                n.lower()
-                for n, _ in r.fields
-                if n.lower() in ("content-length", "transfer-encoding")
-            ]
+            [n.lower() for n, _ in r.fields if n.lower() in ("content-length", "transfer-encoding")]
             for r in up.arrived
         ]
         assert framing == [["content-length"], ["transfer-encoding"]]
@@ -1044,9 +943,7 @@ async def test_a_post_without_body_or_type_gains_nothing(start: Starter) -> None
 async def test_expect_continue(start: Starter) -> None:
     async with relayed(start) as (process, up, key):
         async with Client(process.port) as client:
-            client.request(
-                "POST /v1/files/x", "Content-Length: 5", "expect: 100-Continue", key=key
-            )
+            client.request("POST /v1/files/x", "Content-Length: 5", "expect: 100-Continue", key=key)
             assert await client.head() == b"HTTP/1.1 100 Continue\r\n\r\n"
             client.send(b"hello")
             answer = await client.response()
@@ -1054,36 +951,20 @@ async def test_expect_continue(start: Starter) -> None:
             assert not up.arrived[-1].field("expect")
         async with Client(process.port) as client:
             client.request(
-                "POST /v1/files/x",
-                "Content-Length: 5",
-                "Expect: 100-continue",
-                key="sk-no",
+                "POST /v1/files/x", "Content-Length: 5", "Expect: 100-continue", key="sk-no"
             )
             refused = await client.response()
             assert refused.status == 401 and not refused.informational
-            assert await client.reader.read() == b"", (
-                "the connection's state is unknown: close"
-            )
+            assert await client.reader.read() == b"", "the connection's state is unknown: close"
 
 
-SPECIAL = [
-    "X-Odd: a,b",
-    "X-Odd: c",
-    "aNtHrOpIc-BeTa: one,two",
-    "X-Latin: \xe4\xff",
-    "X-Empty: ",
-]
+SPECIAL = ["X-Odd: a,b", "X-Odd: c", "aNtHrOpIc-BeTa: one,two", "X-Latin: \xe4\xff", "X-Empty: "]
 
 
 @gen_test
 async def test_request_fields_go_on_as_they_came(start: Starter) -> None:
     async with relayed(start) as (process, up, key):
-        kept = [
-            *SPECIAL,
-            "User-Agent: me",
-            "anthropic-version: 2099-01-01",
-            "Accept-Encoding: br",
-        ]
+        kept = [*SPECIAL, "User-Agent: me", "anthropic-version: 2099-01-01", "Accept-Encoding: br"]
         dropped = [
             "Connection: keep-alive, X-Hop",
             "X-Hop: 1",
@@ -1100,14 +981,7 @@ async def test_request_fields_go_on_as_they_came(start: Starter) -> None:
             "anthropic-workspace-id: wrkspc_x",
             f"X-Debug: my key is {key}!",
         ]
-        await ask(
-            process.port,
-            "GET /v1/files/things",
-            *dropped[:7],
-            *kept,
-            *dropped[7:],
-            key=key,
-        )
+        await ask(process.port, "GET /v1/files/things", *dropped[:7], *kept, *dropped[7:], key=key)
         wire = [f"{name}: {value}" for name, value in up.arrived[-1].fields]
         assert wire == [f"Host: localhost:{up.port}", *kept, f"x-api-key: {REAL_KEY}"]
 
@@ -1137,9 +1011,7 @@ def credentials(arrived: Arrived) -> list[tuple[str, str]]:
 
 
 @gen_test
-async def test_the_virtual_key_is_read_anywhere_and_seen_nowhere(
-    start: Starter,
-) -> None:
+async def test_the_virtual_key_is_read_anywhere_and_seen_nowhere(start: Starter) -> None:
     async with relayed(start) as (process, up, key):
         own = "sk-ant-oat01-mine"
         real, mine = [("x-api-key", REAL_KEY)], [("authorization", f"Bearer {own}")]
@@ -1157,16 +1029,9 @@ async def test_the_virtual_key_is_read_anywhere_and_seen_nowhere(
             ([f"x-api-key: {MASTER_KEY}"], real),
             ([f"x-api-key: {key}", f"Authorization: Bearer {own}"], mine),
             ([f"x-litellm-api-key: {key}", f"Authorization: Bearer {own}"], mine),
+            ([f"Authorization: Bearer {key}", f"x-api-key: {own}"], [("x-api-key", own)]),
             (
-                [f"Authorization: Bearer {key}", f"x-api-key: {own}"],
-                [("x-api-key", own)],
-            ),
-            (
-                [
-                    f"X-Also: <{key}>",
-                    f"x-api-key: {key}",
-                    f"Authorization: Bearer {MASTER_KEY}",
-                ],
+                [f"X-Also: <{key}>", f"x-api-key: {key}", f"Authorization: Bearer {MASTER_KEY}"],
                 real,
             ),
         ]
@@ -1203,9 +1068,7 @@ async def test_wrong_keys_are_refused(start: Starter) -> None:
             ["x-api-key: \xff\xfe"],
         ):
             answer = await ask(process.port, "GET /v1/files/things", *fields)
-            assert (
-                answer.status == 401 and answer.error["type"] == "authentication_error"
-            )
+            assert answer.status == 401 and answer.error["type"] == "authentication_error"
             assert wrong.encode() not in answer.body
         assert not up.arrived
         assert wrong not in process.log
@@ -1221,9 +1084,7 @@ async def test_open_mode_lets_anyone_in(start: Starter) -> None:
             (["Authorization: bearer sk-anything"], real),
             (["x-api-key: sk-ant-mine"], [("x-api-key", "sk-ant-mine")]),
         ]:
-            answer = await ask(
-                process.port, "GET /v1/files/things", *fields, host=LOCAL
-            )
+            answer = await ask(process.port, "GET /v1/files/things", *fields, host=LOCAL)
             assert answer.status == 200
             assert credentials(up.arrived[-1]) == sent
         refused = process.manage("/key/generate", {})
@@ -1249,18 +1110,14 @@ async def test_an_auth_token_goes_upstream_as_bearer(start: Starter) -> None:
 
 
 @gen_test
-async def test_without_any_credential_the_answer_names_the_variable(
-    start: Starter,
-) -> None:
+async def test_without_any_credential_the_answer_names_the_variable(start: Starter) -> None:
     variables = {"GATEWAY_MASTER_KEY": MASTER_KEY}
     async with relayed(start, variables=variables) as (process, up, key):
         answer = await ask(process.port, "GET /v1/files/things", key=key)
         assert answer.status == 401 and "ANTHROPIC_API_KEY" in answer.error["message"]
         assert not up.arrived
         own = "Authorization: Bearer sk-ant-mine"
-        assert (
-            await ask(process.port, "GET /v1/files/things", own, key=key)
-        ).status == 200
+        assert (await ask(process.port, "GET /v1/files/things", own, key=key)).status == 200
 
 
 @gen_test
@@ -1269,9 +1126,7 @@ async def test_an_echoing_upstream_does_not_reveal_the_real_key(start: Starter) 
         whole = request.head + request.head
         await request.send(
             b"HTTP/1.1 200 OK\r\nX-Echo: key=" + REAL_KEY.encode() + b"\r\n"
-            b"Request-Id: "
-            + REAL_KEY.encode()
-            + b"\r\nContent-Length: %d\r\n\r\n" % len(whole)
+            b"Request-Id: " + REAL_KEY.encode() + b"\r\nContent-Length: %d\r\n\r\n" % len(whole)
         )
         cut = whole.index(REAL_KEY.encode()) + 10
         await request.send(whole[:cut])
@@ -1294,16 +1149,12 @@ async def test_a_key_that_is_an_ordinary_word_masks_nothing(start: Starter) -> N
 
     variables = {**DEFAULT_VARIABLES, "ANTHROPIC_API_KEY": "test"}
     async with relayed(start, say, variables=variables) as (process, _, key):
-        assert (
-            await ask(process.port, "GET /v1/files/x", key=key)
-        ).body == b"this is a test"
+        assert (await ask(process.port, "GET /v1/files/x", key=key)).body == b"this is a test"
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate"])
 @gen_test
-async def test_a_compressed_echo_does_not_reveal_the_real_key(
-    start: Starter, coding: str
-) -> None:
+async def test_a_compressed_echo_does_not_reveal_the_real_key(start: Starter, coding: str) -> None:
     pack = {"gzip": gzip.compress, "deflate": zlib.compress}[coding]
 
     async def reveal(request: Arrived) -> None:
@@ -1341,10 +1192,7 @@ async def test_responses_come_back_as_sent(start: Starter) -> None:
     async def replay(request: Arrived) -> None:
         await request.send(wire[request.target.rpartition("/")[2]])
 
-    async with (
-        relayed(start, replay) as (process, _, key),
-        Client(process.port) as client,
-    ):
+    async with relayed(start, replay) as (process, _, key), Client(process.port) as client:
         for name, sent in wire.items():
             client.request(f"GET /v1/files/{name}", key=key)
             answer = await client.response()
@@ -1362,12 +1210,7 @@ async def test_responses_come_back_as_sent(start: Starter) -> None:
 async def test_hop_by_hop_response_fields_stay_here(start: Starter) -> None:
     async def hop(request: Arrived) -> None:
         await request.answer(
-            b"x",
-            "200 OK",
-            "Connection: keep-alive, X-Hop",
-            "X-Hop: 1",
-            "Keep-Alive: 5",
-            "X-End: 1",
+            b"x", "200 OK", "Connection: keep-alive, X-Hop", "X-Hop: 1", "Keep-Alive: 5", "X-End: 1"
         )
 
     async with relayed(start, hop) as (process, _, key):
@@ -1382,10 +1225,7 @@ async def test_head_keeps_its_length(start: Starter) -> None:
     async def head(request: Arrived) -> None:
         await request.send(b"HTTP/1.1 200 OK\r\nContent-Length: 1234\r\n\r\n")
 
-    async with (
-        relayed(start, head) as (process, _, key),
-        Client(process.port) as client,
-    ):
+    async with relayed(start, head) as (process, _, key), Client(process.port) as client:
         for _ in range(2):
             client.request("HEAD /v1/files/x", key=key)
             answer = await client.response("HEAD")
@@ -1401,10 +1241,7 @@ async def test_informational_responses_pass(start: Starter) -> None:
 
     async with relayed(start, hints) as (process, _, key):
         answer = await ask(process.port, "GET /v1/files/x", key=key)
-        assert [h.split(b"\r\n")[1] for h in answer.informational] == [
-            b"Link: </a>",
-            b"Link: </b>",
-        ]
+        assert [h.split(b"\r\n")[1] for h in answer.informational] == [b"Link: </a>", b"Link: </b>"]
         assert answer.body == b"done"
 
 
@@ -1426,9 +1263,7 @@ async def test_bodies_of_unknown_length(start: Starter) -> None:
             assert answer.body == b"abcdef" and answer.clean
             assert answer.field("transfer-encoding") == ["chunked"]
             async with Client(process.port) as client:  # HTTP/1.0 knows no chunks
-                client.send(
-                    f"GET /v1/files/{name} HTTP/1.0\r\nx-api-key: {key}\r\n\r\n".encode()
-                )
+                client.send(f"GET /v1/files/{name} HTTP/1.0\r\nx-api-key: {key}\r\n\r\n".encode())
                 old = await client.response()
                 assert old.body == b"abcdef" and not old.field("transfer-encoding")
                 assert old.field("connection") == ["close"]
@@ -1452,16 +1287,9 @@ async def test_each_event_arrives_when_it_is_sent(start: Starter) -> None:
         await go_on.wait()
         await request.send(b"0\r\n\r\n")
 
-    async with (
-        relayed(start, events) as (process, _, key),
-        Client(process.port) as client,
-    ):
-        client.request(
-            "POST /v1/messages", "Content-Type: application/json", body=b"{}", key=key
-        )
-        assert (await client.head()).startswith(
-            b"HTTP/1.1 200 OK"
-        )  # before the first event
+    async with relayed(start, events) as (process, _, key), Client(process.port) as client:
+        client.request("POST /v1/messages", "Content-Type: application/json", body=b"{}", key=key)
+        assert (await client.head()).startswith(b"HTTP/1.1 200 OK")  # before the first event
         for number in range(5):
             go_on.set()  # the next event is sent only when this one has arrived
             size = int(await client.reader.readline(), 16)
@@ -1505,24 +1333,16 @@ async def count(request: Arrived) -> None:
 @pytest.mark.gen_test(timeout=60)
 @pytest.mark.parametrize("size", [128 * MIB, 500 * MIB])
 async def test_large_uploads_stream_with_flat_memory(start: Starter, size: int) -> None:
-    async with (
-        relayed(start, count) as (process, _, key),
-        Client(process.port) as client,
-    ):
+    async with relayed(start, count) as (process, _, key), Client(process.port) as client:
         before = process.memory()
-        answer = await upload(
-            client, size, key, "Content-Type: multipart/form-data; boundary=x"
-        )
+        answer = await upload(client, size, key, "Content-Type: multipart/form-data; boundary=x")
         assert answer.body == str(size).encode()
         assert process.peak_memory() - before < 64 * MIB
 
 
 @gen_test
 async def test_large_json_is_streamed(start: Starter) -> None:
-    async with (
-        relayed(start, count) as (process, _, key),
-        Client(process.port) as client,
-    ):
+    async with relayed(start, count) as (process, _, key), Client(process.port) as client:
         before = process.memory()
         answer = await upload(client, 100 * MIB, key, "Content-Type: application/json")
         assert answer.body == str(100 * MIB).encode()
@@ -1557,10 +1377,7 @@ async def test_a_slow_reader_slows_the_upstream(start: Starter) -> None:
             await request.send(bytes(MIB))
             sent += MIB
 
-    async with (
-        relayed(start, pour) as (process, _, key),
-        Client(process.port) as client,
-    ):
+    async with relayed(start, pour) as (process, _, key), Client(process.port) as client:
         before = process.memory()
         client.request("GET /v1/files/x/content", key=key)
         await client.head()
@@ -1579,9 +1396,7 @@ async def test_a_slow_reader_slows_the_upstream(start: Starter) -> None:
 @pytest.mark.gen_test(timeout=60)
 async def test_200_slow_readers_cost_no_more_than_their_buffers(start: Starter) -> None:
     async def pour(request: Arrived) -> None:
-        await request.send(
-            b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (200 * MIB)
-        )
+        await request.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (200 * MIB))
         for _ in range(200):
             await request.send(bytes(MIB))
 
@@ -1621,27 +1436,18 @@ async def stall(request: Arrived) -> None:
     if request.target.endswith("/events"):
         await request.send(SSE_HEAD + b"d\r\ndata: hello\n\n\r\n")
     if request.target.endswith("/download"):
-        await request.send(
-            b"HTTP/1.1 200 OK\r\nContent-Length: 9000000\r\n\r\n" + bytes(100_000)
-        )
+        await request.send(b"HTTP/1.1 200 OK\r\nContent-Length: 9000000\r\n\r\n" + bytes(100_000))
     request.closed_at = await request.gone()
 
 
 @pytest.mark.parametrize("leave", ["close", "reset"])
-@pytest.mark.parametrize(
-    "phase", ["head", "events", "download", "upload", "json-upload"]
-)
+@pytest.mark.parametrize("phase", ["head", "events", "download", "upload", "json-upload"])
 @gen_test
 async def test_a_client_that_leaves_takes_the_upstream_with_it(
     start: Starter, phase: str, leave: str
 ) -> None:
-    async with (
-        relayed(start, stall) as (process, up, key),
-        Client(process.port) as client,
-    ):
-        await priced(
-            process
-        )  # importing the prices keeps the interpreter busy for a moment
+    async with relayed(start, stall) as (process, up, key), Client(process.port) as client:
+        await priced(process)  # importing the prices keeps the interpreter busy for a moment
         if phase == "upload":
             client.request("POST /v1/files/upload", "Content-Length: 9000000", key=key)
             client.send(bytes(100_000))
@@ -1663,9 +1469,7 @@ async def test_a_client_that_leaves_takes_the_upstream_with_it(
 
 
 @gen_test
-async def test_a_client_that_leaves_while_the_upstream_reads_nothing(
-    start: Starter,
-) -> None:
+async def test_a_client_that_leaves_while_the_upstream_reads_nothing(start: Starter) -> None:
     reset = asyncio.Event()
 
     async def deaf(request: Arrived) -> None:
@@ -1674,10 +1478,7 @@ async def test_a_client_that_leaves_while_the_upstream_reads_nothing(
         request.writer.transport.resume_reading()
         request.closed_at = await request.gone()
 
-    async with (
-        relayed(start, deaf) as (process, up, key),
-        Client(process.port) as client,
-    ):
+    async with relayed(start, deaf) as (process, up, key), Client(process.port) as client:
         client.request("POST /v1/files/upload", f"Content-Length: {400 * MIB}", key=key)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(1):  # until every buffer on the way is full
@@ -1712,9 +1513,7 @@ async def break_as_told(request: Arrived) -> None:
     }[how.removesuffix("-reset")]
     await request.send(wire)
     if how.endswith("-reset"):
-        await asyncio.sleep(
-            0.05
-        )  # let it arrive: a reset throws away what is on the way
+        await asyncio.sleep(0.05)  # let it arrive: a reset throws away what is on the way
         linger = struct.pack("ii", 1, 0)
         connection = request.writer.get_extra_info("socket")
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
@@ -1724,24 +1523,12 @@ async def break_as_told(request: Arrived) -> None:
 
 @pytest.mark.parametrize("how", ["", "-reset"])
 @gen_test
-async def test_an_upstream_that_breaks_is_never_a_clean_end(
-    start: Starter, how: str
-) -> None:
+async def test_an_upstream_that_breaks_is_never_a_clean_end(start: Starter, how: str) -> None:
     async with relayed(start, break_as_told) as (process, _, key):
         for place in ("before-head", "in-head"):
-            answer = await ask(
-                process.port, f"POST /v1/files/{place}{how}", body=b"x", key=key
-            )
+            answer = await ask(process.port, f"POST /v1/files/{place}{how}", body=b"x", key=key)
             assert answer.status == 502 and answer.error["type"] == "api_error"
-        for place in (
-            "short",
-            "chunked",
-            "in-chunk",
-            "gzip",
-            "sse",
-            "sse-in-event",
-            "sse-gzip",
-        ):
+        for place in ("short", "chunked", "in-chunk", "gzip", "sse", "sse-in-event", "sse-gzip"):
             for version in ("1.1", "1.0"):
                 async with Client(process.port) as client:
                     client.send(
@@ -1757,9 +1544,7 @@ async def test_an_upstream_that_breaks_is_never_a_clean_end(
                     except ConnectionResetError:
                         reset = True
                     delimited = answer.field("content-length") or version == "1.1"
-                    assert delimited or reset, (
-                        f"{place} looks complete to HTTP/{version}"
-                    )
+                    assert delimited or reset, f"{place} looks complete to HTTP/{version}"
                     assert not raw.endswith(b"0\r\n\r\n")
                     plain_sse = place in ("sse", "sse-in-event") and version == "1.1"
                     assert (b"event: error\ndata: {" in raw) == plain_sse or reset
@@ -1786,16 +1571,12 @@ async def test_the_sdk_sees_a_broken_stream_as_an_error(start: Starter) -> None:
 
 
 @gen_test
-async def test_a_close_delimited_response_that_is_reset_is_no_clean_end(
-    start: Starter,
-) -> None:
+async def test_a_close_delimited_response_that_is_reset_is_no_clean_end(start: Starter) -> None:
     async def reset(request: Arrived) -> None:
         await request.send(b"HTTP/1.1 200 OK\r\n\r\nhalf")
         await asyncio.sleep(0.05)
         connection = request.writer.get_extra_info("socket")
-        connection.setsockopt(
-            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-        )
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         request.writer.transport.abort()
 
     async with relayed(start, reset) as (process, _, key):
@@ -1826,11 +1607,7 @@ async def test_tls_upstream_is_verified_kept_alive_and_streams(
 ) -> None:
     context = tls_server(tmp_path)
     variables = {**DEFAULT_VARIABLES, "SSL_CERT_FILE": str(tmp_path / "localhost.pem")}
-    async with relayed(start, server={"ssl": context}, variables=variables) as (
-        process,
-        up,
-        key,
-    ):
+    async with relayed(start, server={"ssl": context}, variables=variables) as (process, up, key):
         for _ in range(5):
             body = os.urandom(300_000)
             answer = await ask(process.port, "POST /v1/files/x", body=body, key=key)
@@ -1863,11 +1640,7 @@ async def test_each_way_not_to_reach_the_upstream_is_told_apart(start: Starter) 
     cases = [
         (f"http://127.0.0.1:{unused}", 502, "refused"),
         ("http://no-such-host.invalid", 502, "resolved"),
-        (
-            f"http://127.0.0.1:{full.getsockname()[1]}",
-            504,
-            "reached within 0.3 seconds",
-        ),
+        (f"http://127.0.0.1:{full.getsockname()[1]}", 504, "reached within 0.3 seconds"),
     ]
     for number, (url, status, word) in enumerate(cases):
         process = start(url, f"--keys=k{number}.json", "--connect-timeout=0.3")
@@ -1879,12 +1652,8 @@ async def test_each_way_not_to_reach_the_upstream_is_told_apart(start: Starter) 
     for connection in [*waiting, full]:
         connection.close()
 
-    async def no_tls(
-        reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        await reader.read(
-            1
-        )  # as a plain HTTP server answers what it takes for a request
+    async def no_tls(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)  # as a plain HTTP server answers what it takes for a request
         writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
         await reader.read()
         writer.close()
@@ -1922,9 +1691,7 @@ async def test_a_slow_uploader_is_not_the_upstreams_silence(start: Starter) -> N
 
 
 @gen_test
-async def test_idle_connections_that_the_upstream_closes_are_dropped(
-    start: Starter,
-) -> None:
+async def test_idle_connections_that_the_upstream_closes_are_dropped(start: Starter) -> None:
     async def answer_and_close(request: Arrived) -> None:
         await request.read_body()
         await request.answer(b"ok")
@@ -1933,17 +1700,13 @@ async def test_idle_connections_that_the_upstream_closes_are_dropped(
     async with relayed(start, answer_and_close) as (process, up, key):
         before = process.descriptors()
         for _ in range(10):
-            assert (
-                await ask(process.port, "POST /v1/files/x", body=b"{}", key=key)
-            ).body == b"ok"
+            assert (await ask(process.port, "POST /v1/files/x", body=b"{}", key=key)).body == b"ok"
         assert up.connections == 10
         await until(lambda: process.descriptors() <= before)
 
 
 @gen_test
-async def test_what_met_a_dead_connection_is_repeated_only_if_harmless(
-    start: Starter,
-) -> None:
+async def test_what_met_a_dead_connection_is_repeated_only_if_harmless(start: Starter) -> None:
     async def die_on_the_second(request: Arrived) -> None:
         await request.read_body()
         if len(up.arrived) % 2 == 0:
@@ -1952,12 +1715,7 @@ async def test_what_met_a_dead_connection_is_repeated_only_if_harmless(
             await request.answer(b"ok")
 
     async with relayed(start, die_on_the_second) as (process, up, key):
-        for method, repeated in (
-            ("GET", True),
-            ("HEAD", True),
-            ("POST", False),
-            ("DELETE", False),
-        ):
+        for method, repeated in (("GET", True), ("HEAD", True), ("POST", False), ("DELETE", False)):
             up.arrived.clear()
             await ask(process.port, f"{method} /v1/files/first", key=key)
             answer = await ask(process.port, f"{method} /v1/files/second", key=key)
@@ -1973,17 +1731,12 @@ async def test_a_response_before_the_whole_request(start: Starter) -> None:
         await request.answer(b'{"early": true}', "413 Too Large")
         await request.gone()
 
-    async with (
-        relayed(start, early) as (process, _, key),
-        Client(process.port) as client,
-    ):
+    async with relayed(start, early) as (process, _, key), Client(process.port) as client:
         client.request("POST /v1/files/x", "Content-Length: 20000000", key=key)
         client.send(bytes(10_000_000))
         answer = await client.response()
         assert answer.status == 413 and answer.body == b'{"early": true}'
-        client.send(
-            bytes(10_000_000)
-        )  # the rest is read and dropped, the connection lives
+        client.send(bytes(10_000_000))  # the rest is read and dropped, the connection lives
         client.request("GET /", key=key)
         assert (await client.response()).status == 200
 
@@ -1991,11 +1744,7 @@ async def test_a_response_before_the_whole_request(start: Starter) -> None:
 @gen_test
 async def test_a_refused_upload_gets_its_answer(start: Starter) -> None:
     async with relayed(start, echo, f"--max-body-size={8 * MIB}") as (process, up, key):
-        cases = [
-            ("sk-wrong", 10 * MIB, 401),
-            (key, 10 * MIB, 413),
-            (key, 60 * MIB, 413),
-        ]
+        cases = [("sk-wrong", 10 * MIB, 401), (key, 10 * MIB, 413), (key, 60 * MIB, 413)]
         for shown, size, status in cases:
             async with Client(process.port) as client:
                 client.request("POST /v1/files/x", f"Content-Length: {size}", key=shown)
@@ -2045,9 +1794,7 @@ SMUGGLED = b"GET /v1/files/smuggled HTTP/1.1\r\nHost: x\r\nx-api-key: KEY\r\n\r\
     ],
 )
 @gen_test
-async def test_ambiguous_requests_end_the_connection(
-    start: Starter, fields: str
-) -> None:
+async def test_ambiguous_requests_end_the_connection(start: Starter, fields: str) -> None:
     async with relayed(start) as (process, up, key), Client(process.port) as client:
         smuggled = SMUGGLED.replace(b"KEY", key.encode())
         head = f"POST /v1/files/x HTTP/1.1\r\nHost: x\r\nx-api-key: {key}\r\n{fields}\r\n\r\n"
@@ -2059,13 +1806,8 @@ async def test_ambiguous_requests_end_the_connection(
 
 
 @gen_test
-async def test_a_broken_chunk_in_an_upload_ends_both_connections(
-    start: Starter,
-) -> None:
-    async with (
-        relayed(start, stall) as (process, up, key),
-        Client(process.port) as client,
-    ):
+async def test_a_broken_chunk_in_an_upload_ends_both_connections(start: Starter) -> None:
+    async with relayed(start, stall) as (process, up, key), Client(process.port) as client:
         client.request("POST /v1/files/x", "Transfer-Encoding: chunked", key=key)
         client.send(b"5\r\nhello\r\n")
         await until(lambda: up.arrived)
@@ -2110,9 +1852,7 @@ async def test_bare_line_feeds_and_oversized_heads_are_answered(start: Starter) 
     ],
 )
 @gen_test
-async def test_malformed_responses_are_a_bad_gateway(
-    start: Starter, wire: bytes
-) -> None:
+async def test_malformed_responses_are_a_bad_gateway(start: Starter, wire: bytes) -> None:
     async def malformed(request: Arrived) -> None:
         await request.send(wire)
         await request.gone()
@@ -2133,14 +1873,9 @@ async def test_stray_bytes_behind_a_response_reach_nobody(start: Starter) -> Non
             await asyncio.sleep(0.05)
             await request.send(poison)
         else:
-            await request.send(
-                b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nfine" + poison
-            )
+            await request.send(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nfine" + poison)
 
-    async with (
-        relayed(start, stray) as (process, up, key),
-        Client(process.port) as client,
-    ):
+    async with relayed(start, stray) as (process, up, key), Client(process.port) as client:
         for name in ("at-once", "later", "at-once", "later"):
             client.request(f"GET /v1/files/{name}", key=key)
             assert (await client.response()).body == b"fine"
@@ -2167,9 +1902,7 @@ async def test_fetch_is_tornados(client_of_upstream: gateway.UpstreamClient) -> 
 
     async def redirect_or_echo(request: Arrived) -> None:
         if request.target == "/redirect":
-            await request.answer(
-                b"", "302 Found", "Location: /elsewhere", "X-A: 1", "X-A: 2"
-            )
+            await request.answer(b"", "302 Found", "Location: /elsewhere", "X-A: 1", "X-A: 2")
         else:
             await echo(request)
 
@@ -2204,9 +1937,7 @@ async def test_fetch_awaits_the_streaming_callback(
 
     async def pour(request: Arrived) -> None:
         nonlocal sent
-        await request.send(
-            b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (50 * MIB)
-        )
+        await request.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (50 * MIB))
         for _ in range(50):
             await request.send(bytes(MIB))
             sent += 1
@@ -2235,9 +1966,7 @@ async def test_fetch_fails_clearly(client_of_upstream: gateway.UpstreamClient) -
     async with upstream(break_as_told) as up:
         with pytest.raises(gateway.UpstreamError, match="without answering"):
             await client_of_upstream.fetch(up.url + "/before-head")
-        with pytest.raises(
-            gateway.UpstreamError, match="before its response was complete"
-        ):
+        with pytest.raises(gateway.UpstreamError, match="before its response was complete"):
             await client_of_upstream.fetch(up.url + "/short")
     async with upstream(stall) as up:
         with pytest.raises(gateway.UpstreamError, match="request_timeout"):
@@ -2258,9 +1987,7 @@ def error_of(response: httpx2.Response, status: int, kind: str) -> str:
 
 
 def relay_status(process: Process, key: str) -> int:
-    return httpx2.get(
-        process.url + "/v1/models", headers={"x-api-key": key}
-    ).status_code
+    return httpx2.get(process.url + "/v1/models", headers={"x-api-key": key}).status_code
 
 
 def test_an_empty_request_makes_a_key(mocked: Process) -> None:
@@ -2272,15 +1999,9 @@ def test_an_empty_request_makes_a_key(mocked: Process) -> None:
     assert re.fullmatch(r"sk-[A-Za-z0-9_-]{22}", answer["key"])
     assert answer["token"] == answer["token_id"] == gateway.hash_key(answer["key"])
     assert answer["key_name"] == f"sk-...{answer['key'][-4:]}"
-    assert (
-        answer["expires"] is None
-        and answer["models"] == []
-        and answer["metadata"] == {}
-    )
+    assert answer["expires"] is None and answer["models"] == [] and answer["metadata"] == {}
     assert relay_status(mocked, answer["key"]) == 200
-    assert (
-        answer["key"] not in mocked.keys.read_text() and answer["key"] not in mocked.log
-    )
+    assert answer["key"] not in mocked.keys.read_text() and answer["key"] not in mocked.log
 
 
 def test_fields_of_a_key_are_kept_and_shown(mocked: Process) -> None:
@@ -2321,10 +2042,7 @@ def test_fields_of_a_key_are_kept_and_shown(mocked: Process) -> None:
         ({"model_max_budget": {"claude-x": 5}}, "model_max_budget"),
         ({"model_max_budget": {"claude-x": {}}}, "model_max_budget"),
         ({"model_max_budget": {"x": {"budget_limit": -1}}}, "model_max_budget"),
-        (
-            {"model_max_budget": {"x": {"budget_limit": 1, "rpm_limit": 1}}},
-            "model_max_budget",
-        ),
+        ({"model_max_budget": {"x": {"budget_limit": 1, "rpm_limit": 1}}}, "model_max_budget"),
         ({"tpd_limit": 5}, "tpd_limit"),
         ({"nonsense": True}, "nonsense"),
         ({"duration": "soon"}, "duration"),
@@ -2347,24 +2065,18 @@ def test_wrong_fields_are_refused_by_name(
     mocked: Process, virtual_key: str, fields: dict[str, Any], named: str
 ) -> None:
     before = mocked.manage("/key/list").json()["total_count"]
-    message = error_of(
-        mocked.manage("/key/generate", fields), 400, "invalid_request_error"
-    )
+    message = error_of(mocked.manage("/key/generate", fields), 400, "invalid_request_error")
     assert f"'{named}'" in message
     if "key" not in fields:
         update = {"key": virtual_key, **fields}
-        assert named in error_of(
-            mocked.manage("/key/update", update), 400, "invalid_request_error"
-        )
+        assert named in error_of(mocked.manage("/key/update", update), 400, "invalid_request_error")
     assert mocked.manage("/key/list").json()["total_count"] == before
 
 
 @pytest.mark.parametrize(
     "body", [b"{", b"[]", b"null", b'{"metadata": {"a": NaN}}', b"\xff", b"[" * 100_000]
 )
-def test_bodies_that_are_no_json_object_are_refused(
-    mocked: Process, body: bytes
-) -> None:
+def test_bodies_that_are_no_json_object_are_refused(mocked: Process, body: bytes) -> None:
     headers = {"Authorization": f"Bearer {MASTER_KEY}"}
     answer = httpx2.post(mocked.url + "/key/generate", headers=headers, content=body)
     error_of(answer, 400, "invalid_request_error")
@@ -2380,28 +2092,19 @@ def test_own_keys_and_aliases_are_unique(mocked: Process) -> None:
     other = mocked.new_key()
     taken = {"key": other, "key_alias": "only one"}
     error_of(mocked.manage("/key/update", taken), 400, "invalid_request_error")
-    assert (
-        mocked.manage("/key/delete", {"key_aliases": ["only one"]}).status_code == 200
-    )
+    assert mocked.manage("/key/delete", {"key_aliases": ["only one"]}).status_code == 200
     assert mocked.manage("/key/update", taken).status_code == 200
 
 
 def test_updates_change_and_null_clears(mocked: Process) -> None:
     key = mocked.new_key(user_id="u", duration="1h", tags=["a"])
-    update = {
-        "key": gateway.hash_key(key),
-        "user_id": "v",
-        "duration": None,
-        "tags": None,
-    }
+    update = {"key": gateway.hash_key(key), "user_id": "v", "duration": None, "tags": None}
     answer = mocked.manage("/key/update", update).json()
     assert (answer["user_id"], answer["expires"], answer["tags"]) == ("v", None, [])
     info = mocked.manage(f"/key/info?key={key}").json()["info"]
     assert (info["user_id"], info["expires"], info["tags"]) == ("v", None, [])
     by_alias = mocked.new_key(key_alias="by alias")
-    renamed = mocked.manage(
-        "/key/update", {"key_alias": "by alias", "team_id": "t"}
-    ).json()
+    renamed = mocked.manage("/key/update", {"key_alias": "by alias", "team_id": "t"}).json()
     assert renamed["token"] == gateway.hash_key(by_alias) and renamed["team_id"] == "t"
 
 
@@ -2418,9 +2121,7 @@ def test_changes_hold_from_the_next_request_on(mocked: Process) -> None:
     assert "blocked" in refusal(key)
     assert mocked.manage("/key/unblock", {"key": key}).json()["blocked"] is False
     assert relay_status(mocked, key) == 200
-    assert (
-        mocked.manage("/key/update", {"key": key, "duration": "0s"}).status_code == 200
-    )
+    assert mocked.manage("/key/update", {"key": key, "duration": "0s"}).status_code == 200
     assert "expired" in refusal(key)
     assert mocked.manage(f"/key/info?key={key}").json()["info"]["status"] == "expired"
     deleted = mocked.manage("/key/delete", {"keys": [key]})
@@ -2437,9 +2138,7 @@ def test_unknown_keys_are_404_and_nothing_is_deleted(mocked: Process) -> None:
     for path in ("/key/update", "/key/block", "/key/unblock", "/key/regenerate"):
         error_of(mocked.manage(path, {"key": unknown}), 404, "not_found_error")
         error_of(mocked.manage(path, {}), 400, "invalid_request_error")
-    error_of(
-        mocked.manage("/key/delete", {"keys": [key, unknown]}), 404, "not_found_error"
-    )
+    error_of(mocked.manage("/key/delete", {"keys": [key, unknown]}), 404, "not_found_error")
     error_of(mocked.manage("/key/delete", {}), 400, "invalid_request_error")
     error_of(mocked.manage(f"/key/info?key={unknown}"), 404, "not_found_error")
     assert relay_status(mocked, key) == 200
@@ -2451,9 +2150,7 @@ def test_regenerated_keys(mocked: Process) -> None:
     new = answer["key"]
     assert new != old and (answer["key_alias"], answer["user_id"]) == ("rotating", "u")
     assert (relay_status(mocked, new), relay_status(mocked, old)) == (200, 401)
-    newer = mocked.manage(f"/key/{new}/regenerate", {"grace_period": "1h"}).json()[
-        "key"
-    ]
+    newer = mocked.manage(f"/key/{new}/regenerate", {"grace_period": "1h"}).json()["key"]
     assert (relay_status(mocked, newer), relay_status(mocked, new)) == (200, 200)
     assert mocked.manage("/key/block", {"key": newer}).status_code == 200
     assert (relay_status(mocked, newer), relay_status(mocked, new)) == (401, 401)
@@ -2472,10 +2169,7 @@ def test_regenerated_keys(mocked: Process) -> None:
     deadline = time.monotonic() + PATIENCE
     while relay_status(mocked, newer) == 200 and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert (relay_status(mocked, newer), relay_status(mocked, short["key"])) == (
-        401,
-        200,
-    )
+    assert (relay_status(mocked, newer), relay_status(mocked, short["key"])) == (401, 200)
 
 
 def test_who_may_manage(mocked: Process, virtual_key: str) -> None:
@@ -2486,15 +2180,8 @@ def test_who_may_manage(mocked: Process, virtual_key: str) -> None:
         error_of(mocked.manage(path, {}, key=virtual_key), 403, "permission_error")
     error_of(mocked.manage("/key/list", key=virtual_key), 403, "permission_error")
     other = mocked.new_key()
-    error_of(
-        mocked.manage(f"/key/info?key={other}", key=virtual_key),
-        403,
-        "permission_error",
-    )
-    for header in (
-        {"x-api-key": MASTER_KEY},
-        {"Authorization": f"bearer {MASTER_KEY}"},
-    ):
+    error_of(mocked.manage(f"/key/info?key={other}", key=virtual_key), 403, "permission_error")
+    for header in ({"x-api-key": MASTER_KEY}, {"Authorization": f"bearer {MASTER_KEY}"}):
         listed = httpx2.get(mocked.url + "/key/list", headers=header)
         assert listed.status_code == 200
     error_of(mocked.manage("/key/nonsense", {}), 404, "not_found_error")
@@ -2503,24 +2190,14 @@ def test_who_may_manage(mocked: Process, virtual_key: str) -> None:
 
 def test_lists_are_paged_and_filtered(start: Starter) -> None:
     process = start()
-    keys = [
-        process.new_key(user_id=f"u{n % 2}", key_alias=f"k{n:02}") for n in range(25)
-    ]
+    keys = [process.new_key(user_id=f"u{n % 2}", key_alias=f"k{n:02}") for n in range(25)]
     gone = process.new_key()
     process.manage("/key/delete", {"keys": [gone]})
     page = process.manage("/key/list?page=3&size=10").json()
     assert page["keys"] == [gateway.hash_key(key) for key in keys[20:]]
-    assert (page["total_count"], page["current_page"], page["total_pages"]) == (
-        25,
-        3,
-        3,
-    )
-    full = process.manage(
-        "/key/list?user_id=u1&size=100&return_full_object=true"
-    ).json()
-    assert [row["key_alias"] for row in full["keys"]] == [
-        f"k{n:02}" for n in range(1, 25, 2)
-    ]
+    assert (page["total_count"], page["current_page"], page["total_pages"]) == (25, 3, 3)
+    full = process.manage("/key/list?user_id=u1&size=100&return_full_object=true").json()
+    assert [row["key_alias"] for row in full["keys"]] == [f"k{n:02}" for n in range(1, 25, 2)]
     assert process.manage("/key/list?key_alias=k07").json()["total_count"] == 1
     error_of(process.manage("/key/list?page=0"), 400, "invalid_request_error")
 
@@ -2545,9 +2222,7 @@ def test_the_file_is_one_line_a_key_and_private(start: Starter) -> None:
     text = process.keys.read_text()
     lines = text.splitlines()
     assert lines[0] == '{"version": 1, "keys": {' and lines[-1] == "}}"
-    assert len(lines) == 5 and set(json.loads(text)["keys"]) == set(
-        map(gateway.hash_key, keys)
-    )
+    assert len(lines) == 5 and set(json.loads(text)["keys"]) == set(map(gateway.hash_key, keys))
     assert stat.S_IMODE(process.keys.stat().st_mode) == 0o600
     assert [path.name for path in process.folder.iterdir() if "tmp" in path.name] == []
 
@@ -2555,16 +2230,10 @@ def test_the_file_is_one_line_a_key_and_private(start: Starter) -> None:
 def test_keys_survive_a_restart(start: Starter) -> None:
     process = start()
     fields = {"key_alias": "a", "tags": ["t"], "metadata": {"m": 1}, "duration": "1d"}
-    key, blocked, deleted = (
-        process.new_key(**fields),
-        process.new_key(),
-        process.new_key(),
-    )
+    key, blocked, deleted = (process.new_key(**fields), process.new_key(), process.new_key())
     process.manage("/key/block", {"key": blocked})
     process.manage("/key/delete", {"keys": [deleted]})
-    rotated = process.manage(
-        "/key/regenerate", {"key": key, "grace_period": "1h"}
-    ).json()["key"]
+    rotated = process.manage("/key/regenerate", {"key": key, "grace_period": "1h"}).json()["key"]
     info = process.manage(f"/key/info?key={rotated}").json()
     assert process.stop() == 0
     again = start()
@@ -2573,9 +2242,7 @@ def test_keys_survive_a_restart(start: Starter) -> None:
     assert statuses == [200, 200, 401, 401]
 
 
-async def generate_until_killed(
-    process: Process, answered: list[str], enough: int
-) -> None:
+async def generate_until_killed(process: Process, answered: list[str], enough: int) -> None:
     """50 callers make keys until ``enough`` were answered or the gateway is gone."""
 
     async def caller() -> None:
@@ -2599,18 +2266,14 @@ async def test_no_acknowledged_key_is_lost_to_sigkill(start: Starter) -> None:
     for round_number in range(1, 21):
         process = start()
         goal = max(len(answered) + 1, 50 * round_number)
-        callers = asyncio.create_task(
-            generate_until_killed(process, answered, goal + 500)
-        )
+        callers = asyncio.create_task(generate_until_killed(process, answered, goal + 500))
         await until(functools.partial(has_length, answered, goal))
         await asyncio.sleep(chance.uniform(0, 0.05))
         process.popen.kill()
         process.popen.wait()
         await callers
         document = json.loads(process.keys.read_text())
-        lost = [
-            key for key in answered if gateway.hash_key(key) not in document["keys"]
-        ]
+        lost = [key for key in answered if gateway.hash_key(key) not in document["keys"]]
         assert not lost, f"round {round_number}"
     assert len(answered) >= 1000
 
@@ -2625,18 +2288,9 @@ def test_a_damaged_file_stops_the_start_and_is_left_alone(tmp_path: Path) -> Non
         ('{"version": 1, "keys": {"short": {"key_name": "x"}}}', "number 1"),
         (f'{{"version": 1, "keys": {{"{hashed}": []}}}}', "object"),
         (f'{{"version": 1, "keys": {{"{hashed}": {{}}}}}}', "key_name"),
-        (
-            f'{{"version": 1, "keys": {{"{hashed}": {{"key_name": "x", "modles": []}}}}}}',
-            "modles",
-        ),
-        (
-            f'{{"version": 1, "keys": {{"{hashed}": {{"key_name": "x", "blocked": 1}}}}}}',
-            "blocked",
-        ),
-        (
-            f'{{"version": 1, "keys": {{"{hashed}": {{"key_name": "x", "expires": "y"}}}}}}',
-            "y",
-        ),
+        (f'{{"version": 1, "keys": {{"{hashed}": {{"key_name": "x", "modles": []}}}}}}', "modles"),
+        (f'{{"version": 1, "keys": {{"{hashed}": {{"key_name": "x", "blocked": 1}}}}}}', "blocked"),
+        (f'{{"version": 1, "keys": {{"{hashed}": {{"key_name": "x", "expires": "y"}}}}}}', "y"),
         (
             f'{{"version": 1, "keys": {{"{hashed}": {{"key_name": "x", "spend": "-1"}}}}}}',
             "from zero up",
@@ -2651,13 +2305,9 @@ def test_a_damaged_file_stops_the_start_and_is_left_alone(tmp_path: Path) -> Non
 
 def test_a_second_gateway_on_the_same_file_is_refused(start: Starter) -> None:
     process = start()
-    assert "another gateway" in failed_start(
-        process.folder, "--port=0", "--upstream=mock"
-    )
+    assert "another gateway" in failed_start(process.folder, "--port=0", "--upstream=mock")
     process.new_key()  # the file is another one now, and still ours
-    assert "another gateway" in failed_start(
-        process.folder, "--port=0", "--upstream=mock"
-    )
+    assert "another gateway" in failed_start(process.folder, "--port=0", "--upstream=mock")
     process.popen.kill()
     process.popen.wait()
     start()
@@ -2671,18 +2321,12 @@ def as_nobody() -> None:
         os.setuid(65534)
 
 
-@pytest.mark.skipif(
-    os.getuid() != 0 or not shutil.which("mount"), reason="needs to mount a disk"
-)
-def test_a_full_disk_refuses_the_change_and_keeps_the_file(
-    start: Starter, tmp_path: Path
-) -> None:
+@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("mount"), reason="needs to mount a disk")
+def test_a_full_disk_refuses_the_change_and_keeps_the_file(start: Starter, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk],
-        capture_output=True,
-        check=False,
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True, check=False
     )
     if mounted.returncode:
         pytest.skip("this machine does not let the tests mount a disk")
@@ -2691,19 +2335,12 @@ def test_a_full_disk_refuses_the_change_and_keeps_the_file(
         key = process.new_key()
         before = (disk / "keys.json").read_bytes()
         (disk / "filler").write_bytes(b"")
-        with (
-            contextlib.suppress(OSError),
-            (disk / "filler").open("wb", buffering=0) as filler,
-        ):
+        with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
             while True:
                 filler.write(bytes(4096))
         metadata = {"metadata": {"much": "x" * 20_000}}
         error_of(process.manage("/key/generate", metadata), 503, "overloaded_error")
-        error_of(
-            process.manage("/key/update", {"key": key, **metadata}),
-            503,
-            "overloaded_error",
-        )
+        error_of(process.manage("/key/update", {"key": key, **metadata}), 503, "overloaded_error")
         error_of(process.manage("/key/block", {"key": key}), 503, "overloaded_error")
         assert (disk / "keys.json").read_bytes() == before
         assert [path.name for path in disk.iterdir() if "tmp" in path.name] == []
@@ -2741,9 +2378,7 @@ def unwritable(folder: Path) -> Iterator[None]:
         yield
         folder.chmod(0o700)
         return
-    immutable = subprocess.run(
-        ["chattr", "+i", folder], capture_output=True, check=False
-    )
+    immutable = subprocess.run(["chattr", "+i", folder], capture_output=True, check=False)
     if immutable.returncode:
         pytest.skip("this file system knows no immutable folders")
     try:
@@ -2801,9 +2436,7 @@ def test_sighup_reads_the_file_again(start: Starter) -> None:
     fresh.replace(process.keys)
     process.popen.send_signal(signal.SIGHUP)
     wait_for(lambda: process.log.count("keys read again") == 2)
-    assert "another gateway" in failed_start(
-        process.folder, "--port=0", "--upstream=mock"
-    )
+    assert "another gateway" in failed_start(process.folder, "--port=0", "--upstream=mock")
     process.manage("/key/unblock", {"key": key})
     assert relay_status(process, key) == 200
 
@@ -2823,11 +2456,7 @@ def test_the_committed_file_is_an_empty_store() -> None:
         text=True,
         check=False,
     )
-    text = (
-        shown.stdout
-        if shown.returncode == 0
-        else (GATEWAY.parent / "keys.json").read_text()
-    )
+    text = shown.stdout if shown.returncode == 0 else (GATEWAY.parent / "keys.json").read_text()
     assert json.loads(text) == {"version": 1, "keys": {}}
 
 
@@ -2850,23 +2479,12 @@ def usage(**fields: Any) -> dict[str, Any]:
 def written(five: int, hour: int) -> dict[str, Any]:
     return {
         "cache_creation_input_tokens": five + hour,
-        "cache_creation": {
-            "ephemeral_5m_input_tokens": five,
-            "ephemeral_1h_input_tokens": hour,
-        },
+        "cache_creation": {"ephemeral_5m_input_tokens": five, "ephemeral_1h_input_tokens": hour},
     }
 
 
-def entry(
-    kind: str, model: str, given: int, taken: int, **fields: Any
-) -> dict[str, Any]:
-    return {
-        "type": kind,
-        "model": model,
-        "input_tokens": given,
-        "output_tokens": taken,
-        **fields,
-    }
+def entry(kind: str, model: str, given: int, taken: int, **fields: Any) -> dict[str, Any]:
+    return {"type": kind, "model": model, "input_tokens": given, "output_tokens": taken, **fields}
 
 
 # Each amount is computed by hand from platform.claude.com, about-claude/pricing, November 2026.
@@ -2881,23 +2499,11 @@ def entry(
 # Web search is $10 for 1,000. Batches are half of the tokens' price, US inference 1.1 times.
 PRICED: dict[str, tuple[str, dict[str, Any], str]] = {
     # 1,000 x $4 + 500 x $20, per million
-    "opus plain": (
-        "claude-opus-5-5",
-        usage(input_tokens=1000, output_tokens=500),
-        "0.014",
-    ),
+    "opus plain": ("claude-opus-5-5", usage(input_tokens=1000, output_tokens=500), "0.014"),
     # 1,000 x $2 + 500 x $10
-    "sonnet plain": (
-        "claude-sonnet-5-5",
-        usage(input_tokens=1000, output_tokens=500),
-        "0.007",
-    ),
+    "sonnet plain": ("claude-sonnet-5-5", usage(input_tokens=1000, output_tokens=500), "0.007"),
     # 1,000 x $1 + 500 x $5
-    "haiku plain": (
-        "claude-haiku-4-5",
-        usage(input_tokens=1000, output_tokens=500),
-        "0.0035",
-    ),
+    "haiku plain": ("claude-haiku-4-5", usage(input_tokens=1000, output_tokens=500), "0.0035"),
     "dated name": (
         "claude-haiku-4-5-20251001",
         usage(input_tokens=1000, output_tokens=500),
@@ -2912,11 +2518,7 @@ PRICED: dict[str, tuple[str, dict[str, Any], str]] = {
         "0.0042",
     ),
     # 10,000 x $0.25: Fable 5.1 reads its cache at a fortieth, not a tenth
-    "cache read of fable": (
-        "claude-fable-5-1",
-        usage(cache_read_input_tokens=10_000),
-        "0.0025",
-    ),
+    "cache read of fable": ("claude-fable-5-1", usage(cache_read_input_tokens=10_000), "0.0025"),
     # 10,000 x $5
     "5-minute write": ("claude-opus-5-5", usage(**written(10_000, 0)), "0.05"),
     # 10,000 x $8
@@ -2924,19 +2526,12 @@ PRICED: dict[str, tuple[str, dict[str, Any], str]] = {
     # 10,000 x $5 + 20,000 x $8
     "both writes": ("claude-opus-5-5", usage(**written(10_000, 20_000)), "0.21"),
     # a sum without its parts is 5-minute writes: 10,000 x $5
-    "write without split": (
-        "claude-opus-5-5",
-        usage(cache_creation_input_tokens=10_000),
-        "0.05",
-    ),
+    "write without split": ("claude-opus-5-5", usage(cache_creation_input_tokens=10_000), "0.05"),
     # 100 x $2 + 200 x $10 + 1,000 x $0.10 + 400 x $2.50 + 300 x $4
     "everything": (
         "claude-sonnet-5-5",
         usage(
-            input_tokens=100,
-            output_tokens=200,
-            cache_read_input_tokens=1000,
-            **written(400, 300),
+            input_tokens=100, output_tokens=200, cache_read_input_tokens=1000, **written(400, 300)
         ),
         "0.0045",
     ),
@@ -2959,11 +2554,7 @@ PRICED: dict[str, tuple[str, dict[str, Any], str]] = {
         "0.009",
     ),
     # 1,000 x $8 + 500 x $40
-    "fast": (
-        "claude-opus-5-5",
-        usage(input_tokens=1000, output_tokens=500, speed="fast"),
-        "0.028",
-    ),
+    "fast": ("claude-opus-5-5", usage(input_tokens=1000, output_tokens=500, speed="fast"), "0.028"),
     # 1.1 x (1,000 x $4 + 500 x $20)
     "us": (
         "claude-opus-5-5",
@@ -2973,12 +2564,7 @@ PRICED: dict[str, tuple[str, dict[str, Any], str]] = {
     # 1.1 x half of (1,000 x $4 + 500 x $20)
     "us batch": (
         "claude-opus-5-5",
-        usage(
-            input_tokens=1000,
-            output_tokens=500,
-            inference_geo="us",
-            service_tier="batch",
-        ),
+        usage(input_tokens=1000, output_tokens=500, inference_geo="us", service_tier="batch"),
         "0.0077",
     ),
     "global is no us": (
@@ -3084,22 +2670,14 @@ PRICED: dict[str, tuple[str, dict[str, Any], str]] = {
             iterations=[
                 entry("message", "claude-fable-5-2", 1000, 50),
                 entry("fallback_message", "claude-sonnet-5-5", 1050, 200),
-            ],
+            ]
         ),
         "0.0141",
     ),
     # `iterations` is often an empty list: the top level counts, 1,000 x $4
-    "no iterations": (
-        "claude-opus-5-5",
-        usage(input_tokens=1000, iterations=[]),
-        "0.004",
-    ),
+    "no iterations": ("claude-opus-5-5", usage(input_tokens=1000, iterations=[]), "0.004"),
     # nobody knows it: 1,000 x $15 + 100 x $75, as Opus 4.1
-    "unknown model": (
-        "claude-unheard-of",
-        usage(input_tokens=1000, output_tokens=100),
-        "0.0225",
-    ),
+    "unknown model": ("claude-unheard-of", usage(input_tokens=1000, output_tokens=100), "0.0225"),
     "no model": ("", usage(input_tokens=1000, output_tokens=100), "0.0225"),
 }
 
@@ -3126,9 +2704,7 @@ def test_an_own_price_file_wins(tmp_path: Path) -> None:
     )
     prices = gateway.Prices(path)
     prices.load()
-    used = gateway.Measured(
-        usage=usage(input_tokens=10, output_tokens=10, **written(10, 0))
-    )
+    used = gateway.Measured(usage=usage(input_tokens=10, output_tokens=10, **written(10, 0)))
     # 10 x $1.50 + 10 x $2 + 10 x 1.25 x $1.50
     assert prices.price(used, "claude-x", WHEN) == Decimal("0.00005375")
     assert prices.rates("claude-opus-5-5", WHEN, 0).input == Decimal("0.000007")
@@ -3182,39 +2758,24 @@ STREAM = [
             "usage": usage(input_tokens=25, output_tokens=1, **written(10, 20)),
         },
     },
-    {
-        "type": "content_block_start",
-        "index": 0,
-        "content_block": {"type": "text", "text": ""},
-    },
+    {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
     {"type": "ping"},
     delta('the "usage" of \\ back and "text": "x"'),
     delta("Grüße, 世界 \U0001f600 \n"),
     {"type": "something_new", "usage": None, "field": [1, {"a": 2}]},
     {"type": "content_block_stop", "index": 0},
+    {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 90}},
     {
         "type": "message_delta",
         "delta": {"stop_reason": "end_turn"},
-        "usage": {"output_tokens": 90},
-    },
-    {
-        "type": "message_delta",
-        "delta": {"stop_reason": "end_turn"},
-        "usage": {
-            "output_tokens": 180,
-            "cache_read_input_tokens": 7,
-            "cache_creation": None,
-        },
+        "usage": {"output_tokens": 180, "cache_read_input_tokens": 7, "cache_creation": None},
     },
     {"type": "message_stop"},
 ]
 LONG_TEXT = 'a "usage": {"input_tokens": 9} \\" ]}{[ ' * 4000
 MESSAGES = {
     "small": {"text": "hello"},
-    "awkward": {
-        "text": '{"usage": {"output_tokens": 1}} \\ " ]',
-        "n": [1, [2, {"usage": 3}]],
-    },
+    "awkward": {"text": '{"usage": {"output_tokens": 1}} \\ " ]', "n": [1, [2, {"usage": 3}]]},
     "long": {"text": LONG_TEXT},
 }
 
@@ -3249,11 +2810,7 @@ def measure(
 
 
 @settings(deadline=None)
-@given(
-    cuts=CUTS,
-    end=st.sampled_from(["\n", "\r\n", "\r"]),
-    coding=st.sampled_from(["", "gzip"]),
-)
+@given(cuts=CUTS, end=st.sampled_from(["\n", "\r\n", "\r"]), coding=st.sampled_from(["", "gzip"]))
 def test_a_stream_is_measured_the_same_however_it_is_split(
     cuts: list[int], end: str, coding: str
 ) -> None:
@@ -3262,11 +2819,7 @@ def test_a_stream_is_measured_the_same_however_it_is_split(
     measured = measure(split_at(wire, cuts), "text/event-stream; charset=utf-8", coding)
     assert measured.model == "claude-opus-5-5" and measured.stop_reason == "end_turn"
     tally = gateway.tally_of(measured.usage)
-    assert (tally.input_tokens, tally.output_tokens, tally.cache_read_tokens) == (
-        25,
-        180,
-        7,
-    )
+    assert (tally.input_tokens, tally.output_tokens, tally.cache_read_tokens) == (25, 180, 7)
     assert (tally.cache_write_5m_tokens, tally.cache_write_1h_tokens) == (10, 20)
     texts = [e["delta"]["text"] for e in STREAM if e["type"] == "content_block_delta"]
     assert measured.seen == sum(len(text.encode()) for text in texts)
@@ -3274,11 +2827,7 @@ def test_a_stream_is_measured_the_same_however_it_is_split(
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    cuts=CUTS,
-    name=st.sampled_from(sorted(MESSAGES)),
-    coding=st.sampled_from(["", "deflate"]),
-)
+@given(cuts=CUTS, name=st.sampled_from(sorted(MESSAGES)), coding=st.sampled_from(["", "deflate"]))
 def test_a_message_is_measured_the_same_however_it_is_split(
     cuts: list[int], name: str, coding: str
 ) -> None:
@@ -3292,25 +2841,17 @@ def test_a_message_is_measured_the_same_however_it_is_split(
 
 @settings(deadline=None, max_examples=60)
 @given(cuts=CUTS)
-def test_batch_results_are_measured_the_same_however_they_are_split(
-    cuts: list[int],
-) -> None:
+def test_batch_results_are_measured_the_same_however_they_are_split(cuts: list[int]) -> None:
     lines = []
     for name in MESSAGES:
         message = json.loads(message_body(name))
-        lines.append(
-            {"custom_id": name, "result": {"type": "succeeded", "message": message}}
-        )
-    lines.insert(
-        1, {"custom_id": "x", "result": {"type": "errored", "error": {"usage": 1}}}
-    )
+        lines.append({"custom_id": name, "result": {"type": "succeeded", "message": message}})
+    lines.insert(1, {"custom_id": "x", "result": {"type": "errored", "error": {"usage": 1}}})
     body = "".join(json.dumps(line) + "\n" for line in lines).encode()
     seen: list[tuple[int, int]] = []
     meter = gateway.Meter(
         "application/x-jsonl",
-        lambda line, measured: seen.append(
-            (line, gateway.tally_of(measured.usage).output_tokens)
-        ),
+        lambda line, measured: seen.append((line, gateway.tally_of(measured.usage).output_tokens)),
     )
     for part in split_at(body, cuts):
         meter.look(part)
@@ -3412,10 +2953,7 @@ def test_a_cut_stream_is_estimated(prices: gateway.Prices) -> None:
 
 THINKING = [
     STREAM[0],
-    {
-        "type": "content_block_start",
-        "content_block": {"type": "thinking", "thinking": ""},
-    },
+    {"type": "content_block_start", "content_block": {"type": "thinking", "thinking": ""}},
 ]
 
 
@@ -3428,12 +2966,7 @@ THOUGHT = {
 @pytest.mark.parametrize(
     ("events", "order", "given", "taken"),
     [
-        (
-            [],
-            {},
-            7,
-            1024,
-        ),  # the prompt as estimated, and the thinking that was asked for
+        ([], {}, 7, 1024),  # the prompt as estimated, and the thinking that was asked for
         ([], {"thinking": 0}, 7, 0),
         ([delta("世界" * 9)], {"thinking": 0}, 7, 18),  # three bytes a token
         (THINKING, {}, 25, 1024),
@@ -3467,9 +3000,7 @@ def test_a_cut_with_iterations_loses_none_of_them() -> None:
         entry("compaction", OPUS, 1000, 200),
         entry("message", OPUS, 25, 1),
     ]
-    measured = cut(
-        begun, delta("x" * 3000), order=dataclasses.replace(ORDER, thinking=0)
-    )
+    measured = cut(begun, delta("x" * 3000), order=dataclasses.replace(ORDER, thinking=0))
     entries = [tally for _, tally in gateway.charged_entries(measured)]
     assert sum(tally.input_tokens for tally in entries) == 1025
     assert sum(tally.output_tokens for tally in entries) == 1000
@@ -3505,11 +3036,7 @@ def test_a_count_that_no_answer_has_is_no_count() -> None:
     [
         ("1d", "2026-11-22T00:00:00Z", "2026-11-23T00:00:00Z"),
         ("24h", "2026-11-22T00:00:00Z", "2026-11-23T00:00:00Z"),
-        (
-            "7d",
-            "2026-11-16T00:00:00Z",
-            "2026-11-23T00:00:00Z",
-        ),  # a Sunday; weeks begin on Monday
+        ("7d", "2026-11-16T00:00:00Z", "2026-11-23T00:00:00Z"),  # a Sunday; weeks begin on Monday
         ("1w", "2026-11-16T00:00:00Z", "2026-11-23T00:00:00Z"),
         ("30d", "2026-11-01T00:00:00Z", "2026-12-01T00:00:00Z"),
         ("1mo", "2026-11-01T00:00:00Z", "2026-12-01T00:00:00Z"),
@@ -3524,9 +3051,7 @@ def test_windows_snap_to_the_calendar(duration: str, start: str, end: str) -> No
     assert tuple(map(gateway.iso, gateway.window(duration, moment))) == (start, end)
 
 
-@pytest.mark.parametrize(
-    "duration", ["0s", "", "d", "-1d", "1y", "1e3d", "9999999999s"]
-)
+@pytest.mark.parametrize("duration", ["0s", "", "d", "-1d", "1y", "1e3d", "9999999999s"])
 def test_windows_of_no_length_are_refused(duration: str) -> None:
     with pytest.raises((ValueError, OverflowError)):
         gateway.window(duration, WHEN)
@@ -3563,20 +3088,14 @@ def restricted(*models: str, **fields: Any) -> gateway.VirtualKey:
     [
         {"model": "claude-haiku-4-5"},
         {"model": "claude-haiku-4-5", "fallbacks": [{"model": "claude-haiku-5-5"}]},
-        {
-            "model": "claude-haiku-4-5",
-            "tools": [{"name": "x"}, {"model": "claude-haiku-4-5"}],
-        },
+        {"model": "claude-haiku-4-5", "tools": [{"name": "x"}, {"model": "claude-haiku-4-5"}]},
         {"requests": [{"params": {"model": "claude-haiku-4-5"}}] * 3},
         {"model": {"id": "claude-haiku-4-5", "speed": "fast"}},
         {
             "model": "claude-haiku-4-5",
             "tools": [{"input_schema": {"properties": {"model": 1, "Model": 2}}}],
         },
-        {
-            "model": "claude-haiku-4-5",
-            "messages": [{"content": [{"input": {"model": "gpt"}}]}],
-        },
+        {"model": "claude-haiku-4-5", "messages": [{"content": [{"input": {"model": "gpt"}}]}]},
         {"messages": []},
     ],
 )
@@ -3604,10 +3123,7 @@ JSON_KIND = "Content-Type: application/json"
         (json.dumps({"model": OPUS}), 403),
         (json.dumps({"model": [OPUS]}), 403),
         (json.dumps({"model": {"id": OPUS}}), 403),
-        (
-            json.dumps({"model": "claude-haiku-4-5", "fallbacks": [{"model": OPUS}]}),
-            403,
-        ),
+        (json.dumps({"model": "claude-haiku-4-5", "fallbacks": [{"model": OPUS}]}), 403),
         (json.dumps({"model": "claude-haiku-4-5", "fallbacks": [OPUS]}), 403),
         (json.dumps({"model": "claude-haiku-4-5", "fallbacks": "default"}), 403),
         (json.dumps({"model": "claude-haiku-4-5", "tools": [{"model": OPUS}]}), 403),
@@ -3616,10 +3132,7 @@ JSON_KIND = "Content-Type: application/json"
         ('{"model": "claude-haiku-4-5", "model": "claude-opus-5-5"}', 400),
         ('{"model": "claude-haiku-4-5", "mod\\u0065l": "claude-opus-5-5"}', 400),
         ('{"model": "claude-haiku-4-5", "Model": "claude-opus-5-5"}', 400),
-        (
-            '{"requests": [], "requests": [{"params": {"model": "claude-opus-5-5"}}]}',
-            400,
-        ),
+        ('{"requests": [], "requests": [{"params": {"model": "claude-opus-5-5"}}]}', 400),
         ('{"requests": [{"params": {}, "params": {"model": "claude-opus-5-5"}}]}', 400),
         ("not json", 400),
         ('{"model": "claude-haiku-4-5"} {"model": "claude-opus-5-5"}', 400),
@@ -3643,10 +3156,7 @@ def test_other_models_are_refused(body: str, status: int) -> None:
 
 
 def test_a_body_in_another_encoding_is_refused() -> None:
-    for body in (
-        '{"model": "claude-haiku-4-5"}'.encode("utf-16"),
-        b'{"model": "\xff"}',
-    ):
+    for body in ('{"model": "claude-haiku-4-5"}'.encode("utf-16"), b'{"model": "\xff"}'):
         with pytest.raises(gateway.APIError):
             judge(body, MESSAGES_PATH)
 
@@ -3767,9 +3277,7 @@ def answer_with(used: dict[str, Any], **headers: str) -> Script:
 
 
 @contextlib.asynccontextmanager
-async def metered(
-    start: Starter, script: Script
-) -> AsyncIterator[tuple[Process, Upstream, str]]:
+async def metered(start: Starter, script: Script) -> AsyncIterator[tuple[Process, Upstream, str]]:
     """As `relayed`, once the gateway knows what tokens cost."""
     async with relayed(start, script) as (process, up, key):
         await priced(process)
@@ -3785,9 +3293,7 @@ async def priced(process: Process) -> None:
         await asyncio.sleep(0.01)
 
 
-async def acall(
-    process: Process, key: str, path: str = "/v1/messages", **fields: Any
-) -> Response:
+async def acall(process: Process, key: str, path: str = "/v1/messages", **fields: Any) -> Response:
     message = {**MESSAGE, "model": OPUS, "max_tokens": 32_000, **fields}
     body = json.dumps(message).encode()
     return await ask(process.port, f"POST {path}", JSON_KIND, body=body, key=key)
@@ -3797,13 +3303,9 @@ async def acall(
 async def test_a_budget_stops_the_key_that_overspends(start: Starter) -> None:
     # 1,000 x $4 + 500 x $20 = $0.014 a call
     async with metered(start, answer_with(usage_of(1000, 500))) as (process, _up, _):
-        made = process.manage(
-            "/key/generate", {"max_budget": 0.05, "budget_duration": "1mo"}
-        )
+        made = process.manage("/key/generate", {"max_budget": 0.05, "budget_duration": "1mo"})
         key, row = made.json()["key"], made.json()
-        assert row["max_budget"] == 0.05 and row["budget_reset_at"].endswith(
-            "-01T00:00:00Z"
-        )
+        assert row["max_budget"] == 0.05 and row["budget_reset_at"].endswith("-01T00:00:00Z")
         first = await acall(process, key)
         assert first.status == 200
         assert first.field("x-litellm-response-cost") == ["0.014"]
@@ -3834,9 +3336,7 @@ async def test_a_budget_stops_the_key_that_overspends(start: Starter) -> None:
         assert reset["spend"] == 0
 
 
-def test_a_budget_is_not_forgotten_with_its_prices(
-    start: Starter, tmp_path: Path
-) -> None:
+def test_a_budget_is_not_forgotten_with_its_prices(start: Starter, tmp_path: Path) -> None:
     process = start()
     key = process.new_key(max_budget=5)
     process.stop()
@@ -3844,9 +3344,7 @@ def test_a_budget_is_not_forgotten_with_its_prices(
     packages.mkdir()
     (packages / "tornado").symlink_to(Path(tornado.__file__).parent)
     variables = {**DEFAULT_VARIABLES, "PYTHONPATH": str(packages)}
-    unpriced = start(
-        "mock", program=[sys.executable, "-S", str(GATEWAY)], variables=variables
-    )
+    unpriced = start("mock", program=[sys.executable, "-S", str(GATEWAY)], variables=variables)
     with pytest.raises(anthropic.InternalServerError, match="genai-prices"):
         sdk(unpriced, key).messages.create(**MESSAGE)
     assert sdk(unpriced, key).models.list().data
@@ -3857,9 +3355,7 @@ async def test_a_budget_of_zero_means_no_calls(start: Starter) -> None:
     async with metered(start, answer_with(usage_of(1, 1))) as (process, up, _):
         key = process.new_key(max_budget=0)
         assert (await acall(process, key)).error["type"] == "billing_error"
-        assert (
-            await ask(process.port, "POST /v1/files", body=b"{}", key=key)
-        ).status == 429
+        assert (await ask(process.port, "POST /v1/files", body=b"{}", key=key)).status == 429
         assert not up.arrived
 
 
@@ -3874,9 +3370,7 @@ async def test_a_model_has_a_budget_of_its_own(start: Starter) -> None:
         assert "claude-opus-*" in refused.error["message"]
         assert (await acall(process, key, model="claude-haiku-4-5")).status == 200
         row = process.manage(f"/key/info?key={key}").json()["info"]
-        assert row["model_max_budget_usage"]["claude-opus-*"]["spend"] == pytest.approx(
-            0.042
-        )
+        assert row["model_max_budget_usage"]["claude-opus-*"]["spend"] == pytest.approx(0.042)
         assert row["model_max_budget"] == budgets
         # Once it is gone, no other way leads to the model, nor a body that nobody here can read.
         advisor = {"type": "advisor_20260301", "model": OPUS, "max_uses": 1}
@@ -3885,9 +3379,7 @@ async def test_a_model_has_a_budget_of_its_own(start: Starter) -> None:
             assert answer.status == 429 and answer.error["type"] == "billing_error"
         kinds = ("Content-Encoding: gzip", "Content-Type: application/json")
         packed = gzip.compress(json.dumps({**MESSAGE, "model": OPUS}).encode())
-        hidden = await ask(
-            process.port, "POST /v1/messages", *kinds, body=packed, key=key
-        )
+        hidden = await ask(process.port, "POST /v1/messages", *kinds, body=packed, key=key)
         assert hidden.status == 429
         assert (await acall(process, key, model="claude-haiku-4-5")).status == 200
 
@@ -3898,10 +3390,7 @@ async def test_a_soft_budget_warns_once(start: Starter) -> None:
         key = process.new_key(soft_budget=0.02, key_alias="soft")
         for _ in range(4):
             assert (await acall(process, key)).status == 200
-        assert (
-            process.log.count("key soft has spent $0.028, its soft budget is $0.02")
-            == 1
-        )
+        assert process.log.count("key soft has spent $0.028, its soft budget is $0.02") == 1
         assert process.log.count("soft budget") == 1
 
 
@@ -3912,9 +3401,7 @@ async def test_who_pays_himself_is_booked_nothing(start: Starter) -> None:
         own = ("Authorization: Bearer sk-ant-mine", "Content-Type: application/json")
         body = json.dumps({**MESSAGE, "model": OPUS}).encode()
         for _ in range(2):
-            answer = await ask(
-                process.port, "POST /v1/messages", *own, body=body, key=key
-            )
+            answer = await ask(process.port, "POST /v1/messages", *own, body=body, key=key)
             assert answer.status == 200 and not answer.field("x-litellm-response-cost")
         info = process.manage(f"/key/info?key={key}").json()["info"]
         assert info["spend"] == 0 and info["usage"] == {}
@@ -3958,9 +3445,7 @@ async def test_tokens_a_minute(start: Starter) -> None:
         first = await acall(process, key)
         assert first.status == 200
         assert first.field("anthropic-ratelimit-tokens-remaining") == ["0"]
-        refused = await acall(
-            process, key
-        )  # 200 below zero: 12 seconds and one token's 0.06
+        refused = await acall(process, key)  # 200 below zero: 12 seconds and one token's 0.06
         assert refused.status == 429 and refused.error["type"] == "rate_limit_error"
         assert 11 <= int(refused.field("retry-after")[0]) <= 13
 
@@ -3980,9 +3465,7 @@ async def test_requests_at_a_time(start: Starter) -> None:
         await until(lambda: len(up.arrived) == 2)
         refused = await acall(process, key)
         assert refused.status == 429 and refused.field("retry-after") == ["1"]
-        async with Client(
-            process.port
-        ) as leaver:  # a third key's slot comes back when he leaves
+        async with Client(process.port) as leaver:  # a third key's slot comes back when he leaves
             single = process.new_key(max_parallel_requests=1)
             leaver.request("POST /v1/files/x", body=b"{}", key=single)
             await until(lambda: len(up.arrived) == 3)
@@ -3990,48 +3473,29 @@ async def test_requests_at_a_time(start: Starter) -> None:
         await until(lambda: "client_gone" in process.log)
         release.set()
         assert (await acall(process, single)).status == 200
-        assert [answer.status for answer in await asyncio.gather(*running)] == [
-            200,
-            200,
-        ]
+        assert [answer.status for answer in await asyncio.gather(*running)] == [200, 200]
         assert (await acall(process, key)).status == 200
 
 
 @gen_test
 async def test_models_and_routes_are_enforced_on_the_wire(start: Starter) -> None:
     async with metered(start, answer_with(usage_of(1, 1))) as (process, _up, _):
-        key = process.new_key(
-            models=["claude-haiku-*"], allowed_routes=["/v1/*", "/v1/agents*"]
-        )
-        for path in (
-            "/v1/messages",
-            "/v1/messages/count_tokens",
-            "/anthropic/v1/agents",
-        ):
+        key = process.new_key(models=["claude-haiku-*"], allowed_routes=["/v1/*", "/v1/agents*"])
+        for path in ("/v1/messages", "/v1/messages/count_tokens", "/anthropic/v1/agents"):
             refused = await acall(process, key, path)
             assert refused.status == 403 and refused.error["type"] == "permission_error"
             assert OPUS in refused.error["message"]
-            assert (
-                await acall(process, key, path, model="claude-haiku-4-5")
-            ).status == 200
+            assert (await acall(process, key, path, model="claude-haiku-4-5")).status == 200
         packed = gzip.compress(json.dumps({"model": "claude-haiku-4-5"}).encode())
         fields = ("Content-Encoding: gzip", "Content-Type: application/json")
-        answer = await ask(
-            process.port, "POST /v1/messages", *fields, body=packed, key=key
-        )
+        answer = await ask(process.port, "POST /v1/messages", *fields, body=packed, key=key)
         assert answer.status == 400
         plain = await ask(
-            process.port,
-            "POST /v1/messages",
-            "Content-Type: text/plain",
-            body=b"hello",
-            key=key,
+            process.port, "POST /v1/messages", "Content-Type: text/plain", body=b"hello", key=key
         )
         assert plain.status == 400
         upload_type = "Content-Type: multipart/form-data; boundary=x"
-        upload_answer = await ask(
-            process.port, "POST /v1/files", upload_type, body=b"--x", key=key
-        )
+        upload_answer = await ask(process.port, "POST /v1/files", upload_type, body=b"--x", key=key)
         assert upload_answer.status == 200
         size = f"Content-Length: {33 * MIB}"
         huge = await ask(process.port, "POST /v1/messages/batches", size, key=key)
@@ -4048,9 +3512,7 @@ async def test_models_and_routes_are_enforced_on_the_wire(start: Starter) -> Non
                 client.request("POST /v1/messages/batches", kind, *fields, key=held)
                 for _ in range(33):
                     part = bytes(MIB)
-                    client.send(
-                        part if fields == (size,) else b"100000\r\n" + part + b"\r\n"
-                    )
+                    client.send(part if fields == (size,) else b"100000\r\n" + part + b"\r\n")
                     await client.writer.drain()
                 client.send(b"" if fields == (size,) else b"0\r\n\r\n")
                 expected = 413 if held is budgeted else 200
@@ -4060,9 +3522,7 @@ async def test_models_and_routes_are_enforced_on_the_wire(start: Starter) -> Non
         for path in ("/v1/models", "/v1//models", "/anthropic/v1/%6dodels"):
             refused = await ask(process.port, f"GET {path}", key=routed)
             assert refused.status == 403 and refused.error["type"] == "permission_error"
-        assert (
-            await ask(process.port, "GET /v1/organizations/me", key=key)
-        ).status == 403
+        assert (await ask(process.port, "GET /v1/organizations/me", key=key)).status == 403
 
 
 @gen_test
@@ -4076,26 +3536,20 @@ async def test_cut_streams_are_booked_as_seen(start: Starter) -> None:
     async with metered(start, streaming) as (process, _, _):
         key = process.new_key(key_alias="cut")
         async with Client(process.port) as client:
-            client.request(
-                "POST /v1/messages", body=json.dumps(MESSAGE).encode(), key=key
-            )
+            client.request("POST /v1/messages", body=json.dumps(MESSAGE).encode(), key=key)
             await client.head()
             await client.reader.readuntil(b"x" * 400)
         await until(lambda: "client_gone" in process.log)
         line = process.log.splitlines()[-1]
         assert "estimated" in line and "25+30->134 tokens" in line
         info = process.manage(f"/key/info?key={key}").json()["info"]
-        assert info["spend"] == pytest.approx(
-            (25 * 4 + 134 * 20 + 10 * 5 + 20 * 8) / 1e6
-        )
+        assert info["spend"] == pytest.approx((25 * 4 + 134 * 20 + 10 * 5 + 20 * 8) / 1e6)
 
 
 @gen_test
 async def test_a_batch_costs_its_owner_once(start: Starter) -> None:
     message = {"model": OPUS, "content": [{}], "usage": usage_of(1000, 500)}
-    line = json.dumps(
-        {"custom_id": "a", "result": {"type": "succeeded", "message": message}}
-    )
+    line = json.dumps({"custom_id": "a", "result": {"type": "succeeded", "message": message}})
 
     async def batches(request: Arrived) -> None:
         await request.read_body()
@@ -4111,22 +3565,16 @@ async def test_a_batch_costs_its_owner_once(start: Starter) -> None:
 
     async with metered(start, batches) as (process, up, other):
         owner = process.new_key(max_budget=5)
-        body = json.dumps(
-            {"requests": [{"custom_id": "a", "params": {**MESSAGE}}]}
-        ).encode()
+        body = json.dumps({"requests": [{"custom_id": "a", "params": {**MESSAGE}}]}).encode()
         kind = "Content-Type: application/json"
-        made = await ask(
-            process.port, "POST /v1/messages/batches", kind, body=body, key=owner
-        )
+        made = await ask(process.port, "POST /v1/messages/batches", kind, body=body, key=owner)
         assert made.status == 200 and spend(process, owner) == 0
         for key in (other, owner, other):
             path = "GET /v1/messages/batches/msgbatch_7/results"
             fetched = await ask(process.port, path, "Accept-Encoding: gzip", key=key)
             assert fetched.status == 200
         # ten lines of half of $0.014
-        assert (
-            spend(process, owner) == pytest.approx(0.07) and spend(process, other) == 0
-        )
+        assert spend(process, owner) == pytest.approx(0.07) and spend(process, other) == 0
         process.stop()
         again = start(up.url)
         await priced(again)
@@ -4140,9 +3588,7 @@ async def test_what_was_used_survives(start: Starter) -> None:
         key = process.new_key(max_budget=5, budget_duration="1mo", key_alias="a")
         for _ in range(3):
             assert (await acall(process, key)).status == 200
-        await until(
-            lambda: '"spend": "0.042"' in process.keys.read_text()
-        )  # within a second
+        await until(lambda: '"spend": "0.042"' in process.keys.read_text())  # within a second
         process.popen.kill()
         process.popen.wait()
         again = start(up.url)
@@ -4152,22 +3598,16 @@ async def test_what_was_used_survives(start: Starter) -> None:
         assert (await acall(again, key)).status == 200
         assert again.stop() == 0  # stopping writes what the last second brought
         third = start(up.url)
-        assert third.manage(f"/key/info?key={key}").json()["info"][
-            "spend"
-        ] == pytest.approx(0.056)
+        assert third.manage(f"/key/info?key={key}").json()["info"]["spend"] == pytest.approx(0.056)
         third.popen.send_signal(signal.SIGHUP)
         await until(lambda: "keys read again" in third.log)
-        assert third.manage(f"/key/info?key={key}").json()["info"][
-            "spend"
-        ] == pytest.approx(0.056)
+        assert third.manage(f"/key/info?key={key}").json()["info"]["spend"] == pytest.approx(0.056)
 
 
 @gen_test
 async def test_what_was_spent_is_reported(start: Starter) -> None:
     async with metered(start, answer_with(usage_of(1000, 500))) as (process, _, _):
-        ann = process.new_key(
-            key_alias="ann", user_id="ann", team_id="web", tags=["t1"]
-        )
+        ann = process.new_key(key_alias="ann", user_id="ann", team_id="web", tags=["t1"])
         bob = process.new_key(key_alias="bob", user_id="bob", team_id="web")
         await acall(process, ann)
         await acall(process, ann, model="claude-haiku-4-5")
@@ -4185,9 +3625,7 @@ async def test_what_was_spent_is_reported(start: Starter) -> None:
             rows = process.manage(f"/global/spend/report?{query}").json()
             assert {row[group]: row["spend"] for row in rows} == pytest.approx(sums)
             assert sum(row["requests"] for row in rows) == 3
-        past = process.manage(
-            "/global/spend/report?start_date=2026-01-01&end_date=2026-01-02"
-        )
+        past = process.manage("/global/spend/report?start_date=2026-01-01&end_date=2026-01-02")
         assert past.json() == []
         for query in ("group_by=nonsense", "start_date=yesterday"):
             answer = process.manage(f"/global/spend/report?{query}")
@@ -4199,18 +3637,12 @@ async def test_what_was_spent_is_reported(start: Starter) -> None:
         logs = process.manage("/spend/logs").json()
         assert len(logs) == 4 and logs[0]["request_tags"] == ["t1", "t2", "t3"]
         row = logs[-1]
-        assert (
-            row["request_id"] == "req_9"
-            and row["model"] == OPUS
-            and row["user"] == "ann"
-        )
+        assert row["request_id"] == "req_9" and row["model"] == OPUS and row["user"] == "ann"
         assert (row["prompt_tokens"], row["completion_tokens"]) == (1000, 500)
         assert row["spend"] == pytest.approx(0.014) and row["status"] == "success"
         of_bob = process.manage(f"/spend/logs?api_key={bob}").json()
         assert [row["key_alias"] for row in of_bob] == ["bob"]
-        by_id = process.manage(
-            f"/spend/logs?request_id={row['litellm_call_id']}"
-        ).json()
+        by_id = process.manage(f"/spend/logs?request_id={row['litellm_call_id']}").json()
         assert by_id == [row]
         await until(lambda: "tags=t1,t2,t3" in process.log)
         for path in ("/spend/keys", "/spend/logs", "/global/spend/report"):
@@ -4223,32 +3655,22 @@ async def test_the_sdk_understands_the_refusals(start: Starter) -> None:
 
         async def refused(retries: int, **fields: Any) -> anthropic.APIStatusError:
             client = anthropic.AsyncAnthropic(
-                base_url=process.url,
-                api_key=process.new_key(**fields),
-                max_retries=retries,
+                base_url=process.url, api_key=process.new_key(**fields), max_retries=retries
             )
             with pytest.raises(anthropic.APIStatusError) as raised:
                 await client.messages.create(**{**MESSAGE, "model": OPUS})
             return raised.value
 
-        over = await refused(
-            5, max_budget=0
-        )  # x-should-retry: false, so it is asked once
-        assert (
-            isinstance(over, anthropic.RateLimitError)
-            and "Budget of $0.00" in over.message
-        )
+        over = await refused(5, max_budget=0)  # x-should-retry: false, so it is asked once
+        assert isinstance(over, anthropic.RateLimitError) and "Budget of $0.00" in over.message
         await until(lambda: "refused:billing_error" in process.log)
         assert process.log.count("refused:billing_error") == 1
         limited = await refused(0, rpm_limit=0)
-        assert isinstance(
-            limited, anthropic.RateLimitError
-        ) and "0 requests a minute" in str(limited)
-        denied = await refused(5, models=["claude-haiku-*"])
-        assert (
-            isinstance(denied, anthropic.PermissionDeniedError)
-            and OPUS in denied.message
+        assert isinstance(limited, anthropic.RateLimitError) and "0 requests a minute" in str(
+            limited
         )
+        denied = await refused(5, models=["claude-haiku-*"])
+        assert isinstance(denied, anthropic.PermissionDeniedError) and OPUS in denied.message
         assert not up.arrived
 
 
@@ -4286,9 +3708,7 @@ async def inside(
         server.close()
 
 
-async def put_key(
-    relay: gateway.Relay, **fields: Any
-) -> tuple[str, gateway.VirtualKey]:
+async def put_key(relay: gateway.Relay, **fields: Any) -> tuple[str, gateway.VirtualKey]:
     key = gateway.new_key()
     record = gateway.VirtualKey(gateway.key_name(key), **fields)
     await relay.store.change({gateway.hash_key(key): record})
@@ -4349,9 +3769,7 @@ async def test_no_hold_is_left_behind_by_a_storm(tmp_path: Path) -> None:
         elif kind == 1:
             await request.answer(b"{}", "529 Overloaded")
         elif kind == 2:
-            await (
-                request.gone()
-            )  # silent until the gateway gives up, or its client does
+            await request.gone()  # silent until the gateway gives up, or its client does
         elif kind == 3:
             await request.send(SSE_HEAD + b"5\r\ndata:\r\n")
             request.writer.transport.abort()
@@ -4363,31 +3781,19 @@ async def test_no_hold_is_left_behind_by_a_storm(tmp_path: Path) -> None:
 
     async with upstream(capricious) as up, inside(up.url, tmp_path) as (relay, port):
         budgets = {"claude-*": gateway.ModelBudget(Decimal(2), "1d")}
-        limits = {
-            "max_budget": Decimal(3),
-            "model_max_budget": budgets,
-            "rpm_limit": 10_000,
-        }
+        limits = {"max_budget": Decimal(3), "model_max_budget": budgets, "rpm_limit": 10_000}
         key, record = await put_key(
-            relay,
-            **limits,
-            max_parallel_requests=60,
-            models=["claude-*"],
-            tpm_limit=10**6,
+            relay, **limits, max_parallel_requests=60, models=["claude-*"], tpm_limit=10**6
         )
 
         async def visit(number: int) -> None:
             async with Client(port) as client:
                 model = "gpt-x" if number % 11 == 0 else OPUS
                 body = json.dumps({**MESSAGE, "model": model}).encode()
-                with contextlib.suppress(
-                    OSError, asyncio.IncompleteReadError, TimeoutError
-                ):
+                with contextlib.suppress(OSError, asyncio.IncompleteReadError, TimeoutError):
                     kind = "Content-Type: application/json"
                     if number % 5 == 0:
-                        client.request(
-                            "POST /v1/messages", kind, "Content-Length: 9999", key=key
-                        )
+                        client.request("POST /v1/messages", kind, "Content-Length: 9999", key=key)
                         client.send(body)
                         await asyncio.sleep(chance.uniform(0, 0.05))
                         client.reset()
@@ -4403,16 +3809,12 @@ async def test_no_hold_is_left_behind_by_a_storm(tmp_path: Path) -> None:
         assert_nothing_is_held(record.account)
         assert not relay.client.exchanges
         answered = [f for f in relay.recent if f.used.cost]
-        assert answered and record.spent(gateway.now()) == sum(
-            f.used.cost for f in answered
-        )
+        assert answered and record.spent(gateway.now()) == sum(f.used.cost for f in answered)
 
 
 ACTIONS = st.lists(
     st.tuples(
-        st.sampled_from(
-            ["admit", "batch", "settle", "cut", "fail", "update", "restart"]
-        ),
+        st.sampled_from(["admit", "batch", "settle", "cut", "fail", "update", "restart"]),
         st.integers(0, 9),
         st.integers(0, 3000),
     ),
@@ -4449,9 +3851,7 @@ class Admissions:
     def start(self) -> None:
         self.store = gateway.KeyStore(self.path)
         chosen = gateway.Settings(master_key=MASTER_KEY)
-        self.admission = gateway.Admission(
-            chosen, self.store, self.prices, lambda: self.clock
-        )
+        self.admission = gateway.Admission(chosen, self.store, self.prices, lambda: self.clock)
 
     @property
     def key(self) -> gateway.VirtualKey:
@@ -4460,10 +3860,7 @@ class Admissions:
     async def run(self, actions: list[tuple[str, int, int]]) -> None:
         self.start()
         record = gateway.VirtualKey(
-            *("sk-...test", "a0"),
-            max_budget=self.budget,
-            max_parallel_requests=4,
-            rpm_limit=30,
+            *("sk-...test", "a0"), max_budget=self.budget, max_parallel_requests=4, rpm_limit=30
         )
         await self.store.change({self.hashed: record})
         for action, which, amount in actions:
@@ -4530,13 +3927,9 @@ class Admissions:
         measured = gateway.Measured(OPUS, used, empty=False, final=action == "settle")
         if action == "cut":
             measured.seen = min(amount, most.max_tokens)
-        self.admission.settle(
-            grant, None if action == "fail" else measured, failed=False
-        )
+        self.admission.settle(grant, None if action == "fail" else measured, failed=False)
         spent = self.key.account.window().spend
-        self.admission.settle(
-            grant, measured, failed=False
-        )  # a second time changes nothing
+        self.admission.settle(grant, measured, failed=False)  # a second time changes nothing
         assert self.key.account.window().spend == spent
 
     def end_batch(self, name: str, amount: int) -> None:
@@ -4666,9 +4059,7 @@ async def test_a_strangers_body_is_not_kept(start: Starter) -> None:
 
 
 @gen_test
-async def test_the_next_request_waits_for_a_client_that_does_not_read(
-    start: Starter,
-) -> None:
+async def test_the_next_request_waits_for_a_client_that_does_not_read(start: Starter) -> None:
     async def pour(request: Arrived) -> None:
         size = 100 * MIB if request.target.endswith("large") else 20_000
         await request.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
@@ -4682,9 +4073,7 @@ async def test_the_next_request_waits_for_a_client_that_does_not_read(
         with without_reading(process.port) as client:
             paths = ["/v1/files/small"] * 3000 + ["/v1/files/large"]
             asked = "".join(f"GET {path} {head}" for path in paths).encode()
-            sending = asyncio.create_task(
-                asyncio.get_running_loop().sock_sendall(client, asked)
-            )
+            sending = asyncio.create_task(asyncio.get_running_loop().sock_sendall(client, asked))
             last = -1
             while last != (last := len(up.arrived)):
                 await asyncio.sleep(0.3)
@@ -4694,9 +4083,7 @@ async def test_the_next_request_waits_for_a_client_that_does_not_read(
 
 @pytest.mark.parametrize("direction", ["up", "down"])
 @gen_test
-async def test_bodies_in_tiny_chunks_arrive_whole(
-    start: Starter, direction: str
-) -> None:
+async def test_bodies_in_tiny_chunks_arrive_whole(start: Starter, direction: str) -> None:
     body = os.urandom(30_000)
     chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
 
@@ -4708,10 +4095,7 @@ async def test_bodies_in_tiny_chunks_arrive_whole(
             await request.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
             await request.send(chunks)
 
-    async with (
-        relayed(start, answer) as (process, _, key),
-        Client(process.port) as client,
-    ):
+    async with relayed(start, answer) as (process, _, key), Client(process.port) as client:
         for kind in ("application/json", "application/octet-stream"):
             sent = chunks if direction == "up" else b"0\r\n\r\n"
             fields = (f"Content-Type: {kind}", "Transfer-Encoding: chunked")
@@ -4732,8 +4116,7 @@ COSTLY = {
     "lists": b'{"model": "m", "x": [' + b"[]," * 500_000 + b"1]}",
     "objects": b'{"model": "m", "x": [' + b"{}," * 500_000 + b"1]}",
     "numbers": b'{"model": "m", "x": [' + b"1," * 3_000_000 + b"1]}",
-    "members": b'{"model": "m", %b"a":1}'
-    % b"".join(b'"%d":1,' % n for n in range(400_000)),
+    "members": b'{"model": "m", %b"a":1}' % b"".join(b'"%d":1,' % n for n in range(400_000)),
     "spaced members": b'{"model": "m", %b"a":1}'
     % b"".join(b'"%d" :1,' % n for n in range(400_000)),
 }
@@ -4750,33 +4133,26 @@ def test_bodies_that_no_client_sends_are_refused(name: str) -> None:
                 if route.makes_batch:  # in which they have no meaning
                     document = {"requests": [{"params": document}]}
                 gateway.at_once(gateway.check_models(restricted("m"), route, document))
-                gateway.at_once(
-                    gateway.read_order(document, body, batched=route.makes_batch)
-                )
+                gateway.at_once(gateway.read_order(document, body, batched=route.makes_batch))
             assert refused.value.status == 400
 
 
 @given(
     parts=st.lists(
-        st.text(alphabet='a"\\[{:,é', max_size=6)
-        | st.lists(st.integers(0, 9), max_size=3),
+        st.text(alphabet='a"\\[{:,é', max_size=6) | st.lists(st.integers(0, 9), max_size=3),
         max_size=8,
     )
 )
 def test_what_stands_outside_of_strings(parts: list[Any]) -> None:
     body = json.dumps({"x": parts, "y": [[]]}, ensure_ascii=False).encode()
     outside = b"".join(gateway.outside_strings(body))
-    bare = json.dumps(
-        {"": [p if isinstance(p, list) else "" for p in parts], " ": [[]]}
-    )
+    bare = json.dumps({"": [p if isinstance(p, list) else "" for p in parts], " ": [[]]})
     assert outside == bare.replace('""', "").replace('" "', "").encode()
 
 
 def test_bodies_that_clients_send_are_read() -> None:
     rows = [{"custom_id": f"r{n}", "params": MESSAGE} for n in range(100_000)]
-    text = (
-        '{"a": [1, 2], "b": {}}, \\ "model": "x"\n' * 80_000
-    )  # JSON as a prompt's text
+    text = '{"a": [1, 2], "b": {}}, \\ "model": "x"\n' * 80_000  # JSON as a prompt's text
     message = {**MESSAGE, "messages": [{"role": "user", "content": text}]}
     for path, document in ((BATCHES, {"requests": rows}), (MESSAGES_PATH, message)):
         body, route = json.dumps(document).encode(), gateway.read_route("POST", path)
@@ -4837,9 +4213,7 @@ def test_how_deep_a_body_is(document: Any, limit: int) -> None:
         return 0 if value == 1 else 1 + max(map(depth, value), default=0)
 
     body = json.dumps({"[{": document}).encode()
-    assert gateway.at_once(gateway.is_deeper(body, limit)) == (
-        depth(document) + 1 > limit
-    )
+    assert gateway.at_once(gateway.is_deeper(body, limit)) == (depth(document) + 1 > limit)
 
 
 def test_both_readers_read_the_same_of_a_body(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -4853,9 +4227,7 @@ def test_both_readers_read_the_same_of_a_body(monkeypatch: pytest.MonkeyPatch) -
         route, orders = gateway.read_route("POST", MESSAGES_PATH), []
         for body in bodies:
             document = gateway.at_once(gateway.read_leniently(body, route))
-            orders.append(
-                gateway.at_once(gateway.read_order(document, body, batched=False))
-            )
+            orders.append(gateway.at_once(gateway.read_order(document, body, batched=False)))
         read.append(orders)
     assert read[0] == read[1]
     for name in MESSAGES:
@@ -4939,9 +4311,7 @@ async def test_what_is_held_at_once_is_capped(tmp_path: Path) -> None:
 
 
 @gen_test
-async def test_who_sends_many_large_bodies_keeps_no_other_waiting(
-    tmp_path: Path,
-) -> None:
+async def test_who_sends_many_large_bodies_keeps_no_other_waiting(tmp_path: Path) -> None:
     async def answer(request: Arrived) -> None:
         await request.read_body()
         await request.answer(b"{}")
@@ -4958,9 +4328,7 @@ async def test_who_sends_many_large_bodies_keeps_no_other_waiting(
 
         async def send(key: str, name: str) -> None:
             client = await stack.enter_async_context(Client(port))
-            client.request(
-                "POST /v1/messages", JSON_KIND, f"x-who: {name}", body=body, key=key
-            )
+            client.request("POST /v1/messages", JSON_KIND, f"x-who: {name}", body=body, key=key)
 
         for _ in range(20):
             await send(greedy, "greedy")
@@ -4972,9 +4340,7 @@ async def test_who_sends_many_large_bodies_keeps_no_other_waiting(
 
 
 @gen_test
-async def test_an_answer_that_is_kept_for_its_usage_counts_as_held(
-    tmp_path: Path,
-) -> None:
+async def test_an_answer_that_is_kept_for_its_usage_counts_as_held(tmp_path: Path) -> None:
     release = asyncio.Event()
     answer = message_body("small").replace(b"hello", b"x" * (3 * MIB // 2))
 
@@ -5035,9 +4401,7 @@ async def test_of_many_tags_a_few_are_remembered(start: Starter) -> None:
 
 @pytest.mark.parametrize("kind", ["application/json", "text/event-stream"])
 @gen_test
-async def test_an_answer_that_unfolds_lets_others_go_on(
-    start: Starter, kind: str
-) -> None:
+async def test_an_answer_that_unfolds_lets_others_go_on(start: Starter, kind: str) -> None:
     packed = gzip.compress(bytes(256 * MIB), 1)  # a thousand times its size
 
     async def unfold(request: Arrived) -> None:
@@ -5084,24 +4448,15 @@ ORDERS: list[tuple[dict[str, Any], str]] = [
     (
         {
             "max_tokens": 1000,
-            "fallbacks": [
-                {"model": "claude-haiku-4-5"},
-                {"model": OPUS, "max_tokens": 500},
-            ],
+            "fallbacks": [{"model": "claude-haiku-4-5"}, {"model": OPUS, "max_tokens": 500}],
         },
         "0.035",
     ),
-    (
-        {"max_tokens": 1000, "tools": [{**TOOL, "max_uses": 3, "max_tokens": 100}]},
-        "0.0215",
-    ),
+    ({"max_tokens": 1000, "tools": [{**TOOL, "max_uses": 3, "max_tokens": 100}]}, "0.0215"),
     ({"max_tokens": 1000, "tools": [{**TOOL}, {"name": "mine"}]}, "0.07"),
     ({"max_tokens": 1000, "tools": [{**SEARCH, "max_uses": 7}]}, "0.09"),
     ({"max_tokens": 1000, "tools": [SEARCH]}, "0.12"),
-    (
-        {"max_tokens": 1000, "context_management": {"edits": [{"type": "compact_1"}]}},
-        "0.04",
-    ),
+    ({"max_tokens": 1000, "context_management": {"edits": [{"type": "compact_1"}]}}, "0.04"),
     ({"max_tokens": 1000, "requests": []}, "0.02"),  # of no meaning in a message
 ]
 
@@ -5134,13 +4489,9 @@ def test_the_worst_case_has_the_prompt_at_its_dearest(prices: gateway.Prices) ->
     assert round(prompt(speed="fast") * million, 1) >= 4
 
 
-def test_the_worst_case_of_a_batch_is_half_of_all_its_rows(
-    prices: gateway.Prices,
-) -> None:
+def test_the_worst_case_of_a_batch_is_half_of_all_its_rows(prices: gateway.Prices) -> None:
     rows = [{"params": {"model": OPUS, "max_tokens": 1000}}] * 10
-    rows.append(
-        {"params": {"model": "claude-haiku-4-5", "max_tokens": 2000, "tools": [SEARCH]}}
-    )
+    rows.append({"params": {"model": "claude-haiku-4-5", "max_tokens": 2000, "tools": [SEARCH]}})
     order = ordered({"requests": rows}, batched=True)
     for counts in order.parts.values():
         counts[0] = 0
@@ -5160,8 +4511,7 @@ FIELDS_OF_KEYS: dict[str, st.SearchStrategy[Any]] = {
     "max_parallel_requests": st.none() | st.integers(0, 10**12),
     "max_budget": st.none() | st.integers(0, 10**12) | st.floats(0, 10**9),
     "soft_budget": st.none() | st.integers(0, 9) | st.floats(0, 1),
-    "budget_duration": st.none()
-    | st.from_regex(r"[1-9][0-9]{0,8}(mo|s|m|h|d|w)", fullmatch=True),
+    "budget_duration": st.none() | st.from_regex(r"[1-9][0-9]{0,8}(mo|s|m|h|d|w)", fullmatch=True),
     "model_max_budget": st.dictionaries(
         st.text(min_size=1, max_size=5),
         st.fixed_dictionaries(
@@ -5170,9 +4520,7 @@ FIELDS_OF_KEYS: dict[str, st.SearchStrategy[Any]] = {
         ),
         max_size=2,
     ),
-    "metadata": st.dictionaries(
-        st.text(max_size=5), st.floats() | st.text(max_size=5), max_size=3
-    ),
+    "metadata": st.dictionaries(st.text(max_size=5), st.floats() | st.text(max_size=5), max_size=3),
     "tags": st.lists(st.text(max_size=9), max_size=2),
     "blocked": st.booleans(),
     "duration": st.none() | st.from_regex(r"[0-9]{1,9}(mo|s|m|h|d|w)", fullmatch=True),
@@ -5191,9 +4539,7 @@ def test_what_is_taken_of_a_key_is_read_again(
         changes = gateway.key_changes(body, WHEN, prices)
     except (gateway.APIError, ValueError):
         return
-    record = gateway.VirtualKey(
-        "sk-...test", created_at=WHEN, updated_at=WHEN, **changes
-    )
+    record = gateway.VirtualKey("sk-...test", created_at=WHEN, updated_at=WHEN, **changes)
     line = gateway.store_line("a" * 64, record).decode()
     kept = gateway.parse_store(f'{{"version": 1, "keys": {{{line}}}}}'.encode(), "x")
     (again,) = kept.values()
@@ -5249,17 +4595,12 @@ class Batches:
         await request.read_body()
         if request.target.endswith("/results"):
             message = {"model": OPUS, "content": [{}], "usage": usage_of(1000, 500)}
-            row = {
-                "custom_id": "a",
-                "result": {"type": "succeeded", "message": message},
-            }
+            row = {"custom_id": "a", "result": {"type": "succeeded", "message": message}}
             rows = (json.dumps(row) + "\n").encode() * self.rows
             if self.stuck and self.stuck in request.target:
                 await request.gone()
             if self.packs:
-                await request.answer(
-                    gzip.compress(rows), "200 OK", "Content-Encoding: gzip"
-                )
+                await request.answer(gzip.compress(rows), "200 OK", "Content-Encoding: gzip")
                 return
             await request.answer(rows, "200 OK" if not self.gone else "404 Not Found")
         elif request.start_line.startswith("POST"):
@@ -5324,9 +4665,7 @@ async def test_a_batch_is_let_in_only_where_its_worst_case_fits(
         waits = await make(10)
         assert waits.status == 429 and waits.error["type"] == "rate_limit_error"
         assert waits.field("retry-after") == [str(gateway.BUDGET_WAIT)]
-        unread = await call(
-            "POST /v1/messages/batches", body=gzip.compress(batch_of(1)), key=key
-        )
+        unread = await call("POST /v1/messages/batches", body=gzip.compress(batch_of(1)), key=key)
         assert unread.status == 400 and batches.made == 1
         # What is held outlives the process.
         await relay.store.flush()
@@ -5423,13 +4762,9 @@ async def test_who_leaves_while_his_batch_is_made_owns_it(
         assert relay.recent[-1].outcome == "client_gone"
 
 
-@pytest.mark.parametrize(
-    "how", ["cut", "no head", "br", "text", "huge", "503", "refused"]
-)
+@pytest.mark.parametrize("how", ["cut", "no head", "br", "text", "huge", "503", "refused"])
 @gen_test
-async def test_a_batch_that_may_have_been_made_is_paid(
-    tmp_path: Path, how: str
-) -> None:
+async def test_a_batch_that_may_have_been_made_is_paid(tmp_path: Path, how: str) -> None:
     async def answer(request: Arrived) -> None:
         await request.read_body()
         batch = b'{"id": "msgbatch_1"}'
@@ -5445,28 +4780,21 @@ async def test_a_batch_that_may_have_been_made_is_paid(
         elif how == "text":
             await request.answer(batch, "200 OK", "Content-Type: text/plain")
         elif how == "huge":
-            await request.answer(
-                batch + b" " * (3 * gateway.REWRITE_LIMIT), "200 OK", JSON_KIND
-            )
+            await request.answer(batch + b" " * (3 * gateway.REWRITE_LIMIT), "200 OK", JSON_KIND)
         else:
             status = "503 Service Unavailable" if how == "503" else "400 Bad Request"
             await request.answer(b"{}", status, JSON_KIND)
 
     async with upstream(answer) as up, inside(up.url, tmp_path) as (relay, port):
         key, record = await put_key(relay, max_budget=Decimal(1))
-        made = await ask(
-            port, "POST /v1/messages/batches", JSON_KIND, body=batch_of(10), key=key
-        )
+        made = await ask(port, "POST /v1/messages/batches", JSON_KIND, body=batch_of(10), key=key)
         await until(lambda: not relay.active)
         assert_nothing_is_held(record.account)
         spent = record.spent(gateway.now())
         if how in ("503", "refused"):
             assert spent == 0 and made.status == (503 if how == "503" else 400)
         else:
-            assert (
-                Decimal("0.05") < spent < Decimal("0.06")
-                and relay.recent[-1].used.estimated
-            )
+            assert Decimal("0.05") < spent < Decimal("0.06") and relay.recent[-1].used.estimated
 
 
 @gen_test
@@ -5521,13 +4849,9 @@ async def test_a_body_is_held_until_it_is_on_its_way(tmp_path: Path) -> None:
     async with upstream(slow) as up, inside(up.url, tmp_path) as (relay, port):
         key, _ = await put_key(relay)
         held = relay.admission.held
-        await ask(
-            port, "GET /v1/models/warm", key=key
-        )  # a connection that is kept alive
+        await ask(port, "GET /v1/models/warm", key=key)  # a connection that is kept alive
         async with Client(port) as chunked, Client(port) as getting:
-            chunked.request(
-                "POST /v1/files", JSON_KIND, "Transfer-Encoding: chunked", key=key
-            )
+            chunked.request("POST /v1/files", JSON_KIND, "Transfer-Encoding: chunked", key=key)
             for _ in range(size // MIB):
                 chunked.send(b"%x\r\n%b\r\n" % (MIB, bytes(MIB)))
             chunked.send(b"0\r\n\r\n")
@@ -5557,9 +4881,7 @@ async def test_what_is_regenerated_or_read_again_loses_nothing(tmp_path: Path) -
     async with upstream(slow) as up, inside(up.url, tmp_path) as (relay, port):
         key, _record = await put_key(relay, max_budget=Decimal(1), key_alias="a")
         body = json.dumps({**MESSAGE, "model": OPUS}).encode()
-        running = asyncio.create_task(
-            ask(port, "POST /v1/messages", JSON_KIND, body=body, key=key)
-        )
+        running = asyncio.create_task(ask(port, "POST /v1/messages", JSON_KIND, body=body, key=key))
         await until(lambda: up.arrived)
         name = key
         for _ in range(3):
@@ -5571,9 +4893,7 @@ async def test_what_is_regenerated_or_read_again_loses_nothing(tmp_path: Path) -
         present = relay.store.keys[gateway.hash_key(name)]
         assert present.spent(gateway.now()) == Decimal("0.014")
         assert next(iter(present.account.usage.days()))[2].spend == Decimal("0.014")
-        made = await ask(
-            port, "POST /v1/messages/batches", JSON_KIND, body=batch_of(1), key=name
-        )
+        made = await ask(port, "POST /v1/messages/batches", JSON_KIND, body=batch_of(1), key=name)
         assert made.status == 200
         await relay.store.reload()
         assert relay.store.batch_owner("msgbatch_9") is present.account
@@ -5586,32 +4906,17 @@ async def test_what_cannot_be_counted_is_closed(start: Starter) -> None:
         body = json.dumps({**MESSAGE}).encode()
 
         async def status(start: str, who: str) -> int:
-            return (
-                await ask(process.port, start, JSON_KIND, body=body, key=who)
-            ).status
+            return (await ask(process.port, start, JSON_KIND, body=body, key=who)).status
 
         closed = ["/v1/sessions", "/v1/agents", "/v1/dreams", "/v1/new/x", "/v1/vaults"]
-        closed += [
-            "/v1/messages%20",
-            "/v1/messages;a",
-            "/v1/messages/new",
-            "/v1/oauth/token",
-        ]
-        closed += [
-            "/anthropic/V1/messages",
-            "/anthropic/api/oauth/claude_cli/create_api_key",
-        ]
+        closed += ["/v1/messages%20", "/v1/messages;a", "/v1/messages/new", "/v1/oauth/token"]
+        closed += ["/anthropic/V1/messages", "/anthropic/api/oauth/claude_cli/create_api_key"]
         for path in closed:
             assert await status(f"POST {path}", key) == 403, path
         assert not up.arrived
         for path in closed:
             assert await status(f"POST {path}", MASTER_KEY) == 200, path
-        for path in (
-            "/v1/messages",
-            "/v1/messages/cache_touch",
-            "/v1/complete",
-            "/v1/files",
-        ):
+        for path in ("/v1/messages", "/v1/messages/cache_touch", "/v1/complete", "/v1/files"):
             assert await status(f"POST {path}", key) == 200, path
         # Whoever opens more to a key with a budget must say that he knows.
         routes = {"allowed_routes": ["/v1/*", "/v1/sessions*"]}
@@ -5619,17 +4924,12 @@ async def test_what_cannot_be_counted_is_closed(start: Starter) -> None:
         assert "unmetered_routes" in error_of(refused, 400, "invalid_request_error")
         opened = process.new_key(**routes)
         assert await status("POST /v1/sessions", opened) == 200
-        for change in (
-            {"max_budget": 5},
-            {"model_max_budget": {"*": {"budget_limit": 1}}},
-        ):
+        for change in ({"max_budget": 5}, {"model_max_budget": {"*": {"budget_limit": 1}}}):
             refused = process.manage("/key/update", {"key": opened, **change})
             error_of(refused, 400, "invalid_request_error")
         known = process.new_key(**routes, max_budget=5, unmetered_routes=True)
         assert await status("POST /v1/sessions", known) == 200
-        changed = process.manage(
-            "/key/update", {"key": known, "unmetered_routes": False}
-        )
+        changed = process.manage("/key/update", {"key": known, "unmetered_routes": False})
         error_of(changed, 400, "invalid_request_error")
 
 
@@ -5641,12 +4941,8 @@ async def test_an_odd_method_is_no_way_round_a_budget(start: Starter) -> None:
         for method in ("post", "Post", "PUT", "PURGE"):
             key = process.new_key(max_budget=0.00001)
             asked = f"{method} /v1/messages/"
-            first = await ask(
-                process.port, asked, JSON_KIND, override, body=body, key=key
-            )
-            assert first.status == 200 and not up.arrived[-1].field(
-                override.split(":")[0]
-            )
+            first = await ask(process.port, asked, JSON_KIND, override, body=body, key=key)
+            assert first.status == 200 and not up.arrived[-1].field(override.split(":")[0])
             second = await ask(process.port, asked, JSON_KIND, body=body, key=key)
             assert second.error["type"] == "billing_error", method
 
@@ -5664,12 +4960,7 @@ async def test_old_completions_are_booked_by_what_they_say(start: Starter) -> No
 
     async with metered(start, complete) as (process, _, key):
         for extra, taken in (({}, 300), ({"stream": True}, 600)):
-            params = {
-                "model": OPUS,
-                "prompt": "x" * 300,
-                "max_tokens_to_sample": 9,
-                **extra,
-            }
+            params = {"model": OPUS, "prompt": "x" * 300, "max_tokens_to_sample": 9, **extra}
             body = json.dumps(params).encode()
             await ask(process.port, "POST /v1/complete", JSON_KIND, body=body, key=key)
             await until(lambda taken=taken: f"->{taken} tokens" in process.log)
@@ -5689,11 +4980,7 @@ async def test_who_leaves_before_the_head_pays_what_was_under_way(
     async with metered(start, silent) as (process, up, _):
         key = process.new_key(**limits)
         thinking = {"thinking": {"type": "enabled", "budget_tokens": 2000}}
-        for fields, taken in (
-            ({}, 0),
-            (thinking, 2000),
-            ({**thinking, "stream": True}, 0),
-        ):
+        for fields, taken in (({}, 0), (thinking, 2000), ({**thinking, "stream": True}, 0)):
             message = {**MESSAGE, "model": OPUS, "max_tokens": 8000, **fields}
             message["system"] = "x" * 3000
             up.arrived.clear()
@@ -5701,9 +4988,7 @@ async def test_who_leaves_before_the_head_pays_what_was_under_way(
                 body = json.dumps(message).encode()
                 client.request("POST /v1/messages", JSON_KIND, body=body, key=key)
                 await until(lambda: up.arrived and up.arrived[0].body)
-            await until(
-                lambda: not process.manage("/metrics").text.count("flight_requests 1")
-            )
+            await until(lambda: not process.manage("/metrics").text.count("flight_requests 1"))
             row = process.manage("/spend/logs").json()[0]
             assert row["outcome"] == "client_gone" and row["estimated"]
             assert row["prompt_tokens"] == gateway.tokens_in(len(body))
@@ -5739,9 +5024,7 @@ async def test_what_cannot_be_read_costs_its_worst_case(
 @gen_test
 async def test_the_real_key_leaves_in_no_line_of_a_head(start: Starter) -> None:
     async def reveal(request: Arrived) -> None:
-        await request.send(
-            f"HTTP/1.1 103 {REAL_KEY}\r\nX-A: {REAL_KEY}\r\n\r\n".encode()
-        )
+        await request.send(f"HTTP/1.1 103 {REAL_KEY}\r\nX-A: {REAL_KEY}\r\n\r\n".encode())
         await request.answer(b"hi", f"200 {REAL_KEY}", f"X-{REAL_KEY}: a")
 
     async with relayed(start, reveal) as (process, _, key):
@@ -5779,9 +5062,7 @@ async def test_no_part_of_the_real_key_leaves_at_the_end_of_a_read(
         if coding == "lie":
             parts = [secret[:cut], secret[cut:] + b"."]
         else:
-            parts = [
-                packer.compress(p) + packer.flush(zlib.Z_SYNC_FLUSH) for p in parts
-            ]
+            parts = [packer.compress(p) + packer.flush(zlib.Z_SYNC_FLUSH) for p in parts]
         length = sum(map(len, parts))
         named = "gzip" if coding == "lie" else coding
         await request.send(
@@ -5791,10 +5072,7 @@ async def test_no_part_of_the_real_key_leaves_at_the_end_of_a_read(
             await asyncio.sleep(0.05)  # so that they are two reads
             await request.send(part)
 
-    async with (
-        relayed(start, reveal) as (process, _, key),
-        Client(process.port) as client,
-    ):
+    async with relayed(start, reveal) as (process, _, key), Client(process.port) as client:
         client.request("GET /v1/models", key=key)
         got = b""
         with contextlib.suppress(ConnectionError):
@@ -5819,9 +5097,7 @@ async def test_no_part_of_the_real_key_leaves_at_the_end_of_a_read(
     ],
 )
 @gen_test
-async def test_the_real_key_leaves_in_no_compressed_body(
-    start: Starter, pack: Any
-) -> None:
+async def test_the_real_key_leaves_in_no_compressed_body(start: Starter, pack: Any) -> None:
     async def reveal(request: Arrived) -> None:
         coding, body = pack(b"it is " + REAL_KEY.encode() + b"." + os.urandom(5000))
         await request.answer(body, "200 OK", f"Content-Encoding: {coding}")
@@ -5847,11 +5123,7 @@ async def test_a_key_of_the_gateway_goes_nowhere_else(start: Starter) -> None:
                 assert answer.status == 400, asked
                 assert secret.encode() not in answer.body
         for secret in (other, chosen, MASTER_KEY):
-            for field in (
-                f"X-Debug: {secret}",
-                f"X-Debug: a,{secret};b",
-                f"User-Agent: {secret}",
-            ):
+            for field in (f"X-Debug: {secret}", f"X-Debug: a,{secret};b", f"User-Agent: {secret}"):
                 answer = await ask(process.port, "GET /v1/models", field, key=key)
                 assert answer.status == 400 and secret.encode() not in answer.body
         for method in (key, "sk-~!own.key"):  # a token like any other
@@ -5864,20 +5136,14 @@ async def test_a_key_of_the_gateway_goes_nowhere_else(start: Starter) -> None:
         assert (await ask(process.port, "GET /v1/models", many, key=key)).status == 400
         assert not up.arrived
         innocent = "X-Debug: sk-ant-something-else-altogether, task-1, sk-"
-        assert (
-            await ask(process.port, "GET /v1/models", innocent, key=key)
-        ).status == 200
+        assert (await ask(process.port, "GET /v1/models", innocent, key=key)).status == 200
         assert up.arrived[-1].field("x-debug") == [innocent[9:]]
 
 
 @gen_test
 async def test_no_key_stands_in_the_log_whoever_writes_it(start: Starter) -> None:
     for options in ([], ["--log-json"]):
-        async with relayed(start, echo, *options, "--logging=debug") as (
-            process,
-            _,
-            key,
-        ):
+        async with relayed(start, echo, *options, "--logging=debug") as (process, _, key):
             secret = process.new_key()
             odd = secret.replace("k", "%6b", 1)
             for path in (
@@ -5891,10 +5157,7 @@ async def test_no_key_stands_in_the_log_whoever_writes_it(start: Starter) -> Non
             ):
                 await ask(process.port, f"GET {path}", key=MASTER_KEY)
                 await ask(process.port, f"POST {path}", body=b"{}", key=MASTER_KEY)
-            tags = (
-                f"x-litellm-tags: a,{secret}",
-                f"x-claude-code-session-id: {secret}",
-            )
+            tags = (f"x-litellm-tags: a,{secret}", f"x-claude-code-session-id: {secret}")
             await ask(process.port, "GET /v1/models", *tags, key=key)
             await until(lambda: "tags" in process.log)
             plain = secret.removeprefix("sk-")
@@ -5909,17 +5172,8 @@ async def test_no_key_stands_in_the_log_whoever_writes_it(start: Starter) -> Non
 async def test_a_client_forges_no_field_of_a_log_line(start: Starter) -> None:
     async with relayed(start) as (process, _, key):
         forged = "x 200 ok user=root"
-        fields = (
-            f"x-claude-code-session-id: {forged}",
-            f"x-claude-code-agent-id: {forged}",
-        )
-        await ask(
-            process.port,
-            "GET /v1/models",
-            *fields,
-            f"x-litellm-tags: {forged}",
-            key=key,
-        )
+        fields = (f"x-claude-code-session-id: {forged}", f"x-claude-code-agent-id: {forged}")
+        await ask(process.port, "GET /v1/models", *fields, f"x-litellm-tags: {forged}", key=key)
         await until(lambda: "session=" in process.log)
         line = process.log.splitlines()[-1]
         for name in ("session", "agent", "tags"):
@@ -5931,12 +5185,7 @@ async def test_an_open_gateway_takes_no_request_of_a_web_page(start: Starter) ->
     variables = {"ANTHROPIC_API_KEY": REAL_KEY}
     async with relayed(start, variables=variables) as (process, up, _):
         here = f"localhost:{process.port}"
-        for asked in (
-            "POST /v1/messages",
-            "GET /",
-            "GET /metrics",
-            "OPTIONS /v1/messages",
-        ):
+        for asked in ("POST /v1/messages", "GET /", "GET /metrics", "OPTIONS /v1/messages"):
             for host, *fields in (
                 ("evil.example",),
                 ("evil.example:4000",),
@@ -5973,9 +5222,7 @@ async def test_a_preflight_goes_on_without_the_real_key(start: Starter) -> None:
         assert answer.status == 200 and answer.field("access-control-allow-origin")
         assert credentials(up.arrived[-1]) == []
         assert up.arrived[-1].field("origin") == ["https://app.example"]
-        with_key = await ask(
-            process.port, "POST /v1/messages", page, body=b"{}", key=key
-        )
+        with_key = await ask(process.port, "POST /v1/messages", page, body=b"{}", key=key)
         assert with_key.status == 200 and with_key.field("access-control-allow-origin")
         assert credentials(up.arrived[-1]) == [("x-api-key", REAL_KEY)]
         seen = len(up.arrived)
@@ -6028,9 +5275,7 @@ async def test_a_change_that_was_refused_is_nowhere(
     async def change(limit: int) -> gateway.APIError:
         changed = dataclasses.replace(store.keys[hashed], rpm_limit=limit)
         with pytest.raises(gateway.APIError) as refused:
-            await store.change(
-                {hashed: changed, gateway.hash_key(f"sk-{limit}"): first}
-            )
+            await store.change({hashed: changed, gateway.hash_key(f"sk-{limit}"): first})
         return refused.value
 
     changes = [asyncio.create_task(change(limit)) for limit in range(2, 10)]
@@ -6062,9 +5307,7 @@ async def test_a_refused_change_does_not_come_back_from_the_file(
 
     monkeypatch.setattr(os, "fsync", fail_for_folders)
     with pytest.raises(gateway.APIError):
-        await store.change(
-            {hashed: dataclasses.replace(store.keys[hashed], rpm_limit=2)}
-        )
+        await store.change({hashed: dataclasses.replace(store.keys[hashed], rpm_limit=2)})
     with pytest.raises(gateway.SettingsError):
         await store.reload()
     failing = False
@@ -6087,32 +5330,19 @@ def edit(process: Process, change: Callable[[str], str], *, renames: bool) -> st
 
 
 @pytest.mark.parametrize("renames", [True, False])
-def test_a_hand_edited_file_is_taken_in_and_not_written_over(
-    start: Starter, renames: bool
-) -> None:
+def test_a_hand_edited_file_is_taken_in_and_not_written_over(start: Starter, renames: bool) -> None:
     process = start()
     key, other = process.new_key(rpm_limit=1000), process.new_key()
     assert relay_message(process, key) == 200  # so that there is something to write
-    edit(
-        process,
-        lambda text: text.replace('"rpm_limit": 1000', '"rpm_limit": 7'),
-        renames=renames,
-    )
+    edit(process, lambda text: text.replace('"rpm_limit": 1000', '"rpm_limit": 7'), renames=renames)
     wait_for(lambda: "edited" in process.log)  # no signal was sent
     info = process.manage(f"/key/info?key={key}").json()["info"]
     assert info["rpm_limit"] == 7 and info["usage"]
     wait_for(lambda: '"usage"' in process.keys.read_text())
     assert '"rpm_limit": 7' in process.keys.read_text()
     # Whoever changes a key in the same moment does not write over it either.
-    edit(
-        process,
-        lambda text: text.replace('"rpm_limit": 7', '"rpm_limit": 0'),
-        renames=renames,
-    )
-    assert (
-        process.manage("/key/update", {"key": other, "key_alias": "b"}).status_code
-        == 200
-    )
+    edit(process, lambda text: text.replace('"rpm_limit": 7', '"rpm_limit": 0'), renames=renames)
+    assert process.manage("/key/update", {"key": other, "key_alias": "b"}).status_code == 200
     assert relay_message(process, key) == 429
     text = process.keys.read_text()
     assert '"rpm_limit": 0' in text and '"key_alias": "b"' in text
@@ -6131,9 +5361,7 @@ def test_a_damaged_edit_is_left_alone_until_it_is_mended(start: Starter) -> None
     assert readiness(process)[0] == 503 and process.keys.read_text() == damaged
     process.keys.write_text(sound)
     wait_for(lambda: readiness(process)[0] == 200)
-    assert (
-        process.manage("/key/update", {"key": key, "rpm_limit": 5}).status_code == 200
-    )
+    assert process.manage("/key/update", {"key": key, "rpm_limit": 5}).status_code == 200
     assert '"rpm_limit": 5' in process.keys.read_text()
     assert process.log.count("cannot be read") == 1 and process.stop() == 0
 
@@ -6179,9 +5407,7 @@ def test_of_two_that_start_at_once_one_runs(tmp_path: Path) -> None:
                 process.communicate()
 
 
-def test_sighup_during_the_start_does_not_end_it(
-    start: Starter, tmp_path: Path
-) -> None:
+def test_sighup_during_the_start_does_not_end_it(start: Starter, tmp_path: Path) -> None:
     """From the first line of the file on, before Tornado and all else is imported."""
     hasty = tmp_path / "hasty.py"
     hasty.write_text(
@@ -6244,9 +5470,7 @@ async def test_health_checks_of_http_1_0_need_no_host(start: Starter) -> None:
 
 def test_addresses_of_one_site_count_together() -> None:
     first = gateway.site_of("2001:db8:1:2:3:4:5:6")
-    assert (
-        first == gateway.site_of("2001:db8:1:2::9") != gateway.site_of("2001:db8:1:3::")
-    )
+    assert first == gateway.site_of("2001:db8:1:2::9") != gateway.site_of("2001:db8:1:3::")
     assert gateway.site_of("::ffff:1.2.3.4") == gateway.site_of("1.2.3.4") == "1.2.3.4"
     assert gateway.site_of("fe80::1%eth0") == gateway.site_of("fe80::2%eth0")
     assert gateway.site_of("") == ""
@@ -6279,19 +5503,14 @@ async def test_stopping_lets_running_requests_end(start: Starter) -> None:
         await release.wait()
         await request.send(b"3\r\nb\n\n\r\n0\r\n\r\n")
 
-    async with (
-        relayed(start, slow) as (process, _, key),
-        Client(process.port) as client,
-    ):
+    async with relayed(start, slow) as (process, _, key), Client(process.port) as client:
         client.request("POST /v1/messages", body=b"{}", key=key)
         await client.head()
         async with Client(process.port) as idle:
             idle.request("GET /")
             await idle.response()
             process.popen.send_signal(signal.SIGTERM)
-            assert await idle.reader.read() == b"", (
-                "an idle connection is closed at once"
-            )
+            assert await idle.reader.read() == b"", "an idle connection is closed at once"
         with pytest.raises(OSError):
             await asyncio.open_connection("127.0.0.1", process.port)
         release.set()
@@ -6315,10 +5534,7 @@ async def test_stopping_breaks_what_does_not_end(start: Starter) -> None:
 
 @gen_test
 async def test_a_second_signal_ends_it_at_once(start: Starter) -> None:
-    async with (
-        relayed(start, stall) as (process, _, key),
-        Client(process.port) as client,
-    ):
+    async with relayed(start, stall) as (process, _, key), Client(process.port) as client:
         client.request("POST /v1/files/events", body=b"{}", key=key)
         await client.head()
         process.popen.send_signal(signal.SIGINT)
@@ -6334,11 +5550,7 @@ def test_log_lines_are_one_line_each(mocked: Process, virtual_key: str) -> None:
     httpx2.get(mocked.url + path + "?secret=1", headers={"x-api-key": virtual_key})
     wait_for(lambda: len(mocked.log.splitlines()) == before + 1)
     line = mocked.log.splitlines()[-1]
-    assert (
-        "shared by the module GET" in line
-        and " 404 ok " in line
-        and "secret" not in line
-    )
+    assert "shared by the module GET" in line and " 404 ok " in line and "secret" not in line
 
 
 def limit_files(process: Process, what: int, soft: int) -> None:
@@ -6365,9 +5577,7 @@ async def test_readiness_tells_what_requests_have_met(start: Starter) -> None:
         assert status == 200 and ready["status"] == "healthy"
         assert ready["version"] == gateway.__version__ and ready["uptime"] >= 0
         assert ready["store"] == "writable"
-        assert ready["upstream"] == dict.fromkeys(
-            ("last_success", "last_failure", "last_error")
-        )
+        assert ready["upstream"] == dict.fromkeys(("last_success", "last_failure", "last_error"))
         assert not up.arrived, "a probe called the upstream"
         await ask(process.port, "GET /v1/files/404", key=key)
         seen = (await asyncio.to_thread(readiness, process))[1]["upstream"]
@@ -6380,18 +5590,14 @@ async def test_readiness_tells_what_requests_have_met(start: Starter) -> None:
         assert status == 200 and "closed" in ready["upstream"]["last_error"]
 
 
-def test_a_disk_that_filled_is_noticed_and_written_when_it_is_free_again(
-    start: Starter,
-) -> None:
+def test_a_disk_that_filled_is_noticed_and_written_when_it_is_free_again(start: Starter) -> None:
     process = start("mock")
     key = process.new_key()
     limit_files(process, resource.RLIMIT_FSIZE, 10)
     error_of(process.manage("/key/generate", {}), 503, "overloaded_error")
     status, ready = readiness(process)
     assert status == 503 and ready["status"] == "unhealthy"
-    assert "cannot be written" in ready["store"] and str(process.folder) not in str(
-        ready
-    )
+    assert "cannot be written" in ready["store"] and str(process.folder) not in str(ready)
     assert relay_status(process, key) == 200, "requests are relayed all the same"
     before = process.keys.read_bytes()
     limit_files(process, resource.RLIMIT_FSIZE, resource.RLIM_INFINITY)
@@ -6413,9 +5619,7 @@ async def test_a_request_that_arrives_while_stopping_gets_503(start: Starter) ->
         await running.head()
         probe.send(b"GET /health/readiness HTTP/1.1\r\n")
         late.send(b"POST /v1/messages HTTP/1.1\r\n")
-        await asyncio.to_thread(
-            relay_status, process, "sk-none"
-        )  # both parts are there
+        await asyncio.to_thread(relay_status, process, "sk-none")  # both parts are there
         process.popen.send_signal(signal.SIGTERM)
         await until(lambda: "under way" in process.log)
         probe.send(b"Host: x\r\n\r\n")
@@ -6447,9 +5651,7 @@ def test_metrics_are_for_those_who_may(start: Starter) -> None:
     process = start("mock")
     error_of(httpx2.get(process.url + "/metrics"), 401, "authentication_error")
     for routes in ([], ["*"], ["/v1/*"]):
-        key = process.new_key(
-            **({"allowed_routes": routes} if "*" not in routes else {})
-        )
+        key = process.new_key(**({"allowed_routes": routes} if "*" not in routes else {}))
         error_of(process.manage("/metrics", key=key), 403, "permission_error")
     scraper = process.new_key(allowed_routes=["/metrics"])
     assert ("litellm_in_flight_requests",) in metrics(process, scraper)
@@ -6471,20 +5673,14 @@ async def test_metrics_count_what_passed(start: Starter) -> None:
             await request.send(SSE_HEAD + b"3\r\na\n\n\r\n")
             await request.gone()
         else:
-            used = {
-                "input_tokens": 10,
-                "output_tokens": 5,
-                "cache_read_input_tokens": 7,
-            }
+            used = {"input_tokens": 10, "output_tokens": 5, "cache_read_input_tokens": 7}
             answer = {"model": OPUS, "content": [1], "usage": used}
             await request.answer(json.dumps(answer).encode(), "200 OK", JSON_KIND)
 
     async with metered(start, as_told) as (process, _, _):
         fields = json.dumps({"key_alias": 'a "quoted" \ud800', "max_budget": 10})
         master = {"Authorization": f"Bearer {MASTER_KEY}"}
-        made = httpx2.post(
-            f"{process.url}/key/generate", headers=master, content=fields
-        )
+        made = httpx2.post(f"{process.url}/key/generate", headers=master, content=fields)
         key = made.json()["key"]
         shown = 'a "quoted" ?'
         for _ in range(2):
@@ -6540,9 +5736,7 @@ def test_labels_are_bounded() -> None:
 
 
 def finished_request(**fields: Any) -> gateway.Finished:
-    some: dict[str, Any] = dict.fromkeys(
-        [f.name for f in dataclasses.fields(gateway.Finished)], ""
-    )
+    some: dict[str, Any] = dict.fromkeys([f.name for f in dataclasses.fields(gateway.Finished)], "")
     numbers = {"status": 200, "duration": 0.1, "bytes_in": 0, "bytes_out": 0}
     times = {"first_byte": None, "upstream": None, "overhead": None}
     return gateway.Finished(**(some | numbers | times | {"tags": []} | fields))
@@ -6551,16 +5745,7 @@ def finished_request(**fields: Any) -> gateway.Finished:
 # The log
 
 LOG_FIELDS = {
-    *(
-        "time",
-        "level",
-        "call_id",
-        "request_id",
-        "key_alias",
-        "key_name",
-        "user",
-        "tags",
-    ),
+    *("time", "level", "call_id", "request_id", "key_alias", "key_name", "user", "tags"),
     *("session_id", "agent_id", "remote_ip", "method", "path", "status", "outcome"),
     *("model", "input_tokens", "output_tokens", "cache_read_tokens"),
     *("cache_write_tokens", "cost", "estimated", "time_to_first_byte", "duration"),
@@ -6613,9 +5798,7 @@ def test_the_log_as_json_has_one_schema(start: Starter) -> None:
 
 def test_the_log_goes_to_files_that_are_rotated(start: Starter) -> None:
     options = ("--log-file-prefix=g.log", "--log-file-max-size=600", "--log-json")
-    process = start(
-        "mock", *options, "--log-file-num-backups=3", "--log-to-stderr=false"
-    )
+    process = start("mock", *options, "--log-file-num-backups=3", "--log-to-stderr=false")
     for _ in range(4):
         relay_status(process, "sk-unknown-0123456789")
     wait_for(lambda: (process.folder / "g.log.2").exists())
@@ -6632,10 +5815,7 @@ async def test_a_stream_does_not_hold_its_request(start: Starter) -> None:
         await request.send(SSE_HEAD + b"3\r\na\n\n\r\n")
         await request.gone()
 
-    async with (
-        relayed(start, begin) as (process, _, key),
-        contextlib.AsyncExitStack() as all_,
-    ):
+    async with relayed(start, begin) as (process, _, key), contextlib.AsyncExitStack() as all_:
         await priced(process)  # which takes memory of its own
         body = json.dumps({"messages": "x" * 3 * MIB}).encode()
         for number in range(13):
@@ -6661,8 +5841,7 @@ async def test_slow_heads_and_bodies_are_timed_out(start: Starter) -> None:
             "half a head": head,
             "half a body": json_head + b"content-length: 9\r\n\r\n{",
             "a chunk less": json_head + b"transfer-encoding: chunked\r\n\r\n1\r\n{",
-            "half an upload": head.replace(b"messages", b"files")
-            + b"content-length: 9\r\n\r\nx",
+            "half an upload": head.replace(b"messages", b"files") + b"content-length: 9\r\n\r\nx",
             "half a body for the gateway": b"POST /key/info HTTP/1.1\r\nHost: x\r\n"
             b"content-length: 9\r\n\r\n{",
         }
@@ -6698,9 +5877,7 @@ async def test_silent_connections_are_closed_without_a_word(start: Starter) -> N
 
 
 @gen_test
-async def test_a_steady_body_and_a_slow_upstream_are_put_up_with(
-    start: Starter,
-) -> None:
+async def test_a_steady_body_and_a_slow_upstream_are_put_up_with(start: Starter) -> None:
     release = asyncio.Event()
 
     async def late(request: Arrived) -> None:
@@ -6717,13 +5894,9 @@ async def test_a_steady_body_and_a_slow_upstream_are_put_up_with(
         Client(process.port) as waiting,
     ):
         size = 32 * MIB
-        waiting.request(
-            "POST /v1/files/late", f"content-length: {size}", body=b"", key=key
-        )
+        waiting.request("POST /v1/files/late", f"content-length: {size}", body=b"", key=key)
         waiting.send(b"x" * size)
-        steady.request(
-            "POST /v1/files/steady", "content-length: 3000", body=b"", key=key
-        )
+        steady.request("POST /v1/files/steady", "content-length: 3000", body=b"", key=key)
         for _ in range(6):  # 500 bytes each 0.2 s: for three times the client timeout
             steady.send(b"x" * 500)
             await asyncio.sleep(0.2)
@@ -6768,9 +5941,7 @@ async def test_a_flood_of_wrong_keys_leaves_nothing(start: Starter) -> None:
 
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
 @gen_test
-async def test_no_more_files_is_survived(
-    start: Starter, loop: str, tmp_path: Path
-) -> None:
+async def test_no_more_files_is_survived(start: Starter, loop: str, tmp_path: Path) -> None:
     variables = dict(DEFAULT_VARIABLES)
     if loop == "asyncio":
         variables["PYTHONPATH"] = str(tmp_path)
@@ -6874,10 +6045,7 @@ async def test_handshakes_under_way_count_as_connections(start: Starter) -> None
 
     def answers() -> bool:
         url = f"https://localhost:{process.port}/health/liveness"
-        with (
-            secure_client(certificate) as client,
-            contextlib.suppress(httpx2.TransportError),
-        ):
+        with secure_client(certificate) as client, contextlib.suppress(httpx2.TransportError):
             return client.get(url).status_code == 200
         return False
 
@@ -6892,13 +6060,9 @@ async def test_over_tls_a_client_that_leaves_is_noticed(start: Starter) -> None:
         process = start(up.url, *options)
         context = ssl.create_default_context(cafile=certificate)
         for leave in ("close", "reset"):
-            reader, writer = await asyncio.open_connection(
-                "localhost", process.port, ssl=context
-            )
+            reader, writer = await asyncio.open_connection("localhost", process.port, ssl=context)
             key = f"x-api-key: {REAL_KEY}"
-            writer.write(
-                f"POST /v1/files/events HTTP/1.1\r\nHost: x\r\n{key}\r\n\r\n".encode()
-            )
+            writer.write(f"POST /v1/files/events HTTP/1.1\r\nHost: x\r\n{key}\r\n\r\n".encode())
             assert b" 401 " in await reader.readuntil(b"\r\n\r\n")
             writer.write(
                 b"POST /v1/files/events HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n"
@@ -6930,9 +6094,7 @@ def test_a_unix_socket_takes_the_place_of_the_port(start: Starter) -> None:
     again = start("mock", f"--unix-socket={path}")
     assert again.stop() == 0 and not path.exists()
     path.write_text("a file")
-    assert "--unix-socket" in failed_start(
-        start.folder, "--upstream=mock", f"--unix-socket={path}"
-    )
+    assert "--unix-socket" in failed_start(start.folder, "--upstream=mock", f"--unix-socket={path}")
     assert path.read_text() == "a file"
 
 
@@ -6972,9 +6134,7 @@ def check(folder: Path, *options: str, **variables: str) -> tuple[int, str]:
 
 
 def test_check_tells_a_newcomer_what_is_well_and_what_is_not(tmp_path: Path) -> None:
-    status, text = check(
-        tmp_path, "--upstream=mock", "--port=4321", **DEFAULT_VARIABLES
-    )
+    status, text = check(tmp_path, "--upstream=mock", "--port=4321", **DEFAULT_VARIABLES)
     assert status == 0 and "FAIL" not in text, text
     assert "accepts the real key" in text and "genai-prices is installed" in text
     assert "export ANTHROPIC_BASE_URL=http://127.0.0.1:4321/anthropic" in text
@@ -7015,18 +6175,14 @@ async def test_check_asks_the_upstream_once(tmp_path: Path) -> None:
                 check, tmp_path, f"--upstream={up.url}", **DEFAULT_VARIABLES
             )
             assert status == code and said in text, text
-        assert [a.start_line for a in up.arrived] == [
-            "GET /v1/models?limit=1 HTTP/1.1"
-        ] * 3
+        assert [a.start_line for a in up.arrived] == ["GET /v1/models?limit=1 HTTP/1.1"] * 3
         assert up.arrived[0].field("x-api-key") == [REAL_KEY]
 
 
 # ─── The real SDK ────────────────────────────────────────────────────────────────────
 
 
-def sdk(
-    process: Process, key: str, base: str = "/anthropic", **kwargs: Any
-) -> anthropic.Anthropic:
+def sdk(process: Process, key: str, base: str = "/anthropic", **kwargs: Any) -> anthropic.Anthropic:
     kwargs.setdefault("max_retries", 0)
     return anthropic.Anthropic(base_url=process.url + base, api_key=key, **kwargs)
 
@@ -7043,9 +6199,7 @@ def test_sdk_messages(mocked: Process, virtual_key: str, base: str) -> None:
     with client.messages.stream(**MESSAGE) as stream:
         assert "".join(stream.text_stream) == "You said: Hello, world"
         assert stream.get_final_message().usage.output_tokens == 4
-    counted = client.messages.count_tokens(
-        model=MESSAGE["model"], messages=MESSAGE["messages"]
-    )
+    counted = client.messages.count_tokens(model=MESSAGE["model"], messages=MESSAGE["messages"])
     assert counted.input_tokens > 0
 
 
@@ -7060,9 +6214,7 @@ def test_sdk_auth_token_and_both(mocked: Process, virtual_key: str) -> None:
 
 
 def test_the_mock_caches_like_anthropic(mocked: Process, virtual_key: str) -> None:
-    system = [
-        {"type": "text", "text": "x" * 4000, "cache_control": {"type": "ephemeral"}}
-    ]
+    system = [{"type": "text", "text": "x" * 4000, "cache_control": {"type": "ephemeral"}}]
     client = sdk(mocked, virtual_key)
     first = client.messages.create(**MESSAGE, system=system).usage
     second = client.messages.create(**MESSAGE, system=system).usage
@@ -7115,9 +6267,7 @@ async def test_results_urls_lead_back_to_the_gateway(
             "request_counts": {}, "note": f"see {origin}/v1/files/x",
             "results_url": f"{origin}{base}/v1/messages/batches/msgbatch_1/results",
         }  # fmt: skip
-        document = (
-            {"data": [batch, batch]} if request.target.endswith("batches") else batch
-        )
+        document = {"data": [batch, batch]} if request.target.endswith("batches") else batch
         kinds = [f"Content-Encoding: {coding}"] if coding != "identity" else []
         packed = pack(json.dumps(document).encode())
         await request.answer(packed, "200 OK", "Content-Type: application/json", *kinds)
@@ -7133,25 +6283,19 @@ async def test_results_urls_lead_back_to_the_gateway(
         ]:
             answer = await ask(process.port, start_line, key=key)
             assert answer.field("content-length") == [str(len(answer.body))]
-            assert answer.field("content-encoding") == (
-                [coding] if coding != "identity" else []
-            )
+            assert answer.field("content-encoding") == ([coding] if coding != "identity" else [])
             plain = gateway.decompress(coding, answer.body, MIB)
             document = json.loads(plain)
             batch = document["data"][1] if many else document
             assert batch["results_url"] == relative and "://" in batch["note"]
-        client = anthropic.AsyncAnthropic(
-            base_url=process.url + "/anthropic", api_key=key
-        )
+        client = anthropic.AsyncAnthropic(base_url=process.url + "/anthropic", api_key=key)
         results = [r async for r in await client.messages.batches.results("far")]
         assert results[0].result.type == "expired"
         assert up.arrived[-1].target == base + relative
 
 
 @gen_test
-async def test_a_batch_object_that_cannot_be_read_is_not_passed_on(
-    start: Starter,
-) -> None:
+async def test_a_batch_object_that_cannot_be_read_is_not_passed_on(start: Starter) -> None:
     async def unreadable(request: Arrived) -> None:
         await request.answer(
             b"\x00", "200 OK", "Content-Type: application/json", "Content-Encoding: br"
@@ -7197,23 +6341,16 @@ def test_sdk_files(mocked: Process, virtual_key: str) -> None:
     ],
 )
 def test_sdk_errors(
-    mocked: Process,
-    virtual_key: str,
-    status: int,
-    exception: type[anthropic.APIStatusError],
+    mocked: Process, virtual_key: str, status: int, exception: type[anthropic.APIStatusError]
 ) -> None:
     with pytest.raises(exception) as raised:
-        sdk(mocked, virtual_key).messages.create(
-            **{**MESSAGE, "model": f"mock-error-{status}"}
-        )
+        sdk(mocked, virtual_key).messages.create(**{**MESSAGE, "model": f"mock-error-{status}"})
     assert raised.value.status_code == status
     assert raised.value.request_id.startswith("req_")
 
 
 def test_sdk_errors_of_the_gateway_itself(mocked: Process, start: Starter) -> None:
-    with pytest.raises(
-        anthropic.AuthenticationError, match="Unknown API key"
-    ) as raised:
+    with pytest.raises(anthropic.AuthenticationError, match="Unknown API key") as raised:
         sdk(mocked, "sk-wrong-0123456789").messages.create(**MESSAGE)
     assert raised.value.request_id == raised.value.response.headers["x-litellm-call-id"]
     unreachable = start("http://localhost:1")
@@ -7231,15 +6368,11 @@ async def test_sdk_honours_retry_after(start: Starter) -> None:
         if len(times) == 1:
             await request.answer(b"{}", "429 Too Many Requests", "retry-after: 1")
         else:
-            await request.answer(
-                b'{"input_tokens": 7}', "200 OK", "Content-Type: application/json"
-            )
+            await request.answer(b'{"input_tokens": 7}', "200 OK", "Content-Type: application/json")
 
     async with relayed(start, limited_once) as (process, _, key):
         client = anthropic.AsyncAnthropic(base_url=process.url, api_key=key)
-        counted = await client.messages.count_tokens(
-            model="m", messages=MESSAGE["messages"]
-        )
+        counted = await client.messages.count_tokens(model="m", messages=MESSAGE["messages"])
         assert counted.input_tokens == 7 and times[1] - times[0] >= 1
 
 
@@ -7268,9 +6401,7 @@ async def test_50_sdk_streams_at_once(mocked: Process, virtual_key: str) -> None
         async def one(number: int) -> str:
             text = f"number {number} " * 10
             messages = [{"role": "user", "content": text}]
-            async with client.messages.stream(
-                **{**MESSAGE, "messages": messages}
-            ) as stream:
+            async with client.messages.stream(**{**MESSAGE, "messages": messages}) as stream:
                 return "".join([part async for part in stream.text_stream])
 
         answers = await asyncio.gather(*(one(number) for number in range(50)))
@@ -7396,9 +6527,7 @@ def test_the_curls_of_litellms_page(
     else:
         answer = curl(CURLS[name], mocked.port, virtual_key)
     assert "error" not in answer
-    assert (
-        answer.get("type") in ("message", "message_batch") or answer["input_tokens"] > 0
-    )
+    assert answer.get("type") in ("message", "message_batch") or answer["input_tokens"] > 0
 
 
 def test_the_curl_that_makes_a_key(mocked: Process) -> None:

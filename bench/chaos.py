@@ -169,10 +169,7 @@ def events(given: int, taken: int) -> list[bytes]:
     def event(**fields: Any) -> bytes:
         return f"event: {fields['type']}\ndata: {json.dumps(fields)}\n\n".encode()
 
-    begun = {
-        "model": "claude-chaos-1",
-        "usage": {"input_tokens": given, "output_tokens": 1},
-    }
+    begun = {"model": "claude-chaos-1", "usage": {"input_tokens": given, "output_tokens": 1}}
     delta = {"type": "text_delta", "text": "some words "}
     return [
         event(type="message_start", message=begun),
@@ -180,9 +177,7 @@ def events(given: int, taken: int) -> list[bytes]:
         *[event(type="content_block_delta", index=0, delta=delta)] * 8,
         event(type="content_block_stop", index=0),
         event(
-            type="message_delta",
-            delta={"stop_reason": "end_turn"},
-            usage={"output_tokens": taken},
+            type="message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": taken}
         ),
         event(type="message_stop"),
     ]
@@ -290,9 +285,7 @@ class Answering:
         return True
 
     async def overloaded(self) -> bool:
-        body = (
-            b'{"type": "error", "error": {"type": "overloaded_error", "message": "x"}}'
-        )
+        body = b'{"type": "error", "error": {"type": "overloaded_error", "message": "x"}}'
         fields = (JSON, f"Content-Length: {len(body)}", "retry-after: 1")
         await self.send(head("529 Overloaded", *fields) + body)
         return True
@@ -342,9 +335,7 @@ class Answering:
         return False
 
     async def large_head(self) -> bool:
-        await self.send(
-            head("200 OK", JSON, *[f"x-{n}: {'z' * 900}" for n in range(100)])
-        )
+        await self.send(head("200 OK", JSON, *[f"x-{n}: {'z' * 900}" for n in range(100)]))
         return False
 
     async def garbage(self) -> bool:
@@ -415,9 +406,7 @@ class Upstream:
         self.rng = random.Random(seed)
         self.counts = counts
 
-    async def serve(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         ends = (OSError, asyncio.IncompleteReadError, asyncio.CancelledError)
         with contextlib.suppress(*ends):
             kept = True
@@ -474,9 +463,7 @@ def request(key: str, *fields: str, path: str = MESSAGES, body: bytes = BODY) ->
 
 LENGTH = re.compile("transfer-encoding|content-length", re.IGNORECASE)
 # Two that the gateway answers itself, and one that it refuses.
-ANSWERED_AT_ONCE = [
-    *(asking("GET", "/"), asking("GET", "/nothing"), asking("GET", "/v1/models"))
-]
+ANSWERED_AT_ONCE = [*(asking("GET", "/"), asking("GET", "/nothing"), asking("GET", "/v1/models"))]
 # What a rule may look through: the places that it reads, filled with as much as it will read.
 PLACES = [b"messages", b"tools", b"fallbacks", b"requests"]
 MOST = gateway.MAX_CONTAINERS - 100
@@ -487,10 +474,7 @@ FILLINGS = itertools.cycle(itertools.product(PLACES, THINGS))
 ROW = json.dumps(
     {
         "custom_id": "row",
-        "params": {
-            **json.loads(BODY),
-            "messages": [{"role": "user", "content": "word " * 8}] * 15,
-        },
+        "params": {**json.loads(BODY), "messages": [{"role": "user", "content": "word " * 8}] * 15},
     }
 ).encode()
 
@@ -517,12 +501,8 @@ class Chaos:
         self.until = 0.0  # the present attack's end, by the monotonic clock
 
     @contextlib.asynccontextmanager
-    async def connection(
-        self,
-    ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-        reader, writer = await asyncio.open_connection(
-            "127.0.0.1", self.port, ssl=self.context
-        )
+    async def connection(self) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port, ssl=self.context)
         try:
             yield reader, writer
         finally:
@@ -649,9 +629,7 @@ class Chaos:
 
     async def large_head(self) -> None:
         async with self.connection() as (reader, writer):
-            writer.write(
-                request(self.key(), *[f"x-{n}: {'z' * 900}" for n in range(99)])
-            )
+            writer.write(request(self.key(), *[f"x-{n}: {'z' * 900}" for n in range(99)]))
             await asyncio.wait_for(reader.read(), 30)
 
     async def bad_chunks(self) -> None:
@@ -1111,15 +1089,12 @@ async def attack_all(chaos: Chaos, file: Path) -> None:
     tls = ["--tls"] if chaos.context is not None else []
     command = [sys.executable, str(Path(__file__).resolve()), "--watch"]
     with file.open("wb") as output:
-        watch = await asyncio.create_subprocess_exec(
-            *command, str(chaos.port), *tls, stdout=output
-        )
+        watch = await asyncio.create_subprocess_exec(*command, str(chaos.port), *tls, stdout=output)
     while not file.stat().st_size and watch.returncode is None:
         await asyncio.sleep(0.05)
     try:
         windows = {
-            act.__name__: await chaos.attack(act, attackers)
-            for act, attackers in ATTACKS.items()
+            act.__name__: await chaos.attack(act, attackers) for act, attackers in ATTACKS.items()
         }
     finally:
         if watch.returncode is None:
@@ -1170,9 +1145,7 @@ def make_certificate(folder: Path) -> ssl.SSLContext:
     return context
 
 
-async def run(
-    seconds: float, seed: int, folder: Path, *, tls: bool
-) -> collections.Counter[str]:
+async def run(seconds: float, seed: int, folder: Path, *, tls: bool) -> collections.Counter[str]:
     """The whole of it; what was counted, what failed among it."""
     counts: collections.Counter[str] = collections.Counter()
     upstream = await asyncio.start_server(
@@ -1240,9 +1213,7 @@ async def run(
     return counts
 
 
-def judge(
-    chaos: Chaos, first: dict[str, Any], last: dict[str, Any], file: Path
-) -> None:
+def judge(chaos: Chaos, first: dict[str, Any], last: dict[str, Any], file: Path) -> None:
     """Count what is not as it must be."""
     print("left:", ", ".join(f"{name} {count}" for name, count in last.items()))
     for name, count in last.items():
@@ -1290,9 +1261,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--tls", action="store_true", help="on both sides")
     arguments = parser.parse_args()
-    logging.getLogger("asyncio").setLevel(
-        logging.ERROR
-    )  # clients write to lost sockets
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # clients write to lost sockets
     with tempfile.TemporaryDirectory() as folder:
         counts = asyncio.run(
             run(arguments.seconds, arguments.seed, Path(folder), tls=arguments.tls)

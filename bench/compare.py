@@ -68,12 +68,7 @@ def request_body(mode: int, size: int = 1000) -> str:
     """A request of about so many bytes."""
     start = f'{{"model": "claude-sonnet-5-5", "max_tokens": {mode}, "stream": '
     start += "true" if mode != PLAIN else "false"
-    return (
-        start
-        + ', "messages": [{"role": "user", "content": "'
-        + "x" * (size - 130)
-        + '"}]}'
-    )
+    return start + ', "messages": [{"role": "user", "content": "' + "x" * (size - 130) + '"}]}'
 
 
 MESSAGE = json.dumps(
@@ -105,14 +100,10 @@ FIRST_EVENT = event(
     },
 )
 NEXT_EVENT = event(
-    type="content_block_delta",
-    index=0,
-    delta={"type": "text_delta", "text": " some words"},
+    type="content_block_delta", index=0, delta={"type": "text_delta", "text": " some words"}
 )
 LAST_EVENT = event(
-    type="message_delta",
-    delta={"stop_reason": "end_turn"},
-    usage={"output_tokens": 500},
+    type="message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": 500}
 )
 
 
@@ -317,18 +308,14 @@ class Bench:
         for process in self.processes:
             process.wait(30)
 
-    def nginx(
-        self, core: int, name: str, template: str, **values: Any
-    ) -> subprocess.Popen[bytes]:
+    def nginx(self, core: int, name: str, template: str, **values: Any) -> subprocess.Popen[bytes]:
         values |= {"PLAIN_PORT": self.plain_port, "TLS_PORT": self.tls_port}
         path = self.folder / f"{name}.conf"
         path.write_text(string.Template(template).substitute(values))
         return self.spawn(pinned(core, "nginx", "-p", self.folder, "-c", path))
 
     def start_upstream(self) -> None:
-        hashes = [
-            hashlib.md5(body.encode()).hexdigest() for body in self.bodies.values()
-        ]
+        hashes = [hashlib.md5(body.encode()).hexdigest() for body in self.bodies.values()]
         self.nginx(
             LOAD_CORE,
             "upstream",
@@ -370,20 +357,13 @@ class Bench:
 
     def start_nginx(self, name: str, port: int, tls: bool) -> Contestant:
         scheme = "https://tls" if tls else "http://plain"
-        process = self.nginx(
-            CONTESTANT_CORE, f"proxy-{port}", PROXY_CONF, PORT=port, SCHEME=scheme
-        )
+        process = self.nginx(CONTESTANT_CORE, f"proxy-{port}", PROXY_CONF, PORT=port, SCHEME=scheme)
         return Contestant(name, port, process=process)
 
     def start_gateway(self, name: str, port: int, tls: bool) -> Contestant:
-        scheme, upstream = (
-            ("https", self.tls_port) if tls else ("http", self.plain_port)
-        )
+        scheme, upstream = ("https", self.tls_port) if tls else ("http", self.plain_port)
         command = pinned(CONTESTANT_CORE, sys.executable, GATEWAY, f"--port={port}")
-        command += [
-            f"--upstream={scheme}://localhost:{upstream}",
-            f"--keys=keys-{port}.json",
-        ]
+        command += [f"--upstream={scheme}://localhost:{upstream}", f"--keys=keys-{port}.json"]
         process = self.spawn(
             [*command, "--logging=warning"],
             ANTHROPIC_API_KEY="sk-ant-bench-0123456789",
@@ -396,9 +376,7 @@ class Bench:
         (self.folder / "litellm.yaml").write_text(
             f"general_settings:\n  master_key: {MASTER_KEY}\n"
         )
-        command = pinned(
-            CONTESTANT_CORE, LITELLM / "bin/litellm", "--config=litellm.yaml"
-        )
+        command = pinned(CONTESTANT_CORE, LITELLM / "bin/litellm", "--config=litellm.yaml")
         process = self.spawn(
             [*command, f"--port={port}", "--host=127.0.0.1", "--num_workers=1"],
             ANTHROPIC_API_KEY="sk-ant-bench-0123456789",
@@ -416,17 +394,13 @@ class Bench:
 
     # Load
 
-    def wrk(
-        self, contestant: Contestant, mode: int, size: int, connections: int
-    ) -> Measured:
+    def wrk(self, contestant: Contestant, mode: int, size: int, connections: int) -> Measured:
         """One turn of wrk; ``cpu`` is seconds per thousand requests, or events."""
         body, folder = self.bodies[mode, size], self.folder
         events = FLAT_EVENTS if mode == FLAT else 1
         seconds = self.seconds * (LITELLM_TIMES if contestant.name == "litellm" else 1)
         (folder / "body").write_text(body)
-        (folder / "expected").write_text(
-            MESSAGE if mode == PLAIN else stream_body(events)
-        )
+        (folder / "expected").write_text(MESSAGE if mode == PLAIN else stream_body(events))
         (folder / "fields").write_text("\n".join(request_fields(contestant.key)) + "\n")
         values = {"BODY": "body", "EXPECTED": "expected", "FIELDS": "fields"}
         script = folder / "load.lua"
@@ -448,17 +422,10 @@ class Bench:
         arrived, changed = self.counts()
         self.verify(contestant, requests, bad, arrived, changed)
         units = max(1, requests * events)
-        return Measured(
-            units / micros * 1e6, p50 / 1000, p99 / 1000, cpu / units * 1000
-        )
+        return Measured(units / micros * 1e6, p50 / 1000, p99 / 1000, cpu / units * 1000)
 
     def verify(
-        self,
-        contestant: Contestant,
-        answered: int,
-        bad: int,
-        arrived: int,
-        changed: int,
+        self, contestant: Contestant, answered: int, bad: int, arrived: int, changed: int
     ) -> None:
         """What was counted must add up. LiteLLM is let off the bodies, which it writes anew."""
         if contestant.name == "litellm":
@@ -499,16 +466,9 @@ class Bench:
         arrived, changed = self.counts()
         self.verify(contestant, streams, result["bad"], arrived, changed)
         events = streams * SLOW_EVENTS
-        extra = {
-            "gap99": result["gap99"],
-            "stream_kb": (peak - memory) * 1024 / streams,
-        }
+        extra = {"gap99": result["gap99"], "stream_kb": (peak - memory) * 1024 / streams}
         return Measured(
-            events / result["seconds"],
-            result["p50"],
-            result["p99"],
-            cpu / events * 1000,
-            extra,
+            events / result["seconds"], result["p50"], result["p99"], cpu / events * 1000, extra
         )
 
 
@@ -601,13 +561,9 @@ async def run_streams(job: dict[str, Any]) -> dict[str, Any]:
     ended = asyncio.Semaphore(0)
     clients = []
     began = time.perf_counter()
-    spread = (
-        2.0 if job["streams"] <= 500 else 8.0
-    )  # seconds, so that no burst is measured
+    spread = 2.0 if job["streams"] <= 500 else 8.0  # seconds, so that no burst is measured
     for number in range(job["streams"]):
-        await asyncio.sleep(
-            began + spread * number / job["streams"] - time.perf_counter()
-        )
+        await asyncio.sleep(began + spread * number / job["streams"] - time.perf_counter())
         _, client = await loop.create_connection(
             lambda: StreamClient(request, ended.release), "127.0.0.1", job["port"]
         )
@@ -681,9 +637,7 @@ BESIDE_TLS = ", plain upstream"  # beside those with TLS, to tell what TLS costs
 
 def run_rows(bench: Bench, rows: list[Row], names: list[str], *, tls: bool) -> None:
     """Let the contestants take turns at each row, after a turn to warm up, and print it."""
-    contestants = [
-        bench.start(name, tls=tls and not name.endswith(BESIDE_TLS)) for name in names
-    ]
+    contestants = [bench.start(name, tls=tls and not name.endswith(BESIDE_TLS)) for name in names]
     for contestant in contestants:
         bench.wrk(contestant, PLAIN, 1000, 8)
     for row in rows:
@@ -710,16 +664,7 @@ def median_of(turns: list[Measured]) -> Measured:
     )
 
 
-HEADINGS = [
-    "row",
-    "through",
-    "a second",
-    "p50 ms",
-    "p99 ms",
-    "CPU",
-    "× nginx",
-    "besides",
-]
+HEADINGS = ["row", "through", "a second", "p50 ms", "p99 ms", "CPU", "× nginx", "besides"]
 
 
 def table_line(row: Row, name: str, m: Measured, medians: dict[str, Measured]) -> str:
@@ -767,9 +712,7 @@ def install(litellm: bool) -> None:
     if litellm and not (LITELLM / "bin/litellm").exists():
         print("installing litellm", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", LITELLM], check=True)
-        subprocess.run(
-            [LITELLM / "bin/pip", "install", "-q", "litellm[proxy]"], check=True
-        )
+        subprocess.run([LITELLM / "bin/pip", "install", "-q", "litellm[proxy]"], check=True)
 
 
 def versions(litellm: bool) -> Iterator[str]:
@@ -790,9 +733,7 @@ def versions(litellm: bool) -> Iterator[str]:
             "-c",
             "import importlib.metadata as m; print('LiteLLM', m.version('litellm'))",
         ]
-        yield subprocess.run(
-            command, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        yield subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def processor() -> str:
@@ -815,9 +756,7 @@ def main() -> None:
     names += ["litellm"] if arguments.litellm else []
     chosen = arguments.rows.split(",") if arguments.rows else [*ROWS, "start"]
     print("; ".join(versions(arguments.litellm)), end="\n\n")
-    print(
-        "| " + " | ".join(HEADINGS) + " |\n" + "|---" * len(HEADINGS) + "|", flush=True
-    )
+    print("| " + " | ".join(HEADINGS) + " |\n" + "|---" * len(HEADINGS) + "|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), arguments.seconds, arguments.rounds)
         try:

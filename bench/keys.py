@@ -32,9 +32,7 @@ GENERATES = 9
 HELD_SECONDS = 10.0
 PROBE_INTERVAL = 0.002  # seconds
 CONNECTIONS = 8
-ANSWER = (
-    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
-)
+ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
 
 
 def fill(path: Path, number: int) -> str:
@@ -43,10 +41,7 @@ def fill(path: Path, number: int) -> str:
     lines = []
     for count in range(number):
         record = gateway.VirtualKey(
-            "sk-...abcd",
-            f"key {count}",
-            user_id=f"user {count % 100}",
-            created_at=moment,
+            "sk-...abcd", f"key {count}", user_id=f"user {count % 100}", created_at=moment
         )
         lines.append(gateway.store_line(gateway.hash_key(f"sk-bench-{count}"), record))
     body = b",\n".join(lines)
@@ -58,13 +53,7 @@ def start(path: Path) -> tuple[subprocess.Popen[str], int, float]:
     """A gateway on that file: its process, its port, the seconds until it listened."""
     began = time.perf_counter()
     process = subprocess.Popen(
-        [
-            sys.executable,
-            FOLDER / "gateway.py",
-            "--port=0",
-            "--upstream=mock",
-            f"--keys={path}",
-        ],
+        [sys.executable, FOLDER / "gateway.py", "--port=0", "--upstream=mock", f"--keys={path}"],
         env={**os.environ, "GATEWAY_MASTER_KEY": MASTER_KEY},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -104,9 +93,7 @@ async def held(path: Path, key: str, flush_interval: float) -> list[float]:
     each as it was seen by a task that asks to be woken every PROBE_INTERVAL."""
     gateway.FLUSH_INTERVAL = flush_interval
     load = await asyncio.create_subprocess_exec(
-        *(sys.executable, __file__, "--load", key),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+        *(sys.executable, __file__, "--load", key), stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert load.stdin is not None and load.stdout is not None
     upstream = int(await load.stdout.readline())
@@ -145,9 +132,7 @@ async def held(path: Path, key: str, flush_interval: float) -> list[float]:
 async def make_load(key: str) -> None:
     """An upstream, and clients of the gateway whose port comes on standard input; until killed."""
 
-    async def answer(
-        reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             while await reader.readuntil(b"\r\n\r\n"):
                 writer.write(ANSWER)
