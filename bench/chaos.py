@@ -9,15 +9,15 @@ With --tls both sides speak TLS.
 
 Before and after most of that storm there are the ATTACKS, each by itself, which try to keep the
 gateway from everybody else. Meanwhile a watch in a process of its own asks on another connection
-whether the gateway lives: 99 of 100 answers come within 0.1 s, in one of the two rounds. Nor does an
-attack make the gateway take more memory, at its peak, than connections hold by the README's word,
-and --max-held-bytes where it has bodies read.
+whether the gateway lives: 99 of 100 answers come within 0.1 s, in one of the two rounds. Nor does
+an attack make the gateway take more memory, at its peak, than connections hold by the README's
+word, and --max-held-bytes where it has bodies read.
 
 Afterwards nothing may be left: no request, exchange, slot, hold, connection, task or open file;
 memory after the storm is where it was after a first part of all, and after the attacks where it was
-after the storm (within a tenth, over TLS a quarter); every acknowledged key is in the file as it was
-acknowledged; and every answer that a client got whole is in the log at its exact cost, the costs of
-the log being what the file says the keys have used. Ends with 1 where any of this fails.
+after the storm (within a tenth, over TLS a quarter); every acknowledged key is in the file as it
+was acknowledged; and every answer that a client got whole is in the log at its exact cost, the
+costs of the log being what the file says the keys have used. Ends with 1 where any of this fails.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ import gateway
 
 MASTER_KEY = "sk-chaos-0123456789abcdef"
 REAL_KEY = "sk-ant-chaos-0123456789abcdef"
-# Those of other models are the package's, since an attack that names many must have them looked for.
+# Those of other models are the package's, since an attack that names many must have them sought.
 PRICES = {"claude-chaos-*": {"input": 1, "output": 10}}
 INPUT_PRICE, OUTPUT_PRICE = Decimal("0.000001"), Decimal("0.00001")
 CLIENTS = 80  # at a time
@@ -102,8 +102,8 @@ def run_gateway(arguments: list[str]) -> None:
 
     def census(*_: Any) -> None:
         gc.collect()
-        # The C library keeps what a swarm over TLS or an attack has taken for the next one; what is to
-        # be seen is what was not given back to it.
+        # The C library keeps what a swarm over TLS or an attack has taken for the next one; what is
+        # to be seen is what was not given back to it.
         ctypes.CDLL(None).malloc_trim(0)
         relay = relays[0]
         accounts = [key.account for key in relay.store.keys.values()]
@@ -250,8 +250,8 @@ class Answering:
             self.writer.write(part)
             await self.writer.drain()
 
-    async def whole(self, body: bytes, *fields: str) -> bool:
-        await self.send(head("200 OK", *fields, f"Content-Length: {len(body)}") + body)
+    async def whole(self, body: bytes, *fields: str, status: str = "200 OK") -> bool:
+        await self.send(head(status, *fields, f"Content-Length: {len(body)}") + body)
         return True
 
     async def plain(self) -> bool:
@@ -286,9 +286,7 @@ class Answering:
 
     async def overloaded(self) -> bool:
         body = b'{"type": "error", "error": {"type": "overloaded_error", "message": "x"}}'
-        fields = (JSON, f"Content-Length: {len(body)}", "retry-after: 1")
-        await self.send(head("529 Overloaded", *fields) + body)
-        return True
+        return await self.whole(body, JSON, "retry-after: 1", status="529 Overloaded")
 
     async def closed_behind(self) -> bool:
         await self.plain()
@@ -326,9 +324,7 @@ class Answering:
 
     async def bad_gzip(self) -> bool:
         body = gzip.compress(message(self.given, self.taken))[:50] + b"\0" * 50
-        fields = (JSON, "Content-Encoding: gzip", f"Content-Length: {len(body)}")
-        await self.send(head("200 OK", *fields) + body)
-        return True
+        return await self.whole(body, JSON, "Content-Encoding: gzip")
 
     async def bad_chunk(self) -> bool:
         await self.send(head("200 OK", SSE, CHUNKED), b"zz\r\nhello")
@@ -575,7 +571,7 @@ class Chaos:
         self.counts[f"manage {status}"] += 1
 
     async def update(self, key: str) -> int:
-        """Change a key; while no answer has come, both the old and the new value may be in the file."""
+        """Change a key; until an answer has come, the old or the new value may be in the file."""
         async with self.updating[key]:
             old, new = self.acknowledged[key], self.rng.randint(10**6, 10**9)
             self.acknowledged[key] = {*old, new}
@@ -584,6 +580,12 @@ class Chaos:
             return status
 
     # Hostile ones
+
+    async def sends(self, *parts: bytes, most: int = -1) -> None:
+        """Send this, and read what comes, or so much of it at most."""
+        async with self.connection() as (reader, writer):
+            writer.writelines(parts)
+            await asyncio.wait_for(reader.read(most), 30)
 
     async def leaves(self) -> None:
         async with self.connection() as (_, writer):
@@ -594,9 +596,7 @@ class Chaos:
                 reset(writer)
 
     async def leaves_within_the_answer(self) -> None:
-        async with self.connection() as (reader, writer):
-            writer.write(request(self.key()))
-            await asyncio.wait_for(reader.read(self.rng.randint(1, 900)), 30)
+        await self.sends(request(self.key()), most=self.rng.randint(1, 900))
 
     async def half_closes(self) -> None:
         async with self.connection() as (reader, writer):
@@ -628,31 +628,20 @@ class Chaos:
             self.counts["FAILED: a slow one was put up with"] += 1
 
     async def large_head(self) -> None:
-        async with self.connection() as (reader, writer):
-            writer.write(request(self.key(), *[f"x-{n}: {'z' * 900}" for n in range(99)]))
-            await asyncio.wait_for(reader.read(), 30)
+        await self.sends(request(self.key(), *[f"x-{n}: {'z' * 900}" for n in range(99)]))
 
     async def bad_chunks(self) -> None:
-        async with self.connection() as (reader, writer):
-            chunked = "transfer-encoding: chunked"
-            writer.write(request(self.key(), chunked, body=b"5\r\nhellothere\r\n"))
-            await asyncio.wait_for(reader.read(), 30)
+        await self.sends(request(self.key(), CHUNKED, body=b"5\r\nhellothere\r\n"))
 
     async def bad_gzip(self) -> None:
-        async with self.connection() as (reader, writer):
-            body = b"\x1f\x8b" + self.rng.randbytes(200)
-            writer.write(request(self.key(), "content-encoding: gzip", body=body))
-            await asyncio.wait_for(reader.read(200), 30)
+        body = b"\x1f\x8b" + self.rng.randbytes(200)
+        await self.sends(request(self.key(), "content-encoding: gzip", body=body), most=200)
 
     async def garbage(self) -> None:
-        async with self.connection() as (reader, writer):
-            writer.write(self.rng.randbytes(500) + b"\r\n\r\n")
-            await asyncio.wait_for(reader.read(), 30)
+        await self.sends(self.rng.randbytes(500) + b"\r\n\r\n")
 
     async def pipelines(self) -> None:
-        async with self.connection() as (reader, writer):
-            writer.write(request(self.key()) * 8)
-            await asyncio.wait_for(reader.read(3000), 30)
+        await self.sends(request(self.key()) * 8, most=3000)
 
     async def slow_reader(self) -> None:
         async with self.connection() as (reader, writer):
@@ -703,9 +692,7 @@ class Chaos:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
 
     async def empty_lines(self) -> None:
-        async with self.connection() as (reader, writer):
-            writer.write(b"\r\n" * 500_000)
-            await asyncio.wait_for(reader.read(), 30)
+        await self.sends(b"\r\n" * 500_000)
 
     async def endless_empty_lines(self) -> None:
         async with self.connection() as (_, writer):
@@ -721,11 +708,9 @@ class Chaos:
 
     async def many_fields(self) -> None:
         fields = [f"x{n % 150}: {n}" for n in range(5000)]
-        async with self.connection() as (reader, writer):
-            writer.write(asking("GET", "/", *fields[: gateway.MAX_FIELDS - 2]))
-            writer.write(asking("GET", "/v1/models", *fields[: gateway.MAX_FIELDS - 2]))
-            writer.write(asking("GET", "/", *fields))  # too many, which ends it
-            await asyncio.wait_for(reader.read(), 30)
+        most = fields[: gateway.MAX_FIELDS - 2]
+        too_many = asking("GET", "/", *fields)  # which ends it
+        await self.sends(asking("GET", "/", *most), asking("GET", "/v1/models", *most), too_many)
 
     async def tiny_chunks(self) -> None:
         async with self.connection() as (_, writer):
@@ -764,10 +749,8 @@ class Chaos:
         await self.ask("plain", CHUNKED, body=body + b"0\r\n\r\n")
 
     async def invented_models(self) -> None:
-        rows = [
-            {"custom_id": str(n), "params": {"model": f"claude-{self.rng.random()}"}}
-            for n in range(1000)
-        ]
+        models = [{"model": f"claude-{self.rng.random()}"} for _ in range(1000)]
+        rows = [{"custom_id": str(n), "params": model} for n, model in enumerate(models)]
         body = json.dumps({"requests": rows}).encode()
         await self.ask("overloaded", path=BATCHES, body=body)
 
@@ -1110,7 +1093,7 @@ async def attack_all(chaos: Chaos, file: Path) -> None:
 
 
 def judge_watch(chaos: Chaos) -> None:
-    """How the watch fared beside each attack, and how much memory the gateway took more meanwhile."""
+    """How the watch fared beside each attack, and how much more memory the gateway took."""
     print("ms for the watch's answers      p50     p99  longest  MB taken")
     for name, rounds in chaos.watched.items():
         # A machine that is shared is at times busy with others: the calmer round counts.
