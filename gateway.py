@@ -1253,7 +1253,7 @@ def refuse_constant(name: str) -> NoReturn:
 AT_ONCE = 32 * KIB  # of a body are read at once, by `json`
 BREATH = 3000  # marks, some milliseconds, after which the loop may do something else
 MAX_MARKS = 800_000  # 4 MB full of code have some 100,000
-ROW_MARKS = 40  # that each row of a batch may have besides
+ROW_MARKS = 60  # that each row of a batch may have besides
 MAX_ROWS = 100_000  # Anthropic's limit on a batch (PLD batch-processing)
 MAX_DEPTH = 1000  # where Python 3.11's own parser gives up too
 LONG_TEXT = "…"  # stands for a string that is longer than AT_ONCE, which names no model
@@ -1279,9 +1279,11 @@ class Wants(enum.Enum):
     COMMA = "a comma, or the end"
 
 
-async def scan(body: bytes, names: frozenset[str] | None, rows: int, breathe: Breathe) -> object:
+async def scan(
+    body: bytes, names: frozenset[str] | None, batched: bool, breathe: Breathe
+) -> object:
     """What a JSON text says, however hostile: of objects only the members of these names (None: all);
-    the rest is passed over, neither made nor looked into. ``rows`` of a batch may have ROW_MARKS each.
+    the rest is passed over, neither made nor looked into. Each row, where it is ``batched``, may have ROW_MARKS more.
     Raises ValueError for what is no JSON, APIError 400 for more than any model can read."""
     at = marks = 0
     document: list[Any] = []
@@ -1292,7 +1294,10 @@ async def scan(body: bytes, names: frozenset[str] | None, rows: int, breathe: Br
     while found := JSON_MARK.match(body, at):
         at, mark, marks = found.end(), found[1], marks + 1
         if marks % BREATH == 0:
-            if marks > MAX_MARKS + ROW_MARKS * rows:
+            top = document[0] if document else None
+            rows = top.get("requests") if batched and isinstance(top, dict) else None
+            many = min(MAX_ROWS, len(rows)) if isinstance(rows, list) else 0
+            if marks > MAX_MARKS + ROW_MARKS * many:
                 raise APIError(400, TOO_MUCH)
             await breathe()
         if mark == b"," and wants is Wants.COMMA:
@@ -1370,8 +1375,7 @@ async def read_body(body: bytes, route: Route, breathe: Breathe, *, strictly: bo
     if len(body) <= AT_ONCE and body.count(b"[") + body.count(b"{") < MAX_DEPTH:
         made = functools.partial(made_of, names)
         return json.loads(body.decode(), object_pairs_hook=made, parse_constant=refuse_constant)
-    rows = min(MAX_ROWS, body.count(b'"custom_id"')) if route.makes_batch else 0
-    return await scan(body, names, rows, breathe)
+    return await scan(body, names, route.makes_batch, breathe)
 
 
 # What msgspec reads at once, in some 10 ms at worst: whatever is in it, or with so few containers.

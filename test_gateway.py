@@ -1398,7 +1398,7 @@ def test_a_large_body_is_read_as_json_reads_it(
     text = json.dumps(document, indent=spaces, ensure_ascii=plain)
     body = text.encode("utf-8", "replace") + end
     body = body[: max(0, len(body) - cut)]
-    scanning = gateway.scan(body, None, 0, breathe)
+    scanning = gateway.scan(body, None, False, breathe)
     try:
         known = json.loads(body.decode())
     except ValueError:
@@ -1412,14 +1412,14 @@ def test_a_large_body_is_read_as_json_reads_it(
 def test_a_long_string_is_passed_over(text: str) -> None:
     for times, long in ((1, False), (gateway.AT_ONCE, True)):
         body = json.dumps({"x": [text * times], "model": "m"}, ensure_ascii=False).encode()
-        read = at_once(gateway.scan(body, None, 0, breathe))
+        read = at_once(gateway.scan(body, None, False, breathe))
         assert read == {"x": [gateway.LONG_TEXT if long else text], "model": "m"}
 
 
 def test_how_deep_a_body_may_be() -> None:
     for levels, is_read in ((gateway.MAX_DEPTH, True), (gateway.MAX_DEPTH + 1, False)):
         body = b'{"model":' + b"[" * (levels - 1) + b"]" * (levels - 1) + b"}"
-        reading = gateway.scan(body, None, 0, breathe)
+        reading = gateway.scan(body, None, False, breathe)
         with contextlib.nullcontext() if is_read else pytest.raises(ValueError):
             at_once(reading)
 
