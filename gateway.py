@@ -1034,10 +1034,12 @@ ANTHROPIC_VERSION = "2023-06-01"  # platform.claude.com, api/versioning
 JSON_BODY_LIMIT = 32 * MIB  # Anthropic's limit on messages; larger ones are streamed
 BATCH_ENDED = "ended"  # types/messages/message_batch.py, processing_status
 EVENT_STREAM = "text/event-stream"
+SSE_ERROR = b"\nevent: error\ndata: %b\n\n"
 # Claude Code names its session and the agent within it (CCD llm-gateway, "Request headers").
 SESSION_FIELD, AGENT_FIELD = "x-claude-code-session-id", "x-claude-code-agent-id"
 TAGS_FIELD = "x-litellm-tags"
 WORKSPACE_FIELD = "anthropic-workspace-id"  # chooses a workspace of the real key's owner
+METRICS_PATH = "/metrics"
 
 
 @dataclass(frozen=True, slots=True)
@@ -1072,42 +1074,31 @@ GROUP = re.compile(r"/v1/messages(?:/[^/]*)?|/v1(?:/[^/]*)?|/?[^/]*")
 UPLOAD = re.compile(r"(?s)/v1/(?:files|skills)(?:/.*)?")
 BILLED = re.compile(r"/v1/(?:messages|complete|messages/batches|messages/cache_touch)/?")
 FREE = re.compile(r"/v1/(?:messages/count_tokens|models(?:/[^/]*)?)/?")
-METERED = re.compile(
-    r"(?s)/v1/(?:messages|complete|messages/cache_touch|messages/batches(?:/.*)?)/?"
-)
-BATCHES = re.compile(r"(?s)/v1/messages/batches(?:/.*)?")
-BATCHES_MADE = re.compile(r"/v1/messages/batches/?")
-BATCH_NAMED = re.compile(r"/v1/messages/batches/([^/]+)")
-BATCH_OBJECT = re.compile(r"/v1/messages/batches(?:/[^/]+(?:/cancel)?)?/?")
-CANCEL = re.compile(r"(?a)/v1/messages/batches/[\w-]+/cancel/?")
-RESULTS = re.compile(r"/v1/messages/batches/([^/]+)/results/?")
+BATCHES = re.compile(r"(?s)/v1/messages/batches(?:/([^/]*)(/.*)?)?")
 WILDCARD = re.compile(r"[*?\[]")
-METRICS_PATH = "/metrics"
 
 
 def read_route(method: str, path: str) -> Route:
     """Classify a request by its method in capitals and its decoded path."""
-
-    def fits(pattern: re.Pattern[str]) -> bool:
-        return pattern.fullmatch(path) is not None
-
     fetches = method in ("GET", "HEAD", "OPTIONS")
-    results = RESULTS.fullmatch(path) if method == "GET" else None
-    named = BATCH_NAMED.match(path)
+    batches = BATCHES.fullmatch(path)
+    batch, step = (batches[1] or "", batches[2] or "") if batches else ("", "")
+    step = step.removesuffix("/")
+    billed = BILLED.fullmatch(path) is not None
     # What orders something that its path does not tell is closed; a batch's own id is none of that.
-    known = fetches or method == "DELETE" or named is None or fits(CANCEL)
+    known = fetches or method == "DELETE" or not batch or step == "/cancel"
     return Route(
-        open=fits(OPEN) and known,
+        open=known and OPEN.fullmatch(path) is not None,
         group=cast("re.Match[str]", GROUP.match(path))[0],
-        billed=not fetches and fits(BILLED),
-        free=(fetches and fits(BATCHES)) or fits(FREE),
-        metered=fits(METERED),
-        batch=method in ("GET", "POST") and fits(BATCH_OBJECT),
-        makes_batch=not fetches and fits(BATCHES_MADE),
-        batch_id=named[1] if named else "",
+        billed=billed and not fetches,
+        free=(fetches and batches is not None) or FREE.fullmatch(path) is not None,
+        metered=billed or batches is not None,
+        batch=batches is not None and method in ("GET", "POST") and step in ("", "/cancel"),
+        makes_batch=batches is not None and not (fetches or batch or step),
+        batch_id=batch,
         deletes=method == "DELETE",
-        results_of=results[1] if results else "",
-        unread=fetches or fits(UPLOAD),
+        results_of=batch if method == "GET" and step == "/results" else "",
+        unread=fetches or UPLOAD.fullmatch(path) is not None,
     )
 
 
@@ -1140,7 +1131,10 @@ def tokens_in(size: int) -> int:
 
 def model_of(value: object) -> str:
     """A model's name, printable and short enough for a log."""
-    return printable(value[:MAX_MODEL_NAME]) if isinstance(value, str) else ""
+    if not isinstance(value, str):
+        return ""
+    name = value[:MAX_MODEL_NAME]
+    return name if name.isprintable() else printable(name)
 
 
 def count_of(usage: object, *path: str) -> int:
@@ -1182,42 +1176,32 @@ def decoder_of(members: type) -> Callable[[bytes], Any] | None:
 def read_members(body: bytes, members: type) -> object:
     """What a body says of some members, and maybe of others: msgspec skips what it is not asked
     for, `json`, which takes five times as long, makes it all. None where it cannot be read."""
-    decode = decoder_of(members)
-    if decode is not None:
+    if decode := decoder_of(members):
         with contextlib.suppress(Exception):  # what msgspec cannot read, json may
             return cast(object, decode(body))
     return read_json(body)
 
 
-class AttemptMembers(TypedDict, total=False):
-    """What an attempt of a message costs depends on, or of a tool that the server runs."""
-
-    model: Any
-    max_tokens: Any
-    speed: Any
-    type: Any
-    max_uses: Any
+def looked_at(names: str, **more: Any) -> Any:
+    """A TypedDict of what is looked at of an object: some members, and those of a certain kind."""
+    return cast(Any, TypedDict)("Looked", dict.fromkeys(names.split(), Any) | more, total=False)
 
 
-class BodyMembers(AttemptMembers, total=False):
-    """The same of a message, or of a batch, whose rows have messages as ``params``."""
-
-    max_tokens_to_sample: Any
-    stream: Any
-    thinking: Any
-    inference_geo: Any
-    compaction: Any
-    context_management: Any
-    fallbacks: list[AttemptMembers] | str | None
-    tools: list[AttemptMembers] | None
-    requests: list[RowMembers]
-
-
-class RowMembers(TypedDict, total=False):
-    """The same of a row of a batch."""
-
-    params: BodyMembers
-
+# What the price of an attempt of a message depends on, or of a tool that the server runs …
+ATTEMPT = "model max_tokens speed type max_uses "
+AttemptMembers = looked_at(ATTEMPT)
+# … of a message, or of a batch, whose rows have messages as ``params`` …
+BodyMembers = looked_at(
+    ATTEMPT + "max_tokens_to_sample stream thinking inference_geo compaction context_management",
+    fallbacks="list[AttemptMembers] | str | None",
+    tools="list[AttemptMembers] | None",
+    requests="list[RowMembers]",
+)
+RowMembers = looked_at("", params="BodyMembers")
+# … and of a whole answer, or of a row of a batch's results and the result in it.
+NoMembers = looked_at("")
+AnswerMembers = looked_at("model stop_reason usage completion", content="list[NoMembers]")
+ResultMembers = looked_at("", message="AnswerMembers", result="ResultMembers")
 
 MODEL_PLACES = frozenset({"model", "fallbacks", "tools", "requests", "params"})
 # The same words in other letters, which a reader that takes those for alike would take: capitals,
@@ -1245,6 +1229,18 @@ class Members(dict[str, Any]):
         self[name] = value
 
 
+def made_of(names: frozenset[str] | None, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of its members, as `scan` makes it."""
+    kept = [pair for pair in pairs if names is None or pair[0] in names]
+    plain = dict(kept)
+    if len(plain) == len(kept) and ODD_PLACES.isdisjoint(plain):
+        return plain
+    members = Members()
+    for name, value in kept:
+        members.put(name, value)
+    return members
+
+
 def refuse_constant(name: str) -> NoReturn:
     """NaN and Infinity are no JSON (RFC 8259 section 6)."""
     raise ValueError(f"{name} is not a JSON number")
@@ -1260,30 +1256,19 @@ LONG_TEXT = "…"  # stands for a string that is longer than AT_ONCE, which name
 JSON_WORD = rb"true|false|null|-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
 JSON_MARK = re.compile(rb'[ \t\n\r]*([\[\]{},:"]|(?:%b)(?![\w.+-]))' % JSON_WORD)
 ESCAPES = re.compile(rb'[^"\\]*(?:\\.[^"\\]*){0,1000}', re.DOTALL)
-
-
 TOO_MUCH = (
     "The body has more lists, objects or members than any model can read. This key's requests are"
     " read; send less at a time."
 )
-
-
-class Wants(enum.Enum):
-    """What may come next in a JSON text."""
-
-    VALUE = "a value"
-    ITEM = "a value, or the list's end"
-    NAME = "a member's name"
-    MEMBER = "a member's name, or the object's end"
-    COLON = "a colon"
-    COMMA = "a comma, or the end"
+# What may come next in a JSON text; ITEM and MEMBER: or the end of the list or the object.
+Wants = enum.Enum("Wants", "VALUE ITEM NAME MEMBER COLON COMMA")
 
 
 async def scan(
     body: bytes, names: frozenset[str] | None, batched: bool, breathe: Breathe
 ) -> object:
-    """What a JSON text says, however hostile: of objects only the members of these names (None: all);
-    the rest is passed over, neither made nor looked into. Each row, where it is ``batched``, may have ROW_MARKS more.
+    """What a JSON text says, however hostile: of objects only the members of these names (None:
+    all); the rest is passed over. Each row, where it is ``batched``, may have ROW_MARKS more.
     Raises ValueError for what is no JSON, APIError 400 for more than any model can read."""
     at = marks = 0
     document: list[Any] = []
@@ -1308,36 +1293,34 @@ async def scan(
             holder, end = holders.pop()
             wants = Wants.COMMA
         elif mark == b'"' and wants in (Wants.NAME, Wants.MEMBER):
-            start, at = at, await string_end(body, at, breathe)
-            name, wants = read_string(body, start, at), Wants.COLON
+            name, at = await read_string(body, at, True, breathe)
+            wants = Wants.COLON
         elif wants not in (Wants.VALUE, Wants.ITEM) or mark in (b",", b":", b"]", b"}"):
-            raise ValueError(f"{wants.value} is missing")
+            raise ValueError(f"{wants} is missing")
         else:
             kept = holder is not None and (end != b"}" or names is None or name in names)
-            value: Any = None
-            outer, wants = (holder, end), Wants.COMMA
+            into, value, wants = holder, cast(Any, None), Wants.COMMA
             if mark in (b"[", b"{"):
-                holders.append(outer)
+                if len(holders) >= MAX_DEPTH:
+                    raise ValueError("too deep")
+                holders.append((holder, end))
                 end, wants = (b"]", Wants.ITEM) if mark == b"[" else (b"}", Wants.MEMBER)
                 holder = value = ([] if mark == b"[" else Members()) if kept else None
             elif mark == b'"':
-                start, at = at, await string_end(body, at, breathe)
-                value = read_string(body, start, at) if kept else None
+                value, at = await read_string(body, at, kept, breathe)
             elif kept:
                 value = json.loads(mark)
-            if isinstance(outer[0], Members) and kept:
-                outer[0].put(name, value)
-            elif isinstance(outer[0], list) and kept:
-                outer[0].append(value)
-            if len(holders) > MAX_DEPTH:
-                raise ValueError("too deep")
+            if kept and isinstance(into, Members):
+                into.put(name, value)
+            elif kept and isinstance(into, list):
+                into.append(value)
     if holders or wants is not Wants.COMMA or body[at:].strip(b" \t\n\r"):
         raise ValueError("it does not end")
     return document[0]
 
 
-async def string_end(body: bytes, start: int, breathe: Breathe) -> int:
-    """Behind the quote that ends the string which begins there. Raises ValueError."""
+async def read_string(body: bytes, start: int, kept: bool, breathe: Breathe) -> tuple[str, int]:
+    """A string that begins there, if it is ``kept``, and where it has ended. Raises ValueError."""
     at = body.find(b'"', start)
     if body.find(b"\\", start, at) >= 0:
         at = start
@@ -1347,64 +1330,36 @@ async def string_end(body: bytes, start: int, breathe: Breathe) -> int:
                 await breathe()
     if body[at : at + 1] != b'"' or at < start:
         raise ValueError("a string does not end")
-    return at + 1
-
-
-def read_string(body: bytes, start: int, end: int) -> str:
-    """A string of a JSON text, that begins there and whose quote stands before its end."""
-    if end - start > AT_ONCE:
-        return LONG_TEXT
-    return cast(str, json.loads(body[start - 1 : end]))
-
-
-def made_of(names: frozenset[str] | None, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of its members, as `scan` makes it."""
-    kept = [pair for pair in pairs if names is None or pair[0] in names]
-    plain = dict(kept)
-    if len(plain) == len(kept) and ODD_PLACES.isdisjoint(plain):
-        return plain
-    members = Members()
-    for name, value in kept:
-        members.put(name, value)
-    return members
-
-
-async def read_body(body: bytes, route: Route, breathe: Breathe, *, strictly: bool) -> object:
-    """Read a body in which a rule looks. Raises ValueError, RecursionError, APIError 400."""
-    names = None if strictly and not route.open else PLACES
-    if len(body) <= AT_ONCE and body.count(b"[") + body.count(b"{") < MAX_DEPTH:
-        made = functools.partial(made_of, names)
-        return json.loads(body.decode(), object_pairs_hook=made, parse_constant=refuse_constant)
-    return await scan(body, names, route.makes_batch, breathe)
+    if at - start >= AT_ONCE or not kept:
+        return LONG_TEXT, at + 1
+    return json.loads(body[start - 1 : at + 1]), at + 1
 
 
 # What msgspec reads at once, in some 10 ms at worst: whatever is in it, or with so few containers.
-LIGHT_BODIES, LIGHT_CONTAINERS = (256 * KIB, 8 * MIB), 200_000
+LIGHT_BODY, LIGHT_CONTAINED, LIGHT_CONTAINERS = 256 * KIB, 8 * MIB, 200_000
 
 
-async def read_leniently(body: bytes, route: Route, breathe: Breathe) -> object:
-    """What of a body its price depends on; None where it cannot be read. Raises APIError 400 where
-    that would take too long."""
-    decode = decoder_of(BodyMembers)
-    surely, maybe = (len(body) <= size for size in LIGHT_BODIES)
-    if decode is not None and (
-        surely or (maybe and body.count(b"[") + body.count(b"{") <= LIGHT_CONTAINERS)
-    ):
+async def read_body(body: bytes, route: Route, breathe: Breathe, *, strictly: bool) -> object:
+    """What rules look at of a body: ``strictly`` where they look for models, and APIError 400 where
+    it is not JSON; else what its price depends on, and None where it cannot be read. APIError 400
+    where it would take too long."""
+    light = not strictly and len(body) <= LIGHT_BODY
+    if not (light or strictly) and len(body) <= LIGHT_CONTAINED:
+        light = body.count(b"[") + body.count(b"{") <= LIGHT_CONTAINERS
+    if light and (decode := decoder_of(BodyMembers)):
         with contextlib.suppress(Exception):  # what msgspec cannot read, json may
             return decode(body)
+    names = None if strictly and not route.open else PLACES
     try:
-        return await read_body(body, route, breathe, strictly=False)
+        if len(body) <= AT_ONCE and body.count(b"[") + body.count(b"{") < MAX_DEPTH:
+            made = functools.partial(made_of, names)
+            return json.loads(body.decode(), object_pairs_hook=made, parse_constant=refuse_constant)
+        return await scan(body, names, route.makes_batch, breathe)
     except (ValueError, RecursionError):
-        return None
-
-
-async def read_strictly(body: bytes, route: Route, breathe: Breathe) -> object:
-    """Read a body in which a rule looks for models. Raises APIError 400 where that would take too
-    long, and for what is not JSON."""
-    try:
-        return await read_body(body, route, breathe, strictly=True)
-    except (ValueError, RecursionError):
-        raise unclear(f"the body is not readable as JSON of up to {MAX_DEPTH:,} levels") from None
+        if not strictly:
+            return None
+        reason = f"the body is not readable as JSON of up to {MAX_DEPTH:,} levels"
+        raise unclear(reason) from None
 
 
 def unclear(reason: str) -> APIError:
@@ -1446,25 +1401,22 @@ def models_in(document: object, route: Route) -> Iterator[object]:
                 holders += members.values()
             elif isinstance(holder, list):
                 holders += holder
-    elif not route.makes_batch:
-        yield from models_of_message(document)
-    else:
+        return
+    messages: Iterable[object] = (document,)
+    if route.makes_batch:
         requests = (members_of(document) or {}).get("requests")
-        for request in requests if isinstance(requests, list) else ():
-            yield from models_of_message((members_of(request) or {}).get("params"))
-
-
-def models_of_message(message: object) -> Iterator[object]:
-    """The same of a message."""
-    params = members_of(message) or {}
-    yield params.get("model")
-    if not isinstance(params.get("fallbacks"), list | None):
-        yield ANY_MODEL
-    for fallback in attempts_in(params, "fallbacks"):
-        members = members_of(fallback)
-        yield fallback if members is None else members.get("model")
-    for tool in attempts_in(params, "tools"):
-        yield (members_of(tool) or {}).get("model")
+        rows = requests if isinstance(requests, list) else ()
+        messages = ((members_of(row) or {}).get("params") for row in rows)
+    for message in messages:
+        params = members_of(message) or {}
+        yield params.get("model")
+        if not isinstance(params.get("fallbacks"), list | None):
+            yield ANY_MODEL
+        for fallback in attempts_in(params, "fallbacks"):
+            members = members_of(fallback)
+            yield fallback if members is None else members.get("model")
+        for tool in attempts_in(params, "tools"):
+            yield (members_of(tool) or {}).get("model")
 
 
 LOOKS = 2000  # at parts of a document, which take a millisecond or two
@@ -1475,8 +1427,8 @@ async def check_models(
 ) -> None:
     """Raise APIError 403 unless every model that a body may reach is one of these patterns'."""
     checked: set[str] = set()
-    for number, value in enumerate(models_in(document, route)):
-        if number % LOOKS == LOOKS - 1:
+    for number, value in enumerate(models_in(document, route), start=1):
+        if number % LOOKS == 0:
             await breathe()
         if value is ANY_MODEL:
             raise APIError(
@@ -1484,10 +1436,8 @@ async def check_models(
             )
         if (members := members_of(value)) is not None:  # of agents: {"id": "…"}
             value = members.get("id")
-        if value is None:
-            continue
         model = value if isinstance(value, str) else f"a {type(value).__name__}"
-        if model in checked:
+        if value is None or model in checked:
             continue
         if not any(fnmatch.fnmatchcase(model, pattern) for pattern in models):
             raise APIError(403, f"This key may not use the model {model_of(model)!r}.")
@@ -1496,7 +1446,8 @@ async def check_models(
 
 # What prices a part of an order: its model, whether in fast mode, and whether in the US.
 Part = tuple[str, bool, bool]
-MAX_MODELS = 20  # of one request that are priced apart
+MAX_MODELS = 20  # of one request that are priced apart; beyond them the model is any
+MAX_USES = 10  # of a tool that the server runs, where the request does not say
 
 
 @dataclass(slots=True)
@@ -1515,74 +1466,61 @@ class Order:
     batched: bool = False
     cache: str = ""  # "5m" or "1h" where the prompt may be written to the cache
 
-    def add(self, part: Part, prompt: int, output: int, searches: int = 0) -> None:
-        """Count in what an attempt may use; beyond MAX_MODELS the model is any."""
-        if part not in self.parts and len(self.parts) >= MAX_MODELS:
-            part = ("", *part[1:])
-        counts = self.parts.setdefault(part, [0, 0, 0])
-        counts[0] += prompt
-        counts[1] += output
-        counts[2] += searches
+    def add_message(self, params: Mapping[str, Any], prompt: int) -> int:
+        """Count in every attempt that a message may make, each at its own model (SDK:
+        beta_fallback_param, beta_advisor_tool_param, web_search_tool_param,
+        beta_compaction_config_param). How many tools and fallbacks it has."""
+        times, managed = 1, params.get("context_management")
+        if isinstance(managed, dict) and isinstance(edits := managed.get("edits"), list):
+            kinds = [str(edit.get("type")) for edit in edits if isinstance(edit, dict)]
+            times += any(kind.startswith("compact") for kind in kinds)
+        if params.get("compaction") is not None:
+            times = 2
+        # Attempts, and how often each is made: one that summarizes the conversation goes before.
+        attempts: list[tuple[Any, int]] = [(params, times)]
+        speed, us, searches = params.get("speed"), params.get("inference_geo") == "us", 0
+        fallbacks, tools = params.get("fallbacks"), params.get("tools")
+        if fallbacks is not None:
+            named = isinstance(fallbacks, list)
+            fallbacks = attempts_in(params, "fallbacks") if named else [fallbacks]
+            attempts += [(fallback, 1) for fallback in fallbacks if fallback is not None]
+        tools = attempts_in(params, "tools") if tools else ()
+        for tool in tools:
+            if not isinstance(tool, dict):
+                continue
+            kind, uses = str(tool.get("type")), tool.get("max_uses")
+            uses = uses if type(uses) is int and 0 <= uses <= MAX_COUNT else MAX_USES
+            if kind.startswith("advisor"):
+                attempts.append(({**tool, "speed": speed}, uses))
+            elif kind.startswith("web_search"):
+                searches += uses
+        most = MAX_OUTPUT
+        for attempt, times in attempts:
+            model, output, fast = "", most, speed == "fast"
+            if isinstance(attempt, dict):
+                model, fast = model_of(attempt.get("model")), attempt.get("speed", speed) == "fast"
+                # Old clients say ``max_tokens_to_sample`` (POST /v1/complete).
+                asked = attempt.get("max_tokens", attempt.get("max_tokens_to_sample"))
+                output = asked if type(asked) is int and 0 <= asked <= MAX_COUNT else most
+            part = (model, fast, us)
+            if part not in self.parts and len(self.parts) >= MAX_MODELS:
+                part = ("", fast, us)
+            counts = self.parts.setdefault(part, [0, 0, 0])
+            counts[0] += prompt * times
+            counts[1] += output * times
+            if attempt is params:
+                counts[2] += searches
+                self.model, self.max_tokens, most = self.model or model, output, output
+        return len(fallbacks or ()) + len(tools)
 
 
-MAX_USES = 10  # of a tool that the server runs, where the request does not say
-
-
-def add_message(order: Order, params: Mapping[str, Any], prompt: int) -> int:
-    """Count in every attempt that a message may make, each at its own model (SDK:
-    beta_fallback_param, beta_advisor_tool_param, web_search_tool_param,
-    beta_compaction_config_param). How many tools and fallbacks it has."""
-    fast, us = params.get("speed") == "fast", params.get("inference_geo") == "us"
-    output, model = max_tokens_of(params), model_of(params.get("model"))
-    attempts = 2 if compacts(params) else 1
-    order.add((model, fast, us), prompt * attempts, output * attempts)
-    fallbacks, tools = attempts_in(params, "fallbacks"), attempts_in(params, "tools")
-    named = params.get("fallbacks")
-    for fallback in fallbacks if isinstance(named, list) else [named]:
-        if isinstance(fallback, dict):
-            speed = fallback.get("speed", "fast" if fast else None)
-            part = (model_of(fallback.get("model")), speed == "fast", us)
-            order.add(part, prompt, max_tokens_of(fallback, output))
-        elif fallback is not None:
-            order.add(("", fast, us), prompt, output)
-    for tool in tools:
-        if not isinstance(tool, dict):
-            continue
-        kind, uses = str(tool.get("type")), tool.get("max_uses")
-        uses = uses if type(uses) is int and 0 <= uses <= MAX_COUNT else MAX_USES
-        if kind.startswith("advisor"):
-            advice = max_tokens_of(tool, output)
-            order.add((model_of(tool.get("model")), fast, us), prompt * uses, advice * uses)
-        elif kind.startswith("web_search"):
-            order.add((model, fast, us), 0, 0, uses)
-    return len(fallbacks) + len(tools)
-
-
-def compacts(params: Mapping[str, Any]) -> bool:
-    """Whether a message may summarize its conversation first, which is an attempt of its own."""
-    management = params.get("context_management")
-    edits = management.get("edits") if isinstance(management, dict) else None
-    return params.get("compaction") is not None or any(
-        isinstance(edit, dict) and str(edit.get("type")).startswith("compact")
-        for edit in (edits if isinstance(edits, list) else ())
-    )
-
-
-def max_tokens_of(params: Mapping[str, Any], default: int = MAX_OUTPUT) -> int:
-    """How long an answer may be; old clients say ``max_tokens_to_sample`` (POST /v1/complete)."""
-    asked = params.get("max_tokens", params.get("max_tokens_to_sample"))
-    return asked if type(asked) is int and 0 <= asked <= MAX_COUNT else default
-
-
-def thinking_of(params: Mapping[str, Any], max_tokens: int) -> int:
+def thinking_of(thinking: object, max_tokens: int) -> int:
     """Tokens that may be thought unseen: as many as are asked for, or a part of the answer's."""
-    thinking = params.get("thinking")
     if not isinstance(thinking, dict) or thinking.get("type") == "disabled":
         return 0
     budget = thinking.get("budget_tokens")
-    if type(budget) is int and 0 <= budget <= max_tokens:
-        return budget
-    return max_tokens // UNSEEN_THINKING
+    asked = type(budget) is int and 0 <= budget <= max_tokens
+    return cast(int, budget) if asked else max_tokens // UNSEEN_THINKING
 
 
 async def read_order(document: object, body: bytes, *, batched: bool, breathe: Breathe) -> Order:
@@ -1596,11 +1534,10 @@ async def read_order(document: object, body: bytes, *, batched: bool, breathe: B
             raise APIError(400, "This key has a budget, and its batch cannot be read.")
         return order
     if not batched:
-        add_message(order, document, order.prompt)
-        order.model = model_of(document.get("model"))
-        order.max_tokens = max_tokens_of(document)
-        order.thinking = thinking_of(document, order.max_tokens)
+        order.add_message(document, order.prompt)
         order.streams = document.get("stream") is True
+        if (thinking := document.get("thinking")) is not None:
+            order.thinking = thinking_of(thinking, order.max_tokens)
         return order
     requests, looks = document.get("requests"), 0
     rows = requests if isinstance(requests, list) else []
@@ -1609,8 +1546,7 @@ async def read_order(document: object, body: bytes, *, batched: bool, breathe: B
         params = row.get("params") if isinstance(row, dict) else None
         looks += 1
         if isinstance(params, dict):
-            order.model = order.model or model_of(params.get("model"))
-            looks += add_message(order, params, order.prompt // order.prompts)
+            looks += order.add_message(params, order.prompt // order.prompts)
         if looks > LOOKS:
             looks = 0
             await breathe()
@@ -1632,14 +1568,13 @@ def glance(body: bytes) -> Order:
     if len(body) > 2 * GLANCED_EDGE:
         edges = body[:GLANCED_EDGE] + b" " + body[-GLANCED_EDGE:]
     members = dict(GLANCED.findall(edges))
-    most = members.get(b"max_tokens", b"")
+    most, thinking = members.get(b"max_tokens", b""), members.get(b"thinking")
     max_tokens = int(most) if most.isdigit() else MAX_OUTPUT
-    thinking = members.get(b"thinking", b"")
     return Order(
         model=model_of(str(members.get(b"model", b"")[1:-1], "utf-8", "replace")),
         prompt=tokens_in(len(body)),
         max_tokens=max_tokens,
-        thinking=thinking_of({"thinking": read_json(thinking)}, max_tokens) if thinking else 0,
+        thinking=thinking_of(read_json(thinking), max_tokens) if thinking else 0,
         streams=members.get(b"stream") == b"true",
     )
 
@@ -1660,11 +1595,6 @@ class Measured:
     beyond: Tally | None = None  # what must be charged besides the usage
     estimated: bool = False
 
-    def merge(self, usage: object) -> None:
-        """Take newer counts over older ones: they are cumulative; later ones may lack fields."""
-        if isinstance(usage, dict):
-            self.usage |= {name: value for name, value in usage.items() if value is not None}
-
     def complete_with(self, order: Order) -> None:
         """Estimate what a response that did not come to its last word used besides: at least the
         prompt, what was seen of it, and the thinking that was not."""
@@ -1673,35 +1603,12 @@ class Measured:
         thinking = 0 if self.thought else order.thinking
         if self.thinks and not self.thought and not thinking:
             thinking = order.max_tokens // UNSEEN_THINKING
-        told = [tally for _, tally in reported(self)]
-        prompt = any(tally.input_tokens or tally.cached for tally in told)
+        told = [tally for _, tally in charged_entries(self)]
+        prompt = 0 if any(t.input_tokens or t.cached for t in told) else order.prompt
         output = tokens_in(self.seen) + thinking - sum(t.output_tokens for t in told)
-        self.beyond = Tally(
-            input_tokens=0 if prompt else order.prompt, output_tokens=max(0, output)
-        )
+        self.beyond = Tally(input_tokens=prompt, output_tokens=max(0, output))
         self.model = self.model or order.model
         self.estimated = True
-
-
-class NoMembers(TypedDict):
-    """An object of which nothing is looked at."""
-
-
-class AnswerMembers(TypedDict, total=False):
-    """What is looked at of a whole message."""
-
-    model: Any
-    stop_reason: Any
-    usage: Any
-    completion: Any
-    content: list[NoMembers]
-
-
-class ResultMembers(TypedDict, total=False):
-    """What is looked at of a row of a batch's results, and of the result in it."""
-
-    message: AnswerMembers
-    result: ResultMembers
 
 
 def measured_message(message: object, size: int) -> Measured:
@@ -1709,7 +1616,6 @@ def measured_message(message: object, size: int) -> Measured:
     if not isinstance(message, dict):
         return Measured(seen=size)
     usage, stop_reason = message.get("usage"), message.get("stop_reason")
-    completion = message.get("completion")
     measured = Measured(
         model=model_of(message.get("model")),
         usage=usage if isinstance(usage, dict) else {},
@@ -1718,27 +1624,31 @@ def measured_message(message: object, size: int) -> Measured:
         final=isinstance(usage, dict) and bool(usage),
     )
     if not measured.final:
-        told = isinstance(completion, str)
-        measured.seen = len(str(completion).encode("utf-8", "replace")) if told else size
+        text = message.get("completion")
+        measured.seen = len(text.encode("utf-8", "replace")) if isinstance(text, str) else size
     return measured
 
 
-def tally_of(usage: Mapping[str, Any]) -> Tally:
-    """The counts of one usage object, or of one entry of its ``iterations``.
+# Counts of a usage object, and of a Tally. ``input_tokens`` leaves cached ones out; cache writes
+# whose length of life is not told are 5-minute ones, Anthropic's default.
+TALLIED = (
+    *(("input_tokens", "input_tokens"), ("output_tokens", "output_tokens")),
+    ("cache_read_input_tokens", "cache_read_tokens"),
+    ("cache_creation_input_tokens", "cache_write_5m_tokens"),
+)
 
-    ``input_tokens`` leaves cached ones out. Of cache writes whose length of life is not told, all
-    are 5-minute ones, Anthropic's default.
-    """
-    tally = Tally(
-        input_tokens=count_of(usage, "input_tokens"), output_tokens=count_of(usage, "output_tokens")
-    )
-    if usage.get("cache_read_input_tokens"):
-        tally.cache_read_tokens = count_of(usage, "cache_read_input_tokens")
-    if usage.get("cache_creation_input_tokens") or usage.get("cache_creation"):
-        written = count_of(usage, "cache_creation_input_tokens")
+
+def tally_of(usage: Mapping[str, Any]) -> Tally:
+    """The counts of one usage object, or of one entry of its ``iterations``."""
+    tally = Tally()
+    for name, counted in TALLIED:
+        count = usage.get(name)
+        if type(count) is int and 0 < count <= MAX_COUNT:
+            setattr(tally, counted, count)
+    if usage.get("cache_creation"):
         hour = count_of(usage, "cache_creation", "ephemeral_1h_input_tokens")
         five = count_of(usage, "cache_creation", "ephemeral_5m_input_tokens")
-        tally.cache_write_5m_tokens = max(five, written - hour)
+        tally.cache_write_5m_tokens = max(five, tally.cache_write_5m_tokens - hour)
         tally.cache_write_1h_tokens = hour
     return tally
 
@@ -1747,42 +1657,31 @@ ATTEMPTS = ("message", "fallback_message")  # the types of iterations that may d
 MAX_ITERATIONS = 1000  # that are read of one answer, so that a lying upstream holds nobody up
 
 
-def reported(measured: Measured) -> list[tuple[str, Tally]]:
-    """What is billed of a response by its own word, as (model, counts) of each attempt.
+def charged_entries(measured: Measured) -> list[tuple[str, Tally]]:
+    """What is billed of a response by its own word, as (model, counts) of each attempt, with what
+    was estimated besides.
 
     Advisor, compaction and fallback attempts stand in ``iterations`` alone, each at a model of its
     own. Free are attempts declined before any output that a fallback followed, and a refusal
     without content (PLD refusals-and-fallback, "How server-side fallback is billed").
     """
-    usage = measured.usage
-    if not usage or (measured.stop_reason == "refusal" and measured.empty):
-        return []
-    iterations = usage.get("iterations")
-    read = iterations[:MAX_ITERATIONS] if isinstance(iterations, list) else []
-    entries = [entry for entry in read if isinstance(entry, dict)]
-    if not entries:
-        return [(measured.model, tally_of(usage))]
-    charged = []
-    for entry, following in zip(entries, [*entries[1:], {}], strict=True):
-        declined = entry.get("type") in ATTEMPTS and not count_of(entry, "output_tokens")
-        if not (declined and following.get("type") == "fallback_message"):
-            charged.append((model_of(entry.get("model")) or measured.model, tally_of(entry)))
-    return charged
-
-
-def charged_entries(measured: Measured) -> list[tuple[str, Tally]]:
-    """What is billed of a response, with what was estimated besides."""
-    entries, beyond = reported(measured), measured.beyond
-    if beyond is None:
-        return entries
-    if len(entries) == 1 and not measured.usage.get("iterations"):
+    usage, model, beyond = measured.usage, measured.model, measured.beyond
+    entries: list[tuple[str, Tally]] = []
+    free = measured.stop_reason == "refusal" and measured.empty
+    attempts: list[Any] = []
+    if (iterations := usage.get("iterations")) and isinstance(iterations, list):
+        attempts = [each for each in iterations[:MAX_ITERATIONS] if isinstance(each, dict)]
+    if usage and not attempts and not free:
+        entries.append((model, tally_of(usage)))
+    for attempt, following in zip(attempts, [*attempts[1:], {}], strict=False):
+        declined = attempt.get("type") in ATTEMPTS and not count_of(attempt, "output_tokens")
+        if not free and not (declined and following.get("type") == "fallback_message"):
+            entries.append((model_of(attempt.get("model")) or model, tally_of(attempt)))
+    if beyond is not None and len(entries) == 1 and not iterations:
         entries[0][1].add(beyond)  # one prompt, which has one length
-        return entries
-    return [*entries, (measured.model, beyond)]
-
-
-# An absolute URL up to its path, as a JSON string may hold it.
-RESULTS_URL = re.compile(rb'(?<!\\)("results_url"\s*:\s*")https?:(?:\\?/){2}[^/"\\]+(?=[/"\\])')
+    elif beyond is not None:
+        entries.append((model, beyond))
+    return entries
 
 
 def rewrite_results_url(data: bytes, base_path: str) -> bytes:
@@ -1791,15 +1690,9 @@ def rewrite_results_url(data: bytes, base_path: str) -> bytes:
     The SDKs follow it with the caller's credential, and join a relative one to their base URL
     (anthropic/_base_client.py, _prepare_url), so it works under either of the gateway's prefixes.
     """
-    base = base_path.encode()
-
-    data = RESULTS_URL.sub(rb"\1", data)
-    if not base:
-        return data
-    return re.sub(rb'("results_url"\s*:\s*")' + re.escape(base) + rb'(?=[/"])', rb"\1", data)
-
-
-SSE_ERROR = b"\nevent: error\ndata: %b\n\n"
+    name, origin = rb'(?<!\\)("results_url"\s*:\s*")', rb'(?:https?:(?:\\?/){2}[^/"\\]+(?=[/"\\]))?'
+    base = rb'(?:%b(?=[/"]))?' % re.escape(base_path.encode()) if base_path else b""
+    return re.sub(name + origin + base, rb"\1", data)
 
 
 # ─── Prices ───────────────────────────────────────────────────────────────────────────────────────
@@ -1822,15 +1715,6 @@ class Rates:
     cache_write_1h: Decimal
     web_search: Decimal = WEB_SEARCH_PRICE
 
-    def price(self, tally: Tally) -> Decimal:
-        """USD for these tokens; web searches are priced apart."""
-        total = self.input * tally.input_tokens + self.output * tally.output_tokens
-        if tally.cached:
-            total += self.cache_read * tally.cache_read_tokens
-            total += self.cache_write_5m * tally.cache_write_5m_tokens
-            total += self.cache_write_1h * tally.cache_write_1h_tokens
-        return total
-
 
 MAX_CACHED_RATES = 1000
 MAX_UNKNOWN = 50  # models without a price that the log names
@@ -1850,7 +1734,7 @@ class Prices:
         self.loaded = False
         self._own: dict[str, Rates] = {}
         self._package: Any = None
-        self._tiers = [0]
+        self._tiers = [0]  # lengths of a prompt, in tokens, above which the rates are others
         self._rates: dict[tuple[str, int, bool, int], Rates] = {}  # "" is the dearest
         self._unknown: set[str] = set()
         self.reload()
@@ -1868,7 +1752,10 @@ class Prices:
         try:
             import genai_prices.data_snapshot as package
 
-            self._tiers = sorted({0, *package_tiers(package)})
+            prices = [model.get_prices(datetime.now(UTC)) for model in anthropic_models(package)]
+            rates = [rate for price in prices for rate in vars(price).values()]
+            tiers = [tier.start for rate in rates for tier in getattr(rate, "tiers", ())]
+            self._tiers = sorted({0, *tiers})
             self._package = package
         except Exception as error:
             if not isinstance(error, ImportError):
@@ -1882,20 +1769,24 @@ class Prices:
         A model that nobody knows is priced as the dearest known one, and said so in the log.
         Without package and file the tokens are counted, at no price.
         """
-        entries = charged_entries(measured)
-        raw = measured.usage
-        searches = count_of(raw, "server_tool_use", "web_search_requests")
-        if entries and searches:
+        entries, usage = charged_entries(measured), measured.usage
+        tools = usage.get("server_tool_use")
+        if entries and tools and (searches := count_of(tools, "web_search_requests")):
             entries.append((measured.model, Tally(web_searches=searches)))
         if not self.available:
             return entries
-        factor = BATCH_DISCOUNT if raw.get("service_tier") == "batch" else Decimal(1)
-        if raw.get("inference_geo") == "us":
+        factor = BATCH_DISCOUNT if usage.get("service_tier") == "batch" else Decimal(1)
+        if usage.get("inference_geo") == "us":
             factor *= US_INFERENCE
         for model, tally in entries:
-            prompt = tally.input_tokens + tally.cached
-            rates = self.rates(model, when, prompt, raw.get("speed") == "fast")
-            cost = rates.price(tally) * factor
+            read, five = tally.cache_read_tokens, tally.cache_write_5m_tokens
+            hour, fast = tally.cache_write_1h_tokens, usage.get("speed") == "fast"
+            rates = self.rates(model, when, tally.input_tokens + read + five + hour, fast)
+            cost = rates.input * tally.input_tokens + rates.output * tally.output_tokens
+            if read or five or hour:
+                cost += rates.cache_read * read
+                cost += rates.cache_write_5m * five + rates.cache_write_1h * hour
+            cost *= factor
             if tally.web_searches:
                 cost += rates.web_search * tally.web_searches
             tally.spend = cost.normalize()
@@ -1919,29 +1810,31 @@ class Prices:
         return entries
 
     def rates(self, model: str, when: datetime, prompt: int, fast: bool = False) -> Rates:
-        """The rates of a model at a moment, for a prompt of so many tokens, cached or not."""
+        """The rates of a model ("": any) at a moment, for a prompt of so many tokens."""
         if self._own and model and (own := self._own_rates(model)):
             return own
         tier = self._tiers[max(0, bisect.bisect_left(self._tiers, prompt) - 1)]
-        return self._kept(model, when, fast, tier)
-
-    def _kept(self, model: str, when: datetime, fast: bool, tier: int) -> Rates:
-        """What the package says; the dearest known one for a model that may be any."""
         key = (model, hour_of(when), fast, tier)
-        if key not in self._rates:
-            find = self._find if model else self._find_dearest
-            known = find(model, when, fast, tier)
+        if (known := self._rates.get(key)) is None:
+            known = self._find(model, when, fast, tier)
             if len(self._rates) > MAX_CACHED_RATES:
                 self._rates.clear()
             self._rates[key] = known
-        return self._rates[key]
+        return known
 
     def _own_rates(self, model: str) -> Rates | None:
-        """What the price file says of a model."""
         patterns = (p for p in self._own if fnmatch.fnmatchcase(model, p))
         return self._own.get(model) or self._own.get(next(patterns, ""))
 
     def _find(self, model: str, when: datetime, fast: bool, tier: int) -> Rates:
+        """What the package says; of any model the dearest known one, which takes some 20 ms."""
+        if not model:
+            dearest = list(self._own.values())
+            for each in anthropic_models(self._package) if self._package else ():
+                with contextlib.suppress(LookupError, ValueError):
+                    own = self._own_rates(each.id)
+                    dearest.append(own or package_rates(each.id, when, fast, tier))
+            return max(dearest, key=lambda rates: rates.input + rates.output)
         if self._package is not None:
             with contextlib.suppress(LookupError, ValueError):
                 return package_rates(model, when, fast, tier)
@@ -1951,28 +1844,13 @@ class Prices:
                 log.warning("further models without a known price are not named")
             else:
                 log.warning("no price is known for model %r: priced as the dearest", model)
-        return self._kept("", when, fast, tier)
-
-    def _find_dearest(self, _: str, when: datetime, fast: bool, tier: int) -> Rates:
-        """Takes some 20 ms."""
-        known = list(self._own.values())
-        for model in anthropic_models(self._package) if self._package else ():
-            with contextlib.suppress(LookupError, ValueError):
-                known.append(self._own_rates(model.id) or package_rates(model.id, when, fast, tier))
-        return max(known, key=lambda rates: rates.input + rates.output)
+        return self.rates("", when, tier + 1, fast)
 
 
 def anthropic_models(package: Any) -> list[Any]:
     """The models of Anthropic's that genai-prices knows."""
     providers = package.get_snapshot().providers
     return [model for each in providers if each.id == "anthropic" for model in each.models]
-
-
-def package_tiers(package: Any) -> Iterator[int]:
-    """The lengths of a prompt, in tokens, above which genai-prices has other rates."""
-    for model in anthropic_models(package):
-        for value in vars(model.get_prices(datetime.now(UTC))).values():
-            yield from (tier.start for tier in getattr(value, "tiers", ()))
 
 
 def package_rates(model: str, when: datetime, fast: bool, tier: int) -> Rates:
@@ -1983,10 +1861,11 @@ def package_rates(model: str, when: datetime, fast: bool, tier: int) -> Rates:
     import genai_prices
 
     prompt = tier + 1
-
-    def rate(kind: str, side: str = "input_price") -> Decimal:
+    rates = {}
+    for name in PRICE_FIELDS:
+        kind = f"{name}_tokens"
         counts = {"input_tokens": prompt, kind: prompt}
-        if kind.startswith("cache_write"):
+        if name.startswith("cache_write"):
             counts["cache_write_tokens"] = prompt
         price = genai_prices.calc_price(
             genai_prices.Usage(**counts),
@@ -1995,26 +1874,15 @@ def package_rates(model: str, when: datetime, fast: bool, tier: int) -> Rates:
             genai_request_timestamp=when,
             price_context={"speed": "fast"} if fast else None,
         )
-        return cast(Decimal, getattr(price, side)) / prompt
-
-    return Rates(
-        input=rate("input_tokens"),
-        output=rate("output_tokens", "output_price"),
-        cache_read=rate("cache_read_tokens"),
-        cache_write_5m=rate("cache_write_5m_tokens"),
-        cache_write_1h=rate("cache_write_1h_tokens"),
-    )
+        rates[name] = (price.output_price if name == "output" else price.input_price) / prompt
+    return Rates(**rates)
 
 
-# The fields of a price file, in USD per million tokens, and what Anthropic's rates for the cache
-# are of the input rate, where they are left out.
-PRICE_FIELDS = {
-    "input": None,
-    "output": None,
-    "cache_read": Decimal("0.1"),
-    "cache_write_5m": Decimal("1.25"),
-    "cache_write_1h": Decimal(2),
-}
+# The fields of a price file, in USD per million tokens, and what Anthropic's rates are of the
+# input rate; those for the cache may be left out.
+PRICE_FIELDS = dict(
+    input="1", output="5", cache_read="0.1", cache_write_5m="1.25", cache_write_1h="2"
+)
 
 
 def read_prices(path: Path) -> dict[str, Rates]:
@@ -2040,13 +1908,11 @@ def read_rates(where: str, row: object) -> Rates:
             raise SettingsError(f"{where}: {name!r} is not one of {known}, web_search")
         if type(value) not in (int, Decimal) or not 0 <= value < MILLION:
             raise SettingsError(f"{where}: {name!r} is not an amount from zero up")
-    rates = {"web_search": Decimal(row.get("web_search", WEB_SEARCH_PRICE))}
-    for name, factor in PRICE_FIELDS.items():
-        if name not in row and factor is None:
-            raise SettingsError(f"{where}: has no {name!r}")
-        amount = row[name] if factor is None else row.get(name, row["input"] * factor)
-        rates[name] = amount / MILLION
-    return Rates(**rates)
+    if missing := {"input", "output"} - row.keys():
+        raise SettingsError(f"{where}: has no {min(missing)!r}")
+    own = {name: row["input"] * Decimal(part) for name, part in PRICE_FIELDS.items()}
+    rates = {name: row.get(name, amount) / MILLION for name, amount in own.items()}
+    return Rates(**rates, web_search=Decimal(row.get("web_search", WEB_SEARCH_PRICE)))
 
 
 # ─── Ledger ───────────────────────────────────────────────────────────────────────────────────────
@@ -4510,30 +4376,36 @@ INFLATE_SLICE = 64 * KIB  # decompressed at a time, so that a small bomb stays s
 # The text of deltas; "completion" is that of POST /v1/complete.
 DELTA_TEXT = re.compile(rb'"(text|thinking|partial_json|completion)": ?"([^"\\]*(?:\\.[^"\\]*)*)"')
 THINKING_START = re.compile(rb'"content_block": ?\{"type": ?"(?:redacted_)?thinking"')
+LINE_END = re.compile(rb"[\r\n]")
 READABLE_CODINGS = ("gzip", "x-gzip", "deflate")
 
 
 class Inflater:
     """Decompresses gzip (of any number of members), zlib and raw deflate bit by bit.
 
-    `slices` raises zlib.error for anything else, and from then on.
+    `slices` raises zlib.error for anything else, and from then on. What is ``held`` came, but is
+    too short to tell what it is.
     """
 
     def __init__(self, coding: str) -> None:
         self._deflate = coding == "deflate"
         self._decoder: Any = None
-        self._held = b""
+        self.held = b""
 
     def slices(self, data: bytes) -> Iterator[bytes]:
         """What these bytes hold, INFLATE_SLICE at a time; what is not taken is lost."""
-        data, self._held = self._held + data, b""
+        data, self.held = self.held + data, b""
         while data:
             if self._decoder is None:
                 data = data.lstrip(b"\0")  # members may be padded (gzip's own manual)
                 if len(data) < 2:
-                    self._held = data
+                    self.held = data
                     return
-                self._decoder = zlib.decompressobj(self._window_bits(data))
+                bits = zlib.MAX_WBITS | 16
+                if self._deflate:  # it comes with zlib's header or without (RFC 9110, 8.4.1.2)
+                    zlibs = data[0] & 0x0F == zlib.DEFLATED and (data[0] * 256 + data[1]) % 31 == 0
+                    bits = zlib.MAX_WBITS if zlibs else -zlib.MAX_WBITS  # RFC 1950, 2.2
+                self._decoder = zlib.decompressobj(bits)
             plain = self._decoder.decompress(data, INFLATE_SLICE)
             data = self._decoder.unconsumed_tail
             while plain:
@@ -4545,22 +4417,9 @@ class Inflater:
                 data, self._decoder = self._decoder.unused_data, None
 
     @property
-    def is_undecided(self) -> bool:
-        """Whether bytes came of which is not known yet what they are."""
-        return bool(self._held)
-
-    @property
     def is_whole(self) -> bool:
         """Whether what came so far has ended."""
-        return self._decoder is None and not self._held
-
-    def _window_bits(self, data: bytes) -> int:
-        """How zlib is to read what begins so: "deflate" comes with zlib's header or without
-        (RFC 9110 section 8.4.1.2), which is a multiple of 31 (RFC 1950 section 2.2)."""
-        if not self._deflate:
-            return zlib.MAX_WBITS | 16
-        has_header = data[0] & 0x0F == zlib.DEFLATED and (data[0] * 256 + data[1]) % 31 == 0
-        return zlib.MAX_WBITS if has_header else -zlib.MAX_WBITS
+        return self._decoder is None and not self.held
 
 
 class ResponseFilter:
@@ -4617,9 +4476,8 @@ class Meter(ResponseFilter):
         self.measured = Measured()
         self._on_result = on_result
         self._room = room
-        self._asked = 0
-        self._lines = 0
-        self._whole = on_result is None and not content_type.lower().startswith("text/event-stream")
+        self._asked = self._lines = 0
+        self._whole = on_result is None and not content_type.lower().startswith(EVENT_STREAM)
         # Of a line that has not ended, or of the message; None where it is too long.
         self._held: list[bytes] | None = []
         self._size = 0
@@ -4631,24 +4489,34 @@ class Meter(ResponseFilter):
             self._hold(data)
         elif self._size == 0 and data.endswith(b"\n") and len(data) <= MAX_LINE:
             self._read(data)
+        elif first := LINE_END.search(data):
+            end, last = first.end(), max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
+            lines, ends = data[end:last], [data[:end]]
+            if len(lines) > MAX_LINE:
+                ends += lines.splitlines(keepends=True)
+            for line in ends:
+                self._hold(line)
+                self._read_line(*self._ended())
+            if 0 < len(lines) <= MAX_LINE:
+                self._read(lines)
+            self._hold(data[last:])
         else:
-            self._split(data)
+            self._hold(data)
         return data
 
     def finish(self, complete: bool) -> bytes:
+        if not self._size:
+            return b""
         size, held = self._ended()
         if self.measured.blind:
             pass
-        elif self._whole and complete and held:
+        elif not self._whole:
+            if complete or self._on_result is None:
+                self._read_line(size, held)
+        elif complete and held:
             self.measured = measured_message(read_members(held, AnswerMembers), size)
-        elif self._whole:
+        else:
             self.measured.seen = size
-        elif complete:
-            self._read_line(size, held)
-        elif self._on_result is None and held is None:
-            self.measured.seen += size
-        elif self._on_result is None and held:
-            self._read_text(held)
         return b""
 
     def _hold(self, data: bytes) -> None:
@@ -4669,25 +4537,6 @@ class Meter(ResponseFilter):
         if asked:
             self._room(-asked)
 
-    def _split(self, data: bytes) -> None:
-        """Read the lines that end here, those of more than MAX_LINE apart."""
-        ends = [at for at in (data.find(b"\n"), data.find(b"\r")) if at >= 0]
-        if not ends:
-            self._hold(data)
-            return
-        end = min(ends) + 1
-        self._hold(data[:end])
-        self._read_line(*self._ended())
-        last = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
-        whole = data[end:last]
-        if len(whole) > MAX_LINE:
-            for line in whole.splitlines(keepends=True):
-                self._hold(line)
-                self._read_line(*self._ended())
-        elif whole:
-            self._read(whole)
-        self._hold(data[last:])
-
     def _ended(self) -> tuple[int, bytes | None]:
         """The size of what has come to its end, and what it is; None where it was too long."""
         size, held = self._size, self._held
@@ -4696,75 +4545,63 @@ class Meter(ResponseFilter):
         return size, None if held is None else b"".join(held)
 
     def _read_line(self, size: int, line: bytes | None) -> None:
-        """Look at a line."""
         if line is not None:
             self._read(line)
-        elif self._on_result is not None:
-            self._result(Measured(seen=size))
-        else:
+        elif self._on_result is None:
             self.measured.seen += size
+        else:
+            self._lines += 1
+            self._on_result(self._lines, Measured(seen=size))
 
     def _read(self, lines: bytes) -> None:
-        """Look at whole lines."""
-        if self._on_result is None:
-            self._read_events(lines)
+        """Look at whole lines; most of a stream's are deltas, and only their text counts."""
+        if self._on_result is not None:
+            self._read_results(lines, self._on_result)
             return
-        for line in lines.splitlines():
-            if line.strip():
-                row = read_members(line, ResultMembers)
-                result = row.get("result") if isinstance(row, dict) else None
-                if result is None:  # these are no results, or not in plain text
-                    self.measured.blind = True
-                    return
-                message = result.get("message") if isinstance(result, dict) else None
-                self._result(measured_message(message, 0))
-
-    def _result(self, measured: Measured) -> None:
-        self._lines += 1
-        cast("Callable[[int, Measured], None]", self._on_result)(self._lines, measured)
-
-    def _read_text(self, lines: bytes) -> None:
-        """Count the text of deltas."""
         measured = self.measured
         for name, text in DELTA_TEXT.findall(lines):
-            size = text_size(text)
+            size = text_size(text) if b"\\" in text else len(text)
             measured.seen += size
             if name == b"thinking":
                 measured.thought += size
-
-    def _read_events(self, lines: bytes) -> None:
-        """Look at whole lines of a stream; most of them are deltas, and only their text counts."""
-        self._read_text(lines)
-        measured = self.measured
         if b"content_block_start" in lines:
             measured.empty = False
-            if THINKING_START.search(lines):
-                measured.thinks = True
+            measured.thinks = measured.thinks or THINKING_START.search(lines) is not None
         if b'"usage"' not in lines:
             return
         for line in lines.splitlines():
-            if b'"usage"' in line and line.startswith(b"data:"):
-                self._usage_event(line[5:])
+            if b'"usage"' not in line or not line.startswith(b"data:"):
+                continue
+            try:
+                event = json.loads(str(line[5:], "utf-8"))
+                message, delta = event.get("message"), event.get("delta")
+            except (ValueError, RecursionError, AttributeError):  # it is no object
+                continue
+            told = [event.get("usage")]
+            if isinstance(message, dict):
+                measured.model = model_of(message.get("model")) or measured.model
+                told.insert(0, message.get("usage"))
+            for usage in told:  # counts are cumulative; later ones may lack fields
+                for field_name, value in usage.items() if isinstance(usage, dict) else ():
+                    if value is not None:
+                        measured.usage[field_name] = value
+            if isinstance(delta, dict) and isinstance(delta.get("stop_reason"), str):
+                measured.stop_reason, measured.final = delta["stop_reason"], bool(measured.usage)
 
-    def _usage_event(self, data: bytes) -> None:
-        event = read_json(data)
-        if not isinstance(event, dict):
-            return
-        message = event.get("message")
-        if isinstance(message, dict):
-            self.measured.model = model_of(message.get("model")) or self.measured.model
-            self.measured.merge(message.get("usage"))
-        self.measured.merge(event.get("usage"))
-        delta = event.get("delta")
-        if isinstance(delta, dict) and isinstance(delta.get("stop_reason"), str):
-            self.measured.stop_reason = delta["stop_reason"]
-            self.measured.final = bool(self.measured.usage)
+    def _read_results(self, lines: bytes, on_result: Callable[[int, Measured], None]) -> None:
+        for line in filter(bytes.strip, lines.splitlines()):
+            row = read_members(line, ResultMembers)
+            result = row.get("result") if isinstance(row, dict) else None
+            if result is None:  # these are no results, or not in plain text
+                self.measured.blind = True
+                return
+            message = result.get("message") if isinstance(result, dict) else None
+            self._lines += 1
+            on_result(self._lines, measured_message(message, 0))
 
 
 def text_size(escaped: bytes) -> int:
     """The bytes in UTF-8 of a JSON string without its quotes."""
-    if b"\\" not in escaped:
-        return len(escaped)
     try:
         return len(json.loads(b'"%b"' % escaped).encode("utf-8", "replace"))
     except ValueError:
@@ -4816,19 +4653,25 @@ class Mask(ResponseFilter):
         """Whether the secret may have begun: at the end of what was looked at, or of these bytes."""
         return self._begun_in(self._held) > 0 or self._begun_in(data) > 0
 
-    def stop_looking(self) -> None:
-        """What follows cannot be read: its bytes are masked as they are."""
-        self._held, self.is_looking = b"", False
-
     def mask_text(self, text: str) -> str:
         """Text of a head with the secret masked."""
-        return text.replace(self.text, "*" * len(self.text)) if self.text in text else text
+        return text.replace(self.text, "*" * len(self.text))
 
     def _begun_in(self, data: bytes) -> int:
         """How many of the last bytes are a beginning of the secret."""
         longest = min(len(data), len(self._secret) - 1)
         fits = (n for n in range(longest, 0, -1) if self._secret.startswith(data[-n:]))
         return next(fits, 0)
+
+
+def go_blind(filters: Iterable[ResponseFilter]) -> None:
+    """The answer cannot be read: what it says of its usage is unknown, its bytes are masked as they
+    are."""
+    for each in filters:
+        if isinstance(each, Meter):
+            each.measured.blind = True
+        elif isinstance(each, Mask):
+            each._held, each.is_looking = b"", False
 
 
 SLICES_A_TURN = 4  # of a compressed answer, before the loop does something else
@@ -4848,43 +4691,29 @@ class Inside:
 
     async def feed(self, data: bytes, complete: bool) -> bytes:
         """What may go on of these bytes. Raises UpstreamError."""
-        try:
-            await self._look(data)
-        except zlib.error:  # it is not in the coding that it says
-            self._inflater = None
-            go_blind(self._filters)
-        data, self._withheld = self._withheld + data, b""
+        fresh, data, self._withheld = data, self._withheld + data, b""
+        mask, inflater = self._mask, self._inflater
+        if inflater is not None:
+            if mask is not None:  # names and comments of gzip are not compressed
+                mask.look(data)
+            try:
+                for number, plain in enumerate(inflater.slices(fresh), start=1):
+                    through(self._filters, plain, False)
+                    if number % SLICES_A_TURN == 0:
+                        await asyncio.sleep(0)
+            except zlib.error:  # it is not in the coding that it says
+                self._inflater = inflater = None
+                go_blind(self._filters)
         if complete:
             through(self._filters, b"", True)
-        if self._mask is None:
+        if mask is None:
             return data
-        if self._inflater is None:
-            return self._mask.feed(data) + (self._mask.finish(True) if complete else b"")
+        if inflater is None:
+            return mask.feed(data) + (mask.finish(True) if complete else b"")
         # They wait for the next ones while they may hold a beginning of the real key.
-        undecided = self._mask.may_follow(data) or self._inflater.is_undecided
-        if undecided and not complete:
+        if not complete and (mask.may_follow(data) or inflater.held):
             data, self._withheld = b"", data
         return data
-
-    async def _look(self, data: bytes) -> None:
-        if self._inflater is None:
-            return
-        if self._mask is not None:  # names and comments of gzip are not compressed
-            self._mask.look(self._withheld + data)
-        for number, plain in enumerate(self._inflater.slices(data), start=1):
-            through(self._filters, plain, False)
-            if number % SLICES_A_TURN == 0:
-                await asyncio.sleep(0)
-
-
-def go_blind(filters: Iterable[ResponseFilter]) -> None:
-    """The answer cannot be read: what it says of its usage is unknown, its bytes are masked as they
-    are."""
-    for each in filters:
-        if isinstance(each, Meter):
-            each.measured.blind = True
-        elif isinstance(each, Mask):
-            each.stop_looking()
 
 
 class BatchObject(ResponseFilter):
@@ -5351,13 +5180,13 @@ class Kept:
 
     async def strictly(self) -> object:
         """What it says, to the letter. APIError 400 where that is not clear."""
-        self._read = [await read_strictly(self.data, self._route, self.breathe)]
+        self._read = [await read_body(self.data, self._route, self.breathe, strictly=True)]
         return self._read[0]
 
     async def members(self) -> object:
         """What of it a price depends on; None where it cannot be read."""
         if not self._read:
-            self._read = [await read_leniently(self.data, self._route, self.breathe)]
+            self._read = [await read_body(self.data, self._route, self.breathe, strictly=False)]
         return self._read[0]
 
 

@@ -1207,7 +1207,7 @@ def judge(body: Any, path: str = "", *models: str) -> gateway.Order:
     """What a key for these models may send there, and what it orders; a `gateway.APIError` else."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     route = gateway.read_route("POST", path or (BATCHES if b"requests" in data else MESSAGES_PATH))
-    document = at_once(gateway.read_strictly(data, route, breathe))
+    document = at_once(gateway.read_body(data, route, breathe, strictly=True))
     allowed = models or ["claude-haiku-*"]
     at_once(gateway.check_models(allowed, route, document, breathe))
     return order_of(document, data, batched=route.makes_batch)
@@ -1338,9 +1338,9 @@ def test_bodies_that_no_client_sends_are_refused(
     body = COSTLY[name]
     for path in (MESSAGES_PATH, BATCHES):
         route = gateway.read_route("POST", path)
-        for read in (gateway.read_strictly, gateway.read_leniently):
+        for strictly in (True, False):
             with pytest.raises(gateway.APIError) as refused:
-                document = at_once(read(body, route, breathe))
+                document = at_once(gateway.read_body(body, route, breathe, strictly=strictly))
                 if route.makes_batch:  # in which they have no meaning
                     document = {"requests": [{"params": document}]}
                 at_once(gateway.check_models(["m"], route, document, breathe))
@@ -1354,8 +1354,8 @@ def test_bodies_that_clients_send_are_read() -> None:
     message = {**MESSAGE, "messages": [{"role": "user", "content": text}]}
     for path, document in ((BATCHES, {"requests": rows}), (MESSAGES_PATH, message)):
         body, route = json.dumps(document).encode(), gateway.read_route("POST", path)
-        for read in (gateway.read_strictly, gateway.read_leniently):
-            document = at_once(read(body, route, breathe))
+        for strictly in (True, False):
+            document = at_once(gateway.read_body(body, route, breathe, strictly=strictly))
             order = order_of(document, body, batched=route.makes_batch)
             assert order.model == MESSAGE["model"]
             (part,) = order.parts.values()
@@ -1372,7 +1372,7 @@ def test_both_readers_read_the_same_of_a_body(monkeypatch: pytest.MonkeyPatch) -
             monkeypatch.setattr(gateway, "decoder_of", lambda members: None)
         route, orders = gateway.read_route("POST", MESSAGES_PATH), []
         for body in bodies:
-            document = at_once(gateway.read_leniently(body, route, breathe))
+            document = at_once(gateway.read_body(body, route, breathe, strictly=False))
             orders.append(order_of(document, body, batched=False))
         read.append(orders)
     assert read[0] == read[1]
@@ -4165,8 +4165,9 @@ def measure(
     inflater = gateway.Inflater(coding)
     for part in parts:
         for plain in inflater.slices(part) if coding else [part]:
-            meter.look(plain)
-    return meter.finish(complete)
+            meter.feed(plain)
+    meter.finish(complete)
+    return meter.measured
 
 
 @settings(deadline=None)
@@ -4214,7 +4215,7 @@ def test_batch_results_are_measured_the_same_however_they_are_split(cuts: list[i
         lambda line, measured: seen.append((line, gateway.tally_of(measured.usage).output_tokens)),
     )
     for part in split_at(body, cuts):
-        meter.look(part)
+        meter.feed(part)
     meter.finish(True)
     assert seen == [(1, 180), (2, 0), (3, 180), (4, 180)]
 
@@ -4271,7 +4272,7 @@ def test_a_long_line_is_counted_the_same_however_it_is_split() -> None:
         seen: list[tuple[int, int]] = []
         meter = gateway.Meter("", lambda n, m, seen=seen: seen.append((n, m.seen)))
         for at in range(0, len(body), size):
-            meter.look(body[at : at + size])
+            meter.feed(body[at : at + size])
         meter.finish(True)
         assert seen == [(1, 0), (2, len(json.dumps(long)) + 1), (3, 0)]
 
@@ -4280,7 +4281,7 @@ def test_a_meter_keeps_no_response() -> None:
     for kind in ("application/json", "text/event-stream"):
         meter = gateway.Meter(kind)
         for _ in range(100):
-            meter.look(b"data: " + b"x" * MIB)
+            meter.feed(b"data: " + b"x" * MIB)
             assert sum(map(len, meter._held or [])) <= gateway.MAX_LINE
 
 
@@ -4356,7 +4357,7 @@ def test_attempts_that_declined_are_free() -> None:
     ):
         attempts = [entry(kind, name, 5, 0) for kind, name in zip(kinds, "abc", strict=False)]
         measured = gateway.Measured("m", {"iterations": attempts}, empty=False, final=True)
-        assert [model for model, _ in gateway.reported(measured)] == charged
+        assert [model for model, _ in gateway.charged_entries(measured)] == charged
 
 
 def test_a_count_that_no_answer_has_is_no_count() -> None:
