@@ -4461,10 +4461,10 @@ def through(filters: Iterable[ResponseFilter], data: bytes, complete: bool) -> b
 class Meter(ResponseFilter):
     """Reads usage out of a response as it passes: SSE, a JSON message, or batch results (JSONL).
 
-    ``measured`` is the same however the body is split; it is final after `finish`.
-    Holds at most MAX_LINE bytes of a line or a message, and beyond UNASKED_LINE no more than
-    ``room`` lets it, which is asked for so many bytes and told (below 0) of those that are held no
-    more. ``on_result`` is called with each line of batch results, counted from 1.
+    ``measured`` is the same however the body is split; it is final after `finish`. Holds at most
+    MAX_LINE bytes of a line or a message, and beyond UNASKED_LINE what ``room`` lets it: it is asked
+    for so many bytes, and told (below 0) of those no longer held. ``on_result`` is called with each
+    line of batch results, counted from 1.
     """
 
     def __init__(
@@ -4616,48 +4616,39 @@ class Mask(ResponseFilter):
     """Masks a secret with asterisks, so that lengths stay right.
 
     An upstream that echoes what it was sent must not carry the real key to a client. Bytes are held
-    back only where a read ends inside what may become the secret. Where it may only look (`is_looking`:
-    in a compressed body) it raises UpstreamError when the secret appears.
+    back only where a read ends inside what may become the secret.
     """
 
-    is_looking = False
     _held = b""
 
     def __init__(self, secret: str) -> None:
-        self.text = secret
-        self._secret = secret.encode("latin-1")
+        self.text, self._secret = secret, secret.encode("latin-1")
 
     def feed(self, data: bytes) -> bytes:
         if self._held:
             data, self._held = self._held + data, b""
-        if self.is_looking:
-            self.look(data)
-            self._held = data[1 - len(self._secret) :]
-            return data
         if self._secret in data:
             data = data.replace(self._secret, b"*" * len(self._secret))
-        if data and data[-1] in self._secret and (held := self._begun_in(data)):
+        if data and data[-1] in self._secret and (held := self.begun_in(data)):
             data, self._held = data[:-held], data[-held:]
         return data
 
     def finish(self, complete: bool) -> bytes:
         held, self._held = self._held, b""
-        return b"" if self.is_looking else held
+        return held
 
-    def look(self, data: bytes) -> None:
-        """Raise UpstreamError where the secret stands in these bytes."""
+    def look(self, data: bytes) -> bytes:
+        """The end of these bytes, where the secret may begin. Raises UpstreamError where it stands in
+        them: for a compressed body, of which nothing can be masked."""
         if self._secret in data:
             raise UpstreamError("The upstream sent the gateway's own credential back.")
-
-    def may_follow(self, data: bytes) -> bool:
-        """Whether the secret may have begun: at the end of what was looked at, or of these bytes."""
-        return self._begun_in(self._held) > 0 or self._begun_in(data) > 0
+        return data[1 - len(self._secret) :]
 
     def mask_text(self, text: str) -> str:
         """Text of a head with the secret masked."""
         return text.replace(self.text, "*" * len(self.text))
 
-    def _begun_in(self, data: bytes) -> int:
+    def begun_in(self, data: bytes) -> int:
         """How many of the last bytes are a beginning of the secret."""
         longest = min(len(data), len(self._secret) - 1)
         fits = (n for n in range(longest, 0, -1) if self._secret.startswith(data[-n:]))
@@ -4665,13 +4656,10 @@ class Mask(ResponseFilter):
 
 
 def go_blind(filters: Iterable[ResponseFilter]) -> None:
-    """The answer cannot be read: what it says of its usage is unknown, its bytes are masked as they
-    are."""
+    """The answer cannot be read, so what it says of its usage is unknown."""
     for each in filters:
         if isinstance(each, Meter):
             each.measured.blind = True
-        elif isinstance(each, Mask):
-            each._held, each.is_looking = b"", False
 
 
 SLICES_A_TURN = 4  # of a compressed answer, before the loop does something else
@@ -4683,35 +4671,37 @@ class Inside:
 
     def __init__(self, coding: str, filters: Sequence[ResponseFilter]) -> None:
         self._inflater: Inflater | None = Inflater(coding)
-        self._filters = filters
         self._mask = next((each for each in filters if isinstance(each, Mask)), None)
-        self._withheld = b""
-        if self._mask is not None:
-            self._mask.is_looking = True
+        self._filters = [each for each in filters if each is not self._mask]
+        self._withheld = self._looked_at = b""  # the ends of what came, and of what it holds
 
     async def feed(self, data: bytes, complete: bool) -> bytes:
         """What may go on of these bytes. Raises UpstreamError."""
-        fresh, data, self._withheld = data, self._withheld + data, b""
-        mask, inflater = self._mask, self._inflater
-        if inflater is not None:
+        mask, fresh, data, self._withheld = self._mask, data, self._withheld + data, b""
+        if self._inflater is not None:
             if mask is not None:  # names and comments of gzip are not compressed
                 mask.look(data)
             try:
-                for number, plain in enumerate(inflater.slices(fresh), start=1):
+                for number, plain in enumerate(self._inflater.slices(fresh), start=1):
+                    if mask is not None:
+                        self._looked_at = mask.look(self._looked_at + plain)
                     through(self._filters, plain, False)
                     if number % SLICES_A_TURN == 0:
                         await asyncio.sleep(0)
-            except zlib.error:  # it is not in the coding that it says
-                self._inflater = inflater = None
+            except (
+                zlib.error
+            ):  # it is not in the coding that it says: its bytes are masked as they are
+                self._inflater = None
                 go_blind(self._filters)
         if complete:
             through(self._filters, b"", True)
         if mask is None:
             return data
-        if inflater is None:
+        if self._inflater is None:
             return mask.feed(data) + (mask.finish(True) if complete else b"")
         # They wait for the next ones while they may hold a beginning of the real key.
-        if not complete and (mask.may_follow(data) or inflater.held):
+        begun = mask.begun_in(self._looked_at) or mask.begun_in(data) or self._inflater.held
+        if begun and not complete:
             data, self._withheld = b"", data
         return data
 
