@@ -1174,8 +1174,8 @@ def decoder_of(members: type) -> Callable[[bytes], Any] | None:
 
 
 def read_members(body: bytes, members: type) -> object:
-    """What a body says of some members, and maybe of others: msgspec skips what it is not asked
-    for, `json`, which takes five times as long, makes it all. None where it cannot be read."""
+    """What a body says of some members at least: msgspec skips the others, `json` makes them all,
+    which takes five times as long. None where it cannot be read."""
     if decode := decoder_of(members):
         with contextlib.suppress(Exception):  # what msgspec cannot read, json may
             return cast(object, decode(body))
@@ -1562,8 +1562,7 @@ GLANCED = re.compile(
 
 def glance(body: bytes) -> Order:
     """What a body asks for, as far as a look for its members' names tells, which costs a tenth of
-    reading it: for estimates where the answer is cut short. Clients write the members that are
-    looked for first or last, before or after all that is long."""
+    reading it, for estimates. Clients write these members before or after all that is long."""
     edges = body
     if len(body) > 2 * GLANCED_EDGE:
         edges = body[:GLANCED_EDGE] + b" " + body[-GLANCED_EDGE:]
@@ -1658,13 +1657,10 @@ MAX_ITERATIONS = 1000  # that are read of one answer, so that a lying upstream h
 
 
 def charged_entries(measured: Measured) -> list[tuple[str, Tally]]:
-    """What is billed of a response by its own word, as (model, counts) of each attempt, with what
-    was estimated besides.
-
-    Advisor, compaction and fallback attempts stand in ``iterations`` alone, each at a model of its
-    own. Free are attempts declined before any output that a fallback followed, and a refusal
-    without content (PLD refusals-and-fallback, "How server-side fallback is billed").
-    """
+    """What is billed of a response, as (model, counts) of each attempt, and what was estimated
+    besides. Advisor, compaction and fallback attempts stand in ``iterations`` alone. Free are those
+    declined before any output that a fallback followed, and a refusal without content (PLD
+    refusals-and-fallback, "How server-side fallback is billed")."""
     usage, model, beyond = measured.usage, measured.model, measured.beyond
     entries: list[tuple[str, Tally]] = []
     free = measured.stop_reason == "refusal" and measured.empty
@@ -1685,11 +1681,8 @@ def charged_entries(measured: Measured) -> list[tuple[str, Tally]]:
 
 
 def rewrite_results_url(data: bytes, base_path: str) -> bytes:
-    """Make ``results_url`` in batch objects the same path on the gateway, relative.
-
-    The SDKs follow it with the caller's credential, and join a relative one to their base URL
-    (anthropic/_base_client.py, _prepare_url), so it works under either of the gateway's prefixes.
-    """
+    """Make ``results_url`` in batch objects the same path on the gateway, relative: the SDKs join
+    it to their base URL (anthropic/_base_client.py, _prepare_url), under either prefix."""
     name, origin = rb'(?<!\\)("results_url"\s*:\s*")', rb'(?:https?:(?:\\?/){2}[^/"\\]+(?=[/"\\]))?'
     base = rb'(?:%b(?=[/"]))?' % re.escape(base_path.encode()) if base_path else b""
     return re.sub(name + origin + base, rb"\1", data)
@@ -1722,16 +1715,16 @@ CACHE_RATES = {"": "input", "5m": "cache_write_5m", "1h": "cache_write_1h"}
 
 
 class Prices:
-    """What tokens cost: a price file where one is given, else the package genai-prices.
+    """What tokens cost: a price file where one is given, else the package genai-prices, whose rates
+    are asked for once (0.1 ms) for each model, hour, speed and tier. A model that may be any, or
+    that nobody knows, costs what the dearest known one does.
 
-    The package answers for a usage in about 0.1 ms, so its rates are asked for once for each
-    model, hour, speed and tier. `load` imports it, which takes 0.3 seconds: call it in a thread.
-    Until then, and without package and file, `loaded` is false.
+    `load` imports the package, which takes 0.3 seconds: call it in a thread. Until then, and
+    without package and file, `loaded` is false.
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        self.path = path
-        self.loaded = False
+        self.path, self.loaded = path, False
         self._own: dict[str, Rates] = {}
         self._package: Any = None
         self._tiers = [0]  # lengths of a prompt, in tokens, above which the rates are others
@@ -1752,11 +1745,10 @@ class Prices:
         try:
             import genai_prices.data_snapshot as package
 
-            prices = [model.get_prices(datetime.now(UTC)) for model in anthropic_models(package)]
-            rates = [rate for price in prices for rate in vars(price).values()]
+            models, when = anthropic_models(package), datetime.now(UTC)
+            rates = [rate for each in models for rate in vars(each.get_prices(when)).values()]
             tiers = [tier.start for rate in rates for tier in getattr(rate, "tiers", ())]
-            self._tiers = sorted({0, *tiers})
-            self._package = package
+            self._tiers, self._package = sorted({0, *tiers}), package
         except Exception as error:
             if not isinstance(error, ImportError):
                 log.exception("genai-prices cannot be used")
@@ -1764,11 +1756,8 @@ class Prices:
         self.loaded = self.available
 
     def charge(self, measured: Measured, when: datetime) -> list[tuple[str, Tally]]:
-        """What is billed of a response, as (model, counts and USD); see `charged_entries`.
-
-        A model that nobody knows is priced as the dearest known one, and said so in the log.
-        Without package and file the tokens are counted, at no price.
-        """
+        """What is billed of a response, as (model, counts and USD); see `charged_entries`. Without
+        package and file the tokens are counted, at no price."""
         entries, usage = charged_entries(measured), measured.usage
         tools = usage.get("server_tool_use")
         if entries and tools and (searches := count_of(tools, "web_search_requests")):
@@ -1793,8 +1782,7 @@ class Prices:
         return entries
 
     def worst(self, order: Order, when: datetime) -> list[tuple[str, Tally]]:
-        """What a request may cost at worst, as (model, counts and USD). A model that may be any is
-        the dearest known one."""
+        """What a request may cost at worst, as (model, counts and USD)."""
         parts = order.parts or {(order.model, False, False): [order.prompt, order.max_tokens, 0]}
         entries = []
         for (model, fast, us), (prompt, output, searches) in parts.items():
@@ -1854,17 +1842,13 @@ def anthropic_models(package: Any) -> list[Any]:
 
 
 def package_rates(model: str, when: datetime, fast: bool, tier: int) -> Rates:
-    """Ask genai-prices for the rates of a prompt just longer than ``tier``. Raises LookupError.
-
-    ``input_tokens`` is the package's word for all of the prompt, cached or not.
-    """
+    """Ask genai-prices for the rates of a prompt just longer than ``tier``. Raises LookupError."""
     import genai_prices
 
-    prompt = tier + 1
-    rates = {}
+    prompt, rates = tier + 1, {}
     for name in PRICE_FIELDS:
-        kind = f"{name}_tokens"
-        counts = {"input_tokens": prompt, kind: prompt}
+        # ``input_tokens`` is the package's word for all of the prompt, cached or not.
+        counts = {"input_tokens": prompt, f"{name}_tokens": prompt}
         if name.startswith("cache_write"):
             counts["cache_write_tokens"] = prompt
         price = genai_prices.calc_price(
@@ -1878,16 +1862,14 @@ def package_rates(model: str, when: datetime, fast: bool, tier: int) -> Rates:
     return Rates(**rates)
 
 
-# The fields of a price file, in USD per million tokens, and what Anthropic's rates are of the
-# input rate; those for the cache may be left out.
-PRICE_FIELDS = dict(
-    input="1", output="5", cache_read="0.1", cache_write_5m="1.25", cache_write_1h="2"
-)
+# What Anthropic's rates for the cache are of the input rate, and the fields of a price file.
+CACHE_PARTS = {"cache_read": "0.1", "cache_write_5m": "1.25", "cache_write_1h": "2"}
+PRICE_FIELDS = ("input", "output", *CACHE_PARTS)
 
 
 def read_prices(path: Path) -> dict[str, Rates]:
-    """Read a price file: ``{"model or pattern": {"input": 3, "output": 15, …}}``, PRICE_FIELDS and
-    ``web_search``, USD for one. Raises SettingsError."""
+    """Read a price file: ``{"model or pattern": {"input": 3, "output": 15, …}}``, PRICE_FIELDS in
+    USD for a million tokens, and ``web_search``, for one. Raises SettingsError."""
     try:
         document = json.loads(path.read_bytes(), parse_float=Decimal)
     except (OSError, ValueError, RecursionError) as error:
@@ -1910,9 +1892,9 @@ def read_rates(where: str, row: object) -> Rates:
             raise SettingsError(f"{where}: {name!r} is not an amount from zero up")
     if missing := {"input", "output"} - row.keys():
         raise SettingsError(f"{where}: has no {min(missing)!r}")
-    own = {name: row["input"] * Decimal(part) for name, part in PRICE_FIELDS.items()}
-    rates = {name: row.get(name, amount) / MILLION for name, amount in own.items()}
-    return Rates(**rates, web_search=Decimal(row.get("web_search", WEB_SEARCH_PRICE)))
+    own = {name: row["input"] * Decimal(part) for name, part in CACHE_PARTS.items()} | row
+    search = Decimal(own.get("web_search", WEB_SEARCH_PRICE))
+    return Rates(**{name: own[name] / MILLION for name in PRICE_FIELDS}, web_search=search)
 
 
 # ─── Ledger ───────────────────────────────────────────────────────────────────────────────────────
@@ -4462,9 +4444,9 @@ class Meter(ResponseFilter):
     """Reads usage out of a response as it passes: SSE, a JSON message, or batch results (JSONL).
 
     ``measured`` is the same however the body is split; it is final after `finish`. Holds at most
-    MAX_LINE bytes of a line or a message, and beyond UNASKED_LINE what ``room`` lets it: it is asked
-    for so many bytes, and told (below 0) of those no longer held. ``on_result`` is called with each
-    line of batch results, counted from 1.
+    MAX_LINE bytes of a line or a message, and beyond UNASKED_LINE what ``room`` lets it, which is
+    asked for so many bytes, and told (below 0) of those no longer held. ``on_result`` is called
+    with each line of batch results, counted from 1.
     """
 
     def __init__(
@@ -4638,8 +4620,8 @@ class Mask(ResponseFilter):
         return held
 
     def look(self, data: bytes) -> bytes:
-        """The end of these bytes, where the secret may begin. Raises UpstreamError where it stands in
-        them: for a compressed body, of which nothing can be masked."""
+        """The end of these bytes, where the secret may begin. Raises UpstreamError where it stands
+        in them, since in a compressed body nothing can be masked."""
         if self._secret in data:
             raise UpstreamError("The upstream sent the gateway's own credential back.")
         return data[1 - len(self._secret) :]
@@ -4666,8 +4648,8 @@ SLICES_A_TURN = 4  # of a compressed answer, before the loop does something else
 
 
 class Inside:
-    """Lets filters look at what a compressed answer holds, as its own bytes go on. A read may hold a
-    thousand times its size, so the loop does other things in between, while the upstream waits."""
+    """Lets filters look at what a compressed answer holds, as its own bytes go on. A read may hold
+    a thousand times its size, so the loop does other things in between."""
 
     def __init__(self, coding: str, filters: Sequence[ResponseFilter]) -> None:
         self._inflater: Inflater | None = Inflater(coding)
@@ -4688,9 +4670,7 @@ class Inside:
                     through(self._filters, plain, False)
                     if number % SLICES_A_TURN == 0:
                         await asyncio.sleep(0)
-            except (
-                zlib.error
-            ):  # it is not in the coding that it says: its bytes are masked as they are
+            except zlib.error:  # not in the coding that it says; its bytes are masked as they are
                 self._inflater = None
                 go_blind(self._filters)
         if complete:
@@ -4721,7 +4701,7 @@ class BatchObject(ResponseFilter):
 
 
 def decompress(coding: str, data: bytes, limit: int) -> bytes:
-    """Decode a whole body. Raises ValueError for an unknown coding, bad data, more than ``limit``."""
+    """Decode a whole body. Raises ValueError: unknown coding, bad data, more than ``limit``."""
     if coding in ("", "identity"):
         return data
     if coding not in READABLE_CODINGS:
