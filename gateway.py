@@ -1229,14 +1229,13 @@ class Members(dict[str, Any]):
         self[name] = value
 
 
-def made_of(names: frozenset[str] | None, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def made_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of its members, as `scan` makes it."""
-    kept = [pair for pair in pairs if names is None or pair[0] in names]
-    plain = dict(kept)
-    if len(plain) == len(kept) and ODD_PLACES.isdisjoint(plain):
+    plain = dict(pairs)
+    if len(plain) == len(pairs) and ODD_PLACES.isdisjoint(plain):
         return plain
     members = Members()
-    for name, value in kept:
+    for name, value in pairs:
         members.put(name, value)
     return members
 
@@ -1349,11 +1348,11 @@ async def read_body(body: bytes, route: Route, breathe: Breathe, *, strictly: bo
     if light and (decode := decoder_of(BodyMembers)):
         with contextlib.suppress(Exception):  # what msgspec cannot read, json may
             return decode(body)
-    names = None if strictly and not route.open else PLACES
     try:
         if len(body) <= AT_ONCE and body.count(b"[") + body.count(b"{") < MAX_DEPTH:
-            made = functools.partial(made_of, names)
-            return json.loads(body.decode(), object_pairs_hook=made, parse_constant=refuse_constant)
+            text = body.decode()
+            return json.loads(text, object_pairs_hook=made_of, parse_constant=refuse_constant)
+        names = None if strictly and not route.open else PLACES
         return await scan(body, names, route.makes_batch, breathe)
     except (ValueError, RecursionError):
         if not strictly:
