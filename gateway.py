@@ -608,26 +608,6 @@ class WindowSpend:
         return self.spend
 
 
-Breathe = Callable[[], Awaitable[None]]  # lets the loop do something else
-Result = TypeVar("Result")
-
-
-def at_once(coroutine: Coroutine[Any, Any, Result]) -> asyncio.Task[Result] | None:
-    """Run a coroutine until it must wait: None if it never had to, else the task that goes on with it.
-    What it raises before is raised here."""
-    try:
-        first = coroutine.send(None)
-    except StopIteration:
-        return None
-
-    @types.coroutine
-    def rest() -> Generator[Any, Any, Result]:
-        yield first
-        return (yield from coroutine.__await__())
-
-    return asyncio.get_running_loop().create_task(rest())
-
-
 # ─── Keys ─────────────────────────────────────────────────────────────────────────────────────────
 
 KEY_PREFIX = "sk-"
@@ -1030,6 +1010,7 @@ def read_fields(
 
 # ─── Anthropic ────────────────────────────────────────────────────────────────────────────────────
 
+Breathe = Callable[[], Awaitable[None]]  # lets the loop do something else
 ANTHROPIC_VERSION = "2023-06-01"  # platform.claude.com, api/versioning
 JSON_BODY_LIMIT = 32 * MIB  # Anthropic's limit on messages; larger ones are streamed
 BATCH_ENDED = "ended"  # types/messages/message_batch.py, processing_status
@@ -2291,7 +2272,7 @@ class Want:
     slot: bool = False
     pays: bool = True
     shares: bool = True
-    worst: Sequence[tuple[str, Decimal]] = ()
+    worst: Sequence[tuple[str, Tally]] = ()
     fit: bool = False
 
 
@@ -2392,9 +2373,9 @@ class FileLedger:
         worst: dict[str, Decimal] = {}
         for level in self._levels(key, model, hold.started) if want.pays else ():
             pattern, cost = level.pattern, ZERO
-            for name, amount in want.worst:
+            for name, tally in want.worst:
                 if not name or not pattern or fnmatch.fnmatchcase(name, pattern):
-                    cost = worst[pattern] = worst.get(pattern, ZERO) + amount
+                    cost = worst[pattern] = worst.get(pattern, ZERO) + tally.spend
             if want.slot or pattern in worst:
                 held = level.window.held if want.shares else ZERO
                 taken = level.window.spend + held
@@ -2925,6 +2906,7 @@ class Head:
     fields: list[Field]
     values: dict[str, tuple[str, ...]]
     options: frozenset[str]
+    keeps_alive: bool  # whether the sender will reuse the connection (RFC 9112 section 9.3)
     length: int | None
 
     def get(self, name: str) -> str:
@@ -2938,11 +2920,6 @@ class Head:
         values = self.values.get("content-encoding", ())
         codings = (coding.strip() for coding in ",".join(values).lower().split(","))
         return ", ".join(coding for coding in codings if coding not in ("", "identity"))
-
-    @property
-    def keeps_alive(self) -> bool:
-        """Whether the sender will reuse the connection (RFC 9112 section 9.3)."""
-        return "close" not in self.options and (self.version == 1 or "keep-alive" in self.options)
 
 
 @dataclass(slots=True)
@@ -2974,10 +2951,10 @@ KEPT_HEAD = 4 * KIB  # lines of longer heads are not kept
 
 def parse_fields(
     block: str, version: int
-) -> tuple[int, list[Field], dict[str, tuple[str, ...]], frozenset[str], int | None]:
+) -> tuple[int, list[Field], dict[str, tuple[str, ...]], frozenset[str], bool, int | None]:
     """Read header field lines, with CRLF between them: the members of a `Head`. Raises ProtocolError."""
     if not block:
-        return version, [], {}, NO_OPTIONS, None
+        return version, [], {}, NO_OPTIONS, version == 1, None
     lines = block.split("\r\n")
     if len(lines) > MAX_FIELDS:
         raise ProtocolError(f"the head has more than {MAX_FIELDS:,} fields", 431)
@@ -2988,14 +2965,14 @@ def parse_fields(
         for each in fields:
             repeated.setdefault(each.lower, []).extend(each.values)
         values = {name: tuple(every) for name, every in repeated.items()}
-    options = NO_OPTIONS
+    options, keeps_alive, length = NO_OPTIONS, version == 1, None
     if "connection" in values:
         every = ",".join(values["connection"]).lower().split(",")
         options = frozenset(map(str.strip, every))
-    length = None
+        keeps_alive = "close" not in options and (version == 1 or "keep-alive" in options)
     if "content-length" in values or "transfer-encoding" in values:
         length = declared_length(values, version)
-    return version, fields, values, options, length
+    return version, fields, values, options, keeps_alive, length
 
 
 def parse_field(line: str) -> Field:
@@ -3249,24 +3226,34 @@ class RequestPhase(enum.StrEnum):
     SETTLED = "booked and logged"
 
 
+class Steps(dict[Any, Any]):
+    """The phases that may follow on one, each under itself; any other is a mistake in this file."""
+
+    def __init__(self, *phases: enum.StrEnum) -> None:
+        super().__init__({phase: phase for phase in phases})
+
+    def __missing__(self, phase: object) -> NoReturn:
+        raise AssertionError(f"an impossible step: {phase}")
+
+
 C, U, R = ClientPhase, UpstreamPhase, RequestPhase
-# What may follow what; all else is a mistake in this file.
-FOLLOWS: dict[str, tuple[str, ...]] = {
-    C.WAITING: (C.READING, C.LINGERING, C.GONE),
-    C.READING: (C.ANSWERING, C.DROPPING, C.LINGERING, C.GONE),
-    C.ANSWERING: (C.WAITING, C.LINGERING, C.GONE),
-    C.DROPPING: (C.WAITING, C.LINGERING, C.GONE),
-    C.LINGERING: (C.GONE,),
-    C.GONE: (),
-    U.IDLE: (U.ASKED, U.SHUT),
-    U.ASKED: (U.ANSWERED, U.SHUT),
-    U.ANSWERED: (U.IDLE, U.SHUT),
-    U.SHUT: (),
-    R.JUDGED: (R.FETCHED, R.SETTLED),
-    R.FETCHED: (R.BEGUN, R.DESERTED, R.SETTLED),
-    R.BEGUN: (R.DESERTED, R.SETTLED),
-    R.DESERTED: (R.SETTLED,),
-    R.SETTLED: (),
+# What may follow what: ``phase = FOLLOWS[phase][next]`` is how one goes on.
+FOLLOWS: dict[str, Steps] = {
+    C.WAITING: Steps(C.READING, C.LINGERING, C.GONE),
+    C.READING: Steps(C.ANSWERING, C.DROPPING, C.LINGERING, C.GONE),
+    C.ANSWERING: Steps(C.WAITING, C.LINGERING, C.GONE),
+    C.DROPPING: Steps(C.WAITING, C.LINGERING, C.GONE),
+    C.LINGERING: Steps(C.GONE),
+    C.GONE: Steps(),
+    U.IDLE: Steps(U.ASKED, U.SHUT),
+    U.ASKED: Steps(U.ANSWERED, U.SHUT),
+    U.ANSWERED: Steps(U.IDLE, U.SHUT),
+    U.SHUT: Steps(),
+    R.JUDGED: Steps(R.FETCHED, R.SETTLED),
+    R.FETCHED: Steps(R.BEGUN, R.DESERTED, R.SETTLED),
+    R.BEGUN: Steps(R.DESERTED, R.SETTLED),
+    R.DESERTED: Steps(R.SETTLED),
+    R.SETTLED: Steps(),
 }
 
 
@@ -3550,23 +3537,17 @@ class UpstreamConnection(asyncio.Protocol):
         self._rest = b""  # what came while the answer was held back
         self._held = False
 
-    def enter(self, phase: UpstreamPhase) -> None:
-        """Go on to a phase."""
-        assert phase in FOLLOWS[self.phase], f"{self.phase} -> {phase}"
-        self.phase = phase
-
     def ask(self, request: UpstreamRequest) -> None:
         """Take up a request; it is written to `transport` next."""
-        self.enter(UpstreamPhase.ASKED)
+        self.phase = FOLLOWS[self.phase][UpstreamPhase.ASKED]
         self.request = request
-        self._heads, self._body, self._informational = HeadReader(), None, 0
-        self._rest, self._held = b"", False
+        self._body, self._informational, self._rest, self._held = None, 0, b"", False
 
     def abandon(self) -> None:
         """Close at once, and say nothing to anyone."""
         self.request = None
         if self.phase is not UpstreamPhase.SHUT:
-            self.enter(UpstreamPhase.SHUT)
+            self.phase = FOLLOWS[self.phase][UpstreamPhase.SHUT]
         self.client.drop_idle(self)
         self.transport.abort()
 
@@ -3614,8 +3595,8 @@ class UpstreamConnection(asyncio.Protocol):
     def eof_received(self) -> None:
         """The transport closes, and `connection_lost` follows."""
         if self._body is not None and self._body.length == UNTIL_CLOSE and self.request is not None:
-            self._keep = False
-            self._deliver(self.request, b"", b"", complete=True)
+            self._keep, self._body.complete = False, True
+            self._receive(self.request, b"")
 
     def connection_lost(self, error: Exception | None) -> None:
         self._break(error)
@@ -3633,40 +3614,31 @@ class UpstreamConnection(asyncio.Protocol):
     # Inside
 
     def _receive(self, request: UpstreamRequest, data: bytes) -> None:
+        """Hand on what came, and hold back what follows until the caller has taken it."""
+        payload, rest, body = b"", b"", self._body
         try:
-            if self._body is None:
-                behind = self._read_head(request, data)
-                if behind is None:
+            if body is None:
+                data, body = self._read_head(request, data)
+                if body is None:
                     return
-                data = behind
-            assert self._body is not None
-            payload, rest = self._body.feed(data)
+            if data or body.complete:
+                payload, rest = body.feed(data)
+            if request is not self.request:  # its caller has given it up
+                return
+            request.complete = complete = body.complete
+            if complete:
+                # Back to the pool, unless either side left something behind: another request may go
+                # over it while the caller takes the last of this one.
+                self.request = None
+                if self._keep and request.sent and not rest and not self.transport.is_closing():
+                    self.phase = FOLLOWS[self.phase][UpstreamPhase.IDLE]
+                    self.client.put_idle(self)
+                else:
+                    self.abandon()
+            taken = request.on_chunk(payload)
         except ProtocolError as error:
             self._break(error)
             return
-        except Exception as error:  # noqa: BLE001 - the caller's own code
-            request.end(error)
-            return
-        if request is not self.request:  # its caller has given it up
-            return
-        self._deliver(request, payload, rest, complete=self._body.complete)
-
-    def _deliver(
-        self, request: UpstreamRequest, payload: bytes, rest: bytes, *, complete: bool
-    ) -> None:
-        """Hand on what came, and hold back what follows until the caller has taken it."""
-        request.complete = complete
-        if complete:
-            # Back to the pool, unless either side left something behind: another request may go over
-            # it while the caller takes the last of this one.
-            self.request = None
-            if self._keep and request.sent and not rest and not self.transport.is_closing():
-                self.enter(UpstreamPhase.IDLE)
-                self.client.put_idle(self)
-            else:
-                self.abandon()
-        try:
-            taken = request.on_chunk(payload)
         except Exception as error:  # noqa: BLE001 - the caller's own code
             request.end(error)
             return
@@ -3688,12 +3660,13 @@ class UpstreamConnection(asyncio.Protocol):
         elif request is self.request:
             self.go_on()
 
-    def _read_head(self, request: UpstreamRequest, data: bytes) -> bytes | None:
-        """Read the head, 1xx ones before it; what stands behind it, or None while it is not whole."""
+    def _read_head(self, request: UpstreamRequest, data: bytes) -> tuple[bytes, Body | None]:
+        """Read the head, 1xx ones before it; what stands behind it and its body, None while it is not
+        whole."""
         while True:
             found = self._heads.feed(data)
             if found is None:
-                return None
+                return b"", None
             head, data = parse_response_head(found[0]), found[1]
             if head.status >= 200:
                 break
@@ -3703,7 +3676,7 @@ class UpstreamConnection(asyncio.Protocol):
             if head.length is not None:
                 raise ProtocolError("an informational response has no body")
             request.on_head(head)
-        self.enter(UpstreamPhase.ANSWERED)
+        self.phase = FOLLOWS[self.phase][UpstreamPhase.ANSWERED]
         # RFC 9112 section 6.3
         none = request.method == "HEAD" or head.status in (204, 304)
         length = 0 if none else UNTIL_CLOSE if head.length is None else head.length
@@ -3711,7 +3684,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._body = Body(length)
         self._keep = head.keeps_alive and length != UNTIL_CLOSE
         request.on_head(head)
-        return data
+        return data, self._body
 
     def _break(self, error: Exception | None) -> None:
         request, self.request = self.request, None
@@ -3947,15 +3920,15 @@ START_LINE = httputil.RequestStartLine("", "", "")
 NO_HEADERS = httputil.HTTPHeaders()
 
 
+def reason(status: int) -> str:
+    """The reason phrase of a status."""
+    return http.client.responses.get(status, "Unknown")
+
+
 def new_call_id() -> str:
     """A random UUID of version 4 (RFC 9562), as LiteLLM's call ids are."""
     digits = f"{random.getrandbits(128):032x}"
     return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
-
-
-def reason(status: int) -> str:
-    """The reason phrase of a status."""
-    return http.client.responses.get(status, "Unknown")
 
 
 class RawFields(httputil.HTTPHeaders):
@@ -3972,7 +3945,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
     the answer, which it frames. What must wait returns a future: `write` until the client has taken
     what was written; and where the delegate's methods return one, nothing more is read until it is done.
 
-    ``head`` and ``length`` (bytes or CHUNKED) are of the present request; ``remote_ip`` and
+    ``head``, ``length`` (bytes or CHUNKED) and ``call_id`` are of the present request; ``remote_ip`` and
     ``protocol`` are the client's, ``peer`` is who is at the other end, empty for a Unix socket.
     """
 
@@ -3980,6 +3953,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
     descriptor: int
     head: RequestHead
     length = 0
+    call_id = ""
     phase = ClientPhase.WAITING
     _delegate: HandlerDelegate | None = None
     _empty_lines = 0
@@ -4001,11 +3975,6 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         self._heads = HeadReader()
         self._body = NO_BODY
         self._since = self._heard = server.time()
-
-    def enter(self, phase: ClientPhase) -> None:
-        """Go on to a phase."""
-        assert phase in FOLLOWS[self.phase], f"{self.phase} -> {phase}"
-        self.phase = phase
 
     # asyncio.Protocol: called by the loop
 
@@ -4040,7 +4009,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
 
     def connection_lost(self, error: Exception | None) -> None:
         left, delegate = self.phase, self._delegate
-        self.enter(ClientPhase.GONE)
+        self.phase = FOLLOWS[self.phase][ClientPhase.GONE]
         self._delegate = None
         self.server.leave(self)
         if left in (ClientPhase.READING, ClientPhase.ANSWERING) and delegate is not None:
@@ -4106,7 +4075,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         if self.phase is ClientPhase.ANSWERING:
             self._turn()
         elif self.phase is ClientPhase.READING:
-            self.enter(ClientPhase.DROPPING)
+            self.phase = FOLLOWS[self.phase][ClientPhase.DROPPING]
             if not self._body.complete and self.head.get("expect"):
                 self._linger()  # the body may never come (RFC 9110 section 10.1.1)
             self.server.loop.call_soon(self._read_on)
@@ -4120,13 +4089,12 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             # Without a length, only a reset tells a broken answer from one that has ended.
             client = self.transport.get_extra_info("socket")
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.enter(ClientPhase.LINGERING)
+        self.phase = FOLLOWS[self.phase][ClientPhase.LINGERING]
         self.transport.close()
         # A client that does not read keeps the rest of the answer from being written.
         self.server.loop.call_later(LINGER_TIMEOUT, self.transport.abort)
 
-    def set_close_callback(self, callback: Callable[[], None] | None) -> None:
-        """Nothing: the delegate hears of the end."""
+    set_close_callback = staticmethod(callable)  # does nothing: the delegate hears of the end
 
     # What the server says
 
@@ -4197,13 +4165,13 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         except ProtocolError as error:
             self.refuse(APIError(error.status, f"Malformed request: {error}."))
             return
-        rest, self.length = found[1], head.length or 0
+        rest, self.length, self.call_id = found[1], head.length or 0, new_call_id()
         self._body = Body(self.length) if self.length else NO_BODY
         self._served, self._empty_lines, self._dropped = True, 0, 0
         self._taken, self._since = len(rest), self._heard
         if self.server.xheaders:
             self._believe(head)
-        self.enter(ClientPhase.READING)
+        self.phase = FOLLOWS[self.phase][ClientPhase.READING]
         self._delegate = delegate = self.server.application.start_request(self.server, self)
         waits = delegate.headers_received(START_LINE, NO_HEADERS)
         if not rest and self.length and self.phase is ClientPhase.READING and head.expects_continue:
@@ -4211,6 +4179,12 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         if waits is not None and not waits.done():
             self._buffer = rest
             self._wait_for(waits)
+        elif len(rest) == self.length and self.phase is ClientPhase.READING:  # as it mostly is
+            self.phase, self._body = FOLLOWS[self.phase][ClientPhase.ANSWERING], NO_BODY
+            if rest:
+                delegate.data_received(rest)
+            if self._delegate is delegate:  # it was not refused
+                delegate.finish()
         else:
             self._read_body(rest)
 
@@ -4245,14 +4219,14 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             if self._buffer:  # there is more than one turn of the loop may take
                 self.server.loop.call_soon(self._read_on)
         elif self.phase is ClientPhase.READING and delegate is not None:
-            self.enter(ClientPhase.ANSWERING)
+            self.phase = FOLLOWS[self.phase][ClientPhase.ANSWERING]
             delegate.finish()
         elif self.phase is ClientPhase.DROPPING:
             self._turn()
 
     def _turn(self) -> None:
         """The request is over, and its answer: make ready for the next."""
-        self.enter(ClientPhase.WAITING)
+        self.phase = FOLLOWS[self.phase][ClientPhase.WAITING]
         self._delegate = None
         self._since = self._heard = self.server.time()
         self._taken = 0
@@ -4309,7 +4283,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         a reset, which throws away what the client has not read yet (RFC 9112 section 9.6)."""
         if self.phase in (ClientPhase.LINGERING, ClientPhase.GONE) or self.transport.is_closing():
             return
-        self.enter(ClientPhase.LINGERING)
+        self.phase = FOLLOWS[self.phase][ClientPhase.LINGERING]
         self._buffer, self._waits_for = b"", None
         self._update_reading()
         if self.transport.can_write_eof():
@@ -5310,7 +5284,7 @@ class Visit:
     """A relayed request on its way through the rules, and what they found out about it.
 
     ``target`` is the raw one behind the upstream's base path, ``path`` what rules look at, ``length``
-    the body's: bytes or CHUNKED. ``credential`` is the field that goes up, as (name, value). ``order``
+    the body's: bytes or CHUNKED. ``lines`` are the field lines that go up, ``credential`` is the field that goes up, as (name, value). ``order``
     is what it asks for, ``hold`` what it holds for that, ``meter`` reads what it used. ``began`` says
     that all of it went up. ``payer`` is the key that pays; None where the caller does, or nobody counts.
     """
@@ -5324,6 +5298,7 @@ class Visit:
     route: Route
     caller: Caller
     order: Order
+    lines: list[str]
     payer: VirtualKey | None = None
     reads_body: bool = False
     credential: tuple[str, str] | None = None
@@ -5333,11 +5308,6 @@ class Visit:
     answer: ResponseHead | None = None
     began: bool = False
     phase: RequestPhase = RequestPhase.JUDGED
-
-    def enter(self, phase: RequestPhase) -> None:
-        """Go on to a phase."""
-        assert phase in FOLLOWS[self.phase], f"{self.phase} -> {phase}"
-        self.phase = phase
 
 
 class Kept:
@@ -5504,6 +5474,48 @@ class Models(Rule):
         await check_models(key.models, route, document, body.breathe)
 
 
+@functools.lru_cache(maxsize=256)
+def readable_codings(accepted: tuple[str, ...]) -> str:
+    """An Accept-Encoding cut down to the codings that the gateway reads itself."""
+    offers = [offer.strip() for offer in ", ".join(accepted).split(",")]
+    kept = [o for o in offers if o.partition(";")[0].strip().lower() in OFFERED_CODINGS]
+    return ", ".join(kept) or "identity"
+
+
+class Fields(Rule):
+    """Which of the request's fields go on, in their order: all but those that DROPPED_* name, those
+    that ``Connection`` names, and those that hold a key that the caller showed; no key of this
+    gateway goes on anywhere."""
+
+    async def head(self, visit: Visit) -> None:
+        head, caller, lines = visit.head, visit.caller, visit.lines
+        unwanted = head.options
+        if caller.own is None:
+            unwanted |= {WORKSPACE_FIELD}
+            if visit.route.results_of:
+                unwanted |= {"range", "if-range"}  # a part of the results could not be booked
+        codings = None
+        if visit.route.metered and (offered := head.values.get("accept-encoding")):
+            codings = readable_codings(offered)
+        for lower, _, name, line, goes_up, _ in head.fields:
+            if not goes_up or lower in unwanted:
+                continue
+            if codings is not None and lower == "accept-encoding":
+                line, unwanted = f"{name}: {codings}", unwanted | {lower}
+            lines.append(line)
+        for key in caller.presented:
+            if key in "\n".join(lines):
+                lines[:] = [line for line in lines if key not in line]
+        target = urllib.parse.unquote(visit.target, "latin-1")
+        text = "\n".join((head.method, visit.target, target, *lines))
+        if await visit.gateway.doors.holds_key(text, caller.presented):
+            raise APIError(
+                400,
+                "A key of this gateway stands in the path, the query or a header field where it would"
+                " go on to Anthropic. Send it as 'x-api-key' or 'Authorization: Bearer' alone.",
+            )
+
+
 class Limits(Rule):
     """How much a key may use: requests and tokens a minute, requests at a time, USD.
 
@@ -5548,8 +5560,7 @@ class Limits(Rule):
         visit.order = await read_order(document, body.data, batched=batched, breathe=body.breathe)
         if hold is not None and hold.reads_body and prices.available:
             charges = prices.worst(visit.order, hold.started)
-            worst = [(model, tally.spend) for model, tally in charges]
-            await visit.gateway.ledger.hold(hold, Want(worst=worst, fit=batched))
+            await visit.gateway.ledger.hold(hold, Want(worst=charges, fit=batched))
 
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
         route = visit.route
@@ -5621,7 +5632,7 @@ class Limits(Rule):
 class Batches(Rule):
     """A batch is its maker's: held until it is booked, booked once, before it is deleted."""
 
-    async def body(self, visit: Visit, body: Kept) -> None:
+    async def head(self, visit: Visit) -> None:
         route, gateway = visit.route, visit.gateway
         if route.deletes and gateway.ledger.is_unbooked(route.batch_id):
             await gateway.batches.book(route.batch_id)
@@ -5680,40 +5691,7 @@ class Results(Meter):
         return b""
 
 
-RULES: tuple[Rule, ...] = (Credentials(), Routes(), Models(), Limits(), Batches())
-
-
-def upstream_lines(visit: Visit) -> list[str]:
-    """The request's field lines that go on, in their order: all but those that DROPPED_* name, those
-    that ``Connection`` names, and those that hold a key that the caller showed."""
-    head, caller = visit.head, visit.caller
-    unwanted = head.options
-    if caller.own is None:
-        unwanted |= {WORKSPACE_FIELD}
-        if visit.route.results_of:
-            unwanted |= {"range", "if-range"}  # a part of the results could not be booked
-    codings = None
-    if visit.route.metered and (offered := head.values.get("accept-encoding")):
-        codings = readable_codings(offered)
-    lines = []
-    for lower, _, name, line, goes_up, _ in head.fields:
-        if not goes_up or lower in unwanted:
-            continue
-        if codings is not None and lower == "accept-encoding":
-            line, unwanted = f"{name}: {codings}", unwanted | {lower}
-        lines.append(line)
-    for key in caller.presented:
-        if key in "\n".join(lines):
-            lines = [line for line in lines if key not in line]
-    return lines
-
-
-@functools.lru_cache(maxsize=256)
-def readable_codings(accepted: tuple[str, ...]) -> str:
-    """An Accept-Encoding cut down to the codings that the gateway reads itself."""
-    offers = [offer.strip() for offer in ", ".join(accepted).split(",")]
-    kept = [o for o in offers if o.partition(";")[0].strip().lower() in OFFERED_CODINGS]
-    return ", ".join(kept) or "identity"
+RULES = (Credentials(), Routes(), Models(), Fields(), Batches(), Limits())
 
 
 # ─── Relay ────────────────────────────────────────────────────────────────────────────────────────
@@ -5854,13 +5832,13 @@ class BaseHandler(web.RequestHandler):
 
     request: Request
     gateway: Gateway
-    call_id = ""
+    call_id: str
     step: asyncio.Task[None] | None = None
 
     def clear(self) -> None:
         """Tornado's, without the fields that it adds to every answer."""
-        if not self.call_id:
-            self.call_id, self.gateway = new_call_id(), self.application.settings["gateway"]
+        self.gateway = self.application.settings["gateway"]
+        self.call_id = self.request.connection.call_id
         self._headers = httputil.HTTPHeaders()
         self._headers["x-litellm-call-id"] = self.call_id
         self._write_buffer = []
@@ -5927,6 +5905,25 @@ class BaseHandler(web.RequestHandler):
                 return APIError(status if status in ERROR_TYPES else 400, reason(status))
         log.error("call %s failed", self.call_id, exc_info=error)
         return APIError(500, FAILED_HERE)
+
+
+Result = TypeVar("Result")
+
+
+def at_once(coroutine: Coroutine[Any, Any, Result]) -> asyncio.Task[Result] | None:
+    """Run a coroutine until it must wait: None if it never had to, else the task that goes on with it.
+    What it raises before is raised here."""
+    try:
+        first = coroutine.send(None)
+    except StopIteration:
+        return None
+
+    @types.coroutine
+    def rest() -> Generator[Any, Any, Result]:
+        yield first
+        return (yield from coroutine.__await__())
+
+    return asyncio.get_running_loop().create_task(rest())
 
 
 class HandlerDelegate(httputil.HTTPMessageDelegate):
@@ -6195,7 +6192,6 @@ class RelayHandler(BaseHandler):
     """
 
     _visit: Visit
-    _lines: list[str]  # of the request, as they go up
     _kept: list[bytes] | None = None  # of its body
     _held = 0  # bytes
     _upstream: UpstreamRequest | None = None
@@ -6209,11 +6205,13 @@ class RelayHandler(BaseHandler):
         """Called by Tornado's constructor."""
         gateway, request, head = self.gateway, self.request, self.request.head
         moment = gateway.time()
-        record = Record(self.call_id, head.method, request.remote_ip or "", moment, now())
+        started = moment_of(int(time.time()))
+        record = Record(self.call_id, head.method, request.remote_ip or "", moment, started)
         target = upstream_target(head.method, head.target) or ""
         length = request.connection.length
-        known = ("", OTHER_ROUTE, NOBODY, UNREAD)
-        self._visit = Visit(gateway, head, target, length, record, *known)
+        self._visit = Visit(
+            gateway, head, target, length, record, "", OTHER_ROUTE, NOBODY, UNREAD, []
+        )
         gateway.active.add(self)
 
     # The request
@@ -6229,23 +6227,16 @@ class RelayHandler(BaseHandler):
         visit.route = route(head.method.upper(), path)
         for judge in gateway.rules.head:
             await judge(visit)
-        self._lines = lines = upstream_lines(visit)
-        texts = (head.method, visit.target, urllib.parse.unquote(visit.target, "latin-1"), *lines)
-        if await gateway.doors.holds_key("\n".join(texts), visit.caller.presented):
-            raise APIError(
-                400,
-                "A key of this gateway stands in the path, the query or a header field where it would"
-                " go on to Anthropic. Send it as 'x-api-key' or 'Authorization: Bearer' alone.",
-            )
-        lines.insert(0, gateway.host_line)
+        visit.lines.insert(0, gateway.host_line)
         if visit.credential is not None:
-            lines.append(": ".join(visit.credential))
+            visit.lines.append(": ".join(visit.credential))
         keeps = visit.reads_body or visit.route.billed or is_json(head.get("content-type"))
         if visit.length > JSON_BODY_LIMIT:
             self._go_unread(visit.length)
             keeps = False
         if visit.length == 0 or keeps:
-            self._hold(visit.length)
+            if visit.length > 0:
+                self._hold(visit.length)
             self._kept = []
         else:
             self._stream(visit.length)
@@ -6258,7 +6249,8 @@ class RelayHandler(BaseHandler):
             raise too_large(limit)
         if kept is None:
             return self._write(chunk)
-        self._hold(record.bytes_in - self._held)
+        if record.bytes_in > self._held:
+            self._hold(record.bytes_in - self._held)
         kept.append(chunk)
         if len(kept) > MANY_PARTS:  # each takes more than it holds where they are small
             self._kept = [b"".join(kept)]
@@ -6287,7 +6279,7 @@ class RelayHandler(BaseHandler):
             for judge in self.gateway.rules.body:
                 await judge(visit, body)
         if data or visit.head.length is not None:
-            self._lines.append(f"Content-Length: {len(data)}")
+            self._visit.lines.append(f"Content-Length: {len(data)}")
         self.fetch(data)
 
     respond = post
@@ -6295,12 +6287,12 @@ class RelayHandler(BaseHandler):
     def fetch(self, data: bytes = b"", **body: Any) -> None:
         """Ask the upstream; `on_head`, `on_chunk` and `on_fetched` follow."""
         visit, gateway, method = self._visit, self.gateway, self._visit.head.method
-        visit.enter(RequestPhase.FETCHED)
+        visit.phase = FOLLOWS[visit.phase][RequestPhase.FETCHED]
         start = f"{method} {gateway.base_path}{visit.target} HTTP/1.1"
         self._upstream = UpstreamRequest(
             gateway.origin,
             method,
-            "\r\n".join((start, *self._lines, "\r\n")).encode("latin-1"),
+            "\r\n".join((start, *self._visit.lines, "\r\n")).encode("latin-1"),
             data,
             header_callback=self.on_head,
             streaming_callback=self.on_chunk,
@@ -6360,7 +6352,10 @@ class RelayHandler(BaseHandler):
                 data = each.feed(data)
             if complete:
                 data += each.finish(True)
-        return self._send(data, complete)
+        if complete or self._visit.phase is not RequestPhase.BEGUN:
+            return self._send(data, complete)
+        self._visit.record.bytes_out += len(data)
+        return self.request.connection.write(data)
 
     def on_fetched(self, response: UpstreamResponse) -> None:
         """The exchange is over; what is whole was sent with its last bytes."""
@@ -6376,7 +6371,7 @@ class RelayHandler(BaseHandler):
         visit, upstream = self._visit, self._upstream
         asked = upstream is not None and upstream.begun and upstream.sent
         if visit.route.makes_batch and asked and visit.phase is not RequestPhase.SETTLED:
-            visit.enter(RequestPhase.DESERTED)
+            visit.phase = FOLLOWS[visit.phase][RequestPhase.DESERTED]
         else:
             self.settle("client_gone")
 
@@ -6412,9 +6407,10 @@ class RelayHandler(BaseHandler):
         visit, gateway, upstream, step = self._visit, self.gateway, self._upstream, self.step
         if visit.phase is RequestPhase.SETTLED:
             return
-        visit.enter(RequestPhase.SETTLED)
+        visit.phase = FOLLOWS[visit.phase][RequestPhase.SETTLED]
         record, head, answer = visit.record, visit.head, visit.answer
-        record.outcome, record.over, record.ended = outcome, gateway.time(), now()
+        record.outcome, record.over = outcome, gateway.time()
+        record.ended = moment_of(int(time.time()))
         if upstream is not None:
             record.asked, visit.began = upstream.begun, upstream.begun > 0 and upstream.sent
             if outcome != "ok":
@@ -6456,9 +6452,8 @@ class RelayHandler(BaseHandler):
 
     def _hold(self, size: int) -> None:
         """Count so many bytes more as held for this request. Raises APIError."""
-        if size > 0:
-            self.gateway.held.take(self._visit.record.hashed, size)
-            self._held += size
+        self.gateway.held.take(self._visit.record.hashed, size)
+        self._held += size
 
     def _free(self) -> None:
         """Nothing is held of the request any more."""
@@ -6485,7 +6480,7 @@ class RelayHandler(BaseHandler):
 
     def _stream(self, length: int) -> None:
         """Open the upstream now; the body follows as it comes."""
-        self._lines.append(CHUNKED_LINE if length == CHUNKED else f"Content-Length: {length}")
+        self._visit.lines.append(CHUNKED_LINE if length == CHUNKED else f"Content-Length: {length}")
         self._uploaded = asyncio.get_running_loop().create_future()
         self.fetch(body_producer=self._produce, chunked=length == CHUNKED)
 
@@ -6527,7 +6522,7 @@ class RelayHandler(BaseHandler):
         record, begins = visit.record, visit.phase is RequestPhase.FETCHED
         record.bytes_out += len(data)
         if begins:
-            visit.enter(RequestPhase.BEGUN)
+            visit.phase = FOLLOWS[visit.phase][RequestPhase.BEGUN]
             record.first = self.gateway.time()
         if complete:  # before the last bytes: the next request sees what this one cost
             self.settle("ok")
