@@ -2790,12 +2790,12 @@ async def test_an_address_that_answers_no_more_is_resolved_again(
 ) -> None:
     async with Upstream(echo) as up:
         origin = gateway.Origin("http", "localhost", up.port)
-        (await fetcher.connect(origin)).abandon()
+        (await fetcher.connect(origin, 5)).abandon()
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))
             gone = unused.getsockname()
         fetcher._reached[origin] = (gone, float("inf"))
-        connection = await fetcher.connect(origin)
+        connection = await fetcher.connect(origin, 5)
         assert connection.transport.get_extra_info("peername") == ("127.0.0.1", up.port)
         assert fetcher.opened == 2
         connection.abandon()
