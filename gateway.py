@@ -7,12 +7,30 @@
 
     python gateway.py --port=4000
 
-It relays Anthropic's API byte for byte under /anthropic/ and /v1/, swaps a virtual key
-for the real one, and keeps the virtual keys in a JSON file. Only Tornado is required.
+It relays Anthropic's API byte for byte under /anthropic/ and /v1/, swaps a virtual key for the real one,
+and keeps the virtual keys in a JSON file. Only Tornado is required.
 
-The rooms of this file, top to bottom; each uses only what stands above it: Settings, Errors,
-Time and money, Keys, Anthropic, Prices, Ledger, Wire, Client, Rules, Filters, Record, Relay,
-Management, Operations, Stand-in, Main.
+The way of a request:
+
+    client
+      → `ServerConnection.data_received`   reads its head strictly, by `parse_request_head`
+      → `GatewayApplication.start_request` gives it to a handler, whose steps a `HandlerDelegate` runs
+      → `RelayHandler.prepare`             each of RULES looks at the head (`Rule.head`): who is it, may it?
+      → `RelayHandler.data_received`       the body is kept if it is small JSON, else it goes on as it comes
+      → `RelayHandler.post`                each rule looks at the body (`Rule.body`); `FileLedger.hold` holds
+                                           what it may cost
+      → `RelayHandler.fetch`               `UpstreamClient.fetch` sends it over an `UpstreamConnection`
+      → `RelayHandler.on_head`             the answer's head came; each rule chooses its `ResponseFilter`s
+      → `RelayHandler.on_chunk`            each filter sees the bytes, `ServerConnection.write` sends them on
+      → `RelayHandler.settle`              each rule ends it (`Rule.end`): what it used is priced
+                                           (`Prices.charge`) and booked (`FileLedger.book`); a `Record` is logged
+
+Whatever must wait returns an awaitable, and what need not returns None, as in Tornado. What a connection and
+a request may do next stands in `FOLLOWS`.
+
+The rooms of this file, top to bottom; each uses only what stands above it: Settings, Errors, Time and money,
+Keys, Anthropic, Prices, Ledger, Wire, Client, Server, Filters, Record, Rules, Relay, Management, Operations,
+Stand-in, Main.
 """
 
 from __future__ import annotations
@@ -4152,7 +4170,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         if len(heads) == 1:  # it may be half an empty line
             data = heads.take_back() + data
         if not heads:
-            self._since = self._heard
+            self._since, self.call_id = self._heard, new_call_id()
             while data.startswith(b"\r\n") and self._empty_lines <= MAX_EMPTY_LINES:
                 data, self._empty_lines = data[2:], self._empty_lines + 1
         try:
@@ -4165,7 +4183,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         except ProtocolError as error:
             self.refuse(APIError(error.status, f"Malformed request: {error}."))
             return
-        rest, self.length, self.call_id = found[1], head.length or 0, new_call_id()
+        rest, self.length = found[1], head.length or 0
         self._body = Body(self.length) if self.length else NO_BODY
         self._served, self._empty_lines, self._dropped = True, 0, 0
         self._taken, self._since = len(rest), self._heard
@@ -5818,22 +5836,21 @@ class Request(httputil.HTTPServerRequest):
     def query_arguments(self) -> dict[str, list[bytes]]:  # type: ignore[override]
         return self.arguments
 
-    @property
-    def host_name(self) -> str:  # type: ignore[override]
-        return httputil.split_host_and_port(self.host.lower())[0]
-
 
 class BaseHandler(web.RequestHandler):
     """Answers in JSON, errors in Anthropic's envelope, and logs no query (keys stand there).
 
     A `HandlerDelegate` calls `prepare`, `data_received` and `respond`; each may return what is to be
-    awaited, which then is `step`, and may raise APIError.
+    awaited, which then is `step`, and may raise APIError. A body is kept only where ``keeps_body``: of
+    those whom `prepare` lets in.
     """
 
     request: Request
     gateway: Gateway
     call_id: str
     step: asyncio.Task[None] | None = None
+    keeps_body = False
+    received = 0
 
     def clear(self) -> None:
         """Tornado's, without the fields that it adds to every answer."""
@@ -5853,10 +5870,12 @@ class BaseHandler(web.RequestHandler):
         return None
 
     def data_received(self, chunk: bytes) -> Awaitable[None] | None:
-        """Keep a part of the body."""
-        self.request.body += chunk
-        if len(self.request.body) > OWN_BODY_LIMIT:
+        """Keep a part of the body, where it is anything to the handler."""
+        self.received += len(chunk)
+        if self.received > OWN_BODY_LIMIT:
             raise too_large(OWN_BODY_LIMIT)
+        if self.keeps_body:
+            self.request.body += chunk
         return None
 
     def respond(self, *path: str) -> Awaitable[None] | None:
@@ -6596,6 +6615,8 @@ class NotFoundHandler(BaseHandler):
 class ManagementHandler(BaseHandler):
     """What only the master key may do. Raises 401 without a key, 403 with any other."""
 
+    keeps_body = True
+
     @property
     def ledger(self) -> FileLedger:
         """The keys."""
@@ -6865,6 +6886,8 @@ class ResetSpendHandler(ManagementHandler):
 
 class InfoHandler(ManagementHandler):
     """GET /key/info?key=: LiteLLM's ``{"key", "info"}``. A virtual key may ask about itself."""
+
+    keeps_body = False
 
     def prepare(self) -> None:
         BaseHandler.prepare(self)  # `get` decides, since a key may ask about itself
@@ -7162,6 +7185,8 @@ class MetricsHandler(ManagementHandler):
     Open to the master key, to a key whose ``allowed_routes`` name it, and with --open-metrics and
     in open mode to all. 501 where the package prometheus-client is not installed.
     """
+
+    keeps_body = False
 
     def prepare(self) -> None:
         """Let in who may read them."""
