@@ -1,36 +1,40 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["tornado>=6.6", "uvloop>=0.21; sys_platform != 'win32'", "genai-prices>=0.2.3", "prometheus-client", "msgspec"]
+# dependencies = [
+#   "tornado>=6.6", "uvloop>=0.21; sys_platform != 'win32'", "genai-prices>=0.2.3",
+#   "prometheus-client", "msgspec",
+# ]
 # ///
 """A gateway that lets a team share one Anthropic API key without handing it out.
 
     python gateway.py --port=4000
 
-It relays Anthropic's API byte for byte under /anthropic/ and /v1/, swaps a virtual key for the real one,
-and keeps the virtual keys in a JSON file. Only Tornado is required.
+It relays Anthropic's API byte for byte under /anthropic/ and /v1/, swaps a virtual key for the real
+one, and keeps the virtual keys in a JSON file. Only Tornado is required.
 
 The way of a request:
 
     client
-      → `ServerConnection.data_received`   reads its head strictly, by `parse_request_head`
-      → `GatewayApplication.start_request` gives it to a handler, whose steps a `HandlerDelegate` runs
-      → `RelayHandler.prepare`             each of RULES looks at the head (`Rule.head`): who is it, may it?
-      → `RelayHandler.data_received`       the body is kept if it is small JSON, else it goes on as it comes
-      → `RelayHandler.post`                each rule looks at the body (`Rule.body`); `FileLedger.hold` holds
-                                           what it may cost
-      → `RelayHandler.fetch`               `UpstreamClient.fetch` sends it over an `UpstreamConnection`
-      → `RelayHandler.on_head`             the answer's head came; each rule chooses its `ResponseFilter`s
-      → `RelayHandler.on_chunk`            each filter sees the bytes, `ServerConnection.write` sends them on
-      → `RelayHandler.settle`              each rule ends it (`Rule.end`): what it used is priced
-                                           (`Prices.charge`) and booked (`FileLedger.book`); a `Record` is logged
+      → `ServerConnection.data_received`    reads its head strictly, by `parse_request_head`
+      → `GatewayApplication.start_request`  gives it to a handler, run by a `HandlerDelegate`
+      → `RelayHandler.prepare`              each of RULES looks at the head (`Rule.head`)
+      → `RelayHandler.data_received`        a small JSON body is kept, all else goes on as it comes
+      → `RelayHandler.post`                 each rule looks at the body (`Rule.body`)
+      → `FileLedger.hold`                   holds what it may cost
+      → `RelayHandler.fetch`                by `UpstreamClient.fetch`, over an `UpstreamConnection`
+      → `RelayHandler.on_head`              the answer's head came; rules choose a `ResponseFilter`
+      → `RelayHandler.on_chunk`             each filter sees it; `ServerConnection.write`
+      → `RelayHandler.settle`               each rule ends it (`Rule.end`): `Prices.charge` says
+                                            what it cost, `FileLedger.book` books it, a `Record`
+                                            of it is logged
 
-Whatever must wait returns an awaitable, and what need not returns None, as in Tornado. What a connection and
-a request may do next stands in `FOLLOWS`.
+Whatever must wait returns an awaitable, and what need not returns None, as in Tornado. What a
+connection and a request may do next stands in `FOLLOWS`.
 
-The rooms of this file, top to bottom; each uses only what stands above it: Settings, Errors, Time and money,
-Keys, Anthropic, Prices, Ledger, Wire, Client, Server, Filters, Record, Rules, Relay, Management, Operations,
-Stand-in, Main.
+The rooms of this file, top to bottom; each uses only what stands above it: Settings, Errors, Time
+and money, Keys, Anthropic, Prices, Ledger, Wire, Client, Server, Filters, Record, Rules, Relay,
+Management, Operations, Stand-in, Main.
 """
 
 from __future__ import annotations
@@ -43,7 +47,6 @@ if __name__ == "__main__":  # until the files can be read again, SIGHUP must not
 import asyncio
 import bisect
 import calendar
-import codecs
 import collections
 import contextlib
 import dataclasses
@@ -1251,7 +1254,7 @@ def refuse_constant(name: str) -> NoReturn:
 
 AT_ONCE = 32 * KIB  # of a body are read at once, by `json`
 BREATH = 3000  # marks, some milliseconds, after which the loop may do something else
-MAX_MARKS = 800_000  # 4 MB full of code have some 100,000
+MAX_MARKS = 400_000  # 4 MB full of code have some 100,000
 ROW_MARKS = 60  # that each row of a batch may have besides
 MAX_ROWS = 100_000  # Anthropic's limit on a batch (PLD batch-processing)
 MAX_DEPTH = 1000  # where Python 3.11's own parser gives up too
@@ -2847,8 +2850,8 @@ def over_budget(
 # ─── Wire ─────────────────────────────────────────────────────────────────────────────────────────
 #
 # HTTP/1.1 stands here once, apart from I/O, for both sides of the gateway: requests that arrive and
-# responses that come back are read by the same strict grammar, so that the two sides cannot disagree
-# about where a message ends (RFC 9112 section 11.2, request smuggling).
+# responses that come back are read by the same strict grammar, so that the two sides cannot
+# disagree about where a message ends (RFC 9112 section 11.2, request smuggling).
 
 MAX_HEAD_SIZE = 64 * KIB  # Tornado's default max_header_size
 MAX_FIELDS = 200  # of a head; Apache's limit is 100, Node's 2,000
@@ -2873,22 +2876,22 @@ CHUNK_START = re.compile(rb"([0-9A-Fa-f]{1,16})\r\n")
 LENGTH = re.compile(r"[0-9]{1,18}", re.ASCII)
 BARE_LF = re.compile(rb"(?<!\r)\n")
 # RFC 9110 section 7.6.1, and Proxy-Connection, which old clients send.
-HOP_BY_HOP = frozenset(
-    "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer"
-    " transfer-encoding upgrade".split()
-)
-# Request fields that stay here, beside the hop-by-hop ones. Some servers take the last three for the
-# method, which the rules have looked at already.
-DROPPED_REQUEST_FIELDS = HOP_BY_HOP.union(
-    "host content-length expect cookie forwarded authorization x-api-key x-http-method"
-    " x-http-method-override x-method-override".split()
-)
+HOP_BY_HOP = {
+    *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection"),
+    *("te", "trailer", "transfer-encoding", "upgrade"),
+}
+# Request fields that stay here, beside the hop-by-hop ones. Some servers take the last three for
+# the method, which the rules have looked at already.
+DROPPED_REQUEST_FIELDS = HOP_BY_HOP | {
+    *("host", "content-length", "expect", "cookie", "forwarded", "authorization", "x-api-key"),
+    *("x-http-method", "x-http-method-override", "x-method-override"),
+}
 DROPPED_REQUEST_PREFIXES = ("x-litellm-", "x-forwarded-")
 
 
 class ProtocolError(Exception):
-    """Bytes that are not HTTP/1.1, or not so that both sides must read them alike; ``status`` is what
-    a client is answered."""
+    """Bytes that are not HTTP/1.1, or not so that both sides must read them alike; ``status`` is
+    what a client is answered."""
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
@@ -2896,8 +2899,8 @@ class ProtocolError(Exception):
 
 
 class Field(NamedTuple):
-    """A header field: its name in lower case, its value as all that one field has of it, the name and
-    the line as they came, and whether it goes on to the upstream or to the client, where
+    """A header field: its name in lower case, its value as all that one field has of it, the name
+    and the line as they came, and whether it goes on to the upstream or to the client, where
     ``Connection`` does not name it."""
 
     lower: str
@@ -2934,7 +2937,8 @@ class Head:
 
     @property
     def coding(self) -> str:
-        """How the body is compressed (RFC 9110 section 8.4), in lower case; empty where it is not."""
+        """How the body is compressed (RFC 9110 section 8.4), in lower case; empty where it is
+        not."""
         values = self.values.get("content-encoding", ())
         codings = (coding.strip() for coding in ",".join(values).lower().split(","))
         return ", ".join(coding for coding in codings if coding not in ("", "identity"))
@@ -2951,7 +2955,8 @@ class RequestHead(Head):
 
     @property
     def expects_continue(self) -> bool:
-        """Whether the client waits for a word before it sends the body (RFC 9110 section 10.1.1)."""
+        """Whether the client waits for a word before it sends the body (RFC 9110 section
+        10.1.1)."""
         return self.version == 1 and self.get("expect").lower() == "100-continue"
 
 
@@ -2970,7 +2975,8 @@ KEPT_HEAD = 4 * KIB  # lines of longer heads are not kept
 def parse_fields(
     block: str, version: int
 ) -> tuple[int, list[Field], dict[str, tuple[str, ...]], frozenset[str], bool, int | None]:
-    """Read header field lines, with CRLF between them: the members of a `Head`. Raises ProtocolError."""
+    """Read header field lines, with CRLF between them: the members of a `Head`. Raises
+    ProtocolError."""
     if not block:
         return version, [], {}, NO_OPTIONS, version == 1, None
     lines = block.split("\r\n")
@@ -3121,8 +3127,8 @@ class Body:
         self._trailers = 0
 
     def feed(self, data: bytes) -> tuple[bytes, bytes]:
-        """The part of these bytes that is body, and what stands behind it: after the body where that
-        is `complete`, else chunks for which the loop must be asked for another turn. Raises
+        """The part of these bytes that is body, and what stands behind it: after the body where
+        that is `complete`, else chunks for which the loop must be asked for another turn. Raises
         ProtocolError."""
         if self.complete:
             return b"", data
@@ -3299,16 +3305,17 @@ class UpstreamError(Exception):
 
 
 class UpstreamRequest(HTTPRequest):
-    """What `UpstreamClient.fetch` takes: a request whose ``head`` goes up as it is, and its body, whole
-    as ``data`` or in parts by ``body_producer``. It is never sent again unless it is a GET or HEAD.
+    """What `UpstreamClient.fetch` takes: a request whose ``head`` goes up as it is, and its body,
+    whole as ``data`` or in parts by ``body_producer``. It is never sent again unless it is a GET or
+    HEAD.
 
-    ``header_callback`` gets each `ResponseHead`, 1xx ones too; then ``length`` is the body's (bytes,
-    CHUNKED or UNTIL_CLOSE). ``streaming_callback`` gets the part of the body that one read brought,
-    empty right after the head, with ``complete`` true at the last; the upstream is not read on before
-    what it returns is done. ``done_callback`` gets the `UpstreamResponse` at once, not a turn of the
-    loop later; ``taken_callback`` is called when nothing of the request is held here any more.
-    ``body_producer`` is called with `write`, and returns a future that is done when the body has ended;
-    ``chunked`` frames what it writes.
+    ``header_callback`` gets each `ResponseHead`, 1xx ones too; then ``length`` is the body's
+    (bytes, CHUNKED or UNTIL_CLOSE). ``streaming_callback`` gets the part of the body that one read
+    brought, empty right after the head, with ``complete`` true at the last; the upstream is not
+    read on before what it returns is done. ``done_callback`` gets the `UpstreamResponse` at once,
+    not a turn of the loop later; ``taken_callback`` is called when nothing of the request is held
+    here any more. ``body_producer`` is called with `write`, and returns a future that is done when
+    the body has ended; ``chunked`` frames what it writes.
     """
 
     connect_timeout: float = 0.0
@@ -3387,8 +3394,8 @@ class UpstreamRequest(HTTPRequest):
         return self.room or self.client.done
 
     def end(self, error: Exception | None, *, tell: bool = True) -> None:
-        """It is over: let go of all that this holds, and of the connection too, unless the answer was
-        whole. ``tell``: that the caller wants to hear of it."""
+        """It is over: let go of all that this holds, and of the connection too, unless the answer
+        was whole. ``tell``: that the caller wants to hear of it."""
         if self.over:
             return
         self.over = True
@@ -3433,8 +3440,8 @@ class UpstreamRequest(HTTPRequest):
     def connection_lost(self, error: Exception | None, *, answered: bool, reused: bool) -> None:
         """The connection broke before the answer was whole.
 
-        A kept-alive one may have been closed while the request was on its way. Then a GET or HEAD is
-        sent again over a new connection (RFC 9110 section 9.2.2); a POST never twice.
+        A kept-alive one may have been closed while the request was on its way. Then a GET or HEAD
+        is sent again over a new connection (RFC 9110 section 9.2.2); a POST never twice.
         """
         self._connection = None
         if reused and not answered and self._repeatable:
@@ -3488,8 +3495,8 @@ class UpstreamRequest(HTTPRequest):
 
 
 class UpstreamResponse(HTTPResponse):
-    """How an `UpstreamRequest` ended: ``error`` is None, or an `UpstreamError`. Its body went to the
-    ``streaming_callback``."""
+    """How an `UpstreamRequest` ended: ``error`` is None, or an `UpstreamError`. Its body went to
+    the ``streaming_callback``."""
 
     def __init__(self, request: UpstreamRequest, error: Exception | None) -> None:
         # Not Tornado's, for the same reason.
@@ -3679,8 +3686,8 @@ class UpstreamConnection(asyncio.Protocol):
             self.go_on()
 
     def _read_head(self, request: UpstreamRequest, data: bytes) -> tuple[bytes, Body | None]:
-        """Read the head, 1xx ones before it; what stands behind it and its body, None while it is not
-        whole."""
+        """Read the head, 1xx ones before it; what stands behind it and its body, None while it is
+        not whole."""
         while True:
             found = self._heads.feed(data)
             if found is None:
@@ -3716,11 +3723,11 @@ class UpstreamConnection(asyncio.Protocol):
 class UpstreamClient(AsyncHTTPClient):
     """Tornado's `AsyncHTTPClient` on kept-alive connections, with as many at once as are asked for.
 
-    `fetch` takes an `UpstreamRequest`, which is sent as it is, or whatever Tornado's takes: it follows
-    no redirect, adds no header but ``Host`` and the body's length, decompresses nothing, and awaits
-    ``streaming_callback`` (which may be a coroutine) before it reads on. ``request_timeout`` holds for
-    the whole of a fetch, 0 is none. What fails raises, or for an `UpstreamRequest` holds, an
-    `UpstreamError`.
+    `fetch` takes an `UpstreamRequest`, which is sent as it is, or whatever Tornado's takes: it
+    follows no redirect, adds no header but ``Host`` and the body's length, decompresses nothing,
+    and awaits ``streaming_callback`` (which may be a coroutine) before it reads on.
+    ``request_timeout`` holds for the whole of a fetch, 0 is none. What fails raises, or for an
+    `UpstreamRequest` holds, an `UpstreamError`.
 
     Times are seconds. ``opened`` and ``reused`` count connections: new ones, and requests that went
     over a kept one. ``ssl_context`` verifies certificates always; SSL_CERT_FILE and SSL_CERT_DIR
@@ -3866,7 +3873,8 @@ class UpstreamClient(AsyncHTTPClient):
         return connection
 
     async def _reach(self, origin: Origin, timeout: float) -> UpstreamConnection:
-        """Connect by Tornado's TCPClient, which resolves and tries the addresses of both families."""
+        """Connect by Tornado's TCPClient, which resolves and tries the addresses of both
+        families."""
         stream = await self._tcp.connect(origin.host, origin.port)
         if stream.closed():
             raise ConnectionResetError
@@ -3959,12 +3967,14 @@ class RawFields(httputil.HTTPHeaders):
 
 
 class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
-    """A client's connection: reads requests one after the other, hands each to its delegate, and takes
-    the answer, which it frames. What must wait returns a future: `write` until the client has taken
-    what was written; and where the delegate's methods return one, nothing more is read until it is done.
+    """A client's connection: reads requests one after the other, hands each to its delegate, and
+    takes the answer, which it frames. What must wait returns a future: `write` until the client has
+    taken what was written; and where the delegate's methods return one, nothing more is read until
+    it is done.
 
-    ``head``, ``length`` (bytes or CHUNKED) and ``call_id`` are of the present request; ``remote_ip`` and
-    ``protocol`` are the client's, ``peer`` is who is at the other end, empty for a Unix socket.
+    ``head``, ``length`` (bytes or CHUNKED) and ``call_id`` are of the present request;
+    ``remote_ip`` and ``protocol`` are the client's, ``peer`` is who is at the other end, empty for
+    a Unix socket.
     """
 
     transport: asyncio.Transport
@@ -4003,8 +4013,8 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         self.server.connections.add(self)
 
     def data_received(self, data: bytes) -> None:
-        """Read on: but not while the delegate waits, and the next request neither before the present
-        one's end, nor before the client has taken the answers that are here."""
+        """Read on: but not while the delegate waits, and the next request neither before the
+        present one's end, nor before the client has taken the answers that are here."""
         phase = self.phase
         self._heard = self.server.time()
         self._taken += len(data)
@@ -4099,7 +4109,8 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             self.server.loop.call_soon(self._read_on)
 
     def break_off(self, last: bytes = b"") -> None:
-        """End the connection so that nobody takes the answer for complete; ``last`` goes out before."""
+        """End the connection so that nobody takes the answer for complete; ``last`` goes out
+        before."""
         if self.phase in (ClientPhase.LINGERING, ClientPhase.GONE):
             return
         self.write(last)
@@ -4134,7 +4145,8 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         """Called now and then: end what has taken too long. Times are seconds.
 
         A head must be whole ``client_timeout`` after its first byte; a body may not stand still for
-        so long, nor come at less than MIN_BODY_RATE. A body that is not read is not the client's fault.
+        so long, nor come at less than MIN_BODY_RATE. A body that is not read is not the client's
+        fault.
         """
         waited = moment - self._since
         if self.phase in (ClientPhase.READING, ClientPhase.DROPPING):
@@ -4265,8 +4277,8 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         waits.add_done_callback(go_on)
 
     def _update_reading(self) -> None:
-        """Read from the socket unless the delegate waits, or enough is here already; but notice then
-        if the client leaves."""
+        """Read from the socket unless the delegate waits, or enough is here already; but notice
+        then if the client leaves."""
         pause = self._waits_for is not None or len(self._buffer) > PIPELINE_LIMIT
         if pause == self._reading_paused or self.phase is ClientPhase.GONE:
             return
@@ -4311,8 +4323,8 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         self.server.loop.call_later(LINGER_TIMEOUT, self.transport.abort)
 
     def _close_once_silent(self) -> None:
-        """TLS knows no half-closed connection; and what comes while it is being closed is gathered by
-        the loop, where what comes before is dropped."""
+        """TLS knows no half-closed connection; and what comes while it is being closed is gathered
+        by the loop, where what comes before is dropped."""
         wait = LINGER_SILENCE - (self.server.time() - self._heard)
         if wait > 0 and self.phase is not ClientPhase.GONE:
             self.server.loop.call_later(wait, self._close_once_silent)
@@ -4324,8 +4336,8 @@ class HangupWatch:
     """Notices that a client has left while nothing is read from it.
 
     asyncio sees the end of a connection only by reading. This asks the kernel for the event itself
-    (EPOLLRDHUP; nginx does the same), through an epoll that the loop reads. Where there is no epoll,
-    such a client is noticed when it is read from again.
+    (EPOLLRDHUP; nginx does the same), through an epoll that the loop reads. Where there is no
+    epoll, such a client is noticed when it is read from again.
     """
 
     def __init__(self) -> None:
@@ -4937,10 +4949,10 @@ class Record:
     """What is remembered, counted and logged of a relayed request; it is filled in as that passes.
 
     ``shown_key`` is the key's alias, or its abbreviated name; MASTER_NAME, or NO_KEY for none.
-    ``request_id`` is Anthropic's; ``session`` and ``agent`` are Claude Code's. Moments of a clock that
-    does not jump, in seconds, 0 where there was none: ``arrived``, ``whole`` (its body was here),
-    ``asked`` (its head went up), ``answered`` (a head came back), ``first`` (the first byte went to the
-    client) and ``over``. Sizes are bytes of bodies.
+    ``request_id`` is Anthropic's; ``session`` and ``agent`` are Claude Code's. Moments of a clock
+    that does not jump, in seconds, 0 where there was none: ``arrived``, ``whole`` (its body was
+    here), ``asked`` (its head went up), ``answered`` (a head came back), ``first`` (the first byte
+    went to the client) and ``over``. Sizes are bytes of bodies.
     """
 
     call_id: str
@@ -4972,9 +4984,9 @@ class Record:
 
     @property
     def timings(self) -> tuple[float, float | None, float | None, float | None]:
-        """Seconds, in the order of TIMINGS: in all, to the first byte of the answer, from the request's
-        sending to the answer's end, and what the gateway itself added before the first byte; None
-        where there was no such thing."""
+        """Seconds, in the order of TIMINGS: in all, to the first byte of the answer, from the
+        request's sending to the answer's end, and what the gateway itself added before the first
+        byte; None where there was no such thing."""
         total, first = self.over - self.arrived, self.first - self.arrived if self.first else None
         if not self.asked or not self.answered:
             return total, first, None, None
@@ -5088,10 +5100,10 @@ class Histogram:
 class Traffic:
     """What passed since the start, as /metrics shows it: plain counts, which cost a request little.
 
-    ``requests`` counts by (key, model, status, outcome); ``used`` is what was booked, by (key, model);
-    ``timings`` has, for a model, a Histogram for each of TIMINGS. Beyond MAX_LABELS pairs of key and
-    model, and MAX_MODELS_A_DAY models, all are counted as one, so that neither keys nor callers can
-    make them grow without end.
+    ``requests`` counts by (key, model, status, outcome); ``used`` is what was booked, by (key,
+    model); ``timings`` has, for a model, a Histogram for each of TIMINGS. Beyond MAX_LABELS pairs
+    of key and model, and MAX_MODELS_A_DAY models, all are counted as one, so that neither keys nor
+    callers can make them grow without end.
     """
 
     def __init__(self) -> None:
@@ -5164,9 +5176,11 @@ class Caller:
 
 
 def candidates(headers: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
-    """The credentials shown, as (lower-case header name, value without its scheme), empty ones left out.
+    """The credentials shown, as (lower-case header name, value without its scheme), empty ones left
+    out.
 
-    ``Authorization`` counts with the Bearer scheme only; the others with or without it, as in LiteLLM.
+    ``Authorization`` counts with the Bearer scheme only; the others with or without it, as in
+    LiteLLM.
     """
     shown = []
     for header in CREDENTIAL_HEADERS:
@@ -5220,8 +5234,8 @@ class Doors:
         ):
             raise APIError(
                 403,
-                "This gateway is open, so it takes requests to and from this machine's own addresses"
-                " only. Set GATEWAY_MASTER_KEY where it is started, and use a virtual key.",
+                "This gateway is open, so it takes requests to and from this machine's own"
+                " addresses only. Set GATEWAY_MASTER_KEY where it is started, and use a virtual key.",
             )
 
     def _is_here(self, authority: str) -> bool:
@@ -5273,7 +5287,8 @@ class Doors:
         raise APIError(401, text)
 
     async def holds_key(self, text: str, shown: Sequence[str]) -> bool:
-        """Whether a key of this gateway stands in a text, one of these that were shown or any other."""
+        """Whether a key of this gateway stands in a text, one of these that were shown or any
+        other."""
         for key in (*shown, *([self._master_key] if self._master_key else ())):
             if key in text:
                 return True
@@ -5301,10 +5316,11 @@ UNREAD = Order()  # until the body is here
 class Visit:
     """A relayed request on its way through the rules, and what they found out about it.
 
-    ``target`` is the raw one behind the upstream's base path, ``path`` what rules look at, ``length``
-    the body's: bytes or CHUNKED. ``lines`` are the field lines that go up, ``credential`` is the field that goes up, as (name, value). ``order``
-    is what it asks for, ``hold`` what it holds for that, ``meter`` reads what it used. ``began`` says
-    that all of it went up. ``payer`` is the key that pays; None where the caller does, or nobody counts.
+    ``target`` is the raw one behind the upstream's base path, ``path`` what rules look at,
+    ``length`` the body's: bytes or CHUNKED. ``lines`` are the field lines that go up,
+    ``credential`` is the field that goes up, as (name, value). ``order`` is what it asks for,
+    ``hold`` what it holds for that, ``meter`` reads what it used. ``began`` says that all of it
+    went up. ``payer`` is the key that pays; None where the caller does, or nobody counts.
     """
 
     gateway: Gateway
@@ -5356,8 +5372,8 @@ class Rule:
     """
 
     async def head(self, visit: Visit) -> None:
-        """Judge by the head, before any of the body is read. One that sets ``visit.reads_body`` sees
-        every body, and none of more than JSON_BODY_LIMIT bytes is let in."""
+        """Judge by the head, before any of the body is read. One that sets ``visit.reads_body``
+        sees every body, and none of more than JSON_BODY_LIMIT bytes is let in."""
 
     async def body(self, visit: Visit, body: Kept) -> None:
         """Judge the whole request, if its body was kept: of JSON, and of what is billed."""
@@ -5375,7 +5391,8 @@ class Rule:
 
 
 class Rules:
-    """The rules that requests pass, in their order; each step has those that have something to do."""
+    """The rules that requests pass, in their order; each step has those that have something to
+    do."""
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         self.head = self._having(rules, "head")
@@ -5529,8 +5546,8 @@ class Fields(Rule):
         if await visit.gateway.doors.holds_key(text, caller.presented):
             raise APIError(
                 400,
-                "A key of this gateway stands in the path, the query or a header field where it would"
-                " go on to Anthropic. Send it as 'x-api-key' or 'Authorization: Bearer' alone.",
+                "A key of this gateway stands in the path, the query or a header field where it"
+                " would go on to Anthropic. Send it as 'x-api-key' or 'Authorization: Bearer' alone.",
             )
 
 
@@ -5639,7 +5656,8 @@ class Limits(Rule):
             # One that may have been made, though nobody knows its name, costs what is held for it.
             made = answer is None or answer.status < 300
             return Measured(blind=True) if made and hold is not None and hold.amounts else None
-        # Whoever leaves before the head pays what was under way; without a head no stream has begun.
+        # Whoever leaves before the head pays what was under way; without a head no stream has
+        # begun.
         if answer is not None or outcome not in ("client_gone", "timeout"):
             return None
         if visit.order.streams:
@@ -5670,8 +5688,8 @@ class Batches(Rule):
         return (Results(book, room, finish),)
 
     async def look(self, visit: Visit, plain: bytes) -> None:
-        """Look at a batch object: remember whose it is, if it was just made, before he is told of it;
-        if it has ended, it is time to book it."""
+        """Look at a batch object: remember whose it is, if it was just made, before he is told of
+        it; if it has ended, it is time to book it."""
         gateway, payer, batch = visit.gateway, visit.payer, read_json(plain)
         name = batch.get("id") if isinstance(batch, dict) else None
         if not isinstance(batch, dict) or not isinstance(name, str):
@@ -5691,7 +5709,8 @@ def makes_object(visit: Visit, head: ResponseHead) -> bool:
 
 
 class Results(Meter):
-    """Books a batch's results as they pass to whoever fetches them; all of them, then it is booked."""
+    """Books a batch's results as they pass to whoever fetches them; all of them, then it is
+    booked."""
 
     def __init__(
         self,
@@ -5767,15 +5786,15 @@ class Held:
         self._shares: dict[str, int] = {}
 
     def take(self, key: str, size: int) -> None:
-        """Hold so many bytes more for a key (its hash; empty for the operator's requests, which have
-        no share). Raises APIError 413, 429 or 503."""
+        """Hold so many bytes more for a key (its hash; empty for the operator's requests, which
+        have no share). Raises APIError 413, 429 or 503."""
         limit = self.share if key else self.limit
         mine = self._shares.get(key, 0) + size
         if size > limit:
             raise APIError(
                 413,
-                f"The gateway holds at most {limit:,} bytes of a request. Send a smaller one, or ask"
-                " whoever runs it for more --max-held-bytes.",
+                f"The gateway holds at most {limit:,} bytes of a request. Send a smaller one, or"
+                " ask whoever runs it for more --max-held-bytes.",
             )
         if self.total + size > self.limit:
             text = "The gateway holds as much as it can for requests under way. Try again."
@@ -5810,7 +5829,8 @@ class Held:
 
 
 class Request(httputil.HTTPServerRequest):
-    """Tornado's request over a head that is parsed already; what no handler asks for is not made."""
+    """Tornado's request over a head that is parsed already; what no handler asks for is not
+    made."""
 
     def __init__(self, connection: ServerConnection) -> None:
         # Not Tornado's, which also refuses what the upstream may take.
@@ -5840,9 +5860,9 @@ class Request(httputil.HTTPServerRequest):
 class BaseHandler(web.RequestHandler):
     """Answers in JSON, errors in Anthropic's envelope, and logs no query (keys stand there).
 
-    A `HandlerDelegate` calls `prepare`, `data_received` and `respond`; each may return what is to be
-    awaited, which then is `step`, and may raise APIError. A body is kept only where ``keeps_body``: of
-    those whom `prepare` lets in.
+    A `HandlerDelegate` calls `prepare`, `data_received` and `respond`; each may return what is to
+    be awaited, which then is `step`, and may raise APIError. A body is kept only where
+    ``keeps_body``: of those whom `prepare` lets in.
     """
 
     request: Request
@@ -5930,8 +5950,8 @@ Result = TypeVar("Result")
 
 
 def at_once(coroutine: Coroutine[Any, Any, Result]) -> asyncio.Task[Result] | None:
-    """Run a coroutine until it must wait: None if it never had to, else the task that goes on with it.
-    What it raises before is raised here."""
+    """Run a coroutine until it must wait: None if it never had to, else the task that goes on with
+    it. What it raises before is raised here."""
     try:
         first = coroutine.send(None)
     except StopIteration:
@@ -5946,9 +5966,9 @@ def at_once(coroutine: Coroutine[Any, Any, Result]) -> asyncio.Task[Result] | No
 
 
 class HandlerDelegate(httputil.HTTPMessageDelegate):
-    """Runs a handler's steps as a request comes. Tornado's own takes a task and three futures for it;
-    here none is made where nothing waits, and where something does, the connection waits for what is
-    returned."""
+    """Runs a handler's steps as a request comes. Tornado's own takes a task and three futures for
+    it; here none is made where nothing waits, and where something does, the connection waits for
+    what is returned."""
 
     def __init__(self, handler: BaseHandler, path: Sequence[bytes] = ()) -> None:
         self._handler = handler
@@ -6029,8 +6049,8 @@ GONE = (404, 410)
 
 class BatchKeeper:
     """Books batches once they have ended, whether or not anybody fetches their results: asks the
-    upstream for their state, with the real key, now and then, and reads the results through a meter.
-    """
+    upstream for their state, with the real key, now and then, and reads the results through a
+    meter."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -6132,7 +6152,8 @@ class BatchKeeper:
         return True
 
     def book_result(self, name: str, line: int, measured: Measured) -> None:
-        """Book a line of a batch's results to the key that made it, once, however often it is read."""
+        """Book a line of a batch's results to the key that made it, once, however often it is
+        read."""
         account = self._ledger.batch_line(name, line)
         if account is None:
             return
@@ -6155,8 +6176,9 @@ class BatchKeeper:
 
 
 class Gateway:
-    """What all requests share: the settings, the ledger, the prices, the way upstream, the rules, and
-    what is counted. ``held`` is what requests hold in memory, ``turn`` is whose large body is judged."""
+    """What all requests share: the settings, the ledger, the prices, the way upstream, the rules,
+    and what is counted. ``held`` is what requests hold in memory, ``turn`` is whose large body is
+    judged."""
 
     def __init__(self, settings: Settings, rules: Sequence[Rule] = RULES) -> None:
         self.settings = settings
@@ -6206,8 +6228,8 @@ class RelayHandler(BaseHandler):
     """Anthropic's API, any method, any path: judged by its head, then by its body, sent on with the
     real key, and streamed back.
 
-    The way of a request: `prepare` → `data_received`… → `post` → `fetch` → `on_head` → `on_chunk`… →
-    `on_fetched`. Every way out passes `settle` once.
+    The way of a request: `prepare` → `data_received`… → `post` → `fetch` → `on_head` → `on_chunk`…
+    → `on_fetched`. Every way out passes `settle` once.
     """
 
     _visit: Visit
@@ -6356,7 +6378,8 @@ class RelayHandler(BaseHandler):
                 self._filters = [visit.mask] if visit.mask is not None else []
 
     def on_chunk(self, data: bytes) -> asyncio.Future[None] | None:
-        """Send on what one read brought, as the filters let it; the future says when there is room."""
+        """Send on what one read brought, as the filters let it; the future says when there is
+        room."""
         assert self._upstream is not None
         complete = self._upstream.complete
         if self._gathered is not None:
@@ -6385,8 +6408,8 @@ class RelayHandler(BaseHandler):
             self.fail(cast(Exception, response.error))
 
     def on_connection_close(self) -> None:
-        """The client has left: so does the upstream's connection, at once; but where a batch is being
-        made its answer is awaited, since whoever makes one pays for it."""
+        """The client has left: so does the upstream's connection, at once; but where a batch is
+        being made its answer is awaited, since whoever makes one pays for it."""
         visit, upstream = self._visit, self._upstream
         asked = upstream is not None and upstream.begun and upstream.sent
         if visit.route.makes_batch and asked and visit.phase is not RequestPhase.SETTLED:
@@ -6395,7 +6418,8 @@ class RelayHandler(BaseHandler):
             self.settle("client_gone")
 
     def fail(self, error: Exception) -> None:
-        """Answer with an error, or break the answer off that has begun, with an SSE event that says so."""
+        """Answer with an error, or break the answer off that has begun, with an SSE event that says
+        so."""
         visit, record = self._visit, self._visit.record
         if visit.phase is RequestPhase.SETTLED:
             return
@@ -6422,7 +6446,8 @@ class RelayHandler(BaseHandler):
             super().fail(refusal)
 
     def settle(self, outcome: str) -> None:
-        """Every way out passes here, once: book what was used, free what is held, write the log line."""
+        """Every way out passes here, once: book what was used, free what is held, write the log
+        line."""
         visit, gateway, upstream, step = self._visit, self.gateway, self._upstream, self.step
         if visit.phase is RequestPhase.SETTLED:
             return
@@ -6481,13 +6506,14 @@ class RelayHandler(BaseHandler):
             self.gateway.held.give_back(self._visit.record.hashed, held)
 
     async def _breathe(self) -> None:
-        """At each turn of the loop a step of one body's, so that nobody waits for all that others sent."""
+        """At each turn of the loop a step of one body's, so that nobody waits for all that others
+        sent."""
         async with self.gateway.turn:
             await asyncio.sleep(0)
 
     def _go_unread(self, size: int) -> None:
-        """The body, of ``size`` bytes at least, is too large to be kept. Raises APIError where it must
-        be read."""
+        """The body, of ``size`` bytes at least, is too large to be kept. Raises APIError where it
+        must be read."""
         if self._visit.reads_body:
             raise APIError(
                 413,
@@ -6563,17 +6589,16 @@ class RelayHandler(BaseHandler):
     def _answer_head(
         self, head: ResponseHead, own: Sequence[tuple[str, str]]
     ) -> tuple[httputil.ResponseStartLine, RawFields]:
-        """An answer's head as the client gets it: without hop-by-hop fields, with the gateway's own in
-        the place of those of their names, and the real key masked."""
+        """An answer's head as the client gets it: without hop-by-hop fields, with the gateway's own
+        in the place of those of their names, and the real key masked."""
         unwanted, mask, phrase, lines = head.options, self._visit.mask, head.reason, []
         if own:
             unwanted = unwanted.union(map(operator.itemgetter(0), own))
         for lower, _, _, line, _, goes_down in head.fields:
             if goes_down and lower not in unwanted:
                 lines.append(line)
-        if mask is not None:
-            if mask.text in "\n".join((phrase, *lines)):
-                phrase, lines = mask.mask_text(phrase), [mask.mask_text(line) for line in lines]
+        if mask is not None and mask.text in "\n".join((phrase, *lines)):
+            phrase, lines = mask.mask_text(phrase), [mask.mask_text(line) for line in lines]
         for name, value in own:
             lines.append(f"{name}: {value}")
         return httputil.ResponseStartLine("", head.status, phrase), RawFields(lines, 0)
