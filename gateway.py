@@ -4795,12 +4795,13 @@ class Mask(ResponseFilter):
         self._secret = secret.encode("latin-1")
 
     def feed(self, data: bytes) -> bytes:
+        if self.is_looking:
+            seen = self._held + data
+            self.look(seen)
+            self._held = seen[1 - len(self._secret) :]
+            return data
         if self._held:
             data, self._held = self._held + data, b""
-        if self.is_looking:
-            self.look(data)
-            self._held = data[1 - len(self._secret) :]
-            return data
         if self._secret in data:
             data = data.replace(self._secret, b"*" * len(self._secret))
         if data and data[-1] in self._secret and (held := self._begun_in(data)):
@@ -5024,11 +5025,6 @@ class Record:
         return line
 
 
-def rounded(seconds: float | None) -> float | None:
-    """Seconds to the tenth of a millisecond."""
-    return None if seconds is None else round(seconds, 4)
-
-
 # How a field of the record is called in the JSON log (the README's "Log" describes it) …
 LOG_FIELDS: dict[str, Callable[[Record], Any]] = {
     "call_id": lambda r: r.call_id,
@@ -5053,8 +5049,8 @@ LOG_FIELDS: dict[str, Callable[[Record], Any]] = {
     "cache_write_tokens": lambda r: r.tally.written,
     "cost": lambda r: float(r.tally.spend),
     "estimated": lambda r: r.estimated,
-    "time_to_first_byte": lambda r: rounded(r.timings[1]),
-    "duration": lambda r: rounded(r.timings[0]),
+    "time_to_first_byte": lambda r: round(r.first - r.arrived, 4) if r.first else None,
+    "duration": lambda r: round(r.over - r.arrived, 4),
     "bytes_in": lambda r: r.bytes_in,
     "bytes_out": lambda r: r.bytes_out,
 }
@@ -5599,9 +5595,7 @@ class Limits(Rule):
 
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
         route = visit.route
-        if head.status != 200 or not route.billed or not route.metered:
-            return ()
-        if route.batch and makes_object(visit, head):
+        if head.status != 200 or not route.billed or not route.metered or route.batch:
             return ()
         room = functools.partial(visit.gateway.held.find_room, visit.caller.hashed or "")
         visit.meter = Meter(head.get("content-type"), room=room)
@@ -6049,67 +6043,52 @@ GONE = (404, 410)
 
 class BatchKeeper:
     """Books batches once they have ended, whether or not anybody fetches their results: asks the
-    upstream for their state, with the real key, now and then, and reads the results through a
-    meter."""
+    upstream for their state, with the real key, now and then, and reads the results through a meter.
+    """
 
     def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
-        self._ledger, self._time = gateway.ledger, gateway.time
-        self._due: dict[str, float] = {}
-        self._waits: dict[str, float] = {}
-        self._changed = asyncio.Event()
-        self._looks: set[asyncio.Task[None]] = set()
+        self._gateway, self._ledger = gateway, gateway.ledger
+        self._hurried: dict[str, asyncio.Event] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._turn = asyncio.Semaphore(LOOKS_AT_ONCE)
 
     def watch(self, name: str) -> None:
         """Look at a batch from time to time until it is booked."""
-        self._waits[name] = BATCH_LOOK
-        self._due[name] = self._time() + BATCH_LOOK
-        self._changed.set()
+        if name not in self._hurried:
+            self._hurried[name] = asyncio.Event()
+            task = asyncio.get_running_loop().create_task(self._keep(name))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     def hurry(self, name: str) -> None:
         """A batch is known to have ended."""
-        if self._due.get(name, math.inf) < math.inf:
-            self._due[name] = self._time()
-            self._changed.set()
+        if name in self._hurried:
+            self._hurried[name].set()
 
     async def run(self) -> None:
-        """Look at batches when it is time, until cancelled."""
+        """Watch all that are not booked, until cancelled."""
         for name in self._ledger.unbooked():
             self.watch(name)
         try:
-            while True:
-                self._changed.clear()
-                name = min(self._due, key=self._due.__getitem__, default="")
-                wait = self._due[name] - self._time() if name else math.inf
-                if wait <= 0 and len(self._looks) < LOOKS_AT_ONCE:
-                    self._due[name] = math.inf  # until this look is over
-                    look = asyncio.get_running_loop().create_task(self._look(name))
-                    self._looks.add(look)
-                    look.add_done_callback(self._looked)
-                    continue
-                busy = wait == math.inf or len(self._looks) >= LOOKS_AT_ONCE
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(None if busy else wait):
-                        await self._changed.wait()
+            await asyncio.Event().wait()
         finally:
-            for look in self._looks:
-                look.cancel()
+            for task in self._tasks:
+                task.cancel()
 
-    def _looked(self, look: asyncio.Task[None]) -> None:
-        self._looks.discard(look)
-        self._changed.set()
-
-    async def _look(self, name: str) -> None:
-        try:
-            booked = await self.book(name)
-        except Exception:
-            log.exception("a batch could not be booked; it is looked at again")
-            booked = False
-        if booked:
-            del self._due[name], self._waits[name]
-            return
-        wait = self._waits[name] = min(BATCH_LOOK_LATEST, self._waits[name] * BATCH_SLACK)
-        self._due[name] = self._time() + wait
+    async def _keep(self, name: str) -> None:
+        wait, booked = BATCH_LOOK, False
+        while not booked:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await self._hurried[name].wait()
+            async with self._turn:
+                self._hurried[name].clear()
+                try:
+                    booked = await self.book(name)
+                except Exception:
+                    log.exception("a batch could not be booked; it is looked at again")
+            wait = min(BATCH_LOOK_LATEST, wait * BATCH_SLACK)
+        del self._hurried[name]
 
     async def book(self, name: str) -> bool:
         """Book what a batch cost, if it has ended; whether nothing of it is left to be booked."""

@@ -4165,7 +4165,7 @@ def measure(
     inflater = gateway.Inflater(coding)
     for part in parts:
         for plain in inflater.slices(part) if coding else [part]:
-            meter.look(plain)
+            meter.feed(plain)
     return meter.finish(complete)
 
 
@@ -4214,7 +4214,7 @@ def test_batch_results_are_measured_the_same_however_they_are_split(cuts: list[i
         lambda line, measured: seen.append((line, gateway.tally_of(measured.usage).output_tokens)),
     )
     for part in split_at(body, cuts):
-        meter.look(part)
+        meter.feed(part)
     meter.finish(True)
     assert seen == [(1, 180), (2, 0), (3, 180), (4, 180)]
 
@@ -4271,7 +4271,7 @@ def test_a_long_line_is_counted_the_same_however_it_is_split() -> None:
         seen: list[tuple[int, int]] = []
         meter = gateway.Meter("", lambda n, m, seen=seen: seen.append((n, m.seen)))
         for at in range(0, len(body), size):
-            meter.look(body[at : at + size])
+            meter.feed(body[at : at + size])
         meter.finish(True)
         assert seen == [(1, 0), (2, len(json.dumps(long)) + 1), (3, 0)]
 
@@ -4280,7 +4280,7 @@ def test_a_meter_keeps_no_response() -> None:
     for kind in ("application/json", "text/event-stream"):
         meter = gateway.Meter(kind)
         for _ in range(100):
-            meter.look(b"data: " + b"x" * MIB)
+            meter.feed(b"data: " + b"x" * MIB)
             assert sum(map(len, meter._held or [])) <= gateway.MAX_LINE
 
 
