@@ -4859,12 +4859,12 @@ class Inside:
             self._inflater = None
             go_blind(self._filters)
         data, self._withheld = self._withheld + data, b""
+        if self._inflater is None:
+            return data if self._mask is None else through([self._mask], data, complete)
         if complete:
             through(self._filters, b"", True)
         if self._mask is None:
             return data
-        if self._inflater is None:
-            return self._mask.feed(data) + (self._mask.finish(True) if complete else b"")
         # They wait for the next ones while they may hold a beginning of the real key.
         undecided = self._mask.may_follow(data) or self._inflater.is_undecided
         if undecided and not complete:
@@ -6277,8 +6277,8 @@ class RelayHandler(BaseHandler):
         if record.bytes_in <= JSON_BODY_LIMIT:
             return None
         self._go_unread(record.bytes_in)
-        self._stream(CHUNKED)
-        return self._write(b"".join(kept))
+        self._stream(CHUNKED, framed(b"".join(kept)))
+        return self._upstream.room if self._upstream is not None else None
 
     async def post(self, *_: str) -> None:
         """The request is whole: judge its body, and send it. Every method is this one."""
@@ -6502,11 +6502,11 @@ class RelayHandler(BaseHandler):
         self._visit.order = Order(prompt=tokens_in(size))
         self._kept = None
 
-    def _stream(self, length: int) -> None:
-        """Open the upstream now; the body follows as it comes."""
+    def _stream(self, length: int, kept: bytes = b"") -> None:
+        """Open the upstream now; the body follows what is kept of it, as it comes."""
         self._visit.lines.append(CHUNKED_LINE if length == CHUNKED else f"Content-Length: {length}")
         self._uploaded = asyncio.get_running_loop().create_future()
-        self.fetch(body_producer=self._produce, chunked=length == CHUNKED)
+        self.fetch(kept, body_producer=self._produce, chunked=length == CHUNKED)
 
     def _produce(self, write: Callable[[bytes], asyncio.Future[None]]) -> asyncio.Future[None]:
         """`data_received` writes what comes, until `post` says that it was all."""
