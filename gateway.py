@@ -5912,6 +5912,8 @@ class BaseHandler(web.RequestHandler):
     def fail(self, error: Exception) -> None:
         """Answer with an error; one that is no refusal is logged."""
         refusal = self.refusal_of(error)
+        if self._finished:
+            return
         self.clear()
         self.set_status(refusal.status)
         for name, value in (*refusal.headers, ("request-id", self.call_id)):
@@ -6337,7 +6339,7 @@ class RelayHandler(BaseHandler):
         visit.answer, visit.record.status = head, head.status
         visit.record.answered = gateway.time()
         if head.status < 500:
-            gateway.traffic.last_success = visit.record.started
+            gateway.traffic.last_success = moment_of(int(time.time()))
         else:
             gateway.traffic.failed(f"The upstream answered {head.status}.")
         filters: list[ResponseFilter] = []
