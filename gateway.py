@@ -1,17 +1,39 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["tornado>=6.6", "uvloop>=0.21; sys_platform != 'win32'", "genai-prices>=0.2.3", "prometheus-client", "msgspec"]
+# dependencies = [
+#   "tornado>=6.6", "uvloop>=0.21; sys_platform != 'win32'", "genai-prices>=0.2.3",
+#   "prometheus-client", "msgspec",
+# ]
 # ///
 """A gateway that lets a team share one Anthropic API key without handing it out.
 
     python gateway.py --port=4000
 
-It relays Anthropic's API byte for byte under /anthropic/ and /v1/, swaps a virtual key
-for the real one, and keeps the virtual keys in a JSON file. Only Tornado is required.
+It relays Anthropic's API byte for byte under /anthropic/ and /v1/, swaps a virtual key for the real
+one, and keeps the virtual keys in a JSON file. Only Tornado is required.
 
-The rooms of this file, top to bottom; each uses only what stands above it: Settings, Errors,
-Time and money, Keys, Anthropic, Prices, Ledger, Wire, Client, Rules, Filters, Record, Relay,
+The way of a request:
+
+    client
+      → `ServerConnection.data_received`    reads its head strictly, by `parse_request_head`
+      → `GatewayApplication.start_request`  gives it to a handler, run by a `HandlerDelegate`
+      → `RelayHandler.prepare`              each of RULES looks at the head (`Rule.head`)
+      → `RelayHandler.data_received`        a small JSON body is kept, all else goes on as it comes
+      → `RelayHandler.post`                 each rule looks at the body (`Rule.body`)
+      → `FileLedger.hold`                   holds what it may cost
+      → `RelayHandler.fetch`                by `UpstreamClient.fetch`, over an `UpstreamConnection`
+      → `RelayHandler.on_head`              the answer's head came; rules choose a `ResponseFilter`
+      → `RelayHandler.on_chunk`             each filter sees it; `ServerConnection.write`
+      → `RelayHandler.settle`               each rule ends it (`Rule.end`): `Prices.charge` says
+                                            what it cost, `FileLedger.book` books it, a `Record`
+                                            of it is logged
+
+Whatever must wait returns an awaitable, and what need not returns None, as in Tornado. What a
+connection and a request may do next stands in `FOLLOWS`.
+
+The rooms of this file, top to bottom; each uses only what stands above it: Settings, Errors, Time
+and money, Keys, Anthropic, Prices, Ledger, Wire, Client, Server, Filters, Record, Rules, Relay,
 Management, Operations, Stand-in, Main.
 """
 
@@ -25,7 +47,6 @@ if __name__ == "__main__":  # until the files can be read again, SIGHUP must not
 import asyncio
 import bisect
 import calendar
-import codecs
 import collections
 import contextlib
 import dataclasses
@@ -608,26 +629,6 @@ class WindowSpend:
         return self.spend
 
 
-Breathe = Callable[[], Awaitable[None]]  # lets the loop do something else
-Result = TypeVar("Result")
-
-
-def at_once(coroutine: Coroutine[Any, Any, Result]) -> asyncio.Task[Result] | None:
-    """Run a coroutine until it must wait: None if it never had to, else the task that goes on with it.
-    What it raises before is raised here."""
-    try:
-        first = coroutine.send(None)
-    except StopIteration:
-        return None
-
-    @types.coroutine
-    def rest() -> Generator[Any, Any, Result]:
-        yield first
-        return (yield from coroutine.__await__())
-
-    return asyncio.get_running_loop().create_task(rest())
-
-
 # ─── Keys ─────────────────────────────────────────────────────────────────────────────────────────
 
 KEY_PREFIX = "sk-"
@@ -1030,6 +1031,7 @@ def read_fields(
 
 # ─── Anthropic ────────────────────────────────────────────────────────────────────────────────────
 
+Breathe = Callable[[], Awaitable[None]]  # lets the loop do something else
 ANTHROPIC_VERSION = "2023-06-01"  # platform.claude.com, api/versioning
 JSON_BODY_LIMIT = 32 * MIB  # Anthropic's limit on messages; larger ones are streamed
 BATCH_ENDED = "ended"  # types/messages/message_batch.py, processing_status
@@ -1247,7 +1249,7 @@ def refuse_constant(name: str) -> NoReturn:
 
 AT_ONCE = 32 * KIB  # of a body are read at once, by `json`
 BREATH = 3000  # marks, some milliseconds, after which the loop may do something else
-MAX_MARKS = 800_000  # 4 MB full of code have some 100,000
+MAX_MARKS = 400_000  # 4 MB full of code have some 100,000
 ROW_MARKS = 60  # that each row of a batch may have besides
 MAX_ROWS = 100_000  # Anthropic's limit on a batch (PLD batch-processing)
 MAX_DEPTH = 1000  # where Python 3.11's own parser gives up too
@@ -2138,7 +2140,7 @@ class Want:
     slot: bool = False
     pays: bool = True
     shares: bool = True
-    worst: Sequence[tuple[str, Decimal]] = ()
+    worst: Sequence[tuple[str, Tally]] = ()
     fit: bool = False
 
 
@@ -2239,9 +2241,9 @@ class FileLedger:
         worst: dict[str, Decimal] = {}
         for level in self._levels(key, model, hold.started) if want.pays else ():
             pattern, cost = level.pattern, ZERO
-            for name, amount in want.worst:
+            for name, tally in want.worst:
                 if not name or not pattern or fnmatch.fnmatchcase(name, pattern):
-                    cost = worst[pattern] = worst.get(pattern, ZERO) + amount
+                    cost = worst[pattern] = worst.get(pattern, ZERO) + tally.spend
             if want.slot or pattern in worst:
                 held = level.window.held if want.shares else ZERO
                 taken = level.window.spend + held
@@ -2695,8 +2697,8 @@ def over_budget(
 # ─── Wire ─────────────────────────────────────────────────────────────────────────────────────────
 #
 # HTTP/1.1 stands here once, apart from I/O, for both sides of the gateway: requests that arrive and
-# responses that come back are read by the same strict grammar, so that the two sides cannot disagree
-# about where a message ends (RFC 9112 section 11.2, request smuggling).
+# responses that come back are read by the same strict grammar, so that the two sides cannot
+# disagree about where a message ends (RFC 9112 section 11.2, request smuggling).
 
 MAX_HEAD_SIZE = 64 * KIB  # Tornado's default max_header_size
 MAX_FIELDS = 200  # of a head; Apache's limit is 100, Node's 2,000
@@ -2721,22 +2723,22 @@ CHUNK_START = re.compile(rb"([0-9A-Fa-f]{1,16})\r\n")
 LENGTH = re.compile(r"[0-9]{1,18}", re.ASCII)
 BARE_LF = re.compile(rb"(?<!\r)\n")
 # RFC 9110 section 7.6.1, and Proxy-Connection, which old clients send.
-HOP_BY_HOP = frozenset(
-    "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer"
-    " transfer-encoding upgrade".split()
-)
-# Request fields that stay here, beside the hop-by-hop ones. Some servers take the last three for the
-# method, which the rules have looked at already.
-DROPPED_REQUEST_FIELDS = HOP_BY_HOP.union(
-    "host content-length expect cookie forwarded authorization x-api-key x-http-method"
-    " x-http-method-override x-method-override".split()
-)
+HOP_BY_HOP = {
+    *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection"),
+    *("te", "trailer", "transfer-encoding", "upgrade"),
+}
+# Request fields that stay here, beside the hop-by-hop ones. Some servers take the last three for
+# the method, which the rules have looked at already.
+DROPPED_REQUEST_FIELDS = HOP_BY_HOP | {
+    *("host", "content-length", "expect", "cookie", "forwarded", "authorization", "x-api-key"),
+    *("x-http-method", "x-http-method-override", "x-method-override"),
+}
 DROPPED_REQUEST_PREFIXES = ("x-litellm-", "x-forwarded-")
 
 
 class ProtocolError(Exception):
-    """Bytes that are not HTTP/1.1, or not so that both sides must read them alike; ``status`` is what
-    a client is answered."""
+    """Bytes that are not HTTP/1.1, or not so that both sides must read them alike; ``status`` is
+    what a client is answered."""
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
@@ -2744,8 +2746,8 @@ class ProtocolError(Exception):
 
 
 class Field(NamedTuple):
-    """A header field: its name in lower case, its value as all that one field has of it, the name and
-    the line as they came, and whether it goes on to the upstream or to the client, where
+    """A header field: its name in lower case, its value as all that one field has of it, the name
+    and the line as they came, and whether it goes on to the upstream or to the client, where
     ``Connection`` does not name it."""
 
     lower: str
@@ -2772,6 +2774,7 @@ class Head:
     fields: list[Field]
     values: dict[str, tuple[str, ...]]
     options: frozenset[str]
+    keeps_alive: bool  # whether the sender will reuse the connection (RFC 9112 section 9.3)
     length: int | None
 
     def get(self, name: str) -> str:
@@ -2781,15 +2784,11 @@ class Head:
 
     @property
     def coding(self) -> str:
-        """How the body is compressed (RFC 9110 section 8.4), in lower case; empty where it is not."""
+        """How the body is compressed (RFC 9110 section 8.4), in lower case; empty where it is
+        not."""
         values = self.values.get("content-encoding", ())
         codings = (coding.strip() for coding in ",".join(values).lower().split(","))
         return ", ".join(coding for coding in codings if coding not in ("", "identity"))
-
-    @property
-    def keeps_alive(self) -> bool:
-        """Whether the sender will reuse the connection (RFC 9112 section 9.3)."""
-        return "close" not in self.options and (self.version == 1 or "keep-alive" in self.options)
 
 
 @dataclass(slots=True)
@@ -2803,7 +2802,8 @@ class RequestHead(Head):
 
     @property
     def expects_continue(self) -> bool:
-        """Whether the client waits for a word before it sends the body (RFC 9110 section 10.1.1)."""
+        """Whether the client waits for a word before it sends the body (RFC 9110 section
+        10.1.1)."""
         return self.version == 1 and self.get("expect").lower() == "100-continue"
 
 
@@ -2821,10 +2821,11 @@ KEPT_HEAD = 4 * KIB  # lines of longer heads are not kept
 
 def parse_fields(
     block: str, version: int
-) -> tuple[int, list[Field], dict[str, tuple[str, ...]], frozenset[str], int | None]:
-    """Read header field lines, with CRLF between them: the members of a `Head`. Raises ProtocolError."""
+) -> tuple[int, list[Field], dict[str, tuple[str, ...]], frozenset[str], bool, int | None]:
+    """Read header field lines, with CRLF between them: the members of a `Head`. Raises
+    ProtocolError."""
     if not block:
-        return version, [], {}, NO_OPTIONS, None
+        return version, [], {}, NO_OPTIONS, version == 1, None
     lines = block.split("\r\n")
     if len(lines) > MAX_FIELDS:
         raise ProtocolError(f"the head has more than {MAX_FIELDS:,} fields", 431)
@@ -2835,14 +2836,14 @@ def parse_fields(
         for each in fields:
             repeated.setdefault(each.lower, []).extend(each.values)
         values = {name: tuple(every) for name, every in repeated.items()}
-    options = NO_OPTIONS
+    options, keeps_alive, length = NO_OPTIONS, version == 1, None
     if "connection" in values:
         every = ",".join(values["connection"]).lower().split(",")
         options = frozenset(map(str.strip, every))
-    length = None
+        keeps_alive = "close" not in options and (version == 1 or "keep-alive" in options)
     if "content-length" in values or "transfer-encoding" in values:
         length = declared_length(values, version)
-    return version, fields, values, options, length
+    return version, fields, values, options, keeps_alive, length
 
 
 def parse_field(line: str) -> Field:
@@ -2973,8 +2974,8 @@ class Body:
         self._trailers = 0
 
     def feed(self, data: bytes) -> tuple[bytes, bytes]:
-        """The part of these bytes that is body, and what stands behind it: after the body where that
-        is `complete`, else chunks for which the loop must be asked for another turn. Raises
+        """The part of these bytes that is body, and what stands behind it: after the body where
+        that is `complete`, else chunks for which the loop must be asked for another turn. Raises
         ProtocolError."""
         if self.complete:
             return b"", data
@@ -3096,24 +3097,34 @@ class RequestPhase(enum.StrEnum):
     SETTLED = "booked and logged"
 
 
+class Steps(dict[Any, Any]):
+    """The phases that may follow on one, each under itself; any other is a mistake in this file."""
+
+    def __init__(self, *phases: enum.StrEnum) -> None:
+        super().__init__({phase: phase for phase in phases})
+
+    def __missing__(self, phase: object) -> NoReturn:
+        raise AssertionError(f"an impossible step: {phase}")
+
+
 C, U, R = ClientPhase, UpstreamPhase, RequestPhase
-# What may follow what; all else is a mistake in this file.
-FOLLOWS: dict[str, tuple[str, ...]] = {
-    C.WAITING: (C.READING, C.LINGERING, C.GONE),
-    C.READING: (C.ANSWERING, C.DROPPING, C.LINGERING, C.GONE),
-    C.ANSWERING: (C.WAITING, C.LINGERING, C.GONE),
-    C.DROPPING: (C.WAITING, C.LINGERING, C.GONE),
-    C.LINGERING: (C.GONE,),
-    C.GONE: (),
-    U.IDLE: (U.ASKED, U.SHUT),
-    U.ASKED: (U.ANSWERED, U.SHUT),
-    U.ANSWERED: (U.IDLE, U.SHUT),
-    U.SHUT: (),
-    R.JUDGED: (R.FETCHED, R.SETTLED),
-    R.FETCHED: (R.BEGUN, R.DESERTED, R.SETTLED),
-    R.BEGUN: (R.DESERTED, R.SETTLED),
-    R.DESERTED: (R.SETTLED,),
-    R.SETTLED: (),
+# What may follow what: ``phase = FOLLOWS[phase][next]`` is how one goes on.
+FOLLOWS: dict[str, Steps] = {
+    C.WAITING: Steps(C.READING, C.LINGERING, C.GONE),
+    C.READING: Steps(C.ANSWERING, C.DROPPING, C.LINGERING, C.GONE),
+    C.ANSWERING: Steps(C.WAITING, C.LINGERING, C.GONE),
+    C.DROPPING: Steps(C.WAITING, C.LINGERING, C.GONE),
+    C.LINGERING: Steps(C.GONE),
+    C.GONE: Steps(),
+    U.IDLE: Steps(U.ASKED, U.SHUT),
+    U.ASKED: Steps(U.ANSWERED, U.SHUT),
+    U.ANSWERED: Steps(U.IDLE, U.SHUT),
+    U.SHUT: Steps(),
+    R.JUDGED: Steps(R.FETCHED, R.SETTLED),
+    R.FETCHED: Steps(R.BEGUN, R.DESERTED, R.SETTLED),
+    R.BEGUN: Steps(R.DESERTED, R.SETTLED),
+    R.DESERTED: Steps(R.SETTLED),
+    R.SETTLED: Steps(),
 }
 
 
@@ -3141,16 +3152,17 @@ class UpstreamError(Exception):
 
 
 class UpstreamRequest(HTTPRequest):
-    """What `UpstreamClient.fetch` takes: a request whose ``head`` goes up as it is, and its body, whole
-    as ``data`` or in parts by ``body_producer``. It is never sent again unless it is a GET or HEAD.
+    """What `UpstreamClient.fetch` takes: a request whose ``head`` goes up as it is, and its body,
+    whole as ``data`` or in parts by ``body_producer``. It is never sent again unless it is a GET or
+    HEAD.
 
-    ``header_callback`` gets each `ResponseHead`, 1xx ones too; then ``length`` is the body's (bytes,
-    CHUNKED or UNTIL_CLOSE). ``streaming_callback`` gets the part of the body that one read brought,
-    empty right after the head, with ``complete`` true at the last; the upstream is not read on before
-    what it returns is done. ``done_callback`` gets the `UpstreamResponse` at once, not a turn of the
-    loop later; ``taken_callback`` is called when nothing of the request is held here any more.
-    ``body_producer`` is called with `write`, and returns a future that is done when the body has ended;
-    ``chunked`` frames what it writes.
+    ``header_callback`` gets each `ResponseHead`, 1xx ones too; then ``length`` is the body's
+    (bytes, CHUNKED or UNTIL_CLOSE). ``streaming_callback`` gets the part of the body that one read
+    brought, empty right after the head, with ``complete`` true at the last; the upstream is not
+    read on before what it returns is done. ``done_callback`` gets the `UpstreamResponse` at once,
+    not a turn of the loop later; ``taken_callback`` is called when nothing of the request is held
+    here any more. ``body_producer`` is called with `write`, and returns a future that is done when
+    the body has ended; ``chunked`` frames what it writes.
     """
 
     connect_timeout: float = 0.0
@@ -3229,8 +3241,8 @@ class UpstreamRequest(HTTPRequest):
         return self.room or self.client.done
 
     def end(self, error: Exception | None, *, tell: bool = True) -> None:
-        """It is over: let go of all that this holds, and of the connection too, unless the answer was
-        whole. ``tell``: that the caller wants to hear of it."""
+        """It is over: let go of all that this holds, and of the connection too, unless the answer
+        was whole. ``tell``: that the caller wants to hear of it."""
         if self.over:
             return
         self.over = True
@@ -3275,8 +3287,8 @@ class UpstreamRequest(HTTPRequest):
     def connection_lost(self, error: Exception | None, *, answered: bool, reused: bool) -> None:
         """The connection broke before the answer was whole.
 
-        A kept-alive one may have been closed while the request was on its way. Then a GET or HEAD is
-        sent again over a new connection (RFC 9110 section 9.2.2); a POST never twice.
+        A kept-alive one may have been closed while the request was on its way. Then a GET or HEAD
+        is sent again over a new connection (RFC 9110 section 9.2.2); a POST never twice.
         """
         self._connection = None
         if reused and not answered and self._repeatable:
@@ -3330,8 +3342,8 @@ class UpstreamRequest(HTTPRequest):
 
 
 class UpstreamResponse(HTTPResponse):
-    """How an `UpstreamRequest` ended: ``error`` is None, or an `UpstreamError`. Its body went to the
-    ``streaming_callback``."""
+    """How an `UpstreamRequest` ended: ``error`` is None, or an `UpstreamError`. Its body went to
+    the ``streaming_callback``."""
 
     def __init__(self, request: UpstreamRequest, error: Exception | None) -> None:
         # Not Tornado's, for the same reason.
@@ -3397,23 +3409,17 @@ class UpstreamConnection(asyncio.Protocol):
         self._rest = b""  # what came while the answer was held back
         self._held = False
 
-    def enter(self, phase: UpstreamPhase) -> None:
-        """Go on to a phase."""
-        assert phase in FOLLOWS[self.phase], f"{self.phase} -> {phase}"
-        self.phase = phase
-
     def ask(self, request: UpstreamRequest) -> None:
         """Take up a request; it is written to `transport` next."""
-        self.enter(UpstreamPhase.ASKED)
+        self.phase = FOLLOWS[self.phase][UpstreamPhase.ASKED]
         self.request = request
-        self._heads, self._body, self._informational = HeadReader(), None, 0
-        self._rest, self._held = b"", False
+        self._body, self._informational, self._rest, self._held = None, 0, b"", False
 
     def abandon(self) -> None:
         """Close at once, and say nothing to anyone."""
         self.request = None
         if self.phase is not UpstreamPhase.SHUT:
-            self.enter(UpstreamPhase.SHUT)
+            self.phase = FOLLOWS[self.phase][UpstreamPhase.SHUT]
         self.client.drop_idle(self)
         self.transport.abort()
 
@@ -3461,8 +3467,8 @@ class UpstreamConnection(asyncio.Protocol):
     def eof_received(self) -> None:
         """The transport closes, and `connection_lost` follows."""
         if self._body is not None and self._body.length == UNTIL_CLOSE and self.request is not None:
-            self._keep = False
-            self._deliver(self.request, b"", b"", complete=True)
+            self._keep, self._body.complete = False, True
+            self._receive(self.request, b"")
 
     def connection_lost(self, error: Exception | None) -> None:
         self._break(error)
@@ -3480,40 +3486,31 @@ class UpstreamConnection(asyncio.Protocol):
     # Inside
 
     def _receive(self, request: UpstreamRequest, data: bytes) -> None:
+        """Hand on what came, and hold back what follows until the caller has taken it."""
+        payload, rest, body = b"", b"", self._body
         try:
-            if self._body is None:
-                behind = self._read_head(request, data)
-                if behind is None:
+            if body is None:
+                data, body = self._read_head(request, data)
+                if body is None:
                     return
-                data = behind
-            assert self._body is not None
-            payload, rest = self._body.feed(data)
+            if data or body.complete:
+                payload, rest = body.feed(data)
+            if request is not self.request:  # its caller has given it up
+                return
+            request.complete = complete = body.complete
+            if complete:
+                # Back to the pool, unless either side left something behind: another request may go
+                # over it while the caller takes the last of this one.
+                self.request = None
+                if self._keep and request.sent and not rest and not self.transport.is_closing():
+                    self.phase = FOLLOWS[self.phase][UpstreamPhase.IDLE]
+                    self.client.put_idle(self)
+                else:
+                    self.abandon()
+            taken = request.on_chunk(payload)
         except ProtocolError as error:
             self._break(error)
             return
-        except Exception as error:  # noqa: BLE001 - the caller's own code
-            request.end(error)
-            return
-        if request is not self.request:  # its caller has given it up
-            return
-        self._deliver(request, payload, rest, complete=self._body.complete)
-
-    def _deliver(
-        self, request: UpstreamRequest, payload: bytes, rest: bytes, *, complete: bool
-    ) -> None:
-        """Hand on what came, and hold back what follows until the caller has taken it."""
-        request.complete = complete
-        if complete:
-            # Back to the pool, unless either side left something behind: another request may go over
-            # it while the caller takes the last of this one.
-            self.request = None
-            if self._keep and request.sent and not rest and not self.transport.is_closing():
-                self.enter(UpstreamPhase.IDLE)
-                self.client.put_idle(self)
-            else:
-                self.abandon()
-        try:
-            taken = request.on_chunk(payload)
         except Exception as error:  # noqa: BLE001 - the caller's own code
             request.end(error)
             return
@@ -3535,12 +3532,13 @@ class UpstreamConnection(asyncio.Protocol):
         elif request is self.request:
             self.go_on()
 
-    def _read_head(self, request: UpstreamRequest, data: bytes) -> bytes | None:
-        """Read the head, 1xx ones before it; what stands behind it, or None while it is not whole."""
+    def _read_head(self, request: UpstreamRequest, data: bytes) -> tuple[bytes, Body | None]:
+        """Read the head, 1xx ones before it; what stands behind it and its body, None while it is
+        not whole."""
         while True:
             found = self._heads.feed(data)
             if found is None:
-                return None
+                return b"", None
             head, data = parse_response_head(found[0]), found[1]
             if head.status >= 200:
                 break
@@ -3550,7 +3548,7 @@ class UpstreamConnection(asyncio.Protocol):
             if head.length is not None:
                 raise ProtocolError("an informational response has no body")
             request.on_head(head)
-        self.enter(UpstreamPhase.ANSWERED)
+        self.phase = FOLLOWS[self.phase][UpstreamPhase.ANSWERED]
         # RFC 9112 section 6.3
         none = request.method == "HEAD" or head.status in (204, 304)
         length = 0 if none else UNTIL_CLOSE if head.length is None else head.length
@@ -3558,7 +3556,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._body = Body(length)
         self._keep = head.keeps_alive and length != UNTIL_CLOSE
         request.on_head(head)
-        return data
+        return data, self._body
 
     def _break(self, error: Exception | None) -> None:
         request, self.request = self.request, None
@@ -3572,11 +3570,11 @@ class UpstreamConnection(asyncio.Protocol):
 class UpstreamClient(AsyncHTTPClient):
     """Tornado's `AsyncHTTPClient` on kept-alive connections, with as many at once as are asked for.
 
-    `fetch` takes an `UpstreamRequest`, which is sent as it is, or whatever Tornado's takes: it follows
-    no redirect, adds no header but ``Host`` and the body's length, decompresses nothing, and awaits
-    ``streaming_callback`` (which may be a coroutine) before it reads on. ``request_timeout`` holds for
-    the whole of a fetch, 0 is none. What fails raises, or for an `UpstreamRequest` holds, an
-    `UpstreamError`.
+    `fetch` takes an `UpstreamRequest`, which is sent as it is, or whatever Tornado's takes: it
+    follows no redirect, adds no header but ``Host`` and the body's length, decompresses nothing,
+    and awaits ``streaming_callback`` (which may be a coroutine) before it reads on.
+    ``request_timeout`` holds for the whole of a fetch, 0 is none. What fails raises, or for an
+    `UpstreamRequest` holds, an `UpstreamError`.
 
     Times are seconds. ``opened`` and ``reused`` count connections: new ones, and requests that went
     over a kept one. ``ssl_context`` verifies certificates always; SSL_CERT_FILE and SSL_CERT_DIR
@@ -3722,7 +3720,8 @@ class UpstreamClient(AsyncHTTPClient):
         return connection
 
     async def _reach(self, origin: Origin, timeout: float) -> UpstreamConnection:
-        """Connect by Tornado's TCPClient, which resolves and tries the addresses of both families."""
+        """Connect by Tornado's TCPClient, which resolves and tries the addresses of both
+        families."""
         stream = await self._tcp.connect(origin.host, origin.port)
         if stream.closed():
             raise ConnectionResetError
@@ -3794,15 +3793,15 @@ START_LINE = httputil.RequestStartLine("", "", "")
 NO_HEADERS = httputil.HTTPHeaders()
 
 
+def reason(status: int) -> str:
+    """The reason phrase of a status."""
+    return http.client.responses.get(status, "Unknown")
+
+
 def new_call_id() -> str:
     """A random UUID of version 4 (RFC 9562), as LiteLLM's call ids are."""
     digits = f"{random.getrandbits(128):032x}"
     return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
-
-
-def reason(status: int) -> str:
-    """The reason phrase of a status."""
-    return http.client.responses.get(status, "Unknown")
 
 
 class RawFields(httputil.HTTPHeaders):
@@ -3815,18 +3814,21 @@ class RawFields(httputil.HTTPHeaders):
 
 
 class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
-    """A client's connection: reads requests one after the other, hands each to its delegate, and takes
-    the answer, which it frames. What must wait returns a future: `write` until the client has taken
-    what was written; and where the delegate's methods return one, nothing more is read until it is done.
+    """A client's connection: reads requests one after the other, hands each to its delegate, and
+    takes the answer, which it frames. What must wait returns a future: `write` until the client has
+    taken what was written; and where the delegate's methods return one, nothing more is read until
+    it is done.
 
-    ``head`` and ``length`` (bytes or CHUNKED) are of the present request; ``remote_ip`` and
-    ``protocol`` are the client's, ``peer`` is who is at the other end, empty for a Unix socket.
+    ``head``, ``length`` (bytes or CHUNKED) and ``call_id`` are of the present request;
+    ``remote_ip`` and ``protocol`` are the client's, ``peer`` is who is at the other end, empty for
+    a Unix socket.
     """
 
     transport: asyncio.Transport
     descriptor: int
     head: RequestHead
     length = 0
+    call_id = ""
     phase = ClientPhase.WAITING
     _delegate: HandlerDelegate | None = None
     _empty_lines = 0
@@ -3849,11 +3851,6 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         self._body = NO_BODY
         self._since = self._heard = server.time()
 
-    def enter(self, phase: ClientPhase) -> None:
-        """Go on to a phase."""
-        assert phase in FOLLOWS[self.phase], f"{self.phase} -> {phase}"
-        self.phase = phase
-
     # asyncio.Protocol: called by the loop
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -3863,8 +3860,8 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         self.server.connections.add(self)
 
     def data_received(self, data: bytes) -> None:
-        """Read on: but not while the delegate waits, and the next request neither before the present
-        one's end, nor before the client has taken the answers that are here."""
+        """Read on: but not while the delegate waits, and the next request neither before the
+        present one's end, nor before the client has taken the answers that are here."""
         phase = self.phase
         self._heard = self.server.time()
         self._taken += len(data)
@@ -3887,7 +3884,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
 
     def connection_lost(self, error: Exception | None) -> None:
         left, delegate = self.phase, self._delegate
-        self.enter(ClientPhase.GONE)
+        self.phase = FOLLOWS[self.phase][ClientPhase.GONE]
         self._delegate = None
         self.server.leave(self)
         if left in (ClientPhase.READING, ClientPhase.ANSWERING) and delegate is not None:
@@ -3953,13 +3950,14 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         if self.phase is ClientPhase.ANSWERING:
             self._turn()
         elif self.phase is ClientPhase.READING:
-            self.enter(ClientPhase.DROPPING)
+            self.phase = FOLLOWS[self.phase][ClientPhase.DROPPING]
             if not self._body.complete and self.head.get("expect"):
                 self._linger()  # the body may never come (RFC 9110 section 10.1.1)
             self.server.loop.call_soon(self._read_on)
 
     def break_off(self, last: bytes = b"") -> None:
-        """End the connection so that nobody takes the answer for complete; ``last`` goes out before."""
+        """End the connection so that nobody takes the answer for complete; ``last`` goes out
+        before."""
         if self.phase in (ClientPhase.LINGERING, ClientPhase.GONE):
             return
         self.write(last)
@@ -3967,13 +3965,12 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             # Without a length, only a reset tells a broken answer from one that has ended.
             client = self.transport.get_extra_info("socket")
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.enter(ClientPhase.LINGERING)
+        self.phase = FOLLOWS[self.phase][ClientPhase.LINGERING]
         self.transport.close()
         # A client that does not read keeps the rest of the answer from being written.
         self.server.loop.call_later(LINGER_TIMEOUT, self.transport.abort)
 
-    def set_close_callback(self, callback: Callable[[], None] | None) -> None:
-        """Nothing: the delegate hears of the end."""
+    set_close_callback = staticmethod(callable)  # does nothing: the delegate hears of the end
 
     # What the server says
 
@@ -3995,7 +3992,8 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         """Called now and then: end what has taken too long. Times are seconds.
 
         A head must be whole ``client_timeout`` after its first byte; a body may not stand still for
-        so long, nor come at less than MIN_BODY_RATE. A body that is not read is not the client's fault.
+        so long, nor come at less than MIN_BODY_RATE. A body that is not read is not the client's
+        fault.
         """
         waited = moment - self._since
         if self.phase in (ClientPhase.READING, ClientPhase.DROPPING):
@@ -4031,7 +4029,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         if len(heads) == 1:  # it may be half an empty line
             data = heads.take_back() + data
         if not heads:
-            self._since = self._heard
+            self._since, self.call_id = self._heard, new_call_id()
             while data.startswith(b"\r\n") and self._empty_lines <= MAX_EMPTY_LINES:
                 data, self._empty_lines = data[2:], self._empty_lines + 1
         try:
@@ -4050,7 +4048,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         self._taken, self._since = len(rest), self._heard
         if self.server.xheaders:
             self._believe(head)
-        self.enter(ClientPhase.READING)
+        self.phase = FOLLOWS[self.phase][ClientPhase.READING]
         self._delegate = delegate = self.server.application.start_request(self.server, self)
         waits = delegate.headers_received(START_LINE, NO_HEADERS)
         if not rest and self.length and self.phase is ClientPhase.READING and head.expects_continue:
@@ -4058,6 +4056,12 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         if waits is not None and not waits.done():
             self._buffer = rest
             self._wait_for(waits)
+        elif len(rest) == self.length and self.phase is ClientPhase.READING:  # as it mostly is
+            self.phase, self._body = FOLLOWS[self.phase][ClientPhase.ANSWERING], NO_BODY
+            if rest:
+                delegate.data_received(rest)
+            if self._delegate is delegate:  # it was not refused
+                delegate.finish()
         else:
             self._read_body(rest)
 
@@ -4092,14 +4096,14 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             if self._buffer:  # there is more than one turn of the loop may take
                 self.server.loop.call_soon(self._read_on)
         elif self.phase is ClientPhase.READING and delegate is not None:
-            self.enter(ClientPhase.ANSWERING)
+            self.phase = FOLLOWS[self.phase][ClientPhase.ANSWERING]
             delegate.finish()
         elif self.phase is ClientPhase.DROPPING:
             self._turn()
 
     def _turn(self) -> None:
         """The request is over, and its answer: make ready for the next."""
-        self.enter(ClientPhase.WAITING)
+        self.phase = FOLLOWS[self.phase][ClientPhase.WAITING]
         self._delegate = None
         self._since = self._heard = self.server.time()
         self._taken = 0
@@ -4120,8 +4124,8 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         waits.add_done_callback(go_on)
 
     def _update_reading(self) -> None:
-        """Read from the socket unless the delegate waits, or enough is here already; but notice then
-        if the client leaves."""
+        """Read from the socket unless the delegate waits, or enough is here already; but notice
+        then if the client leaves."""
         pause = self._waits_for is not None or len(self._buffer) > PIPELINE_LIMIT
         if pause == self._reading_paused or self.phase is ClientPhase.GONE:
             return
@@ -4156,7 +4160,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         a reset, which throws away what the client has not read yet (RFC 9112 section 9.6)."""
         if self.phase in (ClientPhase.LINGERING, ClientPhase.GONE) or self.transport.is_closing():
             return
-        self.enter(ClientPhase.LINGERING)
+        self.phase = FOLLOWS[self.phase][ClientPhase.LINGERING]
         self._buffer, self._waits_for = b"", None
         self._update_reading()
         if self.transport.can_write_eof():
@@ -4166,8 +4170,8 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         self.server.loop.call_later(LINGER_TIMEOUT, self.transport.abort)
 
     def _close_once_silent(self) -> None:
-        """TLS knows no half-closed connection; and what comes while it is being closed is gathered by
-        the loop, where what comes before is dropped."""
+        """TLS knows no half-closed connection; and what comes while it is being closed is gathered
+        by the loop, where what comes before is dropped."""
         wait = LINGER_SILENCE - (self.server.time() - self._heard)
         if wait > 0 and self.phase is not ClientPhase.GONE:
             self.server.loop.call_later(wait, self._close_once_silent)
@@ -4179,8 +4183,8 @@ class HangupWatch:
     """Notices that a client has left while nothing is read from it.
 
     asyncio sees the end of a connection only by reading. This asks the kernel for the event itself
-    (EPOLLRDHUP; nginx does the same), through an epoll that the loop reads. Where there is no epoll,
-    such a client is noticed when it is read from again.
+    (EPOLLRDHUP; nginx does the same), through an epoll that the loop reads. Where there is no
+    epoll, such a client is noticed when it is read from again.
     """
 
     def __init__(self) -> None:
@@ -4677,7 +4681,7 @@ class Inside:
         if mask is None:
             return data
         if self._inflater is None:
-            return mask.feed(data) + (mask.finish(True) if complete else b"")
+            return through([mask], data, complete)
         # They wait for the next ones while they may hold a beginning of the real key.
         begun = mask.begun_in(self._looked_at) or mask.begun_in(data) or self._inflater.held
         if begun and not complete:
@@ -4743,10 +4747,10 @@ class Record:
     """What is remembered, counted and logged of a relayed request; it is filled in as that passes.
 
     ``shown_key`` is the key's alias, or its abbreviated name; MASTER_NAME, or NO_KEY for none.
-    ``request_id`` is Anthropic's; ``session`` and ``agent`` are Claude Code's. Moments of a clock that
-    does not jump, in seconds, 0 where there was none: ``arrived``, ``whole`` (its body was here),
-    ``asked`` (its head went up), ``answered`` (a head came back), ``first`` (the first byte went to the
-    client) and ``over``. Sizes are bytes of bodies.
+    ``request_id`` is Anthropic's; ``session`` and ``agent`` are Claude Code's. Moments of a clock
+    that does not jump, in seconds, 0 where there was none: ``arrived``, ``whole`` (its body was
+    here), ``asked`` (its head went up), ``answered`` (a head came back), ``first`` (the first byte
+    went to the client) and ``over``. Sizes are bytes of bodies.
     """
 
     call_id: str
@@ -4778,9 +4782,9 @@ class Record:
 
     @property
     def timings(self) -> tuple[float, float | None, float | None, float | None]:
-        """Seconds, in the order of TIMINGS: in all, to the first byte of the answer, from the request's
-        sending to the answer's end, and what the gateway itself added before the first byte; None
-        where there was no such thing."""
+        """Seconds, in the order of TIMINGS: in all, to the first byte of the answer, from the
+        request's sending to the answer's end, and what the gateway itself added before the first
+        byte; None where there was no such thing."""
         total, first = self.over - self.arrived, self.first - self.arrived if self.first else None
         if not self.asked or not self.answered:
             return total, first, None, None
@@ -4818,11 +4822,6 @@ class Record:
         return line
 
 
-def rounded(seconds: float | None) -> float | None:
-    """Seconds to the tenth of a millisecond."""
-    return None if seconds is None else round(seconds, 4)
-
-
 # How a field of the record is called in the JSON log (the README's "Log" describes it) …
 LOG_FIELDS: dict[str, Callable[[Record], Any]] = {
     "call_id": lambda r: r.call_id,
@@ -4847,8 +4846,8 @@ LOG_FIELDS: dict[str, Callable[[Record], Any]] = {
     "cache_write_tokens": lambda r: r.tally.written,
     "cost": lambda r: float(r.tally.spend),
     "estimated": lambda r: r.estimated,
-    "time_to_first_byte": lambda r: rounded(r.timings[1]),
-    "duration": lambda r: rounded(r.timings[0]),
+    "time_to_first_byte": lambda r: round(r.first - r.arrived, 4) if r.first else None,
+    "duration": lambda r: round(r.over - r.arrived, 4),
     "bytes_in": lambda r: r.bytes_in,
     "bytes_out": lambda r: r.bytes_out,
 }
@@ -4894,10 +4893,10 @@ class Histogram:
 class Traffic:
     """What passed since the start, as /metrics shows it: plain counts, which cost a request little.
 
-    ``requests`` counts by (key, model, status, outcome); ``used`` is what was booked, by (key, model);
-    ``timings`` has, for a model, a Histogram for each of TIMINGS. Beyond MAX_LABELS pairs of key and
-    model, and MAX_MODELS_A_DAY models, all are counted as one, so that neither keys nor callers can
-    make them grow without end.
+    ``requests`` counts by (key, model, status, outcome); ``used`` is what was booked, by (key,
+    model); ``timings`` has, for a model, a Histogram for each of TIMINGS. Beyond MAX_LABELS pairs
+    of key and model, and MAX_MODELS_A_DAY models, all are counted as one, so that neither keys nor
+    callers can make them grow without end.
     """
 
     def __init__(self) -> None:
@@ -4970,9 +4969,11 @@ class Caller:
 
 
 def candidates(headers: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
-    """The credentials shown, as (lower-case header name, value without its scheme), empty ones left out.
+    """The credentials shown, as (lower-case header name, value without its scheme), empty ones left
+    out.
 
-    ``Authorization`` counts with the Bearer scheme only; the others with or without it, as in LiteLLM.
+    ``Authorization`` counts with the Bearer scheme only; the others with or without it, as in
+    LiteLLM.
     """
     shown = []
     for header in CREDENTIAL_HEADERS:
@@ -5026,8 +5027,8 @@ class Doors:
         ):
             raise APIError(
                 403,
-                "This gateway is open, so it takes requests to and from this machine's own addresses"
-                " only. Set GATEWAY_MASTER_KEY where it is started, and use a virtual key.",
+                "This gateway is open, so it takes requests to and from this machine's own"
+                " addresses only. Set GATEWAY_MASTER_KEY where it is started, and use a virtual key.",
             )
 
     def _is_here(self, authority: str) -> bool:
@@ -5079,7 +5080,8 @@ class Doors:
         raise APIError(401, text)
 
     async def holds_key(self, text: str, shown: Sequence[str]) -> bool:
-        """Whether a key of this gateway stands in a text, one of these that were shown or any other."""
+        """Whether a key of this gateway stands in a text, one of these that were shown or any
+        other."""
         for key in (*shown, *([self._master_key] if self._master_key else ())):
             if key in text:
                 return True
@@ -5107,10 +5109,11 @@ UNREAD = Order()  # until the body is here
 class Visit:
     """A relayed request on its way through the rules, and what they found out about it.
 
-    ``target`` is the raw one behind the upstream's base path, ``path`` what rules look at, ``length``
-    the body's: bytes or CHUNKED. ``credential`` is the field that goes up, as (name, value). ``order``
-    is what it asks for, ``hold`` what it holds for that, ``meter`` reads what it used. ``began`` says
-    that all of it went up. ``payer`` is the key that pays; None where the caller does, or nobody counts.
+    ``target`` is the raw one behind the upstream's base path, ``path`` what rules look at,
+    ``length`` the body's: bytes or CHUNKED. ``lines`` are the field lines that go up,
+    ``credential`` is the field that goes up, as (name, value). ``order`` is what it asks for,
+    ``hold`` what it holds for that, ``meter`` reads what it used. ``began`` says that all of it
+    went up. ``payer`` is the key that pays; None where the caller does, or nobody counts.
     """
 
     gateway: Gateway
@@ -5122,6 +5125,7 @@ class Visit:
     route: Route
     caller: Caller
     order: Order
+    lines: list[str]
     payer: VirtualKey | None = None
     reads_body: bool = False
     credential: tuple[str, str] | None = None
@@ -5131,11 +5135,6 @@ class Visit:
     answer: ResponseHead | None = None
     began: bool = False
     phase: RequestPhase = RequestPhase.JUDGED
-
-    def enter(self, phase: RequestPhase) -> None:
-        """Go on to a phase."""
-        assert phase in FOLLOWS[self.phase], f"{self.phase} -> {phase}"
-        self.phase = phase
 
 
 class Kept:
@@ -5166,8 +5165,8 @@ class Rule:
     """
 
     async def head(self, visit: Visit) -> None:
-        """Judge by the head, before any of the body is read. One that sets ``visit.reads_body`` sees
-        every body, and none of more than JSON_BODY_LIMIT bytes is let in."""
+        """Judge by the head, before any of the body is read. One that sets ``visit.reads_body``
+        sees every body, and none of more than JSON_BODY_LIMIT bytes is let in."""
 
     async def body(self, visit: Visit, body: Kept) -> None:
         """Judge the whole request, if its body was kept: of JSON, and of what is billed."""
@@ -5185,7 +5184,8 @@ class Rule:
 
 
 class Rules:
-    """The rules that requests pass, in their order; each step has those that have something to do."""
+    """The rules that requests pass, in their order; each step has those that have something to
+    do."""
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         self.head = self._having(rules, "head")
@@ -5302,6 +5302,48 @@ class Models(Rule):
         await check_models(key.models, route, document, body.breathe)
 
 
+@functools.lru_cache(maxsize=256)
+def readable_codings(accepted: tuple[str, ...]) -> str:
+    """An Accept-Encoding cut down to the codings that the gateway reads itself."""
+    offers = [offer.strip() for offer in ", ".join(accepted).split(",")]
+    kept = [o for o in offers if o.partition(";")[0].strip().lower() in OFFERED_CODINGS]
+    return ", ".join(kept) or "identity"
+
+
+class Fields(Rule):
+    """Which of the request's fields go on, in their order: all but those that DROPPED_* name, those
+    that ``Connection`` names, and those that hold a key that the caller showed; no key of this
+    gateway goes on anywhere."""
+
+    async def head(self, visit: Visit) -> None:
+        head, caller, lines = visit.head, visit.caller, visit.lines
+        unwanted = head.options
+        if caller.own is None:
+            unwanted |= {WORKSPACE_FIELD}
+            if visit.route.results_of:
+                unwanted |= {"range", "if-range"}  # a part of the results could not be booked
+        codings = None
+        if visit.route.metered and (offered := head.values.get("accept-encoding")):
+            codings = readable_codings(offered)
+        for lower, _, name, line, goes_up, _ in head.fields:
+            if not goes_up or lower in unwanted:
+                continue
+            if codings is not None and lower == "accept-encoding":
+                line, unwanted = f"{name}: {codings}", unwanted | {lower}
+            lines.append(line)
+        for key in caller.presented:
+            if key in "\n".join(lines):
+                lines[:] = [line for line in lines if key not in line]
+        target = urllib.parse.unquote(visit.target, "latin-1")
+        text = "\n".join((head.method, visit.target, target, *lines))
+        if await visit.gateway.doors.holds_key(text, caller.presented):
+            raise APIError(
+                400,
+                "A key of this gateway stands in the path, the query or a header field where it"
+                " would go on to Anthropic. Send it as 'x-api-key' or 'Authorization: Bearer' alone.",
+            )
+
+
 class Limits(Rule):
     """How much a key may use: requests and tokens a minute, requests at a time, USD.
 
@@ -5346,14 +5388,11 @@ class Limits(Rule):
         visit.order = await read_order(document, body.data, batched=batched, breathe=body.breathe)
         if hold is not None and hold.reads_body and prices.available:
             charges = prices.worst(visit.order, hold.started)
-            worst = [(model, tally.spend) for model, tally in charges]
-            await visit.gateway.ledger.hold(hold, Want(worst=worst, fit=batched))
+            await visit.gateway.ledger.hold(hold, Want(worst=charges, fit=batched))
 
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
         route = visit.route
-        if head.status != 200 or not route.billed or not route.metered:
-            return ()
-        if route.batch and makes_object(visit, head):
+        if head.status != 200 or not route.billed or not route.metered or route.batch:
             return ()
         room = functools.partial(visit.gateway.held.find_room, visit.caller.hashed or "")
         visit.meter = Meter(head.get("content-type"), room=room)
@@ -5408,7 +5447,8 @@ class Limits(Rule):
             # One that may have been made, though nobody knows its name, costs what is held for it.
             made = answer is None or answer.status < 300
             return Measured(blind=True) if made and hold is not None and hold.amounts else None
-        # Whoever leaves before the head pays what was under way; without a head no stream has begun.
+        # Whoever leaves before the head pays what was under way; without a head no stream has
+        # begun.
         if answer is not None or outcome not in ("client_gone", "timeout"):
             return None
         if visit.order.streams:
@@ -5419,7 +5459,7 @@ class Limits(Rule):
 class Batches(Rule):
     """A batch is its maker's: held until it is booked, booked once, before it is deleted."""
 
-    async def body(self, visit: Visit, body: Kept) -> None:
+    async def head(self, visit: Visit) -> None:
         route, gateway = visit.route, visit.gateway
         if route.deletes and gateway.ledger.is_unbooked(route.batch_id):
             await gateway.batches.book(route.batch_id)
@@ -5439,8 +5479,8 @@ class Batches(Rule):
         return (Results(book, room, finish),)
 
     async def look(self, visit: Visit, plain: bytes) -> None:
-        """Look at a batch object: remember whose it is, if it was just made, before he is told of it;
-        if it has ended, it is time to book it."""
+        """Look at a batch object: remember whose it is, if it was just made, before he is told of
+        it; if it has ended, it is time to book it."""
         gateway, payer, batch = visit.gateway, visit.payer, read_json(plain)
         name = batch.get("id") if isinstance(batch, dict) else None
         if not isinstance(batch, dict) or not isinstance(name, str):
@@ -5460,7 +5500,8 @@ def makes_object(visit: Visit, head: ResponseHead) -> bool:
 
 
 class Results(Meter):
-    """Books a batch's results as they pass to whoever fetches them; all of them, then it is booked."""
+    """Books a batch's results as they pass to whoever fetches them; all of them, then it is
+    booked."""
 
     def __init__(
         self,
@@ -5478,40 +5519,7 @@ class Results(Meter):
         return b""
 
 
-RULES: tuple[Rule, ...] = (Credentials(), Routes(), Models(), Limits(), Batches())
-
-
-def upstream_lines(visit: Visit) -> list[str]:
-    """The request's field lines that go on, in their order: all but those that DROPPED_* name, those
-    that ``Connection`` names, and those that hold a key that the caller showed."""
-    head, caller = visit.head, visit.caller
-    unwanted = head.options
-    if caller.own is None:
-        unwanted |= {WORKSPACE_FIELD}
-        if visit.route.results_of:
-            unwanted |= {"range", "if-range"}  # a part of the results could not be booked
-    codings = None
-    if visit.route.metered and (offered := head.values.get("accept-encoding")):
-        codings = readable_codings(offered)
-    lines = []
-    for lower, _, name, line, goes_up, _ in head.fields:
-        if not goes_up or lower in unwanted:
-            continue
-        if codings is not None and lower == "accept-encoding":
-            line, unwanted = f"{name}: {codings}", unwanted | {lower}
-        lines.append(line)
-    for key in caller.presented:
-        if key in "\n".join(lines):
-            lines = [line for line in lines if key not in line]
-    return lines
-
-
-@functools.lru_cache(maxsize=256)
-def readable_codings(accepted: tuple[str, ...]) -> str:
-    """An Accept-Encoding cut down to the codings that the gateway reads itself."""
-    offers = [offer.strip() for offer in ", ".join(accepted).split(",")]
-    kept = [o for o in offers if o.partition(";")[0].strip().lower() in OFFERED_CODINGS]
-    return ", ".join(kept) or "identity"
+RULES = (Credentials(), Routes(), Models(), Fields(), Batches(), Limits())
 
 
 # ─── Relay ────────────────────────────────────────────────────────────────────────────────────────
@@ -5569,15 +5577,15 @@ class Held:
         self._shares: dict[str, int] = {}
 
     def take(self, key: str, size: int) -> None:
-        """Hold so many bytes more for a key (its hash; empty for the operator's requests, which have
-        no share). Raises APIError 413, 429 or 503."""
+        """Hold so many bytes more for a key (its hash; empty for the operator's requests, which
+        have no share). Raises APIError 413, 429 or 503."""
         limit = self.share if key else self.limit
         mine = self._shares.get(key, 0) + size
         if size > limit:
             raise APIError(
                 413,
-                f"The gateway holds at most {limit:,} bytes of a request. Send a smaller one, or ask"
-                " whoever runs it for more --max-held-bytes.",
+                f"The gateway holds at most {limit:,} bytes of a request. Send a smaller one, or"
+                " ask whoever runs it for more --max-held-bytes.",
             )
         if self.total + size > self.limit:
             text = "The gateway holds as much as it can for requests under way. Try again."
@@ -5612,7 +5620,8 @@ class Held:
 
 
 class Request(httputil.HTTPServerRequest):
-    """Tornado's request over a head that is parsed already; what no handler asks for is not made."""
+    """Tornado's request over a head that is parsed already; what no handler asks for is not
+    made."""
 
     def __init__(self, connection: ServerConnection) -> None:
         # Not Tornado's, which also refuses what the upstream may take.
@@ -5638,27 +5647,26 @@ class Request(httputil.HTTPServerRequest):
     def query_arguments(self) -> dict[str, list[bytes]]:  # type: ignore[override]
         return self.arguments
 
-    @property
-    def host_name(self) -> str:  # type: ignore[override]
-        return httputil.split_host_and_port(self.host.lower())[0]
-
 
 class BaseHandler(web.RequestHandler):
     """Answers in JSON, errors in Anthropic's envelope, and logs no query (keys stand there).
 
-    A `HandlerDelegate` calls `prepare`, `data_received` and `respond`; each may return what is to be
-    awaited, which then is `step`, and may raise APIError.
+    A `HandlerDelegate` calls `prepare`, `data_received` and `respond`; each may return what is to
+    be awaited, which then is `step`, and may raise APIError. A body is kept only where
+    ``keeps_body``: of those whom `prepare` lets in.
     """
 
     request: Request
     gateway: Gateway
-    call_id = ""
+    call_id: str
     step: asyncio.Task[None] | None = None
+    keeps_body = False
+    received = 0
 
     def clear(self) -> None:
         """Tornado's, without the fields that it adds to every answer."""
-        if not self.call_id:
-            self.call_id, self.gateway = new_call_id(), self.application.settings["gateway"]
+        self.gateway = self.application.settings["gateway"]
+        self.call_id = self.request.connection.call_id
         self._headers = httputil.HTTPHeaders()
         self._headers["x-litellm-call-id"] = self.call_id
         self._write_buffer = []
@@ -5673,10 +5681,12 @@ class BaseHandler(web.RequestHandler):
         return None
 
     def data_received(self, chunk: bytes) -> Awaitable[None] | None:
-        """Keep a part of the body."""
-        self.request.body += chunk
-        if len(self.request.body) > OWN_BODY_LIMIT:
+        """Keep a part of the body, where it is anything to the handler."""
+        self.received += len(chunk)
+        if self.received > OWN_BODY_LIMIT:
             raise too_large(OWN_BODY_LIMIT)
+        if self.keeps_body:
+            self.request.body += chunk
         return None
 
     def respond(self, *path: str) -> Awaitable[None] | None:
@@ -5699,6 +5709,8 @@ class BaseHandler(web.RequestHandler):
     def fail(self, error: Exception) -> None:
         """Answer with an error; one that is no refusal is logged."""
         refusal = self.refusal_of(error)
+        if self._finished:
+            return
         self.clear()
         self.set_status(refusal.status)
         for name, value in (*refusal.headers, ("request-id", self.call_id)):
@@ -5727,10 +5739,29 @@ class BaseHandler(web.RequestHandler):
         return APIError(500, FAILED_HERE)
 
 
+Result = TypeVar("Result")
+
+
+def at_once(coroutine: Coroutine[Any, Any, Result]) -> asyncio.Task[Result] | None:
+    """Run a coroutine until it must wait: None if it never had to, else the task that goes on with
+    it. What it raises before is raised here."""
+    try:
+        first = coroutine.send(None)
+    except StopIteration:
+        return None
+
+    @types.coroutine
+    def rest() -> Generator[Any, Any, Result]:
+        yield first
+        return (yield from coroutine.__await__())
+
+    return asyncio.get_running_loop().create_task(rest())
+
+
 class HandlerDelegate(httputil.HTTPMessageDelegate):
-    """Runs a handler's steps as a request comes. Tornado's own takes a task and three futures for it;
-    here none is made where nothing waits, and where something does, the connection waits for what is
-    returned."""
+    """Runs a handler's steps as a request comes. Tornado's own takes a task and three futures for
+    it; here none is made where nothing waits, and where something does, the connection waits for
+    what is returned."""
 
     def __init__(self, handler: BaseHandler, path: Sequence[bytes] = ()) -> None:
         self._handler = handler
@@ -5815,63 +5846,48 @@ class BatchKeeper:
     """
 
     def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
-        self._ledger, self._time = gateway.ledger, gateway.time
-        self._due: dict[str, float] = {}
-        self._waits: dict[str, float] = {}
-        self._changed = asyncio.Event()
-        self._looks: set[asyncio.Task[None]] = set()
+        self._gateway, self._ledger = gateway, gateway.ledger
+        self._hurried: dict[str, asyncio.Event] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._turn = asyncio.Semaphore(LOOKS_AT_ONCE)
 
     def watch(self, name: str) -> None:
         """Look at a batch from time to time until it is booked."""
-        self._waits[name] = BATCH_LOOK
-        self._due[name] = self._time() + BATCH_LOOK
-        self._changed.set()
+        if name not in self._hurried:
+            self._hurried[name] = asyncio.Event()
+            task = asyncio.get_running_loop().create_task(self._keep(name))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     def hurry(self, name: str) -> None:
         """A batch is known to have ended."""
-        if self._due.get(name, math.inf) < math.inf:
-            self._due[name] = self._time()
-            self._changed.set()
+        if name in self._hurried:
+            self._hurried[name].set()
 
     async def run(self) -> None:
-        """Look at batches when it is time, until cancelled."""
+        """Watch all that are not booked, until cancelled."""
         for name in self._ledger.unbooked():
             self.watch(name)
         try:
-            while True:
-                self._changed.clear()
-                name = min(self._due, key=self._due.__getitem__, default="")
-                wait = self._due[name] - self._time() if name else math.inf
-                if wait <= 0 and len(self._looks) < LOOKS_AT_ONCE:
-                    self._due[name] = math.inf  # until this look is over
-                    look = asyncio.get_running_loop().create_task(self._look(name))
-                    self._looks.add(look)
-                    look.add_done_callback(self._looked)
-                    continue
-                busy = wait == math.inf or len(self._looks) >= LOOKS_AT_ONCE
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(None if busy else wait):
-                        await self._changed.wait()
+            await asyncio.Event().wait()
         finally:
-            for look in self._looks:
-                look.cancel()
+            for task in self._tasks:
+                task.cancel()
 
-    def _looked(self, look: asyncio.Task[None]) -> None:
-        self._looks.discard(look)
-        self._changed.set()
-
-    async def _look(self, name: str) -> None:
-        try:
-            booked = await self.book(name)
-        except Exception:
-            log.exception("a batch could not be booked; it is looked at again")
-            booked = False
-        if booked:
-            del self._due[name], self._waits[name]
-            return
-        wait = self._waits[name] = min(BATCH_LOOK_LATEST, self._waits[name] * BATCH_SLACK)
-        self._due[name] = self._time() + wait
+    async def _keep(self, name: str) -> None:
+        wait, booked = BATCH_LOOK, False
+        while not booked:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await self._hurried[name].wait()
+            async with self._turn:
+                self._hurried[name].clear()
+                try:
+                    booked = await self.book(name)
+                except Exception:
+                    log.exception("a batch could not be booked; it is looked at again")
+            wait = min(BATCH_LOOK_LATEST, wait * BATCH_SLACK)
+        del self._hurried[name]
 
     async def book(self, name: str) -> bool:
         """Book what a batch cost, if it has ended; whether nothing of it is left to be booked."""
@@ -5914,7 +5930,8 @@ class BatchKeeper:
         return True
 
     def book_result(self, name: str, line: int, measured: Measured) -> None:
-        """Book a line of a batch's results to the key that made it, once, however often it is read."""
+        """Book a line of a batch's results to the key that made it, once, however often it is
+        read."""
         account = self._ledger.batch_line(name, line)
         if account is None:
             return
@@ -5937,8 +5954,9 @@ class BatchKeeper:
 
 
 class Gateway:
-    """What all requests share: the settings, the ledger, the prices, the way upstream, the rules, and
-    what is counted. ``held`` is what requests hold in memory, ``turn`` is whose large body is judged."""
+    """What all requests share: the settings, the ledger, the prices, the way upstream, the rules,
+    and what is counted. ``held`` is what requests hold in memory, ``turn`` is whose large body is
+    judged."""
 
     def __init__(self, settings: Settings, rules: Sequence[Rule] = RULES) -> None:
         self.settings = settings
@@ -5988,12 +6006,11 @@ class RelayHandler(BaseHandler):
     """Anthropic's API, any method, any path: judged by its head, then by its body, sent on with the
     real key, and streamed back.
 
-    The way of a request: `prepare` → `data_received`… → `post` → `fetch` → `on_head` → `on_chunk`… →
-    `on_fetched`. Every way out passes `settle` once.
+    The way of a request: `prepare` → `data_received`… → `post` → `fetch` → `on_head` → `on_chunk`…
+    → `on_fetched`. Every way out passes `settle` once.
     """
 
     _visit: Visit
-    _lines: list[str]  # of the request, as they go up
     _kept: list[bytes] | None = None  # of its body
     _held = 0  # bytes
     _upstream: UpstreamRequest | None = None
@@ -6007,11 +6024,13 @@ class RelayHandler(BaseHandler):
         """Called by Tornado's constructor."""
         gateway, request, head = self.gateway, self.request, self.request.head
         moment = gateway.time()
-        record = Record(self.call_id, head.method, request.remote_ip or "", moment, now())
+        started = moment_of(int(time.time()))
+        record = Record(self.call_id, head.method, request.remote_ip or "", moment, started)
         target = upstream_target(head.method, head.target) or ""
         length = request.connection.length
-        known = ("", OTHER_ROUTE, NOBODY, UNREAD)
-        self._visit = Visit(gateway, head, target, length, record, *known)
+        self._visit = Visit(
+            gateway, head, target, length, record, "", OTHER_ROUTE, NOBODY, UNREAD, []
+        )
         gateway.active.add(self)
 
     # The request
@@ -6027,23 +6046,16 @@ class RelayHandler(BaseHandler):
         visit.route = route(head.method.upper(), path)
         for judge in gateway.rules.head:
             await judge(visit)
-        self._lines = lines = upstream_lines(visit)
-        texts = (head.method, visit.target, urllib.parse.unquote(visit.target, "latin-1"), *lines)
-        if await gateway.doors.holds_key("\n".join(texts), visit.caller.presented):
-            raise APIError(
-                400,
-                "A key of this gateway stands in the path, the query or a header field where it would"
-                " go on to Anthropic. Send it as 'x-api-key' or 'Authorization: Bearer' alone.",
-            )
-        lines.insert(0, gateway.host_line)
+        visit.lines.insert(0, gateway.host_line)
         if visit.credential is not None:
-            lines.append(": ".join(visit.credential))
+            visit.lines.append(": ".join(visit.credential))
         keeps = visit.reads_body or visit.route.billed or is_json(head.get("content-type"))
         if visit.length > JSON_BODY_LIMIT:
             self._go_unread(visit.length)
             keeps = False
         if visit.length == 0 or keeps:
-            self._hold(visit.length)
+            if visit.length > 0:
+                self._hold(visit.length)
             self._kept = []
         else:
             self._stream(visit.length)
@@ -6056,15 +6068,16 @@ class RelayHandler(BaseHandler):
             raise too_large(limit)
         if kept is None:
             return self._write(chunk)
-        self._hold(record.bytes_in - self._held)
+        if record.bytes_in > self._held:
+            self._hold(record.bytes_in - self._held)
         kept.append(chunk)
         if len(kept) > MANY_PARTS:  # each takes more than it holds where they are small
             self._kept = [b"".join(kept)]
         if record.bytes_in <= JSON_BODY_LIMIT:
             return None
         self._go_unread(record.bytes_in)
-        self._stream(CHUNKED)
-        return self._write(b"".join(kept))
+        self._stream(CHUNKED, framed(b"".join(kept)))
+        return self._upstream.room if self._upstream is not None else None
 
     async def post(self, *_: str) -> None:
         """The request is whole: judge its body, and send it. Every method is this one."""
@@ -6085,7 +6098,7 @@ class RelayHandler(BaseHandler):
             for judge in self.gateway.rules.body:
                 await judge(visit, body)
         if data or visit.head.length is not None:
-            self._lines.append(f"Content-Length: {len(data)}")
+            self._visit.lines.append(f"Content-Length: {len(data)}")
         self.fetch(data)
 
     respond = post
@@ -6093,12 +6106,12 @@ class RelayHandler(BaseHandler):
     def fetch(self, data: bytes = b"", **body: Any) -> None:
         """Ask the upstream; `on_head`, `on_chunk` and `on_fetched` follow."""
         visit, gateway, method = self._visit, self.gateway, self._visit.head.method
-        visit.enter(RequestPhase.FETCHED)
+        visit.phase = FOLLOWS[visit.phase][RequestPhase.FETCHED]
         start = f"{method} {gateway.base_path}{visit.target} HTTP/1.1"
         self._upstream = UpstreamRequest(
             gateway.origin,
             method,
-            "\r\n".join((start, *self._lines, "\r\n")).encode("latin-1"),
+            "\r\n".join((start, *self._visit.lines, "\r\n")).encode("latin-1"),
             data,
             header_callback=self.on_head,
             streaming_callback=self.on_chunk,
@@ -6123,7 +6136,7 @@ class RelayHandler(BaseHandler):
         visit.answer, visit.record.status = head, head.status
         visit.record.answered = gateway.time()
         if head.status < 500:
-            gateway.traffic.last_success = visit.record.started
+            gateway.traffic.last_success = moment_of(int(time.time()))
         else:
             gateway.traffic.failed(f"The upstream answered {head.status}.")
         filters: list[ResponseFilter] = []
@@ -6143,7 +6156,8 @@ class RelayHandler(BaseHandler):
                 self._filters = [visit.mask] if visit.mask is not None else []
 
     def on_chunk(self, data: bytes) -> asyncio.Future[None] | None:
-        """Send on what one read brought, as the filters let it; the future says when there is room."""
+        """Send on what one read brought, as the filters let it; the future says when there is
+        room."""
         assert self._upstream is not None
         complete = self._upstream.complete
         if self._gathered is not None:
@@ -6158,7 +6172,10 @@ class RelayHandler(BaseHandler):
                 data = each.feed(data)
             if complete:
                 data += each.finish(True)
-        return self._send(data, complete)
+        if complete or self._visit.phase is not RequestPhase.BEGUN:
+            return self._send(data, complete)
+        self._visit.record.bytes_out += len(data)
+        return self.request.connection.write(data)
 
     def on_fetched(self, response: UpstreamResponse) -> None:
         """The exchange is over; what is whole was sent with its last bytes."""
@@ -6169,17 +6186,18 @@ class RelayHandler(BaseHandler):
             self.fail(cast(Exception, response.error))
 
     def on_connection_close(self) -> None:
-        """The client has left: so does the upstream's connection, at once; but where a batch is being
-        made its answer is awaited, since whoever makes one pays for it."""
+        """The client has left: so does the upstream's connection, at once; but where a batch is
+        being made its answer is awaited, since whoever makes one pays for it."""
         visit, upstream = self._visit, self._upstream
         asked = upstream is not None and upstream.begun and upstream.sent
         if visit.route.makes_batch and asked and visit.phase is not RequestPhase.SETTLED:
-            visit.enter(RequestPhase.DESERTED)
+            visit.phase = FOLLOWS[visit.phase][RequestPhase.DESERTED]
         else:
             self.settle("client_gone")
 
     def fail(self, error: Exception) -> None:
-        """Answer with an error, or break the answer off that has begun, with an SSE event that says so."""
+        """Answer with an error, or break the answer off that has begun, with an SSE event that says
+        so."""
         visit, record = self._visit, self._visit.record
         if visit.phase is RequestPhase.SETTLED:
             return
@@ -6206,13 +6224,15 @@ class RelayHandler(BaseHandler):
             super().fail(refusal)
 
     def settle(self, outcome: str) -> None:
-        """Every way out passes here, once: book what was used, free what is held, write the log line."""
+        """Every way out passes here, once: book what was used, free what is held, write the log
+        line."""
         visit, gateway, upstream, step = self._visit, self.gateway, self._upstream, self.step
         if visit.phase is RequestPhase.SETTLED:
             return
-        visit.enter(RequestPhase.SETTLED)
+        visit.phase = FOLLOWS[visit.phase][RequestPhase.SETTLED]
         record, head, answer = visit.record, visit.head, visit.answer
-        record.outcome, record.over, record.ended = outcome, gateway.time(), now()
+        record.outcome, record.over = outcome, gateway.time()
+        record.ended = moment_of(int(time.time()))
         if upstream is not None:
             record.asked, visit.began = upstream.begun, upstream.begun > 0 and upstream.sent
             if outcome != "ok":
@@ -6254,9 +6274,8 @@ class RelayHandler(BaseHandler):
 
     def _hold(self, size: int) -> None:
         """Count so many bytes more as held for this request. Raises APIError."""
-        if size > 0:
-            self.gateway.held.take(self._visit.record.hashed, size)
-            self._held += size
+        self.gateway.held.take(self._visit.record.hashed, size)
+        self._held += size
 
     def _free(self) -> None:
         """Nothing is held of the request any more."""
@@ -6265,13 +6284,14 @@ class RelayHandler(BaseHandler):
             self.gateway.held.give_back(self._visit.record.hashed, held)
 
     async def _breathe(self) -> None:
-        """At each turn of the loop a step of one body's, so that nobody waits for all that others sent."""
+        """At each turn of the loop a step of one body's, so that nobody waits for all that others
+        sent."""
         async with self.gateway.turn:
             await asyncio.sleep(0)
 
     def _go_unread(self, size: int) -> None:
-        """The body, of ``size`` bytes at least, is too large to be kept. Raises APIError where it must
-        be read."""
+        """The body, of ``size`` bytes at least, is too large to be kept. Raises APIError where it
+        must be read."""
         if self._visit.reads_body:
             raise APIError(
                 413,
@@ -6281,11 +6301,11 @@ class RelayHandler(BaseHandler):
         self._visit.order = Order(prompt=tokens_in(size))
         self._kept = None
 
-    def _stream(self, length: int) -> None:
-        """Open the upstream now; the body follows as it comes."""
-        self._lines.append(CHUNKED_LINE if length == CHUNKED else f"Content-Length: {length}")
+    def _stream(self, length: int, kept: bytes = b"") -> None:
+        """Open the upstream now; the body follows what is kept of it, as it comes."""
+        self._visit.lines.append(CHUNKED_LINE if length == CHUNKED else f"Content-Length: {length}")
         self._uploaded = asyncio.get_running_loop().create_future()
-        self.fetch(body_producer=self._produce, chunked=length == CHUNKED)
+        self.fetch(kept, body_producer=self._produce, chunked=length == CHUNKED)
 
     def _produce(self, write: Callable[[bytes], asyncio.Future[None]]) -> asyncio.Future[None]:
         """`data_received` writes what comes, until `post` says that it was all."""
@@ -6325,7 +6345,7 @@ class RelayHandler(BaseHandler):
         record, begins = visit.record, visit.phase is RequestPhase.FETCHED
         record.bytes_out += len(data)
         if begins:
-            visit.enter(RequestPhase.BEGUN)
+            visit.phase = FOLLOWS[visit.phase][RequestPhase.BEGUN]
             record.first = self.gateway.time()
         if complete:  # before the last bytes: the next request sees what this one cost
             self.settle("ok")
@@ -6347,17 +6367,16 @@ class RelayHandler(BaseHandler):
     def _answer_head(
         self, head: ResponseHead, own: Sequence[tuple[str, str]]
     ) -> tuple[httputil.ResponseStartLine, RawFields]:
-        """An answer's head as the client gets it: without hop-by-hop fields, with the gateway's own in
-        the place of those of their names, and the real key masked."""
+        """An answer's head as the client gets it: without hop-by-hop fields, with the gateway's own
+        in the place of those of their names, and the real key masked."""
         unwanted, mask, phrase, lines = head.options, self._visit.mask, head.reason, []
         if own:
             unwanted = unwanted.union(map(operator.itemgetter(0), own))
         for lower, _, _, line, _, goes_down in head.fields:
             if goes_down and lower not in unwanted:
                 lines.append(line)
-        if mask is not None:
-            if mask.text in "\n".join((phrase, *lines)):
-                phrase, lines = mask.mask_text(phrase), [mask.mask_text(line) for line in lines]
+        if mask is not None and mask.text in "\n".join((phrase, *lines)):
+            phrase, lines = mask.mask_text(phrase), [mask.mask_text(line) for line in lines]
         for name, value in own:
             lines.append(f"{name}: {value}")
         return httputil.ResponseStartLine("", head.status, phrase), RawFields(lines, 0)
@@ -6398,6 +6417,8 @@ class NotFoundHandler(BaseHandler):
 
 class ManagementHandler(BaseHandler):
     """What only the master key may do. Raises 401 without a key, 403 with any other."""
+
+    keeps_body = True
 
     @property
     def ledger(self) -> FileLedger:
@@ -6668,6 +6689,8 @@ class ResetSpendHandler(ManagementHandler):
 
 class InfoHandler(ManagementHandler):
     """GET /key/info?key=: LiteLLM's ``{"key", "info"}``. A virtual key may ask about itself."""
+
+    keeps_body = False
 
     def prepare(self) -> None:
         BaseHandler.prepare(self)  # `get` decides, since a key may ask about itself
@@ -6965,6 +6988,8 @@ class MetricsHandler(ManagementHandler):
     Open to the master key, to a key whose ``allowed_routes`` name it, and with --open-metrics and
     in open mode to all. 501 where the package prometheus-client is not installed.
     """
+
+    keeps_body = False
 
     def prepare(self) -> None:
         """Let in who may read them."""

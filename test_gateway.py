@@ -2790,12 +2790,12 @@ async def test_an_address_that_answers_no_more_is_resolved_again(
 ) -> None:
     async with Upstream(echo) as up:
         origin = gateway.Origin("http", "localhost", up.port)
-        (await fetcher.connect(origin)).abandon()
+        (await fetcher.connect(origin, 5)).abandon()
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))
             gone = unused.getsockname()
         fetcher._reached[origin] = (gone, float("inf"))
-        connection = await fetcher.connect(origin)
+        connection = await fetcher.connect(origin, 5)
         assert connection.transport.get_extra_info("peername") == ("127.0.0.1", up.port)
         assert fetcher.opened == 2
         connection.abandon()
@@ -3733,7 +3733,7 @@ class Admissions:
             return
         self.admitted += 1
         order = order_of(rows if batch else params, body, batched=batch)
-        worst = [(model, tally.spend) for model, tally in self.prices.worst(order, hold.started)]
+        worst = self.prices.worst(order, hold.started)
         try:
             await self.store.hold(hold, gateway.Want(worst=worst, fit=batch))
         except gateway.APIError as refused:
@@ -3825,7 +3825,7 @@ async def test_what_is_held_at_once_is_capped(gw: GW) -> None:
 
 async def test_who_sends_many_large_bodies_keeps_no_other_waiting(gw: GW) -> None:
     gw.plays(answers(b"{}"))
-    blocks = [{"type": "text", "text": "x"}] * 12_000  # far from being read at once
+    blocks = [{"type": "text", "text": "x"}] * 40_000  # far from being read at once
     body = {**MESSAGE, "messages": [{"role": "user", "content": blocks}]}
     greedy, other = [await gw.new_key(models=["*"]) for _ in range(2)]
 

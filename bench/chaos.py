@@ -89,12 +89,12 @@ def run_gateway(arguments: list[str]) -> None:
     """The gateway itself, with a clock that jumps on SIGUSR1, and a census on SIGUSR2."""
     real_time, jumps = time.time, [0]
     time.time = lambda: real_time() + CLOCK_JUMPS[jumps[0] % len(CLOCK_JUMPS) - 1]
-    relays: list[gateway.Relay] = []
+    relays: list[gateway.Gateway] = []
     make_app = gateway.make_app
 
     def remember(settings: gateway.Settings) -> Any:
         application = make_app(settings)
-        relays.append(application.settings["relay"])
+        relays.append(application.settings["gateway"])
         return application
 
     def jump(*_: Any) -> None:
@@ -106,14 +106,14 @@ def run_gateway(arguments: list[str]) -> None:
         # to be seen is what was not given back to it.
         ctypes.CDLL(None).malloc_trim(0)
         relay = relays[0]
-        accounts = [key.account for key in relay.store.keys.values()]
+        accounts = [key.account for key in relay.ledger.keys.values()]
         counts = {
             "requests": len(relay.active),
-            "exchanges": len(relay.client.exchanges),
+            "exchanges": len(relay.client.requests),
             "slots": sum(account.running for account in accounts),
             "holds": float(sum(w.held for a in accounts for w in a.windows.values())),
             "tasks": len(asyncio.all_tasks(asyncio.get_event_loop())),
-            "connections": instances(gateway.ClientConnection),
+            "connections": instances(gateway.ServerConnection),
             "handlers": instances(gateway.RelayHandler),
             "upstream connections": instances(gateway.UpstreamConnection),
             "open files": len(os.listdir("/proc/self/fd")),
@@ -128,10 +128,10 @@ def run_gateway(arguments: list[str]) -> None:
     gateway.main(arguments)
 
 
-def books(relay: gateway.Relay) -> int:
+def books(relay: gateway.Gateway) -> int:
     """How many objects are what the gateway is there to keep: keys, their use by day, and the most
     recent requests. More of them are no leak."""
-    things: list[Any] = [relay.store.keys, relay.recent, relay.traffic]
+    things: list[Any] = [relay.ledger.keys, relay.recent, relay.traffic]
     seen = set(map(id, things))
     for thing in things:
         for part in gc.get_referents(thing):
@@ -462,7 +462,7 @@ LENGTH = re.compile("transfer-encoding|content-length", re.IGNORECASE)
 ANSWERED_AT_ONCE = [*(asking("GET", "/"), asking("GET", "/nothing"), asking("GET", "/v1/models"))]
 # What a rule may look through: the places that it reads, filled with as much as it will read.
 PLACES = [b"messages", b"tools", b"fallbacks", b"requests"]
-MOST = gateway.MAX_CONTAINERS - 100
+MOST = 60_000  # containers, some of what is read of a body
 FEW = gateway.MAX_ATTEMPTS - 100
 THINGS = [b"[]," * MOST, b"{}," * MOST, b'"",' * 490_000, b"[]," * 2_000_000]
 THINGS += [b"{}," * FEW, b'"",' * FEW]

@@ -79,7 +79,7 @@ def generate(port: int) -> float:
 
 async def lookup(path: Path, key: str) -> float:
     """The seconds that one lookup takes, in this process."""
-    store = gateway.KeyStore(path)
+    store = gateway.FileLedger(path)
     began = time.perf_counter()
     for _ in range(LOOKUPS):
         assert store.lookup(key)
@@ -104,11 +104,10 @@ async def held(path: Path, key: str, flush_interval: float) -> list[float]:
         api_key="sk-ant-bench-0123456789",
     )
     application = gateway.make_app(settings)
-    relay: gateway.Relay = application.settings["relay"]
-    relay.admission.prices.load()
-    server = gateway.GatewayServer(relay, application)
+    relay: gateway.Gateway = application.settings["gateway"]
+    server = gateway.Server(relay, application)
     sockets = gateway.bind(dataclasses.replace(settings, port=0), loopback=True)
-    await server.add_sockets(sockets)
+    server.listen(sockets, None)
     gateway.favour_the_loop()
     load.stdin.write(b"%d\n" % sockets[0].getsockname()[1])
     await asyncio.sleep(1)
@@ -120,12 +119,11 @@ async def held(path: Path, key: str, flush_interval: float) -> list[float]:
     load.kill()
     await load.wait()
     server.stop()
-    server.close_all_connections()
-    await asyncio.sleep(0.1)
-    await relay.store.flush()
-    relay.client.close()
-    relay.store.close()
     server.close()
+    await asyncio.sleep(0.1)
+    await relay.ledger.flush()
+    relay.client.close()
+    relay.ledger.close()
     return times
 
 
