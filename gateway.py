@@ -6883,9 +6883,8 @@ class ReportHandler(ManagementHandler):
         return sorted(rows, key=lambda row: -row["spend"])
 
     def list_requests(self) -> list[dict[str, Any]]:
-        """The most recent requests (at most --recent-requests), newest first, in LiteLLM's fields.
-        Filters: ``request_id`` (the gateway's call id or Anthropic's), ``api_key`` (plain or hash),
-        ``user_id``, ``start_date``, ``end_date``."""
+        """The last --recent-requests, newest first, in LiteLLM's fields. Filters: ``request_id``
+        (either), ``api_key`` (plain or hash), ``user_id``, ``start_date``, ``end_date``."""
         first = self.query("start_date", DAY, "0001-01-01")
         last = self.query("end_date", DAY, "9999-12-31")
         wanted, user, shown = self.query("request_id"), self.query("user_id"), self.query("api_key")
@@ -6912,7 +6911,9 @@ connect with
   export ANTHROPIC_AUTH_TOKEN={key}
   anthropic.Anthropic(base_url="{base}", api_key="{key}")
   new Anthropic({{ baseURL: "{base}", apiKey: "{key}" }})"""
-WELCOME = f"This is a gateway to Anthropic's API. Ask whoever runs it for a key, and {CONNECT}\n"
+WELCOME = (
+    f"A gateway to Anthropic's API. Ask whoever runs it for a key (x-api-key), and {CONNECT}\n"
+)
 
 
 class HelloHandler(BaseHandler):
@@ -6921,10 +6922,7 @@ class HelloHandler(BaseHandler):
     def get(self) -> None:
         self.set_header("Content-Type", "text/plain; charset=utf-8")
         base = f"{self.request.protocol}://{self.request.host}{RELAY_PREFIX}"
-        if self.request.path in ("/", RELAY_PREFIX, f"{RELAY_PREFIX}/"):
-            self.finish(WELCOME.format(base=base, key="<a virtual key>"))
-        else:
-            self.finish("hello\n")
+        self.finish(WELCOME.format(base=base, key="<a virtual key>"))
 
     head = get
 
@@ -6991,23 +6989,21 @@ class MetricsHandler(ManagementHandler):
             return
         for _, credential in candidates(self.request.head.values):
             found = self.ledger.lookup(credential)
-            named = found[1].allowed_routes if found and found[2] == "active" else []
-            named = [route for route in named if route.startswith(METRICS_PATH)]  # no mere "*"
-            if any(fnmatch.fnmatchcase(METRICS_PATH, route) for route in named):
-                return
+            for route in found[1].allowed_routes if found and found[2] == "active" else ():
+                if route.startswith(METRICS_PATH) and fnmatch.fnmatchcase(METRICS_PATH, route):
+                    return  # a mere "*" does not name it
         self.require_master()
 
     def get(self) -> None:
         try:
             import prometheus_client as prometheus
         except ImportError:
-            need = "Metrics need the package prometheus-client (pip install prometheus-client)."
-            raise APIError(501, need) from None
+            raise APIError(501, "Metrics need it: pip install prometheus-client") from None
         registry = prometheus.CollectorRegistry()
         registry.register(self)
         prometheus.ProcessCollector(registry=registry)
-        accepted = self.request.headers.get("Accept", "")
-        encode, content_type = prometheus.exposition.choose_encoder(accepted)
+        choose, accepted = prometheus.exposition.choose_encoder, self.request.headers.get("Accept")
+        encode, content_type = choose(accepted or "")
         self.set_header("Content-Type", content_type)
         self.finish(encode(registry))
 
@@ -7052,18 +7048,17 @@ class MetricsHandler(ManagementHandler):
         yield from families("Counter", "api_key_alias model", USAGE_METRICS, rows)
         rows, moment = {}, now()
         for _, record in itertools.islice(gateway.ledger.live(), MAX_LABELS):
-            spent, limit, left, hours = record.spent(moment), record.max_budget, None, None
-            if limit is not None:
-                left, length = limit - spent, record.budget_duration
-                end = window(length, moment)[1] if length is not None else None
-                hours = end and (end - moment) / timedelta(hours=1)
+            spent, limit, length = record.spent(moment), record.max_budget, record.budget_duration
+            end = window(length, moment)[1] if length and limit is not None else None
+            left = None if limit is None else limit - spent
+            hours = end and (end - moment) / timedelta(hours=1)
             rows[record.shown_name,] = (spent, limit, left, hours)
         yield from families("Gauge", "api_key_alias", BUDGET_METRICS, rows)
-        present = (len(gateway.active), sum(h.is_streaming for h in gateway.active), client.idle)
-        yield from families("Gauge", "", PRESENT_METRICS, {(): present})
-        yield from families(
-            "Counter", "", EVENT_METRICS, {(): (client.opened, client.reused, gone)}
-        )
+        streams = sum(handler.is_streaming for handler in gateway.active)
+        rows = {(): (len(gateway.active), streams, client.idle)}
+        yield from families("Gauge", "", PRESENT_METRICS, rows)
+        rows = {(): (client.opened, client.reused, gone)}
+        yield from families("Counter", "", EVENT_METRICS, rows)
 
 
 class JSONFormatter(logging.Formatter):
@@ -7155,31 +7150,55 @@ MOCK_ERROR_TYPES = {402: "billing_error", 409: "conflict_error", 529: "overloade
 MOCK_CACHE_SIZE = 1000  # prompts whose cached prefix is remembered
 MOCK_COUNTS = dict.fromkeys(("processing", "succeeded", "errored", "canceled", "expired"), 0)
 JSONObject = dict[str, Any]
-Asked = httputil.HTTPServerRequest
+MOCK_MODEL: JSONObject = {"type": "model", "created_at": "2026-01-01T00:00:00Z"}
 MockAnswer = JSONObject | tuple[str, bytes] | list[JSONObject]  # the last: events of a stream
 
 
-class MockAnthropic(web.Application):
-    """A stand-in for Anthropic's API, for trying the gateway without a key or a network.
+class MockAnthropic(web.RequestHandler):
+    """A stand-in for Anthropic's API, for trying the gateway without a key or a network. It echoes
+    what it was asked, counts four characters as a token, and takes no credential but this one, as
+    x-api-key. The model ``mock-error-429`` (or any other status) is answered with that error."""
 
-    It echoes what it was asked, counts four characters as a token, and refuses any credential but
-    ``credential``, the one that the gateway is to send as x-api-key. The model ``mock-error-429``
-    (or any other status) is answered with that error. What it keeps, it keeps in memory.
-    """
+    # What there is, by its kind and id, oldest first; by id the bytes of what has such.
+    things: ClassVar[dict[str, dict[str, JSONObject]]] = {"batches": {}, "files": {}}
+    things["models"] = {n: MOCK_MODEL | {"id": n, "display_name": n} for n in MOCK_MODELS[::-1]}
+    contents: ClassVar[dict[str, bytes]] = {}
+    cached: ClassVar[collections.deque[str]] = collections.deque(maxlen=MOCK_CACHE_SIZE)
 
-    def __init__(self, credential: str) -> None:
-        super().__init__([(r".*", MockHandler)], log_function=lambda handler: None)
+    def initialize(self, credential: str) -> None:
         self.credential = credential
-        born = {"type": "model", "created_at": "2026-01-01T00:00:00Z"}
-        models = {name: born | {"id": name, "display_name": name} for name in MOCK_MODELS[::-1]}
-        # What there is, by its path and id, oldest first; by id the bytes of what has such.
-        self.things: dict[str, dict[str, JSONObject]]
-        self.things = {"models": models, "batches": {}, "files": {}}
-        self.contents: dict[str, bytes] = {}
-        self.cached: collections.deque[str] = collections.deque(maxlen=MOCK_CACHE_SIZE)
 
-    def answer(self, request: Asked) -> MockAnswer:
+    async def send(self) -> None:
+        """Answer, whatever the method."""
+        request_id = mock_id("req")
+        self.set_header("request-id", request_id)
+        self.set_header("Server", "mock")
+        try:
+            answer = self.answer()
+        except APIError as error:
+            self.set_status(error.status, error.kind)
+            if error.status == 429:
+                self.set_header("retry-after", "1")
+            answer = cast(JSONObject, json.loads(error.body(request_id)))
+        if isinstance(answer, tuple):
+            self.set_header("Content-Type", answer[0])
+        if not isinstance(answer, list):
+            self.finish(answer if isinstance(answer, dict) else answer[1])
+            return
+        self.set_header("Content-Type", "text/event-stream; charset=utf-8")
+        self.set_header("Cache-Control", "no-cache")
+        for event in answer:
+            if event["type"] == "content_block_delta":
+                await asyncio.sleep(MOCK_TOKEN_INTERVAL)
+            self.write(f"event: {event['type']}\ndata: {json.dumps(event)}\n\n")
+            with contextlib.suppress(StreamClosedError):
+                await self.flush()
+
+    get = head = post = put = patch = delete = options = send
+
+    def answer(self) -> MockAnswer:
         """What the API says. Raises APIError."""
+        request = self.request
         if request.headers.get_list("x-api-key") != [self.credential]:
             raise APIError(401, "invalid x-api-key")
         sent: Any = None
@@ -7192,7 +7211,18 @@ class MockAnthropic(web.Application):
                 batch["cancel_initiated_at"] = iso(now())
                 return batch | {"processing_status": "canceling"}
             case "POST", "v1", "files":
-                return self._upload(request)
+                if not request.files.get("file"):
+                    raise APIError(400, "file: Field required")
+                name, file = mock_id("file"), request.files["file"][0]
+                about: JSONObject = {
+                    "type": "file",
+                    "filename": file.filename,
+                    "downloadable": True,
+                }
+                about |= {"mime_type": file.content_type, "size_bytes": len(file.body)}
+                self.things["files"][name] = about | {"id": name, "created_at": iso(now())}
+                self.contents[name] = file.body
+                return self.things["files"][name]
             case ("POST", "v1", "messages" | "batches", *_) if not isinstance(sent, dict):
                 raise APIError(400, "The body is not a JSON object")
             case "POST", "v1", "messages":
@@ -7203,7 +7233,7 @@ class MockAnthropic(web.Application):
             case "POST", "v1", "batches":
                 return self._make_batch(sent)
             case "GET", "v1", "models" | "batches" | "files" as kind:
-                return self._list(request, kind)
+                return self._list(kind)
             case "GET", "v1", "models" | "batches" | "files" as kind, name:
                 return self._find(kind, name)
             case "GET", "v1", "batches" | "files" as kind, name, "results" | "content":
@@ -7222,10 +7252,9 @@ class MockAnthropic(web.Application):
             raise APIError(404, f"{name} not found")
         return self.things[kind][name]
 
-    def _list(self, request: Asked, kind: str) -> JSONObject:
-        asked = {name: values[0].decode() for name, values in request.query_arguments.items()}
+    def _list(self, kind: str) -> JSONObject:
+        after, limit = self.get_argument("after_id", ""), int(self.get_argument("limit", "20"))
         names = [*reversed(self.things[kind])]
-        after, limit = asked.get("after_id"), int(asked.get("limit", "20"))
         start = names.index(after) + 1 if after in names else 0
         shown, more = names[start : start + limit], start + limit < len(names)
         first, last = (shown[0], shown[-1]) if shown else (None, None)
@@ -7250,10 +7279,10 @@ class MockAnthropic(web.Application):
         written = read = 0
         if "cache_control" in json.dumps(params):  # it is written the first time, then read
             prefix = json.dumps([params.get("system"), params.get("tools")])
-            written, read = mock_tokens(prefix), 0
             if prefix in self.cached:
-                written, read = read, written
+                read = mock_tokens(prefix)
             else:
+                written = mock_tokens(prefix)
                 self.cached.append(prefix)
         usage: JSONObject = {"input_tokens": mock_tokens(messages), "output_tokens": len(words)}
         usage |= {"cache_creation_input_tokens": written, "cache_read_input_tokens": read}
@@ -7286,48 +7315,6 @@ class MockAnthropic(web.Application):
         self.things["batches"][name] = begun | done | {"ended_at": iso(moment), "results_url": url}
         return begun | {"request_counts": MOCK_COUNTS | {"processing": len(results)}}
 
-    def _upload(self, request: Asked) -> JSONObject:
-        if not request.files.get("file"):
-            raise APIError(400, "file: Field required")
-        upload, name = request.files["file"][0], mock_id("file")
-        file = {"id": name, "type": "file", "filename": upload.filename, "downloadable": True}
-        file |= {"mime_type": upload.content_type, "size_bytes": len(upload.body)}
-        file["created_at"] = iso(now())
-        self.things["files"][name], self.contents[name] = file, upload.body
-        return file
-
-
-class MockHandler(web.RequestHandler):
-    """Sends what the stand-in answers."""
-
-    async def answer(self) -> None:
-        """Answer, whatever the method."""
-        request_id = mock_id("req")
-        self.set_header("request-id", request_id)
-        self.set_header("Server", "mock")
-        try:
-            answer = cast(MockAnthropic, self.application).answer(self.request)
-        except APIError as error:
-            self.set_status(error.status, error.kind)
-            if error.status == 429:
-                self.set_header("retry-after", "1")
-            answer = cast(JSONObject, json.loads(error.body(request_id)))
-        if isinstance(answer, tuple):
-            self.set_header("Content-Type", answer[0])
-        if not isinstance(answer, list):
-            self.finish(answer if isinstance(answer, dict) else answer[1])
-            return
-        self.set_header("Content-Type", "text/event-stream; charset=utf-8")
-        self.set_header("Cache-Control", "no-cache")
-        for event in answer:
-            if event["type"] == "content_block_delta":
-                await asyncio.sleep(MOCK_TOKEN_INTERVAL)
-            self.write(f"event: {event['type']}\ndata: {json.dumps(event)}\n\n")
-            with contextlib.suppress(StreamClosedError):
-                await self.flush()
-
-    get = head = post = put = patch = delete = options = answer
-
 
 def mock_id(prefix: str) -> str:
     """An id that looks like Anthropic's."""
@@ -7344,11 +7331,9 @@ def mock_events(message: JSONObject) -> list[JSONObject]:
     used, block = message["usage"], {"index": 0}
     begun = {"content": [], "stop_reason": None, "usage": used | {"output_tokens": 1}}
     ended = {"stop_reason": message["stop_reason"], "stop_sequence": None}
-    events: list[tuple[str, JSONObject]] = [
-        ("message_start", {"message": message | begun}),
-        ("content_block_start", block | {"content_block": {"type": "text", "text": ""}}),
-        ("ping", {}),
-    ]
+    opened = block | {"content_block": {"type": "text", "text": ""}}
+    events: list[tuple[str, JSONObject]] = [("message_start", {"message": message | begun})]
+    events += [("content_block_start", opened), ("ping", {})]
     for piece in re.findall(r"^[^ ]*| [^ ]*", message["content"][0]["text"]):
         delta = {"type": "text_delta", "text": piece}
         events.append(("content_block_delta", block | {"delta": delta}))
@@ -7378,10 +7363,8 @@ OPEN_MODE = "! no master key is set and there are no virtual keys: open to all w
 
 
 def make_app(settings: Settings, rules: Sequence[Rule] = RULES) -> GatewayApplication:
-    """The Tornado application; ``settings["gateway"]`` is the `Gateway`.
-
-    Call it from a running loop. Raises SettingsError where the keys file cannot be used.
-    """
+    """The Tornado application, whose ``settings["gateway"]`` is the `Gateway`. Call it from a loop
+    that runs. Raises SettingsError where the keys file cannot be used."""
     return GatewayApplication(
         [
             *((re.escape(path), HelloHandler) for path in HELLO_PATHS),
@@ -7481,7 +7464,9 @@ def start_mock(settings: Settings) -> Settings:
     credential = MOCK_CREDENTIAL + secrets.token_urlsafe(KEY_BYTES)
     sizes = dict.fromkeys(("max_body_size", "max_buffer_size"), MAX_BODY_SIZE)
     sockets = bind_sockets(0, LOOPBACK[0])
-    HTTPServer(MockAnthropic(credential), **sizes).add_sockets(sockets)
+    routes = [(r".*", MockAnthropic, {"credential": credential})]
+    application = web.Application(routes, log_function=lambda handler: None)
+    HTTPServer(application, **sizes).add_sockets(sockets)
     upstream = f"http://{LOOPBACK[0]}:{sockets[0].getsockname()[1]}"
     return dataclasses.replace(settings, upstream=upstream, api_key=credential, auth_token="")
 
