@@ -7161,7 +7161,7 @@ class MockAnthropic(web.RequestHandler):
 
     # What there is, by its kind and id, oldest first; by id the bytes of what has such.
     things: ClassVar[dict[str, dict[str, JSONObject]]] = {"batches": {}, "files": {}}
-    things["models"] = {n: MOCK_MODEL | {"id": n, "display_name": n} for n in MOCK_MODELS[::-1]}
+    things |= {"models": {n: MOCK_MODEL | {"id": n, "display_name": n} for n in MOCK_MODELS[::-1]}}
     contents: ClassVar[dict[str, bytes]] = {}
     cached: ClassVar[collections.deque[str]] = collections.deque(maxlen=MOCK_CACHE_SIZE)
 
@@ -7411,9 +7411,8 @@ def server_context(settings: Settings, context: ServerTLS = None) -> ServerTLS:
     try:
         context.load_cert_chain(settings.certfile, settings.keyfile or None, "")
     except OSError as error:  # ssl.SSLError is one
-        reason = error.strerror or error.__class__.__name__
-        text = f"--certfile, --keyfile: {reason}; give PEM files that the gateway's user can read"
-        raise SettingsError(text) from None
+        text = f"--certfile, --keyfile: {error.strerror or error.__class__.__name__}"
+        raise SettingsError(f"{text}; give PEM files that the gateway's user can read") from None
     return context
 
 
@@ -7422,8 +7421,7 @@ def base_url(settings: Settings, port: int) -> str:
     if settings.unix_socket:
         return "https://<the proxy in front>"
     scheme = "https" if settings.certfile else "http"
-    everywhere = settings.address in ("", "0.0.0.0", "::")
-    host = LOOPBACK[0] if everywhere else settings.address
+    host = LOOPBACK[0] if settings.address in ("", "0.0.0.0", "::") else settings.address
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
@@ -7440,13 +7438,12 @@ def lacks(settings: Settings) -> Iterator[str]:
 def announce(settings: Settings, gateway: Gateway, port: int) -> None:
     """Print where it listens and relays to, what it lets in, and what a user pastes to connect."""
     is_open, keys = gateway.doors.is_open, sum(1 for _ in gateway.ledger.live())
-    where = url = base_url(settings, port)
-    if not settings.address and not is_open:
-        where += " and every other address"
+    url, is_everywhere = base_url(settings, port), not settings.address and not is_open
+    where = settings.unix_socket or f"{url}{' and every other address' if is_everywhere else ''}"
     is_mock = settings.api_key.startswith(MOCK_CREDENTIAL)
     made = f"{keys} in {settings.keys}" if keys else "POST /key/generate makes one"
     lines = [
-        f"gateway {__version__} listening on {settings.unix_socket or where}",
+        f"gateway {__version__} listening on {where}",
         f"relaying to {'the built-in stand-in' if is_mock else settings.upstream}",
         OPEN_MODE if is_open else f"virtual keys are required ({made})",
         *(f"! {lack}" for lack in lacks(settings)),
@@ -7574,25 +7571,24 @@ async def check(settings: Settings) -> bool:
             keys = "will be made" if found is None else f"{len(found)} keys"
         findings.append((True, f"{path}: {keys}"))
     with trying("TLS", "(see --certfile)"):
-        served = f"is served with {settings.certfile}" if server_context(settings) else ""
-        unserved = "is not served: right behind a proxy, or on loopback"
-        findings.append((True, f"TLS {served or unserved}"))
+        unserved = "not served: right behind a proxy, or on loopback"
+        served = f"served with {settings.certfile}" if server_context(settings) else unserved
+        findings.append((True, f"TLS is {served}"))
     with trying(upstream, "See --upstream and the network."):
         client = UpstreamClient(force_instance=True, connect_timeout=settings.connect_timeout)
-        request = HTTPRequest(f"{upstream.rstrip('/')}/v1/models?limit=1")
-        request.request_timeout = CHECK_TIMEOUT
-        request.headers.update(
-            [("anthropic-version", ANTHROPIC_VERSION), *filter(None, [credential])]
+        url, fields = (
+            f"{upstream.rstrip('/')}/v1/models?limit=1",
+            [credential] if credential else [],
         )
-        code = (await client.fetch(request, raise_error=False)).code
-        client.close()
+        headers = {"anthropic-version": ANTHROPIC_VERSION, **dict(fields)}
+        with contextlib.closing(client):
+            request = HTTPRequest(url, headers=headers, request_timeout=CHECK_TIMEOUT)
+            code = (await client.fetch(request, raise_error=False)).code
+        refused, fine = code in (401, 403), " and accepts the real key" if credential else ""
+        doubt = "real key not accepted, set another" if refused else "is --upstream right?"
         well = code < 400 or (credential is None and code == 401)
-        doubt = (
-            "real key not accepted, set another" if code in (401, 403) else "is --upstream right?"
-        )
-        fine = f"{upstream} answers{' and accepts the real key' if credential else ''}"
-        wrong = f"{upstream} answers {code} to GET /v1/models: {doubt}"
-        findings.append((well, fine if well else wrong))
+        said = fine if well else f" {code} to GET /v1/models: {doubt}"
+        findings.append((well, f"{upstream} answers{said}"))
     for well, text in findings:
         print("ok  " if well else "FAIL", text)
     base = base_url(settings, settings.port) + RELAY_PREFIX
