@@ -6594,9 +6594,7 @@ class ManagementHandler(BaseHandler):
         """Let the master key pass, in any of CREDENTIAL_HEADERS."""
         doors = self.gateway.doors
         if not doors.has_master:
-            raise APIError(
-                403, "No master key is set; start with GATEWAY_MASTER_KEY to manage keys."
-            )
+            raise APIError(403, "No master key is set: start with GATEWAY_MASTER_KEY to have one.")
         shown = [credential for _, credential in candidates(self.request.head.values)]
         if any(doors.is_master(hash_key(credential)) for credential in shown):
             return
@@ -6705,14 +6703,10 @@ class KeyHandler(ManagementHandler):
             return new_key()
         key = value if isinstance(value, str) and PRINTABLE_KEY.fullmatch(value) else ""
         if len(key) < MIN_KEY_LENGTH:
-            rule = (
-                f"{MIN_KEY_LENGTH} to {MAX_KEY_LENGTH} ASCII characters, no quotes or backslashes"
-            )
+            rule = f"{MIN_KEY_LENGTH} to {MAX_KEY_LENGTH} ASCII characters, no quote or backslash"
             raise APIError(400, f"'key' must begin 'sk-' and have {rule}.")
         if key.startswith(OWN_CREDENTIAL_PREFIX):
-            raise APIError(
-                400, f"'key' must not begin {OWN_CREDENTIAL_PREFIX!r}, as Anthropic's do."
-            )
+            raise APIError(400, f"'key' must not begin {OWN_CREDENTIAL_PREFIX!r}: Anthropic's do.")
         if self.ledger.lookup(key) is not None:
             raise APIError(400, "'key' exists already; choose another, or leave it out.")
         return key
@@ -6751,8 +6745,7 @@ class KeyHandler(ManagementHandler):
         """Change the fields that the body has."""
         hashed, record = self.addressed(body)
         record, names = self.changed(record, body, hashed), [n for n in SETTABLE if n in body]
-        what = f"updated: {', '.join(names) or 'nothing'}"
-        return await self.keep(hashed, record, what, key=hashed)
+        return await self.keep(hashed, record, f"updated: {', '.join(names)}", key=hashed)
 
     async def regenerate(self, body: dict[str, Any]) -> dict[str, Any]:
         """A new value for a key, that keeps all else: ``new_key``, or a fresh one. For a duration
@@ -6865,9 +6858,8 @@ class ReportHandler(ManagementHandler):
     def sum_spend(self) -> list[dict[str, Any]]:
         """``start_date``, ``end_date``: UTC days, both included, by default the last 30. One row a
         group (``group_by`` one of REPORT_GROUPS): its name under that name, and every count."""
-        today = now()
-        first = self.query("start_date", DAY, day_of(today - timedelta(days=29)))
-        last = self.query("end_date", DAY, day_of(today))
+        first = self.query("start_date", DAY, day_of(now() - timedelta(days=29)))
+        last = self.query("end_date", DAY, day_of(now()))
         group = self.query("group_by", default="api_key")
         if group not in REPORT_GROUPS:
             raise APIError(400, f"'group_by' must be one of {', '.join(REPORT_GROUPS)}.")
@@ -7002,8 +6994,8 @@ class MetricsHandler(ManagementHandler):
         registry = prometheus.CollectorRegistry()
         registry.register(self)
         prometheus.ProcessCollector(registry=registry)
-        choose, accepted = prometheus.exposition.choose_encoder, self.request.headers.get("Accept")
-        encode, content_type = choose(accepted or "")
+        accepted = self.request.headers.get("Accept", "")
+        encode, content_type = prometheus.exposition.choose_encoder(accepted)
         self.set_header("Content-Type", content_type)
         self.finish(encode(registry))
 
