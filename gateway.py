@@ -6931,13 +6931,11 @@ class HealthHandler(BaseHandler):
         gateway, ledger, traffic = self.gateway, self.gateway.ledger, self.gateway.traffic
         error = "" if ledger.is_writable() else ledger.last_error or "It cannot be written."
         status = "shutting_down" if gateway.stopping else "unhealthy" if error else "healthy"
-        seen = {"last_success": traffic.last_success, "last_failure": traffic.last_failure}
-        upstream = {name: iso(moment) for name, moment in seen.items()}
-        told: dict[str, Any] = {"status": status, "version": __version__}
+        told: dict[str, Any] = {"status": status, "store": error or "writable"}
+        told |= {"version": __version__, "prices": "loaded" if gateway.prices.loaded else "none"}
         told["uptime"] = round((now() - gateway.started).total_seconds())
-        told |= {"store": error or "writable", "upstream": upstream}
-        told["prices"] = "loaded" if gateway.prices.loaded else "none"
-        upstream["last_error"] = traffic.last_error or None
+        met = {name: iso(getattr(traffic, name)) for name in ("last_success", "last_failure")}
+        told["upstream"] = met | {"last_error": traffic.last_error or None}
         self.set_status(200 if status == "healthy" else 503)
         self.send_json(told)
 
@@ -6952,7 +6950,7 @@ LATENCY_METRICS = {  # in the order of TIMINGS
     "litellm_overhead_latency_metric": "Added by the gateway before the first byte",
 }
 USAGE_METRICS = {"litellm_spend_metric": "USD", "litellm_total_tokens_metric": "Tokens"}
-USAGE_METRICS |= {"litellm_input_tokens_metric": "In", "litellm_output_tokens_metric": "Out"}
+USAGE_METRICS |= {"litellm_input_tokens_metric": "Read", "litellm_output_tokens_metric": "Made"}
 USAGE_METRICS["litellm_input_cached_tokens_metric"] = "From cache"
 USAGE_METRICS["litellm_input_cache_creation_tokens_metric"] = "To cache"
 BUDGET_METRICS = {
@@ -6961,7 +6959,7 @@ BUDGET_METRICS = {
     "litellm_remaining_api_key_budget_metric": "USD left of the key's budget",
     "litellm_api_key_budget_remaining_hours_metric": "Hours until the budget resets",
 }
-PRESENT_METRICS = {"litellm_in_flight_requests": "Under way", "gateway_streams_open": "Of these"}
+PRESENT_METRICS = {"litellm_in_flight_requests": "Requests", "gateway_streams_open": "Streams"}
 PRESENT_METRICS["gateway_upstream_connections_idle"] = "Kept for the next request"
 EVENT_METRICS = {
     "gateway_upstream_connections_opened": "Connections opened to the upstream",
@@ -7004,9 +7002,7 @@ class MetricsHandler(ManagementHandler):
         seconds; at most MAX_LABELS keys have labels of their own."""
         from prometheus_client import core
 
-        def families(
-            kind: str, labels: str, names: dict[str, str], rows: dict[Any, tuple[Any, ...]]
-        ) -> Iterator[Any]:
+        def families(kind: str, labels: str, names: dict[str, str], rows: Any) -> Iterator[Any]:
             for index, (name, text) in enumerate(names.items()):
                 family = getattr(core, f"{kind}MetricFamily")(name, text, labels=labels.split())
                 for values, row in rows.items():
