@@ -98,14 +98,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypedDict, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypedDict, TypeVar, cast
 
 import tornado
 from tornado import escape, httputil, netutil, web
 from tornado.httpclient import AsyncHTTPClient, HTTPRequest, HTTPResponse
 from tornado.httpserver import HTTPServer
 from tornado.iostream import StreamClosedError
-from tornado.log import define_logging_options
+from tornado.log import LogFormatter, define_logging_options
 from tornado.netutil import bind_sockets
 from tornado.options import Error as OptionError
 from tornado.options import OptionParser
@@ -151,10 +151,7 @@ class Settings:
     """What the gateway runs with, each described once. Times are seconds, sizes bytes."""
 
     port: int = option(4000, "port to listen on; 0 takes a free one", least=0)
-    address: str = option(
-        "",
-        "address to listen on; by default all, or loopback while no master key and no key is set",
-    )
+    address: str = option("", "address to listen on; by default all, or loopback in open mode")
     upstream: str = option(
         ANTHROPIC_API, "URL to relay to, or 'mock'; else $ANTHROPIC_API_BASE", "ANTHROPIC_API_BASE"
     )
@@ -166,9 +163,7 @@ class Settings:
     max_body_size: int = option(MAX_BODY_SIZE, "largest request body, in bytes", least=1)
     max_connections_per_address: int = option(4096, "connections one address may have", least=1)
     max_held_bytes: int = option(
-        0,
-        "bytes of bodies held, a quarter of it for one key; 0 is a quarter of the memory",
-        least=0,
+        0, "bytes of bodies held, a quarter for one key; 0 is a quarter of the memory", least=0
     )
     prices: Path | None = option(  # noqa: RUF009
         None, "JSON file of model (or pattern) to USD per million tokens, before genai-prices"
@@ -204,11 +199,6 @@ class Settings:
             raise SettingsError("--unix-socket: takes no --certfile; the proxy has it")
         if self.upstream != MOCK_UPSTREAM:
             parse_upstream(self.upstream)
-
-    @property
-    def has_weak_master_key(self) -> bool:
-        """Whether the master key can be guessed, as LiteLLM's example sk-1234 can."""
-        return len(self.master_key) < MIN_MASTER_KEY_LENGTH
 
     @property
     def real_credential(self) -> tuple[str, str] | None:
@@ -303,22 +293,11 @@ def parse_arguments(parser: OptionParser, arguments: Sequence[str]) -> None:
 
 # Anthropic's error types by status (platform.claude.com, api/errors). 405, 408 and 431 are not
 # in its table; they are the caller's mistakes.
-ERROR_TYPES = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    405: "invalid_request_error",
-    408: "invalid_request_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    431: "invalid_request_error",
-    500: "api_error",
-    501: "api_error",
-    502: "api_error",
-    503: "overloaded_error",
-    504: "timeout_error",
-}
+ERROR_TYPES = dict.fromkeys((400, 405, 408, 431), "invalid_request_error")
+ERROR_TYPES |= dict.fromkeys((500, 501, 502), "api_error")
+ERROR_TYPES |= {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+ERROR_TYPES |= {413: "request_too_large", 429: "rate_limit_error"}
+ERROR_TYPES |= {503: "overloaded_error", 504: "timeout_error"}
 FAILED_HERE = "The gateway failed on this request; its log says why."
 # The SDKs look at it before the status (anthropic/_base_client.py, _should_retry).
 DO_NOT_RETRY = ("x-should-retry", "false")
@@ -6434,38 +6413,13 @@ class ManagementHandler(BaseHandler):
         """Let the master key pass, in any of CREDENTIAL_HEADERS."""
         doors = self.gateway.doors
         if not doors.has_master:
-            raise APIError(
-                403,
-                "No master key is set, so keys cannot be managed. Start the gateway with"
-                " GATEWAY_MASTER_KEY in its environment.",
-            )
-        shown = [credential for _, credential in self.credentials()]
+            raise APIError(403, "No master key is set: start with GATEWAY_MASTER_KEY to have one.")
+        shown = [credential for _, credential in candidates(self.request.head.values)]
         if any(doors.is_master(hash_key(credential)) for credential in shown):
             return
         if any(self.ledger.lookup(credential) for credential in shown):
             raise APIError(403, "Only the master key may do this; a virtual key was sent.")
         raise APIError(401, "Send the master key as 'Authorization: Bearer' or 'x-api-key'.")
-
-    def credential_fields(self) -> dict[str, list[str]]:
-        """The header's fields in which credentials come."""
-        return {name: self.request.headers.get_list(name) for name in CREDENTIAL_HEADERS}
-
-    def credentials(self) -> list[tuple[str, str]]:
-        """The credentials of this request, as `candidates` gives them."""
-        return candidates(self.credential_fields())
-
-    def json_body(self) -> dict[str, Any]:
-        """The body as a JSON object; an empty body is ``{}``. Raises APIError 400."""
-        text = self.request.body or b"{}"
-        try:
-            body = json.loads(text, parse_constant=refuse_constant, parse_float=read_number)
-        except (ValueError, RecursionError) as error:
-            raise APIError(400, f"The body is not JSON: {error}.") from None
-        if is_nested(body, MAX_OWN_DEPTH):
-            raise APIError(400, f"The body is more than {MAX_OWN_DEPTH} levels deep.")
-        if not isinstance(body, dict):
-            raise APIError(400, "The body is not a JSON object.")
-        return body
 
     def existing(self, key_or_hash: str = "", alias: str = "") -> tuple[str, VirtualKey]:
         """The key that is addressed so. Raises APIError 404 where there is none."""
@@ -6474,42 +6428,39 @@ class ManagementHandler(BaseHandler):
             raise APIError(404, "Key not found.")
         return found
 
-    def addressed(self, body: dict[str, Any]) -> tuple[str, VirtualKey]:
-        """The key that ``key`` (plain or hash) or else ``key_alias`` names, which is taken out of
-        the body. Raises APIError 400 or 404."""
-        key = body.pop("key", None)
-        named = body.pop("key_alias", None) if key is None else key
-        if not isinstance(named, str) or not named:
-            raise APIError(400, "'key' must name a key: the plain key or its hash.")
-        return self.existing(alias=named) if key is None else self.existing(named)
 
-    def changed(
-        self, record: VirtualKey, changes: Mapping[str, Any], hashed: str = ""
-    ) -> VirtualKey:
-        """A key's record with these fields. Raises APIError 400 where the alias is another key's,
-        and where a budget cannot be kept, since nobody has said that the key may overspend."""
-        key = dataclasses.replace(record, **changes, updated_at=now())
-        taken = self.ledger.find_alias(changes.get("key_alias") or "")
-        if taken is not None and taken[0] != hashed:
-            raise APIError(400, "'key_alias' is taken by another key.")
-        named = [pattern for pattern in key.allowed_routes if unmetered(pattern)]
-        if named and key.has_budget and not key.unmetered_routes:
-            raise APIError(
-                400,
-                f"'allowed_routes' names {named[0]}, and what that costs cannot be counted against"
-                " the key's budget. Leave it out, or add 'unmetered_routes': true.",
-            )
-        return key
+# What LiteLLM says of a key and means nothing here.
+LITELLM_FIELDS: dict[str, Any] = {"created_by": "master", "updated_by": "master"}
+LITELLM_FIELDS |= {"key_type": "default", "budget_id": None, "litellm_budget_table": None}
 
-    async def keep(
-        self, hashed: str, record: VirtualKey, what: str, *, old: str = "", **shown: Any
-    ) -> None:
-        """Keep a key's record (in the place of an old hash's), log ``what`` was done, and answer
-        with its row and what else is to be shown."""
-        changes: dict[str, VirtualKey | None] = {old: None} if old else {}
-        await self.ledger.change(changes | {hashed: record})
-        log.info("key %s %s", record.shown_name, what)
-        self.send_json(key_row(hashed, record) | shown)
+
+def tally_row(tally: Tally) -> dict[str, Any]:
+    """A tally with every field, the spend as a number of USD."""
+    return {name: getattr(tally, name) for name in TALLY_FIELDS} | {"spend": float(tally.spend)}
+
+
+def key_row(hashed: str, key: VirtualKey, *, full: bool = False) -> dict[str, Any]:
+    """A key as LiteLLM's answers describe it; in full with what it used, by day and model.
+    ``spend`` is USD in the present budget window, which ends at ``budget_reset_at``."""
+    moment = now()
+
+    def spent(pattern: str, duration: str | None) -> dict[str, Any]:
+        reset = iso(window(duration, moment)[1]) if duration else None
+        return {"spend": float(key.spent(moment, pattern)), "budget_reset_at": reset}
+
+    row: dict[str, Any] = {"token": hashed, "token_id": hashed, "status": key.status(moment)}
+    for name, kind in SHOWN.items():
+        value = getattr(key, name)
+        row[name] = None if value is None else kind.show(value)
+    budgets = key.model_max_budget.items()
+    row["model_max_budget_usage"] = {p: spent(p, budget.duration) for p, budget in budgets}
+    row["last_active"] = iso(key.account.last_active)
+    row |= spent(ALL_MODELS, key.budget_duration) | LITELLM_FIELDS
+    if full:
+        days = row["usage"] = dict[str, Any]()
+        for day, model, tally in key.account.usage.days():
+            days.setdefault(day, {})[model] = tally_row(tally)
+    return row
 
 
 def read_number(text: str) -> Decimal:
@@ -6528,44 +6479,6 @@ def is_nested(value: object, levels: int) -> bool:
     return levels == 0 or any(is_nested(entry, levels - 1) for entry in within)
 
 
-# What LiteLLM says of a key and means nothing here.
-LITELLM_FIELDS = dict.fromkeys(("budget_id", "litellm_budget_table")) | {"key_type": "default"}
-MAKERS = dict.fromkeys(("created_by", "updated_by"), "master")
-
-
-def key_row(hashed: str, key: VirtualKey) -> dict[str, Any]:
-    """A key as LiteLLM's answers describe it. ``spend`` is USD in the present budget window, which
-    ends at ``budget_reset_at``."""
-    moment = now()
-
-    def spent(pattern: str, duration: str | None) -> dict[str, Any]:
-        reset = iso(window(duration, moment)[1]) if duration else None
-        return {"spend": float(key.spent(moment, pattern)), "budget_reset_at": reset}
-
-    row: dict[str, Any] = {"token": hashed, "token_id": hashed, "status": key.status(moment)}
-    for name, kind in SHOWN.items():
-        value = getattr(key, name)
-        row[name] = None if value is None else kind.show(value)
-    row |= spent(ALL_MODELS, key.budget_duration)
-    budgets = key.model_max_budget.items()
-    row["model_max_budget_usage"] = {p: spent(p, budget.duration) for p, budget in budgets}
-    row["last_active"] = iso(key.account.last_active)
-    return row | MAKERS | LITELLM_FIELDS
-
-
-def full_row(hashed: str, key: VirtualKey) -> dict[str, Any]:
-    """A key with what it used, by day and model."""
-    days: dict[str, Any] = {}
-    for day, model, tally in key.account.usage.days():
-        days.setdefault(day, {})[model] = tally_row(tally)
-    return key_row(hashed, key) | {"usage": days}
-
-
-def tally_row(tally: Tally) -> dict[str, Any]:
-    """A tally with every field, the spend as a number of USD."""
-    return {name: getattr(tally, name) for name in TALLY_FIELDS} | {"spend": float(tally.spend)}
-
-
 def key_changes(body: Mapping[str, Any], prices: Prices) -> dict[str, Any]:
     """The fields of a request as fields of a VirtualKey; null clears. Raises APIError 400."""
     changes = read_fields(body, SETTABLE)
@@ -6573,118 +6486,127 @@ def key_changes(body: Mapping[str, Any], prices: Prices) -> dict[str, Any]:
         changes["expires"] = changes.pop("duration")
     for name in ("max_budget", "soft_budget", "model_max_budget"):
         if changes.get(name) not in (None, {}) and not prices.available:
-            raise APIError(
-                400,
-                f"{name!r} cannot be enforced: no prices are known. Install genai-prices where the"
-                " gateway runs, or start it with --prices.",
-            )
+            need = "install genai-prices where the gateway runs, or start it with --prices."
+            raise APIError(400, f"{name!r} cannot be enforced, as no prices are known: {need}")
     return changes
 
 
-def chosen_key(value: Any, ledger: FileLedger) -> str:
-    """A key that the caller chose, or a fresh one. Raises APIError 400."""
-    if value is None:
-        return new_key()
-    if (
-        not isinstance(value, str)
-        or len(value) < MIN_KEY_LENGTH
-        or not PRINTABLE_KEY.fullmatch(value)
-    ):
-        raise APIError(
-            400,
-            f"'key' must begin 'sk-' and have {MIN_KEY_LENGTH} to {MAX_KEY_LENGTH} ASCII"
-            " characters, without quotes and backslashes.",
-        )
-    if value.startswith(OWN_CREDENTIAL_PREFIX):
-        own = OWN_CREDENTIAL_PREFIX
-        raise APIError(400, f"'key' must not begin {own!r}: so do Anthropic's own.")
-    if ledger.lookup(value) is not None:
-        raise APIError(400, "'key' exists already; choose another, or leave it out.")
-    return value
+class KeyHandler(ManagementHandler):
+    """POST /key/{deed} and /key/{key}/{deed}: makes and changes keys, as `deeds` lists. ``key``
+    (plain or hash) or else ``key_alias`` names the key in the body. Null clears a field."""
 
+    async def post(self, *path: str) -> None:
+        try:
+            text = self.request.body or b"{}"
+            body = json.loads(text, parse_constant=refuse_constant, parse_float=read_number)
+        except (ValueError, RecursionError) as error:
+            raise APIError(400, f"The body is not JSON: {error}.") from None
+        if not isinstance(body, dict) or is_nested(body, MAX_OWN_DEPTH):
+            raise APIError(400, f"The body is not a JSON object of up to {MAX_OWN_DEPTH} levels.")
+        *named, deed = path
+        if named:
+            body["key"] = named[0]
+        self.send_json(await self.deeds[deed](self, body))
 
-class GenerateHandler(ManagementHandler):
-    """POST /key/generate: LiteLLM's request and response; no other answer has the plain key."""
+    def addressed(self, body: dict[str, Any]) -> tuple[str, VirtualKey]:
+        """The key that the body names; the name is taken out of it. Raises APIError 400 or 404."""
+        key = body.pop("key", None)
+        named = body.pop("key_alias", None) if key is None else key
+        if not isinstance(named, str) or not named:
+            raise APIError(400, "'key' must name a key: the plain key or its hash.")
+        return self.existing(alias=named) if key is None else self.existing(named)
 
-    async def post(self) -> None:
-        body = self.json_body()
-        key = chosen_key(body.pop("key", None), self.ledger)
+    def chosen(self, value: Any) -> str:
+        """A key that the caller chose, or a fresh one. Raises APIError 400."""
+        if value is None:
+            return new_key()
+        key = value if isinstance(value, str) and PRINTABLE_KEY.fullmatch(value) else ""
+        if len(key) < MIN_KEY_LENGTH:
+            rule = f"{MIN_KEY_LENGTH} to {MAX_KEY_LENGTH} ASCII characters, no quote or backslash"
+            raise APIError(400, f"'key' must begin 'sk-' and have {rule}.")
+        if key.startswith(OWN_CREDENTIAL_PREFIX):
+            raise APIError(400, f"'key' must not begin {OWN_CREDENTIAL_PREFIX!r}: Anthropic's do.")
+        if self.ledger.lookup(key) is not None:
+            raise APIError(400, "'key' exists already; choose another, or leave it out.")
+        return key
+
+    def changed(
+        self, record: VirtualKey, body: Mapping[str, Any], hashed: str = "", **more: Any
+    ) -> VirtualKey:
+        """A key's record with these fields. Raises APIError 400 where the alias is another key's,
+        and where a budget cannot be kept, since nobody has said that the key may overspend."""
         changes = key_changes(body, self.gateway.prices)
-        record = self.changed(VirtualKey(key_name(key), created_at=now()), changes)
-        await self.keep(hash_key(key), record, "made", key=key)
+        key = dataclasses.replace(record, **changes, **more, updated_at=now())
+        taken = self.ledger.find_alias(changes.get("key_alias") or "")
+        if taken is not None and taken[0] != hashed:
+            raise APIError(400, "'key_alias' is taken by another key.")
+        named = [pattern for pattern in key.allowed_routes if unmetered(pattern)]
+        if named and key.has_budget and not key.unmetered_routes:
+            what = f"'allowed_routes' names {named[0]}, whose cost a budget cannot count"
+            raise APIError(400, f"{what}: leave it out, or add 'unmetered_routes': true.")
+        return key
 
+    async def keep(
+        self, hashed: str, record: VirtualKey, what: str, *, old: str = "", **shown: Any
+    ) -> dict[str, Any]:
+        """Keep a key's record (in an old hash's place), log ``what`` was done, and give its row."""
+        await self.ledger.change({old: None, hashed: record} if old else {hashed: record})
+        log.info("key %s %s", record.shown_name, what)
+        return key_row(hashed, record) | shown
 
-class UpdateHandler(ManagementHandler):
-    """POST /key/update: ``key`` (plain or hash) and the fields to change; null clears one."""
+    async def generate(self, body: dict[str, Any]) -> dict[str, Any]:
+        """LiteLLM's request and response; no other answer has the plain key."""
+        key = self.chosen(body.pop("key", None))
+        record = self.changed(VirtualKey(key_name(key), created_at=now()), body)
+        return await self.keep(hash_key(key), record, "made", key=key)
 
-    async def post(self) -> None:
-        body = self.json_body()
+    async def update(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Change the fields that the body has."""
         hashed, record = self.addressed(body)
-        changes = key_changes(body, self.gateway.prices)
-        what = f"updated: {', '.join(changes) or 'nothing'}"
-        await self.keep(hashed, self.changed(record, changes, hashed), what, key=hashed)
+        record, names = self.changed(record, body, hashed), [n for n in SETTABLE if n in body]
+        return await self.keep(hashed, record, f"updated: {', '.join(names)}", key=hashed)
 
-
-class BlockHandler(ManagementHandler):
-    """POST /key/block and /key/unblock: ``key`` (plain or hash)."""
-
-    def initialize(self, blocked: bool) -> None:
-        self.blocked = blocked
-
-    async def post(self) -> None:
-        hashed, record = self.addressed(self.json_body())
-        record = dataclasses.replace(record, blocked=self.blocked, updated_at=now())
-        await self.keep(hashed, record, "blocked" if self.blocked else "unblocked")
-
-
-class RegenerateHandler(ManagementHandler):
-    """POST /key/regenerate or /key/{key}/regenerate: a new value for a key, that keeps all else.
-
-    ``new_key`` chooses it. During ``grace_period`` (a duration) the old value still works. Other
-    fields are changed as by /key/update.
-    """
-
-    async def post(self, key: str | None = None) -> None:
-        body, moment = self.json_body(), now()
-        if key is not None:
-            body["key"] = urllib.parse.unquote(key)
+    async def regenerate(self, body: dict[str, Any]) -> dict[str, Any]:
+        """A new value for a key, that keeps all else: ``new_key``, or a fresh one. For a duration
+        ``grace_period`` the old one still works. Other fields are changed as by `update`."""
         old, record = self.addressed(body)
-        grace = LIFETIME.parse("grace_period", body.pop("grace_period", None))
-        value = chosen_key(body.pop("new_key", None), self.ledger)
-        changes = key_changes(body, self.gateway.prices)
+        moment, grace = now(), LIFETIME.parse("grace_period", body.pop("grace_period", None))
+        value = self.chosen(body.pop("new_key", None))
         retired = {name: until for name, until in record.retired.items() if until > moment}
         retired[old] = grace or moment
-        changes |= {"key_name": key_name(value), "retired": retired}
-        record = self.changed(record, changes, old)
-        await self.keep(hash_key(value), record, "regenerated", old=old, key=value)
+        record = self.changed(record, body, old, key_name=key_name(value), retired=retired)
+        return await self.keep(hash_key(value), record, "regenerated", old=old, key=value)
 
+    async def block(self, body: dict[str, Any], blocked: bool = True) -> dict[str, Any]:
+        """Refuse a key, or take it again."""
+        hashed, record = self.addressed(body)
+        record = dataclasses.replace(record, blocked=blocked, updated_at=now())
+        return await self.keep(hashed, record, "blocked" if blocked else "unblocked")
 
-class DeleteHandler(ManagementHandler):
-    """POST /key/delete: ``keys`` (plain or hashes) or ``key_aliases``; all of them or none."""
+    async def reset_spend(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Set what was spent in the present window to ``reset_to`` USD (0)."""
+        hashed, record = self.addressed(body)
+        amount = AMOUNT.parse("reset_to", body.get("reset_to")) or ZERO
+        await self.ledger.reset_spend(hashed, amount)
+        log.info("key %s: spend set to $%s", record.shown_name, dollars(amount))
+        return key_row(hashed, record)
 
-    async def post(self) -> None:
-        body = self.json_body()
+    async def delete_keys(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Delete ``keys`` (plain or hashes) or ``key_aliases``; all of them or none."""
         keys, aliases = (TEXTS.parse(name, body.get(name)) for name in ("keys", "key_aliases"))
         if not keys and not aliases:
             raise APIError(400, "Name the keys to delete in 'keys' or 'key_aliases'.")
-        found = [self.existing(key) for key in keys]
-        found += [self.existing(alias=alias) for alias in aliases]
+        found = [*map(self.existing, keys), *(self.existing(alias=alias) for alias in aliases)]
         gone: dict[str, Any] = {"deleted_at": now(), "retired": {}}
         await self.ledger.change({h: dataclasses.replace(key, **gone) for h, key in found})
         for _, record in found:
             log.info("key %s deleted", record.shown_name)
-        self.send_json({"deleted_keys": [*keys, *aliases]})
+        return {"deleted_keys": [*keys, *aliases]}
 
-
-class ResetSpendHandler(ManagementHandler):
-    """POST /key/{key}/reset_spend: ``reset_to`` USD (0), for the present window."""
-
-    async def post(self, key: str) -> None:
-        hashed, record = self.existing(urllib.parse.unquote(key))
-        amount = AMOUNT.parse("reset_to", self.json_body().get("reset_to")) or ZERO
-        await self.ledger.reset_spend(hashed, amount)
-        log.info("key %s: spend set to $%s", record.shown_name, dollars(amount))
-        self.send_json(key_row(hashed, record))
+    deeds: ClassVar[dict[str, Callable[..., Awaitable[dict[str, Any]]]]] = {}
+    deeds |= {"generate": generate, "update": update, "regenerate": regenerate, "block": block}
+    deeds |= {"unblock": functools.partial(block, blocked=False), "reset_spend": reset_spend}
+    deeds["delete"] = delete_keys
 
 
 class InfoHandler(ManagementHandler):
@@ -6697,17 +6619,17 @@ class InfoHandler(ManagementHandler):
 
     async def get(self) -> None:
         asked = self.query("key")
-        caller = await self.gateway.doors.authenticate(self.credential_fields())
+        caller = await self.gateway.doors.authenticate(self.request.head.values)
         if caller.key is None or caller.hashed is None:
             self.require_master()
             if not asked:
                 raise APIError(400, "Name the key: /key/info?key=…, the plain key or its hash.")
             hashed, record = self.existing(asked)
+        elif asked and self.ledger.find(asked) != (caller.hashed, caller.key):
+            raise APIError(403, "A virtual key may ask about itself only.")
         else:
             hashed, record = caller.hashed, caller.key
-            if asked and self.ledger.find(asked) != (hashed, record):
-                raise APIError(403, "A virtual key may ask about itself only.")
-        info = full_row(hashed, record)
+        info = key_row(hashed, record, full=True)
         del info["token"], info["token_id"]
         self.send_json({"key": asked or hashed, "info": info})
 
@@ -6719,101 +6641,68 @@ def read_ordinal(text: str) -> int:
     return int(text)
 
 
-def read_date(text: str) -> str:
-    """A day as an ISO date."""
-    return day_of(datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC))
-
-
 ORDINAL = Kind("a whole number from 1", read_ordinal)
-DAY = Kind("a date like 2026-11-22", read_date)
+DAY = Kind("a date like 2026-11-22", lambda text: day_of(datetime.strptime(text, "%Y-%m-%d")))
+REPORT_GROUPS = ("api_key", "model", "team", "user", "day")
 
 
-class ListHandler(ManagementHandler):
-    """GET /key/list: pages of hashes, or of whole rows with ``return_full_object=true``.
-
-    Filters: ``user_id``, ``team_id``, ``key_alias``, ``key_hash``. ``page`` counts from 1, ``size``
-    is at most 100.
-    """
+class ReportHandler(ManagementHandler):
+    """GET of the paths in `reports`: what keys there are, and what was used."""
 
     def get(self) -> None:
+        self.send_json(self.reports[self.request.path](self))
+
+    def list_keys(self) -> dict[str, Any]:
+        """Pages of hashes, or of whole rows with ``return_full_object=true``. Filters: ``user_id``,
+        ``team_id``, ``key_alias``, ``key_hash``. ``page`` counts from 1; ``size`` is up to 100."""
         page, size = self.query("page", ORDINAL, 1), self.query("size", ORDINAL, 10)
         size = min(size, MAX_PAGE_SIZE)
-        names = ("user_id", "team_id", "key_alias")
-        filters = {name: value for name in names if (value := self.query(name))}
-        wanted = self.query("key_hash")
+        wanted, names = self.query("key_hash"), ("user_id", "team_id", "key_alias")
+        filters = [(name, value) for name in names if (value := self.query(name))]
         rows = [
             (hashed, key)
             for hashed, key in self.ledger.live()
             if wanted in ("", hashed)
-            and all(getattr(key, name) == value for name, value in filters.items())
+            and all(getattr(key, name) == value for name, value in filters)
         ]
         shown = rows[(page - 1) * size : page * size]
         full = self.query("return_full_object").lower() == "true"
-        self.send_json(
-            {
-                "keys": [full_row(*row) if full else row[0] for row in shown],
-                "total_count": len(rows),
-                "current_page": page,
-                "total_pages": -(-len(rows) // size),
-            }
-        )
+        keys = [key_row(*row, full=True) if full else row[0] for row in shown]
+        pages = {"current_page": page, "total_pages": -(-len(rows) // size)}
+        return {"keys": keys, "total_count": len(rows)} | pages
 
-
-class SpendKeysHandler(ManagementHandler):
-    """GET /spend/keys: every key's row, those that spent most first."""
-
-    def get(self) -> None:
+    def list_spend(self) -> list[dict[str, Any]]:
+        """Every key's row, those that spent most first."""
         rows = [key_row(hashed, key) for hashed, key in self.ledger.keys.items()]
-        self.send_json(sorted(rows, key=lambda row: -cast(float, row["spend"])))
+        return sorted(rows, key=lambda row: -row["spend"])
 
-
-REPORT_GROUPS: dict[str, Callable[[str, VirtualKey, str, str], str]] = {
-    "api_key": lambda hashed, key, day, model: hashed,
-    "model": lambda hashed, key, day, model: model,
-    "team": lambda hashed, key, day, model: key.team_id or "",
-    "user": lambda hashed, key, day, model: key.user_id or "",
-    "day": lambda hashed, key, day, model: day,
-}
-
-
-class SpendReportHandler(ManagementHandler):
-    """GET /global/spend/report?start_date&end_date&group_by=api_key|model|team|user|day.
-
-    Dates are UTC days, both included, by default the last 30. One row a group: its name under
-    ``group_by``'s own name, and every count.
-    """
-
-    def get(self) -> None:
-        today = now()
-        first = self.query("start_date", DAY, day_of(today - timedelta(days=29)))
-        last = self.query("end_date", DAY, day_of(today))
+    def sum_spend(self) -> list[dict[str, Any]]:
+        """``start_date``, ``end_date``: UTC days, both included, by default the last 30. One row a
+        group (``group_by`` one of REPORT_GROUPS): its name under that name, and every count."""
+        first = self.query("start_date", DAY, day_of(now() - timedelta(days=29)))
+        last = self.query("end_date", DAY, day_of(now()))
         group = self.query("group_by", default="api_key")
         if group not in REPORT_GROUPS:
             raise APIError(400, f"'group_by' must be one of {', '.join(REPORT_GROUPS)}.")
         sums: dict[str, Tally] = {}
         for hashed, key in self.ledger.keys.items():
             for day, model, tally in key.account.usage.days(first, last):
-                sums.setdefault(REPORT_GROUPS[group](hashed, key, day, model), Tally()).add(tally)
+                names = (hashed, model, key.team_id or "", key.user_id or "", day)
+                sums.setdefault(names[REPORT_GROUPS.index(group)], Tally()).add(tally)
         rows = [{group: name, **tally_row(tally)} for name, tally in sums.items()]
         for row in rows if group == "api_key" else ():
             key = self.ledger.keys[row["api_key"]]
             row |= {"key_alias": key.key_alias, "key_name": key.key_name}
-        self.send_json(sorted(rows, key=lambda row: -row["spend"]))
+        return sorted(rows, key=lambda row: -row["spend"])
 
-
-class SpendLogsHandler(ManagementHandler):
-    """GET /spend/logs: the most recent requests, newest first, in LiteLLM's row fields.
-
-    Filters: ``request_id`` (the gateway's call id or Anthropic's), ``api_key`` (plain or hash),
-    ``user_id``, ``start_date``, ``end_date``. At most --recent-requests are remembered.
-    """
-
-    def get(self) -> None:
+    def list_requests(self) -> list[dict[str, Any]]:
+        """The last --recent-requests, newest first, in LiteLLM's fields. Filters: ``request_id``
+        (either), ``api_key`` (plain or hash), ``user_id``, ``start_date``, ``end_date``."""
         first = self.query("start_date", DAY, "0001-01-01")
         last = self.query("end_date", DAY, "9999-12-31")
         wanted, user, shown = self.query("request_id"), self.query("user_id"), self.query("api_key")
         hashed = shown if not shown or HASH.fullmatch(shown) else hash_key(shown)
-        rows = [
+        return [
             {name: get(finished) for name, get in SPEND_LOG_FIELDS.items()}
             for finished in reversed(self.gateway.recent)
             if wanted in ("", finished.call_id, finished.request_id)
@@ -6821,107 +6710,78 @@ class SpendLogsHandler(ManagementHandler):
             and (not user or (finished.key is not None and finished.key.user_id == user))
             and first <= day_of(finished.started) <= last
         ]
-        self.send_json(rows)
+
+    reports: ClassVar[dict[str, Callable[[ReportHandler], object]]] = {}
+    reports |= {"/key/list": list_keys, "/spend/keys": list_spend, "/spend/logs": list_requests}
+    reports["/global/spend/report"] = sum_spend
 
 
 # ─── Operations ───────────────────────────────────────────────────────────────────────────────────
 
-WELCOME = """\
-This is a gateway to Anthropic's API: {base}
-
-    export ANTHROPIC_BASE_URL={base}/anthropic
-    export ANTHROPIC_AUTH_TOKEN=<your virtual key>
-
-Claude Code and the Anthropic SDKs read these two; curl sends the key as x-api-key.
-Ask whoever runs the gateway for a key.
-"""
+CONNECT = """\
+connect with
+  export ANTHROPIC_BASE_URL={base}
+  export ANTHROPIC_AUTH_TOKEN={key}
+  anthropic.Anthropic(base_url="{base}", api_key="{key}")
+  new Anthropic({{ baseURL: "{base}", apiKey: "{key}" }})"""
+WELCOME = (
+    f"A gateway to Anthropic's API. Ask whoever runs it for a key (x-api-key), and {CONNECT}\n"
+)
 
 
 class HelloHandler(BaseHandler):
     """What Claude Code asks to warm its connection up, and what a browser sees at /."""
 
     def get(self) -> None:
-        """Say what this is and how to connect."""
         self.set_header("Content-Type", "text/plain; charset=utf-8")
-        if self.request.path in ("/", RELAY_PREFIX, f"{RELAY_PREFIX}/"):
-            self.finish(WELCOME.format(base=f"{self.request.protocol}://{self.request.host}"))
-        else:
-            self.finish("hello\n")
+        base = f"{self.request.protocol}://{self.request.host}{RELAY_PREFIX}"
+        self.finish(WELCOME.format(base=base, key="<a virtual key>"))
 
     head = get
 
 
-class LivenessHandler(BaseHandler):
-    """GET /health/liveliness and /health/liveness, as LiteLLM answers them."""
+class HealthHandler(BaseHandler):
+    """GET /health/liveliness and liveness, as LiteLLM answers; and /health/readiness: 200 where
+    requests are taken and keys can be kept, else 503. ``upstream`` tells what relayed requests have
+    met, ``uptime`` is seconds."""
 
-    def get(self) -> None:
-        """Say that the process runs."""
-        self.send_json("I'm alive!")
-
-
-class ReadinessHandler(BaseHandler):
-    """GET /health/readiness: 200 where requests are taken and keys can be kept, 503 otherwise.
-
-    ``upstream`` tells what passing requests have met; ``uptime`` is seconds.
-    """
-
-    def get(self) -> None:
-        """Say whether requests are taken."""
-        gateway, traffic = self.gateway, self.gateway.traffic
-        store = "writable"
-        if not gateway.ledger.is_writable():
-            store = gateway.ledger.last_error or "The keys file cannot be written."
-        status = "healthy" if store == "writable" else "unhealthy"
-        if gateway.stopping:
-            status = "shutting_down"
-        upstream = {
-            "last_success": iso(traffic.last_success),
-            "last_failure": iso(traffic.last_failure),
-            "last_error": traffic.last_error or None,
-        }
+    def get(self, asked: str) -> None:
+        if asked != "readiness":
+            self.send_json("I'm alive!")
+            return
+        gateway, ledger, traffic = self.gateway, self.gateway.ledger, self.gateway.traffic
+        error = "" if ledger.is_writable() else ledger.last_error or "It cannot be written."
+        status = "shutting_down" if gateway.stopping else "unhealthy" if error else "healthy"
+        told: dict[str, Any] = {"status": status, "store": error or "writable"}
+        told |= {"version": __version__, "prices": "loaded" if gateway.prices.loaded else "none"}
+        told["uptime"] = round((now() - gateway.started).total_seconds())
+        met = {name: iso(getattr(traffic, name)) for name in ("last_success", "last_failure")}
+        told["upstream"] = met | {"last_error": traffic.last_error or None}
         self.set_status(200 if status == "healthy" else 503)
-        self.send_json(
-            {
-                "status": status,
-                "version": __version__,
-                "uptime": round((now() - gateway.started).total_seconds()),
-                "store": store,
-                "upstream": upstream,
-                "prices": "loaded" if gateway.prices.loaded else "none",
-            }
-        )
+        self.send_json(told)
 
 
 # Names are LiteLLM's where it has one (its docs, "Prometheus metrics"), else they begin "gateway_".
 REQUEST_METRICS = {"litellm_proxy_total_requests_metric": "Relayed requests"}
-FAILURE_METRICS = {
-    "litellm_proxy_failed_requests_metric": "Relayed requests refused, failed or broken, by outcome"
-}
+FAILURE_METRICS = {"litellm_proxy_failed_requests_metric": "Those refused, failed or broken"}
 LATENCY_METRICS = {  # in the order of TIMINGS
     "litellm_request_total_latency_metric": "The whole of a request",
     "litellm_llm_api_time_to_first_token_metric": "Until the first byte of an answer",
     "litellm_llm_api_latency_metric": "From the sending upstream to the answer's end",
     "litellm_overhead_latency_metric": "Added by the gateway before the first byte",
 }
-USAGE_METRICS = {
-    "litellm_spend_metric": "USD",
-    "litellm_total_tokens_metric": "Tokens",
-    "litellm_input_tokens_metric": "Prompt",
-    "litellm_output_tokens_metric": "Output",
-    "litellm_input_cached_tokens_metric": "From cache",
-    "litellm_input_cache_creation_tokens_metric": "To cache",
-}
+USAGE_METRICS = {"litellm_spend_metric": "USD", "litellm_total_tokens_metric": "Tokens"}
+USAGE_METRICS |= {"litellm_input_tokens_metric": "Read", "litellm_output_tokens_metric": "Made"}
+USAGE_METRICS["litellm_input_cached_tokens_metric"] = "From cache"
+USAGE_METRICS["litellm_input_cache_creation_tokens_metric"] = "To cache"
 BUDGET_METRICS = {
     "gateway_api_key_spend": "USD spent in the budget's present window",
     "litellm_api_key_max_budget_metric": "USD of the key's budget",
     "litellm_remaining_api_key_budget_metric": "USD left of the key's budget",
     "litellm_api_key_budget_remaining_hours_metric": "Hours until the budget resets",
 }
-PRESENT_METRICS = {
-    "litellm_in_flight_requests": "Requests under way",
-    "gateway_streams_open": "Streams under way",
-    "gateway_upstream_connections_idle": "Connections kept for the next request",
-}
+PRESENT_METRICS = {"litellm_in_flight_requests": "Requests", "gateway_streams_open": "Streams"}
+PRESENT_METRICS["gateway_upstream_connections_idle"] = "Kept for the next request"
 EVENT_METRICS = {
     "gateway_upstream_connections_opened": "Connections opened to the upstream",
     "gateway_upstream_connections_reused": "Requests that went over a kept connection",
@@ -6929,88 +6789,29 @@ EVENT_METRICS = {
 }
 
 
-def used_amounts(tally: Tally) -> tuple[Decimal | int, ...]:
-    """What USAGE_METRICS show."""
-    prompt, output = tally.input_tokens + tally.cached, tally.output_tokens
-    return tally.spend, prompt + output, prompt, output, tally.cache_read_tokens, tally.written
-
-
-def budget_amounts(key: VirtualKey, moment: datetime) -> tuple[Decimal | float | None, ...]:
-    """What BUDGET_METRICS show; None where there is no such thing."""
-    spent, limit, hours = key.spent(moment), key.max_budget, None
-    if limit is None:
-        return spent, None, None, None
-    if key.budget_duration is not None:
-        hours = (window(key.budget_duration, moment)[1] - moment).total_seconds() / 3600
-    return spent, limit, limit - spent, hours
-
-
-def measure(
-    gateway: Gateway,
-) -> Iterator[tuple[str, str, dict[str, str], dict[Any, tuple[Any, ...]]]]:
-    """Kind, labels and names (with help) of metrics, and what each shows for labels' values: a
-    number, a histogram's buckets and sum, or None where there is no such thing. Times are seconds;
-    at most MAX_LABELS keys have labels of their own."""
-    requests = gateway.traffic.requests.items()
-    every: collections.Counter[tuple[str, ...]] = collections.Counter()
-    for (key, model, status, _), count in requests:
-        every[key, model, str(status)] += count
-    rows: dict[Any, tuple[Any, ...]] = {labels: (count,) for labels, count in every.items()}
-    yield "Counter", "api_key_alias model status_code", REQUEST_METRICS, rows
-    rows = {
-        (key, model, str(status), "upstream_error" if outcome == "ok" else outcome): (count,)
-        for (key, model, status, outcome), count in requests
-        if outcome != "ok" or status >= 400
-    }
-    labels = "api_key_alias model exception_status exception_class"
-    yield "Counter", labels, FAILURE_METRICS, rows
-    bounds = (*map(str, LATENCY_BUCKETS), "+Inf")
-    rows = {
-        (model,): tuple((list(zip(bounds, itertools.accumulate(h.counts))), h.total) for h in each)
-        for model, each in gateway.traffic.timings.items()
-    }
-    yield "Histogram", "model", LATENCY_METRICS, rows
-    rows = {labels: used_amounts(tally) for labels, tally in gateway.traffic.used.items()}
-    yield "Counter", "api_key_alias model", USAGE_METRICS, rows
-    keys = itertools.islice(gateway.ledger.live(), MAX_LABELS)
-    rows = {(key.shown_name,): budget_amounts(key, now()) for _, key in keys}
-    yield "Gauge", "api_key_alias", BUDGET_METRICS, rows
-    streams = sum(handler.is_streaming for handler in gateway.active)
-    rows = {(): (len(gateway.active), streams, gateway.client.idle)}
-    yield "Gauge", "", PRESENT_METRICS, rows
-    gone = sum(count for (*_, outcome), count in requests if outcome == "client_gone")
-    yield "Counter", "", EVENT_METRICS, {(): (gateway.client.opened, gateway.client.reused, gone)}
-
-
 class MetricsHandler(ManagementHandler):
-    """GET /metrics: what the gateway has done since it started, for Prometheus.
-
-    Open to the master key, to a key whose ``allowed_routes`` name it, and with --open-metrics and
-    in open mode to all. 501 where the package prometheus-client is not installed.
-    """
+    """GET /metrics: what the gateway has done since it started, for Prometheus. Open to the master
+    key, to a key whose ``allowed_routes`` name it, and with --open-metrics and in open mode to all.
+    501 where the package prometheus-client is not installed."""
 
     keeps_body = False
 
     def prepare(self) -> None:
-        """Let in who may read them."""
         BaseHandler.prepare(self)
         if self.gateway.settings.open_metrics or self.gateway.doors.is_open:
             return
-        for _, credential in self.credentials():
-            found = self.gateway.ledger.lookup(credential)
-            named = found[1].allowed_routes if found and found[2] == "active" else []
-            named = [route for route in named if route.startswith(METRICS_PATH)]  # no mere "*"
-            if any(fnmatch.fnmatchcase(METRICS_PATH, route) for route in named):
-                return
+        for _, credential in candidates(self.request.head.values):
+            found = self.ledger.lookup(credential)
+            for route in found[1].allowed_routes if found and found[2] == "active" else ():
+                if route.startswith(METRICS_PATH) and fnmatch.fnmatchcase(METRICS_PATH, route):
+                    return  # a mere "*" does not name it
         self.require_master()
 
     def get(self) -> None:
-        """Answer in Prometheus' text format."""
         try:
             import prometheus_client as prometheus
         except ImportError:
-            need = "Metrics need the package prometheus-client (pip install prometheus-client)."
-            raise APIError(501, need) from None
+            raise APIError(501, "Metrics need it: pip install prometheus-client") from None
         registry = prometheus.CollectorRegistry()
         registry.register(self)
         prometheus.ProcessCollector(registry=registry)
@@ -7020,25 +6821,62 @@ class MetricsHandler(ManagementHandler):
         self.finish(encode(registry))
 
     def collect(self) -> Iterator[Any]:
-        """Every metric, made of the gateway's counts as the registry asks for them."""
+        """Every metric, made of the gateway's counts as the registry asks for them. Times are
+        seconds; at most MAX_LABELS keys have labels of their own."""
         from prometheus_client import core
 
-        for kind, labels, names, rows in measure(self.gateway):
+        def families(kind: str, labels: str, names: dict[str, str], rows: Any) -> Iterator[Any]:
             for index, (name, text) in enumerate(names.items()):
                 family = getattr(core, f"{kind}MetricFamily")(name, text, labels=labels.split())
                 for values, row in rows.items():
-                    if row[index] is not None:
+                    if row[index] is not None:  # there is such a thing
                         shown = row[index] if kind == "Histogram" else [float(row[index])]
                         family.add_metric(values, *shown)
                 yield family
 
+        gateway, traffic, client = self.gateway, self.gateway.traffic, self.gateway.client
+        every, failed, gone = collections.Counter[Any](), dict[Any, tuple[int]](), 0
+        for (key, model, status, outcome), count in traffic.requests.items():
+            every[key, model, str(status)] += count
+            if outcome != "ok" or status >= 400:
+                failure = "upstream_error" if outcome == "ok" else outcome
+                failed[key, model, str(status), failure] = (count,)
+            gone += count if outcome == "client_gone" else 0
+        counts = {labels: (count,) for labels, count in every.items()}
+        yield from families("Counter", "api_key_alias model status_code", REQUEST_METRICS, counts)
+        labels = "api_key_alias model exception_status exception_class"
+        yield from families("Counter", labels, FAILURE_METRICS, failed)
+        rows, bounds = dict[Any, tuple[Any, ...]](), (*map(str, LATENCY_BUCKETS), "+Inf")
+        for model, each in traffic.timings.items():
+            sums = (list(zip(bounds, itertools.accumulate(h.counts), strict=True)) for h in each)
+            rows[model,] = tuple((sum, h.total) for sum, h in zip(sums, each, strict=True))
+        yield from families("Histogram", "model", LATENCY_METRICS, rows)
+        rows = {}
+        for label, used in traffic.used.items():
+            prompt, output = used.input_tokens + used.cached, used.output_tokens
+            cache = (used.cache_read_tokens, used.written)
+            rows[label] = (used.spend, prompt + output, prompt, output, *cache)
+        yield from families("Counter", "api_key_alias model", USAGE_METRICS, rows)
+        rows, moment = {}, now()
+        for _, record in itertools.islice(gateway.ledger.live(), MAX_LABELS):
+            spent, limit, length = record.spent(moment), record.max_budget, record.budget_duration
+            end = window(length, moment)[1] if length and limit is not None else None
+            left = None if limit is None else limit - spent
+            hours = end and (end - moment) / timedelta(hours=1)
+            rows[record.shown_name,] = (spent, limit, left, hours)
+        yield from families("Gauge", "api_key_alias", BUDGET_METRICS, rows)
+        streams = sum(handler.is_streaming for handler in gateway.active)
+        rows = {(): (len(gateway.active), streams, client.idle)}
+        yield from families("Gauge", "", PRESENT_METRICS, rows)
+        rows = {(): (client.opened, client.reused, gone)}
+        yield from families("Counter", "", EVENT_METRICS, rows)
+
 
 class JSONFormatter(logging.Formatter):
-    """A log line as a JSON object: ``time``, ``level``, and a relayed request's `Record.fields`
-    or a ``message`` (with ``exception``, where there was one)."""
+    """A log line as a JSON object: ``time``, ``level``, and a relayed request's LOG_FIELDS or a
+    ``message`` (with ``exception``, where there was one)."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
         moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         line = {"time": moment.replace("+00:00", "Z"), "level": record.levelname.lower()}
         subject = record.args[0] if isinstance(record.args, tuple) and record.args else None
@@ -7057,15 +6895,51 @@ class MaskingFormatter(logging.Formatter):
 
     def __init__(self, inner: logging.Formatter | None, *secrets: str) -> None:
         super().__init__()
-        self._inner = inner or logging.Formatter()
+        self.inner = inner or logging.Formatter()
         self._secrets = [secret for secret in secrets if len(secret) >= MIN_SECRET_LENGTH]
 
     def format(self, record: logging.LogRecord) -> str:
-        """The masked line."""
-        line = self._inner.format(record)
+        return self.mask(self.inner.format(record))
+
+    def mask(self, line: str) -> str:
+        """A line with nothing secret in it."""
         for secret in self._secrets:
             line = line.replace(secret, "*" * 8)
         return mask_keys(line)
+
+
+def record_writer(handlers: Sequence[logging.Handler]) -> Callable[[Record], None]:
+    """What logs relayed requests: through logging; or, where these handlers are one plain stream,
+    straight to it the same line in half the time."""
+    handler = handlers[0] if len(handlers) == 1 else None
+    if type(handler) is not logging.StreamHandler:
+        return log_record
+    stream, outer = handler.stream, handler.formatter
+    if not isinstance(outer, MaskingFormatter) or stream.isatty():
+        return log_record
+    if not isinstance(outer.inner, JSONFormatter | LogFormatter):
+        return log_record
+    as_json, inner, mask = isinstance(outer.inner, JSONFormatter), outer.inner, outer.mask
+    line = log.makeRecord(log.name, logging.INFO, "relay", 0, "%s", ("",), None)
+    second, prefix = 0, ""
+
+    def write(record: Record) -> None:
+        nonlocal second, prefix
+        line.created = time.time()
+        if as_json:
+            line.args = (record,)
+            text = inner.format(line)
+        else:
+            if int(line.created) != second:  # which is all that changes in what stands before it
+                second, prefix = int(line.created), inner.format(line)
+            text = prefix + str(record)
+        try:
+            stream.write(mask(text) + "\n")
+            stream.flush()
+        except (OSError, ValueError):
+            log_record(record)  # it reports what is wrong with the stream
+
+    return write
 
 
 def log_request(handler: web.RequestHandler) -> None:
@@ -7086,196 +6960,37 @@ MOCK_ERROR = re.compile(r"mock-error-(4[0-9]{2}|5[0-9]{2})")
 MOCK_ERROR_TYPES = {402: "billing_error", 409: "conflict_error", 529: "overloaded_error"}
 MOCK_CACHE_SIZE = 1000  # prompts whose cached prefix is remembered
 MOCK_COUNTS = dict.fromkeys(("processing", "succeeded", "errored", "canceled", "expired"), 0)
-MOCK_MESSAGE = {"type": "message", "role": "assistant", "stop_sequence": None}
-MOCK_BATCH = {"type": "message_batch", "cancel_initiated_at": None, "archived_at": None}
 JSONObject = dict[str, Any]
-Asked = httputil.HTTPServerRequest
+MOCK_MODEL: JSONObject = {"type": "model", "created_at": "2026-01-01T00:00:00Z"}
 MockAnswer = JSONObject | tuple[str, bytes] | list[JSONObject]  # the last: events of a stream
 
 
-class MockAnthropic(web.Application):
-    """A stand-in for Anthropic's API, for trying the gateway without a key or a network.
+class MockAnthropic(web.RequestHandler):
+    """A stand-in for Anthropic's API, for trying the gateway without a key or a network. It echoes
+    what it was asked, counts four characters as a token, and takes no credential but this one, as
+    x-api-key. The model ``mock-error-429`` (or any other status) is answered with that error."""
 
-    It echoes what it was asked, counts four characters as a token, and refuses any credential but
-    ``credential``, the one that the gateway is to send as x-api-key. The model ``mock-error-429``
-    (or any other status) is answered with that error. What it keeps, it keeps in memory.
-    """
+    # What there is, by its kind and id, oldest first; by id the bytes of what has such.
+    things: ClassVar[dict[str, dict[str, JSONObject]]] = {"batches": {}, "files": {}}
+    things |= {"models": {n: MOCK_MODEL | {"id": n, "display_name": n} for n in MOCK_MODELS[::-1]}}
+    contents: ClassVar[dict[str, bytes]] = {}
+    cached: ClassVar[collections.deque[str]] = collections.deque(maxlen=MOCK_CACHE_SIZE)
 
-    def __init__(self, credential: str) -> None:
-        super().__init__([(r".*", MockHandler)], log_function=lambda handler: None)
+    def initialize(self, credential: str) -> None:
         self.credential = credential
-        born = {"type": "model", "created_at": "2026-01-01T00:00:00Z"}
-        models = {name: born | {"id": name, "display_name": name} for name in MOCK_MODELS[::-1]}
-        # What there is, by its path and id, oldest first; by id the bytes of what has such.
-        self.things: dict[str, dict[str, JSONObject]]
-        self.things = {"models": models, "messages/batches": {}, "files": {}}
-        self.contents: dict[str, bytes] = {}
-        self.cached: collections.deque[str] = collections.deque(maxlen=MOCK_CACHE_SIZE)
-        things = "(models|messages/batches|files)"
-        self.routes: tuple[tuple[str, str, Callable[..., MockAnswer]], ...] = (
-            ("POST", "messages", self._message),
-            ("POST", "messages/count_tokens", self._count),
-            ("POST", "(messages/batches)", self._make_batch),
-            ("POST", "(messages/batches)/([^/]+)/cancel", self._cancel),
-            ("POST", "(files)", self._upload),
-            ("GET", "(messages/batches)/([^/]+)/results", self._content),
-            ("GET", "(files)/([^/]+)/content", self._content),
-            ("GET", things, self._list),
-            ("GET", f"{things}/([^/]+)", lambda _, *where: self._find(*where)),
-            ("DELETE", "(messages/batches|files)/([^/]+)", self._delete),
-        )
 
-    def answer(self, request: Asked) -> MockAnswer:
-        """What the API says. Raises APIError."""
-        if request.headers.get_list("x-api-key") != [self.credential]:
-            raise APIError(401, "invalid x-api-key")
-        status, path = 404, urllib.parse.unquote(request.path)
-        for method, pattern, answer in self.routes:
-            if match := re.fullmatch(f"/v1/{pattern}", path):
-                if method == request.method:
-                    return answer(request, *match.groups())
-                status = 405
-        raise APIError(status, "Not found" if status == 404 else "Method not allowed")
-
-    def _message(self, request: Asked) -> MockAnswer:
-        params = mock_params(request)
-        message = self._reply(params)
-        return mock_events(message) if params.get("stream") is True else message
-
-    def _reply(self, params: JSONObject) -> JSONObject:
-        model, messages = params.get("model"), params.get("messages")
-        limit = params.get("max_tokens")
-        if not isinstance(model, str):
-            raise APIError(400, "model: Field required")
-        if not isinstance(limit, int) or limit < 1:
-            raise APIError(400, "max_tokens: Field required")
-        if not isinstance(messages, list) or not messages:
-            raise APIError(400, "messages: at least one message is required")
-        if error := MOCK_ERROR.fullmatch(model):
-            kind = (ERROR_TYPES | MOCK_ERROR_TYPES).get(int(error[1]), "api_error")
-            raise APIError(int(error[1]), "An error, as you asked.", kind=kind)
-        words = f"You said: {mock_text(messages[-1])}".split(" ")[: min(limit, MOCK_MAX_TOKENS)]
-        return MOCK_MESSAGE | {
-            "id": mock_id("msg"),
-            "model": model,
-            "content": [{"type": "text", "text": " ".join(words)}],
-            "stop_reason": "max_tokens" if len(words) == limit else "end_turn",
-            "usage": self._usage(params, len(words)),
-        }
-
-    def _usage(self, params: JSONObject, output: int) -> JSONObject:
-        """A prompt with ``cache_control`` is written to the cache the first time, then read."""
-        written = read = 0
-        if "cache_control" in json.dumps(params):
-            prefix = json.dumps([params.get("system"), params.get("tools")])
-            written = mock_tokens(prefix)
-            if prefix in self.cached:
-                written, read = 0, written
-            else:
-                self.cached.append(prefix)
-        lives = {"ephemeral_5m_input_tokens": written, "ephemeral_1h_input_tokens": 0}
-        return {
-            "input_tokens": mock_tokens(params.get("messages")),
-            "cache_creation_input_tokens": written,
-            "cache_read_input_tokens": read,
-            "cache_creation": lives,
-            "output_tokens": output,
-            "service_tier": "standard",
-        }
-
-    def _count(self, request: Asked) -> JSONObject:
-        return {"input_tokens": mock_tokens(mock_params(request).get("messages"))}
-
-    def _make_batch(self, request: Asked, path: str) -> JSONObject:
-        """It is worked off at once, and has ended when it is next looked at."""
-        requests = mock_params(request).get("requests")
-        if not isinstance(requests, list) or not requests:
-            raise APIError(400, "requests: at least one request is required")
-        results = [self._result(each) for each in requests]
-        counts = collections.Counter(line["result"]["type"] for line in results)
-        name, moment = mock_id("msgbatch"), now()
-        batch = MOCK_BATCH | {
-            "id": name,
-            "processing_status": "ended",
-            "request_counts": MOCK_COUNTS | counts,
-            "created_at": iso(moment),
-            "expires_at": iso(moment + timedelta(days=1)),
-            "ended_at": iso(moment),
-            "results_url": f"{ANTHROPIC_API}/v1/{path}/{name}/results",  # absolute, as Anthropic's
-        }
-        self.things[path][name] = batch
-        self.contents[name] = "".join(json.dumps(line) + "\n" for line in results).encode()
-        begun = {"processing_status": "in_progress", "ended_at": None, "results_url": None}
-        return batch | begun | {"request_counts": MOCK_COUNTS | {"processing": len(requests)}}
-
-    def _result(self, request: JSONObject) -> JSONObject:
-        try:
-            result = {"type": "succeeded", "message": self._reply(request["params"])}
-        except APIError as error:
-            result = {"type": "errored", "error": mock_error(error)}
-        return {"custom_id": request["custom_id"], "result": result}
-
-    def _cancel(self, _: Asked, path: str, name: str) -> JSONObject:
-        batch = self._find(path, name)
-        batch["cancel_initiated_at"] = iso(now())
-        return batch | {"processing_status": "canceling"}
-
-    def _upload(self, request: Asked, path: str) -> JSONObject:
-        if not request.files.get("file"):
-            raise APIError(400, "file: Field required")
-        upload, name = request.files["file"][0], mock_id("file")
-        described = {
-            "id": name,
-            "type": "file",
-            "filename": upload.filename,
-            "mime_type": upload.content_type,
-            "size_bytes": len(upload.body),
-            "created_at": iso(now()),
-            "downloadable": True,
-        }
-        self.things[path][name], self.contents[name] = described, upload.body
-        return described
-
-    def _list(self, request: Asked, path: str) -> JSONObject:
-        asked = {name: values[0].decode() for name, values in request.query_arguments.items()}
-        names = [*reversed(self.things[path])]
-        after, limit = asked.get("after_id"), int(asked.get("limit", "20"))
-        start = names.index(after) + 1 if after in names else 0
-        shown, more = names[start : start + limit], start + limit < len(names)
-        first, last = (shown[0], shown[-1]) if shown else (None, None)
-        data = [self.things[path][name] for name in shown]
-        return {"data": data, "has_more": more, "first_id": first, "last_id": last}
-
-    def _content(self, _: Asked, path: str, name: str) -> tuple[str, bytes]:
-        kind = self._find(path, name).get("mime_type", "application/x-jsonl")
-        return kind, self.contents[name]
-
-    def _delete(self, _: Asked, path: str, name: str) -> JSONObject:
-        kind = self._find(path, name)["type"]
-        del self.things[path][name], self.contents[name]
-        return {"id": name, "type": f"{kind}_deleted"}
-
-    def _find(self, path: str, name: str) -> JSONObject:
-        if name not in self.things[path]:
-            raise APIError(404, f"{name} not found")
-        return self.things[path][name]
-
-
-class MockHandler(web.RequestHandler):
-    """Sends what the stand-in answers."""
-
-    async def answer(self) -> None:
+    async def send(self) -> None:
         """Answer, whatever the method."""
         request_id = mock_id("req")
         self.set_header("request-id", request_id)
         self.set_header("Server", "mock")
         try:
-            answer = cast(MockAnthropic, self.application).answer(self.request)
+            answer = self.answer()
         except APIError as error:
             self.set_status(error.status, error.kind)
             if error.status == 429:
                 self.set_header("retry-after", "1")
-            answer = mock_error(error) | {"request_id": request_id}
+            answer = cast(JSONObject, json.loads(error.body(request_id)))
         if isinstance(answer, tuple):
             self.set_header("Content-Type", answer[0])
         if not isinstance(answer, list):
@@ -7290,7 +7005,126 @@ class MockHandler(web.RequestHandler):
             with contextlib.suppress(StreamClosedError):
                 await self.flush()
 
-    get = head = post = put = patch = delete = options = answer
+    get = head = post = put = patch = delete = options = send
+
+    def answer(self) -> MockAnswer:
+        """What the API says. Raises APIError."""
+        request = self.request
+        if request.headers.get_list("x-api-key") != [self.credential]:
+            raise APIError(401, "invalid x-api-key")
+        sent: Any = None
+        with contextlib.suppress(ValueError):
+            sent = json.loads(request.body)
+        path = urllib.parse.unquote(request.path).replace("/messages/batches", "/batches")
+        match request.method, *path.split("/")[1:]:
+            case "POST", "v1", "batches", name, "cancel":
+                batch = self._find("batches", name)
+                batch["cancel_initiated_at"] = iso(now())
+                return batch | {"processing_status": "canceling"}
+            case "POST", "v1", "files":
+                if not request.files.get("file"):
+                    raise APIError(400, "file: Field required")
+                name, file = mock_id("file"), request.files["file"][0]
+                about: JSONObject = {
+                    "type": "file",
+                    "filename": file.filename,
+                    "downloadable": True,
+                }
+                about |= {"mime_type": file.content_type, "size_bytes": len(file.body)}
+                self.things["files"][name] = about | {"id": name, "created_at": iso(now())}
+                self.contents[name] = file.body
+                return self.things["files"][name]
+            case ("POST", "v1", "messages" | "batches", *_) if not isinstance(sent, dict):
+                raise APIError(400, "The body is not a JSON object")
+            case "POST", "v1", "messages":
+                message = self._reply(sent)
+                return mock_events(message) if sent.get("stream") is True else message
+            case "POST", "v1", "messages", "count_tokens":
+                return {"input_tokens": mock_tokens(sent.get("messages"))}
+            case "POST", "v1", "batches":
+                return self._make_batch(sent)
+            case "GET", "v1", "models" | "batches" | "files" as kind:
+                return self._list(kind)
+            case "GET", "v1", "models" | "batches" | "files" as kind, name:
+                return self._find(kind, name)
+            case "GET", "v1", "batches" | "files" as kind, name, "results" | "content":
+                form = self._find(kind, name).get("mime_type", "application/x-jsonl")
+                return form, self.contents[name]
+            case "DELETE", "v1", "batches" | "files" as kind, name:
+                gone = {"id": name, "type": f"{self._find(kind, name)['type']}_deleted"}
+                del self.things[kind][name], self.contents[name]
+                return gone
+            case _, "v1", "messages" | "models" | "batches" | "files", *_:
+                raise APIError(405, "Method not allowed")
+        raise APIError(404, "Not found")
+
+    def _find(self, kind: str, name: str) -> JSONObject:
+        if name not in self.things[kind]:
+            raise APIError(404, f"{name} not found")
+        return self.things[kind][name]
+
+    def _list(self, kind: str) -> JSONObject:
+        after, limit = self.get_argument("after_id", ""), int(self.get_argument("limit", "20"))
+        names = [*reversed(self.things[kind])]
+        start = names.index(after) + 1 if after in names else 0
+        shown, more = names[start : start + limit], start + limit < len(names)
+        first, last = (shown[0], shown[-1]) if shown else (None, None)
+        data = [self.things[kind][name] for name in shown]
+        return {"data": data, "has_more": more, "first_id": first, "last_id": last}
+
+    def _reply(self, params: JSONObject) -> JSONObject:
+        model, messages, limit = (params.get(n) for n in ("model", "messages", "max_tokens"))
+        if not isinstance(model, str):
+            raise APIError(400, "model: Field required")
+        if not isinstance(limit, int) or limit < 1:
+            raise APIError(400, "max_tokens: Field required")
+        if not isinstance(messages, list) or not messages:
+            raise APIError(400, "messages: at least one message is required")
+        if error := MOCK_ERROR.fullmatch(model):
+            kind = (ERROR_TYPES | MOCK_ERROR_TYPES).get(int(error[1]), "api_error")
+            raise APIError(int(error[1]), "An error, as you asked.", kind=kind)
+        content = messages[-1].get("content") if isinstance(messages[-1], dict) else None
+        blocks = content if isinstance(content, list) else [{"text": content}]
+        said = [str(block.get("text") or "") for block in blocks if isinstance(block, dict)]
+        words = f"You said: {' '.join(said)}".split(" ")[: min(limit, MOCK_MAX_TOKENS)]
+        written = read = 0
+        if "cache_control" in json.dumps(params):  # it is written the first time, then read
+            prefix = json.dumps([params.get("system"), params.get("tools")])
+            if prefix in self.cached:
+                read = mock_tokens(prefix)
+            else:
+                written = mock_tokens(prefix)
+                self.cached.append(prefix)
+        usage: JSONObject = {"input_tokens": mock_tokens(messages), "output_tokens": len(words)}
+        usage |= {"cache_creation_input_tokens": written, "cache_read_input_tokens": read}
+        lives = {"ephemeral_5m_input_tokens": written, "ephemeral_1h_input_tokens": 0}
+        usage |= {"cache_creation": lives, "service_tier": "standard"}
+        message = {"id": mock_id("msg"), "type": "message", "role": "assistant", "model": model}
+        message["stop_reason"] = "max_tokens" if len(words) == limit else "end_turn"
+        content = [{"type": "text", "text": " ".join(words)}]
+        return message | {"content": content, "stop_sequence": None, "usage": usage}
+
+    def _make_batch(self, sent: JSONObject) -> JSONObject:
+        """It is worked off at once, and has ended when it is next looked at."""
+        requests, results = sent.get("requests"), list[JSONObject]()
+        if not isinstance(requests, list) or not requests:
+            raise APIError(400, "requests: at least one request is required")
+        for each in requests:
+            try:
+                result = {"type": "succeeded", "message": self._reply(each["params"])}
+            except APIError as error:
+                result = {"type": "errored", "error": json.loads(error.body(""))}
+            results.append({"custom_id": each["custom_id"], "result": result})
+        name, moment = mock_id("msgbatch"), now()
+        begun: JSONObject = {"id": name, "type": "message_batch", "created_at": iso(moment)}
+        begun |= dict.fromkeys(("ended_at", "results_url", "cancel_initiated_at", "archived_at"))
+        begun |= {"expires_at": iso(moment + timedelta(days=1)), "processing_status": "in_progress"}
+        counts = collections.Counter(line["result"]["type"] for line in results)
+        self.contents[name] = "".join(json.dumps(line) + "\n" for line in results).encode()
+        done = {"processing_status": "ended", "request_counts": MOCK_COUNTS | counts}
+        url = f"{ANTHROPIC_API}/v1/messages/batches/{name}/results"  # absolute, as Anthropic's
+        self.things["batches"][name] = begun | done | {"ended_at": iso(moment), "results_url": url}
+        return begun | {"request_counts": MOCK_COUNTS | {"processing": len(results)}}
 
 
 def mock_id(prefix: str) -> str:
@@ -7298,48 +7132,25 @@ def mock_id(prefix: str) -> str:
     return f"{prefix}_01{secrets.token_hex(11)}"
 
 
-def mock_error(error: APIError) -> JSONObject:
-    """An error as Anthropic writes it."""
-    return {"type": "error", "error": {"type": error.kind, "message": error.message}}
-
-
-def mock_params(request: Asked) -> JSONObject:
-    """A request's body. Raises APIError 400."""
-    with contextlib.suppress(ValueError):
-        body = json.loads(request.body)
-        if isinstance(body, dict):
-            return body
-    raise APIError(400, "The body is not a JSON object")
-
-
 def mock_tokens(value: object) -> int:
     """How many tokens the stand-in counts: one for four characters of JSON."""
     return max(1, len(json.dumps(value)) // 4)
 
 
-def mock_text(message: object) -> str:
-    """The text of a message, whichever way its content is written."""
-    content = message.get("content") if isinstance(message, dict) else None
-    blocks = content if isinstance(content, list) else [{"text": content}]
-    return " ".join(str(block.get("text") or "") for block in blocks if isinstance(block, dict))
-
-
 def mock_events(message: JSONObject) -> list[JSONObject]:
     """A message as the events of a stream."""
-    used = {"output_tokens": message["usage"]["output_tokens"]}
-    begun = {"content": [], "stop_reason": None, "usage": message["usage"] | {"output_tokens": 1}}
-    pieces = re.findall(r"^[^ ]*| [^ ]*", message["content"][0]["text"])
-    deltas = [{"type": "text_delta", "text": piece} for piece in pieces]
+    used, block = message["usage"], {"index": 0}
+    begun = {"content": [], "stop_reason": None, "usage": used | {"output_tokens": 1}}
     ended = {"stop_reason": message["stop_reason"], "stop_sequence": None}
-    return [
-        {"type": "message_start", "message": message | begun},
-        {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
-        {"type": "ping"},
-        *({"type": "content_block_delta", "index": 0, "delta": delta} for delta in deltas),
-        {"type": "content_block_stop", "index": 0},
-        {"type": "message_delta", "delta": ended, "usage": used},
-        {"type": "message_stop"},
-    ]
+    opened = block | {"content_block": {"type": "text", "text": ""}}
+    events: list[tuple[str, JSONObject]] = [("message_start", {"message": message | begun})]
+    events += [("content_block_start", opened), ("ping", {})]
+    for piece in re.findall(r"^[^ ]*| [^ ]*", message["content"][0]["text"]):
+        delta = {"type": "text_delta", "text": piece}
+        events.append(("content_block_delta", block | {"delta": delta}))
+    total = {"delta": ended, "usage": {"output_tokens": used["output_tokens"]}}
+    events += [("content_block_stop", block), ("message_delta", total), ("message_stop", {})]
+    return [{"type": name} | members for name, members in events]
 
 
 # ─── Main ─────────────────────────────────────────────────────────────────────────────────────────
@@ -7349,50 +7160,32 @@ DRAIN_PROGRESS = 5.0  # seconds between two lines about what a stop waits for
 LOOPBACK = ("127.0.0.1", "::1")
 COLLECTOR_THRESHOLD = 10_000  # objects made and not freed; Python's own is 700
 SWITCH_INTERVAL = 0.0005  # seconds; Python's own is 0.005
-OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
 UVLOOP_CLOSED = "the handler is closed"  # uvloop/handles/handle.pyx, _ensure_alive
 UNIX_SOCKET_MODE = 0o660  # for the owner and his group, such as the proxy's
 MOCK_CREDENTIAL = "sk-ant-mock-"
 CHECK_TIMEOUT = 30.0  # seconds
+ServerTLS = ssl.SSLContext | None
 OPTIONAL_PACKAGES = {
     "uvloop": "the gateway is slower",
     "genai-prices": "money is not counted, budgets cannot be set",
     "prometheus-client": "there is no /metrics",
 }
 OPEN_MODE = "! no master key is set and there are no virtual keys: open to all who reach it"
-CONNECT = """\
-connect with
-  export ANTHROPIC_BASE_URL={base}
-  export ANTHROPIC_AUTH_TOKEN={key}
-  anthropic.Anthropic(base_url="{base}", api_key="{key}")
-  new Anthropic({{ baseURL: "{base}", apiKey: "{key}" }})"""
 
 
 def make_app(settings: Settings, rules: Sequence[Rule] = RULES) -> GatewayApplication:
-    """The Tornado application; ``settings["gateway"]`` is the `Gateway`.
-
-    Call it from a running loop. Raises SettingsError where the keys file cannot be used.
-    """
+    """The Tornado application, whose ``settings["gateway"]`` is the `Gateway`. Call it from a loop
+    that runs. Raises SettingsError where the keys file cannot be used."""
     return GatewayApplication(
         [
             *((re.escape(path), HelloHandler) for path in HELLO_PATHS),
             (rf"{RELAY_PREFIX}/.*|{BARE_PREFIX}.*", RelayHandler),
-            (r"/health/(?:liveliness|liveness)", LivenessHandler),
-            (r"/health/readiness", ReadinessHandler),
+            (r"/health/(liveliness|liveness|readiness)", HealthHandler),
             (METRICS_PATH, MetricsHandler),
-            (r"/key/generate", GenerateHandler),
-            (r"/key/update", UpdateHandler),
-            (r"/key/delete", DeleteHandler),
-            (r"/key/block", BlockHandler, {"blocked": True}),
-            (r"/key/unblock", BlockHandler, {"blocked": False}),
-            (r"/key/regenerate", RegenerateHandler),
-            (r"/key/([^/]+)/regenerate", RegenerateHandler),
-            (r"/key/([^/]+)/reset_spend", ResetSpendHandler),
+            (r"/key/(generate|update|delete|block|unblock|regenerate)", KeyHandler),
+            (r"/key/([^/]+)/(regenerate|reset_spend)", KeyHandler),
             (r"/key/info", InfoHandler),
-            (r"/key/list", ListHandler),
-            (r"/spend/keys", SpendKeysHandler),
-            (r"/spend/logs", SpendLogsHandler),
-            (r"/global/spend/report", SpendReportHandler),
+            *((re.escape(path), ReportHandler) for path in ReportHandler.reports),
         ],
         default_handler_class=NotFoundHandler,
         log_function=log_request,
@@ -7412,16 +7205,13 @@ def bind(settings: Settings, *, loopback: bool) -> list[socket.socket]:
         with contextlib.suppress(OSError):  # a machine without IPv6
             sockets += bind_sockets(sockets[0].getsockname()[1], LOOPBACK[1])
         return sockets
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: what stands there is a file, but no socket
         where = settings.unix_socket or f"{settings.address or 'port'} {settings.port}"
-        raise SettingsError(f"cannot listen on {where}: {error.strerror or error}") from None
-    except ValueError as error:  # what stands there is a file, but no socket
-        raise SettingsError(f"--unix-socket: {error}") from None
+        text = f"cannot listen on {where}: {getattr(error, 'strerror', '') or error}"
+        raise SettingsError(text) from None
 
 
-def server_context(
-    settings: Settings, context: ssl.SSLContext | None = None
-) -> ssl.SSLContext | None:
+def server_context(settings: Settings, context: ServerTLS = None) -> ServerTLS:
     """What serves TLS, where ``--certfile`` is given: a new context, or this one, with the
     certificate that the files hold now. Raises SettingsError."""
     if not settings.certfile:
@@ -7432,9 +7222,8 @@ def server_context(
     try:
         context.load_cert_chain(settings.certfile, settings.keyfile or None, "")
     except OSError as error:  # ssl.SSLError is one
-        reason = error.strerror or error.__class__.__name__
-        text = f"--certfile, --keyfile: {reason}; give PEM files that the gateway's user can read"
-        raise SettingsError(text) from None
+        text = f"--certfile, --keyfile: {error.strerror or error.__class__.__name__}"
+        raise SettingsError(f"{text}; give PEM files that the gateway's user can read") from None
     return context
 
 
@@ -7442,9 +7231,8 @@ def base_url(settings: Settings, port: int) -> str:
     """Where a client on this machine finds the gateway."""
     if settings.unix_socket:
         return "https://<the proxy in front>"
-    everywhere = settings.address in ("", "0.0.0.0", "::")
-    host = LOOPBACK[0] if everywhere else settings.address
     scheme = "https" if settings.certfile else "http"
+    host = LOOPBACK[0] if settings.address in ("", "0.0.0.0", "::") else settings.address
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
@@ -7454,20 +7242,19 @@ def lacks(settings: Settings) -> Iterator[str]:
         yield "no ANTHROPIC_API_KEY is set: only callers with an sk-ant-… of their own get through"
     if not settings.master_key:
         yield f"no GATEWAY_MASTER_KEY is set: /key/* is closed; {GOOD_MASTER_KEY}"
-    elif settings.has_weak_master_key:
+    elif len(settings.master_key) < MIN_MASTER_KEY_LENGTH:
         yield f"the master key is weak; {GOOD_MASTER_KEY}"
 
 
 def announce(settings: Settings, gateway: Gateway, port: int) -> None:
     """Print where it listens and relays to, what it lets in, and what a user pastes to connect."""
     is_open, keys = gateway.doors.is_open, sum(1 for _ in gateway.ledger.live())
-    where = url = base_url(settings, port)
-    if not settings.address and not is_open:
-        where += " and every other address"
+    url, is_everywhere = base_url(settings, port), not settings.address and not is_open
+    where = settings.unix_socket or f"{url}{' and every other address' if is_everywhere else ''}"
     is_mock = settings.api_key.startswith(MOCK_CREDENTIAL)
     made = f"{keys} in {settings.keys}" if keys else "POST /key/generate makes one"
     lines = [
-        f"gateway {__version__} listening on {settings.unix_socket or where}",
+        f"gateway {__version__} listening on {where}",
         f"relaying to {'the built-in stand-in' if is_mock else settings.upstream}",
         OPEN_MODE if is_open else f"virtual keys are required ({made})",
         *(f"! {lack}" for lack in lacks(settings)),
@@ -7479,23 +7266,23 @@ def announce(settings: Settings, gateway: Gateway, port: int) -> None:
 
 
 def start_mock(settings: Settings) -> Settings:
-    """Start the stand-in on a free loopback port and return settings that gateway to it."""
+    """Settings that lead to the stand-in, started on a free loopback port, if they ask for it."""
+    if settings.upstream != MOCK_UPSTREAM:
+        return settings
     credential = MOCK_CREDENTIAL + secrets.token_urlsafe(KEY_BYTES)
+    sizes = dict.fromkeys(("max_body_size", "max_buffer_size"), MAX_BODY_SIZE)
     sockets = bind_sockets(0, LOOPBACK[0])
-    server = HTTPServer(
-        MockAnthropic(credential), max_body_size=MAX_BODY_SIZE, max_buffer_size=MAX_BODY_SIZE
-    )
-    server.add_sockets(sockets)
+    routes = [(r".*", MockAnthropic, {"credential": credential})]
+    application = web.Application(routes, log_function=lambda handler: None)
+    HTTPServer(application, **sizes).add_sockets(sockets)
     upstream = f"http://{LOOPBACK[0]}:{sockets[0].getsockname()[1]}"
     return dataclasses.replace(settings, upstream=upstream, api_key=credential, auth_token="")
 
 
 def report_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Log what the event loop reports; a line is enough where no more files can be opened."""
+    """Log what the event loop reports."""
     error = context.get("exception")
-    if isinstance(error, OSError) and error.errno in OUT_OF_FILES:
-        log.warning("%s: new connections wait a second; raise the limit", error.strerror)
-    elif isinstance(error, RuntimeError) and UVLOOP_CLOSED in str(error):
+    if isinstance(error, RuntimeError) and UVLOOP_CLOSED in str(error):
         # uvloop goes on with a read over TLS whose connection was broken off within it.
         log.debug("after the end of a connection", exc_info=error)
     else:
@@ -7504,10 +7291,10 @@ def report_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) 
 
 async def serve(settings: Settings) -> None:
     """Run until SIGTERM or SIGINT. Raises SettingsError where it cannot start."""
-    if settings.upstream == MOCK_UPSTREAM:
-        settings = start_mock(settings)
+    settings = start_mock(settings)
     application = make_app(settings)
     gateway: Gateway = application.settings["gateway"]
+    gateway.write_log = record_writer(logging.getLogger().handlers)
     server = Server(gateway, application)
     context = server_context(settings)
     gateway.prices.load()
@@ -7518,14 +7305,25 @@ async def serve(settings: Settings) -> None:
     loop.set_exception_handler(report_loop_error)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, signals.put_nowait, number)
-    tasks = [
-        asyncio.create_task(gateway.batches.run()),
-        asyncio.create_task(notice_edits(gateway.ledger)),
-    ]
+
+    async def notice_edits() -> None:
+        while True:
+            await asyncio.sleep(FLUSH_INTERVAL)
+            gateway.ledger.notice_edit()
+
+    tasks = [asyncio.create_task(work) for work in (gateway.batches.run(), notice_edits())]
     favour_the_loop()
     announce(settings, gateway, 0 if settings.unix_socket else sockets[0].getsockname()[1])
-    while await signals.get() == signal.SIGHUP:
-        await reload(gateway, context)
+    while await signals.get() == signal.SIGHUP:  # read all again; what is wrong changes nothing
+        try:
+            server_context(settings)  # one that fails must not be half loaded
+            server_context(settings, context)  # for connections from now on
+            gateway.prices.reload()
+            await gateway.ledger.reload()
+            favour_the_loop()
+            log.info("keys read again: %d", sum(1 for _ in gateway.ledger.live()))
+        except Exception as error:  # noqa: BLE001 - whatever it is, it does not stop the gateway
+            log.error("not read again: %s", error)
     loop.add_signal_handler(signal.SIGHUP, lambda: None)
     for task in tasks:
         task.cancel()
@@ -7535,41 +7333,18 @@ async def serve(settings: Settings) -> None:
             os.unlink(settings.unix_socket)
 
 
-async def notice_edits(store: FileLedger) -> None:
-    """Look at the keys file now and then, until cancelled."""
-    while True:
-        await asyncio.sleep(FLUSH_INTERVAL)
-        store.notice_edit()
-
-
-async def reload(gateway: Gateway, context: ssl.SSLContext | None) -> None:
-    """Read the certificate, the price file and the keys file again; a bad one changes nothing. A
-    new certificate holds for connections from now on."""
-    try:
-        server_context(gateway.settings)  # one that fails must not be half loaded
-        server_context(gateway.settings, context)
-        gateway.prices.reload()
-        await gateway.ledger.reload()
-        favour_the_loop()
-        log.info("keys read again: %d", sum(1 for _ in gateway.ledger.live()))
-    except Exception as error:  # noqa: BLE001 - whatever it is, it does not stop the gateway
-        log.error("not read again: %s", error)
-
-
 async def stop(gateway: Gateway, server: Server, signals: asyncio.Queue[int]) -> None:
     """Take no more requests, let those under way end, break what is left. A signal hurries."""
     gateway.stopping = True
     server.stop()
-    hurry = asyncio.create_task(signals.get())
-    deadline = gateway.client.time() + gateway.settings.drain_timeout
-    while gateway.active and not hurry.done() and (left := deadline - gateway.client.time()) > 0:
+    ends = {asyncio.create_task(signals.get()), asyncio.create_task(gateway.drained.wait())}
+    deadline, done = gateway.time() + gateway.settings.drain_timeout, set[asyncio.Task[Any]]()
+    while gateway.active and not done and (left := deadline - gateway.time()) > 0:
         log.info("stopping: %d requests under way, %.0f s left", len(gateway.active), left)
-        drained = asyncio.create_task(gateway.drained.wait())
-        await asyncio.wait(
-            {hurry, drained}, timeout=min(left, DRAIN_PROGRESS), return_when=asyncio.FIRST_COMPLETED
-        )
-        drained.cancel()
-    hurry.cancel()
+        wait = min(left, DRAIN_PROGRESS)
+        done, _ = await asyncio.wait(ends, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
+    for task in ends:
+        task.cancel()
     server.close()
     await asyncio.sleep(0)  # the connections' ends reach their handlers
     for handler in list(gateway.active):  # which wait for the names of batches
@@ -7582,71 +7357,54 @@ async def stop(gateway: Gateway, server: Server, signals: asyncio.Queue[int]) ->
 
 async def check(settings: Settings) -> bool:
     """Print, a line each, what is well and what is not, and what to do about it (``--check``)."""
-    if settings.upstream == MOCK_UPSTREAM:
-        settings = start_mock(settings)
+    settings = start_mock(settings)
+    path, upstream, credential = settings.keys, settings.upstream, settings.real_credential
     findings = [(True, f"Python {sys.version.split()[0]}, Tornado {tornado.version}")]
     for package, loss in OPTIONAL_PACKAGES.items():
         is_there = importlib.util.find_spec(package.replace("-", "_"))
         missing = f"is not installed: {loss} (pip install {package})"
         findings.append((True, f"{package} {'is installed' if is_there else missing}"))
     findings += [(False, lack) for lack in lacks(settings)] or [(True, "both secrets are set")]
-    for part in (check_keys_file, check_tls, check_upstream):
+
+    @contextlib.contextmanager
+    def trying(what: object, advice: str) -> Iterator[None]:
         try:
-            findings.append((True, await part(settings)))
+            yield
         except SettingsError as error:
             findings.append((False, str(error)))
+        except (UpstreamError, OSError) as error:
+            reason = getattr(error, "strerror", "") or error
+            findings.append((False, f"{what}: {reason} {advice}"))
+
+    with trying(path, "(let the gateway's user read it, and write in its folder, or set --keys)"):
+        found = parse_store(path.read_bytes(), str(path)) if path.exists() else None
+        with tempfile.TemporaryFile(dir=path.parent):  # as each change makes one
+            keys = "will be made" if found is None else f"{len(found)} keys"
+        findings.append((True, f"{path}: {keys}"))
+    with trying("TLS", "(see --certfile)"):
+        unserved = "not served: right behind a proxy, or on loopback"
+        served = f"served with {settings.certfile}" if server_context(settings) else unserved
+        findings.append((True, f"TLS is {served}"))
+    with trying(upstream, "See --upstream and the network."):
+        client = UpstreamClient(force_instance=True, connect_timeout=settings.connect_timeout)
+        url, fields = (
+            f"{upstream.rstrip('/')}/v1/models?limit=1",
+            [credential] if credential else [],
+        )
+        headers = {"anthropic-version": ANTHROPIC_VERSION, **dict(fields)}
+        with contextlib.closing(client):
+            request = HTTPRequest(url, headers=headers, request_timeout=CHECK_TIMEOUT)
+            code = (await client.fetch(request, raise_error=False)).code
+        refused, fine = code in (401, 403), " and accepts the real key" if credential else ""
+        doubt = "real key not accepted, set another" if refused else "is --upstream right?"
+        well = code < 400 or (credential is None and code == 401)
+        said = fine if well else f" {code} to GET /v1/models: {doubt}"
+        findings.append((well, f"{upstream} answers{said}"))
     for well, text in findings:
         print("ok  " if well else "FAIL", text)
     base = base_url(settings, settings.port) + RELAY_PREFIX
     print(CONNECT.format(base=base, key="<a virtual key>"))
     return all(well for well, _ in findings)
-
-
-# Each says what is well, or raises SettingsError.
-
-
-async def check_keys_file(settings: Settings) -> str:
-    """Whether it is sound, and its folder takes the new file that each change makes."""
-    path = settings.keys
-    try:
-        found = parse_store(path.read_bytes(), str(path)) if path.exists() else None
-        keys = "will be made" if found is None else f"{len(found)} keys"
-        with tempfile.TemporaryFile(dir=path.parent):
-            return f"{path}: {keys}"
-    except OSError as error:
-        need = "let the gateway's user read it, and write in its folder"
-        raise SettingsError(f"{path}: {error.strerror}; {need}, or set --keys") from None
-
-
-async def check_tls(settings: Settings) -> str:
-    """Whether TLS can be served, if it is to be."""
-    if server_context(settings) is None:
-        return "TLS is not served: right behind a proxy, or on loopback"
-    return f"TLS is served with {settings.certfile}"
-
-
-async def check_upstream(settings: Settings) -> str:
-    """Whether the upstream answers, and takes the real key."""
-    client = UpstreamClient(force_instance=True, connect_timeout=settings.connect_timeout)
-    credential = settings.real_credential
-    request = HTTPRequest(f"{settings.upstream.rstrip('/')}/v1/models?limit=1")
-    request.request_timeout = CHECK_TIMEOUT
-    request.headers["anthropic-version"] = ANTHROPIC_VERSION
-    if credential is not None:
-        request.headers[credential[0]] = credential[1]
-    try:
-        code = (await client.fetch(request, raise_error=False)).code
-    except UpstreamError as error:
-        text = f"{settings.upstream}: {error} See --upstream and the network."
-        raise SettingsError(text) from None
-    finally:
-        client.close()
-    if code >= 400 and (credential is not None or code != 401):
-        doubt = (
-            "real key not accepted, set another" if code in (401, 403) else "is --upstream right?"
-        )
-        raise SettingsError(f"{settings.upstream} answers {code} to GET /v1/models: {doubt}")
-    return f"{settings.upstream} answers{' and accepts the real key' if credential else ''}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -7659,8 +7417,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             handler.setFormatter(MaskingFormatter(inner, *masked))
         # The log shows neither; looking them up costs each line (docs of logging, "Optimization").
         logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-        raise_file_limit()
-        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        # As many open files as the system allows: each stream holds two sockets.
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+        loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
+        with contextlib.suppress(ImportError):
+            import uvloop
+
+            loop_factory = uvloop.new_event_loop
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
             if settings.check:
                 sys.exit(0 if runner.run(check(settings)) else 1)
             runner.run(serve(settings))
@@ -7671,30 +7437,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def favour_the_loop() -> None:
     """Keep what else goes on in this process from stopping streams."""
-    # What is here now stays: prices, keys and code are hundreds of thousands of objects, through
-    # which the garbage collector need not look again and again; and a request makes about a
-    # hundred, for which it need not look every few requests.
+    # The garbage collector need not look again and again through what is here now and stays, some
+    # hundred thousand objects; nor every few requests, of which each makes a hundred.
     gc.unfreeze()  # requests that were under way at the last time are garbage by now
     gc.collect()
     gc.freeze()
     gc.set_threshold(COLLECTOR_THRESHOLD)
     sys.setswitchinterval(SWITCH_INTERVAL)  # the keys file's writer hands Python's lock back
-
-
-def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's event loop where it is installed; asyncio's own otherwise."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return cast("Callable[[], asyncio.AbstractEventLoop]", uvloop.new_event_loop)
-
-
-def raise_file_limit() -> None:
-    """Take as many open files as the system allows: each stream holds two sockets."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 if __name__ == "__main__":

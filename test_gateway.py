@@ -4496,6 +4496,31 @@ async def test_a_client_forges_no_field_of_a_log_line(gw: GW) -> None:
     assert all(f'{name}="{forged}"' in line for name in names)
 
 
+@pytest.mark.parametrize("inner", [gateway.JSONFormatter(), gateway.LogFormatter(color=False)])
+def test_a_request_is_logged_as_logging_would(
+    inner: logging.Formatter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = io.StringIO()
+    handler = logging.StreamHandler(lines)
+    handler.setFormatter(gateway.MaskingFormatter(inner, MASTER_KEY, REAL_KEY))
+    monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
+    write = gateway.record_writer([handler])
+    key = gateway.VirtualKey("sk-...abcd", "ci \N{SNOWMAN}", tags=["a b"])
+    records = [finished_request(), finished_request(path=f"/{REAL_KEY} {UNKNOWN_KEY}", key=key)]
+    for moment in (1.5, 2.25, 86_400.0):
+        monkeypatch.setattr(time, "time", lambda at=moment: at)
+        monkeypatch.setattr(time, "time_ns", lambda at=moment: int(at * 1e9))
+        for record in records:
+            for way in (write, gateway.log_record):
+                way(record)
+    written = lines.getvalue().splitlines()
+    assert written[::2] == written[1::2] and len(set(written)) == 6
+    assert REAL_KEY not in lines.getvalue() and UNKNOWN_KEY not in lines.getvalue()
+    lines.close()
+    write(records[0])  # which fails, and ends no request
+    assert gateway.record_writer([handler, handler]) is gateway.log_record
+
+
 async def metrics(gw: GW, key: str = MASTER_KEY) -> Any:
     """What /metrics says, as {(name, label values…): value}."""
     answer = await gw.manage("/metrics", key=key)
