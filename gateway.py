@@ -5007,7 +5007,8 @@ class Doors:
             raise APIError(
                 403,
                 "This gateway is open, so it takes requests to and from this machine's own"
-                " addresses only. Set GATEWAY_MASTER_KEY where it is started, and use a virtual key.",
+                " addresses only. Set GATEWAY_MASTER_KEY where it is started, and use a virtual"
+                " key.",
             )
 
     def _is_here(self, authority: str) -> bool:
@@ -5319,7 +5320,8 @@ class Fields(Rule):
             raise APIError(
                 400,
                 "A key of this gateway stands in the path, the query or a header field where it"
-                " would go on to Anthropic. Send it as 'x-api-key' or 'Authorization: Bearer' alone.",
+                " would go on to Anthropic. Send it as 'x-api-key' or 'Authorization: Bearer'"
+                " alone.",
             )
 
 
@@ -5820,9 +5822,8 @@ GONE = (404, 410)
 
 
 class BatchKeeper:
-    """Books batches once they have ended, whether or not anybody fetches their results: asks the
-    upstream for their state, with the real key, now and then, and reads the results through a meter.
-    """
+    """Books batches once they have ended, whether or not anybody fetches their results: asks for
+    their state, with the real key, now and then, and reads the results through a meter."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway, self._ledger = gateway, gateway.ledger
