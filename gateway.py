@@ -98,7 +98,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, NoReturn, TypedDict, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, TypedDict, TypeVar, cast
 
 import tornado
 from tornado import escape, httputil, netutil, web
@@ -331,12 +331,10 @@ class APIError(Exception):
 
 DURATION = re.compile(r"([0-9]{1,9})(mo|s|m|h|d|w)", re.ASCII)
 UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-FIRST_MONDAY = datetime(1970, 1, 5, tzinfo=UTC)
+EPOCH, FIRST_MONDAY = datetime(1970, 1, 1, tzinfo=UTC), datetime(1970, 1, 5, tzinfo=UTC)
 END_OF_TIME = datetime(9999, 12, 31, tzinfo=UTC)
 SNAPPED_DURATIONS = {"7d": "1w", "30d": "1mo"}
 ZERO = Decimal(0)
-MINUTE = 60.0
 
 
 def now() -> datetime:
@@ -363,12 +361,6 @@ def day_of(moment: datetime) -> str:
     return moment.date().isoformat()
 
 
-@functools.lru_cache(maxsize=64)
-def hour_of(moment: datetime) -> int:
-    """The hour of a moment, counted from 1970."""
-    return int(moment.timestamp()) // 3600
-
-
 def from_iso(text: str) -> datetime:
     """Any ISO 8601 moment, one without a zone as UTC. Raises ValueError or TypeError."""
     moment = datetime.fromisoformat(text)
@@ -386,29 +378,26 @@ def later(start: datetime, duration: str) -> datetime:
         if unit != "mo":
             return start + timedelta(seconds=amount * UNIT_SECONDS[unit])
         year, month = divmod(start.year * 12 + start.month - 1 + amount, 12)
-        month += 1
-        day = min(start.day, calendar.monthrange(year, month)[1])
-        return start.replace(year=year, month=month, day=day)
+        day = min(start.day, calendar.monthrange(year, month + 1)[1])
+        return start.replace(year=year, month=month + 1, day=day)
     except (OverflowError, ValueError):
         raise ValueError(f"{duration!r} is too long") from None
 
 
 @functools.lru_cache(maxsize=256)
 def window(duration: str, moment: datetime) -> tuple[datetime, datetime]:
-    """The budget window that ``moment`` falls in: its start and its end, on the UTC calendar.
-
-    As LiteLLM snaps them: ``1d`` from midnight, ``7d`` and ``1w`` from Monday, ``30d`` and ``1mo``
-    from the 1st, ``1h`` from the hour; other lengths count on from the epoch. One that leads out of
-    the calendar never ends. Raises ValueError for what is no length of time.
-    """
+    """The start and end of the window that ``moment`` falls in, on the UTC calendar, as LiteLLM
+    snaps them: ``1d`` from midnight, ``7d`` and ``1w`` from Monday, ``30d`` and ``1mo`` from the
+    1st; other lengths count on from the epoch, and one that leads out of the calendar never ends.
+    Raises ValueError for what is no length of time."""
     match = DURATION.fullmatch(SNAPPED_DURATIONS.get(duration, duration))
     if not match or int(match[1]) == 0:
         raise ValueError(f"{duration!r} is not a length of time above zero, like '30d'")
     amount, unit = int(match[1]), match[2]
     try:
         if unit == "mo":
-            month = (moment.year * 12 + moment.month - 1) // amount * amount
-            start = datetime(month // 12, month % 12 + 1, 1, tzinfo=UTC)
+            year, month = divmod((moment.year * 12 + moment.month - 1) // amount * amount, 12)
+            start = datetime(year, month + 1, 1, tzinfo=UTC)
         else:
             step = timedelta(seconds=amount * UNIT_SECONDS[unit])
             origin = FIRST_MONDAY if unit == "w" else EPOCH
@@ -490,8 +479,7 @@ class Tally:
 
 TALLY_FIELDS = tuple(f.name for f in dataclasses.fields(Tally))
 MAX_MODELS_A_DAY = 50  # names come from requests; beyond these they are counted together
-OTHER_MODELS = "other"
-NO_MODEL = "-"  # what stands in logs and sums for none
+OTHER_MODELS, NO_MODEL = "other", "-"  # what stands in logs and sums for them, and for none
 
 
 class Usage:
@@ -499,66 +487,50 @@ class Usage:
     they have in the file, so that their number costs nothing."""
 
     def __init__(self, days: Mapping[str, Mapping[str, Any]] | None = None) -> None:
-        self._open: dict[str, dict[str, Tally]] = {}
-        self._closed: dict[str, str] = {}
+        self._days: dict[str, str | dict[str, Tally]] = {}
         for day, models in (days or {}).items():
             datetime.fromisoformat(day)
-            self._closed[day] = day_json(read_day(models))
+            self._days[day] = json.dumps(models)
+            self._read(day)  # so that what is wrong is said now
 
-    def add(self, day: str, model: str, tally: Tally) -> None:
-        """Count a tally in."""
-        self._tally(day, model).add(tally)
-
-    def count(self, day: str, model: str, *, failed: bool) -> None:
-        """Count a request."""
-        tally = self._tally(day, model)
-        tally.requests += 1
-        tally.errors += failed
-
-    def days(self, first: str = "", last: str = "9999") -> Iterator[tuple[str, str, Tally]]:
-        """(day, model, tally) of every day from first to last, in order."""
-        for day in sorted({*self._open, *self._closed}):
-            if first <= day <= last:
-                for model, tally in (self._open.get(day) or self._read(day)).items():
-                    yield day, model, tally
-
-    def to_json(self, today: str, keep_from: str) -> str:
-        """The JSON text; days before ``keep_from`` are forgotten."""
-        for day in [day for day in self._open if day < today]:
-            self._closed[day] = day_json(self._open.pop(day))
-        self._closed = {day: text for day, text in self._closed.items() if day >= keep_from}
-        days = self._closed | {day: day_json(models) for day, models in self._open.items()}
-        return "{" + ", ".join(f'"{day}": {text}' for day, text in days.items()) + "}"
-
-    def _tally(self, day: str, model: str) -> Tally:
-        if day not in self._open:
-            self._open[day] = self._read(day)
-            self._closed.pop(day, None)
-        models = self._open[day]
+    def of(self, day: str, model: str) -> Tally:
+        """The tally of a model on a day, to be counted up."""
+        models = self._days.get(day)
+        if not isinstance(models, dict):
+            models = self._days[day] = self._read(day)
         if model not in models and len(models) >= MAX_MODELS_A_DAY:
             model = OTHER_MODELS
         return models.get(model) or models.setdefault(model, Tally())
 
+    def days(self, first: str = "", last: str = "9999") -> Iterator[tuple[str, str, Tally]]:
+        """(day, model, tally) of every day from first to last, in order."""
+        for day in sorted(self._days):
+            if first <= day <= last:
+                for model, tally in self._read(day).items():
+                    yield day, model, tally
+
+    def to_json(self, today: str, keep_from: str) -> str:
+        """The JSON text; days before ``keep_from`` are forgotten."""
+        texts = {}
+        for day, models in self._days.items():
+            if not isinstance(models, str):
+                models = json.dumps({model: tally.to_json() for model, tally in models.items()})
+            if day >= keep_from:
+                texts[day] = models
+        self._days = {day: t if day < today else self._days[day] for day, t in texts.items()}
+        return "{" + ", ".join(f'"{day}": {text}' for day, text in texts.items()) + "}"
+
     def _read(self, day: str) -> dict[str, Tally]:
-        return read_day(json.loads(self._closed.get(day, "{}")))
-
-
-def read_day(models: Mapping[str, Any]) -> dict[str, Tally]:
-    """The reverse of `day_json`."""
-    return {model: Tally.from_json(tally) for model, tally in models.items()}
-
-
-def day_json(models: Mapping[str, Tally]) -> str:
-    """One day's usage as JSON text."""
-    return json.dumps({model: tally.to_json() for model, tally in models.items()})
+        models = self._days.get(day, "{}")
+        if isinstance(models, dict):
+            return models
+        return {model: Tally.from_json(tally) for model, tally in json.loads(models).items()}
 
 
 class Bucket:
-    """A token bucket that refills continuously, as Anthropic's own limits do (api/rate-limits).
-
-    It holds ``limit`` and gains ``limit`` a minute. It may be drawn below zero, and then blocks.
-    Times are seconds of a clock that does not jump.
-    """
+    """A token bucket that refills continuously, as Anthropic's own limits do (api/rate-limits): by
+    ``limit`` a minute, which is the most it holds. It may be drawn below zero, and then blocks.
+    Times are seconds of a clock that does not jump."""
 
     __slots__ = ("_at", "_level", "limit")
 
@@ -568,7 +540,7 @@ class Bucket:
     def level(self, moment: float) -> float:
         """How much it holds."""
         if moment != self._at:
-            gained = (moment - self._at) * self.limit / MINUTE
+            gained = (moment - self._at) * self.limit / 60
             self._level, self._at = min(float(self.limit), self._level + gained), moment
         return self._level
 
@@ -581,7 +553,7 @@ class Bucket:
         missing = wanted - self.level(moment)
         if missing <= 0:
             return 0.0
-        return missing * MINUTE / self.limit if self.limit >= wanted else MINUTE
+        return missing * 60 / self.limit if self.limit >= wanted else 60.0
 
     def resize(self, limit: int, moment: float) -> None:
         """Take another limit from now on; what was drawn stays drawn."""
@@ -598,10 +570,8 @@ class WindowSpend:
     held: Decimal = ZERO
 
     def spent(self, start: str) -> Decimal:
-        """What was spent in the window that starts there; an earlier window's spend is over.
-
-        A window before the one counted means that the clock was set back: what was spent counts on.
-        """
+        """What was spent in the window that starts there; an earlier window's spend is over. Where
+        the window is before the one counted, the clock was set back: what was spent counts on."""
         if start > self.start:
             self.spend = ZERO
         self.start = start
@@ -613,12 +583,12 @@ class WindowSpend:
 KEY_PREFIX = "sk-"
 OWN_CREDENTIAL_PREFIX = "sk-ant-"  # every credential that Anthropic issues begins so
 KEY_BYTES = 16  # LiteLLM: "sk-" and secrets.token_urlsafe(16), 22 characters
-MIN_KEY_LENGTH = 16  # LiteLLM's limit on keys that a caller chooses
-MAX_KEY_LENGTH = 256
+MIN_KEY_LENGTH, MAX_KEY_LENGTH = 16, 256  # of keys that a caller chooses; LiteLLM's minimum
 # Without what ends or escapes a string, so that it is known in a log line that has one.
 PRINTABLE_KEY = re.compile(r'sk-(?:(?!["\\])[\x21-\x7e]){1,253}')
 KEY_LIKE = re.compile(r"sk-[^\s\"\\]{13,}")  # with its prefix 16 characters or more
 WORD_ENDS = re.compile(r'[\s"]')
+SHOWN_LENGTH = 200  # characters of a text that a log line shows
 
 
 def new_key() -> str:
@@ -641,9 +611,6 @@ def mask_keys(text: str) -> str:
     return KEY_LIKE.sub(lambda match: key_name(match[0]), text) if KEY_PREFIX in text else text
 
 
-SHOWN_LENGTH = 200  # characters of a text that a log line shows
-
-
 def printable(text: str) -> str:
     """Text for a log line: nothing in it can end the line or steer a terminal."""
     text = text[:SHOWN_LENGTH]
@@ -653,6 +620,9 @@ def printable(text: str) -> str:
 def word(text: str) -> str:
     """A value for a log line of words: in quotes where it could be taken for several."""
     return json.dumps(text) if WORD_ENDS.search(text) else text
+
+
+ALL_MODELS = ""  # in the place of a pattern: the budget that is for all of them
 
 
 @dataclass(slots=True)
@@ -667,10 +637,9 @@ class Batch:
 
     def to_json(self) -> dict[str, Any]:
         """As an object; without what says nothing."""
-        record: dict[str, Any] = {"day": self.day, "lines": self.lines}
-        if self.held:
-            record["held"] = {p: f"{amount:f}" for p, amount in self.held.items()}
-        return record | ({"booked": True} if self.booked else {})
+        held = {pattern: f"{amount:f}" for pattern, amount in self.held.items()}
+        record = {"day": self.day, "lines": self.lines, "held": held, "booked": self.booked}
+        return {name: value for name, value in record.items() if value}
 
     @classmethod
     def from_json(cls, record: Any) -> Batch:
@@ -683,89 +652,53 @@ class Batch:
         return batch
 
 
-ALL_MODELS = ""  # in the place of a pattern: the budget that is for all of them
-OLD_FIELD = "mean_output"  # version 1.0 wrote it
-ACCOUNT_FIELDS = (
-    "spend",
-    "spend_window",
-    "model_spend",
-    "last_active",
-    "batches",
-    "usage",
-    OLD_FIELD,
-)
-
-
 @dataclass(slots=True)
 class Account:
-    """What a key has used, and what it has under way; shared by all versions of its record.
+    """What a key has used, and what it has under way; shared by all versions of its record. What
+    was spent of each budget stands by its pattern; ``hashed`` is what the key is kept under now,
+    ``buckets`` are its limits a minute of "requests" and "tokens". Of the large bodies that are
+    judged, one at a time has the ``turn``."""
 
-    ``windows`` has what was spent of each budget, by its pattern; ``hashed`` is what the key is
-    kept under now. Of the large bodies that are judged, one at a time has the ``turn``.
-    """
-
-    windows: dict[str, WindowSpend] = field(default_factory=dict)
+    windows: dict[str, WindowSpend] = field(
+        default_factory=lambda: collections.defaultdict(WindowSpend)
+    )
     usage: Usage = field(default_factory=Usage)
     batches: dict[str, Batch] = field(default_factory=dict)
     last_active: datetime | None = None
     hashed: str = ""
     running: int = 0
-    requests: Bucket | None = None
-    tokens: Bucket | None = None
+    buckets: dict[str, Bucket] = field(default_factory=dict)
     warned_window: str | None = None
     turn: asyncio.Lock = field(default_factory=asyncio.Lock, compare=False)
-
-    def window(self, pattern: str = ALL_MODELS) -> WindowSpend:
-        """What was spent of a budget."""
-        return self.windows.get(pattern) or self.windows.setdefault(pattern, WindowSpend())
 
     def to_json(self) -> dict[str, Any]:
         """What the file keeps, but for the usage; without what says nothing."""
         spent = {p: [w.start, f"{w.spend:f}"] for p, w in self.windows.items() if w.spend}
         start, spend = spent.pop(ALL_MODELS, ("", ""))
-        record = {"spend": spend, "spend_window": start} if spend else {}
         batches = {name: batch.to_json() for name, batch in self.batches.items()}
-        more = {"model_spend": spent, "last_active": iso(self.last_active), "batches": batches}
-        return record | {name: value for name, value in more.items() if value}
+        record: dict[str, Any] = {"spend": spend, "spend_window": start, "model_spend": spent}
+        record |= {"last_active": iso(self.last_active), "batches": batches}
+        return {name: value for name, value in record.items() if value}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Account:
         """Read it back out of a line's object. Raises ValueError or TypeError."""
-        spent = {ALL_MODELS: [record.get("spend_window", ""), record.get("spend", 0)]}
-        spent |= record.get("model_spend", {})
-        if not all(isinstance(start, str) for start, _ in spent.values()):
-            raise TypeError("has a wrong window")
-        last_active = record.get("last_active")
-        account = cls(
-            windows={p: WindowSpend(start, read_decimal(n)) for p, (start, n) in spent.items()},
-            usage=Usage(record.get("usage")),
-            batches={n: Batch.from_json(b) for n, b in record.get("batches", {}).items()},
-            last_active=None if last_active is None else from_iso(last_active),
-        )
-        for batch in account.batches.values():
-            for pattern, amount in batch.held.items():
-                account.window(pattern).held += amount
+        account = cls(usage=Usage(record.get("usage")))
+        own = {ALL_MODELS: [record.get("spend_window", ""), record.get("spend", 0)]}
+        for pattern, (start, spend) in (own | record.get("model_spend", {})).items():
+            account.windows[pattern] = WindowSpend(exactly(str, start), read_decimal(spend))
+        for name, batch in record.get("batches", {}).items():
+            account.batches[name] = Batch.from_json(batch)
+            for pattern, amount in account.batches[name].held.items():
+                account.windows[pattern].held += amount
+        if record.get("last_active") is not None:
+            account.last_active = from_iso(record["last_active"])
         return account
-
-
-@dataclass(frozen=True, slots=True)
-class ModelBudget:
-    """A budget for the models that a pattern matches: USD, and the window or None for ever."""
-
-    limit: Decimal
-    duration: str | None = None
 
 
 NONE = type(None)
 Value = TypeVar("Value")
 Converter = Callable[[Any], Any]
-MAX_LIMIT = 10**12  # of requests and tokens a minute, and of USD
-BUDGET_NAMES = {  # of a model's budget; LiteLLM takes either
-    "budget_limit": "limit",
-    "max_budget": "limit",
-    "time_period": "duration",
-    "budget_duration": "duration",
-}
 
 
 @dataclass(frozen=True)
@@ -793,7 +726,7 @@ class Kind:
 def exactly(kind: type[Value], value: Any) -> Value:
     """A value of this type, and not of one beneath it as true is of int. Raises TypeError."""
     if type(value) is not kind:
-        raise TypeError
+        raise TypeError(f"has a {type(value).__name__} where a {kind.__name__} belongs")
     return value
 
 
@@ -805,26 +738,34 @@ def read_texts(value: Any, begin: str = "") -> list[str]:
     return texts
 
 
-def read_limit(value: Any) -> int:
-    """A whole number from 0 up."""
-    limit = exactly(int, value)
-    if not 0 <= limit <= MAX_LIMIT:
-        raise ValueError
-    return limit
+MAX_LIMIT = 10**12  # of requests and tokens a minute, and of USD
 
 
 def read_amount(value: Any) -> Decimal:
-    """USD; what has a point was read as Decimal."""
+    """A number from 0 up; what has a point was read as Decimal."""
     if type(value) not in (int, Decimal) or not 0 <= value <= MAX_LIMIT:
         raise ValueError
     return Decimal(value)
 
 
 def read_window(value: Any) -> str | None:
-    """A budget's window; empty is none."""
-    if text := exactly(str, value):
-        window(text, EPOCH)
-    return text or None
+    """A budget's window; empty is none, as null is."""
+    if value is not None and exactly(str, value):
+        window(value, EPOCH)
+    return value or None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelBudget:
+    """A budget for the models that a pattern matches: USD, and the window or None for ever."""
+
+    limit: Decimal
+    duration: str | None = None
+
+
+# Of a model's budget; LiteLLM takes either.
+BUDGET_NAMES = dict.fromkeys(("budget_limit", "max_budget"), "limit")
+BUDGET_NAMES |= dict.fromkeys(("time_period", "budget_duration"), "duration")
 
 
 def read_budgets(value: Any, amount: Callable[[Any], Decimal] = read_amount) -> dict[str, Any]:
@@ -834,27 +775,25 @@ def read_budgets(value: Any, amount: Callable[[Any], Decimal] = read_amount) -> 
         fields = {BUDGET_NAMES[name]: entry for name, entry in row.items()}
         if len(fields) < len(row):
             raise ValueError
-        period = fields.get("duration")
-        duration = None if period is None else read_window(period)
+        duration = read_window(fields.get("duration"))
         budgets[pattern] = ModelBudget(amount(fields["limit"]), duration)
     return budgets
 
 
-def budget_rows(budgets: Mapping[str, ModelBudget], amount: Converter) -> dict[str, Any]:
+def budget_rows(budgets: Mapping[str, ModelBudget], amount: Converter = float) -> dict[str, Any]:
     """The reverse of `read_budgets`."""
-    return {
-        pattern: {"budget_limit": amount(budget.limit), "time_period": budget.duration}
-        for pattern, budget in budgets.items()
-    }
+    names = ("budget_limit", "time_period")
+    return {p: dict(zip(names, (amount(b.limit), b.duration))) for p, b in budgets.items()}
 
 
-NAME = Kind("a string", functools.partial(exactly, str), empty=str)
-TEXT = Kind("a string", lambda value: exactly(str, value) or None)
+STRING, MAPPING = functools.partial(exactly, str), functools.partial(exactly, dict)
+NAME = Kind("a string", STRING, empty=str)
+TEXT = Kind("a string", lambda value: STRING(value) or None)
 FLAG = Kind("true or false", functools.partial(exactly, bool), empty=bool)
 OBJECT = Kind(
     "an object",
-    lambda value: json.loads(json.dumps(exactly(dict, value), default=float)),
-    load=functools.partial(exactly, dict),
+    lambda value: json.loads(json.dumps(MAPPING(value), default=float)),
+    load=MAPPING,
     empty=dict,
 )
 TEXTS = Kind("a list of strings", read_texts, empty=list)
@@ -864,23 +803,23 @@ ROUTES = Kind(
     load=read_texts,
     empty=list,
 )
-LIMIT = Kind("a whole number from 0 up", read_limit)
+LIMIT = Kind("a whole number from 0 up", lambda value: int(read_amount(exactly(int, value))))
 AMOUNT = Kind(
     "a number of USD from 0 up", read_amount, float, load=read_decimal, write="{:f}".format
 )
 BUDGETS = Kind(
     "an object of models, each with 'budget_limit' in USD and 'time_period' like '30d' only",
     read_budgets,
-    lambda budgets: budget_rows(budgets, float),
-    load=lambda value: read_budgets(value, read_decimal),
-    write=lambda budgets: budget_rows(budgets, "{:f}".format),
+    budget_rows,
+    load=functools.partial(read_budgets, amount=read_decimal),
+    write=functools.partial(budget_rows, amount="{:f}".format),
     empty=dict,
 )
 WINDOW = Kind("a length of time above zero, like '30d'", read_window)
 MOMENT = Kind("a time", from_iso, iso)
 LIFETIME = Kind(
     "a length of time like '30d' that ends before the year 10000",
-    lambda value: later(now(), exactly(str, value)),
+    lambda value: later(now(), STRING(value)),
 )
 RETIRED = Kind(
     "hashes with times",
@@ -899,13 +838,11 @@ def kept(kind: Kind, *, settable: bool = True, shown: bool = True, always: bool 
 
 @dataclass(slots=True)
 class VirtualKey:
-    """One line of keys.json: what a key is and may do. Field names are LiteLLM's.
-
-    ``retired`` maps the hashes this key had before it was regenerated to the moment at which each
-    stops working. A deleted key keeps its line for a while, so that its holder is told what
-    happened. Budgets are USD, ``rpm_limit`` and ``tpm_limit`` a minute. None is no limit.
-    ``unmetered_routes`` lets a key with a budget spend where the gateway cannot count it.
-    """
+    """One line of keys.json: what a key is and may do; the names are LiteLLM's. Budgets are USD,
+    ``rpm_limit`` and ``tpm_limit`` a minute, None is no limit. ``unmetered_routes`` lets a key with
+    a budget spend where the gateway cannot count it. ``retired`` has the hashes before it was
+    regenerated, and when each stops working. A deleted key keeps its line for a while, so that its
+    holder is told what happened."""
 
     key_name: str = kept(NAME, settable=False, always=True)
     key_alias: str | None = kept(TEXT, always=True)
@@ -949,21 +886,11 @@ class VirtualKey:
             return "revoked"
         return "expired" if self.expires and moment >= self.expires else "active"
 
-    def budgets(self, model: str | None = None) -> Iterator[tuple[str, ModelBudget]]:
-        """The budgets that hold for a model, by pattern: ALL_MODELS is the key's own. All of them
-        for a model that is not known (empty); the key's own alone where none is asked for."""
-        if self.max_budget is not None:
-            yield ALL_MODELS, ModelBudget(self.max_budget, self.budget_duration)
-        if model is None or not self.model_max_budget:
-            return
-        for pattern, budget in self.model_max_budget.items():
-            if not model or fnmatch.fnmatchcase(model, pattern):
-                yield pattern, budget
-
     def spent(self, moment: datetime, pattern: str = ALL_MODELS) -> Decimal:
         """USD spent in the present window of the key's budget, or of a model's."""
         duration = self.model_max_budget[pattern].duration if pattern else self.budget_duration
-        return self.account.window(pattern).spent(window_start(duration, moment))
+        window, start = self.account.windows[pattern], window_start(duration, moment)
+        return window.spend if window.start == start else window.spent(start)
 
     def to_json(self) -> dict[str, Any]:
         """The line's object but for the usage; fields that say nothing are left out."""
@@ -985,14 +912,13 @@ class VirtualKey:
         return cls(**read_fields(own, KEPT, stored=True), account=Account.from_json(record))
 
 
-def kinds_of(mark: str) -> dict[str, Kind]:
-    """The kinds of a key's fields that have this mark."""
-    fields = dataclasses.fields(VirtualKey)
-    return {f.name: f.metadata["kind"] for f in fields if f.metadata.get(mark)}
-
-
-KEPT, SHOWN, ALWAYS_WRITTEN = kinds_of("kind"), kinds_of("shown"), kinds_of("always")
-SETTABLE = kinds_of("settable") | {"duration": LIFETIME}
+KEPT, SHOWN, ALWAYS_WRITTEN, SETTABLE = (
+    {f.name: f.metadata["kind"] for f in dataclasses.fields(VirtualKey) if f.metadata.get(mark)}
+    for mark in ("kind", "shown", "always", "settable")
+)
+SETTABLE["duration"] = LIFETIME
+ACCOUNT_FIELDS = {"spend", "spend_window", "model_spend", "last_active", "batches", "usage"}
+ACCOUNT_FIELDS |= {"mean_output"}  # version 1.0 wrote it
 
 
 def read_fields(
@@ -1708,7 +1634,7 @@ class Prices:
         self._own: dict[str, Rates] = {}
         self._package: Any = None
         self._tiers = [0]  # lengths of a prompt, in tokens, above which the rates are others
-        self._rates: dict[tuple[str, int, bool, int], Rates] = {}  # "" is the dearest
+        self._rates: dict[tuple[str, str, bool, int], Rates] = {}  # "" is the dearest
         self._unknown: set[str] = set()
         self.reload()
         self.available = bool(self._own) or importlib.util.find_spec("genai_prices") is not None
@@ -1782,7 +1708,7 @@ class Prices:
         if self._own and model and (own := self._own_rates(model)):
             return own
         tier = self._tiers[max(0, bisect.bisect_left(self._tiers, prompt) - 1)]
-        key = (model, hour_of(when), fast, tier)
+        key = (model, window_start("1h", when), fast, tier)
         if (known := self._rates.get(key)) is None:
             known = self._find(model, when, fast, tier)
             if len(self._rates) > MAX_CACHED_RATES:
@@ -1879,8 +1805,86 @@ def read_rates(where: str, row: object) -> Rates:
 
 # ─── Ledger ───────────────────────────────────────────────────────────────────────────────────────
 
-STORE_VERSION = 1
-STORE_MODE = 0o600
+
+class Found(NamedTuple):
+    """A key that was found: the hash that it is kept under, its record, its `VirtualKey.status`."""
+
+    hashed: str
+    key: VirtualKey
+    status: str
+
+
+@dataclass(slots=True)
+class Hold:
+    """What a request under way holds of its key until it is booked: a slot, and USD of budgets, by
+    their patterns. It ``pays`` unless its caller does; without a key it holds nothing."""
+
+    key: VirtualKey | None
+    started: datetime
+    pays: bool = True
+    reads_body: bool = False  # that what it may cost is held once the body is read
+    slot: bool = False
+    amounts: dict[str, Decimal] = field(default_factory=dict)
+
+
+Charges = Iterable[tuple[str, Tally]]  # what was used, by model
+
+
+class Ledger(Protocol):
+    """The keys and what they used. Nothing else changes a key's account; another store than a file
+    has these methods. Where nothing must wait, no task and no future is made."""
+
+    keys: dict[str, VirtualKey]
+
+    async def find_hash(self, hashed: str) -> Found | None:
+        """The key of a hash; one that was regenerated is found by its old one too, ``expired`` once
+        the grace is over."""
+
+    async def admit(self, hold: Hold, *, pays: bool, shares: bool) -> None:
+        """Take a slot and one request of the key's rates; where it ``pays``, its budget must have
+        room, beside what others hold where it ``shares`` it. Else raise APIError 429."""
+
+    async def hold(self, hold: Hold, worst: Charges, *, fit: bool) -> None:
+        """Hold what a request may cost of all budgets that it falls under; all of it must ``fit``,
+        or else only a part. Else raise APIError 429 and hold nothing."""
+
+    def book(self, hold: Hold, charges: Charges, *, model: str, failed: bool) -> None:
+        """Give back what a request held, and count it and what it used, once."""
+
+    def charge(self, account: Account, charges: Charges, moment: datetime) -> VirtualKey | None:
+        """Count what an account used; its key's newest record, None where it is gone."""
+
+    def spent(self, key: VirtualKey, moment: datetime, /) -> Decimal:
+        """USD spent in the present window of a key's own budget."""
+
+    def rates(self, key: VirtualKey, theirs: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
+        """anthropic-ratelimit-* of a key's own limits, where they are tighter than ``theirs``."""
+
+    def own_batch(self, account: Account, name: str, hold: Hold | None = None) -> None:
+        """A key made a batch: what is held for it stays until it is booked. One that nobody here
+        made (no hold) belongs to the key that first fetches its results."""
+
+    def batch_line(self, name: str, line: int) -> Account | None:
+        """Whom a line of a batch's results is to be booked to; it is said once."""
+
+    def finish_batch(self, name: str, *, lost: bool = False) -> None:
+        """All results of a batch are booked; where they are ``lost``, what is held for it is."""
+
+    async def change(self, changes: Mapping[str, VirtualKey | None]) -> None:
+        """Put these records (None removes one); it is durable on return. Else it is taken back, and
+        APIError 503 is raised."""
+
+    async def save(self) -> None:
+        """Return once all that was changed before this call is durable. Raises OSError."""
+
+    async def reload(self) -> None:
+        """Read anew what keys may do. Raises SettingsError and keeps what was there."""
+
+    def close(self) -> None:
+        """Give up the store."""
+
+
+STORE_VERSION, STORE_MODE = 1, 0o600
 HASH = re.compile(r"[0-9a-f]{64}")
 TOMBSTONE_DAYS = 90  # how long a deleted key is told apart from one that never was
 
@@ -1905,8 +1909,7 @@ def parse_store(text: bytes, name: str) -> dict[str, VirtualKey]:
         raise SettingsError(f'{name}: damaged, not {{"version": {STORE_VERSION}, "keys": {{…}}}}')
     if document.get("version") != STORE_VERSION:
         raise SettingsError(f"{name}: version {document.get('version')!r} is not for this gateway")
-    keys: dict[str, VirtualKey] = {}
-    forget = now() - timedelta(days=TOMBSTONE_DAYS)
+    keys, forgotten = {}, now() - timedelta(days=TOMBSTONE_DAYS)
     for number, (hashed, record) in enumerate(document["keys"].items(), start=1):
         try:
             if not HASH.fullmatch(hashed):
@@ -1914,29 +1917,28 @@ def parse_store(text: bytes, name: str) -> dict[str, VirtualKey]:
             key = VirtualKey.from_json(record)
         except (APIError, ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
             raise SettingsError(f"{name}: damaged, key number {number} {error}") from None
-        if not key.deleted_at or key.deleted_at > forget:
+        if not key.deleted_at or key.deleted_at > forgotten:
             keys[hashed] = key
     return keys
 
 
 WRITE_SLICE = 1000  # lines joined at a time, so that the writing thread lets the loop breathe
-NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # FAT, some network disks
-EDITED = "it was edited meanwhile; send the change again"
-DAMAGED = "it was edited and is damaged; mend it first"
 # Device, inode, size and time of change (ns): another one, and somebody has edited the file.
 FileMark = tuple[int, int, int, int]
 
 
-class StoreEdited(OSError):
-    """The keys file is not the one that was last read or written: it must not be written over."""
+def mark_of(file: Path | int) -> FileMark | None:
+    """What tells an edited file from one that was not; None where there is none."""
+    with contextlib.suppress(OSError):
+        seen = os.stat(file)
+        return seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns
+    return None
 
 
 class KeysFile:
-    """A file of lines that is whole at all times, and nobody else's while this object lives.
-
-    It is written to a temporary file beside it, fsynced and renamed over the old one; a link stays
-    a link. ``damaged`` is the mark of an edit that could not be read.
-    """
+    """A file of lines that is whole at all times, and nobody else's while this object lives: it is
+    written beside itself, fsynced and renamed over the old one; a link stays a link. ``damaged`` is
+    the mark of an edit that could not be read."""
 
     def __init__(self, path: Path) -> None:
         self.path = Path(os.path.realpath(path))
@@ -1948,29 +1950,64 @@ class KeysFile:
         """What ``parse`` makes of the file, which is ours from then on; where there is none it is
         made of ``lines``. Raises SettingsError, and OSError where none can be made."""
         self.damaged = mark_of(self.path)
-        descriptor = self._open(lines)
-        mark = mark_of(descriptor)  # an edit while it is read is another
-        with closed_at_failure(-1 if descriptor == self._lock else descriptor):
+        while True:
             try:
-                os.lseek(descriptor, 0, os.SEEK_SET)
-                with open(descriptor, "rb", closefd=False) as file:
-                    parsed = parse(file.read())
+                self._own()
+                mark = mark_of(self._lock)  # an edit while it is read is another
+                parsed = parse(self.path.read_bytes())
+                self.damaged, self._mark = None, mark
+                return parsed
+            except FileNotFoundError:
+                with contextlib.suppress(FileExistsError):  # another gateway was faster
+                    self.write(lines, new=True)
             except OSError as error:
-                raise SettingsError(f"{self.path}: {error.strerror}") from None
-        self.damaged = None
-        with contextlib.suppress(OSError):  # a folder that cannot be synced can be read
-            self._take(descriptor, mark)
-        return parsed
+                wrong = error.strerror
+                if isinstance(error, BlockingIOError):
+                    wrong = "another gateway uses this file; give this one its own with --keys"
+                raise SettingsError(f"{self.path}: {wrong}") from None
+            finally:
+                if self._mark is None:
+                    self.close()
 
-    def write(self, lines: list[bytes]) -> None:
-        """Write, fsync, lock, rename, fsync the folder. Raises OSError; StoreEdited where the file
-        is not the one that was last read or written."""
+    def write(self, lines: list[bytes], *, new: bool = False) -> None:
+        """Write, fsync, lock, rename, fsync the folder. Raises OSError; FileExistsError where there
+        is a file, though a ``new`` one was to be made or another was last read or written."""
         self._refuse_edited()
-        temporary, descriptor = self._write_beside(lines)
-        with closed_at_failure(descriptor, temporary):
+        temporary = self.path.parent / f".{self.path.name}.{os.getpid()}.tmp"
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        descriptor = os.open(temporary, flags, STORE_MODE)
+        try:
+            os.fchmod(descriptor, STORE_MODE)
+            with open(descriptor, "wb", closefd=False) as file:
+                file.write(b'{"version": %d, "keys": {' % STORE_VERSION)
+                for start in range(0, len(lines), WRITE_SLICE):
+                    file.write(b"\n" if start == 0 else b",\n")
+                    file.write(b",\n".join(lines[start : start + WRITE_SLICE]))
+                file.write(b"\n}}\n")
+            os.fsync(descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mark = mark_of(descriptor)  # an edit once it has its name is another
             self._refuse_edited()
-            os.replace(temporary, self.path)
-        self._take(descriptor, mark_of(descriptor))
+            try:
+                place = os.link if new else os.replace  # a link replaces nothing
+                place(temporary, self.path)
+            except OSError as error:
+                if not new or isinstance(error, FileExistsError):
+                    raise
+                os.rename(temporary, self.path)  # FAT and some network disks have no links
+        except BaseException:
+            os.close(descriptor)
+            raise
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+        self.close()
+        self._lock, self._mark = descriptor, mark
+        folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
     def edit(self) -> FileMark | None:
         """The file's mark, where it is not the one that was last read or written."""
@@ -1985,164 +2022,43 @@ class KeysFile:
 
     def _refuse_edited(self) -> None:
         if self.edit() is not None:
-            raise StoreEdited(errno.EBUSY, DAMAGED if self.damaged else EDITED)
+            wrong = "and is damaged; mend it first" if self.damaged else "meanwhile; send it again"
+            raise FileExistsError(errno.EEXIST, f"it was edited {wrong}")
 
-    def _write_beside(self, lines: list[bytes]) -> tuple[Path, int]:
-        """Write a locked file beside the present one; its path and descriptor."""
-        temporary = self.path.parent / f".{self.path.name}.{os.getpid()}.tmp"
-        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        descriptor = os.open(temporary, flags, STORE_MODE)
-        with closed_at_failure(descriptor, temporary):
-            os.fchmod(descriptor, STORE_MODE)
-            with open(descriptor, "wb", closefd=False) as file:
-                file.write(b'{"version": %d, "keys": {' % STORE_VERSION)
-                for start in range(0, len(lines), WRITE_SLICE):
-                    file.write(b"\n" if start == 0 else b",\n")
-                    file.write(b",\n".join(lines[start : start + WRITE_SLICE]))
-                file.write(b"\n}}\n")
-            os.fsync(descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return temporary, descriptor
-
-    def _take(self, descriptor: int, mark: FileMark | None) -> None:
-        """Hold this file from now on, and make sure that its folder names it."""
-        if descriptor != self._lock:
+    def _own(self) -> None:
+        """Lock the file that has the name now. Raises OSError."""
+        while self._lock < 0 or not os.path.samestat(os.stat(self.path), os.fstat(self._lock)):
             self.close()
-        self._lock, self._mark = descriptor, mark
-        folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-    def _open(self, lines: list[bytes]) -> int:
-        """The file, locked; made where there is none."""
-        while True:
+            self._lock = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                if self._lock >= 0 and os.path.samestat(os.stat(self.path), os.fstat(self._lock)):
-                    return self._lock
-                descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-                with closed_at_failure(descriptor):
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    if os.path.samestat(os.fstat(descriptor), os.stat(self.path)):
-                        return descriptor
-                os.close(descriptor)  # another has taken its place meanwhile
-            except FileNotFoundError:
-                with contextlib.suppress(FileExistsError):  # another gateway was faster
-                    self._create(lines)
-            except BlockingIOError:
-                wrong = "another gateway uses this file; give this one its own with --keys"
-                raise SettingsError(f"{self.path}: {wrong}") from None
-            except OSError as error:
-                raise SettingsError(f"{self.path}: {error.strerror}") from None
-
-    def _create(self, lines: list[bytes]) -> None:
-        """Make the file. Raises FileExistsError where it is there."""
-        temporary, descriptor = self._write_beside(lines)
-        try:
-            os.link(temporary, self.path)  # unlike a rename, it replaces nothing
-        except OSError as error:
-            if error.errno not in NO_LINKS:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                self.close()
                 raise
-            os.rename(temporary, self.path)
-        finally:
-            os.close(descriptor)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-
-
-@contextlib.contextmanager
-def closed_at_failure(descriptor: int, path: Path | None = None) -> Iterator[None]:
-    """Close a file (-1 is none), and take its name away, where what is done with it fails."""
-    try:
-        yield
-    except BaseException:
-        if descriptor >= 0:
-            os.close(descriptor)
-        if path is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-        raise
-
-
-def mark_of(file: Path | int) -> FileMark | None:
-    """What tells an edited file from one that was not; None where there is none."""
-    with contextlib.suppress(OSError):
-        seen = os.stat(file)
-        return seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns
-    return None
 
 
 FLUSH_INTERVAL = 1.0  # seconds between two writes of what relaying changes
+NO_LIMIT = Decimal("Infinity")
 
 
-class Found(NamedTuple):
-    """A key as it was found: the hash that it is kept under, its record and its `VirtualKey.status`."""
-
-    hashed: str
-    key: VirtualKey
-    status: str
-
-
-class Rate(NamedTuple):
-    """A limit a minute of a key: of ``requests`` or ``tokens``, what is left of it, and the seconds
-    until all of it is."""
-
-    kind: str
-    limit: int
-    left: int
-    wait: int
-
-
-@dataclass(slots=True)
-class Hold:
-    """What a request under way holds of its key until it is booked: a slot, and USD of budgets, by
-    their patterns. It ``pays`` unless its caller does; without a key it holds nothing."""
-
-    key: VirtualKey | None
-    started: datetime
-    pays: bool = True
-    reads_body: bool = False  # that what it may cost is held once the body is read
-    slot: bool = False
-    amounts: dict[str, Decimal] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Want:
-    """What a request asks a key's limits for: all of it at once, or nothing.
-
-    ``slot``: a slot and one request of its rates. ``pays``: that its budgets have room, beside what is
-    held of them where it ``shares`` them with others. ``worst``: what it may cost, in USD, by model,
-    to be held; all of it must ``fit``, or else only a part.
-    """
-
-    slot: bool = False
-    pays: bool = True
-    shares: bool = True
-    worst: Sequence[tuple[str, Tally]] = ()
-    fit: bool = False
-
-
-@dataclass(slots=True)
-class Level:
+class Level(NamedTuple):
     """How far a budget is used: in USD, in its present window."""
 
     pattern: str
     limit: Decimal
     duration: str | None
-    window: WindowSpend = field(default_factory=WindowSpend)
+    window: WindowSpend
 
 
-class FileLedger:
-    """The keys and what they used, in memory and in a `KeysFile`; a change is on disk before it is
-    answered. Raises SettingsError where the file cannot be used; it is then left as it is."""
+class FileLedger(Ledger):
+    """The keys in memory and in a `KeysFile`. Raises SettingsError where the file cannot be used;
+    it is then left as it is."""
 
     def __init__(self, path: Path, usage_days: int = 90) -> None:
         self._file = KeysFile(path)
-        self.path = self._file.path
-        self.usage_days = usage_days
+        self._usage_days = usage_days
         self.clock = time.monotonic
-        self.keys: dict[str, VirtualKey] = {}
+        self.keys = {}
         self.last_error = ""
         self._lines: dict[str, bytes] = {}
         self._retired: dict[str, str] = {}
@@ -2159,112 +2075,88 @@ class FileLedger:
 
     # Looking
 
-    def lookup(self, key: str) -> tuple[str, VirtualKey, str] | None:
-        """A plain key's present hash, its record and its `VirtualKey.status`. One that was
-        regenerated answers for its old value too, ``expired`` once the grace is over."""
-        return self.lookup_hash(hash_key(key))
+    async def find_hash(self, hashed: str) -> Found | None:
+        record = self.keys.get(hashed)
+        if record is not None and not (record.deleted_at or record.blocked or record.expires):
+            return Found(hashed, record, "active")
+        return self.lookup(hashed)
 
-    def lookup_hash(self, hashed: str) -> tuple[str, VirtualKey, str] | None:
-        """The same for a key's hash."""
+    def lookup(self, hashed: str) -> Found | None:
+        """What `find_hash` finds, at once."""
         present = hashed if hashed in self.keys else self._retired.get(hashed)
         if present is None:
             return None
         record, moment = self.keys[present], now()
         over = present != hashed and moment >= record.retired[hashed]
-        return present, record, "expired" if over else record.status(moment)
+        return Found(present, record, "expired" if over else record.status(moment))
 
-    def find(self, key_or_hash: str) -> tuple[str, VirtualKey] | None:
-        """The key that a manager addresses by plain key or by hash; deleted ones are not found."""
+    def find(self, key_or_hash: str, alias: str = "") -> tuple[str, VirtualKey] | None:
+        """The key that a manager addresses: by its alias where one is given, else by plain key or
+        hash; deleted ones are not found."""
         hashed = key_or_hash if HASH.fullmatch(key_or_hash) else hash_key(key_or_hash)
+        hashed = self._aliases.get(alias, "") if alias else hashed
         record = self.keys.get(hashed)
         return None if record is None or record.deleted_at else (hashed, record)
-
-    def find_alias(self, alias: str) -> tuple[str, VirtualKey] | None:
-        """The key of that alias; deleted ones are not found."""
-        hashed = self._aliases.get(alias)
-        return None if hashed is None else (hashed, self.keys[hashed])
 
     def live(self) -> Iterator[tuple[str, VirtualKey]]:
         """Every key that is not deleted, oldest first."""
         return ((hashed, key) for hashed, key in self.keys.items() if not key.deleted_at)
 
-    def batch_owner(self, batch: str) -> Account | None:
-        """The account of the key that made a batch."""
-        return self._batches.get(batch)
-
-    def unbooked(self) -> list[str]:
-        """The batches whose results are not all booked."""
-        return [name for name, account in self._batches.items() if not account.batches[name].booked]
-
     def is_writable(self) -> bool:
         """Whether the last write succeeded, and the folder still takes files."""
-        return not self.last_error and os.access(self.path.parent, os.W_OK)
+        return not self.last_error and os.access(self._file.path.parent, os.W_OK)
 
     # What requests use
 
-    async def find_hash(self, hashed: str) -> Found | None:
-        """The key of a hash; one that was regenerated is found by its old one too, ``expired`` once the
-        grace is over."""
-        record = self.keys.get(hashed)
-        if record is not None and not (record.deleted_at or record.blocked or record.expires):
-            return Found(hashed, record, "active")
-        found = self.lookup_hash(hashed)
-        return Found(*found) if found else None
-
-    async def hold(self, hold: Hold, want: Want) -> None:
-        """Take what a request wants, or raise APIError 429 and take nothing."""
+    async def admit(self, hold: Hold, *, pays: bool, shares: bool) -> None:
         key = cast(VirtualKey, hold.key)
-        account, model = key.account, None if want.slot else ""
-        if want.slot:
-            self._refuse_rate(key)
-        worst: dict[str, Decimal] = {}
-        for level in self._levels(key, model, hold.started) if want.pays else ():
-            pattern, cost = level.pattern, ZERO
-            for name, tally in want.worst:
-                if not name or not pattern or fnmatch.fnmatchcase(name, pattern):
-                    cost = worst[pattern] = worst.get(pattern, ZERO) + tally.spend
-            if want.slot or pattern in worst:
-                held = level.window.held if want.shares else ZERO
-                taken = level.window.spend + held
-                limit = level.limit
-                if level.window.spend >= limit or (
-                    taken + cost > limit if want.fit or not cost else taken >= limit
-                ):
-                    raise over_budget(level, held, cost, hold.started, fit=want.fit)
-        for pattern, cost in worst.items():
-            account.windows[pattern].held += cost
-        if worst:
-            hold.amounts = worst
-        if want.slot:
-            account.running += 1
-            hold.slot = True
-            if account.requests is not None:
-                account.requests.draw(1, self.clock())
+        account, limit = key.account, key.max_budget
+        self._refuse_rate(key)
+        if pays and limit is not None:
+            spent, window = key.spent(hold.started), account.windows[ALL_MODELS]
+            held = window.held if shares else ZERO
+            if spent >= limit or spent + held > limit:
+                level = Level(ALL_MODELS, limit, key.budget_duration, window)
+                raise over_budget(level, held, ZERO, hold.started, fit=False)
+        account.running += 1
+        hold.slot = True
+        if (bucket := account.buckets.get("requests")) is not None:
+            bucket.draw(1, self.clock())
 
-    def _levels(self, key: VirtualKey, model: str | None, moment: datetime) -> list[Level]:
-        """The budgets that hold for a model, as far as they are used in their present windows: all of
-        them for a model that is not known (empty), the key's own alone where none is asked for."""
+    async def hold(self, hold: Hold, worst: Charges, *, fit: bool) -> None:
+        key = cast(VirtualKey, hold.key)
+        amounts: dict[str, Decimal] = {}
+        for level in self._levels(key, "", hold.started):
+            pattern, limit, _, window = level
+            for name, tally in worst:
+                if not name or not pattern or fnmatch.fnmatchcase(name, pattern):
+                    amounts[pattern] = amounts.get(pattern, ZERO) + tally.spend
+            if pattern in amounts:
+                spent, held, cost = window.spend, window.held, amounts[pattern]
+                over = spent + held + cost > limit if fit or not cost else spent + held >= limit
+                if over or spent >= limit:
+                    raise over_budget(level, held, cost, hold.started, fit=fit)
+        for pattern, cost in amounts.items():
+            key.account.windows[pattern].held += cost
+        hold.amounts = amounts
+
+    def _levels(self, key: VirtualKey, model: str, moment: datetime) -> list[Level]:
+        """The budgets that hold for a model, as far as they are used in their present windows: the
+        key's own, and those for the model, or all for one that is not known (empty)."""
+        limit = NO_LIMIT if key.max_budget is None else key.max_budget
+        budgets = [(ALL_MODELS, limit, key.budget_duration)]
+        for pattern, budget in key.model_max_budget.items():
+            if not model or fnmatch.fnmatchcase(model, pattern):
+                budgets.append((pattern, budget.limit, budget.duration))
         levels, windows = [], key.account.windows
-        if key.max_budget is not None:
-            levels.append(Level(ALL_MODELS, key.max_budget, key.budget_duration))
-        if model is not None and key.model_max_budget:
-            for pattern, budget in key.model_max_budget.items():
-                if not model or fnmatch.fnmatchcase(model, pattern):
-                    levels.append(Level(pattern, budget.limit, budget.duration))
-        for level in levels:
-            window = windows.get(level.pattern)
-            if window is None:
-                window = windows[level.pattern] = WindowSpend()
-            start = window_start(level.duration, moment)
+        for pattern, limit, duration in budgets:
+            window, start = windows[pattern], window_start(duration, moment)
             if window.start != start:
                 window.spent(start)
-            level.window = window
+            levels.append(Level(pattern, limit, duration, window))
         return levels
 
-    def book(
-        self, hold: Hold, charges: Sequence[tuple[str, Tally]], *, model: str, failed: bool
-    ) -> None:
-        """Give back what a request held, and count it and what it used, once."""
+    def book(self, hold: Hold, charges: Charges, *, model: str, failed: bool) -> None:
         if hold.key is None:
             return
         account = hold.key.account
@@ -2274,104 +2166,95 @@ class FileLedger:
         hold.slot, hold.amounts = False, {}
         if hold.pays:
             account.last_active = now()
-            account.usage.count(day_of(hold.started), model or NO_MODEL, failed=failed)
+            tally = account.usage.of(day_of(hold.started), model or NO_MODEL)
+            tally.requests += 1
+            tally.errors += failed
             self.charge(account, charges, hold.started)
 
-    def charge(
-        self, account: Account, charges: Iterable[tuple[str, Tally]], moment: datetime
-    ) -> VirtualKey | None:
-        """Count what an account used; its key's newest record, which an update or a regeneration may
-        have put there; None where it is gone."""
+    def charge(self, account: Account, charges: Charges, moment: datetime) -> VirtualKey | None:
         key = self.keys.get(account.hashed)
         if key is None:
             return None
-        present, day = now(), day_of(moment)
+        present, day, soft = now(), day_of(moment), key.soft_budget
+        bucket = account.buckets.get("tokens")
         for model, tally in charges:
-            account.usage.add(day, model or NO_MODEL, tally)
-            levels = self._levels(key, model, present)
-            for level in levels:
+            account.usage.of(day, model or NO_MODEL).add(tally)
+            for level in self._levels(key, model, present):
                 level.window.spend += tally.spend
-            if key.max_budget is None:  # what it spent is told all the same
-                key.spent(present)
-                account.window().spend += tally.spend
-            if account.tokens is not None:
+            if bucket is not None:
                 used = tally.input_tokens + tally.written + tally.output_tokens
-                account.tokens.draw(used, self.clock())
-        if key.soft_budget is not None:
-            self._warn(key, present)
-        self.touch(account)
+                bucket.draw(used, self.clock())
+        if soft is not None and (spent := key.spent(present)) >= soft:
+            start = window_start(key.budget_duration, present)
+            if account.warned_window != start:
+                account.warned_window = start
+                told = (key.shown_name, dollars(spent), dollars(soft))
+                log.warning("key %s has spent $%s, its soft budget is $%s", *told)
+        self._touch(account)
         return key
 
-    def spent(self, key: VirtualKey, moment: datetime) -> Decimal:
-        """USD spent in the present window of a key's own budget."""
-        window = key.account.windows.get(ALL_MODELS)
-        if window is None:
-            return ZERO
-        start = window_start(key.budget_duration, moment)
-        return window.spend if window.start == start else window.spent(start)
+    spent = staticmethod(VirtualKey.spent)
 
-    def rates(self, key: VirtualKey) -> Iterator[Rate]:
-        """How far a key is from its limits a minute."""
-        clock = self.clock()
-        for kind, bucket in (("requests", key.account.requests), ("tokens", key.account.tokens)):
-            if bucket is not None:
-                left = max(0, math.floor(bucket.level(clock)))
+    def rates(self, key: VirtualKey, theirs: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
+        # platform.claude.com, api/rate-limits, "Response headers": reset in RFC 3339
+        fields, clock = [], self.clock()
+        for kind, bucket in key.account.buckets.items():
+            name, left = f"anthropic-ratelimit-{kind}-", max(0, math.floor(bucket.level(clock)))
+            told = theirs.get(f"{name}remaining", ("",))[0]
+            if not (told.isascii() and told.isdigit() and float(told) <= left):
                 wait = math.ceil(bucket.seconds_until(bucket.limit, clock))
-                yield Rate(kind, bucket.limit, left, wait)
+                reset = cast(str, iso(moment_of(int(time.time()) + wait)))
+                fields.append((f"{name}limit", str(bucket.limit)))
+                fields.append((f"{name}remaining", str(left)))
+                fields.append((f"{name}reset", reset))
+        return fields
 
     def _refuse_rate(self, key: VirtualKey) -> None:
         """Raise APIError 429 where a key has as many requests under way as it may, or a minute."""
         account, clock, parallel = key.account, self.clock(), key.max_parallel_requests
+        buckets, refused, wait = account.buckets, "", 1.0
         if parallel is not None and account.running >= parallel:
-            raise self._rate_limited(key, f"{parallel} requests at a time", 1)
-        account.requests = resized(account.requests, key.rpm_limit, clock)
-        account.tokens = resized(account.tokens, key.tpm_limit, clock)
-        for bucket, what in ((account.requests, "requests"), (account.tokens, "tokens")):
-            if bucket is not None and (wait := bucket.seconds_until(1, clock)) > 0:
-                raise self._rate_limited(key, f"{bucket.limit:,} {what} a minute", wait)
-
-    def _rate_limited(self, key: VirtualKey, limit: str, wait: float) -> APIError:
-        """The 429 of a limit; retry-after is whole seconds (RFC 9110 section 10.2.3), rounded up."""
-        seconds = max(1, math.ceil(wait))
-        text = f"This key is limited to {limit}. Try again in {seconds} seconds."
-        headers = [("retry-after", str(seconds)), *rate_fields(self.rates(key))]
-        return APIError(429, text, headers=headers)
-
-    def _warn(self, key: VirtualKey, moment: datetime) -> None:
-        """Log that a soft budget is passed, once a window."""
-        if key.soft_budget is None or (spent := key.spent(moment)) < key.soft_budget:
-            return
-        start = window_start(key.budget_duration, moment)
-        if key.account.warned_window != start:
-            key.account.warned_window = start
-            told = (key.shown_name, dollars(spent), dollars(key.soft_budget))
-            log.warning("key %s has spent $%s, its soft budget is $%s", *told)
+            refused = f"{parallel} requests at a time"
+        for kind, limit in (("requests", key.rpm_limit), ("tokens", key.tpm_limit)):
+            bucket = buckets.get(kind)
+            if limit is None:
+                if bucket is not None:
+                    del buckets[kind]
+                continue
+            if bucket is None:
+                bucket = buckets[kind] = Bucket(limit, clock)
+            elif bucket.limit != limit:
+                bucket.resize(limit, clock)
+            if not refused and (wait := bucket.seconds_until(1, clock)) > 0:
+                refused = f"{limit:,} {kind} a minute"
+        if refused:
+            seconds = max(1, math.ceil(wait))  # whole ones, RFC 9110 section 10.2.3
+            text = f"This key is limited to {refused}. Try again in {seconds} seconds."
+            headers = [("retry-after", str(seconds)), *self.rates(key, {})]
+            raise APIError(429, text, headers=headers)
 
     # Batches
 
-    def is_unbooked(self, name: str) -> bool:
-        """Whether results of a batch are still to be booked to a key."""
-        account = self._batches.get(name)
-        return account is not None and not account.batches[name].booked
+    def unbooked(self, name: str) -> Batch | None:
+        """The batch of that name, where results of it are still to be booked to a key."""
+        batch = self._batches[name].batches[name] if name in self._batches else None
+        return None if batch is None or batch.booked else batch
 
-    def batch_made(self, name: str) -> datetime:
-        """The day on which a batch was made."""
-        return datetime.fromisoformat(self._batches[name].batches[name].day).replace(tzinfo=UTC)
+    def all_unbooked(self) -> list[str]:
+        """The names of all of them."""
+        return [name for name in self._batches if self.unbooked(name)]
 
-    def keep_batch(self, account: Account, name: str, hold: Hold) -> None:
-        """A key made a batch: what is held for it stays until it is booked."""
+    def own_batch(self, account: Account, name: str, hold: Hold | None = None) -> None:
+        if hold is None and name in self._batches:
+            return
         self.finish_batch(name)  # an upstream that gives an id twice frees what was held for it
-        self.own_batch(account, name).held = hold.amounts
-        hold.amounts = {}
-        self.freshen(account)
-
-    def claim_batch(self, account: Account, name: str) -> None:
-        """A batch that nobody here made belongs to the key that first fetches its results."""
-        if name not in self._batches:
-            self.own_batch(account, name)
+        batch = account.batches[name] = Batch(day_of(now()))
+        self._batches[name] = account
+        if hold is not None:
+            batch.held, hold.amounts = hold.amounts, {}
+        self._touch(account)
 
     def batch_line(self, name: str, line: int) -> Account | None:
-        """Whom a line of a batch's results is to be booked to, which is now done; None where nobody."""
         account = self._batches.get(name)
         if account is None or line <= account.batches[name].lines:
             return None
@@ -2379,33 +2262,26 @@ class FileLedger:
         return account
 
     def finish_batch(self, name: str, *, lost: bool = False) -> None:
-        """All results of a batch are booked; where they are ``lost``, what is held for it is."""
-        if not self.is_unbooked(name):
+        batch = self.unbooked(name)
+        if batch is None:
             return
-        account = self._batches[name]
-        batch, key = account.batches[name], self.keys.get(account.hashed)
-        held, batch.held, batch.booked = batch.held, {}, True
+        account, held = self._batches[name], batch.held
+        key, batch.held, batch.booked = self.keys.get(account.hashed), {}, True
         for pattern, amount in held.items():
-            account.window(pattern).held -= amount
+            account.windows[pattern].held -= amount
         if lost and held and key is not None:
-            told = (key.shown_name, printable(name))
+            told, moment = (key.shown_name, printable(name)), now()
             log.warning("key %s: batch %s is gone, so its worst case is booked", *told)
-            moment = now()
-            for pattern, _ in key.budgets(""):
-                key.spent(moment, pattern)
-                account.window(pattern).spend += held.get(pattern, ZERO)
+            for level in self._levels(key, "", moment):
+                level.window.spend += held.get(level.pattern, ZERO)
             total = held.get(ALL_MODELS, max(held.values()))
-            account.usage.add(day_of(moment), NO_MODEL, Tally(spend=total))
-        self.touch(account)
+            account.usage.of(day_of(moment), NO_MODEL).add(Tally(spend=total))
+        self._touch(account)
 
     # Changing
 
     async def change(self, changes: Mapping[str, VirtualKey | None]) -> None:
-        """Put these records (None removes one) and return once they are on disk.
-
-        They hold in memory at once. Where the disk fails all that is not on it is taken back, and
-        APIError 503 is raised. Calls that arrive together share one write.
-        """
+        # They hold in memory at once; calls that arrive together share one write.
         for hashed in changes:
             self._undo.setdefault(hashed, self.keys.get(hashed))
         self._apply(changes)
@@ -2417,39 +2293,29 @@ class FileLedger:
     async def reset_spend(self, hashed: str, amount: Decimal) -> None:
         """Set what a key has spent in its present window, as `change` does."""
         record = self.keys[hashed]
-        difference = amount - record.spent(now())
-        record.account.window().spend += difference
+        difference, window = amount - record.spent(now()), record.account.windows[ALL_MODELS]
+        window.spend += difference
         try:
             await self.change({hashed: record})
         except APIError:
-            record.account.window().spend -= difference
-            self.touch(record.account)
+            window.spend -= difference
+            self._touch(record.account)
             raise
 
-    def own_batch(self, account: Account, name: str) -> Batch:
-        """Remember that a key made a batch."""
-        batch = account.batches[name] = Batch(day_of(now()))
-        self._batches[name] = account
-        self.touch(account)
-        return batch
-
-    def touch(self, account: Account) -> None:
+    def _touch(self, account: Account) -> None:
         """What a key used has changed: write it within FLUSH_INTERVAL seconds."""
         self._touched.add(account.hashed)
         self._is_behind = True
         self._start()
 
-    def freshen(self, account: Account) -> None:
-        """Let the next write have what a key used until now."""
-        record = self.keys.get(account.hashed)
-        if record is not None:
-            self._lines[account.hashed] = self._line(account.hashed, record)
-
     def _apply(self, changes: Mapping[str, VirtualKey | None]) -> None:
         for hashed, record in changes.items():
             if before := self.keys.get(hashed):
-                forget(self._retired, before.retired, hashed)
-                forget(self._aliases, [before.key_alias or ""], hashed)
+                named = [(self._aliases, before.key_alias or "")]
+                named += [(self._retired, old) for old in before.retired]
+                for index, name in named:
+                    if index.get(name) == hashed:  # else it is another key's by now
+                        del index[name]
             if record is None:
                 self.keys.pop(hashed, None)
                 self._lines.pop(hashed, None)
@@ -2463,9 +2329,8 @@ class FileLedger:
             self._batches.update(dict.fromkeys(record.account.batches, record.account))
 
     def _line(self, hashed: str, record: VirtualKey) -> bytes:
-        moment = now()
-        oldest = day_of(moment - timedelta(days=self.usage_days))
-        batches = record.account.batches
+        moment, batches = now(), record.account.batches
+        oldest = day_of(moment - timedelta(days=self._usage_days))
         for name in [n for n, b in batches.items() if b.booked and b.day < oldest]:
             del batches[name]
             self._batches.pop(name, None)
@@ -2474,8 +2339,7 @@ class FileLedger:
     # Reading
 
     async def reload(self) -> None:
-        """Read the file again (SIGHUP): what keys may do from the file, what they used from memory.
-        Raises SettingsError and keeps what was there."""
+        # What keys may do is the file's, what they used is memory's.
         while self._is_busy() or (self.last_error and self._file.edit() is None):
             # A change that is being written would be read over; and where the last write failed,
             # the file may have one that was refused, since it was not known to be on disk.
@@ -2498,12 +2362,12 @@ class FileLedger:
 
     def _load(self) -> None:
         """Read the file; what keys used stays, where it is known already."""
-        parse = functools.partial(parse_store, name=str(self.path))
+        path, lines = self._file.path, list(self._lines.values())
         try:
-            keys = self._file.read(parse, list(self._lines.values()))
+            keys = self._file.read(functools.partial(parse_store, name=str(path)), lines)
         except OSError as error:
-            self.last_error, reason = store_message(error), error.strerror
-            log.warning("%s cannot be created (%s): no keys can be made", self.path, reason)
+            self.last_error = store_message(error)
+            log.warning("%s cannot be created (%s): no keys can be made", path, error.strerror)
             return
         known = {hashed: key.account for hashed, key in self.keys.items()}
         for index in (self.keys, self._lines, self._retired, self._aliases, self._batches):
@@ -2512,12 +2376,11 @@ class FileLedger:
             record.account = known.get(hashed, record.account)
         self._apply(keys)
         for hashed in known.keys() & keys.keys():
-            self.touch(known[hashed])
+            self._touch(known[hashed])
 
     # Writing
 
     async def save(self) -> None:
-        """Return once all that was changed before this call is on disk. Raises OSError."""
         written: asyncio.Future[OSError | None] = asyncio.get_running_loop().create_future()
         self._waiting.append(written)
         self._hurry.set()
@@ -2533,7 +2396,6 @@ class FileLedger:
                 await self.save()
 
     def close(self) -> None:
-        """Give up the file."""
         self._file.close()
 
     def _is_busy(self) -> bool:
@@ -2553,51 +2415,40 @@ class FileLedger:
                 self.notice_edit()
             waiting, self._waiting = self._waiting, []
             undo, self._undo = self._undo, {}
-            failure = await self._write()
+            self._is_writing, self._is_behind, failure = True, False, None
+            try:
+                for hashed in self._touched & self.keys.keys():
+                    self._lines[hashed] = self._line(hashed, self.keys[hashed])
+                self._touched.clear()
+                lines = list(self._lines.values())
+                await asyncio.get_running_loop().run_in_executor(None, self._file.write, lines)
+            except OSError as error:
+                failure = error
+            except Exception:
+                log.exception("keys file not written")
+                failure = OSError(errno.EIO, "unexpected failure")
+            self._is_writing = False
             if failure:
+                self._is_behind = True
                 # What was changed meanwhile stands on what is now refused, and falls with it.
                 waiting += self._waiting
                 self._apply({**self._undo, **undo})
                 self._waiting, self._undo = [], {}
+            self._tell(failure)
             for written in waiting:
                 if not written.done():  # else who waited has left
                     written.set_result(failure)
 
-    async def _write(self) -> OSError | None:
-        """Write what is in memory; what went wrong, which is said once."""
-        self._is_writing, self._is_behind = True, False
-        try:
-            for hashed in self._touched & self.keys.keys():
-                self.freshen(self.keys[hashed].account)
-            self._touched.clear()
-            lines = list(self._lines.values())
-            await asyncio.get_running_loop().run_in_executor(None, self._file.write, lines)
-        except OSError as error:
-            return self._failed(error)
-        except Exception:
-            log.exception("keys file not written")
-            return self._failed(OSError(errno.EIO, "unexpected failure"))
-        finally:
-            self._is_writing = False
-        if self.last_error:
+    def _tell(self, failure: OSError | None) -> None:
+        """Log what is new of writing; an edit that can be read is no failure, it is in a moment."""
+        if isinstance(failure, FileExistsError) and not self._file.damaged:
+            return
+        told = store_message(failure) if failure else ""
+        if failure and told != self.last_error:
+            log.error("keys file not written: %s", failure.strerror or failure)
+        elif self.last_error and not failure:
             log.warning("keys file written again")
-        self.last_error = ""
-        return None
-
-    def _failed(self, error: OSError) -> OSError:
-        self._is_behind = True
-        if not isinstance(error, StoreEdited) or self._file.damaged:  # else it is read in a moment
-            if self.last_error != store_message(error):
-                log.error("keys file not written: %s", error.strerror or error)
-            self.last_error = store_message(error)
-        return error
-
-
-def forget(index: dict[str, str], names: Iterable[str], hashed: str) -> None:
-    """Take a key's names out of an index, but for those that are another key's by now."""
-    for name in names:
-        if index.get(name) == hashed:
-            del index[name]
+        self.last_error = told
 
 
 def store_message(error: OSError) -> str:
@@ -2606,48 +2457,15 @@ def store_message(error: OSError) -> str:
     return f"The keys file cannot be written ({reason}); nothing was changed."
 
 
-def resized(bucket: Bucket | None, limit: int | None, clock: float) -> Bucket | None:
-    """A bucket of that limit, with what was drawn from it still drawn."""
-    if limit is None:
-        return None
-    if bucket is None:
-        return Bucket(limit, clock)
-    if bucket.limit != limit:
-        bucket.resize(limit, clock)
-    return bucket
-
-
-def rate_fields(
-    rates: Iterable[Rate], upstream: Mapping[str, Sequence[str]] | None = None
-) -> list[tuple[str, str]]:
-    """anthropic-ratelimit-* of a key's own limits, where they are tighter than upstream's.
-
-    (platform.claude.com, api/rate-limits, "Response headers": limit, remaining, reset in RFC 3339.)
-    """
-    fields = []
-    for rate in rates:
-        name = f"anthropic-ratelimit-{rate.kind}-"
-        theirs = upstream.get(f"{name}remaining") if upstream else None
-        told = theirs[0] if theirs else ""
-        if not (told.isascii() and told.isdigit() and float(told) <= rate.left):
-            reset = cast(str, iso(moment_of(int(time.time()) + rate.wait)))
-            fields.append((f"{name}limit", str(rate.limit)))
-            fields.append((f"{name}remaining", str(rate.left)))
-            fields.append((f"{name}reset", reset))
-    return fields
-
-
 BUDGET_WAIT = 2  # seconds after which a request that a budget has no room for may ask again
 
 
 def over_budget(
     level: Level, held: Decimal, cost: Decimal, moment: datetime, *, fit: bool
 ) -> APIError:
-    """The 429 of a budget that has no room for a request of that cost.
-
-    A spent budget, and a cost that will never fit, are a ``billing_error``, which nobody need try
-    again; where others' requests are only in the way, it is a ``rate_limit_error``, which goes by.
-    """
+    """The 429 of a budget that has no room for a request of that cost: a ``billing_error``, which
+    nobody need try again, where it is spent or the cost will never fit; a ``rate_limit_error``,
+    which goes by, where others' requests are only in the way."""
     spent, limit = level.window.spend, level.limit
     resets, headers = "it does not reset by itself", [DO_NOT_RETRY]
     if level.duration is not None:
@@ -2656,18 +2474,22 @@ def over_budget(
         wait = max(1, math.ceil((end - moment).total_seconds()))
         headers.append(("retry-after", str(wait)))
     name = f"Budget for {level.pattern}" if level.pattern else "Budget"
-    told, kind = f"{name} of ${dollars(limit)}", "billing_error"
+    told, used, kind = (
+        f"{name} of ${dollars(limit)}",
+        f"${dollars(spent)} is spent",
+        "billing_error",
+    )
     if spent >= limit:
-        text = f"{told} reached ({resets}): ${dollars(spent)} is spent."
+        text = f"{told} reached ({resets}): {used}."
     elif fit and spent + cost > limit:
         text = (
-            f"{told} ({resets}): ${dollars(spent)} is spent, and this batch may cost"
-            f" ${dollars(cost)}. Send a smaller one, or lower its 'max_tokens'."
+            f"{told} ({resets}): {used}, and this batch may cost ${dollars(cost)}."
+            " Send a smaller one, or lower its 'max_tokens'."
         )
     else:
         text = (
-            f"{told}: ${dollars(spent)} is spent, and ${dollars(held)} is held for requests and"
-            f" batches under way. Try again in {BUDGET_WAIT} seconds."
+            f"{told}: {used}, and ${dollars(held)} is held for requests and batches under way."
+            f" Try again in {BUDGET_WAIT} seconds."
         )
         kind, headers = "rate_limit_error", [("retry-after", str(BUDGET_WAIT))]
     return APIError(429, text, kind=kind, headers=headers)
@@ -5350,7 +5172,7 @@ class Limits(Rule):
                 " runs it must install genai-prices, or start it with --prices.",
             )
         try:
-            await visit.gateway.ledger.hold(hold, Want(slot=True, pays=pays, shares=route.billed))
+            await visit.gateway.ledger.admit(hold, pays=pays, shares=route.billed)
         except APIError:
             visit.hold = None
             raise
@@ -5369,7 +5191,7 @@ class Limits(Rule):
         visit.order = await read_order(document, body.data, batched=batched, breathe=body.breathe)
         if hold is not None and hold.reads_body and prices.available:
             charges = prices.worst(visit.order, hold.started)
-            await visit.gateway.ledger.hold(hold, Want(worst=charges, fit=batched))
+            await visit.gateway.ledger.hold(hold, charges, fit=batched)
 
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
         route = visit.route
@@ -5386,7 +5208,7 @@ class Limits(Rule):
             return ()
         fields: list[tuple[str, str]] = []
         if key.rpm_limit is not None or key.tpm_limit is not None:
-            fields = rate_fields(gateway.ledger.rates(key), head.values)
+            fields = gateway.ledger.rates(key, head.values)
         if payer is None or not gateway.prices.available:
             return fields
         if visit.phase is RequestPhase.SETTLED and visit.meter is not None:
@@ -5442,7 +5264,7 @@ class Batches(Rule):
 
     async def head(self, visit: Visit) -> None:
         route, gateway = visit.route, visit.gateway
-        if route.deletes and gateway.ledger.is_unbooked(route.batch_id):
+        if route.deletes and gateway.ledger.unbooked(route.batch_id):
             await gateway.batches.book(route.batch_id)
 
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
@@ -5453,7 +5275,7 @@ class Batches(Rule):
             return ()
         if visit.caller.key is not None:
             # One that nobody here made belongs to the key that first fetches its results.
-            gateway.ledger.claim_batch(visit.caller.key.account, batch)
+            gateway.ledger.own_batch(visit.caller.key.account, batch)
         room = functools.partial(gateway.held.find_room, visit.caller.hashed or "")
         book = functools.partial(gateway.batches.book_result, batch)
         finish = functools.partial(gateway.ledger.finish_batch, batch)
@@ -5467,7 +5289,7 @@ class Batches(Rule):
         if not isinstance(batch, dict) or not isinstance(name, str):
             return
         if visit.route.makes_batch and payer is not None and visit.hold is not None:
-            gateway.ledger.keep_batch(payer.account, name, visit.hold)
+            gateway.ledger.own_batch(payer.account, name, visit.hold)
             gateway.batches.watch(name)
             with contextlib.suppress(OSError):  # which is said, and tried again each second
                 await gateway.ledger.save()
@@ -5846,7 +5668,7 @@ class BatchKeeper:
 
     async def run(self) -> None:
         """Watch all that are not booked, until cancelled."""
-        for name in self._ledger.unbooked():
+        for name in self._ledger.all_unbooked():
             self.watch(name)
         try:
             await asyncio.Event().wait()
@@ -5871,15 +5693,17 @@ class BatchKeeper:
 
     async def book(self, name: str) -> bool:
         """Book what a batch cost, if it has ended; whether nothing of it is left to be booked."""
-        if not self._ledger.is_unbooked(name):
+        kept = self._ledger.unbooked(name)
+        if kept is None:
             return True
+        made = datetime.fromisoformat(kept.day).replace(tzinfo=UTC)
         path = f"/v1/messages/batches/{urllib.parse.quote(name, safe='')}"
         state = await self._fetch(path, request_timeout=BATCH_STATE_TIMEOUT)
         batch = read_json(state.body) if state.code == 200 else None
         ended = isinstance(batch, dict) and batch.get("processing_status") == BATCH_ENDED
         if ended and await self._read_results(name, f"{path}/results"):
             return True
-        if state.code in GONE or now() - self._ledger.batch_made(name) > BATCH_KEPT:
+        if state.code in GONE or now() - made > BATCH_KEPT:
             self._ledger.finish_batch(name, lost=True)
             return True
         return False
@@ -6418,13 +6242,13 @@ class ManagementHandler(BaseHandler):
         shown = [credential for _, credential in candidates(self.request.head.values)]
         if any(doors.is_master(hash_key(credential)) for credential in shown):
             return
-        if any(self.ledger.lookup(credential) for credential in shown):
+        if any(self.ledger.lookup(hash_key(credential)) for credential in shown):
             raise APIError(403, "Only the master key may do this; a virtual key was sent.")
         raise APIError(401, "Send the master key as 'Authorization: Bearer' or 'x-api-key'.")
 
     def existing(self, key_or_hash: str = "", alias: str = "") -> tuple[str, VirtualKey]:
         """The key that is addressed so. Raises APIError 404 where there is none."""
-        found = self.ledger.find_alias(alias) if alias else self.ledger.find(key_or_hash)
+        found = self.ledger.find(key_or_hash, alias)
         if found is None:
             raise APIError(404, "Key not found.")
         return found
@@ -6527,7 +6351,7 @@ class KeyHandler(ManagementHandler):
             raise APIError(400, f"'key' must begin 'sk-' and have {rule}.")
         if key.startswith(OWN_CREDENTIAL_PREFIX):
             raise APIError(400, f"'key' must not begin {OWN_CREDENTIAL_PREFIX!r}: Anthropic's do.")
-        if self.ledger.lookup(key) is not None:
+        if self.ledger.lookup(hash_key(key)) is not None:
             raise APIError(400, "'key' exists already; choose another, or leave it out.")
         return key
 
@@ -6538,7 +6362,7 @@ class KeyHandler(ManagementHandler):
         and where a budget cannot be kept, since nobody has said that the key may overspend."""
         changes = key_changes(body, self.gateway.prices)
         key = dataclasses.replace(record, **changes, **more, updated_at=now())
-        taken = self.ledger.find_alias(changes.get("key_alias") or "")
+        taken = self.ledger.find("", changes.get("key_alias") or "")
         if taken is not None and taken[0] != hashed:
             raise APIError(400, "'key_alias' is taken by another key.")
         named = [pattern for pattern in key.allowed_routes if unmetered(pattern)]
@@ -6802,7 +6626,7 @@ class MetricsHandler(ManagementHandler):
         if self.gateway.settings.open_metrics or self.gateway.doors.is_open:
             return
         for _, credential in candidates(self.request.head.values):
-            found = self.ledger.lookup(credential)
+            found = self.ledger.lookup(hash_key(credential))
             for route in found[1].allowed_routes if found and found[2] == "active" else ():
                 if route.startswith(METRICS_PATH) and fnmatch.fnmatchcase(METRICS_PATH, route):
                     return  # a mere "*" does not name it
