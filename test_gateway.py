@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import gc
 import gzip
 import hashlib
 import inspect
@@ -30,8 +31,9 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -41,7 +43,8 @@ from typing import Any, Self
 import anthropic
 import httpx2
 import pytest
-import tornado
+import tornado.httpclient
+import tornado.web
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
@@ -498,9 +501,8 @@ class Process:
 
 def environment(**variables: str) -> dict[str, str]:
     """This process's environment without what would steer the gateway."""
-    unset = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_BASE")
-    unset += ("GATEWAY_MASTER_KEY", "LITELLM_MASTER_KEY", "ANTHROPIC_BASE_URL")
-    kept = {name: value for name, value in os.environ.items() if name not in unset}
+    steering = ("ANTHROPIC_", "GATEWAY_", "LITELLM_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(steering)}
     return {**kept, **variables}
 
 
@@ -600,19 +602,17 @@ def failed_start(folder: Path, *options: str, **variables: str) -> str:
 
 
 @contextlib.asynccontextmanager
-async def inside(
-    url: str, folder: Path, **options: Any
-) -> AsyncIterator[tuple[gateway.Gateway, int]]:
+async def inside(url: str, folder: Path, rules: Any = gateway.RULES, **options: Any) -> Any:
     """A gateway in this process, and its port. All that `gw` needs of its inside stands here."""
     some = {"api_key": REAL_KEY, "master_key": MASTER_KEY, "keys": folder / "keys.json"}
     chosen = gateway.Settings(port=0, upstream=url, **(some | options))
-    application = gateway.make_app(chosen)
+    application = gateway.make_app(chosen, rules)
     shared = application.settings["gateway"]
     server = gateway.Server(shared, application)
     sockets = gateway.bind(chosen, loopback=True)
     server.listen(sockets, None)
     try:
-        yield shared, sockets[0].getsockname()[1]
+        yield application, sockets[0].getsockname()[1]
     finally:
         server.stop()
         server.close()
@@ -639,8 +639,8 @@ def logged(lines: io.StringIO) -> Iterator[None]:
 
 
 class GW:
-    """A gateway before a raw upstream, and a virtual key for it. Options are those of Settings, and
-    ``process`` (it is one) and ``base`` (of the upstream's path)."""
+    """A gateway before a raw upstream, and a virtual key for it. Options are those of Settings,
+    ``process`` (it is one), ``base`` (of the upstream's path) and ``rules``."""
 
     def __init__(self, start: Starter, options: dict[str, Any]) -> None:
         self.start = start
@@ -672,8 +672,9 @@ class GW:
         else:
             self.running.enter_context(logged(self.lines))
             made = inside(url, self.start.folder, **options)
-            relay, self.port = await self.running.enter_async_context(made)
+            self.app, self.port = await self.running.enter_async_context(made)
             # What tests look at of its inside
+            relay = self.app.settings["gateway"]
             self.active, self.held = relay.active, relay.held
             self.store, self.lookout = relay.ledger, relay.batches
             self.exchanges = relay.client.requests
@@ -2378,8 +2379,8 @@ RESPONSES: list[tuple[bytes, bytes | None, bytes]] = [
         b"HTTP/1.1 299 \r\nX-A: \r\n" + NONE,
         b"",
     ),
-    (b"HTTP/1.1 204 No Content\r\nX-A: b\r\n\r\n", None, b""),
-    (b'HTTP/1.1 304 Not Modified\r\nContent-Length: 500\r\nETag: "x"\r\n\r\n', None, b""),
+    (b"HTTP/1.1 204 No Content\r\nContent-Type: a/b\r\n\r\n", None, b""),
+    (b"HTTP/1.1 304 Not Modified\r\nContent-Type: a/b\r\nContent-Length: 5\r\n\r\n", None, b""),
     (
         OK + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(PACKED) + PACKED,
         None,
@@ -2875,7 +2876,7 @@ async def test_a_client_that_leaves_takes_the_upstream_with_it(
     gw: GW, phase: str, leave: str
 ) -> None:
     gw.plays(stall)
-    client = await gw.client()
+    client, before = await gw.client(), asyncio.all_tasks()
     if "upload" in phase:
         kind, size = (JSON_KIND, 90_000_000) if "json" in phase else (UPLOAD, 9_000_000)
         client.request("POST /v1/files/upload", kind, f"Content-Length: {size}")
@@ -2889,6 +2890,9 @@ async def test_a_client_that_leaves_takes_the_upstream_with_it(
     client.reset() if leave == "reset" else client.close()
     await until(lambda: gw.up.arrived[0].closed_at, SOON)
     await until(lambda: "client_gone" in gw.log)
+    await until(lambda: asyncio.all_tasks() <= before and not gw.active and not gw.exchanges)
+    gc.collect()
+    assert "pending" not in gw.log  # nor did a task end so
 
 
 def deaf(until: asyncio.Event) -> Script:
@@ -3865,6 +3869,115 @@ async def test_the_default_cap_is_a_quarter_of_the_memory_there_is(gw: GW) -> No
     assert held.limit == gateway.memory_size() // 4 and held.share == held.limit // 4
 
 
+PHASES = {gateway.ClientPhase: gateway.ServerConnection, gateway.RequestPhase: gateway.Visit}
+PHASES |= {gateway.UpstreamPhase: gateway.UpstreamConnection}
+
+
+@pytest.mark.parametrize("phases", PHASES)
+def test_an_impossible_step_is_a_mistake(phases: Any) -> None:
+    first, *_, last = phases
+    reached = {then for phase in phases for then in gateway.FOLLOWS[phase]}
+    assert reached | {first} == set(phases) and all(isinstance(each, phases) for each in reached)
+    assert [phase for phase in phases if not gateway.FOLLOWS[phase]] == [last]
+    for phase, then in itertools.product(phases, phases):
+        thing = types.SimpleNamespace(phase=phase)
+        may = then in gateway.FOLLOWS[phase]
+        with contextlib.nullcontext() if may else pytest.raises(AssertionError):
+            PHASES[phases].enter(thing, then)
+        assert thing.phase is (then if may else phase)
+
+
+async def test_the_relay_is_tornados(gw: GW) -> None:
+    routed = [rule.target for rule in gw.app.wildcard_router.rules]
+    assert gateway.RelayHandler in routed
+    assert issubclass(gateway.RelayHandler, tornado.web.RequestHandler)
+    assert isinstance(gw.app.settings["gateway"].client, tornado.httpclient.AsyncHTTPClient)
+    source = inspect.getsource(tornado.web.RequestHandler)
+    for private in ("_headers", "_write_buffer", "_transforms", "_status_code", "_reason"):
+        assert f"self.{private} = " in source or f"self.{private}: " in source, private
+    # Tornado calls the method named like the verb, which may be any token.
+    for method in ("FLUSH", "CLEAR", "FINISH", "settle", "on_head"):
+        told = (await gw.ask(f"{method} /v1/files/x")).json()
+        assert told["start_line"] == f"{method} /v1/files/x HTTP/1.1"
+        error_of(await gw.ask(f"{method} /key/list", key=MASTER_KEY), 405)
+
+
+class Toy(gateway.Rule):
+    """A rule from outside: what a client tells it in a field."""
+
+    def __init__(self) -> None:
+        self.ends: list[str] = []
+        self.seen = b""
+
+    async def head(self, visit: gateway.Visit) -> None:
+        self.seen, self.told = b"", visit.head.get("x-toy")
+        if self.told == "no":
+            raise gateway.APIError(403, "No toys.")
+
+    def filters(self, *_: Any) -> Any:
+        return [Doubling() if self.told == "double" else Shouting(self)]
+
+    def fields(self, *_: Any) -> Any:
+        return [("x-played", self.told)]
+
+    def end(self, visit: gateway.Visit) -> None:
+        self.ends.append(visit.record.outcome)
+
+
+class Shouting(gateway.ResponseFilter):
+    def __init__(self, toy: Toy) -> None:
+        self.toy = toy
+
+    def feed(self, data: bytes) -> bytes:
+        if b"fail" in data:
+            raise RuntimeError("told to")
+        self.toy.seen += data
+        return data.upper()
+
+
+class Doubling(gateway.ResponseFilter):
+    changes_length = True
+
+    async def rewrite(self, body: bytes) -> bytes:
+        return json.dumps([json.loads(body)] * 2).encode()
+
+
+async def test_rules_and_filters_from_outside_are_asked(gw: GW) -> None:
+    toy, plain, twice = Toy(), b'{"a": "b"}', b'[{"a": "b"}, {"a": "b"}]'
+    await gw.restart(rules=(*gateway.RULES, toy))
+    assert error_of(await gw.ask("GET /v1/files/x", "x-toy: no"), 403) == "No toys."
+    assert not gw.up.arrived
+    packed, zipped = gzip.compress(plain), "Content-Encoding: gzip"
+    streamed = says(SSE_HEAD, *(chunk(b"%c" % each) for each in plain), chunk(b""))
+    for told, script, body in (
+        ("shout", answers(plain), plain.upper()),
+        ("shout", streamed, plain.upper()),
+        ("shout", answers(packed, "200 OK", zipped), packed),  # where it only looks
+        ("double", answers(plain), twice),
+        ("double", says(OK + CHUNKS + chunk(plain[:3]), chunk(plain[3:]) + chunk(b"")), twice),
+        ("double", answers(packed, "200 OK", zipped), gzip.compress(twice, mtime=0)),
+    ):
+        gw.plays(script)
+        answer = await gw.ask("GET /v1/files/x", f"x-toy: {told}")
+        assert answer.body == body and answer.clean and answer.field("x-played") == [told]
+        assert toy.seen == (plain if told == "shout" else b"")
+    going = asyncio.Event()
+
+    @gw.plays
+    async def fail(request: Arrived) -> None:
+        await request.send(SSE_HEAD + chunk(b"a"))
+        await going.wait()
+        await request.send(chunk(b"fail") + chunk(b""))
+
+    client = await gw.client()
+    client.request("GET /v1/files/x")
+    assert await client.head() and await client.reader.readexactly(6) == chunk(b"A")
+    going.set()
+    with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):  # which is no clean end
+        await read_chunked(client.reader)
+    assert toy.ends == ["refused:permission_error", *["ok"] * 6, "refused:api_error"]
+
+
 # ─── Filters ──────────────────────────────────────────────────────────────────────────
 
 
@@ -3992,6 +4105,24 @@ async def test_results_urls_lead_back_to_the_gateway(gw: GW, coding: str) -> Non
     results = [r async for r in await async_sdk(gw).messages.batches.results("far")]
     assert results[0].result.type == "expired"
     assert gw.up.arrived[-1].target == base + relative
+
+
+async def test_a_compressed_stream_is_metered_however_it_is_split(gw: GW) -> None:
+    packed = gzip.compress(sse(*STREAM))
+
+    @gw.plays
+    async def drip(request: Arrived) -> None:
+        await request.read_body()
+        await request.send(SSE_HEAD[:-2] + b"Content-Encoding: gzip\r\n\r\n")
+        for at in range(0, len(packed), 40):
+            await request.send(chunk(packed[at : at + 40]))
+            await asyncio.sleep(0.005)  # so that they are several reads
+        await request.send(chunk(b""))
+
+    answer = await gw.ask("POST /v1/messages", body=MESSAGE)
+    row = (await gw.rows())[0]
+    assert answer.body == packed and not row["estimated"]
+    assert (row["prompt_tokens"], row["completion_tokens"]) == (25 + 7 + 30, 180)
 
 
 async def test_a_batch_object_that_cannot_be_read_is_not_passed_on(gw: GW) -> None:
