@@ -242,13 +242,17 @@ def answers(
     return script
 
 
-def says(*wire: bytes, then: str = "") -> Script:
-    """An upstream that sends these bytes, and then waits, closes or resets if so told."""
+def says(*steps: bytes | float | asyncio.Event, then: str = "") -> Script:
+    """An upstream that sends bytes, sleeps, or waits for an event, and at last waits, closes or
+    resets if so told."""
 
     async def script(request: Arrived) -> None:
         await request.read_body()
-        for data in wire:
-            await request.send(data)
+        for step in steps:
+            if isinstance(step, bytes):
+                await request.send(step)
+            else:
+                await (step.wait() if isinstance(step, asyncio.Event) else asyncio.sleep(step))
         if then == "reset":
             await asyncio.sleep(0.05)  # let it arrive: a reset throws away what is on the way
             reset(request.writer)
@@ -710,6 +714,12 @@ class GW:
         """A connection that shows a key, until the test ends."""
         client = Client(port or self.port, self.key if key is None else key)
         return await self.stack.enter_async_context(client)
+
+    async def asking(self, *told: str, key: str | None = None, **kwargs: Any) -> Client:
+        """A connection on which a request is under way."""
+        client = await self.client(key)
+        client.request(*told, **kwargs)
+        return client
 
     async def ask(self, start: str, *fields: str, **kwargs: Any) -> Response:
         """One request on a connection of its own."""
@@ -1403,19 +1413,9 @@ def searches(number: int) -> dict[str, int]:
     return {"web_search_requests": number, "web_fetch_requests": 9}
 
 
-SONNET = "claude-sonnet-5-5"
+SONNET, FABLE = "claude-sonnet-5-5", "claude-fable-5-2"
 BATCH, US = {"service_tier": "batch"}, {"inference_geo": "us"}
-# Each amount is computed by hand from platform.claude.com, about-claude/pricing, November 2026.
-# USD per million tokens, input / output / cache read / 5-minute write / 1-hour write:
-#   Opus 5.5    4 / 20 / 0.20 / 5    / 8        fast: 8 / 40
-#   Sonnet 5.5  2 / 10 / 0.10 / 2.50 / 4
-#   Haiku 4.5   1 / 5  / 0.10 / 1.25 / 2
-#   Haiku 5.5   0.10 / 0.50 / 0.01 / 0.125 / 0.20, prompts above 100k tokens five times that
-#   Sonnet 4.5  3 / 15 / 0.30 / 3.75 / 6, prompts above 200k tokens 6 / 22.50 / 0.60 / 7.50 / 12
-#   Sonnet 4.6  3 / 15 / 0.30 / 3.75 / 6        Opus 4.1  15 / 75 (the dearest known)
-#   Fable 5.1   10 / 50 / 0.25 / 12.50 / 20     Fable 5.2  8 / 40 / 0.20 / 10 / 16
-# Web search is $10 for 1,000. Batches are half of the tokens' price, US inference 1.1 times.
-PRICED: list[tuple[str, dict[str, Any], str]] = [
+PRICED: list[tuple[str, dict[str, Any] | list[Any], str]] = [
     (OPUS, used(1000, 500), "0.014"),  # 1,000 x $4 + 500 x $20, per million
     (SONNET, used(1000, 500), "0.007"),  # 1,000 x $2 + 500 x $10
     (HAIKU, used(1000, 500), "0.0035"),  # 1,000 x $1 + 500 x $5
@@ -1423,13 +1423,11 @@ PRICED: list[tuple[str, dict[str, Any], str]] = [
     (OPUS, used(0, 0), "0"),
     ("claude-haiku-5-5", used(1, 0), "0.0000001"),
     (OPUS, used(50, 100, 10_000), "0.0042"),  # 50 x $4 + 10,000 x $0.20 + 100 x $20
-    # 10,000 x $0.25: Fable 5.1 reads its cache at a fortieth, not a tenth
-    ("claude-fable-5-1", used(0, 0, 10_000), "0.0025"),
+    ("claude-fable-5-1", used(0, 0, 10_000), "0.0025"),  # 10,000 x $0.25: a fortieth, no tenth
     (OPUS, used(0, 0, 0, 10_000, 0), "0.05"),  # 10,000 x $5
     (OPUS, used(0, 0, 0, 0, 10_000), "0.08"),  # 10,000 x $8
     (OPUS, used(0, 0, 0, 10_000, 20_000), "0.21"),  # 10,000 x $5 + 20,000 x $8
-    # a sum without its parts is 5-minute writes: 10,000 x $5
-    (OPUS, used(0, 0, cache_creation_input_tokens=10_000), "0.05"),
+    (OPUS, used(0, 0, cache_creation_input_tokens=10_000), "0.05"),  # a mere sum is 5-minute
     # 100 x $2 + 200 x $10 + 1,000 x $0.10 + 400 x $2.50 + 300 x $4
     (SONNET, used(100, 200, 1000, 400, 300), "0.0045"),
     (OPUS, used(1000, 500, **BATCH), "0.007"),  # half of (1,000 x $4 + 500 x $20)
@@ -1441,64 +1439,27 @@ PRICED: list[tuple[str, dict[str, Any], str]] = [
     (OPUS, used(1000, 500, **US, **BATCH), "0.0077"),  # half of that
     (OPUS, used(1000, 500, inference_geo="global"), "0.014"),  # which is no US
     ("claude-haiku-5-5", used(100_000, 1000), "0.0105"),  # 100,000 x $0.10 + 1,000 x $0.50
-    # one token more: 100,001 x $0.50 + 1,000 x $2.50
-    ("claude-haiku-5-5", used(100_001, 1000), "0.0525005"),
+    ("claude-haiku-5-5", used(100_001, 1000), "0.0525005"),  # one more: x $0.50 and x $2.50
     # the prompt counts with its cached part: 1,000 x $0.50 + 150,000 x $0.05 + 1,000 x $2.50
     ("claude-haiku-5-5", used(1000, 1000, 150_000), "0.0105"),
     ("claude-sonnet-4-5", used(200_000, 100), "0.6015"),  # 200,000 x $3 + 100 x $15
     ("claude-sonnet-4-5", used(300_000, 100), "1.80225"),  # 300,000 x $6 + 100 x $22.50
     (SONNET, used(1000, 0, server_tool_use=searches(3)), "0.032"),  # 1,000 x $2 + 3 x $0.01
-    # half of 1,000 x $2, and 3 searches at full price
-    (SONNET, used(1000, 0, server_tool_use=searches(3), **BATCH), "0.031"),
+    (SONNET, used(1000, 0, server_tool_use=searches(3), **BATCH), "0.031"),  # they are not halved
     # thinking is inside the output: 100 x $10
     (SONNET, used(0, 100, output_tokens_details={"thinking_tokens": 90}), "0.001"),
-    # the executor 500 x $2 + 300 x $10; the advisor 2,000 x $4 + 100 x $20
-    (
-        SONNET,
-        [entry("message", SONNET, 500, 300), entry("advisor_message", OPUS, 2000, 100)],
-        "0.014",
-    ),
+    # iterations: the executor 500 x $2 + 300 x $10; the advisor 2,000 x $4 + 100 x $20
+    (SONNET, [(SONNET, 500, 300), ("advisor_message", OPUS, 2000, 100)], "0.014"),
     # compaction 180,000 x $3 + 3,500 x $15, then 23,000 x $3 + 1,000 x $15
-    (
-        "claude-sonnet-4-6",
-        [entry("compaction", "", 180_000, 3500), entry("message", "", 23_000, 1000)],
-        "0.6765",
-    ),
+    ("claude-sonnet-4-6", [("compaction", "", 180_000, 3500), ("", 23_000, 1000)], "0.6765"),
     # declined before any output: free; the fallback 1,000 x $2 + 200 x $10
-    (
-        SONNET,
-        [
-            entry("message", "claude-fable-5-2", 1000, 0),
-            entry("fallback_message", SONNET, 1000, 200),
-        ],
-        "0.004",
-    ),
+    (SONNET, [(FABLE, 1000, 0), ("fallback_message", SONNET, 1000, 200)], "0.004"),
     # declined midway: 1,000 x $8 + 50 x $40, and the fallback 1,050 x $2 + 200 x $10
-    (
-        SONNET,
-        [
-            entry("message", "claude-fable-5-2", 1000, 50),
-            entry("fallback_message", SONNET, 1050, 200),
-        ],
-        "0.0141",
-    ),
-    # `iterations` is often an empty list: the top level counts, 1,000 x $4
-    (OPUS, used(1000, 0, iterations=[]), "0.004"),
-    # nobody knows it: 1,000 x $15 + 100 x $75, as Opus 4.1
-    ("claude-unheard-of", used(1000, 100), "0.0225"),
+    (SONNET, [(FABLE, 1000, 50), ("fallback_message", SONNET, 1050, 200)], "0.0141"),
+    (OPUS, used(1000, 0, iterations=[]), "0.004"),  # often empty: the top level counts
+    ("claude-unheard-of", used(1000, 100), "0.0225"),  # 1,000 x $15 + 100 x $75, as Opus 4.1
     ("", used(1000, 100), "0.0225"),
 ]
-
-
-@pytest.mark.parametrize(("model", "usage", "amount"), PRICED)
-def test_prices_are_those_worked_out_by_hand(
-    prices: gateway.Prices, model: str, usage: Any, amount: str
-) -> None:
-    if isinstance(usage, list):  # beside the top level, which repeats what the last one used
-        last = usage[-1] if "advisor" not in usage[-1]["type"] else usage[0]
-        usage = used(last["input_tokens"], last["output_tokens"], iterations=usage)
-    measured = gateway.Measured(usage=usage, empty=False)
-    assert price_of(prices, measured, model) == Decimal(amount)
 
 
 def price_of(prices: gateway.Prices, measured: gateway.Measured, model: str = "") -> Decimal:
@@ -1506,9 +1467,16 @@ def price_of(prices: gateway.Prices, measured: gateway.Measured, model: str = ""
     return sum((tally.spend for _, tally in prices.charge(measured, WHEN)), Decimal(0))
 
 
-def test_a_refusal_without_content_is_free(prices: gateway.Prices) -> None:
+def test_prices_are_those_worked_out_by_hand(prices: gateway.Prices) -> None:
+    for model, usage, amount in PRICED:
+        if isinstance(usage, list):  # beside the top level, which repeats what the last one used
+            entries = [entry(*(row if len(row) == 4 else ("message", *row))) for row in usage]
+            last = entries[-1] if "advisor" not in entries[-1]["type"] else entries[0]
+            usage = used(last["input_tokens"], last["output_tokens"], iterations=entries)
+        measured = gateway.Measured(usage=usage, empty=False)
+        assert price_of(prices, measured, model) == Decimal(amount), (model, usage)
     refused = gateway.Measured(usage=used(1000, 10), stop_reason="refusal", empty=True)
-    assert price_of(prices, refused, OPUS) == 0
+    assert price_of(prices, refused, OPUS) == 0, "a refusal without content is free"
     refused.empty = False  # 1,000 x $4 + 10 x $20
     assert price_of(prices, refused, OPUS) == Decimal("0.0042")
 
@@ -1530,19 +1498,13 @@ def test_an_own_price_file_wins(tmp_path: Path) -> None:
 
 
 async def test_a_bad_price_file_ends_the_start(gw: GW, tmp_path: Path) -> None:
-    path = tmp_path / "prices.json"
-    for text, named in (
-        ("{", "prices.json"),
-        ("[]", "object"),
-        ("{}", "object"),
-        ('{"m": 5}', "m: is not an object"),
-        ('{"m": {"input": 5}}', "'output'"),
-        ('{"m": {"input": "5", "output": 1}}', "'input'"),
-        ('{"m": {"input": -5, "output": 1}}', "'input'"),
-        ('{"m": {"input": NaN, "output": 1}}', "'input'"),
-        ('{"m": {"input": true, "output": 1}}', "'input'"),
-        ('{"m": {"input": 5, "output": 1, "typo": 2}}', "'typo'"),
-    ):
+    path, wrong = tmp_path / "prices.json", {"{": "prices.json", "[]": "object", "{}": "object"}
+    wrong |= {'{"m": 5}': "m: is not an object", '{"m": {"input": 5}}': "'output'"}
+    wrong |= {
+        f'{{"m": {{"input": {n}, "output": 1}}}}': "'input'" for n in ('"5"', -5, "NaN", "true")
+    }
+    wrong['{"m": {"input": 5, "output": 1, "typo": 2}}'] = "'typo'"
+    for text, named in wrong.items():
         path.write_text(text)
         with pytest.raises(gateway.SettingsError, match=f"--prices.*{named}"):
             await gw.restart(prices=path)
@@ -1560,8 +1522,7 @@ def test_a_budget_is_not_forgotten_with_its_prices(start: Starter, tmp_path: Pat
 
 
 def ordered(params: Any, batched: bool = False) -> gateway.Order:
-    body = json.dumps(params).encode()
-    order = order_of(params, body, batched=batched)
+    order = order_of(params, json.dumps(params).encode(), batched=batched)
     order.prompt = 1000
     return order
 
@@ -1575,31 +1536,37 @@ def worst(prices: gateway.Prices, order: gateway.Order, *, prompt: bool = True) 
 TOOL = {"type": "advisor_20260301", "model": HAIKU}
 SEARCH = {"type": "web_search_20260318"}
 FALLBACKS = [{"model": HAIKU}, {"model": OPUS, "max_tokens": 500}]
-# A message of 30 bytes a token costs nothing beside these: Opus 5.5 $4 and $20, Haiku 4.5 $1 and
-# $5, Opus 4, the dearest known, $15 and $75 for a million; a search $0.01.
 ORDERS: list[tuple[dict[str, Any], str]] = [
-    ({"max_tokens": 1000}, "0.02"),
     ({}, "2.56"),  # upstream's own limit, of 128,000
     ({"max_tokens": "1000"}, "2.56"),
-    ({"max_tokens": 1000, "inference_geo": "us"}, "0.022"),
-    ({"max_tokens": 1000, "model": "never-heard-of"}, "0.075"),
-    ({"max_tokens": 1000, "fallbacks": "default"}, "0.095"),
-    ({"max_tokens": 1000, "fallbacks": FALLBACKS}, "0.035"),
-    ({"max_tokens": 1000, "tools": [{**TOOL, "max_uses": 3, "max_tokens": 100}]}, "0.0215"),
-    ({"max_tokens": 1000, "tools": [{**TOOL}, {"name": "mine"}]}, "0.07"),
-    ({"max_tokens": 1000, "tools": [{**SEARCH, "max_uses": 7}]}, "0.09"),
-    ({"max_tokens": 1000, "tools": [SEARCH]}, "0.12"),
-    ({"max_tokens": 1000, "context_management": {"edits": [{"type": "compact_1"}]}}, "0.04"),
-    ({"max_tokens": 1000, "requests": []}, "0.02"),  # of no meaning in a message
+    *(
+        ({"max_tokens": 1000, **more}, dollars)
+        for more, dollars in (
+            ({}, "0.02"),
+            ({"inference_geo": "us"}, "0.022"),
+            ({"model": "never-heard-of"}, "0.075"),
+            ({"fallbacks": "default"}, "0.095"),
+            ({"fallbacks": FALLBACKS}, "0.035"),
+            ({"tools": [{**TOOL, "max_uses": 3, "max_tokens": 100}]}, "0.0215"),
+            ({"tools": [{**TOOL}, {"name": "mine"}]}, "0.07"),
+            ({"tools": [{**SEARCH, "max_uses": 7}]}, "0.09"),
+            ({"tools": [SEARCH]}, "0.12"),
+            ({"context_management": {"edits": [{"type": "compact_1"}]}}, "0.04"),
+            ({"requests": []}, "0.02"),  # of no meaning in a message
+        )
+    ),
 ]
 
 
-@pytest.mark.parametrize(("params", "outputs"), ORDERS)
-def test_the_worst_case_is_all_that_may_be_written(
-    prices: gateway.Prices, params: dict[str, Any], outputs: str
-) -> None:
-    order = ordered({"model": OPUS, **params})
-    assert worst(prices, order, prompt=False) == Decimal(outputs)
+def test_the_worst_case_is_all_that_may_be_written(prices: gateway.Prices) -> None:
+    for params, dollars in ORDERS:
+        order = ordered({"model": OPUS, **params})
+        assert worst(prices, order, prompt=False) == Decimal(dollars), params
+    rows = [{"params": {"model": OPUS, "max_tokens": 1000}}] * 10  # of a batch: half of all
+    rows.append({"params": {"model": HAIKU, "max_tokens": 2000, "tools": [SEARCH]}})
+    half = (10 * Decimal("0.02") + Decimal("0.01")) / 2
+    order = ordered({"requests": rows}, batched=True)
+    assert worst(prices, order, prompt=False) == half + Decimal("0.10")
 
 
 def test_the_worst_case_has_the_prompt_at_its_dearest(prices: gateway.Prices) -> None:
@@ -1611,23 +1578,11 @@ def test_the_worst_case_has_the_prompt_at_its_dearest(prices: gateway.Prices) ->
     def cached(**control: str) -> list[Any]:
         return [{"text": "x", "cache_control": {"type": "ephemeral", **control}}]
 
-    assert prompt() == 4
-    assert prompt(messages=cached()) == 5
-    assert prompt(messages=cached(ttl="1h")) == 8
-    assert prompt(speed="fast") >= 4
+    dearest = [prompt(), prompt(messages=cached()), prompt(messages=cached(ttl="1h"))]
+    assert dearest == [4, 5, 8] and prompt(speed="fast") >= 4
 
 
-def test_the_worst_case_of_a_batch_is_half_of_all_its_rows(prices: gateway.Prices) -> None:
-    rows = [{"params": {"model": OPUS, "max_tokens": 1000}}] * 10
-    rows.append({"params": {"model": HAIKU, "max_tokens": 2000, "tools": [SEARCH]}})
-    order = ordered({"requests": rows}, batched=True)
-    half = (10 * Decimal("0.02") + Decimal("0.01")) / 2
-    assert worst(prices, order, prompt=False) == half + Decimal("0.10")
-
-
-def test_invented_models_are_looked_up_and_named_a_few_times(
-    prices: gateway.Prices, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_invented_models_are_looked_up_and_named_a_few_times(prices: Any, caplog: Any) -> None:
     rows = [{"params": {**MESSAGE, "model": f"invented-{n}"}} for n in range(1000)]
     order = ordered({"requests": rows}, batched=True)
     assert len(order.parts) == gateway.MAX_MODELS + 1
@@ -2241,8 +2196,7 @@ async def test_expect_continue(gw: GW) -> None:
 
 async def test_a_broken_chunk_in_an_upload_ends_both_connections(gw: GW) -> None:
     gw.plays(stall)
-    client = await gw.client()
-    client.request(FILES, CHUNKED)
+    client = await gw.asking(FILES, CHUNKED)
     client.send(b"5\r\nhello\r\n")
     await until(lambda: gw.up.arrived)
     client.send(b"5\r\nhelloX\r\n" + SMUGGLED)
@@ -2256,13 +2210,10 @@ async def test_bodies_in_tiny_chunks_arrive_whole(gw: GW, direction: str) -> Non
     body = os.urandom(30_000)
     chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + chunk(b"")
 
-    @gw.plays
-    async def answer(request: Arrived) -> None:
-        got = await request.read_body()
-        if direction == "up":
-            await request.answer(got)
-        else:
-            await request.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks)
+    async def give_back(request: Arrived) -> None:
+        await request.answer(await request.read_body())
+
+    gw.plays(give_back if direction == "up" else says(OK + CHUNKS + chunks))
 
     client = await gw.client()
     for kind in ("application/json", "application/octet-stream"):
@@ -2410,24 +2361,18 @@ async def test_bodies_of_unknown_length(gw: GW) -> None:
 
 
 async def test_each_event_arrives_when_it_is_sent(gw: GW) -> None:
-    events: asyncio.Queue[bytes] = asyncio.Queue()
-
-    @gw.plays
-    async def play(request: Arrived) -> None:
-        await request.read_body()
-        await request.send(SSE_HEAD)
-        while True:
-            await request.send(chunk(await events.get()))
-
-    client = await gw.client()
-    client.request("POST /v1/messages", body={})
+    arrived = [asyncio.Event() for _ in range(6)]
+    events = [b"event: ping\ndata: %d\n\n" % number for number in range(5)]
+    # Each is sent only when the one before it has arrived.
+    parts = zip(arrived, map(chunk, (*events, b"")), strict=True)
+    gw.plays(says(SSE_HEAD, *itertools.chain.from_iterable(parts)))
+    client = await gw.asking("POST /v1/messages", body={})
     assert (await client.head()).startswith(OK)  # before the first event
-    for number in range(5):
-        event = b"event: ping\ndata: %d\n\n" % number
-        events.put_nowait(event)  # the next is sent only when this one has arrived
+    for event, now in zip(events, arrived, strict=False):
+        now.set()
         size = int(await client.reader.readline(), 16)
         assert await client.reader.readexactly(size + 2) == event + b"\r\n"
-    events.put_nowait(b"")
+    arrived[-1].set()
     assert await client.reader.readexactly(5) == b"0\r\n\r\n"
 
 
@@ -2436,15 +2381,8 @@ async def test_stray_bytes_behind_a_response_reach_nobody(gw: GW) -> None:
         OK + b"Content-Length: %d\r\n\r\n%b" % (len(w), w) for w in (b"fine", b"poison")
     )
     client = await gw.client()
-    for number, (first, later) in enumerate([(fine + poison, b""), (fine, poison)] * 2, 1):
-
-        @gw.plays
-        async def stray(request: Arrived, first: bytes = first, later: bytes = later) -> None:
-            await request.send(first)
-            await asyncio.sleep(0.05)
-            await request.send(later)
-            await request.gone()
-
+    for number, steps in enumerate([(fine + poison,), (fine, 0.05, poison)] * 2, 1):
+        gw.plays(says(*steps, then="wait"))
         assert (await client.ask("GET /v1/files/x")).body == b"fine"
         await until(lambda: all(r.closed_at for r in gw.up.arrived))
         assert gw.up.connections == number, "a connection with stray bytes was used again"
@@ -2595,8 +2533,7 @@ async def test_a_silent_upstream_times_out_and_a_slow_uploader_does_not(gw: GW) 
     await until(lambda: all(request.closed_at for request in gw.up.arrived))
     await until(lambda: gw.log.count(" timeout ") == 2)
     gw.plays(echo)
-    client = await gw.client()
-    client.request(FILES, "Content-Length: 10")
+    client = await gw.asking(FILES, "Content-Length: 10")
     for _ in range(5):
         client.send(b"ab")
         await asyncio.sleep(0.2)
@@ -2635,8 +2572,7 @@ async def test_a_response_before_the_whole_request(gw: GW) -> None:
         await request.answer(b'{"early": true}', "413 Too Large")
         await request.gone()
 
-    client = await gw.client()
-    client.request(FILES, "Content-Length: 20000000")
+    client = await gw.asking(FILES, "Content-Length: 20000000")
     client.send(bytes(10_000_000))
     answer = await client.response()
     assert answer.status == 413 and answer.body == b'{"early": true}'
@@ -2851,8 +2787,7 @@ def deaf(until: asyncio.Event) -> Script:
 async def test_a_client_that_leaves_while_the_upstream_reads_nothing(gw: GW) -> None:
     reading = asyncio.Event()
     gw.plays(deaf(reading))
-    client = await gw.client()
-    client.request("POST /v1/files/upload", f"Content-Length: {400 * MIB}")
+    client = await gw.asking("POST /v1/files/upload", f"Content-Length: {400 * MIB}")
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(1):  # until every buffer on the way is full
             await client.send_all(400)
@@ -2865,15 +2800,13 @@ async def test_a_client_that_leaves_while_the_upstream_reads_nothing(gw: GW) -> 
 @started(max_body_size=8 * MIB)
 async def test_a_refused_upload_gets_its_answer(gw: GW) -> None:
     for key, size, status in (("sk-wrong", 10, 401), (gw.key, 10, 413), (gw.key, 60, 413)):
-        client = await gw.client(key)
-        client.request(FILES, f"Content-Length: {size * MIB}")
+        client = await gw.asking(FILES, f"Content-Length: {size * MIB}", key=key)
         with contextlib.suppress(ConnectionError):
             await client.send_all(size)
         assert (await client.response()).status == status
         if size <= 32:
             assert (await client.ask("GET /")).status == 200
-    client = await gw.client()
-    client.request(FILES, CHUNKED)
+    client = await gw.asking(FILES, CHUNKED)
     await client.send_all(10, chunk(bytes(MIB)))
     client.send(chunk(b""))
     error_of(await client.response(), 413)
@@ -2949,8 +2882,7 @@ async def test_a_stream_does_not_hold_its_request(gw: GW) -> None:
     gw.plays(says(SSE_HEAD + chunk(b"a\n\n"), then="wait"))
     body = {"messages": "x" * 3 * MIB}
     for number in range(13):
-        client = await gw.client()
-        client.request("POST /v1/messages", body=body)
+        client = await gw.asking("POST /v1/messages", body=body)
         await client.head()
         if number == 0:
             before = gw.process.memory()
@@ -3452,8 +3384,7 @@ async def test_models_and_routes_are_enforced_on_the_wire(gw: GW) -> None:
     budgeted = await gw.new_key(max_budget=1000)
     for held, expected in ((budgeted, 413), (gw.key, 200)):
         for told, part, last in ((size, bytes(MIB), b""), (CHUNKED, chunk(bytes(MIB)), chunk(b""))):
-            client = await gw.client(held)
-            client.request(f"POST {BATCHES}", JSON_KIND, told)
+            client = await gw.asking(f"POST {BATCHES}", JSON_KIND, told, key=held)
             await client.send_all(33, part)
             client.send(last)
             assert (await client.response()).status == expected
@@ -3735,8 +3666,7 @@ async def test_what_is_held_at_once_is_capped(gw: GW) -> None:
     keys = [await gw.new_key() for _ in range(5)]
 
     async def begin(key: str, field: str = declared) -> Client:
-        client = await gw.client(key)
-        client.request("POST /v1/messages", JSON_KIND, field)
+        client = await gw.asking("POST /v1/messages", JSON_KIND, field, key=key)
         return client
 
     waiting = [await begin(key) for key in keys[:4] for _ in range(4)]
@@ -3900,15 +3830,9 @@ async def test_rules_and_filters_from_outside_are_asked(gw: GW) -> None:
         assert answer.body == body and answer.clean and answer.field("x-played") == [told]
         assert toy.seen == (plain if told == "shout" else b"")
     going = asyncio.Event()
+    gw.plays(says(SSE_HEAD + chunk(b"a"), going, chunk(b"fail") + chunk(b"")))
 
-    @gw.plays
-    async def fail(request: Arrived) -> None:
-        await request.send(SSE_HEAD + chunk(b"a"))
-        await going.wait()
-        await request.send(chunk(b"fail") + chunk(b""))
-
-    client = await gw.client()
-    client.request("GET /v1/files/x")
+    client = await gw.asking("GET /v1/files/x")
     assert await client.head() and await client.reader.readexactly(6) == chunk(b"A")
     going.set()
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):  # which is no clean end
@@ -3921,15 +3845,10 @@ async def test_rules_and_filters_from_outside_are_asked(gw: GW) -> None:
 
 async def test_the_real_key_leaves_in_no_line_of_a_head_nor_in_a_split_body(gw: GW) -> None:
     body = f"it is {REAL_KEY}. {REAL_KEY}".encode()
-
-    @gw.plays
-    async def reveal(request: Arrived) -> None:
-        await request.send(f"HTTP/1.1 103 {REAL_KEY}\r\nX-A: {REAL_KEY}\r\n\r\n".encode())
-        lines = [f"HTTP/1.1 200 {REAL_KEY}", f"X-{REAL_KEY}: a", f"X-Echo: key={REAL_KEY}"]
-        lines += [f"Request-Id: {REAL_KEY}", f"Content-Length: {len(body)}", "\r\n"]
-        await request.send("\r\n".join(lines).encode() + body[:16])
-        await asyncio.sleep(0.02)
-        await request.send(body[16:])
+    lines = [f"HTTP/1.1 103 {REAL_KEY}\r\nX-A: {REAL_KEY}\r\n\r\nHTTP/1.1 200 {REAL_KEY}"]
+    lines += [f"X-{REAL_KEY}: a", f"X-Echo: key={REAL_KEY}", f"Request-Id: {REAL_KEY}"]
+    lines += [f"Content-Length: {len(body)}", "\r\n"]
+    gw.plays(says("\r\n".join(lines).encode() + body[:16], 0.02, body[16:]))
 
     answer = await gw.ask("GET /v1/files/things")
     (early,) = answer.informational
@@ -3969,15 +3888,8 @@ async def test_no_part_of_the_real_key_leaves_at_the_end_of_a_read(
         parts = [packer.compress(p) + packer.flush(zlib.Z_SYNC_FLUSH) for p in parts]
     size = sum(map(len, parts))
     head = f"HTTP/1.1 200 OK\r\nContent-Encoding: {named}\r\nContent-Length: {size}\r\n\r\n"
-
-    @gw.plays
-    async def reveal(request: Arrived) -> None:
-        for part in [head.encode(), *parts]:
-            await request.send(part)
-            await asyncio.sleep(0.05)  # so that they are several reads
-
-    client, got = await gw.client(), b""
-    client.request("GET /v1/models")
+    gw.plays(says(head.encode(), 0.05, parts[0], 0.05, parts[1]))  # several reads
+    client, got = await gw.asking("GET /v1/models"), b""
     with contextlib.suppress(ConnectionError):
         while b"*" * len(REAL_KEY) not in got and (data := await client.reader.read(65536)):
             got += data
@@ -4046,16 +3958,9 @@ async def test_results_urls_lead_back_to_the_gateway(gw: GW, coding: str) -> Non
 
 
 async def test_a_compressed_stream_is_metered_however_it_is_split(gw: GW) -> None:
-    packed = gzip.compress(sse(*STREAM))
-
-    @gw.plays
-    async def drip(request: Arrived) -> None:
-        await request.read_body()
-        await request.send(SSE_HEAD[:-2] + b"Content-Encoding: gzip\r\n\r\n")
-        for at in range(0, len(packed), 40):
-            await request.send(chunk(packed[at : at + 40]))
-            await asyncio.sleep(0.005)  # so that they are several reads
-        await request.send(chunk(b""))
+    packed, head = gzip.compress(sse(*STREAM)), SSE_HEAD[:-2] + b"Content-Encoding: gzip\r\n\r\n"
+    parts = [(chunk(packed[at : at + 40]), 0.005) for at in range(0, len(packed), 40)]
+    gw.plays(says(head, *itertools.chain.from_iterable(parts), chunk(b"")))
 
     answer = await gw.ask("POST /v1/messages", body=MESSAGE)
     row = (await gw.rows())[0]
@@ -4070,8 +3975,7 @@ async def test_a_batch_object_that_cannot_be_read_is_not_passed_on(gw: GW) -> No
 
 async def test_cut_streams_are_booked_as_seen(gw: GW) -> None:
     gw.plays(says(SSE_HEAD + chunk(sse(*STREAM[:3], delta("x" * 400))), then="wait"))
-    client = await gw.client()
-    client.request("POST /v1/messages", body=MESSAGE)
+    client = await gw.asking("POST /v1/messages", body=MESSAGE)
     await client.head()
     await client.reader.readuntil(b"x" * 400)
     client.close()
@@ -4151,14 +4055,7 @@ async def test_an_answer_that_is_kept_for_its_usage_counts_as_held(gw: GW) -> No
     answer = message_body("small").replace(b"hello", b"x" * (3 * MIB // 2))
     most, rest = answer[:-1000], answer[-1000:]
     head = OK + JSON_KIND.encode() + b"\r\nContent-Length: %d\r\n\r\n" % len(answer)
-
-    @gw.plays
-    async def halfway(request: Arrived) -> None:
-        await request.read_body()
-        await request.send(head + most)
-        await release.wait()
-        await request.send(rest)
-
+    gw.plays(says(head + most, release, rest))
     await gw.restart(max_held_bytes=8 * MIB)
     first, second = await gw.client(), await gw.client()
     held, kept = gw.held, len(most) - gateway.UNASKED_LINE
@@ -4227,11 +4124,8 @@ def message_body(name: str) -> bytes:
     return json.dumps(message).encode()
 
 
-def measure(
-    parts: list[bytes], kind: str, coding: str = "", complete: bool = True
-) -> gateway.Measured:
-    meter = gateway.Meter(kind)
-    inflater = gateway.Inflater(coding)
+def measure(parts: list[bytes], kind: str, coding: str = "", complete: bool = True) -> Any:
+    meter, inflater = gateway.Meter(kind), gateway.Inflater(coding)
     for part in parts:
         for plain in inflater.slices(part) if coding else [part]:
             meter.feed(plain)
@@ -5035,16 +4929,8 @@ async def test_readiness_tells_what_requests_have_met(gw: GW) -> None:
 @as_process
 async def test_stopping_lets_running_requests_end(gw: GW) -> None:
     release = asyncio.Event()
-
-    @gw.plays
-    async def slow(request: Arrived) -> None:
-        await request.read_body()
-        await request.send(SSE_HEAD + chunk(b"a\n\n"))
-        await release.wait()
-        await request.send(chunk(b"b\n\n") + chunk(b""))
-
-    client, idle = await gw.client(), await gw.client()
-    client.request("POST /v1/messages", body=b"{}")
+    gw.plays(says(SSE_HEAD + chunk(b"a\n\n"), release, chunk(b"b\n\n") + chunk(b"")))
+    client, idle = await gw.asking("POST /v1/messages", body=b"{}"), await gw.client()
     await client.head()
     await idle.ask("GET /")
     probe, late = await gw.client(), await gw.client()
@@ -5070,8 +4956,7 @@ async def test_stopping_lets_running_requests_end(gw: GW) -> None:
 @started({"process": True, "drain_timeout": 0.2}, {"process": True, "drain_timeout": 600})
 async def test_stopping_breaks_what_does_not_end_or_what_a_second_signal_hurries(gw: GW) -> None:
     gw.plays(stall)
-    client = await gw.client()
-    client.request("POST /v1/files/events", body=b"{}")
+    client = await gw.asking("POST /v1/files/events", body=b"{}")
     await client.head()
     gw.process.popen.send_signal(signal.SIGINT)
     await until(lambda: "1 requests under way" in gw.log)
