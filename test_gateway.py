@@ -17,6 +17,7 @@ import io
 import itertools
 import json
 import logging
+import operator
 import os
 import random
 import re
@@ -31,7 +32,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 import zlib
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
@@ -3702,11 +3702,12 @@ async def test_who_sends_many_large_bodies_keeps_no_other_waiting(gw: GW) -> Non
     greedy, other = [await gw.new_key(models=["*"]) for _ in range(2)]
 
     async def send(key: str) -> None:
-        (await gw.client(key)).request("POST /v1/messages", f"x-who: {key[-4:]}", body=body)
+        await gw.asking("POST /v1/messages", f"x-who: {key[-4:]}", body=body, key=key)
 
-    for _ in range(20):
-        await send(greedy)
-    await until(lambda: sum(c.step is not None for c in gw.active) == 20)
+    async with gw.account(greedy).turn:  # until all of them are here
+        for _ in range(20):
+            await send(greedy)
+        await until(lambda: sum(each.step is not None for each in gw.active) == 20)
     await send(other)
     await until(lambda: len(gw.up.arrived) == 21)
     order = [request.field("x-who") for request in gw.up.arrived]
@@ -3737,22 +3738,31 @@ async def test_the_default_cap_is_a_quarter_of_the_memory_there_is(gw: GW) -> No
     assert held.limit == gateway.memory_size() // 4 and held.share == held.limit // 4
 
 
-PHASES = {gateway.ClientPhase: gateway.ServerConnection, gateway.RequestPhase: gateway.Visit}
-PHASES |= {gateway.UpstreamPhase: gateway.UpstreamConnection}
+PHASES = (gateway.ClientPhase, gateway.UpstreamPhase, gateway.RequestPhase)
 
 
-@pytest.mark.parametrize("phases", PHASES)
-def test_an_impossible_step_is_a_mistake(phases: Any) -> None:
-    first, *_, last = phases
-    reached = {then for phase in phases for then in gateway.FOLLOWS[phase]}
-    assert reached | {first} == set(phases) and all(isinstance(each, phases) for each in reached)
-    assert [phase for phase in phases if not gateway.FOLLOWS[phase]] == [last]
-    for phase, then in itertools.product(phases, phases):
-        thing = types.SimpleNamespace(phase=phase)
-        may = then in gateway.FOLLOWS[phase]
-        with contextlib.nullcontext() if may else pytest.raises(AssertionError):
-            PHASES[phases].enter(thing, then)
-        assert thing.phase is (then if may else phase)
+def test_an_impossible_step_is_a_mistake() -> None:
+    assert set(gateway.FOLLOWS) == set(itertools.chain(*PHASES))
+    for phases in PHASES:
+        first, *_, last = phases
+        reached = {then for phase in phases for then in gateway.FOLLOWS[phase]}
+        assert reached | {first} == set(phases) and all(
+            isinstance(each, phases) for each in reached
+        )
+        assert [phase for phase in phases if not gateway.FOLLOWS[phase]] == [last]
+        for phase, then in itertools.product(phases, phases):
+            if then not in gateway.FOLLOWS[phase]:
+                with pytest.raises(AssertionError):
+                    gateway.FOLLOWS[phase][then]
+    steps = re.findall(r"^ +\w+\.phase(?:, .*)? = (.*)", inspect.getsource(gateway), re.MULTILINE)
+    assert steps and all(step.startswith("FOLLOWS[") for step in steps), "and none goes by it"
+
+
+def test_the_docstring_tells_the_way_of_a_request_by_names() -> None:
+    names = set(re.findall(r"`([^`]+)`", gateway.__doc__))
+    for name in names:
+        assert operator.attrgetter(name)(gateway), name
+    assert len(names) >= 12
 
 
 async def test_the_relay_is_tornados(gw: GW) -> None:
