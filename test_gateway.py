@@ -1599,20 +1599,25 @@ def temporary(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if "tmp" in path.name]
 
 
-async def test_the_file_is_one_line_a_key_and_private(gw: GW) -> None:
-    keys = [gw.key, *[await gw.new_key(key_alias=f"k{n}") for n in range(2)]]
-    text = gw.keys.read_text()
+async def test_the_file_is_one_line_a_key_private_and_stays_a_link(gw: GW, tmp_path: Path) -> None:
+    folder, link = tmp_path / "elsewhere", tmp_path / "link.json"
+    folder.mkdir()
+    link.symlink_to(folder / "real.json")
+    await gw.restart(keys=link)
+    keys = [await gw.new_key(key_alias=f"k{n}") for n in range(3)]
+    assert link.is_symlink() and stat.S_IMODE(link.stat().st_mode) == 0o600
+    text = (folder / "real.json").read_text()
     lines = text.splitlines()
     assert lines[0] == '{"version": 1, "keys": {' and lines[-1] == "}}"
     assert len(lines) == 5 and set(json.loads(text)["keys"]) == set(map(gateway.hash_key, keys))
-    assert stat.S_IMODE(gw.keys.stat().st_mode) == 0o600
-    assert temporary(gw.keys.parent) == []
+    assert temporary(folder) == temporary(tmp_path) == []
+    await gw.restart(keys=link)
+    assert (await gw.info(keys[0]))["key_alias"] == "k0"
 
 
 def test_keys_survive_a_restart(start: Starter) -> None:
-    process = start()
-    fields = {"key_alias": "a", "tags": ["t"], "metadata": {"m": 1}, "duration": "1d"}
-    key, blocked, deleted = (process.new_key(**fields), process.new_key(), process.new_key())
+    process, fields = start(), {"tags": ["t"], "metadata": {"m": 1}, "duration": "1d"}
+    key, blocked, deleted = process.new_key(**fields), process.new_key(), process.new_key()
     process.manage("/key/block", {"key": blocked})
     process.manage("/key/delete", {"keys": [deleted]})
     rotated = process.manage("/key/regenerate", {"key": key, "grace_period": "1h"}).json()["key"]
@@ -1650,24 +1655,24 @@ async def test_no_acknowledged_key_is_lost_to_sigkill(start: Starter) -> None:
     assert len(answered) >= 1000
 
 
+DAMAGED = {'{"version": 1, "keys": {': "not JSON", "": "not JSON", "[]": "damaged"}
+DAMAGED |= {'{"version": 2, "keys": {}}': "version"}
+DAMAGED |= {'{"version": 1, "keys": {"short": {"key_name": "x"}}}': "number 1"}
+BAD_RECORDS: list[tuple[Any, str]] = [([], "object"), ({}, "key_name"), ({"modles": []}, "modles")]
+BAD_RECORDS += [
+    ({"blocked": 1}, "blocked"),
+    ({"expires": "y"}, "y"),
+    ({"spend": "-1"}, "from zero"),
+]
+
+
 async def test_a_damaged_file_stops_the_start_and_is_left_alone(gw: GW) -> None:
-    hashed = gateway.hash_key("sk-x")
-    for text, word in (
-        ('{"version": 1, "keys": {', "not JSON"),
-        ("", "not JSON"),
-        ("[]", "damaged"),
-        ('{"version": 2, "keys": {}}', "version"),
-        ('{"version": 1, "keys": {"short": {"key_name": "x"}}}', "number 1"),
-        ([], "object"),
-        ({}, "key_name"),
-        ({"key_name": "x", "modles": []}, "modles"),
-        ({"key_name": "x", "blocked": 1}, "blocked"),
-        ({"key_name": "x", "expires": "y"}, "y"),
-        ({"key_name": "x", "spend": "-1"}, "from zero up"),
-    ):
-        if not isinstance(text, str):
-            text = json.dumps({"version": 1, "keys": {hashed: text}})
-        path = gw.keys.with_name("damaged.json")
+    hashed, path = gateway.hash_key("sk-x"), gw.keys.with_name("damaged.json")
+    rows = dict(DAMAGED)
+    for record, word in BAD_RECORDS:
+        whole = {"key_name": "x", **record} if record else record
+        rows[json.dumps({"version": 1, "keys": {hashed: whole}})] = word
+    for text, word in rows.items():
         path.write_text(text)
         with pytest.raises(gateway.SettingsError, match=word) as raised:
             await gw.restart(keys=path)
@@ -1736,10 +1741,8 @@ def small_files(_: Path, process: Process) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("broken", [full_disk, unwritable, small_files])
-def test_what_cannot_be_written_is_refused_and_keeps_the_file(
-    start: Starter, tmp_path: Path, broken: Any
-) -> None:
-    disk = tmp_path / "disk"
+def test_what_cannot_be_written_is_refused_and_keeps_the_file(start: Starter, broken: Any) -> None:
+    disk = start.folder / "disk"
     disk.mkdir()
     with contextlib.ExitStack() as stack:
         if broken is full_disk:
@@ -1775,14 +1778,13 @@ def readiness(process: Process) -> tuple[int, dict[str, Any]]:
 
 def test_sighup_reads_the_file_again(start: Starter) -> None:
     process = start()
-    key, other = process.new_key(key_alias="one"), process.new_key(key_alias="two")
+    key, other = process.new_key(blocked=False), process.new_key(key_alias="two")
     document = json.loads(process.keys.read_text())
     document["keys"][gateway.hash_key(key)]["blocked"] = True
     process.keys.write_text(json.dumps(document))
     assert process.lets_in(key)
     process.hang_up()
     wait_for(lambda: not process.lets_in(key))
-    assert process.lets_in(other)
     process.keys.write_text("damaged")
     process.hang_up("not read again")
     assert process.lets_in(other)
@@ -1793,7 +1795,7 @@ def test_sighup_reads_the_file_again(start: Starter) -> None:
     process.hang_up()
     assert "another gateway" in failed_start(process.folder)
     process.manage("/key/unblock", {"key": key})
-    assert process.lets_in(key)
+    assert process.lets_in(key) and process.lets_in(other)
 
 
 def test_sighup_during_the_start_does_not_end_it(start: Starter, tmp_path: Path) -> None:
@@ -1814,33 +1816,32 @@ def test_sighup_during_the_start_does_not_end_it(start: Starter, tmp_path: Path)
     assert process.manage("/key/list").status_code == 200
 
 
-def edit(process: Process, change: Callable[[str], str], *, renames: bool) -> str:
+def edit(process: Process, old: str, new: str, *, renames: bool) -> str:
     """Edit the keys file as an editor does: in place, or by a new file."""
-    text = change(process.keys.read_text())
+    text = process.keys.read_text().replace(old, new)
     target = process.keys.with_name("new") if renames else process.keys
     target.write_text(text)
-    if renames:
-        target.rename(process.keys)
+    target.replace(process.keys)
     return text
 
 
 @pytest.mark.parametrize("renames", [True, False])
 def test_a_hand_edited_file_is_taken_in_and_not_written_over(start: Starter, renames: bool) -> None:
-    process = start()
+    process, limits = start(), [f'"rpm_limit": {most}' for most in (1000, 7, 0)]
     key, other = process.new_key(rpm_limit=1000), process.new_key()
     assert message(process, key).status_code == 200  # so that there is something to write
-    edit(process, lambda text: text.replace('"rpm_limit": 1000', '"rpm_limit": 7'), renames=renames)
+    edit(process, *limits[:2], renames=renames)
     wait_for(lambda: "edited" in process.log)  # no signal was sent
     info = process.info(key)
     assert info["rpm_limit"] == 7 and info["usage"]
     wait_for(lambda: '"usage"' in process.keys.read_text())
-    assert '"rpm_limit": 7' in process.keys.read_text()
+    assert limits[1] in process.keys.read_text()
     # Whoever changes a key in the same moment does not write over it either.
-    edit(process, lambda text: text.replace('"rpm_limit": 7', '"rpm_limit": 0'), renames=renames)
+    edit(process, *limits[1:], renames=renames)
     assert process.manage("/key/update", {"key": other, "key_alias": "b"}).status_code == 200
     assert message(process, key).status_code == 429
     text = process.keys.read_text()
-    assert '"rpm_limit": 0' in text and '"key_alias": "b"' in text
+    assert limits[2] in text and '"key_alias": "b"' in text
 
 
 def message(process: Process, key: str, **fields: Any) -> httpx2.Response:
@@ -1851,7 +1852,7 @@ def test_a_damaged_edit_is_left_alone_until_it_is_mended(start: Starter) -> None
     process = start()
     key = process.new_key()
     sound = process.keys.read_text()
-    damaged = edit(process, lambda text: text[:-5], renames=False)
+    damaged = edit(process, "}}", "", renames=False)
     assert message(process, key).status_code == 200
     for _ in range(2):
         answer = process.manage("/key/update", {"key": key, "rpm_limit": 5})
@@ -1863,18 +1864,6 @@ def test_a_damaged_edit_is_left_alone_until_it_is_mended(start: Starter) -> None
     assert process.manage("/key/update", {"key": key, "rpm_limit": 5}).status_code == 200
     assert '"rpm_limit": 5' in process.keys.read_text()
     assert process.log.count("cannot be read") == 1 and process.stop() == 0
-
-
-async def test_a_linked_file_stays_a_link(gw: GW, tmp_path: Path) -> None:
-    folder = tmp_path / "elsewhere"
-    folder.mkdir()
-    link = tmp_path / "link.json"
-    link.symlink_to(folder / "real.json")
-    await gw.restart(keys=link)
-    key = await gw.new_key()
-    assert link.is_symlink() and gateway.hash_key(key) in (folder / "real.json").read_text()
-    await gw.restart(keys=link)
-    assert (await gw.info(key))["key_name"]
 
 
 def test_a_limit_of_zero_is_one_after_a_restart_and_a_reload(start: Starter) -> None:
@@ -1944,9 +1933,7 @@ async def test_a_change_during_a_reload_is_kept(tmp_path: Path) -> None:
         store.close()
 
 
-async def test_a_change_that_was_refused_is_nowhere(
-    gw: GW, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_change_that_was_refused_is_nowhere(gw: GW, monkeypatch: Patch) -> None:
     key, full = await gw.new_key(rpm_limit=1), threading.Event()
     before = gw.keys.read_text()
 
@@ -1956,14 +1943,11 @@ async def test_a_change_that_was_refused_is_nowhere(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", fail)
-        changes = [
-            asyncio.create_task(gw.manage(path, fields))
-            for number in range(2, 10)
-            for path, fields in (
-                ("/key/update", {"key": key, "rpm_limit": number}),
-                ("/key/generate", {"key_alias": f"{number}"}),
-            )
-        ]
+        changes = []
+        for number in range(2, 10):
+            changes.append(gw.manage("/key/update", {"key": key, "rpm_limit": number}))
+            changes.append(gw.manage("/key/generate", {"key_alias": f"{number}"}))
+        changes = [asyncio.create_task(change) for change in changes]
         await until(lambda: len(gw.store.keys) == 10)
         full.set()
         for change in changes:
@@ -1974,12 +1958,7 @@ async def test_a_change_that_was_refused_is_nowhere(
     kept = json.loads(gw.keys.read_text())["keys"]
     assert set(kept) == set(map(gateway.hash_key, (gw.key, key, other)))
     assert (await gw.info(key))["rpm_limit"] == kept[gateway.hash_key(key)]["rpm_limit"] == 1
-
-
-async def test_a_refused_change_does_not_come_back_from_the_file(
-    gw: GW, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    key, fsync = await gw.new_key(rpm_limit=1), os.fsync
+    fsync = os.fsync
 
     def fail_for_folders(descriptor: int) -> None:
         if stat.S_ISDIR(os.fstat(descriptor).st_mode):
@@ -1991,7 +1970,7 @@ async def test_a_refused_change_does_not_come_back_from_the_file(
         error_of(await gw.manage("/key/update", {"key": key, "rpm_limit": 2}), 503)
         with pytest.raises(gateway.SettingsError):
             await gw.store.reload()
-    await gw.store.reload()
+    await gw.store.reload()  # Nor does it come back from the file.
     assert (await gw.info(key))["rpm_limit"] == 1 and '"rpm_limit": 1' in gw.keys.read_text()
 
 
@@ -2006,7 +1985,7 @@ DROPPED += ["Upgrade: h2c", "Proxy-Authorization: Basic x", "Proxy-Connection: k
 DROPPED += ["Cookie: a=b", "X-Forwarded-For: 1.2.3.4", "X-Forwarded-Proto: https"]
 DROPPED += ["Forwarded: for=1.2.3.4", "X-LiteLLM-Tags: a", "anthropic-workspace-id: wrkspc_x"]
 DROPPED += ["X-Debug: my key is KEY!", "Expect: nothing-known"]
-IN_CHUNKS = b"5\r\nhello\r\n7;x=y\r\n, world\r\n0\r\nT: r\r\n\r\n"
+IN_CHUNKS, SENT = b"5\r\nhello\r\n7;x=y\r\n, world\r\n0\r\nT: r\r\n\r\n", b"hello, world"
 UPLOAD = "Content-Type: application/octet-stream"
 CODINGS = "gzip, deflate, br, zstd"
 FORM = "multipart/form-data; boundary=x"
@@ -2014,67 +1993,38 @@ TARGETS = ["/v1/files/a%2Fb", "/v1/files//x", "/v1/files/a+b?x=1+2", "/v1/files/
 TARGETS += ["/v1/files/m?ids=a&ids=b&empty=&bare&&x=%e4%E4", "/v1/files/%7euser/%41"]
 TARGETS += ["/v1/files/m?u=http://evil.example/", "/v1/files/@evil.example/", "/v1/files/\xfc"]
 TARGETS += ["/v1/files/m;a=b?c=d;e"]
-# The start line, the fields and the body as sent, where KEY is a virtual key; and the target, the
-# fields beside Host and credential, and the body as they reach the upstream (None: as sent).
+CODED = {path: (CODINGS, "gzip") for path in (BATCHES, f"{BATCHES}/b/results", MESSAGES_PATH)}
+CODED |= {path: (CODINGS, CODINGS) for path in (f"{MESSAGES_PATH}/count_tokens", "/v1/models")}
+CODED |= {"/v1/messages?1": ("br;q=1.0, gzip;q=0.5, identity;q=0", "gzip;q=0.5, identity;q=0")}
+CODED |= {"/v1/messages?2": ("br", "identity"), "/v1/messages?3": ("*", "identity")}
+CODED |= {"/v1/messages?4": ("GZIP", "GZIP")}
+BODIES = [("application/json", b' {"b":1,  "a":1e400, "a":2, "c":"\\ud800", "d":"\xc3\xa9"}\n')]
+BODIES += [("application/json", b"not JSON at all \x00\xff"), ("text/plain", b"plain")]
+BODIES += [("application/json; charset=utf-8", gzip.compress(b'{"a": 1}'))]
+BODIES += [(FORM, b"--x\r\n\r\n\x00\x01\r\n--x--\r\n"), (UPLOAD[14:], bytes(range(256)) * 1000)]
+BODIES += [("application/json", b"[" + b"1," * 500_000 + b"1]")]
 REQUESTS: list[tuple[str, list[str], bytes, str | None, list[str] | None, bytes | None]] = [
     *(
         (f"{method} /anthropic/v1/files/things", [], b"", "/v1/files/things", [], b"")
         for method in ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "HEAD", "PURGE")
     ),
-    *(
-        (f"GET {prefix}{target}", [], b"", target, None, None)
-        for target in TARGETS
-        for prefix in ("/anthropic", "")
-        if not (target.startswith("//") and not prefix)
-    ),
+    *((f"GET /anthropic{target}", [], b"", target, None, None) for target in TARGETS),
+    *((f"GET {target}", [], b"", None, None, None) for target in TARGETS if target[:2] != "//"),
     # RFC 9112 section 3.2.2 obliges a server to take it; the host that it names is no matter.
     ("GET http://evil.example/v1/files/x?a=b", [], b"", "/v1/files/x?a=b", [], None),
     ("GET HTTPS://me@evil.example:1/v1/files/x?a=b", [], b"", "/v1/files/x?a=b", [], None),
     (FILES, ["Content-Length: 0"], b"", None, None, None),  # and above: nothing is added
-    (
-        FILES,
-        [JSON_KIND, CHUNKED],
-        IN_CHUNKS,
-        None,
-        [JSON_KIND, "Content-Length: 12"],
-        b"hello, world",
-    ),
-    (FILES, [UPLOAD, CHUNKED], IN_CHUNKS, None, None, b"hello, world"),
+    (FILES, [JSON_KIND, CHUNKED], IN_CHUNKS, None, [JSON_KIND, "Content-Length: 12"], SENT),
+    (FILES, [UPLOAD, CHUNKED], IN_CHUNKS, None, None, SENT),
     ("GET /v1/files/x", [*SPECIAL, *DROPPED], b"", None, SPECIAL, None),
     ("GET /v1/files/x", [*DROPPED[:7], *SPECIAL, *DROPPED[7:]], b"", None, SPECIAL, None),
     *(
-        (
-            f"GET {path}",
-            [f"Accept-Encoding: {offered}"],
-            b"",
-            None,
-            [f"Accept-Encoding: {sent}"],
-            None,
-        )
-        for path, offered, sent in (
-            ("/v1/messages", CODINGS, "gzip"),
-            ("/v1/messages?beta=true", CODINGS, "gzip"),
-            ("/v1/messages/batches", CODINGS, "gzip"),
-            ("/v1/messages/batches/b/results", CODINGS, "gzip"),
-            ("/v1/messages/count_tokens", CODINGS, CODINGS),
-            ("/v1/models", CODINGS, CODINGS),
-            ("/v1/messages", "br;q=1.0, gzip;q=0.5, identity;q=0", "gzip;q=0.5, identity;q=0"),
-            ("/v1/messages", "br", "identity"),
-            ("/v1/messages", "*", "identity"),
-            ("/v1/messages", "GZIP", "GZIP"),
-        )
+        (f"GET {path}", [f"Accept-Encoding: {told}"], b"", None, [f"Accept-Encoding: {sent}"], None)
+        for path, (told, sent) in CODED.items()
     ),
     *(
         (FILES, [f"Content-Type: {kind}", f"Content-Length: {len(body)}"], body, None, None, None)
-        for kind, body in (
-            ("application/json", b' {"b":1,  "a":1e400, "a":2, "c":"\\ud800", "d":"\xc3\xa9"}\n'),
-            ("application/json", b"not JSON at all \x00\xff"),
-            ("application/json; charset=utf-8", gzip.compress(b'{"a": 1}')),
-            ("text/plain", b"plain"),
-            ("multipart/form-data; boundary=x", b"--x\r\n\r\n\x00\x01\r\n--x--\r\n"),
-            ("application/octet-stream", bytes(range(256)) * 1000),
-            ("application/json", b"[" + b"1," * 500_000 + b"1]"),
-        )
+        for kind, body in BODIES
     ),
 ]
 
@@ -2108,49 +2058,43 @@ BAD_CHUNKS = [b"+5\r\nhello\r\n0", b"0x5\r\nhello\r\n0", b"5_0", b" 5\r\nhello",
 BAD_CHUNKS += [b"-1", b"5\nhello", b"5\r\nhelloX", b"5\r\nhello\n0", b"", b"5;a=\x01\r\nhello"]
 BAD_CHUNKS += [b"5;a=b\rc\r\nhello", b"fffffffffffffffff", b"5" * 2000, b"0\r\nbad trailer"]
 BAD_CHUNKS += [b"0\r\n" + b"a: b\r\n" * 5000]
-REFUSALS: list[tuple[bytes, int]] = [
-    (HEAD + b"Content-Length: 0\r\nTransfer-Encoding: chunked", 400),
-    (HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 0", 400),
-    (HEAD + b"Content-Length: 0\r\nContent-Length: 60", 400),
-    (HEAD + b"Content-Length: 5\r\nContent-Length: 5", 400),
-    (HEAD + b"Content-Length: 0, 0", 400),
-    (HEAD + b"Content-Length: +0", 400),
-    (HEAD + b"Content-Length: 0x0", 400),
-    (HEAD + b"Content-Length: 5 5", 400),
-    (HEAD + "Content-Length: ²".encode("latin-1"), 400),
-    (HEAD + b"Transfer-Encoding: xchunked", 501),
-    (HEAD + b"Transfer-Encoding: identity", 501),
-    (HEAD + b"Transfer-Encoding: gzip, chunked", 501),
-    (HEAD + b"Transfer-Encoding: chunked, identity", 501),
-    (HEAD + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked", 400),
-    (HEAD + b"Transfer-Encoding:\tchunked\r\nTransfer-encoding: x", 400),
-    (HEAD + b"Transfer-Encoding:\x0bchunked", 400),
-    (HEAD + b"Transfer-Encoding : chunked", 400),
-    (HEAD.replace(b"1.1", b"1.0") + b"Transfer-Encoding: chunked", 400),
-    (HEAD + b"X: y\r\n Transfer-Encoding: chunked", 400),
-    (HEAD + b"X: y\rTransfer-Encoding: chunked", 400),
-    (HEAD + b"X: y\nTransfer-Encoding: chunked", 400),
-    (HEAD + b"X: a\rb", 400),
-    (HEAD + b"X: a\x00", 400),
-    (HEAD + b"X : y", 400),
-    (HEAD + b"\x00X: y", 400),
-    (HEAD + b": a", 400),
-    (HEAD + b"no colon", 400),
-    (HEAD + b"Host: b", 400),
-    *((HEAD + IN_JSON + body, 400) for body in BAD_CHUNKS),
-    (b"GET / HTTP/1.1", 400),
-    (b"GET  / HTTP/1.1\r\nHost: a", 400),
-    (b"GET / HTTP/2.0\r\nHost: a", 400),
-    (b"GET / a HTTP/1.1\r\nHost: a", 400),
-    (b"G(T / HTTP/1.1\r\nHost: a", 400),
-    (b" GET / HTTP/1.1\r\nHost: a", 400),
-    (b"GET / HTTP/1.1\nHost: x\n", 400),
-    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
-    (b"PRI * HTTP/2.0\r\n\r\nSM", 400),
-    (b"\r\n" * 6 + b"GET / HTTP/1.0", 400),
-    (HEAD + b"X: " + b"a" * 70_000, 431),
-    (HEAD + b"\r\n".join(b"x-%d: 1" % n for n in range(gateway.MAX_FIELDS)), 431),
+CODING = b"Transfer-Encoding: "
+NOT_TAKEN = [b"xchunked", b"identity", b"gzip, chunked", b"chunked, identity"]
+BAD_FIELDS = [
+    b"Content-Length: 0\r\n" + CODING + b"chunked",
+    CODING + b"chunked\r\nContent-Length: 0",
 ]
+BAD_FIELDS += [
+    b"Content-Length: 0\r\nContent-Length: 60",
+    b"Content-Length: 5\r\nContent-Length: 5",
+]
+BAD_FIELDS += [b"Content-Length: " + size for size in (b"0, 0", b"+0", b"0x0", b"5 5", b"\xb2")]
+BAD_FIELDS += [CODING + b"chunked\r\n" + CODING + b"chunked", CODING + b"\x0bchunked"]
+BAD_FIELDS += [
+    b"Transfer-Encoding:\tchunked\r\nTransfer-encoding: x",
+    b"Transfer-Encoding : chunked",
+]
+BAD_FIELDS += [b"X: y" + end + CODING + b"chunked" for end in (b"\r\n ", b"\r", b"\n")]
+BAD_FIELDS += [b"X: a\rb", b"X: a\x00", b"X : y", b"\x00X: y", b": a", b"no colon", b"Host: b"]
+BAD_HEADS = [b"GET / HTTP/1.1", b"GET  / HTTP/1.1\r\nHost: a", b"GET / HTTP/2.0\r\nHost: a"]
+BAD_HEADS += [
+    b"GET / a HTTP/1.1\r\nHost: a",
+    b"G(T / HTTP/1.1\r\nHost: a",
+    b"PRI * HTTP/2.0\r\n\r\nSM",
+]
+BAD_HEADS += [
+    b" GET / HTTP/1.1\r\nHost: a",
+    b"GET / HTTP/1.1\nHost: x\n",
+    b"\r\n" * 6 + b"GET / HTTP/1.0",
+]
+BAD_HEADS += [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"]
+BAD_HEADS += [HEAD.replace(b"1.1", b"1.0") + CODING + b"chunked"]
+BAD_HEADS += [HEAD + fields for fields in BAD_FIELDS] + [
+    HEAD + IN_JSON + body for body in BAD_CHUNKS
+]
+REFUSALS = [(head, 400) for head in BAD_HEADS] + [(HEAD + CODING + name, 501) for name in NOT_TAKEN]
+REFUSALS += [(HEAD + b"X: " + b"a" * 70_000, 431)]
+REFUSALS += [(HEAD + b"\r\n".join(b"x-%d: 1" % n for n in range(gateway.MAX_FIELDS)), 431)]
 
 
 @IN_PARTS
@@ -2159,8 +2103,7 @@ async def test_ambiguous_and_malformed_requests_end_the_connection(gw: GW, size:
         async with Client(gw.port) as client:
             wire = (head + b"\r\n\r\n" + SMUGGLED).replace(b"KEY", gw.key.encode())
             await client.feed(wire, size and max(1, len(wire) // 1000))
-            answer = await client.response()
-            assert error_of(answer, status), head
+            assert error_of(await client.response(), status), head
             with contextlib.suppress(ConnectionError):
                 assert await client.is_closed(), head
     assert not gw.up.arrived
@@ -2174,8 +2117,7 @@ DOT_SEGMENTS += ["/v1/%252e%252e/x", "/v1/x#/../y"]
 async def test_dot_segments_and_foreign_targets_never_go_upstream(gw: GW) -> None:
     for target in DOT_SEGMENTS:
         error_of(await gw.ask(f"GET /anthropic{target}"), 400)
-    foreign = ("http://evil.example/v2/x", "*", "evil.example:443", "/%61nthropic/v1/files/x")
-    for target in foreign:
+    for target in ("http://evil.example/v2/x", "*", "evil.example:443", "/%61nthropic/v1/files/x"):
         assert (await gw.ask(f"GET {target}")).status in (400, 404), target
     assert not gw.up.arrived
 
@@ -2241,90 +2183,78 @@ async def test_http_1_0_needs_no_host_and_empty_lines_may_come_first(gw: GW) -> 
         client = await gw.client()
         client.send(f"GET {path} HTTP/1.0\r\n\r\n".encode())
         assert (await client.response()).status == 200, path
-    for parts in ([b"\r\n\r\n"], [b"\r", b"\n"], [b"\r\n", b"\r\n"]):
+    for parts in (b"\r\n\r\n",), (b"\r", b"\n"), (b"\r\n", b"\r\n"):
         client = await gw.client()
         for part in parts:
             client.send(part)
             await asyncio.sleep(0.01)
         assert (await client.ask("GET /health/liveliness", host=LOCAL)).status == 200, parts
-    flood = await gw.client()
-    flood.send(b"\r\n" * MIB)
-    assert (await flood.response()).status == 400
+    client = await gw.client()
+    client.send(b"\r\n" * MIB)
+    assert (await client.response()).status == 400
 
 
 PACKED = gzip.compress(b"hello" * 100)
 CHUNKS, NONE = b"Transfer-Encoding: chunked\r\n\r\n", b"Content-Length: 0"
 OK = b"HTTP/1.1 200 OK\r\n"
-# What the upstream sends, and what the client gets of it: the head (None: as sent) and the body.
-RESPONSES: list[tuple[bytes, bytes | None, bytes]] = [
+# The head that the upstream sends, how the body goes, and what the client gets of it; the head but
+# for what is in brackets.
+FINE = b"200 Fine By Me\r\nContent-Length: 5\r\nSet-Cookie: a=1\r\nset-cookie: b=2\r\n"
+FINE += b"request-ID: req_1\r\nX-Latin: \xe4\r\nX-Empty: "
+OVERLOADED = b"529 Overloaded\r\nretry-after: 7\r\nx-should-retry: true\r\nrequest-id: x\r\n"
+OVERLOADED += b"anthropic-ratelimit-tokens-remaining: 0\r\nContent-Length: 2"
+RESPONSES: list[tuple[bytes, bytes, bytes]] = [
+    (FINE, b"hello", b"hello"),
+    (b"299 \r\nX-A: b\r\n" + NONE, b"", b""),
+    (b"204 No Content\r\nContent-Type: a/b", b"", b""),
+    (b"304 Not Modified\r\nContent-Type: a/b\r\nContent-Length: 5", b"", b""),
+    (b"200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d" % len(PACKED), PACKED, PACKED),
+    (b"307 Go\r\nLocation: http://x/\r\n" + NONE, b"", b""),
+    (OVERLOADED, b"{}", b"{}"),
     (
-        b"HTTP/1.1 200 Fine By Me\r\nContent-Length: 5\r\nSet-Cookie: a=1\r\nset-cookie: b=2\r\n"
-        + b"request-ID: req_1\r\nX-Latin: \xe4\r\nX-Empty: \r\n\r\nhello",
-        None,
-        b"hello",
-    ),
-    (
-        b"HTTP/1.1 299 \r\nX-A:\r\nContent-Length: 0\r\n\r\n",
-        b"HTTP/1.1 299 \r\nX-A: \r\n" + NONE,
+        b"200 OK[\r\nConnection: a, X-Hop\r\nX-Hop: 1\r\nKeep-Alive: 5]\r\nX-A: b\r\n" + NONE,
+        b"",
         b"",
     ),
-    (b"HTTP/1.1 204 No Content\r\nContent-Type: a/b\r\n\r\n", None, b""),
-    (b"HTTP/1.1 304 Not Modified\r\nContent-Type: a/b\r\nContent-Length: 5\r\n\r\n", None, b""),
     (
-        OK + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(PACKED) + PACKED,
-        None,
-        PACKED,
+        b"200 OK\r\n" + CHUNKS[:-4],
+        chunk(b"abc") + b"3;x\r\ndef\r\n0\r\nTrailer: x\r\n\r\n",
+        b"abcdef",
     ),
-    (b"HTTP/1.1 307 Go\r\nLocation: http://x/\r\n" + NONE + b"\r\n\r\n", None, b""),
-    (
-        b"HTTP/1.1 529 Overloaded\r\nretry-after: 7\r\nx-should-retry: true\r\nrequest-id: x\r\n"
-        + b"anthropic-ratelimit-tokens-remaining: 0\r\nContent-Length: 2\r\n\r\n{}",
-        None,
-        b"{}",
-    ),
-    (
-        OK
-        + b"Connection: keep-alive, X-Hop\r\nX-Hop: 1\r\nKeep-Alive: 5\r\nX-A: b\r\n"
-        + NONE
-        + b"\r\n\r\n",
-        OK + b"X-A: b\r\n" + NONE,
-        b"",
-    ),
-    (OK + CHUNKS + chunk(b"abc") + b"3;x=1\r\ndef\r\n0\r\nTrailer: x\r\n\r\n", None, b"abcdef"),
 ]
 
 
 @IN_PARTS
 async def test_responses_come_back_as_sent(gw: GW, size: int) -> None:
     client = await gw.client()
-    for wire, head, body in RESPONSES:
-        parts = [wire] if not size else [wire[at : at + 1] for at in range(len(wire))]
-        gw.plays(says(*parts))
+    for head, sent, body in RESPONSES:
+        wire = b"HTTP/1.1 " + re.sub(rb"[][]", b"", head) + b"\r\n\r\n" + sent
+        gw.plays(says(*([wire[at : at + 1] for at in range(len(wire))] if size else [wire])))
         answer = await client.ask("GET /v1/files/x")
-        lines = [
-            line for line in answer.head[:-4].split(b"\r\n") if not line.startswith(b"x-litellm-")
-        ]
-        assert b"\r\n".join(lines) == (head or wire.partition(b"\r\n\r\n")[0])
+        lines = answer.head[9:-4].split(b"\r\n")
+        kept = [line for line in lines if not line.startswith(b"x-litellm-")]
+        assert b"\r\n".join(kept) == re.sub(rb"\[.*\]", b"", head, flags=re.DOTALL)
         assert answer.body == body and answer.clean
         added = {name for name in answer.headers if name.startswith("x-litellm-")}
         assert added == {"x-litellm-call-id", "x-litellm-key-spend"}
+    gw.plays(says(OK + b"X-A:\r\n" + NONE + b"\r\n\r\n"))
+    assert (await client.ask("GET /v1/files/x")).field("x-a") == [""]
     assert gw.up.connections == 1
 
 
-MALFORMED = [
-    OK + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-    OK + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\nabc",
-    OK + b"X: a\rb\r\nContent-Length: 2\r\n\r\nab",
-    b"HTTP/1.1 200 OK\nContent-Length: 2\n\nab",
-    OK + b"Transfer-Encoding: gzip\r\n\r\nab",
-    OK + b" folded\r\n\r\n",
-    b"HTTP/2 200\r\n\r\n",
+MALFORMED = [OK + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"]
+MALFORMED += [OK + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\nabc", b"HTTP/2 200\r\n\r\n"]
+MALFORMED += [OK + b"X: a\rb\r\nContent-Length: 2\r\n\r\nab", OK + b" folded\r\n\r\n"]
+MALFORMED += [b"HTTP/1.1 200 OK\nContent-Length: 2\n\nab", b"nonsense\r\n\r\n"]
+MALFORMED += [
     b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: h2c\r\n\r\n",
-    b"HTTP/1.1 103 Hints\r\nContent-Length: 5\r\n\r\nhello",
-    b"HTTP/1.1 103 Hints\r\n\r\n" * 20,
-    b"nonsense\r\n\r\n",
     OK + b"X: " + b"a" * 70_000,
 ]
+MALFORMED += [
+    b"HTTP/1.1 103 Hints\r\nContent-Length: 5\r\n\r\nhello",
+    b"HTTP/1.1 103 Hints\r\n\r\n" * 20,
+]
+MALFORMED += [OK + b"Transfer-Encoding: gzip\r\n\r\nab"]
 
 
 @IN_PARTS
@@ -2397,9 +2327,7 @@ CUTS = st.lists(st.integers(min_value=0), max_size=12)
 
 
 @given(chunks=st.lists(st.binary(min_size=1, max_size=40), max_size=8), cuts=CUTS)
-def test_chunked_bodies_read_the_same_however_they_are_split(
-    chunks: list[bytes], cuts: list[int]
-) -> None:
+def test_chunked_bodies_read_the_same_however_they_are_split(chunks: Any, cuts: Any) -> None:
     wire = b"".join(b"%X;ext=1\r\n%b\r\n" % (len(c), c) for c in chunks)
     wire += b"0\r\nTrailer: x\r\n\r\nbehind"
     body, payload, behind = gateway.Body(gateway.CHUNKED), b"", b""
