@@ -172,15 +172,13 @@ class Upstream:
     """A raw HTTP server whose script says what it does with each request."""
 
     def __init__(self, script: Script, **kwargs: Any) -> None:
-        self.script = script
-        self.kwargs = kwargs
+        self.script, self.kwargs = script, kwargs
         self.arrived: list[Arrived] = []
         self.serving: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
-        self.server = await asyncio.start_server(
-            self.accept, "127.0.0.1", 0, limit=4 * MIB, **self.kwargs
-        )
+        where = {"host": "127.0.0.1", "port": 0, "limit": 4 * MIB, **self.kwargs}
+        self.server = await asyncio.start_server(self.accept, **where)
         self.port = self.server.sockets[0].getsockname()[1]
         self.url = f"http{'s' if self.kwargs.get('ssl') else ''}://localhost:{self.port}"
         return self
@@ -322,8 +320,7 @@ class Client:
     """A raw HTTP/1.1 client on one connection, with a key that it shows where none is named."""
 
     def __init__(self, port: int, key: str = "") -> None:
-        self.port = port
-        self.key = key
+        self.port, self.key = port, key
 
     async def __aenter__(self, limit: int = 4 * MIB) -> Self:
         made = asyncio.open_connection("127.0.0.1", self.port, limit=limit)
@@ -599,8 +596,7 @@ class GW:
     ``process`` (it is one), ``base`` (of the upstream's path) and ``rules``."""
 
     def __init__(self, start: Starter, options: dict[str, Any]) -> None:
-        self.start = start
-        self.options = options
+        self.start, self.options = start, options
         self.lines, self.keys = io.StringIO(), start.folder / "keys.json"
         self.process: Process | None = None
         self.key = ""
@@ -627,9 +623,8 @@ class GW:
             self.app, self.port = await self.running.enter_async_context(made)
             # What tests look at of its inside
             relay = self.app.settings["gateway"]
-            self.active, self.held = relay.active, relay.held
-            self.store, self.lookout = relay.ledger, relay.batches
-            self.exchanges = relay.client.requests
+            self.active, self.held, self.store = relay.active, relay.held, relay.ledger
+            self.lookout, self.exchanges = relay.batches, relay.client.requests
 
     async def restart(self, upstream: str = "", **options: Any) -> None:
         await self.running.aclose()
@@ -1315,9 +1310,7 @@ def prices() -> gateway.Prices:
     return prices
 
 
-def used(
-    given: int, taken: int, read: int = 0, five: int = 0, hour: int = 0, **more: Any
-) -> dict[str, Any]:
+def used(given: int, taken: int, read: int = 0, five: int = 0, hour: int = 0, **more: Any) -> Any:
     """A ``usage`` of input, output, cache reads, and 5-minute and 1-hour cache writes."""
     usage = usage_of(given, taken, cache_read_input_tokens=read, **more)
     if five or hour:
@@ -1331,12 +1324,19 @@ def entry(kind: str, model: str, given: int, taken: int) -> dict[str, Any]:
     return usage_of(given, taken, type=kind, **({"model": model} if model else {}))
 
 
-def searches(number: int) -> dict[str, int]:
-    return {"web_search_requests": number, "web_fetch_requests": 9}
-
-
 SONNET, FABLE = "claude-sonnet-5-5", "claude-fable-5-2"
 BATCH, US = {"service_tier": "batch"}, {"inference_geo": "us"}
+SEARCHED = {"server_tool_use": {"web_search_requests": 3, "web_fetch_requests": 9}}
+# Each amount is computed by hand from platform.claude.com, about-claude/pricing, November 2026.
+# USD per million tokens, input / output / cache read / 5-minute write / 1-hour write:
+#   Opus 5.5    4 / 20 / 0.20 / 5    / 8        fast: 8 / 40
+#   Sonnet 5.5  2 / 10 / 0.10 / 2.50 / 4
+#   Haiku 4.5   1 / 5  / 0.10 / 1.25 / 2
+#   Haiku 5.5   0.10 / 0.50 / 0.01 / 0.125 / 0.20, prompts above 100k tokens five times that
+#   Sonnet 4.5  3 / 15 / 0.30 / 3.75 / 6, prompts above 200k tokens 6 / 22.50 / 0.60 / 7.50 / 12
+#   Sonnet 4.6  3 / 15 / 0.30 / 3.75 / 6        Opus 4.1  15 / 75 (the dearest known)
+#   Fable 5.1   10 / 50 / 0.25 / 12.50 / 20     Fable 5.2  8 / 40 / 0.20 / 10 / 16
+# Web search is $10 for 1,000. Batches are half of the tokens' price, US inference 1.1 times.
 PRICED: list[tuple[str, dict[str, Any] | list[Any], str]] = [
     (OPUS, used(1000, 500), "0.014"),  # 1,000 x $4 + 500 x $20, per million
     (SONNET, used(1000, 500), "0.007"),  # 1,000 x $2 + 500 x $10
@@ -1366,8 +1366,8 @@ PRICED: list[tuple[str, dict[str, Any] | list[Any], str]] = [
     ("claude-haiku-5-5", used(1000, 1000, 150_000), "0.0105"),
     ("claude-sonnet-4-5", used(200_000, 100), "0.6015"),  # 200,000 x $3 + 100 x $15
     ("claude-sonnet-4-5", used(300_000, 100), "1.80225"),  # 300,000 x $6 + 100 x $22.50
-    (SONNET, used(1000, 0, server_tool_use=searches(3)), "0.032"),  # 1,000 x $2 + 3 x $0.01
-    (SONNET, used(1000, 0, server_tool_use=searches(3), **BATCH), "0.031"),  # they are not halved
+    (SONNET, used(1000, 0, **SEARCHED), "0.032"),  # 1,000 x $2 + 3 x $0.01
+    (SONNET, used(1000, 0, **SEARCHED, **BATCH), "0.031"),  # half of 1,000 x $2, and 3 in full
     # thinking is inside the output: 100 x $10
     (SONNET, used(0, 100, output_tokens_details={"thinking_tokens": 90}), "0.001"),
     # iterations: the executor 500 x $2 + 300 x $10; the advisor 2,000 x $4 + 100 x $20
@@ -1422,9 +1422,8 @@ def test_an_own_price_file_wins(tmp_path: Path) -> None:
 async def test_a_bad_price_file_ends_the_start(gw: GW, tmp_path: Path) -> None:
     path, wrong = tmp_path / "prices.json", {"{": "prices.json", "[]": "object", "{}": "object"}
     wrong |= {'{"m": 5}': "m: is not an object", '{"m": {"input": 5}}': "'output'"}
-    wrong |= {
-        f'{{"m": {{"input": {n}, "output": 1}}}}': "'input'" for n in ('"5"', -5, "NaN", "true")
-    }
+    for amount in ('"5"', -5, "NaN", "true"):
+        wrong[f'{{"m": {{"input": {amount}, "output": 1}}}}'] = "'input'"
     wrong['{"m": {"input": 5, "output": 1, "typo": 2}}'] = "'typo'"
     for text, named in wrong.items():
         path.write_text(text)
@@ -1458,6 +1457,8 @@ def worst(prices: gateway.Prices, order: gateway.Order, *, prompt: bool = True) 
 TOOL = {"type": "advisor_20260301", "model": HAIKU}
 SEARCH = {"type": "web_search_20260318"}
 FALLBACKS = [{"model": HAIKU}, {"model": OPUS, "max_tokens": 500}]
+# A message of 30 bytes a token costs nothing beside these: Opus 5.5 $4 and $20, Haiku 4.5 $1 and
+# $5, Opus 4, the dearest known, $15 and $75 for a million; a search $0.01.
 ORDERS: list[tuple[dict[str, Any], str]] = [
     ({}, "2.56"),  # upstream's own limit, of 128,000
     ({"max_tokens": "1000"}, "2.56"),
@@ -1907,6 +1908,8 @@ BODIES += [("application/json", b"not JSON at all \x00\xff"), ("text/plain", b"p
 BODIES += [("application/json; charset=utf-8", gzip.compress(b'{"a": 1}'))]
 BODIES += [(FORM, b"--x\r\n\r\n\x00\x01\r\n--x--\r\n"), (UPLOAD[14:], bytes(range(256)) * 1000)]
 BODIES += [("application/json", b"[" + b"1," * 500_000 + b"1]")]
+# The start line, the fields and the body as sent, where KEY is a virtual key; and the target, the
+# fields beside Host and credential, and the body as they reach the upstream (None: as sent).
 REQUESTS: list[tuple[str, list[str], bytes, str | None, list[str] | None, bytes | None]] = [
     *(
         (f"{method} /anthropic/v1/files/things", [], b"", "/v1/files/things", [], b"")
@@ -2108,6 +2111,8 @@ FINE = b"200 Fine By Me\r\nContent-Length: 5\r\nSet-Cookie: a=1\r\nset-cookie: b
 FINE += b"request-ID: req_1\r\nX-Latin: \xe4\r\nX-Empty: "
 OVERLOADED = b"529 Overloaded\r\nretry-after: 7\r\nx-should-retry: true\r\nrequest-id: x\r\n"
 OVERLOADED += b"anthropic-ratelimit-tokens-remaining: 0\r\nContent-Length: 2"
+HOPS = b"[\r\nConnection: a, X-Hop\r\nX-Hop: 1\r\nKeep-Alive: 5]\r\nX-A: b\r\n" + NONE
+TRAILED = chunk(b"abc") + b"3;x\r\ndef\r\n0\r\nTrailer: x\r\n\r\n"
 RESPONSES: list[tuple[bytes, bytes, bytes]] = [
     (FINE, b"hello", b"hello"),
     (b"299 \r\nX-A: b\r\n" + NONE, b"", b""),
@@ -2116,16 +2121,8 @@ RESPONSES: list[tuple[bytes, bytes, bytes]] = [
     (b"200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d" % len(PACKED), PACKED, PACKED),
     (b"307 Go\r\nLocation: http://x/\r\n" + NONE, b"", b""),
     (OVERLOADED, b"{}", b"{}"),
-    (
-        b"200 OK[\r\nConnection: a, X-Hop\r\nX-Hop: 1\r\nKeep-Alive: 5]\r\nX-A: b\r\n" + NONE,
-        b"",
-        b"",
-    ),
-    (
-        b"200 OK\r\n" + CHUNKS[:-4],
-        chunk(b"abc") + b"3;x\r\ndef\r\n0\r\nTrailer: x\r\n\r\n",
-        b"abcdef",
-    ),
+    (b"200 OK" + HOPS, b"", b""),
+    (b"200 OK\r\n" + CHUNKS[:-4], TRAILED, b"abcdef"),
 ]
 
 
@@ -2212,9 +2209,7 @@ async def test_each_event_arrives_when_it_is_sent(gw: GW) -> None:
 
 
 async def test_stray_bytes_behind_a_response_reach_nobody(gw: GW) -> None:
-    fine, poison = (
-        OK + b"Content-Length: %d\r\n\r\n%b" % (len(w), w) for w in (b"fine", b"poison")
-    )
+    fine, poison = OK + b"Content-Length: 4\r\n\r\nfine", OK + b"Content-Length: 6\r\n\r\npoison"
     client = await gw.client()
     for number, steps in enumerate([(fine + poison,), (fine, 0.05, poison)] * 2, 1):
         gw.plays(says(*steps, then="wait"))
@@ -2297,14 +2292,10 @@ def make_certificate(folder: Path, name: str = "localhost") -> tuple[Path, Path]
     return certificate, private
 
 
-async def test_tls_upstream_is_verified_kept_alive_and_streams(
-    gw: GW, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_tls_upstream_is_verified_and_kept_alive(
+    gw: GW, tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    for name, trusted in (
-        ("localhost", "localhost"),
-        ("localhost", ""),
-        ("elsewhere", "elsewhere"),
-    ):
+    for name, trusted in (("localhost",) * 2, ("elsewhere",) * 2, ("localhost", "")):
         well = name == trusted == "localhost"
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(*make_certificate(tmp_path, name))
@@ -2787,10 +2778,8 @@ def test_tls_is_served_and_a_new_certificate_taken(start: Starter) -> None:
     master = {"Authorization": f"Bearer {MASTER_KEY}"}
     with secure_client(certificate) as client:
         key = client.post(f"{url}/key/generate", headers=master, json={}).json()["key"]
-        sdk_client = anthropic.Anthropic(
-            base_url=f"{url}/anthropic", api_key=key, http_client=client
-        )
-        with sdk_client.messages.stream(**MESSAGE) as stream:
+        told = {"base_url": f"{url}/anthropic", "api_key": key, "http_client": client}
+        with anthropic.Anthropic(**told).messages.stream(**MESSAGE) as stream:
             assert "".join(stream.text_stream) == "You said: Hello, world"
         assert f"{url}/anthropic" in client.get(url).text
     address = ("127.0.0.1", process.port)
@@ -2831,9 +2820,8 @@ async def test_over_tls_a_client_that_leaves_is_noticed(start: Starter) -> None:
         context = ssl.create_default_context(cafile=certificate)
         for leave in ("close", "abort"):
             client = Client(process.port)
-            client.reader, client.writer = await asyncio.open_connection(
-                "localhost", process.port, ssl=context
-            )
+            opened = asyncio.open_connection("localhost", process.port, ssl=context)
+            client.reader, client.writer = await opened
             refused = await client.ask("POST /v1/files/events", body=b"", key=REAL_KEY)
             assert refused.status == 401
             client.request("POST /v1/files/events", body=b"", key=MASTER_KEY)
@@ -2923,10 +2911,8 @@ async def test_wrong_keys_are_refused_and_not_tried_again(gw: GW) -> None:
     wrong, mine = "sk-wrong-key-0123456789", "Authorization: Bearer sk-ant-api03-mine"
     bearer, basic = f"Authorization: Bearer {wrong}", f"Authorization: Basic {wrong}"
     hashed = f"x-api-key: {gateway.hash_key(MASTER_KEY)}"
-    for fields in (
-        *([], [f"x-api-key: {wrong}"], [bearer], [basic], [f"x-api-key: {wrong}", mine], [mine]),
-        *([hashed], [f"x-api-key: {REAL_KEY}"], ["x-api-key: \xff\xfe"]),
-    ):
+    shown = [[], [f"x-api-key: {wrong}"], [bearer], [basic], [f"x-api-key: {wrong}", mine], [mine]]
+    for fields in (*shown, [hashed], [f"x-api-key: {REAL_KEY}"], ["x-api-key: \xff\xfe"]):
         assert wrong not in error_of(await gw.ask("GET /v1/files/x", *fields, key=""), 401), fields
     assert not gw.up.arrived and wrong not in gw.log
     blocked, expired = await gw.new_key(blocked=True), await gw.new_key(duration="0s")
@@ -3017,15 +3003,12 @@ async def test_a_preflight_goes_on_without_the_real_key(gw: GW) -> None:
         assert answer.status == 200 and answer.field("access-control-allow-origin")
         assert gw.up.arrived[-1].credentials == sent
         assert gw.up.arrived[-1].field("origin") == ["https://app.example"]
-    more = (
-        (page,),
-        (asks,),
-        (page, asks, "Content-Length: 5"),
-        (page, asks, "x-api-key: sk-wrong"),
-    )
-    none = [("OPTIONS /v1/messages", *fields) for fields in more]
-    for asked in (*none, ("POST /v1/messages", page, asks)):
-        assert (await gw.ask(*asked, key="")).status == 401, asked
+    wrong = [("OPTIONS", page), ("OPTIONS", asks), ("POST", page, asks)]
+    wrong += [
+        ("OPTIONS", page, asks, told) for told in ("Content-Length: 5", "x-api-key: sk-wrong")
+    ]
+    for method, *fields in wrong:
+        assert (await gw.ask(f"{method} /v1/messages", *fields, key="")).status == 401, fields
     assert len(gw.up.arrived) == 2
 
 
@@ -3492,9 +3475,7 @@ def test_an_impossible_step_is_a_mistake() -> None:
     for phases in PHASES:
         first, *_, last = phases
         reached = {then for phase in phases for then in gateway.FOLLOWS[phase]}
-        assert reached | {first} == set(phases) and all(
-            isinstance(each, phases) for each in reached
-        )
+        assert reached | {first} == set(phases) and {type(each) for each in reached} == {phases}
         assert [phase for phase in phases if not gateway.FOLLOWS[phase]] == [last]
         for phase, then in itertools.product(phases, phases):
             if then not in gateway.FOLLOWS[phase]:
@@ -3879,19 +3860,17 @@ def test_usage_is_measured_the_same_however_it_is_split(
     assert message.usage["output_tokens"] == 180
     for measured in (stream, message):
         assert (measured.model, measured.stop_reason, measured.empty) == (OPUS, "end_turn", False)
-    results = [
-        {"type": "succeeded", "message": json.loads(message_body(each))} for each in MESSAGES
-    ]
+    whole = [json.loads(message_body(each)) for each in MESSAGES]
+    results = [{"type": "succeeded", "message": each} for each in whole]
     results.insert(1, {"type": "errored", "error": {"usage": 1}})
     rows = [json.dumps({"custom_id": "x", "result": result}) + "\n" for result in results]
     seen: list[tuple[int, int]] = []
-    meter = gateway.Meter(
-        "", lambda line, row: seen.append((line, gateway.tally_of(row.usage).output_tokens))
-    )
+    meter = gateway.Meter("", lambda line, row: seen.append((line, row.usage)))
     for part in split_at("".join(rows).encode(), cuts):
         meter.feed(part)
     meter.finish(True)
-    assert seen == [(1, 180), (2, 0), (3, 180), (4, 180)]
+    taken = [(line, gateway.tally_of(usage).output_tokens) for line, usage in seen]
+    assert taken == [(1, 180), (2, 0), (3, 180), (4, 180)]
 
 
 @given(data=st.binary(max_size=300), cuts=CUTS)
@@ -4008,11 +3987,8 @@ def test_what_a_cut_answer_used_is_at_least_what_is_known() -> None:
 
 
 def test_attempts_that_declined_are_free() -> None:
-    for kinds, charged in (
-        (["fallback_message"], "b"),
-        (["fallback_message"] * 2, "c"),
-        (["compaction"], "ab"),
-    ):
+    fallback = "fallback_message"
+    for kinds, charged in (([fallback], "b"), ([fallback] * 2, "c"), (["compaction"], "ab")):
         attempts = [entry(*each, 5, 0) for each in zip(["message", *kinds], "abc", strict=False)]
         measured = gateway.Measured("m", {"iterations": attempts}, empty=False, final=True)
         assert "".join(model for model, _ in gateway.reported(measured)) == charged
@@ -4763,6 +4739,7 @@ ACCEPT, KIND = "accept: application/json", "content-type: application/json"
 VERSIONED = ["x-api-key: $LITELLM_API_KEY", "anthropic-version: 2023-06-01", KIND]
 COUNTING = "anthropic-beta: token-counting-2024-11-01"
 BATCHING = "anthropic-beta: message-batches-2024-09-24"
+# Where to, the fields and the members of the body
 CURLS: dict[str, tuple[str, list[str], str]] = {
     "quick start": (TO + FROM, [ACCEPT, KIND, "Authorization: bearer sk-anything"], PARAMS),
     "test it": (FROM, VERSIONED, PARAMS),
