@@ -60,6 +60,7 @@ MIB = 1024 * 1024
 PATIENCE = 30  # seconds until a wait for something that must happen is given up
 SOON = 2  # seconds in which what happens at once has happened, on a machine that has much to do
 
+MASTER = {"Authorization": f"Bearer {MASTER_KEY}"}
 HTTP = httpx2.Client(verify=False, limits=httpx2.Limits(max_keepalive_connections=0))
 LOCAL = "localhost"  # the Host that an open gateway takes
 JSON_KIND = "Content-Type: application/json"
@@ -900,9 +901,8 @@ def test_buckets_refill_continuously_and_a_clock_set_back_forgives_nothing() -> 
 # ─── Keys ─────────────────────────────────────────────────────────────────────────────
 
 
-def test_an_empty_request_makes_a_key(mocked: Process) -> None:
-    headers = {"Authorization": f"Bearer {MASTER_KEY}"}
-    bare = HTTP.post(mocked.url + "/key/generate", headers=headers)
+def test_a_key_is_made_kept_and_shown(mocked: Process) -> None:
+    bare = HTTP.post(mocked.url + "/key/generate", headers=MASTER)
     made = mocked.manage("/key/generate", {})
     assert bare.status_code == made.status_code == 200
     answer = made.json()
@@ -912,16 +912,13 @@ def test_an_empty_request_makes_a_key(mocked: Process) -> None:
     assert answer["expires"] is None and answer["models"] == [] and answer["metadata"] == {}
     assert mocked.lets_in(answer["key"])
     assert answer["key"] not in mocked.keys.read_text() and answer["key"] not in mocked.log
-
-
-def test_fields_of_a_key_are_kept_and_shown(mocked: Process) -> None:
-    metadata = {"deep": [1, {"x": None}]}
     fields = {"key_alias": "ci", "user_id": "u", "team_id": "t", "tags": ["a", "b"], "models": []}
-    key = mocked.new_key(**fields, metadata=metadata, duration="30d")
+    fields["metadata"] = {"deep": [1, {"x": None}]}
+    key = mocked.new_key(**fields, duration="30d")
     by_key = mocked.manage(f"/key/info?key={key}").json()
     info = by_key["info"]
     assert info == mocked.info(gateway.hash_key(key)) and by_key["key"] == key
-    assert {name: info[name] for name in (*fields, "metadata")} == fields | {"metadata": metadata}
+    assert {name: info[name] for name in fields} == fields
     expires = datetime.fromisoformat(info["expires"])
     assert abs(expires - datetime.now(UTC) - timedelta(days=30)) < timedelta(minutes=1)
     assert mocked.manage("/key/info", key=key).json()["info"] == info
@@ -964,25 +961,21 @@ def test_what_is_no_object_or_what_the_file_could_not_hold_is_refused(mocked: Pr
     assert "Traceback" not in mocked.log
 
 
-def test_own_keys_and_aliases_are_unique(mocked: Process) -> None:
-    own = "sk-own-key-0123456789"
-    assert mocked.new_key(key=own, key_alias="only one") == own and mocked.lets_in(own)
-    for fields in ({"key": own}, {"key_alias": "only one"}):
+def test_own_keys_and_aliases_are_unique_and_updates_change(mocked: Process) -> None:
+    own, named = "sk-own-key-0123456789", {"key_alias": "only one"}
+    assert mocked.new_key(key=own, **named) == own and mocked.lets_in(own)
+    for fields in ({"key": own}, named):
         error_of(mocked.manage("/key/generate", fields), 400)
-    taken = {"key": mocked.new_key(), "key_alias": "only one"}
-    error_of(mocked.manage("/key/update", taken), 400)
+    key = mocked.new_key(user_id="u", duration="1h", tags=["a"])
+    error_of(mocked.manage("/key/update", {"key": key, **named}), 400)
     assert mocked.manage("/key/delete", {"key_aliases": ["only one"]}).status_code == 200
-    assert mocked.manage("/key/update", taken).status_code == 200
-
-
-def test_updates_change_and_null_clears(mocked: Process) -> None:
-    key, named = mocked.new_key(user_id="u", duration="1h", tags=["a"]), {"key_alias": "by alias"}
+    assert mocked.manage("/key/update", {"key": key, **named}).status_code == 200
+    # Null clears.
     update = {"key": gateway.hash_key(key), "user_id": "v", "duration": None, "tags": None}
     for row in (mocked.manage("/key/update", update).json(), mocked.info(key)):
         assert (row["user_id"], row["expires"], row["tags"]) == ("v", None, [])
-    by_alias = mocked.new_key(**named)
     renamed = mocked.manage("/key/update", {**named, "team_id": "t"}).json()
-    assert renamed["token"] == gateway.hash_key(by_alias) and renamed["team_id"] == "t"
+    assert renamed["token"] == gateway.hash_key(key) and renamed["team_id"] == "t"
 
 
 def test_changes_hold_from_the_next_request_on(mocked: Process) -> None:
@@ -2775,9 +2768,8 @@ def test_tls_is_served_and_a_new_certificate_taken(start: Starter) -> None:
     process = start("mock", *options)
     assert f"https://127.0.0.1:{process.port}" in process.banner
     url = f"https://localhost:{process.port}"
-    master = {"Authorization": f"Bearer {MASTER_KEY}"}
     with secure_client(certificate) as client:
-        key = client.post(f"{url}/key/generate", headers=master, json={}).json()["key"]
+        key = client.post(f"{url}/key/generate", headers=MASTER, json={}).json()["key"]
         told = {"base_url": f"{url}/anthropic", "api_key": key, "http_client": client}
         with anthropic.Anthropic(**told).messages.stream(**MESSAGE) as stream:
             assert "".join(stream.text_stream) == "You said: Hello, world"
@@ -2837,8 +2829,7 @@ def test_a_unix_socket_takes_the_place_of_the_port(start: Starter) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o660
     transport = httpx2.HTTPTransport(uds=str(path))
     with httpx2.Client(transport=transport, base_url="http://gateway") as client:
-        master = {"Authorization": f"Bearer {MASTER_KEY}"}
-        key = client.post("/key/generate", headers=master, json={}).json()["key"]
+        key = client.post("/key/generate", headers=MASTER, json={}).json()["key"]
         asked = {"headers": {"x-api-key": key}, "json": MESSAGE}
         assert client.post("/anthropic/v1/messages", **asked).status_code == 200
     assert listening_addresses(process) <= {"127.0.0.1"}, "but for the stand-in"
@@ -4621,13 +4612,9 @@ def test_sdk_messages(client: anthropic.Anthropic, mocked: Process, virtual_key:
     both = sdk(mocked, virtual_key, default_headers={"x-api-key": virtual_key})
     bearer = sdk(mocked, None, auth_token=virtual_key)
     assert both.messages.create(**MESSAGE).content and bearer.messages.create(**MESSAGE).content
-
-
-def test_the_mock_caches_like_anthropic(client: anthropic.Anthropic) -> None:
-    text = f"{client.base_url}{'x' * 4000}"
+    text = f"{client.base_url}{'x' * 4000}"  # The stand-in caches like Anthropic.
     system = [{"type": "text", "text": text, "cache_control": {"type": "ephemeral"}}]
-    first = client.messages.create(**MESSAGE, system=system).usage
-    second = client.messages.create(**MESSAGE, system=system).usage
+    first, second = [client.messages.create(**MESSAGE, system=system).usage for _ in range(2)]
     assert first.cache_creation_input_tokens == second.cache_read_input_tokens > 900
     assert first.cache_read_input_tokens == second.cache_creation_input_tokens == 0
 
@@ -4726,12 +4713,8 @@ async def test_50_sdk_streams_at_once(mocked: Process, virtual_key: str) -> None
 
 # The curls of LiteLLM's page
 
-COUNTED_PARAMS = """
-"model": "claude-3-5-sonnet-20241022",
-"messages": [
-{"role": "user", "content": "Hello, world"}
-]
-"""
+HELLO = '"messages": [{"role": "user", "content": "Hello, world"}]'
+COUNTED_PARAMS = f'"model": "claude-3-5-sonnet-20241022",\n{HELLO}'
 PARAMS = COUNTED_PARAMS.replace(',\n"messages', ',\n"max_tokens": 1024,\n"messages')
 ROWS = [f'{{"custom_id": "{name}", "params": {{{PARAMS}}}}}' for name in ("first", "second")]
 FROM, TO = "http://0.0.0.0:4000/anthropic/v1/messages", "--request POST \\\n--url "
