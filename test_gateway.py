@@ -783,25 +783,24 @@ def test_the_upstream_is_not_read_from_anthropic_base_url(start: Starter) -> Non
         assert f"relaying to {said}\n" in process.banner and process.stop() == 0
 
 
-def tornado_alone(folder: Path) -> dict[str, Any]:
-    """How to start it so that it finds Tornado and Python's own library alone."""
-    packages = folder / "packages"
+def test_one_file_and_tornado_suffice(start: Starter, tmp_path: Path) -> None:
+    whole, packages = start(), tmp_path / "packages"
+    key = whole.new_key(max_budget=5)
+    whole.stop()
     packages.mkdir()
     (packages / "tornado").symlink_to(Path(tornado.__file__).parent)
+    shutil.copy(GATEWAY, tmp_path)
     variables = {**DEFAULT_VARIABLES, "PYTHONPATH": str(packages)}
-    return {"program": [sys.executable, "-S", "gateway.py"], "variables": variables}
-
-
-def test_one_file_and_tornado_suffice(start: Starter, tmp_path: Path) -> None:
-    folder = tmp_path / "alone"
-    folder.mkdir()
-    shutil.copy(GATEWAY, folder)
-    process = start(folder=folder, **tornado_alone(tmp_path))
+    process = start(program=[sys.executable, "-S", "gateway.py"], variables=variables)
     assert "genai-prices is not installed" in process.banner
     assert "genai-prices" in error_of(process.manage("/key/generate", {"max_budget": 5}), 400)
     assert "prometheus-client" in error_of(process.manage("/metrics"), 501)
     answer = sdk(process, process.new_key()).messages.create(**MESSAGE)
     assert answer.content[0].text == "You said: Hello, world"
+    # A budget is not forgotten with its prices.
+    with pytest.raises(anthropic.InternalServerError, match="genai-prices"):
+        sdk(process, key).messages.create(**MESSAGE)
+    assert sdk(process, key).models.list().data
 
 
 def test_what_stands_beside_it_agrees() -> None:
@@ -1422,17 +1421,6 @@ async def test_a_bad_price_file_ends_the_start(gw: GW, tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(gateway.SettingsError, match=f"--prices.*{named}"):
             await gw.restart(prices=path)
-
-
-def test_a_budget_is_not_forgotten_with_its_prices(start: Starter, tmp_path: Path) -> None:
-    process = start()
-    key = process.new_key(max_budget=5)
-    process.stop()
-    shutil.copy(GATEWAY, tmp_path)
-    unpriced = start(**tornado_alone(tmp_path))
-    with pytest.raises(anthropic.InternalServerError, match="genai-prices"):
-        sdk(unpriced, key).messages.create(**MESSAGE)
-    assert sdk(unpriced, key).models.list().data
 
 
 def ordered(params: Any, batched: bool = False) -> gateway.Order:
@@ -2252,12 +2240,11 @@ async def test_an_upstream_that_breaks_is_never_a_clean_end(gw: GW, then: str) -
         error_of(await gw.ask("POST /v1/files/x", body=b"x"), 502)
     for place, version in itertools.product(list(BROKEN)[2:], ("1.1", "1.0")):
         gw.plays(says(BROKEN[place], then=then))
-        client = await gw.client()
+        client, raw, was_reset = await gw.client(), b"", False
         head = f"GET /v1/files/x HTTP/{version}\r\nHost: x\r\nx-api-key: {gw.key}\r\n\r\n"
         client.send(head.encode())
         answer = Response(await client.head())
         assert answer.status == 200
-        raw, was_reset = b"", False
         try:
             while data := await client.reader.read(65536):
                 raw += data
@@ -4510,9 +4497,9 @@ async def test_what_is_regenerated_or_read_again_loses_nothing(gw: GW) -> None:
 
 
 async def test_probes_are_answered_here_and_need_no_key(gw: GW) -> None:
-    for path in ("/", "/anthropic", "/anthropic/api/hello", "/api/hello"):
-        for method in ("GET", "HEAD"):
-            assert (await gw.ask(f"{method} {path}", key="")).status == 200, (method, path)
+    hello = ("/", "/anthropic", "/anthropic/api/hello", "/api/hello")
+    for method, path in itertools.product(("GET", "HEAD"), hello):
+        assert (await gw.ask(f"{method} {path}", key="")).status == 200, (method, path)
     assert "ANTHROPIC_BASE_URL" in (await gw.ask("GET /", key="")).text
     for path in ("/health/liveliness", "/health/liveness"):
         assert (await gw.ask(f"GET {path}", key="")).json() == "I'm alive!"
