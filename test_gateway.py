@@ -1091,7 +1091,7 @@ def judge(body: Any, path: str = "") -> None:
     """Send it there with a key for Haiku; a `gateway.APIError` where that may not be."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     route = gateway.read_route("POST", path or (BATCHES if b"requests" in data else MESSAGES_PATH))
-    document = at_once(gateway.read_strictly(data, route, breathe))
+    document = at_once(gateway.read_body(data, route, breathe, strictly=True))
     at_once(gateway.check_models(["claude-haiku-*"], route, document, breathe))
     order_of(document, data, batched=route.makes_batch)
 
@@ -1200,11 +1200,10 @@ COSTLY = {
 @pytest.mark.parametrize("name", COSTLY)
 def test_bodies_that_no_client_sends_are_refused(name: str, monkeypatch: Patch) -> None:
     monkeypatch.setattr(gateway, "decoder_of", lambda members: None)  # which is faster
-    readers = (gateway.read_strictly, gateway.read_leniently)
-    for path, read in itertools.product((MESSAGES_PATH, BATCHES), readers):
+    for path, strictly in itertools.product((MESSAGES_PATH, BATCHES), (True, False)):
         route = gateway.read_route("POST", path)
         with pytest.raises(gateway.APIError) as refused:
-            document = at_once(read(COSTLY[name], route, breathe))
+            document = at_once(gateway.read_body(COSTLY[name], route, breathe, strictly=strictly))
             if route.makes_batch:  # in which they have no meaning
                 document = {"requests": [{"params": document}]}
             at_once(gateway.check_models(["m"], route, document, breathe))
@@ -1231,20 +1230,20 @@ def test_both_readers_read_the_same_of_a_body(monkeypatch: Patch) -> None:
     bodies += [b"[1]", b"nonsense", b'{"model": 1, "fallbacks": {"a": 1}, "tools": 5}']
     route = gateway.read_route("POST", MESSAGES_PATH)
 
-    def orders() -> list[gateway.Order]:
-        read = [at_once(gateway.read_leniently(body, route, breathe)) for body in bodies]
-        return [order_of(*both, batched=False) for both in zip(read, bodies, strict=True)]
+    def read(body: bytes) -> gateway.Order:
+        document = at_once(gateway.read_body(body, route, breathe, strictly=False))
+        return order_of(document, body, batched=False)
 
     assert gateway.decoder_of(gateway.BodyMembers) is not None
-    decoded = orders()
+    decoded = list(map(read, bodies))
     monkeypatch.setattr(gateway, "decoder_of", lambda members: None)
-    assert orders() == decoded
+    assert list(map(read, bodies)) == decoded
     for name in MESSAGES:
         whole = json.loads(message_body(name))
         result = json.dumps({"result": {"message": whole}}).encode()
         members = gateway.read_members(message_body(name), gateway.AnswerMembers)
         inner = gateway.read_members(result, gateway.ResultMembers)["result"]["message"]
-        first, *others = (gateway.measured_message(read, 0) for read in (members, inner, whole))
+        first, *others = (gateway.measured_message(each, 0) for each in (members, inner, whole))
         assert others == [first, first]
 
 
@@ -3969,7 +3968,7 @@ def test_attempts_that_declined_are_free() -> None:
     for kinds, charged in (([fallback], "b"), ([fallback] * 2, "c"), (["compaction"], "ab")):
         attempts = [entry(*each, 5, 0) for each in zip(["message", *kinds], "abc", strict=False)]
         measured = gateway.Measured("m", {"iterations": attempts}, empty=False, final=True)
-        assert "".join(model for model, _ in gateway.reported(measured)) == charged
+        assert "".join(model for model, _ in gateway.charged_entries(measured)) == charged
     hostile = {"input_tokens": 10**400, "output_tokens": -5, "x": True}
     assert gateway.tally_of(hostile) == gateway.Tally(), "a count that no answer has is none"
 
@@ -4086,28 +4085,28 @@ async def test_a_log_line_is_one_and_no_client_forges_its_fields(gw: GW) -> None
     assert all(f'{name}="x 200 ok user=root"' in line for name in ("session", "agent", "tags"))
 
 
+RECORD = gateway.Record("call", "POST", "127.0.0.1", 1.0, WHEN, over=1.1, status=200)
+
+
 @pytest.mark.parametrize("inner", [gateway.JSONFormatter(), gateway.LogFormatter(color=False)])
-def test_a_request_is_logged_as_logging_would(
-    inner: logging.Formatter, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_request_is_logged_as_logging_would(inner: Any, monkeypatch: Patch) -> None:
     lines = io.StringIO()
     handler = logging.StreamHandler(lines)
     handler.setFormatter(gateway.MaskingFormatter(inner, MASTER_KEY, REAL_KEY))
     monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
     write = gateway.record_writer([handler])
     key = gateway.VirtualKey("sk-...abcd", "ci \N{SNOWMAN}", tags=["a b"])
-    records = [finished_request(), finished_request(path=f"/{REAL_KEY} {UNKNOWN_KEY}", key=key)]
+    told = dataclasses.replace(RECORD, path=f"/{REAL_KEY} {UNKNOWN_KEY}", key=key)
     for moment in (1.5, 2.25, 86_400.0):
         monkeypatch.setattr(time, "time", lambda at=moment: at)
         monkeypatch.setattr(time, "time_ns", lambda at=moment: int(at * 1e9))
-        for record in records:
-            for way in (write, gateway.log_record):
-                way(record)
+        for record, way in itertools.product((RECORD, told), (write, gateway.log_record)):
+            way(record)
     written = lines.getvalue().splitlines()
     assert written[::2] == written[1::2] and len(set(written)) == 6
     assert REAL_KEY not in lines.getvalue() and UNKNOWN_KEY not in lines.getvalue()
     lines.close()
-    write(records[0])  # which fails, and ends no request
+    write(RECORD)  # which fails, and ends no request
     assert gateway.record_writer([handler, handler]) is gateway.log_record
 
 
@@ -4175,11 +4174,11 @@ async def test_metrics_count_what_passed(gw: GW) -> None:
 
 
 def test_labels_are_bounded() -> None:
-    traffic, plain = gateway.Traffic(), gateway.Record("call", "POST", "127.0.0.1", 1.0, WHEN)
+    traffic = gateway.Traffic()
     for number in range(2 * gateway.MAX_LABELS):
         key = gateway.VirtualKey("sk-...x", f"key {number}")
         of_key = {"key": key, "shown_key": key.shown_name, "model": f"model {number}"}
-        traffic.count(dataclasses.replace(plain, over=1.1, status=200, **of_key))
+        traffic.count(dataclasses.replace(RECORD, **of_key))
     assert len(traffic.timings) == gateway.MAX_MODELS_A_DAY + 1
     assert len({labels[0] for labels in traffic.requests}) == gateway.MAX_LABELS + 1
     assert sum(traffic.requests.values()) == 2 * gateway.MAX_LABELS
