@@ -2271,9 +2271,7 @@ def make_certificate(folder: Path, name: str = "localhost") -> tuple[Path, Path]
     return certificate, private
 
 
-async def test_tls_upstream_is_verified_and_kept_alive(
-    gw: GW, tmp_path: Path, monkeypatch: Patch
-) -> None:
+async def test_tls_upstream_is_verified(gw: GW, tmp_path: Path, monkeypatch: Patch) -> None:
     for name, trusted in (("localhost",) * 2, ("elsewhere",) * 2, ("localhost", "")):
         well = name == trusted == "localhost"
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -2535,9 +2533,7 @@ async def test_200_slow_readers_cost_no_more_than_their_buffers(gw: GW) -> None:
 
 @pytest.mark.parametrize("leave", ["close", "reset"])
 @pytest.mark.parametrize("phase", ["head", "events", "download", "upload", "json-upload"])
-async def test_a_client_that_leaves_takes_the_upstream_with_it(
-    gw: GW, phase: str, leave: str
-) -> None:
+async def test_who_leaves_takes_the_upstream_with_him(gw: GW, phase: str, leave: str) -> None:
     gw.plays(stall)
     client, before = await gw.client(), asyncio.all_tasks()
     if "upload" in phase:
@@ -3580,9 +3576,7 @@ def plain_of(coding: str, data: bytes) -> bytes:
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate", "lie"])
 @pytest.mark.parametrize("cut", [1, 10, len(REAL_KEY) - 1])
-async def test_no_part_of_the_real_key_leaves_at_the_end_of_a_read(
-    gw: GW, coding: str, cut: int
-) -> None:
+async def test_no_part_of_the_real_key_leaves_with_a_read(gw: GW, coding: str, cut: int) -> None:
     packer = zlib.compressobj(wbits=31 if coding == "gzip" else -15)
     named, secret = "gzip" if coding == "lie" else coding, REAL_KEY.encode()
     parts = [secret[:cut], secret[cut:] + b"."]
@@ -4284,9 +4278,7 @@ async def test_a_batch_that_nobody_fetches_is_booked_once(gw: GW, batches: Batch
 
 
 @rarely
-async def test_who_fetches_before_deletes_or_loses_a_batch_pays_for_it(
-    gw: GW, batches: Batches
-) -> None:
+async def test_who_fetches_deletes_or_loses_a_batch_pays_for_it(gw: GW, batches: Batches) -> None:
     key, before = await gw.new_key(max_budget=1), Decimal(0)
     window = gw.account(key).window()
 
@@ -4338,8 +4330,6 @@ async def test_who_leaves_while_his_batch_is_made_owns_it(gw: GW, batches: Batch
 
 
 MADE = b'{"id": "msgbatch_1"}'
-
-
 PAID: list[Script] = [
     says(OK + JSON_KIND.encode() + b"\r\nContent-Length: 99\r\n\r\n{", then="close"),
     says(then="close"),
@@ -4423,13 +4413,10 @@ async def test_what_was_spent_is_reported(gw: GW) -> None:
     await gw.message(ann, model=HAIKU)
     await gw.message(bob)
     today = gateway.day_of(gateway.now())
-    expected = {  # $0.014 for Opus, 1,000 x $1 + 500 x $5 for Haiku
-        "user": {"ann": 0.0175, "bob": 0.014},
-        "team": {"web": 0.0315},
-        "model": {OPUS: 0.028, HAIKU: 0.0035},
-        "day": {today: 0.0315},
-        "api_key": {gateway.hash_key(ann): 0.0175, gateway.hash_key(bob): 0.014},
-    }
+    # $0.014 for Opus, 1,000 x $1 + 500 x $5 for Haiku
+    expected = {"user": {"ann": 0.0175, "bob": 0.014}, "team": {"web": 0.0315}}
+    expected |= {"model": {OPUS: 0.028, HAIKU: 0.0035}, "day": {today: 0.0315}}
+    expected["api_key"] = {gateway.hash_key(ann): 0.0175, gateway.hash_key(bob): 0.014}
     report = "/global/spend/report?"
     for group, sums in expected.items():
         query = f"start_date={today}&end_date={today}&group_by={group}"
