@@ -1064,7 +1064,7 @@ def test_what_is_taken_of_a_key_is_read_again(fields: Any, prices: gateway.Price
     kept = gateway.parse_store(f'{{"version": 1, "keys": {{{line}}}}}'.encode(), "x")
     (again,) = kept.values()
     account, record.account.usage = again.account, again.account.usage
-    account.windows, record.account.windows = {}, {}
+    account.windows.clear()
     assert dataclasses.replace(again) == record
     # What can be shown of it does not depend on when it is looked at.
     gateway.key_row("a" * 64, again)
@@ -3313,7 +3313,7 @@ class Admissions:
         body = {"requests": [{"custom_id": "a", "params": params}] * 2} if batch else params
         hold = gateway.Hold(self.store.keys[self.hashed], gateway.now())
         try:
-            await self.store.hold(hold, gateway.Want(slot=True))
+            await self.store.admit(hold, pays=True, shares=True)
         except gateway.APIError as refused:
             assert refused.status == 429
             return
@@ -3321,9 +3321,9 @@ class Admissions:
         order = order_of(body, json.dumps(body).encode(), batched=batch)
         worst = self.prices.worst(order, hold.started)
         try:
-            await self.store.hold(hold, gateway.Want(worst=worst, fit=batch))
+            await self.store.hold(hold, worst, fit=batch)
         except gateway.APIError as refused:
-            reached = self.account.window().spend >= self.budget
+            reached = self.account.windows[""].spend >= self.budget
             assert ("reached" in refused.message) == reached
             self.store.book(hold, [], model="", failed=True)
             return
@@ -3335,7 +3335,7 @@ class Admissions:
         self.batches.append(f"msgbatch_{self.admitted}")
         self.store.keep_batch(self.account, self.batches[-1], hold)
         self.store.book(hold, [], model="", failed=False)
-        assert self.account.window().spend + held <= self.budget
+        assert self.account.windows[""].spend + held <= self.budget
 
     def end(self, hold: gateway.Hold, order: gateway.Order, action: str, amount: int) -> None:
         used = usage_of(min(amount, order.prompt), min(amount, order.max_tokens))
@@ -3361,9 +3361,9 @@ class Admissions:
         account = self.account
         held = sum((sum(h.amounts.values()) for h, _ in self.running), Decimal(0))
         held += sum(sum(b.held.values()) for b in account.batches.values())
-        assert account.window().held == held >= 0
+        assert account.windows[""].held == held >= 0
         assert 0 <= account.running == len(self.running) <= 4
-        assert account.window().spend + held <= self.budget + self.worst
+        assert account.windows[""].spend + held <= self.budget + self.worst
         assert self.admitted <= 60 + self.clock / 2
 
 
@@ -4240,7 +4240,7 @@ async def test_a_batch_is_let_in_only_where_its_worst_case_fits(gw: GW, batches:
     assert "reached" not in error_of(too_large, 429, "billing_error")
     assert too_large.field("x-should-retry") == ["false"]
     assert (await make(10)).status == 200 and not await gw.spent(key)
-    held = gw.account(key).window().held
+    held = gw.account(key).windows[""].held
     assert Decimal("0.05") < held < Decimal("0.06")
     waits = await make(10)  # It would fit if the first one were over.
     error_of(waits, 429)
@@ -4249,7 +4249,7 @@ async def test_a_batch_is_let_in_only_where_its_worst_case_fits(gw: GW, batches:
     assert unread.status == 400 and batches.made == 1
     await gw.restart()  # What is held outlives the process.
     account = gw.account(key)
-    assert account.window().held == held and list(account.batches) == ["msgbatch_1"]
+    assert account.windows[""].held == held and list(account.batches) == ["msgbatch_1"]
 
 
 async def test_a_batch_that_nobody_fetches_is_booked_once(gw: GW, batches: Batches) -> None:
@@ -4258,7 +4258,7 @@ async def test_a_batch_that_nobody_fetches_is_booked_once(gw: GW, batches: Batch
     for who in (key, gw.key):
         assert (await gw.ask(f"POST {BATCHES}", body=batch_of(10), key=who)).status == 200
     await until(lambda: len(arrived) > 6)  # it is looked at again and again
-    assert await gw.spent(key) == 0 and accounts[0].window().held
+    assert await gw.spent(key) == 0 and accounts[0].windows[""].held
     for asked in arrived[2:]:
         assert asked.credentials == [("x-api-key", REAL_KEY)]
         assert asked.field("anthropic-version") == ["2023-06-01"]
@@ -4280,7 +4280,7 @@ async def test_a_batch_that_nobody_fetches_is_booked_once(gw: GW, batches: Batch
 @rarely
 async def test_who_fetches_deletes_or_loses_a_batch_pays_for_it(gw: GW, batches: Batches) -> None:
     key, before = await gw.new_key(max_budget=1), Decimal(0)
-    window = gw.account(key).window()
+    window = gw.account(key).windows[""]
 
     async def make() -> str:
         made = await gw.ask(f"POST {BATCHES}", body=batch_of(10), key=key)
@@ -4322,7 +4322,7 @@ async def test_who_leaves_while_his_batch_is_made_owns_it(gw: GW, batches: Batch
     batches.state = "ended"
     batches.answering.set()
     # Its rows are booked one by one, then what was held for it is given back.
-    await until(lambda: account.batches and not gw.store.unbooked())
+    await until(lambda: account.batches and not gw.store.all_unbooked())
     await until(lambda: not gw.active)
     assert await gw.spent(key) == Decimal("0.07")
     assert_nothing_is_held(account)
@@ -4475,7 +4475,7 @@ async def test_what_is_regenerated_or_read_again_loses_nothing(gw: GW) -> None:
     assert (await gw.ask(f"POST {BATCHES}", body=batch_of(1), key=key)).status == 200
     await gw.store.reload()
     account = gw.store.keys[gateway.hash_key(key)].account
-    assert gw.store.batch_owner("msgbatch_9") is account and account.batches
+    assert gw.store._batches["msgbatch_9"] is account and account.batches
     assert (await gw.info(key))["spend"] == 0.014
 
 
