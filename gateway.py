@@ -1625,8 +1625,8 @@ class Prices:
     are asked for once (0.1 ms) for each model, hour, speed and tier. A model that may be any, or
     that nobody knows, costs what the dearest known one does.
 
-    `load` imports the package, which takes 0.3 seconds: call it in a thread. Until then, and
-    without package and file, `loaded` is false.
+    `load` imports the package, which takes 0.3 seconds: call it in a thread. Whoever needs a price
+    before waits for it.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -1664,6 +1664,8 @@ class Prices:
     def charge(self, measured: Measured, when: datetime) -> list[tuple[str, Tally]]:
         """What is billed of a response, as (model, counts and USD); see `charged_entries`. Without
         package and file the tokens are counted, at no price."""
+        if not self.loaded and self.available:
+            self.load()
         entries, usage = charged_entries(measured), measured.usage
         tools = usage.get("server_tool_use")
         if entries and tools and (searches := count_of(tools, "web_search_requests")):
@@ -1689,6 +1691,8 @@ class Prices:
 
     def worst(self, order: Order, when: datetime) -> list[tuple[str, Tally]]:
         """What a request may cost at worst, as (model, counts and USD)."""
+        if not self.loaded and self.available:
+            self.load()
         parts = order.parts or {(order.model, False, False): [order.prompt, order.max_tokens, 0]}
         entries = []
         for (model, fast, us), (prompt, output, searches) in parts.items():
@@ -5766,7 +5770,6 @@ class Gateway:
         self.settings = settings
         self.rules = Rules(rules)
         self.prices = Prices(settings.prices)
-        self.prices.load()
         self.ledger = FileLedger(settings.keys, settings.usage_days)
         self.doors = Doors(settings, self.ledger)
         self.client = UpstreamClient(
@@ -6578,7 +6581,8 @@ class HealthHandler(BaseHandler):
         error = "" if ledger.is_writable() else ledger.last_error or "It cannot be written."
         status = "shutting_down" if gateway.stopping else "unhealthy" if error else "healthy"
         told: dict[str, Any] = {"status": status, "store": error or "writable"}
-        told |= {"version": __version__, "prices": "loaded" if gateway.prices.loaded else "none"}
+        prices = "loaded" if gateway.prices.loaded else "loading"
+        told |= {"version": __version__, "prices": prices if gateway.prices.available else "none"}
         told["uptime"] = round((now() - gateway.started).total_seconds())
         met = {name: iso(getattr(traffic, name)) for name in ("last_success", "last_failure")}
         told["upstream"] = met | {"last_error": traffic.last_error or None}
@@ -7122,7 +7126,6 @@ async def serve(settings: Settings) -> None:
     gateway.write_log = record_writer(logging.getLogger().handlers)
     server = Server(gateway, application)
     context = server_context(settings)
-    gateway.prices.load()
     sockets = bind(settings, loopback=gateway.doors.is_open)
     server.listen(sockets, context)
     signals: asyncio.Queue[int] = asyncio.Queue()
@@ -7137,8 +7140,9 @@ async def serve(settings: Settings) -> None:
             gateway.ledger.notice_edit()
 
     tasks = [asyncio.create_task(work) for work in (gateway.batches.run(), notice_edits())]
-    favour_the_loop()
     announce(settings, gateway, 0 if settings.unix_socket else sockets[0].getsockname()[1])
+    await loop.run_in_executor(None, gateway.prices.load)
+    favour_the_loop()
     while await signals.get() == signal.SIGHUP:  # read all again; what is wrong changes nothing
         try:
             server_context(settings)  # one that fails must not be half loaded

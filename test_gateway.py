@@ -3333,7 +3333,7 @@ class Admissions:
             self.running.append((hold, order))
             return
         self.batches.append(f"msgbatch_{self.admitted}")
-        self.store.keep_batch(self.account, self.batches[-1], hold)
+        self.store.own_batch(self.account, self.batches[-1], hold)
         self.store.book(hold, [], model="", failed=False)
         assert self.account.windows[""].spend + held <= self.budget
 
