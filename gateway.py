@@ -2169,7 +2169,7 @@ class FileLedger(Ledger):
             account.windows[pattern].held -= amount
         hold.slot, hold.amounts = False, {}
         if hold.pays:
-            account.last_active = now()
+            account.last_active = moment_of(int(time.time()))
             tally = account.usage.of(day_of(hold.started), model or NO_MODEL)
             tally.requests += 1
             tally.errors += failed
@@ -2179,7 +2179,7 @@ class FileLedger(Ledger):
         key = self.keys.get(account.hashed)
         if key is None:
             return None
-        present, day, soft = now(), day_of(moment), key.soft_budget
+        present, day, soft = moment_of(int(time.time())), day_of(moment), key.soft_budget
         bucket = account.buckets.get("tokens")
         for model, tally in charges:
             account.usage.of(day, model or NO_MODEL).add(tally)
@@ -4402,37 +4402,37 @@ def text_size(escaped: bytes) -> int:
 MIN_SECRET_LENGTH = 16
 
 
+@dataclass(eq=False)
 class Mask(ResponseFilter):
-    """Masks a secret with asterisks, so that lengths stay right.
+    """Masks a secret, given as text and as bytes, with asterisks, so that lengths stay right.
 
     An upstream that echoes what it was sent must not carry the real key to a client. Bytes are held
     back only where a read ends inside what may become the secret.
     """
 
-    _held = b""
-
-    def __init__(self, secret: str) -> None:
-        self.text, self._secret = secret, secret.encode("latin-1")
+    text: str
+    secret: bytes
+    held: bytes = b""
 
     def feed(self, data: bytes) -> bytes:
-        if self._held:
-            data, self._held = self._held + data, b""
-        if self._secret in data:
-            data = data.replace(self._secret, b"*" * len(self._secret))
-        if data and data[-1] in self._secret and (held := self.begun_in(data)):
-            data, self._held = data[:-held], data[-held:]
+        if self.held:
+            data, self.held = self.held + data, b""
+        if self.secret in data:
+            data = data.replace(self.secret, b"*" * len(self.secret))
+        if data and data[-1] in self.secret and (held := self.begun_in(data)):
+            data, self.held = data[:-held], data[-held:]
         return data
 
     def finish(self, complete: bool) -> bytes:
-        held, self._held = self._held, b""
+        held, self.held = self.held, b""
         return held
 
     def look(self, data: bytes) -> bytes:
         """The end of these bytes, where the secret may begin. Raises UpstreamError where it stands
         in them, since in a compressed body nothing can be masked."""
-        if self._secret in data:
+        if self.secret in data:
             raise UpstreamError("The upstream sent the gateway's own credential back.")
-        return data[1 - len(self._secret) :]
+        return data[1 - len(self.secret) :]
 
     def mask_text(self, text: str) -> str:
         """Text of a head with the secret masked."""
@@ -4440,8 +4440,8 @@ class Mask(ResponseFilter):
 
     def begun_in(self, data: bytes) -> int:
         """How many of the last bytes are a beginning of the secret."""
-        longest = min(len(data), len(self._secret) - 1)
-        fits = (n for n in range(longest, 0, -1) if self._secret.startswith(data[-n:]))
+        longest = min(len(data), len(self.secret) - 1)
+        fits = (n for n in range(longest, 0, -1) if self.secret.startswith(data[-n:]))
         return next(fits, 0)
 
 
@@ -4547,6 +4547,11 @@ LATENCY_BUCKETS = (
 TIMINGS = ("total", "first_byte", "upstream", "overhead")
 
 
+# Most lines have the same words.
+shown_word = functools.lru_cache(maxsize=1024)(word)
+shown_dollars = functools.lru_cache(maxsize=1024)(dollars)
+
+
 @dataclass(slots=True)
 class Record:
     """What is remembered, counted and logged of a relayed request; it is filled in as that passes.
@@ -4585,45 +4590,38 @@ class Record:
     bytes_in: int = 0
     bytes_out: int = 0
 
-    @property
-    def timings(self) -> tuple[float, float | None, float | None, float | None]:
-        """Seconds, in the order of TIMINGS: in all, to the first byte of the answer, from the
-        request's sending to the answer's end, and what the gateway itself added before the first
-        byte; None where there was no such thing."""
-        total, first = self.over - self.arrived, self.first - self.arrived if self.first else None
-        if not self.asked or not self.answered:
-            return total, first, None, None
-        before, after = self.asked - (self.whole or self.arrived), self.first - self.answered
-        return total, first, self.over - self.asked, max(0.0, before) + max(0.0, after)
-
     def __str__(self) -> str:
         """The line for a terminal. No key, hash, body or query stands in it."""
         key, tally = self.key, self.tally
-        line = f"{self.shown_key} {self.method} {word(self.path)} {self.status} {self.outcome}"
+        line = (
+            f"{self.shown_key} {self.method} {shown_word(self.path)} {self.status} {self.outcome}"
+        )
         line += f" {(self.over - self.arrived) * 1000:.0f}ms"
         if self.first:
             line += f" ttfb={(self.first - self.arrived) * 1000:.0f}ms"
         line += f" in={self.bytes_in} out={self.bytes_out}"
         if self.model:
-            line += f" {word(self.model)}"
+            line += f" {shown_word(self.model)}"
         if tally.input_tokens or tally.output_tokens:
-            line += f" {tally.input_tokens}+{tally.cached}->{tally.output_tokens} tokens"
-            line += f" ${dollars(tally.spend)}"
+            cached = tally.cache_read_tokens
+            cached += tally.cache_write_5m_tokens + tally.cache_write_1h_tokens
+            line += f" {tally.input_tokens}+{cached}->{tally.output_tokens} tokens"
+            line += f" ${shown_dollars(tally.spend)}"
         if self.estimated:
             line += " estimated"
         line += f" {self.call_id}"
         if self.request_id:
-            line += f" {word(self.request_id)}"
+            line += f" {shown_word(self.request_id)}"
         if key is not None and key.key_alias:
             line += f" key={key.key_name}"
         if key is not None and key.user_id:
             line += f" user={printable(key.user_id)}"
         if self.tags:
-            line += f" tags={word(printable(','.join(self.tags)))}"
+            line += f" tags={shown_word(printable(','.join(self.tags)))}"
         if self.session:
-            line += f" session={word(self.session)}"
+            line += f" session={shown_word(self.session)}"
         if self.agent:
-            line += f" agent={word(self.agent)}"
+            line += f" agent={shown_word(self.agent)}"
         return line
 
 
@@ -4728,7 +4726,14 @@ class Traffic:
                 model = OTHER_MODELS
             new = tuple(Histogram() for _ in TIMINGS)
             histograms = self.timings.setdefault(model, new)
-        for histogram, seconds in zip(histograms, record.timings, strict=True):
+        started = record.arrived
+        timings: list[float | None] = [record.over - started, None, None, None]
+        if record.first:
+            timings[1] = record.first - started
+        if record.asked and record.answered:  # what the gateway itself added stands last
+            before, after = record.asked - (record.whole or started), record.first - record.answered
+            timings[2:] = record.over - record.asked, max(0.0, before) + max(0.0, after)
+        for histogram, seconds in zip(histograms, timings, strict=True):
             if seconds is not None:
                 histogram.counts[bisect.bisect_left(LATENCY_BUCKETS, seconds)] += 1
                 histogram.total += seconds
@@ -5030,7 +5035,7 @@ class Credentials(Rule):
             )
         secret = gateway.secret
         if caller.own is None and len(secret) >= MIN_SECRET_LENGTH:
-            visit.mask = Mask(secret)
+            visit.mask = Mask(secret, gateway.secret_bytes)
 
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
         return () if visit.mask is None else (visit.mask,)
@@ -5240,7 +5245,9 @@ class Limits(Rule):
                 charges = gateway.prices.worst(order, hold.started)
             else:
                 charges = gateway.prices.charge(measured, hold.started)
-            for _, tally in charges:
+            if len(charges) == 1:
+                record.tally = charges[0][1]
+            for _, tally in charges if len(charges) > 1 else ():
                 record.tally.add(tally)
             gateway.traffic.book(record.shown_key, charges)
         gateway.ledger.book(hold, charges, model=record.model, failed=record.status >= 400)
@@ -5785,6 +5792,7 @@ class Gateway:
         self.host_line = f"Host: {self.origin.authority}"
         self.credential = settings.real_credential
         self.secret = self.credential[1].removeprefix("Bearer ") if self.credential else ""
+        self.secret_bytes = self.secret.encode("latin-1")
         self.traffic = Traffic()
         self.recent: collections.deque[Record] = collections.deque(maxlen=settings.recent_requests)
         self.write_log: Callable[[Record], None] = log_record

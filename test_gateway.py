@@ -3970,11 +3970,11 @@ def test_attempts_that_declined_are_free() -> None:
 @given(cuts=CUTS, before=st.text("sk-ant", max_size=20), after=st.text("sk-ant", max_size=20))
 def test_a_secret_is_masked_however_the_stream_is_split(cuts: Any, before: str, after: str) -> None:
     data = (before + REAL_KEY + after + REAL_KEY).encode()
-    mask, parts = gateway.Mask(REAL_KEY), split_at(data, cuts)
+    mask, parts = gateway.Mask(REAL_KEY, REAL_KEY.encode()), split_at(data, cuts)
     out = b"".join(mask.feed(part) for part in parts) + mask.finish(True)
     masked = b"*" * len(REAL_KEY)
     assert out == before.encode() + masked + after.encode() + masked
-    mask = gateway.Mask("sk-ant-secret")  # which holds no event back
+    mask = gateway.Mask("sk-ant-secret", b"sk-ant-secret")  # which holds no event back
     assert mask.feed(b"data: sk-ant\n\n") == b"data: sk-ant\n\n"
     assert mask.feed(b"data: sk-an") == b"data: "
 
