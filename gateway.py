@@ -7043,7 +7043,9 @@ def bind(settings: Settings, *, loopback: bool) -> list[socket.socket]:
             sockets += bind_sockets(sockets[0].getsockname()[1], LOOPBACK[1])
         return sockets
     except (OSError, ValueError) as error:  # ValueError: what stands there is a file, but no socket
-        where = settings.unix_socket or f"{settings.address or 'port'} {settings.port}"
+        where = f"{settings.address or 'port'} {settings.port}"
+        if settings.unix_socket:
+            where = f"--unix-socket={settings.unix_socket}"
         text = f"cannot listen on {where}: {getattr(error, 'strerror', '') or error}"
         raise SettingsError(text) from None
 
