@@ -2819,7 +2819,7 @@ def test_a_unix_socket_takes_the_place_of_the_port(start: Starter) -> None:
     again = start("mock", f"--unix-socket={path}")
     assert again.stop() == 0 and not path.exists()
     path.write_text("a file")
-    assert "--unix-socket" in failed_start(start.folder, f"--unix-socket={path}")
+    assert "is not a socket" in failed_start(start.folder, f"--unix-socket={path}")
     assert path.read_text() == "a file"
 
 
