@@ -4951,22 +4951,18 @@ class Visit:
 class Kept:
     """A request's body that was kept, and what was read of it: once, however many rules look."""
 
-    def __init__(self, data: bytes, route: Route, breathe: Callable[[], Awaitable[None]]) -> None:
-        self.data = data
-        self.breathe = breathe
+    def __init__(self, data: bytes, route: Route, breathe: Breathe) -> None:
+        self.data, self.breathe = data, breathe
         self._route = route
         self._read: list[object] = []
 
-    async def strictly(self) -> object:
-        """What it says, to the letter. APIError 400 where that is not clear."""
-        self._read = [await read_body(self.data, self._route, self.breathe, strictly=True)]
-        return self._read[0]
-
-    async def members(self) -> object:
-        """What of it a price depends on; None where it cannot be read."""
-        if not self._read:
-            self._read = [await read_body(self.data, self._route, self.breathe, strictly=False)]
-        return self._read[0]
+    async def read(self, *, strictly: bool) -> object:
+        """What it says: to the letter (APIError 400 where that is not clear), or what of it a price
+        depends on (None where it cannot be read). An empty one says nothing."""
+        if self.data and (strictly or not self._read):
+            read = read_body(self.data, self._route, self.breathe, strictly=strictly)
+            self._read = [await read]
+        return self._read[0] if self._read else None
 
 
 class Rule:
@@ -5107,7 +5103,7 @@ class Models(Rule):
         key, route = visit.caller.key, visit.route
         if key is None or not key.models or route.unread:
             return
-        document = await body.strictly() if body.data else None
+        document = await body.read(strictly=True)
         if not document and not (route.open or route.deletes):
             raise APIError(403, "This key is limited to some models, and this request names none.")
         await check_models(key.models, route, document, body.breathe)
@@ -5195,7 +5191,7 @@ class Limits(Rule):
         if not visit.reads_body:
             visit.order = glance(body.data)
             return
-        document = await body.members() if body.data else None
+        document = await body.read(strictly=False)
         batched = route.makes_batch
         visit.order = await read_order(document, body.data, batched=batched, breathe=body.breathe)
         if hold is not None and hold.reads_body and prices.available:
@@ -5661,16 +5657,14 @@ class BatchKeeper:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway, self._ledger = gateway, gateway.ledger
         self._hurried: dict[str, asyncio.Event] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._watched = asyncio.Queue[str]()
         self._turn = asyncio.Semaphore(LOOKS_AT_ONCE)
 
     def watch(self, name: str) -> None:
-        """Look at a batch from time to time until it is booked."""
+        """Have a batch looked at from time to time until it is booked."""
         if name not in self._hurried:
             self._hurried[name] = asyncio.Event()
-            task = asyncio.get_running_loop().create_task(self._keep(name))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._watched.put_nowait(name)
 
     def hurry(self, name: str) -> None:
         """A batch is known to have ended."""
@@ -5681,11 +5675,9 @@ class BatchKeeper:
         """Watch all that are not booked, until cancelled."""
         for name in self._ledger.all_unbooked():
             self.watch(name)
-        try:
-            await asyncio.Event().wait()
-        finally:
-            for task in self._tasks:
-                task.cancel()
+        async with asyncio.TaskGroup() as group:
+            while True:
+                group.create_task(self._keep(await self._watched.get()))
 
     async def _keep(self, name: str) -> None:
         wait, booked = BATCH_LOOK, False
