@@ -2509,7 +2509,8 @@ MAX_HEAD_SIZE = 64 * KIB  # Tornado's default max_header_size
 MAX_FIELDS = 200  # of a head; Apache's limit is 100, Node's 2,000
 MAX_METHOD = 32  # characters; the longest that is registered has 16 (RFC 4437)
 MAX_EMPTY_LINES = 4  # before a request; RFC 9112 section 2.2 speaks of one
-CHUNKS_A_TURN = 1000  # of a body that are read before the loop may do something else
+CHUNKS_A_TURN = 1000  # of a body that are read before the loop may do something else …
+READ_A_TURN = 256_000  # … and bytes of an answer: uvloop would read so many, 32 times over
 MAX_CHUNK_LINE = 1 * KIB  # a chunk's size and extensions, or one trailer field
 MAX_TRAILERS = 8 * KIB
 CHUNKED = -1  # lengths of bodies that are not known beforehand
@@ -3322,7 +3323,7 @@ class UpstreamConnection(asyncio.Protocol):
         waits = taken is not None and not taken.done()
         if complete and not waits:
             request.end(None)
-        elif request is self.request and (waits or rest):
+        elif request is self.request and (waits or rest or len(data) >= READ_A_TURN):
             self._held, self._rest, request.held_back = True, rest, waits
             self.transport.pause_reading()
             if not waits:  # there is more than one turn of the loop may take
@@ -3641,6 +3642,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
     _waits_for: asyncio.Future[None] | None = None
     _drained: asyncio.Future[None] | None = None
     _reading_paused = False
+    _turn_is_due = False
     _close_after = False
     _served = False
     _chunked = False  # the answer
@@ -3670,14 +3672,15 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         phase = self.phase
         self._heard = self.server.time()
         self._taken += len(data)
-        if self._buffer:
-            data = self._buffer + data
-        if phase is ClientPhase.WAITING and self._drained is None:
-            self._buffer = b""
+        if phase is ClientPhase.LINGERING:
+            return
+        if self._buffer or self._turn_is_due:
+            self._buffer += data
+        elif phase is ClientPhase.WAITING and self._drained is None:
             self._read_head(data)
         elif phase in (ClientPhase.READING, ClientPhase.DROPPING) and self._waits_for is None:
             self._read_body(data)
-        elif phase is not ClientPhase.LINGERING:
+        else:
             self._buffer = data
         if self._buffer:
             self._update_reading()
@@ -3705,7 +3708,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         if drained is not None and not drained.done():
             drained.set_result(None)
         if self._buffer:
-            self.server.loop.call_soon(self._read_on)
+            self._read_soon()
 
     # tornado.httputil.HTTPConnection: called by handlers
 
@@ -3753,12 +3756,12 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             self._chunked = False
             self.write(LAST_CHUNK)
         if self.phase is ClientPhase.ANSWERING:
-            self._turn()
+            self._make_ready()
         elif self.phase is ClientPhase.READING:
             self.phase = FOLLOWS[self.phase][ClientPhase.DROPPING]
             if not self._body.complete and self.head.get("expect"):
                 self._linger()  # the body may never come (RFC 9110 section 10.1.1)
-            self.server.loop.call_soon(self._read_on)
+            self._read_soon()
 
     def break_off(self, last: bytes = b"") -> None:
         """End the connection so that nobody takes the answer for complete; ``last`` goes out
@@ -3899,14 +3902,14 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
                 self._linger()
         if not body.complete:
             if self._buffer:  # there is more than one turn of the loop may take
-                self.server.loop.call_soon(self._read_on)
+                self._read_soon()
         elif self.phase is ClientPhase.READING and delegate is not None:
             self.phase = FOLLOWS[self.phase][ClientPhase.ANSWERING]
             delegate.finish()
         elif self.phase is ClientPhase.DROPPING:
-            self._turn()
+            self._make_ready()
 
-    def _turn(self) -> None:
+    def _make_ready(self) -> None:
         """The request is over, and its answer: make ready for the next."""
         self.phase = FOLLOWS[self.phase][ClientPhase.WAITING]
         self._delegate = None
@@ -3915,7 +3918,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         if self._close_after:
             self.transport.close()
         elif self._buffer or self._reading_paused:
-            self.server.loop.call_soon(self._read_on)
+            self._read_soon()
 
     def _wait_for(self, waits: asyncio.Future[None]) -> None:
         """Read nothing more until this is done."""
@@ -3944,8 +3947,15 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             self.server.hangups.forget(self)
             self.transport.resume_reading()
 
+    def _read_soon(self) -> None:
+        """Read what is here already in a turn of its own, that others have theirs: one at a time,
+        or a client that sends much would have many."""
+        if not self._turn_is_due:
+            self._turn_is_due = True
+            self.server.loop.call_soon(self._read_on)
+
     def _read_on(self) -> None:
-        """Read what is here already."""
+        self._turn_is_due = False
         if self.phase is ClientPhase.WAITING and self._drained is None and self._buffer:
             data, self._buffer = self._buffer, b""
             self._read_head(data)
@@ -4166,7 +4176,6 @@ INFLATE_SLICE = 64 * KIB  # decompressed at a time, so that a small bomb stays s
 # The text of deltas; "completion" is that of POST /v1/complete.
 DELTA_TEXT = re.compile(rb'"(text|thinking|partial_json|completion)": ?"([^"\\]*(?:\\.[^"\\]*)*)"')
 THINKING_START = re.compile(rb'"content_block": ?\{"type": ?"(?:redacted_)?thinking"')
-LINE_END = re.compile(rb"[\r\n]")
 READABLE_CODINGS = ("gzip", "x-gzip", "deflate")
 
 
@@ -4279,8 +4288,8 @@ class Meter(ResponseFilter):
             self._hold(data)
         elif self._size == 0 and data.endswith(b"\n") and len(data) <= MAX_LINE:
             self._read(data)
-        elif first := LINE_END.search(data):
-            end, last = first.end(), max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
+        elif last := max(data.rfind(b"\n"), data.rfind(b"\r")) + 1:
+            end = min(at for at in (data.find(b"\n"), data.find(b"\r")) if at >= 0) + 1
             lines, ends = data[end:last], [data[:end]]
             if len(lines) > MAX_LINE:
                 ends += lines.splitlines(keepends=True)
