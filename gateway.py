@@ -5574,7 +5574,10 @@ def at_once(coroutine: Coroutine[Any, Any, Result]) -> asyncio.Task[Result] | No
         yield first
         return (yield from coroutine.__await__())
 
-    return asyncio.get_running_loop().create_task(rest())
+    async def go_on() -> Result:  # of generators, Python 3.12 and later make no task
+        return await rest()
+
+    return asyncio.get_running_loop().create_task(go_on())
 
 
 class HandlerDelegate(httputil.HTTPMessageDelegate):
