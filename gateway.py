@@ -3272,9 +3272,12 @@ class UpstreamConnection(asyncio.Protocol):
 
     def eof_received(self) -> None:
         """The transport closes, and `connection_lost` follows."""
-        if self._body is not None and self._body.length == UNTIL_CLOSE and self.request is not None:
-            self._keep, self._body.complete = False, True
-            self._receive(self.request, b"")
+        request, body = self.request, self._body
+        if request is None or body is None or self._held:  # more may be here: it is not whole
+            return
+        if body.length == UNTIL_CLOSE:
+            self._keep, body.complete = False, True
+            self._receive(request, b"")
 
     def connection_lost(self, error: Exception | None) -> None:
         self._break(error)
@@ -3729,7 +3732,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         if length < 0 and self.head.version == 1 and isinstance(headers, RawFields):
             self._chunked = True
             lines.append(CHUNKED_LINE)
-            data = b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+            data = framed(data)
         # RFC 9112 section 9.3; an answer whose end does not show ends with the connection.
         delimited = length >= 0 or self._chunked
         if not delimited or not self.head.keeps_alive or self.server.gateway.stopping:
@@ -3738,16 +3741,14 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             lines.append("Connection: close")
         elif self.head.version == 0:
             lines.append("Connection: keep-alive")
-        head = "\r\n".join((f"HTTP/1.1 {status} {phrase}", *lines, "\r\n"))
         if self.phase is not ClientPhase.GONE:
-            self.transport.write(head.encode("latin-1") + data)
+            self.transport.write(head_bytes(f"HTTP/1.1 {status} {phrase}", lines) + data)
         return self._drained or self.server.done
 
     def write(self, chunk: bytes) -> asyncio.Future[None]:
         """Send a part of the answer."""
         if self.phase is not ClientPhase.GONE:
-            data = b"%x\r\n%b\r\n" % (len(chunk), chunk) if self._chunked and chunk else chunk
-            self.transport.write(data)
+            self.transport.write(framed(chunk) if self._chunked else chunk)
         return self._drained or self.server.done
 
     def finish(self) -> None:
@@ -3859,11 +3860,10 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         self.phase = FOLLOWS[self.phase][ClientPhase.READING]
         self._delegate = delegate = self.server.application.start_request(self.server, self)
         waits = delegate.headers_received(START_LINE, NO_HEADERS)
-        if not rest and self.length and self.phase is ClientPhase.READING and head.expects_continue:
-            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if waits is not None and not waits.done():
             self._buffer = rest
             self._wait_for(waits)
+            waits.add_done_callback(self._invite)
         elif len(rest) == self.length and self.phase is ClientPhase.READING:  # as it mostly is
             self.phase, self._body = FOLLOWS[self.phase][ClientPhase.ANSWERING], NO_BODY
             if rest:
@@ -3871,7 +3871,14 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             if self._delegate is delegate:  # it was not refused
                 delegate.finish()
         else:
+            self._invite()
             self._read_body(rest)
+
+    def _invite(self, _: object = None) -> None:
+        """Have a client that was let in send the body for which it awaits a word (RFC 9110 section
+        10.1.1)."""
+        if not self._taken and self.phase is ClientPhase.READING and self.head.expects_continue:
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _believe(self, head: RequestHead) -> None:
         """Take the address and protocol that a proxy in front tells (`--xheaders`), as Tornado's
@@ -4079,6 +4086,8 @@ class Server:
         while True:
             try:
                 client, peer = await self.loop.sock_accept(listening)
+            except ConnectionError:  # the client has left, which must not hold others up
+                continue
             except OSError as error:
                 log.warning("%s: new connections wait a second; raise the limit", error.strerror)
                 await asyncio.sleep(ACCEPT_AGAIN)
@@ -4251,7 +4260,8 @@ REWRITE_LIMIT = 4 * MIB  # a list of a thousand batches, the longest, has about 
 def through(filters: Iterable[ResponseFilter], data: bytes, complete: bool) -> bytes:
     """Data after all of these, one after the other."""
     for each in filters:
-        data = each.feed(data)
+        if data:
+            data = each.feed(data)
         if complete:
             data += each.finish(True)
     return data
@@ -4462,6 +4472,7 @@ def go_blind(filters: Iterable[ResponseFilter]) -> None:
 
 
 SLICES_A_TURN = 4  # of a compressed answer, before the loop does something else
+MAX_WITHHELD = 1 * MIB  # of one whose reads all end as if the real key began there
 
 
 class Inside:
@@ -4498,9 +4509,12 @@ class Inside:
             return through([mask], data, complete)
         # They wait for the next ones while they may hold a beginning of the real key.
         begun = mask.begun_in(self._looked_at) or mask.begun_in(data) or self._inflater.held
-        if begun and not complete:
-            data, self._withheld = b"", data
-        return data
+        if not begun or complete:
+            return data
+        if len(data) > MAX_WITHHELD:
+            raise UpstreamError("The upstream's answer looks like the gateway's own credential.")
+        self._withheld = data
+        return b""
 
 
 class BatchObject(ResponseFilter):
@@ -5563,7 +5577,8 @@ Result = TypeVar("Result")
 
 def at_once(coroutine: Coroutine[Any, Any, Result]) -> asyncio.Task[Result] | None:
     """Run a coroutine until it must wait: None if it never had to, else the task that goes on with
-    it. What it raises before is raised here."""
+    it. What it raises before is raised here. Until then it is in no task, so that what asks for the
+    present one, as asyncio.timeout does, needs a task of its own."""
     try:
         first = coroutine.send(None)
     except StopIteration:
@@ -5805,6 +5820,12 @@ class Gateway:
         self.stopping = False
         self.drained = asyncio.Event()
 
+    async def close(self) -> None:
+        """Write what is not written, and free all."""
+        await self.ledger.flush()
+        self.client.close()
+        self.ledger.close()
+
     def asking(self, path: str, **options: Any) -> HTTPRequest:
         """A GET of the gateway's own, with the real key."""
         request = HTTPRequest(self.settings.upstream.rstrip("/") + path, **options)
@@ -5917,7 +5938,7 @@ class RelayHandler(BaseHandler):
             for judge in self.gateway.rules.body:
                 await judge(visit, body)
         if data or visit.head.length is not None:
-            self._visit.lines.append(f"Content-Length: {len(data)}")
+            visit.lines.append(f"Content-Length: {len(data)}")
         self.fetch(data)
 
     respond = post
@@ -5930,7 +5951,7 @@ class RelayHandler(BaseHandler):
         self._upstream = UpstreamRequest(
             gateway.origin,
             method,
-            "\r\n".join((start, *self._visit.lines, "\r\n")).encode("latin-1"),
+            head_bytes(start, visit.lines),
             data,
             header_callback=self.on_head,
             streaming_callback=self.on_chunk,
@@ -5986,11 +6007,7 @@ class RelayHandler(BaseHandler):
             return None
         if self._inside is not None:
             return at_once(self._send_inside(self._inside, data, complete))
-        for each in self._filters:
-            if data:
-                data = each.feed(data)
-            if complete:
-                data += each.finish(True)
+        data = through(self._filters, data, complete)
         if complete or self._visit.phase is not RequestPhase.BEGUN:
             return self._send(data, complete)
         self._visit.record.bytes_out += len(data)
@@ -7192,9 +7209,7 @@ async def stop(gateway: Gateway, server: Server, signals: asyncio.Queue[int]) ->
     await asyncio.sleep(0)  # the connections' ends reach their handlers
     for handler in list(gateway.active):  # which wait for the names of batches
         handler.settle("client_gone")
-    await gateway.ledger.flush()
-    gateway.client.close()
-    gateway.ledger.close()
+    await gateway.close()
     log.info("stopped")
 
 

@@ -574,9 +574,7 @@ async def inside(url: str, folder: Path, rules: Any = gateway.RULES, **options: 
         server.stop()
         server.close()
         await asyncio.sleep(0)
-        await shared.ledger.flush()
-        shared.client.close()
-        shared.ledger.close()
+        await shared.close()
 
 
 @contextlib.contextmanager

@@ -123,9 +123,7 @@ async def held(path: Path, key: str, flush_interval: float) -> list[float]:
     server.stop()
     server.close()
     await asyncio.sleep(0.1)
-    await relay.ledger.flush()
-    relay.client.close()
-    relay.ledger.close()
+    await relay.close()
     return times
 
 
