@@ -4854,16 +4854,11 @@ class Doors:
             return
         places = [origin.partition("://")[2] for origin in head.values.get("origin", ())]
         places += [head.host] if head.host else []  # HTTP/1.0 has none, and no browser speaks it
-        sites = head.values.get("sec-fetch-site", ())
-        if any(site.lower() == "cross-site" for site in sites) or not all(
-            map(self._is_here, places)
-        ):
-            raise APIError(
-                403,
-                "This gateway is open, so it takes requests to and from this machine's own"
-                " addresses only. Set GATEWAY_MASTER_KEY where it is started, and use a virtual"
-                " key.",
-            )
+        sites = {site.lower() for site in head.values.get("sec-fetch-site", ())}
+        if "cross-site" in sites or not all(map(self._is_here, places)):
+            text = "This gateway is open, so it takes requests to and from this machine's own"
+            advice = "Set GATEWAY_MASTER_KEY where it is started, and use a virtual key."
+            raise APIError(403, f"{text} addresses only. {advice}")
 
     def _is_here(self, authority: str) -> bool:
         """Whether a host (with or without port) is loopback, or where --address says to listen."""
@@ -4894,23 +4889,18 @@ class Doors:
             else:
                 own = OWN_CREDENTIAL_NAMES.get(header)  # it goes up in the field that it came in
                 if own and caller.own is None and credential.startswith(OWN_CREDENTIAL_PREFIX):
-                    caller.own = (
-                        own,
-                        f"Bearer {credential}" if own == "Authorization" else credential,
-                    )
+                    scheme = "Bearer " if own == "Authorization" else ""
+                    caller.own = own, scheme + credential
                 continue
             if credential not in caller.presented:
                 caller.presented += (credential,)
         if caller.key is not None or caller.is_master or self.is_open:
             return caller
+        text = "No API key was sent. Send a virtual key as 'x-api-key' or 'Authorization: Bearer'."
         if refused:
             text = f"This virtual key is {refused}. Ask whoever runs the gateway for another."
         elif shown:
             text = "Unknown API key. Use a virtual key that this gateway gave out."
-        else:
-            text = (
-                "No API key was sent. Send a virtual key as 'x-api-key' or 'Authorization: Bearer'."
-            )
         raise APIError(401, text)
 
     async def holds_key(self, text: str, shown: Sequence[str]) -> bool:
@@ -4944,10 +4934,10 @@ class Visit:
     """A relayed request on its way through the rules, and what they found out about it.
 
     ``target`` is the raw one behind the upstream's base path, ``path`` what rules look at,
-    ``length`` the body's: bytes or CHUNKED. ``lines`` are the field lines that go up,
-    ``credential`` is the field that goes up, as (name, value). ``order`` is what it asks for,
-    ``hold`` what it holds for that, ``meter`` reads what it used. ``began`` says that all of it
-    went up. ``payer`` is the key that pays; None where the caller does, or nobody counts.
+    ``length`` the body's: bytes or CHUNKED. ``lines`` are the field lines that go up, with
+    ``credential`` as (name, value). ``order`` is what it asks for, ``hold`` what it holds for that,
+    ``meter`` reads what it used, ``results`` what a batch did. ``began``: all of it went up.
+    ``payer`` is the key that pays; None where the caller does, or nobody counts.
     """
 
     gateway: Gateway
@@ -4965,6 +4955,7 @@ class Visit:
     credential: tuple[str, str] | None = None
     hold: Hold | None = None
     meter: Meter | None = None
+    results: Meter | None = None
     mask: Mask | None = None
     answer: ResponseHead | None = None
     began: bool = False
@@ -5018,15 +5009,13 @@ class Rules:
     do."""
 
     def __init__(self, rules: Sequence[Rule]) -> None:
-        self.head = self._having(rules, "head")
-        self.body = self._having(rules, "body")
-        self.filters = self._having(rules, "filters")
-        self.fields = self._having(rules, "fields")
-        self.end = self._having(rules, "end")
+        def having(step: str) -> tuple[Callable[..., Any], ...]:
+            plain = getattr(Rule, step)
+            return tuple(getattr(r, step) for r in rules if getattr(type(r), step) != plain)
 
-    def _having(self, rules: Sequence[Rule], step: str) -> tuple[Callable[..., Any], ...]:
-        plain = getattr(Rule, step)
-        return tuple(getattr(rule, step) for rule in rules if getattr(type(rule), step) != plain)
+        self.head, self.body = having("head"), having("body")
+        self.filters, self.fields = having("filters"), having("fields")
+        self.end = having("end")
 
 
 class Credentials(Rule):
@@ -5047,10 +5036,9 @@ class Credentials(Rule):
             record.shown_key = MASTER_NAME
         visit.credential = caller.own or gateway.credential
         if visit.credential is None:
+            text = "The gateway has no Anthropic credential to use. Whoever runs it must set"
             raise APIError(
-                401,
-                "The gateway has no Anthropic credential to use. Whoever runs it must set"
-                " ANTHROPIC_API_KEY (or ANTHROPIC_AUTH_TOKEN) and start it again.",
+                401, f"{text} ANTHROPIC_API_KEY or ANTHROPIC_AUTH_TOKEN, and restart it."
             )
         secret = gateway.secret
         if caller.own is None and len(secret) >= MIN_SECRET_LENGTH:
@@ -5084,16 +5072,9 @@ class Routes(Rule):
             check_route(key, route, visit.path, pays=visit.payer is not None)
 
 
-def too_large(limit: int) -> APIError:
-    """The 413 of a body of more than ``limit`` bytes."""
-    return APIError(413, f"The request body is larger than {limit:,} bytes.")
-
-
 def check_route(key: VirtualKey, route: Route, path: str, *, pays: bool) -> None:
     """Raise APIError 403 for a path that the key may not call. ``pays``: at the gateway's cost."""
-    if route.open and not key.allowed_routes:
-        return
-    patterns = [pattern.removeprefix("/anthropic") for pattern in key.allowed_routes]
+    patterns = [pattern.removeprefix("/anthropic") for pattern in key.allowed_routes or ["*"]]
     matching = [pattern for pattern in patterns if fnmatch.fnmatchcase(path, pattern)]
     if not route.open:
         matching = [pattern for pattern in matching if pattern.startswith(route.group)]
@@ -5101,17 +5082,17 @@ def check_route(key: VirtualKey, route: Route, path: str, *, pays: bool) -> None
     if not matching and route.open:
         raise APIError(403, f"This key may not call {shown}; its 'allowed_routes' leave it out.")
     if not matching:
-        raise APIError(
-            403,
-            f"This key may not call {shown}: keys reach messages, batches, models, files and"
-            " skills, and more only where their 'allowed_routes' name it.",
-        )
+        reached = "keys reach messages, batches, models, files and skills, and more only where"
+        text = f"This key may not call {shown}: {reached} their 'allowed_routes' name it."
+        raise APIError(403, text)
     if not route.open and pays and key.has_budget and not key.unmetered_routes:
-        raise APIError(
-            403,
-            f"This key has a budget, and what {shown} costs cannot be counted. Whoever runs the"
-            " gateway may give the key 'unmetered_routes': true.",
-        )
+        text = f"This key has a budget, and what {shown} costs cannot be counted. Whoever runs the"
+        raise APIError(403, f"{text} gateway may give the key 'unmetered_routes': true.")
+
+
+def too_large(limit: int) -> APIError:
+    """The 413 of a body of more than ``limit`` bytes."""
+    return APIError(413, f"The request body is larger than {limit:,} bytes.")
 
 
 class Models(Rule):
@@ -5167,12 +5148,9 @@ class Fields(Rule):
         target = urllib.parse.unquote(visit.target, "latin-1")
         text = "\n".join((head.method, visit.target, target, *lines))
         if await visit.gateway.doors.holds_key(text, caller.presented):
-            raise APIError(
-                400,
-                "A key of this gateway stands in the path, the query or a header field where it"
-                " would go on to Anthropic. Send it as 'x-api-key' or 'Authorization: Bearer'"
-                " alone.",
-            )
+            text = "A key of this gateway stands in the path, the query or a header field where it"
+            advice = "Send it as 'x-api-key' or 'Authorization: Bearer' alone."
+            raise APIError(400, f"{text} would go on to Anthropic. {advice}")
 
 
 class Limits(Rule):
@@ -5185,27 +5163,19 @@ class Limits(Rule):
 
     async def head(self, visit: Visit) -> None:
         key, payer, route = visit.caller.key, visit.payer, visit.route
-        visit.hold = hold = Hold(key, visit.record.started, payer is not None or key is None)
-        if key is None:
-            return
-        has_budget = payer is not None and (
-            payer.max_budget is not None or bool(payer.model_max_budget)
-        )
-        pays = has_budget and not route.free
-        if pays and not visit.gateway.prices.available:
-            visit.hold = None
-            raise APIError(
-                503,
-                "This key has a budget, and the gateway does not know what tokens cost. Whoever"
-                " runs it must install genai-prices, or start it with --prices.",
-            )
-        try:
+        hold = Hold(key, visit.record.started, payer is not None or key is None)
+        if key is not None:
+            has_budget = payer and (payer.max_budget is not None or payer.model_max_budget)
+            pays = bool(has_budget) and not route.free
+            if pays and not visit.gateway.prices.available:
+                text = (
+                    "This key has a budget, and the gateway does not know what tokens cost. Whoever"
+                )
+                raise APIError(503, f"{text} runs it must install genai-prices, or set --prices.")
             await visit.gateway.ledger.admit(hold, pays=pays, shares=route.billed)
-        except APIError:
-            visit.hold = None
-            raise
-        if has_budget and route.billed and not route.unread:
-            visit.reads_body = hold.reads_body = True
+            if has_budget and route.billed and not route.unread:
+                visit.reads_body = hold.reads_body = True
+        visit.hold = hold
 
     async def body(self, visit: Visit, body: Kept) -> None:
         route, prices, hold = visit.route, visit.gateway.prices, visit.hold
@@ -5257,7 +5227,8 @@ class Limits(Rule):
         measured = visit.meter.measured if visit.meter is not None else self.measured(visit)
         charges: list[tuple[str, Tally]] = []
         if measured is not None and hold.pays:
-            measured.complete_with(order)
+            if not measured.final:
+                measured.complete_with(order)
             record.model, record.estimated = measured.model or order.model, measured.estimated
             if measured.blind:
                 log.warning("call %s: what is not known costs its worst case", record.call_id)
@@ -5299,17 +5270,18 @@ class Batches(Rule):
 
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
         batch, gateway = visit.route.results_of, visit.gateway
-        if makes_object(visit, head):
+        if head.status != 200:
+            return ()
+        if visit.route.batch and is_json(head.get("content-type")):
             return (BatchObject(gateway.base_path, functools.partial(self.look, visit)),)
-        if not batch or head.status != 200 or visit.caller.own is not None:
+        if not batch or visit.caller.own is not None:
             return ()
         if visit.caller.key is not None:
             # One that nobody here made belongs to the key that first fetches its results.
             gateway.ledger.own_batch(visit.caller.key.account, batch)
         room = functools.partial(gateway.held.find_room, visit.caller.hashed or "")
-        book = functools.partial(gateway.batches.book_result, batch)
-        finish = functools.partial(gateway.ledger.finish_batch, batch)
-        return (Results(book, room, finish),)
+        visit.results = Meter("", functools.partial(gateway.batches.book_result, batch), room)
+        return (visit.results,)
 
     async def look(self, visit: Visit, plain: bytes) -> None:
         """Look at a batch object: remember whose it is, if it was just made, before he is told of
@@ -5326,30 +5298,10 @@ class Batches(Rule):
         elif batch.get("processing_status") == BATCH_ENDED:
             gateway.batches.hurry(name)
 
-
-def makes_object(visit: Visit, head: ResponseHead) -> bool:
-    """Whether an answer is a batch object, or a list of them."""
-    return visit.route.batch and head.status == 200 and is_json(head.get("content-type"))
-
-
-class Results(Meter):
-    """Books a batch's results as they pass to whoever fetches them; all of them, then it is
-    booked."""
-
-    def __init__(
-        self,
-        on_result: Callable[[int, Measured], None],
-        room: Callable[[int], bool],
-        on_end: Callable[[], None],
-    ) -> None:
-        super().__init__("", on_result, room)
-        self._on_end = on_end
-
-    def finish(self, complete: bool) -> bytes:
-        super().finish(complete)
-        if complete and not self.measured.blind:
-            self._on_end()
-        return b""
+    def end(self, visit: Visit) -> None:
+        results = visit.results
+        if results is not None and visit.record.outcome == "ok" and not results.measured.blind:
+            visit.gateway.ledger.finish_batch(visit.route.results_of)
 
 
 RULES = (Credentials(), Routes(), Models(), Fields(), Batches(), Limits())
@@ -5357,12 +5309,10 @@ RULES = (Credentials(), Routes(), Models(), Fields(), Batches(), Limits())
 
 # ─── Relay ────────────────────────────────────────────────────────────────────────────────────────
 
-RELAY_PREFIX = "/anthropic"
+RELAY_PREFIX, RELAYED = "/anthropic", "/anthropic/"
 BARE_PREFIX = "/v1/"
 # What Claude Code asks of its base URL to warm the connection up; answered here, cheaply.
-HELLO_PATHS = frozenset(
-    {"/", RELAY_PREFIX, f"{RELAY_PREFIX}/", f"{RELAY_PREFIX}/api/hello", "/api/hello"}
-)
+HELLO_PATHS = frozenset({"/", RELAY_PREFIX, RELAYED, f"{RELAYED}api/hello", "/api/hello"})
 UNUSUAL_PATH = re.compile(r"[%\\#]|//|/\.")
 OWN_BODY_LIMIT = 1 * MIB  # of a request to the gateway itself
 MANY_PARTS = 1000  # of a body that is kept
@@ -5370,16 +5320,6 @@ MAX_TAGS = 20  # of one request that are remembered
 KEY_SHARE = 4  # of what is held at once one key gets a quarter
 MEMORY_SHARE = 4  # and all get a quarter of the machine's memory
 TRY_SOON = (("retry-after", "1"),)
-
-
-def upstream_target(method: str, target: str) -> str | None:
-    """The raw target behind the upstream's base path; None where the gateway itself answers."""
-    if target.startswith(BARE_PREFIX):
-        return target
-    if not target.startswith(f"{RELAY_PREFIX}/"):
-        return None
-    own = method in ("GET", "HEAD") and target.partition("?")[0] in HELLO_PATHS
-    return None if own else target[len(RELAY_PREFIX) :]
 
 
 def rule_path(target: str) -> str:
@@ -5411,50 +5351,34 @@ class Held:
 
     def take(self, key: str, size: int) -> None:
         """Hold so many bytes more for a key (its hash; empty for the operator's requests, which
-        have no share). Raises APIError 413, 429 or 503."""
-        limit = self.share if key else self.limit
-        mine = self._shares.get(key, 0) + size
-        if size > limit:
-            raise APIError(
-                413,
-                f"The gateway holds at most {limit:,} bytes of a request. Send a smaller one, or"
-                " ask whoever runs it for more --max-held-bytes.",
-            )
-        if self.total + size > self.limit:
+        have no share), or so many less, below 0. Raises APIError 413, 429 or 503."""
+        most, mine = self.share if key else self.limit, self._shares.get(key, 0) + size
+        if size > most:
+            text = f"The gateway holds at most {most:,} bytes of a request. Send a smaller one, or"
+            raise APIError(413, f"{text} ask whoever runs it for more --max-held-bytes.")
+        if size > 0 and self.total + size > self.limit:
             text = "The gateway holds as much as it can for requests under way. Try again."
             raise APIError(503, text, headers=TRY_SOON)
-        if key and mine > self.share:
-            raise APIError(
-                429,
-                f"The gateway holds at most {self.share:,} bytes for one key's requests under way."
-                " Try again.",
-                headers=TRY_SOON,
-            )
+        if size > 0 and mine > most:
+            text = f"The gateway holds at most {most:,} bytes for one key's requests under way."
+            raise APIError(429, f"{text} Try again.", headers=TRY_SOON)
         self.total += size
         self._shares[key] = mine
+        if not mine:
+            del self._shares[key]
 
     def find_room(self, key: str, size: int) -> bool:
-        """Whether so many bytes more are held now; or so many less, below 0."""
+        """Whether so many bytes more are held now; see `take`."""
         try:
-            if size < 0:
-                self.give_back(key, -size)
-            else:
-                self.take(key, size)
+            self.take(key, size)
         except APIError:
             return False
         return True
 
-    def give_back(self, key: str, size: int) -> None:
-        """Hold so many bytes less."""
-        self.total -= size
-        self._shares[key] -= size
-        if not self._shares[key]:
-            del self._shares[key]
-
 
 class Request(httputil.HTTPServerRequest):
-    """Tornado's request over a head that is parsed already; what no handler asks for is not
-    made."""
+    """Tornado's request over a head that is parsed already; what no handler asks for is not made.
+    ``target`` is the raw one behind the upstream's base path, None where the gateway answers."""
 
     def __init__(self, connection: ServerConnection) -> None:
         # Not Tornado's, which also refuses what the upstream may take.
@@ -5462,6 +5386,13 @@ class Request(httputil.HTTPServerRequest):
         self.head = head = connection.head
         self.method, self.uri, self.host = head.method, head.target, head.host
         self.path, _, self.query = head.target.partition("?")
+        self.target: str | None = None
+        if head.target.startswith(BARE_PREFIX):
+            self.target = head.target
+        elif head.target.startswith(RELAYED) and not (
+            self.path in HELLO_PATHS and head.method in ("GET", "HEAD")
+        ):
+            self.target = head.target[len(RELAY_PREFIX) :]
         self.remote_ip, self.protocol = connection.remote_ip, connection.protocol
         self.body: bytearray = bytearray()  # type: ignore[assignment]
 
@@ -5651,7 +5582,7 @@ class GatewayApplication(web.Application):
     ) -> HandlerDelegate:
         """Called by `ServerConnection`, as by Tornado's own server."""
         request = Request(cast(ServerConnection, request_conn))
-        if upstream_target(request.head.method, request.head.target) is not None:
+        if request.target is not None:
             return HandlerDelegate(RelayHandler(self, request))
         return cast(HandlerDelegate, self.find_handler(request))
 
@@ -5866,8 +5797,7 @@ class RelayHandler(BaseHandler):
         moment = gateway.time()
         started = moment_of(int(time.time()))
         record = Record(self.call_id, head.method, request.remote_ip or "", moment, started)
-        target = upstream_target(head.method, head.target) or ""
-        length = request.connection.length
+        target, length = request.target or "", request.connection.length
         self._visit = Visit(
             gateway, head, target, length, record, "", OTHER_ROUTE, NOBODY, UNREAD, []
         )
@@ -6117,7 +6047,7 @@ class RelayHandler(BaseHandler):
         """Nothing is held of the request any more."""
         held, self._held = self._held, 0
         if held:
-            self.gateway.held.give_back(self._visit.record.hashed, held)
+            self.gateway.held.take(self._visit.record.hashed, -held)
 
     async def _breathe(self) -> None:
         """At each turn of the loop a step of one body's, so that nobody waits for all that others
@@ -6129,11 +6059,10 @@ class RelayHandler(BaseHandler):
         """The body, of ``size`` bytes at least, is too large to be kept. Raises APIError where it
         must be read."""
         if self._visit.reads_body:
-            raise APIError(
-                413,
-                f"This key is limited to some models or to a budget, so its requests are read, and"
-                f" may be {JSON_BODY_LIMIT:,} bytes long.",
+            text = (
+                "This key is limited to some models or to a budget, so its requests are read, and"
             )
+            raise APIError(413, f"{text} may be {JSON_BODY_LIMIT:,} bytes long.")
         self._visit.order = Order(prompt=tokens_in(size))
         self._kept = None
 
