@@ -5785,8 +5785,7 @@ class RelayHandler(BaseHandler):
     _kept: list[bytes] | None = None  # of its body
     _held = 0  # bytes
     _upstream: UpstreamRequest | None = None
-    _write: Callable[[bytes], asyncio.Future[None]]
-    _uploaded: asyncio.Future[None]
+    _uploaded: asyncio.Future[None]  # done when all of a body that streams was handed on
     _filters: Sequence[ResponseFilter] = ()
     _inside: Inside | None = None  # where the filters look into a compressed answer
     _gathered: bytearray | None = None  # an answer whose length a filter changes
@@ -5837,7 +5836,7 @@ class RelayHandler(BaseHandler):
         if record.bytes_in > limit:
             raise too_large(limit)
         if kept is None:
-            return self._write(chunk)
+            return self._upstream.write(chunk) if self._upstream is not None else None
         if record.bytes_in > self._held:
             self._hold(record.bytes_in - self._held)
         kept.append(chunk)
@@ -5937,7 +5936,8 @@ class RelayHandler(BaseHandler):
             return None
         if self._inside is not None:
             return at_once(self._send_inside(self._inside, data, complete))
-        data = through(self._filters, data, complete)
+        if data or complete:
+            data = through(self._filters, data, complete)
         if complete or self._visit.phase is not RequestPhase.BEGUN:
             return self._send(data, complete)
         self._visit.record.bytes_out += len(data)
@@ -6067,15 +6067,11 @@ class RelayHandler(BaseHandler):
         self._kept = None
 
     def _stream(self, length: int, kept: bytes = b"") -> None:
-        """Open the upstream now; the body follows what is kept of it, as it comes."""
+        """Open the upstream now; the body follows what is kept of it: `data_received` writes what
+        comes, until `post` says that it was all."""
         self._visit.lines.append(CHUNKED_LINE if length == CHUNKED else f"Content-Length: {length}")
         self._uploaded = asyncio.get_running_loop().create_future()
-        self.fetch(kept, body_producer=self._produce, chunked=length == CHUNKED)
-
-    def _produce(self, write: Callable[[bytes], asyncio.Future[None]]) -> asyncio.Future[None]:
-        """`data_received` writes what comes, until `post` says that it was all."""
-        self._write = write
-        return self._uploaded
+        self.fetch(kept, body_producer=lambda write: self._uploaded, chunked=length == CHUNKED)
 
     async def _send_inside(self, inside: Inside, data: bytes, complete: bool) -> None:
         """Send compressed bytes on, once the filters have seen what they hold."""
