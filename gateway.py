@@ -4962,21 +4962,23 @@ class Visit:
     phase: RequestPhase = RequestPhase.JUDGED
 
 
+@dataclass(slots=True)
 class Kept:
     """A request's body that was kept, and what was read of it: once, however many rules look."""
 
-    def __init__(self, data: bytes, route: Route, breathe: Breathe) -> None:
-        self.data, self.breathe = data, breathe
-        self._route = route
-        self._read: list[object] = []
+    data: bytes
+    route: Route
+    breathe: Breathe
+    document: object = None
+    is_read: bool = False
 
     async def read(self, *, strictly: bool) -> object:
         """What it says: to the letter (APIError 400 where that is not clear), or what of it a price
         depends on (None where it cannot be read). An empty one says nothing."""
-        if self.data and (strictly or not self._read):
-            read = read_body(self.data, self._route, self.breathe, strictly=strictly)
-            self._read = [await read]
-        return self._read[0] if self._read else None
+        if self.data and (strictly or not self.is_read):
+            read = read_body(self.data, self.route, self.breathe, strictly=strictly)
+            self.document, self.is_read = await read, True
+        return self.document
 
 
 class Rule:
