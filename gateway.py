@@ -107,7 +107,6 @@ from tornado.httpserver import HTTPServer
 from tornado.iostream import StreamClosedError
 from tornado.log import LogFormatter, define_logging_options
 from tornado.netutil import bind_sockets
-from tornado.options import Error as OptionError
 from tornado.options import OptionParser
 from tornado.tcpclient import TCPClient
 
@@ -205,9 +204,7 @@ class Settings:
         """The header that carries the real key upstream, as (name, value); None: no key is set."""
         if self.api_key:
             return "x-api-key", self.api_key
-        if self.auth_token:
-            return "Authorization", f"Bearer {self.auth_token}"
-        return None
+        return ("Authorization", f"Bearer {self.auth_token}") if self.auth_token else None
 
 
 def memory_size() -> int:
@@ -236,57 +233,40 @@ class Origin:
 
 def parse_upstream(url: str) -> tuple[Origin, str]:
     """An upstream URL's origin and base path (no trailing slash). Raises SettingsError."""
-    wrong = SettingsError(f"--upstream: {url!r} is not an http or https URL, nor 'mock'")
-    try:
+    with contextlib.suppress(ValueError, KeyError):
         parts = urllib.parse.urlsplit(url)
         port = parts.port or DEFAULT_PORTS[parts.scheme]
-    except (ValueError, KeyError):
-        raise wrong from None
-    if parts.username is not None or parts.query or parts.fragment:
-        raise SettingsError("--upstream: takes a scheme, a host and a base path, nothing else")
-    if not parts.hostname or not SENDABLE.fullmatch(url):
-        raise wrong
-    return Origin(parts.scheme, parts.hostname, port), parts.path.rstrip("/")
+        more = parts.username is not None or parts.query or parts.fragment
+        if parts.hostname and SENDABLE.fullmatch(url) and not more:
+            return Origin(parts.scheme, parts.hostname, port), parts.path.rstrip("/")
+    raise SettingsError("--upstream: neither an http or https URL of a host and a path, nor 'mock'")
 
 
 def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
-    """Read the command line (without the program's name), ``--config`` and the environment.
-
-    The command line wins over the file. Raises SettingsError. ANTHROPIC_BASE_URL is not read: on a
-    user's machine it names this very gateway.
-    """
+    """Read the command line (without the program's name), ``--config`` and the environment; but not
+    ANTHROPIC_BASE_URL, which names this very gateway on a user's machine. Raises SettingsError."""
     parser, values = OptionParser(), dict[str, Any]()
     for each in dataclasses.fields(Settings):
         found = (environment.get(name, "").strip() for name in each.metadata["variables"])
-        value = next(filter(None, found), each.default)
-        values[each.name] = value
+        value = values[each.name] = next(filter(None, found), each.default)
         if each.metadata["help"]:
             kind = Path if value is None else type(value)
             parser.define(each.name, value, kind, each.metadata["help"], group="Gateway")
     define_logging_options(parser)
-    parse_arguments(parser, arguments)
-    if parser.config:
-        try:
-            parser.parse_config_file(parser.config, final=False)
-        except Exception as error:  # noqa: BLE001 - the file is Python, it can fail in any way
-            raise SettingsError(f"--config: {parser.config}: {error}") from None
-        parse_arguments(parser, arguments)
-    parser.run_parse_callbacks()
-    given = {name: parser[name] for name in values if name in parser}
-    return Settings(**values | {name: x for name, x in given.items() if x not in ("", Path())})
-
-
-def parse_arguments(parser: OptionParser, arguments: Sequence[str]) -> None:
-    """Hand the arguments to the parser one by one, so that an error can name its own."""
-    for argument in arguments:
-        if not argument.startswith("-") or argument.lstrip("-").partition("=")[0] not in parser:
+    # The file first, since the command line wins over it; one by one, so that an error has a name.
+    for argument in sorted(arguments, key=lambda text: not text.lstrip("-").startswith("config=")):
+        name = argument.lstrip("-").partition("=")[0]
+        if not argument.startswith("-") or name not in parser:
             raise SettingsError(f"{argument}: not an option (--help lists them)")
         try:
             parser.parse_command_line(["gateway.py", argument], final=False)
-        except OptionError as error:
-            raise SettingsError(f"{argument}: {error} (--help lists the options)") from None
-        except ValueError:
-            raise SettingsError(f"{argument}: the value is not a number") from None
+            if name == "config" and parser.config:
+                parser.parse_config_file(parser.config, final=False)
+        except Exception as error:  # noqa: BLE001 - the file is Python, it can fail in any way
+            raise SettingsError(f"{argument}: {error}") from None
+    parser.run_parse_callbacks()
+    given = {name: parser[name] for name in values if name in parser}
+    return Settings(**values | {name: x for name, x in given.items() if x not in ("", Path())})
 
 
 # ─── Errors ───────────────────────────────────────────────────────────────────────────────────────
@@ -304,22 +284,17 @@ DO_NOT_RETRY = ("x-should-retry", "false")
 
 
 class APIError(Exception):
-    """The only way to say no: becomes Anthropic's error envelope with this status.
-
-    ``kind`` is ``error.type``, by default the one that goes with the status. ``headers`` are sent
-    beside it. The message is for the client: it never holds a key, a hash or a path of the machine.
-    """
+    """The only way to say no: becomes Anthropic's error envelope with this status, sent with these
+    headers. ``kind`` is ``error.type``, by default the one that goes with the status. The message
+    is for the client: it never holds a key, a hash or a path of the machine."""
 
     def __init__(
         self, status: int, message: str, *, kind: str = "", headers: Sequence[tuple[str, str]] = ()
     ) -> None:
         super().__init__(message)
-        self.status = status
-        self.message = message
-        self.kind = kind or ERROR_TYPES[status]
-        self.headers = tuple(headers)
-        if status == 401:  # the SDKs and Claude Code would try again for minutes
-            self.headers += (DO_NOT_RETRY,)
+        self.status, self.message, self.kind = status, message, kind or ERROR_TYPES[status]
+        # Else the SDKs and Claude Code try again for minutes.
+        self.headers = (*headers, DO_NOT_RETRY) if status == 401 else tuple(headers)
 
     def body(self, request_id: str) -> bytes:
         """The envelope as JSON (platform.claude.com, api/errors, "Error shapes")."""
@@ -505,7 +480,7 @@ class Usage:
     def to_json(self, today: str, keep_from: str) -> str:
         """The JSON text; days before ``keep_from`` are forgotten."""
         for day, models in self._counted.items():
-            self._texts[day] = json.dumps({name: tally.to_json() for name, tally in models.items()})
+            self._texts[day] = json.dumps(models, default=Tally.to_json)
         self._texts = {day: text for day, text in self._texts.items() if day >= keep_from}
         self._counted = {day: models for day, models in self._counted.items() if day >= today}
         return "{" + ", ".join(f'"{day}": {text}' for day, text in self._texts.items()) + "}"
@@ -515,26 +490,26 @@ class Usage:
         return {model: Tally.from_json(tally) for model, tally in models.items()}
 
 
+@dataclass(slots=True)
 class Bucket:
     """A token bucket that refills continuously, as Anthropic's own limits do (api/rate-limits): by
-    ``limit`` a minute, which is the most it holds. It may be drawn below zero, and then blocks.
+    ``limit`` a minute, which is the most it holds. More than that may be drawn, and then it blocks.
     Times are seconds of a clock that does not jump."""
 
-    __slots__ = ("_at", "_level", "limit")
-
-    def __init__(self, limit: int, moment: float) -> None:
-        self.limit, self._level, self._at = limit, float(limit), moment
+    limit: int
+    seen: float
+    drawn: float = 0.0
 
     def level(self, moment: float) -> float:
         """How much it holds."""
-        if moment != self._at:
-            gained = (moment - self._at) * self.limit / 60
-            self._level, self._at = min(float(self.limit), self._level + gained), moment
-        return self._level
+        if moment != self.seen:
+            gained = (moment - self.seen) * self.limit / 60
+            self.drawn, self.seen = max(0.0, self.drawn - gained), moment
+        return self.limit - self.drawn
 
     def draw(self, amount: float, moment: float) -> None:
         """Take out."""
-        self._level = self.level(moment) - amount
+        self.drawn = self.limit - self.level(moment) + amount
 
     def seconds_until(self, wanted: float, moment: float) -> float:
         """How long until it holds that much; a minute where it never will."""
@@ -542,11 +517,6 @@ class Bucket:
         if missing <= 0:
             return 0.0
         return missing * 60 / self.limit if self.limit >= wanted else 60.0
-
-    def resize(self, limit: int, moment: float) -> None:
-        """Take another limit from now on; what was drawn stays drawn."""
-        self._level = self.level(moment) + limit - self.limit
-        self.limit = limit
 
 
 @dataclass(slots=True)
@@ -577,11 +547,6 @@ PRINTABLE_KEY = re.compile(r'sk-(?:(?!["\\])[\x21-\x7e]){1,253}')
 KEY_LIKE = re.compile(r"sk-[^\s\"\\]{13,}")  # with its prefix 16 characters or more
 WORD_ENDS = re.compile(r'[\s"]')
 SHOWN_LENGTH = 200  # characters of a text that a log line shows
-
-
-def new_key() -> str:
-    """A fresh virtual key: ``sk-`` and 22 URL-safe characters."""
-    return KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES)
 
 
 def hash_key(key: str) -> str:
@@ -2177,8 +2142,7 @@ class FileLedger(Ledger):
                 continue
             if bucket is None:
                 bucket = buckets[kind] = Bucket(limit, clock)
-            elif bucket.limit != limit:
-                bucket.resize(limit, clock)
+            bucket.limit = limit  # what was drawn stays drawn
             if not refused and (wait := bucket.seconds_until(1, clock)) > 0:
                 refused = f"{limit:,} {kind} a minute"
         if refused:
@@ -6319,7 +6283,7 @@ class KeyHandler(ManagementHandler):
     def chosen(self, value: Any) -> str:
         """A key that the caller chose, or a fresh one. Raises APIError 400."""
         if value is None:
-            return new_key()
+            return KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES)
         key = value if isinstance(value, str) and PRINTABLE_KEY.fullmatch(value) else ""
         if len(key) < MIN_KEY_LENGTH:
             rule = f"{MIN_KEY_LENGTH} to {MAX_KEY_LENGTH} ASCII characters, no quote or backslash"

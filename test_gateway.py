@@ -887,7 +887,7 @@ def test_buckets_refill_continuously_and_a_clock_set_back_forgives_nothing() -> 
     assert bucket.level(1.0) == pytest.approx(-119)
     assert bucket.seconds_until(1, 1.0) == pytest.approx(120)
     assert bucket.level(1000.0) == 60
-    bucket.resize(100, 1000.0)
+    bucket.limit = 100
     assert bucket.level(1000.0) == 100
     assert gateway.Bucket(0, 0.0).seconds_until(1, 5.0) == 60
     spent = gateway.WindowSpend("2026-12-01T00:00:00Z", Decimal(5))
