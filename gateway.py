@@ -30,11 +30,8 @@ The way of a request:
                                             of it is logged
 
 Whatever must wait returns an awaitable, and what need not returns None, as in Tornado. What a
-connection and a request may do next stands in `FOLLOWS`.
-
-The rooms of this file, top to bottom; each uses only what stands above it: Settings, Errors, Time
-and money, Keys, Anthropic, Prices, Ledger, Wire, Client, Server, Filters, Record, Rules, Relay,
-Management, Operations, Stand-in, Main.
+connection and a request may do next stands in `FOLLOWS`. Each room of this file, from Settings to
+Main, uses only what stands above it.
 """
 
 from __future__ import annotations
@@ -96,7 +93,7 @@ from collections.abc import (
 )
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, TypedDict, TypeVar, cast
 
@@ -151,10 +148,8 @@ class Settings:
 
     port: int = option(4000, "port to listen on; 0 takes a free one", least=0)
     address: str = option("", "address to listen on; by default all, or loopback in open mode")
-    upstream: str = option(
-        ANTHROPIC_API, "URL to relay to, or 'mock'; else $ANTHROPIC_API_BASE", "ANTHROPIC_API_BASE"
-    )
-    keys: Path = option(Path("keys.json"), "file that holds the virtual keys")  # noqa: RUF009
+    upstream: str = option(ANTHROPIC_API, "URL to relay to, or 'mock'", "ANTHROPIC_API_BASE")
+    keys: Path = option(Path("keys.json"), "file that holds the virtual keys")
     connect_timeout: float = option(10.0, "seconds to wait for a connection upstream", least=0.001)
     idle_timeout: float = option(600.0, "seconds of silence that end a connection", least=0.001)
     client_timeout: float = option(60.0, "seconds for a head, or a pause in a body", least=0.001)
@@ -164,7 +159,7 @@ class Settings:
     max_held_bytes: int = option(
         0, "bytes of bodies held, a quarter for one key; 0 is a quarter of the memory", least=0
     )
-    prices: Path | None = option(  # noqa: RUF009
+    prices: Path | None = option(
         None, "JSON file of model (or pattern) to USD per million tokens, before genai-prices"
     )
     usage_days: int = option(90, "days for which usage is kept", least=1)
@@ -251,7 +246,8 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
         value = values[each.name] = next(filter(None, found), each.default)
         if each.metadata["help"]:
             kind = Path if value is None else type(value)
-            parser.define(each.name, value, kind, each.metadata["help"], group="Gateway")
+            told = "; else $".join((each.metadata["help"], *each.metadata["variables"]))
+            parser.define(each.name, value, kind, told, group="Gateway")
     define_logging_options(parser)
     # The file first, since the command line wins over it; one by one, so that an error has a name.
     for argument in sorted(arguments, key=lambda text: not text.lstrip("-").startswith("config=")):
@@ -383,7 +379,7 @@ def window_start(duration: str | None, moment: datetime) -> str:
 
 def read_decimal(value: object) -> Decimal:
     """A finite amount that is not negative, from a JSON string or number. Raises ValueError."""
-    with contextlib.suppress(InvalidOperation):
+    with contextlib.suppress(ArithmeticError):
         amount = Decimal(str(value))
         if amount.is_finite() and amount >= 0:
             return amount
