@@ -111,8 +111,7 @@ __version__ = "1.0.0"
 
 log = logging.getLogger("gateway")
 
-KIB = 1024
-MIB = 1024 * KIB
+KIB, MIB = 1024, 1024 * 1024
 
 
 # ─── Settings ─────────────────────────────────────────────────────────────────────────────────────
@@ -137,9 +136,6 @@ def option(default: Any, help: str, *variables: str, least: float | None = None)
     Without help it is a secret: no option, and never shown."""
     known = {"help": help, "least": least, "variables": variables}
     return field(default=default, repr=bool(help), metadata=known)
-
-
-secret = functools.partial(option, "", "")
 
 
 @dataclass(frozen=True)
@@ -172,9 +168,9 @@ class Settings:
     log_json: bool = option(False, "write the log as JSON, a line each")
     check: bool = option(False, "say whether all is well to start, and end: 0 if so, 1 if not")
     config: str = option("", "Python file with options, one name = value a line")
-    api_key: str = secret("ANTHROPIC_API_KEY")
-    auth_token: str = secret("ANTHROPIC_AUTH_TOKEN")
-    master_key: str = secret("GATEWAY_MASTER_KEY", "LITELLM_MASTER_KEY")
+    api_key: str = option("", "", "ANTHROPIC_API_KEY")
+    auth_token: str = option("", "", "ANTHROPIC_AUTH_TOKEN")
+    master_key: str = option("", "", "GATEWAY_MASTER_KEY", "LITELLM_MASTER_KEY")
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
@@ -628,7 +624,6 @@ def shown(value: Any, amount: Callable[[Decimal], float | str] = float) -> Any:
 
 written = functools.partial(shown, amount="{:f}".format)  # in the file amounts lose no digit
 Value = TypeVar("Value")
-Reader = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
@@ -638,8 +633,8 @@ class Kind:
     ``words`` say."""
 
     words: str
-    read: Reader
-    load: Reader | None = None
+    read: Callable[[Any], Any]
+    load: Callable[[Any], Any] | None = None
     empty: Callable[[], Any] = lambda: None
 
     def parse(self, name: str, value: Any) -> Any:
@@ -703,9 +698,7 @@ STRING = functools.partial(exactly, str)
 NAME = Kind("a string", STRING, empty=str)
 TEXT = Kind("a string", lambda value: STRING(value) or None)
 FLAG = Kind("true or false", functools.partial(exactly, bool), empty=bool)
-OBJECT = Kind(
-    "an object", lambda value: json.loads(json.dumps({**value}, default=float)), empty=dict
-)
+OBJECT = Kind("an object", lambda row: json.loads(json.dumps({**row}, default=float)), empty=dict)
 TEXTS = Kind("a list of strings", read_texts, empty=list)
 ROUTES = Kind(
     "paths that begin with '/', with '*' for any text",
