@@ -611,14 +611,16 @@ class Account:
 class ModelBudget:
     """A budget for the models that a pattern matches: USD, and the window or None for ever."""
 
-    budget_limit: Decimal
-    time_period: str | None = None
+    limit: Decimal
+    duration: str | None = None
 
 
 def shown(value: Any, amount: Callable[[Decimal], float | str] = float) -> Any:
     """For `json.dumps`: what answers have for a value that JSON has no type for."""
     if isinstance(value, Decimal):
         return amount(value)
+    if isinstance(value, ModelBudget):
+        return {"budget_limit": value.limit, "time_period": value.duration}
     return iso(value) if isinstance(value, datetime) else dataclasses.asdict(value)
 
 
@@ -677,20 +679,20 @@ def read_window(value: Any) -> str | None:
     return value or None
 
 
-# LiteLLM's other names for what a model's budget has.
-BUDGET_ALIASES = {"max_budget": "budget_limit", "budget_duration": "time_period"}
+# What LiteLLM calls what a model's budget has; it takes either name.
+BUDGET_NAMES = {"budget_limit": "limit", "max_budget": "limit"}
+BUDGET_NAMES |= {"time_period": "duration", "budget_duration": "duration"}
 
 
 def read_budgets(value: Any, amount: Callable[[Any], Decimal] = read_amount) -> dict[str, Any]:
     """LiteLLM's ``{pattern: {"budget_limit": USD, "time_period": "1d"}}``."""
     budgets = {}
     for pattern, row in value.items():
-        fields = {BUDGET_ALIASES.get(name, name): entry for name, entry in row.items()}
+        fields = {BUDGET_NAMES[name]: entry for name, entry in row.items()}
         if len(fields) < len(row):
             raise ValueError
-        fields["budget_limit"] = amount(fields["budget_limit"])
-        fields["time_period"] = read_window(fields.get("time_period"))
-        budgets[pattern] = ModelBudget(**fields)
+        duration = read_window(fields.get("duration"))
+        budgets[pattern] = ModelBudget(amount(fields["limit"]), duration)
     return budgets
 
 
@@ -785,7 +787,7 @@ class VirtualKey:
 
     def spent(self, moment: datetime, pattern: str = ALL_MODELS) -> Decimal:
         """USD spent in the present window of the key's budget, or of a model's."""
-        duration = self.model_max_budget[pattern].time_period if pattern else self.budget_duration
+        duration = self.model_max_budget[pattern].duration if pattern else self.budget_duration
         window, start = self.account.windows[pattern], window_start(duration, moment)
         return window.spend if window.start == start else window.spent(start)
 
@@ -2055,7 +2057,7 @@ class FileLedger(Ledger):
         budgets = [(ALL_MODELS, limit, key.budget_duration)]
         for pattern, budget in key.model_max_budget.items():
             if not model or fnmatch.fnmatchcase(model, pattern):
-                budgets.append((pattern, budget.budget_limit, budget.time_period))
+                budgets.append((pattern, budget.limit, budget.duration))
         levels, windows = [], key.account.windows
         for pattern, limit, duration in budgets:
             window, start = windows[pattern], window_start(duration, moment)
@@ -6206,7 +6208,7 @@ def key_row(hashed: str, key: VirtualKey, *, full: bool = False) -> dict[str, An
     row: dict[str, Any] = {"token": hashed, "token_id": hashed, "status": key.status(moment)}
     row |= {name: getattr(key, name) for name in SHOWN}
     budgets = key.model_max_budget.items()
-    row["model_max_budget_usage"] = {p: spent(p, budget.time_period) for p, budget in budgets}
+    row["model_max_budget_usage"] = {p: spent(p, budget.duration) for p, budget in budgets}
     row["last_active"] = key.account.last_active
     row |= spent(ALL_MODELS, key.budget_duration) | LITELLM_FIELDS
     if full:
