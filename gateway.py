@@ -30,11 +30,8 @@ The way of a request:
                                             of it is logged
 
 Whatever must wait returns an awaitable, and what need not returns None, as in Tornado. What a
-connection and a request may do next stands in `FOLLOWS`.
-
-The rooms of this file, top to bottom; each uses only what stands above it: Settings, Errors, Time
-and money, Keys, Anthropic, Prices, Ledger, Wire, Client, Server, Filters, Record, Rules, Relay,
-Management, Operations, Stand-in, Main.
+connection and a request may do next stands in `FOLLOWS`. Each room of this file, from Settings to
+Main, uses only what stands above it.
 """
 
 from __future__ import annotations
@@ -96,7 +93,7 @@ from collections.abc import (
 )
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, TypedDict, TypeVar, cast
 
@@ -107,7 +104,6 @@ from tornado.httpserver import HTTPServer
 from tornado.iostream import StreamClosedError
 from tornado.log import LogFormatter, define_logging_options
 from tornado.netutil import bind_sockets
-from tornado.options import Error as OptionError
 from tornado.options import OptionParser
 from tornado.tcpclient import TCPClient
 
@@ -115,8 +111,7 @@ __version__ = "1.0.0"
 
 log = logging.getLogger("gateway")
 
-KIB = 1024
-MIB = 1024 * KIB
+KIB, MIB = 1024, 1024 * 1024
 
 
 # ─── Settings ─────────────────────────────────────────────────────────────────────────────────────
@@ -143,19 +138,14 @@ def option(default: Any, help: str, *variables: str, least: float | None = None)
     return field(default=default, repr=bool(help), metadata=known)
 
 
-secret = functools.partial(option, "", "")
-
-
 @dataclass(frozen=True)
 class Settings:
     """What the gateway runs with, each described once. Times are seconds, sizes bytes."""
 
     port: int = option(4000, "port to listen on; 0 takes a free one", least=0)
     address: str = option("", "address to listen on; by default all, or loopback in open mode")
-    upstream: str = option(
-        ANTHROPIC_API, "URL to relay to, or 'mock'; else $ANTHROPIC_API_BASE", "ANTHROPIC_API_BASE"
-    )
-    keys: Path = option(Path("keys.json"), "file that holds the virtual keys")  # noqa: RUF009
+    upstream: str = option(ANTHROPIC_API, "URL to relay to, or 'mock'", "ANTHROPIC_API_BASE")
+    keys: Path = option(Path("keys.json"), "file that holds the virtual keys")
     connect_timeout: float = option(10.0, "seconds to wait for a connection upstream", least=0.001)
     idle_timeout: float = option(600.0, "seconds of silence that end a connection", least=0.001)
     client_timeout: float = option(60.0, "seconds for a head, or a pause in a body", least=0.001)
@@ -165,7 +155,7 @@ class Settings:
     max_held_bytes: int = option(
         0, "bytes of bodies held, a quarter for one key; 0 is a quarter of the memory", least=0
     )
-    prices: Path | None = option(  # noqa: RUF009
+    prices: Path | None = option(
         None, "JSON file of model (or pattern) to USD per million tokens, before genai-prices"
     )
     usage_days: int = option(90, "days for which usage is kept", least=1)
@@ -178,9 +168,9 @@ class Settings:
     log_json: bool = option(False, "write the log as JSON, a line each")
     check: bool = option(False, "say whether all is well to start, and end: 0 if so, 1 if not")
     config: str = option("", "Python file with options, one name = value a line")
-    api_key: str = secret("ANTHROPIC_API_KEY")
-    auth_token: str = secret("ANTHROPIC_AUTH_TOKEN")
-    master_key: str = secret("GATEWAY_MASTER_KEY", "LITELLM_MASTER_KEY")
+    api_key: str = option("", "", "ANTHROPIC_API_KEY")
+    auth_token: str = option("", "", "ANTHROPIC_AUTH_TOKEN")
+    master_key: str = option("", "", "GATEWAY_MASTER_KEY", "LITELLM_MASTER_KEY")
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
@@ -205,9 +195,7 @@ class Settings:
         """The header that carries the real key upstream, as (name, value); None: no key is set."""
         if self.api_key:
             return "x-api-key", self.api_key
-        if self.auth_token:
-            return "Authorization", f"Bearer {self.auth_token}"
-        return None
+        return ("Authorization", f"Bearer {self.auth_token}") if self.auth_token else None
 
 
 def memory_size() -> int:
@@ -236,57 +224,41 @@ class Origin:
 
 def parse_upstream(url: str) -> tuple[Origin, str]:
     """An upstream URL's origin and base path (no trailing slash). Raises SettingsError."""
-    wrong = SettingsError(f"--upstream: {url!r} is not an http or https URL, nor 'mock'")
-    try:
+    with contextlib.suppress(ValueError, KeyError):
         parts = urllib.parse.urlsplit(url)
         port = parts.port or DEFAULT_PORTS[parts.scheme]
-    except (ValueError, KeyError):
-        raise wrong from None
-    if parts.username is not None or parts.query or parts.fragment:
-        raise SettingsError("--upstream: takes a scheme, a host and a base path, nothing else")
-    if not parts.hostname or not SENDABLE.fullmatch(url):
-        raise wrong
-    return Origin(parts.scheme, parts.hostname, port), parts.path.rstrip("/")
+        more = parts.username is not None or parts.query or parts.fragment
+        if parts.hostname and SENDABLE.fullmatch(url) and not more:
+            return Origin(parts.scheme, parts.hostname, port), parts.path.rstrip("/")
+    raise SettingsError("--upstream: neither an http or https URL of a host and a path, nor 'mock'")
 
 
 def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
-    """Read the command line (without the program's name), ``--config`` and the environment.
-
-    The command line wins over the file. Raises SettingsError. ANTHROPIC_BASE_URL is not read: on a
-    user's machine it names this very gateway.
-    """
+    """Read the command line (without the program's name), ``--config`` and the environment; but not
+    ANTHROPIC_BASE_URL, which names this very gateway on a user's machine. Raises SettingsError."""
     parser, values = OptionParser(), dict[str, Any]()
     for each in dataclasses.fields(Settings):
         found = (environment.get(name, "").strip() for name in each.metadata["variables"])
-        value = next(filter(None, found), each.default)
-        values[each.name] = value
+        value = values[each.name] = next(filter(None, found), each.default)
         if each.metadata["help"]:
             kind = Path if value is None else type(value)
-            parser.define(each.name, value, kind, each.metadata["help"], group="Gateway")
+            told = "; else $".join((each.metadata["help"], *each.metadata["variables"]))
+            parser.define(each.name, value, kind, told, group="Gateway")
     define_logging_options(parser)
-    parse_arguments(parser, arguments)
-    if parser.config:
-        try:
-            parser.parse_config_file(parser.config, final=False)
-        except Exception as error:  # noqa: BLE001 - the file is Python, it can fail in any way
-            raise SettingsError(f"--config: {parser.config}: {error}") from None
-        parse_arguments(parser, arguments)
-    parser.run_parse_callbacks()
-    given = {name: parser[name] for name in values if name in parser}
-    return Settings(**values | {name: x for name, x in given.items() if x not in ("", Path())})
-
-
-def parse_arguments(parser: OptionParser, arguments: Sequence[str]) -> None:
-    """Hand the arguments to the parser one by one, so that an error can name its own."""
-    for argument in arguments:
-        if not argument.startswith("-") or argument.lstrip("-").partition("=")[0] not in parser:
+    # The file first, since the command line wins over it; one by one, so that an error has a name.
+    for argument in sorted(arguments, key=lambda text: not text.lstrip("-").startswith("config=")):
+        name = argument.lstrip("-").partition("=")[0]
+        if not argument.startswith("-") or name not in parser:
             raise SettingsError(f"{argument}: not an option (--help lists them)")
         try:
             parser.parse_command_line(["gateway.py", argument], final=False)
-        except OptionError as error:
-            raise SettingsError(f"{argument}: {error} (--help lists the options)") from None
-        except ValueError:
-            raise SettingsError(f"{argument}: the value is not a number") from None
+            if name == "config" and parser.config:
+                parser.parse_config_file(parser.config, final=False)
+        except Exception as error:  # noqa: BLE001 - the file is Python, it can fail in any way
+            raise SettingsError(f"{argument}: {error}") from None
+    parser.run_parse_callbacks()
+    given = {name: parser[name] for name in values if name in parser}
+    return Settings(**values | {name: x for name, x in given.items() if x not in ("", Path())})
 
 
 # ─── Errors ───────────────────────────────────────────────────────────────────────────────────────
@@ -304,22 +276,17 @@ DO_NOT_RETRY = ("x-should-retry", "false")
 
 
 class APIError(Exception):
-    """The only way to say no: becomes Anthropic's error envelope with this status.
-
-    ``kind`` is ``error.type``, by default the one that goes with the status. ``headers`` are sent
-    beside it. The message is for the client: it never holds a key, a hash or a path of the machine.
-    """
+    """The only way to say no: becomes Anthropic's error envelope with this status, sent with these
+    headers. ``kind`` is ``error.type``, by default the one that goes with the status. The message
+    is for the client: it never holds a key, a hash or a path of the machine."""
 
     def __init__(
         self, status: int, message: str, *, kind: str = "", headers: Sequence[tuple[str, str]] = ()
     ) -> None:
         super().__init__(message)
-        self.status = status
-        self.message = message
-        self.kind = kind or ERROR_TYPES[status]
-        self.headers = tuple(headers)
-        if status == 401:  # the SDKs and Claude Code would try again for minutes
-            self.headers += (DO_NOT_RETRY,)
+        self.status, self.message, self.kind = status, message, kind or ERROR_TYPES[status]
+        # Else the SDKs and Claude Code try again for minutes.
+        self.headers = (*headers, DO_NOT_RETRY) if status == 401 else tuple(headers)
 
     def body(self, request_id: str) -> bytes:
         """The envelope as JSON (platform.claude.com, api/errors, "Error shapes")."""
@@ -329,7 +296,7 @@ class APIError(Exception):
 
 # ─── Time and money ───────────────────────────────────────────────────────────────────────────────
 
-DURATION = re.compile(r"([0-9]{1,9})(mo|s|m|h|d|w)", re.ASCII)
+DURATION = re.compile(r"\A([0-9]{1,9})(mo|s|m|h|d|w)\Z")
 UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 EPOCH, FIRST_MONDAY = datetime(1970, 1, 1, tzinfo=UTC), datetime(1970, 1, 5, tzinfo=UTC)
 END_OF_TIME = datetime(9999, 12, 31, tzinfo=UTC)
@@ -350,9 +317,9 @@ def moment_of(second: int) -> datetime:
 
 
 @functools.lru_cache(maxsize=64)
-def iso(moment: datetime | None) -> str | None:
+def iso(moment: datetime) -> str:
     """A moment as ``2026-11-22T07:00:00Z``."""
-    return None if moment is None else moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 @functools.lru_cache(maxsize=64)
@@ -369,19 +336,13 @@ def from_iso(text: str) -> datetime:
 
 def later(start: datetime, duration: str) -> datetime:
     """``start`` plus a duration like ``30s 30m 30h 30d 2w 1mo`` (LiteLLM's units; a month is a
-    calendar month). Raises ValueError for anything else or a date past the year 9999."""
-    match = DURATION.fullmatch(duration)
-    if not match:
-        raise ValueError(f"{duration!r} is not a duration: a number and one of s, m, h, d, w, mo")
-    amount, unit = int(match[1]), match[2]
-    try:
-        if unit != "mo":
-            return start + timedelta(seconds=amount * UNIT_SECONDS[unit])
-        year, month = divmod(start.year * 12 + start.month - 1 + amount, 12)
-        day = min(start.day, calendar.monthrange(year, month + 1)[1])
-        return start.replace(year=year, month=month + 1, day=day)
-    except (OverflowError, ValueError):
-        raise ValueError(f"{duration!r} is too long") from None
+    calendar month). Raises ValueError for anything else, it or OverflowError past the year 9999."""
+    [(amount, unit)] = DURATION.findall(duration)
+    if unit != "mo":
+        return start + timedelta(seconds=int(amount) * UNIT_SECONDS[unit])
+    year, month = divmod(start.year * 12 + start.month - 1 + int(amount), 12)
+    day = min(start.day, calendar.monthrange(year, month + 1)[1])
+    return start.replace(year=year, month=month + 1, day=day)
 
 
 @functools.lru_cache(maxsize=256)
@@ -389,20 +350,19 @@ def window(duration: str, moment: datetime) -> tuple[datetime, datetime]:
     """The start and end of the window that ``moment`` falls in, on the UTC calendar, as LiteLLM
     snaps them: ``1d`` from midnight, ``7d`` and ``1w`` from Monday, ``30d`` and ``1mo`` from the
     1st; other lengths count on from the epoch, and one that leads out of the calendar never ends.
-    Raises ValueError for what is no length of time."""
-    match = DURATION.fullmatch(SNAPPED_DURATIONS.get(duration, duration))
-    if not match or int(match[1]) == 0:
-        raise ValueError(f"{duration!r} is not a length of time above zero, like '30d'")
-    amount, unit = int(match[1]), match[2]
+    Raises ValueError for what is no length of time, ZeroDivisionError for one of zero."""
+    length = SNAPPED_DURATIONS.get(duration, duration)
+    [(amount, unit)] = DURATION.findall(length)
     try:
         if unit == "mo":
-            year, month = divmod((moment.year * 12 + moment.month - 1) // amount * amount, 12)
+            months = moment.year * 12 + moment.month - 1
+            year, month = divmod(months - months % int(amount), 12)
             start = datetime(year, month + 1, 1, tzinfo=UTC)
         else:
-            step = timedelta(seconds=amount * UNIT_SECONDS[unit])
             origin = FIRST_MONDAY if unit == "w" else EPOCH
-            start = origin + (moment - origin) // step * step
-        return start, later(start, f"{amount}{unit}")
+            step = timedelta(seconds=int(amount) * UNIT_SECONDS[unit])
+            start = moment - (moment - origin) % step
+        return start, later(start, length)
     except (ValueError, OverflowError):
         return EPOCH, END_OF_TIME
 
@@ -410,12 +370,12 @@ def window(duration: str, moment: datetime) -> tuple[datetime, datetime]:
 @functools.lru_cache(maxsize=256)
 def window_start(duration: str | None, moment: datetime) -> str:
     """The name of a budget's present window; empty for a budget that never resets."""
-    return "" if duration is None else cast(str, iso(window(duration, moment)[0]))
+    return "" if duration is None else iso(window(duration, moment)[0])
 
 
 def read_decimal(value: object) -> Decimal:
     """A finite amount that is not negative, from a JSON string or number. Raises ValueError."""
-    with contextlib.suppress(InvalidOperation):
+    with contextlib.suppress(ArithmeticError):
         amount = Decimal(str(value))
         if amount.is_finite() and amount >= 0:
             return amount
@@ -466,7 +426,7 @@ class Tally:
 
     def to_json(self) -> dict[str, Any]:
         """What is not zero, and the amount as a string, since JSON's numbers are no decimals."""
-        counts = {name: n for name in TALLY_FIELDS if (n := getattr(self, name))}
+        counts = {name: n for name in self.__slots__ if (n := getattr(self, name))}
         return counts | {"spend": str(self.spend)}
 
     @classmethod
@@ -477,7 +437,6 @@ class Tally:
         return cls(**{**record, "spend": read_decimal(record["spend"])})
 
 
-TALLY_FIELDS = tuple(f.name for f in dataclasses.fields(Tally))
 MAX_MODELS_A_DAY = 50  # names come from requests; beyond these they are counted together
 OTHER_MODELS, NO_MODEL = "other", "-"  # what stands in logs and sums for them, and for none
 
@@ -487,66 +446,62 @@ class Usage:
     they have in the file, so that their number costs nothing."""
 
     def __init__(self, days: Mapping[str, Mapping[str, Any]] | None = None) -> None:
-        self._days: dict[str, str | dict[str, Tally]] = {}
+        self._texts: dict[str, str] = {}
+        self._counted: dict[str, dict[str, Tally]] = {}  # the days that are not past
         for day, models in (days or {}).items():
             datetime.fromisoformat(day)
-            self._days[day] = json.dumps(models)
+            self._texts[day] = json.dumps(models)
             self._read(day)  # so that what is wrong is said now
 
     def of(self, day: str, model: str) -> Tally:
         """The tally of a model on a day, to be counted up."""
-        models = self._days.get(day)
-        if not isinstance(models, dict):
-            models = self._days[day] = self._read(day)
+        models = self._counted.get(day)
+        if models is None:
+            models = self._counted[day] = self._read(day)
         if model not in models and len(models) >= MAX_MODELS_A_DAY:
             model = OTHER_MODELS
         return models.get(model) or models.setdefault(model, Tally())
 
     def days(self, first: str = "", last: str = "9999") -> Iterator[tuple[str, str, Tally]]:
         """(day, model, tally) of every day from first to last, in order."""
-        for day in sorted(self._days):
+        for day in sorted(self._texts.keys() | self._counted.keys()):
             if first <= day <= last:
-                for model, tally in self._read(day).items():
+                for model, tally in (self._counted.get(day) or self._read(day)).items():
                     yield day, model, tally
 
     def to_json(self, today: str, keep_from: str) -> str:
         """The JSON text; days before ``keep_from`` are forgotten."""
-        texts = {}
-        for day, models in self._days.items():
-            if not isinstance(models, str):
-                models = json.dumps({model: tally.to_json() for model, tally in models.items()})
-            if day >= keep_from:
-                texts[day] = models
-        self._days = {day: t if day < today else self._days[day] for day, t in texts.items()}
-        return "{" + ", ".join(f'"{day}": {text}' for day, text in texts.items()) + "}"
+        for day, models in self._counted.items():
+            self._texts[day] = json.dumps(models, default=Tally.to_json)
+        self._texts = {day: text for day, text in self._texts.items() if day >= keep_from}
+        self._counted = {day: models for day, models in self._counted.items() if day >= today}
+        return "{" + ", ".join(f'"{day}": {text}' for day, text in self._texts.items()) + "}"
 
     def _read(self, day: str) -> dict[str, Tally]:
-        models = self._days.get(day, "{}")
-        if isinstance(models, dict):
-            return models
-        return {model: Tally.from_json(tally) for model, tally in json.loads(models).items()}
+        models = json.loads(self._texts.get(day, "{}"))
+        return {model: Tally.from_json(tally) for model, tally in models.items()}
 
 
+@dataclass(slots=True)
 class Bucket:
     """A token bucket that refills continuously, as Anthropic's own limits do (api/rate-limits): by
-    ``limit`` a minute, which is the most it holds. It may be drawn below zero, and then blocks.
+    ``limit`` a minute, which is the most it holds. More than that may be drawn, and then it blocks.
     Times are seconds of a clock that does not jump."""
 
-    __slots__ = ("_at", "_level", "limit")
-
-    def __init__(self, limit: int, moment: float) -> None:
-        self.limit, self._level, self._at = limit, float(limit), moment
+    limit: int
+    seen: float
+    drawn: float = 0.0
 
     def level(self, moment: float) -> float:
         """How much it holds."""
-        if moment != self._at:
-            gained = (moment - self._at) * self.limit / 60
-            self._level, self._at = min(float(self.limit), self._level + gained), moment
-        return self._level
+        if moment != self.seen:
+            gained = (moment - self.seen) * self.limit / 60
+            self.drawn, self.seen = max(0.0, self.drawn - gained), moment
+        return self.limit - self.drawn
 
     def draw(self, amount: float, moment: float) -> None:
         """Take out."""
-        self._level = self.level(moment) - amount
+        self.drawn = self.limit - self.level(moment) + amount
 
     def seconds_until(self, wanted: float, moment: float) -> float:
         """How long until it holds that much; a minute where it never will."""
@@ -554,11 +509,6 @@ class Bucket:
         if missing <= 0:
             return 0.0
         return missing * 60 / self.limit if self.limit >= wanted else 60.0
-
-    def resize(self, limit: int, moment: float) -> None:
-        """Take another limit from now on; what was drawn stays drawn."""
-        self._level = self.level(moment) + limit - self.limit
-        self.limit = limit
 
 
 @dataclass(slots=True)
@@ -589,11 +539,6 @@ PRINTABLE_KEY = re.compile(r'sk-(?:(?!["\\])[\x21-\x7e]){1,253}')
 KEY_LIKE = re.compile(r"sk-[^\s\"\\]{13,}")  # with its prefix 16 characters or more
 WORD_ENDS = re.compile(r'[\s"]')
 SHOWN_LENGTH = 200  # characters of a text that a log line shows
-
-
-def new_key() -> str:
-    """A fresh virtual key: ``sk-`` and 22 URL-safe characters."""
-    return KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES)
 
 
 def hash_key(key: str) -> str:
@@ -635,21 +580,11 @@ class Batch:
     held: dict[str, Decimal] = field(default_factory=dict)
     booked: bool = False
 
-    def to_json(self) -> dict[str, Any]:
-        """As an object; without what says nothing."""
-        held = {pattern: f"{amount:f}" for pattern, amount in self.held.items()}
-        record = {"day": self.day, "lines": self.lines, "held": held, "booked": self.booked}
-        return {name: value for name, value in record.items() if value}
-
-    @classmethod
-    def from_json(cls, record: Any) -> Batch:
-        """Read it back; version 1.0 wrote ``[day, lines]``. Raises ValueError or TypeError."""
-        batch = cls(*record) if isinstance(record, list) else cls(**record)
-        datetime.fromisoformat(batch.day)
-        if type(batch.lines) is not int or type(batch.booked) is not bool:
-            raise TypeError("has a wrong batch")
-        batch.held = {p: read_decimal(amount) for p, amount in batch.held.items()}
-        return batch
+    def __post_init__(self) -> None:
+        datetime.fromisoformat(self.day)
+        exactly(int, self.lines)
+        exactly(bool, self.booked)
+        self.held = {pattern: read_decimal(amount) for pattern, amount in self.held.items()}
 
 
 @dataclass(slots=True)
@@ -671,55 +606,44 @@ class Account:
     warned_window: str | None = None
     turn: asyncio.Lock = field(default_factory=asyncio.Lock, compare=False)
 
-    def to_json(self) -> dict[str, Any]:
-        """What the file keeps, but for the usage; without what says nothing."""
-        spent = {p: [w.start, f"{w.spend:f}"] for p, w in self.windows.items() if w.spend}
-        start, spend = spent.pop(ALL_MODELS, ("", ""))
-        batches = {name: batch.to_json() for name, batch in self.batches.items()}
-        record: dict[str, Any] = {"spend": spend, "spend_window": start, "model_spend": spent}
-        record |= {"last_active": iso(self.last_active), "batches": batches}
-        return {name: value for name, value in record.items() if value}
 
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> Account:
-        """Read it back out of a line's object. Raises ValueError or TypeError."""
-        account = cls(usage=Usage(record.get("usage")))
-        own = {ALL_MODELS: [record.get("spend_window", ""), record.get("spend", 0)]}
-        for pattern, (start, spend) in (own | record.get("model_spend", {})).items():
-            account.windows[pattern] = WindowSpend(exactly(str, start), read_decimal(spend))
-        for name, batch in record.get("batches", {}).items():
-            account.batches[name] = Batch.from_json(batch)
-            for pattern, amount in account.batches[name].held.items():
-                account.windows[pattern].held += amount
-        if record.get("last_active") is not None:
-            account.last_active = from_iso(record["last_active"])
-        return account
+@dataclass(frozen=True, slots=True)
+class ModelBudget:
+    """A budget for the models that a pattern matches: USD, and the window or None for ever."""
+
+    limit: Decimal
+    duration: str | None = None
 
 
-NONE = type(None)
+def shown(value: Any, amount: Callable[[Decimal], float | str] = float) -> Any:
+    """For `json.dumps`: what answers have for a value that JSON has no type for."""
+    if isinstance(value, Decimal):
+        return amount(value)
+    if isinstance(value, ModelBudget):
+        return {"budget_limit": value.limit, "time_period": value.duration}
+    return iso(value) if isinstance(value, datetime) else dataclasses.asdict(value)
+
+
+written = functools.partial(shown, amount="{:f}".format)  # in the file amounts lose no digit
 Value = TypeVar("Value")
-Converter = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A type of field. ``read`` makes its value of a caller's JSON, ``show`` JSON of its value;
-    ``load`` and ``write`` do so for the file, where that differs. Null is ``empty()``. Readers
-    raise whatever Python does for what is not as the ``words`` say."""
+    """A type of field. ``read`` makes its value of a caller's JSON, ``load`` of the file's, where
+    that is another. Null is ``empty()``. Readers raise whatever Python does for what is not as the
+    ``words`` say."""
 
     words: str
-    read: Converter
-    show: Converter = lambda value: value
-    load: Converter | None = None
-    write: Converter | None = None
-    empty: Callable[[], Any] = NONE
+    read: Callable[[Any], Any]
+    load: Callable[[Any], Any] | None = None
+    empty: Callable[[], Any] = lambda: None
 
-    def parse(self, name: str, value: Any, *, stored: bool = False) -> Any:
-        """A field's value, of a caller's JSON or of the file's. Raises APIError 400."""
-        read = self.load if stored and self.load else self.read
+    def parse(self, name: str, value: Any) -> Any:
+        """A field's value, of JSON. Raises APIError 400 that names it."""
         try:
-            return self.empty() if value is None else read(value)
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
+            return self.empty() if value is None else self.read(value)
+        except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError):
             raise APIError(400, f"{name!r} must be {self.words}.") from None
 
 
@@ -733,7 +657,7 @@ def exactly(kind: type[Value], value: Any) -> Value:
 def read_texts(value: Any, begin: str = "") -> list[str]:
     """A list of strings that begin so."""
     texts: list[str] = exactly(list, value)
-    if not all(exactly(str, text).startswith(begin) for text in texts):
+    if not all(text.startswith(begin) for text in texts):
         raise ValueError
     return texts
 
@@ -750,28 +674,20 @@ def read_amount(value: Any) -> Decimal:
 
 def read_window(value: Any) -> str | None:
     """A budget's window; empty is none, as null is."""
-    if value is not None and exactly(str, value):
+    if value not in (None, ""):
         window(value, EPOCH)
     return value or None
 
 
-@dataclass(frozen=True, slots=True)
-class ModelBudget:
-    """A budget for the models that a pattern matches: USD, and the window or None for ever."""
-
-    limit: Decimal
-    duration: str | None = None
-
-
-# Of a model's budget; LiteLLM takes either.
-BUDGET_NAMES = dict.fromkeys(("budget_limit", "max_budget"), "limit")
-BUDGET_NAMES |= dict.fromkeys(("time_period", "budget_duration"), "duration")
+# What LiteLLM calls what a model's budget has; it takes either name.
+BUDGET_NAMES = {"budget_limit": "limit", "max_budget": "limit"}
+BUDGET_NAMES |= {"time_period": "duration", "budget_duration": "duration"}
 
 
 def read_budgets(value: Any, amount: Callable[[Any], Decimal] = read_amount) -> dict[str, Any]:
     """LiteLLM's ``{pattern: {"budget_limit": USD, "time_period": "1d"}}``."""
     budgets = {}
-    for pattern, row in exactly(dict, value).items():
+    for pattern, row in value.items():
         fields = {BUDGET_NAMES[name]: entry for name, entry in row.items()}
         if len(fields) < len(row):
             raise ValueError
@@ -780,22 +696,11 @@ def read_budgets(value: Any, amount: Callable[[Any], Decimal] = read_amount) -> 
     return budgets
 
 
-def budget_rows(budgets: Mapping[str, ModelBudget], amount: Converter = float) -> dict[str, Any]:
-    """The reverse of `read_budgets`."""
-    names = ("budget_limit", "time_period")
-    return {p: dict(zip(names, (amount(b.limit), b.duration))) for p, b in budgets.items()}
-
-
-STRING, MAPPING = functools.partial(exactly, str), functools.partial(exactly, dict)
+STRING = functools.partial(exactly, str)
 NAME = Kind("a string", STRING, empty=str)
 TEXT = Kind("a string", lambda value: STRING(value) or None)
 FLAG = Kind("true or false", functools.partial(exactly, bool), empty=bool)
-OBJECT = Kind(
-    "an object",
-    lambda value: json.loads(json.dumps(MAPPING(value), default=float)),
-    load=MAPPING,
-    empty=dict,
-)
+OBJECT = Kind("an object", lambda row: json.loads(json.dumps({**row}, default=float)), empty=dict)
 TEXTS = Kind("a list of strings", read_texts, empty=list)
 ROUTES = Kind(
     "paths that begin with '/', with '*' for any text",
@@ -804,35 +709,29 @@ ROUTES = Kind(
     empty=list,
 )
 LIMIT = Kind("a whole number from 0 up", lambda value: int(read_amount(exactly(int, value))))
-AMOUNT = Kind(
-    "a number of USD from 0 up", read_amount, float, load=read_decimal, write="{:f}".format
-)
+AMOUNT = Kind("a number of USD from 0 up", read_amount, load=read_decimal)
 BUDGETS = Kind(
     "an object of models, each with 'budget_limit' in USD and 'time_period' like '30d' only",
     read_budgets,
-    budget_rows,
     load=functools.partial(read_budgets, amount=read_decimal),
-    write=functools.partial(budget_rows, amount="{:f}".format),
     empty=dict,
 )
 WINDOW = Kind("a length of time above zero, like '30d'", read_window)
-MOMENT = Kind("a time", from_iso, iso)
+MOMENT = Kind("a time", from_iso)
 LIFETIME = Kind(
-    "a length of time like '30d' that ends before the year 10000",
-    lambda value: later(now(), STRING(value)),
+    "a length of time like '30d' that ends before the year 10000", lambda value: later(now(), value)
 )
 RETIRED = Kind(
     "hashes with times",
     lambda value: {old: from_iso(until) for old, until in value.items()},
-    lambda retired: {old: iso(until) for old, until in retired.items()},
     empty=dict,
 )
 
 
-def kept(kind: Kind, *, settable: bool = True, shown: bool = True, always: bool = False) -> Any:
-    """A field of a key: whether /key/generate and /key/update set it, answers show it, and the file
-    has it where it is empty too."""
-    marks = {"kind": kind, "settable": settable, "shown": shown, "always": always}
+def kept(kind: Kind, *, settable: bool = True, shown: bool = True) -> Any:
+    """A field of a key: whether /key/generate and /key/update set it, and answers show it."""
+    filed = dataclasses.replace(kind, read=kind.load or kind.read)
+    marks = {"kept": filed, "settable": settable and kind, "shown": shown and kind}
     return field(default_factory=kind.empty, metadata=marks)
 
 
@@ -844,8 +743,8 @@ class VirtualKey:
     regenerated, and when each stops working. A deleted key keeps its line for a while, so that its
     holder is told what happened."""
 
-    key_name: str = kept(NAME, settable=False, always=True)
-    key_alias: str | None = kept(TEXT, always=True)
+    key_name: str = kept(NAME, settable=False)
+    key_alias: str | None = kept(TEXT)
     user_id: str | None = kept(TEXT)
     team_id: str | None = kept(TEXT)
     models: list[str] = kept(TEXTS)
@@ -861,8 +760,8 @@ class VirtualKey:
     metadata: dict[str, Any] = kept(OBJECT)
     tags: list[str] = kept(TEXTS)
     blocked: bool = kept(FLAG)
-    expires: datetime | None = kept(MOMENT, settable=False, always=True)
-    created_at: datetime | None = kept(MOMENT, settable=False, always=True)
+    expires: datetime | None = kept(MOMENT, settable=False)
+    created_at: datetime | None = kept(MOMENT, settable=False)
     updated_at: datetime | None = kept(MOMENT, settable=False)
     deleted_at: datetime | None = kept(MOMENT, settable=False, shown=False)
     retired: dict[str, datetime] = kept(RETIRED, settable=False, shown=False)
@@ -893,42 +792,49 @@ class VirtualKey:
         return window.spend if window.start == start else window.spent(start)
 
     def to_json(self) -> dict[str, Any]:
-        """The line's object but for the usage; fields that say nothing are left out."""
-        record = {}
-        for name, kind in KEPT.items():
-            value = getattr(self, name)
-            if name in ALWAYS_WRITTEN or value != kind.empty():
-                record[name] = None if value is None else (kind.write or kind.show)(value)
-        return record | self.account.to_json()
+        """The line's object but for the usage, as `written` writes it; without what says nothing,
+        which a limit of 0 does."""
+        used, record = self.account, {name: getattr(self, name) for name in KEPT}
+        spent = {p: [w.start, w.spend] for p, w in used.windows.items() if w.spend}
+        record["spend_window"], record["spend"] = spent.pop(ALL_MODELS, (None, None))
+        record["model_spend"] = spent
+        record |= {"last_active": used.last_active, "batches": used.batches}
+        said = {n: value for n, value in record.items() if value or type(value) in (int, Decimal)}
+        return {"key_name": self.key_name} | said
 
     @classmethod
-    def from_json(cls, record: object) -> VirtualKey:
-        """Read it back. Raises APIError, ValueError or TypeError that says what is wrong."""
-        if not isinstance(record, dict):
-            raise TypeError("is not an object")
-        if "key_name" not in record:
-            raise ValueError("has no 'key_name'")
-        own = {name: value for name, value in record.items() if name not in ACCOUNT_FIELDS}
-        return cls(**read_fields(own, KEPT, stored=True), account=Account.from_json(record))
+    def from_json(cls, record: Any) -> VirtualKey:
+        """Read it back; what it was read of is used up. Raises APIError that says what is wrong, or
+        whatever Python does."""
+        if not isinstance(record, dict) or "key_name" not in record:
+            raise ValueError("is not an object with a 'key_name'")
+        take = record.pop
+        take("mean_output", None)  # version 1.0 wrote it
+        used = Account(usage=Usage(take("usage", {})))
+        used.last_active = MOMENT.parse("last_active", take("last_active", None))
+        spent = {ALL_MODELS: [take("spend_window", ""), take("spend", 0)]}
+        for pattern, (start, spend) in (spent | take("model_spend", {})).items():
+            used.windows[pattern] = WindowSpend(exactly(str, start), read_decimal(spend))
+        for name, row in take("batches", {}).items():  # version 1.0 wrote ``[day, lines]``
+            batch = used.batches[name] = Batch(*row) if isinstance(row, list) else Batch(**row)
+            for pattern, amount in batch.held.items():
+                used.windows[pattern].held += amount
+        return cls(**read_fields(record, KEPT), account=used)
 
 
-KEPT, SHOWN, ALWAYS_WRITTEN, SETTABLE = (
-    {f.name: f.metadata["kind"] for f in dataclasses.fields(VirtualKey) if f.metadata.get(mark)}
-    for mark in ("kind", "shown", "always", "settable")
+KEPT, SHOWN, SETTABLE = (
+    {f.name: f.metadata[mark] for f in dataclasses.fields(VirtualKey) if f.metadata.get(mark)}
+    for mark in ("kept", "shown", "settable")
 )
 SETTABLE["duration"] = LIFETIME
-ACCOUNT_FIELDS = {"spend", "spend_window", "model_spend", "last_active", "batches", "usage"}
-ACCOUNT_FIELDS |= {"mean_output"}  # version 1.0 wrote it
 
 
-def read_fields(
-    record: Mapping[str, Any], kinds: Mapping[str, Kind], *, stored: bool = False
-) -> dict[str, Any]:
+def read_fields(record: Mapping[str, Any], kinds: Mapping[str, Kind]) -> dict[str, Any]:
     """A JSON object as fields of a key. Raises APIError 400 that names the field that is wrong."""
     fields = {}
     for name, value in record.items():
         if name in kinds:
-            fields[name] = kinds[name].parse(name, value, stored=stored)
+            fields[name] = kinds[name].parse(name, value)
         elif value is not None:
             raise APIError(400, f"{printable(name)!r} is not supported: it would not be enforced.")
     return fields
@@ -1895,7 +1801,7 @@ TOMBSTONE_DAYS = 90  # how long a deleted key is told apart from one that never 
 
 def store_line(hashed: str, record: VirtualKey, today: str = "", keep_from: str = "") -> bytes:
     """One line of keys.json; usage of days before ``keep_from`` is left out."""
-    line = json.dumps(record.to_json())
+    line = json.dumps(record.to_json(), default=written)
     usage = record.account.usage.to_json(today, keep_from)
     if usage != "{}":
         line = f'{line[:-1]}, "usage": {usage}}}'
@@ -2207,7 +2113,7 @@ class FileLedger(Ledger):
             told = theirs.get(f"{name}remaining", ("",))[0]
             if not (told.isascii() and told.isdigit() and float(told) <= left):
                 wait = math.ceil(bucket.seconds_until(bucket.limit, clock))
-                reset = cast(str, iso(moment_of(int(time.time()) + wait)))
+                reset = iso(moment_of(int(time.time()) + wait))
                 fields.append((f"{name}limit", str(bucket.limit)))
                 fields.append((f"{name}remaining", str(left)))
                 fields.append((f"{name}reset", reset))
@@ -2227,8 +2133,7 @@ class FileLedger(Ledger):
                 continue
             if bucket is None:
                 bucket = buckets[kind] = Bucket(limit, clock)
-            elif bucket.limit != limit:
-                bucket.resize(limit, clock)
+            bucket.limit = limit  # what was drawn stays drawn
             if not refused and (wait := bucket.seconds_until(1, clock)) > 0:
                 refused = f"{limit:,} {kind} a minute"
         if refused:
@@ -5470,7 +5375,7 @@ class BaseHandler(web.RequestHandler):
     def send_json(self, value: object) -> None:
         """Answer with a JSON value."""
         self.set_header("Content-Type", "application/json")
-        self.finish(json.dumps(value))
+        self.finish(json.dumps(value, default=shown))
 
     def fail(self, error: Exception) -> None:
         """Answer with an error; one that is no refusal is logged."""
@@ -6218,32 +6123,25 @@ LITELLM_FIELDS: dict[str, Any] = {"created_by": "master", "updated_by": "master"
 LITELLM_FIELDS |= {"key_type": "default", "budget_id": None, "litellm_budget_table": None}
 
 
-def tally_row(tally: Tally) -> dict[str, Any]:
-    """A tally with every field, the spend as a number of USD."""
-    return {name: getattr(tally, name) for name in TALLY_FIELDS} | {"spend": float(tally.spend)}
-
-
 def key_row(hashed: str, key: VirtualKey, *, full: bool = False) -> dict[str, Any]:
     """A key as LiteLLM's answers describe it; in full with what it used, by day and model.
     ``spend`` is USD in the present budget window, which ends at ``budget_reset_at``."""
     moment = now()
 
     def spent(pattern: str, duration: str | None) -> dict[str, Any]:
-        reset = iso(window(duration, moment)[1]) if duration else None
-        return {"spend": float(key.spent(moment, pattern)), "budget_reset_at": reset}
+        reset = window(duration, moment)[1] if duration else None
+        return {"spend": key.spent(moment, pattern), "budget_reset_at": reset}
 
     row: dict[str, Any] = {"token": hashed, "token_id": hashed, "status": key.status(moment)}
-    for name, kind in SHOWN.items():
-        value = getattr(key, name)
-        row[name] = None if value is None else kind.show(value)
+    row |= {name: getattr(key, name) for name in SHOWN}
     budgets = key.model_max_budget.items()
     row["model_max_budget_usage"] = {p: spent(p, budget.duration) for p, budget in budgets}
-    row["last_active"] = iso(key.account.last_active)
+    row["last_active"] = key.account.last_active
     row |= spent(ALL_MODELS, key.budget_duration) | LITELLM_FIELDS
     if full:
         days = row["usage"] = dict[str, Any]()
         for day, model, tally in key.account.usage.days():
-            days.setdefault(day, {})[model] = tally_row(tally)
+            days.setdefault(day, {})[model] = tally
     return row
 
 
@@ -6303,7 +6201,7 @@ class KeyHandler(ManagementHandler):
     def chosen(self, value: Any) -> str:
         """A key that the caller chose, or a fresh one. Raises APIError 400."""
         if value is None:
-            return new_key()
+            return KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES)
         key = value if isinstance(value, str) and PRINTABLE_KEY.fullmatch(value) else ""
         if len(key) < MIN_KEY_LENGTH:
             rule = f"{MIN_KEY_LENGTH} to {MAX_KEY_LENGTH} ASCII characters, no quote or backslash"
@@ -6473,7 +6371,7 @@ class ReportHandler(ManagementHandler):
             for day, model, tally in key.account.usage.days(first, last):
                 names = (hashed, model, key.team_id or "", key.user_id or "", day)
                 sums.setdefault(names[REPORT_GROUPS.index(group)], Tally()).add(tally)
-        rows = [{group: name, **tally_row(tally)} for name, tally in sums.items()]
+        rows = [{group: name, **dataclasses.asdict(tally)} for name, tally in sums.items()]
         for row in rows if group == "api_key" else ():
             key = self.ledger.keys[row["api_key"]]
             row |= {"key_alias": key.key_alias, "key_name": key.key_name}
@@ -6540,7 +6438,7 @@ class HealthHandler(BaseHandler):
         prices = "loaded" if gateway.prices.loaded else "loading"
         told |= {"version": __version__, "prices": prices if gateway.prices.available else "none"}
         told["uptime"] = round((now() - gateway.started).total_seconds())
-        met = {name: iso(getattr(traffic, name)) for name in ("last_success", "last_failure")}
+        met = {name: getattr(traffic, name) for name in ("last_success", "last_failure")}
         told["upstream"] = met | {"last_error": traffic.last_error or None}
         self.set_status(200 if status == "healthy" else 503)
         self.send_json(told)
