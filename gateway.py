@@ -255,8 +255,13 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
             if name == "config" and parser.config:
                 parser.parse_config_file(parser.config, final=False)
         except Exception as error:  # noqa: BLE001 - the file is Python, it can fail in any way
-            raise SettingsError(f"{argument}: {error}") from None
-    parser.run_parse_callbacks()
+            wrong = "is not a number" if type(error) is ValueError else error
+            raise SettingsError(f"{argument}: {wrong}") from None
+    try:
+        parser.run_parse_callbacks()
+    except AttributeError:
+        known = "debug, info, warning, error or none"
+        raise SettingsError(f"--logging={parser.logging}: is not {known}") from None
     given = {name: parser[name] for name in values if name in parser}
     return Settings(**values | {name: x for name, x in given.items() if x not in ("", Path())})
 

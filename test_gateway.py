@@ -707,7 +707,14 @@ as_process = started(process=True)
 # ─── Settings ─────────────────────────────────────────────────────────────────────────
 
 
-WRONG = ["--port=x", "--port=70000", "--idle-timeout=-1", "--idle-timeout=nan", "stray"]
+WRONG = [
+    "--port=x",
+    "--port=70000",
+    "--idle-timeout=-1",
+    "--idle-timeout=nan",
+    "stray",
+    "--logging=x",
+]
 WRONG += ["--connect-timeout=soon", "--max-body-size=0", "--upstream=ftp://x", "--nonsense=1"]
 WRONG += ["--upstream=http://x:99999", "--upstream=https://user:pw@host"]
 WRONG += ["--upstream=api.anthropic.com", "--config=/nonexistent.conf"]
