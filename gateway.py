@@ -1810,14 +1810,6 @@ def read_rates(where: str, row: object) -> Rates:
 # ─── Ledger ───────────────────────────────────────────────────────────────────────────────────────
 
 
-class Found(NamedTuple):
-    """A key that was found: the hash that it is kept under, its record, its `VirtualKey.status`."""
-
-    hashed: str
-    key: VirtualKey
-    status: str
-
-
 @dataclass(slots=True)
 class Hold:
     """What a request under way holds of its key until it is booked: a slot, and USD of budgets, by
@@ -1831,6 +1823,7 @@ class Hold:
     amounts: dict[str, Decimal] = field(default_factory=dict)
 
 
+Found = tuple[VirtualKey, str]  # a key, and its `VirtualKey.status`
 Charges = Iterable[tuple[str, Tally]]  # what was used, by model
 
 
@@ -1841,8 +1834,7 @@ class Ledger(Protocol):
     keys: dict[str, VirtualKey]
 
     async def find_hash(self, hashed: str) -> Found | None:
-        """The key of a hash; one that was regenerated is found by its old one too, ``expired`` once
-        the grace is over."""
+        """By an old hash too: ``expired`` once the grace of a key that was regenerated is over."""
 
     async def admit(self, hold: Hold, *, pays: bool, shares: bool) -> None:
         """Take a slot and one request of the key's rates; where it ``pays``, its budget must have
@@ -1875,17 +1867,19 @@ class Ledger(Protocol):
         """All results of a batch are booked; where they are ``lost``, what is held for it is."""
 
     async def change(self, changes: Mapping[str, VirtualKey | None]) -> None:
-        """Put these records (None removes one); it is durable on return. Else it is taken back, and
-        APIError 503 is raised."""
+        """Put these records (None removes one), as `save` does; what fails is taken back."""
 
     async def save(self) -> None:
-        """Return once all that was changed before this call is durable. Raises OSError."""
+        """Make all that was changed before this call durable. Raises APIError 503."""
+
+    async def run(self) -> None:
+        """Save once a second what keys used, until cancelled."""
 
     async def reload(self) -> None:
-        """Read anew what keys may do. Raises SettingsError and keeps what was there."""
+        """Read anew what keys may do. Where it raises SettingsError or APIError, all stays."""
 
-    def close(self) -> None:
-        """Give up the store."""
+    async def close(self) -> None:
+        """Save what keys used, and give up the store."""
 
 
 STORE_VERSION, STORE_MODE = 1, 0o600
@@ -1950,20 +1944,20 @@ class KeysFile:
         self._mark: FileMark | None = None
         self._lock = -1
 
-    def read(self, parse: Callable[[bytes], Value], lines: list[bytes]) -> Value:
-        """What ``parse`` makes of the file, which is ours from then on; where there is none it is
-        made of ``lines``. Raises SettingsError, and OSError where none can be made."""
+    def read(self, lines: list[bytes]) -> dict[str, VirtualKey]:
+        """The keys in the file, which is ours from then on; where there is none it is made of these
+        lines. Raises SettingsError, and OSError where none can be made."""
         self.damaged = mark_of(self.path)
         while True:
             try:
                 self._own()
                 mark = mark_of(self._lock)  # an edit while it is read is another
-                parsed = parse(self.path.read_bytes())
+                keys = parse_store(self.path.read_bytes(), str(self.path))
                 self.damaged, self._mark = None, mark
-                return parsed
+                return keys
             except FileNotFoundError:
                 with contextlib.suppress(FileExistsError):  # another gateway was faster
-                    self.write(lines, new=True)
+                    self.write(lines)
             except OSError as error:
                 wrong = error.strerror
                 if isinstance(error, BlockingIOError):
@@ -1973,9 +1967,9 @@ class KeysFile:
                 if self._mark is None:
                     self.close()
 
-    def write(self, lines: list[bytes], *, new: bool = False) -> None:
+    def write(self, lines: list[bytes]) -> None:
         """Write, fsync, lock, rename, fsync the folder. Raises OSError; FileExistsError where there
-        is a file, though a ``new`` one was to be made or another was last read or written."""
+        is another file than was last read or written."""
         self._refuse_edited()
         temporary = self.path.parent / f".{self.path.name}.{os.getpid()}.tmp"
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
@@ -1992,19 +1986,11 @@ class KeysFile:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             mark = mark_of(descriptor)  # an edit once it has its name is another
             self._refuse_edited()
-            try:
-                place = os.link if new else os.replace  # a link replaces nothing
-                place(temporary, self.path)
-            except OSError as error:
-                if not new or isinstance(error, FileExistsError):
-                    raise
-                os.rename(temporary, self.path)  # FAT and some network disks have no links
+            os.replace(temporary, self.path)
         except BaseException:
             os.close(descriptor)
+            os.unlink(temporary)
             raise
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
         self.close()
         self._lock, self._mark = descriptor, mark
         folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
@@ -2042,39 +2028,29 @@ class KeysFile:
 
 
 FLUSH_INTERVAL = 1.0  # seconds between two writes of what relaying changes
-NO_LIMIT = Decimal("Infinity")
-
-
-class Level(NamedTuple):
-    """How far a budget is used: in USD, in its present window."""
-
-    pattern: str
-    limit: Decimal
-    duration: str | None
-    window: WindowSpend
 
 
 class FileLedger(Ledger):
     """The keys in memory and in a `KeysFile`. Raises SettingsError where the file cannot be used;
     it is then left as it is."""
 
-    def __init__(self, path: Path, usage_days: int = 90) -> None:
+    def __init__(
+        self, path: Path, usage_days: int = 90, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._file = KeysFile(path)
         self._usage_days = usage_days
-        self.clock = time.monotonic
+        self._clock = clock
         self.keys = {}
         self.last_error = ""
         self._lines: dict[str, bytes] = {}
         self._retired: dict[str, str] = {}
         self._aliases: dict[str, str] = {}
         self._batches: dict[str, Account] = {}
-        self._undo: dict[str, VirtualKey | None] = {}
+        # What the file lacks: keys that were used, and what changed, as it was before.
         self._touched: set[str] = set()
-        self._is_behind = False  # the file lacks what may wait: usage, or a write that failed
-        self._is_writing = False
-        self._waiting: list[asyncio.Future[OSError | None]] = []  # for the next write
-        self._hurry = asyncio.Event()
-        self._writer: asyncio.Task[None] | None = None
+        self._undo: dict[str, VirtualKey | None] = {}
+        self._writing: asyncio.Task[None] | None = None  # is under way …
+        self._next: asyncio.Task[None] | None = None  # … and what waits for its end
         self._load()
 
     # Looking
@@ -2082,7 +2058,7 @@ class FileLedger(Ledger):
     async def find_hash(self, hashed: str) -> Found | None:
         record = self.keys.get(hashed)
         if record is not None and not (record.deleted_at or record.blocked or record.expires):
-            return Found(hashed, record, "active")
+            return record, "active"
         return self.lookup(hashed)
 
     def lookup(self, hashed: str) -> Found | None:
@@ -2092,7 +2068,7 @@ class FileLedger(Ledger):
             return None
         record, moment = self.keys[present], now()
         over = present != hashed and moment >= record.retired[hashed]
-        return Found(present, record, "expired" if over else record.status(moment))
+        return record, "expired" if over else record.status(moment)
 
     def find(self, key_or_hash: str, alias: str = "") -> tuple[str, VirtualKey] | None:
         """The key that a manager addresses: by its alias where one is given, else by plain key or
@@ -2113,52 +2089,45 @@ class FileLedger(Ledger):
     # What requests use
 
     async def admit(self, hold: Hold, *, pays: bool, shares: bool) -> None:
-        key = cast(VirtualKey, hold.key)
-        account, limit = key.account, key.max_budget
-        self._refuse_rate(key)
-        if pays and limit is not None:
-            spent, window = key.spent(hold.started), account.windows[ALL_MODELS]
-            held = window.held if shares else ZERO
-            if spent >= limit or spent + held > limit:
-                level = Level(ALL_MODELS, limit, key.budget_duration, window)
-                raise over_budget(level, held, ZERO, hold.started, fit=False)
+        key, clock = cast(VirtualKey, hold.key), self._clock()
+        account, most, refused, wait = key.account, key.max_parallel_requests, "", 1.0
+        if most is not None and account.running >= most:
+            refused = f"{most} requests at a time"
+        for kind, bucket in account.buckets.items():
+            if not refused and (wait := bucket.seconds_until(1, clock)) > 0:
+                refused = f"{bucket.limit:,} {kind} a minute"
+        if refused:
+            seconds = max(1, math.ceil(wait))  # whole ones, RFC 9110 section 10.2.3
+            text = f"This key is limited to {refused}. Try again in {seconds} seconds."
+            headers = [("retry-after", str(seconds)), *self.rates(key, {})]
+            raise APIError(429, text, headers=headers)
+        if pays and key.max_budget is not None:
+            spent = key.spent(hold.started)
+            held = account.windows[ALL_MODELS].held if shares else ZERO
+            if spent >= key.max_budget or spent + held > key.max_budget:
+                raise over_budget(key, ALL_MODELS, held, ZERO, hold.started, fit=False)
         account.running += 1
         hold.slot = True
-        if (bucket := account.buckets.get("requests")) is not None:
-            bucket.draw(1, self.clock())
+        if "requests" in account.buckets:
+            account.buckets["requests"].draw(1, clock)
 
     async def hold(self, hold: Hold, worst: Charges, *, fit: bool) -> None:
-        key = cast(VirtualKey, hold.key)
+        key, moment = cast(VirtualKey, hold.key), hold.started
         amounts: dict[str, Decimal] = {}
-        for level in self._levels(key, "", hold.started):
-            pattern, limit, _, window = level
+        for pattern in (ALL_MODELS, *key.model_max_budget):
             for name, tally in worst:
-                if not name or not pattern or fnmatch.fnmatchcase(name, pattern):
+                if not (name and pattern) or fnmatch.fnmatchcase(name, pattern):
                     amounts[pattern] = amounts.get(pattern, ZERO) + tally.spend
-            if pattern in amounts:
-                spent, held, cost = window.spend, window.held, amounts[pattern]
+            limit = key.model_max_budget[pattern].limit if pattern else key.max_budget
+            if pattern in amounts and limit is not None:
+                spent, cost = key.spent(moment, pattern), amounts[pattern]
+                held = key.account.windows[pattern].held
                 over = spent + held + cost > limit if fit or not cost else spent + held >= limit
                 if over or spent >= limit:
-                    raise over_budget(level, held, cost, hold.started, fit=fit)
+                    raise over_budget(key, pattern, held, cost, moment, fit=fit)
         for pattern, cost in amounts.items():
             key.account.windows[pattern].held += cost
         hold.amounts = amounts
-
-    def _levels(self, key: VirtualKey, model: str, moment: datetime) -> list[Level]:
-        """The budgets that hold for a model, as far as they are used in their present windows: the
-        key's own, and those for the model, or all for one that is not known (empty)."""
-        limit = NO_LIMIT if key.max_budget is None else key.max_budget
-        budgets = [(ALL_MODELS, limit, key.budget_duration)]
-        for pattern, budget in key.model_max_budget.items():
-            if not model or fnmatch.fnmatchcase(model, pattern):
-                budgets.append((pattern, budget.limit, budget.duration))
-        levels, windows = [], key.account.windows
-        for pattern, limit, duration in budgets:
-            window, start = windows[pattern], window_start(duration, moment)
-            if window.start != start:
-                window.spent(start)
-            levels.append(Level(pattern, limit, duration, window))
-        return levels
 
     def book(self, hold: Hold, charges: Charges, *, model: str, failed: bool) -> None:
         if hold.key is None:
@@ -2183,25 +2152,27 @@ class FileLedger(Ledger):
         bucket = account.buckets.get("tokens")
         for model, tally in charges:
             account.usage.of(day, model or NO_MODEL).add(tally)
-            for level in self._levels(key, model, present):
-                level.window.spend += tally.spend
+            for pattern in (ALL_MODELS, *key.model_max_budget):
+                if not (model and pattern) or fnmatch.fnmatchcase(model, pattern):
+                    key.spent(present, pattern)  # a window that is over ends
+                    account.windows[pattern].spend += tally.spend
             if bucket is not None:
                 used = tally.input_tokens + tally.written + tally.output_tokens
-                bucket.draw(used, self.clock())
+                bucket.draw(used, self._clock())
         if soft is not None and (spent := key.spent(present)) >= soft:
             start = window_start(key.budget_duration, present)
             if account.warned_window != start:
                 account.warned_window = start
                 told = (key.shown_name, dollars(spent), dollars(soft))
                 log.warning("key %s has spent $%s, its soft budget is $%s", *told)
-        self._touch(account)
+        self._touched.add(account.hashed)
         return key
 
     spent = staticmethod(VirtualKey.spent)
 
     def rates(self, key: VirtualKey, theirs: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
         # platform.claude.com, api/rate-limits, "Response headers": reset in RFC 3339
-        fields, clock = [], self.clock()
+        fields, clock = [], self._clock()
         for kind, bucket in key.account.buckets.items():
             name, left = f"anthropic-ratelimit-{kind}-", max(0, math.floor(bucket.level(clock)))
             told = theirs.get(f"{name}remaining", ("",))[0]
@@ -2212,30 +2183,6 @@ class FileLedger(Ledger):
                 fields.append((f"{name}remaining", str(left)))
                 fields.append((f"{name}reset", reset))
         return fields
-
-    def _refuse_rate(self, key: VirtualKey) -> None:
-        """Raise APIError 429 where a key has as many requests under way as it may, or a minute."""
-        account, clock, parallel = key.account, self.clock(), key.max_parallel_requests
-        buckets, refused, wait = account.buckets, "", 1.0
-        if parallel is not None and account.running >= parallel:
-            refused = f"{parallel} requests at a time"
-        for kind, limit in (("requests", key.rpm_limit), ("tokens", key.tpm_limit)):
-            bucket = buckets.get(kind)
-            if limit is None:
-                if bucket is not None:
-                    del buckets[kind]
-                continue
-            if bucket is None:
-                bucket = buckets[kind] = Bucket(limit, clock)
-            elif bucket.limit != limit:
-                bucket.resize(limit, clock)
-            if not refused and (wait := bucket.seconds_until(1, clock)) > 0:
-                refused = f"{limit:,} {kind} a minute"
-        if refused:
-            seconds = max(1, math.ceil(wait))  # whole ones, RFC 9110 section 10.2.3
-            text = f"This key is limited to {refused}. Try again in {seconds} seconds."
-            headers = [("retry-after", str(seconds)), *self.rates(key, {})]
-            raise APIError(429, text, headers=headers)
 
     # Batches
 
@@ -2256,7 +2203,7 @@ class FileLedger(Ledger):
         self._batches[name] = account
         if hold is not None:
             batch.held, hold.amounts = hold.amounts, {}
-        self._touch(account)
+        self._touched.add(account.hashed)
 
     def batch_line(self, name: str, line: int) -> Account | None:
         account = self._batches.get(name)
@@ -2276,23 +2223,20 @@ class FileLedger(Ledger):
         if lost and held and key is not None:
             told, moment = (key.shown_name, printable(name)), now()
             log.warning("key %s: batch %s is gone, so its worst case is booked", *told)
-            for level in self._levels(key, "", moment):
-                level.window.spend += held.get(level.pattern, ZERO)
+            for pattern in (ALL_MODELS, *key.model_max_budget):
+                key.spent(moment, pattern)
+                account.windows[pattern].spend += held.get(pattern, ZERO)
             total = held.get(ALL_MODELS, max(held.values()))
             account.usage.of(day_of(moment), NO_MODEL).add(Tally(spend=total))
-        self._touch(account)
+        self._touched.add(account.hashed)
 
     # Changing
 
     async def change(self, changes: Mapping[str, VirtualKey | None]) -> None:
-        # They hold in memory at once; calls that arrive together share one write.
         for hashed in changes:
             self._undo.setdefault(hashed, self.keys.get(hashed))
-        self._apply(changes)
-        try:
-            await self.save()
-        except OSError as error:
-            raise APIError(503, store_message(error)) from None
+        self._apply(changes)  # in memory at once
+        await self.save()
 
     async def reset_spend(self, hashed: str, amount: Decimal) -> None:
         """Set what a key has spent in its present window, as `change` does."""
@@ -2303,14 +2247,8 @@ class FileLedger(Ledger):
             await self.change({hashed: record})
         except APIError:
             window.spend -= difference
-            self._touch(record.account)
+            self._touched.add(hashed)
             raise
-
-    def _touch(self, account: Account) -> None:
-        """What a key used has changed: write it within FLUSH_INTERVAL seconds."""
-        self._touched.add(account.hashed)
-        self._is_behind = True
-        self._start()
 
     def _apply(self, changes: Mapping[str, VirtualKey | None]) -> None:
         for hashed, record in changes.items():
@@ -2329,8 +2267,14 @@ class FileLedger(Ledger):
             self._retired.update(dict.fromkeys(record.retired, hashed))
             if record.key_alias is not None and not record.deleted_at:
                 self._aliases[record.key_alias] = hashed
-            record.account.hashed = hashed
-            self._batches.update(dict.fromkeys(record.account.batches, record.account))
+            account = record.account
+            account.hashed, clock = hashed, self._clock()
+            for kind, limit in (("requests", record.rpm_limit), ("tokens", record.tpm_limit)):
+                bucket = account.buckets.pop(kind, None)
+                if limit is not None:
+                    account.buckets[kind] = bucket = bucket or Bucket(limit, clock)
+                    bucket.resize(limit, clock)
+            self._batches.update(dict.fromkeys(account.batches, account))
 
     def _line(self, hashed: str, record: VirtualKey) -> bytes:
         moment, batches = now(), record.account.batches
@@ -2347,31 +2291,28 @@ class FileLedger(Ledger):
         while self._is_busy() or (self.last_error and self._file.edit() is None):
             # A change that is being written would be read over; and where the last write failed,
             # the file may have one that was refused, since it was not known to be on disk.
-            try:
-                await self.save()
-            except OSError as error:
-                raise SettingsError(store_message(error)) from None
+            await self.save()
         self._load()
 
     def notice_edit(self) -> None:
         """Take the file in, as `reload` does, where somebody has edited it. One that does not parse
         is said once; then nothing is written until it is mended."""
         if self._is_busy() or self._file.edit() in (None, self._file.damaged):
-            return  # a write looks for itself
+            return  # a write looks by itself
         try:
             self._load()
             log.info("keys file was edited: read again, %d keys", len(self.keys))
-        except SettingsError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, what keys use is still written
             log.error("keys file was edited, and cannot be read: %s", error)
 
     def _load(self) -> None:
         """Read the file; what keys used stays, where it is known already."""
-        path, lines = self._file.path, list(self._lines.values())
         try:
-            keys = self._file.read(functools.partial(parse_store, name=str(path)), lines)
+            keys = self._file.read(list(self._lines.values()))
         except OSError as error:
             self.last_error = store_message(error)
-            log.warning("%s cannot be created (%s): no keys can be made", path, error.strerror)
+            told = (self._file.path, error.strerror)
+            log.warning("%s cannot be created (%s): no keys can be made", *told)
             return
         known = {hashed: key.account for hashed, key in self.keys.items()}
         for index in (self.keys, self._lines, self._retired, self._aliases, self._batches):
@@ -2379,85 +2320,68 @@ class FileLedger(Ledger):
         for hashed, record in keys.items():
             record.account = known.get(hashed, record.account)
         self._apply(keys)
-        for hashed in known.keys() & keys.keys():
-            self._touch(known[hashed])
+        self._touched |= known.keys() & keys.keys()
 
     # Writing
 
     async def save(self) -> None:
-        written: asyncio.Future[OSError | None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(written)
-        self._hurry.set()
-        self._start()
-        if failure := await written:
-            raise failure
+        # Calls that arrive together share one write, which outlives them.
+        if self._next is None:
+            self._next = asyncio.create_task(self._write(self._writing))
+        await asyncio.shield(self._next)
 
-    async def flush(self) -> None:
-        """Write what keys used. Where the disk fails, the writer says so and tries again."""
-        self.notice_edit()
-        if self._is_behind or self._is_busy() or self.last_error:
-            with contextlib.suppress(OSError):
-                await self.save()
+    async def run(self) -> None:
+        while True:
+            await asyncio.sleep(FLUSH_INTERVAL)
+            await self._flush()
 
-    def close(self) -> None:
+    async def close(self) -> None:
+        await self._flush()
         self._file.close()
 
+    async def _flush(self) -> None:
+        self.notice_edit()
+        if self._touched or self.last_error or self._is_busy():
+            with contextlib.suppress(APIError):  # which was logged; the next call tries it again
+                await self.save()
+
     def _is_busy(self) -> bool:
-        return self._is_writing or bool(self._waiting)
+        return self._writing is not None or self._next is not None
 
-    def _start(self) -> None:
-        if self._writer is None or self._writer.done():
-            self._writer = asyncio.get_running_loop().create_task(self._write_all())
-
-    async def _write_all(self) -> None:
-        """Write for all that wait until nobody does; what may wait does so for FLUSH_INTERVAL."""
-        while self._waiting or self._is_behind:
-            if not self._waiting:
-                self._hurry.clear()
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._hurry.wait(), FLUSH_INTERVAL)
-                self.notice_edit()
-            waiting, self._waiting = self._waiting, []
-            undo, self._undo = self._undo, {}
-            self._is_writing, self._is_behind, failure = True, False, None
-            try:
-                for hashed in self._touched & self.keys.keys():
-                    self._lines[hashed] = self._line(hashed, self.keys[hashed])
-                self._touched.clear()
-                lines = list(self._lines.values())
-                await asyncio.get_running_loop().run_in_executor(None, self._file.write, lines)
-            except OSError as error:
-                failure = error
-            except Exception:
-                log.exception("keys file not written")
-                failure = OSError(errno.EIO, "unexpected failure")
-            self._is_writing = False
-            if failure:
-                self._is_behind = True
-                # What was changed meanwhile stands on what is now refused, and falls with it.
-                waiting += self._waiting
-                self._apply({**self._undo, **undo})
-                self._waiting, self._undo = [], {}
-            self._tell(failure)
-            for written in waiting:
-                if not written.done():  # else who waited has left
-                    written.set_result(failure)
-
-    def _tell(self, failure: OSError | None) -> None:
-        """Log what is new of writing; an edit that can be read is no failure, it is in a moment."""
-        if isinstance(failure, FileExistsError) and not self._file.damaged:
-            return
-        told = store_message(failure) if failure else ""
-        if failure and told != self.last_error:
-            log.error("keys file not written: %s", failure.strerror or failure)
-        elif self.last_error and not failure:
+    async def _write(self, before: asyncio.Task[None] | None) -> None:
+        """Write all, once the write ``before`` is over; where that fails, this one does: what was
+        changed meanwhile stands on what is refused, and falls with it."""
+        if before is not None:
+            await before
+        self._writing, self._next = self._next, None
+        undo, self._undo = self._undo, {}
+        touched, self._touched = self._touched, set()
+        try:
+            for hashed in touched & self.keys.keys():
+                self._lines[hashed] = self._line(hashed, self.keys[hashed])
+            lines = list(self._lines.values())
+            await asyncio.get_running_loop().run_in_executor(None, self._file.write, lines)
+        except Exception as error:
+            self._apply({**self._undo, **undo})
+            self._undo, self._next = {}, None
+            self._touched |= touched
+            message = store_message(error)
+            # An edit that can be read is no failure; it is in a moment.
+            is_readable = isinstance(error, FileExistsError) and not self._file.damaged
+            if message != self.last_error and not is_readable:
+                self.last_error = message
+                log.error("%s", message, exc_info=not isinstance(error, OSError))
+            raise APIError(503, message) from None
+        finally:
+            self._writing = None
+        if self.last_error:
             log.warning("keys file written again")
-        self.last_error = told
+        self.last_error = ""
 
 
-def store_message(error: OSError) -> str:
+def store_message(error: Exception) -> str:
     """What a client is told when the file cannot be written; no path of the machine is in it."""
-    reason = error.strerror or "unknown error"
+    reason = getattr(error, "strerror", None) or "unexpected failure"
     return f"The keys file cannot be written ({reason}); nothing was changed."
 
 
@@ -2465,38 +2389,36 @@ BUDGET_WAIT = 2  # seconds after which a request that a budget has no room for m
 
 
 def over_budget(
-    level: Level, held: Decimal, cost: Decimal, moment: datetime, *, fit: bool
+    key: VirtualKey, pattern: str, held: Decimal, cost: Decimal, moment: datetime, *, fit: bool
 ) -> APIError:
     """The 429 of a budget that has no room for a request of that cost: a ``billing_error``, which
     nobody need try again, where it is spent or the cost will never fit; a ``rate_limit_error``,
     which goes by, where others' requests are only in the way."""
-    spent, limit = level.window.spend, level.limit
-    resets, headers = "it does not reset by itself", [DO_NOT_RETRY]
-    if level.duration is not None:
-        end = window(level.duration, moment)[1]
-        resets = f"{level.duration}; resets {end:%Y-%m-%d %H:%M} UTC"
-        wait = max(1, math.ceil((end - moment).total_seconds()))
-        headers.append(("retry-after", str(wait)))
-    name = f"Budget for {level.pattern}" if level.pattern else "Budget"
-    told, used, kind = (
-        f"{name} of ${dollars(limit)}",
-        f"${dollars(spent)} is spent",
-        "billing_error",
-    )
-    if spent >= limit:
-        text = f"{told} reached ({resets}): {used}."
-    elif fit and spent + cost > limit:
+    spent, limit, duration = key.spent(moment, pattern), key.max_budget or ZERO, key.budget_duration
+    name = "Budget"
+    if pattern:
+        budget, name = key.model_max_budget[pattern], f"Budget for {pattern}"
+        limit, duration = budget.limit, budget.duration
+    name, used = f"{name} of ${dollars(limit)}", f"${dollars(spent)} is spent"
+    if spent < limit and not (fit and spent + cost > limit):
         text = (
-            f"{told} ({resets}): {used}, and this batch may cost ${dollars(cost)}."
-            " Send a smaller one, or lower its 'max_tokens'."
-        )
-    else:
-        text = (
-            f"{told}: {used}, and ${dollars(held)} is held for requests and batches under way."
+            f"{name}: {used}, and ${dollars(held)} is held for requests and batches under way."
             f" Try again in {BUDGET_WAIT} seconds."
         )
-        kind, headers = "rate_limit_error", [("retry-after", str(BUDGET_WAIT))]
-    return APIError(429, text, kind=kind, headers=headers)
+        return APIError(429, text, headers=[("retry-after", str(BUDGET_WAIT))])
+    resets, headers = "it does not reset by itself", [DO_NOT_RETRY]
+    if duration is not None:
+        end = window(duration, moment)[1]
+        resets = f"{duration}; resets {end:%Y-%m-%d %H:%M} UTC"
+        wait = max(1, math.ceil((end - moment).total_seconds()))
+        headers.append(("retry-after", str(wait)))
+    text = f"{name} reached ({resets}): {used}."
+    if spent < limit:
+        text = (
+            f"{name} ({resets}): {used}, and this batch may cost ${dollars(cost)}."
+            " Send a smaller one, or lower its 'max_tokens'."
+        )
+    return APIError(429, text, kind="billing_error", headers=headers)
 
 
 # ─── Wire ─────────────────────────────────────────────────────────────────────────────────────────
@@ -4887,10 +4809,11 @@ class Doors:
             if self._master and hmac.compare_digest(hashed, self._master):
                 caller.is_master = caller.is_master or caller.key is None
             elif found := await self._ledger.find_hash(hashed):
-                if found.status != "active":
-                    refused = refused or REFUSED_KEYS[found.status]
+                key, status = found
+                if status != "active":
+                    refused = refused or REFUSED_KEYS[status]
                 elif caller.key is None and not caller.is_master:
-                    caller.hashed, caller.key = found.hashed, found.key
+                    caller.hashed, caller.key = key.account.hashed, key
             else:
                 own = OWN_CREDENTIAL_NAMES.get(header)  # it goes up in the field that it came in
                 if own and caller.own is None and credential.startswith(OWN_CREDENTIAL_PREFIX):
@@ -5321,7 +5244,7 @@ class Batches(Rule):
         if visit.route.makes_batch and payer is not None and visit.hold is not None:
             gateway.ledger.own_batch(payer.account, name, visit.hold)
             gateway.batches.watch(name)
-            with contextlib.suppress(OSError):  # which is said, and tried again each second
+            with contextlib.suppress(APIError):  # which is said, and tried again each second
                 await gateway.ledger.save()
         elif batch.get("processing_status") == BATCH_ENDED:
             gateway.batches.hurry(name)
@@ -5822,9 +5745,8 @@ class Gateway:
 
     async def close(self) -> None:
         """Write what is not written, and free all."""
-        await self.ledger.flush()
         self.client.close()
-        self.ledger.close()
+        await self.ledger.close()
 
     def asking(self, path: str, **options: Any) -> HTTPRequest:
         """A GET of the gateway's own, with the real key."""
@@ -6660,7 +6582,7 @@ class MetricsHandler(ManagementHandler):
             return
         for _, credential in candidates(self.request.head.values):
             found = self.ledger.lookup(hash_key(credential))
-            for route in found[1].allowed_routes if found and found[2] == "active" else ():
+            for route in found[0].allowed_routes if found and found[1] == "active" else ():
                 if route.startswith(METRICS_PATH) and fnmatch.fnmatchcase(METRICS_PATH, route):
                     return  # a mere "*" does not name it
         self.require_master()
@@ -7165,12 +7087,8 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, signals.put_nowait, number)
 
-    async def notice_edits() -> None:
-        while True:
-            await asyncio.sleep(FLUSH_INTERVAL)
-            gateway.ledger.notice_edit()
-
-    tasks = [asyncio.create_task(work) for work in (gateway.batches.run(), notice_edits())]
+    booking = asyncio.create_task(gateway.batches.run())
+    saving = asyncio.create_task(gateway.ledger.run())
     announce(settings, gateway, 0 if settings.unix_socket else sockets[0].getsockname()[1])
     await loop.run_in_executor(None, gateway.prices.load)
     favour_the_loop()
@@ -7185,9 +7103,9 @@ async def serve(settings: Settings) -> None:
         except Exception as error:  # noqa: BLE001 - whatever it is, it does not stop the gateway
             log.error("not read again: %s", error)
     loop.add_signal_handler(signal.SIGHUP, lambda: None)
-    for task in tasks:
-        task.cancel()
+    booking.cancel()
     await stop(gateway, server, signals)
+    saving.cancel()
     if settings.unix_socket:
         with contextlib.suppress(OSError):
             os.unlink(settings.unix_socket)
