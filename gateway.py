@@ -4538,10 +4538,8 @@ class Record:
     def __str__(self) -> str:
         """The line for a terminal. No key, hash, body or query stands in it."""
         key, tally = self.key, self.tally
-        line = (
-            f"{self.shown_key} {self.method} {shown_word(self.path)} {self.status} {self.outcome}"
-        )
-        line += f" {(self.over - self.arrived) * 1000:.0f}ms"
+        line = f"{self.shown_key} {self.method} {shown_word(self.path)} {self.status}"
+        line += f" {self.outcome} {(self.over - self.arrived) * 1000:.0f}ms"
         if self.first:
             line += f" ttfb={(self.first - self.arrived) * 1000:.0f}ms"
         line += f" in={self.bytes_in} out={self.bytes_out}"
@@ -4569,73 +4567,47 @@ class Record:
             line += f" agent={shown_word(self.agent)}"
         return line
 
+    def to_json(self) -> dict[str, Any]:
+        """As the JSON log has it; the README's "Log" describes it."""
+        key, tally, started = self.key, self.tally, self.arrived
+        alias = key.key_alias if key else self.shown_key if self.shown_key != NO_KEY else None
+        first = round(self.first - started, 4) if self.first else None
+        row: dict[str, Any] = {"call_id": self.call_id, "request_id": self.request_id or None}
+        row |= {"key_alias": alias, "key_name": key and key.key_name, "user": key and key.user_id}
+        row |= {"tags": self.tags, "session_id": self.session or None}
+        row |= {"agent_id": self.agent or None, "remote_ip": self.remote_ip}
+        row |= {"method": self.method, "path": self.path, "status": self.status}
+        row |= {"outcome": self.outcome, "model": self.model or None}
+        row |= {"input_tokens": tally.input_tokens, "output_tokens": tally.output_tokens}
+        row |= {"cache_read_tokens": tally.cache_read_tokens, "cache_write_tokens": tally.written}
+        row |= {"cost": float(tally.spend), "estimated": self.estimated}
+        row |= {"time_to_first_byte": first, "duration": round(self.over - started, 4)}
+        return row | {"bytes_in": self.bytes_in, "bytes_out": self.bytes_out}
 
-# How a field of the record is called in the JSON log (the README's "Log" describes it) …
-LOG_FIELDS: dict[str, Callable[[Record], Any]] = {
-    "call_id": lambda r: r.call_id,
-    "request_id": lambda r: r.request_id or None,
-    "key_alias": lambda r: (
-        r.key.key_alias if r.key else r.shown_key if r.shown_key != NO_KEY else None
-    ),
-    "key_name": lambda r: r.key.key_name if r.key else None,
-    "user": lambda r: r.key.user_id if r.key else None,
-    "tags": lambda r: r.tags,
-    "session_id": lambda r: r.session or None,
-    "agent_id": lambda r: r.agent or None,
-    "remote_ip": lambda r: r.remote_ip,
-    "method": lambda r: r.method,
-    "path": lambda r: r.path,
-    "status": lambda r: r.status,
-    "outcome": lambda r: r.outcome,
-    "model": lambda r: r.model or None,
-    "input_tokens": lambda r: r.tally.input_tokens,
-    "output_tokens": lambda r: r.tally.output_tokens,
-    "cache_read_tokens": lambda r: r.tally.cache_read_tokens,
-    "cache_write_tokens": lambda r: r.tally.written,
-    "cost": lambda r: float(r.tally.spend),
-    "estimated": lambda r: r.estimated,
-    "time_to_first_byte": lambda r: round(r.first - r.arrived, 4) if r.first else None,
-    "duration": lambda r: round(r.over - r.arrived, 4),
-    "bytes_in": lambda r: r.bytes_in,
-    "bytes_out": lambda r: r.bytes_out,
-}
-# … and in LiteLLM's SpendLogs; fields of those that mean nothing here are left out.
-SPEND_LOG_FIELDS: dict[str, Callable[[Record], Any]] = {
-    "request_id": lambda r: r.request_id or r.call_id,
-    "litellm_call_id": lambda r: r.call_id,
-    "call_type": lambda r: "pass_through_endpoint",
-    "custom_llm_provider": lambda r: "anthropic",
-    "api_base": lambda r: r.path,
-    "api_key": lambda r: r.hashed,
-    "key_alias": lambda r: r.key.key_alias if r.key else None,
-    "user": lambda r: r.key.user_id if r.key else None,
-    "team_id": lambda r: r.key.team_id if r.key else None,
-    "model": lambda r: r.model,
-    "spend": lambda r: float(r.tally.spend),
-    "prompt_tokens": lambda r: r.tally.input_tokens + r.tally.cached,
-    "completion_tokens": lambda r: r.tally.output_tokens,
-    "total_tokens": lambda r: r.tally.input_tokens + r.tally.cached + r.tally.output_tokens,
-    "cache_read_input_tokens": lambda r: r.tally.cache_read_tokens,
-    "cache_creation_input_tokens": lambda r: r.tally.written,
-    "startTime": lambda r: iso(r.started),
-    "endTime": lambda r: iso(r.ended),
-    "status": lambda r: "success" if r.status < 400 and r.outcome == "ok" else "failure",
-    "status_code": lambda r: r.status,
-    "outcome": lambda r: r.outcome,
-    "estimated": lambda r: r.estimated,
-    "request_tags": lambda r: r.tags,
-    "requester_ip_address": lambda r: r.remote_ip,
-}
+    def to_spend_log(self) -> dict[str, Any]:
+        """As a row of LiteLLM's SpendLogs; fields of those that mean nothing here are left out."""
+        key, tally = self.key, self.tally
+        prompt, output = tally.input_tokens + tally.cached, tally.output_tokens
+        is_served = self.status < 400 and self.outcome == "ok"
+        row: dict[str, Any] = {"request_id": self.request_id or self.call_id}
+        row |= {"litellm_call_id": self.call_id, "call_type": "pass_through_endpoint"}
+        row |= {"custom_llm_provider": "anthropic", "api_base": self.path, "api_key": self.hashed}
+        row |= {"key_alias": key and key.key_alias, "user": key and key.user_id}
+        row |= {"team_id": key and key.team_id, "model": self.model}
+        row |= {"spend": float(tally.spend), "prompt_tokens": prompt, "completion_tokens": output}
+        row |= {"total_tokens": prompt + output, "cache_read_input_tokens": tally.cache_read_tokens}
+        row |= {"cache_creation_input_tokens": tally.written, "startTime": iso(self.started)}
+        row |= {"endTime": iso(self.ended), "status": "success" if is_served else "failure"}
+        row |= {"status_code": self.status, "outcome": self.outcome, "estimated": self.estimated}
+        return row | {"request_tags": self.tags, "requester_ip_address": self.remote_ip}
 
 
+@dataclass(slots=True)
 class Histogram:
     """How long something took: seconds, counted in LATENCY_BUCKETS."""
 
-    __slots__ = ("counts", "total")
-
-    def __init__(self) -> None:
-        self.counts = [0] * (len(LATENCY_BUCKETS) + 1)
-        self.total = 0.0
+    counts: list[int] = field(default_factory=lambda: [0] * (len(LATENCY_BUCKETS) + 1))
+    total: float = 0.0
 
 
 class Traffic:
@@ -6482,7 +6454,7 @@ class ReportHandler(ManagementHandler):
         wanted, user, shown = self.query("request_id"), self.query("user_id"), self.query("api_key")
         hashed = shown if not shown or HASH.fullmatch(shown) else hash_key(shown)
         return [
-            {name: get(finished) for name, get in SPEND_LOG_FIELDS.items()}
+            finished.to_spend_log()
             for finished in reversed(self.gateway.recent)
             if wanted in ("", finished.call_id, finished.request_id)
             and hashed in ("", finished.hashed)
@@ -6653,15 +6625,15 @@ class MetricsHandler(ManagementHandler):
 
 
 class JSONFormatter(logging.Formatter):
-    """A log line as a JSON object: ``time``, ``level``, and a relayed request's LOG_FIELDS or a
-    ``message`` (with ``exception``, where there was one)."""
+    """A log line as a JSON object: ``time``, ``level``, and `Record.to_json` or a ``message`` (with
+    ``exception``, where there was one)."""
 
     def format(self, record: logging.LogRecord) -> str:
         moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         line = {"time": moment.replace("+00:00", "Z"), "level": record.levelname.lower()}
         subject = record.args[0] if isinstance(record.args, tuple) and record.args else None
         if isinstance(subject, Record):
-            line |= {name: get(subject) for name, get in LOG_FIELDS.items()}
+            line |= subject.to_json()
         else:
             line["message"] = record.getMessage()
         if record.exc_info:
