@@ -1819,7 +1819,6 @@ class Hold:
     started: datetime
     pays: bool = True
     reads_body: bool = False  # that what it may cost is held once the body is read
-    slot: bool = False
     amounts: dict[str, Decimal] = field(default_factory=dict)
 
 
@@ -1849,9 +1848,6 @@ class Ledger(Protocol):
 
     def charge(self, account: Account, charges: Charges, moment: datetime) -> VirtualKey | None:
         """Count what an account used; its key's newest record, None where it is gone."""
-
-    def spent(self, key: VirtualKey, moment: datetime, /) -> Decimal:
-        """USD spent in the present window of a key's own budget."""
 
     def rates(self, key: VirtualKey, theirs: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
         """anthropic-ratelimit-* of a key's own limits, where they are tighter than ``theirs``."""
@@ -1950,7 +1946,12 @@ class KeysFile:
         self.damaged = mark_of(self.path)
         while True:
             try:
-                self._own()
+                while self._lock < 0 or not os.path.samestat(
+                    os.stat(self.path), os.fstat(self._lock)
+                ):
+                    self.close()
+                    self._lock = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+                    fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 mark = mark_of(self._lock)  # an edit while it is read is another
                 keys = parse_store(self.path.read_bytes(), str(self.path))
                 self.damaged, self._mark = None, mark
@@ -1959,6 +1960,7 @@ class KeysFile:
                 with contextlib.suppress(FileExistsError):  # another gateway was faster
                     self.write(lines)
             except OSError as error:
+                self.close()
                 wrong = error.strerror
                 if isinstance(error, BlockingIOError):
                     wrong = "another gateway uses this file; give this one its own with --keys"
@@ -1970,7 +1972,6 @@ class KeysFile:
     def write(self, lines: list[bytes]) -> None:
         """Write, fsync, lock, rename, fsync the folder. Raises OSError; FileExistsError where there
         is another file than was last read or written."""
-        self._refuse_edited()
         temporary = self.path.parent / f".{self.path.name}.{os.getpid()}.tmp"
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         descriptor = os.open(temporary, flags, STORE_MODE)
@@ -1985,7 +1986,9 @@ class KeysFile:
             os.fsync(descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             mark = mark_of(descriptor)  # an edit once it has its name is another
-            self._refuse_edited()
+            if self.edit() is not None:
+                wrong = "is damaged; mend it first" if self.damaged else "was edited; send it again"
+                raise FileExistsError(errno.EEXIST, f"it {wrong}")
             os.replace(temporary, self.path)
         except BaseException:
             os.close(descriptor)
@@ -2010,22 +2013,6 @@ class KeysFile:
             os.close(self._lock)
             self._lock = -1
 
-    def _refuse_edited(self) -> None:
-        if self.edit() is not None:
-            wrong = "and is damaged; mend it first" if self.damaged else "meanwhile; send it again"
-            raise FileExistsError(errno.EEXIST, f"it was edited {wrong}")
-
-    def _own(self) -> None:
-        """Lock the file that has the name now. Raises OSError."""
-        while self._lock < 0 or not os.path.samestat(os.stat(self.path), os.fstat(self._lock)):
-            self.close()
-            self._lock = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                self.close()
-                raise
-
 
 FLUSH_INTERVAL = 1.0  # seconds between two writes of what relaying changes
 
@@ -2041,11 +2028,11 @@ class FileLedger(Ledger):
         self._usage_days = usage_days
         self._clock = clock
         self.keys = {}
+        self.batches: dict[str, Account] = {}  # whose they are
         self.last_error = ""
         self._lines: dict[str, bytes] = {}
         self._retired: dict[str, str] = {}
         self._aliases: dict[str, str] = {}
-        self._batches: dict[str, Account] = {}
         # What the file lacks: keys that were used, and what changed, as it was before.
         self._touched: set[str] = set()
         self._undo: dict[str, VirtualKey | None] = {}
@@ -2107,7 +2094,6 @@ class FileLedger(Ledger):
             if spent >= key.max_budget or spent + held > key.max_budget:
                 raise over_budget(key, ALL_MODELS, held, ZERO, hold.started, fit=False)
         account.running += 1
-        hold.slot = True
         if "requests" in account.buckets:
             account.buckets["requests"].draw(1, clock)
 
@@ -2133,10 +2119,9 @@ class FileLedger(Ledger):
         if hold.key is None:
             return
         account = hold.key.account
-        account.running -= hold.slot
+        account.running -= 1
         for pattern, amount in hold.amounts.items():
             account.windows[pattern].held -= amount
-        hold.slot, hold.amounts = False, {}
         if hold.pays:
             account.last_active = moment_of(int(time.time()))
             tally = account.usage.of(day_of(hold.started), model or NO_MODEL)
@@ -2168,8 +2153,6 @@ class FileLedger(Ledger):
         self._touched.add(account.hashed)
         return key
 
-    spent = staticmethod(VirtualKey.spent)
-
     def rates(self, key: VirtualKey, theirs: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
         # platform.claude.com, api/rate-limits, "Response headers": reset in RFC 3339
         fields, clock = [], self._clock()
@@ -2188,25 +2171,21 @@ class FileLedger(Ledger):
 
     def unbooked(self, name: str) -> Batch | None:
         """The batch of that name, where results of it are still to be booked to a key."""
-        batch = self._batches[name].batches[name] if name in self._batches else None
+        batch = self.batches[name].batches[name] if name in self.batches else None
         return None if batch is None or batch.booked else batch
 
-    def all_unbooked(self) -> list[str]:
-        """The names of all of them."""
-        return [name for name in self._batches if self.unbooked(name)]
-
     def own_batch(self, account: Account, name: str, hold: Hold | None = None) -> None:
-        if hold is None and name in self._batches:
+        if hold is None and name in self.batches:
             return
         self.finish_batch(name)  # an upstream that gives an id twice frees what was held for it
         batch = account.batches[name] = Batch(day_of(now()))
-        self._batches[name] = account
+        self.batches[name] = account
         if hold is not None:
             batch.held, hold.amounts = hold.amounts, {}
         self._touched.add(account.hashed)
 
     def batch_line(self, name: str, line: int) -> Account | None:
-        account = self._batches.get(name)
+        account = self.batches.get(name)
         if account is None or line <= account.batches[name].lines:
             return None
         account.batches[name].lines = line
@@ -2216,7 +2195,7 @@ class FileLedger(Ledger):
         batch = self.unbooked(name)
         if batch is None:
             return
-        account, held = self._batches[name], batch.held
+        account, held = self.batches[name], batch.held
         key, batch.held, batch.booked = self.keys.get(account.hashed), {}, True
         for pattern, amount in held.items():
             account.windows[pattern].held -= amount
@@ -2274,14 +2253,14 @@ class FileLedger(Ledger):
                 if limit is not None:
                     account.buckets[kind] = bucket = bucket or Bucket(limit, clock)
                     bucket.resize(limit, clock)
-            self._batches.update(dict.fromkeys(account.batches, account))
+            self.batches.update(dict.fromkeys(account.batches, account))
 
     def _line(self, hashed: str, record: VirtualKey) -> bytes:
         moment, batches = now(), record.account.batches
         oldest = day_of(moment - timedelta(days=self._usage_days))
         for name in [n for n, b in batches.items() if b.booked and b.day < oldest]:
             del batches[name]
-            self._batches.pop(name, None)
+            self.batches.pop(name, None)
         return store_line(hashed, record, day_of(moment), oldest)
 
     # Reading
@@ -2311,11 +2290,10 @@ class FileLedger(Ledger):
             keys = self._file.read(list(self._lines.values()))
         except OSError as error:
             self.last_error = store_message(error)
-            told = (self._file.path, error.strerror)
-            log.warning("%s cannot be created (%s): no keys can be made", *told)
+            log.warning("%s: %s", self._file.path, self.last_error)
             return
         known = {hashed: key.account for hashed, key in self.keys.items()}
-        for index in (self.keys, self._lines, self._retired, self._aliases, self._batches):
+        for index in (self.keys, self._lines, self._retired, self._aliases, self.batches):
             index.clear()
         for hashed, record in keys.items():
             record.account = known.get(hashed, record.account)
@@ -2394,26 +2372,24 @@ def over_budget(
     """The 429 of a budget that has no room for a request of that cost: a ``billing_error``, which
     nobody need try again, where it is spent or the cost will never fit; a ``rate_limit_error``,
     which goes by, where others' requests are only in the way."""
-    spent, limit, duration = key.spent(moment, pattern), key.max_budget or ZERO, key.budget_duration
-    name = "Budget"
-    if pattern:
-        budget, name = key.model_max_budget[pattern], f"Budget for {pattern}"
-        limit, duration = budget.limit, budget.duration
-    name, used = f"{name} of ${dollars(limit)}", f"${dollars(spent)} is spent"
-    if spent < limit and not (fit and spent + cost > limit):
+    own = ModelBudget(key.max_budget or ZERO, key.budget_duration)
+    budget, spent = key.model_max_budget.get(pattern, own), key.spent(moment, pattern)
+    name = f"Budget for {pattern}" if pattern else "Budget"
+    name, used = f"{name} of ${dollars(budget.limit)}", f"${dollars(spent)} is spent"
+    if spent < budget.limit and not (fit and spent + cost > budget.limit):
         text = (
             f"{name}: {used}, and ${dollars(held)} is held for requests and batches under way."
             f" Try again in {BUDGET_WAIT} seconds."
         )
         return APIError(429, text, headers=[("retry-after", str(BUDGET_WAIT))])
     resets, headers = "it does not reset by itself", [DO_NOT_RETRY]
-    if duration is not None:
-        end = window(duration, moment)[1]
-        resets = f"{duration}; resets {end:%Y-%m-%d %H:%M} UTC"
+    if budget.duration is not None:
+        end = window(budget.duration, moment)[1]
+        resets = f"{budget.duration}; resets {end:%Y-%m-%d %H:%M} UTC"
         wait = max(1, math.ceil((end - moment).total_seconds()))
         headers.append(("retry-after", str(wait)))
     text = f"{name} reached ({resets}): {used}."
-    if spent < limit:
+    if spent < budget.limit:
         text = (
             f"{name} ({resets}): {used}, and this batch may cost ${dollars(cost)}."
             " Send a smaller one, or lower its 'max_tokens'."
@@ -4518,7 +4494,6 @@ class Record:
     answered: float = 0.0
     first: float = 0.0
     over: float = 0.0
-    ended: datetime = EPOCH
     hashed: str = ""
     key: VirtualKey | None = None
     shown_key: str = NO_KEY
@@ -4586,7 +4561,7 @@ class Record:
 
     def to_spend_log(self) -> dict[str, Any]:
         """As a row of LiteLLM's SpendLogs; fields of those that mean nothing here are left out."""
-        key, tally = self.key, self.tally
+        key, tally, took = self.key, self.tally, timedelta(seconds=self.over - self.arrived)
         prompt, output = tally.input_tokens + tally.cached, tally.output_tokens
         is_served = self.status < 400 and self.outcome == "ok"
         row: dict[str, Any] = {"request_id": self.request_id or self.call_id}
@@ -4597,7 +4572,10 @@ class Record:
         row |= {"spend": float(tally.spend), "prompt_tokens": prompt, "completion_tokens": output}
         row |= {"total_tokens": prompt + output, "cache_read_input_tokens": tally.cache_read_tokens}
         row |= {"cache_creation_input_tokens": tally.written, "startTime": iso(self.started)}
-        row |= {"endTime": iso(self.ended), "status": "success" if is_served else "failure"}
+        row |= {
+            "endTime": iso(self.started + took),
+            "status": "success" if is_served else "failure",
+        }
         row |= {"status_code": self.status, "outcome": self.outcome, "estimated": self.estimated}
         return row | {"request_tags": self.tags, "requester_ip_address": self.remote_ip}
 
@@ -4631,11 +4609,10 @@ class Traffic:
     def count(self, record: Record) -> None:
         """Count a request that is over."""
         pair = key, model = record.shown_key, record.model or NO_MODEL
-        if pair not in self._pairs:
-            if len(self._pairs) < MAX_LABELS:
-                self._pairs.add(pair)
-            else:
-                key, model = OTHER_MODELS, OTHER_MODELS
+        if len(self._pairs) < MAX_LABELS:
+            self._pairs.add(pair)
+        elif pair not in self._pairs:
+            key = model = OTHER_MODELS
         self.requests[key, model, record.status, record.outcome] += 1
         histograms = self.timings.get(model)
         if histograms is None:
@@ -4655,7 +4632,7 @@ class Traffic:
                 histogram.counts[bisect.bisect_left(LATENCY_BUCKETS, seconds)] += 1
                 histogram.total += seconds
 
-    def book(self, key: str, charges: Iterable[tuple[str, Tally]]) -> None:
+    def book(self, key: str, charges: Charges) -> None:
         """Count what a request or a batch used, by its models."""
         for model, tally in charges:
             label = (key, model or NO_MODEL)
@@ -5136,7 +5113,7 @@ class Limits(Rule):
             return fields
         if visit.phase is RequestPhase.SETTLED and visit.meter is not None:
             fields.append(("x-litellm-response-cost", f"{visit.record.tally.spend:f}"))
-        spent = gateway.ledger.spent(payer, visit.record.started)
+        spent = payer.spent(visit.record.started)
         fields.append(("x-litellm-key-spend", f"{spent:f}"))
         if payer.max_budget is not None:
             left = max(ZERO, payer.max_budget - spent)
@@ -5595,7 +5572,7 @@ class BatchKeeper:
 
     async def run(self) -> None:
         """Watch all that are not booked, until cancelled."""
-        for name in self._ledger.all_unbooked():
+        for name in filter(self._ledger.unbooked, self._ledger.batches):
             self.watch(name)
         async with asyncio.TaskGroup() as group:
             while True:
@@ -5962,7 +5939,6 @@ class RelayHandler(BaseHandler):
         visit.phase = FOLLOWS[visit.phase][RequestPhase.SETTLED]
         record, head, answer = visit.record, visit.head, visit.answer
         record.outcome, record.over = outcome, gateway.time()
-        record.ended = moment_of(int(time.time()))
         if upstream is not None:
             record.asked, visit.began = upstream.begun, upstream.begun > 0 and upstream.sent
             if outcome != "ok":

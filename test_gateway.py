@@ -4317,7 +4317,7 @@ async def test_who_leaves_while_his_batch_is_made_owns_it(gw: GW, batches: Batch
     batches.state = "ended"
     batches.answering.set()
     # Its rows are booked one by one, then what was held for it is given back.
-    await until(lambda: account.batches and not gw.store.all_unbooked())
+    await until(lambda: account.batches and not any(map(gw.store.unbooked, account.batches)))
     await until(lambda: not gw.active)
     assert await gw.spent(key) == Decimal("0.07")
     assert_nothing_is_held(account)
@@ -4470,7 +4470,7 @@ async def test_what_is_regenerated_or_read_again_loses_nothing(gw: GW) -> None:
     assert (await gw.ask(f"POST {BATCHES}", body=batch_of(1), key=key)).status == 200
     await gw.store.reload()
     account = gw.store.keys[gateway.hash_key(key)].account
-    assert gw.store._batches["msgbatch_9"] is account and account.batches
+    assert gw.store.batches["msgbatch_9"] is account and account.batches
     assert (await gw.info(key))["spend"] == 0.014
 
 
