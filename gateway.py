@@ -1917,12 +1917,11 @@ def parse_store(text: bytes, name: str) -> dict[str, VirtualKey]:
 
 
 WRITE_SLICE = 1000  # lines joined at a time, so that the writing thread lets the loop breathe
-# Device, inode, size and time of change (ns): another one, and somebody has edited the file.
-FileMark = tuple[int, int, int, int]
+FileMark = tuple[int, ...] | None
 
 
-def mark_of(file: Path | int) -> FileMark | None:
-    """What tells an edited file from one that was not; None where there is none."""
+def mark_of(file: Path | int) -> FileMark:
+    """Device, inode, size and time of change (ns) tell an edited file; None where there is none."""
     with contextlib.suppress(OSError):
         seen = os.stat(file)
         return seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns
@@ -1936,8 +1935,8 @@ class KeysFile:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(os.path.realpath(path))
-        self.damaged: FileMark | None = None
-        self._mark: FileMark | None = None
+        self.damaged: FileMark = None
+        self._mark: FileMark = None
         self._lock = -1
 
     def read(self, lines: list[bytes]) -> dict[str, VirtualKey]:
@@ -2002,7 +2001,7 @@ class KeysFile:
         finally:
             os.close(folder)
 
-    def edit(self) -> FileMark | None:
+    def edit(self) -> FileMark:
         """The file's mark, where it is not the one that was last read or written."""
         mark = mark_of(self.path)
         return None if mark == self._mark else mark
@@ -2032,7 +2031,6 @@ class FileLedger(Ledger):
         self.last_error = ""
         self._lines: dict[str, bytes] = {}
         self._retired: dict[str, str] = {}
-        self._aliases: dict[str, str] = {}
         # What the file lacks: keys that were used, and what changed, as it was before.
         self._touched: set[str] = set()
         self._undo: dict[str, VirtualKey | None] = {}
@@ -2060,8 +2058,9 @@ class FileLedger(Ledger):
     def find(self, key_or_hash: str, alias: str = "") -> tuple[str, VirtualKey] | None:
         """The key that a manager addresses: by its alias where one is given, else by plain key or
         hash; deleted ones are not found."""
+        if alias:
+            return next((row for row in self.live() if row[1].key_alias == alias), None)
         hashed = key_or_hash if HASH.fullmatch(key_or_hash) else hash_key(key_or_hash)
-        hashed = self._aliases.get(alias, "") if alias else hashed
         record = self.keys.get(hashed)
         return None if record is None or record.deleted_at else (hashed, record)
 
@@ -2231,12 +2230,10 @@ class FileLedger(Ledger):
 
     def _apply(self, changes: Mapping[str, VirtualKey | None]) -> None:
         for hashed, record in changes.items():
-            if before := self.keys.get(hashed):
-                named = [(self._aliases, before.key_alias or "")]
-                named += [(self._retired, old) for old in before.retired]
-                for index, name in named:
-                    if index.get(name) == hashed:  # else it is another key's by now
-                        del index[name]
+            before = self.keys.get(hashed)
+            for old in before.retired if before else ():
+                if self._retired.get(old) == hashed:  # else it is another key's by now
+                    del self._retired[old]
             if record is None:
                 self.keys.pop(hashed, None)
                 self._lines.pop(hashed, None)
@@ -2244,8 +2241,6 @@ class FileLedger(Ledger):
             self.keys[hashed] = record
             self._lines[hashed] = self._line(hashed, record)
             self._retired.update(dict.fromkeys(record.retired, hashed))
-            if record.key_alias is not None and not record.deleted_at:
-                self._aliases[record.key_alias] = hashed
             account = record.account
             account.hashed, clock = hashed, self._clock()
             for kind, limit in (("requests", record.rpm_limit), ("tokens", record.tpm_limit)):
@@ -2289,11 +2284,10 @@ class FileLedger(Ledger):
         try:
             keys = self._file.read(list(self._lines.values()))
         except OSError as error:
-            self.last_error = store_message(error)
-            log.warning("%s: %s", self._file.path, self.last_error)
+            self._fail(error)
             return
         known = {hashed: key.account for hashed, key in self.keys.items()}
-        for index in (self.keys, self._lines, self._retired, self._aliases, self.batches):
+        for index in (self.keys, self._lines, self._retired, self.batches):
             index.clear()
         for hashed, record in keys.items():
             record.account = known.get(hashed, record.account)
@@ -2339,28 +2333,27 @@ class FileLedger(Ledger):
                 self._lines[hashed] = self._line(hashed, self.keys[hashed])
             lines = list(self._lines.values())
             await asyncio.get_running_loop().run_in_executor(None, self._file.write, lines)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is taken back
             self._apply({**self._undo, **undo})
             self._undo, self._next = {}, None
             self._touched |= touched
-            message = store_message(error)
-            # An edit that can be read is no failure; it is in a moment.
-            is_readable = isinstance(error, FileExistsError) and not self._file.damaged
-            if message != self.last_error and not is_readable:
-                self.last_error = message
-                log.error("%s", message, exc_info=not isinstance(error, OSError))
-            raise APIError(503, message) from None
+            raise self._fail(error) from None
         finally:
             self._writing = None
         if self.last_error:
             log.warning("keys file written again")
         self.last_error = ""
 
-
-def store_message(error: Exception) -> str:
-    """What a client is told when the file cannot be written; no path of the machine is in it."""
-    reason = getattr(error, "strerror", None) or "unexpected failure"
-    return f"The keys file cannot be written ({reason}); nothing was changed."
+    def _fail(self, error: Exception) -> APIError:
+        """Say what is new of it. A client is told no path of the machine."""
+        reason = getattr(error, "strerror", None) or "unexpected failure"
+        message = f"The keys file cannot be written ({reason}); nothing was changed."
+        # An edit that can be read is no failure; it is in a moment.
+        is_readable = isinstance(error, FileExistsError) and not self._file.damaged
+        if message != self.last_error and not is_readable:
+            self.last_error, is_odd = message, not isinstance(error, OSError)
+            log.error("%s: %s", self._file.path, message, exc_info=is_odd)
+        return APIError(503, message)
 
 
 BUDGET_WAIT = 2  # seconds after which a request that a budget has no room for may ask again
@@ -4515,32 +4508,22 @@ class Record:
         key, tally = self.key, self.tally
         line = f"{self.shown_key} {self.method} {shown_word(self.path)} {self.status}"
         line += f" {self.outcome} {(self.over - self.arrived) * 1000:.0f}ms"
-        if self.first:
-            line += f" ttfb={(self.first - self.arrived) * 1000:.0f}ms"
+        line += f" ttfb={(self.first - self.arrived) * 1000:.0f}ms" if self.first else ""
         line += f" in={self.bytes_in} out={self.bytes_out}"
-        if self.model:
-            line += f" {shown_word(self.model)}"
+        line += f" {shown_word(self.model)}" if self.model else ""
         if tally.input_tokens or tally.output_tokens:
             cached = tally.cache_read_tokens
             cached += tally.cache_write_5m_tokens + tally.cache_write_1h_tokens
             line += f" {tally.input_tokens}+{cached}->{tally.output_tokens} tokens"
             line += f" ${shown_dollars(tally.spend)}"
-        if self.estimated:
-            line += " estimated"
-        line += f" {self.call_id}"
-        if self.request_id:
-            line += f" {shown_word(self.request_id)}"
-        if key is not None and key.key_alias:
-            line += f" key={key.key_name}"
-        if key is not None and key.user_id:
-            line += f" user={printable(key.user_id)}"
-        if self.tags:
-            line += f" tags={shown_word(printable(','.join(self.tags)))}"
-        if self.session:
-            line += f" session={shown_word(self.session)}"
-        if self.agent:
-            line += f" agent={shown_word(self.agent)}"
-        return line
+        line += f"{' estimated' if self.estimated else ''} {self.call_id}"
+        line += f" {shown_word(self.request_id)}" if self.request_id else ""
+        if key is not None:
+            line += f" key={key.key_name}" if key.key_alias else ""
+            line += f" user={printable(key.user_id)}" if key.user_id else ""
+        line += f" tags={shown_word(printable(','.join(self.tags)))}" if self.tags else ""
+        line += f" session={shown_word(self.session)}" if self.session else ""
+        return line + (f" agent={shown_word(self.agent)}" if self.agent else "")
 
     def to_json(self) -> dict[str, Any]:
         """As the JSON log has it; the README's "Log" describes it."""
