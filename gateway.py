@@ -1930,19 +1930,16 @@ def mark_of(file: Path | int) -> FileMark:
 
 class KeysFile:
     """A file of lines that is whole at all times, and nobody else's while this object lives: it is
-    written beside itself, fsynced and renamed over the old one; a link stays a link. ``damaged`` is
-    the mark of an edit that could not be read."""
+    written beside itself, fsynced and renamed over the old one; a link stays a link."""
 
     def __init__(self, path: Path) -> None:
         self.path = Path(os.path.realpath(path))
-        self.damaged: FileMark = None
         self._mark: FileMark = None
         self._lock = -1
 
     def read(self, lines: list[bytes]) -> dict[str, VirtualKey]:
         """The keys in the file, which is ours from then on; where there is none it is made of these
         lines. Raises SettingsError, and OSError where none can be made."""
-        self.damaged = mark_of(self.path)
         while True:
             try:
                 while self._lock < 0 or not os.path.samestat(
@@ -1952,8 +1949,7 @@ class KeysFile:
                     self._lock = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
                     fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 mark = mark_of(self._lock)  # an edit while it is read is another
-                keys = parse_store(self.path.read_bytes(), str(self.path))
-                self.damaged, self._mark = None, mark
+                keys, self._mark = parse_store(self.path.read_bytes(), str(self.path)), mark
                 return keys
             except FileNotFoundError:
                 with contextlib.suppress(FileExistsError):  # another gateway was faster
@@ -1986,8 +1982,7 @@ class KeysFile:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             mark = mark_of(descriptor)  # an edit once it has its name is another
             if self.edit() is not None:
-                wrong = "is damaged; mend it first" if self.damaged else "was edited; send it again"
-                raise FileExistsError(errno.EEXIST, f"it {wrong}")
+                raise FileExistsError(errno.EEXIST, "it was edited; mend it, or send this again")
             os.replace(temporary, self.path)
         except BaseException:
             os.close(descriptor)
@@ -2036,6 +2031,7 @@ class FileLedger(Ledger):
         self._undo: dict[str, VirtualKey | None] = {}
         self._writing: asyncio.Task[None] | None = None  # is under way …
         self._next: asyncio.Task[None] | None = None  # … and what waits for its end
+        self._noticed: FileMark = None  # the last edit that was read, or could not be
         self._load()
 
     # Looking
@@ -2271,8 +2267,10 @@ class FileLedger(Ledger):
     def notice_edit(self) -> None:
         """Take the file in, as `reload` does, where somebody has edited it. One that does not parse
         is said once; then nothing is written until it is mended."""
-        if self._is_busy() or self._file.edit() in (None, self._file.damaged):
+        edit = self._file.edit()
+        if self._is_busy() or edit in (None, self._noticed):
             return  # a write looks by itself
+        self._noticed = edit
         try:
             self._load()
             log.info("keys file was edited: read again, %d keys", len(self.keys))
@@ -2348,9 +2346,9 @@ class FileLedger(Ledger):
         """Say what is new of it. A client is told no path of the machine."""
         reason = getattr(error, "strerror", None) or "unexpected failure"
         message = f"The keys file cannot be written ({reason}); nothing was changed."
-        # An edit that can be read is no failure; it is in a moment.
-        is_readable = isinstance(error, FileExistsError) and not self._file.damaged
-        if message != self.last_error and not is_readable:
+        # An edit that was not read yet is no failure; it is in a moment.
+        is_unread = isinstance(error, FileExistsError) and self._file.edit() != self._noticed
+        if message != self.last_error and not is_unread:
             self.last_error, is_odd = message, not isinstance(error, OSError)
             log.error("%s: %s", self._file.path, message, exc_info=is_odd)
         return APIError(503, message)
