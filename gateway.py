@@ -2083,29 +2083,20 @@ class FileLedger(Ledger):
             text = f"This key is limited to {refused}. Try again in {seconds} seconds."
             headers = [("retry-after", str(seconds)), *self.rates(key, {})]
             raise APIError(429, text, headers=headers)
-        if pays and key.max_budget is not None:
-            spent = key.spent(hold.started)
-            held = account.windows[ALL_MODELS].held if shares else ZERO
-            if spent >= key.max_budget or spent + held > key.max_budget:
-                raise over_budget(key, ALL_MODELS, held, ZERO, hold.started, fit=False)
+        if pays:
+            check_budget(key, ALL_MODELS, ZERO, hold.started, shares=shares, fit=True)
         account.running += 1
         if "requests" in account.buckets:
             account.buckets["requests"].draw(1, clock)
 
     async def hold(self, hold: Hold, worst: Charges, *, fit: bool) -> None:
-        key, moment = cast(VirtualKey, hold.key), hold.started
-        amounts: dict[str, Decimal] = {}
+        key, amounts = cast(VirtualKey, hold.key), dict[str, Decimal]()
         for pattern in (ALL_MODELS, *key.model_max_budget):
             for name, tally in worst:
                 if not (name and pattern) or fnmatch.fnmatchcase(name, pattern):
                     amounts[pattern] = amounts.get(pattern, ZERO) + tally.spend
-            limit = key.model_max_budget[pattern].limit if pattern else key.max_budget
-            if pattern in amounts and limit is not None:
-                spent, cost = key.spent(moment, pattern), amounts[pattern]
-                held = key.account.windows[pattern].held
-                over = spent + held + cost > limit if fit or not cost else spent + held >= limit
-                if over or spent >= limit:
-                    raise over_budget(key, pattern, held, cost, moment, fit=fit)
+            if (cost := amounts.get(pattern)) is not None:
+                check_budget(key, pattern, cost, hold.started, shares=True, fit=fit or not cost)
         for pattern, cost in amounts.items():
             key.account.windows[pattern].held += cost
         hold.amounts = amounts
@@ -2357,35 +2348,44 @@ class FileLedger(Ledger):
 BUDGET_WAIT = 2  # seconds after which a request that a budget has no room for may ask again
 
 
-def over_budget(
-    key: VirtualKey, pattern: str, held: Decimal, cost: Decimal, moment: datetime, *, fit: bool
-) -> APIError:
-    """The 429 of a budget that has no room for a request of that cost: a ``billing_error``, which
-    nobody need try again, where it is spent or the cost will never fit; a ``rate_limit_error``,
-    which goes by, where others' requests are only in the way."""
-    own = ModelBudget(key.max_budget or ZERO, key.budget_duration)
-    budget, spent = key.model_max_budget.get(pattern, own), key.spent(moment, pattern)
-    name = f"Budget for {pattern}" if pattern else "Budget"
-    name, used = f"{name} of ${dollars(budget.limit)}", f"${dollars(spent)} is spent"
-    if spent < budget.limit and not (fit and spent + cost > budget.limit):
+def check_budget(
+    key: VirtualKey, pattern: str, cost: Decimal, moment: datetime, *, shares: bool, fit: bool
+) -> None:
+    """Raise APIError 429 where a budget has no room for a request of that cost: a
+    ``billing_error``, which nobody need try again, where it is spent or the cost will never fit; a
+    ``rate_limit_error``, which goes by, where others' requests are only in the way."""
+    limit, duration, used = key.max_budget, key.budget_duration, key.account.windows[pattern]
+    if pattern:
+        budget = key.model_max_budget[pattern]
+        limit, duration = budget.limit, budget.duration
+    if limit is None:
+        return
+    start = window_start(duration, moment)
+    spent = used.spend if used.start == start else used.spent(start)
+    held = used.held if shares else ZERO
+    if spent < limit and (spent + held + cost <= limit if fit else spent + held < limit):
+        return
+    name = f"Budget{' for ' if pattern else ''}{pattern} of ${dollars(limit)}"
+    told = f"${dollars(spent)} is spent"
+    if spent < limit and not (fit and spent + cost > limit):
         text = (
-            f"{name}: {used}, and ${dollars(held)} is held for requests and batches under way."
+            f"{name}: {told}, and ${dollars(held)} is held for requests and batches under way."
             f" Try again in {BUDGET_WAIT} seconds."
         )
-        return APIError(429, text, headers=[("retry-after", str(BUDGET_WAIT))])
+        raise APIError(429, text, headers=[("retry-after", str(BUDGET_WAIT))])
     resets, headers = "it does not reset by itself", [DO_NOT_RETRY]
-    if budget.duration is not None:
-        end = window(budget.duration, moment)[1]
-        resets = f"{budget.duration}; resets {end:%Y-%m-%d %H:%M} UTC"
+    if duration is not None:
+        end = window(duration, moment)[1]
+        resets = f"{duration}; resets {end:%Y-%m-%d %H:%M} UTC"
         wait = max(1, math.ceil((end - moment).total_seconds()))
         headers.append(("retry-after", str(wait)))
-    text = f"{name} reached ({resets}): {used}."
-    if spent < budget.limit:
+    text = f"{name} reached ({resets}): {told}."
+    if spent < limit:
         text = (
-            f"{name} ({resets}): {used}, and this batch may cost ${dollars(cost)}."
+            f"{name} ({resets}): {told}, and this batch may cost ${dollars(cost)}."
             " Send a smaller one, or lower its 'max_tokens'."
         )
-    return APIError(429, text, kind="billing_error", headers=headers)
+    raise APIError(429, text, kind="billing_error", headers=headers)
 
 
 # ─── Wire ─────────────────────────────────────────────────────────────────────────────────────────
