@@ -1827,8 +1827,8 @@ Charges = Iterable[tuple[str, Tally]]  # what was used, by model
 
 
 class Ledger(Protocol):
-    """The keys and what they used. Nothing else changes a key's account; another store than a file
-    has these methods. Where nothing must wait, no task and no future is made."""
+    """The keys and what they used, as another store than a file has them too; nothing else changes
+    a key's account. Where nothing must wait, no task and no future is made."""
 
     keys: dict[str, VirtualKey]
 
@@ -2052,8 +2052,7 @@ class FileLedger(Ledger):
         return record, "expired" if over else record.status(moment)
 
     def find(self, key_or_hash: str, alias: str = "") -> tuple[str, VirtualKey] | None:
-        """The key that a manager addresses: by its alias where one is given, else by plain key or
-        hash; deleted ones are not found."""
+        """A key that is not deleted: by its alias where one is given, else by plain key or hash."""
         if alias:
             return next((row for row in self.live() if row[1].key_alias == alias), None)
         hashed = key_or_hash if HASH.fullmatch(key_or_hash) else hash_key(key_or_hash)
@@ -2248,16 +2247,15 @@ class FileLedger(Ledger):
     # Reading
 
     async def reload(self) -> None:
-        # What keys may do is the file's, what they used is memory's.
+        # A change that is being written would be read over; and where the last write failed, the
+        # file may have one that was refused, since it was not known to be on disk.
         while self._is_busy() or (self.last_error and self._file.edit() is None):
-            # A change that is being written would be read over; and where the last write failed,
-            # the file may have one that was refused, since it was not known to be on disk.
             await self.save()
         self._load()
 
     def notice_edit(self) -> None:
-        """Take the file in, as `reload` does, where somebody has edited it. One that does not parse
-        is said once; then nothing is written until it is mended."""
+        """Take in what somebody has edited. Where it does not parse, that is said once, and nothing
+        is written until it is mended."""
         edit = self._file.edit()
         if self._is_busy() or edit in (None, self._noticed):
             return  # a write looks by itself
@@ -2269,7 +2267,7 @@ class FileLedger(Ledger):
             log.error("keys file was edited, and cannot be read: %s", error)
 
     def _load(self) -> None:
-        """Read the file; what keys used stays, where it is known already."""
+        """What keys may do is the file's; what they used is memory's, where it is known."""
         try:
             keys = self._file.read(list(self._lines.values()))
         except OSError as error:
@@ -2320,8 +2318,7 @@ class FileLedger(Ledger):
         try:
             for hashed in touched & self.keys.keys():
                 self._lines[hashed] = self._line(hashed, self.keys[hashed])
-            lines = list(self._lines.values())
-            await asyncio.get_running_loop().run_in_executor(None, self._file.write, lines)
+            await asyncio.to_thread(self._file.write, list(self._lines.values()))
         except Exception as error:  # noqa: BLE001 - whatever it is, it is taken back
             self._apply({**self._undo, **undo})
             self._undo, self._next = {}, None
@@ -4457,8 +4454,6 @@ LATENCY_BUCKETS = (
     *(1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0),
 )
 TIMINGS = ("total", "first_byte", "upstream", "overhead")
-
-
 # Most lines have the same words.
 shown_word = functools.lru_cache(maxsize=1024)(word)
 shown_dollars = functools.lru_cache(maxsize=1024)(dollars)
@@ -4467,13 +4462,11 @@ shown_dollars = functools.lru_cache(maxsize=1024)(dollars)
 @dataclass(slots=True)
 class Record:
     """What is remembered, counted and logged of a relayed request; it is filled in as that passes.
-
     ``shown_key`` is the key's alias, or its abbreviated name; MASTER_NAME, or NO_KEY for none.
     ``request_id`` is Anthropic's; ``session`` and ``agent`` are Claude Code's. Moments of a clock
     that does not jump, in seconds, 0 where there was none: ``arrived``, ``whole`` (its body was
     here), ``asked`` (its head went up), ``answered`` (a head came back), ``first`` (the first byte
-    went to the client) and ``over``. Sizes are bytes of bodies.
-    """
+    went to the client) and ``over``. Sizes are bytes of bodies."""
 
     call_id: str
     method: str
@@ -4510,10 +4503,9 @@ class Record:
         line += f" in={self.bytes_in} out={self.bytes_out}"
         line += f" {shown_word(self.model)}" if self.model else ""
         if tally.input_tokens or tally.output_tokens:
-            cached = tally.cache_read_tokens
-            cached += tally.cache_write_5m_tokens + tally.cache_write_1h_tokens
-            line += f" {tally.input_tokens}+{cached}->{tally.output_tokens} tokens"
-            line += f" ${shown_dollars(tally.spend)}"
+            written = tally.cache_write_5m_tokens + tally.cache_write_1h_tokens
+            line += f" {tally.input_tokens}+{tally.cache_read_tokens + written}"
+            line += f"->{tally.output_tokens} tokens ${shown_dollars(tally.spend)}"
         line += f"{' estimated' if self.estimated else ''} {self.call_id}"
         line += f" {shown_word(self.request_id)}" if self.request_id else ""
         if key is not None:
@@ -4544,7 +4536,7 @@ class Record:
         """As a row of LiteLLM's SpendLogs; fields of those that mean nothing here are left out."""
         key, tally, took = self.key, self.tally, timedelta(seconds=self.over - self.arrived)
         prompt, output = tally.input_tokens + tally.cached, tally.output_tokens
-        is_served = self.status < 400 and self.outcome == "ok"
+        status = "success" if self.status < 400 and self.outcome == "ok" else "failure"
         row: dict[str, Any] = {"request_id": self.request_id or self.call_id}
         row |= {"litellm_call_id": self.call_id, "call_type": "pass_through_endpoint"}
         row |= {"custom_llm_provider": "anthropic", "api_base": self.path, "api_key": self.hashed}
@@ -4553,11 +4545,8 @@ class Record:
         row |= {"spend": float(tally.spend), "prompt_tokens": prompt, "completion_tokens": output}
         row |= {"total_tokens": prompt + output, "cache_read_input_tokens": tally.cache_read_tokens}
         row |= {"cache_creation_input_tokens": tally.written, "startTime": iso(self.started)}
-        row |= {
-            "endTime": iso(self.started + took),
-            "status": "success" if is_served else "failure",
-        }
-        row |= {"status_code": self.status, "outcome": self.outcome, "estimated": self.estimated}
+        row |= {"endTime": iso(self.started + took), "status": status, "status_code": self.status}
+        row |= {"outcome": self.outcome, "estimated": self.estimated}
         return row | {"request_tags": self.tags, "requester_ip_address": self.remote_ip}
 
 
@@ -4570,13 +4559,10 @@ class Histogram:
 
 
 class Traffic:
-    """What passed since the start, as /metrics shows it: plain counts, which cost a request little.
-
-    ``requests`` counts by (key, model, status, outcome); ``used`` is what was booked, by (key,
-    model); ``timings`` has, for a model, a Histogram for each of TIMINGS. Beyond MAX_LABELS pairs
-    of key and model, and MAX_MODELS_A_DAY models, all are counted as one, so that neither keys nor
-    callers can make them grow without end.
-    """
+    """What passed since the start: requests by (key, model, status, outcome), what was ``used`` by
+    (key, model), and for a model a Histogram for each of TIMINGS. Beyond MAX_LABELS pairs of key
+    and model, and MAX_MODELS_A_DAY models, all are counted as one, so that they do not grow without
+    end."""
 
     def __init__(self) -> None:
         self.requests: collections.Counter[tuple[str, str, int, str]] = collections.Counter()
