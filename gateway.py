@@ -2044,12 +2044,11 @@ class FileLedger(Ledger):
 
     def lookup(self, hashed: str) -> Found | None:
         """What `find_hash` finds, at once."""
-        present = hashed if hashed in self.keys else self._retired.get(hashed)
-        if present is None:
+        record = self.keys.get(hashed) or self.keys.get(self._retired.get(hashed, ""))
+        if record is None:
             return None
-        record, moment = self.keys[present], now()
-        over = present != hashed and moment >= record.retired[hashed]
-        return record, "expired" if over else record.status(moment)
+        over = record.account.hashed != hashed and now() >= record.retired[hashed]
+        return record, "expired" if over else record.status(now())
 
     def find(self, key_or_hash: str, alias: str = "") -> tuple[str, VirtualKey] | None:
         """A key that is not deleted: by its alias where one is given, else by plain key or hash."""
@@ -2207,11 +2206,11 @@ class FileLedger(Ledger):
         record = self.keys[hashed]
         difference, window = amount - record.spent(now()), record.account.windows[ALL_MODELS]
         window.spend += difference
+        self._touched.add(hashed)
         try:
-            await self.change({hashed: record})
+            await self.save()
         except APIError:
             window.spend -= difference
-            self._touched.add(hashed)
             raise
 
     def _apply(self, changes: Mapping[str, VirtualKey | None]) -> None:
@@ -2320,9 +2319,9 @@ class FileLedger(Ledger):
                 self._lines[hashed] = self._line(hashed, self.keys[hashed])
             await asyncio.to_thread(self._file.write, list(self._lines.values()))
         except Exception as error:  # noqa: BLE001 - whatever it is, it is taken back
-            self._apply({**self._undo, **undo})
-            self._undo, self._next = {}, None
+            undo, self._undo, self._next = self._undo | undo, {}, None
             self._touched |= touched
+            self._apply(undo)
             raise self._fail(error) from None
         finally:
             self._writing = None
@@ -4605,7 +4604,8 @@ class Traffic:
             label = (key, model or NO_MODEL)
             if label not in self.used and len(self.used) >= MAX_LABELS:
                 label = (OTHER_MODELS, OTHER_MODELS)
-            self.used.setdefault(label, Tally()).add(tally)
+            used = self.used.get(label) or self.used.setdefault(label, Tally())
+            used.add(tally)
 
     def failed(self, error: str) -> None:
         """The upstream did not answer, or not well."""
