@@ -4580,12 +4580,10 @@ class Traffic:
         elif pair not in self._pairs:
             key = model = OTHER_MODELS
         self.requests[key, model, record.status, record.outcome] += 1
-        histograms = self.timings.get(model)
-        if histograms is None:
-            if len(self.timings) >= MAX_MODELS_A_DAY:
-                model = OTHER_MODELS
-            new = tuple(Histogram() for _ in TIMINGS)
-            histograms = self.timings.setdefault(model, new)
+        if model not in self.timings and len(self.timings) >= MAX_MODELS_A_DAY:
+            model = OTHER_MODELS
+        if (histograms := self.timings.get(model)) is None:
+            histograms = self.timings[model] = tuple(Histogram() for _ in TIMINGS)
         started = record.arrived
         timings: list[float | None] = [record.over - started, None, None, None]
         if record.first:
