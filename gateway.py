@@ -2029,8 +2029,8 @@ class FileLedger(Ledger):
         # What the file lacks: keys that were used, and what changed, as it was before.
         self._touched: set[str] = set()
         self._undo: dict[str, VirtualKey | None] = {}
-        self._writing: asyncio.Task[None] | None = None  # is under way …
-        self._next: asyncio.Task[None] | None = None  # … and what waits for its end
+        self._writing: asyncio.Task[APIError | None] | None = None  # is under way …
+        self._next: asyncio.Task[APIError | None] | None = None  # … and what waits for its end
         self._noticed: FileMark = None  # the last edit that was read, or could not be
         self._load()
 
@@ -2286,7 +2286,8 @@ class FileLedger(Ledger):
         # Calls that arrive together share one write, which outlives them.
         if self._next is None:
             self._next = asyncio.create_task(self._write(self._writing))
-        await asyncio.shield(self._next)
+        if failure := await asyncio.shield(self._next):
+            raise failure
 
     async def run(self) -> None:
         while True:
@@ -2306,11 +2307,11 @@ class FileLedger(Ledger):
     def _is_busy(self) -> bool:
         return self._writing is not None or self._next is not None
 
-    async def _write(self, before: asyncio.Task[None] | None) -> None:
+    async def _write(self, before: asyncio.Task[APIError | None] | None) -> APIError | None:
         """Write all, once the write ``before`` is over; where that fails, this one does: what was
         changed meanwhile stands on what is refused, and falls with it."""
-        if before is not None:
-            await before
+        if before is not None and (failure := await before):
+            return failure
         self._writing, self._next = self._next, None
         undo, self._undo = self._undo, {}
         touched, self._touched = self._touched, set()
@@ -2322,12 +2323,13 @@ class FileLedger(Ledger):
             undo, self._undo, self._next = self._undo | undo, {}, None
             self._touched |= touched
             self._apply(undo)
-            raise self._fail(error) from None
+            return self._fail(error)
         finally:
             self._writing = None
         if self.last_error:
             log.warning("keys file written again")
         self.last_error = ""
+        return None
 
     def _fail(self, error: Exception) -> APIError:
         """Say what is new of it. A client is told no path of the machine."""
