@@ -1721,14 +1721,6 @@ def read_rates(where: str, row: object) -> Rates:
 # ─── Ledger ───────────────────────────────────────────────────────────────────────────────────────
 
 
-class Found(NamedTuple):
-    """A key that was found: the hash that it is kept under, its record, its `VirtualKey.status`."""
-
-    hashed: str
-    key: VirtualKey
-    status: str
-
-
 @dataclass(slots=True)
 class Hold:
     """What a request under way holds of its key until it is booked: a slot, and USD of budgets, by
@@ -1738,22 +1730,21 @@ class Hold:
     started: datetime
     pays: bool = True
     reads_body: bool = False  # that what it may cost is held once the body is read
-    slot: bool = False
     amounts: dict[str, Decimal] = field(default_factory=dict)
 
 
+Found = tuple[VirtualKey, str]  # a key, and its `VirtualKey.status`
 Charges = Iterable[tuple[str, Tally]]  # what was used, by model
 
 
 class Ledger(Protocol):
-    """The keys and what they used. Nothing else changes a key's account; another store than a file
-    has these methods. Where nothing must wait, no task and no future is made."""
+    """The keys and what they used, as another store than a file has them too; nothing else changes
+    a key's account. Where nothing must wait, no task and no future is made."""
 
     keys: dict[str, VirtualKey]
 
     async def find_hash(self, hashed: str) -> Found | None:
-        """The key of a hash; one that was regenerated is found by its old one too, ``expired`` once
-        the grace is over."""
+        """By an old hash too: ``expired`` once the grace of a key that was regenerated is over."""
 
     async def admit(self, hold: Hold, *, pays: bool, shares: bool) -> None:
         """Take a slot and one request of the key's rates; where it ``pays``, its budget must have
@@ -1769,9 +1760,6 @@ class Ledger(Protocol):
     def charge(self, account: Account, charges: Charges, moment: datetime) -> VirtualKey | None:
         """Count what an account used; its key's newest record, None where it is gone."""
 
-    def spent(self, key: VirtualKey, moment: datetime, /) -> Decimal:
-        """USD spent in the present window of a key's own budget."""
-
     def rates(self, key: VirtualKey, theirs: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
         """anthropic-ratelimit-* of a key's own limits, where they are tighter than ``theirs``."""
 
@@ -1786,17 +1774,19 @@ class Ledger(Protocol):
         """All results of a batch are booked; where they are ``lost``, what is held for it is."""
 
     async def change(self, changes: Mapping[str, VirtualKey | None]) -> None:
-        """Put these records (None removes one); it is durable on return. Else it is taken back, and
-        APIError 503 is raised."""
+        """Put these records (None removes one), as `save` does; what fails is taken back."""
 
     async def save(self) -> None:
-        """Return once all that was changed before this call is durable. Raises OSError."""
+        """Make all that was changed before this call durable. Raises APIError 503."""
+
+    async def run(self) -> None:
+        """Save once a second what keys used, until cancelled."""
 
     async def reload(self) -> None:
-        """Read anew what keys may do. Raises SettingsError and keeps what was there."""
+        """Read anew what keys may do. Where it raises SettingsError or APIError, all stays."""
 
-    def close(self) -> None:
-        """Give up the store."""
+    async def close(self) -> None:
+        """Save what keys used, and give up the store."""
 
 
 STORE_VERSION, STORE_MODE = 1, 0o600
@@ -1838,12 +1828,11 @@ def parse_store(text: bytes, name: str) -> dict[str, VirtualKey]:
 
 
 WRITE_SLICE = 1000  # lines joined at a time, so that the writing thread lets the loop breathe
-# Device, inode, size and time of change (ns): another one, and somebody has edited the file.
-FileMark = tuple[int, int, int, int]
+FileMark = tuple[int, ...] | None
 
 
-def mark_of(file: Path | int) -> FileMark | None:
-    """What tells an edited file from one that was not; None where there is none."""
+def mark_of(file: Path | int) -> FileMark:
+    """Device, inode, size and time of change (ns) tell an edited file; None where there is none."""
     with contextlib.suppress(OSError):
         seen = os.stat(file)
         return seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns
@@ -1852,30 +1841,32 @@ def mark_of(file: Path | int) -> FileMark | None:
 
 class KeysFile:
     """A file of lines that is whole at all times, and nobody else's while this object lives: it is
-    written beside itself, fsynced and renamed over the old one; a link stays a link. ``damaged`` is
-    the mark of an edit that could not be read."""
+    written beside itself, fsynced and renamed over the old one; a link stays a link."""
 
     def __init__(self, path: Path) -> None:
         self.path = Path(os.path.realpath(path))
-        self.damaged: FileMark | None = None
-        self._mark: FileMark | None = None
+        self._mark: FileMark = None
         self._lock = -1
 
-    def read(self, parse: Callable[[bytes], Value], lines: list[bytes]) -> Value:
-        """What ``parse`` makes of the file, which is ours from then on; where there is none it is
-        made of ``lines``. Raises SettingsError, and OSError where none can be made."""
-        self.damaged = mark_of(self.path)
+    def read(self, lines: list[bytes]) -> dict[str, VirtualKey]:
+        """The keys in the file, which is ours from then on; where there is none it is made of these
+        lines. Raises SettingsError, and OSError where none can be made."""
         while True:
             try:
-                self._own()
+                while self._lock < 0 or not os.path.samestat(
+                    os.stat(self.path), os.fstat(self._lock)
+                ):
+                    self.close()
+                    self._lock = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+                    fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 mark = mark_of(self._lock)  # an edit while it is read is another
-                parsed = parse(self.path.read_bytes())
-                self.damaged, self._mark = None, mark
-                return parsed
+                keys, self._mark = parse_store(self.path.read_bytes(), str(self.path)), mark
+                return keys
             except FileNotFoundError:
                 with contextlib.suppress(FileExistsError):  # another gateway was faster
-                    self.write(lines, new=True)
+                    self.write(lines)
             except OSError as error:
+                self.close()
                 wrong = error.strerror
                 if isinstance(error, BlockingIOError):
                     wrong = "another gateway uses this file; give this one its own with --keys"
@@ -1884,10 +1875,9 @@ class KeysFile:
                 if self._mark is None:
                     self.close()
 
-    def write(self, lines: list[bytes], *, new: bool = False) -> None:
+    def write(self, lines: list[bytes]) -> None:
         """Write, fsync, lock, rename, fsync the folder. Raises OSError; FileExistsError where there
-        is a file, though a ``new`` one was to be made or another was last read or written."""
-        self._refuse_edited()
+        is another file than was last read or written."""
         temporary = self.path.parent / f".{self.path.name}.{os.getpid()}.tmp"
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         descriptor = os.open(temporary, flags, STORE_MODE)
@@ -1902,20 +1892,13 @@ class KeysFile:
             os.fsync(descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             mark = mark_of(descriptor)  # an edit once it has its name is another
-            self._refuse_edited()
-            try:
-                place = os.link if new else os.replace  # a link replaces nothing
-                place(temporary, self.path)
-            except OSError as error:
-                if not new or isinstance(error, FileExistsError):
-                    raise
-                os.rename(temporary, self.path)  # FAT and some network disks have no links
+            if self.edit() is not None:
+                raise FileExistsError(errno.EEXIST, "it was edited; mend it, or send this again")
+            os.replace(temporary, self.path)
         except BaseException:
             os.close(descriptor)
+            os.unlink(temporary)
             raise
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
         self.close()
         self._lock, self._mark = descriptor, mark
         folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
@@ -1924,7 +1907,7 @@ class KeysFile:
         finally:
             os.close(folder)
 
-    def edit(self) -> FileMark | None:
+    def edit(self) -> FileMark:
         """The file's mark, where it is not the one that was last read or written."""
         mark = mark_of(self.path)
         return None if mark == self._mark else mark
@@ -1935,57 +1918,31 @@ class KeysFile:
             os.close(self._lock)
             self._lock = -1
 
-    def _refuse_edited(self) -> None:
-        if self.edit() is not None:
-            wrong = "and is damaged; mend it first" if self.damaged else "meanwhile; send it again"
-            raise FileExistsError(errno.EEXIST, f"it was edited {wrong}")
-
-    def _own(self) -> None:
-        """Lock the file that has the name now. Raises OSError."""
-        while self._lock < 0 or not os.path.samestat(os.stat(self.path), os.fstat(self._lock)):
-            self.close()
-            self._lock = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                self.close()
-                raise
-
 
 FLUSH_INTERVAL = 1.0  # seconds between two writes of what relaying changes
-NO_LIMIT = Decimal("Infinity")
-
-
-class Level(NamedTuple):
-    """How far a budget is used: in USD, in its present window."""
-
-    pattern: str
-    limit: Decimal
-    duration: str | None
-    window: WindowSpend
 
 
 class FileLedger(Ledger):
     """The keys in memory and in a `KeysFile`. Raises SettingsError where the file cannot be used;
     it is then left as it is."""
 
-    def __init__(self, path: Path, usage_days: int = 90) -> None:
+    def __init__(
+        self, path: Path, usage_days: int = 90, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._file = KeysFile(path)
         self._usage_days = usage_days
-        self.clock = time.monotonic
+        self._clock = clock
         self.keys = {}
+        self.batches: dict[str, Account] = {}  # whose they are
         self.last_error = ""
         self._lines: dict[str, bytes] = {}
         self._retired: dict[str, str] = {}
-        self._aliases: dict[str, str] = {}
-        self._batches: dict[str, Account] = {}
-        self._undo: dict[str, VirtualKey | None] = {}
+        # What the file lacks: keys that were used, and what changed, as it was before.
         self._touched: set[str] = set()
-        self._is_behind = False  # the file lacks what may wait: usage, or a write that failed
-        self._is_writing = False
-        self._waiting: list[asyncio.Future[OSError | None]] = []  # for the next write
-        self._hurry = asyncio.Event()
-        self._writer: asyncio.Task[None] | None = None
+        self._undo: dict[str, VirtualKey | None] = {}
+        self._writing: asyncio.Task[APIError | None] | None = None  # is under way …
+        self._next: asyncio.Task[APIError | None] | None = None  # … and what waits for its end
+        self._noticed: FileMark = None  # the last edit that was read, or could not be
         self._load()
 
     # Looking
@@ -1993,23 +1950,22 @@ class FileLedger(Ledger):
     async def find_hash(self, hashed: str) -> Found | None:
         record = self.keys.get(hashed)
         if record is not None and not (record.deleted_at or record.blocked or record.expires):
-            return Found(hashed, record, "active")
+            return record, "active"
         return self.lookup(hashed)
 
     def lookup(self, hashed: str) -> Found | None:
         """What `find_hash` finds, at once."""
-        present = hashed if hashed in self.keys else self._retired.get(hashed)
-        if present is None:
+        record = self.keys.get(hashed) or self.keys.get(self._retired.get(hashed, ""))
+        if record is None:
             return None
-        record, moment = self.keys[present], now()
-        over = present != hashed and moment >= record.retired[hashed]
-        return Found(present, record, "expired" if over else record.status(moment))
+        over = record.account.hashed != hashed and now() >= record.retired[hashed]
+        return record, "expired" if over else record.status(now())
 
     def find(self, key_or_hash: str, alias: str = "") -> tuple[str, VirtualKey] | None:
-        """The key that a manager addresses: by its alias where one is given, else by plain key or
-        hash; deleted ones are not found."""
+        """A key that is not deleted: by its alias where one is given, else by plain key or hash."""
+        if alias:
+            return next((row for row in self.live() if row[1].key_alias == alias), None)
         hashed = key_or_hash if HASH.fullmatch(key_or_hash) else hash_key(key_or_hash)
-        hashed = self._aliases.get(alias, "") if alias else hashed
         record = self.keys.get(hashed)
         return None if record is None or record.deleted_at else (hashed, record)
 
@@ -2024,61 +1980,43 @@ class FileLedger(Ledger):
     # What requests use
 
     async def admit(self, hold: Hold, *, pays: bool, shares: bool) -> None:
-        key = cast(VirtualKey, hold.key)
-        account, limit = key.account, key.max_budget
-        self._refuse_rate(key)
-        if pays and limit is not None:
-            spent, window = key.spent(hold.started), account.windows[ALL_MODELS]
-            held = window.held if shares else ZERO
-            if spent >= limit or spent + held > limit:
-                level = Level(ALL_MODELS, limit, key.budget_duration, window)
-                raise over_budget(level, held, ZERO, hold.started, fit=False)
+        key, clock = cast(VirtualKey, hold.key), self._clock()
+        account, most, refused, wait = key.account, key.max_parallel_requests, "", 1.0
+        if most is not None and account.running >= most:
+            refused = f"{most} requests at a time"
+        for kind, bucket in account.buckets.items():
+            if not refused and (wait := bucket.seconds_until(1, clock)) > 0:
+                refused = f"{bucket.limit:,} {kind} a minute"
+        if refused:
+            seconds = max(1, math.ceil(wait))  # whole ones, RFC 9110 section 10.2.3
+            text = f"This key is limited to {refused}. Try again in {seconds} seconds."
+            headers = [("retry-after", str(seconds)), *self.rates(key, {})]
+            raise APIError(429, text, headers=headers)
+        if pays:
+            check_budget(key, ALL_MODELS, ZERO, hold.started, shares=shares, fit=True)
         account.running += 1
-        hold.slot = True
-        if (bucket := account.buckets.get("requests")) is not None:
-            bucket.draw(1, self.clock())
+        if "requests" in account.buckets:
+            account.buckets["requests"].draw(1, clock)
 
     async def hold(self, hold: Hold, worst: Charges, *, fit: bool) -> None:
-        key = cast(VirtualKey, hold.key)
-        amounts: dict[str, Decimal] = {}
-        for level in self._levels(key, "", hold.started):
-            pattern, limit, _, window = level
+        key, amounts = cast(VirtualKey, hold.key), dict[str, Decimal]()
+        for pattern in (ALL_MODELS, *key.model_max_budget):
             for name, tally in worst:
-                if not name or not pattern or fnmatch.fnmatchcase(name, pattern):
+                if not (name and pattern) or fnmatch.fnmatchcase(name, pattern):
                     amounts[pattern] = amounts.get(pattern, ZERO) + tally.spend
-            if pattern in amounts:
-                spent, held, cost = window.spend, window.held, amounts[pattern]
-                over = spent + held + cost > limit if fit or not cost else spent + held >= limit
-                if over or spent >= limit:
-                    raise over_budget(level, held, cost, hold.started, fit=fit)
+            if (cost := amounts.get(pattern)) is not None:
+                check_budget(key, pattern, cost, hold.started, shares=True, fit=fit or not cost)
         for pattern, cost in amounts.items():
             key.account.windows[pattern].held += cost
         hold.amounts = amounts
-
-    def _levels(self, key: VirtualKey, model: str, moment: datetime) -> list[Level]:
-        """The budgets that hold for a model, as far as they are used in their present windows: the
-        key's own, and those for the model, or all for one that is not known (empty)."""
-        limit = NO_LIMIT if key.max_budget is None else key.max_budget
-        budgets = [(ALL_MODELS, limit, key.budget_duration)]
-        for pattern, budget in key.model_max_budget.items():
-            if not model or fnmatch.fnmatchcase(model, pattern):
-                budgets.append((pattern, budget.limit, budget.duration))
-        levels, windows = [], key.account.windows
-        for pattern, limit, duration in budgets:
-            window, start = windows[pattern], window_start(duration, moment)
-            if window.start != start:
-                window.spent(start)
-            levels.append(Level(pattern, limit, duration, window))
-        return levels
 
     def book(self, hold: Hold, charges: Charges, *, model: str, failed: bool) -> None:
         if hold.key is None:
             return
         account = hold.key.account
-        account.running -= hold.slot
+        account.running -= 1
         for pattern, amount in hold.amounts.items():
             account.windows[pattern].held -= amount
-        hold.slot, hold.amounts = False, {}
         if hold.pays:
             account.last_active = moment_of(int(time.time()))
             tally = account.usage.of(day_of(hold.started), model or NO_MODEL)
@@ -2094,25 +2032,25 @@ class FileLedger(Ledger):
         bucket = account.buckets.get("tokens")
         for model, tally in charges:
             account.usage.of(day, model or NO_MODEL).add(tally)
-            for level in self._levels(key, model, present):
-                level.window.spend += tally.spend
+            for pattern in (ALL_MODELS, *key.model_max_budget):
+                if not (model and pattern) or fnmatch.fnmatchcase(model, pattern):
+                    key.spent(present, pattern)  # a window that is over ends
+                    account.windows[pattern].spend += tally.spend
             if bucket is not None:
                 used = tally.input_tokens + tally.written + tally.output_tokens
-                bucket.draw(used, self.clock())
+                bucket.draw(used, self._clock())
         if soft is not None and (spent := key.spent(present)) >= soft:
             start = window_start(key.budget_duration, present)
             if account.warned_window != start:
                 account.warned_window = start
                 told = (key.shown_name, dollars(spent), dollars(soft))
                 log.warning("key %s has spent $%s, its soft budget is $%s", *told)
-        self._touch(account)
+        self._touched.add(account.hashed)
         return key
-
-    spent = staticmethod(VirtualKey.spent)
 
     def rates(self, key: VirtualKey, theirs: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
         # platform.claude.com, api/rate-limits, "Response headers": reset in RFC 3339
-        fields, clock = [], self.clock()
+        fields, clock = [], self._clock()
         for kind, bucket in key.account.buckets.items():
             name, left = f"anthropic-ratelimit-{kind}-", max(0, math.floor(bucket.level(clock)))
             told = theirs.get(f"{name}remaining", ("",))[0]
@@ -2124,52 +2062,25 @@ class FileLedger(Ledger):
                 fields.append((f"{name}reset", reset))
         return fields
 
-    def _refuse_rate(self, key: VirtualKey) -> None:
-        """Raise APIError 429 where a key has as many requests under way as it may, or a minute."""
-        account, clock, parallel = key.account, self.clock(), key.max_parallel_requests
-        buckets, refused, wait = account.buckets, "", 1.0
-        if parallel is not None and account.running >= parallel:
-            refused = f"{parallel} requests at a time"
-        for kind, limit in (("requests", key.rpm_limit), ("tokens", key.tpm_limit)):
-            bucket = buckets.get(kind)
-            if limit is None:
-                if bucket is not None:
-                    del buckets[kind]
-                continue
-            if bucket is None:
-                bucket = buckets[kind] = Bucket(limit, clock)
-            bucket.limit = limit  # what was drawn stays drawn
-            if not refused and (wait := bucket.seconds_until(1, clock)) > 0:
-                refused = f"{limit:,} {kind} a minute"
-        if refused:
-            seconds = max(1, math.ceil(wait))  # whole ones, RFC 9110 section 10.2.3
-            text = f"This key is limited to {refused}. Try again in {seconds} seconds."
-            headers = [("retry-after", str(seconds)), *self.rates(key, {})]
-            raise APIError(429, text, headers=headers)
-
     # Batches
 
     def unbooked(self, name: str) -> Batch | None:
         """The batch of that name, where results of it are still to be booked to a key."""
-        batch = self._batches[name].batches[name] if name in self._batches else None
+        batch = self.batches[name].batches[name] if name in self.batches else None
         return None if batch is None or batch.booked else batch
 
-    def all_unbooked(self) -> list[str]:
-        """The names of all of them."""
-        return [name for name in self._batches if self.unbooked(name)]
-
     def own_batch(self, account: Account, name: str, hold: Hold | None = None) -> None:
-        if hold is None and name in self._batches:
+        if hold is None and name in self.batches:
             return
         self.finish_batch(name)  # an upstream that gives an id twice frees what was held for it
         batch = account.batches[name] = Batch(day_of(now()))
-        self._batches[name] = account
+        self.batches[name] = account
         if hold is not None:
             batch.held, hold.amounts = hold.amounts, {}
-        self._touch(account)
+        self._touched.add(account.hashed)
 
     def batch_line(self, name: str, line: int) -> Account | None:
-        account = self._batches.get(name)
+        account = self.batches.get(name)
         if account is None or line <= account.batches[name].lines:
             return None
         account.batches[name].lines = line
@@ -2179,57 +2090,46 @@ class FileLedger(Ledger):
         batch = self.unbooked(name)
         if batch is None:
             return
-        account, held = self._batches[name], batch.held
+        account, held = self.batches[name], batch.held
         key, batch.held, batch.booked = self.keys.get(account.hashed), {}, True
         for pattern, amount in held.items():
             account.windows[pattern].held -= amount
         if lost and held and key is not None:
             told, moment = (key.shown_name, printable(name)), now()
             log.warning("key %s: batch %s is gone, so its worst case is booked", *told)
-            for level in self._levels(key, "", moment):
-                level.window.spend += held.get(level.pattern, ZERO)
+            for pattern in (ALL_MODELS, *key.model_max_budget):
+                key.spent(moment, pattern)
+                account.windows[pattern].spend += held.get(pattern, ZERO)
             total = held.get(ALL_MODELS, max(held.values()))
             account.usage.of(day_of(moment), NO_MODEL).add(Tally(spend=total))
-        self._touch(account)
+        self._touched.add(account.hashed)
 
     # Changing
 
     async def change(self, changes: Mapping[str, VirtualKey | None]) -> None:
-        # They hold in memory at once; calls that arrive together share one write.
         for hashed in changes:
             self._undo.setdefault(hashed, self.keys.get(hashed))
-        self._apply(changes)
-        try:
-            await self.save()
-        except OSError as error:
-            raise APIError(503, store_message(error)) from None
+        self._apply(changes)  # in memory at once
+        await self.save()
 
     async def reset_spend(self, hashed: str, amount: Decimal) -> None:
         """Set what a key has spent in its present window, as `change` does."""
         record = self.keys[hashed]
         difference, window = amount - record.spent(now()), record.account.windows[ALL_MODELS]
         window.spend += difference
+        self._touched.add(hashed)
         try:
-            await self.change({hashed: record})
+            await self.save()
         except APIError:
             window.spend -= difference
-            self._touch(record.account)
             raise
-
-    def _touch(self, account: Account) -> None:
-        """What a key used has changed: write it within FLUSH_INTERVAL seconds."""
-        self._touched.add(account.hashed)
-        self._is_behind = True
-        self._start()
 
     def _apply(self, changes: Mapping[str, VirtualKey | None]) -> None:
         for hashed, record in changes.items():
-            if before := self.keys.get(hashed):
-                named = [(self._aliases, before.key_alias or "")]
-                named += [(self._retired, old) for old in before.retired]
-                for index, name in named:
-                    if index.get(name) == hashed:  # else it is another key's by now
-                        del index[name]
+            before = self.keys.get(hashed)
+            for old in before.retired if before else ():
+                if self._retired.get(old) == hashed:  # else it is another key's by now
+                    del self._retired[old]
             if record is None:
                 self.keys.pop(hashed, None)
                 self._lines.pop(hashed, None)
@@ -2237,176 +2137,164 @@ class FileLedger(Ledger):
             self.keys[hashed] = record
             self._lines[hashed] = self._line(hashed, record)
             self._retired.update(dict.fromkeys(record.retired, hashed))
-            if record.key_alias is not None and not record.deleted_at:
-                self._aliases[record.key_alias] = hashed
-            record.account.hashed = hashed
-            self._batches.update(dict.fromkeys(record.account.batches, record.account))
+            account = record.account
+            account.hashed, clock = hashed, self._clock()
+            for kind, limit in (("requests", record.rpm_limit), ("tokens", record.tpm_limit)):
+                bucket = account.buckets.pop(kind, None)
+                if limit is not None:
+                    account.buckets[kind] = bucket = bucket or Bucket(limit, clock)
+                    bucket.limit = limit  # what was drawn stays drawn
+            self.batches.update(dict.fromkeys(account.batches, account))
 
     def _line(self, hashed: str, record: VirtualKey) -> bytes:
         moment, batches = now(), record.account.batches
         oldest = day_of(moment - timedelta(days=self._usage_days))
         for name in [n for n, b in batches.items() if b.booked and b.day < oldest]:
             del batches[name]
-            self._batches.pop(name, None)
+            self.batches.pop(name, None)
         return store_line(hashed, record, day_of(moment), oldest)
 
     # Reading
 
     async def reload(self) -> None:
-        # What keys may do is the file's, what they used is memory's.
+        # A change that is being written would be read over; and where the last write failed, the
+        # file may have one that was refused, since it was not known to be on disk.
         while self._is_busy() or (self.last_error and self._file.edit() is None):
-            # A change that is being written would be read over; and where the last write failed,
-            # the file may have one that was refused, since it was not known to be on disk.
-            try:
-                await self.save()
-            except OSError as error:
-                raise SettingsError(store_message(error)) from None
+            await self.save()
         self._load()
 
     def notice_edit(self) -> None:
-        """Take the file in, as `reload` does, where somebody has edited it. One that does not parse
-        is said once; then nothing is written until it is mended."""
-        if self._is_busy() or self._file.edit() in (None, self._file.damaged):
-            return  # a write looks for itself
+        """Take in what somebody has edited. Where it does not parse, that is said once, and nothing
+        is written until it is mended."""
+        edit = self._file.edit()
+        if self._is_busy() or edit in (None, self._noticed):
+            return  # a write looks by itself
+        self._noticed = edit
         try:
             self._load()
             log.info("keys file was edited: read again, %d keys", len(self.keys))
-        except SettingsError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, what keys use is still written
             log.error("keys file was edited, and cannot be read: %s", error)
 
     def _load(self) -> None:
-        """Read the file; what keys used stays, where it is known already."""
-        path, lines = self._file.path, list(self._lines.values())
+        """What keys may do is the file's; what they used is memory's, where it is known."""
         try:
-            keys = self._file.read(functools.partial(parse_store, name=str(path)), lines)
+            keys = self._file.read(list(self._lines.values()))
         except OSError as error:
-            self.last_error = store_message(error)
-            log.warning("%s cannot be created (%s): no keys can be made", path, error.strerror)
+            self._fail(error)
             return
         known = {hashed: key.account for hashed, key in self.keys.items()}
-        for index in (self.keys, self._lines, self._retired, self._aliases, self._batches):
+        for index in (self.keys, self._lines, self._retired, self.batches):
             index.clear()
         for hashed, record in keys.items():
             record.account = known.get(hashed, record.account)
         self._apply(keys)
-        for hashed in known.keys() & keys.keys():
-            self._touch(known[hashed])
+        self._touched |= known.keys() & keys.keys()
 
     # Writing
 
     async def save(self) -> None:
-        written: asyncio.Future[OSError | None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(written)
-        self._hurry.set()
-        self._start()
-        if failure := await written:
+        # Calls that arrive together share one write, which outlives them.
+        if self._next is None:
+            self._next = asyncio.create_task(self._write(self._writing))
+        if failure := await asyncio.shield(self._next):
             raise failure
 
-    async def flush(self) -> None:
-        """Write what keys used. Where the disk fails, the writer says so and tries again."""
-        self.notice_edit()
-        if self._is_behind or self._is_busy() or self.last_error:
-            with contextlib.suppress(OSError):
-                await self.save()
+    async def run(self) -> None:
+        while True:
+            await asyncio.sleep(FLUSH_INTERVAL)
+            await self._flush()
 
-    def close(self) -> None:
+    async def close(self) -> None:
+        await self._flush()
         self._file.close()
 
+    async def _flush(self) -> None:
+        self.notice_edit()
+        if self._touched or self.last_error or self._is_busy():
+            with contextlib.suppress(APIError):  # which was logged; the next call tries it again
+                await self.save()
+
     def _is_busy(self) -> bool:
-        return self._is_writing or bool(self._waiting)
+        return self._writing is not None or self._next is not None
 
-    def _start(self) -> None:
-        if self._writer is None or self._writer.done():
-            self._writer = asyncio.get_running_loop().create_task(self._write_all())
-
-    async def _write_all(self) -> None:
-        """Write for all that wait until nobody does; what may wait does so for FLUSH_INTERVAL."""
-        while self._waiting or self._is_behind:
-            if not self._waiting:
-                self._hurry.clear()
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._hurry.wait(), FLUSH_INTERVAL)
-                self.notice_edit()
-            waiting, self._waiting = self._waiting, []
-            undo, self._undo = self._undo, {}
-            self._is_writing, self._is_behind, failure = True, False, None
-            try:
-                for hashed in self._touched & self.keys.keys():
-                    self._lines[hashed] = self._line(hashed, self.keys[hashed])
-                self._touched.clear()
-                lines = list(self._lines.values())
-                await asyncio.get_running_loop().run_in_executor(None, self._file.write, lines)
-            except OSError as error:
-                failure = error
-            except Exception:
-                log.exception("keys file not written")
-                failure = OSError(errno.EIO, "unexpected failure")
-            self._is_writing = False
-            if failure:
-                self._is_behind = True
-                # What was changed meanwhile stands on what is now refused, and falls with it.
-                waiting += self._waiting
-                self._apply({**self._undo, **undo})
-                self._waiting, self._undo = [], {}
-            self._tell(failure)
-            for written in waiting:
-                if not written.done():  # else who waited has left
-                    written.set_result(failure)
-
-    def _tell(self, failure: OSError | None) -> None:
-        """Log what is new of writing; an edit that can be read is no failure, it is in a moment."""
-        if isinstance(failure, FileExistsError) and not self._file.damaged:
-            return
-        told = store_message(failure) if failure else ""
-        if failure and told != self.last_error:
-            log.error("keys file not written: %s", failure.strerror or failure)
-        elif self.last_error and not failure:
+    async def _write(self, before: asyncio.Task[APIError | None] | None) -> APIError | None:
+        """Write all, once the write ``before`` is over; where that fails, this one does: what was
+        changed meanwhile stands on what is refused, and falls with it."""
+        if before is not None and (failure := await before):
+            return failure
+        self._writing, self._next = self._next, None
+        undo, self._undo = self._undo, {}
+        touched, self._touched = self._touched, set()
+        try:
+            for hashed in touched & self.keys.keys():
+                self._lines[hashed] = self._line(hashed, self.keys[hashed])
+            await asyncio.to_thread(self._file.write, list(self._lines.values()))
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is taken back
+            undo, self._undo, self._next = self._undo | undo, {}, None
+            self._touched |= touched
+            self._apply(undo)
+            return self._fail(error)
+        finally:
+            self._writing = None
+        if self.last_error:
             log.warning("keys file written again")
-        self.last_error = told
+        self.last_error = ""
+        return None
 
-
-def store_message(error: OSError) -> str:
-    """What a client is told when the file cannot be written; no path of the machine is in it."""
-    reason = error.strerror or "unknown error"
-    return f"The keys file cannot be written ({reason}); nothing was changed."
+    def _fail(self, error: Exception) -> APIError:
+        """Say what is new of it. A client is told no path of the machine."""
+        reason = getattr(error, "strerror", None) or "unexpected failure"
+        message = f"The keys file cannot be written ({reason}); nothing was changed."
+        # An edit that was not read yet is no failure; it is in a moment.
+        is_unread = isinstance(error, FileExistsError) and self._file.edit() != self._noticed
+        if message != self.last_error and not is_unread:
+            self.last_error, is_odd = message, not isinstance(error, OSError)
+            log.error("%s: %s", self._file.path, message, exc_info=is_odd)
+        return APIError(503, message)
 
 
 BUDGET_WAIT = 2  # seconds after which a request that a budget has no room for may ask again
 
 
-def over_budget(
-    level: Level, held: Decimal, cost: Decimal, moment: datetime, *, fit: bool
-) -> APIError:
-    """The 429 of a budget that has no room for a request of that cost: a ``billing_error``, which
-    nobody need try again, where it is spent or the cost will never fit; a ``rate_limit_error``,
-    which goes by, where others' requests are only in the way."""
-    spent, limit = level.window.spend, level.limit
-    resets, headers = "it does not reset by itself", [DO_NOT_RETRY]
-    if level.duration is not None:
-        end = window(level.duration, moment)[1]
-        resets = f"{level.duration}; resets {end:%Y-%m-%d %H:%M} UTC"
-        wait = max(1, math.ceil((end - moment).total_seconds()))
-        headers.append(("retry-after", str(wait)))
-    name = f"Budget for {level.pattern}" if level.pattern else "Budget"
-    told, used, kind = (
-        f"{name} of ${dollars(limit)}",
-        f"${dollars(spent)} is spent",
-        "billing_error",
-    )
-    if spent >= limit:
-        text = f"{told} reached ({resets}): {used}."
-    elif fit and spent + cost > limit:
+def check_budget(
+    key: VirtualKey, pattern: str, cost: Decimal, moment: datetime, *, shares: bool, fit: bool
+) -> None:
+    """Raise APIError 429 where a budget has no room for a request of that cost: a
+    ``billing_error``, which nobody need try again, where it is spent or the cost will never fit; a
+    ``rate_limit_error``, which goes by, where others' requests are only in the way."""
+    limit, duration, used = key.max_budget, key.budget_duration, key.account.windows[pattern]
+    if pattern:
+        budget = key.model_max_budget[pattern]
+        limit, duration = budget.limit, budget.duration
+    if limit is None:
+        return
+    start = window_start(duration, moment)
+    spent = used.spend if used.start == start else used.spent(start)
+    held = used.held if shares else ZERO
+    if spent < limit and (spent + held + cost <= limit if fit else spent + held < limit):
+        return
+    name = f"Budget{' for ' if pattern else ''}{pattern} of ${dollars(limit)}"
+    told = f"${dollars(spent)} is spent"
+    if spent < limit and not (fit and spent + cost > limit):
         text = (
-            f"{told} ({resets}): {used}, and this batch may cost ${dollars(cost)}."
-            " Send a smaller one, or lower its 'max_tokens'."
-        )
-    else:
-        text = (
-            f"{told}: {used}, and ${dollars(held)} is held for requests and batches under way."
+            f"{name}: {told}, and ${dollars(held)} is held for requests and batches under way."
             f" Try again in {BUDGET_WAIT} seconds."
         )
-        kind, headers = "rate_limit_error", [("retry-after", str(BUDGET_WAIT))]
-    return APIError(429, text, kind=kind, headers=headers)
+        raise APIError(429, text, headers=[("retry-after", str(BUDGET_WAIT))])
+    resets, headers = "it does not reset by itself", [DO_NOT_RETRY]
+    if duration is not None:
+        end = window(duration, moment)[1]
+        resets = f"{duration}; resets {end:%Y-%m-%d %H:%M} UTC"
+        wait = max(1, math.ceil((end - moment).total_seconds()))
+        headers.append(("retry-after", str(wait)))
+    text = f"{name} reached ({resets}): {told}."
+    if spent < limit:
+        text = (
+            f"{name} ({resets}): {told}, and this batch may cost ${dollars(cost)}."
+            " Send a smaller one, or lower its 'max_tokens'."
+        )
+    raise APIError(429, text, kind="billing_error", headers=headers)
 
 
 # ─── Wire ─────────────────────────────────────────────────────────────────────────────────────────
@@ -4478,8 +4366,6 @@ LATENCY_BUCKETS = (
     *(1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0),
 )
 TIMINGS = ("total", "first_byte", "upstream", "overhead")
-
-
 # Most lines have the same words.
 shown_word = functools.lru_cache(maxsize=1024)(word)
 shown_dollars = functools.lru_cache(maxsize=1024)(dollars)
@@ -4488,13 +4374,11 @@ shown_dollars = functools.lru_cache(maxsize=1024)(dollars)
 @dataclass(slots=True)
 class Record:
     """What is remembered, counted and logged of a relayed request; it is filled in as that passes.
-
     ``shown_key`` is the key's alias, or its abbreviated name; MASTER_NAME, or NO_KEY for none.
     ``request_id`` is Anthropic's; ``session`` and ``agent`` are Claude Code's. Moments of a clock
     that does not jump, in seconds, 0 where there was none: ``arrived``, ``whole`` (its body was
     here), ``asked`` (its head went up), ``answered`` (a head came back), ``first`` (the first byte
-    went to the client) and ``over``. Sizes are bytes of bodies.
-    """
+    went to the client) and ``over``. Sizes are bytes of bodies."""
 
     call_id: str
     method: str
@@ -4506,7 +4390,6 @@ class Record:
     answered: float = 0.0
     first: float = 0.0
     over: float = 0.0
-    ended: datetime = EPOCH
     hashed: str = ""
     key: VirtualKey | None = None
     shown_key: str = NO_KEY
@@ -4526,114 +4409,72 @@ class Record:
     def __str__(self) -> str:
         """The line for a terminal. No key, hash, body or query stands in it."""
         key, tally = self.key, self.tally
-        line = (
-            f"{self.shown_key} {self.method} {shown_word(self.path)} {self.status} {self.outcome}"
-        )
-        line += f" {(self.over - self.arrived) * 1000:.0f}ms"
-        if self.first:
-            line += f" ttfb={(self.first - self.arrived) * 1000:.0f}ms"
+        line = f"{self.shown_key} {self.method} {shown_word(self.path)} {self.status}"
+        line += f" {self.outcome} {(self.over - self.arrived) * 1000:.0f}ms"
+        line += f" ttfb={(self.first - self.arrived) * 1000:.0f}ms" if self.first else ""
         line += f" in={self.bytes_in} out={self.bytes_out}"
-        if self.model:
-            line += f" {shown_word(self.model)}"
+        line += f" {shown_word(self.model)}" if self.model else ""
         if tally.input_tokens or tally.output_tokens:
-            cached = tally.cache_read_tokens
-            cached += tally.cache_write_5m_tokens + tally.cache_write_1h_tokens
-            line += f" {tally.input_tokens}+{cached}->{tally.output_tokens} tokens"
-            line += f" ${shown_dollars(tally.spend)}"
-        if self.estimated:
-            line += " estimated"
-        line += f" {self.call_id}"
-        if self.request_id:
-            line += f" {shown_word(self.request_id)}"
-        if key is not None and key.key_alias:
-            line += f" key={key.key_name}"
-        if key is not None and key.user_id:
-            line += f" user={printable(key.user_id)}"
-        if self.tags:
-            line += f" tags={shown_word(printable(','.join(self.tags)))}"
-        if self.session:
-            line += f" session={shown_word(self.session)}"
-        if self.agent:
-            line += f" agent={shown_word(self.agent)}"
-        return line
+            written = tally.cache_write_5m_tokens + tally.cache_write_1h_tokens
+            line += f" {tally.input_tokens}+{tally.cache_read_tokens + written}"
+            line += f"->{tally.output_tokens} tokens ${shown_dollars(tally.spend)}"
+        line += f"{' estimated' if self.estimated else ''} {self.call_id}"
+        line += f" {shown_word(self.request_id)}" if self.request_id else ""
+        if key is not None:
+            line += f" key={key.key_name}" if key.key_alias else ""
+            line += f" user={printable(key.user_id)}" if key.user_id else ""
+        line += f" tags={shown_word(printable(','.join(self.tags)))}" if self.tags else ""
+        line += f" session={shown_word(self.session)}" if self.session else ""
+        return line + (f" agent={shown_word(self.agent)}" if self.agent else "")
+
+    def to_json(self) -> dict[str, Any]:
+        """As the JSON log has it; the README's "Log" describes it."""
+        key, tally, started = self.key, self.tally, self.arrived
+        alias = key.key_alias if key else self.shown_key if self.shown_key != NO_KEY else None
+        first = round(self.first - started, 4) if self.first else None
+        row: dict[str, Any] = {"call_id": self.call_id, "request_id": self.request_id or None}
+        row |= {"key_alias": alias, "key_name": key and key.key_name, "user": key and key.user_id}
+        row |= {"tags": self.tags, "session_id": self.session or None}
+        row |= {"agent_id": self.agent or None, "remote_ip": self.remote_ip}
+        row |= {"method": self.method, "path": self.path, "status": self.status}
+        row |= {"outcome": self.outcome, "model": self.model or None}
+        row |= {"input_tokens": tally.input_tokens, "output_tokens": tally.output_tokens}
+        row |= {"cache_read_tokens": tally.cache_read_tokens, "cache_write_tokens": tally.written}
+        row |= {"cost": float(tally.spend), "estimated": self.estimated}
+        row |= {"time_to_first_byte": first, "duration": round(self.over - started, 4)}
+        return row | {"bytes_in": self.bytes_in, "bytes_out": self.bytes_out}
+
+    def to_spend_log(self) -> dict[str, Any]:
+        """As a row of LiteLLM's SpendLogs; fields of those that mean nothing here are left out."""
+        key, tally, took = self.key, self.tally, timedelta(seconds=self.over - self.arrived)
+        prompt, output = tally.input_tokens + tally.cached, tally.output_tokens
+        status = "success" if self.status < 400 and self.outcome == "ok" else "failure"
+        row: dict[str, Any] = {"request_id": self.request_id or self.call_id}
+        row |= {"litellm_call_id": self.call_id, "call_type": "pass_through_endpoint"}
+        row |= {"custom_llm_provider": "anthropic", "api_base": self.path, "api_key": self.hashed}
+        row |= {"key_alias": key and key.key_alias, "user": key and key.user_id}
+        row |= {"team_id": key and key.team_id, "model": self.model}
+        row |= {"spend": float(tally.spend), "prompt_tokens": prompt, "completion_tokens": output}
+        row |= {"total_tokens": prompt + output, "cache_read_input_tokens": tally.cache_read_tokens}
+        row |= {"cache_creation_input_tokens": tally.written, "startTime": iso(self.started)}
+        row |= {"endTime": iso(self.started + took), "status": status, "status_code": self.status}
+        row |= {"outcome": self.outcome, "estimated": self.estimated}
+        return row | {"request_tags": self.tags, "requester_ip_address": self.remote_ip}
 
 
-# How a field of the record is called in the JSON log (the README's "Log" describes it) …
-LOG_FIELDS: dict[str, Callable[[Record], Any]] = {
-    "call_id": lambda r: r.call_id,
-    "request_id": lambda r: r.request_id or None,
-    "key_alias": lambda r: (
-        r.key.key_alias if r.key else r.shown_key if r.shown_key != NO_KEY else None
-    ),
-    "key_name": lambda r: r.key.key_name if r.key else None,
-    "user": lambda r: r.key.user_id if r.key else None,
-    "tags": lambda r: r.tags,
-    "session_id": lambda r: r.session or None,
-    "agent_id": lambda r: r.agent or None,
-    "remote_ip": lambda r: r.remote_ip,
-    "method": lambda r: r.method,
-    "path": lambda r: r.path,
-    "status": lambda r: r.status,
-    "outcome": lambda r: r.outcome,
-    "model": lambda r: r.model or None,
-    "input_tokens": lambda r: r.tally.input_tokens,
-    "output_tokens": lambda r: r.tally.output_tokens,
-    "cache_read_tokens": lambda r: r.tally.cache_read_tokens,
-    "cache_write_tokens": lambda r: r.tally.written,
-    "cost": lambda r: float(r.tally.spend),
-    "estimated": lambda r: r.estimated,
-    "time_to_first_byte": lambda r: round(r.first - r.arrived, 4) if r.first else None,
-    "duration": lambda r: round(r.over - r.arrived, 4),
-    "bytes_in": lambda r: r.bytes_in,
-    "bytes_out": lambda r: r.bytes_out,
-}
-# … and in LiteLLM's SpendLogs; fields of those that mean nothing here are left out.
-SPEND_LOG_FIELDS: dict[str, Callable[[Record], Any]] = {
-    "request_id": lambda r: r.request_id or r.call_id,
-    "litellm_call_id": lambda r: r.call_id,
-    "call_type": lambda r: "pass_through_endpoint",
-    "custom_llm_provider": lambda r: "anthropic",
-    "api_base": lambda r: r.path,
-    "api_key": lambda r: r.hashed,
-    "key_alias": lambda r: r.key.key_alias if r.key else None,
-    "user": lambda r: r.key.user_id if r.key else None,
-    "team_id": lambda r: r.key.team_id if r.key else None,
-    "model": lambda r: r.model,
-    "spend": lambda r: float(r.tally.spend),
-    "prompt_tokens": lambda r: r.tally.input_tokens + r.tally.cached,
-    "completion_tokens": lambda r: r.tally.output_tokens,
-    "total_tokens": lambda r: r.tally.input_tokens + r.tally.cached + r.tally.output_tokens,
-    "cache_read_input_tokens": lambda r: r.tally.cache_read_tokens,
-    "cache_creation_input_tokens": lambda r: r.tally.written,
-    "startTime": lambda r: iso(r.started),
-    "endTime": lambda r: iso(r.ended),
-    "status": lambda r: "success" if r.status < 400 and r.outcome == "ok" else "failure",
-    "status_code": lambda r: r.status,
-    "outcome": lambda r: r.outcome,
-    "estimated": lambda r: r.estimated,
-    "request_tags": lambda r: r.tags,
-    "requester_ip_address": lambda r: r.remote_ip,
-}
-
-
+@dataclass(slots=True)
 class Histogram:
     """How long something took: seconds, counted in LATENCY_BUCKETS."""
 
-    __slots__ = ("counts", "total")
-
-    def __init__(self) -> None:
-        self.counts = [0] * (len(LATENCY_BUCKETS) + 1)
-        self.total = 0.0
+    counts: list[int] = field(default_factory=lambda: [0] * (len(LATENCY_BUCKETS) + 1))
+    total: float = 0.0
 
 
 class Traffic:
-    """What passed since the start, as /metrics shows it: plain counts, which cost a request little.
-
-    ``requests`` counts by (key, model, status, outcome); ``used`` is what was booked, by (key,
-    model); ``timings`` has, for a model, a Histogram for each of TIMINGS. Beyond MAX_LABELS pairs
-    of key and model, and MAX_MODELS_A_DAY models, all are counted as one, so that neither keys nor
-    callers can make them grow without end.
-    """
+    """What passed since the start: requests by (key, model, status, outcome), what was ``used`` by
+    (key, model), and for a model a Histogram for each of TIMINGS. Beyond MAX_LABELS pairs of key
+    and model, and MAX_MODELS_A_DAY models, all are counted as one, so that they do not grow without
+    end."""
 
     def __init__(self) -> None:
         self.requests: collections.Counter[tuple[str, str, int, str]] = collections.Counter()
@@ -4647,18 +4488,15 @@ class Traffic:
     def count(self, record: Record) -> None:
         """Count a request that is over."""
         pair = key, model = record.shown_key, record.model or NO_MODEL
-        if pair not in self._pairs:
-            if len(self._pairs) < MAX_LABELS:
-                self._pairs.add(pair)
-            else:
-                key, model = OTHER_MODELS, OTHER_MODELS
+        if len(self._pairs) < MAX_LABELS:
+            self._pairs.add(pair)
+        elif pair not in self._pairs:
+            key = model = OTHER_MODELS
         self.requests[key, model, record.status, record.outcome] += 1
-        histograms = self.timings.get(model)
-        if histograms is None:
-            if len(self.timings) >= MAX_MODELS_A_DAY:
-                model = OTHER_MODELS
-            new = tuple(Histogram() for _ in TIMINGS)
-            histograms = self.timings.setdefault(model, new)
+        if model not in self.timings and len(self.timings) >= MAX_MODELS_A_DAY:
+            model = OTHER_MODELS
+        if (histograms := self.timings.get(model)) is None:
+            histograms = self.timings[model] = tuple(Histogram() for _ in TIMINGS)
         started = record.arrived
         timings: list[float | None] = [record.over - started, None, None, None]
         if record.first:
@@ -4671,13 +4509,14 @@ class Traffic:
                 histogram.counts[bisect.bisect_left(LATENCY_BUCKETS, seconds)] += 1
                 histogram.total += seconds
 
-    def book(self, key: str, charges: Iterable[tuple[str, Tally]]) -> None:
+    def book(self, key: str, charges: Charges) -> None:
         """Count what a request or a batch used, by its models."""
         for model, tally in charges:
             label = (key, model or NO_MODEL)
             if label not in self.used and len(self.used) >= MAX_LABELS:
                 label = (OTHER_MODELS, OTHER_MODELS)
-            self.used.setdefault(label, Tally()).add(tally)
+            used = self.used.get(label) or self.used.setdefault(label, Tally())
+            used.add(tally)
 
     def failed(self, error: str) -> None:
         """The upstream did not answer, or not well."""
@@ -4792,10 +4631,11 @@ class Doors:
             if self._master and hmac.compare_digest(hashed, self._master):
                 caller.is_master = caller.is_master or caller.key is None
             elif found := await self._ledger.find_hash(hashed):
-                if found.status != "active":
-                    refused = refused or REFUSED_KEYS[found.status]
+                key, status = found
+                if status != "active":
+                    refused = refused or REFUSED_KEYS[status]
                 elif caller.key is None and not caller.is_master:
-                    caller.hashed, caller.key = found.hashed, found.key
+                    caller.hashed, caller.key = key.account.hashed, key
             else:
                 own = OWN_CREDENTIAL_NAMES.get(header)  # it goes up in the field that it came in
                 if own and caller.own is None and credential.startswith(OWN_CREDENTIAL_PREFIX):
@@ -5123,7 +4963,7 @@ class Limits(Rule):
             return fields
         if visit.phase is RequestPhase.SETTLED and visit.meter is not None:
             fields.append(("x-litellm-response-cost", f"{visit.record.tally.spend:f}"))
-        spent = gateway.ledger.spent(payer, visit.record.started)
+        spent = payer.spent(visit.record.started)
         fields.append(("x-litellm-key-spend", f"{spent:f}"))
         if payer.max_budget is not None:
             left = max(ZERO, payer.max_budget - spent)
@@ -5205,7 +5045,7 @@ class Batches(Rule):
         if visit.route.makes_batch and payer is not None and visit.hold is not None:
             gateway.ledger.own_batch(payer.account, name, visit.hold)
             gateway.batches.watch(name)
-            with contextlib.suppress(OSError):  # which is said, and tried again each second
+            with contextlib.suppress(APIError):  # which is said, and tried again each second
                 await gateway.ledger.save()
         elif batch.get("processing_status") == BATCH_ENDED:
             gateway.batches.hurry(name)
@@ -5543,7 +5383,7 @@ class BatchKeeper:
 
     async def run(self) -> None:
         """Watch all that are not booked, until cancelled."""
-        for name in self._ledger.all_unbooked():
+        for name in filter(self._ledger.unbooked, self._ledger.batches):
             self.watch(name)
         async with asyncio.TaskGroup() as group:
             while True:
@@ -5665,9 +5505,8 @@ class Gateway:
 
     async def close(self) -> None:
         """Write what is not written, and free all."""
-        await self.ledger.flush()
         self.client.close()
-        self.ledger.close()
+        await self.ledger.close()
 
     def asking(self, path: str, **options: Any) -> HTTPRequest:
         """A GET of the gateway's own, with the real key."""
@@ -5910,7 +5749,6 @@ class RelayHandler(BaseHandler):
         visit.phase = FOLLOWS[visit.phase][RequestPhase.SETTLED]
         record, head, answer = visit.record, visit.head, visit.answer
         record.outcome, record.over = outcome, gateway.time()
-        record.ended = moment_of(int(time.time()))
         if upstream is not None:
             record.asked, visit.began = upstream.begun, upstream.begun > 0 and upstream.sent
             if outcome != "ok":
@@ -6390,7 +6228,7 @@ class ReportHandler(ManagementHandler):
         wanted, user, shown = self.query("request_id"), self.query("user_id"), self.query("api_key")
         hashed = shown if not shown or HASH.fullmatch(shown) else hash_key(shown)
         return [
-            {name: get(finished) for name, get in SPEND_LOG_FIELDS.items()}
+            finished.to_spend_log()
             for finished in reversed(self.gateway.recent)
             if wanted in ("", finished.call_id, finished.request_id)
             and hashed in ("", finished.hashed)
@@ -6490,7 +6328,7 @@ class MetricsHandler(ManagementHandler):
             return
         for _, credential in candidates(self.request.head.values):
             found = self.ledger.lookup(hash_key(credential))
-            for route in found[1].allowed_routes if found and found[2] == "active" else ():
+            for route in found[0].allowed_routes if found and found[1] == "active" else ():
                 if route.startswith(METRICS_PATH) and fnmatch.fnmatchcase(METRICS_PATH, route):
                     return  # a mere "*" does not name it
         self.require_master()
@@ -6561,15 +6399,15 @@ class MetricsHandler(ManagementHandler):
 
 
 class JSONFormatter(logging.Formatter):
-    """A log line as a JSON object: ``time``, ``level``, and a relayed request's LOG_FIELDS or a
-    ``message`` (with ``exception``, where there was one)."""
+    """A log line as a JSON object: ``time``, ``level``, and `Record.to_json` or a ``message`` (with
+    ``exception``, where there was one)."""
 
     def format(self, record: logging.LogRecord) -> str:
         moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         line = {"time": moment.replace("+00:00", "Z"), "level": record.levelname.lower()}
         subject = record.args[0] if isinstance(record.args, tuple) and record.args else None
         if isinstance(subject, Record):
-            line |= {name: get(subject) for name, get in LOG_FIELDS.items()}
+            line |= subject.to_json()
         else:
             line["message"] = record.getMessage()
         if record.exc_info:
@@ -6995,12 +6833,8 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, signals.put_nowait, number)
 
-    async def notice_edits() -> None:
-        while True:
-            await asyncio.sleep(FLUSH_INTERVAL)
-            gateway.ledger.notice_edit()
-
-    tasks = [asyncio.create_task(work) for work in (gateway.batches.run(), notice_edits())]
+    booking = asyncio.create_task(gateway.batches.run())
+    saving = asyncio.create_task(gateway.ledger.run())
     announce(settings, gateway, 0 if settings.unix_socket else sockets[0].getsockname()[1])
     await loop.run_in_executor(None, gateway.prices.load)
     favour_the_loop()
@@ -7015,9 +6849,9 @@ async def serve(settings: Settings) -> None:
         except Exception as error:  # noqa: BLE001 - whatever it is, it does not stop the gateway
             log.error("not read again: %s", error)
     loop.add_signal_handler(signal.SIGHUP, lambda: None)
-    for task in tasks:
-        task.cancel()
+    booking.cancel()
     await stop(gateway, server, signals)
+    saving.cancel()
     if settings.unix_socket:
         with contextlib.suppress(OSError):
             os.unlink(settings.unix_socket)
