@@ -2572,7 +2572,7 @@ NO_OPTIONS: frozenset[str] = frozenset()
 class Head:
     """A message's header fields: ``fields`` as they came, in their order; ``values`` by lower-case
     name. ``version`` is the minor version of HTTP/1, ``options`` are what ``Connection`` lists, in
-    lower case; ``length`` is the body's (see `declared_length`)."""
+    lower case; ``length`` is the body's: bytes, CHUNKED, or None where it is not said."""
 
     version: int
     fields: list[Field]
@@ -2627,10 +2627,12 @@ def parse_fields(
     block: str, version: int
 ) -> tuple[int, list[Field], dict[str, tuple[str, ...]], frozenset[str], bool, int | None]:
     """Read header field lines, with CRLF between them: the members of a `Head`. Raises
-    ProtocolError."""
-    if not block:
-        return version, [], {}, NO_OPTIONS, version == 1, None
-    lines = block.split("\r\n")
+    ProtocolError.
+
+    Lengths go by RFC 9112 section 6, without its leniencies: both, two of a kind, or a coding other
+    than chunked is an error, since two readers could understand it differently.
+    """
+    lines = block.split("\r\n") if block else []
     if len(lines) > MAX_FIELDS:
         raise ProtocolError(f"the head has more than {MAX_FIELDS:,} fields", 431)
     fields = list(map(read_field if len(block) <= KEPT_HEAD else parse_field, lines))
@@ -2645,8 +2647,17 @@ def parse_fields(
         every = ",".join(values["connection"]).lower().split(",")
         options = frozenset(map(str.strip, every))
         keeps_alive = "close" not in options and (version == 1 or "keep-alive" in options)
-    if "content-length" in values or "transfer-encoding" in values:
-        length = declared_length(values, version)
+    if "transfer-encoding" in values:
+        codings, length = values["transfer-encoding"], CHUNKED
+        if "content-length" in values or version == 0 or len(codings) != 1:
+            raise ProtocolError("Transfer-Encoding stands beside another length, or in HTTP/1.0")
+        if codings[0].lower() != "chunked":
+            raise ProtocolError("the only transfer coding understood is chunked", 501)
+    elif "content-length" in values:
+        lengths = values["content-length"]
+        if len(lengths) != 1 or not LENGTH.fullmatch(lengths[0]):
+            raise ProtocolError("Content-Length is malformed or stands twice")
+        length = int(lengths[0])
     return version, fields, values, options, keeps_alive, length
 
 
@@ -2731,33 +2742,8 @@ class HeadReader:
         return data
 
 
-def declared_length(values: Mapping[str, tuple[str, ...]], version: int) -> int | None:
-    """The length of a body by its head's fields: bytes, CHUNKED, or None where they do not say.
-
-    RFC 9112 section 6, without its leniencies: both lengths, two lengths, or a coding other than
-    chunked is an error, since two readers could understand it differently. Raises ProtocolError.
-    """
-    coding, length = values.get("transfer-encoding"), values.get("content-length")
-    if coding:
-        if length or version == 0 or len(coding) != 1:
-            raise ProtocolError("Transfer-Encoding stands beside another length, or in HTTP/1.0")
-        if coding[0].lower() != "chunked":
-            raise ProtocolError("the only transfer coding understood is chunked", 501)
-        return CHUNKED
-    if not length:
-        return None
-    if len(length) != 1 or not LENGTH.fullmatch(length[0]):
-        raise ProtocolError("Content-Length is malformed or stands twice")
-    return int(length[0])
-
-
-class ChunkPart(enum.Enum):
-    """What of a chunked body comes next."""
-
-    SIZE = "a chunk's size line"
-    DATA = "a chunk's data"
-    END = "the line end behind them"
-    TRAILERS = "the trailer section"
+# What the next line of a chunked body is: a chunk's size, the end behind its data, or a trailer.
+ChunkLine = enum.Enum("ChunkLine", "SIZE END TRAILER")
 
 
 class Body:
@@ -2772,8 +2758,8 @@ class Body:
     def __init__(self, length: int) -> None:
         self.length = length
         self.complete = length == 0
-        self._left = max(length, 0)
-        self._next = ChunkPart.SIZE
+        self._left = max(length, 0)  # of the body, or of a chunk
+        self._next = ChunkLine.SIZE
         self._partial = b""
         self._trailers = 0
 
@@ -2783,20 +2769,16 @@ class Body:
         ProtocolError."""
         if self.complete:
             return b"", data
-        if self.length == CHUNKED:
-            return self._feed_chunked(data)
         if self.length == UNTIL_CLOSE:
             return data, b""
-        if len(data) < self._left:
-            self._left -= len(data)
-            return data, b""
-        self.complete = True
-        return data[: self._left], data[self._left :]
-
-    def _feed_chunked(self, data: bytes) -> tuple[bytes, bytes]:
+        if self.length != CHUNKED:
+            payload, rest = data[: self._left], data[self._left :]
+            self._left -= len(payload)
+            self.complete = self._left == 0
+            return payload, rest
         if self._partial:
             data, self._partial = self._partial + data, b""
-        elif self._next is ChunkPart.SIZE and (match := CHUNK_START.match(data)):
+        elif self._next is ChunkLine.SIZE and (match := CHUNK_START.match(data)):
             # Mostly a read brings just one chunk, as an event was sent.
             start, size = match.end(), int(match[1], 16)
             if size and len(data) == start + size + 2 and data.endswith(b"\r\n"):
@@ -2804,53 +2786,38 @@ class Body:
         pieces: list[bytes] = []
         at = 0
         while len(pieces) < CHUNKS_A_TURN:
-            if self._next is ChunkPart.DATA:
+            if self._left:
                 piece = data[at : at + self._left]
                 at += len(piece)
                 self._left -= len(piece)
                 pieces.append(piece)
                 if self._left:
                     break
-                self._next = ChunkPart.END
-            if self._next is ChunkPart.END:
-                if data[at : at + 2] != b"\r\n":
-                    if data[at : at + 2] not in (b"", b"\r"):
-                        raise ProtocolError("a chunk is longer than its size")
-                    self._partial = data[at:]
-                    break
-                at += 2
-                self._next = ChunkPart.SIZE
             end = data.find(b"\r\n", at)
             if end < 0 or end - at > MAX_CHUNK_LINE:
                 if len(data) - at > MAX_CHUNK_LINE or BARE_LF.search(data, at):
                     raise ProtocolError("a chunk's size line is malformed")
-                self._partial = data[at:]
+                self._partial, at = data[at:], len(data)
                 break
             line, at = data[at:end], end + 2
-            if self._next is ChunkPart.SIZE:
-                self._read_size(line)
-            elif self._read_trailer(line):
+            if self._next is ChunkLine.SIZE:
+                if not (match := CHUNK_SIZE.fullmatch(line)):
+                    raise ProtocolError("a chunk's size line is malformed")
+                self._left = int(match[1], 16)
+                self._next = ChunkLine.END if self._left else ChunkLine.TRAILER
+            elif self._next is ChunkLine.END:
+                if line:
+                    raise ProtocolError("a chunk is longer than its size")
+                self._next = ChunkLine.SIZE
+            elif line:
+                self._trailers += len(line)
+                if self._trailers > MAX_TRAILERS:
+                    raise ProtocolError("the trailer section is too large")
+                parse_field(line.decode("latin-1"))
+            else:
                 self.complete = True
                 break
-        rest = b"" if self._partial else data[at:]
-        return (pieces[0] if len(pieces) == 1 else b"".join(pieces)), rest
-
-    def _read_size(self, line: bytes) -> None:
-        match = CHUNK_SIZE.fullmatch(line)
-        if not match:
-            raise ProtocolError("a chunk's size line is malformed")
-        self._left = int(match[1], 16)
-        self._next = ChunkPart.DATA if self._left else ChunkPart.TRAILERS
-
-    def _read_trailer(self, line: bytes) -> bool:
-        """Whether this line ends the trailer section."""
-        if not line:
-            return True
-        self._trailers += len(line)
-        if self._trailers > MAX_TRAILERS:
-            raise ProtocolError("the trailer section is too large")
-        parse_field(line.decode("latin-1"))
-        return False
+        return (pieces[0] if len(pieces) == 1 else b"".join(pieces)), data[at:]
 
 
 NO_BODY = Body(0)
