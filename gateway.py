@@ -2604,12 +2604,6 @@ class RequestHead(Head):
     target: str
     host: str
 
-    @property
-    def expects_continue(self) -> bool:
-        """Whether the client waits for a word before it sends the body (RFC 9110 section
-        10.1.1)."""
-        return self.version == 1 and self.get("expect").lower() == "100-continue"
-
 
 @dataclass(slots=True)
 class ResponseHead(Head):
@@ -2703,43 +2697,19 @@ def parse_response_head(data: bytes) -> ResponseHead:
     return ResponseHead(*parts, int(match[2]), match[3] or "")
 
 
-class HeadReader:
-    """Finds the end of a message's head in what a connection brings; looks at each byte once. Its
-    length is what it holds of a head that is not whole, in bytes."""
-
-    __slots__ = ("_data", "_seen")
-
-    def __init__(self) -> None:
-        self._data = bytearray()
-        self._seen = 0
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def feed(self, data: bytes) -> tuple[bytes, bytes] | None:
-        """The head without its empty line, and what stands behind it; None while it is not whole.
-        Raises ProtocolError for one that is too large, or has lines that end otherwise."""
-        if not self._data:  # mostly a read brings all of it
-            end = data.find(b"\r\n\r\n")
-            if 0 <= end <= MAX_HEAD_SIZE:
-                return data[:end], data[end + 4 :]
-        self._data += data
-        start = max(0, self._seen - 3)
-        end = self._data.find(b"\r\n\r\n", start)
-        if 0 <= end <= MAX_HEAD_SIZE:
-            whole = self.take_back()
-            return whole[:end], whole[end + 4 :]
-        if len(self._data) > MAX_HEAD_SIZE:
-            raise ProtocolError(f"the head is larger than {MAX_HEAD_SIZE:,} bytes", 431)
-        if BARE_LF.search(self._data, start):
-            raise ProtocolError("lines end with CR LF")
-        self._seen = len(self._data)
-        return None
-
-    def take_back(self) -> bytes:
-        """What is held of a head that is not whole, and no longer."""
-        data, self._data, self._seen = bytes(self._data), bytearray(), 0
-        return data
+def end_of_head(data: bytes, seen: int) -> int:
+    """Where the empty line behind a message's head stands, of which the first bytes were ``seen``
+    before; -1 while it is not whole. Raises ProtocolError for one that is too large, or has lines
+    that end otherwise."""
+    start = max(0, seen - 3)
+    end = data.find(b"\r\n\r\n", start)
+    if 0 <= end <= MAX_HEAD_SIZE:
+        return end
+    if len(data) > MAX_HEAD_SIZE:
+        raise ProtocolError(f"the head is larger than {MAX_HEAD_SIZE:,} bytes", 431)
+    if BARE_LF.search(data, start):
+        raise ProtocolError("lines end with CR LF")
+    return -1
 
 
 # What the next line of a chunked body is: a chunk's size, the end behind its data, or a trailer.
@@ -3062,11 +3032,10 @@ class UpstreamConnection(asyncio.Protocol):
     _body: Body | None = None
     _informational = 0
     _keep = False
-    _rest = b""  # what came while the answer was held back
+    _buffer = b""  # of a head that is not whole, or what came while the answer was held back
 
     def __init__(self, client: UpstreamClient) -> None:
         self.client = client
-        self._heads = HeadReader()
 
     def ask(self, request: UpstreamRequest) -> None:
         """Send a request, as far as it is here."""
@@ -3107,7 +3076,7 @@ class UpstreamConnection(asyncio.Protocol):
             return
         request.touched = self.client.time()
         if request.held_back:
-            self._rest += data
+            self._buffer += data
         else:
             self._receive(request, data)
 
@@ -3127,7 +3096,7 @@ class UpstreamConnection(asyncio.Protocol):
         is sent again over a new connection (RFC 9110 section 9.2.2); a POST never twice.
         """
         request, self.request = self.request, None
-        answered = self._body is not None or len(self._heads) > 0 or self._informational > 0
+        answered = self._body is not None or self._buffer or self._informational
         self.abandon()
         if request is None:
             return
@@ -3192,7 +3161,7 @@ class UpstreamConnection(asyncio.Protocol):
             request.held_back = True
             self.client.loop.call_soon(self._go_on, request)
         if request.held_back and request is self.request:
-            self._rest = rest
+            self._buffer = rest
             self.transport.pause_reading()
 
     def _go_on(self, request: UpstreamRequest, taken: asyncio.Future[Any] | None = None) -> None:
@@ -3203,9 +3172,9 @@ class UpstreamConnection(asyncio.Protocol):
         if request is not self.request:
             return
         request.held_back, request.touched = False, self.client.time()
-        if self._rest:
-            rest, self._rest = self._rest, b""
-            self._receive(request, rest)
+        if self._buffer:
+            data, self._buffer = self._buffer, b""
+            self._receive(request, data)
         if not request.held_back and self.phase is not UpstreamPhase.SHUT:  # the next needs it too
             self.transport.resume_reading()
 
@@ -3213,10 +3182,13 @@ class UpstreamConnection(asyncio.Protocol):
         """Read the head, 1xx ones before it: then there is a body, and what stands behind the head
         is returned."""
         while True:
-            found = self._heads.feed(data)
-            if found is None:
+            data, seen = self._buffer + data, len(self._buffer)
+            end = end_of_head(data, seen)
+            if end < 0:
+                self._buffer = data
                 return b""
-            head, data = parse_response_head(found[0]), found[1]
+            self._buffer = b""
+            head, data = parse_response_head(data[:end]), data[end + 4 :]
             if head.status >= 200:
                 break
             self._informational += 1
@@ -3460,6 +3432,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
     phase = ClientPhase.WAITING
     _delegate: HandlerDelegate | None = None
     _empty_lines = 0
+    _begun = b""  # of a head that is not whole
     _buffer = b""  # what came while it could not be read
     _waits_for: asyncio.Future[None] | None = None
     _drained: asyncio.Future[None] | None = None
@@ -3476,7 +3449,6 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         self.peer = peer
         self.remote_ip = peer or NO_ADDRESS
         self.protocol = self._own_protocol = "https" if secure else "http"
-        self._heads = HeadReader()
         self._body = NO_BODY
         self._since = self._heard = server.time()
 
@@ -3634,7 +3606,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
                 self._refuse_present(APIError(408, text))  # RFC 9110 section 15.5.9
         elif self.phase is not ClientPhase.WAITING:
             return
-        elif (self._buffer or self._heads) and self._drained is None:
+        elif (self._buffer or self._begun) and self._drained is None:
             if waited > client_timeout:
                 text = f"The request's head took longer than {client_timeout:g} s. Send it again."
                 self.refuse(APIError(408, text))
@@ -3646,31 +3618,30 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
 
     def close_if_idle(self) -> None:
         """Close where no request is under way, nor a part of one here."""
-        if self.phase is ClientPhase.WAITING and not self._buffer and not self._heads:
+        if self.phase is ClientPhase.WAITING and not self._buffer and not self._begun:
             self.transport.close()
 
     # Inside
 
     def _read_head(self, data: bytes) -> None:
         """Begin the request whose head ends with these bytes, if it does."""
-        heads = self._heads
-        if len(heads) == 1:  # it may be half an empty line
-            data = heads.take_back() + data
-        if not heads:
+        seen, data, self._begun = len(self._begun), self._begun + data, b""
+        if seen < 2:  # one byte may be half an empty line
             self._since, self.call_id = self._heard, new_call_id()
             while data.startswith(b"\r\n") and self._empty_lines <= MAX_EMPTY_LINES:
                 data, self._empty_lines = data[2:], self._empty_lines + 1
         try:
             if self._empty_lines > MAX_EMPTY_LINES:  # RFC 9112 section 2.2
                 raise ProtocolError("a request begins with a request line")
-            found = heads.feed(data) if data else None
-            if found is None:
+            end = end_of_head(data, seen)
+            if end < 0:
+                self._begun = data
                 return
-            self.head = head = parse_request_head(found[0])
+            self.head = head = parse_request_head(data[:end])
         except ProtocolError as error:
             self.refuse(APIError(error.status, f"Malformed request: {error}."))
             return
-        rest, self.length = found[1], head.length or 0
+        rest, self.length = data[end + 4 :], head.length or 0
         self._body = Body(self.length) if self.length else NO_BODY
         self._served, self._empty_lines, self._dropped = True, 0, 0
         self._taken, self._since = len(rest), self._heard
@@ -3696,7 +3667,8 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
     def _invite(self, _: object = None) -> None:
         """Have a client that was let in send the body for which it awaits a word (RFC 9110 section
         10.1.1)."""
-        if not self._taken and self.phase is ClientPhase.READING and self.head.expects_continue:
+        waits = not self._taken and self.phase is ClientPhase.READING and self.head.version == 1
+        if waits and self.head.get("expect").lower() == "100-continue":
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _believe(self, head: RequestHead) -> None:
