@@ -2895,10 +2895,7 @@ class UpstreamError(Exception):
 FAILURES: Sequence[tuple[type[BaseException], str]] = (
     (TimeoutError, "The upstream could not be reached within {timeout:g} seconds."),
     (socket.gaierror, "The upstream's host name could not be resolved."),
-    (
-        ssl.SSLCertVerificationError,
-        "The upstream's certificate is not trusted: {error.verify_message}.",
-    ),
+    (ssl.CertificateError, "The upstream's certificate is not trusted: {error.verify_message}."),
     (ssl.SSLError, "The TLS handshake with the upstream failed."),
     (ConnectionRefusedError, "The upstream refused the connection."),
     (ConnectionError, "The upstream closed the connection while it was being opened."),
@@ -2927,9 +2924,9 @@ class UpstreamRequest(HTTPRequest):
     ``header_callback`` gets each `ResponseHead`, 1xx ones too; then ``length`` is the body's
     (bytes, CHUNKED or UNTIL_CLOSE). ``streaming_callback`` gets the part of the body that one read
     brought, empty right after the head, with ``complete`` true at the last; the upstream is not
-    read on before what it returns is done. ``done_callback`` gets the `UpstreamResponse` at once,
-    not a turn of the loop later. ``body_producer`` is called with `write`, and returns a future
-    that is done when the body has ended.
+    read on before what it returns is done. ``error_callback`` gets what went wrong, at once and not
+    a turn of the loop later. ``body_producer`` is called with `write`, and returns a future that is
+    done when the body has ended.
     """
 
     client: UpstreamClient
@@ -2954,7 +2951,7 @@ class UpstreamRequest(HTTPRequest):
         *,
         header_callback: Callable[[ResponseHead], None],
         streaming_callback: Callable[[bytes], asyncio.Future[Any] | None],
-        done_callback: Callable[[UpstreamResponse], None],
+        error_callback: Callable[[Exception], None],
         body_producer: Callable[..., asyncio.Future[Any]] | None = None,
     ) -> None:
         # Not Tornado's, which makes 27 attributes that say nothing here.
@@ -2963,7 +2960,7 @@ class UpstreamRequest(HTTPRequest):
         self.data = data
         self.on_head = header_callback
         self.on_chunk = streaming_callback
-        self.on_done = done_callback
+        self.on_error = error_callback
         self.body_producer = body_producer
         self.sent = body_producer is None
 
@@ -3005,11 +3002,12 @@ class UpstreamRequest(HTTPRequest):
             self.connecting.cancel()
         if self.room is not None:
             self.make_room()
-        done, response = self.on_done, UpstreamResponse(self, error)
+        fetched.set_result(UpstreamResponse(self, error))
+        tell = self.on_error
         # No cycle of the caller's and this is left for the garbage collector.
-        del self.on_head, self.on_chunk, self.on_done
-        fetched.set_result(response)
-        done(response)
+        del self.on_head, self.on_chunk, self.on_error
+        if error is not None:
+            tell(error)
 
 
 class UpstreamResponse(HTTPResponse):
@@ -3028,7 +3026,6 @@ class UpstreamConnection(asyncio.Protocol):
     transport: asyncio.Transport
     phase = UpstreamPhase.IDLE
     request: UpstreamRequest | None = None
-    _is_full = False
     _body: Body | None = None
     _informational = 0
     _keep = False
@@ -3050,7 +3047,7 @@ class UpstreamConnection(asyncio.Protocol):
             # Not writelines: Python 3.12 and 3.13 do not say then that the buffer is full.
             self.transport.write(request.head)
             self.transport.write(data)
-        if request.room is not None and not self._is_full:
+        if request.room is not None and self.transport.get_write_buffer_size() <= WRITE_HIGH_WATER:
             request.make_room()
 
     def abandon(self) -> None:
@@ -3102,7 +3099,7 @@ class UpstreamConnection(asyncio.Protocol):
             return
         if request.repeatable and not answered:
             request.connection, request.repeatable = None, False
-            self.client.connect(request)
+            request.connecting = self.client.loop.create_task(self.client.connect(request))
         elif isinstance(error, ProtocolError):
             request.end(UpstreamError(f"The upstream's response is not valid HTTP: {error}."))
         else:
@@ -3110,12 +3107,10 @@ class UpstreamConnection(asyncio.Protocol):
             request.end(UpstreamError(f"The upstream closed the connection {when}."))
 
     def pause_writing(self) -> None:
-        self._is_full = True
         if self.request is not None and self.request.room is None:
             self.request.room = self.client.loop.create_future()
 
     def resume_writing(self) -> None:
-        self._is_full = False
         if self.request is not None:
             self.request.make_room()
 
@@ -3139,7 +3134,7 @@ class UpstreamConnection(asyncio.Protocol):
                 # Back to the pool, unless either side left something behind: another request may go
                 # over it while the caller takes the last of this one.
                 self.request = None
-                left = rest or not request.sent or self._is_full
+                left = rest or not request.sent or request.room is not None
                 if self._keep and not left and not self.transport.is_closing():
                     self.phase = FOLLOWS[self.phase][UpstreamPhase.IDLE]
                     self.client.idle[self] = request.touched
@@ -3259,14 +3254,14 @@ class UpstreamClient(SimpleAsyncHTTPClient):
             # loop may not have come to a close that has already arrived.
             if not connection.transport.is_closing() and not connection.readable.poll(0):
                 self.reused += 1
-                harmless = request.method in REPEATABLE and request.sent and not request.data
-                request.repeatable = harmless
+                if request.method in REPEATABLE and request.sent and not request.data:
+                    request.repeatable = True
                 connection.ask(request)
                 break
             connection.abandon()
         else:
             request.room = self.loop.create_future()
-            self.connect(request)
+            request.connecting = self.loop.create_task(self.connect(request))
         if request.body_producer is not None:
             request.body_producer(request.write).add_done_callback(request.body_ended)
         return fetched
@@ -3276,8 +3271,12 @@ class UpstreamClient(SimpleAsyncHTTPClient):
         redirect is followed, nothing decompressed. Raises UpstreamError where no whole answer
         comes."""
         settings = self.settings
+        headers = {"anthropic-version": ANTHROPIC_VERSION, "Accept-Encoding": "identity"}
+        if settings.real_credential:
+            headers |= [settings.real_credential]
         request = HTTPRequest(
             settings.upstream.rstrip("/") + path,
+            headers=headers,
             connect_timeout=settings.connect_timeout,
             request_timeout=timeout,
             follow_redirects=False,
@@ -3285,11 +3284,6 @@ class UpstreamClient(SimpleAsyncHTTPClient):
             ssl_options=self.ssl_context,
             **callbacks,
         )
-        request.headers["anthropic-version"] = ANTHROPIC_VERSION
-        request.headers["Accept-Encoding"] = "identity"
-        if settings.real_credential:
-            name, value = settings.real_credential
-            request.headers[name] = value
         try:
             return await self.fetch(request, raise_error=False)
         except Exception as error:  # noqa: BLE001 - Tornado's own, the system's, or OpenSSL's
@@ -3304,11 +3298,8 @@ class UpstreamClient(SimpleAsyncHTTPClient):
             connection.abandon()
         super().close()
 
-    def connect(self, request: UpstreamRequest) -> None:
+    async def connect(self, request: UpstreamRequest) -> None:
         """Send a request over a new connection, once that stands."""
-        request.connecting = self.loop.create_task(self._connect_and_ask(request))
-
-    async def _connect_and_ask(self, request: UpstreamRequest) -> None:
         timeout = self.settings.connect_timeout
         try:
             async with asyncio.timeout(timeout):
@@ -5626,8 +5617,8 @@ class RelayHandler(BaseHandler):
     """Anthropic's API, any method, any path: judged by its head, then by its body, sent on with the
     real key, and streamed back.
 
-    The way of a request: `prepare` → `data_received`… → `post` → `fetch` → `on_head` → `on_chunk`…
-    → `on_fetched`. Every way out passes `settle` once.
+    The way of a request: `prepare` → `data_received`… → `post` → `fetch` → `on_head` → `on_chunk`….
+    Every way out passes `settle` once.
     """
 
     _visit: Visit
@@ -5725,7 +5716,7 @@ class RelayHandler(BaseHandler):
     respond = post
 
     def fetch(self, data: bytes = b"", **body: Any) -> None:
-        """Ask the upstream; `on_head`, `on_chunk` and `on_fetched` follow."""
+        """Ask the upstream; `on_head`, `on_chunk` or `on_error` follow."""
         visit, gateway, method = self._visit, self.gateway, self._visit.head.method
         visit.phase = FOLLOWS[visit.phase][RequestPhase.FETCHED]
         start = f"{method} {gateway.base_path}{visit.target} HTTP/1.1"
@@ -5735,7 +5726,7 @@ class RelayHandler(BaseHandler):
             data,
             header_callback=self.on_head,
             streaming_callback=self.on_chunk,
-            done_callback=self.on_fetched,
+            error_callback=self.on_error,
             **body,
         )
         gateway.client.fetch(upstream)
@@ -5796,13 +5787,12 @@ class RelayHandler(BaseHandler):
         self._visit.record.bytes_out += len(data)
         return self.request.connection.write(data)
 
-    def on_fetched(self, response: UpstreamResponse) -> None:
-        """The exchange is over; what is whole was sent with its last bytes."""
-        if response.error is not None:
-            upstream = self._upstream
-            if isinstance(response.error, UpstreamError) and not (upstream and upstream.held_back):
-                self.gateway.traffic.failed(str(response.error))
-            self.fail(cast(Exception, response.error))
+    def on_error(self, error: Exception) -> None:
+        """The upstream did not answer to the end, or what is here failed with its answer."""
+        client_waits = self._upstream is None or not self._upstream.held_back
+        if isinstance(error, UpstreamError) and client_waits:
+            self.gateway.traffic.failed(str(error))
+        self.fail(error)
 
     def on_connection_close(self) -> None:
         """The client has left: so does the upstream's connection, at once; but where a batch is

@@ -2287,6 +2287,10 @@ async def test_tls_upstream_is_verified(gw: GW, tmp_path: Path, monkeypatch: Pat
                 else:
                     assert "certificate" in error_of(answer, 502)
             assert (len(up.serving), len(up.arrived)) == ((1, 5) if well else (0, 0))
+            own = gw.app.settings["gateway"].client.get("/", 5)  # by Tornado's own means
+            with contextlib.nullcontext() if well else pytest.raises(gateway.UpstreamError) as told:
+                assert (await own).code == 200
+            assert well or "certificate" in str(told.value)
 
 
 async def test_each_way_not_to_reach_the_upstream_is_told_apart(gw: GW) -> None:
