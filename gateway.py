@@ -2563,8 +2563,6 @@ class Field(NamedTuple):
 
 
 NAME_AND_VALUES = operator.itemgetter(0, 1)
-
-
 NO_OPTIONS: frozenset[str] = frozenset()
 
 
@@ -2588,8 +2586,7 @@ class Head:
 
     @property
     def coding(self) -> str:
-        """How the body is compressed (RFC 9110 section 8.4), in lower case; empty where it is
-        not."""
+        """How the body is compressed (RFC 9110 section 8.4), in lower case; empty: it is not."""
         values = self.values.get("content-encoding", ())
         codings = (coding.strip() for coding in ",".join(values).lower().split(","))
         return ", ".join(coding for coding in codings if coding not in ("", "identity"))
@@ -2929,6 +2926,7 @@ class UpstreamRequest(HTTPRequest):
     done when the body has ended.
     """
 
+    body_producer: Callable[..., asyncio.Future[Any]] | None
     client: UpstreamClient
     connection: UpstreamConnection | None = None
     connecting: asyncio.Task[None] | None = None
@@ -2938,9 +2936,8 @@ class UpstreamRequest(HTTPRequest):
     begun = 0.0  # when its head went up
     touched = 0.0  # when something last moved
     held_back = False  # its answer is not read
-    code = NO_ANSWER
+    code: int
     length = 0
-    body_producer: Callable[..., asyncio.Future[Any]] | None
     complete = False
 
     def __init__(
@@ -2962,7 +2959,7 @@ class UpstreamRequest(HTTPRequest):
         self.on_chunk = streaming_callback
         self.on_error = error_callback
         self.body_producer = body_producer
-        self.sent = body_producer is None
+        self.sent = body_producer is None  # all of the body is here
 
     def write(self, data: bytes) -> asyncio.Future[None]:
         """Send a part of the body; the future is done when the upstream takes more."""
@@ -2989,8 +2986,8 @@ class UpstreamRequest(HTTPRequest):
             self.end(cast(Exception, error))
 
     def end(self, error: Exception | None) -> None:
-        """It is over, or given up where there is neither an error nor a whole answer: let go of all
-        that this holds, and of the connection too, unless the answer was whole."""
+        """It is over, or given up: let go of all that this holds, and of the connection too, unless
+        the answer was whole."""
         fetched, self.fetched = self.fetched, None
         if fetched is None:
             return
@@ -3011,8 +3008,8 @@ class UpstreamRequest(HTTPRequest):
 
 
 class UpstreamResponse(HTTPResponse):
-    """How an `UpstreamRequest` ended: ``error`` is None, or an `UpstreamError`. Its body went to
-    the ``streaming_callback``."""
+    """How an `UpstreamRequest` ended, whose answer went to its callbacks. ``code`` is 599 where it
+    was not whole, and ``error`` says why, unless it was given up."""
 
     def __init__(self, request: UpstreamRequest, error: Exception | None) -> None:
         # Not Tornado's, for the same reason.
