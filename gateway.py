@@ -2980,10 +2980,9 @@ class UpstreamRequest(HTTPRequest):
     def body_ended(self, ended: asyncio.Future[None]) -> None:
         """What `body_producer` returned is done."""
         error = None if ended.cancelled() else ended.exception()
-        if error is None:
-            self.sent = True
-        else:
+        if error is not None:
             self.end(cast(Exception, error))
+        self.sent = True
 
     def end(self, error: Exception | None) -> None:
         """It is over, or given up: let go of all that this holds, and of the connection too, unless
@@ -3077,7 +3076,7 @@ class UpstreamConnection(asyncio.Protocol):
     def eof_received(self) -> None:
         """The transport closes, and `connection_lost` follows."""
         request, body = self.request, self._body
-        if request is None or body is None or request.held_back:  # more may be here
+        if request is None or request.held_back or body is None:  # held back, more may be here
             return
         if body.length == UNTIL_CLOSE:
             body.complete = True
