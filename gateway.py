@@ -58,8 +58,6 @@ import hashlib
 import hmac
 import http.client
 import importlib.util
-import inspect
-import io
 import ipaddress
 import itertools
 import json
@@ -99,13 +97,13 @@ from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, TypedDict, Typ
 
 import tornado
 from tornado import escape, httputil, netutil, web
-from tornado.httpclient import AsyncHTTPClient, HTTPRequest, HTTPResponse
+from tornado.httpclient import HTTPClientError, HTTPRequest, HTTPResponse
 from tornado.httpserver import HTTPServer
 from tornado.iostream import StreamClosedError
 from tornado.log import LogFormatter, define_logging_options
 from tornado.netutil import bind_sockets
 from tornado.options import OptionParser
-from tornado.tcpclient import TCPClient
+from tornado.simple_httpclient import SimpleAsyncHTTPClient
 
 __version__ = "1.0.0"
 
@@ -2363,8 +2361,6 @@ class Field(NamedTuple):
 
 
 NAME_AND_VALUES = operator.itemgetter(0, 1)
-
-
 NO_OPTIONS: frozenset[str] = frozenset()
 
 
@@ -2372,7 +2368,7 @@ NO_OPTIONS: frozenset[str] = frozenset()
 class Head:
     """A message's header fields: ``fields`` as they came, in their order; ``values`` by lower-case
     name. ``version`` is the minor version of HTTP/1, ``options`` are what ``Connection`` lists, in
-    lower case; ``length`` is the body's (see `declared_length`)."""
+    lower case; ``length`` is the body's: bytes, CHUNKED, or None where it is not said."""
 
     version: int
     fields: list[Field]
@@ -2388,8 +2384,7 @@ class Head:
 
     @property
     def coding(self) -> str:
-        """How the body is compressed (RFC 9110 section 8.4), in lower case; empty where it is
-        not."""
+        """How the body is compressed (RFC 9110 section 8.4), in lower case; empty: it is not."""
         values = self.values.get("content-encoding", ())
         codings = (coding.strip() for coding in ",".join(values).lower().split(","))
         return ", ".join(coding for coding in codings if coding not in ("", "identity"))
@@ -2403,12 +2398,6 @@ class RequestHead(Head):
     method: str
     target: str
     host: str
-
-    @property
-    def expects_continue(self) -> bool:
-        """Whether the client waits for a word before it sends the body (RFC 9110 section
-        10.1.1)."""
-        return self.version == 1 and self.get("expect").lower() == "100-continue"
 
 
 @dataclass(slots=True)
@@ -2427,10 +2416,12 @@ def parse_fields(
     block: str, version: int
 ) -> tuple[int, list[Field], dict[str, tuple[str, ...]], frozenset[str], bool, int | None]:
     """Read header field lines, with CRLF between them: the members of a `Head`. Raises
-    ProtocolError."""
-    if not block:
-        return version, [], {}, NO_OPTIONS, version == 1, None
-    lines = block.split("\r\n")
+    ProtocolError.
+
+    Lengths go by RFC 9112 section 6, without its leniencies: both, two of a kind, or a coding other
+    than chunked is an error, since two readers could understand it differently.
+    """
+    lines = block.split("\r\n") if block else []
     if len(lines) > MAX_FIELDS:
         raise ProtocolError(f"the head has more than {MAX_FIELDS:,} fields", 431)
     fields = list(map(read_field if len(block) <= KEPT_HEAD else parse_field, lines))
@@ -2445,8 +2436,17 @@ def parse_fields(
         every = ",".join(values["connection"]).lower().split(",")
         options = frozenset(map(str.strip, every))
         keeps_alive = "close" not in options and (version == 1 or "keep-alive" in options)
-    if "content-length" in values or "transfer-encoding" in values:
-        length = declared_length(values, version)
+    if "transfer-encoding" in values:
+        codings, length = values["transfer-encoding"], CHUNKED
+        if "content-length" in values or version == 0 or len(codings) != 1:
+            raise ProtocolError("Transfer-Encoding stands beside another length, or in HTTP/1.0")
+        if codings[0].lower() != "chunked":
+            raise ProtocolError("the only transfer coding understood is chunked", 501)
+    elif "content-length" in values:
+        lengths = values["content-length"]
+        if len(lengths) != 1 or not LENGTH.fullmatch(lengths[0]):
+            raise ProtocolError("Content-Length is malformed or stands twice")
+        length = int(lengths[0])
     return version, fields, values, options, keeps_alive, length
 
 
@@ -2492,72 +2492,23 @@ def parse_response_head(data: bytes) -> ResponseHead:
     return ResponseHead(*parts, int(match[2]), match[3] or "")
 
 
-class HeadReader:
-    """Finds the end of a message's head in what a connection brings; looks at each byte once. Its
-    length is what it holds of a head that is not whole, in bytes."""
-
-    __slots__ = ("_data", "_seen")
-
-    def __init__(self) -> None:
-        self._data = bytearray()
-        self._seen = 0
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def feed(self, data: bytes) -> tuple[bytes, bytes] | None:
-        """The head without its empty line, and what stands behind it; None while it is not whole.
-        Raises ProtocolError for one that is too large, or has lines that end otherwise."""
-        if not self._data:  # mostly a read brings all of it
-            end = data.find(b"\r\n\r\n")
-            if 0 <= end <= MAX_HEAD_SIZE:
-                return data[:end], data[end + 4 :]
-        self._data += data
-        start = max(0, self._seen - 3)
-        end = self._data.find(b"\r\n\r\n", start)
-        if 0 <= end <= MAX_HEAD_SIZE:
-            whole = self.take_back()
-            return whole[:end], whole[end + 4 :]
-        if len(self._data) > MAX_HEAD_SIZE:
-            raise ProtocolError(f"the head is larger than {MAX_HEAD_SIZE:,} bytes", 431)
-        if BARE_LF.search(self._data, start):
-            raise ProtocolError("lines end with CR LF")
-        self._seen = len(self._data)
-        return None
-
-    def take_back(self) -> bytes:
-        """What is held of a head that is not whole, and no longer."""
-        data, self._data, self._seen = bytes(self._data), bytearray(), 0
-        return data
+def end_of_head(data: bytes, seen: int) -> int:
+    """Where the empty line behind a message's head stands, of which the first bytes were ``seen``
+    before; -1 while it is not whole. Raises ProtocolError for one that is too large, or has lines
+    that end otherwise."""
+    start = max(0, seen - 3)
+    end = data.find(b"\r\n\r\n", start)
+    if 0 <= end <= MAX_HEAD_SIZE:
+        return end
+    if len(data) > MAX_HEAD_SIZE:
+        raise ProtocolError(f"the head is larger than {MAX_HEAD_SIZE:,} bytes", 431)
+    if BARE_LF.search(data, start):
+        raise ProtocolError("lines end with CR LF")
+    return -1
 
 
-def declared_length(values: Mapping[str, tuple[str, ...]], version: int) -> int | None:
-    """The length of a body by its head's fields: bytes, CHUNKED, or None where they do not say.
-
-    RFC 9112 section 6, without its leniencies: both lengths, two lengths, or a coding other than
-    chunked is an error, since two readers could understand it differently. Raises ProtocolError.
-    """
-    coding, length = values.get("transfer-encoding"), values.get("content-length")
-    if coding:
-        if length or version == 0 or len(coding) != 1:
-            raise ProtocolError("Transfer-Encoding stands beside another length, or in HTTP/1.0")
-        if coding[0].lower() != "chunked":
-            raise ProtocolError("the only transfer coding understood is chunked", 501)
-        return CHUNKED
-    if not length:
-        return None
-    if len(length) != 1 or not LENGTH.fullmatch(length[0]):
-        raise ProtocolError("Content-Length is malformed or stands twice")
-    return int(length[0])
-
-
-class ChunkPart(enum.Enum):
-    """What of a chunked body comes next."""
-
-    SIZE = "a chunk's size line"
-    DATA = "a chunk's data"
-    END = "the line end behind them"
-    TRAILERS = "the trailer section"
+# What the next line of a chunked body is: a chunk's size, the end behind its data, or a trailer.
+ChunkLine = enum.Enum("ChunkLine", "SIZE END TRAILER")
 
 
 class Body:
@@ -2572,8 +2523,8 @@ class Body:
     def __init__(self, length: int) -> None:
         self.length = length
         self.complete = length == 0
-        self._left = max(length, 0)
-        self._next = ChunkPart.SIZE
+        self._left = max(length, 0)  # of the body, or of a chunk
+        self._next = ChunkLine.SIZE
         self._partial = b""
         self._trailers = 0
 
@@ -2583,20 +2534,16 @@ class Body:
         ProtocolError."""
         if self.complete:
             return b"", data
-        if self.length == CHUNKED:
-            return self._feed_chunked(data)
         if self.length == UNTIL_CLOSE:
             return data, b""
-        if len(data) < self._left:
-            self._left -= len(data)
-            return data, b""
-        self.complete = True
-        return data[: self._left], data[self._left :]
-
-    def _feed_chunked(self, data: bytes) -> tuple[bytes, bytes]:
+        if self.length != CHUNKED:
+            payload, rest = data[: self._left], data[self._left :]
+            self._left -= len(payload)
+            self.complete = self._left == 0
+            return payload, rest
         if self._partial:
             data, self._partial = self._partial + data, b""
-        elif self._next is ChunkPart.SIZE and (match := CHUNK_START.match(data)):
+        elif self._next is ChunkLine.SIZE and (match := CHUNK_START.match(data)):
             # Mostly a read brings just one chunk, as an event was sent.
             start, size = match.end(), int(match[1], 16)
             if size and len(data) == start + size + 2 and data.endswith(b"\r\n"):
@@ -2604,53 +2551,38 @@ class Body:
         pieces: list[bytes] = []
         at = 0
         while len(pieces) < CHUNKS_A_TURN:
-            if self._next is ChunkPart.DATA:
+            if self._left:
                 piece = data[at : at + self._left]
                 at += len(piece)
                 self._left -= len(piece)
                 pieces.append(piece)
                 if self._left:
                     break
-                self._next = ChunkPart.END
-            if self._next is ChunkPart.END:
-                if data[at : at + 2] != b"\r\n":
-                    if data[at : at + 2] not in (b"", b"\r"):
-                        raise ProtocolError("a chunk is longer than its size")
-                    self._partial = data[at:]
-                    break
-                at += 2
-                self._next = ChunkPart.SIZE
             end = data.find(b"\r\n", at)
             if end < 0 or end - at > MAX_CHUNK_LINE:
                 if len(data) - at > MAX_CHUNK_LINE or BARE_LF.search(data, at):
                     raise ProtocolError("a chunk's size line is malformed")
-                self._partial = data[at:]
+                self._partial, at = data[at:], len(data)
                 break
             line, at = data[at:end], end + 2
-            if self._next is ChunkPart.SIZE:
-                self._read_size(line)
-            elif self._read_trailer(line):
+            if self._next is ChunkLine.SIZE:
+                if not (match := CHUNK_SIZE.fullmatch(line)):
+                    raise ProtocolError("a chunk's size line is malformed")
+                self._left = int(match[1], 16)
+                self._next = ChunkLine.END if self._left else ChunkLine.TRAILER
+            elif self._next is ChunkLine.END:
+                if line:
+                    raise ProtocolError("a chunk is longer than its size")
+                self._next = ChunkLine.SIZE
+            elif line:
+                self._trailers += len(line)
+                if self._trailers > MAX_TRAILERS:
+                    raise ProtocolError("the trailer section is too large")
+                parse_field(line.decode("latin-1"))
+            else:
                 self.complete = True
                 break
-        rest = b"" if self._partial else data[at:]
-        return (pieces[0] if len(pieces) == 1 else b"".join(pieces)), rest
-
-    def _read_size(self, line: bytes) -> None:
-        match = CHUNK_SIZE.fullmatch(line)
-        if not match:
-            raise ProtocolError("a chunk's size line is malformed")
-        self._left = int(match[1], 16)
-        self._next = ChunkPart.DATA if self._left else ChunkPart.TRAILERS
-
-    def _read_trailer(self, line: bytes) -> bool:
-        """Whether this line ends the trailer section."""
-        if not line:
-            return True
-        self._trailers += len(line)
-        if self._trailers > MAX_TRAILERS:
-            raise ProtocolError("the trailer section is too large")
-        parse_field(line.decode("latin-1"))
-        return False
+        return (pieces[0] if len(pieces) == 1 else b"".join(pieces)), data[at:]
 
 
 NO_BODY = Body(0)
@@ -2744,7 +2676,6 @@ REACH_AGAIN_TIMEOUT = 3.0  # seconds for it to answer, before it is
 SWEEP_INTERVAL = 1.0  # seconds between looks for silent requests and idle connections
 REPEATABLE = ("GET", "HEAD")  # sent again where a kept-alive connection had closed
 NO_ANSWER = 599  # Tornado's status where there is none
-NEVER = 10.0**9  # seconds
 
 
 class UpstreamError(Exception):
@@ -2755,6 +2686,31 @@ class UpstreamError(Exception):
         self.status = status
 
 
+# The ways in which a connection fails, special ones first, and what is said of each.
+FAILURES: Sequence[tuple[type[BaseException], str]] = (
+    (TimeoutError, "The upstream could not be reached within {timeout:g} seconds."),
+    (socket.gaierror, "The upstream's host name could not be resolved."),
+    (ssl.CertificateError, "The upstream's certificate is not trusted: {error.verify_message}."),
+    (ssl.SSLError, "The TLS handshake with the upstream failed."),
+    (ConnectionRefusedError, "The upstream refused the connection."),
+    (ConnectionError, "The upstream closed the connection while it was being opened."),
+    (OSError, "The upstream cannot be reached: {error.strerror}."),
+    (HTTPClientError, "The upstream gave no whole answer: {error}."),  # Tornado's own
+)
+
+
+def connect_failure(error: BaseException, timeout: float) -> UpstreamError:
+    """Say which way the connection failed, for the operator who reads the message."""
+    if isinstance(error, StreamClosedError):
+        error = error.real_error or ConnectionResetError()
+    for kind, text in FAILURES:
+        if isinstance(error, kind):
+            text = text.format(error=error, timeout=timeout)
+            return UpstreamError(text, 504 if kind is TimeoutError else 502)
+    log.error("connecting upstream failed", exc_info=error)
+    return UpstreamError("The upstream cannot be reached.")
+
+
 class UpstreamRequest(HTTPRequest):
     """What `UpstreamClient.fetch` takes: a request whose ``head`` goes up as it is, and its body,
     whole as ``data`` or in parts by ``body_producer``. It is never sent again unless it is a GET or
@@ -2763,235 +2719,99 @@ class UpstreamRequest(HTTPRequest):
     ``header_callback`` gets each `ResponseHead`, 1xx ones too; then ``length`` is the body's
     (bytes, CHUNKED or UNTIL_CLOSE). ``streaming_callback`` gets the part of the body that one read
     brought, empty right after the head, with ``complete`` true at the last; the upstream is not
-    read on before what it returns is done. ``done_callback`` gets the `UpstreamResponse` at once,
-    not a turn of the loop later; ``taken_callback`` is called when nothing of the request is held
-    here any more. ``body_producer`` is called with `write`, and returns a future that is done when
-    the body has ended; ``chunked`` frames what it writes.
+    read on before what it returns is done. ``error_callback`` gets what went wrong, at once and not
+    a turn of the loop later. ``body_producer`` is called with `write`, and returns a future that is
+    done when the body has ended.
     """
 
-    connect_timeout: float = 0.0
-    request_timeout: float = 0.0
-    length = 0
-    begun = 0.0  # when its head went up
-    complete = False
-    over = False
-    held_back = False  # its answer is not read
+    body_producer: Callable[..., asyncio.Future[Any]] | None
+    client: UpstreamClient
+    connection: UpstreamConnection | None = None
+    connecting: asyncio.Task[None] | None = None
+    fetched: asyncio.Future[HTTPResponse] | None = None  # while it is under way
     room: asyncio.Future[None] | None = None  # done when the upstream takes more of the body
-    response_head: ResponseHead | None = None
-    _connection: UpstreamConnection | None = None
-    _connecting: asyncio.Task[None] | None = None
-    _future: asyncio.Future[HTTPResponse]
+    repeatable = False
+    begun = 0.0  # when its head went up
+    touched = 0.0  # when something last moved
+    held_back = False  # its answer is not read
+    code: int
+    length = 0
+    complete = False
 
     def __init__(
         self,
-        origin: Origin,
         method: str,
         head: bytes,
         data: bytes = b"",
         *,
         header_callback: Callable[[ResponseHead], None],
         streaming_callback: Callable[[bytes], asyncio.Future[Any] | None],
-        done_callback: Callable[[UpstreamResponse], None],
-        taken_callback: Callable[[], None] = lambda: None,
+        error_callback: Callable[[Exception], None],
         body_producer: Callable[..., asyncio.Future[Any]] | None = None,
-        chunked: bool = False,
     ) -> None:
         # Not Tornado's, which makes 27 attributes that say nothing here.
-        self.origin = origin
         self.method = method
         self.head = head
         self.data = data
         self.on_head = header_callback
         self.on_chunk = streaming_callback
-        self.on_done = done_callback
-        self.on_taken = taken_callback
-        self.sent = body_producer is None
-        self._producer = body_producer
-        self._chunked = chunked
-        self._repeatable = method in REPEATABLE and self.sent and not data
-
-    @property
-    def url(self) -> str:  # type: ignore[override]
-        """Where it goes, for whoever reads a response's ``effective_url``."""
-        target = self.head.split(b" ", 2)[1].decode("latin-1")
-        return f"{self.origin.scheme}://{self.origin.authority}{target}"
-
-    def begin(self, client: UpstreamClient) -> asyncio.Future[HTTPResponse]:
-        """Send it over a kept-alive connection, or over a new one once that stands."""
-        self.client = client
-        self.touched = client.time()
-        self._future = client.loop.create_future()
-        client.requests.add(self)
-        connection = client.take_idle(self.origin)
-        if connection is not None:
-            self._ask(connection)
-        else:
-            self._connecting = client.loop.create_task(self._connect_and_ask())
-        if self._producer is not None:
-            self._producer(self.write).add_done_callback(self._body_ended)
-        return self._future
+        self.on_error = error_callback
+        self.body_producer = body_producer
+        self.sent = body_producer is None  # all of the body is here
 
     def write(self, data: bytes) -> asyncio.Future[None]:
         """Send a part of the body; the future is done when the upstream takes more."""
         self.touched = self.client.time()
-        if self._chunked:
-            data = framed(data)
-        if self._connection is not None:
-            self._connection.transport.write(data)
-        elif not self.over:
-            self.data += data  # soon held, since it is more than the room for it
-            if self.room is None and len(self.data) > WRITE_HIGH_WATER:
-                self.room = self.client.loop.create_future()
+        if self.connection is not None:
+            self.connection.transport.write(data)
+        elif self.fetched is not None:
+            self.data += data
         return self.room or self.client.done
 
-    def end(self, error: Exception | None, *, tell: bool = True) -> None:
-        """It is over: let go of all that this holds, and of the connection too, unless the answer
-        was whole. ``tell``: that the caller wants to hear of it."""
-        if self.over:
-            return
-        self.over = True
-        self.client.requests.discard(self)
-        connection, self._connection = self._connection, None
-        if connection is not None and connection.request is self:
-            connection.abandon()
-        if self._connecting is not None:
-            self._connecting.cancel()
-        if self.room is not None and not self.room.done():
-            self.room.set_result(None)
-        done = self.on_done
-        # No cycle of the caller's and this is left for the garbage collector.
-        del self.on_head, self.on_chunk, self.on_done, self.on_taken
-        response = UpstreamResponse(self, error)
-        self._future.set_result(response)
-        if tell:
-            done(response)
-
-    def check_silence(self, moment: float, idle_timeout: float) -> None:
-        """Give up where nothing has moved for ``idle_timeout`` seconds.
-
-        A caller who is slow to send is not the upstream's silence.
-        """
-        if self._connection is None or moment - self.touched < idle_timeout:
-            return
-        if self.held_back:
-            self.end(UpstreamError("The client stopped reading the response.", 504))
-        elif self.sent or self.room is not None:
-            self.end(UpstreamError(f"The upstream was silent for {idle_timeout:g} seconds.", 504))
-
-    # What its connection says
-
-    def has_room(self) -> None:
+    def make_room(self) -> None:
         """The upstream takes more, and all that came until now."""
         self.touched = self.client.time()
         room, self.room = self.room, None
         if room is not None and not room.done():
             room.set_result(None)
-        self.on_taken()
 
-    def connection_lost(self, error: Exception | None, *, answered: bool, reused: bool) -> None:
-        """The connection broke before the answer was whole.
-
-        A kept-alive one may have been closed while the request was on its way. Then a GET or HEAD
-        is sent again over a new connection (RFC 9110 section 9.2.2); a POST never twice.
-        """
-        self._connection = None
-        if reused and not answered and self._repeatable:
-            self._connecting = self.client.loop.create_task(self._connect_and_ask())
-            return
-        if isinstance(error, ProtocolError):
-            text = f"The upstream's response is not valid HTTP: {error}."
-        elif answered:
-            text = "The upstream closed the connection before its response was complete."
-        else:
-            text = "The upstream closed the connection without answering."
-        self.end(UpstreamError(text))
-
-    # Inside
-
-    async def _connect_and_ask(self) -> None:
-        timeout = self.connect_timeout or self.client.connect_timeout
-        try:
-            async with asyncio.timeout(timeout):
-                connection = await self.client.connect(self.origin, timeout)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the caller must hear
-            self._connecting = None
-            self.end(connect_failure(error, timeout))
-            return
-        self._connecting = None
-        self._ask(connection)
-
-    def _ask(self, connection: UpstreamConnection) -> None:
-        self._connection = connection
-        self.begun = self.touched = self.client.time()
-        connection.ask(self)
-        if len(self.data) <= JOINED_BODY:
-            connection.transport.write(self.head + self.data)
-        else:
-            # Not writelines: Python 3.12 and 3.13 do not say then that the buffer is full.
-            connection.transport.write(self.head)
-            connection.transport.write(self.data)
-        if not self._repeatable:  # nor kept for as long as the answer lasts
-            self.data = b""
-        if not connection.is_full:
-            self.has_room()
-
-    def _body_ended(self, ended: asyncio.Future[None]) -> None:
+    def body_ended(self, ended: asyncio.Future[None]) -> None:
+        """What `body_producer` returned is done."""
         error = None if ended.cancelled() else ended.exception()
-        if isinstance(error, Exception):
-            self.end(error)
-        elif self._chunked and not self.over:
-            self._chunked = False
-            self.write(LAST_CHUNK)
+        if error is not None:
+            self.end(cast(Exception, error))
         self.sent = True
+
+    def end(self, error: Exception | None) -> None:
+        """It is over, or given up: let go of all that this holds, and of the connection too, unless
+        the answer was whole."""
+        fetched, self.fetched = self.fetched, None
+        if fetched is None:
+            return
+        self.client.requests.remove(self)
+        connection, self.connection = self.connection, None
+        if connection is not None and connection.request is self:
+            connection.abandon()
+        if self.connecting is not None:
+            self.connecting.cancel()
+        if self.room is not None:
+            self.make_room()
+        fetched.set_result(UpstreamResponse(self, error))
+        tell = self.on_error
+        # No cycle of the caller's and this is left for the garbage collector.
+        del self.on_head, self.on_chunk, self.on_error
+        if error is not None:
+            tell(error)
 
 
 class UpstreamResponse(HTTPResponse):
-    """How an `UpstreamRequest` ended: ``error`` is None, or an `UpstreamError`. Its body went to
-    the ``streaming_callback``."""
+    """How an `UpstreamRequest` ended, whose answer went to its callbacks. ``code`` is 599 where it
+    was not whole, and ``error`` says why, unless it was given up."""
 
     def __init__(self, request: UpstreamRequest, error: Exception | None) -> None:
         # Not Tornado's, for the same reason.
-        self.request = request
-        self.error = error
-        head = request.response_head
-        self.code = NO_ANSWER if head is None or error is not None else head.status
-
-
-def plain_lines(request: HTTPRequest, origin: Origin) -> list[str]:
-    """The field lines of a request of Tornado's: its own, with a host and its body's length."""
-    fields = [(n, v) for n, v in request.headers.get_all() if n != "Content-Length"]
-    if "Host" not in request.headers:
-        fields.insert(0, ("Host", origin.authority))
-    length = request.headers.get("Content-Length")
-    if request.body_producer is None:
-        sends = request.body or request.method in ("POST", "PUT", "PATCH")
-        length = str(len(request.body or b"")) if sends else None
-    elif length is None:
-        return [*field_lines(fields), CHUNKED_LINE]
-    return [*field_lines(fields), *([f"Content-Length: {length}"] if length else [])]
-
-
-def connect_failure(error: BaseException, timeout: float) -> UpstreamError:
-    """Say which way the connection failed, for the operator who reads the message."""
-    if isinstance(error, StreamClosedError) and error.real_error is not None:
-        error = error.real_error
-    if isinstance(error, TimeoutError):
-        return UpstreamError(f"The upstream could not be reached within {timeout:g} seconds.", 504)
-    if isinstance(error, socket.gaierror):
-        return UpstreamError("The upstream's host name could not be resolved.")
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return UpstreamError(f"The upstream's certificate is not trusted: {error.verify_message}.")
-    if isinstance(error, ssl.SSLError):
-        return UpstreamError("The TLS handshake with the upstream failed.")
-    if isinstance(error, ConnectionRefusedError):
-        return UpstreamError("The upstream refused the connection.")
-    if isinstance(error, ConnectionError):
-        return UpstreamError("The upstream closed the connection while it was being opened.")
-    if isinstance(error, OSError) and error.strerror:
-        return UpstreamError(f"The upstream cannot be reached: {error.strerror}.")
-    if not isinstance(error, StreamClosedError):
-        log.error("connecting upstream failed", exc_info=error)
-    return UpstreamError("The upstream cannot be reached.")
+        self.request, self.error = request, error
+        self.code = request.code if request.complete else NO_ANSWER
 
 
 class UpstreamConnection(asyncio.Protocol):
@@ -2999,63 +2819,46 @@ class UpstreamConnection(asyncio.Protocol):
 
     transport: asyncio.Transport
     phase = UpstreamPhase.IDLE
+    request: UpstreamRequest | None = None
+    _body: Body | None = None
+    _informational = 0
+    _keep = False
+    _buffer = b""  # of a head that is not whole, or what came while the answer was held back
 
-    def __init__(self, client: UpstreamClient, origin: Origin) -> None:
+    def __init__(self, client: UpstreamClient) -> None:
         self.client = client
-        self.origin = origin
-        self.request: UpstreamRequest | None = None
-        self.idle_since = 0.0
-        self.is_full = False
-        self._heads = HeadReader()
-        self._body: Body | None = None
-        self._informational = 0
-        self._keep = True
-        self._rest = b""  # what came while the answer was held back
-        self._held = False
 
     def ask(self, request: UpstreamRequest) -> None:
-        """Take up a request; it is written to `transport` next."""
+        """Send a request, as far as it is here."""
         self.phase = FOLLOWS[self.phase][UpstreamPhase.ASKED]
-        self.request = request
-        self._body, self._informational, self._rest, self._held = None, 0, b"", False
+        self.request, request.connection = request, self
+        self._body, self._informational = None, 0
+        request.begun = request.touched = self.client.time()
+        data, request.data = request.data, b""  # which is not kept for as long as the answer lasts
+        if len(data) <= JOINED_BODY:
+            self.transport.write(request.head + data)
+        else:
+            # Not writelines: Python 3.12 and 3.13 do not say then that the buffer is full.
+            self.transport.write(request.head)
+            self.transport.write(data)
+        if request.room is not None and self.transport.get_write_buffer_size() <= WRITE_HIGH_WATER:
+            request.make_room()
 
     def abandon(self) -> None:
         """Close at once, and say nothing to anyone."""
         self.request = None
         if self.phase is not UpstreamPhase.SHUT:
             self.phase = FOLLOWS[self.phase][UpstreamPhase.SHUT]
-        self.client.drop_idle(self)
+        self.client.idle.pop(self, None)
         self.transport.abort()
-
-    def is_usable(self) -> bool:
-        """Whether an idle connection still stands: nothing is to be read from it, not even its end.
-
-        The kernel is asked, since the loop may not have come to a close that has already arrived.
-        """
-        if self.phase is UpstreamPhase.SHUT or self.transport.is_closing():
-            return False
-        return not self._readable.poll(0)
-
-    def go_on(self, _: object = None) -> None:
-        """What held the answer back is done: read on, first in what is here already."""
-        request = self.request
-        if request is None:
-            return
-        self._held, request.held_back = False, False
-        request.touched = self.client.time()
-        if self._rest:
-            rest, self._rest = self._rest, b""
-            self._receive(request, rest)
-        if not self._held and self.phase is not UpstreamPhase.SHUT:  # a next request needs it too
-            self.transport.resume_reading()
 
     # asyncio.Protocol: called by the loop
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
         self.transport.set_write_buffer_limits(high=WRITE_HIGH_WATER)
-        self._readable = select.poll()
-        self._readable.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
+        self.readable = select.poll()
+        self.readable.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
 
     def data_received(self, data: bytes) -> None:
         request = self.request
@@ -3063,44 +2866,60 @@ class UpstreamConnection(asyncio.Protocol):
             self.abandon()
             return
         request.touched = self.client.time()
-        if self._held:
-            self._rest += data
+        if request.held_back:
+            self._buffer += data
         else:
             self._receive(request, data)
 
     def eof_received(self) -> None:
         """The transport closes, and `connection_lost` follows."""
         request, body = self.request, self._body
-        if request is None or body is None or self._held:  # more may be here: it is not whole
+        if request is None or request.held_back or body is None:  # held back, more may be here
             return
         if body.length == UNTIL_CLOSE:
-            self._keep, body.complete = False, True
+            body.complete = True
             self._receive(request, b"")
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._break(error)
+        """The connection broke, or what it brought is not valid.
+
+        A kept-alive one may have been closed while the request was on its way. Then a GET or HEAD
+        is sent again over a new connection (RFC 9110 section 9.2.2); a POST never twice.
+        """
+        request, self.request = self.request, None
+        answered = self._body is not None or self._buffer or self._informational
+        self.abandon()
+        if request is None:
+            return
+        if request.repeatable and not answered:
+            request.connection, request.repeatable = None, False
+            request.connecting = self.client.loop.create_task(self.client.connect(request))
+        elif isinstance(error, ProtocolError):
+            request.end(UpstreamError(f"The upstream's response is not valid HTTP: {error}."))
+        else:
+            when = "before its response was complete" if answered else "without answering"
+            request.end(UpstreamError(f"The upstream closed the connection {when}."))
 
     def pause_writing(self) -> None:
-        self.is_full = True
         if self.request is not None and self.request.room is None:
             self.request.room = self.client.loop.create_future()
 
     def resume_writing(self) -> None:
-        self.is_full = False
         if self.request is not None:
-            self.request.has_room()
+            self.request.make_room()
 
     # Inside
 
     def _receive(self, request: UpstreamRequest, data: bytes) -> None:
         """Hand on what came, and hold back what follows until the caller has taken it."""
-        payload, rest, body = b"", b"", self._body
+        payload = rest = b""
         try:
+            if self._body is None:
+                data = self._read_head(request, data)
+            body = self._body
             if body is None:
-                data, body = self._read_head(request, data)
-                if body is None:
-                    return
-            if data or body.complete:
+                return
+            if data:
                 payload, rest = body.feed(data)
             if request is not self.request:  # its caller has given it up
                 return
@@ -3109,44 +2928,56 @@ class UpstreamConnection(asyncio.Protocol):
                 # Back to the pool, unless either side left something behind: another request may go
                 # over it while the caller takes the last of this one.
                 self.request = None
-                if self._keep and request.sent and not rest and not self.transport.is_closing():
+                left = rest or not request.sent or request.room is not None
+                if self._keep and not left and not self.transport.is_closing():
                     self.phase = FOLLOWS[self.phase][UpstreamPhase.IDLE]
-                    self.client.put_idle(self)
+                    self.client.idle[self] = request.touched
                 else:
                     self.abandon()
             taken = request.on_chunk(payload)
         except ProtocolError as error:
-            self._break(error)
+            self.connection_lost(error)
             return
         except Exception as error:  # noqa: BLE001 - the caller's own code
             request.end(error)
             return
-        waits = taken is not None and not taken.done()
-        if complete and not waits:
+        if taken is not None and not taken.done():
+            request.held_back = True
+            taken.add_done_callback(functools.partial(self._go_on, request))
+        elif complete:
             request.end(None)
-        elif request is self.request and (waits or rest or len(data) >= READ_A_TURN):
-            self._held, self._rest, request.held_back = True, rest, waits
+        elif rest or len(data) >= READ_A_TURN:  # there is more than one turn of the loop may take
+            request.held_back = True
+            self.client.loop.call_soon(self._go_on, request)
+        if request.held_back and request is self.request:
+            self._buffer = rest
             self.transport.pause_reading()
-            if not waits:  # there is more than one turn of the loop may take
-                self.client.loop.call_soon(self.go_on)
-        if taken is not None and waits:
-            taken.add_done_callback(functools.partial(self._taken, request, complete))
 
-    def _taken(self, request: UpstreamRequest, complete: bool, taken: asyncio.Future[Any]) -> None:
-        error = None if taken.cancelled() else taken.exception()
-        if error is not None or complete:
+    def _go_on(self, request: UpstreamRequest, taken: asyncio.Future[Any] | None = None) -> None:
+        """What held the answer back is done: read on, first in what is here already."""
+        error = None if taken is None or taken.cancelled() else taken.exception()
+        if error is not None or request.complete:
             request.end(cast("Exception | None", error))
-        elif request is self.request:
-            self.go_on()
+        if request is not self.request:
+            return
+        request.held_back, request.touched = False, self.client.time()
+        if self._buffer:
+            data, self._buffer = self._buffer, b""
+            self._receive(request, data)
+        if not request.held_back and self.phase is not UpstreamPhase.SHUT:  # the next needs it too
+            self.transport.resume_reading()
 
-    def _read_head(self, request: UpstreamRequest, data: bytes) -> tuple[bytes, Body | None]:
-        """Read the head, 1xx ones before it; what stands behind it and its body, None while it is
-        not whole."""
+    def _read_head(self, request: UpstreamRequest, data: bytes) -> bytes:
+        """Read the head, 1xx ones before it: then there is a body, and what stands behind the head
+        is returned."""
         while True:
-            found = self._heads.feed(data)
-            if found is None:
-                return b"", None
-            head, data = parse_response_head(found[0]), found[1]
+            data, seen = self._buffer + data, len(self._buffer)
+            end = end_of_head(data, seen)
+            if end < 0:
+                self._buffer = data
+                return b""
+            self._buffer = b""
+            head, data = parse_response_head(data[:end]), data[end + 4 :]
             if head.status >= 200:
                 break
             self._informational += 1
@@ -3159,59 +2990,45 @@ class UpstreamConnection(asyncio.Protocol):
         # RFC 9112 section 6.3
         none = request.method == "HEAD" or head.status in (204, 304)
         length = 0 if none else UNTIL_CLOSE if head.length is None else head.length
-        request.response_head, request.length = head, length
+        request.code, request.length = head.status, length
         self._body = Body(length)
         self._keep = head.keeps_alive and length != UNTIL_CLOSE
         request.on_head(head)
-        return data, self._body
-
-    def _break(self, error: Exception | None) -> None:
-        request, self.request = self.request, None
-        answered = self._body is not None or len(self._heads) > 0 or self._informational > 0
-        self.abandon()
-        if request is not None:
-            reused = self.idle_since > 0
-            request.connection_lost(error, answered=answered, reused=reused)
+        return data
 
 
-class UpstreamClient(AsyncHTTPClient):
-    """Tornado's `AsyncHTTPClient` on kept-alive connections, with as many at once as are asked for.
-
-    `fetch` takes an `UpstreamRequest`, which is sent as it is, or whatever Tornado's takes: it
-    follows no redirect, adds no header but ``Host`` and the body's length, decompresses nothing,
-    and awaits ``streaming_callback`` (which may be a coroutine) before it reads on.
-    ``request_timeout`` holds for the whole of a fetch, 0 is none. What fails raises, or for an
-    `UpstreamRequest` holds, an `UpstreamError`.
+class UpstreamClient(SimpleAsyncHTTPClient):
+    """Tornado's `AsyncHTTPClient`, for the upstream of these settings. Its `fetch` takes what
+    Tornado's takes, or an `UpstreamRequest`, which is sent as it is over kept-alive connections, as
+    many at once as are asked for; what fails then holds an `UpstreamError`.
 
     Times are seconds. ``opened`` and ``reused`` count connections: new ones, and requests that went
-    over a kept one. ``ssl_context`` verifies certificates always; SSL_CERT_FILE and SSL_CERT_DIR
-    name others to trust, as OpenSSL reads them.
+    over a kept one. ``idle`` are those that are kept, with the moment since when.
     """
 
-    def initialize(  # called by Tornado's constructor, with its keyword arguments
-        self,
-        defaults: dict[str, Any] | None = None,
-        connect_timeout: float = 10.0,
-        idle_timeout: float = 600.0,
-    ) -> None:
-        super().initialize(defaults)
-        self.connect_timeout = connect_timeout
-        self.idle_timeout = idle_timeout
+    def initialize(self, settings: Settings) -> None:  # type: ignore[override]
+        """Called by Tornado's constructor, with its keyword arguments."""
+        # Tornado's own limits would hold up requests, and results of batches.
+        super().initialize(max_clients=sys.maxsize, max_body_size=sys.maxsize)
+        self.settings = settings
+        self.origin, _ = parse_upstream(settings.upstream)
         self.time = time.monotonic
-        self.loop = asyncio.get_event_loop()
+        self.loop = asyncio.get_running_loop()
         self.done: asyncio.Future[None] = self.loop.create_future()
         self.done.set_result(None)
         self.requests: set[UpstreamRequest] = set()
         self.opened = 0
         self.reused = 0
-        self._idle: dict[Origin, list[UpstreamConnection]] = {}
-        self._tcp = TCPClient()
-        self._reached: dict[Origin, tuple[Any, float]] = {}
+        self.idle: dict[UpstreamConnection, float] = {}
+        self._reached: tuple[Any, float] = None, 0.0
         self._sweep()
 
     @functools.cached_property
-    def ssl_context(self) -> ssl.SSLContext:
-        """Made at the first TLS connection; loading the system's certificates takes a while."""
+    def ssl_context(self) -> ssl.SSLContext | None:
+        """None over plain HTTP. It verifies always; SSL_CERT_FILE and SSL_CERT_DIR name other
+        certificates to trust, as OpenSSL reads them, which takes a while."""
+        if self.origin.scheme == "http":
+            return None
         context = ssl.create_default_context()
         context.set_alpn_protocols(["http/1.1"])
         return context
@@ -3219,117 +3036,88 @@ class UpstreamClient(AsyncHTTPClient):
     def fetch(
         self, request: str | HTTPRequest, raise_error: bool = True, **kwargs: Any
     ) -> asyncio.Future[HTTPResponse]:
-        """Send a request."""
-        if isinstance(request, UpstreamRequest):
-            return request.begin(self)
-        return super().fetch(request, raise_error, **kwargs)
+        """Send a request, over the connection that was used last or else a new one."""
+        if not isinstance(request, UpstreamRequest):
+            return super().fetch(request, raise_error, **kwargs)
+        request.client = self
+        request.fetched = fetched = self.loop.create_future()
+        self.requests.add(request)
+        while self.idle:
+            connection, _ = self.idle.popitem()
+            # The kernel is asked whether anything is to be read from it, be it its end, since the
+            # loop may not have come to a close that has already arrived.
+            if not connection.transport.is_closing() and not connection.readable.poll(0):
+                self.reused += 1
+                if request.method in REPEATABLE and request.sent and not request.data:
+                    request.repeatable = True
+                connection.ask(request)
+                break
+            connection.abandon()
+        else:
+            request.room = self.loop.create_future()
+            request.connecting = self.loop.create_task(self.connect(request))
+        if request.body_producer is not None:
+            request.body_producer(request.write).add_done_callback(request.body_ended)
+        return fetched
 
-    def fetch_impl(self, request: HTTPRequest, callback: Callable[[HTTPResponse], None]) -> None:
-        """Called by Tornado's `fetch`: its requests go the way of an `UpstreamRequest`."""
-        parts, started = urllib.parse.urlsplit(request.url), self.time()
-        if parts.scheme not in DEFAULT_PORTS or not parts.hostname:
-            error = ValueError("only http and https URLs can be fetched")
-            callback(HTTPResponse(request, NO_ANSWER, error=error))
-            return
-        origin = Origin(parts.scheme, parts.hostname, parts.port or DEFAULT_PORTS[parts.scheme])
-        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        lines = plain_lines(request, origin)
-        headers, buffer = httputil.HTTPHeaders(), io.BytesIO()
-        take = request.streaming_callback or buffer.write
-
-        def on_head(answer: ResponseHead) -> None:  # the real one only, line by line
-            if answer.status >= 200:
-                for each in answer.fields:
-                    headers.add(each.name, each.values[0])
-                start = f"HTTP/1.{answer.version} {answer.status} {answer.reason}"
-                for line in (start, *(each.line for each in answer.fields), ""):
-                    if request.header_callback is not None:
-                        request.header_callback(f"{line}\r\n")
-
-        def on_chunk(data: bytes) -> asyncio.Future[Any] | None:
-            taken = take(data) if data else None
-            return asyncio.ensure_future(taken) if inspect.isawaitable(taken) else None
-
-        def on_done(response: UpstreamResponse) -> None:
-            timer.cancel()
-            buffer.seek(0)
-            answer = HTTPResponse(request, response.code, headers, buffer, error=response.error)
-            answer.request_time = self.time() - started
-            callback(answer)
-
-        def produce(write: Callable[[bytes], Any]) -> asyncio.Future[Any]:
-            made: asyncio.Future[Any] = asyncio.ensure_future(
-                cast(Any, request.body_producer)(write)
-            )
-            return made
-
-        sending = UpstreamRequest(
-            origin,
-            request.method,
-            head_bytes(f"{request.method} {target} HTTP/1.1", lines),
-            request.body or b"",
-            header_callback=on_head,
-            streaming_callback=on_chunk,
-            done_callback=on_done,
-            body_producer=produce if request.body_producer is not None else None,
-            chunked=CHUNKED_LINE in lines,
+    async def get(self, path: str, timeout: float, **callbacks: Any) -> HTTPResponse:
+        """GET a path with the real key, by Tornado's own client, within so many seconds. No
+        redirect is followed, nothing decompressed. Raises UpstreamError where no whole answer
+        comes."""
+        settings = self.settings
+        headers = {"anthropic-version": ANTHROPIC_VERSION, "Accept-Encoding": "identity"}
+        if settings.real_credential:
+            headers |= [settings.real_credential]
+        request = HTTPRequest(
+            settings.upstream.rstrip("/") + path,
+            headers=headers,
+            connect_timeout=settings.connect_timeout,
+            request_timeout=timeout,
+            follow_redirects=False,
+            decompress_response=False,
+            ssl_options=self.ssl_context,
+            **callbacks,
         )
-        late = UpstreamError("The request took longer than request_timeout.", 504)
-        timer = self.loop.call_later(request.request_timeout or NEVER, sending.end, late)
-        sending.connect_timeout = request.connect_timeout or 0.0
-        sending.begin(self)
+        try:
+            return await self.fetch(request, raise_error=False)
+        except Exception as error:  # noqa: BLE001 - Tornado's own, the system's, or OpenSSL's
+            raise connect_failure(error, settings.connect_timeout) from None
 
     def close(self) -> None:
-        """Close every connection; requests under way hear nothing more."""
+        """Close every connection; requests under way hear of no error."""
         self._sweeper.cancel()
         for request in list(self.requests):
-            request.end(None, tell=False)
-        for connections in self._idle.values():
-            for connection in list(connections):
-                connection.abandon()
+            request.end(None)
+        for connection in list(self.idle):
+            connection.abandon()
         super().close()
 
-    # The pool
-
-    def take_idle(self, origin: Origin) -> UpstreamConnection | None:
-        """The idle connection used last, if one still stands."""
-        connections = self._idle.get(origin)
-        while connections:
-            connection = connections.pop()
-            if connection.is_usable():
-                self.reused += 1
-                return connection
-            connection.abandon()
-        return None
-
-    def put_idle(self, connection: UpstreamConnection) -> None:
-        """Keep a connection for the next request."""
-        connection.idle_since = self.time()
-        self._idle.setdefault(connection.origin, []).append(connection)
-
-    def drop_idle(self, connection: UpstreamConnection) -> None:
-        """Forget a connection that closed."""
-        connections = self._idle.get(connection.origin)
-        if connections and connection in connections:
-            connections.remove(connection)
-
-    @property
-    def idle(self) -> int:
-        """How many connections are kept for the next request."""
-        return sum(map(len, self._idle.values()))
-
-    async def connect(self, origin: Origin, timeout: float) -> UpstreamConnection:
-        """Open a connection; asyncio's transport costs less for each read and write than IOStream.
-
-        ``timeout`` is the caller's, in seconds; the loop forgets a TLS handshake after as long."""
-        connection = await self._reach_again(origin) or await self._reach(origin, timeout)
+    async def connect(self, request: UpstreamRequest) -> None:
+        """Send a request over a new connection, once that stands."""
+        timeout = self.settings.connect_timeout
+        try:
+            async with asyncio.timeout(timeout):
+                connection = await self.reach()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the caller must hear
+            request.end(connect_failure(error, timeout))
+            return
         self.opened += 1
-        return connection
+        connection.ask(request)
 
-    async def _reach(self, origin: Origin, timeout: float) -> UpstreamConnection:
-        """Connect by Tornado's TCPClient, which resolves and tries the addresses of both
-        families."""
-        stream = await self._tcp.connect(origin.host, origin.port)
+    async def reach(self) -> UpstreamConnection:
+        """Open a connection to the address that was reached lately, without asking the resolver
+        again; or to the one of both families that Tornado's TCPClient reaches first. asyncio's
+        transport costs less for each read and write than its IOStream."""
+        address, until = self._reached
+        if self.time() < until:
+            try:
+                async with asyncio.timeout(REACH_AGAIN_TIMEOUT):
+                    return await self._open(host=address[0], port=address[1])
+            except BaseException as error:  # the connect timeout may be shorter, and cancel
+                self._reached = None, 0.0
+                if not isinstance(error, OSError):  # TimeoutError and ssl.SSLError are such
+                    raise
+        stream = await self.tcp_client.connect(self.origin.host, self.origin.port)
         if stream.closed():
             raise ConnectionResetError
         try:
@@ -3338,51 +3126,41 @@ class UpstreamClient(AsyncHTTPClient):
             stream.close()
         connected.setblocking(False)
         try:
-            self._reached[origin] = (connected.getpeername(), self.time() + ADDRESS_TTL)
-            return await self._open(origin, timeout, sock=connected)
+            self._reached = connected.getpeername(), self.time() + ADDRESS_TTL
+            return await self._open(sock=connected)
         except BaseException as error:
             connected.close()
-            if origin.scheme == "https" and isinstance(error, ConnectionError):
+            if self.ssl_context is not None and isinstance(error, ConnectionError):
                 raise ssl.SSLError("the peer closed during the handshake") from None
             raise
 
-    async def _reach_again(self, origin: Origin) -> UpstreamConnection | None:
-        """Connect to the address that was reached lately, without asking the resolver again; None
-        where there is none, or it does not answer as before."""
-        address, until = self._reached.get(origin, (None, 0.0))
-        if address is None or self.time() > until:
-            return None
-        where = {"host": address[0], "port": address[1]}
-        try:
-            async with asyncio.timeout(REACH_AGAIN_TIMEOUT):
-                return await self._open(origin, REACH_AGAIN_TIMEOUT, **where)
-        except BaseException as error:  # the connect timeout may be shorter, and cancel
-            self._reached.pop(origin, None)
-            if isinstance(error, OSError):  # TimeoutError and ssl.SSLError are such
-                return None
-            raise
-
-    async def _open(self, origin: Origin, timeout: float, **where: Any) -> UpstreamConnection:
-        secure = origin.scheme == "https"
+    async def _open(self, **where: Any) -> UpstreamConnection:
+        context = self.ssl_context
         _, connection = await self.loop.create_connection(
-            lambda: UpstreamConnection(self, origin),
-            ssl=self.ssl_context if secure else None,
-            server_hostname=origin.host if secure else None,
+            lambda: UpstreamConnection(self),
+            ssl=context,
+            server_hostname=self.origin.host if context else None,
             # uvloop holds an attempt that was given up for as long, by default for a minute.
-            ssl_handshake_timeout=timeout if secure else None,
+            ssl_handshake_timeout=self.settings.connect_timeout if context else None,
             **where,
         )
         return connection
 
     def _sweep(self) -> None:
-        moment = self.time()
+        """Close what was idle for long, and give up requests of which nothing has moved. A caller
+        who is slow to send is not the upstream's silence."""
+        moment, limit = self.time(), self.settings.idle_timeout
         for request in list(self.requests):
-            request.check_silence(moment, self.idle_timeout)
-        for connections in self._idle.values():
-            while connections and moment - connections[0].idle_since > POOL_IDLE_TIMEOUT:
-                connections.pop(0).abandon()
-        interval = min(SWEEP_INTERVAL, self.idle_timeout / 4)
-        self._sweeper = self.loop.call_later(interval, self._sweep)
+            if request.connection is None or moment - request.touched < limit:
+                continue
+            if request.held_back:
+                request.end(UpstreamError("The client stopped reading the response.", 504))
+            elif request.sent or request.room is not None:
+                request.end(UpstreamError(f"The upstream was silent for {limit:g} seconds.", 504))
+        for connection, since in list(self.idle.items()):
+            if moment - since > POOL_IDLE_TIMEOUT:
+                connection.abandon()
+        self._sweeper = self.loop.call_later(min(SWEEP_INTERVAL, limit / 4), self._sweep)
 
 
 # ─── Server ───────────────────────────────────────────────────────────────────────────────────────
@@ -3439,6 +3217,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
     phase = ClientPhase.WAITING
     _delegate: HandlerDelegate | None = None
     _empty_lines = 0
+    _begun = b""  # of a head that is not whole
     _buffer = b""  # what came while it could not be read
     _waits_for: asyncio.Future[None] | None = None
     _drained: asyncio.Future[None] | None = None
@@ -3455,7 +3234,6 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         self.peer = peer
         self.remote_ip = peer or NO_ADDRESS
         self.protocol = self._own_protocol = "https" if secure else "http"
-        self._heads = HeadReader()
         self._body = NO_BODY
         self._since = self._heard = server.time()
 
@@ -3613,7 +3391,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
                 self._refuse_present(APIError(408, text))  # RFC 9110 section 15.5.9
         elif self.phase is not ClientPhase.WAITING:
             return
-        elif (self._buffer or self._heads) and self._drained is None:
+        elif (self._buffer or self._begun) and self._drained is None:
             if waited > client_timeout:
                 text = f"The request's head took longer than {client_timeout:g} s. Send it again."
                 self.refuse(APIError(408, text))
@@ -3625,31 +3403,30 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
 
     def close_if_idle(self) -> None:
         """Close where no request is under way, nor a part of one here."""
-        if self.phase is ClientPhase.WAITING and not self._buffer and not self._heads:
+        if self.phase is ClientPhase.WAITING and not self._buffer and not self._begun:
             self.transport.close()
 
     # Inside
 
     def _read_head(self, data: bytes) -> None:
         """Begin the request whose head ends with these bytes, if it does."""
-        heads = self._heads
-        if len(heads) == 1:  # it may be half an empty line
-            data = heads.take_back() + data
-        if not heads:
+        seen, data, self._begun = len(self._begun), self._begun + data, b""
+        if seen < 2:  # one byte may be half an empty line
             self._since, self.call_id = self._heard, new_call_id()
             while data.startswith(b"\r\n") and self._empty_lines <= MAX_EMPTY_LINES:
                 data, self._empty_lines = data[2:], self._empty_lines + 1
         try:
             if self._empty_lines > MAX_EMPTY_LINES:  # RFC 9112 section 2.2
                 raise ProtocolError("a request begins with a request line")
-            found = heads.feed(data) if data else None
-            if found is None:
+            end = end_of_head(data, seen)
+            if end < 0:
+                self._begun = data
                 return
-            self.head = head = parse_request_head(found[0])
+            self.head = head = parse_request_head(data[:end])
         except ProtocolError as error:
             self.refuse(APIError(error.status, f"Malformed request: {error}."))
             return
-        rest, self.length = found[1], head.length or 0
+        rest, self.length = data[end + 4 :], head.length or 0
         self._body = Body(self.length) if self.length else NO_BODY
         self._served, self._empty_lines, self._dropped = True, 0, 0
         self._taken, self._since = len(rest), self._heard
@@ -3675,7 +3452,8 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
     def _invite(self, _: object = None) -> None:
         """Have a client that was let in send the body for which it awaits a word (RFC 9110 section
         10.1.1)."""
-        if not self._taken and self.phase is ClientPhase.READING and self.head.expects_continue:
+        waits = not self._taken and self.phase is ClientPhase.READING and self.head.version == 1
+        if waits and self.head.get("expect").lower() == "100-continue":
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _believe(self, head: RequestHead) -> None:
@@ -5355,6 +5133,7 @@ BATCH_LOOK = 60.0  # seconds from the making of a batch to the first look at it
 BATCH_SLACK = 1.5  # each look comes so many times later than the one before,
 BATCH_LOOK_LATEST = 1800.0  # but not later than this
 BATCH_STATE_TIMEOUT = 30.0
+BATCH_RESULTS_TIMEOUT = 3600.0  # in which many GB come, and a silent upstream is given up
 LOOKS_AT_ONCE = 4
 BATCH_KEPT = timedelta(days=30)  # results are kept for 29 days (PLD batch-processing)
 GONE = (404, 410)
@@ -5411,7 +5190,7 @@ class BatchKeeper:
             return True
         made = datetime.fromisoformat(kept.day).replace(tzinfo=UTC)
         path = f"/v1/messages/batches/{urllib.parse.quote(name, safe='')}"
-        state = await self._fetch(path, request_timeout=BATCH_STATE_TIMEOUT)
+        state = await self._get(path, BATCH_STATE_TIMEOUT)
         batch = read_json(state.body) if state.code == 200 else None
         ended = isinstance(batch, dict) and batch.get("processing_status") == BATCH_ENDED
         if ended and await self._read_results(name, f"{path}/results"):
@@ -5428,14 +5207,16 @@ class BatchKeeper:
 
         def head(line: str) -> None:
             nonlocal status
-            status = status or line.split(" ")[1]
+            if line.startswith("HTTP/"):
+                status = line.split(" ")[1]
 
-        def look(data: bytes) -> None:
+        async def look(data: bytes) -> None:
             if status == "200":
                 meter.feed(data)
+            await asyncio.sleep(0)  # Tornado reads on at once for as long as there is something
 
-        results = await self._fetch(
-            path, request_timeout=0, header_callback=head, streaming_callback=look
+        results = await self._get(
+            path, BATCH_RESULTS_TIMEOUT, header_callback=head, streaming_callback=look
         )
         meter.finish(True)
         if results.code in GONE:
@@ -5460,14 +5241,13 @@ class BatchKeeper:
             if key := self._ledger.charge(account, charges, now()):
                 self._gateway.traffic.book(key.shown_name, charges)
 
-    async def _fetch(self, path: str, **options: Any) -> HTTPResponse:
+    async def _get(self, path: str, timeout: float, **callbacks: Any) -> HTTPResponse:
         """GET with the real key; 599 where there is no answer."""
-        request = self._gateway.asking(path, **options)
         try:
-            return await self._gateway.client.fetch(request, raise_error=False)
-        except UpstreamError as error:  # which Tornado raises all the same
+            return await self._gateway.client.get(path, timeout, **callbacks)
+        except UpstreamError as error:
             log.info("a batch could not be looked at: %s", error)
-            return HTTPResponse(request, NO_ANSWER, error=error)
+            return HTTPResponse(HTTPRequest(path), NO_ANSWER)
 
 
 class Gateway:
@@ -5481,11 +5261,7 @@ class Gateway:
         self.prices = Prices(settings.prices)
         self.ledger = FileLedger(settings.keys, settings.usage_days)
         self.doors = Doors(settings, self.ledger)
-        self.client = UpstreamClient(
-            force_instance=True,
-            connect_timeout=settings.connect_timeout,
-            idle_timeout=settings.idle_timeout,
-        )
+        self.client = UpstreamClient(force_instance=True, settings=settings)
         self.time = self.client.time
         self.batches = BatchKeeper(self)
         self.held = Held(settings.max_held_bytes or memory_size() // MEMORY_SHARE)
@@ -5508,15 +5284,6 @@ class Gateway:
         self.client.close()
         await self.ledger.close()
 
-    def asking(self, path: str, **options: Any) -> HTTPRequest:
-        """A GET of the gateway's own, with the real key."""
-        request = HTTPRequest(self.settings.upstream.rstrip("/") + path, **options)
-        request.headers["anthropic-version"] = ANTHROPIC_VERSION
-        request.headers["Accept-Encoding"] = "identity"
-        if self.credential:
-            request.headers[self.credential[0]] = self.credential[1]
-        return request
-
 
 def log_record(record: Record) -> None:
     """What log.info("%s", record) does, without looking up the line it was called from."""
@@ -5528,8 +5295,8 @@ class RelayHandler(BaseHandler):
     """Anthropic's API, any method, any path: judged by its head, then by its body, sent on with the
     real key, and streamed back.
 
-    The way of a request: `prepare` → `data_received`… → `post` → `fetch` → `on_head` → `on_chunk`…
-    → `on_fetched`. Every way out passes `settle` once.
+    The way of a request: `prepare` → `data_received`… → `post` → `fetch` → `on_head` → `on_chunk`….
+    Every way out passes `settle` once.
     """
 
     _visit: Visit
@@ -5587,7 +5354,8 @@ class RelayHandler(BaseHandler):
         if record.bytes_in > limit:
             raise too_large(limit)
         if kept is None:
-            return self._upstream.write(chunk) if self._upstream is not None else None
+            upstream, chunked = self._upstream, self._visit.length == CHUNKED
+            return upstream.write(framed(chunk) if chunked else chunk) if upstream else None
         if record.bytes_in > self._held:
             self._hold(record.bytes_in - self._held)
         kept.append(chunk)
@@ -5603,8 +5371,9 @@ class RelayHandler(BaseHandler):
         """The request is whole: judge its body, and send it. Every method is this one."""
         visit, kept = self._visit, self._kept
         if kept is None:
-            if not self._uploaded.done():
-                self._uploaded.set_result(None)
+            if visit.length == CHUNKED and self._upstream is not None:
+                self._upstream.write(LAST_CHUNK)
+            self._uploaded.set_result(None)
             return
         visit.record.whole = self.gateway.time()
         data, self._kept = b"".join(kept), None
@@ -5624,22 +5393,24 @@ class RelayHandler(BaseHandler):
     respond = post
 
     def fetch(self, data: bytes = b"", **body: Any) -> None:
-        """Ask the upstream; `on_head`, `on_chunk` and `on_fetched` follow."""
+        """Ask the upstream; `on_head`, `on_chunk` or `on_error` follow."""
         visit, gateway, method = self._visit, self.gateway, self._visit.head.method
         visit.phase = FOLLOWS[visit.phase][RequestPhase.FETCHED]
         start = f"{method} {gateway.base_path}{visit.target} HTTP/1.1"
-        self._upstream = UpstreamRequest(
-            gateway.origin,
+        self._upstream = upstream = UpstreamRequest(
             method,
             head_bytes(start, visit.lines),
             data,
             header_callback=self.on_head,
             streaming_callback=self.on_chunk,
-            done_callback=self.on_fetched,
-            taken_callback=self._free,
+            error_callback=self.on_error,
             **body,
         )
-        gateway.client.fetch(self._upstream)
+        gateway.client.fetch(upstream)
+        if upstream.room is None:
+            self._free()
+        else:
+            upstream.room.add_done_callback(self._free)
 
     # The answer
 
@@ -5694,13 +5465,12 @@ class RelayHandler(BaseHandler):
         self._visit.record.bytes_out += len(data)
         return self.request.connection.write(data)
 
-    def on_fetched(self, response: UpstreamResponse) -> None:
-        """The exchange is over; what is whole was sent with its last bytes."""
-        if response.error is not None:
-            upstream = self._upstream
-            if isinstance(response.error, UpstreamError) and not (upstream and upstream.held_back):
-                self.gateway.traffic.failed(str(response.error))
-            self.fail(cast(Exception, response.error))
+    def on_error(self, error: Exception) -> None:
+        """The upstream did not answer to the end, or what is here failed with its answer."""
+        client_waits = self._upstream is None or not self._upstream.held_back
+        if isinstance(error, UpstreamError) and client_waits:
+            self.gateway.traffic.failed(str(error))
+        self.fail(error)
 
     def on_connection_close(self) -> None:
         """The client has left: so does the upstream's connection, at once; but where a batch is
@@ -5752,7 +5522,7 @@ class RelayHandler(BaseHandler):
         if upstream is not None:
             record.asked, visit.began = upstream.begun, upstream.begun > 0 and upstream.sent
             if outcome != "ok":
-                upstream.end(UpstreamError("The request was given up."), tell=False)
+                upstream.end(None)
         if step is not None and step is not asyncio.current_task():
             step.cancel()
         if self._held:
@@ -5793,7 +5563,7 @@ class RelayHandler(BaseHandler):
         self.gateway.held.take(self._visit.record.hashed, size)
         self._held += size
 
-    def _free(self) -> None:
+    def _free(self, _: object = None) -> None:
         """Nothing is held of the request any more."""
         held, self._held = self._held, 0
         if held:
@@ -5821,7 +5591,7 @@ class RelayHandler(BaseHandler):
         comes, until `post` says that it was all."""
         self._visit.lines.append(CHUNKED_LINE if length == CHUNKED else f"Content-Length: {length}")
         self._uploaded = asyncio.get_running_loop().create_future()
-        self.fetch(kept, body_producer=lambda write: self._uploaded, chunked=length == CHUNKED)
+        self.fetch(kept, body_producer=lambda write: self._uploaded)
 
     async def _send_inside(self, inside: Inside, data: bytes, complete: bool) -> None:
         """Send compressed bytes on, once the filters have seen what they hold."""
@@ -6392,7 +6162,7 @@ class MetricsHandler(ManagementHandler):
             rows[record.shown_name,] = (spent, limit, left, hours)
         yield from families("Gauge", "api_key_alias", BUDGET_METRICS, rows)
         streams = sum(handler.is_streaming for handler in gateway.active)
-        rows = {(): (len(gateway.active), streams, client.idle)}
+        rows = {(): (len(gateway.active), streams, len(client.idle))}
         yield from families("Gauge", "", PRESENT_METRICS, rows)
         rows = {(): (client.opened, client.reused, gone)}
         yield from families("Counter", "", EVENT_METRICS, rows)
@@ -6908,15 +6678,8 @@ async def check(settings: Settings) -> bool:
         served = f"served with {settings.certfile}" if server_context(settings) else unserved
         findings.append((True, f"TLS is {served}"))
     with trying(upstream, "See --upstream and the network."):
-        client = UpstreamClient(force_instance=True, connect_timeout=settings.connect_timeout)
-        url, fields = (
-            f"{upstream.rstrip('/')}/v1/models?limit=1",
-            [credential] if credential else [],
-        )
-        headers = {"anthropic-version": ANTHROPIC_VERSION, **dict(fields)}
-        with contextlib.closing(client):
-            request = HTTPRequest(url, headers=headers, request_timeout=CHECK_TIMEOUT)
-            code = (await client.fetch(request, raise_error=False)).code
+        with contextlib.closing(UpstreamClient(force_instance=True, settings=settings)) as client:
+            code = (await client.get("/v1/models?limit=1", CHECK_TIMEOUT)).code
         refused, fine = code in (401, 403), " and accepts the real key" if credential else ""
         doubt = "real key not accepted, set another" if refused else "is --upstream right?"
         well = code < 400 or (credential is None and code == 401)

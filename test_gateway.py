@@ -2293,6 +2293,10 @@ async def test_tls_upstream_is_verified(gw: GW, tmp_path: Path, monkeypatch: Pat
                 else:
                     assert "certificate" in error_of(answer, 502)
             assert (len(up.serving), len(up.arrived)) == ((1, 5) if well else (0, 0))
+            own = gw.app.settings["gateway"].client.get("/", 5)  # by Tornado's own means
+            with contextlib.nullcontext() if well else pytest.raises(gateway.UpstreamError) as told:
+                assert (await own).code == 200
+            assert well or "certificate" in str(told.value)
 
 
 async def test_each_way_not_to_reach_the_upstream_is_told_apart(gw: GW) -> None:
@@ -2378,59 +2382,6 @@ async def test_a_response_before_the_whole_request(gw: GW) -> None:
     assert (await client.ask("GET /")).status == 200
 
 
-@pytest.fixture
-def fetcher(io_loop: Any) -> Iterator[gateway.UpstreamClient]:
-    async def make() -> gateway.UpstreamClient:
-        return gateway.UpstreamClient(force_instance=True, idle_timeout=5)
-
-    with contextlib.closing(io_loop.run_sync(make)) as client:
-        yield client
-
-
-async def test_fetch_is_tornados(fetcher: gateway.UpstreamClient) -> None:
-    async def redirect_or_echo(request: Arrived) -> None:
-        moved = ("302 Found", "Location: /elsewhere", "X-A: 1", "X-A: 2")
-        await (request.answer(b"", *moved) if request.target == "/redirect" else echo(request))
-
-    async def produce(write: Callable[[bytes], Awaitable[None]]) -> None:
-        for _ in range(30):
-            await write(bytes(MIB))
-
-    async with Upstream(redirect_or_echo) as up:
-        lines: list[str] = []
-        told = (await fetcher.fetch(up.url + "/a?b", header_callback=lines.append)).body
-        assert json.loads(told)["fields"] == [["Host", f"localhost:{up.port}"]]
-        assert lines[0] == "HTTP/1.1 200 OK\r\n" and lines[-1] == "\r\n"
-        posted = await fetcher.fetch(up.url, method="POST", body=b"hello")
-        assert json.loads(posted.body)["size"] == 5
-        answer = await fetcher.fetch(up.url + "/redirect", raise_error=False)
-        assert answer.code == 302 and answer.headers.get_list("X-A") == ["1", "2"]
-        assert len(up.arrived) == 3 and len(up.serving) == 1
-        streamed = await fetcher.fetch(up.url, method="PUT", body_producer=produce)
-        assert json.loads(streamed.body)["size"] == 30 * MIB
-        together = await asyncio.gather(*(fetcher.fetch(up.url) for _ in range(100)))
-        assert all(response.code == 200 for response in together)
-        with pytest.raises(ValueError, match="http"):
-            await fetcher.fetch("ftp://x/")
-
-
-async def test_fetch_awaits_the_streaming_callback(fetcher: gateway.UpstreamClient) -> None:
-    sent: list[int] = []
-    received, release = 0, asyncio.Event()
-
-    async def take(data: bytes) -> None:
-        nonlocal received
-        received += len(data)
-        await release.wait()
-
-    async with Upstream(pour(50, sent)) as up:
-        fetching = fetcher.fetch(up.url, streaming_callback=take)
-        await until(lambda: received)
-        assert await settles(lambda: len(sent)) < 30, "read on before the callback was done"
-        release.set()
-        assert (await fetching).code == 200 and received == 50 * MIB
-
-
 def pour(size: int, sent: list[int]) -> Script:
     """An upstream that answers with so many MiB, and notes each as it leaves."""
 
@@ -2443,30 +2394,15 @@ def pour(size: int, sent: list[int]) -> Script:
     return script
 
 
-async def test_fetch_fails_clearly(fetcher: gateway.UpstreamClient) -> None:
-    rows = {"before-head": "without answering", "short": "before its response was complete"}
-    for place, match in rows.items():
-        async with Upstream(says(BROKEN[place], then="close")) as up:
-            with pytest.raises(gateway.UpstreamError, match=match):
-                await fetcher.fetch(up.url)
-    async with Upstream(stall) as up:
-        with pytest.raises(gateway.UpstreamError, match="request_timeout"):
-            await fetcher.fetch(up.url + "/x", request_timeout=0.1)
-        await until(lambda: up.arrived[0].closed_at)
-
-
-async def test_an_address_that_answers_no_more_is_resolved_again(fetcher: Any) -> None:
-    async with Upstream(echo) as up:
-        origin = gateway.Origin("http", "localhost", up.port)
-        (await fetcher.connect(origin, 5)).abandon()
-        with socket.socket() as unused:
-            unused.bind(("127.0.0.1", 0))
-            gone = unused.getsockname()
-        fetcher._reached[origin] = (gone, float("inf"))
-        connection = await fetcher.connect(origin, 5)
-        assert connection.transport.get_extra_info("peername") == ("127.0.0.1", up.port)
-        assert fetcher.opened == 2
-        connection.abandon()
+async def test_an_address_that_answers_no_more_is_resolved_again(gw: GW) -> None:
+    client = gw.app.settings["gateway"].client
+    (await client.reach()).abandon()
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        client._reached = unused.getsockname(), float("inf")
+        connection = await client.reach()
+    assert connection.transport.get_extra_info("peername") == ("127.0.0.1", gw.up.port)
+    connection.abandon()
 
 
 # ─── Server ───────────────────────────────────────────────────────────────────────────
