@@ -4202,8 +4202,8 @@ class Inflater:
 
     def slices(self, data: bytes) -> Iterator[bytes]:
         """What these bytes hold, INFLATE_SLICE at a time; what is not taken is lost."""
-        data, self.held = self.held + data, b""
-        while data:
+        data, self.held, full = self.held + data, b"", False
+        while data or full:  # then more may be waiting inside
             if self._decoder is None:
                 data = data.lstrip(b"\0")  # members may be padded (gzip's own manual)
                 if len(data) < 2:
@@ -4215,14 +4215,11 @@ class Inflater:
                     bits = zlib.MAX_WBITS if zlibs else -zlib.MAX_WBITS  # RFC 1950, 2.2
                 self._decoder = zlib.decompressobj(bits)
             plain = self._decoder.decompress(data, INFLATE_SLICE)
-            data = self._decoder.unconsumed_tail
-            while plain:
+            data, full = self._decoder.unconsumed_tail, len(plain) == INFLATE_SLICE
+            if plain:
                 yield plain
-                full = len(plain) == INFLATE_SLICE  # then more may be waiting inside
-                plain = self._decoder.decompress(data, INFLATE_SLICE) if full else b""
-                data = self._decoder.unconsumed_tail
             if self._decoder.eof:
-                data, self._decoder = self._decoder.unused_data, None
+                data, full, self._decoder = self._decoder.unused_data, False, None
 
     @property
     def is_whole(self) -> bool:
@@ -4285,89 +4282,22 @@ class Meter(ResponseFilter):
         self.measured = Measured()
         self._on_result = on_result
         self._room = room
-        self._asked = self._lines = 0
+        self._lines = 0
         self._whole = on_result is None and not content_type.lower().startswith(EVENT_STREAM)
-        # Of a line that has not ended, or of the message; None where it is too long.
-        self._held: list[bytes] | None = []
-        self._size = 0
+        self._held = bytearray()  # of a line that has not ended, or of the message
+        self._passed_over = 0  # bytes of one that is too long, of which nothing is held
 
     def feed(self, data: bytes) -> bytes:
-        if self.measured.blind:
+        measured, lines = self.measured, data
+        if measured.blind:
             return data
-        if self._whole:
-            self._hold(data)
-        elif self._size == 0 and data.endswith(b"\n") and len(data) <= MAX_LINE:
-            self._read(data)
-        elif last := max(data.rfind(b"\n"), data.rfind(b"\r")) + 1:
-            end = min(at for at in (data.find(b"\n"), data.find(b"\r")) if at >= 0) + 1
-            lines, ends = data[end:last], [data[:end]]
-            if len(lines) > MAX_LINE:
-                ends += lines.splitlines(keepends=True)
-            for line in ends:
-                self._hold(line)
-                self._read_line(*self._ended())
-            if 0 < len(lines) <= MAX_LINE:
-                self._read(lines)
-            self._hold(data[last:])
-        else:
-            self._hold(data)
-        return data
-
-    def finish(self, complete: bool) -> bytes:
-        if not self._size:
-            return b""
-        size, held = self._ended()
-        if self.measured.blind:
-            pass
-        elif not self._whole:
-            if complete or self._on_result is None:
-                self._read_line(size, held)
-        elif complete and held:
-            self.measured = measured_message(read_members(held, AnswerMembers), size)
-        else:
-            self.measured.seen = size
-        return b""
-
-    def _hold(self, data: bytes) -> None:
-        """Keep a beginning until its end comes; of one that is too long only the size."""
-        self._size += len(data)
-        if self._held is None or not data:
-            return
-        more = self._size - UNASKED_LINE - self._asked
-        if self._size > MAX_LINE or (more > 0 and not self._room(more)):
-            self._held = None
-            self._leave_room()
-            return
-        self._held.append(data)
-        self._asked += max(0, more)
-
-    def _leave_room(self) -> None:
-        asked, self._asked = self._asked, 0
-        if asked:
-            self._room(-asked)
-
-    def _ended(self) -> tuple[int, bytes | None]:
-        """The size of what has come to its end, and what it is; None where it was too long."""
-        size, held = self._size, self._held
-        self._size, self._held = 0, []
-        self._leave_room()
-        return size, None if held is None else b"".join(held)
-
-    def _read_line(self, size: int, line: bytes | None) -> None:
-        if line is not None:
-            self._read(line)
-        elif self._on_result is None:
-            self.measured.seen += size
-        else:
-            self._lines += 1
-            self._on_result(self._lines, Measured(seen=size))
-
-    def _read(self, lines: bytes) -> None:
-        """Look at whole lines; most of a stream's are deltas, and only their text counts."""
+        holds = self._whole or self._held or self._passed_over
+        if holds or len(data) > MAX_LINE or not data.endswith(b"\n"):
+            lines = self._complete(data)
         if self._on_result is not None:
             self._read_results(lines, self._on_result)
-            return
-        measured = self.measured
+            return data
+        # Most of a stream's lines are deltas, and only their text counts.
         for name, text in DELTA_TEXT.findall(lines):
             size = text_size(text) if b"\\" in text else len(text)
             measured.seen += size
@@ -4377,7 +4307,7 @@ class Meter(ResponseFilter):
             measured.empty = False
             measured.thinks = measured.thinks or THINKING_START.search(lines) is not None
         if b'"usage"' not in lines:
-            return
+            return data
         for line in lines.splitlines():
             if b'"usage"' not in line or not line.startswith(b"data:"):
                 continue
@@ -4396,6 +4326,57 @@ class Meter(ResponseFilter):
                         measured.usage[field_name] = value
             if isinstance(delta, dict) and isinstance(delta.get("stop_reason"), str):
                 measured.stop_reason, measured.final = delta["stop_reason"], bool(measured.usage)
+        return data
+
+    def finish(self, complete: bool) -> bytes:
+        if not self._whole and (complete or self._on_result is None):
+            self.feed(b"\n")  # which ends the last line
+        held = self._take()
+        size, self._passed_over = self._passed_over + len(held), 0
+        if not self._whole or not size or self.measured.blind:
+            pass
+        elif complete and held:
+            self.measured = measured_message(read_members(held, AnswerMembers), size)
+        else:
+            self.measured.seen = size
+        return b""
+
+    def _complete(self, data: bytes) -> bytes:
+        """The lines that end in these bytes. What stands behind them is held until its end comes;
+        of what is too long only the size counts."""
+        end = 0 if self._whole else max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
+        lines, rest = data[:end], data[end:]
+        if end and self._passed_over:
+            first = lines.splitlines(keepends=True)[0]
+            self._count_long(self._passed_over + len(first))
+            self._passed_over, lines = 0, lines[len(first) :]
+        elif end:
+            lines = self._take() + lines
+        if len(lines) > MAX_LINE:
+            for line in lines.splitlines(keepends=True):
+                self._count_long(len(line)) if len(line) > MAX_LINE else self.feed(line)
+            lines = b""
+        size = len(self._held) + len(rest)
+        more = size - max(UNASKED_LINE, len(self._held))
+        if self._passed_over or size > MAX_LINE or (more > 0 and not self._room(more)):
+            self._passed_over += len(self._take()) + len(rest)
+        else:
+            self._held += rest
+        return lines
+
+    def _take(self) -> bytes:
+        """What is held, and is no longer."""
+        held, self._held = bytes(self._held), bytearray()
+        if len(held) > UNASKED_LINE:
+            self._room(UNASKED_LINE - len(held))
+        return held
+
+    def _count_long(self, size: int) -> None:
+        if self._on_result is None:
+            self.measured.seen += size
+        else:
+            self._lines += 1
+            self._on_result(self._lines, Measured(seen=size))
 
     def _read_results(self, lines: bytes, on_result: Callable[[int, Measured], None]) -> None:
         for line in filter(bytes.strip, lines.splitlines()):
