@@ -2855,9 +2855,6 @@ class Body:
         return False
 
 
-NO_BODY = Body(0)
-
-
 def head_bytes(start_line: str, lines: Iterable[str]) -> bytes:
     """A message head as it goes over the wire, of its start line and field lines."""
     return "\r\n".join([start_line, *lines, "\r\n"]).encode("latin-1")
@@ -3597,20 +3594,17 @@ DISCARD_LIMIT = 32 * MIB  # of a refused request's body are read, so that its an
 MIN_BODY_RATE = 500
 PIPELINE_LIMIT = 64 * KIB  # bytes of further requests that wait for the present one's end
 NO_ADDRESS = "0.0.0.0"  # what Tornado says of a Unix socket
-# What a delegate need not be told: it has the connection's ``head``.
-START_LINE = httputil.RequestStartLine("", "", "")
-NO_HEADERS = httputil.HTTPHeaders()
-
-
-def reason(status: int) -> str:
-    """The reason phrase of a status."""
-    return http.client.responses.get(status, "Unknown")
+NO_HEADERS = httputil.HTTPHeaders()  # a delegate has the connection's ``head``
 
 
 def new_call_id() -> str:
     """A random UUID of version 4 (RFC 9562), as LiteLLM's call ids are."""
     digits = f"{random.getrandbits(128):032x}"
     return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
+
+
+NO_REQUEST = RequestHead(1, [], {}, NO_OPTIONS, False, None, "", "", "")
+READ_BODIES = (ClientPhase.READING, ClientPhase.DROPPING)
 
 
 class RawFields(httputil.HTTPHeaders):
@@ -3635,30 +3629,28 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
 
     transport: asyncio.Transport
     descriptor: int
-    head: RequestHead
+    head = NO_REQUEST
     length = 0
-    call_id = ""
+    call_id = ""  # until the first request came
     phase = ClientPhase.WAITING
-    _delegate: HandlerDelegate | None = None
+    refusal: APIError | None = None  # of the connection itself
+    _delegate: HandlerDelegate | None = None  # until it has answered
+    _body: Body
+    _buffer = b""  # what is not read yet
     _empty_lines = 0
-    _buffer = b""  # what came while it could not be read
-    _waits_for: asyncio.Future[None] | None = None
+    _waits_for: asyncio.Future[None] | None = None  # before more is read
     _drained: asyncio.Future[None] | None = None
     _reading_paused = False
-    _turn_is_due = False
     _close_after = False
-    _served = False
     _chunked = False  # the answer
     _taken = 0  # bytes since `_since`
-    _dropped = 0
 
-    def __init__(self, server: Server, peer: str, *, secure: bool) -> None:
+    def __init__(self, server: Server, address: str, *, secure: bool) -> None:
         self.server = server
-        self.peer = peer
-        self.remote_ip = peer or NO_ADDRESS
+        self.site = site_of(address)
+        self.remote_ip = self._own_address = address or NO_ADDRESS
         self.protocol = self._own_protocol = "https" if secure else "http"
         self._heads = HeadReader()
-        self._body = NO_BODY
         self._since = self._heard = server.time()
 
     # asyncio.Protocol: called by the loop
@@ -3668,24 +3660,22 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         self.transport.set_write_buffer_limits(high=WRITE_HIGH_WATER)
         self.descriptor = transport.get_extra_info("socket").fileno()
         self.server.connections.add(self)
+        if self.refusal is not None:
+            self.refuse(self.refusal)
 
     def data_received(self, data: bytes) -> None:
         """Read on: but not while the delegate waits, and the next request neither before the
         present one's end, nor before the client has taken the answers that are here."""
-        phase = self.phase
         self._heard = self.server.time()
         self._taken += len(data)
-        if phase is ClientPhase.LINGERING:
+        if self.phase is ClientPhase.LINGERING:
             return
-        if self._buffer or self._turn_is_due:
-            self._buffer += data
-        elif phase is ClientPhase.WAITING and self._drained is None:
-            self._read_head(data)
-        elif phase in (ClientPhase.READING, ClientPhase.DROPPING) and self._waits_for is None:
-            self._read_body(data)
-        else:
-            self._buffer = data
-        if self._buffer:
+        self._buffer += data
+        if self.phase is ClientPhase.WAITING and self._waits_for is None and self._drained is None:
+            self._read_head()
+        if self.phase in READ_BODIES and self._waits_for is None:
+            self._read_body()
+        if self._buffer or self._reading_paused:
             self._update_reading()
 
     def eof_received(self) -> None:
@@ -3694,11 +3684,11 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             self.transport.abort()  # a mere close would first wait for what is still to be written
 
     def connection_lost(self, error: Exception | None) -> None:
-        left, delegate = self.phase, self._delegate
         self.phase = FOLLOWS[self.phase][ClientPhase.GONE]
-        self._delegate = None
+        self.server.hangups.forget(self)
         self.server.leave(self)
-        if left in (ClientPhase.READING, ClientPhase.ANSWERING) and delegate is not None:
+        delegate, self._delegate = self._delegate, None
+        if delegate is not None:
             delegate.on_connection_close()
         self.resume_writing()
 
@@ -3711,7 +3701,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         if drained is not None and not drained.done():
             drained.set_result(None)
         if self._buffer:
-            self._read_soon()
+            self._wait_for(self.server.done)
 
     # tornado.httputil.HTTPConnection: called by handlers
 
@@ -3726,29 +3716,25 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         if isinstance(headers, RawFields):
             lines, length = headers.lines, headers.length
         else:
-            lines = field_lines(headers.get_all())
-            length = 0 if "Content-Length" in headers or status in (204, 304) else UNTIL_CLOSE
-        data = chunk or b""
-        if length < 0 and self.head.version == 1 and isinstance(headers, RawFields):
+            lines, length = field_lines(headers.get_all()), 0
+        if length < 0 and self.head.version == 1:
             self._chunked = True
             lines.append(CHUNKED_LINE)
-            data = framed(data)
-        # RFC 9112 section 9.3; an answer whose end does not show ends with the connection.
-        delimited = length >= 0 or self._chunked
-        if not delimited or not self.head.keeps_alive or self.server.gateway.stopping:
+        elif length < 0:  # the end of the connection is the answer's (RFC 9112 section 9.3)
             self._close_after = True
-        if self._close_after:
+        if self._close_after or not self.head.keeps_alive or self.server.gateway.stopping:
+            self._close_after = True
             lines.append("Connection: close")
         elif self.head.version == 0:
             lines.append("Connection: keep-alive")
-        if self.phase is not ClientPhase.GONE:
-            self.transport.write(head_bytes(f"HTTP/1.1 {status} {phrase}", lines) + data)
-        return self._drained or self.server.done
+        return self.write(chunk or b"", head_bytes(f"HTTP/1.1 {status} {phrase}", lines))
 
-    def write(self, chunk: bytes) -> asyncio.Future[None]:
-        """Send a part of the answer."""
+    def write(self, chunk: bytes, head: bytes = b"") -> asyncio.Future[None]:
+        """Send a part of the answer, and its head before it."""
+        if self._chunked and chunk:  # as by `framed`
+            chunk = b"%x\r\n%b\r\n" % (len(chunk), chunk)
         if self.phase is not ClientPhase.GONE:
-            self.transport.write(framed(chunk) if self._chunked else chunk)
+            self.transport.write(head + chunk)
         return self._drained or self.server.done
 
     def finish(self) -> None:
@@ -3756,13 +3742,18 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         if self._chunked:
             self._chunked = False
             self.write(LAST_CHUNK)
-        if self.phase is ClientPhase.ANSWERING:
-            self._make_ready()
-        elif self.phase is ClientPhase.READING:
+        self._delegate = None
+        self._since = self._heard = self.server.time()
+        self._taken = 0
+        if self.phase is ClientPhase.READING:
             self.phase = FOLLOWS[self.phase][ClientPhase.DROPPING]
-            if not self._body.complete and self.head.get("expect"):
-                self._linger()  # the body may never come (RFC 9110 section 10.1.1)
-            self._read_soon()
+            self._wait_for(self.server.done)
+        elif self.phase in (ClientPhase.ANSWERING, ClientPhase.DROPPING):
+            self.phase = FOLLOWS[self.phase][ClientPhase.WAITING]
+            if self._close_after:
+                self.transport.close()
+            elif self._buffer:
+                self._wait_for(self.server.done)
 
     def break_off(self, last: bytes = b"") -> None:
         """End the connection so that nobody takes the answer for complete; ``last`` goes out
@@ -3775,26 +3766,28 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             client = self.transport.get_extra_info("socket")
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.phase = FOLLOWS[self.phase][ClientPhase.LINGERING]
+        self._since = self.server.time()
         self.transport.close()
-        # A client that does not read keeps the rest of the answer from being written.
-        self.server.loop.call_later(LINGER_TIMEOUT, self.transport.abort)
 
     set_close_callback = staticmethod(callable)  # does nothing: the delegate hears of the end
 
     # What the server says
 
     def refuse(self, error: APIError) -> None:
-        """Answer what is no request, or none that can be understood, and close."""
-        call_id = new_call_id()
-        body = error.body(call_id)
-        fields = [
-            *(("Content-Type", "application/json"), ("Content-Length", str(len(body)))),
-            *(("request-id", call_id), ("x-litellm-call-id", call_id)),
-            *(*error.headers, ("Connection", "close")),
-        ]
-        start = f"HTTP/1.1 {error.status} {reason(error.status)}"
-        if self.phase is not ClientPhase.GONE:
-            self.transport.write(head_bytes(start, field_lines(fields)) + body)
+        """Answer what is no request, or does not come to its end, and close: what follows cannot be
+        understood."""
+        self._close_after = True
+        if self._delegate is not None:
+            self._delegate.refuse(error)
+        elif self.phase is ClientPhase.WAITING:
+            call_id, phrase = new_call_id(), http.client.responses[error.status]
+            body = error.body(call_id)
+            fields = [
+                *(("Content-Type", "application/json"), ("Content-Length", str(len(body)))),
+                *(("request-id", call_id), ("x-litellm-call-id", call_id), *error.headers),
+            ]
+            start = httputil.ResponseStartLine("", error.status, phrase)
+            self.write_headers(start, RawFields(field_lines(fields), len(body)), body)
         self._linger()
 
     def check_patience(self, moment: float, client_timeout: float, idle_timeout: float) -> None:
@@ -3804,75 +3797,75 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         so long, nor come at less than MIN_BODY_RATE. A body that is not read is not the client's
         fault.
         """
-        waited = moment - self._since
-        if self.phase in (ClientPhase.READING, ClientPhase.DROPPING):
+        waited, silent = moment - self._since, moment - self._heard
+        if self.phase is ClientPhase.LINGERING:
+            if waited > LINGER_TIMEOUT:
+                self.transport.abort()
+            elif silent > LINGER_SILENCE and not self.transport.can_write_eof():
+                self.transport.close()
+        elif self.phase in READ_BODIES:
             slow = waited > client_timeout + self._taken / MIN_BODY_RATE
-            if not self._reading_paused and (slow or moment - self._heard > client_timeout):
+            if not self._reading_paused and (slow or silent > client_timeout):
                 text = (
                     f"The request's body stood still for {client_timeout:g} s, or came at less"
                     f" than {MIN_BODY_RATE} bytes a second. Send it again, faster."
                 )
-                self._refuse_present(APIError(408, text))  # RFC 9110 section 15.5.9
-        elif self.phase is not ClientPhase.WAITING:
-            return
-        elif (self._buffer or self._heads) and self._drained is None:
-            if waited > client_timeout:
+                self.refuse(APIError(408, text))  # RFC 9110 section 15.5.9
+        elif self.phase is ClientPhase.WAITING:
+            begun = not self.is_idle and self._drained is None
+            if begun and waited > client_timeout:
                 text = f"The request's head took longer than {client_timeout:g} s. Send it again."
                 self.refuse(APIError(408, text))
-        elif waited > (idle_timeout if self._served else client_timeout):
-            if self.transport.get_write_buffer_size():  # the client does not read
-                self.transport.abort()
-            else:
-                self.transport.close()
+            elif not begun and waited > (idle_timeout if self.call_id else client_timeout):
+                if self.transport.get_write_buffer_size():  # the client does not read
+                    self.transport.abort()
+                else:
+                    self.transport.close()
 
-    def close_if_idle(self) -> None:
-        """Close where no request is under way, nor a part of one here."""
-        if self.phase is ClientPhase.WAITING and not self._buffer and not self._heads:
-            self.transport.close()
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is under way, nor a part of one here."""
+        return self.phase is ClientPhase.WAITING and not self._buffer and not self._heads
 
     # Inside
 
-    def _read_head(self, data: bytes) -> None:
-        """Begin the request whose head ends with these bytes, if it does."""
-        heads = self._heads
-        if len(heads) == 1:  # it may be half an empty line
+    def _read_head(self) -> None:
+        """Begin the request whose head is here, if it is whole; its body follows."""
+        heads, data, self._buffer = self._heads, self._buffer, b""
+        if data.startswith(b"\n") and len(heads) == 1:  # it may be half an empty line
             data = heads.take_back() + data
-        if not heads:
-            self._since, self.call_id = self._heard, new_call_id()
-            while data.startswith(b"\r\n") and self._empty_lines <= MAX_EMPTY_LINES:
-                data, self._empty_lines = data[2:], self._empty_lines + 1
+        while data.startswith(b"\r\n") and self._empty_lines < MAX_EMPTY_LINES and not heads:
+            data, self._empty_lines = data[2:], self._empty_lines + 1
         try:
-            if self._empty_lines > MAX_EMPTY_LINES:  # RFC 9112 section 2.2
-                raise ProtocolError("a request begins with a request line")
-            found = heads.feed(data) if data else None
+            found = heads.feed(data)
             if found is None:
+                if len(heads) == len(data):
+                    self._since = self._heard
                 return
             self.head = head = parse_request_head(found[0])
         except ProtocolError as error:
             self.refuse(APIError(error.status, f"Malformed request: {error}."))
             return
-        rest, self.length = found[1], head.length or 0
-        self._body = Body(self.length) if self.length else NO_BODY
-        self._served, self._empty_lines, self._dropped = True, 0, 0
-        self._taken, self._since = len(rest), self._heard
+        rest, self.length, self.call_id = found[1], head.length or 0, new_call_id()
+        self._empty_lines, self._taken, self._since = 0, len(rest), self._heard
         if self.server.xheaders:
             self._believe(head)
         self.phase = FOLLOWS[self.phase][ClientPhase.READING]
         self._delegate = delegate = self.server.application.start_request(self.server, self)
-        waits = delegate.headers_received(START_LINE, NO_HEADERS)
+        waits = delegate.headers_received(None, NO_HEADERS)
         if waits is not None and not waits.done():
-            self._buffer = rest
-            self._wait_for(waits)
             waits.add_done_callback(self._invite)
+            self._wait_for(waits)
         elif len(rest) == self.length and self.phase is ClientPhase.READING:  # as it mostly is
-            self.phase, self._body = FOLLOWS[self.phase][ClientPhase.ANSWERING], NO_BODY
+            self.phase = FOLLOWS[self.phase][ClientPhase.ANSWERING]
             if rest:
                 delegate.data_received(rest)
             if self._delegate is delegate:  # it was not refused
                 delegate.finish()
+            return
         else:
             self._invite()
-            self._read_body(rest)
+        self._body, self._buffer = Body(self.length), rest
 
     def _invite(self, _: object = None) -> None:
         """Have a client that was let in send the body for which it awaits a word (RFC 9110 section
@@ -3885,97 +3878,67 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         HTTPServer does: the last of X-Forwarded-For, or X-Real-Ip."""
         forwarded = head.get("x-forwarded-for").rpartition(",")[2].strip()
         address = head.get("x-real-ip") or forwarded
-        self.remote_ip = address if netutil.is_valid_ip(address) else self.peer or NO_ADDRESS
+        self.remote_ip = address if netutil.is_valid_ip(address) else self._own_address
         told = head.get("x-scheme") or head.get("x-forwarded-proto")
         scheme = told.rpartition(",")[2].strip().lower()
         self.protocol = scheme if scheme in DEFAULT_PORTS else self._own_protocol
 
-    def _read_body(self, data: bytes) -> None:
-        """Hand on a part of the present request's body, or drop it, and go on where it is whole."""
+    def _read_body(self) -> None:
+        """Hand on what is here of the present request's body, or drop it, and go on where it is
+        whole."""
         body, delegate = self._body, self._delegate
         try:
-            payload, self._buffer = body.feed(data) if data else (b"", b"")
+            payload, self._buffer = body.feed(self._buffer)
         except ProtocolError as error:
-            self._refuse_present(APIError(error.status, f"Malformed request: {error}."))
+            self.refuse(APIError(error.status, f"Malformed request: {error}."))
             return
-        if self.phase is ClientPhase.READING and payload and delegate is not None:
+        if payload and delegate is not None:
             waits = delegate.data_received(payload)
             if waits is not None and not waits.done():
                 self._wait_for(waits)
                 return
-        elif self.phase is ClientPhase.DROPPING:
-            self._dropped += len(payload)
-            if self._dropped > DISCARD_LIMIT:
-                self._linger()
         if not body.complete:
-            if self._buffer:  # there is more than one turn of the loop may take
-                self._read_soon()
+            # Of one that was refused, a client that awaits a word may send none (RFC 9110 section
+            # 10.1.1).
+            if delegate is None and (self._taken > DISCARD_LIMIT or self.head.get("expect")):
+                self._linger()
+            elif self._buffer:  # there is more than one turn of the loop may take
+                self._wait_for(self.server.done)
+        elif self.phase is ClientPhase.DROPPING:
+            self.finish()
         elif self.phase is ClientPhase.READING and delegate is not None:
             self.phase = FOLLOWS[self.phase][ClientPhase.ANSWERING]
             delegate.finish()
-        elif self.phase is ClientPhase.DROPPING:
-            self._make_ready()
-
-    def _make_ready(self) -> None:
-        """The request is over, and its answer: make ready for the next."""
-        self.phase = FOLLOWS[self.phase][ClientPhase.WAITING]
-        self._delegate = None
-        self._since = self._heard = self.server.time()
-        self._taken = 0
-        if self._close_after:
-            self.transport.close()
-        elif self._buffer or self._reading_paused:
-            self._read_soon()
 
     def _wait_for(self, waits: asyncio.Future[None]) -> None:
-        """Read nothing more until this is done."""
-        self._waits_for = waits
-        self._update_reading()
+        """Read nothing more until this is done, and then in a turn of the loop of its own; what is
+        done gives others their turn before, one at a time, or a client that sends much would have
+        many."""
+        if self._waits_for is None:
+            self._waits_for = waits
+            waits.add_done_callback(self._go_on)
+            self._update_reading()
 
-        def go_on(_: object) -> None:
-            self._waits_for = None
-            self._read_on()
-
-        waits.add_done_callback(go_on)
+    def _go_on(self, _: object) -> None:
+        self._waits_for = None
+        self.data_received(b"")
 
     def _update_reading(self) -> None:
         """Read from the socket unless the delegate waits, or enough is here already; but notice
         then if the client leaves."""
-        pause = self._waits_for is not None or len(self._buffer) > PIPELINE_LIMIT
+        waits = self._waits_for is not None and not self._waits_for.done()
+        pause = waits or len(self._buffer) > PIPELINE_LIMIT
         if pause == self._reading_paused or self.phase is ClientPhase.GONE:
             return
         self._reading_paused = pause
         if pause:
             self.transport.pause_reading()
             self.server.hangups.watch(self)
-        else:
-            self._since = self._heard = self.server.time()
-            self._taken = 0
-            self.server.hangups.forget(self)
-            self.transport.resume_reading()
-
-    def _read_soon(self) -> None:
-        """Read what is here already in a turn of its own, that others have theirs: one at a time,
-        or a client that sends much would have many."""
-        if not self._turn_is_due:
-            self._turn_is_due = True
-            self.server.loop.call_soon(self._read_on)
-
-    def _read_on(self) -> None:
-        self._turn_is_due = False
-        if self.phase is ClientPhase.WAITING and self._drained is None and self._buffer:
-            data, self._buffer = self._buffer, b""
-            self._read_head(data)
-        elif self.phase in (ClientPhase.READING, ClientPhase.DROPPING) and not self._waits_for:
-            self._read_body(self._buffer)
-        self._update_reading()
-
-    def _refuse_present(self, error: APIError) -> None:
-        """End a request that does not come to its end; what follows cannot be understood."""
-        self._close_after = True
-        if self.phase is ClientPhase.READING and self._delegate is not None:
-            self._delegate.refuse(error)
-        self._linger()
+            return
+        if self.phase is ClientPhase.READING:
+            self._since, self._taken = self._heard, 0
+        self.server.hangups.forget(self)
+        self.transport.resume_reading()
 
     def _linger(self) -> None:
         """Close so that the answer still arrives: data that meets a closed socket is answered with
@@ -3983,22 +3946,13 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         if self.phase in (ClientPhase.LINGERING, ClientPhase.GONE) or self.transport.is_closing():
             return
         self.phase = FOLLOWS[self.phase][ClientPhase.LINGERING]
+        self._since = self.server.time()
         self._buffer, self._waits_for = b"", None
         self._update_reading()
+        # TLS knows no half-closed connection; and what comes while it is being closed is gathered
+        # by the loop, where what comes before is dropped: `check_patience` closes it.
         if self.transport.can_write_eof():
             self.transport.write_eof()
-        else:
-            self._close_once_silent()
-        self.server.loop.call_later(LINGER_TIMEOUT, self.transport.abort)
-
-    def _close_once_silent(self) -> None:
-        """TLS knows no half-closed connection; and what comes while it is being closed is gathered
-        by the loop, where what comes before is dropped."""
-        wait = LINGER_SILENCE - (self.server.time() - self._heard)
-        if wait > 0 and self.phase is not ClientPhase.GONE:
-            self.server.loop.call_later(wait, self._close_once_silent)
-        else:
-            self.transport.close()
 
 
 class HangupWatch:
@@ -4017,22 +3971,15 @@ class HangupWatch:
 
     def watch(self, connection: ServerConnection) -> None:
         """Abort the connection once the peer has closed or reset it."""
-        if self._epoll is not None and connection.descriptor not in self._watched:
-            self._watched[connection.descriptor] = connection
+        self._watched[connection.descriptor] = connection
+        if self._epoll is not None:
             self._epoll.register(connection.descriptor, select.EPOLLRDHUP | select.EPOLLONESHOT)
 
     def forget(self, connection: ServerConnection) -> None:
         """Watch it no longer."""
         if self._watched.pop(connection.descriptor, None) is not None and self._epoll is not None:
-            # Closing a socket takes it out of an epoll.
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError):  # closing a socket takes it out of an epoll
                 self._epoll.unregister(connection.descriptor)
-
-    def close(self) -> None:
-        """Free the epoll."""
-        if self._epoll is not None:
-            asyncio.get_running_loop().remove_reader(self._epoll.fileno())
-            self._epoll.close()
 
     def _hung_up(self) -> None:
         assert self._epoll is not None
@@ -4065,48 +4012,48 @@ class Server:
         files = MANY_FILES if files == resource.RLIM_INFINITY else files
         self.max_connections = max(1, (files - RESERVED_FILES) // 2)
         self._sites: collections.Counter[str] = collections.Counter()
-        self._open = 0
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._listening: list[socket.socket] = []
+        self._count = 0
+        self._accepting: list[asyncio.Task[None]] = []
         self._sweep()
 
     def listen(self, sockets: Iterable[socket.socket], context: ssl.SSLContext | None) -> None:
         """Take connections from these sockets, over TLS where a context is given."""
         for listening in sockets:
             listening.listen(BACKLOG)
-            self._listening.append(listening)
-            self._do(self._accept(listening, context))
-
-    def _do(self, work: Coroutine[Any, Any, None]) -> None:
-        task = self.loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+            self._accepting.append(self.loop.create_task(self._accept(listening, context)))
 
     async def _accept(self, listening: socket.socket, context: ssl.SSLContext | None) -> None:
-        while True:
-            try:
-                client, peer = await self.loop.sock_accept(listening)
-            except ConnectionError:  # the client has left, which must not hold others up
-                continue
-            except OSError as error:
-                log.warning("%s: new connections wait a second; raise the limit", error.strerror)
-                await asyncio.sleep(ACCEPT_AGAIN)
-                continue
-            self._do(self._serve(client, peer[0] if isinstance(peer, tuple) else "", context))
+        async with asyncio.TaskGroup() as opening:
+            # Those that are being opened when it stops are still served.
+            with contextlib.suppress(asyncio.CancelledError), listening:
+                while True:
+                    try:
+                        client, peer = await self.loop.sock_accept(listening)
+                    except ConnectionError:  # the client has left, which must not hold others up
+                        continue
+                    except OSError as error:
+                        text = "%s: new connections wait a second; raise the limit"
+                        log.warning(text, error.strerror)
+                        await asyncio.sleep(ACCEPT_AGAIN)
+                        continue
+                    address = peer[0] if isinstance(peer, tuple) else ""
+                    opening.create_task(self._open(client, address, context))
 
-    async def _serve(
-        self, client: socket.socket, peer: str, context: ssl.SSLContext | None
+    async def _open(
+        self, client: socket.socket, address: str, context: ssl.SSLContext | None
     ) -> None:
         """Count a connection in, which without a word costs some 100 KB over TLS, and open it."""
-        site, limit = site_of(peer), self.gateway.settings.max_connections_per_address
-        self._open += 1
+        connection = ServerConnection(self, address, secure=context is not None)
+        site, limit = connection.site, self.gateway.settings.max_connections_per_address
+        self._count += 1
         self._sites[site] += 1
-        over = self._open - self.max_connections
+        over = self._count - self.max_connections
         message = "The gateway has as many connections as it can hold. Try again."
         if site and not self.xheaders and self._sites[site] - limit > over:
             over = self._sites[site] - limit
             message = f"Your address has more than {limit:,} connections open."
-        connection = ServerConnection(self, peer, secure=context is not None)
+        if over > 0:
+            connection.refusal = APIError(429, message, headers=[("retry-after", "5")])
         timeout = self.gateway.settings.client_timeout if context is not None else None
         try:
             if over > REFUSALS:
@@ -4119,41 +4066,36 @@ class Server:
                 ssl_handshake_timeout=timeout,
                 ssl_shutdown_timeout=timeout,
             )
-        except OSError as failure:  # ssl.SSLError too; the loop closes the socket
-            log.debug("connection from %s: %s", peer, failure)
-            if connection not in self.connections:
+        except Exception as error:  # noqa: BLE001 - whatever it is, others are served
+            log.debug("connection from %s: %s", address, error)  # the loop closes the socket
+        finally:
+            if not hasattr(connection, "transport"):  # it was never made
                 self.leave(connection)
-            return
-        if over > 0:
-            connection.refuse(APIError(429, message, headers=[("retry-after", "5")]))
 
     def leave(self, connection: ServerConnection) -> None:
         """A connection is closed."""
-        if connection in self.connections:
-            self.hangups.forget(connection)
-            self.connections.remove(connection)
-        site = site_of(connection.peer)
-        self._open -= 1
-        self._sites[site] -= 1
-        if not self._sites[site]:
-            del self._sites[site]
+        self.connections.discard(connection)
+        self._count -= 1
+        self._sites[connection.site] -= 1
+        if not self._sites[connection.site]:
+            del self._sites[connection.site]
 
     def stop(self) -> None:
         """Take no further connections; those that ask for nothing close. One that is just sending a
         request is answered 503."""
-        for task in self._tasks:
+        for task in self._accepting:
             task.cancel()
-        for listening in self._listening:
-            listening.close()
         for connection in list(self.connections):
-            connection.close_if_idle()
+            if connection.is_idle:
+                connection.transport.close()
 
     def close(self) -> None:
         """Break what is left, and free all."""
         for connection in list(self.connections):
             connection.transport.abort()
+        for task in self._accepting:
+            task.cancel()
         self._sweeper.cancel()
-        self.loop.call_soon(self.hangups.close)
 
     def _sweep(self) -> None:
         moment, settings = self.time(), self.gateway.settings
@@ -4167,12 +4109,8 @@ def site_of(address: str) -> str:
     """Who has an address: of IPv6 ones a site has 2**64, which all begin alike (RFC 6177)."""
     if ":" not in address:
         return address
-    try:
-        whole = ipaddress.IPv6Address(address.partition("%")[0])
-    except ValueError:
-        return address
-    mapped = whole.ipv4_mapped
-    return str(mapped) if mapped else str(ipaddress.IPv6Network((int(whole) >> 64 << 64, 64)))
+    whole = ipaddress.IPv6Address(address)
+    return str(whole.ipv4_mapped or whole.packed[:8].hex())
 
 
 # ─── Filters ──────────────────────────────────────────────────────────────────────────────────────
@@ -4374,7 +4312,7 @@ class Meter(ResponseFilter):
     def _count_long(self, size: int) -> None:
         if self._on_result is None:
             self.measured.seen += size
-        else:
+        elif not self.measured.blind:
             self._lines += 1
             self._on_result(self._lines, Measured(seen=size))
 
@@ -5548,7 +5486,8 @@ class BaseHandler(web.RequestHandler):
             case web.HTTPError(status_code=405):
                 return APIError(405, f"{path} does not take {method}.")
             case web.HTTPError(status_code=status):
-                return APIError(status if status in ERROR_TYPES else 400, reason(status))
+                phrase = http.client.responses.get(status, "Unknown")
+                return APIError(status if status in ERROR_TYPES else 400, phrase)
         log.error("call %s failed", self.call_id, exc_info=error)
         return APIError(500, FAILED_HERE)
 
