@@ -3586,7 +3586,6 @@ class UpstreamClient(AsyncHTTPClient):
 
 # ─── Server ───────────────────────────────────────────────────────────────────────────────────────
 
-LINGER_SILENCE = 0.25  # seconds after which a client over TLS is taken to have sent all
 LINGER_TIMEOUT = 5.0  # seconds for a client to read its answer before the socket closes
 DISCARD_LIMIT = 32 * MIB  # of a refused request's body are read, so that its answer arrives
 # Bytes a second below which a body is too slow, once --client-timeout has passed
@@ -3623,8 +3622,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
     it is done.
 
     ``head``, ``length`` (bytes or CHUNKED) and ``call_id`` are of the present request;
-    ``remote_ip`` and ``protocol`` are the client's, ``peer`` is who is at the other end, empty for
-    a Unix socket.
+    ``remote_ip`` and ``protocol`` are the client's, ``site`` is who is at the other end.
     """
 
     transport: asyncio.Transport
@@ -3685,12 +3683,14 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
 
     def connection_lost(self, error: Exception | None) -> None:
         self.phase = FOLLOWS[self.phase][ClientPhase.GONE]
-        self.server.hangups.forget(self)
         self.server.leave(self)
         delegate, self._delegate = self._delegate, None
         if delegate is not None:
             delegate.on_connection_close()
-        self.resume_writing()
+        if self._drained is not None:
+            self.resume_writing()
+        if self._reading_paused:
+            self.server.hangups.forget(self)
 
     def pause_writing(self) -> None:
         self._drained = self.server.loop.create_future()
@@ -3720,10 +3720,11 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         if length < 0 and self.head.version == 1:
             self._chunked = True
             lines.append(CHUNKED_LINE)
-        elif length < 0:  # the end of the connection is the answer's (RFC 9112 section 9.3)
+        # RFC 9112 section 9.3; an answer whose end does not show ends with the connection.
+        delimited = length >= 0 or self._chunked
+        if not delimited or not self.head.keeps_alive or self.server.gateway.stopping:
             self._close_after = True
-        if self._close_after or not self.head.keeps_alive or self.server.gateway.stopping:
-            self._close_after = True
+        if self._close_after:
             lines.append("Connection: close")
         elif self.head.version == 0:
             lines.append("Connection: keep-alive")
@@ -3797,15 +3798,12 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         so long, nor come at less than MIN_BODY_RATE. A body that is not read is not the client's
         fault.
         """
-        waited, silent = moment - self._since, moment - self._heard
-        if self.phase is ClientPhase.LINGERING:
-            if waited > LINGER_TIMEOUT:
-                self.transport.abort()
-            elif silent > LINGER_SILENCE and not self.transport.can_write_eof():
-                self.transport.close()
+        waited = moment - self._since
+        if self.phase is ClientPhase.LINGERING and waited > LINGER_TIMEOUT:
+            self.transport.abort()
         elif self.phase in READ_BODIES:
             slow = waited > client_timeout + self._taken / MIN_BODY_RATE
-            if not self._reading_paused and (slow or silent > client_timeout):
+            if not self._reading_paused and (slow or moment - self._heard > client_timeout):
                 text = (
                     f"The request's body stood still for {client_timeout:g} s, or came at less"
                     f" than {MIN_BODY_RATE} bytes a second. Send it again, faster."
@@ -3949,9 +3947,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         self._since = self.server.time()
         self._buffer, self._waits_for = b"", None
         self._update_reading()
-        # TLS knows no half-closed connection; and what comes while it is being closed is gathered
-        # by the loop, where what comes before is dropped: `check_patience` closes it.
-        if self.transport.can_write_eof():
+        if self.transport.can_write_eof():  # TLS knows no half-closed connection
             self.transport.write_eof()
 
 
@@ -4267,16 +4263,15 @@ class Meter(ResponseFilter):
         return data
 
     def finish(self, complete: bool) -> bytes:
+        size = self._passed_over + len(self._held)
+        if not size:
+            return b""
         if not self._whole and (complete or self._on_result is None):
             self.feed(b"\n")  # which ends the last line
-        held = self._take()
-        size, self._passed_over = self._passed_over + len(held), 0
-        if not self._whole or not size or self.measured.blind:
-            pass
-        elif complete and held:
-            self.measured = measured_message(read_members(held, AnswerMembers), size)
-        else:
-            self.measured.seen = size
+        held, self._passed_over = self._take(), 0
+        if self._whole and not self.measured.blind:
+            message = read_members(held, AnswerMembers) if complete and held else None
+            self.measured = measured_message(message, size)
         return b""
 
     def _complete(self, data: bytes) -> bytes:
