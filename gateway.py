@@ -3606,15 +3606,6 @@ NO_REQUEST = RequestHead(1, [], {}, NO_OPTIONS, False, None, "", "", "")
 READ_BODIES = (ClientPhase.READING, ClientPhase.DROPPING)
 
 
-class RawFields(httputil.HTTPHeaders):
-    """Field lines that go to a client as they are, and the length of the body that follows: bytes,
-    CHUNKED or UNTIL_CLOSE."""
-
-    def __init__(self, lines: list[str], length: int) -> None:
-        self.lines = lines
-        self.length = length
-
-
 class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
     """A client's connection: reads requests one after the other, hands each to its delegate, and
     takes the answer, which it frames. What must wait returns a future: `write` until the client has
@@ -3711,12 +3702,15 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         headers: httputil.HTTPHeaders,
         chunk: bytes | None = None,
     ) -> asyncio.Future[None]:
-        """Begin the answer. Tornado's handlers send whole bodies with a Content-Length."""
-        _, status, phrase = start_line
-        if isinstance(headers, RawFields):
-            lines, length = headers.lines, headers.length
-        else:
-            lines, length = field_lines(headers.get_all()), 0
+        """Tornado's handlers send whole bodies with a Content-Length."""
+        start = f"HTTP/1.1 {start_line[1]} {start_line[2]}"
+        return self.write_head(start, field_lines(headers.get_all()), 0, chunk or b"")
+
+    def write_head(
+        self, start: str, lines: list[str], length: int, data: bytes
+    ) -> asyncio.Future[None]:
+        """Begin the answer: its first line and field lines, as they are, the length of the body
+        (bytes, CHUNKED or UNTIL_CLOSE), and what is here of it."""
         if length < 0 and self.head.version == 1:
             self._chunked = True
             lines.append(CHUNKED_LINE)
@@ -3728,7 +3722,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             lines.append("Connection: close")
         elif self.head.version == 0:
             lines.append("Connection: keep-alive")
-        return self.write(chunk or b"", head_bytes(f"HTTP/1.1 {status} {phrase}", lines))
+        return self.write(data, head_bytes(start, lines))
 
     def write(self, chunk: bytes, head: bytes = b"") -> asyncio.Future[None]:
         """Send a part of the answer, and its head before it."""
@@ -3787,8 +3781,8 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
                 *(("Content-Type", "application/json"), ("Content-Length", str(len(body)))),
                 *(("request-id", call_id), ("x-litellm-call-id", call_id), *error.headers),
             ]
-            start = httputil.ResponseStartLine("", error.status, phrase)
-            self.write_headers(start, RawFields(field_lines(fields), len(body)), body)
+            start = f"HTTP/1.1 {error.status} {phrase}"
+            self.write_head(start, field_lines(fields), len(body), body)
         self._linger()
 
     def check_patience(self, moment: float, client_timeout: float, idle_timeout: float) -> None:
@@ -4010,6 +4004,7 @@ class Server:
         self._sites: collections.Counter[str] = collections.Counter()
         self._count = 0
         self._accepting: list[asyncio.Task[None]] = []
+        self._opening: set[asyncio.Task[None]] = set()
         self._sweep()
 
     def listen(self, sockets: Iterable[socket.socket], context: ssl.SSLContext | None) -> None:
@@ -4019,21 +4014,20 @@ class Server:
             self._accepting.append(self.loop.create_task(self._accept(listening, context)))
 
     async def _accept(self, listening: socket.socket, context: ssl.SSLContext | None) -> None:
-        async with asyncio.TaskGroup() as opening:
-            # Those that are being opened when it stops are still served.
-            with contextlib.suppress(asyncio.CancelledError), listening:
-                while True:
-                    try:
-                        client, peer = await self.loop.sock_accept(listening)
-                    except ConnectionError:  # the client has left, which must not hold others up
-                        continue
-                    except OSError as error:
-                        text = "%s: new connections wait a second; raise the limit"
-                        log.warning(text, error.strerror)
-                        await asyncio.sleep(ACCEPT_AGAIN)
-                        continue
-                    address = peer[0] if isinstance(peer, tuple) else ""
-                    opening.create_task(self._open(client, address, context))
+        with listening:
+            while True:
+                try:
+                    client, peer = await self.loop.sock_accept(listening)
+                except ConnectionError:  # the client has left, which must not hold others up
+                    continue
+                except OSError as error:
+                    log.warning("%s: connections wait a second; raise the limit", error.strerror)
+                    await asyncio.sleep(ACCEPT_AGAIN)
+                    continue
+                address = peer[0] if isinstance(peer, tuple) else ""
+                task = self.loop.create_task(self._open(client, address, context))
+                self._opening.add(task)
+                task.add_done_callback(self._opening.discard)
 
     async def _open(
         self, client: socket.socket, address: str, context: ssl.SSLContext | None
@@ -4089,8 +4083,6 @@ class Server:
         """Break what is left, and free all."""
         for connection in list(self.connections):
             connection.transport.abort()
-        for task in self._accepting:
-            task.cancel()
         self._sweeper.cancel()
 
     def _sweep(self) -> None:
@@ -5884,9 +5876,8 @@ class RelayHandler(BaseHandler):
         visit, gateway = self._visit, self.gateway
         if head.status < 200:
             if visit.head.version == 1 and visit.phase is RequestPhase.FETCHED:
-                start, fields = self._answer_head(head, ())
-                line = f"HTTP/1.1 {head.status} {start.reason}"
-                self.request.connection.transport.write(head_bytes(line, fields.lines))
+                early = head_bytes(*self._answer_head(head, ()))
+                self.request.connection.transport.write(early)
             return
         visit.answer, visit.record.status = head, head.status
         visit.record.answered = gateway.time()
@@ -6105,9 +6096,8 @@ class RelayHandler(BaseHandler):
             own = [("x-litellm-call-id", self.call_id)]
             for tell in self.gateway.rules.fields:
                 own += tell(visit, visit.answer)
-            start, fields = self._answer_head(visit.answer, own)
-            fields.length = upstream.length
-            room = connection.write_headers(start, fields, data)
+            start, lines = self._answer_head(visit.answer, own)
+            room = connection.write_head(start, lines, upstream.length, data)
         elif data:
             room = connection.write(data)
         if not complete:
@@ -6117,9 +6107,9 @@ class RelayHandler(BaseHandler):
 
     def _answer_head(
         self, head: ResponseHead, own: Sequence[tuple[str, str]]
-    ) -> tuple[httputil.ResponseStartLine, RawFields]:
-        """An answer's head as the client gets it: without hop-by-hop fields, with the gateway's own
-        in the place of those of their names, and the real key masked."""
+    ) -> tuple[str, list[str]]:
+        """An answer's start line and field lines as the client gets them: without hop-by-hop
+        fields, with the gateway's own in the place of those of their names, the real key masked."""
         unwanted, mask, phrase, lines = head.options, self._visit.mask, head.reason, []
         if own:
             unwanted = unwanted.union(map(operator.itemgetter(0), own))
@@ -6130,7 +6120,7 @@ class RelayHandler(BaseHandler):
             phrase, lines = mask.mask_text(phrase), [mask.mask_text(line) for line in lines]
         for name, value in own:
             lines.append(f"{name}: {value}")
-        return httputil.ResponseStartLine("", head.status, phrase), RawFields(lines, 0)
+        return f"HTTP/1.1 {head.status} {phrase}", lines
 
     @property
     def is_streaming(self) -> bool:
