@@ -3640,7 +3640,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         self.remote_ip = self._own_address = address or NO_ADDRESS
         self.protocol = self._own_protocol = "https" if secure else "http"
         self._heads = HeadReader()
-        self._since = self._heard = server.time()
+        self._since = server.time()
 
     # asyncio.Protocol: called by the loop
 
@@ -3655,7 +3655,6 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
     def data_received(self, data: bytes) -> None:
         """Read on: but not while the delegate waits, and the next request neither before the
         present one's end, nor before the client has taken the answers that are here."""
-        self._heard = self.server.time()
         self._taken += len(data)
         if self.phase is ClientPhase.LINGERING:
             return
@@ -3738,8 +3737,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             self._chunked = False
             self.write(LAST_CHUNK)
         self._delegate = None
-        self._since = self._heard = self.server.time()
-        self._taken = 0
+        self._since, self._taken = self.server.time(), 0
         if self.phase is ClientPhase.READING:
             self.phase = FOLLOWS[self.phase][ClientPhase.DROPPING]
             self._wait_for(self.server.done)
@@ -3796,8 +3794,11 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         if self.phase is ClientPhase.LINGERING and waited > LINGER_TIMEOUT:
             self.transport.abort()
         elif self.phase in READ_BODIES:
-            slow = waited > client_timeout + self._taken / MIN_BODY_RATE
-            if not self._reading_paused and (slow or moment - self._heard > client_timeout):
+            # Up to when what came is enough: never later than now, so that no pause is too long.
+            enough = self._since + self._taken / MIN_BODY_RATE
+            if enough > moment or self._reading_paused:
+                self._since += moment - enough
+            elif moment - enough > client_timeout:
                 text = (
                     f"The request's body stood still for {client_timeout:g} s, or came at less"
                     f" than {MIN_BODY_RATE} bytes a second. Send it again, faster."
@@ -3809,10 +3810,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
                 text = f"The request's head took longer than {client_timeout:g} s. Send it again."
                 self.refuse(APIError(408, text))
             elif not begun and waited > (idle_timeout if self.call_id else client_timeout):
-                if self.transport.get_write_buffer_size():  # the client does not read
-                    self.transport.abort()
-                else:
-                    self.transport.close()
+                self.transport.abort()  # a close would wait for a client that does not read
 
     @property
     def is_idle(self) -> bool:
@@ -3831,15 +3829,15 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         try:
             found = heads.feed(data)
             if found is None:
-                if len(heads) == len(data):
-                    self._since = self._heard
+                if len(heads) == len(data):  # it has just begun
+                    self._since = self.server.time()
                 return
             self.head = head = parse_request_head(found[0])
         except ProtocolError as error:
             self.refuse(APIError(error.status, f"Malformed request: {error}."))
             return
         rest, self.length, self.call_id = found[1], head.length or 0, new_call_id()
-        self._empty_lines, self._taken, self._since = 0, len(rest), self._heard
+        self._empty_lines, self._taken, self._since = 0, len(rest), self.server.time()
         if self.server.xheaders:
             self._believe(head)
         self.phase = FOLLOWS[self.phase][ClientPhase.READING]
@@ -3926,11 +3924,9 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         if pause:
             self.transport.pause_reading()
             self.server.hangups.watch(self)
-            return
-        if self.phase is ClientPhase.READING:
-            self._since, self._taken = self._heard, 0
-        self.server.hangups.forget(self)
-        self.transport.resume_reading()
+        else:
+            self.server.hangups.forget(self)
+            self.transport.resume_reading()
 
     def _linger(self) -> None:
         """Close so that the answer still arrives: data that meets a closed socket is answered with
@@ -4002,7 +3998,6 @@ class Server:
         files = MANY_FILES if files == resource.RLIM_INFINITY else files
         self.max_connections = max(1, (files - RESERVED_FILES) // 2)
         self._sites: collections.Counter[str] = collections.Counter()
-        self._count = 0
         self._accepting: list[asyncio.Task[None]] = []
         self._opening: set[asyncio.Task[None]] = set()
         self._sweep()
@@ -4035,9 +4030,8 @@ class Server:
         """Count a connection in, which without a word costs some 100 KB over TLS, and open it."""
         connection = ServerConnection(self, address, secure=context is not None)
         site, limit = connection.site, self.gateway.settings.max_connections_per_address
-        self._count += 1
         self._sites[site] += 1
-        over = self._count - self.max_connections
+        over = len(self.connections) + len(self._opening) - self.max_connections
         message = "The gateway has as many connections as it can hold. Try again."
         if site and not self.xheaders and self._sites[site] - limit > over:
             over = self._sites[site] - limit
@@ -4065,7 +4059,6 @@ class Server:
     def leave(self, connection: ServerConnection) -> None:
         """A connection is closed."""
         self.connections.discard(connection)
-        self._count -= 1
         self._sites[connection.site] -= 1
         if not self._sites[connection.site]:
             del self._sites[connection.site]
