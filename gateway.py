@@ -3721,7 +3721,8 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             lines.append("Connection: close")
         elif self.head.version == 0:
             lines.append("Connection: keep-alive")
-        return self.write(data, head_bytes(start, lines))
+        head = "\r\n".join((start, *lines, "\r\n"))
+        return self.write(data, head.encode("latin-1"))
 
     def write(self, chunk: bytes, head: bytes = b"") -> asyncio.Future[None]:
         """Send a part of the answer, and its head before it."""
@@ -3775,12 +3776,12 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         elif self.phase is ClientPhase.WAITING:
             call_id, phrase = new_call_id(), http.client.responses[error.status]
             body = error.body(call_id)
-            fields = [
-                *(("Content-Type", "application/json"), ("Content-Length", str(len(body)))),
-                *(("request-id", call_id), ("x-litellm-call-id", call_id), *error.headers),
+            lines = [
+                *("Content-Type: application/json", f"Content-Length: {len(body)}"),
+                *(f"request-id: {call_id}", f"x-litellm-call-id: {call_id}"),
+                *field_lines(error.headers),
             ]
-            start = f"HTTP/1.1 {error.status} {phrase}"
-            self.write_head(start, field_lines(fields), len(body), body)
+            self.write_head(f"HTTP/1.1 {error.status} {phrase}", lines, len(body), body)
         self._linger()
 
     def check_patience(self, moment: float, client_timeout: float, idle_timeout: float) -> None:
@@ -3843,8 +3844,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         self.phase = FOLLOWS[self.phase][ClientPhase.READING]
         self._delegate = delegate = self.server.application.start_request(self.server, self)
         waits = delegate.headers_received(None, NO_HEADERS)
-        if waits is not None and not waits.done():
-            waits.add_done_callback(self._invite)
+        if waits is not None:
             self._wait_for(waits)
         elif len(rest) == self.length and self.phase is ClientPhase.READING:  # as it mostly is
             self.phase = FOLLOWS[self.phase][ClientPhase.ANSWERING]
@@ -3853,15 +3853,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             if self._delegate is delegate:  # it was not refused
                 delegate.finish()
             return
-        else:
-            self._invite()
         self._body, self._buffer = Body(self.length), rest
-
-    def _invite(self, _: object = None) -> None:
-        """Have a client that was let in send the body for which it awaits a word (RFC 9110 section
-        10.1.1)."""
-        if not self._taken and self.phase is ClientPhase.READING and self.head.expects_continue:
-            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _believe(self, head: RequestHead) -> None:
         """Take the address and protocol that a proxy in front tells (`--xheaders`), as Tornado's
@@ -3877,6 +3869,10 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         """Hand on what is here of the present request's body, or drop it, and go on where it is
         whole."""
         body, delegate = self._body, self._delegate
+        # Whoever awaits a word before the body is sent it once he is let in (RFC 9110 section
+        # 10.1.1); who was refused may never send one.
+        if not self._taken and delegate is not None and self.head.expects_continue:
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         try:
             payload, self._buffer = body.feed(self._buffer)
         except ProtocolError as error:
@@ -3888,8 +3884,6 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
                 self._wait_for(waits)
                 return
         if not body.complete:
-            # Of one that was refused, a client that awaits a word may send none (RFC 9110 section
-            # 10.1.1).
             if delegate is None and (self._taken > DISCARD_LIMIT or self.head.get("expect")):
                 self._linger()
             elif self._buffer:  # there is more than one turn of the loop may take
@@ -3901,9 +3895,8 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             delegate.finish()
 
     def _wait_for(self, waits: asyncio.Future[None]) -> None:
-        """Read nothing more until this is done, and then in a turn of the loop of its own; what is
-        done gives others their turn before, one at a time, or a client that sends much would have
-        many."""
+        """Read nothing more until this is done, and then in a turn of the loop of its own: one at a
+        time, or a client that sends much would have many."""
         if self._waits_for is None:
             self._waits_for = waits
             waits.add_done_callback(self._go_on)
@@ -4370,7 +4363,6 @@ def go_blind(filters: Iterable[ResponseFilter]) -> None:
             each.measured.blind = True
 
 
-SLICES_A_TURN = 4  # of a compressed answer, before the loop does something else
 MAX_WITHHELD = 1 * MIB  # of one whose reads all end as if the real key began there
 
 
@@ -4391,12 +4383,12 @@ class Inside:
             if mask is not None:  # names and comments of gzip are not compressed
                 mask.look(data)
             try:
-                for number, plain in enumerate(self._inflater.slices(fresh), start=1):
+                for number, plain in enumerate(self._inflater.slices(fresh)):
+                    if number:
+                        await asyncio.sleep(0)
                     if mask is not None:
                         self._looked_at = mask.look(self._looked_at + plain)
                     through(self._filters, plain, False)
-                    if number % SLICES_A_TURN == 0:
-                        await asyncio.sleep(0)
             except zlib.error:  # not in the coding that it says; its bytes are masked as they are
                 self._inflater = None
                 go_blind(self._filters)
