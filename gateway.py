@@ -3622,7 +3622,6 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
     length = 0
     call_id = ""  # until the first request came
     phase = ClientPhase.WAITING
-    refusal: APIError | None = None  # of the connection itself
     _delegate: HandlerDelegate | None = None  # until it has answered
     _body: Body
     _buffer = b""  # what is not read yet
@@ -3649,8 +3648,6 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         self.transport.set_write_buffer_limits(high=WRITE_HIGH_WATER)
         self.descriptor = transport.get_extra_info("socket").fileno()
         self.server.connections.add(self)
-        if self.refusal is not None:
-            self.refuse(self.refusal)
 
     def data_received(self, data: bytes) -> None:
         """Read on: but not while the delegate waits, and the next request neither before the
@@ -4029,8 +4026,6 @@ class Server:
         if site and not self.xheaders and self._sites[site] - limit > over:
             over = self._sites[site] - limit
             message = f"Your address has more than {limit:,} connections open."
-        if over > 0:
-            connection.refusal = APIError(429, message, headers=[("retry-after", "5")])
         timeout = self.gateway.settings.client_timeout if context is not None else None
         try:
             if over > REFUSALS:
@@ -4043,6 +4038,8 @@ class Server:
                 ssl_handshake_timeout=timeout,
                 ssl_shutdown_timeout=timeout,
             )
+            if over > 0:
+                connection.refuse(APIError(429, message, headers=[("retry-after", "5")]))
         except Exception as error:  # noqa: BLE001 - whatever it is, others are served
             log.debug("connection from %s: %s", address, error)  # the loop closes the socket
         finally:
