@@ -3693,20 +3693,17 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
     # tornado.httputil.HTTPConnection: called by handlers
 
     def write_headers(
-        self,
-        start_line: httputil.RequestStartLine | httputil.ResponseStartLine,
-        headers: httputil.HTTPHeaders,
-        chunk: bytes | None = None,
+        self, start_line: Any, headers: httputil.HTTPHeaders, chunk: bytes | None = None
     ) -> asyncio.Future[None]:
-        """Tornado's handlers send whole bodies with a Content-Length."""
-        start = f"HTTP/1.1 {start_line[1]} {start_line[2]}"
+        """Begin an answer of Tornado's handlers, who send whole bodies with a Content-Length."""
+        start = f"HTTP/1.1 {start_line.code} {start_line.reason}"
         return self.write_head(start, field_lines(headers.get_all()), 0, chunk or b"")
 
     def write_head(
         self, start: str, lines: list[str], length: int, data: bytes
     ) -> asyncio.Future[None]:
-        """Begin the answer: its first line and field lines, as they are, the length of the body
-        (bytes, CHUNKED or UNTIL_CLOSE), and what is here of it."""
+        """Begin an answer: its start line and field lines, as they are, the length of its body
+        (bytes, CHUNKED or UNTIL_CLOSE), and what is here of that."""
         if length < 0 and self.head.version == 1:
             self._chunked = True
             lines.append(CHUNKED_LINE)
@@ -3792,7 +3789,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         if self.phase is ClientPhase.LINGERING and waited > LINGER_TIMEOUT:
             self.transport.abort()
         elif self.phase in READ_BODIES:
-            # Up to when what came is enough: never later than now, so that no pause is too long.
+            # The moment for which what came is enough: at most now, or a pause could be too long.
             enough = self._since + self._taken / MIN_BODY_RATE
             if enough > moment or self._reading_paused:
                 self._since += moment - enough
@@ -3866,8 +3863,8 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         """Hand on what is here of the present request's body, or drop it, and go on where it is
         whole."""
         body, delegate = self._body, self._delegate
-        # Whoever awaits a word before the body is sent it once he is let in (RFC 9110 section
-        # 10.1.1); who was refused may never send one.
+        # Whoever is let in gets the word that he awaits before he sends a body (RFC 9110 section
+        # 10.1.1); whoever is refused may never send one.
         if not self._taken and delegate is not None and self.head.expects_continue:
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         try:
