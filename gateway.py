@@ -2585,9 +2585,6 @@ class Body:
         return (pieces[0] if len(pieces) == 1 else b"".join(pieces)), data[at:]
 
 
-NO_BODY = Body(0)
-
-
 def head_bytes(start_line: str, lines: Iterable[str]) -> bytes:
     """A message head as it goes over the wire, of its start line and field lines."""
     return "\r\n".join([start_line, *lines, "\r\n"]).encode("latin-1")
@@ -3165,7 +3162,6 @@ class UpstreamClient(SimpleAsyncHTTPClient):
 
 # ─── Server ───────────────────────────────────────────────────────────────────────────────────────
 
-LINGER_SILENCE = 0.25  # seconds after which a client over TLS is taken to have sent all
 LINGER_TIMEOUT = 5.0  # seconds for a client to read its answer before the socket closes
 DISCARD_LIMIT = 32 * MIB  # of a refused request's body are read, so that its answer arrives
 # Bytes a second below which a body is too slow, once --client-timeout has passed
@@ -3173,14 +3169,7 @@ DISCARD_LIMIT = 32 * MIB  # of a refused request's body are read, so that its an
 MIN_BODY_RATE = 500
 PIPELINE_LIMIT = 64 * KIB  # bytes of further requests that wait for the present one's end
 NO_ADDRESS = "0.0.0.0"  # what Tornado says of a Unix socket
-# What a delegate need not be told: it has the connection's ``head``.
-START_LINE = httputil.RequestStartLine("", "", "")
-NO_HEADERS = httputil.HTTPHeaders()
-
-
-def reason(status: int) -> str:
-    """The reason phrase of a status."""
-    return http.client.responses.get(status, "Unknown")
+NO_HEADERS = httputil.HTTPHeaders()  # a delegate has the connection's ``head``
 
 
 def new_call_id() -> str:
@@ -3189,13 +3178,8 @@ def new_call_id() -> str:
     return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
 
 
-class RawFields(httputil.HTTPHeaders):
-    """Field lines that go to a client as they are, and the length of the body that follows: bytes,
-    CHUNKED or UNTIL_CLOSE."""
-
-    def __init__(self, lines: list[str], length: int) -> None:
-        self.lines = lines
-        self.length = length
+NO_REQUEST = RequestHead(1, [], {}, NO_OPTIONS, False, None, "", "", "")
+READ_BODIES = (ClientPhase.READING, ClientPhase.DROPPING)
 
 
 class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
@@ -3205,37 +3189,33 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
     it is done.
 
     ``head``, ``length`` (bytes or CHUNKED) and ``call_id`` are of the present request;
-    ``remote_ip`` and ``protocol`` are the client's, ``peer`` is who is at the other end, empty for
-    a Unix socket.
+    ``remote_ip`` and ``protocol`` are the client's, ``site`` is who is at the other end.
     """
 
     transport: asyncio.Transport
     descriptor: int
-    head: RequestHead
+    head = NO_REQUEST
     length = 0
-    call_id = ""
+    call_id = ""  # until the first request came
     phase = ClientPhase.WAITING
-    _delegate: HandlerDelegate | None = None
+    _delegate: HandlerDelegate | None = None  # until it has answered
+    _body: Body
+    _buffer = b""  # what is not read yet …
+    _seen = 0  # … of which so many bytes are of a head that is not whole
     _empty_lines = 0
-    _begun = b""  # of a head that is not whole
-    _buffer = b""  # what came while it could not be read
-    _waits_for: asyncio.Future[None] | None = None
+    _waits_for: asyncio.Future[None] | None = None  # before more is read
     _drained: asyncio.Future[None] | None = None
     _reading_paused = False
-    _turn_is_due = False
     _close_after = False
-    _served = False
     _chunked = False  # the answer
     _taken = 0  # bytes since `_since`
-    _dropped = 0
 
-    def __init__(self, server: Server, peer: str, *, secure: bool) -> None:
+    def __init__(self, server: Server, address: str, *, secure: bool) -> None:
         self.server = server
-        self.peer = peer
-        self.remote_ip = peer or NO_ADDRESS
+        self.site = site_of(address)
+        self.remote_ip = self._own_address = address or NO_ADDRESS
         self.protocol = self._own_protocol = "https" if secure else "http"
-        self._body = NO_BODY
-        self._since = self._heard = server.time()
+        self._since = server.time()
 
     # asyncio.Protocol: called by the loop
 
@@ -3248,20 +3228,15 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
     def data_received(self, data: bytes) -> None:
         """Read on: but not while the delegate waits, and the next request neither before the
         present one's end, nor before the client has taken the answers that are here."""
-        phase = self.phase
-        self._heard = self.server.time()
         self._taken += len(data)
-        if phase is ClientPhase.LINGERING:
+        if self.phase is ClientPhase.LINGERING:
             return
-        if self._buffer or self._turn_is_due:
-            self._buffer += data
-        elif phase is ClientPhase.WAITING and self._drained is None:
-            self._read_head(data)
-        elif phase in (ClientPhase.READING, ClientPhase.DROPPING) and self._waits_for is None:
-            self._read_body(data)
-        else:
-            self._buffer = data
-        if self._buffer:
+        self._buffer += data
+        if self.phase is ClientPhase.WAITING and self._waits_for is None and self._drained is None:
+            self._read_head()
+        if self.phase in READ_BODIES and self._waits_for is None:
+            self._read_body()
+        if self._buffer or self._reading_paused:
             self._update_reading()
 
     def eof_received(self) -> None:
@@ -3270,13 +3245,15 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             self.transport.abort()  # a mere close would first wait for what is still to be written
 
     def connection_lost(self, error: Exception | None) -> None:
-        left, delegate = self.phase, self._delegate
         self.phase = FOLLOWS[self.phase][ClientPhase.GONE]
-        self._delegate = None
         self.server.leave(self)
-        if left in (ClientPhase.READING, ClientPhase.ANSWERING) and delegate is not None:
+        delegate, self._delegate = self._delegate, None
+        if delegate is not None:
             delegate.on_connection_close()
-        self.resume_writing()
+        if self._drained is not None:
+            self.resume_writing()
+        if self._reading_paused:
+            self.server.hangups.forget(self)
 
     def pause_writing(self) -> None:
         self._drained = self.server.loop.create_future()
@@ -3287,28 +3264,25 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         if drained is not None and not drained.done():
             drained.set_result(None)
         if self._buffer:
-            self._read_soon()
+            self._wait_for(self.server.done)
 
     # tornado.httputil.HTTPConnection: called by handlers
 
     def write_headers(
-        self,
-        start_line: httputil.RequestStartLine | httputil.ResponseStartLine,
-        headers: httputil.HTTPHeaders,
-        chunk: bytes | None = None,
+        self, start_line: Any, headers: httputil.HTTPHeaders, chunk: bytes | None = None
     ) -> asyncio.Future[None]:
-        """Begin the answer. Tornado's handlers send whole bodies with a Content-Length."""
-        _, status, phrase = start_line
-        if isinstance(headers, RawFields):
-            lines, length = headers.lines, headers.length
-        else:
-            lines = field_lines(headers.get_all())
-            length = 0 if "Content-Length" in headers or status in (204, 304) else UNTIL_CLOSE
-        data = chunk or b""
-        if length < 0 and self.head.version == 1 and isinstance(headers, RawFields):
+        """Begin an answer of Tornado's handlers, who send whole bodies with a Content-Length."""
+        start = f"HTTP/1.1 {start_line.code} {start_line.reason}"
+        return self.write_head(start, field_lines(headers.get_all()), 0, chunk or b"")
+
+    def write_head(
+        self, start: str, lines: list[str], length: int, data: bytes
+    ) -> asyncio.Future[None]:
+        """Begin an answer: its start line and field lines, as they are, the length of its body
+        (bytes, CHUNKED or UNTIL_CLOSE), and what is here of that."""
+        if length < 0 and self.head.version == 1:
             self._chunked = True
             lines.append(CHUNKED_LINE)
-            data = framed(data)
         # RFC 9112 section 9.3; an answer whose end does not show ends with the connection.
         delimited = length >= 0 or self._chunked
         if not delimited or not self.head.keeps_alive or self.server.gateway.stopping:
@@ -3317,14 +3291,15 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             lines.append("Connection: close")
         elif self.head.version == 0:
             lines.append("Connection: keep-alive")
-        if self.phase is not ClientPhase.GONE:
-            self.transport.write(head_bytes(f"HTTP/1.1 {status} {phrase}", lines) + data)
-        return self._drained or self.server.done
+        head = "\r\n".join((start, *lines, "\r\n"))
+        return self.write(data, head.encode("latin-1"))
 
-    def write(self, chunk: bytes) -> asyncio.Future[None]:
-        """Send a part of the answer."""
+    def write(self, chunk: bytes, head: bytes = b"") -> asyncio.Future[None]:
+        """Send a part of the answer, and its head before it."""
+        if self._chunked and chunk:  # as by `framed`
+            chunk = b"%x\r\n%b\r\n" % (len(chunk), chunk)
         if self.phase is not ClientPhase.GONE:
-            self.transport.write(framed(chunk) if self._chunked else chunk)
+            self.transport.write(head + chunk)
         return self._drained or self.server.done
 
     def finish(self) -> None:
@@ -3332,13 +3307,17 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         if self._chunked:
             self._chunked = False
             self.write(LAST_CHUNK)
-        if self.phase is ClientPhase.ANSWERING:
-            self._make_ready()
-        elif self.phase is ClientPhase.READING:
+        self._delegate = None
+        self._since, self._taken = self.server.time(), 0
+        if self.phase is ClientPhase.READING:
             self.phase = FOLLOWS[self.phase][ClientPhase.DROPPING]
-            if not self._body.complete and self.head.get("expect"):
-                self._linger()  # the body may never come (RFC 9110 section 10.1.1)
-            self._read_soon()
+            self._wait_for(self.server.done)
+        elif self.phase in (ClientPhase.ANSWERING, ClientPhase.DROPPING):
+            self.phase = FOLLOWS[self.phase][ClientPhase.WAITING]
+            if self._close_after:
+                self.transport.close()
+            elif self._buffer:
+                self._wait_for(self.server.done)
 
     def break_off(self, last: bytes = b"") -> None:
         """End the connection so that nobody takes the answer for complete; ``last`` goes out
@@ -3351,26 +3330,28 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             client = self.transport.get_extra_info("socket")
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.phase = FOLLOWS[self.phase][ClientPhase.LINGERING]
+        self._since = self.server.time()
         self.transport.close()
-        # A client that does not read keeps the rest of the answer from being written.
-        self.server.loop.call_later(LINGER_TIMEOUT, self.transport.abort)
 
     set_close_callback = staticmethod(callable)  # does nothing: the delegate hears of the end
 
     # What the server says
 
     def refuse(self, error: APIError) -> None:
-        """Answer what is no request, or none that can be understood, and close."""
-        call_id = new_call_id()
-        body = error.body(call_id)
-        fields = [
-            *(("Content-Type", "application/json"), ("Content-Length", str(len(body)))),
-            *(("request-id", call_id), ("x-litellm-call-id", call_id)),
-            *(*error.headers, ("Connection", "close")),
-        ]
-        start = f"HTTP/1.1 {error.status} {reason(error.status)}"
-        if self.phase is not ClientPhase.GONE:
-            self.transport.write(head_bytes(start, field_lines(fields)) + body)
+        """Answer what is no request, or does not come to its end, and close: what follows cannot be
+        understood."""
+        self._close_after = True
+        if self._delegate is not None:
+            self._delegate.refuse(error)
+        elif self.phase is ClientPhase.WAITING:
+            call_id, phrase = new_call_id(), http.client.responses[error.status]
+            body = error.body(call_id)
+            lines = [
+                *("Content-Type: application/json", f"Content-Length: {len(body)}"),
+                *(f"request-id: {call_id}", f"x-litellm-call-id: {call_id}"),
+                *field_lines(error.headers),
+            ]
+            self.write_head(f"HTTP/1.1 {error.status} {phrase}", lines, len(body), body)
         self._linger()
 
     def check_patience(self, moment: float, client_timeout: float, idle_timeout: float) -> None:
@@ -3381,143 +3362,126 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         fault.
         """
         waited = moment - self._since
-        if self.phase in (ClientPhase.READING, ClientPhase.DROPPING):
-            slow = waited > client_timeout + self._taken / MIN_BODY_RATE
-            if not self._reading_paused and (slow or moment - self._heard > client_timeout):
+        if self.phase is ClientPhase.LINGERING and waited > LINGER_TIMEOUT:
+            self.transport.abort()
+        elif self.phase in READ_BODIES:
+            # The moment for which what came is enough: at most now, or a pause could be too long.
+            enough = self._since + self._taken / MIN_BODY_RATE
+            if enough > moment or self._reading_paused:
+                self._since += moment - enough
+            elif moment - enough > client_timeout:
                 text = (
                     f"The request's body stood still for {client_timeout:g} s, or came at less"
                     f" than {MIN_BODY_RATE} bytes a second. Send it again, faster."
                 )
-                self._refuse_present(APIError(408, text))  # RFC 9110 section 15.5.9
-        elif self.phase is not ClientPhase.WAITING:
-            return
-        elif (self._buffer or self._begun) and self._drained is None:
-            if waited > client_timeout:
+                self.refuse(APIError(408, text))  # RFC 9110 section 15.5.9
+        elif self.phase is ClientPhase.WAITING:
+            begun = not self.is_idle and self._drained is None
+            if begun and waited > client_timeout:
                 text = f"The request's head took longer than {client_timeout:g} s. Send it again."
                 self.refuse(APIError(408, text))
-        elif waited > (idle_timeout if self._served else client_timeout):
-            if self.transport.get_write_buffer_size():  # the client does not read
-                self.transport.abort()
-            else:
-                self.transport.close()
+            elif not begun and waited > (idle_timeout if self.call_id else client_timeout):
+                self.transport.abort()  # a close would wait for a client that does not read
 
-    def close_if_idle(self) -> None:
-        """Close where no request is under way, nor a part of one here."""
-        if self.phase is ClientPhase.WAITING and not self._buffer and not self._begun:
-            self.transport.close()
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is under way, nor a part of one here."""
+        return self.phase is ClientPhase.WAITING and not self._buffer
 
     # Inside
 
-    def _read_head(self, data: bytes) -> None:
-        """Begin the request whose head ends with these bytes, if it does."""
-        seen, data, self._begun = len(self._begun), self._begun + data, b""
-        if seen < 2:  # one byte may be half an empty line
-            self._since, self.call_id = self._heard, new_call_id()
-            while data.startswith(b"\r\n") and self._empty_lines <= MAX_EMPTY_LINES:
-                data, self._empty_lines = data[2:], self._empty_lines + 1
+    def _read_head(self) -> None:
+        """Begin the request whose head is here, if it is whole; its body follows."""
+        data, seen = self._buffer, self._seen
+        while data.startswith(b"\r\n") and self._empty_lines < MAX_EMPTY_LINES:
+            data, seen, self._empty_lines = data[2:], 0, self._empty_lines + 1
         try:
-            if self._empty_lines > MAX_EMPTY_LINES:  # RFC 9112 section 2.2
-                raise ProtocolError("a request begins with a request line")
             end = end_of_head(data, seen)
             if end < 0:
-                self._begun = data
+                if not seen:  # it has just begun
+                    self._since = self.server.time()
+                self._buffer, self._seen = data, len(data)
                 return
             self.head = head = parse_request_head(data[:end])
         except ProtocolError as error:
             self.refuse(APIError(error.status, f"Malformed request: {error}."))
             return
-        rest, self.length = data[end + 4 :], head.length or 0
-        self._body = Body(self.length) if self.length else NO_BODY
-        self._served, self._empty_lines, self._dropped = True, 0, 0
-        self._taken, self._since = len(rest), self._heard
+        rest, self.length, self.call_id = data[end + 4 :], head.length or 0, new_call_id()
+        self._buffer, self._seen = b"", 0
+        self._empty_lines, self._taken, self._since = 0, len(rest), self.server.time()
         if self.server.xheaders:
             self._believe(head)
         self.phase = FOLLOWS[self.phase][ClientPhase.READING]
         self._delegate = delegate = self.server.application.start_request(self.server, self)
-        waits = delegate.headers_received(START_LINE, NO_HEADERS)
-        if waits is not None and not waits.done():
-            self._buffer = rest
+        waits = delegate.headers_received(None, NO_HEADERS)
+        if waits is not None:
             self._wait_for(waits)
-            waits.add_done_callback(self._invite)
         elif len(rest) == self.length and self.phase is ClientPhase.READING:  # as it mostly is
-            self.phase, self._body = FOLLOWS[self.phase][ClientPhase.ANSWERING], NO_BODY
+            self.phase = FOLLOWS[self.phase][ClientPhase.ANSWERING]
             if rest:
                 delegate.data_received(rest)
             if self._delegate is delegate:  # it was not refused
                 delegate.finish()
-        else:
-            self._invite()
-            self._read_body(rest)
-
-    def _invite(self, _: object = None) -> None:
-        """Have a client that was let in send the body for which it awaits a word (RFC 9110 section
-        10.1.1)."""
-        waits = not self._taken and self.phase is ClientPhase.READING and self.head.version == 1
-        if waits and self.head.get("expect").lower() == "100-continue":
-            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            return
+        self._body, self._buffer = Body(self.length), rest
 
     def _believe(self, head: RequestHead) -> None:
         """Take the address and protocol that a proxy in front tells (`--xheaders`), as Tornado's
         HTTPServer does: the last of X-Forwarded-For, or X-Real-Ip."""
         forwarded = head.get("x-forwarded-for").rpartition(",")[2].strip()
         address = head.get("x-real-ip") or forwarded
-        self.remote_ip = address if netutil.is_valid_ip(address) else self.peer or NO_ADDRESS
+        self.remote_ip = address if netutil.is_valid_ip(address) else self._own_address
         told = head.get("x-scheme") or head.get("x-forwarded-proto")
         scheme = told.rpartition(",")[2].strip().lower()
         self.protocol = scheme if scheme in DEFAULT_PORTS else self._own_protocol
 
-    def _read_body(self, data: bytes) -> None:
-        """Hand on a part of the present request's body, or drop it, and go on where it is whole."""
+    def _read_body(self) -> None:
+        """Hand on what is here of the present request's body, or drop it, and go on where it is
+        whole."""
         body, delegate = self._body, self._delegate
+        # Whoever is let in gets the word that he awaits before he sends a body (RFC 9110 section
+        # 10.1.1); whoever is refused may never send one.
+        awaits = not self._taken and delegate is not None and self.head.version == 1
+        if awaits and self.head.get("expect").lower() == "100-continue":
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         try:
-            payload, self._buffer = body.feed(data) if data else (b"", b"")
+            payload, self._buffer = body.feed(self._buffer)
         except ProtocolError as error:
-            self._refuse_present(APIError(error.status, f"Malformed request: {error}."))
+            self.refuse(APIError(error.status, f"Malformed request: {error}."))
             return
-        if self.phase is ClientPhase.READING and payload and delegate is not None:
+        if payload and delegate is not None:
             waits = delegate.data_received(payload)
             if waits is not None and not waits.done():
                 self._wait_for(waits)
                 return
-        elif self.phase is ClientPhase.DROPPING:
-            self._dropped += len(payload)
-            if self._dropped > DISCARD_LIMIT:
-                self._linger()
         if not body.complete:
-            if self._buffer:  # there is more than one turn of the loop may take
-                self._read_soon()
+            if delegate is None and (self._taken > DISCARD_LIMIT or self.head.get("expect")):
+                self._linger()
+            elif self._buffer:  # there is more than one turn of the loop may take
+                self._wait_for(self.server.done)
+        elif self.phase is ClientPhase.DROPPING:
+            self.finish()
         elif self.phase is ClientPhase.READING and delegate is not None:
             self.phase = FOLLOWS[self.phase][ClientPhase.ANSWERING]
             delegate.finish()
-        elif self.phase is ClientPhase.DROPPING:
-            self._make_ready()
-
-    def _make_ready(self) -> None:
-        """The request is over, and its answer: make ready for the next."""
-        self.phase = FOLLOWS[self.phase][ClientPhase.WAITING]
-        self._delegate = None
-        self._since = self._heard = self.server.time()
-        self._taken = 0
-        if self._close_after:
-            self.transport.close()
-        elif self._buffer or self._reading_paused:
-            self._read_soon()
 
     def _wait_for(self, waits: asyncio.Future[None]) -> None:
-        """Read nothing more until this is done."""
-        self._waits_for = waits
-        self._update_reading()
+        """Read nothing more until this is done, and then in a turn of the loop of its own: one at a
+        time, or a client that sends much would have many."""
+        if self._waits_for is None:
+            self._waits_for = waits
+            waits.add_done_callback(self._go_on)
+            self._update_reading()
 
-        def go_on(_: object) -> None:
-            self._waits_for = None
-            self._read_on()
-
-        waits.add_done_callback(go_on)
+    def _go_on(self, _: object) -> None:
+        self._waits_for = None
+        self.data_received(b"")
 
     def _update_reading(self) -> None:
         """Read from the socket unless the delegate waits, or enough is here already; but notice
         then if the client leaves."""
-        pause = self._waits_for is not None or len(self._buffer) > PIPELINE_LIMIT
+        waits = self._waits_for is not None and not self._waits_for.done()
+        pause = waits or len(self._buffer) > PIPELINE_LIMIT
         if pause == self._reading_paused or self.phase is ClientPhase.GONE:
             return
         self._reading_paused = pause
@@ -3525,33 +3489,8 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             self.transport.pause_reading()
             self.server.hangups.watch(self)
         else:
-            self._since = self._heard = self.server.time()
-            self._taken = 0
             self.server.hangups.forget(self)
             self.transport.resume_reading()
-
-    def _read_soon(self) -> None:
-        """Read what is here already in a turn of its own, that others have theirs: one at a time,
-        or a client that sends much would have many."""
-        if not self._turn_is_due:
-            self._turn_is_due = True
-            self.server.loop.call_soon(self._read_on)
-
-    def _read_on(self) -> None:
-        self._turn_is_due = False
-        if self.phase is ClientPhase.WAITING and self._drained is None and self._buffer:
-            data, self._buffer = self._buffer, b""
-            self._read_head(data)
-        elif self.phase in (ClientPhase.READING, ClientPhase.DROPPING) and not self._waits_for:
-            self._read_body(self._buffer)
-        self._update_reading()
-
-    def _refuse_present(self, error: APIError) -> None:
-        """End a request that does not come to its end; what follows cannot be understood."""
-        self._close_after = True
-        if self.phase is ClientPhase.READING and self._delegate is not None:
-            self._delegate.refuse(error)
-        self._linger()
 
     def _linger(self) -> None:
         """Close so that the answer still arrives: data that meets a closed socket is answered with
@@ -3559,22 +3498,11 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         if self.phase in (ClientPhase.LINGERING, ClientPhase.GONE) or self.transport.is_closing():
             return
         self.phase = FOLLOWS[self.phase][ClientPhase.LINGERING]
+        self._since = self.server.time()
         self._buffer, self._waits_for = b"", None
         self._update_reading()
-        if self.transport.can_write_eof():
+        if self.transport.can_write_eof():  # TLS knows no half-closed connection
             self.transport.write_eof()
-        else:
-            self._close_once_silent()
-        self.server.loop.call_later(LINGER_TIMEOUT, self.transport.abort)
-
-    def _close_once_silent(self) -> None:
-        """TLS knows no half-closed connection; and what comes while it is being closed is gathered
-        by the loop, where what comes before is dropped."""
-        wait = LINGER_SILENCE - (self.server.time() - self._heard)
-        if wait > 0 and self.phase is not ClientPhase.GONE:
-            self.server.loop.call_later(wait, self._close_once_silent)
-        else:
-            self.transport.close()
 
 
 class HangupWatch:
@@ -3593,22 +3521,15 @@ class HangupWatch:
 
     def watch(self, connection: ServerConnection) -> None:
         """Abort the connection once the peer has closed or reset it."""
-        if self._epoll is not None and connection.descriptor not in self._watched:
-            self._watched[connection.descriptor] = connection
+        self._watched[connection.descriptor] = connection
+        if self._epoll is not None:
             self._epoll.register(connection.descriptor, select.EPOLLRDHUP | select.EPOLLONESHOT)
 
     def forget(self, connection: ServerConnection) -> None:
         """Watch it no longer."""
         if self._watched.pop(connection.descriptor, None) is not None and self._epoll is not None:
-            # Closing a socket takes it out of an epoll.
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError):  # closing a socket takes it out of an epoll
                 self._epoll.unregister(connection.descriptor)
-
-    def close(self) -> None:
-        """Free the epoll."""
-        if self._epoll is not None:
-            asyncio.get_running_loop().remove_reader(self._epoll.fileno())
-            self._epoll.close()
 
     def _hung_up(self) -> None:
         assert self._epoll is not None
@@ -3641,48 +3562,44 @@ class Server:
         files = MANY_FILES if files == resource.RLIM_INFINITY else files
         self.max_connections = max(1, (files - RESERVED_FILES) // 2)
         self._sites: collections.Counter[str] = collections.Counter()
-        self._open = 0
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._listening: list[socket.socket] = []
+        self._accepting: list[asyncio.Task[None]] = []
+        self._opening: set[asyncio.Task[None]] = set()
         self._sweep()
 
     def listen(self, sockets: Iterable[socket.socket], context: ssl.SSLContext | None) -> None:
         """Take connections from these sockets, over TLS where a context is given."""
         for listening in sockets:
             listening.listen(BACKLOG)
-            self._listening.append(listening)
-            self._do(self._accept(listening, context))
-
-    def _do(self, work: Coroutine[Any, Any, None]) -> None:
-        task = self.loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+            self._accepting.append(self.loop.create_task(self._accept(listening, context)))
 
     async def _accept(self, listening: socket.socket, context: ssl.SSLContext | None) -> None:
-        while True:
-            try:
-                client, peer = await self.loop.sock_accept(listening)
-            except ConnectionError:  # the client has left, which must not hold others up
-                continue
-            except OSError as error:
-                log.warning("%s: new connections wait a second; raise the limit", error.strerror)
-                await asyncio.sleep(ACCEPT_AGAIN)
-                continue
-            self._do(self._serve(client, peer[0] if isinstance(peer, tuple) else "", context))
+        with listening:
+            while True:
+                try:
+                    client, peer = await self.loop.sock_accept(listening)
+                except ConnectionError:  # the client has left, which must not hold others up
+                    continue
+                except OSError as error:
+                    log.warning("%s: connections wait a second; raise the limit", error.strerror)
+                    await asyncio.sleep(ACCEPT_AGAIN)
+                    continue
+                address = peer[0] if isinstance(peer, tuple) else ""
+                task = self.loop.create_task(self._open(client, address, context))
+                self._opening.add(task)
+                task.add_done_callback(self._opening.discard)
 
-    async def _serve(
-        self, client: socket.socket, peer: str, context: ssl.SSLContext | None
+    async def _open(
+        self, client: socket.socket, address: str, context: ssl.SSLContext | None
     ) -> None:
         """Count a connection in, which without a word costs some 100 KB over TLS, and open it."""
-        site, limit = site_of(peer), self.gateway.settings.max_connections_per_address
-        self._open += 1
+        connection = ServerConnection(self, address, secure=context is not None)
+        site, limit = connection.site, self.gateway.settings.max_connections_per_address
         self._sites[site] += 1
-        over = self._open - self.max_connections
+        over = len(self.connections) + len(self._opening) - self.max_connections
         message = "The gateway has as many connections as it can hold. Try again."
         if site and not self.xheaders and self._sites[site] - limit > over:
             over = self._sites[site] - limit
             message = f"Your address has more than {limit:,} connections open."
-        connection = ServerConnection(self, peer, secure=context is not None)
         timeout = self.gateway.settings.client_timeout if context is not None else None
         try:
             if over > REFUSALS:
@@ -3695,41 +3612,35 @@ class Server:
                 ssl_handshake_timeout=timeout,
                 ssl_shutdown_timeout=timeout,
             )
-        except OSError as failure:  # ssl.SSLError too; the loop closes the socket
-            log.debug("connection from %s: %s", peer, failure)
-            if connection not in self.connections:
+            if over > 0:
+                connection.refuse(APIError(429, message, headers=[("retry-after", "5")]))
+        except Exception as error:  # noqa: BLE001 - whatever it is, others are served
+            log.debug("connection from %s: %s", address, error)  # the loop closes the socket
+        finally:
+            if not hasattr(connection, "transport"):  # it was never made
                 self.leave(connection)
-            return
-        if over > 0:
-            connection.refuse(APIError(429, message, headers=[("retry-after", "5")]))
 
     def leave(self, connection: ServerConnection) -> None:
         """A connection is closed."""
-        if connection in self.connections:
-            self.hangups.forget(connection)
-            self.connections.remove(connection)
-        site = site_of(connection.peer)
-        self._open -= 1
-        self._sites[site] -= 1
-        if not self._sites[site]:
-            del self._sites[site]
+        self.connections.discard(connection)
+        self._sites[connection.site] -= 1
+        if not self._sites[connection.site]:
+            del self._sites[connection.site]
 
     def stop(self) -> None:
         """Take no further connections; those that ask for nothing close. One that is just sending a
         request is answered 503."""
-        for task in self._tasks:
+        for task in self._accepting:
             task.cancel()
-        for listening in self._listening:
-            listening.close()
         for connection in list(self.connections):
-            connection.close_if_idle()
+            if connection.is_idle:
+                connection.transport.close()
 
     def close(self) -> None:
         """Break what is left, and free all."""
         for connection in list(self.connections):
             connection.transport.abort()
         self._sweeper.cancel()
-        self.loop.call_soon(self.hangups.close)
 
     def _sweep(self) -> None:
         moment, settings = self.time(), self.gateway.settings
@@ -3743,12 +3654,8 @@ def site_of(address: str) -> str:
     """Who has an address: of IPv6 ones a site has 2**64, which all begin alike (RFC 6177)."""
     if ":" not in address:
         return address
-    try:
-        whole = ipaddress.IPv6Address(address.partition("%")[0])
-    except ValueError:
-        return address
-    mapped = whole.ipv4_mapped
-    return str(mapped) if mapped else str(ipaddress.IPv6Network((int(whole) >> 64 << 64, 64)))
+    whole = ipaddress.IPv6Address(address)
+    return str(whole.ipv4_mapped or whole.packed[:8].hex())
 
 
 # ─── Filters ──────────────────────────────────────────────────────────────────────────────────────
@@ -3778,8 +3685,8 @@ class Inflater:
 
     def slices(self, data: bytes) -> Iterator[bytes]:
         """What these bytes hold, INFLATE_SLICE at a time; what is not taken is lost."""
-        data, self.held = self.held + data, b""
-        while data:
+        data, self.held, full = self.held + data, b"", False
+        while data or full:  # then more may be waiting inside
             if self._decoder is None:
                 data = data.lstrip(b"\0")  # members may be padded (gzip's own manual)
                 if len(data) < 2:
@@ -3791,14 +3698,11 @@ class Inflater:
                     bits = zlib.MAX_WBITS if zlibs else -zlib.MAX_WBITS  # RFC 1950, 2.2
                 self._decoder = zlib.decompressobj(bits)
             plain = self._decoder.decompress(data, INFLATE_SLICE)
-            data = self._decoder.unconsumed_tail
-            while plain:
+            data, full = self._decoder.unconsumed_tail, len(plain) == INFLATE_SLICE
+            if plain:
                 yield plain
-                full = len(plain) == INFLATE_SLICE  # then more may be waiting inside
-                plain = self._decoder.decompress(data, INFLATE_SLICE) if full else b""
-                data = self._decoder.unconsumed_tail
             if self._decoder.eof:
-                data, self._decoder = self._decoder.unused_data, None
+                data, full, self._decoder = self._decoder.unused_data, False, None
 
     @property
     def is_whole(self) -> bool:
@@ -3861,89 +3765,22 @@ class Meter(ResponseFilter):
         self.measured = Measured()
         self._on_result = on_result
         self._room = room
-        self._asked = self._lines = 0
+        self._lines = 0
         self._whole = on_result is None and not content_type.lower().startswith(EVENT_STREAM)
-        # Of a line that has not ended, or of the message; None where it is too long.
-        self._held: list[bytes] | None = []
-        self._size = 0
+        self._held = bytearray()  # of a line that has not ended, or of the message
+        self._passed_over = 0  # bytes of one that is too long, of which nothing is held
 
     def feed(self, data: bytes) -> bytes:
-        if self.measured.blind:
+        measured, lines = self.measured, data
+        if measured.blind:
             return data
-        if self._whole:
-            self._hold(data)
-        elif self._size == 0 and data.endswith(b"\n") and len(data) <= MAX_LINE:
-            self._read(data)
-        elif last := max(data.rfind(b"\n"), data.rfind(b"\r")) + 1:
-            end = min(at for at in (data.find(b"\n"), data.find(b"\r")) if at >= 0) + 1
-            lines, ends = data[end:last], [data[:end]]
-            if len(lines) > MAX_LINE:
-                ends += lines.splitlines(keepends=True)
-            for line in ends:
-                self._hold(line)
-                self._read_line(*self._ended())
-            if 0 < len(lines) <= MAX_LINE:
-                self._read(lines)
-            self._hold(data[last:])
-        else:
-            self._hold(data)
-        return data
-
-    def finish(self, complete: bool) -> bytes:
-        if not self._size:
-            return b""
-        size, held = self._ended()
-        if self.measured.blind:
-            pass
-        elif not self._whole:
-            if complete or self._on_result is None:
-                self._read_line(size, held)
-        elif complete and held:
-            self.measured = measured_message(read_members(held, AnswerMembers), size)
-        else:
-            self.measured.seen = size
-        return b""
-
-    def _hold(self, data: bytes) -> None:
-        """Keep a beginning until its end comes; of one that is too long only the size."""
-        self._size += len(data)
-        if self._held is None or not data:
-            return
-        more = self._size - UNASKED_LINE - self._asked
-        if self._size > MAX_LINE or (more > 0 and not self._room(more)):
-            self._held = None
-            self._leave_room()
-            return
-        self._held.append(data)
-        self._asked += max(0, more)
-
-    def _leave_room(self) -> None:
-        asked, self._asked = self._asked, 0
-        if asked:
-            self._room(-asked)
-
-    def _ended(self) -> tuple[int, bytes | None]:
-        """The size of what has come to its end, and what it is; None where it was too long."""
-        size, held = self._size, self._held
-        self._size, self._held = 0, []
-        self._leave_room()
-        return size, None if held is None else b"".join(held)
-
-    def _read_line(self, size: int, line: bytes | None) -> None:
-        if line is not None:
-            self._read(line)
-        elif self._on_result is None:
-            self.measured.seen += size
-        else:
-            self._lines += 1
-            self._on_result(self._lines, Measured(seen=size))
-
-    def _read(self, lines: bytes) -> None:
-        """Look at whole lines; most of a stream's are deltas, and only their text counts."""
+        holds = self._whole or self._held or self._passed_over
+        if holds or len(data) > MAX_LINE or not data.endswith(b"\n"):
+            lines = self._complete(data)
         if self._on_result is not None:
             self._read_results(lines, self._on_result)
-            return
-        measured = self.measured
+            return data
+        # Most of a stream's lines are deltas, and only their text counts.
         for name, text in DELTA_TEXT.findall(lines):
             size = text_size(text) if b"\\" in text else len(text)
             measured.seen += size
@@ -3953,7 +3790,7 @@ class Meter(ResponseFilter):
             measured.empty = False
             measured.thinks = measured.thinks or THINKING_START.search(lines) is not None
         if b'"usage"' not in lines:
-            return
+            return data
         for line in lines.splitlines():
             if b'"usage"' not in line or not line.startswith(b"data:"):
                 continue
@@ -3972,6 +3809,56 @@ class Meter(ResponseFilter):
                         measured.usage[field_name] = value
             if isinstance(delta, dict) and isinstance(delta.get("stop_reason"), str):
                 measured.stop_reason, measured.final = delta["stop_reason"], bool(measured.usage)
+        return data
+
+    def finish(self, complete: bool) -> bytes:
+        size = self._passed_over + len(self._held)
+        if not size:
+            return b""
+        if not self._whole and (complete or self._on_result is None):
+            self.feed(b"\n")  # which ends the last line
+        held, self._passed_over = self._take(), 0
+        if self._whole and not self.measured.blind:
+            message = read_members(held, AnswerMembers) if complete and held else None
+            self.measured = measured_message(message, size)
+        return b""
+
+    def _complete(self, data: bytes) -> bytes:
+        """The lines that end in these bytes. What stands behind them is held until its end comes;
+        of what is too long only the size counts."""
+        end = 0 if self._whole else max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
+        lines, rest = data[:end], data[end:]
+        if end and self._passed_over:
+            first = lines.splitlines(keepends=True)[0]
+            self._count_long(self._passed_over + len(first))
+            self._passed_over, lines = 0, lines[len(first) :]
+        elif end:
+            lines = self._take() + lines
+        if len(lines) > MAX_LINE:
+            for line in lines.splitlines(keepends=True):
+                self._count_long(len(line)) if len(line) > MAX_LINE else self.feed(line)
+            lines = b""
+        size = len(self._held) + len(rest)
+        more = size - max(UNASKED_LINE, len(self._held))
+        if self._passed_over or size > MAX_LINE or (more > 0 and not self._room(more)):
+            self._passed_over += len(self._take()) + len(rest)
+        else:
+            self._held += rest
+        return lines
+
+    def _take(self) -> bytes:
+        """What is held, and is no longer."""
+        held, self._held = bytes(self._held), bytearray()
+        if len(held) > UNASKED_LINE:
+            self._room(UNASKED_LINE - len(held))
+        return held
+
+    def _count_long(self, size: int) -> None:
+        if self._on_result is None:
+            self.measured.seen += size
+        elif not self.measured.blind:
+            self._lines += 1
+            self._on_result(self._lines, Measured(seen=size))
 
     def _read_results(self, lines: bytes, on_result: Callable[[int, Measured], None]) -> None:
         for line in filter(bytes.strip, lines.splitlines()):
@@ -4047,7 +3934,6 @@ def go_blind(filters: Iterable[ResponseFilter]) -> None:
             each.measured.blind = True
 
 
-SLICES_A_TURN = 4  # of a compressed answer, before the loop does something else
 MAX_WITHHELD = 1 * MIB  # of one whose reads all end as if the real key began there
 
 
@@ -4068,12 +3954,12 @@ class Inside:
             if mask is not None:  # names and comments of gzip are not compressed
                 mask.look(data)
             try:
-                for number, plain in enumerate(self._inflater.slices(fresh), start=1):
+                for number, plain in enumerate(self._inflater.slices(fresh)):
+                    if number:
+                        await asyncio.sleep(0)
                     if mask is not None:
                         self._looked_at = mask.look(self._looked_at + plain)
                     through(self._filters, plain, False)
-                    if number % SLICES_A_TURN == 0:
-                        await asyncio.sleep(0)
             except zlib.error:  # not in the coding that it says; its bytes are masked as they are
                 self._inflater = None
                 go_blind(self._filters)
@@ -5028,7 +4914,8 @@ class BaseHandler(web.RequestHandler):
             case web.HTTPError(status_code=405):
                 return APIError(405, f"{path} does not take {method}.")
             case web.HTTPError(status_code=status):
-                return APIError(status if status in ERROR_TYPES else 400, reason(status))
+                phrase = http.client.responses.get(status, "Unknown")
+                return APIError(status if status in ERROR_TYPES else 400, phrase)
         log.error("call %s failed", self.call_id, exc_info=error)
         return APIError(500, FAILED_HERE)
 
@@ -5420,9 +5307,8 @@ class RelayHandler(BaseHandler):
         visit, gateway = self._visit, self.gateway
         if head.status < 200:
             if visit.head.version == 1 and visit.phase is RequestPhase.FETCHED:
-                start, fields = self._answer_head(head, ())
-                line = f"HTTP/1.1 {head.status} {start.reason}"
-                self.request.connection.transport.write(head_bytes(line, fields.lines))
+                early = head_bytes(*self._answer_head(head, ()))
+                self.request.connection.transport.write(early)
             return
         visit.answer, visit.record.status = head, head.status
         visit.record.answered = gateway.time()
@@ -5635,9 +5521,8 @@ class RelayHandler(BaseHandler):
             own = [("x-litellm-call-id", self.call_id)]
             for tell in self.gateway.rules.fields:
                 own += tell(visit, visit.answer)
-            start, fields = self._answer_head(visit.answer, own)
-            fields.length = upstream.length
-            room = connection.write_headers(start, fields, data)
+            start, lines = self._answer_head(visit.answer, own)
+            room = connection.write_head(start, lines, upstream.length, data)
         elif data:
             room = connection.write(data)
         if not complete:
@@ -5647,9 +5532,9 @@ class RelayHandler(BaseHandler):
 
     def _answer_head(
         self, head: ResponseHead, own: Sequence[tuple[str, str]]
-    ) -> tuple[httputil.ResponseStartLine, RawFields]:
-        """An answer's head as the client gets it: without hop-by-hop fields, with the gateway's own
-        in the place of those of their names, and the real key masked."""
+    ) -> tuple[str, list[str]]:
+        """An answer's start line and field lines as the client gets them: without hop-by-hop
+        fields, with the gateway's own in the place of those of their names, the real key masked."""
         unwanted, mask, phrase, lines = head.options, self._visit.mask, head.reason, []
         if own:
             unwanted = unwanted.union(map(operator.itemgetter(0), own))
@@ -5660,7 +5545,7 @@ class RelayHandler(BaseHandler):
             phrase, lines = mask.mask_text(phrase), [mask.mask_text(line) for line in lines]
         for name, value in own:
             lines.append(f"{name}: {value}")
-        return httputil.ResponseStartLine("", head.status, phrase), RawFields(lines, 0)
+        return f"HTTP/1.1 {head.status} {phrase}", lines
 
     @property
     def is_streaming(self) -> bool:

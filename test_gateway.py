@@ -3827,7 +3827,7 @@ def test_a_long_line_is_counted_the_same_however_it_is_split() -> None:
         meter = gateway.Meter(kind)
         for _ in range(100):
             meter.feed(b"data: " + b"x" * MIB)
-            assert sum(map(len, meter._held or [])) <= gateway.MAX_LINE
+            assert len(meter._held) <= gateway.MAX_LINE
     row = {"result": {"message": {"model": OPUS, "usage": usage_of(1, 2)}}}
     long = {**row, "padding": "x" * gateway.MAX_LINE}
     body = b"".join(json.dumps(r).encode() + b"\n" for r in (row, long, row))
