@@ -1732,7 +1732,7 @@ class Hold:
 
 
 Found = tuple[VirtualKey, str]  # a key, and its `VirtualKey.status`
-Charges = Iterable[tuple[str, Tally]]  # what was used, by model
+Charges = Sequence[tuple[str, Tally]]  # what was used, by model
 
 
 class Ledger(Protocol):
@@ -2017,9 +2017,9 @@ class FileLedger(Ledger):
             account.windows[pattern].held -= amount
         if hold.pays:
             account.last_active = moment_of(int(time.time()))
-            tally = account.usage.of(day_of(hold.started), model or NO_MODEL)
-            tally.requests += 1
-            tally.errors += failed
+            if not charges or charges[0][0] != model:
+                charges = [(model, Tally()), *charges]
+            charges[0][1].requests, charges[0][1].errors = 1, int(failed)
             self.charge(account, charges, hold.started)
 
     def charge(self, account: Account, charges: Charges, moment: datetime) -> VirtualKey | None:
@@ -2030,7 +2030,7 @@ class FileLedger(Ledger):
         bucket = account.buckets.get("tokens")
         for model, tally in charges:
             account.usage.of(day, model or NO_MODEL).add(tally)
-            for pattern in (ALL_MODELS, *key.model_max_budget):
+            for pattern in (ALL_MODELS, *key.model_max_budget) if tally.spend else ():
                 if not (model and pattern) or fnmatch.fnmatchcase(model, pattern):
                     key.spent(present, pattern)  # a window that is over ends
                     account.windows[pattern].spend += tally.spend
@@ -4126,6 +4126,11 @@ class Record:
         return row | {"request_tags": self.tags, "requester_ip_address": self.remote_ip}
 
 
+def log_record(record: Record) -> None:
+    """What log.info("%s", record) does, without looking up the line it was called from."""
+    log.handle(log.makeRecord(log.name, logging.INFO, "relay", 0, "%s", (record,), None))
+
+
 @dataclass(slots=True)
 class Histogram:
     """How long something took: seconds, counted in LATENCY_BUCKETS."""
@@ -4202,13 +4207,12 @@ OFFERED_CODINGS = ("gzip", "identity")  # of answers that are metered
 class Caller:
     """Who sends a request: the keys he showed and what goes upstream in their place.
 
-    ``hashed`` and ``key`` are None for the master key and in open mode. ``own`` is a credential of
+    ``key`` is None for the master key and in open mode. ``own`` is a credential of
     the caller's, as the header (name, value) it came in: then his account pays. ``presented`` is
     every key of this gateway that he showed; none of them may go upstream in any field.
     """
 
     presented: tuple[str, ...] = ()
-    hashed: str | None = None
     key: VirtualKey | None = None
     is_master: bool = False
     own: tuple[str, str] | None = None
@@ -4299,7 +4303,7 @@ class Doors:
                 if status != "active":
                     refused = refused or REFUSED_KEYS[status]
                 elif caller.key is None and not caller.is_master:
-                    caller.hashed, caller.key = key.account.hashed, key
+                    caller.key = key
             else:
                 own = OWN_CREDENTIAL_NAMES.get(header)  # it goes up in the field that it came in
                 if own and caller.own is None and credential.startswith(OWN_CREDENTIAL_PREFIX):
@@ -4445,7 +4449,7 @@ class Credentials(Rule):
             return
         visit.caller = caller = await gateway.doors.authenticate(head.values)
         if caller.key is not None:
-            record.key, record.hashed = caller.key, caller.hashed or ""
+            record.key, record.hashed = caller.key, caller.key.account.hashed
             record.shown_key = shown_name(caller.key.key_alias or caller.key.key_name)
             visit.payer = None if caller.own else caller.key
         elif caller.is_master:
@@ -4611,7 +4615,7 @@ class Limits(Rule):
         route = visit.route
         if head.status != 200 or not route.billed or not route.metered or route.batch:
             return ()
-        room = functools.partial(visit.gateway.held.find_room, visit.caller.hashed or "")
+        room = functools.partial(visit.gateway.held.find_room, visit.record.hashed)
         visit.meter = Meter(head.get("content-type"), room=room)
         return (visit.meter,)
 
@@ -4695,7 +4699,7 @@ class Batches(Rule):
         if visit.caller.key is not None:
             # One that nobody here made belongs to the key that first fetches its results.
             gateway.ledger.own_batch(visit.caller.key.account, batch)
-        room = functools.partial(gateway.held.find_room, visit.caller.hashed or "")
+        room = functools.partial(gateway.held.find_room, visit.record.hashed)
         visit.results = Meter("", functools.partial(gateway.batches.book_result, batch), room)
         return (visit.results,)
 
@@ -5170,11 +5174,6 @@ class Gateway:
         """Write what is not written, and free all."""
         self.client.close()
         await self.ledger.close()
-
-
-def log_record(record: Record) -> None:
-    """What log.info("%s", record) does, without looking up the line it was called from."""
-    log.handle(log.makeRecord(log.name, logging.INFO, "relay", 0, "%s", (record,), None))
 
 
 @web.stream_request_body
@@ -5800,15 +5799,15 @@ class InfoHandler(ManagementHandler):
     async def get(self) -> None:
         asked = self.query("key")
         caller = await self.gateway.doors.authenticate(self.request.head.values)
-        if caller.key is None or caller.hashed is None:
+        if caller.key is None:
             self.require_master()
             if not asked:
                 raise APIError(400, "Name the key: /key/info?key=…, the plain key or its hash.")
             hashed, record = self.existing(asked)
-        elif asked and self.ledger.find(asked) != (caller.hashed, caller.key):
+        elif asked and self.ledger.find(asked) != (caller.key.account.hashed, caller.key):
             raise APIError(403, "A virtual key may ask about itself only.")
         else:
-            hashed, record = caller.hashed, caller.key
+            hashed, record = caller.key.account.hashed, caller.key
         info = key_row(hashed, record, full=True)
         del info["token"], info["token_id"]
         self.send_json({"key": asked or hashed, "info": info})
