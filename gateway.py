@@ -584,8 +584,9 @@ KEY_PREFIX = "sk-"
 OWN_CREDENTIAL_PREFIX = "sk-ant-"  # every credential that Anthropic issues begins so
 KEY_BYTES = 16  # LiteLLM: "sk-" and secrets.token_urlsafe(16), 22 characters
 MIN_KEY_LENGTH, MAX_KEY_LENGTH = 16, 256  # of keys that a caller chooses; LiteLLM's minimum
-# Without what ends or escapes a string, so that it is known in a log line that has one.
-PRINTABLE_KEY = re.compile(r'sk-(?:(?!["\\])[\x21-\x7e]){1,253}')
+# A key that a caller chooses: not as Anthropic's are, and without what ends or escapes a string, so
+# that it is known in a log line that has one.
+CHOSEN_KEY = re.compile(r"sk-(?!ant-)[!#-\[\]-~]{13,253}")
 KEY_LIKE = re.compile(r"sk-[^\s\"\\]{13,}")  # with its prefix 16 characters or more
 WORD_ENDS = re.compile(r'[\s"]')
 SHOWN_LENGTH = 200  # characters of a text that a log line shows
@@ -742,10 +743,10 @@ MAX_LIMIT = 10**12  # of requests and tokens a minute, and of USD
 
 
 def read_amount(value: Any) -> Decimal:
-    """A number from 0 up; what has a point was read as Decimal."""
-    if type(value) not in (int, Decimal) or not 0 <= value <= MAX_LIMIT:
+    """A number from 0 up; a float as its shortest digits say."""
+    if type(value) not in (int, float) or not 0 <= value <= MAX_LIMIT:
         raise ValueError
-    return Decimal(value)
+    return Decimal(str(value))
 
 
 def read_window(value: Any) -> str | None:
@@ -786,16 +787,11 @@ def budget_rows(budgets: Mapping[str, ModelBudget], amount: Converter = float) -
     return {p: dict(zip(names, (amount(b.limit), b.duration))) for p, b in budgets.items()}
 
 
-STRING, MAPPING = functools.partial(exactly, str), functools.partial(exactly, dict)
+STRING = functools.partial(exactly, str)
 NAME = Kind("a string", STRING, empty=str)
 TEXT = Kind("a string", lambda value: STRING(value) or None)
 FLAG = Kind("true or false", functools.partial(exactly, bool), empty=bool)
-OBJECT = Kind(
-    "an object",
-    lambda value: json.loads(json.dumps(MAPPING(value), default=float)),
-    load=MAPPING,
-    empty=dict,
-)
+OBJECT = Kind("an object", functools.partial(exactly, dict), empty=dict)
 TEXTS = Kind("a list of strings", read_texts, empty=list)
 ROUTES = Kind(
     "paths that begin with '/', with '*' for any text",
@@ -6240,7 +6236,6 @@ def shown_text(visit: Visit, text: str) -> str:
 # ─── Management ───────────────────────────────────────────────────────────────────────────────────
 
 MAX_PAGE_SIZE = 100  # LiteLLM's limit on /key/list
-MAX_DIGITS = 40  # of a number with a point or an exponent
 MAX_OWN_DEPTH = 50  # of JSON in requests to the gateway itself
 
 
@@ -6254,33 +6249,26 @@ class NotFoundHandler(BaseHandler):
 class ManagementHandler(BaseHandler):
     """What only the master key may do. Raises 401 without a key, 403 with any other."""
 
-    keeps_body = True
-
-    @property
-    def ledger(self) -> FileLedger:
-        """The keys."""
-        return self.gateway.ledger
-
     def prepare(self) -> None:
         super().prepare()
-        self.require_master()
-        self.ledger.notice_edit()
-
-    def require_master(self) -> None:
-        """Let the master key pass, in any of CREDENTIAL_HEADERS."""
-        doors = self.gateway.doors
+        doors, ledger = self.gateway.doors, self.gateway.ledger
         if not doors.has_master:
             raise APIError(403, "No master key is set: start with GATEWAY_MASTER_KEY to have one.")
-        shown = [credential for _, credential in candidates(self.request.head.values)]
-        if any(doors.is_master(hash_key(credential)) for credential in shown):
-            return
-        if any(self.ledger.lookup(hash_key(credential)) for credential in shown):
-            raise APIError(403, "Only the master key may do this; a virtual key was sent.")
-        raise APIError(401, "Send the master key as 'Authorization: Bearer' or 'x-api-key'.")
+        shown = [hash_key(credential) for _, credential in candidates(self.request.head.values)]
+        if not any(map(doors.is_master, shown)):
+            if any(map(ledger.lookup, shown)):
+                raise APIError(403, "Only the master key may do this; a virtual key was sent.")
+            raise APIError(401, "Send the master key as 'Authorization: Bearer' or 'x-api-key'.")
+        ledger.notice_edit()
 
-    def existing(self, key_or_hash: str = "", alias: str = "") -> tuple[str, VirtualKey]:
-        """The key that is addressed so. Raises APIError 404 where there is none."""
-        found = self.ledger.find(key_or_hash, alias)
+    def addressed(self, body: dict[str, Any]) -> tuple[str, VirtualKey]:
+        """The key that ``key`` (plain or hash) or else ``key_alias`` names; the name is taken out
+        of the body. Raises APIError 400 or 404."""
+        by_alias = body.get("key") is None
+        named = body.pop("key_alias" if by_alias else "key", None)
+        if not isinstance(named, str) or not named:
+            raise APIError(400, "'key' must name a key: the plain key or its hash.")
+        found = self.gateway.ledger.find(named, alias=named if by_alias else "")
         if found is None:
             raise APIError(404, "Key not found.")
         return found
@@ -6320,14 +6308,6 @@ def key_row(hashed: str, key: VirtualKey, *, full: bool = False) -> dict[str, An
     return row
 
 
-def read_number(text: str) -> Decimal:
-    """A number with a point or an exponent. Raises ValueError for one that no float can be."""
-    number = Decimal(text) if len(text) <= MAX_DIGITS else None
-    if number is None or not math.isfinite(float(text)) or number.adjusted() < -MAX_DIGITS:
-        raise ValueError("a number is too large, too small or too long")
-    return number
-
-
 def is_nested(value: object, levels: int) -> bool:
     """Whether a JSON value has more levels than that."""
     if not isinstance(value, dict | list):
@@ -6349,13 +6329,15 @@ def key_changes(body: Mapping[str, Any], prices: Prices) -> dict[str, Any]:
 
 
 class KeyHandler(ManagementHandler):
-    """POST /key/{deed} and /key/{key}/{deed}: makes and changes keys, as `deeds` lists. ``key``
-    (plain or hash) or else ``key_alias`` names the key in the body. Null clears a field."""
+    """POST /key/{deed} and /key/{key}/{deed}: makes and changes keys, as `deeds` lists.
+    Null clears a field."""
+
+    keeps_body = True
 
     async def post(self, *path: str) -> None:
         try:
-            text = self.request.body or b"{}"
-            body = json.loads(text, parse_constant=refuse_constant, parse_float=read_number)
+            body = json.loads(self.request.body or b"{}")
+            json.dumps(body, allow_nan=False)  # which is no JSON, nor is what no float can be
         except (ValueError, RecursionError) as error:
             raise APIError(400, f"The body is not JSON: {error}.") from None
         if not isinstance(body, dict) or is_nested(body, MAX_OWN_DEPTH):
@@ -6365,27 +6347,16 @@ class KeyHandler(ManagementHandler):
             body["key"] = named[0]
         self.send_json(await self.deeds[deed](self, body))
 
-    def addressed(self, body: dict[str, Any]) -> tuple[str, VirtualKey]:
-        """The key that the body names; the name is taken out of it. Raises APIError 400 or 404."""
-        key = body.pop("key", None)
-        named = body.pop("key_alias", None) if key is None else key
-        if not isinstance(named, str) or not named:
-            raise APIError(400, "'key' must name a key: the plain key or its hash.")
-        return self.existing(alias=named) if key is None else self.existing(named)
-
     def chosen(self, value: Any) -> str:
         """A key that the caller chose, or a fresh one. Raises APIError 400."""
         if value is None:
             return new_key()
-        key = value if isinstance(value, str) and PRINTABLE_KEY.fullmatch(value) else ""
-        if len(key) < MIN_KEY_LENGTH:
+        if not isinstance(value, str) or not CHOSEN_KEY.fullmatch(value):
             rule = f"{MIN_KEY_LENGTH} to {MAX_KEY_LENGTH} ASCII characters, no quote or backslash"
-            raise APIError(400, f"'key' must begin 'sk-' and have {rule}.")
-        if key.startswith(OWN_CREDENTIAL_PREFIX):
-            raise APIError(400, f"'key' must not begin {OWN_CREDENTIAL_PREFIX!r}: Anthropic's do.")
-        if self.ledger.lookup(hash_key(key)) is not None:
+            raise APIError(400, f"'key' must begin 'sk-', not 'sk-ant-' as Anthropic's do: {rule}.")
+        if self.gateway.ledger.lookup(hash_key(value)) is not None:
             raise APIError(400, "'key' exists already; choose another, or leave it out.")
-        return key
+        return value
 
     def changed(
         self, record: VirtualKey, body: Mapping[str, Any], hashed: str = "", **more: Any
@@ -6394,7 +6365,7 @@ class KeyHandler(ManagementHandler):
         and where a budget cannot be kept, since nobody has said that the key may overspend."""
         changes = key_changes(body, self.gateway.prices)
         key = dataclasses.replace(record, **changes, **more, updated_at=now())
-        taken = self.ledger.find("", changes.get("key_alias") or "")
+        taken = self.gateway.ledger.find("", changes.get("key_alias") or "")
         if taken is not None and taken[0] != hashed:
             raise APIError(400, "'key_alias' is taken by another key.")
         named = [pattern for pattern in key.allowed_routes if unmetered(pattern)]
@@ -6404,24 +6375,25 @@ class KeyHandler(ManagementHandler):
         return key
 
     async def keep(
-        self, hashed: str, record: VirtualKey, what: str, *, old: str = "", **shown: Any
+        self, old: str, hashed: str, record: VirtualKey, what: str, **shown: Any
     ) -> dict[str, Any]:
-        """Keep a key's record (in an old hash's place), log ``what`` was done, and give its row."""
-        await self.ledger.change({old: None, hashed: record} if old else {hashed: record})
+        """Keep a key's record, in the place of its old hash; log ``what`` was done, and answer."""
+        await self.gateway.ledger.change({old: None, hashed: record})
         log.info("key %s %s", record.shown_name, what)
         return key_row(hashed, record) | shown
 
     async def generate(self, body: dict[str, Any]) -> dict[str, Any]:
         """LiteLLM's request and response; no other answer has the plain key."""
         key = self.chosen(body.pop("key", None))
-        record = self.changed(VirtualKey(key_name(key), created_at=now()), body)
-        return await self.keep(hash_key(key), record, "made", key=key)
+        record, hashed = VirtualKey(key_name(key), created_at=now()), hash_key(key)
+        return await self.keep(hashed, hashed, self.changed(record, body), "made", key=key)
 
     async def update(self, body: dict[str, Any]) -> dict[str, Any]:
         """Change the fields that the body has."""
         hashed, record = self.addressed(body)
-        record, names = self.changed(record, body, hashed), [n for n in SETTABLE if n in body]
-        return await self.keep(hashed, record, f"updated: {', '.join(names)}", key=hashed)
+        what = f"updated: {', '.join(name for name in SETTABLE if name in body)}"
+        record = self.changed(record, body, hashed)
+        return await self.keep(hashed, hashed, record, what, key=hashed)
 
     async def regenerate(self, body: dict[str, Any]) -> dict[str, Any]:
         """A new value for a key, that keeps all else: ``new_key``, or a fresh one. For a duration
@@ -6432,19 +6404,19 @@ class KeyHandler(ManagementHandler):
         retired = {name: until for name, until in record.retired.items() if until > moment}
         retired[old] = grace or moment
         record = self.changed(record, body, old, key_name=key_name(value), retired=retired)
-        return await self.keep(hash_key(value), record, "regenerated", old=old, key=value)
+        return await self.keep(old, hash_key(value), record, "regenerated", key=value)
 
     async def block(self, body: dict[str, Any], blocked: bool = True) -> dict[str, Any]:
         """Refuse a key, or take it again."""
         hashed, record = self.addressed(body)
         record = dataclasses.replace(record, blocked=blocked, updated_at=now())
-        return await self.keep(hashed, record, "blocked" if blocked else "unblocked")
+        return await self.keep(hashed, hashed, record, "blocked" if blocked else "unblocked")
 
     async def reset_spend(self, body: dict[str, Any]) -> dict[str, Any]:
         """Set what was spent in the present window to ``reset_to`` USD (0)."""
         hashed, record = self.addressed(body)
         amount = AMOUNT.parse("reset_to", body.get("reset_to")) or ZERO
-        await self.ledger.reset_spend(hashed, amount)
+        await self.gateway.ledger.reset_spend(hashed, amount)
         log.info("key %s: spend set to $%s", record.shown_name, dollars(amount))
         return key_row(hashed, record)
 
@@ -6453,10 +6425,12 @@ class KeyHandler(ManagementHandler):
         keys, aliases = (TEXTS.parse(name, body.get(name)) for name in ("keys", "key_aliases"))
         if not keys and not aliases:
             raise APIError(400, "Name the keys to delete in 'keys' or 'key_aliases'.")
-        found = [*map(self.existing, keys), *(self.existing(alias=alias) for alias in aliases)]
+        named = [{"key": key} for key in keys] + [{"key_alias": alias} for alias in aliases]
+        found = dict(map(self.addressed, named))
         gone: dict[str, Any] = {"deleted_at": now(), "retired": {}}
-        await self.ledger.change({h: dataclasses.replace(key, **gone) for h, key in found})
-        for _, record in found:
+        changes = {hashed: dataclasses.replace(key, **gone) for hashed, key in found.items()}
+        await self.gateway.ledger.change(changes)
+        for record in found.values():
             log.info("key %s deleted", record.shown_name)
         return {"deleted_keys": [*keys, *aliases]}
 
@@ -6469,8 +6443,6 @@ class KeyHandler(ManagementHandler):
 class InfoHandler(ManagementHandler):
     """GET /key/info?key=: LiteLLM's ``{"key", "info"}``. A virtual key may ask about itself."""
 
-    keeps_body = False
-
     def prepare(self) -> None:
         BaseHandler.prepare(self)  # `get` decides, since a key may ask about itself
 
@@ -6478,11 +6450,9 @@ class InfoHandler(ManagementHandler):
         asked = self.query("key")
         caller = await self.gateway.doors.authenticate(self.request.head.values)
         if caller.key is None or caller.hashed is None:
-            self.require_master()
-            if not asked:
-                raise APIError(400, "Name the key: /key/info?key=…, the plain key or its hash.")
-            hashed, record = self.existing(asked)
-        elif asked and self.ledger.find(asked) != (caller.hashed, caller.key):
+            super().prepare()
+            hashed, record = self.addressed({"key": asked})
+        elif asked and self.gateway.ledger.find(asked) != (caller.hashed, caller.key):
             raise APIError(403, "A virtual key may ask about itself only.")
         else:
             hashed, record = caller.hashed, caller.key
@@ -6491,16 +6461,10 @@ class InfoHandler(ManagementHandler):
         self.send_json({"key": asked or hashed, "info": info})
 
 
-def read_ordinal(text: str) -> int:
-    """A number that counts from 1."""
-    if not re.fullmatch(r"0*[1-9][0-9]{0,8}", text, re.ASCII):
-        raise ValueError
-    return int(text)
-
-
-ORDINAL = Kind("a whole number from 1", read_ordinal)
-DAY = Kind("a date like 2026-11-22", lambda text: day_of(datetime.strptime(text, "%Y-%m-%d")))
 REPORT_GROUPS = ("api_key", "model", "team", "user", "day")
+REPORT_GROUP = Kind(f"one of {', '.join(REPORT_GROUPS)}", REPORT_GROUPS.index)
+ORDINAL = Kind("a whole number from 1", lambda text: int(read_amount(int(text) - 1)) + 1)
+DAY = Kind("a date like 2026-11-22", lambda text: day_of(datetime.strptime(text, "%Y-%m-%d")))
 
 
 class ReportHandler(ManagementHandler):
@@ -6514,14 +6478,12 @@ class ReportHandler(ManagementHandler):
         ``team_id``, ``key_alias``, ``key_hash``. ``page`` counts from 1; ``size`` is up to 100."""
         page, size = self.query("page", ORDINAL, 1), self.query("size", ORDINAL, 10)
         size = min(size, MAX_PAGE_SIZE)
-        wanted, names = self.query("key_hash"), ("user_id", "team_id", "key_alias")
-        filters = [(name, value) for name in names if (value := self.query(name))]
-        rows = [
-            (hashed, key)
-            for hashed, key in self.ledger.live()
-            if wanted in ("", hashed)
-            and all(getattr(key, name) == value for name, value in filters)
-        ]
+        rows = list(self.gateway.ledger.live())
+        if wanted := self.query("key_hash"):
+            rows = [row for row in rows if row[0] == wanted]
+        for name in ("user_id", "team_id", "key_alias"):
+            if wanted := self.query(name):
+                rows = [row for row in rows if getattr(row[1], name) == wanted]
         shown = rows[(page - 1) * size : page * size]
         full = self.query("return_full_object").lower() == "true"
         keys = [key_row(*row, full=True) if full else row[0] for row in shown]
@@ -6530,7 +6492,7 @@ class ReportHandler(ManagementHandler):
 
     def list_spend(self) -> list[dict[str, Any]]:
         """Every key's row, those that spent most first."""
-        rows = [key_row(hashed, key) for hashed, key in self.ledger.keys.items()]
+        rows = [key_row(hashed, key) for hashed, key in self.gateway.ledger.keys.items()]
         return sorted(rows, key=lambda row: -row["spend"])
 
     def sum_spend(self) -> list[dict[str, Any]]:
@@ -6538,17 +6500,15 @@ class ReportHandler(ManagementHandler):
         group (``group_by`` one of REPORT_GROUPS): its name under that name, and every count."""
         first = self.query("start_date", DAY, day_of(now() - timedelta(days=29)))
         last = self.query("end_date", DAY, day_of(now()))
-        group = self.query("group_by", default="api_key")
-        if group not in REPORT_GROUPS:
-            raise APIError(400, f"'group_by' must be one of {', '.join(REPORT_GROUPS)}.")
-        sums: dict[str, Tally] = {}
-        for hashed, key in self.ledger.keys.items():
+        index, sums = self.query("group_by", REPORT_GROUP, 0), dict[str, Tally]()
+        keys = self.gateway.ledger.keys
+        for hashed, key in keys.items():
             for day, model, tally in key.account.usage.days(first, last):
                 names = (hashed, model, key.team_id or "", key.user_id or "", day)
-                sums.setdefault(names[REPORT_GROUPS.index(group)], Tally()).add(tally)
-        rows = [{group: name, **tally_row(tally)} for name, tally in sums.items()]
-        for row in rows if group == "api_key" else ():
-            key = self.ledger.keys[row["api_key"]]
+                sums.setdefault(names[index], Tally()).add(tally)
+        rows = [{REPORT_GROUPS[index]: name, **tally_row(tally)} for name, tally in sums.items()]
+        for row in rows if REPORT_GROUPS[index] == "api_key" else ():
+            key = keys[row["api_key"]]
             row |= {"key_alias": key.key_alias, "key_name": key.key_name}
         return sorted(rows, key=lambda row: -row["spend"])
 
@@ -6652,18 +6612,16 @@ class MetricsHandler(ManagementHandler):
     key, to a key whose ``allowed_routes`` name it, and with --open-metrics and in open mode to all.
     501 where the package prometheus-client is not installed."""
 
-    keeps_body = False
-
     def prepare(self) -> None:
         BaseHandler.prepare(self)
         if self.gateway.settings.open_metrics or self.gateway.doors.is_open:
             return
         for _, credential in candidates(self.request.head.values):
-            found = self.ledger.lookup(hash_key(credential))
+            found = self.gateway.ledger.lookup(hash_key(credential))
             for route in found[1].allowed_routes if found and found[2] == "active" else ():
                 if route.startswith(METRICS_PATH) and fnmatch.fnmatchcase(METRICS_PATH, route):
                     return  # a mere "*" does not name it
-        self.require_master()
+        super().prepare()
 
     def get(self) -> None:
         try:
