@@ -105,7 +105,7 @@ from tornado import escape, httputil, netutil, web
 from tornado.httpclient import AsyncHTTPClient, HTTPRequest, HTTPResponse
 from tornado.httpserver import HTTPServer
 from tornado.iostream import StreamClosedError
-from tornado.log import LogFormatter, define_logging_options
+from tornado.log import define_logging_options
 from tornado.netutil import bind_sockets
 from tornado.options import Error as OptionError
 from tornado.options import OptionParser
@@ -5833,8 +5833,8 @@ class Gateway:
 
 
 def log_record(record: Record) -> None:
-    """What log.info("%s", record) does, without looking up the line it was called from."""
-    log.handle(log.makeRecord(log.name, logging.INFO, "relay", 0, "%s", (record,), None))
+    """What log.info(record) does, without looking up the line it was called from."""
+    log.handle(log.makeRecord(log.name, logging.INFO, "relay", 0, record, (), None))
 
 
 @web.stream_request_body
@@ -6692,65 +6692,58 @@ class JSONFormatter(logging.Formatter):
     """A log line as a JSON object: ``time``, ``level``, and a relayed request's LOG_FIELDS or a
     ``message`` (with ``exception``, where there was one)."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        line = {"time": moment.replace("+00:00", "Z"), "level": record.levelname.lower()}
-        subject = record.args[0] if isinstance(record.args, tuple) and record.args else None
-        if isinstance(subject, Record):
-            line |= {name: get(subject) for name, get in LOG_FIELDS.items()}
+    def format(self, line: logging.LogRecord) -> str:
+        moment = datetime.fromtimestamp(line.created, UTC).isoformat(timespec="milliseconds")
+        shown = {"time": moment.replace("+00:00", "Z"), "level": line.levelname.lower()}
+        if isinstance(line.msg, Record):
+            shown |= {name: get(line.msg) for name, get in LOG_FIELDS.items()}
         else:
-            line["message"] = record.getMessage()
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line)
+            shown["message"] = line.getMessage()
+        if line.exc_info:
+            shown["exception"] = self.formatException(line.exc_info)
+        return json.dumps(shown)
 
 
 class MaskingFormatter(logging.Formatter):
     """What another formatter makes of a line, with the secrets masked and everything in it
-    abbreviated that looks like a key, whoever wrote the line."""
+    abbreviated that looks like a key, whoever wrote the line. What stands around a relayed request
+    is made once a second."""
 
     def __init__(self, inner: logging.Formatter | None, *secrets: str) -> None:
         super().__init__()
-        self.inner = inner or logging.Formatter()
+        self._inner = inner or logging.Formatter()
         self._secrets = [secret for secret in secrets if len(secret) >= MIN_SECRET_LENGTH]
+        self._is_text = not isinstance(inner, JSONFormatter)
+        self._second, self._before, self._after = 0, "", ""
 
-    def format(self, record: logging.LogRecord) -> str:
-        return self.mask(self.inner.format(record))
-
-    def mask(self, line: str) -> str:
-        """A line with nothing secret in it."""
+    def format(self, line: logging.LogRecord) -> str:
+        record = line.msg
+        if self._is_text and type(record) is Record:
+            if int(line.created) != self._second:
+                line.msg, self._second = "\0", int(line.created)
+                self._before, _, self._after = self._inner.format(line).partition("\0")
+                line.msg = record
+            text = self._before + str(record) + self._after
+        else:
+            text = self._inner.format(line)
         for secret in self._secrets:
-            line = line.replace(secret, "*" * 8)
-        return mask_keys(line)
+            text = text.replace(secret, "*" * 8)
+        return mask_keys(text) if KEY_LIKE.search(text) else text
 
 
 def record_writer(handlers: Sequence[logging.Handler]) -> Callable[[Record], None]:
     """What logs relayed requests: through logging; or, where these handlers are one plain stream,
-    straight to it the same line in half the time."""
+    straight to it the same line, in half the time."""
     handler = handlers[0] if len(handlers) == 1 else None
-    if type(handler) is not logging.StreamHandler:
+    if type(handler) is not logging.StreamHandler or handler.formatter is None:
         return log_record
-    stream, outer = handler.stream, handler.formatter
-    if not isinstance(outer, MaskingFormatter) or stream.isatty():
-        return log_record
-    if not isinstance(outer.inner, JSONFormatter | LogFormatter):
-        return log_record
-    as_json, inner, mask = isinstance(outer.inner, JSONFormatter), outer.inner, outer.mask
-    line = log.makeRecord(log.name, logging.INFO, "relay", 0, "%s", ("",), None)
-    second, prefix = 0, ""
+    line = log.makeRecord(log.name, logging.INFO, "relay", 0, "", (), None)
+    formatted, stream = handler.formatter.format, handler.stream
 
     def write(record: Record) -> None:
-        nonlocal second, prefix
-        line.created = time.time()
-        if as_json:
-            line.args = (record,)
-            text = inner.format(line)
-        else:
-            if int(line.created) != second:  # which is all that changes in what stands before it
-                second, prefix = int(line.created), inner.format(line)
-            text = prefix + str(record)
+        line.msg, line.created = record, time.time()
         try:
-            stream.write(mask(text) + "\n")
+            stream.write(formatted(line) + "\n")
             stream.flush()
         except (OSError, ValueError):
             log_record(record)  # it reports what is wrong with the stream

@@ -48,6 +48,7 @@ import tornado.web
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
+from tornado.log import LogFormatter
 
 import gateway
 
@@ -4079,7 +4080,7 @@ async def test_a_log_line_is_one_and_no_client_forges_its_fields(gw: GW) -> None
 RECORD = gateway.Record("call", "POST", "127.0.0.1", 1.0, WHEN, over=1.1, status=200)
 
 
-@pytest.mark.parametrize("inner", [gateway.JSONFormatter(), gateway.LogFormatter(color=False)])
+@pytest.mark.parametrize("inner", [gateway.JSONFormatter(), LogFormatter(color=False)])
 def test_a_request_is_logged_as_logging_would(inner: Any, monkeypatch: Patch) -> None:
     lines = io.StringIO()
     handler = logging.StreamHandler(lines)
