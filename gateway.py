@@ -6316,18 +6316,6 @@ def is_nested(value: object, levels: int) -> bool:
     return levels == 0 or any(is_nested(entry, levels - 1) for entry in within)
 
 
-def key_changes(body: Mapping[str, Any], prices: Prices) -> dict[str, Any]:
-    """The fields of a request as fields of a VirtualKey; null clears. Raises APIError 400."""
-    changes = read_fields(body, SETTABLE)
-    if "duration" in changes:
-        changes["expires"] = changes.pop("duration")
-    for name in ("max_budget", "soft_budget", "model_max_budget"):
-        if changes.get(name) not in (None, {}) and not prices.available:
-            need = "install genai-prices where the gateway runs, or start it with --prices."
-            raise APIError(400, f"{name!r} cannot be enforced, as no prices are known: {need}")
-    return changes
-
-
 class KeyHandler(ManagementHandler):
     """POST /key/{deed} and /key/{key}/{deed}: makes and changes keys, as `deeds` lists.
     Null clears a field."""
@@ -6362,8 +6350,14 @@ class KeyHandler(ManagementHandler):
         self, record: VirtualKey, body: Mapping[str, Any], hashed: str = "", **more: Any
     ) -> VirtualKey:
         """A key's record with these fields. Raises APIError 400 where the alias is another key's,
-        and where a budget cannot be kept, since nobody has said that the key may overspend."""
-        changes = key_changes(body, self.gateway.prices)
+        and where a budget cannot be kept and nobody has said that the key may overspend."""
+        changes = read_fields(body, SETTABLE)
+        if "duration" in changes:
+            changes["expires"] = changes.pop("duration")
+        for name in ("max_budget", "soft_budget", "model_max_budget"):
+            if changes.get(name) not in (None, {}) and not self.gateway.prices.available:
+                need = "install genai-prices where the gateway runs, or start it with --prices."
+                raise APIError(400, f"{name!r} cannot be enforced, as no prices are known: {need}")
         key = dataclasses.replace(record, **changes, **more, updated_at=now())
         taken = self.gateway.ledger.find("", changes.get("key_alias") or "")
         if taken is not None and taken[0] != hashed:
@@ -6374,26 +6368,28 @@ class KeyHandler(ManagementHandler):
             raise APIError(400, f"{what}: leave it out, or add 'unmetered_routes': true.")
         return key
 
-    async def keep(
-        self, old: str, hashed: str, record: VirtualKey, what: str, **shown: Any
-    ) -> dict[str, Any]:
-        """Keep a key's record, in the place of its old hash; log ``what`` was done, and answer."""
-        await self.gateway.ledger.change({old: None, hashed: record})
-        log.info("key %s %s", record.shown_name, what)
-        return key_row(hashed, record) | shown
+    async def keep(self, changes: Mapping[str, VirtualKey | None], what: str) -> dict[str, Any]:
+        """Keep these records, log ``what`` was done, and answer with the last one's row."""
+        await self.gateway.ledger.change(changes)
+        row = {}
+        for hashed, record in changes.items():
+            if record is not None:
+                log.info("key %s %s", record.shown_name, what)
+                row = key_row(hashed, record)
+        return row
 
     async def generate(self, body: dict[str, Any]) -> dict[str, Any]:
         """LiteLLM's request and response; no other answer has the plain key."""
         key = self.chosen(body.pop("key", None))
-        record, hashed = VirtualKey(key_name(key), created_at=now()), hash_key(key)
-        return await self.keep(hashed, hashed, self.changed(record, body), "made", key=key)
+        record = self.changed(VirtualKey(key_name(key), created_at=now()), body)
+        return await self.keep({hash_key(key): record}, "made") | {"key": key}
 
     async def update(self, body: dict[str, Any]) -> dict[str, Any]:
         """Change the fields that the body has."""
         hashed, record = self.addressed(body)
         what = f"updated: {', '.join(name for name in SETTABLE if name in body)}"
         record = self.changed(record, body, hashed)
-        return await self.keep(hashed, hashed, record, what, key=hashed)
+        return await self.keep({hashed: record}, what) | {"key": hashed}
 
     async def regenerate(self, body: dict[str, Any]) -> dict[str, Any]:
         """A new value for a key, that keeps all else: ``new_key``, or a fresh one. For a duration
@@ -6404,13 +6400,14 @@ class KeyHandler(ManagementHandler):
         retired = {name: until for name, until in record.retired.items() if until > moment}
         retired[old] = grace or moment
         record = self.changed(record, body, old, key_name=key_name(value), retired=retired)
-        return await self.keep(old, hash_key(value), record, "regenerated", key=value)
+        changes = {old: None, hash_key(value): record}
+        return await self.keep(changes, "regenerated") | {"key": value}
 
     async def block(self, body: dict[str, Any], blocked: bool = True) -> dict[str, Any]:
         """Refuse a key, or take it again."""
         hashed, record = self.addressed(body)
         record = dataclasses.replace(record, blocked=blocked, updated_at=now())
-        return await self.keep(hashed, hashed, record, "blocked" if blocked else "unblocked")
+        return await self.keep({hashed: record}, "blocked" if blocked else "unblocked")
 
     async def reset_spend(self, body: dict[str, Any]) -> dict[str, Any]:
         """Set what was spent in the present window to ``reset_to`` USD (0)."""
@@ -6423,15 +6420,12 @@ class KeyHandler(ManagementHandler):
     async def delete_keys(self, body: dict[str, Any]) -> dict[str, Any]:
         """Delete ``keys`` (plain or hashes) or ``key_aliases``; all of them or none."""
         keys, aliases = (TEXTS.parse(name, body.get(name)) for name in ("keys", "key_aliases"))
-        if not keys and not aliases:
-            raise APIError(400, "Name the keys to delete in 'keys' or 'key_aliases'.")
         named = [{"key": key} for key in keys] + [{"key_alias": alias} for alias in aliases]
-        found = dict(map(self.addressed, named))
+        if not named:
+            raise APIError(400, "Name the keys to delete in 'keys' or 'key_aliases'.")
         gone: dict[str, Any] = {"deleted_at": now(), "retired": {}}
-        changes = {hashed: dataclasses.replace(key, **gone) for hashed, key in found.items()}
-        await self.gateway.ledger.change(changes)
-        for record in found.values():
-            log.info("key %s deleted", record.shown_name)
+        found = map(self.addressed, named)
+        await self.keep({h: dataclasses.replace(key, **gone) for h, key in found}, "deleted")
         return {"deleted_keys": [*keys, *aliases]}
 
     deeds: ClassVar[dict[str, Callable[..., Awaitable[dict[str, Any]]]]] = {}
@@ -6449,13 +6443,12 @@ class InfoHandler(ManagementHandler):
     async def get(self) -> None:
         asked = self.query("key")
         caller = await self.gateway.doors.authenticate(self.request.head.values)
-        if caller.key is None or caller.hashed is None:
+        hashed, record = caller.hashed, caller.key
+        if hashed is None or record is None:
             super().prepare()
             hashed, record = self.addressed({"key": asked})
-        elif asked and self.gateway.ledger.find(asked) != (caller.hashed, caller.key):
+        elif asked and self.gateway.ledger.find(asked) != (hashed, record):
             raise APIError(403, "A virtual key may ask about itself only.")
-        else:
-            hashed, record = caller.hashed, caller.key
         info = key_row(hashed, record, full=True)
         del info["token"], info["token_id"]
         self.send_json({"key": asked or hashed, "info": info})
@@ -6580,6 +6573,7 @@ class HealthHandler(BaseHandler):
 
 
 # Names are LiteLLM's where it has one (its docs, "Prometheus metrics"), else they begin "gateway_".
+KEYED = "api_key_alias model"
 REQUEST_METRICS = {"litellm_proxy_total_requests_metric": "Relayed requests"}
 FAILURE_METRICS = {"litellm_proxy_failed_requests_metric": "Those refused, failed or broken"}
 LATENCY_METRICS = {  # in the order of TIMINGS
@@ -6641,58 +6635,77 @@ class MetricsHandler(ManagementHandler):
         seconds; at most MAX_LABELS keys have labels of their own."""
         from prometheus_client import core
 
-        def families(kind: str, labels: str, names: dict[str, str], rows: Any) -> Iterator[Any]:
-            for index, (name, text) in enumerate(names.items()):
-                family = getattr(core, f"{kind}MetricFamily")(name, text, labels=labels.split())
-                for values, row in rows.items():
-                    if row[index] is not None:  # there is such a thing
-                        shown = row[index] if kind == "Histogram" else [float(row[index])]
-                        family.add_metric(values, *shown)
-                yield family
-
         gateway, traffic, client = self.gateway, self.gateway.traffic, self.gateway.client
-        every, failed, gone = collections.Counter[Any](), dict[Any, tuple[int]](), 0
+        requests, failed, gone = dict[Any, list[int]](), dict[Any, list[int]](), 0
         for (key, model, status, outcome), count in traffic.requests.items():
-            every[key, model, str(status)] += count
+            requests.setdefault((key, model, str(status)), [0])[0] += count
             if outcome != "ok" or status >= 400:
                 failure = "upstream_error" if outcome == "ok" else outcome
-                failed[key, model, str(status), failure] = (count,)
+                failed[key, model, str(status), failure] = [count]
             gone += count if outcome == "client_gone" else 0
-        counts = {labels: (count,) for labels, count in every.items()}
-        yield from families("Counter", "api_key_alias model status_code", REQUEST_METRICS, counts)
-        labels = "api_key_alias model exception_status exception_class"
-        yield from families("Counter", labels, FAILURE_METRICS, failed)
-        rows, bounds = dict[Any, tuple[Any, ...]](), (*map(str, LATENCY_BUCKETS), "+Inf")
+        timings, bounds = dict[Any, Any](), (*map(str, LATENCY_BUCKETS), "+Inf")
         for model, each in traffic.timings.items():
-            sums = (list(zip(bounds, itertools.accumulate(h.counts), strict=True)) for h in each)
-            rows[model,] = tuple((sum, h.total) for sum, h in zip(sums, each, strict=True))
-        yield from families("Histogram", "model", LATENCY_METRICS, rows)
-        rows = {}
+            sums = (list(zip(bounds, itertools.accumulate(h.counts))) for h in each)
+            timings[model,] = [(sum, h.total) for sum, h in zip(sums, each)]
+        usage, budgets, moment = dict[Any, Any](), dict[Any, Any](), now()
         for label, used in traffic.used.items():
             prompt, output = used.input_tokens + used.cached, used.output_tokens
             cache = (used.cache_read_tokens, used.written)
-            rows[label] = (used.spend, prompt + output, prompt, output, *cache)
-        yield from families("Counter", "api_key_alias model", USAGE_METRICS, rows)
-        rows, moment = {}, now()
+            usage[label] = (used.spend, prompt + output, prompt, output, *cache)
         for _, record in itertools.islice(gateway.ledger.live(), MAX_LABELS):
             spent, limit, length = record.spent(moment), record.max_budget, record.budget_duration
             end = window(length, moment)[1] if length and limit is not None else None
             left = None if limit is None else limit - spent
             hours = end and (end - moment) / timedelta(hours=1)
-            rows[record.shown_name,] = (spent, limit, left, hours)
-        yield from families("Gauge", "api_key_alias", BUDGET_METRICS, rows)
+            budgets[record.shown_name,] = (spent, limit, left, hours)
         streams = sum(handler.is_streaming for handler in gateway.active)
-        rows = {(): (len(gateway.active), streams, client.idle)}
-        yield from families("Gauge", "", PRESENT_METRICS, rows)
-        rows = {(): (client.opened, client.reused, gone)}
-        yield from families("Counter", "", EVENT_METRICS, rows)
+        for kind, labels, names, rows in (
+            ("Counter", f"{KEYED} status_code", REQUEST_METRICS, requests),
+            ("Counter", f"{KEYED} exception_status exception_class", FAILURE_METRICS, failed),
+            ("Histogram", "model", LATENCY_METRICS, timings),
+            ("Counter", KEYED, USAGE_METRICS, usage),
+            ("Gauge", "api_key_alias", BUDGET_METRICS, budgets),
+            ("Gauge", "", PRESENT_METRICS, {(): (len(gateway.active), streams, client.idle)}),
+            ("Counter", "", EVENT_METRICS, {(): (client.opened, client.reused, gone)}),
+        ):
+            for index, (name, text) in enumerate(names.items()):
+                family = getattr(core, f"{kind}MetricFamily")(name, text, labels=labels.split())
+                for values, row in rows.items():
+                    if row[index] is not None:  # there is such a thing
+                        shown: Any = row[index] if kind == "Histogram" else [float(row[index])]
+                        family.add_metric(values, *shown)
+                yield family
 
 
-class JSONFormatter(logging.Formatter):
-    """A log line as a JSON object: ``time``, ``level``, and a relayed request's LOG_FIELDS or a
-    ``message`` (with ``exception``, where there was one)."""
+class LineFormatter(logging.Formatter):
+    """A log line, as another formatter makes it, or (without one) as a JSON object: ``time``,
+    ``level``, and a relayed request's LOG_FIELDS or a ``message`` (with ``exception``, where there
+    was one). Whoever wrote it, secrets are masked in it, and all that looks like a key is
+    abbreviated."""
+
+    def __init__(self, inner: logging.Formatter | None, *secrets: str) -> None:
+        super().__init__()
+        self._inner = inner
+        self._secrets = [secret for secret in secrets if len(secret) >= MIN_SECRET_LENGTH]
+        self._second, self._before, self._after = 0, "", ""
 
     def format(self, line: logging.LogRecord) -> str:
+        record = line.msg
+        if self._inner is None:
+            text = json.dumps(self._members(line))
+        elif type(record) is not Record:
+            text = self._inner.format(line)
+        else:
+            if int(line.created) != self._second:  # which is all that changes around a record
+                line.msg, self._second = "\0", int(line.created)
+                self._before, _, self._after = self._inner.format(line).partition("\0")
+                line.msg = record
+            text = self._before + str(record) + self._after
+        for secret in self._secrets:
+            text = text.replace(secret, "*" * 8)
+        return mask_keys(text) if KEY_LIKE.search(text) else text
+
+    def _members(self, line: logging.LogRecord) -> dict[str, Any]:
         moment = datetime.fromtimestamp(line.created, UTC).isoformat(timespec="milliseconds")
         shown = {"time": moment.replace("+00:00", "Z"), "level": line.levelname.lower()}
         if isinstance(line.msg, Record):
@@ -6701,34 +6714,7 @@ class JSONFormatter(logging.Formatter):
             shown["message"] = line.getMessage()
         if line.exc_info:
             shown["exception"] = self.formatException(line.exc_info)
-        return json.dumps(shown)
-
-
-class MaskingFormatter(logging.Formatter):
-    """What another formatter makes of a line, with the secrets masked and everything in it
-    abbreviated that looks like a key, whoever wrote the line. What stands around a relayed request
-    is made once a second."""
-
-    def __init__(self, inner: logging.Formatter | None, *secrets: str) -> None:
-        super().__init__()
-        self._inner = inner or logging.Formatter()
-        self._secrets = [secret for secret in secrets if len(secret) >= MIN_SECRET_LENGTH]
-        self._is_text = not isinstance(inner, JSONFormatter)
-        self._second, self._before, self._after = 0, "", ""
-
-    def format(self, line: logging.LogRecord) -> str:
-        record = line.msg
-        if self._is_text and type(record) is Record:
-            if int(line.created) != self._second:
-                line.msg, self._second = "\0", int(line.created)
-                self._before, _, self._after = self._inner.format(line).partition("\0")
-                line.msg = record
-            text = self._before + str(record) + self._after
-        else:
-            text = self._inner.format(line)
-        for secret in self._secrets:
-            text = text.replace(secret, "*" * 8)
-        return mask_keys(text) if KEY_LIKE.search(text) else text
+        return shown
 
 
 def record_writer(handlers: Sequence[logging.Handler]) -> Callable[[Record], None]:
@@ -7222,8 +7208,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = read_settings(sys.argv[1:] if arguments is None else arguments, os.environ)
         masked = (settings.master_key, settings.api_key, settings.auth_token)
         for handler in logging.getLogger().handlers:
-            inner = JSONFormatter() if settings.log_json else handler.formatter
-            handler.setFormatter(MaskingFormatter(inner, *masked))
+            inner = None if settings.log_json else handler.formatter
+            handler.setFormatter(LineFormatter(inner, *masked))
         # The log shows neither; looking them up costs each line (docs of logging, "Optimization").
         logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
         # As many open files as the system allows: each stream holds two sockets.

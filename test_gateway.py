@@ -583,7 +583,7 @@ def logged(lines: io.StringIO) -> Iterator[None]:
     """Collect what is logged in this process, as a process would write it."""
     handler, root = logging.StreamHandler(lines), logging.getLogger()
     plain = logging.Formatter("%(levelname)s %(message)s")
-    handler.setFormatter(gateway.MaskingFormatter(plain, MASTER_KEY, REAL_KEY))
+    handler.setFormatter(gateway.LineFormatter(plain, MASTER_KEY, REAL_KEY))
     root.addHandler(handler)
     root.setLevel(logging.INFO)
     yield
@@ -1051,12 +1051,14 @@ FIELDS_OF_KEYS: dict[str, st.SearchStrategy[Any]] = {
 
 @settings(deadline=None, max_examples=300)
 @given(fields=st.fixed_dictionaries({}, optional=FIELDS_OF_KEYS))
-def test_what_is_taken_of_a_key_is_read_again(fields: Any, prices: gateway.Prices) -> None:
+def test_what_is_taken_of_a_key_is_read_again(fields: Any) -> None:
     """Every field and value that /key/generate takes goes through the file unchanged."""
     try:
-        changes = gateway.key_changes(json.loads(json.dumps(fields)), prices)
+        changes = gateway.read_fields(json.loads(json.dumps(fields)), gateway.SETTABLE)
     except (gateway.APIError, ValueError):
         return
+    if "duration" in changes:
+        changes["expires"] = changes.pop("duration")
     record = gateway.VirtualKey("sk-...test", created_at=WHEN, updated_at=WHEN, **changes)
     line = gateway.store_line("a" * 64, record).decode()
     kept = gateway.parse_store(f'{{"version": 1, "keys": {{{line}}}}}'.encode(), "x")
@@ -4080,11 +4082,11 @@ async def test_a_log_line_is_one_and_no_client_forges_its_fields(gw: GW) -> None
 RECORD = gateway.Record("call", "POST", "127.0.0.1", 1.0, WHEN, over=1.1, status=200)
 
 
-@pytest.mark.parametrize("inner", [gateway.JSONFormatter(), LogFormatter(color=False)])
+@pytest.mark.parametrize("inner", [None, LogFormatter(color=False)])
 def test_a_request_is_logged_as_logging_would(inner: Any, monkeypatch: Patch) -> None:
     lines = io.StringIO()
     handler = logging.StreamHandler(lines)
-    handler.setFormatter(gateway.MaskingFormatter(inner, MASTER_KEY, REAL_KEY))
+    handler.setFormatter(gateway.LineFormatter(inner, MASTER_KEY, REAL_KEY))
     monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
     write = gateway.record_writer([handler])
     key = gateway.VirtualKey("sk-...abcd", "ci \N{SNOWMAN}", tags=["a b"])
