@@ -4830,11 +4830,6 @@ class Doors:
         self.started_open = not settings.master_key and not ledger.keys
 
     @property
-    def has_master(self) -> bool:
-        """Whether a master key is set."""
-        return bool(self._master)
-
-    @property
     def is_open(self) -> bool:
         """Whether any or no credential is let in."""
         return self.started_open and not self._ledger.keys
@@ -6252,7 +6247,7 @@ class ManagementHandler(BaseHandler):
     def prepare(self) -> None:
         super().prepare()
         doors, ledger = self.gateway.doors, self.gateway.ledger
-        if not doors.has_master:
+        if not self.gateway.settings.master_key:
             raise APIError(403, "No master key is set: start with GATEWAY_MASTER_KEY to have one.")
         shown = [hash_key(credential) for _, credential in candidates(self.request.head.values)]
         if not any(map(doors.is_master, shown)):
@@ -6287,20 +6282,17 @@ def tally_row(tally: Tally) -> dict[str, Any]:
 def key_row(hashed: str, key: VirtualKey, *, full: bool = False) -> dict[str, Any]:
     """A key as LiteLLM's answers describe it; in full with what it used, by day and model.
     ``spend`` is USD in the present budget window, which ends at ``budget_reset_at``."""
-    moment = now()
-
-    def spent(pattern: str, duration: str | None) -> dict[str, Any]:
-        reset = iso(window(duration, moment)[1]) if duration else None
-        return {"spend": float(key.spent(moment, pattern)), "budget_reset_at": reset}
-
+    moment, spent = now(), dict[str, Any]()
     row: dict[str, Any] = {"token": hashed, "token_id": hashed, "status": key.status(moment)}
     for name, kind in SHOWN.items():
         value = getattr(key, name)
         row[name] = None if value is None else kind.show(value)
-    budgets = key.model_max_budget.items()
-    row["model_max_budget_usage"] = {p: spent(p, budget.duration) for p, budget in budgets}
-    row["last_active"] = iso(key.account.last_active)
-    row |= spent(ALL_MODELS, key.budget_duration) | LITELLM_FIELDS
+    for pattern in (*key.model_max_budget, ALL_MODELS):
+        length = key.model_max_budget[pattern].duration if pattern else key.budget_duration
+        end = iso(window(length, moment)[1]) if length else None
+        spent[pattern] = {"spend": float(key.spent(moment, pattern)), "budget_reset_at": end}
+    row |= spent.pop(ALL_MODELS) | LITELLM_FIELDS
+    row |= {"model_max_budget_usage": spent, "last_active": iso(key.account.last_active)}
     if full:
         days = row["usage"] = dict[str, Any]()
         for day, model, tally in key.account.usage.days():
@@ -6341,7 +6333,9 @@ class KeyHandler(ManagementHandler):
             return new_key()
         if not isinstance(value, str) or not CHOSEN_KEY.fullmatch(value):
             rule = f"{MIN_KEY_LENGTH} to {MAX_KEY_LENGTH} ASCII characters, no quote or backslash"
-            raise APIError(400, f"'key' must begin 'sk-', not 'sk-ant-' as Anthropic's do: {rule}.")
+            raise APIError(
+                400, f"'key' must begin 'sk-', not 'sk-ant-' (Anthropic's), and have {rule}."
+            )
         if self.gateway.ledger.lookup(hash_key(value)) is not None:
             raise APIError(400, "'key' exists already; choose another, or leave it out.")
         return value
@@ -6692,7 +6686,15 @@ class LineFormatter(logging.Formatter):
     def format(self, line: logging.LogRecord) -> str:
         record = line.msg
         if self._inner is None:
-            text = json.dumps(self._members(line))
+            moment = datetime.fromtimestamp(line.created, UTC).isoformat(timespec="milliseconds")
+            shown = {"time": moment.replace("+00:00", "Z"), "level": line.levelname.lower()}
+            if isinstance(record, Record):
+                shown |= {name: get(record) for name, get in LOG_FIELDS.items()}
+            else:
+                shown["message"] = line.getMessage()
+            if line.exc_info:
+                shown["exception"] = self.formatException(line.exc_info)
+            text = json.dumps(shown)
         elif type(record) is not Record:
             text = self._inner.format(line)
         else:
@@ -6704,17 +6706,6 @@ class LineFormatter(logging.Formatter):
         for secret in self._secrets:
             text = text.replace(secret, "*" * 8)
         return mask_keys(text) if KEY_LIKE.search(text) else text
-
-    def _members(self, line: logging.LogRecord) -> dict[str, Any]:
-        moment = datetime.fromtimestamp(line.created, UTC).isoformat(timespec="milliseconds")
-        shown = {"time": moment.replace("+00:00", "Z"), "level": line.levelname.lower()}
-        if isinstance(line.msg, Record):
-            shown |= {name: get(line.msg) for name, get in LOG_FIELDS.items()}
-        else:
-            shown["message"] = line.getMessage()
-        if line.exc_info:
-            shown["exception"] = self.formatException(line.exc_info)
-        return shown
 
 
 def record_writer(handlers: Sequence[logging.Handler]) -> Callable[[Record], None]:
