@@ -6282,17 +6282,20 @@ def tally_row(tally: Tally) -> dict[str, Any]:
 def key_row(hashed: str, key: VirtualKey, *, full: bool = False) -> dict[str, Any]:
     """A key as LiteLLM's answers describe it; in full with what it used, by day and model.
     ``spend`` is USD in the present budget window, which ends at ``budget_reset_at``."""
-    moment, spent = now(), dict[str, Any]()
+    moment = now()
+
+    def spent(pattern: str, duration: str | None) -> dict[str, Any]:
+        reset = iso(window(duration, moment)[1]) if duration else None
+        return {"spend": float(key.spent(moment, pattern)), "budget_reset_at": reset}
+
     row: dict[str, Any] = {"token": hashed, "token_id": hashed, "status": key.status(moment)}
     for name, kind in SHOWN.items():
         value = getattr(key, name)
         row[name] = None if value is None else kind.show(value)
-    for pattern in (*key.model_max_budget, ALL_MODELS):
-        length = key.model_max_budget[pattern].duration if pattern else key.budget_duration
-        end = iso(window(length, moment)[1]) if length else None
-        spent[pattern] = {"spend": float(key.spent(moment, pattern)), "budget_reset_at": end}
-    row |= spent.pop(ALL_MODELS) | LITELLM_FIELDS
-    row |= {"model_max_budget_usage": spent, "last_active": iso(key.account.last_active)}
+    budgets = key.model_max_budget.items()
+    row["model_max_budget_usage"] = {p: spent(p, budget.duration) for p, budget in budgets}
+    row["last_active"] = iso(key.account.last_active)
+    row |= spent(ALL_MODELS, key.budget_duration) | LITELLM_FIELDS
     if full:
         days = row["usage"] = dict[str, Any]()
         for day, model, tally in key.account.usage.days():
@@ -6309,15 +6312,15 @@ def is_nested(value: object, levels: int) -> bool:
 
 
 class KeyHandler(ManagementHandler):
-    """POST /key/{deed} and /key/{key}/{deed}: makes and changes keys, as `deeds` lists.
-    Null clears a field."""
+    """POST /key/{deed} and /key/{key}/{deed}: makes and changes keys, as `deeds` lists. Null clears
+    a field."""
 
     keeps_body = True
 
     async def post(self, *path: str) -> None:
         try:
             body = json.loads(self.request.body or b"{}")
-            json.dumps(body, allow_nan=False)  # which is no JSON, nor is what no float can be
+            json.dumps(body, allow_nan=False)  # nor what is too large for a float
         except (ValueError, RecursionError) as error:
             raise APIError(400, f"The body is not JSON: {error}.") from None
         if not isinstance(body, dict) or is_nested(body, MAX_OWN_DEPTH):
@@ -6333,9 +6336,7 @@ class KeyHandler(ManagementHandler):
             return new_key()
         if not isinstance(value, str) or not CHOSEN_KEY.fullmatch(value):
             rule = f"{MIN_KEY_LENGTH} to {MAX_KEY_LENGTH} ASCII characters, no quote or backslash"
-            raise APIError(
-                400, f"'key' must begin 'sk-', not 'sk-ant-' (Anthropic's), and have {rule}."
-            )
+            raise APIError(400, f"'key' must begin 'sk-', not as Anthropic's 'sk-ant-': {rule}.")
         if self.gateway.ledger.lookup(hash_key(value)) is not None:
             raise APIError(400, "'key' exists already; choose another, or leave it out.")
         return value
@@ -6365,12 +6366,10 @@ class KeyHandler(ManagementHandler):
     async def keep(self, changes: Mapping[str, VirtualKey | None], what: str) -> dict[str, Any]:
         """Keep these records, log ``what`` was done, and answer with the last one's row."""
         await self.gateway.ledger.change(changes)
-        row = {}
-        for hashed, record in changes.items():
-            if record is not None:
-                log.info("key %s %s", record.shown_name, what)
-                row = key_row(hashed, record)
-        return row
+        kept = [(hashed, record) for hashed, record in changes.items() if record is not None]
+        for _, record in kept:
+            log.info("key %s %s", record.shown_name, what)
+        return key_row(*kept[-1])
 
     async def generate(self, body: dict[str, Any]) -> dict[str, Any]:
         """LiteLLM's request and response; no other answer has the plain key."""
@@ -6449,7 +6448,9 @@ class InfoHandler(ManagementHandler):
 
 
 REPORT_GROUPS = ("api_key", "model", "team", "user", "day")
-REPORT_GROUP = Kind(f"one of {', '.join(REPORT_GROUPS)}", REPORT_GROUPS.index)
+REPORT_GROUP = Kind(
+    f"one of {', '.join(REPORT_GROUPS)}", lambda text: REPORT_GROUPS[REPORT_GROUPS.index(text)]
+)
 ORDINAL = Kind("a whole number from 1", lambda text: int(read_amount(int(text) - 1)) + 1)
 DAY = Kind("a date like 2026-11-22", lambda text: day_of(datetime.strptime(text, "%Y-%m-%d")))
 
@@ -6487,15 +6488,15 @@ class ReportHandler(ManagementHandler):
         group (``group_by`` one of REPORT_GROUPS): its name under that name, and every count."""
         first = self.query("start_date", DAY, day_of(now() - timedelta(days=29)))
         last = self.query("end_date", DAY, day_of(now()))
-        index, sums = self.query("group_by", REPORT_GROUP, 0), dict[str, Tally]()
-        keys = self.gateway.ledger.keys
-        for hashed, key in keys.items():
+        group = self.query("group_by", REPORT_GROUP, "api_key")
+        sums: dict[str, Tally] = {}
+        for hashed, key in self.gateway.ledger.keys.items():
             for day, model, tally in key.account.usage.days(first, last):
                 names = (hashed, model, key.team_id or "", key.user_id or "", day)
-                sums.setdefault(names[index], Tally()).add(tally)
-        rows = [{REPORT_GROUPS[index]: name, **tally_row(tally)} for name, tally in sums.items()]
-        for row in rows if REPORT_GROUPS[index] == "api_key" else ():
-            key = keys[row["api_key"]]
+                sums.setdefault(names[REPORT_GROUPS.index(group)], Tally()).add(tally)
+        rows = [{group: name, **tally_row(tally)} for name, tally in sums.items()]
+        for row in rows if group == "api_key" else ():
+            key = self.gateway.ledger.keys[row["api_key"]]
             row |= {"key_alias": key.key_alias, "key_name": key.key_name}
         return sorted(rows, key=lambda row: -row["spend"])
 
@@ -6606,7 +6607,7 @@ class MetricsHandler(ManagementHandler):
             return
         for _, credential in candidates(self.request.head.values):
             found = self.gateway.ledger.lookup(hash_key(credential))
-            for route in found[1].allowed_routes if found and found[2] == "active" else ():
+            for route in found.key.allowed_routes if found and found.status == "active" else ():
                 if route.startswith(METRICS_PATH) and fnmatch.fnmatchcase(METRICS_PATH, route):
                     return  # a mere "*" does not name it
         super().prepare()
