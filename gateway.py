@@ -6256,7 +6256,7 @@ class ManagementHandler(BaseHandler):
             raise APIError(401, "Send the master key as 'Authorization: Bearer' or 'x-api-key'.")
         ledger.notice_edit()
 
-    def addressed(self, body: dict[str, Any]) -> tuple[str, VirtualKey]:
+    def addressed(self, body: dict[str, Any]) -> VirtualKey:
         """The key that ``key`` (plain or hash) or else ``key_alias`` names; the name is taken out
         of the body. Raises APIError 400 or 404."""
         by_alias = body.get("key") is None
@@ -6266,7 +6266,7 @@ class ManagementHandler(BaseHandler):
         found = self.gateway.ledger.find(named, alias=named if by_alias else "")
         if found is None:
             raise APIError(404, "Key not found.")
-        return found
+        return found[1]
 
 
 # What LiteLLM says of a key and means nothing here.
@@ -6279,10 +6279,10 @@ def tally_row(tally: Tally) -> dict[str, Any]:
     return {name: getattr(tally, name) for name in TALLY_FIELDS} | {"spend": float(tally.spend)}
 
 
-def key_row(hashed: str, key: VirtualKey, *, full: bool = False) -> dict[str, Any]:
+def key_row(key: VirtualKey, *, full: bool = False) -> dict[str, Any]:
     """A key as LiteLLM's answers describe it; in full with what it used, by day and model.
     ``spend`` is USD in the present budget window, which ends at ``budget_reset_at``."""
-    moment = now()
+    moment, hashed = now(), key.account.hashed
 
     def spent(pattern: str, duration: str | None) -> dict[str, Any]:
         reset = iso(window(duration, moment)[1]) if duration else None
@@ -6341,9 +6341,7 @@ class KeyHandler(ManagementHandler):
             raise APIError(400, "'key' exists already; choose another, or leave it out.")
         return value
 
-    def changed(
-        self, record: VirtualKey, body: Mapping[str, Any], hashed: str = "", **more: Any
-    ) -> VirtualKey:
+    def changed(self, record: VirtualKey, body: Mapping[str, Any], **more: Any) -> VirtualKey:
         """A key's record with these fields. Raises APIError 400 where the alias is another key's,
         and where a budget cannot be kept and nobody has said that the key may overspend."""
         changes = read_fields(body, SETTABLE)
@@ -6355,7 +6353,7 @@ class KeyHandler(ManagementHandler):
                 raise APIError(400, f"{name!r} cannot be enforced, as no prices are known: {need}")
         key = dataclasses.replace(record, **changes, **more, updated_at=now())
         taken = self.gateway.ledger.find("", changes.get("key_alias") or "")
-        if taken is not None and taken[0] != hashed:
+        if taken is not None and taken[0] != record.account.hashed:
             raise APIError(400, "'key_alias' is taken by another key.")
         named = [pattern for pattern in key.allowed_routes if unmetered(pattern)]
         if named and key.has_budget and not key.unmetered_routes:
@@ -6366,10 +6364,10 @@ class KeyHandler(ManagementHandler):
     async def keep(self, changes: Mapping[str, VirtualKey | None], what: str) -> dict[str, Any]:
         """Keep these records, log ``what`` was done, and answer with the last one's row."""
         await self.gateway.ledger.change(changes)
-        kept = [(hashed, record) for hashed, record in changes.items() if record is not None]
-        for _, record in kept:
+        kept = [record for record in changes.values() if record is not None]
+        for record in kept:
             log.info("key %s %s", record.shown_name, what)
-        return key_row(*kept[-1])
+        return key_row(kept[-1])
 
     async def generate(self, body: dict[str, Any]) -> dict[str, Any]:
         """LiteLLM's request and response; no other answer has the plain key."""
@@ -6379,36 +6377,36 @@ class KeyHandler(ManagementHandler):
 
     async def update(self, body: dict[str, Any]) -> dict[str, Any]:
         """Change the fields that the body has."""
-        hashed, record = self.addressed(body)
+        record = self.addressed(body)
         what = f"updated: {', '.join(name for name in SETTABLE if name in body)}"
-        record = self.changed(record, body, hashed)
-        return await self.keep({hashed: record}, what) | {"key": hashed}
+        hashed = record.account.hashed
+        return await self.keep({hashed: self.changed(record, body)}, what) | {"key": hashed}
 
     async def regenerate(self, body: dict[str, Any]) -> dict[str, Any]:
         """A new value for a key, that keeps all else: ``new_key``, or a fresh one. For a duration
         ``grace_period`` the old one still works. Other fields are changed as by `update`."""
-        old, record = self.addressed(body)
+        record = self.addressed(body)
         moment, grace = now(), LIFETIME.parse("grace_period", body.pop("grace_period", None))
         value = self.chosen(body.pop("new_key", None))
-        retired = {name: until for name, until in record.retired.items() if until > moment}
-        retired[old] = grace or moment
-        record = self.changed(record, body, old, key_name=key_name(value), retired=retired)
-        changes = {old: None, hash_key(value): record}
+        retired = {old: until for old, until in record.retired.items() if until > moment}
+        retired[record.account.hashed] = grace or moment
+        changed = self.changed(record, body, key_name=key_name(value), retired=retired)
+        changes = {record.account.hashed: None, hash_key(value): changed}
         return await self.keep(changes, "regenerated") | {"key": value}
 
     async def block(self, body: dict[str, Any], blocked: bool = True) -> dict[str, Any]:
         """Refuse a key, or take it again."""
-        hashed, record = self.addressed(body)
-        record = dataclasses.replace(record, blocked=blocked, updated_at=now())
-        return await self.keep({hashed: record}, "blocked" if blocked else "unblocked")
+        record = dataclasses.replace(self.addressed(body), blocked=blocked, updated_at=now())
+        what = "blocked" if blocked else "unblocked"
+        return await self.keep({record.account.hashed: record}, what)
 
     async def reset_spend(self, body: dict[str, Any]) -> dict[str, Any]:
         """Set what was spent in the present window to ``reset_to`` USD (0)."""
-        hashed, record = self.addressed(body)
+        record = self.addressed(body)
         amount = AMOUNT.parse("reset_to", body.get("reset_to")) or ZERO
-        await self.gateway.ledger.reset_spend(hashed, amount)
+        await self.gateway.ledger.reset_spend(record.account.hashed, amount)
         log.info("key %s: spend set to $%s", record.shown_name, dollars(amount))
-        return key_row(hashed, record)
+        return key_row(record)
 
     async def delete_keys(self, body: dict[str, Any]) -> dict[str, Any]:
         """Delete ``keys`` (plain or hashes) or ``key_aliases``; all of them or none."""
@@ -6417,8 +6415,8 @@ class KeyHandler(ManagementHandler):
         if not named:
             raise APIError(400, "Name the keys to delete in 'keys' or 'key_aliases'.")
         gone: dict[str, Any] = {"deleted_at": now(), "retired": {}}
-        found = map(self.addressed, named)
-        await self.keep({h: dataclasses.replace(key, **gone) for h, key in found}, "deleted")
+        found = [dataclasses.replace(self.addressed(each), **gone) for each in named]
+        await self.keep({record.account.hashed: record for record in found}, "deleted")
         return {"deleted_keys": [*keys, *aliases]}
 
     deeds: ClassVar[dict[str, Callable[..., Awaitable[dict[str, Any]]]]] = {}
@@ -6436,15 +6434,15 @@ class InfoHandler(ManagementHandler):
     async def get(self) -> None:
         asked = self.query("key")
         caller = await self.gateway.doors.authenticate(self.request.head.values)
-        hashed, record = caller.hashed, caller.key
-        if hashed is None or record is None:
+        record = caller.key
+        if record is None:
             super().prepare()
-            hashed, record = self.addressed({"key": asked})
-        elif asked and self.gateway.ledger.find(asked) != (hashed, record):
+            record = self.addressed({"key": asked})
+        elif asked and self.gateway.ledger.find(asked) != (caller.hashed, record):
             raise APIError(403, "A virtual key may ask about itself only.")
-        info = key_row(hashed, record, full=True)
+        info = key_row(record, full=True)
         del info["token"], info["token_id"]
-        self.send_json({"key": asked or hashed, "info": info})
+        self.send_json({"key": asked or record.account.hashed, "info": info})
 
 
 REPORT_GROUPS = ("api_key", "model", "team", "user", "day")
@@ -6466,22 +6464,23 @@ class ReportHandler(ManagementHandler):
         ``team_id``, ``key_alias``, ``key_hash``. ``page`` counts from 1; ``size`` is up to 100."""
         page, size = self.query("page", ORDINAL, 1), self.query("size", ORDINAL, 10)
         size = min(size, MAX_PAGE_SIZE)
-        rows = list(self.gateway.ledger.live())
+        rows = [key for _, key in self.gateway.ledger.live()]
         if wanted := self.query("key_hash"):
-            rows = [row for row in rows if row[0] == wanted]
+            rows = [key for key in rows if key.account.hashed == wanted]
         for name in ("user_id", "team_id", "key_alias"):
             if wanted := self.query(name):
-                rows = [row for row in rows if getattr(row[1], name) == wanted]
+                rows = [key for key in rows if getattr(key, name) == wanted]
         shown = rows[(page - 1) * size : page * size]
         full = self.query("return_full_object").lower() == "true"
-        keys = [key_row(*row, full=True) if full else row[0] for row in shown]
+        keys = [key_row(key, full=True) if full else key.account.hashed for key in shown]
         pages = {"current_page": page, "total_pages": -(-len(rows) // size)}
         return {"keys": keys, "total_count": len(rows)} | pages
 
     def list_spend(self) -> list[dict[str, Any]]:
         """Every key's row, those that spent most first."""
-        rows = [key_row(hashed, key) for hashed, key in self.gateway.ledger.keys.items()]
-        return sorted(rows, key=lambda row: -row["spend"])
+        return sorted(
+            map(key_row, self.gateway.ledger.keys.values()), key=lambda row: -row["spend"]
+        )
 
     def sum_spend(self) -> list[dict[str, Any]]:
         """``start_date``, ``end_date``: UTC days, both included, by default the last 30. One row a
@@ -6713,15 +6712,14 @@ def record_writer(handlers: Sequence[logging.Handler]) -> Callable[[Record], Non
     """What logs relayed requests: through logging; or, where these handlers are one plain stream,
     straight to it the same line, in half the time."""
     handler = handlers[0] if len(handlers) == 1 else None
-    if type(handler) is not logging.StreamHandler or handler.formatter is None:
+    if type(handler) is not logging.StreamHandler:
         return log_record
-    line = log.makeRecord(log.name, logging.INFO, "relay", 0, "", (), None)
-    formatted, stream = handler.formatter.format, handler.stream
+    line, stream = log.makeRecord(log.name, logging.INFO, "relay", 0, "", (), None), handler.stream
 
     def write(record: Record) -> None:
         line.msg, line.created = record, time.time()
         try:
-            stream.write(formatted(line) + "\n")
+            stream.write(handler.format(line) + "\n")
             stream.flush()
         except (OSError, ValueError):
             log_record(record)  # it reports what is wrong with the stream

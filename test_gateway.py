@@ -1067,7 +1067,7 @@ def test_what_is_taken_of_a_key_is_read_again(fields: Any) -> None:
     account.windows.clear()
     assert dataclasses.replace(again) == record
     # What can be shown of it does not depend on when it is looked at.
-    gateway.key_row("a" * 64, again)
+    gateway.key_row(again)
 
 
 # ─── Anthropic ────────────────────────────────────────────────────────────────────────
