@@ -6478,9 +6478,8 @@ class ReportHandler(ManagementHandler):
 
     def list_spend(self) -> list[dict[str, Any]]:
         """Every key's row, those that spent most first."""
-        return sorted(
-            map(key_row, self.gateway.ledger.keys.values()), key=lambda row: -row["spend"]
-        )
+        rows = map(key_row, self.gateway.ledger.keys.values())
+        return sorted(rows, key=lambda row: -row["spend"])
 
     def sum_spend(self) -> list[dict[str, Any]]:
         """``start_date``, ``end_date``: UTC days, both included, by default the last 30. One row a
@@ -6567,7 +6566,6 @@ class HealthHandler(BaseHandler):
 
 
 # Names are LiteLLM's where it has one (its docs, "Prometheus metrics"), else they begin "gateway_".
-KEYED = "api_key_alias model"
 REQUEST_METRICS = {"litellm_proxy_total_requests_metric": "Relayed requests"}
 FAILURE_METRICS = {"litellm_proxy_failed_requests_metric": "Those refused, failed or broken"}
 LATENCY_METRICS = {  # in the order of TIMINGS
@@ -6593,6 +6591,7 @@ EVENT_METRICS = {
     "gateway_upstream_connections_reused": "Requests that went over a kept connection",
     "gateway_client_disconnects": "Clients that left too early",
 }
+KEYED = "api_key_alias model"  # labels
 
 
 class MetricsHandler(ManagementHandler):
