@@ -100,7 +100,7 @@ from tornado import escape, httputil, netutil, web
 from tornado.httpclient import HTTPClientError, HTTPRequest, HTTPResponse
 from tornado.httpserver import HTTPServer
 from tornado.iostream import StreamClosedError
-from tornado.log import LogFormatter, define_logging_options
+from tornado.log import define_logging_options
 from tornado.netutil import bind_sockets
 from tornado.options import OptionParser
 from tornado.simple_httpclient import SimpleAsyncHTTPClient
@@ -537,8 +537,9 @@ KEY_PREFIX = "sk-"
 OWN_CREDENTIAL_PREFIX = "sk-ant-"  # every credential that Anthropic issues begins so
 KEY_BYTES = 16  # LiteLLM: "sk-" and secrets.token_urlsafe(16), 22 characters
 MIN_KEY_LENGTH, MAX_KEY_LENGTH = 16, 256  # of keys that a caller chooses; LiteLLM's minimum
-# Without what ends or escapes a string, so that it is known in a log line that has one.
-PRINTABLE_KEY = re.compile(r'sk-(?:(?!["\\])[\x21-\x7e]){1,253}')
+# A key that a caller chooses: not as Anthropic's are, and without what ends or escapes a string, so
+# that it is known in a log line that has one.
+CHOSEN_KEY = re.compile(r"sk-(?!ant-)[!#-\[\]-~]{13,253}")
 KEY_LIKE = re.compile(r"sk-[^\s\"\\]{13,}")  # with its prefix 16 characters or more
 WORD_ENDS = re.compile(r'[\s"]')
 SHOWN_LENGTH = 200  # characters of a text that a log line shows
@@ -669,10 +670,10 @@ MAX_LIMIT = 10**12  # of requests and tokens a minute, and of USD
 
 
 def read_amount(value: Any) -> Decimal:
-    """A number from 0 up; what has a point was read as Decimal."""
-    if type(value) not in (int, Decimal) or not 0 <= value <= MAX_LIMIT:
+    """A number from 0 up; a float as its shortest digits say."""
+    if type(value) not in (int, float) or not 0 <= value <= MAX_LIMIT:
         raise ValueError
-    return Decimal(value)
+    return Decimal(str(value))
 
 
 def read_window(value: Any) -> str | None:
@@ -703,7 +704,7 @@ STRING = functools.partial(exactly, str)
 NAME = Kind("a string", STRING, empty=str)
 TEXT = Kind("a string", lambda value: STRING(value) or None)
 FLAG = Kind("true or false", functools.partial(exactly, bool), empty=bool)
-OBJECT = Kind("an object", lambda row: json.loads(json.dumps({**row}, default=float)), empty=dict)
+OBJECT = Kind("an object", functools.partial(exactly, dict), empty=dict)
 TEXTS = Kind("a list of strings", read_texts, empty=list)
 ROUTES = Kind(
     "paths that begin with '/', with '*' for any text",
@@ -4127,8 +4128,8 @@ class Record:
 
 
 def log_record(record: Record) -> None:
-    """What log.info("%s", record) does, without looking up the line it was called from."""
-    log.handle(log.makeRecord(log.name, logging.INFO, "relay", 0, "%s", (record,), None))
+    """What log.info(record) does, without looking up the line it was called from."""
+    log.handle(log.makeRecord(log.name, logging.INFO, "relay", 0, record, (), None))
 
 
 @dataclass(slots=True)
@@ -4249,11 +4250,6 @@ class Doors:
         self._master_key = settings.master_key
         self._master = hash_key(settings.master_key) if settings.master_key else ""
         self.started_open = not settings.master_key and not ledger.keys
-
-    @property
-    def has_master(self) -> bool:
-        """Whether a master key is set."""
-        return bool(self._master)
 
     @property
     def is_open(self) -> bool:
@@ -5569,7 +5565,6 @@ def shown_text(visit: Visit, text: str) -> str:
 # ─── Management ───────────────────────────────────────────────────────────────────────────────────
 
 MAX_PAGE_SIZE = 100  # LiteLLM's limit on /key/list
-MAX_DIGITS = 40  # of a number with a point or an exponent
 MAX_OWN_DEPTH = 50  # of JSON in requests to the gateway itself
 
 
@@ -5583,36 +5578,29 @@ class NotFoundHandler(BaseHandler):
 class ManagementHandler(BaseHandler):
     """What only the master key may do. Raises 401 without a key, 403 with any other."""
 
-    keeps_body = True
-
-    @property
-    def ledger(self) -> FileLedger:
-        """The keys."""
-        return self.gateway.ledger
-
     def prepare(self) -> None:
         super().prepare()
-        self.require_master()
-        self.ledger.notice_edit()
-
-    def require_master(self) -> None:
-        """Let the master key pass, in any of CREDENTIAL_HEADERS."""
-        doors = self.gateway.doors
-        if not doors.has_master:
+        doors, ledger = self.gateway.doors, self.gateway.ledger
+        if not self.gateway.settings.master_key:
             raise APIError(403, "No master key is set: start with GATEWAY_MASTER_KEY to have one.")
-        shown = [credential for _, credential in candidates(self.request.head.values)]
-        if any(doors.is_master(hash_key(credential)) for credential in shown):
-            return
-        if any(self.ledger.lookup(hash_key(credential)) for credential in shown):
-            raise APIError(403, "Only the master key may do this; a virtual key was sent.")
-        raise APIError(401, "Send the master key as 'Authorization: Bearer' or 'x-api-key'.")
+        shown = [hash_key(credential) for _, credential in candidates(self.request.head.values)]
+        if not any(map(doors.is_master, shown)):
+            if any(map(ledger.lookup, shown)):
+                raise APIError(403, "Only the master key may do this; a virtual key was sent.")
+            raise APIError(401, "Send the master key as 'Authorization: Bearer' or 'x-api-key'.")
+        ledger.notice_edit()
 
-    def existing(self, key_or_hash: str = "", alias: str = "") -> tuple[str, VirtualKey]:
-        """The key that is addressed so. Raises APIError 404 where there is none."""
-        found = self.ledger.find(key_or_hash, alias)
+    def addressed(self, body: dict[str, Any]) -> VirtualKey:
+        """The key that ``key`` (plain or hash) or else ``key_alias`` names; the name is taken out
+        of the body. Raises APIError 400 or 404."""
+        by_alias = body.get("key") is None
+        named = body.pop("key_alias" if by_alias else "key", None)
+        if not isinstance(named, str) or not named:
+            raise APIError(400, "'key' must name a key: the plain key or its hash.")
+        found = self.gateway.ledger.find(named, alias=named if by_alias else "")
         if found is None:
             raise APIError(404, "Key not found.")
-        return found
+        return found[1]
 
 
 # What LiteLLM says of a key and means nothing here.
@@ -5620,10 +5608,10 @@ LITELLM_FIELDS: dict[str, Any] = {"created_by": "master", "updated_by": "master"
 LITELLM_FIELDS |= {"key_type": "default", "budget_id": None, "litellm_budget_table": None}
 
 
-def key_row(hashed: str, key: VirtualKey, *, full: bool = False) -> dict[str, Any]:
+def key_row(key: VirtualKey, *, full: bool = False) -> dict[str, Any]:
     """A key as LiteLLM's answers describe it; in full with what it used, by day and model.
     ``spend`` is USD in the present budget window, which ends at ``budget_reset_at``."""
-    moment = now()
+    moment, hashed = now(), key.account.hashed
 
     def spent(pattern: str, duration: str | None) -> dict[str, Any]:
         reset = window(duration, moment)[1] if duration else None
@@ -5642,14 +5630,6 @@ def key_row(hashed: str, key: VirtualKey, *, full: bool = False) -> dict[str, An
     return row
 
 
-def read_number(text: str) -> Decimal:
-    """A number with a point or an exponent. Raises ValueError for one that no float can be."""
-    number = Decimal(text) if len(text) <= MAX_DIGITS else None
-    if number is None or not math.isfinite(float(text)) or number.adjusted() < -MAX_DIGITS:
-        raise ValueError("a number is too large, too small or too long")
-    return number
-
-
 def is_nested(value: object, levels: int) -> bool:
     """Whether a JSON value has more levels than that."""
     if not isinstance(value, dict | list):
@@ -5658,26 +5638,16 @@ def is_nested(value: object, levels: int) -> bool:
     return levels == 0 or any(is_nested(entry, levels - 1) for entry in within)
 
 
-def key_changes(body: Mapping[str, Any], prices: Prices) -> dict[str, Any]:
-    """The fields of a request as fields of a VirtualKey; null clears. Raises APIError 400."""
-    changes = read_fields(body, SETTABLE)
-    if "duration" in changes:
-        changes["expires"] = changes.pop("duration")
-    for name in ("max_budget", "soft_budget", "model_max_budget"):
-        if changes.get(name) not in (None, {}) and not prices.available:
-            need = "install genai-prices where the gateway runs, or start it with --prices."
-            raise APIError(400, f"{name!r} cannot be enforced, as no prices are known: {need}")
-    return changes
-
-
 class KeyHandler(ManagementHandler):
-    """POST /key/{deed} and /key/{key}/{deed}: makes and changes keys, as `deeds` lists. ``key``
-    (plain or hash) or else ``key_alias`` names the key in the body. Null clears a field."""
+    """POST /key/{deed} and /key/{key}/{deed}: makes and changes keys, as `deeds` lists. Null clears
+    a field."""
+
+    keeps_body = True
 
     async def post(self, *path: str) -> None:
         try:
-            text = self.request.body or b"{}"
-            body = json.loads(text, parse_constant=refuse_constant, parse_float=read_number)
+            body = json.loads(self.request.body or b"{}")
+            json.dumps(body, allow_nan=False)  # nor what is too large for a float
         except (ValueError, RecursionError) as error:
             raise APIError(400, f"The body is not JSON: {error}.") from None
         if not isinstance(body, dict) or is_nested(body, MAX_OWN_DEPTH):
@@ -5687,37 +5657,30 @@ class KeyHandler(ManagementHandler):
             body["key"] = named[0]
         self.send_json(await self.deeds[deed](self, body))
 
-    def addressed(self, body: dict[str, Any]) -> tuple[str, VirtualKey]:
-        """The key that the body names; the name is taken out of it. Raises APIError 400 or 404."""
-        key = body.pop("key", None)
-        named = body.pop("key_alias", None) if key is None else key
-        if not isinstance(named, str) or not named:
-            raise APIError(400, "'key' must name a key: the plain key or its hash.")
-        return self.existing(alias=named) if key is None else self.existing(named)
-
     def chosen(self, value: Any) -> str:
         """A key that the caller chose, or a fresh one. Raises APIError 400."""
         if value is None:
             return KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES)
-        key = value if isinstance(value, str) and PRINTABLE_KEY.fullmatch(value) else ""
-        if len(key) < MIN_KEY_LENGTH:
+        if not isinstance(value, str) or not CHOSEN_KEY.fullmatch(value):
             rule = f"{MIN_KEY_LENGTH} to {MAX_KEY_LENGTH} ASCII characters, no quote or backslash"
-            raise APIError(400, f"'key' must begin 'sk-' and have {rule}.")
-        if key.startswith(OWN_CREDENTIAL_PREFIX):
-            raise APIError(400, f"'key' must not begin {OWN_CREDENTIAL_PREFIX!r}: Anthropic's do.")
-        if self.ledger.lookup(hash_key(key)) is not None:
+            raise APIError(400, f"'key' must begin 'sk-', not as Anthropic's 'sk-ant-': {rule}.")
+        if self.gateway.ledger.lookup(hash_key(value)) is not None:
             raise APIError(400, "'key' exists already; choose another, or leave it out.")
-        return key
+        return value
 
-    def changed(
-        self, record: VirtualKey, body: Mapping[str, Any], hashed: str = "", **more: Any
-    ) -> VirtualKey:
+    def changed(self, record: VirtualKey, body: Mapping[str, Any], **more: Any) -> VirtualKey:
         """A key's record with these fields. Raises APIError 400 where the alias is another key's,
-        and where a budget cannot be kept, since nobody has said that the key may overspend."""
-        changes = key_changes(body, self.gateway.prices)
+        and where a budget cannot be kept and nobody has said that the key may overspend."""
+        changes = read_fields(body, SETTABLE)
+        if "duration" in changes:
+            changes["expires"] = changes.pop("duration")
+        for name in ("max_budget", "soft_budget", "model_max_budget"):
+            if changes.get(name) not in (None, {}) and not self.gateway.prices.available:
+                need = "install genai-prices where the gateway runs, or start it with --prices."
+                raise APIError(400, f"{name!r} cannot be enforced, as no prices are known: {need}")
         key = dataclasses.replace(record, **changes, **more, updated_at=now())
-        taken = self.ledger.find("", changes.get("key_alias") or "")
-        if taken is not None and taken[0] != hashed:
+        taken = self.gateway.ledger.find("", changes.get("key_alias") or "")
+        if taken is not None and taken[0] != record.account.hashed:
             raise APIError(400, "'key_alias' is taken by another key.")
         named = [pattern for pattern in key.allowed_routes if unmetered(pattern)]
         if named and key.has_budget and not key.unmetered_routes:
@@ -5725,61 +5688,62 @@ class KeyHandler(ManagementHandler):
             raise APIError(400, f"{what}: leave it out, or add 'unmetered_routes': true.")
         return key
 
-    async def keep(
-        self, hashed: str, record: VirtualKey, what: str, *, old: str = "", **shown: Any
-    ) -> dict[str, Any]:
-        """Keep a key's record (in an old hash's place), log ``what`` was done, and give its row."""
-        await self.ledger.change({old: None, hashed: record} if old else {hashed: record})
-        log.info("key %s %s", record.shown_name, what)
-        return key_row(hashed, record) | shown
+    async def keep(self, changes: Mapping[str, VirtualKey | None], what: str) -> dict[str, Any]:
+        """Keep these records, log ``what`` was done, and answer with the last one's row."""
+        await self.gateway.ledger.change(changes)
+        kept = [record for record in changes.values() if record is not None]
+        for record in kept:
+            log.info("key %s %s", record.shown_name, what)
+        return key_row(kept[-1])
 
     async def generate(self, body: dict[str, Any]) -> dict[str, Any]:
         """LiteLLM's request and response; no other answer has the plain key."""
         key = self.chosen(body.pop("key", None))
         record = self.changed(VirtualKey(key_name(key), created_at=now()), body)
-        return await self.keep(hash_key(key), record, "made", key=key)
+        return await self.keep({hash_key(key): record}, "made") | {"key": key}
 
     async def update(self, body: dict[str, Any]) -> dict[str, Any]:
         """Change the fields that the body has."""
-        hashed, record = self.addressed(body)
-        record, names = self.changed(record, body, hashed), [n for n in SETTABLE if n in body]
-        return await self.keep(hashed, record, f"updated: {', '.join(names)}", key=hashed)
+        record = self.addressed(body)
+        what = f"updated: {', '.join(name for name in SETTABLE if name in body)}"
+        hashed = record.account.hashed
+        return await self.keep({hashed: self.changed(record, body)}, what) | {"key": hashed}
 
     async def regenerate(self, body: dict[str, Any]) -> dict[str, Any]:
         """A new value for a key, that keeps all else: ``new_key``, or a fresh one. For a duration
         ``grace_period`` the old one still works. Other fields are changed as by `update`."""
-        old, record = self.addressed(body)
+        record = self.addressed(body)
         moment, grace = now(), LIFETIME.parse("grace_period", body.pop("grace_period", None))
         value = self.chosen(body.pop("new_key", None))
-        retired = {name: until for name, until in record.retired.items() if until > moment}
-        retired[old] = grace or moment
-        record = self.changed(record, body, old, key_name=key_name(value), retired=retired)
-        return await self.keep(hash_key(value), record, "regenerated", old=old, key=value)
+        retired = {old: until for old, until in record.retired.items() if until > moment}
+        retired[record.account.hashed] = grace or moment
+        changed = self.changed(record, body, key_name=key_name(value), retired=retired)
+        changes = {record.account.hashed: None, hash_key(value): changed}
+        return await self.keep(changes, "regenerated") | {"key": value}
 
     async def block(self, body: dict[str, Any], blocked: bool = True) -> dict[str, Any]:
         """Refuse a key, or take it again."""
-        hashed, record = self.addressed(body)
-        record = dataclasses.replace(record, blocked=blocked, updated_at=now())
-        return await self.keep(hashed, record, "blocked" if blocked else "unblocked")
+        record = dataclasses.replace(self.addressed(body), blocked=blocked, updated_at=now())
+        what = "blocked" if blocked else "unblocked"
+        return await self.keep({record.account.hashed: record}, what)
 
     async def reset_spend(self, body: dict[str, Any]) -> dict[str, Any]:
         """Set what was spent in the present window to ``reset_to`` USD (0)."""
-        hashed, record = self.addressed(body)
+        record = self.addressed(body)
         amount = AMOUNT.parse("reset_to", body.get("reset_to")) or ZERO
-        await self.ledger.reset_spend(hashed, amount)
+        await self.gateway.ledger.reset_spend(record.account.hashed, amount)
         log.info("key %s: spend set to $%s", record.shown_name, dollars(amount))
-        return key_row(hashed, record)
+        return key_row(record)
 
     async def delete_keys(self, body: dict[str, Any]) -> dict[str, Any]:
         """Delete ``keys`` (plain or hashes) or ``key_aliases``; all of them or none."""
         keys, aliases = (TEXTS.parse(name, body.get(name)) for name in ("keys", "key_aliases"))
-        if not keys and not aliases:
+        named = [{"key": key} for key in keys] + [{"key_alias": alias} for alias in aliases]
+        if not named:
             raise APIError(400, "Name the keys to delete in 'keys' or 'key_aliases'.")
-        found = [*map(self.existing, keys), *(self.existing(alias=alias) for alias in aliases)]
         gone: dict[str, Any] = {"deleted_at": now(), "retired": {}}
-        await self.ledger.change({h: dataclasses.replace(key, **gone) for h, key in found})
-        for _, record in found:
-            log.info("key %s deleted", record.shown_name)
+        found = [dataclasses.replace(self.addressed(each), **gone) for each in named]
+        await self.keep({record.account.hashed: record for record in found}, "deleted")
         return {"deleted_keys": [*keys, *aliases]}
 
     deeds: ClassVar[dict[str, Callable[..., Awaitable[dict[str, Any]]]]] = {}
@@ -5791,38 +5755,29 @@ class KeyHandler(ManagementHandler):
 class InfoHandler(ManagementHandler):
     """GET /key/info?key=: LiteLLM's ``{"key", "info"}``. A virtual key may ask about itself."""
 
-    keeps_body = False
-
     def prepare(self) -> None:
         BaseHandler.prepare(self)  # `get` decides, since a key may ask about itself
 
     async def get(self) -> None:
         asked = self.query("key")
         caller = await self.gateway.doors.authenticate(self.request.head.values)
-        if caller.key is None:
-            self.require_master()
-            if not asked:
-                raise APIError(400, "Name the key: /key/info?key=…, the plain key or its hash.")
-            hashed, record = self.existing(asked)
-        elif asked and self.ledger.find(asked) != (caller.key.account.hashed, caller.key):
+        record = caller.key
+        if record is None:
+            super().prepare()
+            record = self.addressed({"key": asked})
+        elif asked and self.gateway.ledger.find(asked) != (record.account.hashed, record):
             raise APIError(403, "A virtual key may ask about itself only.")
-        else:
-            hashed, record = caller.key.account.hashed, caller.key
-        info = key_row(hashed, record, full=True)
+        info = key_row(record, full=True)
         del info["token"], info["token_id"]
-        self.send_json({"key": asked or hashed, "info": info})
+        self.send_json({"key": asked or record.account.hashed, "info": info})
 
 
-def read_ordinal(text: str) -> int:
-    """A number that counts from 1."""
-    if not re.fullmatch(r"0*[1-9][0-9]{0,8}", text, re.ASCII):
-        raise ValueError
-    return int(text)
-
-
-ORDINAL = Kind("a whole number from 1", read_ordinal)
-DAY = Kind("a date like 2026-11-22", lambda text: day_of(datetime.strptime(text, "%Y-%m-%d")))
 REPORT_GROUPS = ("api_key", "model", "team", "user", "day")
+REPORT_GROUP = Kind(
+    f"one of {', '.join(REPORT_GROUPS)}", lambda text: REPORT_GROUPS[REPORT_GROUPS.index(text)]
+)
+ORDINAL = Kind("a whole number from 1", lambda text: int(read_amount(int(text) - 1)) + 1)
+DAY = Kind("a date like 2026-11-22", lambda text: day_of(datetime.strptime(text, "%Y-%m-%d")))
 
 
 class ReportHandler(ManagementHandler):
@@ -5836,23 +5791,21 @@ class ReportHandler(ManagementHandler):
         ``team_id``, ``key_alias``, ``key_hash``. ``page`` counts from 1; ``size`` is up to 100."""
         page, size = self.query("page", ORDINAL, 1), self.query("size", ORDINAL, 10)
         size = min(size, MAX_PAGE_SIZE)
-        wanted, names = self.query("key_hash"), ("user_id", "team_id", "key_alias")
-        filters = [(name, value) for name in names if (value := self.query(name))]
-        rows = [
-            (hashed, key)
-            for hashed, key in self.ledger.live()
-            if wanted in ("", hashed)
-            and all(getattr(key, name) == value for name, value in filters)
-        ]
+        rows = [key for _, key in self.gateway.ledger.live()]
+        if wanted := self.query("key_hash"):
+            rows = [key for key in rows if key.account.hashed == wanted]
+        for name in ("user_id", "team_id", "key_alias"):
+            if wanted := self.query(name):
+                rows = [key for key in rows if getattr(key, name) == wanted]
         shown = rows[(page - 1) * size : page * size]
         full = self.query("return_full_object").lower() == "true"
-        keys = [key_row(*row, full=True) if full else row[0] for row in shown]
+        keys = [key_row(key, full=True) if full else key.account.hashed for key in shown]
         pages = {"current_page": page, "total_pages": -(-len(rows) // size)}
         return {"keys": keys, "total_count": len(rows)} | pages
 
     def list_spend(self) -> list[dict[str, Any]]:
         """Every key's row, those that spent most first."""
-        rows = [key_row(hashed, key) for hashed, key in self.ledger.keys.items()]
+        rows = map(key_row, self.gateway.ledger.keys.values())
         return sorted(rows, key=lambda row: -row["spend"])
 
     def sum_spend(self) -> list[dict[str, Any]]:
@@ -5860,17 +5813,15 @@ class ReportHandler(ManagementHandler):
         group (``group_by`` one of REPORT_GROUPS): its name under that name, and every count."""
         first = self.query("start_date", DAY, day_of(now() - timedelta(days=29)))
         last = self.query("end_date", DAY, day_of(now()))
-        group = self.query("group_by", default="api_key")
-        if group not in REPORT_GROUPS:
-            raise APIError(400, f"'group_by' must be one of {', '.join(REPORT_GROUPS)}.")
+        group = self.query("group_by", REPORT_GROUP, "api_key")
         sums: dict[str, Tally] = {}
-        for hashed, key in self.ledger.keys.items():
+        for hashed, key in self.gateway.ledger.keys.items():
             for day, model, tally in key.account.usage.days(first, last):
                 names = (hashed, model, key.team_id or "", key.user_id or "", day)
                 sums.setdefault(names[REPORT_GROUPS.index(group)], Tally()).add(tally)
         rows = [{group: name, **dataclasses.asdict(tally)} for name, tally in sums.items()]
         for row in rows if group == "api_key" else ():
-            key = self.ledger.keys[row["api_key"]]
+            key = self.gateway.ledger.keys[row["api_key"]]
             row |= {"key_alias": key.key_alias, "key_name": key.key_name}
         return sorted(rows, key=lambda row: -row["spend"])
 
@@ -5967,6 +5918,7 @@ EVENT_METRICS = {
     "gateway_upstream_connections_reused": "Requests that went over a kept connection",
     "gateway_client_disconnects": "Clients that left too early",
 }
+KEYED = "api_key_alias model"  # labels
 
 
 class MetricsHandler(ManagementHandler):
@@ -5974,18 +5926,16 @@ class MetricsHandler(ManagementHandler):
     key, to a key whose ``allowed_routes`` name it, and with --open-metrics and in open mode to all.
     501 where the package prometheus-client is not installed."""
 
-    keeps_body = False
-
     def prepare(self) -> None:
         BaseHandler.prepare(self)
         if self.gateway.settings.open_metrics or self.gateway.doors.is_open:
             return
         for _, credential in candidates(self.request.head.values):
-            found = self.ledger.lookup(hash_key(credential))
+            found = self.gateway.ledger.lookup(hash_key(credential))
             for route in found[0].allowed_routes if found and found[1] == "active" else ():
                 if route.startswith(METRICS_PATH) and fnmatch.fnmatchcase(METRICS_PATH, route):
                     return  # a mere "*" does not name it
-        self.require_master()
+        super().prepare()
 
     def get(self) -> None:
         try:
@@ -6005,116 +5955,96 @@ class MetricsHandler(ManagementHandler):
         seconds; at most MAX_LABELS keys have labels of their own."""
         from prometheus_client import core
 
-        def families(kind: str, labels: str, names: dict[str, str], rows: Any) -> Iterator[Any]:
-            for index, (name, text) in enumerate(names.items()):
-                family = getattr(core, f"{kind}MetricFamily")(name, text, labels=labels.split())
-                for values, row in rows.items():
-                    if row[index] is not None:  # there is such a thing
-                        shown = row[index] if kind == "Histogram" else [float(row[index])]
-                        family.add_metric(values, *shown)
-                yield family
-
         gateway, traffic, client = self.gateway, self.gateway.traffic, self.gateway.client
-        every, failed, gone = collections.Counter[Any](), dict[Any, tuple[int]](), 0
+        requests, failed, gone = dict[Any, list[int]](), dict[Any, list[int]](), 0
         for (key, model, status, outcome), count in traffic.requests.items():
-            every[key, model, str(status)] += count
+            requests.setdefault((key, model, str(status)), [0])[0] += count
             if outcome != "ok" or status >= 400:
                 failure = "upstream_error" if outcome == "ok" else outcome
-                failed[key, model, str(status), failure] = (count,)
+                failed[key, model, str(status), failure] = [count]
             gone += count if outcome == "client_gone" else 0
-        counts = {labels: (count,) for labels, count in every.items()}
-        yield from families("Counter", "api_key_alias model status_code", REQUEST_METRICS, counts)
-        labels = "api_key_alias model exception_status exception_class"
-        yield from families("Counter", labels, FAILURE_METRICS, failed)
-        rows, bounds = dict[Any, tuple[Any, ...]](), (*map(str, LATENCY_BUCKETS), "+Inf")
+        timings, bounds = dict[Any, Any](), (*map(str, LATENCY_BUCKETS), "+Inf")
         for model, each in traffic.timings.items():
-            sums = (list(zip(bounds, itertools.accumulate(h.counts), strict=True)) for h in each)
-            rows[model,] = tuple((sum, h.total) for sum, h in zip(sums, each, strict=True))
-        yield from families("Histogram", "model", LATENCY_METRICS, rows)
-        rows = {}
+            sums = (list(zip(bounds, itertools.accumulate(h.counts))) for h in each)
+            timings[model,] = [(sum, h.total) for sum, h in zip(sums, each)]
+        usage, budgets, moment = dict[Any, Any](), dict[Any, Any](), now()
         for label, used in traffic.used.items():
             prompt, output = used.input_tokens + used.cached, used.output_tokens
             cache = (used.cache_read_tokens, used.written)
-            rows[label] = (used.spend, prompt + output, prompt, output, *cache)
-        yield from families("Counter", "api_key_alias model", USAGE_METRICS, rows)
-        rows, moment = {}, now()
+            usage[label] = (used.spend, prompt + output, prompt, output, *cache)
         for _, record in itertools.islice(gateway.ledger.live(), MAX_LABELS):
             spent, limit, length = record.spent(moment), record.max_budget, record.budget_duration
             end = window(length, moment)[1] if length and limit is not None else None
             left = None if limit is None else limit - spent
             hours = end and (end - moment) / timedelta(hours=1)
-            rows[record.shown_name,] = (spent, limit, left, hours)
-        yield from families("Gauge", "api_key_alias", BUDGET_METRICS, rows)
+            budgets[record.shown_name,] = (spent, limit, left, hours)
         streams = sum(handler.is_streaming for handler in gateway.active)
-        rows = {(): (len(gateway.active), streams, len(client.idle))}
-        yield from families("Gauge", "", PRESENT_METRICS, rows)
-        rows = {(): (client.opened, client.reused, gone)}
-        yield from families("Counter", "", EVENT_METRICS, rows)
+        for kind, labels, names, rows in (
+            ("Counter", f"{KEYED} status_code", REQUEST_METRICS, requests),
+            ("Counter", f"{KEYED} exception_status exception_class", FAILURE_METRICS, failed),
+            ("Histogram", "model", LATENCY_METRICS, timings),
+            ("Counter", KEYED, USAGE_METRICS, usage),
+            ("Gauge", "api_key_alias", BUDGET_METRICS, budgets),
+            ("Gauge", "", PRESENT_METRICS, {(): (len(gateway.active), streams, len(client.idle))}),
+            ("Counter", "", EVENT_METRICS, {(): (client.opened, client.reused, gone)}),
+        ):
+            for index, (name, text) in enumerate(names.items()):
+                family = getattr(core, f"{kind}MetricFamily")(name, text, labels=labels.split())
+                for values, row in rows.items():
+                    if row[index] is not None:  # there is such a thing
+                        shown: Any = row[index] if kind == "Histogram" else [float(row[index])]
+                        family.add_metric(values, *shown)
+                yield family
 
 
-class JSONFormatter(logging.Formatter):
-    """A log line as a JSON object: ``time``, ``level``, and `Record.to_json` or a ``message`` (with
-    ``exception``, where there was one)."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        line = {"time": moment.replace("+00:00", "Z"), "level": record.levelname.lower()}
-        subject = record.args[0] if isinstance(record.args, tuple) and record.args else None
-        if isinstance(subject, Record):
-            line |= subject.to_json()
-        else:
-            line["message"] = record.getMessage()
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line)
-
-
-class MaskingFormatter(logging.Formatter):
-    """What another formatter makes of a line, with the secrets masked and everything in it
-    abbreviated that looks like a key, whoever wrote the line."""
+class LineFormatter(logging.Formatter):
+    """A log line, as another formatter makes it, or (without one) as a JSON object: ``time``,
+    ``level``, and `Record.to_json` or a ``message`` (with ``exception``, where there was one).
+    Whoever wrote it, secrets are masked in it, and all that looks like a key is abbreviated."""
 
     def __init__(self, inner: logging.Formatter | None, *secrets: str) -> None:
         super().__init__()
-        self.inner = inner or logging.Formatter()
+        self._inner = inner
         self._secrets = [secret for secret in secrets if len(secret) >= MIN_SECRET_LENGTH]
+        self._second, self._before, self._after = 0, "", ""
 
-    def format(self, record: logging.LogRecord) -> str:
-        return self.mask(self.inner.format(record))
-
-    def mask(self, line: str) -> str:
-        """A line with nothing secret in it."""
+    def format(self, line: logging.LogRecord) -> str:
+        record = line.msg
+        if self._inner is None:
+            moment = datetime.fromtimestamp(line.created, UTC).isoformat(timespec="milliseconds")
+            shown = {"time": moment.replace("+00:00", "Z"), "level": line.levelname.lower()}
+            if isinstance(record, Record):
+                shown |= record.to_json()
+            else:
+                shown["message"] = line.getMessage()
+            if line.exc_info:
+                shown["exception"] = self.formatException(line.exc_info)
+            text = json.dumps(shown)
+        elif type(record) is not Record:
+            text = self._inner.format(line)
+        else:
+            if int(line.created) != self._second:  # which is all that changes around a record
+                line.msg, self._second = "\0", int(line.created)
+                self._before, _, self._after = self._inner.format(line).partition("\0")
+                line.msg = record
+            text = self._before + str(record) + self._after
         for secret in self._secrets:
-            line = line.replace(secret, "*" * 8)
-        return mask_keys(line)
+            text = text.replace(secret, "*" * 8)
+        return mask_keys(text) if KEY_LIKE.search(text) else text
 
 
 def record_writer(handlers: Sequence[logging.Handler]) -> Callable[[Record], None]:
     """What logs relayed requests: through logging; or, where these handlers are one plain stream,
-    straight to it the same line in half the time."""
+    straight to it the same line, in half the time."""
     handler = handlers[0] if len(handlers) == 1 else None
     if type(handler) is not logging.StreamHandler:
         return log_record
-    stream, outer = handler.stream, handler.formatter
-    if not isinstance(outer, MaskingFormatter) or stream.isatty():
-        return log_record
-    if not isinstance(outer.inner, JSONFormatter | LogFormatter):
-        return log_record
-    as_json, inner, mask = isinstance(outer.inner, JSONFormatter), outer.inner, outer.mask
-    line = log.makeRecord(log.name, logging.INFO, "relay", 0, "%s", ("",), None)
-    second, prefix = 0, ""
+    line, stream = log.makeRecord(log.name, logging.INFO, "relay", 0, "", (), None), handler.stream
 
     def write(record: Record) -> None:
-        nonlocal second, prefix
-        line.created = time.time()
-        if as_json:
-            line.args = (record,)
-            text = inner.format(line)
-        else:
-            if int(line.created) != second:  # which is all that changes in what stands before it
-                second, prefix = int(line.created), inner.format(line)
-            text = prefix + str(record)
+        line.msg, line.created = record, time.time()
         try:
-            stream.write(mask(text) + "\n")
+            stream.write(handler.format(line) + "\n")
             stream.flush()
         except (OSError, ValueError):
             log_record(record)  # it reports what is wrong with the stream
@@ -6582,8 +6512,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = read_settings(sys.argv[1:] if arguments is None else arguments, os.environ)
         masked = (settings.master_key, settings.api_key, settings.auth_token)
         for handler in logging.getLogger().handlers:
-            inner = JSONFormatter() if settings.log_json else handler.formatter
-            handler.setFormatter(MaskingFormatter(inner, *masked))
+            inner = None if settings.log_json else handler.formatter
+            handler.setFormatter(LineFormatter(inner, *masked))
         # The log shows neither; looking them up costs each line (docs of logging, "Optimization").
         logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
         # As many open files as the system allows: each stream holds two sockets.

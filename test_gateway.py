@@ -48,6 +48,7 @@ import tornado.web
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
+from tornado.log import LogFormatter
 
 import gateway
 
@@ -582,7 +583,7 @@ def logged(lines: io.StringIO) -> Iterator[None]:
     """Collect what is logged in this process, as a process would write it."""
     handler, root = logging.StreamHandler(lines), logging.getLogger()
     plain = logging.Formatter("%(levelname)s %(message)s")
-    handler.setFormatter(gateway.MaskingFormatter(plain, MASTER_KEY, REAL_KEY))
+    handler.setFormatter(gateway.LineFormatter(plain, MASTER_KEY, REAL_KEY))
     root.addHandler(handler)
     root.setLevel(logging.INFO)
     yield
@@ -955,7 +956,7 @@ def test_wrong_fields_are_refused_by_name(mocked: Process, virtual_key: str, nam
 NESTED = ['{"metadata": ' + '{"a": [' * depth + "1" + "]}" * depth + "}" for depth in (60, 350)]
 NO_FIELDS: list[bytes | str] = [b"{", b"[]", b"null", b"\xff", b"[" * 100_000, *NESTED]
 NO_FIELDS += ['{"metadata": {"a": NaN}}', '{"metadata": {"a": 1e999}}', '{"max_budget": 1e999}']
-NO_FIELDS += [f'{{"max_budget": 0.{"0" * 3000}1}}', '{"max_budget": 1e-999999}']
+NO_FIELDS += ['{"max_budget": NaN}', '{"rpm_limit": 1e5}']
 NO_FIELDS += ['{"metadata": ' + '{"a":' * 1500 + "1" + "}" * 1501, '{"budget_duration": "0mo"}']
 
 
@@ -1057,13 +1058,14 @@ FIELDS_OF_KEYS: dict[str, st.SearchStrategy[Any]] = {
 
 @settings(deadline=None, max_examples=300)
 @given(fields=st.fixed_dictionaries({}, optional=FIELDS_OF_KEYS))
-def test_what_is_taken_of_a_key_is_read_again(fields: Any, prices: gateway.Prices) -> None:
+def test_what_is_taken_of_a_key_is_read_again(fields: Any) -> None:
     """Every field and value that /key/generate takes goes through the file unchanged."""
     try:
-        body = json.loads(json.dumps(fields), parse_float=gateway.read_number)
-        changes = gateway.key_changes(body, prices)
+        changes = gateway.read_fields(json.loads(json.dumps(fields)), gateway.SETTABLE)
     except (gateway.APIError, ValueError):
         return
+    if "duration" in changes:
+        changes["expires"] = changes.pop("duration")
     record = gateway.VirtualKey("sk-...test", created_at=WHEN, updated_at=WHEN, **changes)
     line = gateway.store_line("a" * 64, record).decode()
     kept = gateway.parse_store(f'{{"version": 1, "keys": {{{line}}}}}'.encode(), "x")
@@ -1072,7 +1074,7 @@ def test_what_is_taken_of_a_key_is_read_again(fields: Any, prices: gateway.Price
     account.windows.clear()
     assert dataclasses.replace(again) == record
     # What can be shown of it does not depend on when it is looked at.
-    gateway.key_row("a" * 64, again)
+    gateway.key_row(again)
 
 
 # ─── Anthropic ────────────────────────────────────────────────────────────────────────
@@ -4020,11 +4022,11 @@ async def test_a_log_line_is_one_and_no_client_forges_its_fields(gw: GW) -> None
 RECORD = gateway.Record("call", "POST", "127.0.0.1", 1.0, WHEN, over=1.1, status=200)
 
 
-@pytest.mark.parametrize("inner", [gateway.JSONFormatter(), gateway.LogFormatter(color=False)])
+@pytest.mark.parametrize("inner", [None, LogFormatter(color=False)])
 def test_a_request_is_logged_as_logging_would(inner: Any, monkeypatch: Patch) -> None:
     lines = io.StringIO()
     handler = logging.StreamHandler(lines)
-    handler.setFormatter(gateway.MaskingFormatter(inner, MASTER_KEY, REAL_KEY))
+    handler.setFormatter(gateway.LineFormatter(inner, MASTER_KEY, REAL_KEY))
     monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
     write = gateway.record_writer([handler])
     key = gateway.VirtualKey("sk-...abcd", "ci \N{SNOWMAN}", tags=["a b"])
