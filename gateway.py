@@ -6815,12 +6815,11 @@ MOCK_MODELS = ("claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5")
 MOCK_TOKEN_INTERVAL = 0.02  # seconds between two deltas, about what a model does
 MOCK_MAX_TOKENS = 200  # what an echo is cut down to
 MOCK_ERROR = re.compile(r"mock-error-(4[0-9]{2}|5[0-9]{2})")
-MOCK_ERROR_TYPES = {402: "billing_error", 409: "conflict_error", 529: "overloaded_error"}
-MOCK_CACHE_SIZE = 1000  # prompts whose cached prefix is remembered
+MOCK_KINDS = {402: "billing_error", 409: "conflict_error", 529: "overloaded_error"} | ERROR_TYPES
 MOCK_COUNTS = dict.fromkeys(("processing", "succeeded", "errored", "canceled", "expired"), 0)
 JSONObject = dict[str, Any]
 MOCK_MODEL: JSONObject = {"type": "model", "created_at": "2026-01-01T00:00:00Z"}
-MockAnswer = JSONObject | tuple[str, bytes] | list[JSONObject]  # the last: events of a stream
+MOCK_FILE: JSONObject = {"type": "file", "downloadable": True}
 
 
 class MockAnthropic(web.RequestHandler):
@@ -6832,47 +6831,41 @@ class MockAnthropic(web.RequestHandler):
     things: ClassVar[dict[str, dict[str, JSONObject]]] = {"batches": {}, "files": {}}
     things |= {"models": {n: MOCK_MODEL | {"id": n, "display_name": n} for n in MOCK_MODELS[::-1]}}
     contents: ClassVar[dict[str, bytes]] = {}
-    cached: ClassVar[collections.deque[str]] = collections.deque(maxlen=MOCK_CACHE_SIZE)
+    cached: ClassVar[collections.deque[str]] = collections.deque(maxlen=1000)  # prompts' beginnings
 
     def initialize(self, credential: str) -> None:
         self.credential = credential
 
-    async def send(self) -> None:
+    async def prepare(self) -> None:
         """Answer, whatever the method."""
         request_id = mock_id("req")
         self.set_header("request-id", request_id)
-        self.set_header("Server", "mock")
+        self.set_header("Content-Type", "application/json")
         try:
             answer = self.answer()
         except APIError as error:
-            self.set_status(error.status, error.kind)
+            self.set_status(error.status)
             if error.status == 429:
                 self.set_header("retry-after", "1")
-            answer = cast(JSONObject, json.loads(error.body(request_id)))
-        if isinstance(answer, tuple):
-            self.set_header("Content-Type", answer[0])
-        if not isinstance(answer, list):
-            self.finish(answer if isinstance(answer, dict) else answer[1])
-            return
-        self.set_header("Content-Type", "text/event-stream; charset=utf-8")
-        self.set_header("Cache-Control", "no-cache")
-        for event in answer:
-            if event["type"] == "content_block_delta":
-                await asyncio.sleep(MOCK_TOKEN_INTERVAL)
-            self.write(f"event: {event['type']}\ndata: {json.dumps(event)}\n\n")
+            answer = error.body(request_id)
+        if isinstance(answer, list):
+            self.set_header("Content-Type", "text/event-stream; charset=utf-8")
+            self.set_header("Cache-Control", "no-cache")
             with contextlib.suppress(StreamClosedError):
-                await self.flush()
+                for event in answer:
+                    if event["type"] == "content_block_delta":
+                        await asyncio.sleep(MOCK_TOKEN_INTERVAL)
+                    self.write(f"event: {event['type']}\ndata: {json.dumps(event)}\n\n")
+                    await self.flush()
+            answer = b""
+        self.finish(answer)
 
-    get = head = post = put = patch = delete = options = send
-
-    def answer(self) -> MockAnswer:
-        """What the API says. Raises APIError."""
+    def answer(self) -> JSONObject | bytes | list[JSONObject]:
+        """What the API says; a list are the events of a stream. Raises APIError."""
         request = self.request
         if request.headers.get_list("x-api-key") != [self.credential]:
             raise APIError(401, "invalid x-api-key")
-        sent: Any = None
-        with contextlib.suppress(ValueError):
-            sent = json.loads(request.body)
+        sent: Any = read_json(request.body)
         path = urllib.parse.unquote(request.path).replace("/messages/batches", "/batches")
         match request.method, *path.split("/")[1:]:
             case "POST", "v1", "batches", name, "cancel":
@@ -6880,18 +6873,17 @@ class MockAnthropic(web.RequestHandler):
                 batch["cancel_initiated_at"] = iso(now())
                 return batch | {"processing_status": "canceling"}
             case "POST", "v1", "files":
-                if not request.files.get("file"):
+                if "file" not in request.files:
                     raise APIError(400, "file: Field required")
                 name, file = mock_id("file"), request.files["file"][0]
-                about: JSONObject = {
-                    "type": "file",
+                about = MOCK_FILE | {
+                    "id": name,
+                    "created_at": iso(now()),
                     "filename": file.filename,
-                    "downloadable": True,
                 }
                 about |= {"mime_type": file.content_type, "size_bytes": len(file.body)}
-                self.things["files"][name] = about | {"id": name, "created_at": iso(now())}
-                self.contents[name] = file.body
-                return self.things["files"][name]
+                self.things["files"][name], self.contents[name] = about, file.body
+                return about
             case ("POST", "v1", "messages" | "batches", *_) if not isinstance(sent, dict):
                 raise APIError(400, "The body is not a JSON object")
             case "POST", "v1", "messages":
@@ -6902,12 +6894,19 @@ class MockAnthropic(web.RequestHandler):
             case "POST", "v1", "batches":
                 return self._make_batch(sent)
             case "GET", "v1", "models" | "batches" | "files" as kind:
-                return self._list(kind)
+                after = self.get_argument("after_id", "")
+                names, limit = [*self.things[kind]][::-1], int(self.get_argument("limit", "20"))
+                names = names[names.index(after) + 1 :] if after in names else names
+                data = [self.things[kind][name] for name in names[:limit]]
+                first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
+                more = len(names) > limit
+                return {"data": data, "has_more": more, "first_id": first, "last_id": last}
             case "GET", "v1", "models" | "batches" | "files" as kind, name:
                 return self._find(kind, name)
             case "GET", "v1", "batches" | "files" as kind, name, "results" | "content":
                 form = self._find(kind, name).get("mime_type", "application/x-jsonl")
-                return form, self.contents[name]
+                self.set_header("Content-Type", form)
+                return self.contents[name]
             case "DELETE", "v1", "batches" | "files" as kind, name:
                 gone = {"id": name, "type": f"{self._find(kind, name)['type']}_deleted"}
                 del self.things[kind][name], self.contents[name]
@@ -6921,41 +6920,27 @@ class MockAnthropic(web.RequestHandler):
             raise APIError(404, f"{name} not found")
         return self.things[kind][name]
 
-    def _list(self, kind: str) -> JSONObject:
-        after, limit = self.get_argument("after_id", ""), int(self.get_argument("limit", "20"))
-        names = [*reversed(self.things[kind])]
-        start = names.index(after) + 1 if after in names else 0
-        shown, more = names[start : start + limit], start + limit < len(names)
-        first, last = (shown[0], shown[-1]) if shown else (None, None)
-        data = [self.things[kind][name] for name in shown]
-        return {"data": data, "has_more": more, "first_id": first, "last_id": last}
-
     def _reply(self, params: JSONObject) -> JSONObject:
-        model, messages, limit = (params.get(n) for n in ("model", "messages", "max_tokens"))
-        if not isinstance(model, str):
-            raise APIError(400, "model: Field required")
-        if not isinstance(limit, int) or limit < 1:
-            raise APIError(400, "max_tokens: Field required")
-        if not isinstance(messages, list) or not messages:
-            raise APIError(400, "messages: at least one message is required")
+        for name, kind in (("model", str), ("max_tokens", int), ("messages", list)):
+            if not isinstance(params.get(name), kind) or not params[name] > kind():
+                raise APIError(400, f"{name}: Field required")
+        model, messages, limit = params["model"], params["messages"], params["max_tokens"]
         if error := MOCK_ERROR.fullmatch(model):
-            kind = (ERROR_TYPES | MOCK_ERROR_TYPES).get(int(error[1]), "api_error")
-            raise APIError(int(error[1]), "An error, as you asked.", kind=kind)
+            status = int(error[1])
+            told = MOCK_KINDS.get(status, "api_error")
+            raise APIError(status, "An error, as you asked.", kind=told)
         content = messages[-1].get("content") if isinstance(messages[-1], dict) else None
         blocks = content if isinstance(content, list) else [{"text": content}]
         said = [str(block.get("text") or "") for block in blocks if isinstance(block, dict)]
         words = f"You said: {' '.join(said)}".split(" ")[: min(limit, MOCK_MAX_TOKENS)]
-        written = read = 0
+        cache = {"creation": 0, "read": 0}
         if "cache_control" in json.dumps(params):  # it is written the first time, then read
             prefix = json.dumps([params.get("system"), params.get("tools")])
-            if prefix in self.cached:
-                read = mock_tokens(prefix)
-            else:
-                written = mock_tokens(prefix)
-                self.cached.append(prefix)
+            cache["read" if prefix in self.cached else "creation"] = mock_tokens(prefix)
+            self.cached.append(prefix)
         usage: JSONObject = {"input_tokens": mock_tokens(messages), "output_tokens": len(words)}
-        usage |= {"cache_creation_input_tokens": written, "cache_read_input_tokens": read}
-        lives = {"ephemeral_5m_input_tokens": written, "ephemeral_1h_input_tokens": 0}
+        usage |= {f"cache_{done}_input_tokens": size for done, size in cache.items()}
+        lives = {"ephemeral_5m_input_tokens": cache["creation"], "ephemeral_1h_input_tokens": 0}
         usage |= {"cache_creation": lives, "service_tier": "standard"}
         message = {"id": mock_id("msg"), "type": "message", "role": "assistant", "model": model}
         message["stop_reason"] = "max_tokens" if len(words) == limit else "end_turn"
@@ -6966,7 +6951,7 @@ class MockAnthropic(web.RequestHandler):
         """It is worked off at once, and has ended when it is next looked at."""
         requests, results = sent.get("requests"), list[JSONObject]()
         if not isinstance(requests, list) or not requests:
-            raise APIError(400, "requests: at least one request is required")
+            raise APIError(400, "requests: Field required")
         for each in requests:
             try:
                 result = {"type": "succeeded", "message": self._reply(each["params"])}
@@ -6974,15 +6959,16 @@ class MockAnthropic(web.RequestHandler):
                 result = {"type": "errored", "error": json.loads(error.body(""))}
             results.append({"custom_id": each["custom_id"], "result": result})
         name, moment = mock_id("msgbatch"), now()
-        begun: JSONObject = {"id": name, "type": "message_batch", "created_at": iso(moment)}
-        begun |= dict.fromkeys(("ended_at", "results_url", "cancel_initiated_at", "archived_at"))
-        begun |= {"expires_at": iso(moment + timedelta(days=1)), "processing_status": "in_progress"}
+        batch: JSONObject = {"id": name, "type": "message_batch", "created_at": iso(moment)}
+        batch |= dict.fromkeys(("ended_at", "results_url", "cancel_initiated_at", "archived_at"))
+        batch |= {"expires_at": iso(moment + timedelta(days=1)), "processing_status": "in_progress"}
+        batch["request_counts"] = MOCK_COUNTS | {"processing": len(results)}
         counts = collections.Counter(line["result"]["type"] for line in results)
         self.contents[name] = "".join(json.dumps(line) + "\n" for line in results).encode()
         done = {"processing_status": "ended", "request_counts": MOCK_COUNTS | counts}
         url = f"{ANTHROPIC_API}/v1/messages/batches/{name}/results"  # absolute, as Anthropic's
-        self.things["batches"][name] = begun | done | {"ended_at": iso(moment), "results_url": url}
-        return begun | {"request_counts": MOCK_COUNTS | {"processing": len(results)}}
+        self.things["batches"][name] = batch | done | {"ended_at": iso(moment), "results_url": url}
+        return batch
 
 
 def mock_id(prefix: str) -> str:
