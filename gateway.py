@@ -104,6 +104,7 @@ import tornado
 from tornado import escape, httputil, netutil, web
 from tornado.httpclient import AsyncHTTPClient, HTTPRequest, HTTPResponse
 from tornado.httpserver import HTTPServer
+from tornado.ioloop import PeriodicCallback
 from tornado.iostream import StreamClosedError
 from tornado.log import LogFormatter, define_logging_options
 from tornado.netutil import bind_sockets
@@ -4072,17 +4073,18 @@ class Server:
 
     def listen(self, sockets: Iterable[socket.socket], context: ssl.SSLContext | None) -> None:
         """Take connections from these sockets, over TLS where a context is given."""
+        self.context = context
         for listening in sockets:
             listening.listen(BACKLOG)
             self._listening.append(listening)
-            self._do(self._accept(listening, context))
+            self._do(self._accept(listening))
 
     def _do(self, work: Coroutine[Any, Any, None]) -> None:
         task = self.loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _accept(self, listening: socket.socket, context: ssl.SSLContext | None) -> None:
+    async def _accept(self, listening: socket.socket) -> None:
         while True:
             try:
                 client, peer = await self.loop.sock_accept(listening)
@@ -4092,11 +4094,9 @@ class Server:
                 log.warning("%s: new connections wait a second; raise the limit", error.strerror)
                 await asyncio.sleep(ACCEPT_AGAIN)
                 continue
-            self._do(self._serve(client, peer[0] if isinstance(peer, tuple) else "", context))
+            self._do(self._serve(client, peer[0] if isinstance(peer, tuple) else ""))
 
-    async def _serve(
-        self, client: socket.socket, peer: str, context: ssl.SSLContext | None
-    ) -> None:
+    async def _serve(self, client: socket.socket, peer: str) -> None:
         """Count a connection in, which without a word costs some 100 KB over TLS, and open it."""
         site, limit = site_of(peer), self.gateway.settings.max_connections_per_address
         self._open += 1
@@ -4106,6 +4106,7 @@ class Server:
         if site and not self.xheaders and self._sites[site] - limit > over:
             over = self._sites[site] - limit
             message = f"Your address has more than {limit:,} connections open."
+        context = self.context
         connection = ServerConnection(self, peer, secure=context is not None)
         timeout = self.gateway.settings.client_timeout if context is not None else None
         try:
@@ -6819,7 +6820,6 @@ MOCK_KINDS = {402: "billing_error", 409: "conflict_error", 529: "overloaded_erro
 MOCK_COUNTS = dict.fromkeys(("processing", "succeeded", "errored", "canceled", "expired"), 0)
 JSONObject = dict[str, Any]
 MOCK_MODEL: JSONObject = {"type": "model", "created_at": "2026-01-01T00:00:00Z"}
-MOCK_FILE: JSONObject = {"type": "file", "downloadable": True}
 
 
 class MockAnthropic(web.RequestHandler):
@@ -6848,9 +6848,8 @@ class MockAnthropic(web.RequestHandler):
             if error.status == 429:
                 self.set_header("retry-after", "1")
             answer = error.body(request_id)
-        if isinstance(answer, list):
+        if isinstance(answer, Iterator):
             self.set_header("Content-Type", "text/event-stream; charset=utf-8")
-            self.set_header("Cache-Control", "no-cache")
             with contextlib.suppress(StreamClosedError):
                 for event in answer:
                     if event["type"] == "content_block_delta":
@@ -6860,8 +6859,8 @@ class MockAnthropic(web.RequestHandler):
             answer = b""
         self.finish(answer)
 
-    def answer(self) -> JSONObject | bytes | list[JSONObject]:
-        """What the API says; a list are the events of a stream. Raises APIError."""
+    def answer(self) -> JSONObject | bytes | Iterator[JSONObject]:
+        """What the API says, or the events of a stream. Raises APIError."""
         request = self.request
         if request.headers.get_list("x-api-key") != [self.credential]:
             raise APIError(401, "invalid x-api-key")
@@ -6876,12 +6875,9 @@ class MockAnthropic(web.RequestHandler):
                 if "file" not in request.files:
                     raise APIError(400, "file: Field required")
                 name, file = mock_id("file"), request.files["file"][0]
-                about = MOCK_FILE | {
-                    "id": name,
-                    "created_at": iso(now()),
-                    "filename": file.filename,
-                }
+                about = JSONObject(type="file", id=name, filename=file.filename, downloadable=True)
                 about |= {"mime_type": file.content_type, "size_bytes": len(file.body)}
+                about["created_at"] = iso(now())
                 self.things["files"][name], self.contents[name] = about, file.body
                 return about
             case ("POST", "v1", "messages" | "batches", *_) if not isinstance(sent, dict):
@@ -6981,34 +6977,28 @@ def mock_tokens(value: object) -> int:
     return max(1, len(json.dumps(value)) // 4)
 
 
-def mock_events(message: JSONObject) -> list[JSONObject]:
+def mock_events(message: JSONObject) -> Iterator[JSONObject]:
     """A message as the events of a stream."""
-    used, block = message["usage"], {"index": 0}
+    used, at, text = message["usage"], {"index": 0}, message["content"][0]["text"]
     begun = {"content": [], "stop_reason": None, "usage": used | {"output_tokens": 1}}
+    yield {"type": "message_start", "message": message | begun}
+    yield {"type": "content_block_start", "content_block": {"type": "text", "text": ""}} | at
+    yield {"type": "ping"}
+    for piece in re.findall(r"^[^ ]*| [^ ]*", text):
+        yield {"type": "content_block_delta", "delta": {"type": "text_delta", "text": piece}} | at
+    yield {"type": "content_block_stop"} | at
     ended = {"stop_reason": message["stop_reason"], "stop_sequence": None}
-    opened = block | {"content_block": {"type": "text", "text": ""}}
-    events: list[tuple[str, JSONObject]] = [("message_start", {"message": message | begun})]
-    events += [("content_block_start", opened), ("ping", {})]
-    for piece in re.findall(r"^[^ ]*| [^ ]*", message["content"][0]["text"]):
-        delta = {"type": "text_delta", "text": piece}
-        events.append(("content_block_delta", block | {"delta": delta}))
-    total = {"delta": ended, "usage": {"output_tokens": used["output_tokens"]}}
-    events += [("content_block_stop", block), ("message_delta", total), ("message_stop", {})]
-    return [{"type": name} | members for name, members in events]
+    total = {"output_tokens": used["output_tokens"]}
+    yield {"type": "message_delta", "delta": ended, "usage": total}
+    yield {"type": "message_stop"}
 
 
 # ─── Main ─────────────────────────────────────────────────────────────────────────────────────────
 
-USAGE_ERROR = 2  # exit status for a start that cannot be
 DRAIN_PROGRESS = 5.0  # seconds between two lines about what a stop waits for
 LOOPBACK = ("127.0.0.1", "::1")
-COLLECTOR_THRESHOLD = 10_000  # objects made and not freed; Python's own is 700
-SWITCH_INTERVAL = 0.0005  # seconds; Python's own is 0.005
-UVLOOP_CLOSED = "the handler is closed"  # uvloop/handles/handle.pyx, _ensure_alive
-UNIX_SOCKET_MODE = 0o660  # for the owner and his group, such as the proxy's
 MOCK_CREDENTIAL = "sk-ant-mock-"
 CHECK_TIMEOUT = 30.0  # seconds
-ServerTLS = ssl.SSLContext | None
 OPTIONAL_PACKAGES = {
     "uvloop": "the gateway is slower",
     "genai-prices": "money is not counted, budgets cannot be set",
@@ -7040,9 +7030,11 @@ def make_app(settings: Settings, rules: Sequence[Rule] = RULES) -> GatewayApplic
 def bind(settings: Settings, *, loopback: bool) -> list[socket.socket]:
     """Listening sockets: the Unix socket, or the port, on loopback where ``--address`` does not say
     otherwise. Raises SettingsError."""
+    where = f"--unix-socket={settings.unix_socket}"
     try:
-        if settings.unix_socket:
-            return [netutil.bind_unix_socket(settings.unix_socket, UNIX_SOCKET_MODE)]
+        if settings.unix_socket:  # for the owner's group too, such as the proxy's
+            return [netutil.bind_unix_socket(settings.unix_socket, 0o660)]
+        where = f"{settings.address or 'port'} {settings.port}"
         if settings.address or not loopback:
             return bind_sockets(settings.port, settings.address or None)
         sockets = bind_sockets(settings.port, LOOPBACK[0])
@@ -7050,21 +7042,16 @@ def bind(settings: Settings, *, loopback: bool) -> list[socket.socket]:
             sockets += bind_sockets(sockets[0].getsockname()[1], LOOPBACK[1])
         return sockets
     except (OSError, ValueError) as error:  # ValueError: what stands there is a file, but no socket
-        where = f"{settings.address or 'port'} {settings.port}"
-        if settings.unix_socket:
-            where = f"--unix-socket={settings.unix_socket}"
         text = f"cannot listen on {where}: {getattr(error, 'strerror', '') or error}"
         raise SettingsError(text) from None
 
 
-def server_context(settings: Settings, context: ServerTLS = None) -> ServerTLS:
-    """What serves TLS, where ``--certfile`` is given: a new context, or this one, with the
-    certificate that the files hold now. Raises SettingsError."""
+def server_context(settings: Settings) -> ssl.SSLContext | None:
+    """What serves TLS, where ``--certfile`` is given. Raises SettingsError."""
     if not settings.certfile:
         return None
-    if context is None:
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.set_alpn_protocols(["http/1.1"])
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.set_alpn_protocols(["http/1.1"])
     try:
         context.load_cert_chain(settings.certfile, settings.keyfile or None, "")
     except OSError as error:  # ssl.SSLError is one
@@ -7094,13 +7081,13 @@ def lacks(settings: Settings) -> Iterator[str]:
 
 def announce(settings: Settings, gateway: Gateway, port: int) -> None:
     """Print where it listens and relays to, what it lets in, and what a user pastes to connect."""
-    is_open, keys = gateway.doors.is_open, sum(1 for _ in gateway.ledger.live())
-    url, is_everywhere = base_url(settings, port), not settings.address and not is_open
-    where = settings.unix_socket or f"{url}{' and every other address' if is_everywhere else ''}"
+    is_open, url = gateway.doors.is_open, base_url(settings, port)
+    everywhere = "" if settings.address or is_open else " and every other address"
     is_mock = settings.api_key.startswith(MOCK_CREDENTIAL)
+    keys = sum(1 for _ in gateway.ledger.live())
     made = f"{keys} in {settings.keys}" if keys else "POST /key/generate makes one"
     lines = [
-        f"gateway {__version__} listening on {where}",
+        f"gateway {__version__} listening on {settings.unix_socket or url + everywhere}",
         f"relaying to {'the built-in stand-in' if is_mock else settings.upstream}",
         OPEN_MODE if is_open else f"virtual keys are required ({made})",
         *(f"! {lack}" for lack in lacks(settings)),
@@ -7108,7 +7095,7 @@ def announce(settings: Settings, gateway: Gateway, port: int) -> None:
     if not gateway.prices.available:
         lines.append("! genai-prices is not installed: tokens are counted, money is not")
     key = "anything" if is_open else "<a virtual key>"
-    print("\n".join([*lines, CONNECT.format(base=url + RELAY_PREFIX, key=key)]), flush=True)
+    print(*lines, CONNECT.format(base=url + RELAY_PREFIX, key=key), sep="\n", flush=True)
 
 
 def start_mock(settings: Settings) -> Settings:
@@ -7128,8 +7115,9 @@ def start_mock(settings: Settings) -> Settings:
 def report_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """Log what the event loop reports."""
     error = context.get("exception")
-    if isinstance(error, RuntimeError) and UVLOOP_CLOSED in str(error):
-        # uvloop goes on with a read over TLS whose connection was broken off within it.
+    if isinstance(error, RuntimeError) and "the handler is closed" in str(error):
+        # uvloop goes on with a read over TLS whose connection was broken off within it
+        # (uvloop/handles/handle.pyx, _ensure_alive).
         log.debug("after the end of a connection", exc_info=error)
     else:
         loop.default_exception_handler(context)
@@ -7141,56 +7129,47 @@ async def serve(settings: Settings) -> None:
     application = make_app(settings)
     gateway: Gateway = application.settings["gateway"]
     gateway.write_log = record_writer(logging.getLogger().handlers)
-    server = Server(gateway, application)
-    context = server_context(settings)
+    server, context = Server(gateway, application), server_context(settings)
     sockets = bind(settings, loopback=gateway.doors.is_open)
     server.listen(sockets, context)
-    signals: asyncio.Queue[int] = asyncio.Queue()
-    loop = asyncio.get_running_loop()
+    signals, loop = asyncio.Queue[int](), asyncio.get_running_loop()
     loop.set_exception_handler(report_loop_error)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, signals.put_nowait, number)
-
-    async def notice_edits() -> None:
-        while True:
-            await asyncio.sleep(FLUSH_INTERVAL)
-            gateway.ledger.notice_edit()
-
-    tasks = [asyncio.create_task(work) for work in (gateway.batches.run(), notice_edits())]
+    keeper = asyncio.create_task(gateway.batches.run())
+    edits = PeriodicCallback(gateway.ledger.notice_edit, FLUSH_INTERVAL * 1000)
+    edits.start()
     announce(settings, gateway, 0 if settings.unix_socket else sockets[0].getsockname()[1])
     await loop.run_in_executor(None, gateway.prices.load)
     favour_the_loop()
     while await signals.get() == signal.SIGHUP:  # read all again; what is wrong changes nothing
         try:
-            server_context(settings)  # one that fails must not be half loaded
-            server_context(settings, context)  # for connections from now on
+            server.context = server_context(settings)  # of connections from now on
             gateway.prices.reload()
             await gateway.ledger.reload()
             favour_the_loop()
             log.info("keys read again: %d", sum(1 for _ in gateway.ledger.live()))
         except Exception as error:  # noqa: BLE001 - whatever it is, it does not stop the gateway
             log.error("not read again: %s", error)
-    loop.add_signal_handler(signal.SIGHUP, lambda: None)
-    for task in tasks:
-        task.cancel()
-    await stop(gateway, server, signals)
+    for number in (signal.SIGTERM, signal.SIGINT):  # a second one hurries
+        loop.add_signal_handler(number, gateway.drained.set)
+    keeper.cancel()
+    edits.stop()
+    await stop(gateway, server)
     if settings.unix_socket:
         with contextlib.suppress(OSError):
             os.unlink(settings.unix_socket)
 
 
-async def stop(gateway: Gateway, server: Server, signals: asyncio.Queue[int]) -> None:
-    """Take no more requests, let those under way end, break what is left. A signal hurries."""
+async def stop(gateway: Gateway, server: Server) -> None:
+    """Take no more requests, let those under way end until all are `drained`, break the rest."""
     gateway.stopping = True
     server.stop()
-    ends = {asyncio.create_task(signals.get()), asyncio.create_task(gateway.drained.wait())}
-    deadline, done = gateway.time() + gateway.settings.drain_timeout, set[asyncio.Task[Any]]()
-    while gateway.active and not done and (left := deadline - gateway.time()) > 0:
+    deadline, drained = gateway.time() + gateway.settings.drain_timeout, gateway.drained
+    while gateway.active and not drained.is_set() and (left := deadline - gateway.time()) > 0:
         log.info("stopping: %d requests under way, %.0f s left", len(gateway.active), left)
-        wait = min(left, DRAIN_PROGRESS)
-        done, _ = await asyncio.wait(ends, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
-    for task in ends:
-        task.cancel()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(drained.wait(), min(left, DRAIN_PROGRESS))
     server.close()
     await asyncio.sleep(0)  # the connections' ends reach their handlers
     for handler in list(gateway.active):  # which wait for the names of batches
@@ -7276,7 +7255,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             runner.run(serve(settings))
     except SettingsError as error:
         sys.stderr.write(f"gateway: {error}\n")
-        sys.exit(USAGE_ERROR)
+        sys.exit(2)
 
 
 def favour_the_loop() -> None:
@@ -7286,8 +7265,8 @@ def favour_the_loop() -> None:
     gc.unfreeze()  # requests that were under way at the last time are garbage by now
     gc.collect()
     gc.freeze()
-    gc.set_threshold(COLLECTOR_THRESHOLD)
-    sys.setswitchinterval(SWITCH_INTERVAL)  # the keys file's writer hands Python's lock back
+    gc.set_threshold(10_000)  # objects made and not freed; Python's own is 700
+    sys.setswitchinterval(0.0005)  # not 5 ms: the keys file's writer hands Python's lock back
 
 
 if __name__ == "__main__":
