@@ -6833,9 +6833,6 @@ class MockAnthropic(web.RequestHandler):
     contents: ClassVar[dict[str, bytes]] = {}
     cached: ClassVar[collections.deque[str]] = collections.deque(maxlen=1000)  # prompts' beginnings
 
-    def initialize(self, credential: str) -> None:
-        self.credential = credential
-
     async def prepare(self) -> None:
         """Answer, whatever the method."""
         request_id = mock_id("req")
@@ -6862,7 +6859,7 @@ class MockAnthropic(web.RequestHandler):
     def answer(self) -> JSONObject | bytes | Iterator[JSONObject]:
         """What the API says, or the events of a stream. Raises APIError."""
         request = self.request
-        if request.headers.get_list("x-api-key") != [self.credential]:
+        if request.headers.get_list("x-api-key") != [self.settings["credential"]]:
             raise APIError(401, "invalid x-api-key")
         sent: Any = read_json(request.body)
         path = urllib.parse.unquote(request.path).replace("/messages/batches", "/batches")
@@ -7004,7 +7001,6 @@ OPTIONAL_PACKAGES = {
     "genai-prices": "money is not counted, budgets cannot be set",
     "prometheus-client": "there is no /metrics",
 }
-OPEN_MODE = "! no master key is set and there are no virtual keys: open to all who reach it"
 
 
 def make_app(settings: Settings, rules: Sequence[Rule] = RULES) -> GatewayApplication:
@@ -7089,7 +7085,7 @@ def announce(settings: Settings, gateway: Gateway, port: int) -> None:
     lines = [
         f"gateway {__version__} listening on {settings.unix_socket or url + everywhere}",
         f"relaying to {'the built-in stand-in' if is_mock else settings.upstream}",
-        OPEN_MODE if is_open else f"virtual keys are required ({made})",
+        "! open to all who reach it" if is_open else f"virtual keys are required ({made})",
         *(f"! {lack}" for lack in lacks(settings)),
     ]
     if not gateway.prices.available:
@@ -7105,8 +7101,8 @@ def start_mock(settings: Settings) -> Settings:
     credential = MOCK_CREDENTIAL + secrets.token_urlsafe(KEY_BYTES)
     sizes = dict.fromkeys(("max_body_size", "max_buffer_size"), MAX_BODY_SIZE)
     sockets = bind_sockets(0, LOOPBACK[0])
-    routes = [(r".*", MockAnthropic, {"credential": credential})]
-    application = web.Application(routes, log_function=lambda handler: None)
+    told = JSONObject(credential=credential, log_function=callable)  # which does nothing
+    application = web.Application([(".*", MockAnthropic)], **told)
     HTTPServer(application, **sizes).add_sockets(sockets)
     upstream = f"http://{LOOPBACK[0]}:{sockets[0].getsockname()[1]}"
     return dataclasses.replace(settings, upstream=upstream, api_key=credential, auth_token="")
@@ -7129,9 +7125,9 @@ async def serve(settings: Settings) -> None:
     application = make_app(settings)
     gateway: Gateway = application.settings["gateway"]
     gateway.write_log = record_writer(logging.getLogger().handlers)
-    server, context = Server(gateway, application), server_context(settings)
+    server = Server(gateway, application)
     sockets = bind(settings, loopback=gateway.doors.is_open)
-    server.listen(sockets, context)
+    server.listen(sockets, server_context(settings))
     signals, loop = asyncio.Queue[int](), asyncio.get_running_loop()
     loop.set_exception_handler(report_loop_error)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -7157,8 +7153,7 @@ async def serve(settings: Settings) -> None:
     edits.stop()
     await stop(gateway, server)
     if settings.unix_socket:
-        with contextlib.suppress(OSError):
-            os.unlink(settings.unix_socket)
+        Path(settings.unix_socket).unlink(missing_ok=True)
 
 
 async def stop(gateway: Gateway, server: Server) -> None:
