@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import functools
 import gc
 import gzip
@@ -1733,7 +1734,8 @@ def test_a_hand_edited_file_is_taken_in_and_not_written_over(start: Starter, ren
     assert limits[1] in process.keys.read_text()
     # Whoever changes a key in the same moment does not write over it either.
     edit(process, *limits[1:], renames=renames)
-    assert process.manage("/key/update", {"key": other, "key_alias": "b"}).status_code == 200
+    update = {"key": other, "key_alias": "b"}  # where it meets the edit itself it is sent again
+    wait_for(lambda: process.manage("/key/update", update).status_code == 200)
     assert message(process, key).status_code == 429
     text = process.keys.read_text()
     assert limits[2] in text and '"key_alias": "b"' in text
@@ -1855,6 +1857,20 @@ async def test_a_change_that_was_refused_is_nowhere(gw: GW, monkeypatch: Patch) 
             await gw.store.reload()
     await gw.store.reload()  # Nor does it come back from the file.
     assert (await gw.info(key))["rpm_limit"] == 1 and '"rpm_limit": 1' in gw.keys.read_text()
+
+
+async def test_closing_writes_what_is_not_written_and_frees_the_file(
+    gw: GW, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(gateway, "FLUSH_INTERVAL", 2 * PATIENCE)
+    gw.plays(spends(1000, 500))
+    assert (await gw.message()).status == 200
+    assert '"spend": "0.014"' not in gw.keys.read_text()
+    with pytest.raises(gateway.SettingsError, match="another gateway"):
+        gateway.FileLedger(gw.keys)
+    await gw.app.settings["gateway"].close()
+    assert '"spend": "0.014"' in gw.keys.read_text()
+    gateway.FileLedger(gw.keys).close()
 
 
 # ─── Wire ─────────────────────────────────────────────────────────────────────────────
@@ -2011,18 +2027,44 @@ async def test_dot_segments_and_foreign_targets_never_go_upstream(gw: GW) -> Non
     assert gateway.rule_path("/v1/a...b/..c/.d") == "/v1/a...b/..c/.d"
 
 
+class Gate(gateway.Rule):
+    """A rule that waits until it is opened; then whoever says so is not let in."""
+
+    waiting = 0
+
+    def __init__(self) -> None:
+        self.open = asyncio.Event()
+
+    async def head(self, visit: gateway.Visit) -> None:
+        self.waiting += not self.open.is_set()
+        await self.open.wait()
+        if visit.head.get("x-no"):
+            raise gateway.APIError(403, "No.")
+
+
 async def test_expect_continue(gw: GW) -> None:
-    expecting = (FILES, "Content-Length: 5", "expect: 100-Continue")
-    client, stranger = await gw.client(), await gw.client(key="sk-no")
-    client.request(*expecting)
-    assert await client.head() == b"HTTP/1.1 100 Continue\r\n\r\n"
-    client.send(b"hello")
-    answer = await client.response()
-    assert answer.json()["size"] == 5 and not answer.informational
-    assert not gw.up.arrived[-1].field("expect")
-    refused = await stranger.ask(*expecting)
-    assert refused.status == 401 and not refused.informational
-    assert await stranger.is_closed(), "the connection's state is unknown: close"
+    gate, expecting = Gate(), (FILES, "Content-Length: 5", "expect: 100-Continue")
+    await gw.restart(rules=(*gateway.RULES, gate))
+    limited, closed = await gw.new_key(rpm_limit=0), await gw.new_key(allowed_routes=["/v1/x"])
+    for key, status in (("sk-no", 401), (closed, 403), (limited, 429)):
+        stranger = await gw.client(key=key)
+        refused = await stranger.ask(*expecting)
+        assert refused.status == status and not refused.informational
+        assert await stranger.is_closed(), "the connection's state is unknown: close"
+    for waits, fields, start in ((1, (), b"100"), (2, ("x-no: 1",), b"403"), (2, (), b"100")):
+        client = await gw.asking(*expecting, *fields)
+        await until(lambda waits=waits: gate.waiting == waits)
+        told = asyncio.create_task(client.head())
+        assert await gw.is_alive() and (gate.open.is_set() or not told.done())
+        gate.open.set()
+        assert (await told).startswith(b"HTTP/1.1 " + start)
+        if start == b"100":
+            client.send(b"hello")
+            answer = await client.response()
+            assert answer.json()["size"] == 5 and not answer.informational
+            assert not gw.up.arrived[-1].field("expect")
+        if waits == 1:
+            gate.open.clear()
 
 
 async def test_a_broken_chunk_in_an_upload_ends_both_connections(gw: GW) -> None:
@@ -2449,6 +2491,33 @@ async def test_fetch_fails_clearly(fetcher: gateway.UpstreamClient) -> None:
         await until(lambda: up.arrived[0].closed_at)
 
 
+async def test_an_answer_that_ends_while_it_is_held_back_is_not_taken_for_whole(
+    fetcher: gateway.UpstreamClient, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    certificate = make_certificate(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    for fields, secure in (("", context), ("Content-Length: 9\r\n", context), ("", None)):
+        release, taken = asyncio.Event(), []
+
+        async def take(data: bytes, release: Any = release, taken: Any = taken) -> None:
+            taken.append(data)
+            await release.wait()
+
+        # Over TLS its end is told with the last bytes, behind which there may be more.
+        script = says(OK + f"{fields}\r\n".encode() + b"half", then="close")
+        async with Upstream(script, ssl=secure) as up:
+            fetching = fetcher.fetch(up.url, streaming_callback=take)
+            await until(lambda taken=taken: taken)
+            if secure:
+                with pytest.raises(gateway.UpstreamError, match="before its response was complete"):
+                    await fetching
+            release.set()
+            assert secure or (await fetching).code == 200
+            assert taken == [b"half"]
+
+
 async def test_an_address_that_answers_no_more_is_resolved_again(fetcher: Any) -> None:
     async with Upstream(echo) as up:
         origin = gateway.Origin("http", "localhost", up.port)
@@ -2734,6 +2803,35 @@ async def test_connections_of_an_address_are_capped(gw: GW) -> None:
     assert (await gw.ask("GET /v1/models")).status == 200
 
 
+class Listening(socket.socket):
+    """A listening socket where taking the first connection fails."""
+
+    fails = 0  # with this error's number
+
+    def accept(self) -> Any:
+        failure, self.fails = self.fails, 0
+        if failure:
+            raise OSError(failure, os.strerror(failure))
+        return super().accept()
+
+
+async def test_only_a_lack_of_files_holds_connections_up(gw: GW, monkeypatch: Patch) -> None:
+    for failure, pause in ((errno.ECONNABORTED, 2 * PATIENCE), (errno.EMFILE, 0.3)):
+        monkeypatch.setattr(gateway, "ACCEPT_AGAIN", pause)
+        server, began = gateway.Server(gw.app.settings["gateway"], gw.app), time.monotonic()
+        with Listening() as listening:
+            listening.bind(("127.0.0.1", 0))
+            listening.setblocking(False)
+            listening.fails = failure
+            server.listen([listening], None)
+            async with Client(listening.getsockname()[1], gw.key) as client:
+                assert (await client.ask("GET /v1/models")).status == 200
+        server.stop()
+        server.close()
+    assert time.monotonic() - began >= pause
+    assert gw.log.count("new connections wait") == gw.log.count("Too many open files") == 1
+
+
 def tls(folder: Path) -> tuple[Path, tuple[str, str]]:
     certificate, private = make_certificate(folder)
     return certificate, (f"--certfile={certificate}", f"--keyfile={private}")
@@ -2918,10 +3016,6 @@ async def test_open_mode_lets_anyone_in_but_no_web_page(gw: GW) -> None:
     for host in (here, "localhost", "127.0.0.1", "[::1]:4000", "app.localhost:80"):
         answer = await gw.ask("GET /v1/models", f"Origin: http://{host}", host=host)
         assert answer.status == 200
-
-
-FOREIGN_PAGES = ["Origin: http://evil.example", "Origin: null", "Sec-Fetch-Site: cross-site"]
-FOREIGN_PAGES += ["Origin: https://localhost.evil.example"]
 
 
 async def test_what_is_set_decides_what_goes_upstream_and_who_is_let_in(gw: GW) -> None:
@@ -3609,6 +3703,16 @@ async def test_the_real_key_leaves_in_no_compressed_body(gw: GW) -> None:
         assert REAL_KEY.encode() not in plain_of(coding.rpartition(" ")[2], answer.body)
         masked = b"*" * len(REAL_KEY) in answer.body
         assert answer.status == 502 or not answer.clean or masked, coding
+
+
+async def test_what_always_looks_like_the_real_key_is_not_gathered_without_end(gw: GW) -> None:
+    for size, passes in ((gateway.MAX_WITHHELD // 2, True), (8 * gateway.MAX_WITHHELD, False)):
+        body = gzip.compress(REAL_KEY[:1].encode() * size, 0)  # wherever it is split it may begin
+        gw.plays(answers(body, "200 OK", "Content-Encoding: gzip"))
+        answer = await gw.ask("GET /v1/models")
+        assert answer.status == 200 and answer.clean == passes
+        assert answer.body == (body if passes else b"")
+    assert gw.log.count("upstream_lost") == 1
 
 
 @started({}, {"base": "/deep/base"})
