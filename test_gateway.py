@@ -3820,31 +3820,24 @@ def message_body(name: str) -> bytes:
     return json.dumps(message).encode()
 
 
-def measure(parts: list[bytes], kind: str, coding: str = "", complete: bool = True) -> Any:
-    meter, inflater = gateway.Meter(kind), gateway.Inflater(coding)
+def measure(parts: list[bytes], kind: str, complete: bool = True) -> Any:
+    meter = gateway.Meter(kind)
     for part in parts:
-        for plain in inflater.slices(part) if coding else [part]:
-            meter.feed(plain)
+        meter.feed(part)
     meter.finish(complete)
     return meter.measured
 
 
-PACKINGS = {"": bytes, "gzip": gzip.compress, "deflate": zlib.compress}
-
-
 @settings(deadline=None)
-@given(CUTS, *map(st.sampled_from, (["\n", "\r\n", "\r"], sorted(PACKINGS), sorted(MESSAGES))))
-def test_usage_is_measured_the_same_however_it_is_split(
-    cuts: list[int], end: str, coding: str, name: str
-) -> None:
-    pack = PACKINGS[coding]
-    stream = measure(split_at(pack(sse(*STREAM, end=end)), cuts), "text/event-stream; a=b", coding)
+@given(CUTS, st.sampled_from(["\n", "\r\n", "\r"]), st.sampled_from(sorted(MESSAGES)))
+def test_usage_is_measured_the_same_however_it_is_split(cuts: Any, end: str, name: str) -> None:
+    stream = measure(split_at(sse(*STREAM, end=end), cuts), "text/event-stream; a=b")
     tally = gateway.tally_of(stream.usage)
     assert (tally.input_tokens, tally.output_tokens, tally.cache_read_tokens) == (25, 180, 7)
     assert (tally.cache_write_5m_tokens, tally.cache_write_1h_tokens) == (10, 20)
     texts = [e["delta"]["text"] for e in STREAM if e["type"] == "content_block_delta"]
     assert stream.seen == sum(len(text.encode()) for text in texts) and stream.final
-    message = measure(split_at(pack(message_body(name)), cuts), "application/json", coding)
+    message = measure(split_at(message_body(name), cuts), "application/json")
     assert message.usage["server_tool_use"] == {"web_search_requests": 2}
     assert message.usage["output_tokens"] == 180
     for measured in (stream, message):
@@ -3864,10 +3857,13 @@ def test_usage_is_measured_the_same_however_it_is_split(
 
 @given(data=st.binary(max_size=300), cuts=CUTS)
 def test_no_bytes_upset_a_meter(data: bytes, cuts: list[int]) -> None:
-    for kind in ("text/event-stream", "application/json"):
-        for coding in ("", "gzip", "deflate"):
-            with contextlib.suppress(zlib.error):
-                measure(split_at(data, cuts), kind, coding)
+    for kind, coding in itertools.product(
+        ("text/event-stream", "application/json"), ("gzip", "deflate")
+    ):
+        inflater, parts = gateway.Inflater(coding), split_at(data, cuts)
+        with contextlib.suppress(zlib.error):
+            measure([plain for part in parts for plain in inflater.slices(part)], kind)
+        measure(parts, kind)
 
 
 PACKS: list[tuple[str, Callable[[bytes], bytes]]] = [
@@ -3924,23 +3920,8 @@ ORDER = gateway.Order(OPUS, prompt=7, max_tokens=4000, thinking=1024)
 PLAIN = dataclasses.replace(ORDER, thinking=0)
 
 
-def cut(*events: dict[str, Any], order: gateway.Order = PLAIN, complete: bool = False) -> Any:
-    measured = measure([sse(*events)], "text/event-stream", complete=complete)
-    measured.complete_with(order)
-    return measured
-
-
-def charged(measured: gateway.Measured) -> tuple[int, int]:
-    """What is charged for, as (tokens given, tokens taken)."""
-    entries = [tally for _, tally in gateway.charged_entries(measured)]
-    return sum(e.input_tokens for e in entries), sum(e.output_tokens for e in entries)
-
-
 ITERATIONS = [entry("compaction", OPUS, 1000, 200), entry("message", OPUS, 25, 1)]
-ITERATED = {
-    **STREAM[0],
-    "message": {**BEGUN, "usage": {**BEGUN["usage"], "iterations": ITERATIONS}},
-}
+ITERATED = {**STREAM[0], "message": {**BEGUN, "usage": usage_of(25, 1, iterations=ITERATIONS)}}
 BLOCK = {"type": "thinking", "thinking": ""}
 THINKING = [STREAM[0], {"type": "content_block_start", "content_block": BLOCK}]
 THOUGHT = {"type": "thinking_delta", "thinking": "x" * 300}
@@ -3962,8 +3943,11 @@ CUT: list[tuple[list[Any], gateway.Order, int, int]] = [
 def test_what_a_cut_answer_used_is_at_least_what_is_known() -> None:
     """A stream that ends cleanly without its last word is one that was cut."""
     for (events, order, *tokens), complete in itertools.product(CUT, (True, False)):
-        measured = cut(*events, order=order, complete=complete)
-        assert charged(measured) == tuple(tokens), (events, complete)
+        measured = measure([sse(*events)], "text/event-stream", complete)
+        measured.complete_with(order)
+        entries = [tally for _, tally in gateway.charged_entries(measured)]
+        charged = [sum(e.input_tokens for e in entries), sum(e.output_tokens for e in entries)]
+        assert charged == tokens, (events, complete)
         assert measured.estimated == (events is not STREAM) and measured.model == OPUS
 
 
@@ -4624,7 +4608,7 @@ RAISED |= {409: "Conflict", 413: "APIStatus", 429: "RateLimit"}
 RAISED |= dict.fromkeys((500, 504, 529), "InternalServer")
 
 
-def test_sdk_errors(mocked: Process, virtual_key: str, start: Starter) -> None:
+def test_sdk_errors(mocked: Process, virtual_key: str) -> None:
     for status, name in RAISED.items():
         with pytest.raises(getattr(anthropic, f"{name}Error")) as raised:
             sdk(mocked, virtual_key).messages.create(**MESSAGE | {"model": f"mock-error-{status}"})
@@ -4632,9 +4616,6 @@ def test_sdk_errors(mocked: Process, virtual_key: str, start: Starter) -> None:
     with pytest.raises(anthropic.AuthenticationError, match="Unknown API key") as raised:
         sdk(mocked, UNKNOWN_KEY).messages.create(**MESSAGE)
     assert raised.value.request_id == raised.value.response.headers["x-litellm-call-id"]
-    unreachable = start("http://localhost:1")
-    with pytest.raises(anthropic.InternalServerError, match="refused the connection"):
-        sdk(unreachable, unreachable.new_key()).messages.create(**MESSAGE)
 
 
 def async_sdk(gw: GW, key: str = "", **kwargs: Any) -> anthropic.AsyncAnthropic:
@@ -4676,32 +4657,27 @@ VERSIONED = ["x-api-key: $LITELLM_API_KEY", "anthropic-version: 2023-06-01", KIN
 COUNTING = "anthropic-beta: token-counting-2024-11-01"
 BATCHING = "anthropic-beta: message-batches-2024-09-24"
 # Where to, the fields and the members of the body
-CURLS: dict[str, tuple[str, list[str], str]] = {
-    "quick start": (TO + FROM, [ACCEPT, KIND, "Authorization: bearer sk-anything"], PARAMS),
-    "test it": (FROM, VERSIONED, PARAMS),
-    "messages": (TO + FROM, VERSIONED, PARAMS),
-    "count_tokens": (f"{TO}{FROM}/count_tokens", [*VERSIONED, COUNTING], COUNTED_PARAMS),
-    "batches": (f"{TO}{FROM}/batches", [*VERSIONED, BATCHING], f'"requests": [{",".join(ROWS)}]'),
-    "virtual key": (TO + FROM, [ACCEPT, KIND, "Authorization: bearer $LITELLM_API_KEY"], PARAMS),
-}
+CURLS = [
+    (FROM, VERSIONED, PARAMS),
+    (TO + FROM, [ACCEPT, KIND, "Authorization: bearer $LITELLM_API_KEY"], PARAMS),
+    (f"{TO}{FROM}/count_tokens", [*VERSIONED, COUNTING], COUNTED_PARAMS),
+    (f"{TO}{FROM}/batches", [*VERSIONED, BATCHING], f'"requests": [{",".join(ROWS)}]'),
+]
 
 
 def curl(told: str, port: int, key: str = "") -> Any:
     told = told.replace("0.0.0.0:4000", f"127.0.0.1:{port}").replace("curl", "curl -s", 1)
-    variables = {**os.environ, "LITELLM_API_KEY": key}
-    told = ["bash", "-c", told]
+    variables, told = {**os.environ, "LITELLM_API_KEY": key}, ["bash", "-c", told]
     done = subprocess.run(told, env=variables, capture_output=True, check=True, timeout=PATIENCE)
     return json.loads(done.stdout)
 
 
 def test_the_curls_of_litellms_page(mocked: Process, virtual_key: str, start: Starter) -> None:
-    for name, (where, fields, members) in CURLS.items():
+    is_open = start("mock", variables={}).port
+    for (where, fields, members), port in itertools.product(CURLS, (mocked.port, is_open)):
         headers = " ".join(f'--header "{told}" \\\n' for told in fields)
         asked = f"curl {where} \\\n{headers} --data '{{{members}}}'"
-        is_open = name == "quick start"
-        port = start("mock", variables={}).port if is_open else mocked.port
-        answer = curl(asked, port, "" if is_open else virtual_key)
-        assert "error" not in answer, name
+        answer = curl(asked, port, "sk-anything" if port == is_open else virtual_key)
         assert answer.get("type") in ("message", "message_batch") or answer["input_tokens"] > 0
     fields = f"-H 'Authorization: Bearer {MASTER_KEY}' \\\n-H 'Content-Type: application/json'"
     made = f"curl -X POST 'http://0.0.0.0:4000/key/generate' \\\n{fields} \\\n-d '{{}}'"
