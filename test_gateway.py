@@ -67,11 +67,8 @@ LOCAL = "localhost"  # the Host that an open gateway takes
 JSON_KIND = "Content-Type: application/json"
 CHUNKED = "Transfer-Encoding: chunked"
 OPUS, HAIKU = "claude-opus-5-5", "claude-haiku-4-5"
-MESSAGE = {
-    "model": "claude-sonnet-5-5",
-    "max_tokens": 64,
-    "messages": [{"role": "user", "content": "Hello, world"}],
-}
+MESSAGE: dict[str, Any] = {"model": "claude-sonnet-5-5", "max_tokens": 64}
+MESSAGE["messages"] = [{"role": "user", "content": "Hello, world"}]
 MESSAGES_PATH, BATCHES = "/v1/messages", "/v1/messages/batches"
 SSE_HEAD = (
     b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
@@ -84,8 +81,6 @@ SSE_HEAD = (
 
 @dataclass
 class Head:
-    """The head of a request or a response as it came."""
-
     head: bytes
 
     @property
@@ -110,8 +105,6 @@ class Head:
 
 @dataclass
 class Arrived(Head):
-    """A request as it arrived at the raw upstream."""
-
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
     body: bytes = b""
@@ -489,8 +482,6 @@ PROGRAM = [sys.executable, str(GATEWAY)]
 
 
 class Starter:
-    """Starts gateways in a folder and ends them after the test."""
-
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.started: list[Process] = []
@@ -1044,7 +1035,6 @@ FIELDS_OF_KEYS: dict[str, st.SearchStrategy[Any]] = {
 @settings(deadline=None, max_examples=300)
 @given(fields=st.fixed_dictionaries({}, optional=FIELDS_OF_KEYS))
 def test_what_is_taken_of_a_key_is_read_again(fields: Any, prices: gateway.Prices) -> None:
-    """Every field and value that /key/generate takes goes through the file unchanged."""
     try:
         body = json.loads(json.dumps(fields), parse_float=gateway.read_number)
         changes = gateway.key_changes(body, prices)
@@ -1229,14 +1219,9 @@ def test_both_readers_read_the_same_of_a_body(monkeypatch: Patch) -> None:
         assert others == [first, first]
 
 
-VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | WORDS,
-    lambda inner: st.lists(inner) | st.dictionaries(WORDS, inner),
-)
+SIMPLE = st.none() | st.booleans() | st.integers() | WORDS
+SIMPLE |= st.floats(allow_nan=False, allow_infinity=False)
+VALUES = st.recursive(SIMPLE, lambda inner: st.lists(inner) | st.dictionaries(WORDS, inner))
 ENDS = st.sampled_from([b"", b"", b" \n", b" x", b"]", b"1", b'"', b"\xff"])
 
 
@@ -1426,26 +1411,16 @@ SEARCH = {"type": "web_search_20260318"}
 FALLBACKS = [{"model": HAIKU}, {"model": OPUS, "max_tokens": 500}]
 # A message of 30 bytes a token costs nothing beside these: Opus 5.5 $4 and $20, Haiku 4.5 $1 and
 # $5, Opus 4, the dearest known, $15 and $75 for a million; a search $0.01.
-ORDERS: list[tuple[dict[str, Any], str]] = [
-    ({}, "2.56"),  # upstream's own limit, of 128,000
-    ({"max_tokens": "1000"}, "2.56"),
-    *(
-        ({"max_tokens": 1000, **more}, dollars)
-        for more, dollars in (
-            ({}, "0.02"),
-            ({"inference_geo": "us"}, "0.022"),
-            ({"model": "never-heard-of"}, "0.075"),
-            ({"fallbacks": "default"}, "0.095"),
-            ({"fallbacks": FALLBACKS}, "0.035"),
-            ({"tools": [{**TOOL, "max_uses": 3, "max_tokens": 100}]}, "0.0215"),
-            ({"tools": [{**TOOL}, {"name": "mine"}]}, "0.07"),
-            ({"tools": [{**SEARCH, "max_uses": 7}]}, "0.09"),
-            ({"tools": [SEARCH]}, "0.12"),
-            ({"context_management": {"edits": [{"type": "compact_1"}]}}, "0.04"),
-            ({"requests": []}, "0.02"),  # of no meaning in a message
-        )
-    ),
-]
+ADVISED = {"tools": [{**TOOL, "max_uses": 3, "max_tokens": 100}]}
+COMPACTED = {"context_management": {"edits": [{"type": "compact_1"}]}}
+LIMITED = [({}, "0.02"), ({"inference_geo": "us"}, "0.022"), (COMPACTED, "0.04")]
+LIMITED += [({"model": "never-heard-of"}, "0.075"), ({"fallbacks": "default"}, "0.095")]
+LIMITED += [({"fallbacks": FALLBACKS}, "0.035"), (ADVISED, "0.0215")]
+LIMITED += [({"tools": [TOOL, {"name": "mine"}]}, "0.07"), ({"tools": [SEARCH]}, "0.12")]
+LIMITED += [({"tools": [{**SEARCH, "max_uses": 7}]}, "0.09")]
+LIMITED += [({"requests": []}, "0.02")]  # of no meaning in a message
+ORDERS = [({}, "2.56"), ({"max_tokens": "1000"}, "2.56")]  # upstream's own limit, of 128,000
+ORDERS += [({"max_tokens": 1000, **more}, dollars) for more, dollars in LIMITED]
 
 
 def test_the_worst_case_is_all_that_may_be_written(prices: gateway.Prices) -> None:
@@ -1670,7 +1645,6 @@ def readiness(process: Process) -> tuple[int, dict[str, Any]]:
 
 
 def test_sighup_during_the_start_does_not_end_it(start: Starter, tmp_path: Path) -> None:
-    """From the first line of the file on, before Tornado and all else is imported."""
     hasty = tmp_path / "hasty.py"
     hasty.write_text(
         "import os, runpy, signal, sys, builtins\n"
@@ -2204,17 +2178,14 @@ def test_chunked_bodies_read_the_same_however_they_are_split(chunks: Any, cuts: 
 
 # ─── Client ───────────────────────────────────────────────────────────────────────────
 
-BROKEN = {
-    "before-head": b"",
-    "in-head": OK + b"Content-Le",
-    "short": OK + b"Content-Length: 10\r\n\r\n12345",
-    "chunked": OK + CHUNKS + chunk(b"hello"),
-    "in-chunk": OK + CHUNKS + b"9\r\nhello",
-    "gzip": OK + b"Content-Encoding: gzip\r\n" + CHUNKS + chunk(PACKED[:20]),
-    "sse": SSE_HEAD + chunk(b"data: hello\n\n"),
-    "sse-in-event": SSE_HEAD + chunk(b'data: {"hal'),
-    "sse-gzip": SSE_HEAD[:-2] + b"Content-Encoding: gzip\r\n\r\n" + chunk(PACKED[:20]),
-}
+PACKED_FIELD = b"Content-Encoding: gzip\r\n"
+BROKEN = {"before-head": b"", "in-head": OK + b"Content-Le"}
+BROKEN |= {"short": OK + b"Content-Length: 10\r\n\r\n12345"}
+BROKEN |= {"chunked": OK + CHUNKS + chunk(b"hello"), "in-chunk": OK + CHUNKS + b"9\r\nhello"}
+BROKEN |= {"gzip": OK + PACKED_FIELD + CHUNKS + chunk(PACKED[:20])}
+BROKEN |= {"sse": SSE_HEAD + chunk(b"data: hello\n\n")}
+BROKEN |= {"sse-in-event": SSE_HEAD + chunk(b'data: {"hal')}
+BROKEN |= {"sse-gzip": SSE_HEAD[:-2] + PACKED_FIELD + b"\r\n" + chunk(PACKED[:20])}
 
 
 @pytest.mark.parametrize("then", ["close", "reset"])
@@ -2247,12 +2218,9 @@ async def test_an_upstream_that_breaks_is_never_a_clean_end(gw: GW, then: str) -
 
 def make_certificate(folder: Path, name: str = "localhost") -> tuple[Path, Path]:
     certificate, private = folder / f"{name}.pem", folder / f"{name}.key"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
-         "-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}",
-         "-keyout", private, "-out", certificate],
-        check=True, capture_output=True,
-    )  # fmt: skip
+    told = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-keyout"]
+    named = ["-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}"]
+    subprocess.run([*told, private, "-out", certificate, *named], check=True, capture_output=True)
     return certificate, private
 
 
@@ -3249,19 +3217,15 @@ async def test_no_hold_is_left_behind_by_a_storm(gw: GW) -> None:
     assert any(costs) and await gw.spent(key) == sum(costs)
 
 
-KINDS_OF_ACTIONS = st.sampled_from(["admit", "batch", "settle", "cut", "fail", "update", "restart"])
-ACTIONS = st.lists(
-    st.tuples(KINDS_OF_ACTIONS, st.integers(0, 9), st.integers(0, 3000)), max_size=60
-)
+ACTIONS = st.sampled_from(["admit", "batch", "settle", "cut", "fail", "update", "restart"])
+STEPS = st.lists(st.tuples(ACTIONS, st.integers(0, 9), st.integers(0, 3000)), max_size=60)
 
 
 @settings(deadline=None, max_examples=150)
-@given(actions=ACTIONS)
+@given(actions=STEPS)
 def test_no_sequence_of_admissions_breaks_a_limit(
     actions: list[tuple[str, int, int]], prices: gateway.Prices, tmp_path_factory: Any
 ) -> None:
-    """No sequence of requests, batches, cuts, changes and restarts passes the budget by more than
-    one answer, or leaves anything held."""
     path = tmp_path_factory.mktemp("admission") / "keys.json"
     asyncio.run(Admissions(prices, path).run(actions))
 
@@ -3866,13 +3830,9 @@ def test_no_bytes_upset_a_meter(data: bytes, cuts: list[int]) -> None:
         measure(parts, kind)
 
 
-PACKS: list[tuple[str, Callable[[bytes], bytes]]] = [
-    ("gzip", gzip.compress),
-    ("gzip", lambda data: gzip.compress(data[:70]) + gzip.compress(data[70:])),
-    ("x-gzip", lambda data: gzip.compress(data) + bytes(9) + gzip.compress(b"")),
-    ("deflate", zlib.compress),
-    ("deflate", RAW_DEFLATE),
-]
+PACKS = [("gzip", gzip.compress), ("deflate", zlib.compress), ("deflate", RAW_DEFLATE)]
+PACKS += [("gzip", lambda data: gzip.compress(data[:70]) + gzip.compress(data[70:]))]
+PACKS += [("x-gzip", lambda data: gzip.compress(data) + bytes(9) + gzip.compress(b""))]
 
 
 @settings(deadline=None, max_examples=100)
@@ -4339,7 +4299,6 @@ async def test_a_batch_that_may_have_been_made_is_paid(gw: GW) -> None:
 
 
 async def test_results_that_cannot_be_read_book_nothing(gw: GW, batches: Batches) -> None:
-    """The gateway asks for plain results; what else comes is looked at again."""
     key, arrived = await gw.new_key(max_budget=1), gw.up.arrived
     assert (await gw.ask(f"POST {BATCHES}", body=batch_of(10), key=key)).status == 200
     (batch,) = gw.account(key).batches.values()
