@@ -1990,6 +1990,7 @@ async def test_expect_continue(gw: GW) -> None:
         answer = await client.response()
         assert answer.json()["size"] == 5 and not answer.informational
         assert not gw.up.arrived[-1].field("expect")
+    assert "ERROR" not in gw.log
 
 
 async def test_a_broken_chunk_in_an_upload_ends_both_connections(gw: GW) -> None:
@@ -2446,7 +2447,7 @@ async def test_an_address_that_answers_no_more_is_resolved_again(fetcher: Any) -
 
 
 @pytest.mark.gen_test(timeout=120)
-@pytest.mark.parametrize(("size", "kind"), [(128, FORM), (500, FORM), (100, "application/json")])
+@pytest.mark.parametrize(("size", "kind"), [(500, FORM), (100, "application/json")])
 @as_process
 async def test_large_uploads_stream_with_flat_memory(gw: GW, size: int, kind: str) -> None:
     @gw.plays
@@ -4212,7 +4213,7 @@ async def test_a_batch_that_nobody_fetches_is_booked_once(gw: GW, batches: Batch
         assert (await gw.ask(f"POST {BATCHES}", body=batch_of(10), key=who)).status == 200
     await until(lambda: len(arrived) > 6)  # it is looked at again and again
     assert await gw.spent(key) == 0 and accounts[0].windows[""].held
-    for asked in arrived[2:]:
+    for asked in [each for each in arrived if each.start_line.startswith("GET")]:
         assert asked.credentials == [("x-api-key", REAL_KEY)]
         assert asked.field("anthropic-version") == ["2023-06-01"]
     batches.state = "ended"  # a canceled or expired one has ended too
