@@ -3399,9 +3399,8 @@ async def test_who_sends_many_large_bodies_keeps_no_other_waiting(gw: GW) -> Non
             await send(greedy)
         await until(lambda: sum(each.step is not None for each in gw.active) == 20)
     await send(other)
-    await until(lambda: len(gw.up.arrived) == 21)
-    order = [request.field("x-who") for request in gw.up.arrived]
-    assert [other[-4:]] in order[:3]
+    await until(lambda: any(each.field("x-who") == [other[-4:]] for each in gw.up.arrived))
+    assert len(gw.up.arrived) <= 3
 
 
 async def test_a_body_is_held_until_it_is_on_its_way(gw: GW) -> None:
