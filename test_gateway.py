@@ -1801,9 +1801,7 @@ async def test_a_change_that_was_refused_is_nowhere(gw: GW, monkeypatch: Patch) 
     assert (await gw.info(key))["rpm_limit"] == 1 and '"rpm_limit": 1' in gw.keys.read_text()
 
 
-async def test_closing_writes_what_is_not_written_and_frees_the_file(
-    gw: GW, monkeypatch: Patch
-) -> None:
+async def test_closing_writes_all_and_frees_the_file(gw: GW, monkeypatch: Patch) -> None:
     monkeypatch.setattr(gateway, "FLUSH_INTERVAL", 2 * PATIENCE)
     gw.plays(spends(1000, 500))
     assert (await gw.message()).status == 200
@@ -2297,9 +2295,7 @@ async def test_idle_connections_that_the_upstream_closes_are_dropped(gw: GW) -> 
     await until(lambda: len(os.listdir("/proc/self/fd")) <= before)
 
 
-async def test_an_answer_that_ends_while_it_is_held_back_is_not_taken_for_whole(
-    gw: GW, tmp_path: Path, monkeypatch: Patch
-) -> None:
+async def test_what_ends_held_back_is_not_whole(gw: GW, tmp_path: Path, monkeypatch: Patch) -> None:
     certificate, context = make_certificate(tmp_path), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*certificate)
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
@@ -3129,9 +3125,8 @@ async def test_models_and_routes_are_enforced_on_the_wire(gw: GW) -> None:
             assert (await client.response()).status == expected
 
 
-NOT_COUNTED = ["/v1/sessions", "/v1/agents", "/v1/dreams", "/v1/new/x", "/v1/vaults"]
-NOT_COUNTED += ["/v1/messages%20", "/v1/messages;a", "/v1/messages/new", "/v1/oauth/token"]
-NOT_COUNTED += ["/anthropic/V1/messages", "/anthropic/api/oauth/claude_cli/create_api_key"]
+NOT_COUNTED = [f"/anthropic{path}" for path in CLOSED if re.fullmatch(r"[\w/;]+", path)]
+NOT_COUNTED += ["/v1/agents", "/v1/dreams", "/v1/new/x", "/v1/vaults", "/v1/messages%20"]
 COUNTED = ["/v1/messages", "/v1/messages/cache_touch", "/v1/complete", "/v1/files"]
 
 
@@ -3233,7 +3228,7 @@ STEPS = st.lists(st.tuples(ACTIONS, st.integers(0, 9), st.integers(0, 3000)), ma
 @settings(deadline=None, max_examples=150)
 @given(actions=STEPS)
 def test_no_sequence_of_admissions_breaks_a_limit(
-    actions: list[tuple[str, int, int]], prices: gateway.Prices, tmp_path_factory: Any
+    actions: Any, prices: Any, tmp_path_factory: Any
 ) -> None:
     path = tmp_path_factory.mktemp("admission") / "keys.json"
     asyncio.run(Admissions(prices, path).run(actions))
@@ -3934,11 +3929,9 @@ def test_a_secret_is_masked_however_the_stream_is_split(cuts: Any, before: str, 
 
 def test_results_url_becomes_relative() -> None:
     for base, before, after in (
-        ("", ':"https://api.anthropic.com/v1/x"', ':"/v1/x"'),
         ("", ' : "http://h:1/v1/x"', ' : "/v1/x"'),
         ("", ':"https:\\/\\/a\\/v1"', ':"\\/v1"'),
         ("", ":null", ":null"),
-        ("/base", ':"https://a/base/v1/x"', ':"/v1/x"'),
         *(("/base", f':"{told}/v1/x"', ':"/v1/x"') for told in ("/base", "https://a")),
     ):
         rewritten = gateway.rewrite_results_url(f'{{"results_url"{before}}}'.encode(), base)
