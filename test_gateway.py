@@ -3227,9 +3227,7 @@ STEPS = st.lists(st.tuples(ACTIONS, st.integers(0, 9), st.integers(0, 3000)), ma
 
 @settings(deadline=None, max_examples=150)
 @given(actions=STEPS)
-def test_no_sequence_of_admissions_breaks_a_limit(
-    actions: Any, prices: Any, tmp_path_factory: Any
-) -> None:
+def test_no_sequence_breaks_a_limit(actions: Any, prices: Any, tmp_path_factory: Any) -> None:
     path = tmp_path_factory.mktemp("admission") / "keys.json"
     asyncio.run(Admissions(prices, path).run(actions))
 
