@@ -3569,11 +3569,12 @@ class Server:
 
     def listen(self, sockets: Iterable[socket.socket], context: ssl.SSLContext | None) -> None:
         """Take connections from these sockets, over TLS where a context is given."""
+        self.context = context
         for listening in sockets:
             listening.listen(BACKLOG)
-            self._accepting.append(self.loop.create_task(self._accept(listening, context)))
+            self._accepting.append(self.loop.create_task(self._accept(listening)))
 
-    async def _accept(self, listening: socket.socket, context: ssl.SSLContext | None) -> None:
+    async def _accept(self, listening: socket.socket) -> None:
         with listening:
             while True:
                 try:
@@ -3585,14 +3586,13 @@ class Server:
                     await asyncio.sleep(ACCEPT_AGAIN)
                     continue
                 address = peer[0] if isinstance(peer, tuple) else ""
-                task = self.loop.create_task(self._open(client, address, context))
+                task = self.loop.create_task(self._open(client, address))
                 self._opening.add(task)
                 task.add_done_callback(self._opening.discard)
 
-    async def _open(
-        self, client: socket.socket, address: str, context: ssl.SSLContext | None
-    ) -> None:
+    async def _open(self, client: socket.socket, address: str) -> None:
         """Count a connection in, which without a word costs some 100 KB over TLS, and open it."""
+        context = self.context
         connection = ServerConnection(self, address, secure=context is not None)
         site, limit = connection.site, self.gateway.settings.max_connections_per_address
         self._sites[site] += 1
@@ -6067,12 +6067,10 @@ MOCK_MODELS = ("claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5")
 MOCK_TOKEN_INTERVAL = 0.02  # seconds between two deltas, about what a model does
 MOCK_MAX_TOKENS = 200  # what an echo is cut down to
 MOCK_ERROR = re.compile(r"mock-error-(4[0-9]{2}|5[0-9]{2})")
-MOCK_ERROR_TYPES = {402: "billing_error", 409: "conflict_error", 529: "overloaded_error"}
-MOCK_CACHE_SIZE = 1000  # prompts whose cached prefix is remembered
+MOCK_KINDS = {402: "billing_error", 409: "conflict_error", 529: "overloaded_error"} | ERROR_TYPES
 MOCK_COUNTS = dict.fromkeys(("processing", "succeeded", "errored", "canceled", "expired"), 0)
 JSONObject = dict[str, Any]
 MOCK_MODEL: JSONObject = {"type": "model", "created_at": "2026-01-01T00:00:00Z"}
-MockAnswer = JSONObject | tuple[str, bytes] | list[JSONObject]  # the last: events of a stream
 
 
 class MockAnthropic(web.RequestHandler):
@@ -6084,47 +6082,37 @@ class MockAnthropic(web.RequestHandler):
     things: ClassVar[dict[str, dict[str, JSONObject]]] = {"batches": {}, "files": {}}
     things |= {"models": {n: MOCK_MODEL | {"id": n, "display_name": n} for n in MOCK_MODELS[::-1]}}
     contents: ClassVar[dict[str, bytes]] = {}
-    cached: ClassVar[collections.deque[str]] = collections.deque(maxlen=MOCK_CACHE_SIZE)
+    cached: ClassVar[collections.deque[str]] = collections.deque(maxlen=1000)  # prompts' beginnings
 
-    def initialize(self, credential: str) -> None:
-        self.credential = credential
-
-    async def send(self) -> None:
+    async def prepare(self) -> None:
         """Answer, whatever the method."""
         request_id = mock_id("req")
         self.set_header("request-id", request_id)
-        self.set_header("Server", "mock")
+        self.set_header("Content-Type", "application/json")
         try:
             answer = self.answer()
         except APIError as error:
-            self.set_status(error.status, error.kind)
+            self.set_status(error.status)
             if error.status == 429:
                 self.set_header("retry-after", "1")
-            answer = cast(JSONObject, json.loads(error.body(request_id)))
-        if isinstance(answer, tuple):
-            self.set_header("Content-Type", answer[0])
-        if not isinstance(answer, list):
-            self.finish(answer if isinstance(answer, dict) else answer[1])
-            return
-        self.set_header("Content-Type", "text/event-stream; charset=utf-8")
-        self.set_header("Cache-Control", "no-cache")
-        for event in answer:
-            if event["type"] == "content_block_delta":
-                await asyncio.sleep(MOCK_TOKEN_INTERVAL)
-            self.write(f"event: {event['type']}\ndata: {json.dumps(event)}\n\n")
+            answer = error.body(request_id)
+        if isinstance(answer, Iterator):
+            self.set_header("Content-Type", "text/event-stream; charset=utf-8")
             with contextlib.suppress(StreamClosedError):
-                await self.flush()
+                for event in answer:
+                    if event["type"] == "content_block_delta":
+                        await asyncio.sleep(MOCK_TOKEN_INTERVAL)
+                    self.write(f"event: {event['type']}\ndata: {json.dumps(event)}\n\n")
+                    await self.flush()
+            answer = b""
+        self.finish(answer)
 
-    get = head = post = put = patch = delete = options = send
-
-    def answer(self) -> MockAnswer:
-        """What the API says. Raises APIError."""
+    def answer(self) -> JSONObject | bytes | Iterator[JSONObject]:
+        """What the API says, or the events of a stream. Raises APIError."""
         request = self.request
-        if request.headers.get_list("x-api-key") != [self.credential]:
+        if request.headers.get_list("x-api-key") != [self.settings["credential"]]:
             raise APIError(401, "invalid x-api-key")
-        sent: Any = None
-        with contextlib.suppress(ValueError):
-            sent = json.loads(request.body)
+        sent: Any = read_json(request.body)
         path = urllib.parse.unquote(request.path).replace("/messages/batches", "/batches")
         match request.method, *path.split("/")[1:]:
             case "POST", "v1", "batches", name, "cancel":
@@ -6132,18 +6120,14 @@ class MockAnthropic(web.RequestHandler):
                 batch["cancel_initiated_at"] = iso(now())
                 return batch | {"processing_status": "canceling"}
             case "POST", "v1", "files":
-                if not request.files.get("file"):
+                if "file" not in request.files:
                     raise APIError(400, "file: Field required")
                 name, file = mock_id("file"), request.files["file"][0]
-                about: JSONObject = {
-                    "type": "file",
-                    "filename": file.filename,
-                    "downloadable": True,
-                }
+                about = JSONObject(type="file", id=name, filename=file.filename, downloadable=True)
                 about |= {"mime_type": file.content_type, "size_bytes": len(file.body)}
-                self.things["files"][name] = about | {"id": name, "created_at": iso(now())}
-                self.contents[name] = file.body
-                return self.things["files"][name]
+                about["created_at"] = iso(now())
+                self.things["files"][name], self.contents[name] = about, file.body
+                return about
             case ("POST", "v1", "messages" | "batches", *_) if not isinstance(sent, dict):
                 raise APIError(400, "The body is not a JSON object")
             case "POST", "v1", "messages":
@@ -6154,12 +6138,19 @@ class MockAnthropic(web.RequestHandler):
             case "POST", "v1", "batches":
                 return self._make_batch(sent)
             case "GET", "v1", "models" | "batches" | "files" as kind:
-                return self._list(kind)
+                after = self.get_argument("after_id", "")
+                names, limit = [*self.things[kind]][::-1], int(self.get_argument("limit", "20"))
+                names = names[names.index(after) + 1 :] if after in names else names
+                data = [self.things[kind][name] for name in names[:limit]]
+                first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
+                more = len(names) > limit
+                return {"data": data, "has_more": more, "first_id": first, "last_id": last}
             case "GET", "v1", "models" | "batches" | "files" as kind, name:
                 return self._find(kind, name)
             case "GET", "v1", "batches" | "files" as kind, name, "results" | "content":
                 form = self._find(kind, name).get("mime_type", "application/x-jsonl")
-                return form, self.contents[name]
+                self.set_header("Content-Type", form)
+                return self.contents[name]
             case "DELETE", "v1", "batches" | "files" as kind, name:
                 gone = {"id": name, "type": f"{self._find(kind, name)['type']}_deleted"}
                 del self.things[kind][name], self.contents[name]
@@ -6173,41 +6164,27 @@ class MockAnthropic(web.RequestHandler):
             raise APIError(404, f"{name} not found")
         return self.things[kind][name]
 
-    def _list(self, kind: str) -> JSONObject:
-        after, limit = self.get_argument("after_id", ""), int(self.get_argument("limit", "20"))
-        names = [*reversed(self.things[kind])]
-        start = names.index(after) + 1 if after in names else 0
-        shown, more = names[start : start + limit], start + limit < len(names)
-        first, last = (shown[0], shown[-1]) if shown else (None, None)
-        data = [self.things[kind][name] for name in shown]
-        return {"data": data, "has_more": more, "first_id": first, "last_id": last}
-
     def _reply(self, params: JSONObject) -> JSONObject:
-        model, messages, limit = (params.get(n) for n in ("model", "messages", "max_tokens"))
-        if not isinstance(model, str):
-            raise APIError(400, "model: Field required")
-        if not isinstance(limit, int) or limit < 1:
-            raise APIError(400, "max_tokens: Field required")
-        if not isinstance(messages, list) or not messages:
-            raise APIError(400, "messages: at least one message is required")
+        for name, kind in (("model", str), ("max_tokens", int), ("messages", list)):
+            if not isinstance(params.get(name), kind) or not params[name] > kind():
+                raise APIError(400, f"{name}: Field required")
+        model, messages, limit = params["model"], params["messages"], params["max_tokens"]
         if error := MOCK_ERROR.fullmatch(model):
-            kind = (ERROR_TYPES | MOCK_ERROR_TYPES).get(int(error[1]), "api_error")
-            raise APIError(int(error[1]), "An error, as you asked.", kind=kind)
+            status = int(error[1])
+            told = MOCK_KINDS.get(status, "api_error")
+            raise APIError(status, "An error, as you asked.", kind=told)
         content = messages[-1].get("content") if isinstance(messages[-1], dict) else None
         blocks = content if isinstance(content, list) else [{"text": content}]
         said = [str(block.get("text") or "") for block in blocks if isinstance(block, dict)]
         words = f"You said: {' '.join(said)}".split(" ")[: min(limit, MOCK_MAX_TOKENS)]
-        written = read = 0
+        cache = {"creation": 0, "read": 0}
         if "cache_control" in json.dumps(params):  # it is written the first time, then read
             prefix = json.dumps([params.get("system"), params.get("tools")])
-            if prefix in self.cached:
-                read = mock_tokens(prefix)
-            else:
-                written = mock_tokens(prefix)
-                self.cached.append(prefix)
+            cache["read" if prefix in self.cached else "creation"] = mock_tokens(prefix)
+            self.cached.append(prefix)
         usage: JSONObject = {"input_tokens": mock_tokens(messages), "output_tokens": len(words)}
-        usage |= {"cache_creation_input_tokens": written, "cache_read_input_tokens": read}
-        lives = {"ephemeral_5m_input_tokens": written, "ephemeral_1h_input_tokens": 0}
+        usage |= {f"cache_{done}_input_tokens": size for done, size in cache.items()}
+        lives = {"ephemeral_5m_input_tokens": cache["creation"], "ephemeral_1h_input_tokens": 0}
         usage |= {"cache_creation": lives, "service_tier": "standard"}
         message = {"id": mock_id("msg"), "type": "message", "role": "assistant", "model": model}
         message["stop_reason"] = "max_tokens" if len(words) == limit else "end_turn"
@@ -6218,7 +6195,7 @@ class MockAnthropic(web.RequestHandler):
         """It is worked off at once, and has ended when it is next looked at."""
         requests, results = sent.get("requests"), list[JSONObject]()
         if not isinstance(requests, list) or not requests:
-            raise APIError(400, "requests: at least one request is required")
+            raise APIError(400, "requests: Field required")
         for each in requests:
             try:
                 result = {"type": "succeeded", "message": self._reply(each["params"])}
@@ -6226,15 +6203,16 @@ class MockAnthropic(web.RequestHandler):
                 result = {"type": "errored", "error": json.loads(error.body(""))}
             results.append({"custom_id": each["custom_id"], "result": result})
         name, moment = mock_id("msgbatch"), now()
-        begun: JSONObject = {"id": name, "type": "message_batch", "created_at": iso(moment)}
-        begun |= dict.fromkeys(("ended_at", "results_url", "cancel_initiated_at", "archived_at"))
-        begun |= {"expires_at": iso(moment + timedelta(days=1)), "processing_status": "in_progress"}
+        batch: JSONObject = {"id": name, "type": "message_batch", "created_at": iso(moment)}
+        batch |= dict.fromkeys(("ended_at", "results_url", "cancel_initiated_at", "archived_at"))
+        batch |= {"expires_at": iso(moment + timedelta(days=1)), "processing_status": "in_progress"}
+        batch["request_counts"] = MOCK_COUNTS | {"processing": len(results)}
         counts = collections.Counter(line["result"]["type"] for line in results)
         self.contents[name] = "".join(json.dumps(line) + "\n" for line in results).encode()
         done = {"processing_status": "ended", "request_counts": MOCK_COUNTS | counts}
         url = f"{ANTHROPIC_API}/v1/messages/batches/{name}/results"  # absolute, as Anthropic's
-        self.things["batches"][name] = begun | done | {"ended_at": iso(moment), "results_url": url}
-        return begun | {"request_counts": MOCK_COUNTS | {"processing": len(results)}}
+        self.things["batches"][name] = batch | done | {"ended_at": iso(moment), "results_url": url}
+        return batch
 
 
 def mock_id(prefix: str) -> str:
@@ -6247,40 +6225,33 @@ def mock_tokens(value: object) -> int:
     return max(1, len(json.dumps(value)) // 4)
 
 
-def mock_events(message: JSONObject) -> list[JSONObject]:
+def mock_events(message: JSONObject) -> Iterator[JSONObject]:
     """A message as the events of a stream."""
-    used, block = message["usage"], {"index": 0}
+    used, at, text = message["usage"], {"index": 0}, message["content"][0]["text"]
     begun = {"content": [], "stop_reason": None, "usage": used | {"output_tokens": 1}}
+    yield {"type": "message_start", "message": message | begun}
+    yield {"type": "content_block_start", "content_block": {"type": "text", "text": ""}} | at
+    yield {"type": "ping"}
+    for piece in re.findall(r"^[^ ]*| [^ ]*", text):
+        yield {"type": "content_block_delta", "delta": {"type": "text_delta", "text": piece}} | at
+    yield {"type": "content_block_stop"} | at
     ended = {"stop_reason": message["stop_reason"], "stop_sequence": None}
-    opened = block | {"content_block": {"type": "text", "text": ""}}
-    events: list[tuple[str, JSONObject]] = [("message_start", {"message": message | begun})]
-    events += [("content_block_start", opened), ("ping", {})]
-    for piece in re.findall(r"^[^ ]*| [^ ]*", message["content"][0]["text"]):
-        delta = {"type": "text_delta", "text": piece}
-        events.append(("content_block_delta", block | {"delta": delta}))
-    total = {"delta": ended, "usage": {"output_tokens": used["output_tokens"]}}
-    events += [("content_block_stop", block), ("message_delta", total), ("message_stop", {})]
-    return [{"type": name} | members for name, members in events]
+    total = {"output_tokens": used["output_tokens"]}
+    yield {"type": "message_delta", "delta": ended, "usage": total}
+    yield {"type": "message_stop"}
 
 
 # ─── Main ─────────────────────────────────────────────────────────────────────────────────────────
 
-USAGE_ERROR = 2  # exit status for a start that cannot be
 DRAIN_PROGRESS = 5.0  # seconds between two lines about what a stop waits for
 LOOPBACK = ("127.0.0.1", "::1")
-COLLECTOR_THRESHOLD = 10_000  # objects made and not freed; Python's own is 700
-SWITCH_INTERVAL = 0.0005  # seconds; Python's own is 0.005
-UVLOOP_CLOSED = "the handler is closed"  # uvloop/handles/handle.pyx, _ensure_alive
-UNIX_SOCKET_MODE = 0o660  # for the owner and his group, such as the proxy's
 MOCK_CREDENTIAL = "sk-ant-mock-"
 CHECK_TIMEOUT = 30.0  # seconds
-ServerTLS = ssl.SSLContext | None
 OPTIONAL_PACKAGES = {
     "uvloop": "the gateway is slower",
     "genai-prices": "money is not counted, budgets cannot be set",
     "prometheus-client": "there is no /metrics",
 }
-OPEN_MODE = "! no master key is set and there are no virtual keys: open to all who reach it"
 
 
 def make_app(settings: Settings, rules: Sequence[Rule] = RULES) -> GatewayApplication:
@@ -6306,9 +6277,11 @@ def make_app(settings: Settings, rules: Sequence[Rule] = RULES) -> GatewayApplic
 def bind(settings: Settings, *, loopback: bool) -> list[socket.socket]:
     """Listening sockets: the Unix socket, or the port, on loopback where ``--address`` does not say
     otherwise. Raises SettingsError."""
+    where = f"--unix-socket={settings.unix_socket}"
     try:
-        if settings.unix_socket:
-            return [netutil.bind_unix_socket(settings.unix_socket, UNIX_SOCKET_MODE)]
+        if settings.unix_socket:  # for the owner's group too, such as the proxy's
+            return [netutil.bind_unix_socket(settings.unix_socket, 0o660)]
+        where = f"{settings.address or 'port'} {settings.port}"
         if settings.address or not loopback:
             return bind_sockets(settings.port, settings.address or None)
         sockets = bind_sockets(settings.port, LOOPBACK[0])
@@ -6316,21 +6289,16 @@ def bind(settings: Settings, *, loopback: bool) -> list[socket.socket]:
             sockets += bind_sockets(sockets[0].getsockname()[1], LOOPBACK[1])
         return sockets
     except (OSError, ValueError) as error:  # ValueError: what stands there is a file, but no socket
-        where = f"{settings.address or 'port'} {settings.port}"
-        if settings.unix_socket:
-            where = f"--unix-socket={settings.unix_socket}"
         text = f"cannot listen on {where}: {getattr(error, 'strerror', '') or error}"
         raise SettingsError(text) from None
 
 
-def server_context(settings: Settings, context: ServerTLS = None) -> ServerTLS:
-    """What serves TLS, where ``--certfile`` is given: a new context, or this one, with the
-    certificate that the files hold now. Raises SettingsError."""
+def server_context(settings: Settings) -> ssl.SSLContext | None:
+    """What serves TLS, where ``--certfile`` is given. Raises SettingsError."""
     if not settings.certfile:
         return None
-    if context is None:
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.set_alpn_protocols(["http/1.1"])
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.set_alpn_protocols(["http/1.1"])
     try:
         context.load_cert_chain(settings.certfile, settings.keyfile or None, "")
     except OSError as error:  # ssl.SSLError is one
@@ -6360,21 +6328,21 @@ def lacks(settings: Settings) -> Iterator[str]:
 
 def announce(settings: Settings, gateway: Gateway, port: int) -> None:
     """Print where it listens and relays to, what it lets in, and what a user pastes to connect."""
-    is_open, keys = gateway.doors.is_open, sum(1 for _ in gateway.ledger.live())
-    url, is_everywhere = base_url(settings, port), not settings.address and not is_open
-    where = settings.unix_socket or f"{url}{' and every other address' if is_everywhere else ''}"
+    is_open, url = gateway.doors.is_open, base_url(settings, port)
+    everywhere = "" if settings.address or is_open else " and every other address"
     is_mock = settings.api_key.startswith(MOCK_CREDENTIAL)
+    keys = sum(1 for _ in gateway.ledger.live())
     made = f"{keys} in {settings.keys}" if keys else "POST /key/generate makes one"
     lines = [
-        f"gateway {__version__} listening on {where}",
+        f"gateway {__version__} listening on {settings.unix_socket or url + everywhere}",
         f"relaying to {'the built-in stand-in' if is_mock else settings.upstream}",
-        OPEN_MODE if is_open else f"virtual keys are required ({made})",
+        "! open to all who reach it" if is_open else f"virtual keys are required ({made})",
         *(f"! {lack}" for lack in lacks(settings)),
     ]
     if not gateway.prices.available:
         lines.append("! genai-prices is not installed: tokens are counted, money is not")
     key = "anything" if is_open else "<a virtual key>"
-    print("\n".join([*lines, CONNECT.format(base=url + RELAY_PREFIX, key=key)]), flush=True)
+    print(*lines, CONNECT.format(base=url + RELAY_PREFIX, key=key), sep="\n", flush=True)
 
 
 def start_mock(settings: Settings) -> Settings:
@@ -6384,8 +6352,8 @@ def start_mock(settings: Settings) -> Settings:
     credential = MOCK_CREDENTIAL + secrets.token_urlsafe(KEY_BYTES)
     sizes = dict.fromkeys(("max_body_size", "max_buffer_size"), MAX_BODY_SIZE)
     sockets = bind_sockets(0, LOOPBACK[0])
-    routes = [(r".*", MockAnthropic, {"credential": credential})]
-    application = web.Application(routes, log_function=lambda handler: None)
+    told = JSONObject(credential=credential, log_function=callable)  # which does nothing
+    application = web.Application([(".*", MockAnthropic)], **told)
     HTTPServer(application, **sizes).add_sockets(sockets)
     upstream = f"http://{LOOPBACK[0]}:{sockets[0].getsockname()[1]}"
     return dataclasses.replace(settings, upstream=upstream, api_key=credential, auth_token="")
@@ -6394,8 +6362,9 @@ def start_mock(settings: Settings) -> Settings:
 def report_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """Log what the event loop reports."""
     error = context.get("exception")
-    if isinstance(error, RuntimeError) and UVLOOP_CLOSED in str(error):
-        # uvloop goes on with a read over TLS whose connection was broken off within it.
+    if isinstance(error, RuntimeError) and "the handler is closed" in str(error):
+        # uvloop goes on with a read over TLS whose connection was broken off within it
+        # (uvloop/handles/handle.pyx, _ensure_alive).
         log.debug("after the end of a connection", exc_info=error)
     else:
         loop.default_exception_handler(context)
@@ -6408,15 +6377,12 @@ async def serve(settings: Settings) -> None:
     gateway: Gateway = application.settings["gateway"]
     gateway.write_log = record_writer(logging.getLogger().handlers)
     server = Server(gateway, application)
-    context = server_context(settings)
     sockets = bind(settings, loopback=gateway.doors.is_open)
-    server.listen(sockets, context)
-    signals: asyncio.Queue[int] = asyncio.Queue()
-    loop = asyncio.get_running_loop()
+    server.listen(sockets, server_context(settings))
+    signals, loop = asyncio.Queue[int](), asyncio.get_running_loop()
     loop.set_exception_handler(report_loop_error)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, signals.put_nowait, number)
-
     booking = asyncio.create_task(gateway.batches.run())
     saving = asyncio.create_task(gateway.ledger.run())
     announce(settings, gateway, 0 if settings.unix_socket else sockets[0].getsockname()[1])
@@ -6424,35 +6390,31 @@ async def serve(settings: Settings) -> None:
     favour_the_loop()
     while await signals.get() == signal.SIGHUP:  # read all again; what is wrong changes nothing
         try:
-            server_context(settings)  # one that fails must not be half loaded
-            server_context(settings, context)  # for connections from now on
+            server.context = server_context(settings)  # of connections from now on
             gateway.prices.reload()
             await gateway.ledger.reload()
             favour_the_loop()
             log.info("keys read again: %d", sum(1 for _ in gateway.ledger.live()))
         except Exception as error:  # noqa: BLE001 - whatever it is, it does not stop the gateway
             log.error("not read again: %s", error)
-    loop.add_signal_handler(signal.SIGHUP, lambda: None)
+    for number in (signal.SIGTERM, signal.SIGINT):  # a second one hurries
+        loop.add_signal_handler(number, gateway.drained.set)
     booking.cancel()
-    await stop(gateway, server, signals)
+    await stop(gateway, server)
     saving.cancel()
     if settings.unix_socket:
-        with contextlib.suppress(OSError):
-            os.unlink(settings.unix_socket)
+        Path(settings.unix_socket).unlink(missing_ok=True)
 
 
-async def stop(gateway: Gateway, server: Server, signals: asyncio.Queue[int]) -> None:
-    """Take no more requests, let those under way end, break what is left. A signal hurries."""
+async def stop(gateway: Gateway, server: Server) -> None:
+    """Take no more requests, let those under way end until all are `drained`, break the rest."""
     gateway.stopping = True
     server.stop()
-    ends = {asyncio.create_task(signals.get()), asyncio.create_task(gateway.drained.wait())}
-    deadline, done = gateway.time() + gateway.settings.drain_timeout, set[asyncio.Task[Any]]()
-    while gateway.active and not done and (left := deadline - gateway.time()) > 0:
+    deadline, drained = gateway.time() + gateway.settings.drain_timeout, gateway.drained
+    while gateway.active and not drained.is_set() and (left := deadline - gateway.time()) > 0:
         log.info("stopping: %d requests under way, %.0f s left", len(gateway.active), left)
-        wait = min(left, DRAIN_PROGRESS)
-        done, _ = await asyncio.wait(ends, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
-    for task in ends:
-        task.cancel()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(drained.wait(), min(left, DRAIN_PROGRESS))
     server.close()
     await asyncio.sleep(0)  # the connections' ends reach their handlers
     for handler in list(gateway.active):  # which wait for the names of batches
@@ -6531,7 +6493,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             runner.run(serve(settings))
     except SettingsError as error:
         sys.stderr.write(f"gateway: {error}\n")
-        sys.exit(USAGE_ERROR)
+        sys.exit(2)
 
 
 def favour_the_loop() -> None:
@@ -6541,8 +6503,8 @@ def favour_the_loop() -> None:
     gc.unfreeze()  # requests that were under way at the last time are garbage by now
     gc.collect()
     gc.freeze()
-    gc.set_threshold(COLLECTOR_THRESHOLD)
-    sys.setswitchinterval(SWITCH_INTERVAL)  # the keys file's writer hands Python's lock back
+    gc.set_threshold(10_000)  # objects made and not freed; Python's own is 700
+    sys.setswitchinterval(0.0005)  # not 5 ms: the keys file's writer hands Python's lock back
 
 
 if __name__ == "__main__":
