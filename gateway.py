@@ -954,58 +954,48 @@ class Route:
     """What a method and a path mean to the rules."""
 
     open: bool  # every key may call it, as far as its ``allowed_routes`` go
-    group: str  # what a pattern of them must begin with to open it otherwise
     billed: bool  # it orders something that costs money and that can be estimated
     free: bool  # no budget stands against it: counting, models, fetching paid batches
-    metered: bool  # its answer may say what was used
+    unread: bool  # no rule looks at its body
     batch: bool  # it is answered with batch objects
     makes_batch: bool
     batch_id: str  # the batch that it names
     deletes: bool  # it deletes that one
     results_of: str  # the batch it fetches the results of
-    unread: bool  # no rule looks at its body
 
 
+BILLED = ("/v1/messages", "/v1/messages/batches", "/v1/messages/cache_touch", "/v1/complete")
+FREE = re.compile(r"/v1/(?:messages/count_tokens|models(?:/[^/]*)?)/?")
+UPLOAD = re.compile(r"(?s)/v1/(?:files|skills)(?:/.*)?")
+BATCHES = re.compile(r"/v1/messages/batches(?:/([\w-]+)(/results|/cancel)?)?/?")
 # What every virtual key reaches. All else (sessions, agents, deployments, administration, logins,
 # and what may come) may cost what the gateway cannot count, or give out what it guards.
+OPEN_NAMES = (*BILLED, "/v1/messages/count_tokens", "/v1/models", "/v1/files", "/v1/skills")
 OPEN = re.compile(
-    r"(?sa)/v1/(?:messages(?:/count_tokens|/cache_touch"
-    r"|/batches(?:/[\w-]+(?:/(?:results|cancel))?)?)?"
-    r"|complete|(?:models|files|skills)(?:/.*)?)/?"
+    rf"(?s)(?:{'|'.join(OPEN_NAMES)})/?|{BATCHES.pattern}|/v1/(?:models|files|skills)/.*"
 )
-OPEN_NAMES = (
-    *("/v1/messages/batches/", "/v1/messages/count_tokens", "/v1/messages/cache_touch"),
-    *("/v1/complete", "/v1/models/", "/v1/files/", "/v1/skills/"),
-)
+# What a pattern of ``allowed_routes`` must begin with to open another path.
 GROUP = re.compile(r"/v1/messages(?:/[^/]*)?|/v1(?:/[^/]*)?|/?[^/]*")
-UPLOAD = re.compile(r"(?s)/v1/(?:files|skills)(?:/.*)?")
-BILLED = re.compile(r"/v1/(?:messages|complete|messages/batches|messages/cache_touch)/?")
-FREE = re.compile(r"/v1/(?:messages/count_tokens|models(?:/[^/]*)?)/?")
-BATCHES = re.compile(r"(?s)/v1/messages/batches(?:/([^/]*)(/.*)?)?")
 WILDCARD = re.compile(r"[*?\[]")
 
 
 def read_route(method: str, path: str) -> Route:
     """Classify a request by its method in capitals and its decoded path."""
-    fetches = method in ("GET", "HEAD", "OPTIONS")
+    fetches, deletes = method in ("GET", "HEAD", "OPTIONS"), method == "DELETE"
     batches = BATCHES.fullmatch(path)
-    batch, step = (batches[1] or "", batches[2] or "") if batches else ("", "")
-    step = step.removesuffix("/")
-    billed = BILLED.fullmatch(path) is not None
+    batch, step = batches.groups("") if batches else ("", "")
     # What orders something that its path does not tell is closed; a batch's own id is none of that.
-    known = fetches or method == "DELETE" or not batch or step == "/cancel"
+    known = fetches or deletes or not batch or step == "/cancel"
     return Route(
         open=known and OPEN.fullmatch(path) is not None,
-        group=cast("re.Match[str]", GROUP.match(path))[0],
-        billed=billed and not fetches,
+        billed=path.removesuffix("/") in BILLED and not fetches,
         free=(fetches and batches is not None) or FREE.fullmatch(path) is not None,
-        metered=billed or batches is not None,
-        batch=batches is not None and method in ("GET", "POST") and step in ("", "/cancel"),
-        makes_batch=batches is not None and not (fetches or batch or step),
-        batch_id=batch,
-        deletes=method == "DELETE",
-        results_of=batch if method == "GET" and step == "/results" else "",
         unread=fetches or UPLOAD.fullmatch(path) is not None,
+        batch=batches is not None and method in ("GET", "POST") and step != "/results",
+        makes_batch=batches is not None and not (fetches or batch),
+        batch_id=batch,
+        deletes=deletes,
+        results_of=batch if method == "GET" and step == "/results" else "",
     )
 
 
@@ -1017,9 +1007,8 @@ OTHER_ROUTE = read_route("GET", "")
 def unmetered(pattern: str) -> bool:
     """Whether a pattern of ``allowed_routes`` opens what may cost what cannot be counted."""
     literal = WILDCARD.split(pattern.removeprefix("/anthropic"))[0]
-    if literal.startswith(METRICS_PATH) or OPEN.fullmatch(literal):
-        return False
-    return not any(name.startswith(literal) for name in OPEN_NAMES)
+    known = literal.startswith(METRICS_PATH) or OPEN.fullmatch(literal)
+    return not known and not any(name.startswith(literal) for name in OPEN_NAMES)
 
 
 MAX_COUNT = 10**9  # tokens; whoever counts more is not believed
@@ -5096,7 +5085,8 @@ def check_route(key: VirtualKey, route: Route, path: str, *, pays: bool) -> None
     patterns = [pattern.removeprefix("/anthropic") for pattern in key.allowed_routes]
     matching = [pattern for pattern in patterns if fnmatch.fnmatchcase(path, pattern)]
     if not route.open:
-        matching = [pattern for pattern in matching if pattern.startswith(route.group)]
+        group = cast("re.Match[str]", GROUP.match(path))[0]
+        matching = [pattern for pattern in matching if pattern.startswith(group)]
     shown = printable(path)
     if not matching and route.open:
         raise APIError(403, f"This key may not call {shown}; its 'allowed_routes' leave it out.")
@@ -5146,14 +5136,15 @@ class Fields(Rule):
     gateway goes on anywhere."""
 
     async def head(self, visit: Visit) -> None:
-        head, caller, lines = visit.head, visit.caller, visit.lines
+        head, caller, route, lines = visit.head, visit.caller, visit.route, visit.lines
         unwanted = head.options
         if caller.own is None:
             unwanted |= {WORKSPACE_FIELD}
-            if visit.route.results_of:
+            if route.results_of:
                 unwanted |= {"range", "if-range"}  # a part of the results could not be booked
         codings = None
-        if visit.route.metered and (offered := head.values.get("accept-encoding")):
+        metered = route.billed or route.batch or route.results_of
+        if metered and (offered := head.values.get("accept-encoding")):
             codings = readable_codings(offered)
         for lower, _, name, line, goes_up, _ in head.fields:
             if not goes_up or lower in unwanted:
@@ -5223,7 +5214,7 @@ class Limits(Rule):
 
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
         route = visit.route
-        if head.status != 200 or not route.billed or not route.metered or route.batch:
+        if head.status != 200 or not route.billed or route.batch:
             return ()
         room = functools.partial(visit.gateway.held.find_room, visit.caller.hashed or "")
         visit.meter = Meter(head.get("content-type"), room=room)
