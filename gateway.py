@@ -1069,10 +1069,10 @@ def decoder_of(members: type) -> Callable[[bytes], Any] | None:
     return cast("Callable[[bytes], Any]", msgspec.json.Decoder(members).decode)
 
 
-def read_members(body: bytes, members: type) -> object:
-    """What a body says of some members at least: msgspec skips the others, `json` makes them all,
-    which takes five times as long. None where it cannot be read."""
-    if decode := decoder_of(members):
+def read_answer(body: bytes) -> object:
+    """What is looked at of an answer, or of a row of a batch's results: msgspec skips the rest,
+    `json` makes it all, which takes five times as long. None where it cannot be read."""
+    if decode := decoder_of(AnswerMembers):
         with contextlib.suppress(Exception):  # what msgspec cannot read, json may
             return cast(object, decode(body))
     return read_json(body)
@@ -1083,52 +1083,45 @@ def looked_at(names: str, **more: Any) -> Any:
     return cast(Any, TypedDict)("Looked", dict.fromkeys(names.split(), Any) | more, total=False)
 
 
-# What the price of an attempt of a message depends on, or of a tool that the server runs …
-ATTEMPT = "model max_tokens speed type max_uses "
-AttemptMembers = looked_at(ATTEMPT)
-# … of a message, or of a batch, whose rows have messages as ``params`` …
+# What the price of a message depends on, of a fallback in it or of a tool that the server runs, or
+# of a batch, whose rows have messages as ``params`` …
 BodyMembers = looked_at(
-    ATTEMPT + "max_tokens_to_sample stream thinking inference_geo compaction context_management",
-    fallbacks="list[AttemptMembers] | str | None",
-    tools="list[AttemptMembers] | None",
-    requests="list[RowMembers]",
+    "model max_tokens max_tokens_to_sample speed stream thinking inference_geo compaction"
+    " context_management type max_uses",
+    fallbacks="list[BodyMembers] | str | None",
+    tools="list[BodyMembers] | None",
+    requests="list[BodyMembers]",
+    params="BodyMembers",
 )
-RowMembers = looked_at("", params="BodyMembers")
 # … and of a whole answer, or of a row of a batch's results and the result in it.
 NoMembers = looked_at("")
-AnswerMembers = looked_at("model stop_reason usage completion", content="list[NoMembers]")
-ResultMembers = looked_at("", message="AnswerMembers", result="ResultMembers")
-
-MODEL_PLACES = frozenset({"model", "fallbacks", "tools", "requests", "params"})
-# The same words in other letters, which a reader that takes those for alike would take: capitals,
-# and what Unicode folds to k and s.
-ALIKE = {"k": "\u212a", "s": "\u017f"}
-WRITTEN = ((c + c.upper() + ALIKE.get(c, "") for c in place) for place in MODEL_PLACES)
-ODD_PLACES = {"".join(odd) for each in WRITTEN for odd in itertools.product(*each)} - MODEL_PLACES
-# What is kept of an object's members, wherever it stands.
-PLACES = MODEL_PLACES.union(
-    ODD_PLACES, {"budget_tokens", "edits", "id"}, BodyMembers.__annotations__
+AnswerMembers = looked_at(
+    "model stop_reason usage completion",
+    content="list[NoMembers]",
+    message="AnswerMembers",
+    result="AnswerMembers",
 )
+# What is kept of an object's members, wherever it stands; those where a model may stand.
+PLACES = {"budget_tokens", "edits", "id", *BodyMembers.__annotations__}
+MODEL_PLACES = {"model", "fallbacks", "tools", "requests", "params"}
 
 
 class Members(dict[str, Any]):
-    """An object of a JSON text. ``doubt`` says why two readers could understand it differently."""
+    """An object of a JSON text. ``twice`` names a member that two readers could read differently,
+    since it stands there more than once."""
 
-    doubt = ""
+    twice = ""
 
     def put(self, name: str, value: object) -> None:
         """Take a member in."""
-        if name in ODD_PLACES:
-            self.doubt = f"{printable(name)!r} is not written in lower case"
-        elif name in self and name in PLACES:
-            self.doubt = f"{name!r} stands twice in one object"
+        if name in self and name in PLACES:
+            self.twice = name
         self[name] = value
 
 
 def made_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of its members, as `scan` makes it."""
-    plain = dict(pairs)
-    if len(plain) == len(pairs) and ODD_PLACES.isdisjoint(plain):
+    if len(plain := dict(pairs)) == len(pairs):
         return plain
     members = Members()
     for name, value in pairs:
@@ -1150,57 +1143,57 @@ MAX_DEPTH = 1000  # where Python 3.11's own parser gives up too
 LONG_TEXT = "…"  # stands for a string that is longer than AT_ONCE, which names no model
 JSON_WORD = rb"true|false|null|-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
 JSON_MARK = re.compile(rb'[ \t\n\r]*([\[\]{},:"]|(?:%b)(?![\w.+-]))' % JSON_WORD)
-ESCAPES = re.compile(rb'[^"\\]*(?:\\.[^"\\]*){0,1000}', re.DOTALL)
+ESCAPED = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
+# How what may come next begins; ITEM and MEMBER: or the end of the list or the object.
+VALUE, QUOTE, COLON = b'[{"-0123456789tfn', b'"', b":"
+ITEM, MEMBER = VALUE + b"]", QUOTE + b"}"
+FOLLOWING = {b"": b"", b"]": b",]", b"}": b",}"}
 TOO_MUCH = (
     "The body has more lists, objects or members than any model can read. This key's requests are"
     " read; send less at a time."
 )
-# What may come next in a JSON text; ITEM and MEMBER: or the end of the list or the object.
-Wants = enum.Enum("Wants", "VALUE ITEM NAME MEMBER COLON COMMA")
 
 
-async def scan(
-    body: bytes, names: frozenset[str] | None, batched: bool, breathe: Breathe
-) -> object:
+async def scan(body: bytes, names: set[str] | None, batched: bool, breathe: Breathe) -> object:
     """What a JSON text says, however hostile: of objects only the members of these names (None:
     all); the rest is passed over. Each row, where it is ``batched``, may have ROW_MARKS more.
     Raises ValueError for what is no JSON, APIError 400 for more than any model can read."""
     at = marks = 0
     document: list[Any] = []
+    rows: list[Any] = []
     # Where values go, None where they are not kept, and what ends it; then what that stands in.
     holder: list[Any] | Members | None = document
     holders: list[tuple[list[Any] | Members | None, bytes]] = []
-    end, name, wants = b"", "", Wants.VALUE
+    end, name, wanted = b"", "", VALUE
     while found := JSON_MARK.match(body, at):
         at, mark, marks = found.end(), found[1], marks + 1
         if marks % BREATH == 0:
-            top = document[0] if document else None
-            rows = top.get("requests") if batched and isinstance(top, dict) else None
-            many = min(MAX_ROWS, len(rows)) if isinstance(rows, list) else 0
-            if marks > MAX_MARKS + ROW_MARKS * many:
+            if marks > MAX_MARKS + ROW_MARKS * min(MAX_ROWS, len(rows)):
                 raise APIError(400, TOO_MUCH)
             await breathe()
-        if mark == b"," and wants is Wants.COMMA:
-            wants = Wants.NAME if end == b"}" else Wants.VALUE
-        elif mark == b":" and wants is Wants.COLON:
-            wants = Wants.VALUE
-        elif mark == end and wants in (Wants.COMMA, Wants.ITEM, Wants.MEMBER):
+        if mark[0] not in wanted:
+            raise ValueError(f"{mark!r} stands where it may not")
+        if mark == b",":
+            wanted = QUOTE if end == b"}" else VALUE
+        elif mark == b":":
+            wanted = VALUE
+        elif mark == end:
             holder, end = holders.pop()
-            wants = Wants.COMMA
-        elif mark == b'"' and wants in (Wants.NAME, Wants.MEMBER):
+            wanted = FOLLOWING[end]
+        elif wanted in (QUOTE, MEMBER):
             name, at = await read_string(body, at, True, breathe)
-            wants = Wants.COLON
-        elif wants not in (Wants.VALUE, Wants.ITEM) or mark in (b",", b":", b"]", b"}"):
-            raise ValueError(f"{wants} is missing")
+            wanted = COLON
         else:
-            kept = holder is not None and (end != b"}" or names is None or name in names)
-            into, value, wants = holder, cast(Any, None), Wants.COMMA
+            kept = holder is not None and (end != b"}" or names is None or name.casefold() in names)
+            into, value, wanted = holder, cast(Any, None), FOLLOWING[end]
             if mark in (b"[", b"{"):
                 if len(holders) >= MAX_DEPTH:
                     raise ValueError("too deep")
                 holders.append((holder, end))
-                end, wants = (b"]", Wants.ITEM) if mark == b"[" else (b"}", Wants.MEMBER)
+                end, wanted = (b"]", ITEM) if mark == b"[" else (b"}", MEMBER)
                 holder = value = ([] if mark == b"[" else Members()) if kept else None
+                if batched and len(holders) == 2 and name == "requests" and isinstance(value, list):
+                    rows = value
             elif mark == b'"':
                 value, at = await read_string(body, at, kept, breathe)
             elif kept:
@@ -1209,25 +1202,25 @@ async def scan(
                 into.put(name, value)
             elif kept and isinstance(into, list):
                 into.append(value)
-    if holders or wants is not Wants.COMMA or body[at:].strip(b" \t\n\r"):
+    if wanted or body[at:].strip(b" \t\n\r"):
         raise ValueError("it does not end")
     return document[0]
 
 
 async def read_string(body: bytes, start: int, kept: bool, breathe: Breathe) -> tuple[str, int]:
     """A string that begins there, if it is ``kept``, and where it has ended. Raises ValueError."""
-    at = body.find(b'"', start)
-    if body.find(b"\\", start, at) >= 0:
-        at = start
-        while (part := ESCAPES.match(body, at)) and part.end() > at:
-            at = part.end()
-            if body[at : at + 1] == b"\\":
-                await breathe()
-    if body[at : at + 1] != b'"' or at < start:
+    at, end = start, body.find(b'"', start)
+    while at <= end and body.find(b"\\", at, end) >= 0:
+        at = cast("re.Match[bytes]", ESCAPED.match(body, at, at + AT_ONCE)).end()
+        if at > end:
+            end = body.find(b'"', at)
+        if at - start >= AT_ONCE:
+            await breathe()
+    if end < at:
         raise ValueError("a string does not end")
-    if at - start >= AT_ONCE or not kept:
-        return LONG_TEXT, at + 1
-    return json.loads(body[start - 1 : at + 1]), at + 1
+    if end - start >= AT_ONCE or not kept:
+        return LONG_TEXT, end + 1
+    return json.loads(body[start - 1 : end + 1]), end + 1
 
 
 # What msgspec reads at once, in some 10 ms at worst: whatever is in it, or with so few containers.
@@ -1253,8 +1246,7 @@ async def read_body(body: bytes, route: Route, breathe: Breathe, *, strictly: bo
     except (ValueError, RecursionError):
         if not strictly:
             return None
-        reason = f"the body is not readable as JSON of up to {MAX_DEPTH:,} levels"
-        raise unclear(reason) from None
+        raise unclear(f"the body is not readable as JSON of up to {MAX_DEPTH:,} levels") from None
 
 
 def unclear(reason: str) -> APIError:
@@ -1262,31 +1254,44 @@ def unclear(reason: str) -> APIError:
     return APIError(400, f"This key is limited to some models, and {reason}.")
 
 
-def members_of(value: object) -> dict[str, Any] | None:
-    """A value as an object; None where it is none. Raises APIError 400 where it is in doubt."""
-    if isinstance(value, Members) and value.doubt:
-        raise unclear(value.doubt)
-    return value if isinstance(value, dict) else None
+def members_of(value: object) -> dict[str, Any]:
+    """The members of a value, if it is an object. Raises APIError 400 where two readers could
+    understand them differently."""
+    if not isinstance(value, dict):
+        return {}
+    for name in value:  # to some readers capitals are alike, and what Unicode folds to k and s
+        if name.casefold() in MODEL_PLACES and name not in MODEL_PLACES:
+            raise unclear(f"{printable(name)!r} is not written in lower case")
+    if isinstance(value, Members) and value.twice:
+        raise unclear(f"{value.twice!r} stands twice in one object")
+    return value
 
 
-MAX_ATTEMPTS = 10_000  # tools or fallbacks of one message
-ANY_MODEL = object()  # upstream's choice
+MAX_ATTEMPTS = 10_000  # tools and fallbacks of one message
 
 
-def attempts_in(params: Mapping[str, Any], name: str) -> list[Any]:
-    """The tools or fallbacks of a message. Raises APIError 400 for more than any request has."""
-    attempts = params.get(name)
-    if not isinstance(attempts, list):
-        return []
-    if len(attempts) > MAX_ATTEMPTS:
+def attempts_in(params: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
+    """The fallbacks and the tools of a message; fallbacks that upstream chooses are one that names
+    no model. Raises APIError 400 for more than any request has."""
+    fallbacks, tools = params.get("fallbacks"), params.get("tools")
+    if fallbacks is not None and not isinstance(fallbacks, list):
+        fallbacks = [f"fallbacks: {model_of(fallbacks) or type(fallbacks).__name__}"]
+    fallbacks, tools = fallbacks or [], tools if isinstance(tools, list) else []
+    if len(fallbacks) + len(tools) > MAX_ATTEMPTS:
         raise APIError(400, f"The body has more than {MAX_ATTEMPTS:,} tools or fallbacks.")
-    return attempts
+    return fallbacks, tools
+
+
+def rows_of(document: Mapping[str, Any]) -> list[Any]:
+    """The rows of a batch."""
+    requests = document.get("requests")
+    return requests if isinstance(requests, list) else []
 
 
 def models_in(document: object, route: Route) -> Iterator[object]:
-    """The value of each place where a request may name a model, or ANY_MODEL (SDK:
-    message_create_params, beta_fallback_param, beta_advisor_tool_param, batch_create_params). On
-    routes that are not known, whatever is called ``model`` at any depth (agent_create_params)."""
+    """The value of each place where a request may name a model (SDK: message_create_params,
+    beta_fallback_param, beta_advisor_tool_param, batch_create_params). On routes that are not
+    known, whatever is called ``model`` at any depth (agent_create_params)."""
     if not route.open:
         holders = [document]
         while holders:
@@ -1299,19 +1304,12 @@ def models_in(document: object, route: Route) -> Iterator[object]:
         return
     messages: Iterable[object] = (document,)
     if route.makes_batch:
-        requests = (members_of(document) or {}).get("requests")
-        rows = requests if isinstance(requests, list) else ()
-        messages = ((members_of(row) or {}).get("params") for row in rows)
+        messages = (members_of(row).get("params") for row in rows_of(members_of(document)))
     for message in messages:
-        params = members_of(message) or {}
-        yield params.get("model")
-        if not isinstance(params.get("fallbacks"), list | None):
-            yield ANY_MODEL
-        for fallback in attempts_in(params, "fallbacks"):
-            members = members_of(fallback)
-            yield fallback if members is None else members.get("model")
-        for tool in attempts_in(params, "tools"):
-            yield (members_of(tool) or {}).get("model")
+        params = members_of(message)
+        fallbacks, tools = attempts_in(params)
+        for attempt in (params, *fallbacks, *tools):
+            yield members_of(attempt).get("model") if isinstance(attempt, dict) else attempt
 
 
 LOOKS = 2000  # at parts of a document, which take a millisecond or two
@@ -1325,12 +1323,8 @@ async def check_models(
     for number, value in enumerate(models_in(document, route), start=1):
         if number % LOOKS == 0:
             await breathe()
-        if value is ANY_MODEL:
-            raise APIError(
-                403, "This key is limited to some models; name the 'fallbacks', not 'default'."
-            )
-        if (members := members_of(value)) is not None:  # of agents: {"id": "…"}
-            value = members.get("id")
+        if isinstance(value, dict):  # of agents: {"id": "…"}
+            value = members_of(value).get("id")
         model = value if isinstance(value, str) else f"a {type(value).__name__}"
         if value is None or model in checked:
             continue
@@ -1359,7 +1353,7 @@ class Order:
     parts: dict[Part, list[int]] = field(default_factory=dict)
     prompts: int = 1  # messages that share the prompt
     batched: bool = False
-    cache: str = ""  # "5m" or "1h" where the prompt may be written to the cache
+    cache: str = "input"  # the rate of what of the prompt may be written to the cache
 
     def add_message(self, params: Mapping[str, Any], prompt: int) -> int:
         """Count in every attempt that a message may make, each at its own model (SDK:
@@ -1374,12 +1368,8 @@ class Order:
         # Attempts, and how often each is made: one that summarizes the conversation goes before.
         attempts: list[tuple[Any, int]] = [(params, times)]
         speed, us, searches = params.get("speed"), params.get("inference_geo") == "us", 0
-        fallbacks, tools = params.get("fallbacks"), params.get("tools")
-        if fallbacks is not None:
-            named = isinstance(fallbacks, list)
-            fallbacks = attempts_in(params, "fallbacks") if named else [fallbacks]
-            attempts += [(fallback, 1) for fallback in fallbacks if fallback is not None]
-        tools = attempts_in(params, "tools") if tools else ()
+        fallbacks, tools = attempts_in(params)
+        attempts += [(fallback, 1) for fallback in fallbacks if fallback is not None]
         for tool in tools:
             if not isinstance(tool, dict):
                 continue
@@ -1406,7 +1396,10 @@ class Order:
             if attempt is params:
                 counts[2] += searches
                 self.model, self.max_tokens, most = self.model or model, output, output
-        return len(fallbacks or ()) + len(tools)
+        self.streams = params.get("stream") is True
+        if (thinking := params.get("thinking")) is not None:
+            self.thinking = thinking_of(thinking, self.max_tokens)
+        return len(fallbacks) + len(tools)
 
 
 def thinking_of(thinking: object, max_tokens: int) -> int:
@@ -1423,19 +1416,12 @@ async def read_order(document: object, body: bytes, *, batched: bool, breathe: B
     message of any model. Raises APIError 400 for a batch that cannot be read."""
     order = Order(prompt=tokens_in(len(body)), batched=batched)
     if b'"cache_control"' in body:
-        order.cache = "1h" if b'"1h"' in body else "5m"
+        order.cache = "cache_write_1h" if b'"1h"' in body else "cache_write_5m"
     if not isinstance(document, dict):
         if batched:
             raise APIError(400, "This key has a budget, and its batch cannot be read.")
         return order
-    if not batched:
-        order.add_message(document, order.prompt)
-        order.streams = document.get("stream") is True
-        if (thinking := document.get("thinking")) is not None:
-            order.thinking = thinking_of(thinking, order.max_tokens)
-        return order
-    requests, looks = document.get("requests"), 0
-    rows = requests if isinstance(requests, list) else []
+    rows, looks = rows_of(document) if batched else [{"params": document}], 0
     order.prompts = max(1, len(rows))
     for row in rows:
         params = row.get("params") if isinstance(row, dict) else None
@@ -1606,7 +1592,6 @@ class Rates:
 
 MAX_CACHED_RATES = 1000
 MAX_UNKNOWN = 50  # models without a price that the log names
-CACHE_RATES = {"": "input", "5m": "cache_write_5m", "1h": "cache_write_1h"}
 
 
 class Prices:
@@ -1688,7 +1673,7 @@ class Prices:
             tally = Tally(input_tokens=prompt, output_tokens=output, web_searches=searches)
             if self.available:
                 rates = self.rates(model, when, prompt // order.prompts, fast)
-                paid = max(rates.input, getattr(rates, CACHE_RATES[order.cache]))
+                paid = max(rates.input, getattr(rates, order.cache))
                 cost = paid * prompt + rates.output * output
                 cost *= US_INFERENCE if us else 1
                 cost *= BATCH_DISCOUNT if order.batched else 1
@@ -4312,7 +4297,7 @@ class Meter(ResponseFilter):
             if complete or self._on_result is None:
                 self._read_line(size, held)
         elif complete and held:
-            self.measured = measured_message(read_members(held, AnswerMembers), size)
+            self.measured = measured_message(read_answer(held), size)
         else:
             self.measured.seen = size
         return b""
@@ -4388,7 +4373,7 @@ class Meter(ResponseFilter):
 
     def _read_results(self, lines: bytes, on_result: Callable[[int, Measured], None]) -> None:
         for line in filter(bytes.strip, lines.splitlines()):
-            row = read_members(line, ResultMembers)
+            row = read_answer(line)
             result = row.get("result") if isinstance(row, dict) else None
             if result is None:  # these are no results, or not in plain text
                 self.measured.blind = True

@@ -1239,8 +1239,8 @@ def test_both_readers_read_the_same_of_a_body(monkeypatch: Patch) -> None:
     for name in MESSAGES:
         whole = json.loads(message_body(name))
         result = json.dumps({"result": {"message": whole}}).encode()
-        members = gateway.read_members(message_body(name), gateway.AnswerMembers)
-        inner = gateway.read_members(result, gateway.ResultMembers)["result"]["message"]
+        members = gateway.read_answer(message_body(name))
+        inner = gateway.read_answer(result)["result"]["message"]
         first, *others = (gateway.measured_message(each, 0) for each in (members, inner, whole))
         assert others == [first, first]
 
