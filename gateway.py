@@ -1578,8 +1578,12 @@ BATCH_DISCOUNT = Decimal("0.5")
 WEB_SEARCH_PRICE = Decimal("0.01")
 
 
-@dataclass(frozen=True, slots=True)
-class Rates:
+# What Anthropic's rates for the cache are of the input rate, where a price file does not say.
+CACHE_PARTS = {"cache_read": "0.1", "cache_write_5m": "1.25", "cache_write_1h": "2"}
+TOKEN_RATES = ("input", "output", *CACHE_PARTS)
+
+
+class Rates(NamedTuple):
     """USD for one token of each kind, and for one web search."""
 
     input: Decimal
@@ -1606,9 +1610,9 @@ class Prices:
     def __init__(self, path: Path | None = None) -> None:
         self.path, self.loaded = path, False
         self._own: dict[str, Rates] = {}
-        self._package: Any = None
+        self._models: list[Any] = []  # of the package
         self._tiers = [0]  # lengths of a prompt, in tokens, above which the rates are others
-        self._rates: dict[tuple[str, str, bool, int], Rates] = {}  # "" is the dearest
+        self._found = functools.lru_cache(MAX_CACHED_RATES)(self._find)
         self._unknown: set[str] = set()
         self.reload()
         self.available = bool(self._own) or importlib.util.find_spec("genai_prices") is not None
@@ -1617,18 +1621,21 @@ class Prices:
         """Read the price file again. Raises SettingsError that says where it is wrong."""
         if self.path is not None:
             self._own = read_prices(self.path)
-        self._rates.clear()
+        self._found.cache_clear()
         self._unknown.clear()
 
     def load(self) -> None:
         """Import the package, if it is installed."""
         try:
-            import genai_prices.data_snapshot as package
+            from genai_prices.data_snapshot import get_snapshot
 
-            models, when = anthropic_models(package), datetime.now(UTC)
+            providers, when = get_snapshot().providers, datetime.now(UTC)
+            models = [
+                model for each in providers if each.id == "anthropic" for model in each.models
+            ]
             rates = [rate for each in models for rate in vars(each.get_prices(when)).values()]
             tiers = [tier.start for rate in rates for tier in getattr(rate, "tiers", ())]
-            self._tiers, self._package = sorted({0, *tiers}), package
+            self._tiers, self._models = sorted({0, *tiers}), models
         except Exception as error:
             if not isinstance(error, ImportError):
                 log.exception("genai-prices cannot be used")
@@ -1683,102 +1690,80 @@ class Prices:
 
     def rates(self, model: str, when: datetime, prompt: int, fast: bool = False) -> Rates:
         """The rates of a model ("": any) at a moment, for a prompt of so many tokens."""
-        if self._own and model and (own := self._own_rates(model)):
-            return own
         tier = self._tiers[max(0, bisect.bisect_left(self._tiers, prompt) - 1)]
-        key = (model, window_start("1h", when), fast, tier)
-        if (known := self._rates.get(key)) is None:
-            known = self._find(model, when, fast, tier)
-            if len(self._rates) > MAX_CACHED_RATES:
-                self._rates.clear()
-            self._rates[key] = known
-        return known
-
-    def _own_rates(self, model: str) -> Rates | None:
-        patterns = (p for p in self._own if fnmatch.fnmatchcase(model, p))
-        return self._own.get(model) or self._own.get(next(patterns, ""))
+        return self._found(model, window("1h", when)[0], fast, tier)
 
     def _find(self, model: str, when: datetime, fast: bool, tier: int) -> Rates:
-        """What the package says; of any model the dearest known one, which takes some 20 ms."""
+        """What is known; of any model the dearest known one, which takes some 20 ms."""
         if not model:
-            dearest = list(self._own.values())
-            for each in anthropic_models(self._package) if self._package else ():
-                with contextlib.suppress(LookupError, ValueError):
-                    own = self._own_rates(each.id)
-                    dearest.append(own or package_rates(each.id, when, fast, tier))
-            return max(dearest, key=lambda rates: rates.input + rates.output)
-        if self._package is not None:
-            with contextlib.suppress(LookupError, ValueError):
-                return package_rates(model, when, fast, tier)
-        if model not in self._unknown and len(self._unknown) <= MAX_UNKNOWN:
+            found = [self._known(each.id, when, fast, tier) for each in self._models]
+            known = [*self._own.values(), *filter(None, found)]
+            return max(known, key=lambda rates: rates.input + rates.output)
+        if rates := self._known(model, when, fast, tier):
+            return rates
+        if model not in self._unknown and len(self._unknown) < MAX_UNKNOWN:
             self._unknown.add(model)
-            if len(self._unknown) > MAX_UNKNOWN:
-                log.warning("further models without a known price are not named")
-            else:
-                log.warning("no price is known for model %r: priced as the dearest", model)
-        return self.rates("", when, tier + 1, fast)
+            what = "no price is known for model %r: priced as the dearest (%d of %d to be named)"
+            log.warning(what, model, len(self._unknown), MAX_UNKNOWN)
+        return self._found("", when, fast, tier)
 
+    def _known(self, model: str, when: datetime, fast: bool, tier: int) -> Rates | None:
+        """What the price file says of a model, or else the package of a prompt just longer than
+        ``tier``."""
+        patterns = (p for p in self._own if fnmatch.fnmatchcase(model, p))
+        if own := self._own.get(model) or self._own.get(next(patterns, "")):
+            return own
+        if not self._models:
+            return None
+        import genai_prices
 
-def anthropic_models(package: Any) -> list[Any]:
-    """The models of Anthropic's that genai-prices knows."""
-    providers = package.get_snapshot().providers
-    return [model for each in providers if each.id == "anthropic" for model in each.models]
-
-
-def package_rates(model: str, when: datetime, fast: bool, tier: int) -> Rates:
-    """Ask genai-prices for the rates of a prompt just longer than ``tier``. Raises LookupError."""
-    import genai_prices
-
-    prompt, rates = tier + 1, {}
-    for name in PRICE_FIELDS:
-        # ``input_tokens`` is the package's word for all of the prompt, cached or not.
-        counts = {"input_tokens": prompt, f"{name}_tokens": prompt}
-        if name.startswith("cache_write"):
-            counts["cache_write_tokens"] = prompt
-        price = genai_prices.calc_price(
-            genai_prices.Usage(**counts),
-            model,
-            provider_id="anthropic",
-            genai_request_timestamp=when,
-            price_context={"speed": "fast"} if fast else None,
-        )
-        rates[name] = (price.output_price if name == "output" else price.input_price) / prompt
-    return Rates(**rates)
-
-
-# What Anthropic's rates for the cache are of the input rate, and the fields of a price file.
-CACHE_PARTS = {"cache_read": "0.1", "cache_write_5m": "1.25", "cache_write_1h": "2"}
-PRICE_FIELDS = ("input", "output", *CACHE_PARTS)
+        prompt, rates = tier + 1, {}
+        for name in TOKEN_RATES:
+            # ``input_tokens`` is the package's word for all of the prompt, cached or not.
+            counts = {"input_tokens": prompt, f"{name}_tokens": prompt}
+            if name.startswith("cache_write"):
+                counts["cache_write_tokens"] = prompt
+            try:
+                price = genai_prices.calc_price(
+                    genai_prices.Usage(**counts),
+                    model,
+                    provider_id="anthropic",
+                    genai_request_timestamp=when,
+                    price_context={"speed": "fast"} if fast else None,
+                )
+            except (LookupError, ValueError):
+                return None
+            rates[name] = (price.output_price if name == "output" else price.input_price) / prompt
+        return Rates(**rates)
 
 
 def read_prices(path: Path) -> dict[str, Rates]:
-    """Read a price file: ``{"model or pattern": {"input": 3, "output": 15, …}}``, PRICE_FIELDS in
-    USD for a million tokens, and ``web_search``, for one. Raises SettingsError."""
+    """Read a price file: ``{"model or pattern": {"input": 3, "output": 15, …}}``, in USD for a
+    million tokens, and for one ``web_search``. Raises SettingsError."""
+    where, prices = f"--prices: {path}", {}
     try:
         document = json.loads(path.read_bytes(), parse_float=Decimal)
-    except (OSError, ValueError, RecursionError) as error:
+        if not isinstance(document, dict) or not document:
+            raise ValueError("is not an object of models")
+        for model, row in document.items():
+            where = f"--prices: {path}: {model}"
+            if not isinstance(row, dict):
+                raise TypeError("is not an object of rates")
+            if unknown := row.keys() - Rates._fields:
+                raise ValueError(f"{min(unknown)!r} is not one of {', '.join(Rates._fields)}")
+            own = {
+                name: AMOUNT.parse(name, value) for name, value in row.items() if value is not None
+            }
+            search = own.get("web_search", WEB_SEARCH_PRICE)
+            own = {name: own["input"] * Decimal(part) for name, part in CACHE_PARTS.items()} | own
+            rates = {name: own[name] / MILLION for name in TOKEN_RATES}
+            prices[model] = Rates(**rates, web_search=search)
+    except KeyError as missing:
+        raise SettingsError(f"{where}: has no {missing}") from None
+    except (OSError, ValueError, TypeError, RecursionError, APIError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise SettingsError(f"--prices: {path}: {reason}") from None
-    if not isinstance(document, dict) or not document:
-        raise SettingsError(f"--prices: {path}: is not an object of models")
-    return {model: read_rates(f"--prices: {path}: {model}", row) for model, row in document.items()}
-
-
-def read_rates(where: str, row: object) -> Rates:
-    """One model's rates. Raises SettingsError that begins with ``where``."""
-    if not isinstance(row, dict):
-        raise SettingsError(f"{where}: is not an object of rates")
-    for name, value in row.items():
-        if name not in PRICE_FIELDS and name != "web_search":
-            known = ", ".join(PRICE_FIELDS)
-            raise SettingsError(f"{where}: {name!r} is not one of {known}, web_search")
-        if type(value) not in (int, Decimal) or not 0 <= value < MILLION:
-            raise SettingsError(f"{where}: {name!r} is not an amount from zero up")
-    if missing := {"input", "output"} - row.keys():
-        raise SettingsError(f"{where}: has no {min(missing)!r}")
-    own = {name: row["input"] * Decimal(part) for name, part in CACHE_PARTS.items()} | row
-    search = Decimal(own.get("web_search", WEB_SEARCH_PRICE))
-    return Rates(**{name: own[name] / MILLION for name in PRICE_FIELDS}, web_search=search)
+        raise SettingsError(f"{where}: {reason}") from None
+    return prices
 
 
 # ─── Ledger ───────────────────────────────────────────────────────────────────────────────────────
