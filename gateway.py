@@ -1033,11 +1033,10 @@ def model_of(value: object) -> str:
     return name if name.isprintable() else printable(name)
 
 
-def count_of(usage: object, *path: str) -> int:
+def count_of(usage: object, name: str) -> int:
     """A count out of a usage object; 0 where there is none that can be believed."""
-    for name in path:
-        usage = usage.get(name) if isinstance(usage, dict) else None
-    return usage if type(usage) is int and 0 < usage <= MAX_COUNT else 0
+    count = usage.get(name) if isinstance(usage, dict) else None
+    return count if type(count) is int and 0 < count <= MAX_COUNT else 0
 
 
 def is_event_stream(head: Head) -> bool:
@@ -1106,27 +1105,15 @@ PLACES = {"budget_tokens", "edits", "id", *BodyMembers.__annotations__}
 MODEL_PLACES = {"model", "fallbacks", "tools", "requests", "params"}
 
 
-class Members(dict[str, Any]):
-    """An object of a JSON text. ``twice`` names a member that two readers could read differently,
-    since it stands there more than once."""
-
-    twice = ""
-
-    def put(self, name: str, value: object) -> None:
-        """Take a member in."""
-        if name in self and name in PLACES:
-            self.twice = name
-        self[name] = value
-
-
 def made_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of its members, as `scan` makes it."""
-    if len(plain := dict(pairs)) == len(pairs):
-        return plain
-    members = Members()
-    for name, value in pairs:
-        members.put(name, value)
-    return members
+    """An object of its members. Raises ValueError for one that two readers could read differently:
+    where one of PLACES stands twice."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        for name, times in collections.Counter(name for name, _ in pairs).items():
+            if times > 1 and name in PLACES:
+                raise ValueError(f"{name!r} stands twice in one object")
+    return made
 
 
 def refuse_constant(name: str) -> NoReturn:
@@ -1143,27 +1130,24 @@ MAX_DEPTH = 1000  # where Python 3.11's own parser gives up too
 LONG_TEXT = "…"  # stands for a string that is longer than AT_ONCE, which names no model
 JSON_WORD = rb"true|false|null|-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
 JSON_MARK = re.compile(rb'[ \t\n\r]*([\[\]{},:"]|(?:%b)(?![\w.+-]))' % JSON_WORD)
-ESCAPED = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
+ESCAPED = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 # How what may come next begins; ITEM and MEMBER: or the end of the list or the object.
 VALUE, QUOTE, COLON = b'[{"-0123456789tfn', b'"', b":"
 ITEM, MEMBER = VALUE + b"]", QUOTE + b"}"
 FOLLOWING = {b"": b"", b"]": b",]", b"}": b",}"}
-TOO_MUCH = (
-    "The body has more lists, objects or members than any model can read. This key's requests are"
-    " read; send less at a time."
-)
+TOO_MUCH = "The body has more lists, objects or members than a model can read; send less at a time."
 
 
-async def scan(body: bytes, names: set[str] | None, batched: bool, breathe: Breathe) -> object:
+async def scan(body: bytes, names: set[str] | None, breathe: Breathe) -> object:
     """What a JSON text says, however hostile: of objects only the members of these names (None:
-    all); the rest is passed over. Each row, where it is ``batched``, may have ROW_MARKS more.
-    Raises ValueError for what is no JSON, APIError 400 for more than any model can read."""
+    all); the rest is passed over. Raises ValueError for what is no JSON, or not clear, APIError 400
+    for more than any model can read."""
     at = marks = 0
     document: list[Any] = []
     rows: list[Any] = []
     # Where values go, None where they are not kept, and what ends it; then what that stands in.
-    holder: list[Any] | Members | None = document
-    holders: list[tuple[list[Any] | Members | None, bytes]] = []
+    holder: list[Any] | dict[str, Any] | None = document
+    holders: list[tuple[list[Any] | dict[str, Any] | None, bytes]] = []
     end, name, wanted = b"", "", VALUE
     while found := JSON_MARK.match(body, at):
         at, mark, marks = found.end(), found[1], marks + 1
@@ -1172,7 +1156,7 @@ async def scan(body: bytes, names: set[str] | None, batched: bool, breathe: Brea
                 raise APIError(400, TOO_MUCH)
             await breathe()
         if mark[0] not in wanted:
-            raise ValueError(f"{mark!r} stands where it may not")
+            raise ValueError(f"what ends at byte {at} may not stand there")
         if mark == b",":
             wanted = QUOTE if end == b"}" else VALUE
         elif mark == b":":
@@ -1191,15 +1175,17 @@ async def scan(body: bytes, names: set[str] | None, batched: bool, breathe: Brea
                     raise ValueError("too deep")
                 holders.append((holder, end))
                 end, wanted = (b"]", ITEM) if mark == b"[" else (b"}", MEMBER)
-                holder = value = ([] if mark == b"[" else Members()) if kept else None
-                if batched and len(holders) == 2 and name == "requests" and isinstance(value, list):
+                holder = value = ([] if mark == b"[" else {}) if kept else None
+                if name == "requests" and len(holders) == 2 and isinstance(value, list):
                     rows = value
             elif mark == b'"':
                 value, at = await read_string(body, at, kept, breathe)
             elif kept:
                 value = json.loads(mark)
-            if kept and isinstance(into, Members):
-                into.put(name, value)
+            if kept and isinstance(into, dict):
+                if name in into and name in PLACES:
+                    raise ValueError(f"{name!r} stands twice in one object")
+                into[name] = value
             elif kept and isinstance(into, list):
                 into.append(value)
     if wanted or body[at:].strip(b" \t\n\r"):
@@ -1242,11 +1228,12 @@ async def read_body(body: bytes, route: Route, breathe: Breathe, *, strictly: bo
             text = body.decode()
             return json.loads(text, object_pairs_hook=made_of, parse_constant=refuse_constant)
         names = None if strictly and not route.open else PLACES
-        return await scan(body, names, route.makes_batch, breathe)
-    except (ValueError, RecursionError):
+        return await scan(body, names, breathe)
+    except (ValueError, RecursionError) as error:
         if not strictly:
             return None
-        raise unclear(f"the body is not readable as JSON of up to {MAX_DEPTH:,} levels") from None
+        reason = f"the body is not readable as JSON of up to {MAX_DEPTH:,} levels: {error}"
+        raise unclear(reason) from None
 
 
 def unclear(reason: str) -> APIError:
@@ -1255,16 +1242,13 @@ def unclear(reason: str) -> APIError:
 
 
 def members_of(value: object) -> dict[str, Any]:
-    """The members of a value, if it is an object. Raises APIError 400 where two readers could
-    understand them differently."""
-    if not isinstance(value, dict):
-        return {}
-    for name in value:  # to some readers capitals are alike, and what Unicode folds to k and s
+    """The members of a value, if it is an object. Raises APIError 400 where other readers could
+    find others: to some capitals are alike, and what Unicode folds to k and s."""
+    members = value if isinstance(value, dict) else {}
+    for name in members:
         if name.casefold() in MODEL_PLACES and name not in MODEL_PLACES:
             raise unclear(f"{printable(name)!r} is not written in lower case")
-    if isinstance(value, Members) and value.twice:
-        raise unclear(f"{value.twice!r} stands twice in one object")
-    return value
+    return members
 
 
 MAX_ATTEMPTS = 10_000  # tools and fallbacks of one message
@@ -1333,8 +1317,6 @@ async def check_models(
         checked.add(model)
 
 
-# What prices a part of an order: its model, whether in fast mode, and whether in the US.
-Part = tuple[str, bool, bool]
 MAX_MODELS = 20  # of one request that are priced apart; beyond them the model is any
 MAX_USES = 10  # of a tool that the server runs, where the request does not say
 
@@ -1348,9 +1330,9 @@ class Order:
     max_tokens: int = MAX_OUTPUT
     thinking: int = 0  # tokens that may be thought unseen
     streams: bool = False
-    # For each Part tokens of prompt, tokens of output and web searches; where it is empty, `model`
-    # has the prompt and `max_tokens`.
-    parts: dict[Part, list[int]] = field(default_factory=dict)
+    # For each model, in fast mode or not, and in the US or not: tokens of prompt and of output, and
+    # web searches. Where it is empty, `model` has the prompt and `max_tokens`.
+    parts: dict[tuple[str, bool, bool], list[int]] = field(default_factory=dict)
     prompts: int = 1  # messages that share the prompt
     batched: bool = False
     cache: str = "input"  # the rate of what of the prompt may be written to the cache
@@ -1366,10 +1348,9 @@ class Order:
         if params.get("compaction") is not None:
             times = 2
         # Attempts, and how often each is made: one that summarizes the conversation goes before.
-        attempts: list[tuple[Any, int]] = [(params, times)]
-        speed, us, searches = params.get("speed"), params.get("inference_geo") == "us", 0
         fallbacks, tools = attempts_in(params)
-        attempts += [(fallback, 1) for fallback in fallbacks if fallback is not None]
+        attempts: list[tuple[Any, int]] = [(params, times), *zip(fallbacks, itertools.repeat(1))]
+        speed, us, searches = params.get("speed"), params.get("inference_geo") == "us", 0
         for tool in tools:
             if not isinstance(tool, dict):
                 continue
@@ -1472,23 +1453,19 @@ class Measured:
     thinks: bool = False  # a block of thinking began
     final: bool = False  # the usage is the last word on it
     blind: bool = False  # it could not be read
-    beyond: Tally | None = None  # what must be charged besides the usage
-    estimated: bool = False
+    beyond: Tally | None = None  # what is estimated to be charged besides the usage
 
     def complete_with(self, order: Order) -> None:
-        """Estimate what a response that did not come to its last word used besides: at least the
+        """Estimate what a response used besides, as it did not come to its last word: at least the
         prompt, what was seen of it, and the thinking that was not."""
-        if self.final:
-            return
-        thinking = 0 if self.thought else order.thinking
-        if self.thinks and not self.thought and not thinking:
-            thinking = order.max_tokens // UNSEEN_THINKING
+        thinking = 0
+        if not self.thought:
+            thinking = order.thinking or self.thinks * (order.max_tokens // UNSEEN_THINKING)
         told = [tally for _, tally in charged_entries(self)]
         prompt = 0 if any(t.input_tokens or t.cached for t in told) else order.prompt
         output = tokens_in(self.seen) + thinking - sum(t.output_tokens for t in told)
         self.beyond = Tally(input_tokens=prompt, output_tokens=max(0, output))
         self.model = self.model or order.model
-        self.estimated = True
 
 
 def measured_message(message: object, size: int) -> Measured:
@@ -1525,9 +1502,9 @@ def tally_of(usage: Mapping[str, Any]) -> Tally:
         count = usage.get(name)
         if type(count) is int and 0 < count <= MAX_COUNT:
             setattr(tally, counted, count)
-    if usage.get("cache_creation"):
-        hour = count_of(usage, "cache_creation", "ephemeral_1h_input_tokens")
-        five = count_of(usage, "cache_creation", "ephemeral_5m_input_tokens")
+    if written := usage.get("cache_creation"):
+        hour = count_of(written, "ephemeral_1h_input_tokens")
+        five = count_of(written, "ephemeral_5m_input_tokens")
         tally.cache_write_5m_tokens = max(five, tally.cache_write_5m_tokens - hour)
         tally.cache_write_1h_tokens = hour
     return tally
@@ -1542,17 +1519,17 @@ def charged_entries(measured: Measured) -> list[tuple[str, Tally]]:
     besides. Advisor, compaction and fallback attempts stand in ``iterations`` alone. Free are those
     declined before any output that a fallback followed, and a refusal without content (PLD
     refusals-and-fallback, "How server-side fallback is billed")."""
-    usage, model, beyond = measured.usage, measured.model, measured.beyond
-    entries: list[tuple[str, Tally]] = []
     free = measured.stop_reason == "refusal" and measured.empty
+    usage, model, beyond = {} if free else measured.usage, measured.model, measured.beyond
+    entries: list[tuple[str, Tally]] = []
     attempts: list[Any] = []
     if (iterations := usage.get("iterations")) and isinstance(iterations, list):
         attempts = [each for each in iterations[:MAX_ITERATIONS] if isinstance(each, dict)]
-    if usage and not attempts and not free:
+    if usage and not attempts:
         entries.append((model, tally_of(usage)))
-    for attempt, following in zip(attempts, [*attempts[1:], {}], strict=False):
+    for attempt, following in itertools.pairwise([*attempts, {}]):
         declined = attempt.get("type") in ATTEMPTS and not count_of(attempt, "output_tokens")
-        if not free and not (declined and following.get("type") == "fallback_message"):
+        if not (declined and following.get("type") == "fallback_message"):
             entries.append((model_of(attempt.get("model")) or model, tally_of(attempt)))
     if beyond is not None and len(entries) == 1 and not iterations:
         entries[0][1].add(beyond)  # one prompt, which has one length
@@ -5218,8 +5195,10 @@ class Limits(Rule):
         measured = visit.meter.measured if visit.meter is not None else self.measured(visit)
         charges: list[tuple[str, Tally]] = []
         if measured is not None and hold.pays:
-            measured.complete_with(order)
-            record.model, record.estimated = measured.model or order.model, measured.estimated
+            if not measured.final:
+                measured.complete_with(order)
+            record.model = measured.model or order.model
+            record.estimated = measured.beyond is not None
             if measured.blind:
                 log.warning("call %s: what is not known costs its worst case", record.call_id)
                 charges = gateway.prices.worst(order, hold.started)

@@ -1263,7 +1263,7 @@ def test_a_large_body_is_read_as_json_reads_it(
     text = json.dumps(document, indent=spaces, ensure_ascii=plain)
     body = text.encode("utf-8", "replace") + end
     body = body[: max(0, len(body) - cut)]
-    scanning = gateway.scan(body, None, False, breathe)
+    scanning = gateway.scan(body, None, breathe)
     try:
         known = json.loads(body.decode())
     except ValueError:
@@ -1277,7 +1277,7 @@ def test_a_large_body_is_read_as_json_reads_it(
 def test_a_long_string_is_passed_over(text: str) -> None:
     for times, long in ((1, False), (gateway.AT_ONCE, True)):
         body = json.dumps({"x": [text * times], "model": "m"}, ensure_ascii=False).encode()
-        read = at_once(gateway.scan(body, None, False, breathe))
+        read = at_once(gateway.scan(body, None, breathe))
         assert read == {"x": [gateway.LONG_TEXT if long else text], "model": "m"}
 
 
@@ -1286,7 +1286,7 @@ def test_how_deep_a_body_may_be() -> None:
         body = b'{"model":' + b"[" * (levels - 1) + b"]" * (levels - 1) + b"}"
         is_read = levels == gateway.MAX_DEPTH
         with contextlib.nullcontext() if is_read else pytest.raises(ValueError):
-            at_once(gateway.scan(body, None, False, breathe))
+            at_once(gateway.scan(body, None, breathe))
 
 
 # ─── Prices ───────────────────────────────────────────────────────────────────────────
@@ -3340,7 +3340,8 @@ class Admissions:
         measured = gateway.Measured(OPUS, used, empty=False, final=action == "settle")
         if action == "cut":
             measured.seen = min(amount, order.max_tokens)
-        measured.complete_with(order)
+        if not measured.final:
+            measured.complete_with(order)
         charges = [] if action == "fail" else self.prices.charge(measured, hold.started)
         self.store.book(hold, charges, model=OPUS, failed=False)
 
@@ -3906,7 +3907,8 @@ PLAIN = dataclasses.replace(ORDER, thinking=0)
 
 def cut(*events: dict[str, Any], order: gateway.Order = PLAIN, complete: bool = False) -> Any:
     measured = measure([sse(*events)], "text/event-stream", complete=complete)
-    measured.complete_with(order)
+    if not measured.final:
+        measured.complete_with(order)
     return measured
 
 
@@ -3921,7 +3923,7 @@ def test_a_cut_stream_is_estimated(prices: gateway.Prices) -> None:
     measured = measure([body[:-20]], "text/event-stream", complete=False)
     measured.complete_with(PLAIN)
     # the second delta was cut: ceil(401 / 3) = 134 tokens of output, 25 of input, the writes
-    assert measured.estimated and charged(measured) == (25, 134)
+    assert measured.beyond and charged(measured) == (25, 134)
     # 25 x $4 + 134 x $20 + 10 x $5 + 20 x $8
     assert price_of(prices, measured) == Decimal("0.00299")
     assert charged(cut(*STREAM[:3])) == (25, 1)  # the count in message_start is larger
@@ -3952,7 +3954,7 @@ def test_what_a_cut_answer_used_is_at_least_what_is_known() -> None:
     for (events, order, *tokens), complete in itertools.product(CUT, (True, False)):
         measured = cut(*events, order=order, complete=complete)
         assert charged(measured) == tuple(tokens), (events, complete)
-        assert measured.estimated == (events is not STREAM) and measured.model == OPUS
+        assert (measured.beyond is None) == (events is STREAM) and measured.model == OPUS
 
 
 def test_attempts_that_declined_are_free() -> None:
