@@ -976,7 +976,6 @@ OPEN = re.compile(
 )
 # What a pattern of ``allowed_routes`` must begin with to open another path.
 GROUP = re.compile(r"/v1/messages(?:/[^/]*)?|/v1(?:/[^/]*)?|/?[^/]*")
-WILDCARD = re.compile(r"[*?\[]")
 
 
 def read_route(method: str, path: str) -> Route:
@@ -1006,7 +1005,7 @@ OTHER_ROUTE = read_route("GET", "")
 
 def unmetered(pattern: str) -> bool:
     """Whether a pattern of ``allowed_routes`` opens what may cost what cannot be counted."""
-    literal = WILDCARD.split(pattern.removeprefix("/anthropic"))[0]
+    literal = re.split(r"[*?\[]", pattern.removeprefix("/anthropic"))[0]
     known = literal.startswith(METRICS_PATH) or OPEN.fullmatch(literal)
     return not known and not any(name.startswith(literal) for name in OPEN_NAMES)
 
@@ -1121,6 +1120,7 @@ def refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
+read_clearly = json.JSONDecoder(object_pairs_hook=made_of, parse_constant=refuse_constant).decode
 AT_ONCE = 32 * KIB  # of a body are read at once, by `json`
 BREATH = 3000  # marks, some milliseconds, after which the loop may do something else
 MAX_MARKS = 400_000  # 4 MB full of code have some 100,000
@@ -1211,6 +1211,7 @@ async def read_string(body: bytes, start: int, kept: bool, breathe: Breathe) -> 
 
 # What msgspec reads at once, in some 10 ms at worst: whatever is in it, or with so few containers.
 LIGHT_BODY, LIGHT_CONTAINED, LIGHT_CONTAINERS = 256 * KIB, 8 * MIB, 200_000
+UNCLEAR = "This key is limited to some models, and"
 
 
 async def read_body(body: bytes, route: Route, breathe: Breathe, *, strictly: bool) -> object:
@@ -1225,20 +1226,13 @@ async def read_body(body: bytes, route: Route, breathe: Breathe, *, strictly: bo
             return decode(body)
     try:
         if len(body) <= AT_ONCE and body.count(b"[") + body.count(b"{") < MAX_DEPTH:
-            text = body.decode()
-            return json.loads(text, object_pairs_hook=made_of, parse_constant=refuse_constant)
-        names = None if strictly and not route.open else PLACES
-        return await scan(body, names, breathe)
+            return read_clearly(body.decode())
+        return await scan(body, None if strictly and not route.open else PLACES, breathe)
     except (ValueError, RecursionError) as error:
         if not strictly:
             return None
-        reason = f"the body is not readable as JSON of up to {MAX_DEPTH:,} levels: {error}"
-        raise unclear(reason) from None
-
-
-def unclear(reason: str) -> APIError:
-    """The answer to a body of which it is not clear what it says."""
-    return APIError(400, f"This key is limited to some models, and {reason}.")
+        what = f"{UNCLEAR} the body is not readable as JSON of up to {MAX_DEPTH:,} levels: {error}."
+        raise APIError(400, what) from None
 
 
 def members_of(value: object) -> dict[str, Any]:
@@ -1247,7 +1241,7 @@ def members_of(value: object) -> dict[str, Any]:
     members = value if isinstance(value, dict) else {}
     for name in members:
         if name.casefold() in MODEL_PLACES and name not in MODEL_PLACES:
-            raise unclear(f"{printable(name)!r} is not written in lower case")
+            raise APIError(400, f"{UNCLEAR} {printable(name)!r} is not written in lower case.")
     return members
 
 
@@ -1415,7 +1409,7 @@ async def read_order(document: object, body: bytes, *, batched: bool, breathe: B
     return order
 
 
-GLANCED_EDGE = 4 * KIB
+EDGE = 4 * KIB
 GLANCED = re.compile(
     rb'"(model|max_tokens|stream|thinking)"\s*:\s*'
     rb'("[^"\\]*"(?=[,}\s])|[0-9]{1,9}\b|true\b|\{[^{}]*\})'
@@ -1425,9 +1419,7 @@ GLANCED = re.compile(
 def glance(body: bytes) -> Order:
     """What a body asks for, as far as a look for its members' names tells, which costs a tenth of
     reading it, for estimates. Clients write these members before or after all that is long."""
-    edges = body
-    if len(body) > 2 * GLANCED_EDGE:
-        edges = body[:GLANCED_EDGE] + b" " + body[-GLANCED_EDGE:]
+    edges = body if len(body) <= 2 * EDGE else body[:EDGE] + b" " + body[-EDGE:]
     members = dict(GLANCED.findall(edges))
     most, thinking = members.get(b"max_tokens", b""), members.get(b"thinking")
     max_tokens = int(most) if most.isdigit() else MAX_OUTPUT
@@ -1472,18 +1464,18 @@ def measured_message(message: object, size: int) -> Measured:
     """What a whole message of so many bytes says."""
     if not isinstance(message, dict):
         return Measured(seen=size)
-    usage, stop_reason = message.get("usage"), message.get("stop_reason")
-    measured = Measured(
+    usage, stop_reason, text = map(message.get, ("usage", "stop_reason", "completion"))
+    usage = usage if isinstance(usage, dict) else {}
+    if isinstance(text, str):
+        size = len(text.encode("utf-8", "replace"))
+    return Measured(
         model=model_of(message.get("model")),
-        usage=usage if isinstance(usage, dict) else {},
+        usage=usage,
         stop_reason=stop_reason if isinstance(stop_reason, str) else "",
         empty=not message.get("content"),
-        final=isinstance(usage, dict) and bool(usage),
+        seen=0 if usage else size,
+        final=bool(usage),
     )
-    if not measured.final:
-        text = message.get("completion")
-        measured.seen = len(text.encode("utf-8", "replace")) if isinstance(text, str) else size
-    return measured
 
 
 # Counts of a usage object, and of a Tally. ``input_tokens`` leaves cached ones out; cache writes
