@@ -1132,7 +1132,7 @@ JSON_WORD = rb"true|false|null|-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]
 JSON_MARK = re.compile(rb'[ \t\n\r]*([\[\]{},:"]|(?:%b)(?![\w.+-]))' % JSON_WORD)
 ESCAPED = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 # How what may come next begins; ITEM and MEMBER: or the end of the list or the object.
-VALUE, QUOTE, COLON = b'[{"-0123456789tfn', b'"', b":"
+VALUE, QUOTE = b'[{"-0123456789tfn', b'"'
 ITEM, MEMBER = VALUE + b"]", QUOTE + b"}"
 FOLLOWING = {b"": b"", b"]": b",]", b"}": b",}"}
 TOO_MUCH = "The body has more lists, objects or members than a model can read; send less at a time."
@@ -1166,7 +1166,7 @@ async def scan(body: bytes, names: set[str] | None, breathe: Breathe) -> object:
             wanted = FOLLOWING[end]
         elif wanted in (QUOTE, MEMBER):
             name, at = await read_string(body, at, True, breathe)
-            wanted = COLON
+            wanted = b":"
         else:
             kept = holder is not None and (end != b"}" or names is None or name.casefold() in names)
             into, value, wanted = holder, cast(Any, None), FOLLOWING[end]
@@ -1540,13 +1540,9 @@ def rewrite_results_url(data: bytes, base_path: str) -> bytes:
 
 # ─── Prices ───────────────────────────────────────────────────────────────────────────────────────
 
-MILLION = Decimal(1_000_000)
-US_INFERENCE = Decimal("1.1")  # about-claude/pricing, "Data residency"
-# The same page, "Batch processing"; web searches are full price.
-BATCH_DISCOUNT = Decimal("0.5")
-WEB_SEARCH_PRICE = Decimal("0.01")
-
-
+# about-claude/pricing, "Data residency" and "Batch processing"; web searches are full price.
+US_INFERENCE, BATCH_DISCOUNT = Decimal("1.1"), Decimal("0.5")
+WEB_SEARCH_PRICE, MILLION = Decimal("0.01"), Decimal(1_000_000)
 # What Anthropic's rates for the cache are of the input rate, where a price file does not say.
 CACHE_PARTS = {"cache_read": "0.1", "cache_write_5m": "1.25", "cache_write_1h": "2"}
 TOKEN_RATES = ("input", "output", *CACHE_PARTS)
@@ -1570,11 +1566,8 @@ MAX_UNKNOWN = 50  # models without a price that the log names
 class Prices:
     """What tokens cost: a price file where one is given, else the package genai-prices, whose rates
     are asked for once (0.1 ms) for each model, hour, speed and tier. A model that may be any, or
-    that nobody knows, costs what the dearest known one does.
-
-    `load` imports the package, which takes 0.3 seconds: call it in a thread. Whoever needs a price
-    before waits for it.
-    """
+    that nobody knows, costs what the dearest known one does. `load` takes 0.3 seconds: call it in a
+    thread; whoever needs a price before waits for it."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path, self.loaded = path, False
@@ -1599,9 +1592,7 @@ class Prices:
             from genai_prices.data_snapshot import get_snapshot
 
             providers, when = get_snapshot().providers, datetime.now(UTC)
-            models = [
-                model for each in providers if each.id == "anthropic" for model in each.models
-            ]
+            models = next(each.models for each in providers if each.id == "anthropic")
             rates = [rate for each in models for rate in vars(each.get_prices(when)).values()]
             tiers = [tier.start for rate in rates for tier in getattr(rate, "tiers", ())]
             self._tiers, self._models = sorted({0, *tiers}), models
@@ -1649,10 +1640,10 @@ class Prices:
             tally = Tally(input_tokens=prompt, output_tokens=output, web_searches=searches)
             if self.available:
                 rates = self.rates(model, when, prompt // order.prompts, fast)
-                paid = max(rates.input, getattr(rates, order.cache))
-                cost = paid * prompt + rates.output * output
-                cost *= US_INFERENCE if us else 1
-                cost *= BATCH_DISCOUNT if order.batched else 1
+                cost = (
+                    max(rates.input, getattr(rates, order.cache)) * prompt + rates.output * output
+                )
+                cost *= (US_INFERENCE if us else 1) * (BATCH_DISCOUNT if order.batched else 1)
                 tally.spend = cost + rates.web_search * searches
             entries.append((model, tally))
         return entries
