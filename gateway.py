@@ -956,6 +956,7 @@ class Route:
     open: bool  # every key may call it, as far as its ``allowed_routes`` go
     billed: bool  # it orders something that costs money and that can be estimated
     free: bool  # no budget stands against it: counting, models, fetching paid batches
+    metered: bool  # its answer may say what was used
     unread: bool  # no rule looks at its body
     batch: bool  # it is answered with batch objects
     makes_batch: bool
@@ -981,14 +982,15 @@ GROUP = re.compile(r"/v1/messages(?:/[^/]*)?|/v1(?:/[^/]*)?|/?[^/]*")
 def read_route(method: str, path: str) -> Route:
     """Classify a request by its method in capitals and its decoded path."""
     fetches, deletes = method in ("GET", "HEAD", "OPTIONS"), method == "DELETE"
-    batches = BATCHES.fullmatch(path)
+    billed, batches = path.removesuffix("/") in BILLED, BATCHES.fullmatch(path)
     batch, step = batches.groups("") if batches else ("", "")
     # What orders something that its path does not tell is closed; a batch's own id is none of that.
     known = fetches or deletes or not batch or step == "/cancel"
     return Route(
         open=known and OPEN.fullmatch(path) is not None,
-        billed=path.removesuffix("/") in BILLED and not fetches,
+        billed=billed and not fetches,
         free=(fetches and batches is not None) or FREE.fullmatch(path) is not None,
+        metered=billed or batches is not None,
         unread=fetches or UPLOAD.fullmatch(path) is not None,
         batch=batches is not None and method in ("GET", "POST") and step != "/results",
         makes_batch=batches is not None and not (fetches or batch),
@@ -1128,8 +1130,11 @@ ROW_MARKS = 60  # that each row of a batch may have besides
 MAX_ROWS = 100_000  # Anthropic's limit on a batch (PLD batch-processing)
 MAX_DEPTH = 1000  # where Python 3.11's own parser gives up too
 LONG_TEXT = "…"  # stands for a string that is longer than AT_ONCE, which names no model
-JSON_WORD = rb"true|false|null|-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
-JSON_MARK = re.compile(rb'[ \t\n\r]*([\[\]{},:"]|(?:%b)(?![\w.+-]))' % JSON_WORD)
+# Spaces and digits that are too many for a turn of the loop are no JSON.
+JSON_WORD = (
+    rb"true|false|null|-?(?:0|[1-9][0-9]{0,4299})(?:\.[0-9]{1,999})?(?:[eE][+-]?[0-9]{1,9})?"
+)
+JSON_MARK = re.compile(rb'[ \t\n\r]{0,99999}([\[\]{},:"]|(?:%b)(?![\w.+-]))' % JSON_WORD)
 ESCAPED = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 # How what may come next begins; ITEM and MEMBER: or the end of the list or the object.
 VALUE, QUOTE = b'[{"-0123456789tfn', b'"'
@@ -1254,7 +1259,8 @@ def attempts_in(params: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
     fallbacks, tools = params.get("fallbacks"), params.get("tools")
     if fallbacks is not None and not isinstance(fallbacks, list):
         fallbacks = [f"fallbacks: {model_of(fallbacks) or type(fallbacks).__name__}"]
-    fallbacks, tools = fallbacks or [], tools if isinstance(tools, list) else []
+    tools = [tool for tool in tools if isinstance(tool, dict)] if isinstance(tools, list) else []
+    fallbacks = fallbacks or []
     if len(fallbacks) + len(tools) > MAX_ATTEMPTS:
         raise APIError(400, f"The body has more than {MAX_ATTEMPTS:,} tools or fallbacks.")
     return fallbacks, tools
@@ -1272,13 +1278,10 @@ def models_in(document: object, route: Route) -> Iterator[object]:
     known, whatever is called ``model`` at any depth (agent_create_params)."""
     if not route.open:
         holders = [document]
-        while holders:
-            holder = holders.pop()
-            if members := members_of(holder):
-                yield members.get("model")
-                holders += members.values()
-            elif isinstance(holder, list):
-                holders += holder
+        for holder in holders:  # which grows meanwhile
+            members = members_of(holder)
+            holders += holder if isinstance(holder, list) else members.values()
+            yield members.get("model")
         return
     messages: Iterable[object] = (document,)
     if route.makes_batch:
@@ -1346,8 +1349,6 @@ class Order:
         attempts: list[tuple[Any, int]] = [(params, times), *zip(fallbacks, itertools.repeat(1))]
         speed, us, searches = params.get("speed"), params.get("inference_geo") == "us", 0
         for tool in tools:
-            if not isinstance(tool, dict):
-                continue
             kind, uses = str(tool.get("type")), tool.get("max_uses")
             uses = uses if type(uses) is int and 0 <= uses <= MAX_COUNT else MAX_USES
             if kind.startswith("advisor"):
@@ -5066,15 +5067,14 @@ class Fields(Rule):
     gateway goes on anywhere."""
 
     async def head(self, visit: Visit) -> None:
-        head, caller, route, lines = visit.head, visit.caller, visit.route, visit.lines
+        head, caller, lines = visit.head, visit.caller, visit.lines
         unwanted = head.options
         if caller.own is None:
             unwanted |= {WORKSPACE_FIELD}
-            if route.results_of:
+            if visit.route.results_of:
                 unwanted |= {"range", "if-range"}  # a part of the results could not be booked
         codings = None
-        metered = route.billed or route.batch or route.results_of
-        if metered and (offered := head.values.get("accept-encoding")):
+        if visit.route.metered and (offered := head.values.get("accept-encoding")):
             codings = readable_codings(offered)
         for lower, _, name, line, goes_up, _ in head.fields:
             if not goes_up or lower in unwanted:
