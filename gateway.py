@@ -1054,7 +1054,7 @@ def is_json(content_type: str) -> bool:
 def read_json(body: bytes) -> object:
     """What a body says; None where it cannot be read."""
     try:
-        return cast(object, json.loads(str(body, "utf-8")))
+        return json.loads(str(body, "utf-8"))
     except (ValueError, RecursionError):
         return None
 
@@ -1074,7 +1074,7 @@ def read_answer(body: bytes) -> object:
     `json` makes it all, which takes five times as long. None where it cannot be read."""
     if decode := decoder_of(AnswerMembers):
         with contextlib.suppress(Exception):  # what msgspec cannot read, json may
-            return cast(object, decode(body))
+            return decode(body)
     return read_json(body)
 
 
@@ -1131,9 +1131,7 @@ MAX_ROWS = 100_000  # Anthropic's limit on a batch (PLD batch-processing)
 MAX_DEPTH = 1000  # where Python 3.11's own parser gives up too
 LONG_TEXT = "…"  # stands for a string that is longer than AT_ONCE, which names no model
 # Spaces and digits that are too many for a turn of the loop are no JSON.
-JSON_WORD = (
-    rb"true|false|null|-?(?:0|[1-9][0-9]{0,4299})(?:\.[0-9]{1,999})?(?:[eE][+-]?[0-9]{1,9})?"
-)
+JSON_WORD = rb"true|false|null|-?(?:0|[1-9]\d{0,4299})(?:\.\d{1,999})?(?:[eE][+-]?\d{1,99})?"
 JSON_MARK = re.compile(rb'[ \t\n\r]{0,99999}([\[\]{},:"]|(?:%b)(?![\w.+-]))' % JSON_WORD)
 ESCAPED = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 # How what may come next begins; ITEM and MEMBER: or the end of the list or the object.
