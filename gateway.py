@@ -864,58 +864,49 @@ class Route:
     """What a method and a path mean to the rules."""
 
     open: bool  # every key may call it, as far as its ``allowed_routes`` go
-    group: str  # what a pattern of them must begin with to open it otherwise
     billed: bool  # it orders something that costs money and that can be estimated
     free: bool  # no budget stands against it: counting, models, fetching paid batches
     metered: bool  # its answer may say what was used
+    unread: bool  # no rule looks at its body
     batch: bool  # it is answered with batch objects
     makes_batch: bool
     batch_id: str  # the batch that it names
     deletes: bool  # it deletes that one
     results_of: str  # the batch it fetches the results of
-    unread: bool  # no rule looks at its body
 
 
+BILLED = ("/v1/messages", "/v1/messages/batches", "/v1/messages/cache_touch", "/v1/complete")
+FREE = re.compile(r"/v1/(?:messages/count_tokens|models(?:/[^/]*)?)/?")
+UPLOAD = re.compile(r"(?s)/v1/(?:files|skills)(?:/.*)?")
+BATCHES = re.compile(r"/v1/messages/batches(?:/([\w-]+)(/results|/cancel)?)?/?")
 # What every virtual key reaches. All else (sessions, agents, deployments, administration, logins,
 # and what may come) may cost what the gateway cannot count, or give out what it guards.
+OPEN_NAMES = (*BILLED, "/v1/messages/count_tokens", "/v1/models", "/v1/files", "/v1/skills")
 OPEN = re.compile(
-    r"(?sa)/v1/(?:messages(?:/count_tokens|/cache_touch"
-    r"|/batches(?:/[\w-]+(?:/(?:results|cancel))?)?)?"
-    r"|complete|(?:models|files|skills)(?:/.*)?)/?"
+    rf"(?s)(?:{'|'.join(OPEN_NAMES)})/?|{BATCHES.pattern}|/v1/(?:models|files|skills)/.*"
 )
-OPEN_NAMES = (
-    *("/v1/messages/batches/", "/v1/messages/count_tokens", "/v1/messages/cache_touch"),
-    *("/v1/complete", "/v1/models/", "/v1/files/", "/v1/skills/"),
-)
+# What a pattern of ``allowed_routes`` must begin with to open another path.
 GROUP = re.compile(r"/v1/messages(?:/[^/]*)?|/v1(?:/[^/]*)?|/?[^/]*")
-UPLOAD = re.compile(r"(?s)/v1/(?:files|skills)(?:/.*)?")
-BILLED = re.compile(r"/v1/(?:messages|complete|messages/batches|messages/cache_touch)/?")
-FREE = re.compile(r"/v1/(?:messages/count_tokens|models(?:/[^/]*)?)/?")
-BATCHES = re.compile(r"(?s)/v1/messages/batches(?:/([^/]*)(/.*)?)?")
-WILDCARD = re.compile(r"[*?\[]")
 
 
 def read_route(method: str, path: str) -> Route:
     """Classify a request by its method in capitals and its decoded path."""
-    fetches = method in ("GET", "HEAD", "OPTIONS")
-    batches = BATCHES.fullmatch(path)
-    batch, step = (batches[1] or "", batches[2] or "") if batches else ("", "")
-    step = step.removesuffix("/")
-    billed = BILLED.fullmatch(path) is not None
+    fetches, deletes = method in ("GET", "HEAD", "OPTIONS"), method == "DELETE"
+    billed, batches = path.removesuffix("/") in BILLED, BATCHES.fullmatch(path)
+    batch, step = batches.groups("") if batches else ("", "")
     # What orders something that its path does not tell is closed; a batch's own id is none of that.
-    known = fetches or method == "DELETE" or not batch or step == "/cancel"
+    known = fetches or deletes or not batch or step == "/cancel"
     return Route(
         open=known and OPEN.fullmatch(path) is not None,
-        group=cast("re.Match[str]", GROUP.match(path))[0],
         billed=billed and not fetches,
         free=(fetches and batches is not None) or FREE.fullmatch(path) is not None,
         metered=billed or batches is not None,
-        batch=batches is not None and method in ("GET", "POST") and step in ("", "/cancel"),
-        makes_batch=batches is not None and not (fetches or batch or step),
-        batch_id=batch,
-        deletes=method == "DELETE",
-        results_of=batch if method == "GET" and step == "/results" else "",
         unread=fetches or UPLOAD.fullmatch(path) is not None,
+        batch=batches is not None and method in ("GET", "POST") and step != "/results",
+        makes_batch=batches is not None and not (fetches or batch),
+        batch_id=batch,
+        deletes=deletes,
+        results_of=batch if method == "GET" and step == "/results" else "",
     )
 
 
@@ -926,10 +917,9 @@ OTHER_ROUTE = read_route("GET", "")
 
 def unmetered(pattern: str) -> bool:
     """Whether a pattern of ``allowed_routes`` opens what may cost what cannot be counted."""
-    literal = WILDCARD.split(pattern.removeprefix("/anthropic"))[0]
-    if literal.startswith(METRICS_PATH) or OPEN.fullmatch(literal):
-        return False
-    return not any(name.startswith(literal) for name in OPEN_NAMES)
+    literal = re.split(r"[*?\[]", pattern.removeprefix("/anthropic"))[0]
+    known = literal.startswith(METRICS_PATH) or OPEN.fullmatch(literal)
+    return not known and not any(name.startswith(literal) for name in OPEN_NAMES)
 
 
 MAX_COUNT = 10**9  # tokens; whoever counts more is not believed
@@ -954,11 +944,10 @@ def model_of(value: object) -> str:
     return name if name.isprintable() else printable(name)
 
 
-def count_of(usage: object, *path: str) -> int:
+def count_of(usage: object, name: str) -> int:
     """A count out of a usage object; 0 where there is none that can be believed."""
-    for name in path:
-        usage = usage.get(name) if isinstance(usage, dict) else None
-    return usage if type(usage) is int and 0 < usage <= MAX_COUNT else 0
+    count = usage.get(name) if isinstance(usage, dict) else None
+    return count if type(count) is int and 0 < count <= MAX_COUNT else 0
 
 
 def is_event_stream(head: Head) -> bool:
@@ -975,7 +964,7 @@ def is_json(content_type: str) -> bool:
 def read_json(body: bytes) -> object:
     """What a body says; None where it cannot be read."""
     try:
-        return cast(object, json.loads(str(body, "utf-8")))
+        return json.loads(str(body, "utf-8"))
     except (ValueError, RecursionError):
         return None
 
@@ -990,12 +979,12 @@ def decoder_of(members: type) -> Callable[[bytes], Any] | None:
     return cast("Callable[[bytes], Any]", msgspec.json.Decoder(members).decode)
 
 
-def read_members(body: bytes, members: type) -> object:
-    """What a body says of some members at least: msgspec skips the others, `json` makes them all,
-    which takes five times as long. None where it cannot be read."""
-    if decode := decoder_of(members):
+def read_answer(body: bytes) -> object:
+    """What is looked at of an answer, or of a row of a batch's results: msgspec skips the rest,
+    `json` makes it all, which takes five times as long. None where it cannot be read."""
+    if decode := decoder_of(AnswerMembers):
         with contextlib.suppress(Exception):  # what msgspec cannot read, json may
-            return cast(object, decode(body))
+            return decode(body)
     return read_json(body)
 
 
@@ -1004,57 +993,38 @@ def looked_at(names: str, **more: Any) -> Any:
     return cast(Any, TypedDict)("Looked", dict.fromkeys(names.split(), Any) | more, total=False)
 
 
-# What the price of an attempt of a message depends on, or of a tool that the server runs …
-ATTEMPT = "model max_tokens speed type max_uses "
-AttemptMembers = looked_at(ATTEMPT)
-# … of a message, or of a batch, whose rows have messages as ``params`` …
+# What the price of a message depends on, of a fallback in it or of a tool that the server runs, or
+# of a batch, whose rows have messages as ``params`` …
 BodyMembers = looked_at(
-    ATTEMPT + "max_tokens_to_sample stream thinking inference_geo compaction context_management",
-    fallbacks="list[AttemptMembers] | str | None",
-    tools="list[AttemptMembers] | None",
-    requests="list[RowMembers]",
+    "model max_tokens max_tokens_to_sample speed stream thinking inference_geo compaction"
+    " context_management type max_uses",
+    fallbacks="list[BodyMembers] | str | None",
+    tools="list[BodyMembers] | None",
+    requests="list[BodyMembers]",
+    params="BodyMembers",
 )
-RowMembers = looked_at("", params="BodyMembers")
 # … and of a whole answer, or of a row of a batch's results and the result in it.
 NoMembers = looked_at("")
-AnswerMembers = looked_at("model stop_reason usage completion", content="list[NoMembers]")
-ResultMembers = looked_at("", message="AnswerMembers", result="ResultMembers")
-
-MODEL_PLACES = frozenset({"model", "fallbacks", "tools", "requests", "params"})
-# The same words in other letters, which a reader that takes those for alike would take: capitals,
-# and what Unicode folds to k and s.
-ALIKE = {"k": "\u212a", "s": "\u017f"}
-WRITTEN = ((c + c.upper() + ALIKE.get(c, "") for c in place) for place in MODEL_PLACES)
-ODD_PLACES = {"".join(odd) for each in WRITTEN for odd in itertools.product(*each)} - MODEL_PLACES
-# What is kept of an object's members, wherever it stands.
-PLACES = MODEL_PLACES.union(
-    ODD_PLACES, {"budget_tokens", "edits", "id"}, BodyMembers.__annotations__
+AnswerMembers = looked_at(
+    "model stop_reason usage completion",
+    content="list[NoMembers]",
+    message="AnswerMembers",
+    result="AnswerMembers",
 )
-
-
-class Members(dict[str, Any]):
-    """An object of a JSON text. ``doubt`` says why two readers could understand it differently."""
-
-    doubt = ""
-
-    def put(self, name: str, value: object) -> None:
-        """Take a member in."""
-        if name in ODD_PLACES:
-            self.doubt = f"{printable(name)!r} is not written in lower case"
-        elif name in self and name in PLACES:
-            self.doubt = f"{name!r} stands twice in one object"
-        self[name] = value
+# What is kept of an object's members, wherever it stands; those where a model may stand.
+PLACES = {"budget_tokens", "edits", "id", *BodyMembers.__annotations__}
+MODEL_PLACES = {"model", "fallbacks", "tools", "requests", "params"}
 
 
 def made_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of its members, as `scan` makes it."""
-    plain = dict(pairs)
-    if len(plain) == len(pairs) and ODD_PLACES.isdisjoint(plain):
-        return plain
-    members = Members()
-    for name, value in pairs:
-        members.put(name, value)
-    return members
+    """An object of its members. Raises ValueError for one that two readers could read differently:
+    where one of PLACES stands twice."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        for name, times in collections.Counter(name for name, _ in pairs).items():
+            if times > 1 and name in PLACES:
+                raise ValueError(f"{name!r} stands twice in one object")
+    return made
 
 
 def refuse_constant(name: str) -> NoReturn:
@@ -1062,6 +1032,7 @@ def refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
+read_clearly = json.JSONDecoder(object_pairs_hook=made_of, parse_constant=refuse_constant).decode
 AT_ONCE = 32 * KIB  # of a body are read at once, by `json`
 BREATH = 3000  # marks, some milliseconds, after which the loop may do something else
 MAX_MARKS = 400_000  # 4 MB full of code have some 100,000
@@ -1069,90 +1040,91 @@ ROW_MARKS = 60  # that each row of a batch may have besides
 MAX_ROWS = 100_000  # Anthropic's limit on a batch (PLD batch-processing)
 MAX_DEPTH = 1000  # where Python 3.11's own parser gives up too
 LONG_TEXT = "…"  # stands for a string that is longer than AT_ONCE, which names no model
-JSON_WORD = rb"true|false|null|-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
-JSON_MARK = re.compile(rb'[ \t\n\r]*([\[\]{},:"]|(?:%b)(?![\w.+-]))' % JSON_WORD)
-ESCAPES = re.compile(rb'[^"\\]*(?:\\.[^"\\]*){0,1000}', re.DOTALL)
-TOO_MUCH = (
-    "The body has more lists, objects or members than any model can read. This key's requests are"
-    " read; send less at a time."
-)
-# What may come next in a JSON text; ITEM and MEMBER: or the end of the list or the object.
-Wants = enum.Enum("Wants", "VALUE ITEM NAME MEMBER COLON COMMA")
+# Spaces and digits that are too many for a turn of the loop are no JSON.
+JSON_WORD = rb"true|false|null|-?(?:0|[1-9]\d{0,4299})(?:\.\d{1,999})?(?:[eE][+-]?\d{1,99})?"
+JSON_MARK = re.compile(rb'[ \t\n\r]{0,99999}([\[\]{},:"]|(?:%b)(?![\w.+-]))' % JSON_WORD)
+ESCAPED = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
+# How what may come next begins; ITEM and MEMBER: or the end of the list or the object.
+VALUE, QUOTE = b'[{"-0123456789tfn', b'"'
+ITEM, MEMBER = VALUE + b"]", QUOTE + b"}"
+FOLLOWING = {b"": b"", b"]": b",]", b"}": b",}"}
+TOO_MUCH = "The body has more lists, objects or members than a model can read; send less at a time."
 
 
-async def scan(
-    body: bytes, names: frozenset[str] | None, batched: bool, breathe: Breathe
-) -> object:
+async def scan(body: bytes, names: set[str] | None, breathe: Breathe) -> object:
     """What a JSON text says, however hostile: of objects only the members of these names (None:
-    all); the rest is passed over. Each row, where it is ``batched``, may have ROW_MARKS more.
-    Raises ValueError for what is no JSON, APIError 400 for more than any model can read."""
+    all); the rest is passed over. Raises ValueError for what is no JSON, or not clear, APIError 400
+    for more than any model can read."""
     at = marks = 0
     document: list[Any] = []
+    rows: list[Any] = []
     # Where values go, None where they are not kept, and what ends it; then what that stands in.
-    holder: list[Any] | Members | None = document
-    holders: list[tuple[list[Any] | Members | None, bytes]] = []
-    end, name, wants = b"", "", Wants.VALUE
+    holder: list[Any] | dict[str, Any] | None = document
+    holders: list[tuple[list[Any] | dict[str, Any] | None, bytes]] = []
+    end, name, wanted = b"", "", VALUE
     while found := JSON_MARK.match(body, at):
         at, mark, marks = found.end(), found[1], marks + 1
         if marks % BREATH == 0:
-            top = document[0] if document else None
-            rows = top.get("requests") if batched and isinstance(top, dict) else None
-            many = min(MAX_ROWS, len(rows)) if isinstance(rows, list) else 0
-            if marks > MAX_MARKS + ROW_MARKS * many:
+            if marks > MAX_MARKS + ROW_MARKS * min(MAX_ROWS, len(rows)):
                 raise APIError(400, TOO_MUCH)
             await breathe()
-        if mark == b"," and wants is Wants.COMMA:
-            wants = Wants.NAME if end == b"}" else Wants.VALUE
-        elif mark == b":" and wants is Wants.COLON:
-            wants = Wants.VALUE
-        elif mark == end and wants in (Wants.COMMA, Wants.ITEM, Wants.MEMBER):
+        if mark[0] not in wanted:
+            raise ValueError(f"what ends at byte {at} may not stand there")
+        if mark == b",":
+            wanted = QUOTE if end == b"}" else VALUE
+        elif mark == b":":
+            wanted = VALUE
+        elif mark == end:
             holder, end = holders.pop()
-            wants = Wants.COMMA
-        elif mark == b'"' and wants in (Wants.NAME, Wants.MEMBER):
+            wanted = FOLLOWING[end]
+        elif wanted in (QUOTE, MEMBER):
             name, at = await read_string(body, at, True, breathe)
-            wants = Wants.COLON
-        elif wants not in (Wants.VALUE, Wants.ITEM) or mark in (b",", b":", b"]", b"}"):
-            raise ValueError(f"{wants} is missing")
+            wanted = b":"
         else:
-            kept = holder is not None and (end != b"}" or names is None or name in names)
-            into, value, wants = holder, cast(Any, None), Wants.COMMA
+            kept = holder is not None and (end != b"}" or names is None or name.casefold() in names)
+            into, value, wanted = holder, cast(Any, None), FOLLOWING[end]
             if mark in (b"[", b"{"):
                 if len(holders) >= MAX_DEPTH:
                     raise ValueError("too deep")
                 holders.append((holder, end))
-                end, wants = (b"]", Wants.ITEM) if mark == b"[" else (b"}", Wants.MEMBER)
-                holder = value = ([] if mark == b"[" else Members()) if kept else None
+                end, wanted = (b"]", ITEM) if mark == b"[" else (b"}", MEMBER)
+                holder = value = ([] if mark == b"[" else {}) if kept else None
+                if name == "requests" and len(holders) == 2 and isinstance(value, list):
+                    rows = value
             elif mark == b'"':
                 value, at = await read_string(body, at, kept, breathe)
             elif kept:
                 value = json.loads(mark)
-            if kept and isinstance(into, Members):
-                into.put(name, value)
+            if kept and isinstance(into, dict):
+                if name in into and name in PLACES:
+                    raise ValueError(f"{name!r} stands twice in one object")
+                into[name] = value
             elif kept and isinstance(into, list):
                 into.append(value)
-    if holders or wants is not Wants.COMMA or body[at:].strip(b" \t\n\r"):
+    if wanted or body[at:].strip(b" \t\n\r"):
         raise ValueError("it does not end")
     return document[0]
 
 
 async def read_string(body: bytes, start: int, kept: bool, breathe: Breathe) -> tuple[str, int]:
     """A string that begins there, if it is ``kept``, and where it has ended. Raises ValueError."""
-    at = body.find(b'"', start)
-    if body.find(b"\\", start, at) >= 0:
-        at = start
-        while (part := ESCAPES.match(body, at)) and part.end() > at:
-            at = part.end()
-            if body[at : at + 1] == b"\\":
-                await breathe()
-    if body[at : at + 1] != b'"' or at < start:
+    at, end = start, body.find(b'"', start)
+    while at <= end and body.find(b"\\", at, end) >= 0:
+        at = cast("re.Match[bytes]", ESCAPED.match(body, at, at + AT_ONCE)).end()
+        if at > end:
+            end = body.find(b'"', at)
+        if at - start >= AT_ONCE:
+            await breathe()
+    if end < at:
         raise ValueError("a string does not end")
-    if at - start >= AT_ONCE or not kept:
-        return LONG_TEXT, at + 1
-    return json.loads(body[start - 1 : at + 1]), at + 1
+    if end - start >= AT_ONCE or not kept:
+        return LONG_TEXT, end + 1
+    return json.loads(body[start - 1 : end + 1]), end + 1
 
 
 # What msgspec reads at once, in some 10 ms at worst: whatever is in it, or with so few containers.
 LIGHT_BODY, LIGHT_CONTAINED, LIGHT_CONTAINERS = 256 * KIB, 8 * MIB, 200_000
+UNCLEAR = "This key is limited to some models, and"
 
 
 async def read_body(body: bytes, route: Route, breathe: Breathe, *, strictly: bool) -> object:
@@ -1167,72 +1139,66 @@ async def read_body(body: bytes, route: Route, breathe: Breathe, *, strictly: bo
             return decode(body)
     try:
         if len(body) <= AT_ONCE and body.count(b"[") + body.count(b"{") < MAX_DEPTH:
-            text = body.decode()
-            return json.loads(text, object_pairs_hook=made_of, parse_constant=refuse_constant)
-        names = None if strictly and not route.open else PLACES
-        return await scan(body, names, route.makes_batch, breathe)
-    except (ValueError, RecursionError):
+            return read_clearly(body.decode())
+        return await scan(body, None if strictly and not route.open else PLACES, breathe)
+    except (ValueError, RecursionError) as error:
         if not strictly:
             return None
-        reason = f"the body is not readable as JSON of up to {MAX_DEPTH:,} levels"
-        raise unclear(reason) from None
+        what = f"{UNCLEAR} the body is not readable as JSON of up to {MAX_DEPTH:,} levels: {error}."
+        raise APIError(400, what) from None
 
 
-def unclear(reason: str) -> APIError:
-    """The answer to a body of which it is not clear what it says."""
-    return APIError(400, f"This key is limited to some models, and {reason}.")
+def members_of(value: object) -> dict[str, Any]:
+    """The members of a value, if it is an object. Raises APIError 400 where other readers could
+    find others: to some capitals are alike, and what Unicode folds to k and s."""
+    members = value if isinstance(value, dict) else {}
+    for name in members:
+        if name.casefold() in MODEL_PLACES and name not in MODEL_PLACES:
+            raise APIError(400, f"{UNCLEAR} {printable(name)!r} is not written in lower case.")
+    return members
 
 
-def members_of(value: object) -> dict[str, Any] | None:
-    """A value as an object; None where it is none. Raises APIError 400 where it is in doubt."""
-    if isinstance(value, Members) and value.doubt:
-        raise unclear(value.doubt)
-    return value if isinstance(value, dict) else None
+MAX_ATTEMPTS = 10_000  # tools and fallbacks of one message
 
 
-MAX_ATTEMPTS = 10_000  # tools or fallbacks of one message
-ANY_MODEL = object()  # upstream's choice
-
-
-def attempts_in(params: Mapping[str, Any], name: str) -> list[Any]:
-    """The tools or fallbacks of a message. Raises APIError 400 for more than any request has."""
-    attempts = params.get(name)
-    if not isinstance(attempts, list):
-        return []
-    if len(attempts) > MAX_ATTEMPTS:
+def attempts_in(params: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
+    """The fallbacks and the tools of a message; fallbacks that upstream chooses are one that names
+    no model. Raises APIError 400 for more than any request has."""
+    fallbacks, tools = params.get("fallbacks"), params.get("tools")
+    if fallbacks is not None and not isinstance(fallbacks, list):
+        fallbacks = [f"fallbacks: {model_of(fallbacks) or type(fallbacks).__name__}"]
+    tools = [tool for tool in tools if isinstance(tool, dict)] if isinstance(tools, list) else []
+    fallbacks = fallbacks or []
+    if len(fallbacks) + len(tools) > MAX_ATTEMPTS:
         raise APIError(400, f"The body has more than {MAX_ATTEMPTS:,} tools or fallbacks.")
-    return attempts
+    return fallbacks, tools
+
+
+def rows_of(document: Mapping[str, Any]) -> list[Any]:
+    """The rows of a batch."""
+    requests = document.get("requests")
+    return requests if isinstance(requests, list) else []
 
 
 def models_in(document: object, route: Route) -> Iterator[object]:
-    """The value of each place where a request may name a model, or ANY_MODEL (SDK:
-    message_create_params, beta_fallback_param, beta_advisor_tool_param, batch_create_params). On
-    routes that are not known, whatever is called ``model`` at any depth (agent_create_params)."""
+    """The value of each place where a request may name a model (SDK: message_create_params,
+    beta_fallback_param, beta_advisor_tool_param, batch_create_params). On routes that are not
+    known, whatever is called ``model`` at any depth (agent_create_params)."""
     if not route.open:
         holders = [document]
-        while holders:
-            holder = holders.pop()
-            if members := members_of(holder):
-                yield members.get("model")
-                holders += members.values()
-            elif isinstance(holder, list):
-                holders += holder
+        for holder in holders:  # which grows meanwhile
+            members = members_of(holder)
+            holders += holder if isinstance(holder, list) else members.values()
+            yield members.get("model")
         return
     messages: Iterable[object] = (document,)
     if route.makes_batch:
-        requests = (members_of(document) or {}).get("requests")
-        rows = requests if isinstance(requests, list) else ()
-        messages = ((members_of(row) or {}).get("params") for row in rows)
+        messages = (members_of(row).get("params") for row in rows_of(members_of(document)))
     for message in messages:
-        params = members_of(message) or {}
-        yield params.get("model")
-        if not isinstance(params.get("fallbacks"), list | None):
-            yield ANY_MODEL
-        for fallback in attempts_in(params, "fallbacks"):
-            members = members_of(fallback)
-            yield fallback if members is None else members.get("model")
-        for tool in attempts_in(params, "tools"):
-            yield (members_of(tool) or {}).get("model")
+        params = members_of(message)
+        fallbacks, tools = attempts_in(params)
+        for attempt in (params, *fallbacks, *tools):
+            yield members_of(attempt).get("model") if isinstance(attempt, dict) else attempt
 
 
 LOOKS = 2000  # at parts of a document, which take a millisecond or two
@@ -1246,12 +1212,8 @@ async def check_models(
     for number, value in enumerate(models_in(document, route), start=1):
         if number % LOOKS == 0:
             await breathe()
-        if value is ANY_MODEL:
-            raise APIError(
-                403, "This key is limited to some models; name the 'fallbacks', not 'default'."
-            )
-        if (members := members_of(value)) is not None:  # of agents: {"id": "…"}
-            value = members.get("id")
+        if isinstance(value, dict):  # of agents: {"id": "…"}
+            value = members_of(value).get("id")
         model = value if isinstance(value, str) else f"a {type(value).__name__}"
         if value is None or model in checked:
             continue
@@ -1260,8 +1222,6 @@ async def check_models(
         checked.add(model)
 
 
-# What prices a part of an order: its model, whether in fast mode, and whether in the US.
-Part = tuple[str, bool, bool]
 MAX_MODELS = 20  # of one request that are priced apart; beyond them the model is any
 MAX_USES = 10  # of a tool that the server runs, where the request does not say
 
@@ -1275,12 +1235,12 @@ class Order:
     max_tokens: int = MAX_OUTPUT
     thinking: int = 0  # tokens that may be thought unseen
     streams: bool = False
-    # For each Part tokens of prompt, tokens of output and web searches; where it is empty, `model`
-    # has the prompt and `max_tokens`.
-    parts: dict[Part, list[int]] = field(default_factory=dict)
+    # For each model, in fast mode or not, and in the US or not: tokens of prompt and of output, and
+    # web searches. Where it is empty, `model` has the prompt and `max_tokens`.
+    parts: dict[tuple[str, bool, bool], list[int]] = field(default_factory=dict)
     prompts: int = 1  # messages that share the prompt
     batched: bool = False
-    cache: str = ""  # "5m" or "1h" where the prompt may be written to the cache
+    cache: str = "input"  # the rate of what of the prompt may be written to the cache
 
     def add_message(self, params: Mapping[str, Any], prompt: int) -> int:
         """Count in every attempt that a message may make, each at its own model (SDK:
@@ -1293,17 +1253,10 @@ class Order:
         if params.get("compaction") is not None:
             times = 2
         # Attempts, and how often each is made: one that summarizes the conversation goes before.
-        attempts: list[tuple[Any, int]] = [(params, times)]
+        fallbacks, tools = attempts_in(params)
+        attempts: list[tuple[Any, int]] = [(params, times), *zip(fallbacks, itertools.repeat(1))]
         speed, us, searches = params.get("speed"), params.get("inference_geo") == "us", 0
-        fallbacks, tools = params.get("fallbacks"), params.get("tools")
-        if fallbacks is not None:
-            named = isinstance(fallbacks, list)
-            fallbacks = attempts_in(params, "fallbacks") if named else [fallbacks]
-            attempts += [(fallback, 1) for fallback in fallbacks if fallback is not None]
-        tools = attempts_in(params, "tools") if tools else ()
         for tool in tools:
-            if not isinstance(tool, dict):
-                continue
             kind, uses = str(tool.get("type")), tool.get("max_uses")
             uses = uses if type(uses) is int and 0 <= uses <= MAX_COUNT else MAX_USES
             if kind.startswith("advisor"):
@@ -1327,7 +1280,10 @@ class Order:
             if attempt is params:
                 counts[2] += searches
                 self.model, self.max_tokens, most = self.model or model, output, output
-        return len(fallbacks or ()) + len(tools)
+        self.streams = params.get("stream") is True
+        if (thinking := params.get("thinking")) is not None:
+            self.thinking = thinking_of(thinking, self.max_tokens)
+        return len(fallbacks) + len(tools)
 
 
 def thinking_of(thinking: object, max_tokens: int) -> int:
@@ -1344,19 +1300,12 @@ async def read_order(document: object, body: bytes, *, batched: bool, breathe: B
     message of any model. Raises APIError 400 for a batch that cannot be read."""
     order = Order(prompt=tokens_in(len(body)), batched=batched)
     if b'"cache_control"' in body:
-        order.cache = "1h" if b'"1h"' in body else "5m"
+        order.cache = "cache_write_1h" if b'"1h"' in body else "cache_write_5m"
     if not isinstance(document, dict):
         if batched:
             raise APIError(400, "This key has a budget, and its batch cannot be read.")
         return order
-    if not batched:
-        order.add_message(document, order.prompt)
-        order.streams = document.get("stream") is True
-        if (thinking := document.get("thinking")) is not None:
-            order.thinking = thinking_of(thinking, order.max_tokens)
-        return order
-    requests, looks = document.get("requests"), 0
-    rows = requests if isinstance(requests, list) else []
+    rows, looks = rows_of(document) if batched else [{"params": document}], 0
     order.prompts = max(1, len(rows))
     for row in rows:
         params = row.get("params") if isinstance(row, dict) else None
@@ -1369,7 +1318,7 @@ async def read_order(document: object, body: bytes, *, batched: bool, breathe: B
     return order
 
 
-GLANCED_EDGE = 4 * KIB
+EDGE = 4 * KIB
 GLANCED = re.compile(
     rb'"(model|max_tokens|stream|thinking)"\s*:\s*'
     rb'("[^"\\]*"(?=[,}\s])|[0-9]{1,9}\b|true\b|\{[^{}]*\})'
@@ -1379,9 +1328,7 @@ GLANCED = re.compile(
 def glance(body: bytes) -> Order:
     """What a body asks for, as far as a look for its members' names tells, which costs a tenth of
     reading it, for estimates. Clients write these members before or after all that is long."""
-    edges = body
-    if len(body) > 2 * GLANCED_EDGE:
-        edges = body[:GLANCED_EDGE] + b" " + body[-GLANCED_EDGE:]
+    edges = body if len(body) <= 2 * EDGE else body[:EDGE] + b" " + body[-EDGE:]
     members = dict(GLANCED.findall(edges))
     most, thinking = members.get(b"max_tokens", b""), members.get(b"thinking")
     max_tokens = int(most) if most.isdigit() else MAX_OUTPUT
@@ -1407,41 +1354,37 @@ class Measured:
     thinks: bool = False  # a block of thinking began
     final: bool = False  # the usage is the last word on it
     blind: bool = False  # it could not be read
-    beyond: Tally | None = None  # what must be charged besides the usage
-    estimated: bool = False
+    beyond: Tally | None = None  # what is estimated to be charged besides the usage
 
     def complete_with(self, order: Order) -> None:
-        """Estimate what a response that did not come to its last word used besides: at least the
+        """Estimate what a response used besides, as it did not come to its last word: at least the
         prompt, what was seen of it, and the thinking that was not."""
-        if self.final:
-            return
-        thinking = 0 if self.thought else order.thinking
-        if self.thinks and not self.thought and not thinking:
-            thinking = order.max_tokens // UNSEEN_THINKING
+        thinking = 0
+        if not self.thought:
+            thinking = order.thinking or self.thinks * (order.max_tokens // UNSEEN_THINKING)
         told = [tally for _, tally in charged_entries(self)]
         prompt = 0 if any(t.input_tokens or t.cached for t in told) else order.prompt
         output = tokens_in(self.seen) + thinking - sum(t.output_tokens for t in told)
         self.beyond = Tally(input_tokens=prompt, output_tokens=max(0, output))
         self.model = self.model or order.model
-        self.estimated = True
 
 
 def measured_message(message: object, size: int) -> Measured:
     """What a whole message of so many bytes says."""
     if not isinstance(message, dict):
         return Measured(seen=size)
-    usage, stop_reason = message.get("usage"), message.get("stop_reason")
-    measured = Measured(
+    usage, stop_reason, text = map(message.get, ("usage", "stop_reason", "completion"))
+    usage = usage if isinstance(usage, dict) else {}
+    if isinstance(text, str):
+        size = len(text.encode("utf-8", "replace"))
+    return Measured(
         model=model_of(message.get("model")),
-        usage=usage if isinstance(usage, dict) else {},
+        usage=usage,
         stop_reason=stop_reason if isinstance(stop_reason, str) else "",
         empty=not message.get("content"),
-        final=isinstance(usage, dict) and bool(usage),
+        seen=0 if usage else size,
+        final=bool(usage),
     )
-    if not measured.final:
-        text = message.get("completion")
-        measured.seen = len(text.encode("utf-8", "replace")) if isinstance(text, str) else size
-    return measured
 
 
 # Counts of a usage object, and of a Tally. ``input_tokens`` leaves cached ones out; cache writes
@@ -1460,9 +1403,9 @@ def tally_of(usage: Mapping[str, Any]) -> Tally:
         count = usage.get(name)
         if type(count) is int and 0 < count <= MAX_COUNT:
             setattr(tally, counted, count)
-    if usage.get("cache_creation"):
-        hour = count_of(usage, "cache_creation", "ephemeral_1h_input_tokens")
-        five = count_of(usage, "cache_creation", "ephemeral_5m_input_tokens")
+    if written := usage.get("cache_creation"):
+        hour = count_of(written, "ephemeral_1h_input_tokens")
+        five = count_of(written, "ephemeral_5m_input_tokens")
         tally.cache_write_5m_tokens = max(five, tally.cache_write_5m_tokens - hour)
         tally.cache_write_1h_tokens = hour
     return tally
@@ -1477,17 +1420,17 @@ def charged_entries(measured: Measured) -> list[tuple[str, Tally]]:
     besides. Advisor, compaction and fallback attempts stand in ``iterations`` alone. Free are those
     declined before any output that a fallback followed, and a refusal without content (PLD
     refusals-and-fallback, "How server-side fallback is billed")."""
-    usage, model, beyond = measured.usage, measured.model, measured.beyond
-    entries: list[tuple[str, Tally]] = []
     free = measured.stop_reason == "refusal" and measured.empty
+    usage, model, beyond = {} if free else measured.usage, measured.model, measured.beyond
+    entries: list[tuple[str, Tally]] = []
     attempts: list[Any] = []
     if (iterations := usage.get("iterations")) and isinstance(iterations, list):
         attempts = [each for each in iterations[:MAX_ITERATIONS] if isinstance(each, dict)]
-    if usage and not attempts and not free:
+    if usage and not attempts:
         entries.append((model, tally_of(usage)))
-    for attempt, following in zip(attempts, [*attempts[1:], {}], strict=False):
+    for attempt, following in itertools.pairwise([*attempts, {}]):
         declined = attempt.get("type") in ATTEMPTS and not count_of(attempt, "output_tokens")
-        if not free and not (declined and following.get("type") == "fallback_message"):
+        if not (declined and following.get("type") == "fallback_message"):
             entries.append((model_of(attempt.get("model")) or model, tally_of(attempt)))
     if beyond is not None and len(entries) == 1 and not iterations:
         entries[0][1].add(beyond)  # one prompt, which has one length
@@ -1506,15 +1449,15 @@ def rewrite_results_url(data: bytes, base_path: str) -> bytes:
 
 # ─── Prices ───────────────────────────────────────────────────────────────────────────────────────
 
-MILLION = Decimal(1_000_000)
-US_INFERENCE = Decimal("1.1")  # about-claude/pricing, "Data residency"
-# The same page, "Batch processing"; web searches are full price.
-BATCH_DISCOUNT = Decimal("0.5")
-WEB_SEARCH_PRICE = Decimal("0.01")
+# about-claude/pricing, "Data residency" and "Batch processing"; web searches are full price.
+US_INFERENCE, BATCH_DISCOUNT = Decimal("1.1"), Decimal("0.5")
+WEB_SEARCH_PRICE, MILLION = Decimal("0.01"), Decimal(1_000_000)
+# What Anthropic's rates for the cache are of the input rate, where a price file does not say.
+CACHE_PARTS = {"cache_read": "0.1", "cache_write_5m": "1.25", "cache_write_1h": "2"}
+TOKEN_RATES = ("input", "output", *CACHE_PARTS)
 
 
-@dataclass(frozen=True, slots=True)
-class Rates:
+class Rates(NamedTuple):
     """USD for one token of each kind, and for one web search."""
 
     input: Decimal
@@ -1527,24 +1470,20 @@ class Rates:
 
 MAX_CACHED_RATES = 1000
 MAX_UNKNOWN = 50  # models without a price that the log names
-CACHE_RATES = {"": "input", "5m": "cache_write_5m", "1h": "cache_write_1h"}
 
 
 class Prices:
     """What tokens cost: a price file where one is given, else the package genai-prices, whose rates
     are asked for once (0.1 ms) for each model, hour, speed and tier. A model that may be any, or
-    that nobody knows, costs what the dearest known one does.
-
-    `load` imports the package, which takes 0.3 seconds: call it in a thread. Whoever needs a price
-    before waits for it.
-    """
+    that nobody knows, costs what the dearest known one does. `load` takes 0.3 seconds: call it in a
+    thread; whoever needs a price before waits for it."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path, self.loaded = path, False
         self._own: dict[str, Rates] = {}
-        self._package: Any = None
+        self._models: list[Any] = []  # of the package
         self._tiers = [0]  # lengths of a prompt, in tokens, above which the rates are others
-        self._rates: dict[tuple[str, str, bool, int], Rates] = {}  # "" is the dearest
+        self._found = functools.lru_cache(MAX_CACHED_RATES)(self._find)
         self._unknown: set[str] = set()
         self.reload()
         self.available = bool(self._own) or importlib.util.find_spec("genai_prices") is not None
@@ -1553,18 +1492,19 @@ class Prices:
         """Read the price file again. Raises SettingsError that says where it is wrong."""
         if self.path is not None:
             self._own = read_prices(self.path)
-        self._rates.clear()
+        self._found.cache_clear()
         self._unknown.clear()
 
     def load(self) -> None:
         """Import the package, if it is installed."""
         try:
-            import genai_prices.data_snapshot as package
+            from genai_prices.data_snapshot import get_snapshot
 
-            models, when = anthropic_models(package), datetime.now(UTC)
+            providers, when = get_snapshot().providers, datetime.now(UTC)
+            models = next(each.models for each in providers if each.id == "anthropic")
             rates = [rate for each in models for rate in vars(each.get_prices(when)).values()]
             tiers = [tier.start for rate in rates for tier in getattr(rate, "tiers", ())]
-            self._tiers, self._package = sorted({0, *tiers}), package
+            self._tiers, self._models = sorted({0, *tiers}), models
         except Exception as error:
             if not isinstance(error, ImportError):
                 log.exception("genai-prices cannot be used")
@@ -1609,112 +1549,90 @@ class Prices:
             tally = Tally(input_tokens=prompt, output_tokens=output, web_searches=searches)
             if self.available:
                 rates = self.rates(model, when, prompt // order.prompts, fast)
-                paid = max(rates.input, getattr(rates, CACHE_RATES[order.cache]))
-                cost = paid * prompt + rates.output * output
-                cost *= US_INFERENCE if us else 1
-                cost *= BATCH_DISCOUNT if order.batched else 1
+                cost = (
+                    max(rates.input, getattr(rates, order.cache)) * prompt + rates.output * output
+                )
+                cost *= (US_INFERENCE if us else 1) * (BATCH_DISCOUNT if order.batched else 1)
                 tally.spend = cost + rates.web_search * searches
             entries.append((model, tally))
         return entries
 
     def rates(self, model: str, when: datetime, prompt: int, fast: bool = False) -> Rates:
         """The rates of a model ("": any) at a moment, for a prompt of so many tokens."""
-        if self._own and model and (own := self._own_rates(model)):
-            return own
         tier = self._tiers[max(0, bisect.bisect_left(self._tiers, prompt) - 1)]
-        key = (model, window_start("1h", when), fast, tier)
-        if (known := self._rates.get(key)) is None:
-            known = self._find(model, when, fast, tier)
-            if len(self._rates) > MAX_CACHED_RATES:
-                self._rates.clear()
-            self._rates[key] = known
-        return known
-
-    def _own_rates(self, model: str) -> Rates | None:
-        patterns = (p for p in self._own if fnmatch.fnmatchcase(model, p))
-        return self._own.get(model) or self._own.get(next(patterns, ""))
+        return self._found(model, window("1h", when)[0], fast, tier)
 
     def _find(self, model: str, when: datetime, fast: bool, tier: int) -> Rates:
-        """What the package says; of any model the dearest known one, which takes some 20 ms."""
+        """What is known; of any model the dearest known one, which takes some 20 ms."""
         if not model:
-            dearest = list(self._own.values())
-            for each in anthropic_models(self._package) if self._package else ():
-                with contextlib.suppress(LookupError, ValueError):
-                    own = self._own_rates(each.id)
-                    dearest.append(own or package_rates(each.id, when, fast, tier))
-            return max(dearest, key=lambda rates: rates.input + rates.output)
-        if self._package is not None:
-            with contextlib.suppress(LookupError, ValueError):
-                return package_rates(model, when, fast, tier)
-        if model not in self._unknown and len(self._unknown) <= MAX_UNKNOWN:
+            found = [self._known(each.id, when, fast, tier) for each in self._models]
+            known = [*self._own.values(), *filter(None, found)]
+            return max(known, key=lambda rates: rates.input + rates.output)
+        if rates := self._known(model, when, fast, tier):
+            return rates
+        if model not in self._unknown and len(self._unknown) < MAX_UNKNOWN:
             self._unknown.add(model)
-            if len(self._unknown) > MAX_UNKNOWN:
-                log.warning("further models without a known price are not named")
-            else:
-                log.warning("no price is known for model %r: priced as the dearest", model)
-        return self.rates("", when, tier + 1, fast)
+            what = "no price is known for model %r: priced as the dearest (%d of %d to be named)"
+            log.warning(what, model, len(self._unknown), MAX_UNKNOWN)
+        return self._found("", when, fast, tier)
 
+    def _known(self, model: str, when: datetime, fast: bool, tier: int) -> Rates | None:
+        """What the price file says of a model, or else the package of a prompt just longer than
+        ``tier``."""
+        patterns = (p for p in self._own if fnmatch.fnmatchcase(model, p))
+        if own := self._own.get(model) or self._own.get(next(patterns, "")):
+            return own
+        if not self._models:
+            return None
+        import genai_prices
 
-def anthropic_models(package: Any) -> list[Any]:
-    """The models of Anthropic's that genai-prices knows."""
-    providers = package.get_snapshot().providers
-    return [model for each in providers if each.id == "anthropic" for model in each.models]
-
-
-def package_rates(model: str, when: datetime, fast: bool, tier: int) -> Rates:
-    """Ask genai-prices for the rates of a prompt just longer than ``tier``. Raises LookupError."""
-    import genai_prices
-
-    prompt, rates = tier + 1, {}
-    for name in PRICE_FIELDS:
-        # ``input_tokens`` is the package's word for all of the prompt, cached or not.
-        counts = {"input_tokens": prompt, f"{name}_tokens": prompt}
-        if name.startswith("cache_write"):
-            counts["cache_write_tokens"] = prompt
-        price = genai_prices.calc_price(
-            genai_prices.Usage(**counts),
-            model,
-            provider_id="anthropic",
-            genai_request_timestamp=when,
-            price_context={"speed": "fast"} if fast else None,
-        )
-        rates[name] = (price.output_price if name == "output" else price.input_price) / prompt
-    return Rates(**rates)
-
-
-# What Anthropic's rates for the cache are of the input rate, and the fields of a price file.
-CACHE_PARTS = {"cache_read": "0.1", "cache_write_5m": "1.25", "cache_write_1h": "2"}
-PRICE_FIELDS = ("input", "output", *CACHE_PARTS)
+        prompt, rates = tier + 1, {}
+        for name in TOKEN_RATES:
+            # ``input_tokens`` is the package's word for all of the prompt, cached or not.
+            counts = {"input_tokens": prompt, f"{name}_tokens": prompt}
+            if name.startswith("cache_write"):
+                counts["cache_write_tokens"] = prompt
+            try:
+                price = genai_prices.calc_price(
+                    genai_prices.Usage(**counts),
+                    model,
+                    provider_id="anthropic",
+                    genai_request_timestamp=when,
+                    price_context={"speed": "fast"} if fast else None,
+                )
+            except (LookupError, ValueError):
+                return None
+            rates[name] = (price.output_price if name == "output" else price.input_price) / prompt
+        return Rates(**rates)
 
 
 def read_prices(path: Path) -> dict[str, Rates]:
-    """Read a price file: ``{"model or pattern": {"input": 3, "output": 15, …}}``, PRICE_FIELDS in
-    USD for a million tokens, and ``web_search``, for one. Raises SettingsError."""
+    """Read a price file: ``{"model or pattern": {"input": 3, "output": 15, …}}``, in USD for a
+    million tokens, and for one ``web_search``. Raises SettingsError."""
+    where, prices = f"--prices: {path}", {}
     try:
         document = json.loads(path.read_bytes(), parse_float=Decimal)
-    except (OSError, ValueError, RecursionError) as error:
+        if not isinstance(document, dict) or not document:
+            raise ValueError("is not an object of models")
+        for model, row in document.items():
+            where = f"--prices: {path}: {model}"
+            if not isinstance(row, dict):
+                raise TypeError("is not an object of rates")
+            if unknown := row.keys() - Rates._fields:
+                raise ValueError(f"{min(unknown)!r} is not one of {', '.join(Rates._fields)}")
+            own = {
+                name: AMOUNT.parse(name, value) for name, value in row.items() if value is not None
+            }
+            search = own.get("web_search", WEB_SEARCH_PRICE)
+            own = {name: own["input"] * Decimal(part) for name, part in CACHE_PARTS.items()} | own
+            rates = {name: own[name] / MILLION for name in TOKEN_RATES}
+            prices[model] = Rates(**rates, web_search=search)
+    except KeyError as missing:
+        raise SettingsError(f"{where}: has no {missing}") from None
+    except (OSError, ValueError, TypeError, RecursionError, APIError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise SettingsError(f"--prices: {path}: {reason}") from None
-    if not isinstance(document, dict) or not document:
-        raise SettingsError(f"--prices: {path}: is not an object of models")
-    return {model: read_rates(f"--prices: {path}: {model}", row) for model, row in document.items()}
-
-
-def read_rates(where: str, row: object) -> Rates:
-    """One model's rates. Raises SettingsError that begins with ``where``."""
-    if not isinstance(row, dict):
-        raise SettingsError(f"{where}: is not an object of rates")
-    for name, value in row.items():
-        if name not in PRICE_FIELDS and name != "web_search":
-            known = ", ".join(PRICE_FIELDS)
-            raise SettingsError(f"{where}: {name!r} is not one of {known}, web_search")
-        if type(value) not in (int, Decimal) or not 0 <= value < MILLION:
-            raise SettingsError(f"{where}: {name!r} is not an amount from zero up")
-    if missing := {"input", "output"} - row.keys():
-        raise SettingsError(f"{where}: has no {min(missing)!r}")
-    own = {name: row["input"] * Decimal(part) for name, part in CACHE_PARTS.items()} | row
-    search = Decimal(own.get("web_search", WEB_SEARCH_PRICE))
-    return Rates(**{name: own[name] / MILLION for name in PRICE_FIELDS}, web_search=search)
+        raise SettingsError(f"{where}: {reason}") from None
+    return prices
 
 
 # ─── Ledger ───────────────────────────────────────────────────────────────────────────────────────
@@ -3820,7 +3738,7 @@ class Meter(ResponseFilter):
             self.feed(b"\n")  # which ends the last line
         held, self._passed_over = self._take(), 0
         if self._whole and not self.measured.blind:
-            message = read_members(held, AnswerMembers) if complete and held else None
+            message = read_answer(held) if complete and held else None
             self.measured = measured_message(message, size)
         return b""
 
@@ -3863,7 +3781,7 @@ class Meter(ResponseFilter):
 
     def _read_results(self, lines: bytes, on_result: Callable[[int, Measured], None]) -> None:
         for line in filter(bytes.strip, lines.splitlines()):
-            row = read_members(line, ResultMembers)
+            row = read_answer(line)
             result = row.get("result") if isinstance(row, dict) else None
             if result is None:  # these are no results, or not in plain text
                 self.measured.blind = True
@@ -4493,7 +4411,8 @@ def check_route(key: VirtualKey, route: Route, path: str, *, pays: bool) -> None
     patterns = [pattern.removeprefix("/anthropic") for pattern in key.allowed_routes or ["*"]]
     matching = [pattern for pattern in patterns if fnmatch.fnmatchcase(path, pattern)]
     if not route.open:
-        matching = [pattern for pattern in matching if pattern.startswith(route.group)]
+        group = cast("re.Match[str]", GROUP.match(path))[0]
+        matching = [pattern for pattern in matching if pattern.startswith(group)]
     shown = printable(path)
     if not matching and route.open:
         raise APIError(403, f"This key may not call {shown}; its 'allowed_routes' leave it out.")
@@ -4609,7 +4528,7 @@ class Limits(Rule):
 
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
         route = visit.route
-        if head.status != 200 or not route.billed or not route.metered or route.batch:
+        if head.status != 200 or not route.billed or route.batch:
             return ()
         room = functools.partial(visit.gateway.held.find_room, visit.record.hashed)
         visit.meter = Meter(head.get("content-type"), room=room)
@@ -4645,7 +4564,8 @@ class Limits(Rule):
         if measured is not None and hold.pays:
             if not measured.final:
                 measured.complete_with(order)
-            record.model, record.estimated = measured.model or order.model, measured.estimated
+            record.model = measured.model or order.model
+            record.estimated = measured.beyond is not None
             if measured.blind:
                 log.warning("call %s: what is not known costs its worst case", record.call_id)
                 charges = gateway.prices.worst(order, hold.started)

@@ -1222,8 +1222,8 @@ def test_both_readers_read_the_same_of_a_body(monkeypatch: Patch) -> None:
     for name in MESSAGES:
         whole = json.loads(message_body(name))
         result = json.dumps({"result": {"message": whole}}).encode()
-        members = gateway.read_members(message_body(name), gateway.AnswerMembers)
-        inner = gateway.read_members(result, gateway.ResultMembers)["result"]["message"]
+        members = gateway.read_answer(message_body(name))
+        inner = gateway.read_answer(result)["result"]["message"]
         first, *others = (gateway.measured_message(each, 0) for each in (members, inner, whole))
         assert others == [first, first]
 
@@ -1241,7 +1241,7 @@ def test_a_large_body_is_read_as_json_reads_it(
     text = json.dumps(document, indent=spaces, ensure_ascii=plain)
     body = text.encode("utf-8", "replace") + end
     body = body[: max(0, len(body) - cut)]
-    scanning = gateway.scan(body, None, False, breathe)
+    scanning = gateway.scan(body, None, breathe)
     try:
         known = json.loads(body.decode())
     except ValueError:
@@ -1255,7 +1255,7 @@ def test_a_large_body_is_read_as_json_reads_it(
 def test_a_long_string_is_passed_over(text: str) -> None:
     for times, long in ((1, False), (gateway.AT_ONCE, True)):
         body = json.dumps({"x": [text * times], "model": "m"}, ensure_ascii=False).encode()
-        read = at_once(gateway.scan(body, None, False, breathe))
+        read = at_once(gateway.scan(body, None, breathe))
         assert read == {"x": [gateway.LONG_TEXT if long else text], "model": "m"}
 
 
@@ -1264,7 +1264,7 @@ def test_how_deep_a_body_may_be() -> None:
         body = b'{"model":' + b"[" * (levels - 1) + b"]" * (levels - 1) + b"}"
         is_read = levels == gateway.MAX_DEPTH
         with contextlib.nullcontext() if is_read else pytest.raises(ValueError):
-            at_once(gateway.scan(body, None, False, breathe))
+            at_once(gateway.scan(body, None, breathe))
 
 
 # ─── Prices ───────────────────────────────────────────────────────────────────────────
@@ -3259,7 +3259,8 @@ class Admissions:
         measured = gateway.Measured(OPUS, used, empty=False, final=action == "settle")
         if action == "cut":
             measured.seen = min(amount, order.max_tokens)
-        measured.complete_with(order)
+        if not measured.final:
+            measured.complete_with(order)
         charges = [] if action == "fail" else self.prices.charge(measured, hold.started)
         self.store.book(hold, charges, model=OPUS, failed=False)
 
