@@ -1197,7 +1197,8 @@ def models_in(document: object, route: Route) -> Iterator[object]:
     for message in messages:
         params = members_of(message)
         fallbacks, tools = attempts_in(params)
-        for attempt in (params, *fallbacks, *tools):
+        yield params.get("model")
+        for attempt in (*fallbacks, *tools):
             yield members_of(attempt).get("model") if isinstance(attempt, dict) else attempt
 
 
@@ -1253,8 +1254,11 @@ class Order:
         if params.get("compaction") is not None:
             times = 2
         # Attempts, and how often each is made: one that summarizes the conversation goes before.
-        fallbacks, tools = attempts_in(params)
-        attempts: list[tuple[Any, int]] = [(params, times), *zip(fallbacks, itertools.repeat(1))]
+        more = "fallbacks" in params or "tools" in params
+        fallbacks, tools = attempts_in(params) if more else ([], [])
+        attempts: list[tuple[Any, int]] = [(params, times)]
+        if fallbacks:
+            attempts += zip(fallbacks, itertools.repeat(1))
         speed, us, searches = params.get("speed"), params.get("inference_geo") == "us", 0
         for tool in tools:
             kind, uses = str(tool.get("type")), tool.get("max_uses")
