@@ -93,7 +93,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, TypedDict, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypedDict, TypeVar, cast
 
 import tornado
 from tornado import escape, httputil, netutil, web
@@ -1654,62 +1654,7 @@ class Hold:
     amounts: dict[str, Decimal] = field(default_factory=dict)
 
 
-Found = tuple[VirtualKey, str]  # a key, and its `VirtualKey.status`
 Charges = Sequence[tuple[str, Tally]]  # what was used, by model
-
-
-class Ledger(Protocol):
-    """The keys and what they used, as another store than a file has them too; nothing else changes
-    a key's account. Where nothing must wait, no task and no future is made."""
-
-    keys: dict[str, VirtualKey]
-
-    async def find_hash(self, hashed: str) -> Found | None:
-        """By an old hash too: ``expired`` once the grace of a key that was regenerated is over."""
-
-    async def admit(self, hold: Hold, *, pays: bool, shares: bool) -> None:
-        """Take a slot and one request of the key's rates; where it ``pays``, its budget must have
-        room, beside what others hold where it ``shares`` it. Else raise APIError 429."""
-
-    async def hold(self, hold: Hold, worst: Charges, *, fit: bool) -> None:
-        """Hold what a request may cost of all budgets that it falls under; all of it must ``fit``,
-        or else only a part. Else raise APIError 429 and hold nothing."""
-
-    def book(self, hold: Hold, charges: Charges, *, model: str, failed: bool) -> None:
-        """Give back what a request held, and count it and what it used, once."""
-
-    def charge(self, account: Account, charges: Charges, moment: datetime) -> VirtualKey | None:
-        """Count what an account used; its key's newest record, None where it is gone."""
-
-    def rates(self, key: VirtualKey, theirs: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
-        """anthropic-ratelimit-* of a key's own limits, where they are tighter than ``theirs``."""
-
-    def own_batch(self, account: Account, name: str, hold: Hold | None = None) -> None:
-        """A key made a batch: what is held for it stays until it is booked. One that nobody here
-        made (no hold) belongs to the key that first fetches its results."""
-
-    def batch_line(self, name: str, line: int) -> Account | None:
-        """Whom a line of a batch's results is to be booked to; it is said once."""
-
-    def finish_batch(self, name: str, *, lost: bool = False) -> None:
-        """All results of a batch are booked; where they are ``lost``, what is held for it is."""
-
-    async def change(self, changes: Mapping[str, VirtualKey | None]) -> None:
-        """Put these records (None removes one), as `save` does; what fails is taken back."""
-
-    async def save(self) -> None:
-        """Make all that was changed before this call durable. Raises APIError 503."""
-
-    async def run(self) -> None:
-        """Save once a second what keys used, until cancelled."""
-
-    async def reload(self) -> None:
-        """Read anew what keys may do. Where it raises SettingsError or APIError, all stays."""
-
-    async def close(self) -> None:
-        """Save what keys used, and give up the store."""
-
-
 STORE_VERSION, STORE_MODE = 1, 0o600
 HASH = re.compile(r"[0-9a-f]{64}")
 TOMBSTONE_DAYS = 90  # how long a deleted key is told apart from one that never was
@@ -1726,25 +1671,22 @@ def store_line(hashed: str, record: VirtualKey, today: str = "", keep_from: str 
 
 def parse_store(text: bytes, name: str) -> dict[str, VirtualKey]:
     """Read a keys file, but for old tombstones. Raises SettingsError that says what is damaged."""
+    keys, forgotten = dict[str, VirtualKey](), now() - timedelta(days=TOMBSTONE_DAYS)
+    wrong = "not JSON: "
     try:
         document = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        wrong = f"damaged, not JSON ({error}); mend it or restore a copy"
-        raise SettingsError(f"{name}: {wrong}") from None
-    if not isinstance(document, dict) or not isinstance(document.get("keys"), dict):
-        raise SettingsError(f'{name}: damaged, not {{"version": {STORE_VERSION}, "keys": {{…}}}}')
-    if document.get("version") != STORE_VERSION:
-        raise SettingsError(f"{name}: version {document.get('version')!r} is not for this gateway")
-    keys, forgotten = {}, now() - timedelta(days=TOMBSTONE_DAYS)
-    for number, (hashed, record) in enumerate(document["keys"].items(), start=1):
-        try:
+        wrong = f'not {{"version": {STORE_VERSION}, "keys": {{…}}}}: '
+        if (version := exactly(dict, document)["version"]) != STORE_VERSION:
+            raise ValueError(f"version {version!r} is not for this gateway")
+        for number, (hashed, record) in enumerate(document["keys"].items(), start=1):
+            wrong = f"key number {number} "
             if not HASH.fullmatch(hashed):
                 raise ValueError("does not stand under a SHA-256")
             key = VirtualKey.from_json(record)
-        except (APIError, ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
-            raise SettingsError(f"{name}: damaged, key number {number} {error}") from None
-        if not key.deleted_at or key.deleted_at > forgotten:
-            keys[hashed] = key
+            if not key.deleted_at or key.deleted_at > forgotten:
+                keys[hashed] = key
+    except Exception as error:  # noqa: BLE001 - whatever Python says of what it cannot read
+        raise SettingsError(f"{name}: damaged, {wrong}{error}; mend it or restore a copy") from None
     return keys
 
 
@@ -1788,9 +1730,8 @@ class KeysFile:
                     self.write(lines)
             except OSError as error:
                 self.close()
-                wrong = error.strerror
-                if isinstance(error, BlockingIOError):
-                    wrong = "another gateway uses this file; give this one its own with --keys"
+                used = "another gateway uses this file; give this one its own with --keys"
+                wrong = used if isinstance(error, BlockingIOError) else error.strerror
                 raise SettingsError(f"{self.path}: {wrong}") from None
             finally:
                 if self._mark is None:
@@ -1843,17 +1784,15 @@ class KeysFile:
 FLUSH_INTERVAL = 1.0  # seconds between two writes of what relaying changes
 
 
-class FileLedger(Ledger):
-    """The keys in memory and in a `KeysFile`. Raises SettingsError where the file cannot be used;
-    it is then left as it is."""
+class FileLedger:
+    """The keys and what they used, in memory and in a `KeysFile`; nothing else changes a key's
+    account. Raises SettingsError where the file cannot be used; it is then left as it is."""
 
     def __init__(
         self, path: Path, usage_days: int = 90, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._file = KeysFile(path)
-        self._usage_days = usage_days
-        self._clock = clock
-        self.keys = {}
+        self._file, self._usage_days, self._clock = KeysFile(path), usage_days, clock
+        self.keys: dict[str, VirtualKey] = {}
         self.batches: dict[str, Account] = {}  # whose they are
         self.last_error = ""
         self._lines: dict[str, bytes] = {}
@@ -1868,13 +1807,15 @@ class FileLedger(Ledger):
 
     # Looking
 
-    async def find_hash(self, hashed: str) -> Found | None:
+    async def find_hash(self, hashed: str) -> tuple[VirtualKey, str] | None:
+        """A key and its `VirtualKey.status`; by an old hash too, ``expired`` once the grace of a
+        key that was regenerated is over."""
         record = self.keys.get(hashed)
         if record is not None and not (record.deleted_at or record.blocked or record.expires):
             return record, "active"
         return self.lookup(hashed)
 
-    def lookup(self, hashed: str) -> Found | None:
+    def lookup(self, hashed: str) -> tuple[VirtualKey, str] | None:
         """What `find_hash` finds, at once."""
         record = self.keys.get(hashed) or self.keys.get(self._retired.get(hashed, ""))
         if record is None:
@@ -1901,6 +1842,8 @@ class FileLedger(Ledger):
     # What requests use
 
     async def admit(self, hold: Hold, *, pays: bool, shares: bool) -> None:
+        """Take a slot and one request of the key's rates; where it ``pays``, its budget must have
+        room, beside what others hold where it ``shares`` it. Else raise APIError 429."""
         key, clock = cast(VirtualKey, hold.key), self._clock()
         account, most, refused, wait = key.account, key.max_parallel_requests, "", 1.0
         if most is not None and account.running >= most:
@@ -1920,6 +1863,8 @@ class FileLedger(Ledger):
             account.buckets["requests"].draw(1, clock)
 
     async def hold(self, hold: Hold, worst: Charges, *, fit: bool) -> None:
+        """Hold what a request may cost of all budgets that it falls under; all of it must ``fit``,
+        or else only a part. Else raise APIError 429 and hold nothing."""
         key, amounts = cast(VirtualKey, hold.key), dict[str, Decimal]()
         for pattern in (ALL_MODELS, *key.model_max_budget):
             for name, tally in worst:
@@ -1932,6 +1877,7 @@ class FileLedger(Ledger):
         hold.amounts = amounts
 
     def book(self, hold: Hold, charges: Charges, *, model: str, failed: bool) -> None:
+        """Give back what a request held, and count it and what it used, once."""
         if hold.key is None:
             return
         account = hold.key.account
@@ -1946,6 +1892,7 @@ class FileLedger(Ledger):
             self.charge(account, charges, hold.started)
 
     def charge(self, account: Account, charges: Charges, moment: datetime) -> VirtualKey | None:
+        """Count what an account used; its key's newest record, None where it is gone."""
         key = self.keys.get(account.hashed)
         if key is None:
             return None
@@ -1970,7 +1917,8 @@ class FileLedger(Ledger):
         return key
 
     def rates(self, key: VirtualKey, theirs: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
-        # platform.claude.com, api/rate-limits, "Response headers": reset in RFC 3339
+        """anthropic-ratelimit-* of a key's own limits, where they are tighter than ``theirs``
+        (platform.claude.com, api/rate-limits, "Response headers": reset in RFC 3339)."""
         fields, clock = [], self._clock()
         for kind, bucket in key.account.buckets.items():
             name, left = f"anthropic-ratelimit-{kind}-", max(0, math.floor(bucket.level(clock)))
@@ -1991,6 +1939,8 @@ class FileLedger(Ledger):
         return None if batch is None or batch.booked else batch
 
     def own_batch(self, account: Account, name: str, hold: Hold | None = None) -> None:
+        """A key made a batch: what is held for it stays until it is booked. One that nobody here
+        made (no hold) belongs to the key that first fetches its results."""
         if hold is None and name in self.batches:
             return
         self.finish_batch(name)  # an upstream that gives an id twice frees what was held for it
@@ -2001,6 +1951,7 @@ class FileLedger(Ledger):
         self._touched.add(account.hashed)
 
     def batch_line(self, name: str, line: int) -> Account | None:
+        """Whom a line of a batch's results is to be booked to; it is said once."""
         account = self.batches.get(name)
         if account is None or line <= account.batches[name].lines:
             return None
@@ -2008,6 +1959,7 @@ class FileLedger(Ledger):
         return account
 
     def finish_batch(self, name: str, *, lost: bool = False) -> None:
+        """All results of a batch are booked; where they are ``lost``, what is held for it is."""
         batch = self.unbooked(name)
         if batch is None:
             return
@@ -2028,6 +1980,7 @@ class FileLedger(Ledger):
     # Changing
 
     async def change(self, changes: Mapping[str, VirtualKey | None]) -> None:
+        """Put these records (None removes one), as `save` does; what fails is taken back."""
         for hashed in changes:
             self._undo.setdefault(hashed, self.keys.get(hashed))
         self._apply(changes)  # in memory at once
@@ -2078,6 +2031,7 @@ class FileLedger(Ledger):
     # Reading
 
     async def reload(self) -> None:
+        """Read anew what keys may do. Where it raises SettingsError or APIError, all stays."""
         # A change that is being written would be read over; and where the last write failed, the
         # file may have one that was refused, since it was not known to be on disk.
         while self._is_busy() or (self.last_error and self._file.edit() is None):
@@ -2115,19 +2069,24 @@ class FileLedger(Ledger):
     # Writing
 
     async def save(self) -> None:
-        # Calls that arrive together share one write, which outlives them.
+        """Make all that was changed before this call durable. Calls that arrive together share one
+        write, which outlives them. Raises APIError 503."""
         if self._next is None:
             self._next = asyncio.create_task(self._write(self._writing))
         if failure := await asyncio.shield(self._next):
             raise failure
 
     async def run(self) -> None:
+        """Save once a second what keys used, until cancelled."""
         while True:
             await asyncio.sleep(FLUSH_INTERVAL)
             await self._flush()
 
     async def close(self) -> None:
+        """Save what keys used, and give up the store, once nobody's change is under way."""
         await self._flush()
+        while self._is_busy():
+            await self._flush()
         self._file.close()
 
     async def _flush(self) -> None:
@@ -2198,11 +2157,9 @@ def check_budget(
     name = f"Budget{' for ' if pattern else ''}{pattern} of ${dollars(limit)}"
     told = f"${dollars(spent)} is spent"
     if spent < limit and not (fit and spent + cost > limit):
-        text = (
-            f"{name}: {told}, and ${dollars(held)} is held for requests and batches under way."
-            f" Try again in {BUDGET_WAIT} seconds."
-        )
-        raise APIError(429, text, headers=[("retry-after", str(BUDGET_WAIT))])
+        text = f"{name}: {told}, and ${dollars(held)} is held for requests and batches under way."
+        headers = [("retry-after", str(BUDGET_WAIT))]
+        raise APIError(429, f"{text} Try again in {BUDGET_WAIT} seconds.", headers=headers)
     resets, headers = "it does not reset by itself", [DO_NOT_RETRY]
     if duration is not None:
         end = window(duration, moment)[1]
@@ -2211,10 +2168,8 @@ def check_budget(
         headers.append(("retry-after", str(wait)))
     text = f"{name} reached ({resets}): {told}."
     if spent < limit:
-        text = (
-            f"{name} ({resets}): {told}, and this batch may cost ${dollars(cost)}."
-            " Send a smaller one, or lower its 'max_tokens'."
-        )
+        text = f"{name} ({resets}): {told}, and this batch may cost ${dollars(cost)}."
+        text += " Send a smaller one, or lower its 'max_tokens'."
     raise APIError(429, text, kind="billing_error", headers=headers)
 
 
