@@ -1615,7 +1615,7 @@ def read_prices(path: Path) -> dict[str, Rates]:
     million tokens, and for one ``web_search``. Raises SettingsError."""
     where, prices = f"--prices: {path}", {}
     try:
-        document = json.loads(path.read_bytes(), parse_float=Decimal)
+        document = json.loads(path.read_bytes())
         if not isinstance(document, dict) or not document:
             raise ValueError("is not an object of models")
         for model, row in document.items():
@@ -4825,32 +4825,32 @@ def at_once(coroutine: Coroutine[Any, Any, Result]) -> asyncio.Task[Result] | No
     return asyncio.get_running_loop().create_task(go_on())
 
 
+@dataclass(eq=False)
 class HandlerDelegate(httputil.HTTPMessageDelegate):
     """Runs a handler's steps as a request comes. Tornado's own takes a task and three futures for
     it; here none is made where nothing waits, and where something does, the connection waits for
     what is returned."""
 
-    def __init__(self, handler: BaseHandler, path: Sequence[bytes] = ()) -> None:
-        self._handler = handler
-        self._path = [part.decode("latin-1") for part in path] if path else ()
+    handler: BaseHandler
+    path: Sequence[str] = ()
 
     def headers_received(
         self, start_line: Any, headers: httputil.HTTPHeaders
     ) -> asyncio.Future[None] | None:
-        return self._run(self._handler.prepare)
+        return self._run(self.handler.prepare)
 
     def data_received(self, chunk: bytes) -> asyncio.Future[None] | None:
-        return self._run(self._handler.data_received, chunk)
+        return self._run(self.handler.data_received, chunk)
 
     def finish(self) -> None:
-        self._run(self._handler.respond, *self._path)
+        self._run(self.handler.respond, *self.path)
 
     def on_connection_close(self) -> None:
-        self._handler.on_connection_close()
+        self.handler.on_connection_close()
 
     def refuse(self, error: Exception) -> None:
         """End the request with an error: it came too slowly, or not to its end."""
-        self._handler.fail(error)
+        self.handler.fail(error)
 
     def _run(self, step: Callable[..., Any], *arguments: Any) -> asyncio.Future[None] | None:
         try:
@@ -4858,18 +4858,18 @@ class HandlerDelegate(httputil.HTTPMessageDelegate):
             if asyncio.iscoroutine(waits):
                 waits = at_once(waits)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is answered
-            self._handler.fail(error)
+            self.handler.fail(error)
             return None
         if isinstance(waits, asyncio.Task):
-            self._handler.step = waits
+            self.handler.step = waits
             waits.add_done_callback(self._ended)
         return cast("asyncio.Future[None] | None", waits)
 
     def _ended(self, step: asyncio.Task[None]) -> None:
-        self._handler.step = None
+        self.handler.step = None
         error = None if step.cancelled() else step.exception()
         if isinstance(error, Exception):
-            self._handler.fail(error)
+            self.handler.fail(error)
 
 
 class GatewayApplication(web.Application):
@@ -4889,7 +4889,8 @@ class GatewayApplication(web.Application):
         self, request: Request, target_class: type[BaseHandler], *_: Any, **found: Any
     ) -> HandlerDelegate:
         """Called by Tornado's router."""
-        return HandlerDelegate(target_class(self, request), found.get("path_args", ()))
+        path = [part.decode("latin-1") for part in found.get("path_args", ())]
+        return HandlerDelegate(target_class(self, request), path)
 
 
 BATCH_LOOK = 60.0  # seconds from the making of a batch to the first look at it
