@@ -4511,7 +4511,7 @@ class Limits(Rule):
         if head.status != 200 or not route.billed or route.batch:
             return ()
         room = functools.partial(visit.gateway.held.find_room, visit.record.hashed)
-        visit.meter = Meter(head.get("content-type"), room=room)
+        visit.meter = Meter(head.values.get("content-type", ("",))[0], room=room)
         return (visit.meter,)
 
     def fields(self, visit: Visit, head: ResponseHead) -> Iterable[tuple[str, str]]:
