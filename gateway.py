@@ -96,7 +96,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn, TypedDict, TypeVar, cast
 
 import tornado
-from tornado import escape, httputil, netutil, web
+from tornado import httputil, netutil, web
 from tornado.httpclient import HTTPClientError, HTTPRequest, HTTPResponse
 from tornado.httpserver import HTTPServer
 from tornado.iostream import StreamClosedError
@@ -1615,7 +1615,7 @@ def read_prices(path: Path) -> dict[str, Rates]:
     million tokens, and for one ``web_search``. Raises SettingsError."""
     where, prices = f"--prices: {path}", {}
     try:
-        document = json.loads(path.read_bytes(), parse_float=Decimal)
+        document = json.loads(path.read_bytes())
         if not isinstance(document, dict) or not document:
             raise ValueError("is not an object of models")
         for model, row in document.items():
@@ -4076,19 +4076,15 @@ BEARER = re.compile(r"bearer[ \t]+(.*)", re.IGNORECASE)
 # Where a caller may show a credential, in the order in which they are looked at (LiteLLM's).
 CREDENTIAL_HEADERS = ("x-litellm-api-key", "authorization", "x-api-key")
 OWN_CREDENTIAL_NAMES = {"authorization": "Authorization", "x-api-key": "x-api-key"}
-REFUSED_KEYS = {"revoked": "blocked", "expired": "expired", "deleted": "deleted"}
 MAX_KEY_STARTS = 50  # of what may be a key, in one text; no client's fields have so many
 OFFERED_CODINGS = ("gzip", "identity")  # of answers that are metered
 
 
 @dataclass(slots=True)
 class Caller:
-    """Who sends a request: the keys he showed and what goes upstream in their place.
-
-    ``key`` is None for the master key and in open mode. ``own`` is a credential of
-    the caller's, as the header (name, value) it came in: then his account pays. ``presented`` is
-    every key of this gateway that he showed; none of them may go upstream in any field.
-    """
+    """Who sends a request: ``key`` is None for the master key and in open mode; ``own`` is a
+    credential of his own, as the header (name, value) it came in, and then his account pays.
+    ``presented`` is every key of this gateway that he showed; none may go upstream anywhere."""
 
     presented: tuple[str, ...] = ()
     key: VirtualKey | None = None
@@ -4097,12 +4093,8 @@ class Caller:
 
 
 def candidates(headers: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
-    """The credentials shown, as (lower-case header name, value without its scheme), empty ones left
-    out.
-
-    ``Authorization`` counts with the Bearer scheme only; the others with or without it, as in
-    LiteLLM.
-    """
+    """The credentials shown, as (lower-case header name, value without its scheme), but for empty
+    ones. ``Authorization`` counts with the Bearer scheme only, others without it too (LiteLLM)."""
     shown = []
     for header in CREDENTIAL_HEADERS:
         for value in headers.get(header, ()):
@@ -4114,12 +4106,9 @@ def candidates(headers: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
 
 
 class Doors:
-    """Says who may come in.
-
-    Open mode (any credential or none is let in) holds where no master key is set and no key was
-    made. It is settled at the start: a gateway that was started closed, and so may listen to the
-    world, never falls open when its last key goes.
-    """
+    """Says who may come in. Open mode (any credential or none is let in) holds where no master key
+    is set and no key was made. It is settled at the start: a gateway that was started closed, and
+    so may listen to the world, never falls open when its last key goes."""
 
     def __init__(self, settings: Settings, ledger: FileLedger) -> None:
         self._ledger = ledger
@@ -4174,7 +4163,7 @@ class Doors:
             elif found := await self._ledger.find_hash(hashed):
                 key, status = found
                 if status != "active":
-                    refused = refused or REFUSED_KEYS[status]
+                    refused = refused or ("blocked" if status == "revoked" else status)
                 elif caller.key is None and not caller.is_master:
                     caller.key = key
             else:
@@ -4222,14 +4211,12 @@ UNREAD = Order()  # until the body is here
 
 @dataclass(slots=True)
 class Visit:
-    """A relayed request on its way through the rules, and what they found out about it.
-
-    ``target`` is the raw one behind the upstream's base path, ``path`` what rules look at,
-    ``length`` the body's: bytes or CHUNKED. ``lines`` are the field lines that go up, with
-    ``credential`` as (name, value). ``order`` is what it asks for, ``hold`` what it holds for that,
-    ``meter`` reads what it used, ``results`` what a batch did. ``began``: all of it went up.
-    ``payer`` is the key that pays; None where the caller does, or nobody counts.
-    """
+    """A relayed request on its way through the rules, and what they found out about it. ``target``
+    is the raw one behind the upstream's base path, ``path`` what rules look at, ``length`` the
+    body's: bytes or CHUNKED. ``lines`` are the field lines that go up, with ``credential`` as
+    (name, value). ``order`` is what it asks for, ``hold`` what it holds for that, ``meter`` reads
+    what it used, ``results`` what a batch did. ``began``: all of it went up. ``payer`` is the key
+    that pays; None where the caller does, or nobody counts."""
 
     gateway: Gateway
     head: RequestHead
@@ -4273,10 +4260,8 @@ class Kept:
 
 
 class Rule:
-    """One thing that a request may not do, or that is done to it on its way.
-
-    Each step may stay as it is; `head` and `body` may raise APIError, which is the answer then.
-    """
+    """One thing that a request may not do, or that is done to it on its way. Each step may stay as
+    it is; `head` and `body` may raise APIError, which is the answer then."""
 
     async def head(self, visit: Visit) -> None:
         """Judge by the head, before any of the body is read. One that sets ``visit.reads_body``
@@ -4298,8 +4283,7 @@ class Rule:
 
 
 class Rules:
-    """The rules that requests pass, in their order; each step has those that have something to
-    do."""
+    """The rules that requests pass, in their order; each step has those that do something."""
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         def having(step: str) -> tuple[Callable[..., Any], ...]:
@@ -4318,7 +4302,7 @@ class Credentials(Rule):
         gateway, head, record = visit.gateway, visit.head, visit.record
         if gateway.doors.started_open:
             gateway.doors.refuse_foreign(head)
-        elif not visit.length and head.method == "OPTIONS" and is_preflight(head):
+        elif head.method == "OPTIONS" and not visit.length and is_preflight(head):
             return
         visit.caller = caller = await gateway.doors.authenticate(head.values)
         if caller.key is not None:
@@ -4330,9 +4314,7 @@ class Credentials(Rule):
         visit.credential = caller.own or gateway.credential
         if visit.credential is None:
             text = "The gateway has no Anthropic credential to use. Whoever runs it must set"
-            raise APIError(
-                401, f"{text} ANTHROPIC_API_KEY or ANTHROPIC_AUTH_TOKEN, and restart it."
-            )
+            raise APIError(401, f"{text} ANTHROPIC_API_KEY or ANTHROPIC_AUTH_TOKEN.")
         secret = gateway.secret
         if caller.own is None and len(secret) >= MIN_SECRET_LENGTH:
             visit.mask = Mask(secret, gateway.secret_bytes)
@@ -4352,10 +4334,8 @@ def is_preflight(head: RequestHead) -> bool:
 
 
 class Routes(Rule):
-    """Which paths a key may call, and how large a body may be.
-
-    ``allowed_routes`` are patterns with ``*``, written with or without ``/anthropic`` before them.
-    """
+    """Which paths a key may call (``allowed_routes``, with or without ``/anthropic`` before them),
+    and how large a body may be."""
 
     async def head(self, visit: Visit) -> None:
         if visit.length > (limit := visit.gateway.settings.max_body_size):
@@ -4448,12 +4428,10 @@ class Fields(Rule):
 
 
 class Limits(Rule):
-    """How much a key may use: requests and tokens a minute, requests at a time, USD.
-
-    A budget is passed by one answer at most: while a request is under way its worst case is held,
-    and it is let in only while what is spent and held is below the budget. So far from the edge
-    nothing waits, and near it a key works one request at a time.
-    """
+    """How much a key may use: requests and tokens a minute, requests at a time, USD. A budget is
+    passed by one answer at most: while a request is under way its worst case is held, and it is let
+    in only while what is spent and held is below the budget. So far from the edge nothing waits,
+    and near it a key works one request at a time."""
 
     async def head(self, visit: Visit) -> None:
         key, payer, route = visit.caller.key, visit.payer, visit.route
@@ -4462,9 +4440,7 @@ class Limits(Rule):
             has_budget = payer and (payer.max_budget is not None or payer.model_max_budget)
             pays = bool(has_budget) and not route.free
             if pays and not visit.gateway.prices.available:
-                text = (
-                    "This key has a budget, and the gateway does not know what tokens cost. Whoever"
-                )
+                text = "This key has a budget, and it is not known here what tokens cost. Whoever"
                 raise APIError(503, f"{text} runs it must install genai-prices, or set --prices.")
             await visit.gateway.ledger.admit(hold, pays=pays, shares=route.billed)
             if has_budget and route.billed and not route.unread:
@@ -4490,7 +4466,7 @@ class Limits(Rule):
         if head.status != 200 or not route.billed or route.batch:
             return ()
         room = functools.partial(visit.gateway.held.find_room, visit.record.hashed)
-        visit.meter = Meter(head.get("content-type"), room=room)
+        visit.meter = Meter(head.values.get("content-type", ("",))[0], room=room)
         return (visit.meter,)
 
     def fields(self, visit: Visit, head: ResponseHead) -> Iterable[tuple[str, str]]:
@@ -4546,8 +4522,7 @@ class Limits(Rule):
             # One that may have been made, though nobody knows its name, costs what is held for it.
             made = answer is None or answer.status < 300
             return Measured(blind=True) if made and hold is not None and hold.amounts else None
-        # Whoever leaves before the head pays what was under way; without a head no stream has
-        # begun.
+        # Whoever leaves before the head pays what was under way; without it no stream has begun.
         if answer is not None or outcome not in ("client_gone", "timeout"):
             return None
         if visit.order.streams:
@@ -4618,11 +4593,9 @@ TRY_SOON = (("retry-after", "1"),)
 
 
 def rule_path(target: str) -> str:
-    """The path that rules look at: without query, decoded, repeated slashes as one.
-
-    Raises APIError 400 for dot segments, raw or encoded once or twice, with the separators and
-    parameters under which some server would resolve them.
-    """
+    """The path that rules look at: without query, decoded, repeated slashes as one. Raises APIError
+    400 for dot segments, raw or encoded once or twice, with the separators and parameters under
+    which some server would resolve them."""
     path = target.partition("?")[0]
     if not UNUSUAL_PATH.search(path):
         return path
@@ -4698,22 +4671,12 @@ class Request(httputil.HTTPServerRequest):
             headers.add(each.name, each.values[0])
         return headers
 
-    @functools.cached_property
-    def arguments(self) -> dict[str, list[bytes]]:  # type: ignore[override]
-        return escape.parse_qs_bytes(self.query, keep_blank_values=True)
-
-    @property
-    def query_arguments(self) -> dict[str, list[bytes]]:  # type: ignore[override]
-        return self.arguments
-
 
 class BaseHandler(web.RequestHandler):
-    """Answers in JSON, errors in Anthropic's envelope, and logs no query (keys stand there).
-
-    A `HandlerDelegate` calls `prepare`, `data_received` and `respond`; each may return what is to
-    be awaited, which then is `step`, and may raise APIError. A body is kept only where
-    ``keeps_body``: of those whom `prepare` lets in.
-    """
+    """Answers in JSON, errors in Anthropic's envelope, and logs no query (keys stand there). A
+    `HandlerDelegate` calls `prepare`, `data_received` and `respond`; each may return what is to be
+    awaited, which then is `step`, and may raise APIError. A body is kept only where ``keeps_body``:
+    of those whom `prepare` lets in."""
 
     request: Request
     gateway: Gateway
@@ -4757,7 +4720,7 @@ class BaseHandler(web.RequestHandler):
 
     def query(self, name: str, kind: Kind = TEXT, default: Any = "") -> Any:
         """A parameter of the query; an empty one is the default. Raises APIError 400."""
-        text = self.get_query_argument(name, "")
+        text = urllib.parse.parse_qs(self.request.query).get(name, [""])[-1].strip()
         return kind.parse(name, text) if text else default
 
     def send_json(self, value: object) -> None:
@@ -4785,16 +4748,11 @@ class BaseHandler(web.RequestHandler):
                 return error
             case UpstreamError():
                 return APIError(error.status, str(error))
-            case httputil.HTTPInputError():
-                return APIError(400, f"Malformed request: {error}.")
             case web.HTTPError(status_code=404):
                 text = f"Nothing is served at {path}. Anthropic's API is at /anthropic/v1/"
                 return APIError(404, text)
             case web.HTTPError(status_code=405):
                 return APIError(405, f"{path} does not take {method}.")
-            case web.HTTPError(status_code=status):
-                phrase = http.client.responses.get(status, "Unknown")
-                return APIError(status if status in ERROR_TYPES else 400, phrase)
         log.error("call %s failed", self.call_id, exc_info=error)
         return APIError(500, FAILED_HERE)
 
@@ -4822,32 +4780,32 @@ def at_once(coroutine: Coroutine[Any, Any, Result]) -> asyncio.Task[Result] | No
     return asyncio.get_running_loop().create_task(go_on())
 
 
+@dataclass(eq=False)
 class HandlerDelegate(httputil.HTTPMessageDelegate):
     """Runs a handler's steps as a request comes. Tornado's own takes a task and three futures for
     it; here none is made where nothing waits, and where something does, the connection waits for
     what is returned."""
 
-    def __init__(self, handler: BaseHandler, path: Sequence[bytes] = ()) -> None:
-        self._handler = handler
-        self._path = [part.decode("latin-1") for part in path] if path else ()
+    handler: BaseHandler
+    path: Sequence[str] = ()
 
     def headers_received(
         self, start_line: Any, headers: httputil.HTTPHeaders
     ) -> asyncio.Future[None] | None:
-        return self._run(self._handler.prepare)
+        return self._run(self.handler.prepare)
 
     def data_received(self, chunk: bytes) -> asyncio.Future[None] | None:
-        return self._run(self._handler.data_received, chunk)
+        return self._run(self.handler.data_received, chunk)
 
     def finish(self) -> None:
-        self._run(self._handler.respond, *self._path)
+        self._run(self.handler.respond, *self.path)
 
     def on_connection_close(self) -> None:
-        self._handler.on_connection_close()
+        self.handler.on_connection_close()
 
     def refuse(self, error: Exception) -> None:
         """End the request with an error: it came too slowly, or not to its end."""
-        self._handler.fail(error)
+        self.handler.fail(error)
 
     def _run(self, step: Callable[..., Any], *arguments: Any) -> asyncio.Future[None] | None:
         try:
@@ -4855,18 +4813,18 @@ class HandlerDelegate(httputil.HTTPMessageDelegate):
             if asyncio.iscoroutine(waits):
                 waits = at_once(waits)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is answered
-            self._handler.fail(error)
+            self.handler.fail(error)
             return None
         if isinstance(waits, asyncio.Task):
-            self._handler.step = waits
+            self.handler.step = waits
             waits.add_done_callback(self._ended)
         return cast("asyncio.Future[None] | None", waits)
 
     def _ended(self, step: asyncio.Task[None]) -> None:
-        self._handler.step = None
+        self.handler.step = None
         error = None if step.cancelled() else step.exception()
         if isinstance(error, Exception):
-            self._handler.fail(error)
+            self.handler.fail(error)
 
 
 class GatewayApplication(web.Application):
@@ -4883,16 +4841,11 @@ class GatewayApplication(web.Application):
         return cast(HandlerDelegate, self.find_handler(request))
 
     def get_handler_delegate(  # type: ignore[override]
-        self,
-        request: Request,
-        target_class: type[BaseHandler],
-        target_kwargs: dict[str, Any] | None = None,
-        path_args: list[bytes] | None = None,
-        path_kwargs: dict[str, bytes] | None = None,
-    ) -> httputil.HTTPMessageDelegate:
+        self, request: Request, target_class: type[BaseHandler], *_: Any, **found: Any
+    ) -> HandlerDelegate:
         """Called by Tornado's router."""
-        handler = target_class(self, request, **(target_kwargs or {}))
-        return HandlerDelegate(handler, path_args or ())
+        path = [part.decode("latin-1") for part in found.get("path_args", ())]
+        return HandlerDelegate(target_class(self, request), path)
 
 
 BATCH_LOOK = 60.0  # seconds from the making of a batch to the first look at it
@@ -4968,22 +4921,15 @@ class BatchKeeper:
 
     async def _read_results(self, name: str, path: str) -> bool:
         """Book every line of a batch's results; whether that were all."""
-        meter = Meter("", functools.partial(self.book_result, name))
-        status = ""
-
-        def head(line: str) -> None:
-            nonlocal status
-            if line.startswith("HTTP/"):
-                status = line.split(" ")[1]
+        meter, head = Meter("", functools.partial(self.book_result, name)), list[str]()
 
         async def look(data: bytes) -> None:
-            if status == "200":
+            if head[0].split(" ")[1] == "200":
                 meter.feed(data)
             await asyncio.sleep(0)  # Tornado reads on at once for as long as there is something
 
-        results = await self._get(
-            path, BATCH_RESULTS_TIMEOUT, header_callback=head, streaming_callback=look
-        )
+        callbacks = {"header_callback": head.append, "streaming_callback": look}
+        results = await self._get(path, BATCH_RESULTS_TIMEOUT, **callbacks)
         meter.finish(True)
         if results.code in GONE:
             self._ledger.finish_batch(name, lost=True)
@@ -5054,11 +5000,8 @@ class Gateway:
 @web.stream_request_body
 class RelayHandler(BaseHandler):
     """Anthropic's API, any method, any path: judged by its head, then by its body, sent on with the
-    real key, and streamed back.
-
-    The way of a request: `prepare` → `data_received`… → `post` → `fetch` → `on_head` → `on_chunk`….
-    Every way out passes `settle` once.
-    """
+    real key, and streamed back. The way of a request: `prepare` → `data_received`… → `post` →
+    `fetch` → `on_head` → `on_chunk`…. Every way out passes `settle` once."""
 
     _visit: Visit
     _kept: list[bytes] | None = None  # of its body
@@ -5100,13 +5043,11 @@ class RelayHandler(BaseHandler):
         keeps = visit.reads_body or visit.route.billed or is_json(head.get("content-type"))
         if visit.length > JSON_BODY_LIMIT:
             self._go_unread(visit.length)
-            keeps = False
-        if visit.length == 0 or keeps:
-            if visit.length > 0:
-                self._hold(visit.length)
+        elif keeps or visit.length == 0:
+            self._hold(max(0, visit.length))
             self._kept = []
-        else:
-            self._stream(visit.length)
+            return
+        self._stream(visit.length)
 
     def data_received(self, chunk: bytes) -> asyncio.Future[None] | None:
         """Keep a part of the body, or send it on as soon as the upstream takes it."""
@@ -5339,9 +5280,7 @@ class RelayHandler(BaseHandler):
         """The body, of ``size`` bytes at least, is too large to be kept. Raises APIError where it
         must be read."""
         if self._visit.reads_body:
-            text = (
-                "This key is limited to some models or to a budget, so its requests are read, and"
-            )
+            text = "This key is limited to some models or to a budget: its requests are read, and"
             raise APIError(413, f"{text} may be {JSON_BODY_LIMIT:,} bytes long.")
         self._visit.order = Order(prompt=tokens_in(size))
         self._kept = None

@@ -1233,7 +1233,7 @@ def compare(chaos: Chaos, memory_margin: float) -> None:
     for (_, objects, used), (when, *then) in itertools.pairwise(chaos.marks):
         if then[0] > objects * (1 + OBJECTS_MARGIN):
             chaos.counts[f"FAILED: objects have grown by {when}"] += 1
-        if then[1] > used * (1 + memory_margin):
+        if then[1] > used * (1 + memory_margin) + SLACK:
             chaos.counts[f"FAILED: memory has grown by {when}"] += 1
 
 
