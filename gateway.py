@@ -1716,9 +1716,7 @@ class KeysFile:
         lines. Raises SettingsError, and OSError where none can be made."""
         while True:
             try:
-                while self._lock < 0 or not os.path.samestat(
-                    os.stat(self.path), os.fstat(self._lock)
-                ):
+                while self._lock < 0 or not os.path.samefile(self.path, self._lock):
                     self.close()
                     self._lock = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
                     fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1796,7 +1794,7 @@ class FileLedger:
         self.batches: dict[str, Account] = {}  # whose they are
         self.last_error = ""
         self._lines: dict[str, bytes] = {}
-        self._retired: dict[str, str] = {}
+        self._retired: dict[str, str] = {}  # and what is no more, which the record tells
         # What the file lacks: keys that were used, and what changed, as it was before.
         self._touched: set[str] = set()
         self._undo: dict[str, VirtualKey | None] = {}
@@ -1818,7 +1816,7 @@ class FileLedger:
     def lookup(self, hashed: str) -> tuple[VirtualKey, str] | None:
         """What `find_hash` finds, at once."""
         record = self.keys.get(hashed) or self.keys.get(self._retired.get(hashed, ""))
-        if record is None:
+        if record is None or hashed not in (record.account.hashed, *record.retired):
             return None
         over = record.account.hashed != hashed and now() >= record.retired[hashed]
         return record, "expired" if over else record.status(now())
@@ -1988,22 +1986,18 @@ class FileLedger:
 
     async def reset_spend(self, hashed: str, amount: Decimal) -> None:
         """Set what a key has spent in its present window, as `change` does."""
-        record = self.keys[hashed]
-        difference, window = amount - record.spent(now()), record.account.windows[ALL_MODELS]
-        window.spend += difference
+        record, window = self.keys[hashed], self.keys[hashed].account.windows[ALL_MODELS]
+        less = record.spent(now()) - amount
+        start, window.spend = window.start, amount
         self._touched.add(hashed)
         try:
             await self.save()
         except APIError:
-            window.spend -= difference
+            window.spend += less if window.start == start else 0
             raise
 
     def _apply(self, changes: Mapping[str, VirtualKey | None]) -> None:
         for hashed, record in changes.items():
-            before = self.keys.get(hashed)
-            for old in before.retired if before else ():
-                if self._retired.get(old) == hashed:  # else it is another key's by now
-                    del self._retired[old]
             if record is None:
                 self.keys.pop(hashed, None)
                 self._lines.pop(hashed, None)
@@ -2028,13 +2022,13 @@ class FileLedger:
             self.batches.pop(name, None)
         return store_line(hashed, record, day_of(moment), oldest)
 
-    # Reading
+    # Reading and writing
 
     async def reload(self) -> None:
         """Read anew what keys may do. Where it raises SettingsError or APIError, all stays."""
         # A change that is being written would be read over; and where the last write failed, the
         # file may have one that was refused, since it was not known to be on disk.
-        while self._is_busy() or (self.last_error and self._file.edit() is None):
+        while self._writing or self._next or (self.last_error and self._file.edit() is None):
             await self.save()
         self._load()
 
@@ -2042,7 +2036,7 @@ class FileLedger:
         """Take in what somebody has edited. Where it does not parse, that is said once, and nothing
         is written until it is mended."""
         edit = self._file.edit()
-        if self._is_busy() or edit in (None, self._noticed):
+        if self._writing or self._next or edit in (None, self._noticed):
             return  # a write looks by itself
         self._noticed = edit
         try:
@@ -2066,8 +2060,6 @@ class FileLedger:
         self._apply(keys)
         self._touched |= known.keys() & keys.keys()
 
-    # Writing
-
     async def save(self) -> None:
         """Make all that was changed before this call durable. Calls that arrive together share one
         write, which outlives them. Raises APIError 503."""
@@ -2085,18 +2077,15 @@ class FileLedger:
     async def close(self) -> None:
         """Save what keys used, and give up the store, once nobody's change is under way."""
         await self._flush()
-        while self._is_busy():
-            await self._flush()
+        while under_way := self._next or self._writing:
+            await asyncio.wait([under_way])
         self._file.close()
 
     async def _flush(self) -> None:
         self.notice_edit()
-        if self._touched or self.last_error or self._is_busy():
+        if self._touched or self.last_error:
             with contextlib.suppress(APIError):  # which was logged; the next call tries it again
                 await self.save()
-
-    def _is_busy(self) -> bool:
-        return self._writing is not None or self._next is not None
 
     async def _write(self, before: asyncio.Task[APIError | None] | None) -> APIError | None:
         """Write all, once the write ``before`` is over; where that fails, this one does: what was

@@ -1745,7 +1745,7 @@ async def test_what_was_used_survives(gw: GW) -> None:
     assert await gw.spent(key) == Decimal("0.056")
 
 
-async def test_a_change_during_a_reload_is_kept(tmp_path: Path) -> None:
+async def test_a_change_during_a_reload_or_the_close_is_kept(tmp_path: Path) -> None:
     async def make(store: gateway.FileLedger, name: str) -> None:
         await store.change({gateway.hash_key(name): gateway.VirtualKey("sk-...test", name)})
 
@@ -1764,7 +1764,13 @@ async def test_a_change_during_a_reload_is_kept(tmp_path: Path) -> None:
         kept = json.loads((tmp_path / f"{early}-{late}.json").read_bytes())["keys"]
         hashes = set(map(gateway.hash_key, ("first", "second")))
         assert hashes == set(kept) == set(store.keys), (early, late)
-        await store.close()
+        store.charge(store.keys[gateway.hash_key("first")].account, [], WHEN)
+        closing = asyncio.create_task(store.close())
+        await ticks(late)
+        await asyncio.gather(closing, make(store, "third"))
+        again = gateway.FileLedger(tmp_path / f"{early}-{late}.json")  # which no other has
+        assert len(again.keys) == 3, (early, late)
+        await again.close()
 
 
 async def test_a_change_that_was_refused_is_nowhere(gw: GW, monkeypatch: Patch) -> None:
