@@ -117,8 +117,7 @@ KIB, MIB = 1024, 1024 * 1024
 ANTHROPIC_API = "https://api.anthropic.com"
 MOCK_UPSTREAM = "mock"
 DEFAULT_PORTS = {"http": 80, "https": 443}
-# Anthropic's limit on a file is 500 MB (api/overview, "Request size limits")
-MAX_BODY_SIZE = 512 * MIB
+MAX_BODY_SIZE = 512 * MIB  # Anthropic's limit on files is 500 MB (api/overview)
 MIN_MASTER_KEY_LENGTH = 16  # below this a key can be guessed
 GOOD_MASTER_KEY = "set GATEWAY_MASTER_KEY to 16 characters or more that nobody can guess"
 SENDABLE = re.compile(r"[\x21-\x7e]*")  # what a header or a URL can carry
@@ -150,12 +149,8 @@ class Settings:
     drain_timeout: float = option(30.0, "seconds that requests get when stopping", least=0)
     max_body_size: int = option(MAX_BODY_SIZE, "largest request body, in bytes", least=1)
     max_connections_per_address: int = option(4096, "connections one address may have", least=1)
-    max_held_bytes: int = option(
-        0, "bytes of bodies held, a quarter for one key; 0 is a quarter of the memory", least=0
-    )
-    prices: Path | None = option(
-        None, "JSON file of model (or pattern) to USD per million tokens, before genai-prices"
-    )
+    max_held_bytes: int = option(0, "bytes of bodies held (a key: 1/4); 0: 1/4 of memory", least=0)
+    prices: Path | None = option(None, "JSON of models' USD a million tokens, before genai-prices")
     usage_days: int = option(90, "days for which usage is kept", least=1)
     recent_requests: int = option(10_000, "requests that /spend/logs remembers", least=1)
     unix_socket: str = option("", "Unix socket, for a proxy on this machine, instead of a port")
@@ -205,19 +200,14 @@ def memory_size() -> int:
     return size
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Where connections go: scheme ``http`` or ``https``, host (no brackets) and port."""
+class Origin(NamedTuple):
+    """Where connections go: scheme ``http`` or ``https``, host (no brackets) and port; and the Host
+    header's value (RFC 9112 section 3.2)."""
 
     scheme: str
     host: str
     port: int
-
-    @property
-    def authority(self) -> str:
-        """The value of the Host header (RFC 9112 section 3.2): no port where it is the usual."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
+    authority: str
 
 
 def parse_upstream(url: str) -> tuple[Origin, str]:
@@ -227,7 +217,7 @@ def parse_upstream(url: str) -> tuple[Origin, str]:
         port = parts.port or DEFAULT_PORTS[parts.scheme]
         more = parts.username is not None or parts.query or parts.fragment
         if parts.hostname and SENDABLE.fullmatch(url) and not more:
-            return Origin(parts.scheme, parts.hostname, port), parts.path.rstrip("/")
+            return Origin(parts.scheme, parts.hostname, port, parts.netloc), parts.path.rstrip("/")
     raise SettingsError("--upstream: neither an http or https URL of a host and a path, nor 'mock'")
 
 
@@ -511,7 +501,7 @@ class Bucket:
         missing = wanted - self.level(moment)
         if missing <= 0:
             return 0.0
-        return missing * 60 / self.limit if self.limit >= wanted else 60.0
+        return missing * 60 / self.limit if 0 < wanted <= self.limit else 60.0
 
 
 @dataclass(slots=True)
@@ -615,16 +605,14 @@ class Account:
 class ModelBudget:
     """A budget for the models that a pattern matches: USD, and the window or None for ever."""
 
-    limit: Decimal
-    duration: str | None = None
+    budget_limit: Decimal
+    time_period: str | None
 
 
 def shown(value: Any, amount: Callable[[Decimal], float | str] = float) -> Any:
     """For `json.dumps`: what answers have for a value that JSON has no type for."""
     if isinstance(value, Decimal):
         return amount(value)
-    if isinstance(value, ModelBudget):
-        return {"budget_limit": value.limit, "time_period": value.duration}
     return iso(value) if isinstance(value, datetime) else dataclasses.asdict(value)
 
 
@@ -632,15 +620,12 @@ written = functools.partial(shown, amount="{:f}".format)  # in the file amounts 
 Value = TypeVar("Value")
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A type of field. ``read`` makes its value of a caller's JSON, ``load`` of the file's, where
-    that is another. Null is ``empty()``. Readers raise whatever Python does for what is not as the
-    ``words`` say."""
+class Kind(NamedTuple):
+    """A type of field. ``read`` makes its value of JSON, and raises whatever Python does for what
+    is not as the ``words`` say. Null is ``empty()``."""
 
     words: str
     read: Callable[[Any], Any]
-    load: Callable[[Any], Any] | None = None
     empty: Callable[[], Any] = lambda: None
 
     def parse(self, name: str, value: Any) -> Any:
@@ -683,58 +668,42 @@ def read_window(value: Any) -> str | None:
     return value or None
 
 
-# What LiteLLM calls what a model's budget has; it takes either name.
-BUDGET_NAMES = {"budget_limit": "limit", "max_budget": "limit"}
-BUDGET_NAMES |= {"time_period": "duration", "budget_duration": "duration"}
+BUDGET_NAMES = {"max_budget": "budget_limit", "budget_duration": "time_period"}  # LiteLLM's too
 
 
 def read_budgets(value: Any, amount: Callable[[Any], Decimal] = read_amount) -> dict[str, Any]:
     """LiteLLM's ``{pattern: {"budget_limit": USD, "time_period": "1d"}}``."""
     budgets = {}
     for pattern, row in value.items():
-        fields = {BUDGET_NAMES[name]: entry for name, entry in row.items()}
+        fields = {BUDGET_NAMES.get(name, name): entry for name, entry in row.items()}
         if len(fields) < len(row):
             raise ValueError
-        duration = read_window(fields.get("duration"))
-        budgets[pattern] = ModelBudget(amount(fields["limit"]), duration)
+        limit, period = amount(fields.pop("budget_limit")), fields.pop("time_period", None)
+        budgets[pattern] = ModelBudget(limit, read_window(period), **fields)  # which has no more
     return budgets
 
 
+load_budgets = functools.partial(read_budgets, amount=read_decimal)
 STRING = functools.partial(exactly, str)
-NAME = Kind("a string", STRING, empty=str)
+NAME = Kind("a string", STRING, str)
 TEXT = Kind("a string", lambda value: STRING(value) or None)
-FLAG = Kind("true or false", functools.partial(exactly, bool), empty=bool)
-OBJECT = Kind("an object", functools.partial(exactly, dict), empty=dict)
-TEXTS = Kind("a list of strings", read_texts, empty=list)
-ROUTES = Kind(
-    "paths that begin with '/', with '*' for any text",
-    functools.partial(read_texts, begin="/"),
-    load=read_texts,
-    empty=list,
-)
+FLAG = Kind("true or false", functools.partial(exactly, bool), bool)
+OBJECT = Kind("an object", functools.partial(exactly, dict), dict)
+TEXTS = Kind("a list of strings", read_texts, list)
+ROUTES = Kind("paths from '/', with '*' for any text", lambda value: read_texts(value, "/"), list)
 LIMIT = Kind("a whole number from 0 up", lambda value: int(read_amount(exactly(int, value))))
-AMOUNT = Kind("a number of USD from 0 up", read_amount, load=read_decimal)
-BUDGETS = Kind(
-    "an object of models, each with 'budget_limit' in USD and 'time_period' like '30d' only",
-    read_budgets,
-    load=functools.partial(read_budgets, amount=read_decimal),
-    empty=dict,
-)
+AMOUNT = Kind("a number of USD from 0 up", read_amount)
+BUDGETS = Kind("{model: {'budget_limit': USD, 'time_period': '30d'}}", read_budgets, dict)
 WINDOW = Kind("a length of time above zero, like '30d'", read_window)
 MOMENT = Kind("a time", from_iso)
-LIFETIME = Kind(
-    "a length of time like '30d' that ends before the year 10000", lambda value: later(now(), value)
-)
-RETIRED = Kind(
-    "hashes with times",
-    lambda value: {old: from_iso(until) for old, until in value.items()},
-    empty=dict,
-)
+LIFETIME = Kind("a length of time like '30d', ending by 9999", lambda value: later(now(), value))
+RETIRED = Kind("times", lambda row: {old: from_iso(end) for old, end in row.items()}, dict)
 
 
-def kept(kind: Kind, *, settable: bool = True, shown: bool = True) -> Any:
-    """A field of a key: whether /key/generate and /key/update set it, and answers show it."""
-    filed = dataclasses.replace(kind, read=kind.load or kind.read)
+def kept(kind: Kind, load: Any = None, *, settable: bool = True, shown: bool = True) -> Any:
+    """A field of a key: what reads it of the file, where that is another reader; whether
+    /key/generate and /key/update set it, and answers show it."""
+    filed = kind._replace(read=load or kind.read)
     marks = {"kept": filed, "settable": settable and kind, "shown": shown and kind}
     return field(default_factory=kind.empty, metadata=marks)
 
@@ -752,15 +721,15 @@ class VirtualKey:
     user_id: str | None = kept(TEXT)
     team_id: str | None = kept(TEXT)
     models: list[str] = kept(TEXTS)
-    allowed_routes: list[str] = kept(ROUTES)
+    allowed_routes: list[str] = kept(ROUTES, read_texts)
     unmetered_routes: bool = kept(FLAG)
     rpm_limit: int | None = kept(LIMIT)
     tpm_limit: int | None = kept(LIMIT)
     max_parallel_requests: int | None = kept(LIMIT)
-    max_budget: Decimal | None = kept(AMOUNT)
-    soft_budget: Decimal | None = kept(AMOUNT)
+    max_budget: Decimal | None = kept(AMOUNT, read_decimal)
+    soft_budget: Decimal | None = kept(AMOUNT, read_decimal)
     budget_duration: str | None = kept(WINDOW)
-    model_max_budget: dict[str, ModelBudget] = kept(BUDGETS)
+    model_max_budget: dict[str, ModelBudget] = kept(BUDGETS, load_budgets)
     metadata: dict[str, Any] = kept(OBJECT)
     tags: list[str] = kept(TEXTS)
     blocked: bool = kept(FLAG)
@@ -791,7 +760,7 @@ class VirtualKey:
 
     def spent(self, moment: datetime, pattern: str = ALL_MODELS) -> Decimal:
         """USD spent in the present window of the key's budget, or of a model's."""
-        duration = self.model_max_budget[pattern].duration if pattern else self.budget_duration
+        duration = self.model_max_budget[pattern].time_period if pattern else self.budget_duration
         window, start = self.account.windows[pattern], window_start(duration, moment)
         return window.spend if window.start == start else window.spent(start)
 
@@ -1718,7 +1687,7 @@ class KeysFile:
             try:
                 while self._lock < 0 or not os.path.samefile(self.path, self._lock):
                     self.close()
-                    self._lock = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+                    self._lock = os.open(self.path, os.O_RDONLY)
                     fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 mark = mark_of(self._lock)  # an edit while it is read is another
                 keys, self._mark = parse_store(self.path.read_bytes(), str(self.path)), mark
@@ -1739,8 +1708,7 @@ class KeysFile:
         """Write, fsync, lock, rename, fsync the folder. Raises OSError; FileExistsError where there
         is another file than was last read or written."""
         temporary = self.path.parent / f".{self.path.name}.{os.getpid()}.tmp"
-        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        descriptor = os.open(temporary, flags, STORE_MODE)
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, STORE_MODE)
         try:
             os.fchmod(descriptor, STORE_MODE)
             with open(descriptor, "wb", closefd=False) as file:
@@ -1924,8 +1892,7 @@ class FileLedger:
             if not (told.isascii() and told.isdigit() and float(told) <= left):
                 wait = math.ceil(bucket.seconds_until(bucket.limit, clock))
                 reset = iso(moment_of(int(time.time()) + wait))
-                fields.append((f"{name}limit", str(bucket.limit)))
-                fields.append((f"{name}remaining", str(left)))
+                fields += [(f"{name}limit", str(bucket.limit)), (f"{name}remaining", str(left))]
                 fields.append((f"{name}reset", reset))
         return fields
 
@@ -2135,7 +2102,7 @@ def check_budget(
     limit, duration, used = key.max_budget, key.budget_duration, key.account.windows[pattern]
     if pattern:
         budget = key.model_max_budget[pattern]
-        limit, duration = budget.limit, budget.duration
+        limit, duration = budget.budget_limit, budget.time_period
     if limit is None:
         return
     start = window_start(duration, moment)
@@ -2153,8 +2120,7 @@ def check_budget(
     if duration is not None:
         end = window(duration, moment)[1]
         resets = f"{duration}; resets {end:%Y-%m-%d %H:%M} UTC"
-        wait = max(1, math.ceil((end - moment).total_seconds()))
-        headers.append(("retry-after", str(wait)))
+        headers.append(("retry-after", f"{(end - moment).total_seconds():.0f}"))
     text = f"{name} reached ({resets}): {told}."
     if spent < limit:
         text = f"{name} ({resets}): {told}, and this batch may cost ${dollars(cost)}."
@@ -5427,7 +5393,7 @@ def key_row(key: VirtualKey, *, full: bool = False) -> dict[str, Any]:
     row: dict[str, Any] = {"token": hashed, "token_id": hashed, "status": key.status(moment)}
     row |= {name: getattr(key, name) for name in SHOWN}
     budgets = key.model_max_budget.items()
-    row["model_max_budget_usage"] = {p: spent(p, budget.duration) for p, budget in budgets}
+    row["model_max_budget_usage"] = {p: spent(p, budget.time_period) for p, budget in budgets}
     row["last_active"] = key.account.last_active
     row |= spent(ALL_MODELS, key.budget_duration) | LITELLM_FIELDS
     if full:
