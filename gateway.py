@@ -295,6 +295,8 @@ EPOCH, FIRST_MONDAY = datetime(1970, 1, 1, tzinfo=UTC), datetime(1970, 1, 5, tzi
 END_OF_TIME = datetime(9999, 12, 31, tzinfo=UTC)
 SNAPPED_DURATIONS = {"7d": "1w", "30d": "1mo"}
 ZERO = Decimal(0)
+MAX_MODELS_A_DAY = 50  # names come from requests; beyond these they are counted together
+OTHER_MODELS, NO_MODEL = "other", "-"  # what stands in logs and sums for them, and for none
 
 
 def now() -> datetime:
@@ -430,27 +432,20 @@ class Tally:
         return cls(**{**record, "spend": read_decimal(record["spend"])})
 
 
-MAX_MODELS_A_DAY = 50  # names come from requests; beyond these they are counted together
-OTHER_MODELS, NO_MODEL = "other", "-"  # what stands in logs and sums for them, and for none
-
-
 class Usage:
     """What a key used, by UTC day (ISO date) and model. Days past are kept as the JSON text that
     they have in the file, so that their number costs nothing."""
 
     def __init__(self, days: Mapping[str, Mapping[str, Any]] | None = None) -> None:
-        self._texts: dict[str, str] = {}
         self._counted: dict[str, dict[str, Tally]] = {}  # the days that are not past
-        for day, models in (days or {}).items():
+        self._texts = {day: json.dumps(models) for day, models in (days or {}).items()}
+        for day in self._texts:  # so that what is wrong is said now
             datetime.fromisoformat(day)
-            self._texts[day] = json.dumps(models)
-            self._read(day)  # so that what is wrong is said now
+            self._read(day)
 
     def of(self, day: str, model: str) -> Tally:
         """The tally of a model on a day, to be counted up."""
-        models = self._counted.get(day)
-        if models is None:
-            models = self._counted[day] = self._read(day)
+        models = self._counted.get(day) or self._counted.setdefault(day, self._read(day))
         if model not in models and len(models) >= MAX_MODELS_A_DAY:
             model = OTHER_MODELS
         return models.get(model) or models.setdefault(model, Tally())
@@ -505,7 +500,7 @@ class Bucket:
 
 
 @dataclass(slots=True)
-class WindowSpend:
+class Window:
     """USD spent in one window of a budget, and held for requests under way (not in the file)."""
 
     start: str = ""
@@ -531,8 +526,10 @@ MIN_KEY_LENGTH, MAX_KEY_LENGTH = 16, 256  # of keys that a caller chooses; LiteL
 # that it is known in a log line that has one.
 CHOSEN_KEY = re.compile(r"sk-(?!ant-)[!#-\[\]-~]{13,253}")
 KEY_LIKE = re.compile(r"sk-[^\s\"\\]{13,}")  # with its prefix 16 characters or more
-WORD_ENDS = re.compile(r'[\s"]')
 SHOWN_LENGTH = 200  # characters of a text that a log line shows
+MAX_LIMIT = 10**12  # of requests and tokens a minute, and of USD
+ALL_MODELS = ""  # in the place of a pattern: the budget that is for all of them
+BUDGET_NAMES = {"max_budget": "budget_limit", "budget_duration": "time_period"}  # LiteLLM's too
 
 
 def hash_key(key: str) -> str:
@@ -558,10 +555,7 @@ def printable(text: str) -> str:
 
 def word(text: str) -> str:
     """A value for a log line of words: in quotes where it could be taken for several."""
-    return json.dumps(text) if WORD_ENDS.search(text) else text
-
-
-ALL_MODELS = ""  # in the place of a pattern: the budget that is for all of them
+    return json.dumps(text) if re.search(r'[\s"]', text) else text
 
 
 @dataclass(slots=True)
@@ -588,9 +582,7 @@ class Account:
     ``buckets`` are its limits a minute of "requests" and "tokens". Of the large bodies that are
     judged, one at a time has the ``turn``."""
 
-    windows: dict[str, WindowSpend] = field(
-        default_factory=lambda: collections.defaultdict(WindowSpend)
-    )
+    windows: dict[str, Window] = field(default_factory=lambda: collections.defaultdict(Window))
     usage: Usage = field(default_factory=Usage)
     batches: dict[str, Batch] = field(default_factory=dict)
     last_active: datetime | None = None
@@ -616,10 +608,6 @@ def shown(value: Any, amount: Callable[[Decimal], float | str] = float) -> Any:
     return iso(value) if isinstance(value, datetime) else dataclasses.asdict(value)
 
 
-written = functools.partial(shown, amount="{:f}".format)  # in the file amounts lose no digit
-Value = TypeVar("Value")
-
-
 class Kind(NamedTuple):
     """A type of field. ``read`` makes its value of JSON, and raises whatever Python does for what
     is not as the ``words`` say. Null is ``empty()``."""
@@ -636,7 +624,7 @@ class Kind(NamedTuple):
             raise APIError(400, f"{name!r} must be {self.words}.") from None
 
 
-def exactly(kind: type[Value], value: Any) -> Value:
+def exactly(kind: type, value: Any) -> Any:
     """A value of this type, and not of one beneath it as true is of int. Raises TypeError."""
     if type(value) is not kind:
         raise TypeError(f"has a {type(value).__name__} where a {kind.__name__} belongs")
@@ -649,9 +637,6 @@ def read_texts(value: Any, begin: str = "") -> list[str]:
     if not all(text.startswith(begin) for text in texts):
         raise ValueError
     return texts
-
-
-MAX_LIMIT = 10**12  # of requests and tokens a minute, and of USD
 
 
 def read_amount(value: Any) -> Decimal:
@@ -668,9 +653,6 @@ def read_window(value: Any) -> str | None:
     return value or None
 
 
-BUDGET_NAMES = {"max_budget": "budget_limit", "budget_duration": "time_period"}  # LiteLLM's too
-
-
 def read_budgets(value: Any, amount: Callable[[Any], Decimal] = read_amount) -> dict[str, Any]:
     """LiteLLM's ``{pattern: {"budget_limit": USD, "time_period": "1d"}}``."""
     budgets = {}
@@ -683,10 +665,9 @@ def read_budgets(value: Any, amount: Callable[[Any], Decimal] = read_amount) -> 
     return budgets
 
 
-load_budgets = functools.partial(read_budgets, amount=read_decimal)
-STRING = functools.partial(exactly, str)
-NAME = Kind("a string", STRING, str)
-TEXT = Kind("a string", lambda value: STRING(value) or None)
+load_budgets = functools.partial(read_budgets, amount=read_decimal)  # as the file has them
+NAME = Kind("a string", functools.partial(exactly, str), str)
+TEXT = Kind("a string", lambda value: exactly(str, value) or None)
 FLAG = Kind("true or false", functools.partial(exactly, bool), bool)
 OBJECT = Kind("an object", functools.partial(exactly, dict), dict)
 TEXTS = Kind("a list of strings", read_texts, list)
@@ -752,10 +733,8 @@ class VirtualKey:
 
     def status(self, moment: datetime) -> str:
         """LiteLLM's word: ``deleted``, ``revoked`` (blocked), ``expired`` or ``active``."""
-        if self.deleted_at:
-            return "deleted"
-        if self.blocked:
-            return "revoked"
+        if self.deleted_at or self.blocked:
+            return "deleted" if self.deleted_at else "revoked"
         return "expired" if self.expires and moment >= self.expires else "active"
 
     def spent(self, moment: datetime, pattern: str = ALL_MODELS) -> Decimal:
@@ -770,8 +749,7 @@ class VirtualKey:
         used, record = self.account, {name: getattr(self, name) for name in KEPT}
         spent = {p: [w.start, w.spend] for p, w in used.windows.items() if w.spend}
         record["spend_window"], record["spend"] = spent.pop(ALL_MODELS, (None, None))
-        record["model_spend"] = spent
-        record |= {"last_active": used.last_active, "batches": used.batches}
+        record |= {"model_spend": spent, "last_active": used.last_active, "batches": used.batches}
         said = {n: value for n, value in record.items() if value or type(value) in (int, Decimal)}
         return {"key_name": self.key_name} | said
 
@@ -787,7 +765,7 @@ class VirtualKey:
         used.last_active = MOMENT.parse("last_active", take("last_active", None))
         spent = {ALL_MODELS: [take("spend_window", ""), take("spend", 0)]}
         for pattern, (start, spend) in (spent | take("model_spend", {})).items():
-            used.windows[pattern] = WindowSpend(exactly(str, start), read_decimal(spend))
+            used.windows[pattern] = Window(exactly(str, start), read_decimal(spend))
         for name, row in take("batches", {}).items():  # version 1.0 wrote ``[day, lines]``
             batch = used.batches[name] = Batch(*row) if isinstance(row, list) else Batch(**row)
             for pattern, amount in batch.held.items():
@@ -1610,6 +1588,16 @@ def read_prices(path: Path) -> dict[str, Rates]:
 
 # ─── Ledger ───────────────────────────────────────────────────────────────────────────────────────
 
+STORE_VERSION, STORE_MODE = 1, 0o600
+HASH = re.compile(r"[0-9a-f]{64}")
+TOMBSTONE_DAYS = 90  # how long a deleted key is told apart from one that never was
+WRITE_SLICE = 1000  # lines joined at a time, so that the writing thread lets the loop breathe
+FLUSH_INTERVAL = 1.0  # seconds between two writes of what relaying changes
+BUDGET_WAIT = 2  # seconds after which a request that a budget has no room for may ask again
+FileMark = tuple[int, ...] | None
+Charges = Sequence[tuple[str, Tally]]  # what was used, by model
+written = functools.partial(shown, amount="{:f}".format)  # in the file amounts lose no digit
+
 
 @dataclass(slots=True)
 class Hold:
@@ -1621,12 +1609,6 @@ class Hold:
     pays: bool = True
     reads_body: bool = False  # that what it may cost is held once the body is read
     amounts: dict[str, Decimal] = field(default_factory=dict)
-
-
-Charges = Sequence[tuple[str, Tally]]  # what was used, by model
-STORE_VERSION, STORE_MODE = 1, 0o600
-HASH = re.compile(r"[0-9a-f]{64}")
-TOMBSTONE_DAYS = 90  # how long a deleted key is told apart from one that never was
 
 
 def store_line(hashed: str, record: VirtualKey, today: str = "", keep_from: str = "") -> bytes:
@@ -1657,10 +1639,6 @@ def parse_store(text: bytes, name: str) -> dict[str, VirtualKey]:
     except Exception as error:  # noqa: BLE001 - whatever Python says of what it cannot read
         raise SettingsError(f"{name}: damaged, {wrong}{error}; mend it or restore a copy") from None
     return keys
-
-
-WRITE_SLICE = 1000  # lines joined at a time, so that the writing thread lets the loop breathe
-FileMark = tuple[int, ...] | None
 
 
 def mark_of(file: Path | int) -> FileMark:
@@ -1745,9 +1723,6 @@ class KeysFile:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
-
-
-FLUSH_INTERVAL = 1.0  # seconds between two writes of what relaying changes
 
 
 class FileLedger:
@@ -1871,8 +1846,7 @@ class FileLedger:
                     key.spent(present, pattern)  # a window that is over ends
                     account.windows[pattern].spend += tally.spend
             if bucket is not None:
-                used = tally.input_tokens + tally.written + tally.output_tokens
-                bucket.draw(used, self._clock())
+                bucket.draw(tally.input_tokens + tally.written + tally.output_tokens, self._clock())
         if soft is not None and (spent := key.spent(present)) >= soft:
             start = window_start(key.budget_duration, present)
             if account.warned_window != start:
@@ -1973,12 +1947,12 @@ class FileLedger:
             self._lines[hashed] = self._line(hashed, record)
             self._retired.update(dict.fromkeys(record.retired, hashed))
             account = record.account
-            account.hashed, clock = hashed, self._clock()
+            account.hashed = hashed
             for kind, limit in (("requests", record.rpm_limit), ("tokens", record.tpm_limit)):
-                bucket = account.buckets.pop(kind, None)
+                bucket = account.buckets.pop(kind, None) or Bucket(0, self._clock())
                 if limit is not None:
-                    account.buckets[kind] = bucket = bucket or Bucket(limit, clock)
                     bucket.limit = limit  # what was drawn stays drawn
+                    account.buckets[kind] = bucket
             self.batches.update(dict.fromkeys(account.batches, account))
 
     def _line(self, hashed: str, record: VirtualKey) -> bytes:
@@ -2088,9 +2062,6 @@ class FileLedger:
             self.last_error, is_odd = message, not isinstance(error, OSError)
             log.error("%s: %s", self._file.path, message, exc_info=is_odd)
         return APIError(503, message)
-
-
-BUDGET_WAIT = 2  # seconds after which a request that a budget has no room for may ask again
 
 
 def check_budget(

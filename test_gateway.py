@@ -882,7 +882,7 @@ def test_buckets_refill_continuously_and_a_clock_set_back_forgives_nothing() -> 
     assert bucket.level(1000.0) == 100
     assert gateway.Bucket(0, 0.0).seconds_until(1, 5.0) == 60
     assert gateway.Bucket(0, 0.0, drawn=5.0).seconds_until(0, 5.0) == 60  # the limit was lowered
-    spent = gateway.WindowSpend("2026-12-01T00:00:00Z", Decimal(5))
+    spent = gateway.Window("2026-12-01T00:00:00Z", Decimal(5))
     months = ("2026-11", "2026-12", "2027-01")  # the last two are new windows
     assert [spent.spent(f"{month}-01T00:00:00Z") for month in months] == [5, 0, 0]
 
