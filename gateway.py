@@ -93,7 +93,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, NoReturn, TypedDict, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, TypedDict, TypeVar, cast
 
 import tornado
 from tornado import httputil, netutil, web
@@ -1611,6 +1611,59 @@ class Hold:
     amounts: dict[str, Decimal] = field(default_factory=dict)
 
 
+class Ledger(Protocol):
+    """The keys and what they used, as another store than a file has them too; nothing else changes
+    a key's account. Where nothing must wait, no task and no future is made."""
+
+    keys: dict[str, VirtualKey]
+
+    async def find_hash(self, hashed: str) -> tuple[VirtualKey, str] | None:
+        """A key and its `VirtualKey.status`; by an old hash too, ``expired`` once the grace of a
+        key that was regenerated is over."""
+
+    async def admit(self, hold: Hold, *, pays: bool, shares: bool) -> None:
+        """Take a slot and one request of the key's rates; where it ``pays``, its budget must have
+        room, beside what others hold where it ``shares`` it. Else raise APIError 429."""
+
+    async def hold(self, hold: Hold, worst: Charges, *, fit: bool) -> None:
+        """Hold what a request may cost of all budgets that it falls under; all of it must ``fit``,
+        or else only a part. Else raise APIError 429 and hold nothing."""
+
+    def book(self, hold: Hold, charges: Charges, *, model: str, failed: bool) -> None:
+        """Give back what a request held, and count it and what it used, once."""
+
+    def charge(self, account: Account, charges: Charges, moment: datetime) -> VirtualKey | None:
+        """Count what an account used; its key's newest record, None where it is gone."""
+
+    def rates(self, key: VirtualKey, theirs: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
+        """anthropic-ratelimit-* of a key's own limits, where they are tighter than ``theirs``."""
+
+    def own_batch(self, account: Account, name: str, hold: Hold | None = None) -> None:
+        """A key made a batch: what is held for it stays until it is booked. One that nobody here
+        made (no hold) belongs to the key that first fetches its results."""
+
+    def batch_line(self, name: str, line: int) -> Account | None:
+        """Whom a line of a batch's results is to be booked to; it is said once."""
+
+    def finish_batch(self, name: str, *, lost: bool = False) -> None:
+        """All results of a batch are booked; where they are ``lost``, what is held for it is."""
+
+    async def change(self, changes: Mapping[str, VirtualKey | None]) -> None:
+        """Put these records (None removes one), as `save` does; what fails is taken back."""
+
+    async def save(self) -> None:
+        """Make all that was changed before this call durable. Raises APIError 503."""
+
+    async def run(self) -> None:
+        """Save once a second what keys used, until cancelled."""
+
+    async def reload(self) -> None:
+        """Read anew what keys may do. Where it raises SettingsError or APIError, all stays."""
+
+    async def close(self) -> None:
+        """Save what keys used, and give up the store."""
+
+
 def store_line(hashed: str, record: VirtualKey, today: str = "", keep_from: str = "") -> bytes:
     """One line of keys.json; usage of days before ``keep_from`` is left out."""
     line = json.dumps(record.to_json(), default=written)
@@ -1725,15 +1778,15 @@ class KeysFile:
             self._lock = -1
 
 
-class FileLedger:
-    """The keys and what they used, in memory and in a `KeysFile`; nothing else changes a key's
-    account. Raises SettingsError where the file cannot be used; it is then left as it is."""
+class FileLedger(Ledger):
+    """The keys in memory and in a `KeysFile`. Raises SettingsError where the file cannot be used;
+    it is then left as it is."""
 
     def __init__(
         self, path: Path, usage_days: int = 90, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._file, self._usage_days, self._clock = KeysFile(path), usage_days, clock
-        self.keys: dict[str, VirtualKey] = {}
+        self.keys = {}
         self.batches: dict[str, Account] = {}  # whose they are
         self.last_error = ""
         self._lines: dict[str, bytes] = {}
@@ -1749,8 +1802,6 @@ class FileLedger:
     # Looking
 
     async def find_hash(self, hashed: str) -> tuple[VirtualKey, str] | None:
-        """A key and its `VirtualKey.status`; by an old hash too, ``expired`` once the grace of a
-        key that was regenerated is over."""
         record = self.keys.get(hashed)
         if record is not None and not (record.deleted_at or record.blocked or record.expires):
             return record, "active"
@@ -1783,8 +1834,6 @@ class FileLedger:
     # What requests use
 
     async def admit(self, hold: Hold, *, pays: bool, shares: bool) -> None:
-        """Take a slot and one request of the key's rates; where it ``pays``, its budget must have
-        room, beside what others hold where it ``shares`` it. Else raise APIError 429."""
         key, clock = cast(VirtualKey, hold.key), self._clock()
         account, most, refused, wait = key.account, key.max_parallel_requests, "", 1.0
         if most is not None and account.running >= most:
@@ -1804,8 +1853,6 @@ class FileLedger:
             account.buckets["requests"].draw(1, clock)
 
     async def hold(self, hold: Hold, worst: Charges, *, fit: bool) -> None:
-        """Hold what a request may cost of all budgets that it falls under; all of it must ``fit``,
-        or else only a part. Else raise APIError 429 and hold nothing."""
         key, amounts = cast(VirtualKey, hold.key), dict[str, Decimal]()
         for pattern in (ALL_MODELS, *key.model_max_budget):
             for name, tally in worst:
@@ -1818,7 +1865,6 @@ class FileLedger:
         hold.amounts = amounts
 
     def book(self, hold: Hold, charges: Charges, *, model: str, failed: bool) -> None:
-        """Give back what a request held, and count it and what it used, once."""
         if hold.key is None:
             return
         account = hold.key.account
@@ -1833,7 +1879,6 @@ class FileLedger:
             self.charge(account, charges, hold.started)
 
     def charge(self, account: Account, charges: Charges, moment: datetime) -> VirtualKey | None:
-        """Count what an account used; its key's newest record, None where it is gone."""
         key = self.keys.get(account.hashed)
         if key is None:
             return None
@@ -1857,8 +1902,6 @@ class FileLedger:
         return key
 
     def rates(self, key: VirtualKey, theirs: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
-        """anthropic-ratelimit-* of a key's own limits, where they are tighter than ``theirs``
-        (platform.claude.com, api/rate-limits, "Response headers": reset in RFC 3339)."""
         fields, clock = [], self._clock()
         for kind, bucket in key.account.buckets.items():
             name, left = f"anthropic-ratelimit-{kind}-", max(0, math.floor(bucket.level(clock)))
@@ -1878,8 +1921,6 @@ class FileLedger:
         return None if batch is None or batch.booked else batch
 
     def own_batch(self, account: Account, name: str, hold: Hold | None = None) -> None:
-        """A key made a batch: what is held for it stays until it is booked. One that nobody here
-        made (no hold) belongs to the key that first fetches its results."""
         if hold is None and name in self.batches:
             return
         self.finish_batch(name)  # an upstream that gives an id twice frees what was held for it
@@ -1890,7 +1931,6 @@ class FileLedger:
         self._touched.add(account.hashed)
 
     def batch_line(self, name: str, line: int) -> Account | None:
-        """Whom a line of a batch's results is to be booked to; it is said once."""
         account = self.batches.get(name)
         if account is None or line <= account.batches[name].lines:
             return None
@@ -1898,7 +1938,6 @@ class FileLedger:
         return account
 
     def finish_batch(self, name: str, *, lost: bool = False) -> None:
-        """All results of a batch are booked; where they are ``lost``, what is held for it is."""
         batch = self.unbooked(name)
         if batch is None:
             return
@@ -1919,7 +1958,6 @@ class FileLedger:
     # Changing
 
     async def change(self, changes: Mapping[str, VirtualKey | None]) -> None:
-        """Put these records (None removes one), as `save` does; what fails is taken back."""
         for hashed in changes:
             self._undo.setdefault(hashed, self.keys.get(hashed))
         self._apply(changes)  # in memory at once
@@ -1966,7 +2004,6 @@ class FileLedger:
     # Reading and writing
 
     async def reload(self) -> None:
-        """Read anew what keys may do. Where it raises SettingsError or APIError, all stays."""
         # A change that is being written would be read over; and where the last write failed, the
         # file may have one that was refused, since it was not known to be on disk.
         while self._writing or self._next or (self.last_error and self._file.edit() is None):
@@ -2002,21 +2039,17 @@ class FileLedger:
         self._touched |= known.keys() & keys.keys()
 
     async def save(self) -> None:
-        """Make all that was changed before this call durable. Calls that arrive together share one
-        write, which outlives them. Raises APIError 503."""
         if self._next is None:
             self._next = asyncio.create_task(self._write(self._writing))
         if failure := await asyncio.shield(self._next):
             raise failure
 
     async def run(self) -> None:
-        """Save once a second what keys used, until cancelled."""
         while True:
             await asyncio.sleep(FLUSH_INTERVAL)
             await self._flush()
 
     async def close(self) -> None:
-        """Save what keys used, and give up the store, once nobody's change is under way."""
         await self._flush()
         while under_way := self._next or self._writing:
             await asyncio.wait([under_way])
@@ -2060,7 +2093,7 @@ class FileLedger:
         is_unread = isinstance(error, FileExistsError) and self._file.edit() != self._noticed
         if message != self.last_error and not is_unread:
             self.last_error, is_odd = message, not isinstance(error, OSError)
-            log.error("%s: %s", self._file.path, message, exc_info=is_odd)
+            log.error(message, exc_info=is_odd)
         return APIError(503, message)
 
 
