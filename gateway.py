@@ -2220,9 +2220,9 @@ def check_budget(
 
 # ─── Wire ─────────────────────────────────────────────────────────────────────────────────────────
 #
-# HTTP/1.1 stands here once, apart from I/O, for both sides of the gateway: requests that arrive and
-# responses that come back are read by the same strict grammar, so that the two sides cannot
-# disagree about where a message ends (RFC 9112 section 11.2, request smuggling).
+# HTTP/1.1 stands here once, apart from I/O: requests that arrive and responses that come back are
+# read by the same strict grammar, so that nobody can make the two sides disagree about where a
+# message ends (RFC 9112 section 11.2, request smuggling).
 
 MAX_HEAD_SIZE = 64 * KIB  # Tornado's default max_header_size
 MAX_FIELDS = 200  # of a head; Apache's limit is 100, Node's 2,000
@@ -2248,16 +2248,13 @@ CHUNK_START = re.compile(rb"([0-9A-Fa-f]{1,16})\r\n")
 LENGTH = re.compile(r"[0-9]{1,18}", re.ASCII)
 BARE_LF = re.compile(rb"(?<!\r)\n")
 # RFC 9110 section 7.6.1, and Proxy-Connection, which old clients send.
-HOP_BY_HOP = {
-    *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection"),
-    *("te", "trailer", "transfer-encoding", "upgrade"),
-}
+HOP_BY_HOP = {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te"}
+HOP_BY_HOP |= {"proxy-connection", "trailer", "transfer-encoding", "upgrade"}
 # Request fields that stay here, beside the hop-by-hop ones. Some servers take the last three for
 # the method, which the rules have looked at already.
-DROPPED_REQUEST_FIELDS = HOP_BY_HOP | {
-    *("host", "content-length", "expect", "cookie", "forwarded", "authorization", "x-api-key"),
-    *("x-http-method", "x-http-method-override", "x-method-override"),
-}
+DROPPED_REQUEST_FIELDS = {"host", "content-length", "expect", "cookie", "forwarded", *HOP_BY_HOP}
+DROPPED_REQUEST_FIELDS |= {"authorization", "x-api-key"}
+DROPPED_REQUEST_FIELDS |= {"x-http-method", "x-http-method-override", "x-method-override"}
 DROPPED_REQUEST_PREFIXES = ("x-litellm-", "x-forwarded-")
 
 
@@ -2271,9 +2268,9 @@ class ProtocolError(Exception):
 
 
 class Field(NamedTuple):
-    """A header field: its name in lower case, its value as all that one field has of it, the name
-    and the line as they came, and whether it goes on to the upstream or to the client, where
-    ``Connection`` does not name it."""
+    """A header field: its name in lower case, its one value, the name and the line as they came,
+    and whether it goes on to the upstream or to the client, where ``Connection`` does not name it.
+    """
 
     lower: str
     values: tuple[str, ...]
@@ -2325,25 +2322,18 @@ class RequestHead(Head):
 
 @dataclass(slots=True)
 class ResponseHead(Head):
-    """A response's head."""
+    """A response's head, ``reason`` as it came."""
 
     status: int
     reason: str
 
 
-# Clients and upstreams send the same lines with every message; those are read once.
-KEPT_HEAD = 4 * KIB  # lines of longer heads are not kept
-
-
 def parse_fields(
     block: str, version: int
 ) -> tuple[int, list[Field], dict[str, tuple[str, ...]], frozenset[str], bool, int | None]:
-    """Read header field lines, with CRLF between them: the members of a `Head`. Raises
-    ProtocolError.
-
-    Lengths go by RFC 9112 section 6, without its leniencies: both, two of a kind, or a coding other
-    than chunked is an error, since two readers could understand it differently.
-    """
+    """Read header field lines, with CRLF between them: the members of a `Head`. Lengths go by RFC
+    9112 section 6, without its leniencies: both, two of a kind, or a coding other than chunked is
+    an error, since two readers could understand it differently. Raises ProtocolError."""
     lines = block.split("\r\n") if block else []
     if len(lines) > MAX_FIELDS:
         raise ProtocolError(f"the head has more than {MAX_FIELDS:,} fields", 431)
@@ -2356,8 +2346,7 @@ def parse_fields(
         values = {name: tuple(every) for name, every in repeated.items()}
     options, keeps_alive, length = NO_OPTIONS, version == 1, None
     if "connection" in values:
-        every = ",".join(values["connection"]).lower().split(",")
-        options = frozenset(map(str.strip, every))
+        options = frozenset(map(str.strip, ",".join(values["connection"]).lower().split(",")))
         keeps_alive = "close" not in options and (version == 1 or "keep-alive" in options)
     if "transfer-encoding" in values:
         codings, length = values["transfer-encoding"], CHUNKED
@@ -2384,6 +2373,9 @@ def parse_field(line: str) -> Field:
     return Field(lower, (value,), name, f"{name}: {value}", not dropped, lower not in HOP_BY_HOP)
 
 
+# Clients and upstreams send the same lines with every message; those of heads that are no longer
+# than this are read once.
+KEPT_HEAD = 4 * KIB
 read_field = functools.lru_cache(maxsize=512)(parse_field)
 
 
@@ -2416,9 +2408,8 @@ def parse_response_head(data: bytes) -> ResponseHead:
 
 
 def end_of_head(data: bytes, seen: int) -> int:
-    """Where the empty line behind a message's head stands, of which the first bytes were ``seen``
-    before; -1 while it is not whole. Raises ProtocolError for one that is too large, or has lines
-    that end otherwise."""
+    """Where the empty line behind a message's head stands, of which so many bytes were ``seen``
+    before; -1 while it is not whole. Raises ProtocolError."""
     start = max(0, seen - 3)
     end = data.find(b"\r\n\r\n", start)
     if 0 <= end <= MAX_HEAD_SIZE:
@@ -2435,11 +2426,9 @@ ChunkLine = enum.Enum("ChunkLine", "SIZE END TRAILER")
 
 
 class Body:
-    """Takes a message body out of the bytes of a connection (RFC 9112 sections 6 and 7.1).
-
+    """Takes a message body out of the bytes of a connection (RFC 9112 sections 6 and 7.1), whose
     ``length`` is a number of bytes, CHUNKED or UNTIL_CLOSE. Chunk extensions and trailers are read
-    and dropped, as section 7.1.1 asks of a recipient that does not know them.
-    """
+    and dropped, as section 7.1.1 asks of a recipient that does not know them."""
 
     __slots__ = ("_left", "_next", "_partial", "_trailers", "complete", "length")
 
@@ -2452,9 +2441,8 @@ class Body:
         self._trailers = 0
 
     def feed(self, data: bytes) -> tuple[bytes, bytes]:
-        """The part of these bytes that is body, and what stands behind it: after the body where
-        that is `complete`, else chunks for which the loop must be asked for another turn. Raises
-        ProtocolError."""
+        """What of these bytes is body, and what stands behind it: after the body where that is
+        `complete`, else chunks that are for another turn of the loop. Raises ProtocolError."""
         if self.complete:
             return b"", data
         if self.length == UNTIL_CLOSE:
@@ -2523,64 +2511,38 @@ def framed(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
 
-class ClientPhase(enum.StrEnum):
-    """Where a client's connection stands."""
-
-    WAITING = "for a request's head"
-    READING = "a request whose answer is not over"
-    ANSWERING = "a request that is read whole"
-    DROPPING = "what is left of a request that was answered"
-    LINGERING = "so that the last answer arrives"
-    GONE = "the client's connection is closed"
-
-
-class UpstreamPhase(enum.StrEnum):
-    """Where a connection to the upstream stands."""
-
-    IDLE = "free for a request"
-    ASKED = "the request goes up, and no head came back"
-    ANSWERED = "the response's head came"
-    SHUT = "the upstream's connection is closed"
-
-
-class RequestPhase(enum.StrEnum):
-    """Where a relayed request stands."""
-
-    JUDGED = "by its head, then by its body"
-    FETCHED = "the upstream is asked"
-    BEGUN = "its answer's head is sent"
-    DESERTED = "the client left, and the answer is awaited all the same"
-    SETTLED = "booked and logged"
-
-
-class Steps(dict[Any, Any]):
-    """The phases that may follow on one, each under itself; any other is a mistake in this file."""
-
-    def __init__(self, *phases: enum.StrEnum) -> None:
-        super().__init__({phase: phase for phase in phases})
-
-    def __missing__(self, phase: object) -> NoReturn:
-        raise AssertionError(f"an impossible step: {phase}")
-
-
+ClientPhase = enum.StrEnum("ClientPhase", "WAITING READING ANSWERING DROPPING LINGERING GONE")
+UpstreamPhase = enum.StrEnum("UpstreamPhase", "IDLE ASKED ANSWERED SHUT")
+RequestPhase = enum.StrEnum("RequestPhase", "JUDGED FETCHED BEGUN DESERTED SETTLED")
 C, U, R = ClientPhase, UpstreamPhase, RequestPhase
-# What may follow what: ``phase = FOLLOWS[phase][next]`` is how one goes on.
-FOLLOWS: dict[str, Steps] = {
-    C.WAITING: Steps(C.READING, C.LINGERING, C.GONE),
-    C.READING: Steps(C.ANSWERING, C.DROPPING, C.LINGERING, C.GONE),
-    C.ANSWERING: Steps(C.WAITING, C.LINGERING, C.GONE),
-    C.DROPPING: Steps(C.WAITING, C.LINGERING, C.GONE),
-    C.LINGERING: Steps(C.GONE),
-    C.GONE: Steps(),
-    U.IDLE: Steps(U.ASKED, U.SHUT),
-    U.ASKED: Steps(U.ANSWERED, U.SHUT),
-    U.ANSWERED: Steps(U.IDLE, U.SHUT),
-    U.SHUT: Steps(),
-    R.JUDGED: Steps(R.FETCHED, R.SETTLED),
-    R.FETCHED: Steps(R.BEGUN, R.DESERTED, R.SETTLED),
-    R.BEGUN: Steps(R.DESERTED, R.SETTLED),
-    R.DESERTED: Steps(R.SETTLED),
-    R.SETTLED: Steps(),
+
+
+def steps(*phases: enum.StrEnum) -> dict[Any, Any]:
+    """The phases that may follow on one, each under itself."""
+    return {phase: phase for phase in phases}
+
+
+# What may follow what: ``phase = FOLLOWS[phase][next]`` is how one goes on. Any other step is a
+# KeyError, and a mistake in this file.
+FOLLOWS: dict[str, dict[Any, Any]] = {
+    # A client's connection
+    C.WAITING: steps(C.READING, C.LINGERING, C.GONE),  # for a request's head
+    C.READING: steps(C.ANSWERING, C.DROPPING, C.LINGERING, C.GONE),  # whose answer is not over
+    C.ANSWERING: steps(C.WAITING, C.LINGERING, C.GONE),  # a request that is read whole
+    C.DROPPING: steps(C.WAITING, C.LINGERING, C.GONE),  # the rest of one that was answered
+    C.LINGERING: steps(C.GONE),  # so that the last answer arrives
+    C.GONE: steps(),
+    # A connection to the upstream
+    U.IDLE: steps(U.ASKED, U.SHUT),
+    U.ASKED: steps(U.ANSWERED, U.SHUT),  # the request goes up, and no head came back
+    U.ANSWERED: steps(U.IDLE, U.SHUT),  # it came
+    U.SHUT: steps(),
+    # A relayed request
+    R.JUDGED: steps(R.FETCHED, R.SETTLED),  # by its head, then by its body
+    R.FETCHED: steps(R.BEGUN, R.DESERTED, R.SETTLED),  # the upstream is asked
+    R.BEGUN: steps(R.DESERTED, R.SETTLED),  # its answer's head is sent
+    R.DESERTED: steps(R.SETTLED),  # the client left, and the answer is awaited all the same
+    R.SETTLED: steps(),  # booked and logged
 }
 
 
