@@ -2443,10 +2443,10 @@ class Body:
     def feed(self, data: bytes) -> tuple[bytes, bytes]:
         """What of these bytes is body, and what stands behind it: after the body where that is
         `complete`, else chunks that are for another turn of the loop. Raises ProtocolError."""
-        if self.complete:
-            return b"", data
         if self.length == UNTIL_CLOSE:
             return data, b""
+        if self.complete:
+            return b"", data
         if self.length != CHUNKED:
             payload, rest = data[: self._left], data[self._left :]
             self._left -= len(payload)
@@ -2548,8 +2548,7 @@ FOLLOWS: dict[str, dict[Any, Any]] = {
 
 # ─── Client ───────────────────────────────────────────────────────────────────────────────────────
 
-# What may wait in a socket's write buffer before its source is held.
-WRITE_HIGH_WATER = 64 * KIB
+WRITE_HIGH_WATER = 64 * KIB  # in a socket's write buffer: its source is held then
 JOINED_BODY = 16 * KIB  # a larger one is not copied behind its head
 MAX_INFORMATIONAL = 10  # 1xx responses before the real one; Tornado's limit
 POOL_IDLE_TIMEOUT = 55.0  # seconds; load balancers commonly drop idle connections after 60
@@ -2561,7 +2560,7 @@ NO_ANSWER = 599  # Tornado's status where there is none
 
 
 class UpstreamError(Exception):
-    """The upstream did not answer as it should. ``status`` is 502, or 504 where it kept silent."""
+    """The upstream did not answer as it should: ``status`` is 502, or 504 where it kept silent."""
 
     def __init__(self, message: str, status: int = 502) -> None:
         super().__init__(message)
@@ -2582,41 +2581,37 @@ FAILURES: Sequence[tuple[type[BaseException], str]] = (
 
 
 def connect_failure(error: BaseException, timeout: float) -> UpstreamError:
-    """Say which way the connection failed, for the operator who reads the message."""
+    """The way in which a connection failed, in words for whoever runs the gateway."""
     if isinstance(error, StreamClosedError):
         error = error.real_error or ConnectionResetError()
     for kind, text in FAILURES:
         if isinstance(error, kind):
-            text = text.format(error=error, timeout=timeout)
-            return UpstreamError(text, 504 if kind is TimeoutError else 502)
+            status = 504 if kind is TimeoutError else 502
+            return UpstreamError(text.format(error=error, timeout=timeout), status)
     log.error("connecting upstream failed", exc_info=error)
     return UpstreamError("The upstream cannot be reached.")
 
 
 class UpstreamRequest(HTTPRequest):
     """What `UpstreamClient.fetch` takes: a request whose ``head`` goes up as it is, and its body,
-    whole as ``data`` or in parts by ``body_producer``. It is never sent again unless it is a GET or
-    HEAD.
+    whole as ``data`` or in parts by ``body_producer``, which is called with `write` and returns a
+    future that is done when the body has ended.
 
     ``header_callback`` gets each `ResponseHead`, 1xx ones too; then ``length`` is the body's
     (bytes, CHUNKED or UNTIL_CLOSE). ``streaming_callback`` gets the part of the body that one read
     brought, empty right after the head, with ``complete`` true at the last; the upstream is not
     read on before what it returns is done. ``error_callback`` gets what went wrong, at once and not
-    a turn of the loop later. ``body_producer`` is called with `write`, and returns a future that is
-    done when the body has ended.
-    """
+    a turn of the loop later."""
 
     body_producer: Callable[..., asyncio.Future[Any]] | None
     client: UpstreamClient
     connection: UpstreamConnection | None = None
-    connecting: asyncio.Task[None] | None = None
-    fetched: asyncio.Future[HTTPResponse] | None = None  # while it is under way
+    connecting: asyncio.Task[None] | None = None  # where none was kept
+    fetched: asyncio.Future[Any] | None = None  # while it is under way
     room: asyncio.Future[None] | None = None  # done when the upstream takes more of the body
-    repeatable = False
     begun = 0.0  # when its head went up
     touched = 0.0  # when something last moved
     held_back = False  # its answer is not read
-    code: int
     length = 0
     complete = False
 
@@ -2632,14 +2627,11 @@ class UpstreamRequest(HTTPRequest):
         body_producer: Callable[..., asyncio.Future[Any]] | None = None,
     ) -> None:
         # Not Tornado's, which makes 27 attributes that say nothing here.
-        self.method = method
-        self.head = head
-        self.data = data
-        self.on_head = header_callback
-        self.on_chunk = streaming_callback
+        self.method, self.head, self.data, self.body_producer = method, head, data, body_producer
+        self.on_head, self.on_chunk = header_callback, streaming_callback
         self.on_error = error_callback
-        self.body_producer = body_producer
         self.sent = body_producer is None  # all of the body is here
+        self.repeatable = method in REPEATABLE and self.sent and not data
 
     def write(self, data: bytes) -> asyncio.Future[None]:
         """Send a part of the body; the future is done when the upstream takes more."""
@@ -2651,7 +2643,7 @@ class UpstreamRequest(HTTPRequest):
         return self.room or self.client.done
 
     def make_room(self) -> None:
-        """The upstream takes more, and all that came until now."""
+        """The upstream takes more."""
         self.touched = self.client.time()
         room, self.room = self.room, None
         if room is not None and not room.done():
@@ -2659,14 +2651,13 @@ class UpstreamRequest(HTTPRequest):
 
     def body_ended(self, ended: asyncio.Future[None]) -> None:
         """What `body_producer` returned is done."""
-        error = None if ended.cancelled() else ended.exception()
-        if error is not None:
+        if not ended.cancelled() and (error := ended.exception()) is not None:
             self.end(cast(Exception, error))
         self.sent = True
 
     def end(self, error: Exception | None) -> None:
-        """It is over, or given up: let go of all that this holds, and of the connection too, unless
-        the answer was whole."""
+        """It is over, or given up: let go of all that this holds, and of the connection, unless the
+        answer was whole."""
         fetched, self.fetched = self.fetched, None
         if fetched is None:
             return
@@ -2678,22 +2669,12 @@ class UpstreamRequest(HTTPRequest):
             self.connecting.cancel()
         if self.room is not None:
             self.make_room()
-        fetched.set_result(UpstreamResponse(self, error))
+        fetched.set_result(None)
         tell = self.on_error
         # No cycle of the caller's and this is left for the garbage collector.
         del self.on_head, self.on_chunk, self.on_error
         if error is not None:
             tell(error)
-
-
-class UpstreamResponse(HTTPResponse):
-    """How an `UpstreamRequest` ended, whose answer went to its callbacks. ``code`` is 599 where it
-    was not whole, and ``error`` says why, unless it was given up."""
-
-    def __init__(self, request: UpstreamRequest, error: Exception | None) -> None:
-        # Not Tornado's, for the same reason.
-        self.request, self.error = request, error
-        self.code = request.code if request.complete else NO_ANSWER
 
 
 class UpstreamConnection(asyncio.Protocol):
@@ -2756,25 +2737,26 @@ class UpstreamConnection(asyncio.Protocol):
     def eof_received(self) -> None:
         """The transport closes, and `connection_lost` follows."""
         request, body = self.request, self._body
-        if request is None or request.held_back or body is None:  # held back, more may be here
-            return
-        if body.length == UNTIL_CLOSE:
+        if request is not None and body is not None and body.length == UNTIL_CLOSE:
             body.complete = True
-            self._receive(request, b"")
+            if not request.held_back:
+                self._receive(request, b"")
 
     def connection_lost(self, error: Exception | None) -> None:
-        """The connection broke, or what it brought is not valid.
-
-        A kept-alive one may have been closed while the request was on its way. Then a GET or HEAD
-        is sent again over a new connection (RFC 9110 section 9.2.2); a POST never twice.
-        """
-        request, self.request = self.request, None
+        """The connection broke, or what it brought is not valid. A kept-alive one may have been
+        closed while the request was on its way: then a GET or HEAD is sent again over a new one
+        (RFC 9110 section 9.2.2), a POST never."""
+        request = self.request
+        if request is not None and request.held_back and request.sent:
+            # Over TLS the end is told with the last bytes: the caller takes first what is here.
+            self.phase = FOLLOWS[self.phase][UpstreamPhase.SHUT]
+            return
         answered = self._body is not None or self._buffer or self._informational
         self.abandon()
         if request is None:
             return
-        if request.repeatable and not answered:
-            request.connection, request.repeatable = None, False
+        if request.repeatable and request.connecting is None and not answered:
+            request.connection = None
             request.connecting = self.client.loop.create_task(self.client.connect(request))
         elif isinstance(error, ProtocolError):
             request.end(UpstreamError(f"The upstream's response is not valid HTTP: {error}."))
@@ -2843,22 +2825,25 @@ class UpstreamConnection(asyncio.Protocol):
         if request is not self.request:
             return
         request.held_back, request.touched = False, self.client.time()
-        if self._buffer:
+        if self._buffer or (self._body is not None and self._body.complete):
             data, self._buffer = self._buffer, b""
             self._receive(request, data)
-        if not request.held_back and self.phase is not UpstreamPhase.SHUT:  # the next needs it too
+        if request.held_back:
+            return
+        if self.phase is UpstreamPhase.SHUT:  # meanwhile
+            self.connection_lost(None)
+        else:  # the next request needs it too
             self.transport.resume_reading()
 
     def _read_head(self, request: UpstreamRequest, data: bytes) -> bytes:
-        """Read the head, 1xx ones before it: then there is a body, and what stands behind the head
-        is returned."""
+        """Read the head, and 1xx ones before it; what stands behind is returned. While it is not
+        whole there is no body."""
         while True:
             data, seen = self._buffer + data, len(self._buffer)
             end = end_of_head(data, seen)
+            self._buffer = data if end < 0 else b""
             if end < 0:
-                self._buffer = data
                 return b""
-            self._buffer = b""
             head, data = parse_response_head(data[:end]), data[end + 4 :]
             if head.status >= 200:
                 break
@@ -2869,24 +2854,20 @@ class UpstreamConnection(asyncio.Protocol):
                 raise ProtocolError("an informational response has no body")
             request.on_head(head)
         self.phase = FOLLOWS[self.phase][UpstreamPhase.ANSWERED]
-        # RFC 9112 section 6.3
-        none = request.method == "HEAD" or head.status in (204, 304)
-        length = 0 if none else UNTIL_CLOSE if head.length is None else head.length
-        request.code, request.length = head.status, length
-        self._body = Body(length)
+        length = UNTIL_CLOSE if head.length is None else head.length
+        if request.method == "HEAD" or head.status in (204, 304):  # RFC 9112 section 6.3
+            length = 0
+        request.length, self._body = length, Body(length)
         self._keep = head.keeps_alive and length != UNTIL_CLOSE
         request.on_head(head)
         return data
 
 
 class UpstreamClient(SimpleAsyncHTTPClient):
-    """Tornado's `AsyncHTTPClient`, for the upstream of these settings. Its `fetch` takes what
-    Tornado's takes, or an `UpstreamRequest`, which is sent as it is over kept-alive connections, as
-    many at once as are asked for; what fails then holds an `UpstreamError`.
-
-    Times are seconds. ``opened`` and ``reused`` count connections: new ones, and requests that went
-    over a kept one. ``idle`` are those that are kept, with the moment since when.
-    """
+    """Tornado's `AsyncHTTPClient`, for the upstream of these settings, whose `fetch` also takes an
+    `UpstreamRequest`: that is sent as it is over kept-alive connections, as many at once as are
+    asked for, and fails with an `UpstreamError`. ``opened`` counts connections, ``reused`` requests
+    that went over a kept one; ``idle`` are those kept, with the moment (seconds) since when."""
 
     def initialize(self, settings: Settings) -> None:  # type: ignore[override]
         """Called by Tornado's constructor, with its keyword arguments."""
@@ -2899,8 +2880,7 @@ class UpstreamClient(SimpleAsyncHTTPClient):
         self.done: asyncio.Future[None] = self.loop.create_future()
         self.done.set_result(None)
         self.requests: set[UpstreamRequest] = set()
-        self.opened = 0
-        self.reused = 0
+        self.opened = self.reused = 0
         self.idle: dict[UpstreamConnection, float] = {}
         self._reached: tuple[Any, float] = None, 0.0
         self._sweep()
@@ -2918,7 +2898,8 @@ class UpstreamClient(SimpleAsyncHTTPClient):
     def fetch(
         self, request: str | HTTPRequest, raise_error: bool = True, **kwargs: Any
     ) -> asyncio.Future[HTTPResponse]:
-        """Send a request, over the connection that was used last or else a new one."""
+        """Send a request, over the connection that was used last or else a new one. What comes of
+        an `UpstreamRequest` goes to its callbacks; its future only says that it is over."""
         if not isinstance(request, UpstreamRequest):
             return super().fetch(request, raise_error, **kwargs)
         request.client = self
@@ -2930,8 +2911,6 @@ class UpstreamClient(SimpleAsyncHTTPClient):
             # loop may not have come to a close that has already arrived.
             if not connection.transport.is_closing() and not connection.readable.poll(0):
                 self.reused += 1
-                if request.method in REPEATABLE and request.sent and not request.data:
-                    request.repeatable = True
                 connection.ask(request)
                 break
             connection.abandon()
@@ -2943,9 +2922,8 @@ class UpstreamClient(SimpleAsyncHTTPClient):
         return fetched
 
     async def get(self, path: str, timeout: float, **callbacks: Any) -> HTTPResponse:
-        """GET a path with the real key, by Tornado's own client, within so many seconds. No
-        redirect is followed, nothing decompressed. Raises UpstreamError where no whole answer
-        comes."""
+        """GET a path with the real key, by Tornado's own client, within so many seconds. Raises
+        UpstreamError where no whole answer comes."""
         settings = self.settings
         headers = {"anthropic-version": ANTHROPIC_VERSION, "Accept-Encoding": "identity"}
         if settings.real_credential:
@@ -2980,6 +2958,8 @@ class UpstreamClient(SimpleAsyncHTTPClient):
         try:
             async with asyncio.timeout(timeout):
                 connection = await self.reach()
+            if connection.transport.is_closing():
+                raise ConnectionResetError
         except Exception as error:  # noqa: BLE001 - whatever it is, the caller must hear
             request.end(connect_failure(error, timeout))
             return
@@ -2987,9 +2967,9 @@ class UpstreamClient(SimpleAsyncHTTPClient):
         connection.ask(request)
 
     async def reach(self) -> UpstreamConnection:
-        """Open a connection to the address that was reached lately, without asking the resolver
-        again; or to the one of both families that Tornado's TCPClient reaches first. asyncio's
-        transport costs less for each read and write than its IOStream."""
+        """Open a connection to the address that was reached lately, or to the one of both families
+        that Tornado's TCPClient reaches first; but not over its IOStream, since asyncio's transport
+        costs less for each read and write."""
         address, until = self._reached
         if self.time() < until:
             try:
@@ -3017,20 +2997,16 @@ class UpstreamClient(SimpleAsyncHTTPClient):
             raise
 
     async def _open(self, **where: Any) -> UpstreamConnection:
-        context = self.ssl_context
-        _, connection = await self.loop.create_connection(
-            lambda: UpstreamConnection(self),
-            ssl=context,
-            server_hostname=self.origin.host if context else None,
+        if self.ssl_context is not None:
+            where |= {"ssl": self.ssl_context, "server_hostname": self.origin.host}
             # uvloop holds an attempt that was given up for as long, by default for a minute.
-            ssl_handshake_timeout=self.settings.connect_timeout if context else None,
-            **where,
-        )
-        return connection
+            where["ssl_handshake_timeout"] = self.settings.connect_timeout
+        connect = functools.partial(UpstreamConnection, self)
+        return (await self.loop.create_connection(connect, **where))[1]
 
     def _sweep(self) -> None:
-        """Close what was idle for long, and give up requests of which nothing has moved. A caller
-        who is slow to send is not the upstream's silence."""
+        """Close what was idle for long, and give up requests of which nothing has moved: but a
+        caller who is slow to send is not the upstream's silence."""
         moment, limit = self.time(), self.settings.idle_timeout
         for request in list(self.requests):
             if request.connection is None or moment - request.touched < limit:
