@@ -2268,9 +2268,8 @@ class ProtocolError(Exception):
 
 
 class Field(NamedTuple):
-    """A header field: its name in lower case, its one value, the name and the line as they came,
-    and whether it goes on to the upstream or to the client, where ``Connection`` does not name it.
-    """
+    """A header field: its name in lower case, its one value, the name and the line as they came;
+    and whether it goes on, up and down, where ``Connection`` does not name it."""
 
     lower: str
     values: tuple[str, ...]
@@ -2436,9 +2435,7 @@ class Body:
         self.length = length
         self.complete = length == 0
         self._left = max(length, 0)  # of the body, or of a chunk
-        self._next = ChunkLine.SIZE
-        self._partial = b""
-        self._trailers = 0
+        self._next, self._partial, self._trailers = ChunkLine.SIZE, b"", 0
 
     def feed(self, data: bytes) -> tuple[bytes, bytes]:
         """What of these bytes is body, and what stands behind it: after the body where that is
@@ -2559,12 +2556,11 @@ REPEATABLE = ("GET", "HEAD")  # sent again where a kept-alive connection had clo
 NO_ANSWER = 599  # Tornado's status where there is none
 
 
-class UpstreamError(Exception):
+class UpstreamError(APIError):
     """The upstream did not answer as it should: ``status`` is 502, or 504 where it kept silent."""
 
     def __init__(self, message: str, status: int = 502) -> None:
-        super().__init__(message)
-        self.status = status
+        super().__init__(status, message)
 
 
 # The ways in which a connection fails, special ones first, and what is said of each.
@@ -2776,15 +2772,12 @@ class UpstreamConnection(asyncio.Protocol):
 
     def _receive(self, request: UpstreamRequest, data: bytes) -> None:
         """Hand on what came, and hold back what follows until the caller has taken it."""
-        payload = rest = b""
         try:
             if self._body is None:
                 data = self._read_head(request, data)
-            body = self._body
-            if body is None:
+            if (body := self._body) is None:
                 return
-            if data:
-                payload, rest = body.feed(data)
+            payload, rest = body.feed(data)
             if request is not self.request:  # its caller has given it up
                 return
             request.complete = complete = body.complete
@@ -2921,27 +2914,20 @@ class UpstreamClient(SimpleAsyncHTTPClient):
             request.body_producer(request.write).add_done_callback(request.body_ended)
         return fetched
 
-    async def get(self, path: str, timeout: float, **callbacks: Any) -> HTTPResponse:
+    async def get(self, path: str, timeout: float, **options: Any) -> HTTPResponse:
         """GET a path with the real key, by Tornado's own client, within so many seconds. Raises
         UpstreamError where no whole answer comes."""
-        settings = self.settings
+        settings, limit = self.settings, self.settings.connect_timeout
         headers = {"anthropic-version": ANTHROPIC_VERSION, "Accept-Encoding": "identity"}
         if settings.real_credential:
             headers |= [settings.real_credential]
-        request = HTTPRequest(
-            settings.upstream.rstrip("/") + path,
-            headers=headers,
-            connect_timeout=settings.connect_timeout,
-            request_timeout=timeout,
-            follow_redirects=False,
-            decompress_response=False,
-            ssl_options=self.ssl_context,
-            **callbacks,
-        )
+        options |= {"headers": headers, "connect_timeout": limit, "request_timeout": timeout}
+        options |= {"follow_redirects": False, "decompress_response": False}
         try:
-            return await self.fetch(request, raise_error=False)
+            url, options["ssl_options"] = settings.upstream.rstrip("/") + path, self.ssl_context
+            return await self.fetch(url, raise_error=False, **options)
         except Exception as error:  # noqa: BLE001 - Tornado's own, the system's, or OpenSSL's
-            raise connect_failure(error, settings.connect_timeout) from None
+            raise connect_failure(error, limit) from None
 
     def close(self) -> None:
         """Close every connection; requests under way hear of no error."""
@@ -2982,11 +2968,8 @@ class UpstreamClient(SimpleAsyncHTTPClient):
         stream = await self.tcp_client.connect(self.origin.host, self.origin.port)
         if stream.closed():
             raise ConnectionResetError
-        try:
+        with contextlib.closing(stream):
             connected = stream.socket.dup()
-        finally:
-            stream.close()
-        connected.setblocking(False)
         try:
             self._reached = connected.getpeername(), self.time() + ADDRESS_TTL
             return await self._open(sock=connected)
@@ -3886,10 +3869,8 @@ NO_KEY = "-"  # what stands in logs and sums for none
 MASTER_NAME = "master"
 MAX_LABELS = 1000  # keys, and keys with their models, that /metrics tells apart
 # Seconds; LiteLLM's buckets of its latency metrics.
-LATENCY_BUCKETS = (
-    *(0.0005, 0.001, 0.0025, 0.005, 0.0125, 0.025, 0.05, 0.1, 0.25, 0.5),
-    *(1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0),
-)
+LATENCY_BUCKETS = [0.0005, 0.001, 0.0025, 0.005, 0.0125, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0]
+LATENCY_BUCKETS += [2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0]
 TIMINGS = ("total", "first_byte", "upstream", "overhead")
 # Most lines have the same words.
 shown_word = functools.lru_cache(maxsize=1024)(word)
@@ -3899,25 +3880,22 @@ shown_dollars = functools.lru_cache(maxsize=1024)(dollars)
 @dataclass(slots=True)
 class Record:
     """What is remembered, counted and logged of a relayed request; it is filled in as that passes.
-    ``shown_key`` is the key's alias, or its abbreviated name; MASTER_NAME, or NO_KEY for none.
-    ``request_id`` is Anthropic's; ``session`` and ``agent`` are Claude Code's. Moments of a clock
-    that does not jump, in seconds, 0 where there was none: ``arrived``, ``whole`` (its body was
-    here), ``asked`` (its head went up), ``answered`` (a head came back), ``first`` (the first byte
-    went to the client) and ``over``. Sizes are bytes of bodies."""
+    Moments are of a clock that does not jump, in seconds, 0 where there was none; sizes are bytes
+    of bodies."""
 
     call_id: str
     method: str
     remote_ip: str
     arrived: float
     started: datetime
-    whole: float = 0.0
-    asked: float = 0.0
-    answered: float = 0.0
-    first: float = 0.0
+    whole: float = 0.0  # its body was here
+    asked: float = 0.0  # its head went up
+    answered: float = 0.0  # a head came back
+    first: float = 0.0  # the first byte went to the client
     over: float = 0.0
     hashed: str = ""
     key: VirtualKey | None = None
-    shown_key: str = NO_KEY
+    shown_key: str = NO_KEY  # its alias or abbreviated name, or MASTER_NAME
     path: str = ""
     status: int = 0
     outcome: str = ""
@@ -3925,9 +3903,9 @@ class Record:
     tally: Tally = field(default_factory=Tally)
     estimated: bool = False
     tags: Sequence[str] = ()
-    session: str = ""
+    session: str = ""  # Claude Code's
     agent: str = ""
-    request_id: str = ""
+    request_id: str = ""  # Anthropic's
     bytes_in: int = 0
     bytes_out: int = 0
 
@@ -4003,13 +3981,14 @@ class Histogram:
 class Traffic:
     """What passed since the start: requests by (key, model, status, outcome), what was ``used`` by
     (key, model), and for a model a Histogram for each of TIMINGS. Beyond MAX_LABELS pairs of key
-    and model, and MAX_MODELS_A_DAY models, all are counted as one, so that they do not grow without
-    end."""
+    and model, and MAX_MODELS_A_DAY models, all are counted as one."""
 
     def __init__(self) -> None:
         self.requests: collections.Counter[tuple[str, str, int, str]] = collections.Counter()
-        self.used: dict[tuple[str, str], Tally] = {}
-        self.timings: dict[str, tuple[Histogram, ...]] = {}
+        self.used = collections.defaultdict[tuple[str, str], Tally](Tally)
+        self.timings = collections.defaultdict[str, list[Histogram]](
+            lambda: [Histogram() for _ in TIMINGS]
+        )
         self.last_success: datetime | None = None  # of the upstream, as requests met it
         self.last_failure: datetime | None = None
         self.last_error = ""
@@ -4025,8 +4004,6 @@ class Traffic:
         self.requests[key, model, record.status, record.outcome] += 1
         if model not in self.timings and len(self.timings) >= MAX_MODELS_A_DAY:
             model = OTHER_MODELS
-        if (histograms := self.timings.get(model)) is None:
-            histograms = self.timings[model] = tuple(Histogram() for _ in TIMINGS)
         started = record.arrived
         timings: list[float | None] = [record.over - started, None, None, None]
         if record.first:
@@ -4034,7 +4011,7 @@ class Traffic:
         if record.asked and record.answered:  # what the gateway itself added stands last
             before, after = record.asked - (record.whole or started), record.first - record.answered
             timings[2:] = record.over - record.asked, max(0.0, before) + max(0.0, after)
-        for histogram, seconds in zip(histograms, timings, strict=True):
+        for histogram, seconds in zip(self.timings[model], timings, strict=True):
             if seconds is not None:
                 histogram.counts[bisect.bisect_left(LATENCY_BUCKETS, seconds)] += 1
                 histogram.total += seconds
@@ -4045,8 +4022,7 @@ class Traffic:
             label = (key, model or NO_MODEL)
             if label not in self.used and len(self.used) >= MAX_LABELS:
                 label = (OTHER_MODELS, OTHER_MODELS)
-            used = self.used.get(label) or self.used.setdefault(label, Tally())
-            used.add(tally)
+            self.used[label].add(tally)
 
     def failed(self, error: str) -> None:
         """The upstream did not answer, or not well."""
@@ -4766,8 +4742,6 @@ class BaseHandler(web.RequestHandler):
         match error:
             case APIError():
                 return error
-            case UpstreamError():
-                return APIError(error.status, str(error))
             case httputil.HTTPInputError():
                 return APIError(400, f"Malformed request: {error}.")
             case web.HTTPError(status_code=404):
