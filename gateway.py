@@ -2252,7 +2252,7 @@ HOP_BY_HOP = {"connection", "keep-alive", "proxy-authenticate", "proxy-authoriza
 HOP_BY_HOP |= {"proxy-connection", "trailer", "transfer-encoding", "upgrade"}
 # Request fields that stay here, beside the hop-by-hop ones. Some servers take the last three for
 # the method, which the rules have looked at already.
-DROPPED_REQUEST_FIELDS = {"host", "content-length", "expect", "cookie", "forwarded", *HOP_BY_HOP}
+DROPPED_REQUEST_FIELDS = HOP_BY_HOP | {"host", "content-length", "expect", "cookie", "forwarded"}
 DROPPED_REQUEST_FIELDS |= {"authorization", "x-api-key"}
 DROPPED_REQUEST_FIELDS |= {"x-http-method", "x-http-method-override", "x-method-override"}
 DROPPED_REQUEST_PREFIXES = ("x-litellm-", "x-forwarded-")
@@ -2372,9 +2372,7 @@ def parse_field(line: str) -> Field:
     return Field(lower, (value,), name, f"{name}: {value}", not dropped, lower not in HOP_BY_HOP)
 
 
-# Clients and upstreams send the same lines with every message; those of heads that are no longer
-# than this are read once.
-KEPT_HEAD = 4 * KIB
+KEPT_HEAD = 4 * KIB  # the lines of heads up to this size are read once, for they come again
 read_field = functools.lru_cache(maxsize=512)(parse_field)
 
 
@@ -2821,11 +2819,9 @@ class UpstreamConnection(asyncio.Protocol):
         if self._buffer or (self._body is not None and self._body.complete):
             data, self._buffer = self._buffer, b""
             self._receive(request, data)
-        if request.held_back:
-            return
-        if self.phase is UpstreamPhase.SHUT:  # meanwhile
+        if not request.held_back and self.phase is UpstreamPhase.SHUT:  # meanwhile
             self.connection_lost(None)
-        else:  # the next request needs it too
+        elif not request.held_back:  # the next request needs it too
             self.transport.resume_reading()
 
     def _read_head(self, request: UpstreamRequest, data: bytes) -> bytes:
@@ -2946,11 +2942,10 @@ class UpstreamClient(SimpleAsyncHTTPClient):
                 connection = await self.reach()
             if connection.transport.is_closing():
                 raise ConnectionResetError
+            self.opened += 1
+            connection.ask(request)
         except Exception as error:  # noqa: BLE001 - whatever it is, the caller must hear
             request.end(connect_failure(error, timeout))
-            return
-        self.opened += 1
-        connection.ask(request)
 
     async def reach(self) -> UpstreamConnection:
         """Open a connection to the address that was reached lately, or to the one of both families
