@@ -2134,9 +2134,9 @@ def check_budget(
 
 # ─── Wire ─────────────────────────────────────────────────────────────────────────────────────────
 #
-# HTTP/1.1 stands here once, apart from I/O, for both sides of the gateway: requests that arrive and
-# responses that come back are read by the same strict grammar, so that the two sides cannot
-# disagree about where a message ends (RFC 9112 section 11.2, request smuggling).
+# HTTP/1.1 stands here once, apart from I/O: requests that arrive and responses that come back are
+# read by the same strict grammar, so that nobody can make the two sides disagree about where a
+# message ends (RFC 9112 section 11.2, request smuggling).
 
 MAX_HEAD_SIZE = 64 * KIB  # Tornado's default max_header_size
 MAX_FIELDS = 200  # of a head; Apache's limit is 100, Node's 2,000
@@ -2162,16 +2162,13 @@ CHUNK_START = re.compile(rb"([0-9A-Fa-f]{1,16})\r\n")
 LENGTH = re.compile(r"[0-9]{1,18}", re.ASCII)
 BARE_LF = re.compile(rb"(?<!\r)\n")
 # RFC 9110 section 7.6.1, and Proxy-Connection, which old clients send.
-HOP_BY_HOP = {
-    *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection"),
-    *("te", "trailer", "transfer-encoding", "upgrade"),
-}
+HOP_BY_HOP = {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te"}
+HOP_BY_HOP |= {"proxy-connection", "trailer", "transfer-encoding", "upgrade"}
 # Request fields that stay here, beside the hop-by-hop ones. Some servers take the last three for
 # the method, which the rules have looked at already.
-DROPPED_REQUEST_FIELDS = HOP_BY_HOP | {
-    *("host", "content-length", "expect", "cookie", "forwarded", "authorization", "x-api-key"),
-    *("x-http-method", "x-http-method-override", "x-method-override"),
-}
+DROPPED_REQUEST_FIELDS = HOP_BY_HOP | {"host", "content-length", "expect", "cookie", "forwarded"}
+DROPPED_REQUEST_FIELDS |= {"authorization", "x-api-key"}
+DROPPED_REQUEST_FIELDS |= {"x-http-method", "x-http-method-override", "x-method-override"}
 DROPPED_REQUEST_PREFIXES = ("x-litellm-", "x-forwarded-")
 
 
@@ -2185,9 +2182,8 @@ class ProtocolError(Exception):
 
 
 class Field(NamedTuple):
-    """A header field: its name in lower case, its value as all that one field has of it, the name
-    and the line as they came, and whether it goes on to the upstream or to the client, where
-    ``Connection`` does not name it."""
+    """A header field: its name in lower case, its one value, the name and the line as they came;
+    and whether it goes on, up and down, where ``Connection`` does not name it."""
 
     lower: str
     values: tuple[str, ...]
@@ -2239,25 +2235,18 @@ class RequestHead(Head):
 
 @dataclass(slots=True)
 class ResponseHead(Head):
-    """A response's head."""
+    """A response's head, ``reason`` as it came."""
 
     status: int
     reason: str
 
 
-# Clients and upstreams send the same lines with every message; those are read once.
-KEPT_HEAD = 4 * KIB  # lines of longer heads are not kept
-
-
 def parse_fields(
     block: str, version: int
 ) -> tuple[int, list[Field], dict[str, tuple[str, ...]], frozenset[str], bool, int | None]:
-    """Read header field lines, with CRLF between them: the members of a `Head`. Raises
-    ProtocolError.
-
-    Lengths go by RFC 9112 section 6, without its leniencies: both, two of a kind, or a coding other
-    than chunked is an error, since two readers could understand it differently.
-    """
+    """Read header field lines, with CRLF between them: the members of a `Head`. Lengths go by RFC
+    9112 section 6, without its leniencies: both, two of a kind, or a coding other than chunked is
+    an error, since two readers could understand it differently. Raises ProtocolError."""
     lines = block.split("\r\n") if block else []
     if len(lines) > MAX_FIELDS:
         raise ProtocolError(f"the head has more than {MAX_FIELDS:,} fields", 431)
@@ -2270,8 +2259,7 @@ def parse_fields(
         values = {name: tuple(every) for name, every in repeated.items()}
     options, keeps_alive, length = NO_OPTIONS, version == 1, None
     if "connection" in values:
-        every = ",".join(values["connection"]).lower().split(",")
-        options = frozenset(map(str.strip, every))
+        options = frozenset(map(str.strip, ",".join(values["connection"]).lower().split(",")))
         keeps_alive = "close" not in options and (version == 1 or "keep-alive" in options)
     if "transfer-encoding" in values:
         codings, length = values["transfer-encoding"], CHUNKED
@@ -2298,6 +2286,7 @@ def parse_field(line: str) -> Field:
     return Field(lower, (value,), name, f"{name}: {value}", not dropped, lower not in HOP_BY_HOP)
 
 
+KEPT_HEAD = 4 * KIB  # the lines of heads up to this size are read once, for they come again
 read_field = functools.lru_cache(maxsize=512)(parse_field)
 
 
@@ -2330,9 +2319,8 @@ def parse_response_head(data: bytes) -> ResponseHead:
 
 
 def end_of_head(data: bytes, seen: int) -> int:
-    """Where the empty line behind a message's head stands, of which the first bytes were ``seen``
-    before; -1 while it is not whole. Raises ProtocolError for one that is too large, or has lines
-    that end otherwise."""
+    """Where the empty line behind a message's head stands, of which so many bytes were ``seen``
+    before; -1 while it is not whole. Raises ProtocolError."""
     start = max(0, seen - 3)
     end = data.find(b"\r\n\r\n", start)
     if 0 <= end <= MAX_HEAD_SIZE:
@@ -2349,11 +2337,9 @@ ChunkLine = enum.Enum("ChunkLine", "SIZE END TRAILER")
 
 
 class Body:
-    """Takes a message body out of the bytes of a connection (RFC 9112 sections 6 and 7.1).
-
+    """Takes a message body out of the bytes of a connection (RFC 9112 sections 6 and 7.1), whose
     ``length`` is a number of bytes, CHUNKED or UNTIL_CLOSE. Chunk extensions and trailers are read
-    and dropped, as section 7.1.1 asks of a recipient that does not know them.
-    """
+    and dropped, as section 7.1.1 asks of a recipient that does not know them."""
 
     __slots__ = ("_left", "_next", "_partial", "_trailers", "complete", "length")
 
@@ -2361,18 +2347,15 @@ class Body:
         self.length = length
         self.complete = length == 0
         self._left = max(length, 0)  # of the body, or of a chunk
-        self._next = ChunkLine.SIZE
-        self._partial = b""
-        self._trailers = 0
+        self._next, self._partial, self._trailers = ChunkLine.SIZE, b"", 0
 
     def feed(self, data: bytes) -> tuple[bytes, bytes]:
-        """The part of these bytes that is body, and what stands behind it: after the body where
-        that is `complete`, else chunks for which the loop must be asked for another turn. Raises
-        ProtocolError."""
-        if self.complete:
-            return b"", data
+        """What of these bytes is body, and what stands behind it: after the body where that is
+        `complete`, else chunks that are for another turn of the loop. Raises ProtocolError."""
         if self.length == UNTIL_CLOSE:
             return data, b""
+        if self.complete:
+            return b"", data
         if self.length != CHUNKED:
             payload, rest = data[: self._left], data[self._left :]
             self._left -= len(payload)
@@ -2437,71 +2420,50 @@ def framed(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
 
-class ClientPhase(enum.StrEnum):
-    """Where a client's connection stands."""
-
-    WAITING = "for a request's head"
-    READING = "a request whose answer is not over"
-    ANSWERING = "a request that is read whole"
-    DROPPING = "what is left of a request that was answered"
-    LINGERING = "so that the last answer arrives"
-    GONE = "the client's connection is closed"
-
-
-class UpstreamPhase(enum.StrEnum):
-    """Where a connection to the upstream stands."""
-
-    IDLE = "free for a request"
-    ASKED = "the request goes up, and no head came back"
-    ANSWERED = "the response's head came"
-    SHUT = "the upstream's connection is closed"
-
-
-class RequestPhase(enum.StrEnum):
-    """Where a relayed request stands."""
-
-    JUDGED = "by its head, then by its body"
-    FETCHED = "the upstream is asked"
-    BEGUN = "its answer's head is sent"
-    DESERTED = "the client left, and the answer is awaited all the same"
-    SETTLED = "booked and logged"
+ClientPhase = enum.StrEnum("ClientPhase", "WAITING READING ANSWERING DROPPING LINGERING GONE")
+UpstreamPhase = enum.StrEnum("UpstreamPhase", "IDLE ASKED ANSWERED SHUT")
+RequestPhase = enum.StrEnum("RequestPhase", "JUDGED FETCHED BEGUN DESERTED SETTLED")
+C, U, R = ClientPhase, UpstreamPhase, RequestPhase
 
 
 class Steps(dict[Any, Any]):
     """The phases that may follow on one, each under itself; any other is a mistake in this file."""
 
-    def __init__(self, *phases: enum.StrEnum) -> None:
-        super().__init__({phase: phase for phase in phases})
-
     def __missing__(self, phase: object) -> NoReturn:
         raise AssertionError(f"an impossible step: {phase}")
 
 
-C, U, R = ClientPhase, UpstreamPhase, RequestPhase
+def steps(*phases: enum.StrEnum) -> Steps:
+    """The phases that may follow on one."""
+    return Steps(zip(phases, phases))
+
+
 # What may follow what: ``phase = FOLLOWS[phase][next]`` is how one goes on.
 FOLLOWS: dict[str, Steps] = {
-    C.WAITING: Steps(C.READING, C.LINGERING, C.GONE),
-    C.READING: Steps(C.ANSWERING, C.DROPPING, C.LINGERING, C.GONE),
-    C.ANSWERING: Steps(C.WAITING, C.LINGERING, C.GONE),
-    C.DROPPING: Steps(C.WAITING, C.LINGERING, C.GONE),
-    C.LINGERING: Steps(C.GONE),
-    C.GONE: Steps(),
-    U.IDLE: Steps(U.ASKED, U.SHUT),
-    U.ASKED: Steps(U.ANSWERED, U.SHUT),
-    U.ANSWERED: Steps(U.IDLE, U.SHUT),
-    U.SHUT: Steps(),
-    R.JUDGED: Steps(R.FETCHED, R.SETTLED),
-    R.FETCHED: Steps(R.BEGUN, R.DESERTED, R.SETTLED),
-    R.BEGUN: Steps(R.DESERTED, R.SETTLED),
-    R.DESERTED: Steps(R.SETTLED),
-    R.SETTLED: Steps(),
+    # A client's connection
+    C.WAITING: steps(C.READING, C.LINGERING, C.GONE),  # for a request's head
+    C.READING: steps(C.ANSWERING, C.DROPPING, C.LINGERING, C.GONE),  # whose answer is not over
+    C.ANSWERING: steps(C.WAITING, C.LINGERING, C.GONE),  # a request that is read whole
+    C.DROPPING: steps(C.WAITING, C.LINGERING, C.GONE),  # the rest of one that was answered
+    C.LINGERING: steps(C.GONE),  # so that the last answer arrives
+    C.GONE: steps(),
+    # A connection to the upstream
+    U.IDLE: steps(U.ASKED, U.SHUT),
+    U.ASKED: steps(U.ANSWERED, U.SHUT),  # the request goes up, and no head came back
+    U.ANSWERED: steps(U.IDLE, U.SHUT),  # it came
+    U.SHUT: steps(),
+    # A relayed request
+    R.JUDGED: steps(R.FETCHED, R.SETTLED),  # by its head, then by its body
+    R.FETCHED: steps(R.BEGUN, R.DESERTED, R.SETTLED),  # the upstream is asked
+    R.BEGUN: steps(R.DESERTED, R.SETTLED),  # its answer's head is sent
+    R.DESERTED: steps(R.SETTLED),  # the client left, and the answer is awaited all the same
+    R.SETTLED: steps(),  # booked and logged
 }
 
 
 # ─── Client ───────────────────────────────────────────────────────────────────────────────────────
 
-# What may wait in a socket's write buffer before its source is held.
-WRITE_HIGH_WATER = 64 * KIB
+WRITE_HIGH_WATER = 64 * KIB  # in a socket's write buffer: its source is held then
 JOINED_BODY = 16 * KIB  # a larger one is not copied behind its head
 MAX_INFORMATIONAL = 10  # 1xx responses before the real one; Tornado's limit
 POOL_IDLE_TIMEOUT = 55.0  # seconds; load balancers commonly drop idle connections after 60
@@ -2512,12 +2474,11 @@ REPEATABLE = ("GET", "HEAD")  # sent again where a kept-alive connection had clo
 NO_ANSWER = 599  # Tornado's status where there is none
 
 
-class UpstreamError(Exception):
-    """The upstream did not answer as it should. ``status`` is 502, or 504 where it kept silent."""
+class UpstreamError(APIError):
+    """The upstream did not answer as it should: ``status`` is 502, or 504 where it kept silent."""
 
     def __init__(self, message: str, status: int = 502) -> None:
-        super().__init__(message)
-        self.status = status
+        super().__init__(status, message)
 
 
 # The ways in which a connection fails, special ones first, and what is said of each.
@@ -2534,41 +2495,37 @@ FAILURES: Sequence[tuple[type[BaseException], str]] = (
 
 
 def connect_failure(error: BaseException, timeout: float) -> UpstreamError:
-    """Say which way the connection failed, for the operator who reads the message."""
+    """The way in which a connection failed, in words for whoever runs the gateway."""
     if isinstance(error, StreamClosedError):
         error = error.real_error or ConnectionResetError()
     for kind, text in FAILURES:
         if isinstance(error, kind):
-            text = text.format(error=error, timeout=timeout)
-            return UpstreamError(text, 504 if kind is TimeoutError else 502)
+            status = 504 if kind is TimeoutError else 502
+            return UpstreamError(text.format(error=error, timeout=timeout), status)
     log.error("connecting upstream failed", exc_info=error)
     return UpstreamError("The upstream cannot be reached.")
 
 
 class UpstreamRequest(HTTPRequest):
     """What `UpstreamClient.fetch` takes: a request whose ``head`` goes up as it is, and its body,
-    whole as ``data`` or in parts by ``body_producer``. It is never sent again unless it is a GET or
-    HEAD.
+    whole as ``data`` or in parts by ``body_producer``, which is called with `write` and returns a
+    future that is done when the body has ended.
 
     ``header_callback`` gets each `ResponseHead`, 1xx ones too; then ``length`` is the body's
     (bytes, CHUNKED or UNTIL_CLOSE). ``streaming_callback`` gets the part of the body that one read
     brought, empty right after the head, with ``complete`` true at the last; the upstream is not
     read on before what it returns is done. ``error_callback`` gets what went wrong, at once and not
-    a turn of the loop later. ``body_producer`` is called with `write`, and returns a future that is
-    done when the body has ended.
-    """
+    a turn of the loop later."""
 
     body_producer: Callable[..., asyncio.Future[Any]] | None
     client: UpstreamClient
     connection: UpstreamConnection | None = None
-    connecting: asyncio.Task[None] | None = None
-    fetched: asyncio.Future[HTTPResponse] | None = None  # while it is under way
+    connecting: asyncio.Task[None] | None = None  # where none was kept
+    fetched: asyncio.Future[Any] | None = None  # while it is under way
     room: asyncio.Future[None] | None = None  # done when the upstream takes more of the body
-    repeatable = False
     begun = 0.0  # when its head went up
     touched = 0.0  # when something last moved
     held_back = False  # its answer is not read
-    code: int
     length = 0
     complete = False
 
@@ -2584,14 +2541,11 @@ class UpstreamRequest(HTTPRequest):
         body_producer: Callable[..., asyncio.Future[Any]] | None = None,
     ) -> None:
         # Not Tornado's, which makes 27 attributes that say nothing here.
-        self.method = method
-        self.head = head
-        self.data = data
-        self.on_head = header_callback
-        self.on_chunk = streaming_callback
+        self.method, self.head, self.data, self.body_producer = method, head, data, body_producer
+        self.on_head, self.on_chunk = header_callback, streaming_callback
         self.on_error = error_callback
-        self.body_producer = body_producer
         self.sent = body_producer is None  # all of the body is here
+        self.repeatable = method in REPEATABLE and self.sent and not data
 
     def write(self, data: bytes) -> asyncio.Future[None]:
         """Send a part of the body; the future is done when the upstream takes more."""
@@ -2603,7 +2557,7 @@ class UpstreamRequest(HTTPRequest):
         return self.room or self.client.done
 
     def make_room(self) -> None:
-        """The upstream takes more, and all that came until now."""
+        """The upstream takes more."""
         self.touched = self.client.time()
         room, self.room = self.room, None
         if room is not None and not room.done():
@@ -2611,14 +2565,13 @@ class UpstreamRequest(HTTPRequest):
 
     def body_ended(self, ended: asyncio.Future[None]) -> None:
         """What `body_producer` returned is done."""
-        error = None if ended.cancelled() else ended.exception()
-        if error is not None:
+        if not ended.cancelled() and (error := ended.exception()) is not None:
             self.end(cast(Exception, error))
         self.sent = True
 
     def end(self, error: Exception | None) -> None:
-        """It is over, or given up: let go of all that this holds, and of the connection too, unless
-        the answer was whole."""
+        """It is over, or given up: let go of all that this holds, and of the connection, unless the
+        answer was whole."""
         fetched, self.fetched = self.fetched, None
         if fetched is None:
             return
@@ -2630,22 +2583,12 @@ class UpstreamRequest(HTTPRequest):
             self.connecting.cancel()
         if self.room is not None:
             self.make_room()
-        fetched.set_result(UpstreamResponse(self, error))
+        fetched.set_result(None)
         tell = self.on_error
         # No cycle of the caller's and this is left for the garbage collector.
         del self.on_head, self.on_chunk, self.on_error
         if error is not None:
             tell(error)
-
-
-class UpstreamResponse(HTTPResponse):
-    """How an `UpstreamRequest` ended, whose answer went to its callbacks. ``code`` is 599 where it
-    was not whole, and ``error`` says why, unless it was given up."""
-
-    def __init__(self, request: UpstreamRequest, error: Exception | None) -> None:
-        # Not Tornado's, for the same reason.
-        self.request, self.error = request, error
-        self.code = request.code if request.complete else NO_ANSWER
 
 
 class UpstreamConnection(asyncio.Protocol):
@@ -2708,25 +2651,26 @@ class UpstreamConnection(asyncio.Protocol):
     def eof_received(self) -> None:
         """The transport closes, and `connection_lost` follows."""
         request, body = self.request, self._body
-        if request is None or request.held_back or body is None:  # held back, more may be here
-            return
-        if body.length == UNTIL_CLOSE:
+        if request is not None and body is not None and body.length == UNTIL_CLOSE:
             body.complete = True
-            self._receive(request, b"")
+            if not request.held_back:
+                self._receive(request, b"")
 
     def connection_lost(self, error: Exception | None) -> None:
-        """The connection broke, or what it brought is not valid.
-
-        A kept-alive one may have been closed while the request was on its way. Then a GET or HEAD
-        is sent again over a new connection (RFC 9110 section 9.2.2); a POST never twice.
-        """
-        request, self.request = self.request, None
+        """The connection broke, or what it brought is not valid. A kept-alive one may have been
+        closed while the request was on its way: then a GET or HEAD is sent again over a new one
+        (RFC 9110 section 9.2.2), a POST never."""
+        request = self.request
+        if request is not None and request.held_back and request.sent:
+            # Over TLS the end is told with the last bytes: the caller takes first what is here.
+            self.phase = FOLLOWS[self.phase][UpstreamPhase.SHUT]
+            return
         answered = self._body is not None or self._buffer or self._informational
         self.abandon()
         if request is None:
             return
-        if request.repeatable and not answered:
-            request.connection, request.repeatable = None, False
+        if request.repeatable and request.connecting is None and not answered:
+            request.connection = None
             request.connecting = self.client.loop.create_task(self.client.connect(request))
         elif isinstance(error, ProtocolError):
             request.end(UpstreamError(f"The upstream's response is not valid HTTP: {error}."))
@@ -2746,15 +2690,12 @@ class UpstreamConnection(asyncio.Protocol):
 
     def _receive(self, request: UpstreamRequest, data: bytes) -> None:
         """Hand on what came, and hold back what follows until the caller has taken it."""
-        payload = rest = b""
         try:
             if self._body is None:
                 data = self._read_head(request, data)
-            body = self._body
-            if body is None:
+            if (body := self._body) is None:
                 return
-            if data:
-                payload, rest = body.feed(data)
+            payload, rest = body.feed(data)
             if request is not self.request:  # its caller has given it up
                 return
             request.complete = complete = body.complete
@@ -2795,22 +2736,23 @@ class UpstreamConnection(asyncio.Protocol):
         if request is not self.request:
             return
         request.held_back, request.touched = False, self.client.time()
-        if self._buffer:
+        if self._buffer or (self._body is not None and self._body.complete):
             data, self._buffer = self._buffer, b""
             self._receive(request, data)
-        if not request.held_back and self.phase is not UpstreamPhase.SHUT:  # the next needs it too
+        if not request.held_back and self.phase is UpstreamPhase.SHUT:  # meanwhile
+            self.connection_lost(None)
+        elif not request.held_back:  # the next request needs it too
             self.transport.resume_reading()
 
     def _read_head(self, request: UpstreamRequest, data: bytes) -> bytes:
-        """Read the head, 1xx ones before it: then there is a body, and what stands behind the head
-        is returned."""
+        """Read the head, and 1xx ones before it; what stands behind is returned. While it is not
+        whole there is no body."""
         while True:
             data, seen = self._buffer + data, len(self._buffer)
             end = end_of_head(data, seen)
+            self._buffer = data if end < 0 else b""
             if end < 0:
-                self._buffer = data
                 return b""
-            self._buffer = b""
             head, data = parse_response_head(data[:end]), data[end + 4 :]
             if head.status >= 200:
                 break
@@ -2821,24 +2763,20 @@ class UpstreamConnection(asyncio.Protocol):
                 raise ProtocolError("an informational response has no body")
             request.on_head(head)
         self.phase = FOLLOWS[self.phase][UpstreamPhase.ANSWERED]
-        # RFC 9112 section 6.3
-        none = request.method == "HEAD" or head.status in (204, 304)
-        length = 0 if none else UNTIL_CLOSE if head.length is None else head.length
-        request.code, request.length = head.status, length
-        self._body = Body(length)
+        length = UNTIL_CLOSE if head.length is None else head.length
+        if request.method == "HEAD" or head.status in (204, 304):  # RFC 9112 section 6.3
+            length = 0
+        request.length, self._body = length, Body(length)
         self._keep = head.keeps_alive and length != UNTIL_CLOSE
         request.on_head(head)
         return data
 
 
 class UpstreamClient(SimpleAsyncHTTPClient):
-    """Tornado's `AsyncHTTPClient`, for the upstream of these settings. Its `fetch` takes what
-    Tornado's takes, or an `UpstreamRequest`, which is sent as it is over kept-alive connections, as
-    many at once as are asked for; what fails then holds an `UpstreamError`.
-
-    Times are seconds. ``opened`` and ``reused`` count connections: new ones, and requests that went
-    over a kept one. ``idle`` are those that are kept, with the moment since when.
-    """
+    """Tornado's `AsyncHTTPClient`, for the upstream of these settings, whose `fetch` also takes an
+    `UpstreamRequest`: that is sent as it is over kept-alive connections, as many at once as are
+    asked for, and fails with an `UpstreamError`. ``opened`` counts connections, ``reused`` requests
+    that went over a kept one; ``idle`` are those kept, with the moment (seconds) since when."""
 
     def initialize(self, settings: Settings) -> None:  # type: ignore[override]
         """Called by Tornado's constructor, with its keyword arguments."""
@@ -2851,8 +2789,7 @@ class UpstreamClient(SimpleAsyncHTTPClient):
         self.done: asyncio.Future[None] = self.loop.create_future()
         self.done.set_result(None)
         self.requests: set[UpstreamRequest] = set()
-        self.opened = 0
-        self.reused = 0
+        self.opened = self.reused = 0
         self.idle: dict[UpstreamConnection, float] = {}
         self._reached: tuple[Any, float] = None, 0.0
         self._sweep()
@@ -2870,7 +2807,8 @@ class UpstreamClient(SimpleAsyncHTTPClient):
     def fetch(
         self, request: str | HTTPRequest, raise_error: bool = True, **kwargs: Any
     ) -> asyncio.Future[HTTPResponse]:
-        """Send a request, over the connection that was used last or else a new one."""
+        """Send a request, over the connection that was used last or else a new one. What comes of
+        an `UpstreamRequest` goes to its callbacks; its future only says that it is over."""
         if not isinstance(request, UpstreamRequest):
             return super().fetch(request, raise_error, **kwargs)
         request.client = self
@@ -2882,8 +2820,6 @@ class UpstreamClient(SimpleAsyncHTTPClient):
             # loop may not have come to a close that has already arrived.
             if not connection.transport.is_closing() and not connection.readable.poll(0):
                 self.reused += 1
-                if request.method in REPEATABLE and request.sent and not request.data:
-                    request.repeatable = True
                 connection.ask(request)
                 break
             connection.abandon()
@@ -2894,28 +2830,20 @@ class UpstreamClient(SimpleAsyncHTTPClient):
             request.body_producer(request.write).add_done_callback(request.body_ended)
         return fetched
 
-    async def get(self, path: str, timeout: float, **callbacks: Any) -> HTTPResponse:
-        """GET a path with the real key, by Tornado's own client, within so many seconds. No
-        redirect is followed, nothing decompressed. Raises UpstreamError where no whole answer
-        comes."""
-        settings = self.settings
+    async def get(self, path: str, timeout: float, **options: Any) -> HTTPResponse:
+        """GET a path with the real key, by Tornado's own client, within so many seconds. Raises
+        UpstreamError where no whole answer comes."""
+        settings, limit = self.settings, self.settings.connect_timeout
         headers = {"anthropic-version": ANTHROPIC_VERSION, "Accept-Encoding": "identity"}
         if settings.real_credential:
             headers |= [settings.real_credential]
-        request = HTTPRequest(
-            settings.upstream.rstrip("/") + path,
-            headers=headers,
-            connect_timeout=settings.connect_timeout,
-            request_timeout=timeout,
-            follow_redirects=False,
-            decompress_response=False,
-            ssl_options=self.ssl_context,
-            **callbacks,
-        )
+        options |= {"headers": headers, "connect_timeout": limit, "request_timeout": timeout}
+        options |= {"follow_redirects": False, "decompress_response": False}
         try:
-            return await self.fetch(request, raise_error=False)
+            url, options["ssl_options"] = settings.upstream.rstrip("/") + path, self.ssl_context
+            return await self.fetch(url, raise_error=False, **options)
         except Exception as error:  # noqa: BLE001 - Tornado's own, the system's, or OpenSSL's
-            raise connect_failure(error, settings.connect_timeout) from None
+            raise connect_failure(error, limit) from None
 
     def close(self) -> None:
         """Close every connection; requests under way hear of no error."""
@@ -2932,16 +2860,17 @@ class UpstreamClient(SimpleAsyncHTTPClient):
         try:
             async with asyncio.timeout(timeout):
                 connection = await self.reach()
+            if connection.transport.is_closing():
+                raise ConnectionResetError
+            self.opened += 1
+            connection.ask(request)
         except Exception as error:  # noqa: BLE001 - whatever it is, the caller must hear
             request.end(connect_failure(error, timeout))
-            return
-        self.opened += 1
-        connection.ask(request)
 
     async def reach(self) -> UpstreamConnection:
-        """Open a connection to the address that was reached lately, without asking the resolver
-        again; or to the one of both families that Tornado's TCPClient reaches first. asyncio's
-        transport costs less for each read and write than its IOStream."""
+        """Open a connection to the address that was reached lately, or to the one of both families
+        that Tornado's TCPClient reaches first; but not over its IOStream, since asyncio's transport
+        costs less for each read and write."""
         address, until = self._reached
         if self.time() < until:
             try:
@@ -2954,11 +2883,8 @@ class UpstreamClient(SimpleAsyncHTTPClient):
         stream = await self.tcp_client.connect(self.origin.host, self.origin.port)
         if stream.closed():
             raise ConnectionResetError
-        try:
+        with contextlib.closing(stream):
             connected = stream.socket.dup()
-        finally:
-            stream.close()
-        connected.setblocking(False)
         try:
             self._reached = connected.getpeername(), self.time() + ADDRESS_TTL
             return await self._open(sock=connected)
@@ -2969,20 +2895,16 @@ class UpstreamClient(SimpleAsyncHTTPClient):
             raise
 
     async def _open(self, **where: Any) -> UpstreamConnection:
-        context = self.ssl_context
-        _, connection = await self.loop.create_connection(
-            lambda: UpstreamConnection(self),
-            ssl=context,
-            server_hostname=self.origin.host if context else None,
+        if self.ssl_context is not None:
+            where |= {"ssl": self.ssl_context, "server_hostname": self.origin.host}
             # uvloop holds an attempt that was given up for as long, by default for a minute.
-            ssl_handshake_timeout=self.settings.connect_timeout if context else None,
-            **where,
-        )
-        return connection
+            where["ssl_handshake_timeout"] = self.settings.connect_timeout
+        connect = functools.partial(UpstreamConnection, self)
+        return (await self.loop.create_connection(connect, **where))[1]
 
     def _sweep(self) -> None:
-        """Close what was idle for long, and give up requests of which nothing has moved. A caller
-        who is slow to send is not the upstream's silence."""
+        """Close what was idle for long, and give up requests of which nothing has moved: but a
+        caller who is slow to send is not the upstream's silence."""
         moment, limit = self.time(), self.settings.idle_timeout
         for request in list(self.requests):
             if request.connection is None or moment - request.touched < limit:
@@ -3862,10 +3784,8 @@ NO_KEY = "-"  # what stands in logs and sums for none
 MASTER_NAME = "master"
 MAX_LABELS = 1000  # keys, and keys with their models, that /metrics tells apart
 # Seconds; LiteLLM's buckets of its latency metrics.
-LATENCY_BUCKETS = (
-    *(0.0005, 0.001, 0.0025, 0.005, 0.0125, 0.025, 0.05, 0.1, 0.25, 0.5),
-    *(1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0),
-)
+LATENCY_BUCKETS = [0.0005, 0.001, 0.0025, 0.005, 0.0125, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0]
+LATENCY_BUCKETS += [2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0]
 TIMINGS = ("total", "first_byte", "upstream", "overhead")
 # Most lines have the same words.
 shown_word = functools.lru_cache(maxsize=1024)(word)
@@ -3875,25 +3795,22 @@ shown_dollars = functools.lru_cache(maxsize=1024)(dollars)
 @dataclass(slots=True)
 class Record:
     """What is remembered, counted and logged of a relayed request; it is filled in as that passes.
-    ``shown_key`` is the key's alias, or its abbreviated name; MASTER_NAME, or NO_KEY for none.
-    ``request_id`` is Anthropic's; ``session`` and ``agent`` are Claude Code's. Moments of a clock
-    that does not jump, in seconds, 0 where there was none: ``arrived``, ``whole`` (its body was
-    here), ``asked`` (its head went up), ``answered`` (a head came back), ``first`` (the first byte
-    went to the client) and ``over``. Sizes are bytes of bodies."""
+    Moments are of a clock that does not jump, in seconds, 0 where there was none; sizes are bytes
+    of bodies."""
 
     call_id: str
     method: str
     remote_ip: str
     arrived: float
     started: datetime
-    whole: float = 0.0
-    asked: float = 0.0
-    answered: float = 0.0
-    first: float = 0.0
+    whole: float = 0.0  # its body was here
+    asked: float = 0.0  # its head went up
+    answered: float = 0.0  # a head came back
+    first: float = 0.0  # the first byte went to the client
     over: float = 0.0
     hashed: str = ""
     key: VirtualKey | None = None
-    shown_key: str = NO_KEY
+    shown_key: str = NO_KEY  # its alias or abbreviated name, or MASTER_NAME
     path: str = ""
     status: int = 0
     outcome: str = ""
@@ -3901,9 +3818,9 @@ class Record:
     tally: Tally = field(default_factory=Tally)
     estimated: bool = False
     tags: Sequence[str] = ()
-    session: str = ""
+    session: str = ""  # Claude Code's
     agent: str = ""
-    request_id: str = ""
+    request_id: str = ""  # Anthropic's
     bytes_in: int = 0
     bytes_out: int = 0
 
@@ -3979,13 +3896,14 @@ class Histogram:
 class Traffic:
     """What passed since the start: requests by (key, model, status, outcome), what was ``used`` by
     (key, model), and for a model a Histogram for each of TIMINGS. Beyond MAX_LABELS pairs of key
-    and model, and MAX_MODELS_A_DAY models, all are counted as one, so that they do not grow without
-    end."""
+    and model, and MAX_MODELS_A_DAY models, all are counted as one."""
 
     def __init__(self) -> None:
         self.requests: collections.Counter[tuple[str, str, int, str]] = collections.Counter()
-        self.used: dict[tuple[str, str], Tally] = {}
-        self.timings: dict[str, tuple[Histogram, ...]] = {}
+        self.used = collections.defaultdict[tuple[str, str], Tally](Tally)
+        self.timings = collections.defaultdict[str, list[Histogram]](
+            lambda: [Histogram() for _ in TIMINGS]
+        )
         self.last_success: datetime | None = None  # of the upstream, as requests met it
         self.last_failure: datetime | None = None
         self.last_error = ""
@@ -4001,8 +3919,6 @@ class Traffic:
         self.requests[key, model, record.status, record.outcome] += 1
         if model not in self.timings and len(self.timings) >= MAX_MODELS_A_DAY:
             model = OTHER_MODELS
-        if (histograms := self.timings.get(model)) is None:
-            histograms = self.timings[model] = tuple(Histogram() for _ in TIMINGS)
         started = record.arrived
         timings: list[float | None] = [record.over - started, None, None, None]
         if record.first:
@@ -4010,7 +3926,7 @@ class Traffic:
         if record.asked and record.answered:  # what the gateway itself added stands last
             before, after = record.asked - (record.whole or started), record.first - record.answered
             timings[2:] = record.over - record.asked, max(0.0, before) + max(0.0, after)
-        for histogram, seconds in zip(histograms, timings, strict=True):
+        for histogram, seconds in zip(self.timings[model], timings, strict=True):
             if seconds is not None:
                 histogram.counts[bisect.bisect_left(LATENCY_BUCKETS, seconds)] += 1
                 histogram.total += seconds
@@ -4021,8 +3937,7 @@ class Traffic:
             label = (key, model or NO_MODEL)
             if label not in self.used and len(self.used) >= MAX_LABELS:
                 label = (OTHER_MODELS, OTHER_MODELS)
-            used = self.used.get(label) or self.used.setdefault(label, Tally())
-            used.add(tally)
+            self.used[label].add(tally)
 
     def failed(self, error: str) -> None:
         """The upstream did not answer, or not well."""
@@ -4705,8 +4620,6 @@ class BaseHandler(web.RequestHandler):
         match error:
             case APIError():
                 return error
-            case UpstreamError():
-                return APIError(error.status, str(error))
             case web.HTTPError(status_code=404):
                 text = f"Nothing is served at {path}. Anthropic's API is at /anthropic/v1/"
                 return APIError(404, text)

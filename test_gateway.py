@@ -2268,6 +2268,10 @@ async def test_each_way_not_to_reach_the_upstream_is_told_apart(gw: GW) -> None:
         await reader.read()
         writer.close()
 
+    async def early(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"too busy\r\n\r\n")  # before it is asked
+        writer.close()
+
     with contextlib.ExitStack() as stack:
         with socket.create_server(("127.0.0.1", 0)) as server:
             unused = server.getsockname()[1]
@@ -2277,15 +2281,18 @@ async def test_each_way_not_to_reach_the_upstream_is_told_apart(gw: GW) -> None:
             waiting.setblocking(False)
             waiting.connect_ex(full.getsockname())
         plain = await asyncio.start_server(no_tls, "127.0.0.1", 0)
+        busy = await asyncio.start_server(early, "127.0.0.1", 0)
         for url, status, word in (
             (f"http://127.0.0.1:{unused}", 502, "refused"),
             ("http://no-such-host.invalid", 502, "resolved"),
             (f"http://127.0.0.1:{full.getsockname()[1]}", 504, "reached within 0.3 seconds"),
             (f"https://localhost:{plain.sockets[0].getsockname()[1]}", 502, "TLS"),
+            (f"http://127.0.0.1:{busy.sockets[0].getsockname()[1]}", 502, "upstream"),
         ):
             await gw.restart(upstream=url, connect_timeout=0.3 if status == 504 else 10)
             assert word in error_of(await gw.ask(FILES, body=b"{}"), status)
         plain.close()
+        busy.close()
 
 
 @started(idle_timeout=0.3)
@@ -2313,26 +2320,34 @@ async def test_idle_connections_that_the_upstream_closes_are_dropped(gw: GW) -> 
     await until(lambda: len(os.listdir("/proc/self/fd")) <= before)
 
 
-async def test_what_ends_held_back_is_not_whole(gw: GW, tmp_path: Path, monkeypatch: Patch) -> None:
+async def test_what_ends_held_back_goes_on_first(
+    gw: GW, tmp_path: Path, monkeypatch: Patch
+) -> None:
     certificate, context = make_certificate(tmp_path), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*certificate)
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
-    # Over TLS the end is told with the last bytes, behind which there may be more.
-    for fields, secure in ((b"", context), (b"Content-Length: 9\r\n", context), (b"", None)):
-        going = asyncio.Event()
-        async with Upstream(says(going, OK + fields + b"\r\nhalf", then="close"), ssl=secure) as up:
+    many = b"1\r\nx\r\n" * 3 * gateway.CHUNKS_A_TURN
+    ends = ((b"", b"half", True), (b"Content-Length: 9\r\n", b"half", False))
+    ends += ((b"Transfer-Encoding: chunked\r\n", many + gateway.LAST_CHUNK, True),)
+    ends += ((b"Transfer-Encoding: chunked\r\n", many, False),)
+    # Over TLS the end is told with the last bytes.
+    for (fields, body, whole), secure in itertools.product(ends, (context, None)):
+        going, sent = asyncio.Event(), OK + b"Connection: close\r\n" + fields + b"\r\n" + body
+        async with Upstream(says(going, sent, then="close"), ssl=secure) as up:
             await gw.restart(upstream=up.url)
             client = await gw.asking("GET /v1/files/x")
             await until(lambda up=up: up.arrived)
             (handler,) = gw.active
             handler.request.connection.pause_writing()  # as the loop does where nobody reads
             going.set()
-            await until(lambda: not gw.active or any(each.held_back for each in gw.exchanges))
-            await until(lambda secure=secure: not (secure and gw.active))
+            await until(lambda: any(each.held_back for each in gw.exchanges))
+            await asyncio.sleep(0.05)  # the end has come too
             handler.request.connection.resume_writing()
             answer = await client.response()
-            assert answer.status == 200 and answer.clean == (secure is None)
-            assert not answer.clean or answer.body == b"half"
+            assert answer.status == 200 and answer.clean == whole
+            assert not whole or answer.body == (
+                body if body == b"half" else b"x" * (len(many) // 6)
+            )
 
 
 async def test_what_met_a_dead_connection_is_repeated_only_if_harmless(gw: GW) -> None:
