@@ -937,17 +937,20 @@ def tokens_in(size: int) -> int:
 
 
 def model_of(value: object) -> str:
-    """A model's name, printable and short enough for a log."""
-    if not isinstance(value, str):
-        return ""
-    name = value[:MAX_MODEL_NAME]
+    """A model's name, printable and short enough for a log; empty for what is none."""
+    name = value[:MAX_MODEL_NAME] if isinstance(value, str) else ""
     return name if name.isprintable() else printable(name)
 
 
-def count_of(usage: object, name: str) -> int:
-    """A count out of a usage object; 0 where there is none that can be believed."""
-    count = usage.get(name) if isinstance(usage, dict) else None
-    return count if type(count) is int and 0 < count <= MAX_COUNT else 0
+def count_of(members: object, name: str, default: int = 0) -> int:
+    """A count out of an object; the default where there is none that can be believed."""
+    count = members.get(name) if isinstance(members, dict) else None
+    return count if type(count) is int and 0 <= count <= MAX_COUNT else default
+
+
+def objects_in(value: object) -> list[dict[str, Any]]:
+    """The objects in what may be a list."""
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
 
 
 def is_event_stream(head: Head) -> bool:
@@ -982,7 +985,7 @@ def decoder_of(members: type) -> Callable[[bytes], Any] | None:
 def read_answer(body: bytes) -> object:
     """What is looked at of an answer, or of a row of a batch's results: msgspec skips the rest,
     `json` makes it all, which takes five times as long. None where it cannot be read."""
-    if decode := decoder_of(AnswerMembers):
+    if decode := decoder_of(Answer):
         with contextlib.suppress(Exception):  # what msgspec cannot read, json may
             return decode(body)
     return read_json(body)
@@ -998,18 +1001,13 @@ def looked_at(names: str, **more: Any) -> Any:
 BodyMembers = looked_at(
     "model max_tokens max_tokens_to_sample speed stream thinking inference_geo compaction"
     " context_management type max_uses",
-    fallbacks="list[BodyMembers] | str | None",
-    tools="list[BodyMembers] | None",
-    requests="list[BodyMembers]",
     params="BodyMembers",
+    **dict.fromkeys(("fallbacks", "tools", "requests"), "list[BodyMembers] | str | None"),
 )
 # … and of a whole answer, or of a row of a batch's results and the result in it.
-NoMembers = looked_at("")
-AnswerMembers = looked_at(
-    "model stop_reason usage completion",
-    content="list[NoMembers]",
-    message="AnswerMembers",
-    result="AnswerMembers",
+Nothing = looked_at("")
+Answer = looked_at(
+    "model stop_reason usage completion", content="list[Nothing]", message="Answer", result="Answer"
 )
 # What is kept of an object's members, wherever it stands; those where a model may stand.
 PLACES = {"budget_tokens", "edits", "id", *BodyMembers.__annotations__}
@@ -1021,18 +1019,13 @@ def made_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     where one of PLACES stands twice."""
     made = dict(pairs)
     if len(made) < len(pairs):
-        for name, times in collections.Counter(name for name, _ in pairs).items():
-            if times > 1 and name in PLACES:
-                raise ValueError(f"{name!r} stands twice in one object")
+        names = [name for name, _ in pairs]
+        if any(names.count(name) > 1 for name in PLACES):
+            raise ValueError("a member stands twice in one object")
     return made
 
 
-def refuse_constant(name: str) -> NoReturn:
-    """NaN and Infinity are no JSON (RFC 8259 section 6)."""
-    raise ValueError(f"{name} is not a JSON number")
-
-
-read_clearly = json.JSONDecoder(object_pairs_hook=made_of, parse_constant=refuse_constant).decode
+read_clearly = json.JSONDecoder(object_pairs_hook=made_of).decode
 AT_ONCE = 32 * KIB  # of a body are read at once, by `json`
 BREATH = 3000  # marks, some milliseconds, after which the loop may do something else
 MAX_MARKS = 400_000  # 4 MB full of code have some 100,000
@@ -1164,20 +1157,12 @@ MAX_ATTEMPTS = 10_000  # tools and fallbacks of one message
 def attempts_in(params: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
     """The fallbacks and the tools of a message; fallbacks that upstream chooses are one that names
     no model. Raises APIError 400 for more than any request has."""
-    fallbacks, tools = params.get("fallbacks"), params.get("tools")
-    if fallbacks is not None and not isinstance(fallbacks, list):
+    fallbacks, tools = params.get("fallbacks") or [], objects_in(params.get("tools"))
+    if not isinstance(fallbacks, list):
         fallbacks = [f"fallbacks: {model_of(fallbacks) or type(fallbacks).__name__}"]
-    tools = [tool for tool in tools if isinstance(tool, dict)] if isinstance(tools, list) else []
-    fallbacks = fallbacks or []
     if len(fallbacks) + len(tools) > MAX_ATTEMPTS:
         raise APIError(400, f"The body has more than {MAX_ATTEMPTS:,} tools or fallbacks.")
     return fallbacks, tools
-
-
-def rows_of(document: Mapping[str, Any]) -> list[Any]:
-    """The rows of a batch."""
-    requests = document.get("requests")
-    return requests if isinstance(requests, list) else []
 
 
 def models_in(document: object, route: Route) -> Iterator[object]:
@@ -1193,7 +1178,8 @@ def models_in(document: object, route: Route) -> Iterator[object]:
         return
     messages: Iterable[object] = (document,)
     if route.makes_batch:
-        messages = (members_of(row).get("params") for row in rows_of(members_of(document)))
+        rows = objects_in(members_of(document).get("requests"))
+        messages = (members_of(row).get("params") for row in rows)
     for message in messages:
         params = members_of(message)
         fallbacks, tools = attempts_in(params)
@@ -1247,46 +1233,43 @@ class Order:
         """Count in every attempt that a message may make, each at its own model (SDK:
         beta_fallback_param, beta_advisor_tool_param, web_search_tool_param,
         beta_compaction_config_param). How many tools and fallbacks it has."""
-        times, managed = 1, params.get("context_management")
-        if isinstance(managed, dict) and isinstance(edits := managed.get("edits"), list):
-            kinds = [str(edit.get("type")) for edit in edits if isinstance(edit, dict)]
-            times += any(kind.startswith("compact") for kind in kinds)
-        if params.get("compaction") is not None:
-            times = 2
-        # Attempts, and how often each is made: one that summarizes the conversation goes before.
-        more = "fallbacks" in params or "tools" in params
-        fallbacks, tools = attempts_in(params) if more else ([], [])
-        attempts: list[tuple[Any, int]] = [(params, times)]
-        if fallbacks:
-            attempts += zip(fallbacks, itertools.repeat(1))
-        speed, us, searches = params.get("speed"), params.get("inference_geo") == "us", 0
+        summed_up = params.get("compaction") is not None
+        if isinstance(managed := params.get("context_management"), dict):
+            kinds = [str(edit.get("type")) for edit in objects_in(managed.get("edits"))]
+            summed_up = summed_up or any(kind.startswith("compact") for kind in kinds)
+        # Old clients say ``max_tokens_to_sample`` (POST /v1/complete).
+        asked = params.get("max_tokens", params.get("max_tokens_to_sample"))
+        most = asked if type(asked) is int and 0 <= asked <= MAX_COUNT else MAX_OUTPUT
+        has_more, searches = "fallbacks" in params or "tools" in params, 0
+        fallbacks, tools = attempts_in(params) if has_more else ([], [])
+        # How often each attempt is made: one that sums the conversation up goes before the message.
+        attempts: list[tuple[Any, int]] = [(params, 1 + summed_up)]
+        for each in fallbacks:
+            attempts.append((each, 1))
         for tool in tools:
-            kind, uses = str(tool.get("type")), tool.get("max_uses")
-            uses = uses if type(uses) is int and 0 <= uses <= MAX_COUNT else MAX_USES
+            kind, uses = str(tool.get("type")), count_of(tool, "max_uses", MAX_USES)
             if kind.startswith("advisor"):
-                attempts.append(({**tool, "speed": speed}, uses))
+                attempts.append(({**tool, "speed": params.get("speed")}, uses))
             elif kind.startswith("web_search"):
                 searches += uses
-        most = MAX_OUTPUT
         for attempt, times in attempts:
-            model, output, fast = "", most, speed == "fast"
+            model, speed = "", params.get("speed")
             if isinstance(attempt, dict):
-                model, fast = model_of(attempt.get("model")), attempt.get("speed", speed) == "fast"
-                # Old clients say ``max_tokens_to_sample`` (POST /v1/complete).
-                asked = attempt.get("max_tokens", attempt.get("max_tokens_to_sample"))
-                output = asked if type(asked) is int and 0 <= asked <= MAX_COUNT else most
-            part = (model, fast, us)
+                model, speed = model_of(attempt.get("model")), attempt.get("speed", speed)
+            part = (model, speed == "fast", params.get("inference_geo") == "us")
             if part not in self.parts and len(self.parts) >= MAX_MODELS:
-                part = ("", fast, us)
+                part = ("", *part[1:])
             counts = self.parts.setdefault(part, [0, 0, 0])
             counts[0] += prompt * times
-            counts[1] += output * times
             if attempt is params:
+                self.model, self.max_tokens = self.model or model, most
+                counts[1] += most * times
                 counts[2] += searches
-                self.model, self.max_tokens, most = self.model or model, output, output
+            else:
+                counts[1] += count_of(attempt, "max_tokens", most) * times
         self.streams = params.get("stream") is True
         if (thinking := params.get("thinking")) is not None:
-            self.thinking = thinking_of(thinking, self.max_tokens)
+            self.thinking = thinking_of(thinking, most)
         return len(fallbacks) + len(tools)
 
 
@@ -1294,9 +1277,8 @@ def thinking_of(thinking: object, max_tokens: int) -> int:
     """Tokens that may be thought unseen: as many as are asked for, or a part of the answer's."""
     if not isinstance(thinking, dict) or thinking.get("type") == "disabled":
         return 0
-    budget = thinking.get("budget_tokens")
-    asked = type(budget) is int and 0 <= budget <= max_tokens
-    return cast(int, budget) if asked else max_tokens // UNSEEN_THINKING
+    budget = count_of(thinking, "budget_tokens", max_tokens + 1)
+    return budget if budget <= max_tokens else max_tokens // UNSEEN_THINKING
 
 
 async def read_order(document: object, body: bytes, *, batched: bool, breathe: Breathe) -> Order:
@@ -1309,12 +1291,11 @@ async def read_order(document: object, body: bytes, *, batched: bool, breathe: B
         if batched:
             raise APIError(400, "This key has a budget, and its batch cannot be read.")
         return order
-    rows, looks = rows_of(document) if batched else [{"params": document}], 0
+    rows, looks = objects_in(document.get("requests")) if batched else [{"params": document}], 0
     order.prompts = max(1, len(rows))
     for row in rows:
-        params = row.get("params") if isinstance(row, dict) else None
         looks += 1
-        if isinstance(params, dict):
+        if isinstance(params := row.get("params"), dict):
             looks += order.add_message(params, order.prompt // order.prompts)
         if looks > LOOKS:
             looks = 0
@@ -1333,16 +1314,14 @@ def glance(body: bytes) -> Order:
     """What a body asks for, as far as a look for its members' names tells, which costs a tenth of
     reading it, for estimates. Clients write these members before or after all that is long."""
     edges = body if len(body) <= 2 * EDGE else body[:EDGE] + b" " + body[-EDGE:]
-    members = dict(GLANCED.findall(edges))
-    most, thinking = members.get(b"max_tokens", b""), members.get(b"thinking")
-    max_tokens = int(most) if most.isdigit() else MAX_OUTPUT
-    return Order(
-        model=model_of(str(members.get(b"model", b"")[1:-1], "utf-8", "replace")),
-        prompt=tokens_in(len(body)),
-        max_tokens=max_tokens,
-        thinking=thinking_of(read_json(thinking), max_tokens) if thinking else 0,
-        streams=members.get(b"stream") == b"true",
-    )
+    members, order = dict(GLANCED.findall(edges)), Order(prompt=tokens_in(len(body)))
+    if (most := members.get(b"max_tokens", b"")).isdigit():
+        order.max_tokens = int(most)
+    if thinking := members.get(b"thinking"):
+        order.thinking = thinking_of(read_json(thinking), order.max_tokens)
+    order.model = model_of(str(members.get(b"model", b"")[1:-1], "utf-8", "replace"))
+    order.streams = members.get(b"stream") == b"true"
+    return order
 
 
 @dataclass
@@ -1351,7 +1330,7 @@ class Measured:
 
     model: str = ""
     usage: dict[str, Any] = field(default_factory=dict)  # as it came, its counts cumulative
-    stop_reason: str = ""
+    stop_reason: object = ""
     empty: bool = True  # it has no content
     seen: int = 0  # bytes of text, thinking and tool input that passed
     thought: int = 0  # those of thinking
@@ -1378,17 +1357,15 @@ def measured_message(message: object, size: int) -> Measured:
     if not isinstance(message, dict):
         return Measured(seen=size)
     usage, stop_reason, text = map(message.get, ("usage", "stop_reason", "completion"))
-    usage = usage if isinstance(usage, dict) else {}
     if isinstance(text, str):
         size = len(text.encode("utf-8", "replace"))
-    return Measured(
-        model=model_of(message.get("model")),
-        usage=usage,
-        stop_reason=stop_reason if isinstance(stop_reason, str) else "",
-        empty=not message.get("content"),
-        seen=0 if usage else size,
-        final=bool(usage),
-    )
+    measured = Measured(model_of(message.get("model")), empty=not message.get("content"))
+    measured.stop_reason = stop_reason
+    if usage and isinstance(usage, dict):
+        measured.usage, measured.final = usage, True
+    else:
+        measured.seen = size
+    return measured
 
 
 # Counts of a usage object, and of a Tally. ``input_tokens`` leaves cached ones out; cache writes
@@ -1408,10 +1385,9 @@ def tally_of(usage: Mapping[str, Any]) -> Tally:
         if type(count) is int and 0 < count <= MAX_COUNT:
             setattr(tally, counted, count)
     if written := usage.get("cache_creation"):
-        hour = count_of(written, "ephemeral_1h_input_tokens")
+        tally.cache_write_1h_tokens = hour = count_of(written, "ephemeral_1h_input_tokens")
         five = count_of(written, "ephemeral_5m_input_tokens")
         tally.cache_write_5m_tokens = max(five, tally.cache_write_5m_tokens - hour)
-        tally.cache_write_1h_tokens = hour
     return tally
 
 
@@ -1427,16 +1403,14 @@ def charged_entries(measured: Measured) -> list[tuple[str, Tally]]:
     free = measured.stop_reason == "refusal" and measured.empty
     usage, model, beyond = {} if free else measured.usage, measured.model, measured.beyond
     entries: list[tuple[str, Tally]] = []
-    attempts: list[Any] = []
-    if (iterations := usage.get("iterations")) and isinstance(iterations, list):
-        attempts = [each for each in iterations[:MAX_ITERATIONS] if isinstance(each, dict)]
+    attempts = objects_in(usage["iterations"])[:MAX_ITERATIONS] if "iterations" in usage else []
     if usage and not attempts:
         entries.append((model, tally_of(usage)))
     for attempt, following in itertools.pairwise([*attempts, {}]):
         declined = attempt.get("type") in ATTEMPTS and not count_of(attempt, "output_tokens")
         if not (declined and following.get("type") == "fallback_message"):
             entries.append((model_of(attempt.get("model")) or model, tally_of(attempt)))
-    if beyond is not None and len(entries) == 1 and not iterations:
+    if beyond is not None and len(entries) == 1 and not attempts:
         entries[0][1].add(beyond)  # one prompt, which has one length
     elif beyond is not None:
         entries.append((model, beyond))
@@ -1458,7 +1432,6 @@ US_INFERENCE, BATCH_DISCOUNT = Decimal("1.1"), Decimal("0.5")
 WEB_SEARCH_PRICE, MILLION = Decimal("0.01"), Decimal(1_000_000)
 # What Anthropic's rates for the cache are of the input rate, where a price file does not say.
 CACHE_PARTS = {"cache_read": "0.1", "cache_write_5m": "1.25", "cache_write_1h": "2"}
-TOKEN_RATES = ("input", "output", *CACHE_PARTS)
 
 
 class Rates(NamedTuple):
@@ -1472,6 +1445,7 @@ class Rates(NamedTuple):
     web_search: Decimal = WEB_SEARCH_PRICE
 
 
+TOKEN_RATES = Rates._fields[:-1]
 MAX_CACHED_RATES = 1000
 MAX_UNKNOWN = 50  # models without a price that the log names
 
@@ -1537,10 +1511,7 @@ class Prices:
             if read or five or hour:
                 cost += rates.cache_read * read
                 cost += rates.cache_write_5m * five + rates.cache_write_1h * hour
-            cost *= factor
-            if tally.web_searches:
-                cost += rates.web_search * tally.web_searches
-            tally.spend = cost.normalize()
+            tally.spend = (cost * factor + rates.web_search * tally.web_searches).normalize()
         return entries
 
     def worst(self, order: Order, when: datetime) -> list[tuple[str, Tally]]:
@@ -1553,9 +1524,8 @@ class Prices:
             tally = Tally(input_tokens=prompt, output_tokens=output, web_searches=searches)
             if self.available:
                 rates = self.rates(model, when, prompt // order.prompts, fast)
-                cost = (
-                    max(rates.input, getattr(rates, order.cache)) * prompt + rates.output * output
-                )
+                written = max(rates.input, getattr(rates, order.cache))
+                cost = written * prompt + rates.output * output
                 cost *= (US_INFERENCE if us else 1) * (BATCH_DISCOUNT if order.batched else 1)
                 tally.spend = cost + rates.web_search * searches
             entries.append((model, tally))
@@ -1591,19 +1561,16 @@ class Prices:
         import genai_prices
 
         prompt, rates = tier + 1, {}
+        told: Any = {"provider_id": "anthropic", "genai_request_timestamp": when}
+        told["price_context"] = {"speed": "fast"} if fast else None
         for name in TOKEN_RATES:
             # ``input_tokens`` is the package's word for all of the prompt, cached or not.
-            counts = {"input_tokens": prompt, f"{name}_tokens": prompt}
-            if name.startswith("cache_write"):
-                counts["cache_write_tokens"] = prompt
+            kinds = ("input", "cache_write", name) if "write" in name else ("input", name)
+            counts = genai_prices.Usage(
+                **dict.fromkeys((f"{kind}_tokens" for kind in kinds), prompt)
+            )
             try:
-                price = genai_prices.calc_price(
-                    genai_prices.Usage(**counts),
-                    model,
-                    provider_id="anthropic",
-                    genai_request_timestamp=when,
-                    price_context={"speed": "fast"} if fast else None,
-                )
+                price = genai_prices.calc_price(counts, model, **told)
             except (LookupError, ValueError):
                 return None
             rates[name] = (price.output_price if name == "output" else price.input_price) / prompt
@@ -1615,7 +1582,7 @@ def read_prices(path: Path) -> dict[str, Rates]:
     million tokens, and for one ``web_search``. Raises SettingsError."""
     where, prices = f"--prices: {path}", {}
     try:
-        document = json.loads(path.read_bytes(), parse_float=Decimal)
+        document = json.loads(path.read_bytes())
         if not isinstance(document, dict) or not document:
             raise ValueError("is not an object of models")
         for model, row in document.items():
