@@ -266,7 +266,7 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
 
 # ─── Errors ───────────────────────────────────────────────────────────────────────────────────────
 
-# Anthropic's error types by status (api/errors), where 405, 408 and 431, mistakes too, are missing.
+# Anthropic's error types by status (api/errors has no 405, 408 and 431: mistakes of the caller).
 ERROR_TYPES = dict.fromkeys((400, 405, 408, 431), "invalid_request_error")
 ERROR_TYPES |= dict.fromkeys((500, 501, 502), "api_error") | {504: "timeout_error"}
 ERROR_TYPES |= {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
@@ -1012,15 +1012,18 @@ def made_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) < len(pairs):
         names = [name for name, _ in pairs if name in PLACES]
         if len(set(names)) < len(names):
-            raise ValueError(f"one of {names} stands twice in one object")
+            raise ValueError(f"one of {set(names)} stands twice in one object")
     return made
 
 
 read_clearly = json.JSONDecoder(object_pairs_hook=made_of).decode
+UNCLEAR = "This key is limited to some models, and"
+# What msgspec reads at once, in some 10 ms at worst: whatever is in it, or with so few containers.
+LIGHT_BODY, LIGHT_CONTAINED, LIGHT_CONTAINERS = 256 * KIB, 8 * MIB, 200_000
 AT_ONCE = 32 * KIB  # of a body are read at once, by `json`
 BREATH = 3000  # marks or parts, some milliseconds, after which the loop may do something else
 MAX_MARKS = 400_000  # 4 MB full of code have some 100,000
-ROW_MARKS, MAX_ROWS = 60, 100_000  # besides, for rows of a batch (PLD batch-processing: its limit)
+ROW_MARKS, MAX_ROWS = 60, 100_000  # more for each row of a batch (its limit: PLD batch-processing)
 MAX_DEPTH = 1000  # where Python 3.11's own parser gives up too
 LONG_TEXT = "…"  # stands for a string that is longer than AT_ONCE, which names no model
 # Spaces and digits that are too many for a turn of the loop are no JSON.
@@ -1099,11 +1102,6 @@ async def read_string(body: bytes, start: int, kept: bool, breathe: Breathe) -> 
     return json.loads(body[start - 1 : end + 1]), end + 1
 
 
-# What msgspec reads at once, in some 10 ms at worst: whatever is in it, or with so few containers.
-LIGHT_BODY, LIGHT_CONTAINED, LIGHT_CONTAINERS = 256 * KIB, 8 * MIB, 200_000
-UNCLEAR = "This key is limited to some models, and"
-
-
 async def read_body(body: bytes, route: Route, breathe: Breathe, *, strictly: bool) -> object:
     """What rules look at of a body: what its price depends on, None where it cannot be read; or
     ``strictly`` all that may name a model. Raises APIError 400 for what is unclear or too much."""
@@ -1136,8 +1134,8 @@ def members_of(value: object) -> dict[str, Any]:
 def attempts_in(params: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
     """The fallbacks and the tools of a message; fallbacks that upstream chooses are one that names
     no model. Raises APIError 400 for more than any request has."""
-    fallbacks, tools = params.get("fallbacks") or [], list_of(params.get("tools"))
-    tools = [tool for tool in tools if isinstance(tool, dict)]
+    fallbacks = [] if params.get("fallbacks") is None else params["fallbacks"]
+    tools = [tool for tool in list_of(params.get("tools")) if isinstance(tool, dict)]
     if not isinstance(fallbacks, list):
         fallbacks = [f"fallbacks: {model_of(fallbacks) or type(fallbacks).__name__}"]
     if len(fallbacks) + len(tools) > MAX_ATTEMPTS:
