@@ -1212,7 +1212,8 @@ class Order:
         fallbacks, tools = attempts_in(params) if has_more else ([], [])
         # How often each attempt is made: one that sums the conversation up goes before the message.
         attempts: list[tuple[Any, int]] = [(params, 1 + summed_up)]
-        attempts += zip(fallbacks, itertools.repeat(1))
+        if fallbacks:
+            attempts += zip(fallbacks, itertools.repeat(1))
         for tool in tools:
             kind, uses = str(tool.get("type")), count_of(tool, "max_uses", MAX_USES)
             if kind.startswith("advisor"):
