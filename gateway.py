@@ -256,15 +256,12 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
 
 # ─── Errors ───────────────────────────────────────────────────────────────────────────────────────
 
-# Anthropic's error types by status (platform.claude.com, api/errors). 405, 408 and 431 are not
-# in its table; they are the caller's mistakes.
+# Anthropic's error types by status (api/errors has no 405, 408 and 431: mistakes of the caller).
 ERROR_TYPES = dict.fromkeys((400, 405, 408, 431), "invalid_request_error")
-ERROR_TYPES |= dict.fromkeys((500, 501, 502), "api_error")
+ERROR_TYPES |= dict.fromkeys((500, 501, 502), "api_error") | {504: "timeout_error"}
 ERROR_TYPES |= {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
-ERROR_TYPES |= {413: "request_too_large", 429: "rate_limit_error"}
-ERROR_TYPES |= {503: "overloaded_error", 504: "timeout_error"}
-FAILED_HERE = "The gateway failed on this request; its log says why."
-# The SDKs look at it before the status (anthropic/_base_client.py, _should_retry).
+ERROR_TYPES |= {413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}
+# Else the SDKs (anthropic/_base_client.py, _should_retry) and Claude Code try again for minutes.
 DO_NOT_RETRY = ("x-should-retry", "false")
 
 
@@ -278,7 +275,6 @@ class APIError(Exception):
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.kind = status, message, kind or ERROR_TYPES[status]
-        # Else the SDKs and Claude Code try again for minutes.
         self.headers = (*headers, DO_NOT_RETRY) if status == 401 else tuple(headers)
 
     def body(self, request_id: str) -> bytes:
@@ -797,13 +793,11 @@ Breathe = Callable[[], Awaitable[None]]  # lets the loop do something else
 ANTHROPIC_VERSION = "2023-06-01"  # platform.claude.com, api/versioning
 JSON_BODY_LIMIT = 32 * MIB  # Anthropic's limit on messages; larger ones are streamed
 BATCH_ENDED = "ended"  # types/messages/message_batch.py, processing_status
-EVENT_STREAM = "text/event-stream"
-SSE_ERROR = b"\nevent: error\ndata: %b\n\n"
+EVENT_STREAM, SSE_ERROR = "text/event-stream", b"\nevent: error\ndata: %b\n\n"
 # Claude Code names its session and the agent within it (CCD llm-gateway, "Request headers").
 SESSION_FIELD, AGENT_FIELD = "x-claude-code-session-id", "x-claude-code-agent-id"
-TAGS_FIELD = "x-litellm-tags"
+TAGS_FIELD, METRICS_PATH = "x-litellm-tags", "/metrics"  # LiteLLM's
 WORKSPACE_FIELD = "anthropic-workspace-id"  # chooses a workspace of the real key's owner
-METRICS_PATH = "/metrics"
 
 
 @dataclass(frozen=True, slots=True)
@@ -828,10 +822,8 @@ UPLOAD = re.compile(r"(?s)/v1/(?:files|skills)(?:/.*)?")
 BATCHES = re.compile(r"/v1/messages/batches(?:/([\w-]+)(/results|/cancel)?)?/?")
 # What every virtual key reaches. All else (sessions, agents, deployments, administration, logins,
 # and what may come) may cost what the gateway cannot count, or give out what it guards.
-OPEN_NAMES = (*BILLED, "/v1/messages/count_tokens", "/v1/models", "/v1/files", "/v1/skills")
-OPEN = re.compile(
-    rf"(?s)(?:{'|'.join(OPEN_NAMES)})/?|{BATCHES.pattern}|/v1/(?:models|files|skills)/.*"
-)
+OPENED = (*BILLED, "/v1/messages/count_tokens", "/v1/models", "/v1/files", "/v1/skills")
+OPEN = re.compile(rf"(?s)({'|'.join(OPENED)})/?|{BATCHES.pattern}|/v1/(models|files|skills)/.*")
 # What a pattern of ``allowed_routes`` must begin with to open another path.
 GROUP = re.compile(r"/v1/messages(?:/[^/]*)?|/v1(?:/[^/]*)?|/?[^/]*")
 
@@ -866,35 +858,41 @@ def unmetered(pattern: str) -> bool:
     """Whether a pattern of ``allowed_routes`` opens what may cost what cannot be counted."""
     literal = re.split(r"[*?\[]", pattern.removeprefix("/anthropic"))[0]
     known = literal.startswith(METRICS_PATH) or OPEN.fullmatch(literal)
-    return not known and not any(name.startswith(literal) for name in OPEN_NAMES)
+    return not known and not any(name.startswith(literal) for name in OPENED)
 
 
 MAX_COUNT = 10**9  # tokens; whoever counts more is not believed
 MAX_OUTPUT = 128_000  # tokens that an answer may have where the request does not say
 MAX_MODEL_NAME = 100
-# What is known of a text before its tokens are: 3 bytes each, a little more than Anthropic's rule
-# of thumb for English (4 characters), and right for Chinese, Japanese and Korean (3 bytes each).
-BYTES_A_TOKEN = 3
+MAX_MODELS = 20  # of one request that are priced apart; beyond them the model is any
+MAX_ATTEMPTS = 10_000  # tools and fallbacks of one message
+MAX_USES = 10  # of a tool that the server runs, where the request does not say
+MAX_ITERATIONS = 1000  # that are read of one answer, so that a lying upstream holds nobody up
+MAY_DECLINE = ("message", "fallback_message")  # types of iterations
 UNSEEN_THINKING = 4  # the part of max_tokens that thinking unseen is taken for
 
 
 def tokens_in(size: int) -> int:
-    """How many tokens so many bytes of text are taken for."""
-    return -(-size // BYTES_A_TOKEN)
+    """How many tokens so many bytes of text are taken for: 3 bytes each, a little more than
+    Anthropic's rule of thumb for English (4), and right for Chinese, Japanese and Korean."""
+    return -(-size // 3)
 
 
 def model_of(value: object) -> str:
-    """A model's name, printable and short enough for a log."""
-    if not isinstance(value, str):
-        return ""
-    name = value[:MAX_MODEL_NAME]
+    """A model's name, printable and short enough for a log; empty for what is none."""
+    name = value[:MAX_MODEL_NAME] if isinstance(value, str) else ""
     return name if name.isprintable() else printable(name)
 
 
-def count_of(usage: object, name: str) -> int:
-    """A count out of a usage object; 0 where there is none that can be believed."""
-    count = usage.get(name) if isinstance(usage, dict) else None
-    return count if type(count) is int and 0 < count <= MAX_COUNT else 0
+def count_of(members: object, name: str, default: int = 0) -> int:
+    """A count out of an object; the default where there is none that can be believed."""
+    count = members.get(name) if isinstance(members, dict) else None
+    return count if type(count) is int and 0 <= count <= MAX_COUNT else default
+
+
+def list_of(value: object) -> list[Any]:
+    """A value, if it is a list."""
+    return value if isinstance(value, list) else []
 
 
 def is_event_stream(head: Head) -> bool:
@@ -908,14 +906,6 @@ def is_json(content_type: str) -> bool:
     return kind == "application/json" or kind.endswith("+json")
 
 
-def read_json(body: bytes) -> object:
-    """What a body says; None where it cannot be read."""
-    try:
-        return json.loads(str(body, "utf-8"))
-    except (ValueError, RecursionError):
-        return None
-
-
 @functools.cache
 def decoder_of(members: type) -> Callable[[bytes], Any] | None:
     """msgspec's reader of the members that a TypedDict names; None where it is not installed."""
@@ -926,13 +916,16 @@ def decoder_of(members: type) -> Callable[[bytes], Any] | None:
     return cast("Callable[[bytes], Any]", msgspec.json.Decoder(members).decode)
 
 
-def read_answer(body: bytes) -> object:
-    """What is looked at of an answer, or of a row of a batch's results: msgspec skips the rest,
-    `json` makes it all, which takes five times as long. None where it cannot be read."""
-    if decode := decoder_of(AnswerMembers):
+def read_json(body: bytes, members: Any = None) -> object:
+    """What a body says, or what a TypedDict names of it: msgspec skips the rest, `json` makes it
+    all, which takes five times as long. None where it cannot be read."""
+    if members and (decode := decoder_of(members)):
         with contextlib.suppress(Exception):  # what msgspec cannot read, json may
             return decode(body)
-    return read_json(body)
+    try:
+        return json.loads(str(body, "utf-8"))
+    except (ValueError, RecursionError):
+        return None
 
 
 def looked_at(names: str, **more: Any) -> Any:
@@ -945,19 +938,15 @@ def looked_at(names: str, **more: Any) -> Any:
 BodyMembers = looked_at(
     "model max_tokens max_tokens_to_sample speed stream thinking inference_geo compaction"
     " context_management type max_uses",
-    fallbacks="list[BodyMembers] | str | None",
-    tools="list[BodyMembers] | None",
-    requests="list[BodyMembers]",
     params="BodyMembers",
+    **dict.fromkeys(("fallbacks", "tools", "requests"), "list[BodyMembers] | str | None"),
 )
 # … and of a whole answer, or of a row of a batch's results and the result in it.
-NoMembers = looked_at("")
-AnswerMembers = looked_at(
-    "model stop_reason usage completion",
-    content="list[NoMembers]",
-    message="AnswerMembers",
-    result="AnswerMembers",
+Nothing = looked_at("")
+Answer = looked_at(
+    "model stop_reason usage completion", content="list[Nothing]", message="Answer", result="Answer"
 )
+read_answer = functools.partial(read_json, members=Answer)
 # What is kept of an object's members, wherever it stands; those where a model may stand.
 PLACES = {"budget_tokens", "edits", "id", *BodyMembers.__annotations__}
 MODEL_PLACES = {"model", "fallbacks", "tools", "requests", "params"}
@@ -968,23 +957,20 @@ def made_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     where one of PLACES stands twice."""
     made = dict(pairs)
     if len(made) < len(pairs):
-        for name, times in collections.Counter(name for name, _ in pairs).items():
-            if times > 1 and name in PLACES:
-                raise ValueError(f"{name!r} stands twice in one object")
+        names = [name for name, _ in pairs if name in PLACES]
+        if len(set(names)) < len(names):
+            raise ValueError(f"one of {set(names)} stands twice in one object")
     return made
 
 
-def refuse_constant(name: str) -> NoReturn:
-    """NaN and Infinity are no JSON (RFC 8259 section 6)."""
-    raise ValueError(f"{name} is not a JSON number")
-
-
-read_clearly = json.JSONDecoder(object_pairs_hook=made_of, parse_constant=refuse_constant).decode
+read_clearly = json.JSONDecoder(object_pairs_hook=made_of).decode
+UNCLEAR = "This key is limited to some models, and"
+# What msgspec reads at once, in some 10 ms at worst: whatever is in it, or with so few containers.
+LIGHT_BODY, LIGHT_CONTAINED, LIGHT_CONTAINERS = 256 * KIB, 8 * MIB, 200_000
 AT_ONCE = 32 * KIB  # of a body are read at once, by `json`
-BREATH = 3000  # marks, some milliseconds, after which the loop may do something else
+BREATH = 3000  # marks or parts, some milliseconds, after which the loop may do something else
 MAX_MARKS = 400_000  # 4 MB full of code have some 100,000
-ROW_MARKS = 60  # that each row of a batch may have besides
-MAX_ROWS = 100_000  # Anthropic's limit on a batch (PLD batch-processing)
+ROW_MARKS, MAX_ROWS = 60, 100_000  # more for each row of a batch (its limit: PLD batch-processing)
 MAX_DEPTH = 1000  # where Python 3.11's own parser gives up too
 LONG_TEXT = "…"  # stands for a string that is longer than AT_ONCE, which names no model
 # Spaces and digits that are too many for a turn of the loop are no JSON.
@@ -995,16 +981,13 @@ ESCAPED = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 VALUE, QUOTE = b'[{"-0123456789tfn', b'"'
 ITEM, MEMBER = VALUE + b"]", QUOTE + b"}"
 FOLLOWING = {b"": b"", b"]": b",]", b"}": b",}"}
-TOO_MUCH = "The body has more lists, objects or members than a model can read; send less at a time."
 
 
 async def scan(body: bytes, names: set[str] | None, breathe: Breathe) -> object:
     """What a JSON text says, however hostile: of objects only the members of these names (None:
-    all); the rest is passed over. Raises ValueError for what is no JSON, or not clear, APIError 400
-    for more than any model can read."""
+    all). Raises ValueError for what is no clear JSON, APIError 400 for more than a model reads."""
     at = marks = 0
-    document: list[Any] = []
-    rows: list[Any] = []
+    document, rows = list[Any](), list[Any]()
     # Where values go, None where they are not kept, and what ends it; then what that stands in.
     holder: list[Any] | dict[str, Any] | None = document
     holders: list[tuple[list[Any] | dict[str, Any] | None, bytes]] = []
@@ -1013,14 +996,12 @@ async def scan(body: bytes, names: set[str] | None, breathe: Breathe) -> object:
         at, mark, marks = found.end(), found[1], marks + 1
         if marks % BREATH == 0:
             if marks > MAX_MARKS + ROW_MARKS * min(MAX_ROWS, len(rows)):
-                raise APIError(400, TOO_MUCH)
+                raise APIError(400, "The body has more members than a model can read; send less.")
             await breathe()
         if mark[0] not in wanted:
             raise ValueError(f"what ends at byte {at} may not stand there")
-        if mark == b",":
-            wanted = QUOTE if end == b"}" else VALUE
-        elif mark == b":":
-            wanted = VALUE
+        if mark in (b",", b":"):
+            wanted = QUOTE if mark + end == b",}" else VALUE
         elif mark == end:
             holder, end = holders.pop()
             wanted = FOLLOWING[end]
@@ -1032,7 +1013,7 @@ async def scan(body: bytes, names: set[str] | None, breathe: Breathe) -> object:
             into, value, wanted = holder, cast(Any, None), FOLLOWING[end]
             if mark in (b"[", b"{"):
                 if len(holders) >= MAX_DEPTH:
-                    raise ValueError("too deep")
+                    raise ValueError(f"it has more than {MAX_DEPTH:,} levels")
                 holders.append((holder, end))
                 end, wanted = (b"]", ITEM) if mark == b"[" else (b"}", MEMBER)
                 holder = value = ([] if mark == b"[" else {}) if kept else None
@@ -1058,8 +1039,7 @@ async def read_string(body: bytes, start: int, kept: bool, breathe: Breathe) -> 
     at, end = start, body.find(b'"', start)
     while at <= end and body.find(b"\\", at, end) >= 0:
         at = cast("re.Match[bytes]", ESCAPED.match(body, at, at + AT_ONCE)).end()
-        if at > end:
-            end = body.find(b'"', at)
+        end = end if at <= end else body.find(b'"', at)
         if at - start >= AT_ONCE:
             await breathe()
     if end < at:
@@ -1069,15 +1049,9 @@ async def read_string(body: bytes, start: int, kept: bool, breathe: Breathe) -> 
     return json.loads(body[start - 1 : end + 1]), end + 1
 
 
-# What msgspec reads at once, in some 10 ms at worst: whatever is in it, or with so few containers.
-LIGHT_BODY, LIGHT_CONTAINED, LIGHT_CONTAINERS = 256 * KIB, 8 * MIB, 200_000
-UNCLEAR = "This key is limited to some models, and"
-
-
 async def read_body(body: bytes, route: Route, breathe: Breathe, *, strictly: bool) -> object:
-    """What rules look at of a body: ``strictly`` where they look for models, and APIError 400 where
-    it is not JSON; else what its price depends on, and None where it cannot be read. APIError 400
-    where it would take too long."""
+    """What rules look at of a body: what its price depends on, None where it cannot be read; or
+    ``strictly`` all that may name a model. Raises APIError 400 for what is unclear or too much."""
     light = not strictly and len(body) <= LIGHT_BODY
     if not (light or strictly) and len(body) <= LIGHT_CONTAINED:
         light = body.count(b"[") + body.count(b"{") <= LIGHT_CONTAINERS
@@ -1091,8 +1065,7 @@ async def read_body(body: bytes, route: Route, breathe: Breathe, *, strictly: bo
     except (ValueError, RecursionError) as error:
         if not strictly:
             return None
-        what = f"{UNCLEAR} the body is not readable as JSON of up to {MAX_DEPTH:,} levels: {error}."
-        raise APIError(400, what) from None
+        raise APIError(400, f"{UNCLEAR} the body is not clearly readable JSON: {error}.") from None
 
 
 def members_of(value: object) -> dict[str, Any]:
@@ -1105,26 +1078,16 @@ def members_of(value: object) -> dict[str, Any]:
     return members
 
 
-MAX_ATTEMPTS = 10_000  # tools and fallbacks of one message
-
-
 def attempts_in(params: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
     """The fallbacks and the tools of a message; fallbacks that upstream chooses are one that names
     no model. Raises APIError 400 for more than any request has."""
-    fallbacks, tools = params.get("fallbacks"), params.get("tools")
-    if fallbacks is not None and not isinstance(fallbacks, list):
+    fallbacks = [] if params.get("fallbacks") is None else params["fallbacks"]
+    tools = [tool for tool in list_of(params.get("tools")) if isinstance(tool, dict)]
+    if not isinstance(fallbacks, list):
         fallbacks = [f"fallbacks: {model_of(fallbacks) or type(fallbacks).__name__}"]
-    tools = [tool for tool in tools if isinstance(tool, dict)] if isinstance(tools, list) else []
-    fallbacks = fallbacks or []
     if len(fallbacks) + len(tools) > MAX_ATTEMPTS:
         raise APIError(400, f"The body has more than {MAX_ATTEMPTS:,} tools or fallbacks.")
     return fallbacks, tools
-
-
-def rows_of(document: Mapping[str, Any]) -> list[Any]:
-    """The rows of a batch."""
-    requests = document.get("requests")
-    return requests if isinstance(requests, list) else []
 
 
 def models_in(document: object, route: Route) -> Iterator[object]:
@@ -1138,40 +1101,30 @@ def models_in(document: object, route: Route) -> Iterator[object]:
             holders += holder if isinstance(holder, list) else members.values()
             yield members.get("model")
         return
-    messages: Iterable[object] = (document,)
+    rows: list[Any] = [{"params": document}]
     if route.makes_batch:
-        messages = (members_of(row).get("params") for row in rows_of(members_of(document)))
-    for message in messages:
-        params = members_of(message)
+        rows = list_of(members_of(document).get("requests"))
+    for row in rows:
+        params = members_of(members_of(row).get("params"))
         fallbacks, tools = attempts_in(params)
         yield params.get("model")
         for attempt in (*fallbacks, *tools):
             yield members_of(attempt).get("model") if isinstance(attempt, dict) else attempt
 
 
-LOOKS = 2000  # at parts of a document, which take a millisecond or two
-
-
-async def check_models(
-    models: Sequence[str], route: Route, document: object, breathe: Breathe
-) -> None:
+async def check_models(models: list[str], route: Route, document: Any, breathe: Breathe) -> None:
     """Raise APIError 403 unless every model that a body may reach is one of these patterns'."""
     checked: set[str] = set()
     for number, value in enumerate(models_in(document, route), start=1):
-        if number % LOOKS == 0:
+        if number % BREATH == 0:
             await breathe()
         if isinstance(value, dict):  # of agents: {"id": "…"}
             value = members_of(value).get("id")
         model = value if isinstance(value, str) else f"a {type(value).__name__}"
-        if value is None or model in checked:
-            continue
-        if not any(fnmatch.fnmatchcase(model, pattern) for pattern in models):
-            raise APIError(403, f"This key may not use the model {model_of(model)!r}.")
-        checked.add(model)
-
-
-MAX_MODELS = 20  # of one request that are priced apart; beyond them the model is any
-MAX_USES = 10  # of a tool that the server runs, where the request does not say
+        if value is not None and model not in checked:
+            checked.add(model)
+            if not any(fnmatch.fnmatchcase(model, pattern) for pattern in models):
+                raise APIError(403, f"This key may not use the model {model_of(model)!r}.")
 
 
 @dataclass(slots=True)
@@ -1190,50 +1143,48 @@ class Order:
     batched: bool = False
     cache: str = "input"  # the rate of what of the prompt may be written to the cache
 
-    def add_message(self, params: Mapping[str, Any], prompt: int) -> int:
-        """Count in every attempt that a message may make, each at its own model (SDK:
-        beta_fallback_param, beta_advisor_tool_param, web_search_tool_param,
-        beta_compaction_config_param). How many tools and fallbacks it has."""
-        times, managed = 1, params.get("context_management")
-        if isinstance(managed, dict) and isinstance(edits := managed.get("edits"), list):
-            kinds = [str(edit.get("type")) for edit in edits if isinstance(edit, dict)]
-            times += any(kind.startswith("compact") for kind in kinds)
-        if params.get("compaction") is not None:
-            times = 2
-        # Attempts, and how often each is made: one that summarizes the conversation goes before.
-        more = "fallbacks" in params or "tools" in params
-        fallbacks, tools = attempts_in(params) if more else ([], [])
-        attempts: list[tuple[Any, int]] = [(params, times)]
+    def add_message(self, params: Mapping[str, Any]) -> int:
+        """Count in each attempt that a message may make, at its own model; how many tools and
+        fallbacks it has. SDK: beta_fallback_param, beta_advisor_tool_param, web_search_tool_param,
+        beta_compaction_config_param."""
+        summed_up = params.get("compaction") is not None
+        if isinstance(managed := params.get("context_management"), dict):
+            edits = [each for each in list_of(managed.get("edits")) if isinstance(each, dict)]
+            summed_up |= any(str(edit.get("type")).startswith("compact") for edit in edits)
+        # Old clients say ``max_tokens_to_sample`` (POST /v1/complete).
+        asked = params.get("max_tokens", params.get("max_tokens_to_sample"))
+        most = asked if type(asked) is int and 0 <= asked <= MAX_COUNT else MAX_OUTPUT
+        speed, us, searches = params.get("speed"), params.get("inference_geo") == "us", 0
+        has_more = "fallbacks" in params or "tools" in params
+        fallbacks, tools = attempts_in(params) if has_more else ([], [])
+        # How often each attempt is made: one that sums the conversation up goes before the message.
+        attempts: list[tuple[Any, int]] = [(params, 1 + summed_up)]
         if fallbacks:
             attempts += zip(fallbacks, itertools.repeat(1))
-        speed, us, searches = params.get("speed"), params.get("inference_geo") == "us", 0
         for tool in tools:
-            kind, uses = str(tool.get("type")), tool.get("max_uses")
-            uses = uses if type(uses) is int and 0 <= uses <= MAX_COUNT else MAX_USES
+            kind, uses = str(tool.get("type")), count_of(tool, "max_uses", MAX_USES)
             if kind.startswith("advisor"):
                 attempts.append(({**tool, "speed": speed}, uses))
             elif kind.startswith("web_search"):
                 searches += uses
-        most = MAX_OUTPUT
         for attempt, times in attempts:
-            model, output, fast = "", most, speed == "fast"
+            model, fast = "", speed == "fast"
             if isinstance(attempt, dict):
                 model, fast = model_of(attempt.get("model")), attempt.get("speed", speed) == "fast"
-                # Old clients say ``max_tokens_to_sample`` (POST /v1/complete).
-                asked = attempt.get("max_tokens", attempt.get("max_tokens_to_sample"))
-                output = asked if type(asked) is int and 0 <= asked <= MAX_COUNT else most
             part = (model, fast, us)
             if part not in self.parts and len(self.parts) >= MAX_MODELS:
                 part = ("", fast, us)
             counts = self.parts.setdefault(part, [0, 0, 0])
-            counts[0] += prompt * times
-            counts[1] += output * times
+            counts[0] += self.prompt // self.prompts * times
             if attempt is params:
+                self.model, self.max_tokens = self.model or model, most
+                counts[1] += most * times
                 counts[2] += searches
-                self.model, self.max_tokens, most = self.model or model, output, output
+            else:
+                counts[1] += count_of(attempt, "max_tokens", most) * times
         self.streams = params.get("stream") is True
         if (thinking := params.get("thinking")) is not None:
-            self.thinking = thinking_of(thinking, self.max_tokens)
+            self.thinking = thinking_of(thinking, most)
         return len(fallbacks) + len(tools)
 
 
@@ -1241,29 +1192,24 @@ def thinking_of(thinking: object, max_tokens: int) -> int:
     """Tokens that may be thought unseen: as many as are asked for, or a part of the answer's."""
     if not isinstance(thinking, dict) or thinking.get("type") == "disabled":
         return 0
-    budget = thinking.get("budget_tokens")
-    asked = type(budget) is int and 0 <= budget <= max_tokens
-    return cast(int, budget) if asked else max_tokens // UNSEEN_THINKING
+    budget = count_of(thinking, "budget_tokens", max_tokens + 1)
+    return budget if budget <= max_tokens else max_tokens // UNSEEN_THINKING
 
 
-async def read_order(document: object, body: bytes, *, batched: bool, breathe: Breathe) -> Order:
+async def read_order(document: Any, body: bytes, *, batched: bool, breathe: Breathe) -> Order:
     """What a body asks for. ``document`` is the body as it was read; one that could not be is one
     message of any model. Raises APIError 400 for a batch that cannot be read."""
     order = Order(prompt=tokens_in(len(body)), batched=batched)
     if b'"cache_control"' in body:
         order.cache = "cache_write_1h" if b'"1h"' in body else "cache_write_5m"
-    if not isinstance(document, dict):
-        if batched:
-            raise APIError(400, "This key has a budget, and its batch cannot be read.")
-        return order
-    rows, looks = rows_of(document) if batched else [{"params": document}], 0
+    if batched and not isinstance(document, dict):
+        raise APIError(400, "This key has a budget, and its batch cannot be read.")
+    rows, looks = list_of(document.get("requests")) if batched else [{"params": document}], 0
     order.prompts = max(1, len(rows))
     for row in rows:
         params = row.get("params") if isinstance(row, dict) else None
-        looks += 1
-        if isinstance(params, dict):
-            looks += order.add_message(params, order.prompt // order.prompts)
-        if looks > LOOKS:
+        looks += 1 + (order.add_message(params) if isinstance(params, dict) else 0)
+        if looks > BREATH:
             looks = 0
             await breathe()
     return order
@@ -1271,8 +1217,7 @@ async def read_order(document: object, body: bytes, *, batched: bool, breathe: B
 
 EDGE = 4 * KIB
 GLANCED = re.compile(
-    rb'"(model|max_tokens|stream|thinking)"\s*:\s*'
-    rb'("[^"\\]*"(?=[,}\s])|[0-9]{1,9}\b|true\b|\{[^{}]*\})'
+    rb'"(model|max_tokens|stream|thinking)"\s*:\s*("[^"\\]*"(?=[,}\s])|\d{1,9}\b|true|\{[^{}]*\})'
 )
 
 
@@ -1280,16 +1225,14 @@ def glance(body: bytes) -> Order:
     """What a body asks for, as far as a look for its members' names tells, which costs a tenth of
     reading it, for estimates. Clients write these members before or after all that is long."""
     edges = body if len(body) <= 2 * EDGE else body[:EDGE] + b" " + body[-EDGE:]
-    members = dict(GLANCED.findall(edges))
-    most, thinking = members.get(b"max_tokens", b""), members.get(b"thinking")
-    max_tokens = int(most) if most.isdigit() else MAX_OUTPUT
-    return Order(
-        model=model_of(str(members.get(b"model", b"")[1:-1], "utf-8", "replace")),
-        prompt=tokens_in(len(body)),
-        max_tokens=max_tokens,
-        thinking=thinking_of(read_json(thinking), max_tokens) if thinking else 0,
-        streams=members.get(b"stream") == b"true",
-    )
+    members, order = dict(GLANCED.findall(edges)), Order(prompt=tokens_in(len(body)))
+    if (most := members.get(b"max_tokens", b"")).isdigit():
+        order.max_tokens = int(most)
+    if thinking := members.get(b"thinking"):
+        order.thinking = thinking_of(read_json(thinking), order.max_tokens)
+    order.model = model_of(str(members.get(b"model", b"")[1:-1], "utf-8", "replace"))
+    order.streams = members.get(b"stream") == b"true"
+    return order
 
 
 @dataclass
@@ -1298,7 +1241,7 @@ class Measured:
 
     model: str = ""
     usage: dict[str, Any] = field(default_factory=dict)  # as it came, its counts cumulative
-    stop_reason: str = ""
+    stop_reason: object = ""
     empty: bool = True  # it has no content
     seen: int = 0  # bytes of text, thinking and tool input that passed
     thought: int = 0  # those of thinking
@@ -1310,12 +1253,11 @@ class Measured:
     def complete_with(self, order: Order) -> None:
         """Estimate what a response used besides, as it did not come to its last word: at least the
         prompt, what was seen of it, and the thinking that was not."""
-        thinking = 0
-        if not self.thought:
-            thinking = order.thinking or self.thinks * (order.max_tokens // UNSEEN_THINKING)
+        thinking = order.thinking or self.thinks * (order.max_tokens // UNSEEN_THINKING)
         told = [tally for _, tally in charged_entries(self)]
         prompt = 0 if any(t.input_tokens or t.cached for t in told) else order.prompt
-        output = tokens_in(self.seen) + thinking - sum(t.output_tokens for t in told)
+        output = tokens_in(self.seen) + (0 if self.thought else thinking)
+        output -= sum(tally.output_tokens for tally in told)
         self.beyond = Tally(input_tokens=prompt, output_tokens=max(0, output))
         self.model = self.model or order.model
 
@@ -1324,27 +1266,21 @@ def measured_message(message: object, size: int) -> Measured:
     """What a whole message of so many bytes says."""
     if not isinstance(message, dict):
         return Measured(seen=size)
-    usage, stop_reason, text = map(message.get, ("usage", "stop_reason", "completion"))
-    usage = usage if isinstance(usage, dict) else {}
-    if isinstance(text, str):
-        size = len(text.encode("utf-8", "replace"))
-    return Measured(
-        model=model_of(message.get("model")),
-        usage=usage,
-        stop_reason=stop_reason if isinstance(stop_reason, str) else "",
-        empty=not message.get("content"),
-        seen=0 if usage else size,
-        final=bool(usage),
-    )
+    measured = Measured(model_of(message.get("model")), stop_reason=message.get("stop_reason"))
+    measured.empty = not message.get("content")
+    usage, text = message.get("usage"), message.get("completion")
+    if usage and isinstance(usage, dict):
+        measured.usage, measured.final = usage, True
+    else:
+        measured.seen = len(text.encode("utf-8", "replace")) if isinstance(text, str) else size
+    return measured
 
 
 # Counts of a usage object, and of a Tally. ``input_tokens`` leaves cached ones out; cache writes
 # whose length of life is not told are 5-minute ones, Anthropic's default.
-TALLIED = (
-    *(("input_tokens", "input_tokens"), ("output_tokens", "output_tokens")),
-    ("cache_read_input_tokens", "cache_read_tokens"),
-    ("cache_creation_input_tokens", "cache_write_5m_tokens"),
-)
+TALLIED = [("input_tokens", "input_tokens"), ("output_tokens", "output_tokens")]
+TALLIED += [("cache_read_input_tokens", "cache_read_tokens")]
+TALLIED += [("cache_creation_input_tokens", "cache_write_5m_tokens")]
 
 
 def tally_of(usage: Mapping[str, Any]) -> Tally:
@@ -1355,35 +1291,27 @@ def tally_of(usage: Mapping[str, Any]) -> Tally:
         if type(count) is int and 0 < count <= MAX_COUNT:
             setattr(tally, counted, count)
     if written := usage.get("cache_creation"):
-        hour = count_of(written, "ephemeral_1h_input_tokens")
+        tally.cache_write_1h_tokens = hour = count_of(written, "ephemeral_1h_input_tokens")
         five = count_of(written, "ephemeral_5m_input_tokens")
         tally.cache_write_5m_tokens = max(five, tally.cache_write_5m_tokens - hour)
-        tally.cache_write_1h_tokens = hour
     return tally
 
 
-ATTEMPTS = ("message", "fallback_message")  # the types of iterations that may decline
-MAX_ITERATIONS = 1000  # that are read of one answer, so that a lying upstream holds nobody up
-
-
 def charged_entries(measured: Measured) -> list[tuple[str, Tally]]:
-    """What is billed of a response, as (model, counts) of each attempt, and what was estimated
-    besides. Advisor, compaction and fallback attempts stand in ``iterations`` alone. Free are those
-    declined before any output that a fallback followed, and a refusal without content (PLD
+    """What is billed of a response, as (model, counts) of each attempt and of what was estimated.
+    Advisor, compaction and fallback attempts stand in ``iterations`` alone. Free are those declined
+    before any output that a fallback followed, and refusals without content (PLD
     refusals-and-fallback, "How server-side fallback is billed")."""
     free = measured.stop_reason == "refusal" and measured.empty
     usage, model, beyond = {} if free else measured.usage, measured.model, measured.beyond
-    entries: list[tuple[str, Tally]] = []
-    attempts: list[Any] = []
-    if (iterations := usage.get("iterations")) and isinstance(iterations, list):
-        attempts = [each for each in iterations[:MAX_ITERATIONS] if isinstance(each, dict)]
-    if usage and not attempts:
-        entries.append((model, tally_of(usage)))
-    for attempt, following in itertools.pairwise([*attempts, {}]):
-        declined = attempt.get("type") in ATTEMPTS and not count_of(attempt, "output_tokens")
+    attempts = list_of(usage["iterations"])[:MAX_ITERATIONS] if "iterations" in usage else None
+    attempts = attempts and [each for each in attempts if isinstance(each, dict)]
+    entries = [(model, tally_of(usage))] if usage and not attempts else []
+    for attempt, following in itertools.pairwise([*attempts, {}]) if attempts else ():
+        declined = attempt.get("type") in MAY_DECLINE and not count_of(attempt, "output_tokens")
         if not (declined and following.get("type") == "fallback_message"):
             entries.append((model_of(attempt.get("model")) or model, tally_of(attempt)))
-    if beyond is not None and len(entries) == 1 and not iterations:
+    if beyond is not None and len(entries) == 1 and not attempts:
         entries[0][1].add(beyond)  # one prompt, which has one length
     elif beyond is not None:
         entries.append((model, beyond))
@@ -1405,7 +1333,6 @@ US_INFERENCE, BATCH_DISCOUNT = Decimal("1.1"), Decimal("0.5")
 WEB_SEARCH_PRICE, MILLION = Decimal("0.01"), Decimal(1_000_000)
 # What Anthropic's rates for the cache are of the input rate, where a price file does not say.
 CACHE_PARTS = {"cache_read": "0.1", "cache_write_5m": "1.25", "cache_write_1h": "2"}
-TOKEN_RATES = ("input", "output", *CACHE_PARTS)
 
 
 class Rates(NamedTuple):
@@ -1419,23 +1346,22 @@ class Rates(NamedTuple):
     web_search: Decimal = WEB_SEARCH_PRICE
 
 
-MAX_CACHED_RATES = 1000
+NO_RATES, TOKEN_RATES = Rates(*[ZERO] * 6), Rates._fields[:-1]
 MAX_UNKNOWN = 50  # models without a price that the log names
 
 
 class Prices:
     """What tokens cost: a price file where one is given, else the package genai-prices, whose rates
     are asked for once (0.1 ms) for each model, hour, speed and tier. A model that may be any, or
-    that nobody knows, costs what the dearest known one does. `load` takes 0.3 seconds: call it in a
-    thread; whoever needs a price before waits for it."""
+    that nobody knows, costs what the dearest known one does; where none is known, nothing. `load`
+    takes 0.3 seconds: call it in a thread; whoever needs a price before waits for it."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path, self.loaded = path, False
-        self._own: dict[str, Rates] = {}
+        self._own, self._unknown = dict[str, Rates](), set[str]()
         self._models: list[Any] = []  # of the package
         self._tiers = [0]  # lengths of a prompt, in tokens, above which the rates are others
-        self._found = functools.lru_cache(MAX_CACHED_RATES)(self._find)
-        self._unknown: set[str] = set()
+        self._found = functools.lru_cache(maxsize=1000)(self._find)
         self.reload()
         self.available = bool(self._own) or importlib.util.find_spec("genai_prices") is not None
 
@@ -1463,19 +1389,13 @@ class Prices:
         self.loaded = self.available
 
     def charge(self, measured: Measured, when: datetime) -> list[tuple[str, Tally]]:
-        """What is billed of a response, as (model, counts and USD); see `charged_entries`. Without
-        package and file the tokens are counted, at no price."""
-        if not self.loaded and self.available:
-            self.load()
+        """What is billed of a response, as (model, counts and USD); see `charged_entries`."""
         entries, usage = charged_entries(measured), measured.usage
         tools = usage.get("server_tool_use")
         if entries and tools and (searches := count_of(tools, "web_search_requests")):
             entries.append((measured.model, Tally(web_searches=searches)))
-        if not self.available:
-            return entries
-        factor = BATCH_DISCOUNT if usage.get("service_tier") == "batch" else Decimal(1)
-        if usage.get("inference_geo") == "us":
-            factor *= US_INFERENCE
+        factor = US_INFERENCE if usage.get("inference_geo") == "us" else Decimal(1)
+        factor *= BATCH_DISCOUNT if usage.get("service_tier") == "batch" else 1
         for model, tally in entries:
             read, five = tally.cache_read_tokens, tally.cache_write_5m_tokens
             hour, fast = tally.cache_write_1h_tokens, usage.get("speed") == "fast"
@@ -1484,32 +1404,28 @@ class Prices:
             if read or five or hour:
                 cost += rates.cache_read * read
                 cost += rates.cache_write_5m * five + rates.cache_write_1h * hour
-            cost *= factor
-            if tally.web_searches:
-                cost += rates.web_search * tally.web_searches
-            tally.spend = cost.normalize()
+            tally.spend = (cost * factor + rates.web_search * tally.web_searches).normalize()
         return entries
 
     def worst(self, order: Order, when: datetime) -> list[tuple[str, Tally]]:
         """What a request may cost at worst, as (model, counts and USD)."""
-        if not self.loaded and self.available:
-            self.load()
         parts = order.parts or {(order.model, False, False): [order.prompt, order.max_tokens, 0]}
         entries = []
         for (model, fast, us), (prompt, output, searches) in parts.items():
             tally = Tally(input_tokens=prompt, output_tokens=output, web_searches=searches)
-            if self.available:
-                rates = self.rates(model, when, prompt // order.prompts, fast)
-                cost = (
-                    max(rates.input, getattr(rates, order.cache)) * prompt + rates.output * output
-                )
-                cost *= (US_INFERENCE if us else 1) * (BATCH_DISCOUNT if order.batched else 1)
-                tally.spend = cost + rates.web_search * searches
+            rates = self.rates(model, when, prompt // order.prompts, fast)
+            cost = max(rates.input, getattr(rates, order.cache)) * prompt + rates.output * output
+            cost *= (US_INFERENCE if us else 1) * (BATCH_DISCOUNT if order.batched else 1)
+            tally.spend = cost + rates.web_search * searches
             entries.append((model, tally))
         return entries
 
     def rates(self, model: str, when: datetime, prompt: int, fast: bool = False) -> Rates:
-        """The rates of a model ("": any) at a moment, for a prompt of so many tokens."""
+        """Of a model ("": any) at a moment, for a prompt of so many tokens."""
+        if self.available and not self.loaded:
+            self.load()
+        if not self.available:
+            return NO_RATES
         tier = self._tiers[max(0, bisect.bisect_left(self._tiers, prompt) - 1)]
         return self._found(model, window("1h", when)[0], fast, tier)
 
@@ -1528,8 +1444,7 @@ class Prices:
         return self._found("", when, fast, tier)
 
     def _known(self, model: str, when: datetime, fast: bool, tier: int) -> Rates | None:
-        """What the price file says of a model, or else the package of a prompt just longer than
-        ``tier``."""
+        """What the price file says, or else the package of a prompt just longer than ``tier``."""
         patterns = (p for p in self._own if fnmatch.fnmatchcase(model, p))
         if own := self._own.get(model) or self._own.get(next(patterns, "")):
             return own
@@ -1538,19 +1453,14 @@ class Prices:
         import genai_prices
 
         prompt, rates = tier + 1, {}
+        told: Any = {"provider_id": "anthropic", "genai_request_timestamp": when}
+        told["price_context"] = {"speed": "fast"} if fast else None
         for name in TOKEN_RATES:
             # ``input_tokens`` is the package's word for all of the prompt, cached or not.
             counts = {"input_tokens": prompt, f"{name}_tokens": prompt}
-            if name.startswith("cache_write"):
-                counts["cache_write_tokens"] = prompt
+            counts |= {"cache_write_tokens": prompt} if "write" in name else {}
             try:
-                price = genai_prices.calc_price(
-                    genai_prices.Usage(**counts),
-                    model,
-                    provider_id="anthropic",
-                    genai_request_timestamp=when,
-                    price_context={"speed": "fast"} if fast else None,
-                )
+                price = genai_prices.calc_price(genai_prices.Usage(**counts), model, **told)
             except (LookupError, ValueError):
                 return None
             rates[name] = (price.output_price if name == "output" else price.input_price) / prompt
@@ -1571,17 +1481,14 @@ def read_prices(path: Path) -> dict[str, Rates]:
                 raise TypeError("is not an object of rates")
             if unknown := row.keys() - Rates._fields:
                 raise ValueError(f"{min(unknown)!r} is not one of {', '.join(Rates._fields)}")
-            own = {
-                name: AMOUNT.parse(name, value) for name, value in row.items() if value is not None
-            }
-            search = own.get("web_search", WEB_SEARCH_PRICE)
+            own = {n: AMOUNT.parse(n, value) for n, value in row.items() if value is not None}
             own = {name: own["input"] * Decimal(part) for name, part in CACHE_PARTS.items()} | own
             rates = {name: own[name] / MILLION for name in TOKEN_RATES}
-            prices[model] = Rates(**rates, web_search=search)
+            prices[model] = Rates(**rates, web_search=own.get("web_search", WEB_SEARCH_PRICE))
     except KeyError as missing:
         raise SettingsError(f"{where}: has no {missing}") from None
     except (OSError, ValueError, TypeError, RecursionError, APIError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = getattr(error, "strerror", "") or error
         raise SettingsError(f"{where}: {reason}") from None
     return prices
 
@@ -4626,7 +4533,7 @@ class BaseHandler(web.RequestHandler):
             case web.HTTPError(status_code=405):
                 return APIError(405, f"{path} does not take {method}.")
         log.error("call %s failed", self.call_id, exc_info=error)
-        return APIError(500, FAILED_HERE)
+        return APIError(500, "The gateway failed on this request; its log says why.")
 
 
 Result = TypeVar("Result")
