@@ -1,10 +1,8 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#   "tornado>=6.6", "uvloop>=0.21; sys_platform != 'win32'", "genai-prices>=0.2.3",
-#   "prometheus-client", "msgspec",
-# ]
+# dependencies = ["tornado>=6.6", "uvloop>=0.21; sys_platform != 'win32'", "genai-prices>=0.2.3",
+#   "prometheus-client", "msgspec"]
 # ///
 """A gateway that lets a team share one Anthropic API key without handing it out.
 
@@ -12,22 +10,19 @@
 
 It relays Anthropic's API byte for byte under /anthropic/ and /v1/, swaps a virtual key for the real
 one, and keeps the virtual keys in a JSON file. Only Tornado is required.
-
 The way of a request:
 
-    client
-      → `ServerConnection.data_received`    reads its head strictly, by `parse_request_head`
-      → `GatewayApplication.start_request`  gives it to a handler, run by a `HandlerDelegate`
-      → `RelayHandler.prepare`              each of RULES looks at the head (`Rule.head`)
-      → `RelayHandler.data_received`        a small JSON body is kept, all else goes on as it comes
-      → `RelayHandler.post`                 each rule looks at the body (`Rule.body`)
-      → `FileLedger.hold`                   holds what it may cost
-      → `RelayHandler.fetch`                by `UpstreamClient.fetch`, over an `UpstreamConnection`
-      → `RelayHandler.on_head`              the answer's head came; rules choose a `ResponseFilter`
-      → `RelayHandler.on_chunk`             each filter sees it; `ServerConnection.write`
-      → `RelayHandler.settle`               each rule ends it (`Rule.end`): `Prices.charge` says
-                                            what it cost, `FileLedger.book` books it, a `Record`
-                                            of it is logged
+    `ServerConnection.data_received`    reads its head strictly, by `parse_request_head`
+    `GatewayApplication.start_request`  gives it to a handler, run by a `HandlerDelegate`
+    `RelayHandler.prepare`              each of RULES looks at the head (`Rule.head`)
+    `RelayHandler.data_received`        a small JSON body is kept, all else goes on as it comes
+    `RelayHandler.post`                 each rule looks at the body (`Rule.body`)
+    `FileLedger.hold`                   holds what it may cost
+    `RelayHandler.fetch`                by `UpstreamClient.fetch`, over an `UpstreamConnection`
+    `RelayHandler.on_head`              the answer's head came; rules choose a `ResponseFilter`
+    `RelayHandler.on_chunk`             each filter sees it; `ServerConnection.write`
+    `RelayHandler.settle`               each rule ends it (`Rule.end`): `Prices.charge` says what
+                                        it cost, `FileLedger.book` books it; its `Record` is logged
 
 Whatever must wait returns an awaitable, and what need not returns None, as in Tornado. What a
 connection and a request may do next stands in `FOLLOWS`. Each room of this file, from Settings to
@@ -44,7 +39,7 @@ if __name__ == "__main__":  # until the files can be read again, SIGHUP must not
 import asyncio
 import bisect
 import calendar
-import collections
+import collections.abc
 import contextlib
 import dataclasses
 import enum
@@ -79,16 +74,7 @@ import time
 import types
 import urllib.parse
 import zlib
-from collections.abc import (
-    Awaitable,
-    Callable,
-    Coroutine,
-    Generator,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -101,14 +87,11 @@ from tornado.httpclient import HTTPClientError, HTTPRequest, HTTPResponse
 from tornado.httpserver import HTTPServer
 from tornado.iostream import StreamClosedError
 from tornado.log import define_logging_options
-from tornado.netutil import bind_sockets
 from tornado.options import OptionParser
 from tornado.simple_httpclient import SimpleAsyncHTTPClient
 
 __version__ = "1.0.0"
-
 log = logging.getLogger("gateway")
-
 KIB, MIB = 1024, 1024 * 1024
 
 
@@ -4049,9 +4032,15 @@ class Record:
         return row | {"request_tags": self.tags, "requester_ip_address": self.remote_ip}
 
 
+LOG_LINE = log.makeRecord(log.name, logging.INFO, "relay", 0, "", (), None)
+
+
 def log_record(record: Record) -> None:
-    """What log.info(record) does, without looking up the line it was called from."""
-    log.handle(log.makeRecord(log.name, logging.INFO, "relay", 0, record, (), None))
+    """What log.info(record) does in twice the time: make a line, and look up where it was called
+    from and what handles it."""
+    LOG_LINE.msg, LOG_LINE.created = record, time.time()
+    for handler in logging.root.handlers:
+        handler.handle(LOG_LINE)
 
 
 @dataclass(slots=True)
@@ -4847,7 +4836,7 @@ class BaseHandler(web.RequestHandler):
 Result = TypeVar("Result")
 
 
-def at_once(coroutine: Coroutine[Any, Any, Result]) -> asyncio.Task[Result] | None:
+def at_once(coroutine: collections.abc.Coroutine[Any, Any, Result]) -> asyncio.Task[Result] | None:
     """Run a coroutine until it must wait: None if it never had to, else the task that goes on with
     it. What it raises before is raised here. Until then it is in no task, so that what asks for the
     present one, as asyncio.timeout does, needs a task of its own."""
@@ -4857,7 +4846,7 @@ def at_once(coroutine: Coroutine[Any, Any, Result]) -> asyncio.Task[Result] | No
         return None
 
     @types.coroutine
-    def rest() -> Generator[Any, Any, Result]:
+    def rest() -> collections.abc.Generator[Any, Any, Result]:
         yield first
         return (yield from coroutine.__await__())
 
@@ -5084,7 +5073,6 @@ class Gateway:
         self.secret_bytes = self.secret.encode("latin-1")
         self.traffic = Traffic()
         self.recent: collections.deque[Record] = collections.deque(maxlen=settings.recent_requests)
-        self.write_log: Callable[[Record], None] = log_record
         self.active: set[RelayHandler] = set()
         self.started = now()
         self.stopping = False
@@ -5359,7 +5347,7 @@ class RelayHandler(BaseHandler):
             gateway.recent.append(record)
         gateway.traffic.count(record)
         if log.isEnabledFor(logging.INFO):
-            gateway.write_log(record)
+            log_record(record)
 
     # Inside
 
@@ -5521,8 +5509,7 @@ class ManagementHandler(BaseHandler):
         named = body.pop("key_alias" if by_alias else "key", None)
         if not isinstance(named, str) or not named:
             raise APIError(400, "'key' must name a key: the plain key or its hash.")
-        found = self.gateway.ledger.find(named, alias=named if by_alias else "")
-        if found is None:
+        if (found := self.gateway.ledger.find(named, alias=named if by_alias else "")) is None:
             raise APIError(404, "Key not found.")
         return found[1]
 
@@ -5576,10 +5563,9 @@ class KeyHandler(ManagementHandler):
             raise APIError(400, f"The body is not JSON: {error}.") from None
         if not isinstance(body, dict) or is_nested(body, MAX_OWN_DEPTH):
             raise APIError(400, f"The body is not a JSON object of up to {MAX_OWN_DEPTH} levels.")
-        *named, deed = path
-        if named:
-            body["key"] = named[0]
-        self.send_json(await self.deeds[deed](self, body))
+        if path[:-1]:
+            body["key"] = path[0]
+        self.send_json(await self.deeds[path[-1]](self, body))
 
     def chosen(self, value: Any) -> str:
         """A key that the caller chose, or a fresh one. Raises APIError 400."""
@@ -5647,9 +5633,8 @@ class KeyHandler(ManagementHandler):
 
     async def block(self, body: dict[str, Any], blocked: bool = True) -> dict[str, Any]:
         """Refuse a key, or take it again."""
-        record = dataclasses.replace(self.addressed(body), blocked=blocked, updated_at=now())
-        what = "blocked" if blocked else "unblocked"
-        return await self.keep({record.account.hashed: record}, what)
+        key = dataclasses.replace(self.addressed(body), blocked=blocked, updated_at=now())
+        return await self.keep({key.account.hashed: key}, "blocked" if blocked else "unblocked")
 
     async def reset_spend(self, body: dict[str, Any]) -> dict[str, Any]:
         """Set what was spent in the present window to ``reset_to`` USD (0)."""
@@ -5668,7 +5653,7 @@ class KeyHandler(ManagementHandler):
         gone: dict[str, Any] = {"deleted_at": now(), "retired": {}}
         found = [dataclasses.replace(self.addressed(each), **gone) for each in named]
         await self.keep({record.account.hashed: record for record in found}, "deleted")
-        return {"deleted_keys": [*keys, *aliases]}
+        return {"deleted_keys": keys + aliases}
 
     deeds: ClassVar[dict[str, Callable[..., Awaitable[dict[str, Any]]]]] = {}
     deeds |= {"generate": generate, "update": update, "regenerate": regenerate, "block": block}
@@ -5697,9 +5682,7 @@ class InfoHandler(ManagementHandler):
 
 
 REPORT_GROUPS = ("api_key", "model", "team", "user", "day")
-REPORT_GROUP = Kind(
-    f"one of {', '.join(REPORT_GROUPS)}", lambda text: REPORT_GROUPS[REPORT_GROUPS.index(text)]
-)
+REPORT_GROUP = Kind(f"one of {', '.join(REPORT_GROUPS)}", REPORT_GROUPS.index)
 ORDINAL = Kind("a whole number from 1", lambda text: int(read_amount(int(text) - 1)) + 1)
 DAY = Kind("a date like 2026-11-22", lambda text: day_of(datetime.strptime(text, "%Y-%m-%d")))
 
@@ -5716,11 +5699,10 @@ class ReportHandler(ManagementHandler):
         page, size = self.query("page", ORDINAL, 1), self.query("size", ORDINAL, 10)
         size = min(size, MAX_PAGE_SIZE)
         rows = [key for _, key in self.gateway.ledger.live()]
-        if wanted := self.query("key_hash"):
-            rows = [key for key in rows if key.account.hashed == wanted]
-        for name in ("user_id", "team_id", "key_alias"):
+        for name in ("key_hash", "user_id", "team_id", "key_alias"):
             if wanted := self.query(name):
-                rows = [key for key in rows if getattr(key, name) == wanted]
+                read = operator.attrgetter("account.hashed" if name == "key_hash" else name)
+                rows = [key for key in rows if read(key) == wanted]
         shown = rows[(page - 1) * size : page * size]
         full = self.query("return_full_object").lower() == "true"
         keys = [key_row(key, full=True) if full else key.account.hashed for key in shown]
@@ -5729,23 +5711,25 @@ class ReportHandler(ManagementHandler):
 
     def list_spend(self) -> list[dict[str, Any]]:
         """Every key's row, those that spent most first."""
-        rows = map(key_row, self.gateway.ledger.keys.values())
-        return sorted(rows, key=lambda row: -row["spend"])
+        return sorted(
+            map(key_row, self.gateway.ledger.keys.values()), key=lambda row: -row["spend"]
+        )
 
     def sum_spend(self) -> list[dict[str, Any]]:
         """``start_date``, ``end_date``: UTC days, both included, by default the last 30. One row a
         group (``group_by`` one of REPORT_GROUPS): its name under that name, and every count."""
         first = self.query("start_date", DAY, day_of(now() - timedelta(days=29)))
         last = self.query("end_date", DAY, day_of(now()))
-        group = self.query("group_by", REPORT_GROUP, "api_key")
-        sums: dict[str, Tally] = {}
-        for hashed, key in self.gateway.ledger.keys.items():
+        group, keys = self.query("group_by", REPORT_GROUP, 0), self.gateway.ledger.keys
+        sums: dict[str, Tally] = collections.defaultdict(Tally)
+        for hashed, key in keys.items():
             for day, model, tally in key.account.usage.days(first, last):
                 names = (hashed, model, key.team_id or "", key.user_id or "", day)
-                sums.setdefault(names[REPORT_GROUPS.index(group)], Tally()).add(tally)
-        rows = [{group: name, **dataclasses.asdict(tally)} for name, tally in sums.items()]
-        for row in rows if group == "api_key" else ():
-            key = self.gateway.ledger.keys[row["api_key"]]
+                sums[names[group]].add(tally)
+        kind = REPORT_GROUPS[group]
+        rows = [{kind: name, **dataclasses.asdict(tally)} for name, tally in sums.items()]
+        for row in rows if kind == "api_key" else ():
+            key = keys[row["api_key"]]
             row |= {"key_alias": key.key_alias, "key_name": key.key_name}
         return sorted(rows, key=lambda row: -row["spend"])
 
@@ -5778,9 +5762,6 @@ connect with
   export ANTHROPIC_AUTH_TOKEN={key}
   anthropic.Anthropic(base_url="{base}", api_key="{key}")
   new Anthropic({{ baseURL: "{base}", apiKey: "{key}" }})"""
-WELCOME = (
-    f"A gateway to Anthropic's API. Ask whoever runs it for a key (x-api-key), and {CONNECT}\n"
-)
 
 
 class HelloHandler(BaseHandler):
@@ -5789,7 +5770,8 @@ class HelloHandler(BaseHandler):
     def get(self) -> None:
         self.set_header("Content-Type", "text/plain; charset=utf-8")
         base = f"{self.request.protocol}://{self.request.host}{RELAY_PREFIX}"
-        self.finish(WELCOME.format(base=base, key="<a virtual key>"))
+        told = CONNECT.format(base=base, key="<a virtual key>")
+        self.finish(f"A gateway to Anthropic's API. Ask whoever runs it for a key, and {told}\n")
 
     head = get
 
@@ -5887,10 +5869,11 @@ class MetricsHandler(ManagementHandler):
                 failure = "upstream_error" if outcome == "ok" else outcome
                 failed[key, model, str(status), failure] = [count]
             gone += count if outcome == "client_gone" else 0
-        timings, bounds = dict[Any, Any](), (*map(str, LATENCY_BUCKETS), "+Inf")
+        times, ends = dict[Any, Any](), (*map(str, LATENCY_BUCKETS), "+Inf")
         for model, each in traffic.timings.items():
-            sums = (list(zip(bounds, itertools.accumulate(h.counts))) for h in each)
-            timings[model,] = [(sum, h.total) for sum, h in zip(sums, each)]
+            times[model,] = [
+                (list(zip(ends, itertools.accumulate(h.counts))), h.total) for h in each
+            ]
         usage, budgets, moment = dict[Any, Any](), dict[Any, Any](), now()
         for label, used in traffic.used.items():
             prompt, output = used.input_tokens + used.cached, used.output_tokens
@@ -5906,7 +5889,7 @@ class MetricsHandler(ManagementHandler):
         for kind, labels, names, rows in (
             ("Counter", f"{KEYED} status_code", REQUEST_METRICS, requests),
             ("Counter", f"{KEYED} exception_status exception_class", FAILURE_METRICS, failed),
-            ("Histogram", "model", LATENCY_METRICS, timings),
+            ("Histogram", "model", LATENCY_METRICS, times),
             ("Counter", KEYED, USAGE_METRICS, usage),
             ("Gauge", "api_key_alias", BUDGET_METRICS, budgets),
             ("Gauge", "", PRESENT_METRICS, {(): (len(gateway.active), streams, len(client.idle))}),
@@ -5955,25 +5938,6 @@ class LineFormatter(logging.Formatter):
         for secret in self._secrets:
             text = text.replace(secret, "*" * 8)
         return mask_keys(text) if KEY_LIKE.search(text) else text
-
-
-def record_writer(handlers: Sequence[logging.Handler]) -> Callable[[Record], None]:
-    """What logs relayed requests: through logging; or, where these handlers are one plain stream,
-    straight to it the same line, in half the time."""
-    handler = handlers[0] if len(handlers) == 1 else None
-    if type(handler) is not logging.StreamHandler:
-        return log_record
-    line, stream = log.makeRecord(log.name, logging.INFO, "relay", 0, "", (), None), handler.stream
-
-    def write(record: Record) -> None:
-        line.msg, line.created = record, time.time()
-        try:
-            stream.write(handler.format(line) + "\n")
-            stream.flush()
-        except (OSError, ValueError):
-            log_record(record)  # it reports what is wrong with the stream
-
-    return write
 
 
 def log_request(handler: web.RequestHandler) -> None:
@@ -6184,7 +6148,6 @@ def make_app(settings: Settings, rules: Sequence[Rule] = RULES) -> GatewayApplic
     return GatewayApplication(
         [
             *((re.escape(path), HelloHandler) for path in HELLO_PATHS),
-            (rf"{RELAY_PREFIX}/.*|{BARE_PREFIX}.*", RelayHandler),
             (r"/health/(liveliness|liveness|readiness)", HealthHandler),
             (METRICS_PATH, MetricsHandler),
             (r"/key/(generate|update|delete|block|unblock|regenerate)", KeyHandler),
@@ -6201,20 +6164,19 @@ def make_app(settings: Settings, rules: Sequence[Rule] = RULES) -> GatewayApplic
 def bind(settings: Settings, *, loopback: bool) -> list[socket.socket]:
     """Listening sockets: the Unix socket, or the port, on loopback where ``--address`` does not say
     otherwise. Raises SettingsError."""
-    where = f"--unix-socket={settings.unix_socket}"
+    where = settings.unix_socket or f"{settings.address or 'port'} {settings.port}"
     try:
         if settings.unix_socket:  # for the owner's group too, such as the proxy's
             return [netutil.bind_unix_socket(settings.unix_socket, 0o660)]
-        where = f"{settings.address or 'port'} {settings.port}"
         if settings.address or not loopback:
-            return bind_sockets(settings.port, settings.address or None)
-        sockets = bind_sockets(settings.port, LOOPBACK[0])
+            return netutil.bind_sockets(settings.port, settings.address or None)
+        sockets = netutil.bind_sockets(settings.port, LOOPBACK[0])
         with contextlib.suppress(OSError):  # a machine without IPv6
-            sockets += bind_sockets(sockets[0].getsockname()[1], LOOPBACK[1])
+            sockets += netutil.bind_sockets(sockets[0].getsockname()[1], LOOPBACK[1])
         return sockets
     except (OSError, ValueError) as error:  # ValueError: what stands there is a file, but no socket
-        text = f"cannot listen on {where}: {getattr(error, 'strerror', '') or error}"
-        raise SettingsError(text) from None
+        reason = getattr(error, "strerror", "") or error
+        raise SettingsError(f"cannot listen on {where}: {reason}") from None
 
 
 def server_context(settings: Settings) -> ssl.SSLContext | None:
@@ -6237,7 +6199,7 @@ def base_url(settings: Settings, port: int) -> str:
         return "https://<the proxy in front>"
     scheme = "https" if settings.certfile else "http"
     host = LOOPBACK[0] if settings.address in ("", "0.0.0.0", "::") else settings.address
-    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+    return f"{scheme}://{Origin(scheme, host, port).authority}"
 
 
 def lacks(settings: Settings) -> Iterator[str]:
@@ -6250,37 +6212,33 @@ def lacks(settings: Settings) -> Iterator[str]:
         yield f"the master key is weak; {GOOD_MASTER_KEY}"
 
 
-def announce(settings: Settings, gateway: Gateway, port: int) -> None:
+def announce(gateway: Gateway, port: int) -> None:
     """Print where it listens and relays to, what it lets in, and what a user pastes to connect."""
-    is_open, url = gateway.doors.is_open, base_url(settings, port)
+    settings, is_open = gateway.settings, gateway.doors.is_open
+    url, keys = base_url(settings, port), sum(1 for _ in gateway.ledger.live())
     everywhere = "" if settings.address or is_open else " and every other address"
     is_mock = settings.api_key.startswith(MOCK_CREDENTIAL)
-    keys = sum(1 for _ in gateway.ledger.live())
     made = f"{keys} in {settings.keys}" if keys else "POST /key/generate makes one"
-    lines = [
-        f"gateway {__version__} listening on {settings.unix_socket or url + everywhere}",
-        f"relaying to {'the built-in stand-in' if is_mock else settings.upstream}",
-        "! open to all who reach it" if is_open else f"virtual keys are required ({made})",
-        *(f"! {lack}" for lack in lacks(settings)),
-    ]
+    print(f"gateway {__version__} listening on {settings.unix_socket or url + everywhere}")
+    print("relaying to", "the built-in stand-in" if is_mock else settings.upstream)
+    print("! open to all who reach it" if is_open else f"virtual keys are required ({made})")
+    for lack in lacks(settings):
+        print("!", lack)
     if not gateway.prices.available:
-        lines.append("! genai-prices is not installed: tokens are counted, money is not")
+        print("! genai-prices is not installed: tokens are counted, money is not")
     key = "anything" if is_open else "<a virtual key>"
-    print(*lines, CONNECT.format(base=url + RELAY_PREFIX, key=key), sep="\n", flush=True)
+    print(CONNECT.format(base=url + RELAY_PREFIX, key=key), flush=True)
 
 
 def start_mock(settings: Settings) -> Settings:
     """Settings that lead to the stand-in, started on a free loopback port, if they ask for it."""
     if settings.upstream != MOCK_UPSTREAM:
         return settings
-    credential = MOCK_CREDENTIAL + secrets.token_urlsafe(KEY_BYTES)
-    sizes = dict.fromkeys(("max_body_size", "max_buffer_size"), MAX_BODY_SIZE)
-    sockets = bind_sockets(0, LOOPBACK[0])
-    told = JSONObject(credential=credential, log_function=callable)  # which does nothing
-    application = web.Application([(".*", MockAnthropic)], **told)
-    HTTPServer(application, **sizes).add_sockets(sockets)
+    key, sockets = MOCK_CREDENTIAL + mock_id("key"), netutil.bind_sockets(0, LOOPBACK[0])
+    app = web.Application([(".*", MockAnthropic)], credential=key, log_function=lambda _: None)
+    HTTPServer(app, max_body_size=MAX_BODY_SIZE, max_buffer_size=MAX_BODY_SIZE).add_sockets(sockets)
     upstream = f"http://{LOOPBACK[0]}:{sockets[0].getsockname()[1]}"
-    return dataclasses.replace(settings, upstream=upstream, api_key=credential, auth_token="")
+    return dataclasses.replace(settings, upstream=upstream, api_key=key, auth_token="")
 
 
 def report_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -6295,12 +6253,11 @@ def report_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) 
 
 
 async def serve(settings: Settings) -> None:
-    """Run until SIGTERM or SIGINT. Raises SettingsError where it cannot start."""
-    settings = start_mock(settings)
-    application = make_app(settings)
+    """Run until SIGTERM or SIGINT; then take no more requests, let those under way end until all
+    are `drained`, and break the rest. Raises SettingsError where it cannot start."""
+    application = make_app(start_mock(settings))
     gateway: Gateway = application.settings["gateway"]
-    gateway.write_log = record_writer(logging.getLogger().handlers)
-    server = Server(gateway, application)
+    settings, server, drained = gateway.settings, Server(gateway, application), gateway.drained
     sockets = bind(settings, loopback=gateway.doors.is_open)
     server.listen(sockets, server_context(settings))
     signals, loop = asyncio.Queue[int](), asyncio.get_running_loop()
@@ -6309,7 +6266,7 @@ async def serve(settings: Settings) -> None:
         loop.add_signal_handler(number, signals.put_nowait, number)
     booking = asyncio.create_task(gateway.batches.run())
     saving = asyncio.create_task(gateway.ledger.run())
-    announce(settings, gateway, 0 if settings.unix_socket else sockets[0].getsockname()[1])
+    announce(gateway, 0 if settings.unix_socket else sockets[0].getsockname()[1])
     await loop.run_in_executor(None, gateway.prices.load)
     favour_the_loop()
     while await signals.get() == signal.SIGHUP:  # read all again; what is wrong changes nothing
@@ -6322,19 +6279,11 @@ async def serve(settings: Settings) -> None:
         except Exception as error:  # noqa: BLE001 - whatever it is, it does not stop the gateway
             log.error("not read again: %s", error)
     for number in (signal.SIGTERM, signal.SIGINT):  # a second one hurries
-        loop.add_signal_handler(number, gateway.drained.set)
+        loop.add_signal_handler(number, drained.set)
     booking.cancel()
-    await stop(gateway, server)
-    saving.cancel()
-    if settings.unix_socket:
-        Path(settings.unix_socket).unlink(missing_ok=True)
-
-
-async def stop(gateway: Gateway, server: Server) -> None:
-    """Take no more requests, let those under way end until all are `drained`, break the rest."""
     gateway.stopping = True
     server.stop()
-    deadline, drained = gateway.time() + gateway.settings.drain_timeout, gateway.drained
+    deadline = gateway.time() + settings.drain_timeout
     while gateway.active and not drained.is_set() and (left := deadline - gateway.time()) > 0:
         log.info("stopping: %d requests under way, %.0f s left", len(gateway.active), left)
         with contextlib.suppress(TimeoutError):
@@ -6345,6 +6294,9 @@ async def stop(gateway: Gateway, server: Server) -> None:
         handler.settle("client_gone")
     await gateway.close()
     log.info("stopped")
+    saving.cancel()
+    if settings.unix_socket:
+        Path(settings.unix_socket).unlink(missing_ok=True)
 
 
 async def check(settings: Settings) -> bool:
@@ -6357,27 +6309,21 @@ async def check(settings: Settings) -> bool:
         missing = f"is not installed: {loss} (pip install {package})"
         findings.append((True, f"{package} {'is installed' if is_there else missing}"))
     findings += [(False, lack) for lack in lacks(settings)] or [(True, "both secrets are set")]
-
-    @contextlib.contextmanager
-    def trying(what: object, advice: str) -> Iterator[None]:
-        try:
-            yield
-        except SettingsError as error:
-            findings.append((False, str(error)))
-        except (UpstreamError, OSError) as error:
-            reason = getattr(error, "strerror", "") or error
-            findings.append((False, f"{what}: {reason} {advice}"))
-
-    with trying(path, "(let the gateway's user read it, and write in its folder, or set --keys)"):
+    try:
         found = parse_store(path.read_bytes(), str(path)) if path.exists() else None
         with tempfile.TemporaryFile(dir=path.parent):  # as each change makes one
             keys = "will be made" if found is None else f"{len(found)} keys"
         findings.append((True, f"{path}: {keys}"))
-    with trying("TLS", "(see --certfile)"):
+    except (SettingsError, OSError) as error:
+        advice = "the gateway's user must read it, and write in its folder; or set --keys"
+        findings.append((False, f"{error} ({advice})"))
+    try:
         unserved = "not served: right behind a proxy, or on loopback"
         served = f"served with {settings.certfile}" if server_context(settings) else unserved
         findings.append((True, f"TLS is {served}"))
-    with trying(upstream, "See --upstream and the network."):
+    except SettingsError as error:
+        findings.append((False, str(error)))
+    try:
         with contextlib.closing(UpstreamClient(force_instance=True, settings=settings)) as client:
             code = (await client.get("/v1/models?limit=1", CHECK_TIMEOUT)).code
         refused, fine = code in (401, 403), " and accepts the real key" if credential else ""
@@ -6385,6 +6331,8 @@ async def check(settings: Settings) -> bool:
         well = code < 400 or (credential is None and code == 401)
         said = fine if well else f" {code} to GET /v1/models: {doubt}"
         findings.append((well, f"{upstream} answers{said}"))
+    except (UpstreamError, OSError) as error:
+        findings.append((False, f"{upstream}: {error} See --upstream and the network."))
     for well, text in findings:
         print("ok  " if well else "FAIL", text)
     base = base_url(settings, settings.port) + RELAY_PREFIX
@@ -6397,7 +6345,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         settings = read_settings(sys.argv[1:] if arguments is None else arguments, os.environ)
         masked = (settings.master_key, settings.api_key, settings.auth_token)
-        for handler in logging.getLogger().handlers:
+        for handler in logging.root.handlers:
             inner = None if settings.log_json else handler.formatter
             handler.setFormatter(LineFormatter(inner, *masked))
         # The log shows neither; looking them up costs each line (docs of logging, "Optimization").
