@@ -5503,8 +5503,8 @@ class ManagementHandler(BaseHandler):
         ledger.notice_edit()
 
     def addressed(self, body: dict[str, Any]) -> VirtualKey:
-        """The key that ``key`` (plain or hash) or else ``key_alias`` names; the name is taken out
-        of the body. Raises APIError 400 or 404."""
+        """The key that a body's ``key`` (plain or hash) or ``key_alias`` names; that is taken out
+        of it. Raises APIError 400 or 404."""
         by_alias = body.get("key") is None
         named = body.pop("key_alias" if by_alias else "key", None)
         if not isinstance(named, str) or not named:
@@ -5520,20 +5520,18 @@ LITELLM_FIELDS |= {"key_type": "default", "budget_id": None, "litellm_budget_tab
 
 
 def key_row(key: VirtualKey, *, full: bool = False) -> dict[str, Any]:
-    """A key as LiteLLM's answers describe it; in full with what it used, by day and model.
-    ``spend`` is USD in the present budget window, which ends at ``budget_reset_at``."""
+    """A key as LiteLLM's answers describe it; in full with what it used, by day and model."""
     moment, hashed = now(), key.account.hashed
 
     def spent(pattern: str, duration: str | None) -> dict[str, Any]:
         reset = window(duration, moment)[1] if duration else None
         return {"spend": key.spent(moment, pattern), "budget_reset_at": reset}
 
-    row: dict[str, Any] = {"token": hashed, "token_id": hashed, "status": key.status(moment)}
+    row = {"token": hashed, "token_id": hashed, "status": key.status(moment)} | LITELLM_FIELDS
     row |= {name: getattr(key, name) for name in SHOWN}
     budgets = key.model_max_budget.items()
     row["model_max_budget_usage"] = {p: spent(p, budget.duration) for p, budget in budgets}
-    row["last_active"] = key.account.last_active
-    row |= spent(ALL_MODELS, key.budget_duration) | LITELLM_FIELDS
+    row |= spent(ALL_MODELS, key.budget_duration) | {"last_active": key.account.last_active}
     if full:
         days = row["usage"] = dict[str, Any]()
         for day, model, tally in key.account.usage.days():
@@ -5543,15 +5541,12 @@ def key_row(key: VirtualKey, *, full: bool = False) -> dict[str, Any]:
 
 def is_nested(value: object, levels: int) -> bool:
     """Whether a JSON value has more levels than that."""
-    if not isinstance(value, dict | list):
-        return False
-    within = value.values() if isinstance(value, dict) else value
-    return levels == 0 or any(is_nested(entry, levels - 1) for entry in within)
+    within = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels < 0 or any(is_nested(entry, levels - 1) for entry in within)
 
 
 class KeyHandler(ManagementHandler):
-    """POST /key/{deed} and /key/{key}/{deed}: makes and changes keys, as `deeds` lists. Null clears
-    a field."""
+    """POST /key/{deed} and /key/{key}/{deed}, as `deeds` lists them. Null clears a field."""
 
     keeps_body = True
 
@@ -5579,8 +5574,7 @@ class KeyHandler(ManagementHandler):
         return value
 
     def changed(self, record: VirtualKey, body: Mapping[str, Any], **more: Any) -> VirtualKey:
-        """A key's record with these fields. Raises APIError 400 where the alias is another key's,
-        and where a budget cannot be kept and nobody has said that the key may overspend."""
+        """A key's record with these fields. Raises APIError 400, also for what is not enforced."""
         changes = read_fields(body, SETTABLE)
         if "duration" in changes:
             changes["expires"] = changes.pop("duration")
@@ -5777,25 +5771,22 @@ class HelloHandler(BaseHandler):
 
 
 class HealthHandler(BaseHandler):
-    """GET /health/liveliness and liveness, as LiteLLM answers; and /health/readiness: 200 where
-    requests are taken and keys can be kept, else 503. ``upstream`` tells what relayed requests have
-    met, ``uptime`` is seconds."""
+    """GET /health/liveliness and liveness, as LiteLLM answers; and readiness: 200 where requests
+    are taken and keys can be kept, else 503. ``upstream`` is what relayed requests have met."""
 
     def get(self, asked: str) -> None:
         if asked != "readiness":
-            self.send_json("I'm alive!")
-            return
+            return self.send_json("I'm alive!")
         gateway, ledger, traffic = self.gateway, self.gateway.ledger, self.gateway.traffic
         error = "" if ledger.is_writable() else ledger.last_error or "It cannot be written."
         status = "shutting_down" if gateway.stopping else "unhealthy" if error else "healthy"
-        told: dict[str, Any] = {"status": status, "store": error or "writable"}
-        prices = "loaded" if gateway.prices.loaded else "loading"
-        told |= {"version": __version__, "prices": prices if gateway.prices.available else "none"}
-        told["uptime"] = round((now() - gateway.started).total_seconds())
-        met = {name: getattr(traffic, name) for name in ("last_success", "last_failure")}
-        told["upstream"] = met | {"last_error": traffic.last_error or None}
+        loaded = "loaded" if gateway.prices.loaded else "loading"
+        prices, uptime = loaded if gateway.prices.available else "none", now() - gateway.started
+        met = {"last_success": traffic.last_success, "last_failure": traffic.last_failure}
+        told: dict[str, Any] = {"status": status, "store": error or "writable", "prices": prices}
+        told |= {"version": __version__, "uptime": round(uptime.total_seconds())}
         self.set_status(200 if status == "healthy" else 503)
-        self.send_json(told)
+        self.send_json(told | {"upstream": met | {"last_error": traffic.last_error or None}})
 
 
 # Names are LiteLLM's where it has one (its docs, "Prometheus metrics"), else they begin "gateway_".
@@ -5828,9 +5819,8 @@ KEYED = "api_key_alias model"  # labels
 
 
 class MetricsHandler(ManagementHandler):
-    """GET /metrics: what the gateway has done since it started, for Prometheus. Open to the master
-    key, to a key whose ``allowed_routes`` name it, and with --open-metrics and in open mode to all.
-    501 where the package prometheus-client is not installed."""
+    """GET /metrics: what the gateway has done since it started, for Prometheus; for the master key,
+    for keys whose ``allowed_routes`` name it, and with --open-metrics and in open mode for all."""
 
     def prepare(self) -> None:
         BaseHandler.prepare(self)
@@ -5857,8 +5847,7 @@ class MetricsHandler(ManagementHandler):
         self.finish(encode(registry))
 
     def collect(self) -> Iterator[Any]:
-        """Every metric, made of the gateway's counts as the registry asks for them. Times are
-        seconds; at most MAX_LABELS keys have labels of their own."""
+        """Every metric, made of the gateway's counts as the registry asks for them."""
         from prometheus_client import core
 
         gateway, traffic, client = self.gateway, self.gateway.traffic, self.gateway.client
@@ -5920,10 +5909,7 @@ class LineFormatter(logging.Formatter):
         if self._inner is None:
             moment = datetime.fromtimestamp(line.created, UTC).isoformat(timespec="milliseconds")
             shown = {"time": moment.replace("+00:00", "Z"), "level": line.levelname.lower()}
-            if isinstance(record, Record):
-                shown |= record.to_json()
-            else:
-                shown["message"] = line.getMessage()
+            shown |= record.to_json() if type(record) is Record else {"message": line.getMessage()}
             if line.exc_info:
                 shown["exception"] = self.formatException(line.exc_info)
             text = json.dumps(shown)
@@ -5954,7 +5940,7 @@ def log_request(handler: web.RequestHandler) -> None:
 MOCK_MODELS = ("claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5")
 MOCK_TOKEN_INTERVAL = 0.02  # seconds between two deltas, about what a model does
 MOCK_MAX_TOKENS = 200  # what an echo is cut down to
-MOCK_ERROR = re.compile(r"mock-error-(4[0-9]{2}|5[0-9]{2})")
+MOCK_ERROR = re.compile(r"mock-error-([45][0-9]{2})")
 MOCK_KINDS = {402: "billing_error", 409: "conflict_error", 529: "overloaded_error"} | ERROR_TYPES
 MOCK_COUNTS = dict.fromkeys(("processing", "succeeded", "errored", "canceled", "expired"), 0)
 JSONObject = dict[str, Any]
@@ -5973,13 +5959,15 @@ class MockAnthropic(web.RequestHandler):
     cached: ClassVar[collections.deque[str]] = collections.deque(maxlen=1000)  # prompts' beginnings
 
     async def prepare(self) -> None:
-        """Answer, whatever the method."""
         request_id = mock_id("req")
         self.set_header("request-id", request_id)
         self.set_header("Content-Type", "application/json")
         try:
             answer = self.answer()
-        except APIError as error:
+        except (APIError, KeyError) as failure:
+            error = (
+                failure if isinstance(failure, APIError) else APIError(404, f"{failure} not found")
+            )
             self.set_status(error.status)
             if error.status == 429:
                 self.set_header("retry-after", "1")
@@ -5996,7 +5984,7 @@ class MockAnthropic(web.RequestHandler):
         self.finish(answer)
 
     def answer(self) -> JSONObject | bytes | Iterator[JSONObject]:
-        """What the API says, or the events of a stream. Raises APIError."""
+        """What the API says, or the events of a stream. Raises APIError, and KeyError for 404."""
         request = self.request
         if request.headers.get_list("x-api-key") != [self.settings["credential"]]:
             raise APIError(401, "invalid x-api-key")
@@ -6004,7 +5992,7 @@ class MockAnthropic(web.RequestHandler):
         path = urllib.parse.unquote(request.path).replace("/messages/batches", "/batches")
         match request.method, *path.split("/")[1:]:
             case "POST", "v1", "batches", name, "cancel":
-                batch = self._find("batches", name)
+                batch = self.things["batches"][name]
                 batch["cancel_initiated_at"] = iso(now())
                 return batch | {"processing_status": "canceling"}
             case "POST", "v1", "files":
@@ -6026,31 +6014,25 @@ class MockAnthropic(web.RequestHandler):
             case "POST", "v1", "batches":
                 return self._make_batch(sent)
             case "GET", "v1", "models" | "batches" | "files" as kind:
-                after = self.get_argument("after_id", "")
-                names, limit = [*self.things[kind]][::-1], int(self.get_argument("limit", "20"))
+                names, after = [*self.things[kind]][::-1], self.get_argument("after_id", "")
                 names = names[names.index(after) + 1 :] if after in names else names
-                data = [self.things[kind][name] for name in names[:limit]]
-                first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
-                more = len(names) > limit
-                return {"data": data, "has_more": more, "first_id": first, "last_id": last}
+                page = names[: int(self.get_argument("limit", "20"))]
+                first, last = (page[0], page[-1]) if page else (None, None)
+                told = {"has_more": page != names, "first_id": first, "last_id": last}
+                return told | {"data": [self.things[kind][name] for name in page]}
             case "GET", "v1", "models" | "batches" | "files" as kind, name:
-                return self._find(kind, name)
+                return self.things[kind][name]
             case "GET", "v1", "batches" | "files" as kind, name, "results" | "content":
-                form = self._find(kind, name).get("mime_type", "application/x-jsonl")
+                form = self.things[kind][name].get("mime_type", "application/x-jsonl")
                 self.set_header("Content-Type", form)
                 return self.contents[name]
             case "DELETE", "v1", "batches" | "files" as kind, name:
-                gone = {"id": name, "type": f"{self._find(kind, name)['type']}_deleted"}
-                del self.things[kind][name], self.contents[name]
-                return gone
+                gone = self.things[kind].pop(name)
+                del self.contents[name]
+                return {"id": name, "type": f"{gone['type']}_deleted"}
             case _, "v1", "messages" | "models" | "batches" | "files", *_:
                 raise APIError(405, "Method not allowed")
         raise APIError(404, "Not found")
-
-    def _find(self, kind: str, name: str) -> JSONObject:
-        if name not in self.things[kind]:
-            raise APIError(404, f"{name} not found")
-        return self.things[kind][name]
 
     def _reply(self, params: JSONObject) -> JSONObject:
         for name, kind in (("model", str), ("max_tokens", int), ("messages", list)):
@@ -6058,19 +6040,18 @@ class MockAnthropic(web.RequestHandler):
                 raise APIError(400, f"{name}: Field required")
         model, messages, limit = params["model"], params["messages"], params["max_tokens"]
         if error := MOCK_ERROR.fullmatch(model):
-            status = int(error[1])
-            told = MOCK_KINDS.get(status, "api_error")
-            raise APIError(status, "An error, as you asked.", kind=told)
+            told = MOCK_KINDS.get(int(error[1]), "api_error")
+            raise APIError(int(error[1]), "An error, as you asked.", kind=told)
         content = messages[-1].get("content") if isinstance(messages[-1], dict) else None
         blocks = content if isinstance(content, list) else [{"text": content}]
         said = [str(block.get("text") or "") for block in blocks if isinstance(block, dict)]
         words = f"You said: {' '.join(said)}".split(" ")[: min(limit, MOCK_MAX_TOKENS)]
+        usage = JSONObject(input_tokens=mock_tokens(messages), output_tokens=len(words))
         cache = {"creation": 0, "read": 0}
         if "cache_control" in json.dumps(params):  # it is written the first time, then read
             prefix = json.dumps([params.get("system"), params.get("tools")])
             cache["read" if prefix in self.cached else "creation"] = mock_tokens(prefix)
             self.cached.append(prefix)
-        usage: JSONObject = {"input_tokens": mock_tokens(messages), "output_tokens": len(words)}
         usage |= {f"cache_{done}_input_tokens": size for done, size in cache.items()}
         lives = {"ephemeral_5m_input_tokens": cache["creation"], "ephemeral_1h_input_tokens": 0}
         usage |= {"cache_creation": lives, "service_tier": "standard"}
@@ -6081,26 +6062,25 @@ class MockAnthropic(web.RequestHandler):
 
     def _make_batch(self, sent: JSONObject) -> JSONObject:
         """It is worked off at once, and has ended when it is next looked at."""
-        requests, results = sent.get("requests"), list[JSONObject]()
+        requests, lines, counts = sent.get("requests"), "", MOCK_COUNTS.copy()
         if not isinstance(requests, list) or not requests:
             raise APIError(400, "requests: Field required")
         for each in requests:
             try:
-                result = {"type": "succeeded", "message": self._reply(each["params"])}
+                result = JSONObject(type="succeeded", message=self._reply(each["params"]))
             except APIError as error:
                 result = {"type": "errored", "error": json.loads(error.body(""))}
-            results.append({"custom_id": each["custom_id"], "result": result})
+            counts[result["type"]] += 1
+            lines += json.dumps({"custom_id": each["custom_id"], "result": result}) + "\n"
         name, moment = mock_id("msgbatch"), now()
+        self.contents[name], running = lines.encode(), MOCK_COUNTS | {"processing": len(requests)}
         batch: JSONObject = {"id": name, "type": "message_batch", "created_at": iso(moment)}
         batch |= dict.fromkeys(("ended_at", "results_url", "cancel_initiated_at", "archived_at"))
-        batch |= {"expires_at": iso(moment + timedelta(days=1)), "processing_status": "in_progress"}
-        batch["request_counts"] = MOCK_COUNTS | {"processing": len(results)}
-        counts = collections.Counter(line["result"]["type"] for line in results)
-        self.contents[name] = "".join(json.dumps(line) + "\n" for line in results).encode()
-        done = {"processing_status": "ended", "request_counts": MOCK_COUNTS | counts}
+        batch |= {"expires_at": iso(moment + timedelta(days=1)), "request_counts": running}
         url = f"{ANTHROPIC_API}/v1/messages/batches/{name}/results"  # absolute, as Anthropic's
+        done = {"processing_status": BATCH_ENDED, "request_counts": counts}
         self.things["batches"][name] = batch | done | {"ended_at": iso(moment), "results_url": url}
-        return batch
+        return batch | {"processing_status": "in_progress"}
 
 
 def mock_id(prefix: str) -> str:
@@ -6124,8 +6104,7 @@ def mock_events(message: JSONObject) -> Iterator[JSONObject]:
         yield {"type": "content_block_delta", "delta": {"type": "text_delta", "text": piece}} | at
     yield {"type": "content_block_stop"} | at
     ended = {"stop_reason": message["stop_reason"], "stop_sequence": None}
-    total = {"output_tokens": used["output_tokens"]}
-    yield {"type": "message_delta", "delta": ended, "usage": total}
+    yield {"type": "message_delta", "delta": ended, "usage": used}
     yield {"type": "message_stop"}
 
 
@@ -6145,25 +6124,21 @@ OPTIONAL_PACKAGES = {
 def make_app(settings: Settings, rules: Sequence[Rule] = RULES) -> GatewayApplication:
     """The Tornado application, whose ``settings["gateway"]`` is the `Gateway`. Call it from a loop
     that runs. Raises SettingsError where the keys file cannot be used."""
-    return GatewayApplication(
-        [
-            *((re.escape(path), HelloHandler) for path in HELLO_PATHS),
-            (r"/health/(liveliness|liveness|readiness)", HealthHandler),
-            (METRICS_PATH, MetricsHandler),
-            (r"/key/(generate|update|delete|block|unblock|regenerate)", KeyHandler),
-            (r"/key/([^/]+)/(regenerate|reset_spend)", KeyHandler),
-            (r"/key/info", InfoHandler),
-            *((re.escape(path), ReportHandler) for path in ReportHandler.reports),
-        ],
-        default_handler_class=NotFoundHandler,
-        log_function=log_request,
-        gateway=Gateway(settings, rules),
-    )
+    routes: list[Any] = [
+        *((re.escape(path), HelloHandler) for path in HELLO_PATHS),
+        (r"/health/(liveliness|liveness|readiness)", HealthHandler),
+        (METRICS_PATH, MetricsHandler),
+        (r"/key/(generate|update|delete|block|unblock|regenerate)", KeyHandler),
+        (r"/key/([^/]+)/(regenerate|reset_spend)", KeyHandler),
+        (r"/key/info", InfoHandler),
+        *((re.escape(path), ReportHandler) for path in ReportHandler.reports),
+    ]
+    told: dict[str, Any] = {"gateway": Gateway(settings, rules), "log_function": log_request}
+    return GatewayApplication(routes, default_handler_class=NotFoundHandler, **told)
 
 
 def bind(settings: Settings, *, loopback: bool) -> list[socket.socket]:
-    """Listening sockets: the Unix socket, or the port, on loopback where ``--address`` does not say
-    otherwise. Raises SettingsError."""
+    """Listening sockets, on ``loopback`` where no option says otherwise. Raises SettingsError."""
     where = settings.unix_socket or f"{settings.address or 'port'} {settings.port}"
     try:
         if settings.unix_socket:  # for the owner's group too, such as the proxy's
@@ -6245,8 +6220,7 @@ def report_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) 
     """Log what the event loop reports."""
     error = context.get("exception")
     if isinstance(error, RuntimeError) and "the handler is closed" in str(error):
-        # uvloop goes on with a read over TLS whose connection was broken off within it
-        # (uvloop/handles/handle.pyx, _ensure_alive).
+        # A read over TLS that broke its connection off goes on (uvloop/handles/handle.pyx).
         log.debug("after the end of a connection", exc_info=error)
     else:
         loop.default_exception_handler(context)
@@ -6348,10 +6322,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for handler in logging.root.handlers:
             inner = None if settings.log_json else handler.formatter
             handler.setFormatter(LineFormatter(inner, *masked))
-        # The log shows neither; looking them up costs each line (docs of logging, "Optimization").
-        logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-        # As many open files as the system allows: each stream holds two sockets.
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # as many as the system allows
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
         loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
@@ -6370,12 +6341,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def favour_the_loop() -> None:
     """Keep what else goes on in this process from stopping streams."""
-    # The garbage collector need not look again and again through what is here now and stays, some
-    # hundred thousand objects; nor every few requests, of which each makes a hundred.
     gc.unfreeze()  # requests that were under way at the last time are garbage by now
     gc.collect()
-    gc.freeze()
-    gc.set_threshold(10_000)  # objects made and not freed; Python's own is 700
+    gc.freeze()  # some hundred thousand objects, which stay: not to be looked through each time
+    gc.set_threshold(10_000)  # objects made and not freed, by a hundred requests; else by seven
     sys.setswitchinterval(0.0005)  # not 5 ms: the keys file's writer hands Python's lock back
 
 
