@@ -3936,6 +3936,7 @@ LATENCY_BUCKETS = (
     *(1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0),
 )
 TIMINGS = ("total", "first_byte", "upstream", "overhead")
+LOG_LINE = log.makeRecord(log.name, logging.INFO, "relay", 0, "", (), None)
 # Most lines have the same words.
 shown_word = functools.lru_cache(maxsize=1024)(word)
 shown_dollars = functools.lru_cache(maxsize=1024)(dollars)
@@ -4030,9 +4031,6 @@ class Record:
         row |= {"endTime": iso(self.started + took), "status": status, "status_code": self.status}
         row |= {"outcome": self.outcome, "estimated": self.estimated}
         return row | {"request_tags": self.tags, "requester_ip_address": self.remote_ip}
-
-
-LOG_LINE = log.makeRecord(log.name, logging.INFO, "relay", 0, "", (), None)
 
 
 def log_record(record: Record) -> None:
@@ -5480,13 +5478,6 @@ MAX_PAGE_SIZE = 100  # LiteLLM's limit on /key/list
 MAX_OWN_DEPTH = 50  # of JSON in requests to the gateway itself
 
 
-class NotFoundHandler(BaseHandler):
-    """Every path that nothing else serves."""
-
-    def prepare(self) -> None:
-        raise web.HTTPError(404)
-
-
 class ManagementHandler(BaseHandler):
     """What only the master key may do. Raises 401 without a key, 403 with any other."""
 
@@ -5503,8 +5494,7 @@ class ManagementHandler(BaseHandler):
         ledger.notice_edit()
 
     def addressed(self, body: dict[str, Any]) -> VirtualKey:
-        """The key that a body's ``key`` (plain or hash) or ``key_alias`` names; that is taken out
-        of it. Raises APIError 400 or 404."""
+        """Take ``key`` (plain or hash) or ``key_alias`` out of a body. Raises APIError 400, 404."""
         by_alias = body.get("key") is None
         named = body.pop("key_alias" if by_alias else "key", None)
         if not isinstance(named, str) or not named:
@@ -5558,7 +5548,7 @@ class KeyHandler(ManagementHandler):
             raise APIError(400, f"The body is not JSON: {error}.") from None
         if not isinstance(body, dict) or is_nested(body, MAX_OWN_DEPTH):
             raise APIError(400, f"The body is not a JSON object of up to {MAX_OWN_DEPTH} levels.")
-        if path[:-1]:
+        if len(path) > 1:
             body["key"] = path[0]
         self.send_json(await self.deeds[path[-1]](self, body))
 
@@ -5608,14 +5598,12 @@ class KeyHandler(ManagementHandler):
 
     async def update(self, body: dict[str, Any]) -> dict[str, Any]:
         """Change the fields that the body has."""
-        record = self.addressed(body)
-        what = f"updated: {', '.join(name for name in SETTABLE if name in body)}"
-        hashed = record.account.hashed
-        return await self.keep({hashed: self.changed(record, body)}, what) | {"key": hashed}
+        record, names = self.addressed(body), ", ".join(n for n in SETTABLE if n in body)
+        changes = {record.account.hashed: self.changed(record, body)}
+        return await self.keep(changes, f"updated: {names}") | {"key": record.account.hashed}
 
     async def regenerate(self, body: dict[str, Any]) -> dict[str, Any]:
-        """A new value for a key, that keeps all else: ``new_key``, or a fresh one. For a duration
-        ``grace_period`` the old one still works. Other fields are changed as by `update`."""
+        """As `update`, and a new value, ``new_key`` or fresh; for a ``grace_period`` both work."""
         record = self.addressed(body)
         moment, grace = now(), LIFETIME.parse("grace_period", body.pop("grace_period", None))
         value = self.chosen(body.pop("new_key", None))
@@ -5649,10 +5637,9 @@ class KeyHandler(ManagementHandler):
         await self.keep({record.account.hashed: record for record in found}, "deleted")
         return {"deleted_keys": keys + aliases}
 
-    deeds: ClassVar[dict[str, Callable[..., Awaitable[dict[str, Any]]]]] = {}
-    deeds |= {"generate": generate, "update": update, "regenerate": regenerate, "block": block}
+    deeds: ClassVar[dict[str, Any]] = {"generate": generate, "update": update, "block": block}
     deeds |= {"unblock": functools.partial(block, blocked=False), "reset_spend": reset_spend}
-    deeds["delete"] = delete_keys
+    deeds |= {"regenerate": regenerate, "delete": delete_keys}
 
 
 class InfoHandler(ManagementHandler):
@@ -5705,9 +5692,8 @@ class ReportHandler(ManagementHandler):
 
     def list_spend(self) -> list[dict[str, Any]]:
         """Every key's row, those that spent most first."""
-        return sorted(
-            map(key_row, self.gateway.ledger.keys.values()), key=lambda row: -row["spend"]
-        )
+        rows = map(key_row, self.gateway.ledger.keys.values())
+        return sorted(rows, key=lambda row: -row["spend"])
 
     def sum_spend(self) -> list[dict[str, Any]]:
         """``start_date``, ``end_date``: UTC days, both included, by default the last 30. One row a
@@ -5743,9 +5729,8 @@ class ReportHandler(ManagementHandler):
             and first <= day_of(finished.started) <= last
         ]
 
-    reports: ClassVar[dict[str, Callable[[ReportHandler], object]]] = {}
-    reports |= {"/key/list": list_keys, "/spend/keys": list_spend, "/spend/logs": list_requests}
-    reports["/global/spend/report"] = sum_spend
+    reports: ClassVar[dict[str, Any]] = {"/key/list": list_keys, "/spend/logs": list_requests}
+    reports |= {"/spend/keys": list_spend, "/global/spend/report": sum_spend}
 
 
 # ─── Operations ───────────────────────────────────────────────────────────────────────────────────
@@ -5759,7 +5744,12 @@ connect with
 
 
 class HelloHandler(BaseHandler):
-    """What Claude Code asks to warm its connection up, and what a browser sees at /."""
+    """HELLO_PATHS, of which a browser sees /, and 404 for every path that nothing else serves."""
+
+    def prepare(self) -> None:
+        if self.request.path not in HELLO_PATHS:
+            raise web.HTTPError(404)
+        super().prepare()
 
     def get(self) -> None:
         self.set_header("Content-Type", "text/plain; charset=utf-8")
@@ -5780,11 +5770,11 @@ class HealthHandler(BaseHandler):
         gateway, ledger, traffic = self.gateway, self.gateway.ledger, self.gateway.traffic
         error = "" if ledger.is_writable() else ledger.last_error or "It cannot be written."
         status = "shutting_down" if gateway.stopping else "unhealthy" if error else "healthy"
-        loaded = "loaded" if gateway.prices.loaded else "loading"
-        prices, uptime = loaded if gateway.prices.available else "none", now() - gateway.started
+        prices = "loaded" if gateway.prices.loaded else "loading"
+        told: dict[str, Any] = {"status": status, "store": error or "writable"}
+        told |= {"version": __version__, "prices": prices if gateway.prices.available else "none"}
+        told["uptime"] = round((now() - gateway.started).total_seconds())
         met = {"last_success": traffic.last_success, "last_failure": traffic.last_failure}
-        told: dict[str, Any] = {"status": status, "store": error or "writable", "prices": prices}
-        told |= {"version": __version__, "uptime": round(uptime.total_seconds())}
         self.set_status(200 if status == "healthy" else 503)
         self.send_json(told | {"upstream": met | {"last_error": traffic.last_error or None}})
 
@@ -5792,29 +5782,23 @@ class HealthHandler(BaseHandler):
 # Names are LiteLLM's where it has one (its docs, "Prometheus metrics"), else they begin "gateway_".
 REQUEST_METRICS = {"litellm_proxy_total_requests_metric": "Relayed requests"}
 FAILURE_METRICS = {"litellm_proxy_failed_requests_metric": "Those refused, failed or broken"}
-LATENCY_METRICS = {  # in the order of TIMINGS
-    "litellm_request_total_latency_metric": "The whole of a request",
-    "litellm_llm_api_time_to_first_token_metric": "Until the first byte of an answer",
-    "litellm_llm_api_latency_metric": "From the sending upstream to the answer's end",
-    "litellm_overhead_latency_metric": "Added by the gateway before the first byte",
-}
+LATENCY_METRICS = {"litellm_request_total_latency_metric": "The whole of a request"}  # as TIMINGS
+LATENCY_METRICS["litellm_llm_api_time_to_first_token_metric"] = "Until the first byte of an answer"
+LATENCY_METRICS["litellm_llm_api_latency_metric"] = "From the sending upstream to the answer's end"
+LATENCY_METRICS["litellm_overhead_latency_metric"] = "Added by the gateway before the first byte"
 USAGE_METRICS = {"litellm_spend_metric": "USD", "litellm_total_tokens_metric": "Tokens"}
 USAGE_METRICS |= {"litellm_input_tokens_metric": "Read", "litellm_output_tokens_metric": "Made"}
 USAGE_METRICS["litellm_input_cached_tokens_metric"] = "From cache"
 USAGE_METRICS["litellm_input_cache_creation_tokens_metric"] = "To cache"
-BUDGET_METRICS = {
-    "gateway_api_key_spend": "USD spent in the budget's present window",
-    "litellm_api_key_max_budget_metric": "USD of the key's budget",
-    "litellm_remaining_api_key_budget_metric": "USD left of the key's budget",
-    "litellm_api_key_budget_remaining_hours_metric": "Hours until the budget resets",
-}
+BUDGET_METRICS = {"gateway_api_key_spend": "USD spent in the budget's present window"}
+BUDGET_METRICS["litellm_api_key_max_budget_metric"] = "USD of the key's budget"
+BUDGET_METRICS["litellm_remaining_api_key_budget_metric"] = "USD left of the key's budget"
+BUDGET_METRICS["litellm_api_key_budget_remaining_hours_metric"] = "Hours until the budget resets"
 PRESENT_METRICS = {"litellm_in_flight_requests": "Requests", "gateway_streams_open": "Streams"}
 PRESENT_METRICS["gateway_upstream_connections_idle"] = "Kept for the next request"
-EVENT_METRICS = {
-    "gateway_upstream_connections_opened": "Connections opened to the upstream",
-    "gateway_upstream_connections_reused": "Requests that went over a kept connection",
-    "gateway_client_disconnects": "Clients that left too early",
-}
+EVENT_METRICS = {"gateway_upstream_connections_opened": "Connections opened to the upstream"}
+EVENT_METRICS["gateway_upstream_connections_reused"] = "Requests that went over a kept connection"
+EVENT_METRICS["gateway_client_disconnects"] = "Clients that left too early"
 KEYED = "api_key_alias model"  # labels
 
 
@@ -5860,9 +5844,8 @@ class MetricsHandler(ManagementHandler):
             gone += count if outcome == "client_gone" else 0
         times, ends = dict[Any, Any](), (*map(str, LATENCY_BUCKETS), "+Inf")
         for model, each in traffic.timings.items():
-            times[model,] = [
-                (list(zip(ends, itertools.accumulate(h.counts))), h.total) for h in each
-            ]
+            sums = [list(zip(ends, itertools.accumulate(h.counts))) for h in each]
+            times[model,] = [(buckets, h.total) for buckets, h in zip(sums, each)]
         usage, budgets, moment = dict[Any, Any](), dict[Any, Any](), now()
         for label, used in traffic.used.items():
             prompt, output = used.input_tokens + used.cached, used.output_tokens
@@ -5894,9 +5877,8 @@ class MetricsHandler(ManagementHandler):
 
 
 class LineFormatter(logging.Formatter):
-    """A log line, as another formatter makes it, or (without one) as a JSON object: ``time``,
-    ``level``, and `Record.to_json` or a ``message`` (with ``exception``, where there was one).
-    Whoever wrote it, secrets are masked in it, and all that looks like a key is abbreviated."""
+    """A log line, as another formatter makes it, or (without one) as a JSON object. Whoever wrote
+    it, secrets are masked in it, and all that looks like a key is abbreviated."""
 
     def __init__(self, inner: logging.Formatter | None, *secrets: str) -> None:
         super().__init__()
@@ -5940,7 +5922,6 @@ def log_request(handler: web.RequestHandler) -> None:
 MOCK_MODELS = ("claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5")
 MOCK_TOKEN_INTERVAL = 0.02  # seconds between two deltas, about what a model does
 MOCK_MAX_TOKENS = 200  # what an echo is cut down to
-MOCK_ERROR = re.compile(r"mock-error-([45][0-9]{2})")
 MOCK_KINDS = {402: "billing_error", 409: "conflict_error", 529: "overloaded_error"} | ERROR_TYPES
 MOCK_COUNTS = dict.fromkeys(("processing", "succeeded", "errored", "canceled", "expired"), 0)
 JSONObject = dict[str, Any]
@@ -5964,10 +5945,8 @@ class MockAnthropic(web.RequestHandler):
         self.set_header("Content-Type", "application/json")
         try:
             answer = self.answer()
-        except (APIError, KeyError) as failure:
-            error = (
-                failure if isinstance(failure, APIError) else APIError(404, f"{failure} not found")
-            )
+        except (APIError, KeyError) as raised:
+            error = raised if isinstance(raised, APIError) else APIError(404, f"{raised} not found")
             self.set_status(error.status)
             if error.status == 429:
                 self.set_header("retry-after", "1")
@@ -5985,20 +5964,19 @@ class MockAnthropic(web.RequestHandler):
 
     def answer(self) -> JSONObject | bytes | Iterator[JSONObject]:
         """What the API says, or the events of a stream. Raises APIError, and KeyError for 404."""
-        request = self.request
-        if request.headers.get_list("x-api-key") != [self.settings["credential"]]:
+        if self.request.headers.get_list("x-api-key") != [self.settings["credential"]]:
             raise APIError(401, "invalid x-api-key")
-        sent: Any = read_json(request.body)
-        path = urllib.parse.unquote(request.path).replace("/messages/batches", "/batches")
-        match request.method, *path.split("/")[1:]:
+        sent: Any = read_json(self.request.body)
+        path = urllib.parse.unquote(self.request.path).replace("/messages/batches", "/batches")
+        match self.request.method, *path.split("/")[1:]:
             case "POST", "v1", "batches", name, "cancel":
                 batch = self.things["batches"][name]
                 batch["cancel_initiated_at"] = iso(now())
                 return batch | {"processing_status": "canceling"}
             case "POST", "v1", "files":
-                if "file" not in request.files:
+                if "file" not in self.request.files:
                     raise APIError(400, "file: Field required")
-                name, file = mock_id("file"), request.files["file"][0]
+                name, file = mock_id("file"), self.request.files["file"][0]
                 about = JSONObject(type="file", id=name, filename=file.filename, downloadable=True)
                 about |= {"mime_type": file.content_type, "size_bytes": len(file.body)}
                 about["created_at"] = iso(now())
@@ -6039,7 +6017,7 @@ class MockAnthropic(web.RequestHandler):
             if not isinstance(params.get(name), kind) or not params[name] > kind():
                 raise APIError(400, f"{name}: Field required")
         model, messages, limit = params["model"], params["messages"], params["max_tokens"]
-        if error := MOCK_ERROR.fullmatch(model):
+        if error := re.fullmatch("mock-error-([45][0-9]{2})", model):
             told = MOCK_KINDS.get(int(error[1]), "api_error")
             raise APIError(int(error[1]), "An error, as you asked.", kind=told)
         content = messages[-1].get("content") if isinstance(messages[-1], dict) else None
@@ -6114,18 +6092,13 @@ DRAIN_PROGRESS = 5.0  # seconds between two lines about what a stop waits for
 LOOPBACK = ("127.0.0.1", "::1")
 MOCK_CREDENTIAL = "sk-ant-mock-"
 CHECK_TIMEOUT = 30.0  # seconds
-OPTIONAL_PACKAGES = {
-    "uvloop": "the gateway is slower",
-    "genai-prices": "money is not counted, budgets cannot be set",
-    "prometheus-client": "there is no /metrics",
-}
+OPTIONAL_PACKAGES = {"uvloop": "the gateway is slower", "prometheus-client": "there is no /metrics"}
+OPTIONAL_PACKAGES["genai-prices"] = "money is not counted, budgets cannot be set"
 
 
 def make_app(settings: Settings, rules: Sequence[Rule] = RULES) -> GatewayApplication:
-    """The Tornado application, whose ``settings["gateway"]`` is the `Gateway`. Call it from a loop
-    that runs. Raises SettingsError where the keys file cannot be used."""
+    """Tornado's application, its settings with a "gateway", in a running loop. Or SettingsError."""
     routes: list[Any] = [
-        *((re.escape(path), HelloHandler) for path in HELLO_PATHS),
         (r"/health/(liveliness|liveness|readiness)", HealthHandler),
         (METRICS_PATH, MetricsHandler),
         (r"/key/(generate|update|delete|block|unblock|regenerate)", KeyHandler),
@@ -6134,7 +6107,7 @@ def make_app(settings: Settings, rules: Sequence[Rule] = RULES) -> GatewayApplic
         *((re.escape(path), ReportHandler) for path in ReportHandler.reports),
     ]
     told: dict[str, Any] = {"gateway": Gateway(settings, rules), "log_function": log_request}
-    return GatewayApplication(routes, default_handler_class=NotFoundHandler, **told)
+    return GatewayApplication(routes, default_handler_class=HelloHandler, **told)
 
 
 def bind(settings: Settings, *, loopback: bool) -> list[socket.socket]:
