@@ -4034,8 +4034,7 @@ class Record:
 
 
 def log_record(record: Record) -> None:
-    """What log.info(record) does in twice the time: make a line, and look up where it was called
-    from and what handles it."""
+    """What log.info(record) does, in half the time: over one line, straight to the handlers."""
     LOG_LINE.msg, LOG_LINE.created = record, time.time()
     for handler in logging.root.handlers:
         handler.handle(LOG_LINE)
@@ -6097,7 +6096,7 @@ OPTIONAL_PACKAGES["genai-prices"] = "money is not counted, budgets cannot be set
 
 
 def make_app(settings: Settings, rules: Sequence[Rule] = RULES) -> GatewayApplication:
-    """Tornado's application, its settings with a "gateway", in a running loop. Or SettingsError."""
+    """The application with its "gateway", for a loop that runs already. Raises SettingsError."""
     routes: list[Any] = [
         (r"/health/(liveliness|liveness|readiness)", HealthHandler),
         (METRICS_PATH, MetricsHandler),
