@@ -5482,15 +5482,14 @@ class ManagementHandler(BaseHandler):
 
     def prepare(self) -> None:
         super().prepare()
-        doors, ledger = self.gateway.doors, self.gateway.ledger
         if not self.gateway.settings.master_key:
             raise APIError(403, "No master key is set: start with GATEWAY_MASTER_KEY to have one.")
         shown = [hash_key(credential) for _, credential in candidates(self.request.head.values)]
-        if not any(map(doors.is_master, shown)):
-            if any(map(ledger.lookup, shown)):
+        if not any(map(self.gateway.doors.is_master, shown)):
+            if any(map(self.gateway.ledger.lookup, shown)):
                 raise APIError(403, "Only the master key may do this; a virtual key was sent.")
             raise APIError(401, "Send the master key as 'Authorization: Bearer' or 'x-api-key'.")
-        ledger.notice_edit()
+        self.gateway.ledger.notice_edit()
 
     def addressed(self, body: dict[str, Any]) -> VirtualKey:
         """Take ``key`` (plain or hash) or ``key_alias`` out of a body. Raises APIError 400, 404."""
@@ -5563,7 +5562,7 @@ class KeyHandler(ManagementHandler):
         return value
 
     def changed(self, record: VirtualKey, body: Mapping[str, Any], **more: Any) -> VirtualKey:
-        """A key's record with these fields. Raises APIError 400, also for what is not enforced."""
+        """A key's record with these fields. Raises APIError 400."""
         changes = read_fields(body, SETTABLE)
         if "duration" in changes:
             changes["expires"] = changes.pop("duration")
@@ -5649,8 +5648,7 @@ class InfoHandler(ManagementHandler):
 
     async def get(self) -> None:
         asked = self.query("key")
-        caller = await self.gateway.doors.authenticate(self.request.head.values)
-        record = caller.key
+        record = (await self.gateway.doors.authenticate(self.request.head.values)).key
         if record is None:
             super().prepare()
             record = self.addressed({"key": asked})
@@ -6260,9 +6258,11 @@ async def check(settings: Settings) -> bool:
         with tempfile.TemporaryFile(dir=path.parent):  # as each change makes one
             keys = "will be made" if found is None else f"{len(found)} keys"
         findings.append((True, f"{path}: {keys}"))
-    except (SettingsError, OSError) as error:
-        advice = "the gateway's user must read it, and write in its folder; or set --keys"
-        findings.append((False, f"{error} ({advice})"))
+    except SettingsError as error:
+        findings.append((False, str(error)))
+    except OSError as error:
+        advice = "let the gateway's user read it, and write in its folder, or set --keys"
+        findings.append((False, f"{path}: {error.strerror} ({advice})"))
     try:
         unserved = "not served: right behind a proxy, or on loopback"
         served = f"served with {settings.certfile}" if server_context(settings) else unserved
@@ -6316,7 +6316,7 @@ def favour_the_loop() -> None:
     gc.unfreeze()  # requests that were under way at the last time are garbage by now
     gc.collect()
     gc.freeze()  # some hundred thousand objects, which stay: not to be looked through each time
-    gc.set_threshold(10_000)  # objects made and not freed, by a hundred requests; else by seven
+    gc.set_threshold(10_000)  # objects made and not freed, as by a hundred requests; else 700
     sys.setswitchinterval(0.0005)  # not 5 ms: the keys file's writer hands Python's lock back
 
 
