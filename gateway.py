@@ -1,10 +1,8 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#   "tornado>=6.6", "uvloop>=0.21; sys_platform != 'win32'", "genai-prices>=0.2.3",
-#   "prometheus-client", "msgspec",
-# ]
+# dependencies = ["tornado>=6.6", "uvloop>=0.21; sys_platform != 'win32'", "genai-prices>=0.2.3",
+#   "prometheus-client", "msgspec"]
 # ///
 """A gateway that lets a team share one Anthropic API key without handing it out.
 
@@ -12,22 +10,19 @@
 
 It relays Anthropic's API byte for byte under /anthropic/ and /v1/, swaps a virtual key for the real
 one, and keeps the virtual keys in a JSON file. Only Tornado is required.
-
 The way of a request:
 
-    client
-      → `ServerConnection.data_received`    reads its head strictly, by `parse_request_head`
-      → `GatewayApplication.start_request`  gives it to a handler, run by a `HandlerDelegate`
-      → `RelayHandler.prepare`              each of RULES looks at the head (`Rule.head`)
-      → `RelayHandler.data_received`        a small JSON body is kept, all else goes on as it comes
-      → `RelayHandler.post`                 each rule looks at the body (`Rule.body`)
-      → `FileLedger.hold`                   holds what it may cost
-      → `RelayHandler.fetch`                by `UpstreamClient.fetch`, over an `UpstreamConnection`
-      → `RelayHandler.on_head`              the answer's head came; rules choose a `ResponseFilter`
-      → `RelayHandler.on_chunk`             each filter sees it; `ServerConnection.write`
-      → `RelayHandler.settle`               each rule ends it (`Rule.end`): `Prices.charge` says
-                                            what it cost, `FileLedger.book` books it, a `Record`
-                                            of it is logged
+    `ServerConnection.data_received`    reads its head strictly, by `parse_request_head`
+    `GatewayApplication.start_request`  gives it to a handler, run by a `HandlerDelegate`
+    `RelayHandler.prepare`              each of RULES looks at the head (`Rule.head`)
+    `RelayHandler.data_received`        a small JSON body is kept, all else goes on as it comes
+    `RelayHandler.post`                 each rule looks at the body (`Rule.body`)
+    `FileLedger.hold`                   holds what it may cost
+    `RelayHandler.fetch`                by `UpstreamClient.fetch`, over an `UpstreamConnection`
+    `RelayHandler.on_head`              the answer's head came; rules choose a `ResponseFilter`
+    `RelayHandler.on_chunk`             each filter sees it; `ServerConnection.write`
+    `RelayHandler.settle`               each rule ends it (`Rule.end`): `Prices.charge` says what
+                                        it cost, `FileLedger.book` books it; its `Record` is logged
 
 Whatever must wait returns an awaitable, and what need not returns None, as in Tornado. What a
 connection and a request may do next stands in `FOLLOWS`. Each room of this file, from Settings to
@@ -44,7 +39,7 @@ if __name__ == "__main__":  # until the files can be read again, SIGHUP must not
 import asyncio
 import bisect
 import calendar
-import collections
+import collections.abc
 import contextlib
 import dataclasses
 import enum
@@ -79,16 +74,7 @@ import time
 import types
 import urllib.parse
 import zlib
-from collections.abc import (
-    Awaitable,
-    Callable,
-    Coroutine,
-    Generator,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -101,14 +87,11 @@ from tornado.httpclient import HTTPClientError, HTTPRequest, HTTPResponse
 from tornado.httpserver import HTTPServer
 from tornado.iostream import StreamClosedError
 from tornado.log import define_logging_options
-from tornado.netutil import bind_sockets
 from tornado.options import OptionParser
 from tornado.simple_httpclient import SimpleAsyncHTTPClient
 
 __version__ = "1.0.0"
-
 log = logging.getLogger("gateway")
-
 KIB, MIB = 1024, 1024 * 1024
 
 
@@ -3694,6 +3677,7 @@ MAX_LABELS = 1000  # keys, and keys with their models, that /metrics tells apart
 LATENCY_BUCKETS = [0.0005, 0.001, 0.0025, 0.005, 0.0125, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0]
 LATENCY_BUCKETS += [2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0]
 TIMINGS = ("total", "first_byte", "upstream", "overhead")
+LOG_LINE = log.makeRecord(log.name, logging.INFO, "relay", 0, "", (), None)
 # Most lines have the same words.
 shown_word = functools.lru_cache(maxsize=1024)(word)
 shown_dollars = functools.lru_cache(maxsize=1024)(dollars)
@@ -3788,8 +3772,10 @@ class Record:
 
 
 def log_record(record: Record) -> None:
-    """What log.info(record) does, without looking up the line it was called from."""
-    log.handle(log.makeRecord(log.name, logging.INFO, "relay", 0, record, (), None))
+    """What log.info(record) does, in half the time: over one line, straight to the handlers."""
+    LOG_LINE.msg, LOG_LINE.created = record, time.time()
+    for handler in logging.root.handlers:
+        handler.handle(LOG_LINE)
 
 
 @dataclass(slots=True)
@@ -4539,7 +4525,7 @@ class BaseHandler(web.RequestHandler):
 Result = TypeVar("Result")
 
 
-def at_once(coroutine: Coroutine[Any, Any, Result]) -> asyncio.Task[Result] | None:
+def at_once(coroutine: collections.abc.Coroutine[Any, Any, Result]) -> asyncio.Task[Result] | None:
     """Run a coroutine until it must wait: None if it never had to, else the task that goes on with
     it. What it raises before is raised here. Until then it is in no task, so that what asks for the
     present one, as asyncio.timeout does, needs a task of its own."""
@@ -4549,7 +4535,7 @@ def at_once(coroutine: Coroutine[Any, Any, Result]) -> asyncio.Task[Result] | No
         return None
 
     @types.coroutine
-    def rest() -> Generator[Any, Any, Result]:
+    def rest() -> collections.abc.Generator[Any, Any, Result]:
         yield first
         return (yield from coroutine.__await__())
 
@@ -4764,7 +4750,6 @@ class Gateway:
         self.secret_bytes = self.secret.encode("latin-1")
         self.traffic = Traffic()
         self.recent: collections.deque[Record] = collections.deque(maxlen=settings.recent_requests)
-        self.write_log: Callable[[Record], None] = log_record
         self.active: set[RelayHandler] = set()
         self.started = now()
         self.stopping = False
@@ -5034,7 +5019,7 @@ class RelayHandler(BaseHandler):
             gateway.recent.append(record)
         gateway.traffic.count(record)
         if log.isEnabledFor(logging.INFO):
-            gateway.write_log(record)
+            log_record(record)
 
     # Inside
 
@@ -5165,37 +5150,27 @@ MAX_PAGE_SIZE = 100  # LiteLLM's limit on /key/list
 MAX_OWN_DEPTH = 50  # of JSON in requests to the gateway itself
 
 
-class NotFoundHandler(BaseHandler):
-    """Every path that nothing else serves."""
-
-    def prepare(self) -> None:
-        raise web.HTTPError(404)
-
-
 class ManagementHandler(BaseHandler):
     """What only the master key may do. Raises 401 without a key, 403 with any other."""
 
     def prepare(self) -> None:
         super().prepare()
-        doors, ledger = self.gateway.doors, self.gateway.ledger
         if not self.gateway.settings.master_key:
             raise APIError(403, "No master key is set: start with GATEWAY_MASTER_KEY to have one.")
         shown = [hash_key(credential) for _, credential in candidates(self.request.head.values)]
-        if not any(map(doors.is_master, shown)):
-            if any(map(ledger.lookup, shown)):
+        if not any(map(self.gateway.doors.is_master, shown)):
+            if any(map(self.gateway.ledger.lookup, shown)):
                 raise APIError(403, "Only the master key may do this; a virtual key was sent.")
             raise APIError(401, "Send the master key as 'Authorization: Bearer' or 'x-api-key'.")
-        ledger.notice_edit()
+        self.gateway.ledger.notice_edit()
 
     def addressed(self, body: dict[str, Any]) -> VirtualKey:
-        """The key that ``key`` (plain or hash) or else ``key_alias`` names; the name is taken out
-        of the body. Raises APIError 400 or 404."""
+        """Take ``key`` (plain or hash) or ``key_alias`` out of a body. Raises APIError 400, 404."""
         by_alias = body.get("key") is None
         named = body.pop("key_alias" if by_alias else "key", None)
         if not isinstance(named, str) or not named:
             raise APIError(400, "'key' must name a key: the plain key or its hash.")
-        found = self.gateway.ledger.find(named, alias=named if by_alias else "")
-        if found is None:
+        if (found := self.gateway.ledger.find(named, alias=named if by_alias else "")) is None:
             raise APIError(404, "Key not found.")
         return found[1]
 
@@ -5206,20 +5181,18 @@ LITELLM_FIELDS |= {"key_type": "default", "budget_id": None, "litellm_budget_tab
 
 
 def key_row(key: VirtualKey, *, full: bool = False) -> dict[str, Any]:
-    """A key as LiteLLM's answers describe it; in full with what it used, by day and model.
-    ``spend`` is USD in the present budget window, which ends at ``budget_reset_at``."""
+    """A key as LiteLLM's answers describe it; in full with what it used, by day and model."""
     moment, hashed = now(), key.account.hashed
 
     def spent(pattern: str, duration: str | None) -> dict[str, Any]:
         reset = window(duration, moment)[1] if duration else None
         return {"spend": key.spent(moment, pattern), "budget_reset_at": reset}
 
-    row: dict[str, Any] = {"token": hashed, "token_id": hashed, "status": key.status(moment)}
+    row = {"token": hashed, "token_id": hashed, "status": key.status(moment)} | LITELLM_FIELDS
     row |= {name: getattr(key, name) for name in SHOWN}
     budgets = key.model_max_budget.items()
     row["model_max_budget_usage"] = {p: spent(p, budget.time_period) for p, budget in budgets}
-    row["last_active"] = key.account.last_active
-    row |= spent(ALL_MODELS, key.budget_duration) | LITELLM_FIELDS
+    row |= spent(ALL_MODELS, key.budget_duration) | {"last_active": key.account.last_active}
     if full:
         days = row["usage"] = dict[str, Any]()
         for day, model, tally in key.account.usage.days():
@@ -5229,15 +5202,12 @@ def key_row(key: VirtualKey, *, full: bool = False) -> dict[str, Any]:
 
 def is_nested(value: object, levels: int) -> bool:
     """Whether a JSON value has more levels than that."""
-    if not isinstance(value, dict | list):
-        return False
-    within = value.values() if isinstance(value, dict) else value
-    return levels == 0 or any(is_nested(entry, levels - 1) for entry in within)
+    within = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels < 0 or any(is_nested(entry, levels - 1) for entry in within)
 
 
 class KeyHandler(ManagementHandler):
-    """POST /key/{deed} and /key/{key}/{deed}: makes and changes keys, as `deeds` lists. Null clears
-    a field."""
+    """POST /key/{deed} and /key/{key}/{deed}, as `deeds` lists them. Null clears a field."""
 
     keeps_body = True
 
@@ -5249,10 +5219,9 @@ class KeyHandler(ManagementHandler):
             raise APIError(400, f"The body is not JSON: {error}.") from None
         if not isinstance(body, dict) or is_nested(body, MAX_OWN_DEPTH):
             raise APIError(400, f"The body is not a JSON object of up to {MAX_OWN_DEPTH} levels.")
-        *named, deed = path
-        if named:
-            body["key"] = named[0]
-        self.send_json(await self.deeds[deed](self, body))
+        if len(path) > 1:
+            body["key"] = path[0]
+        self.send_json(await self.deeds[path[-1]](self, body))
 
     def chosen(self, value: Any) -> str:
         """A key that the caller chose, or a fresh one. Raises APIError 400."""
@@ -5266,8 +5235,7 @@ class KeyHandler(ManagementHandler):
         return value
 
     def changed(self, record: VirtualKey, body: Mapping[str, Any], **more: Any) -> VirtualKey:
-        """A key's record with these fields. Raises APIError 400 where the alias is another key's,
-        and where a budget cannot be kept and nobody has said that the key may overspend."""
+        """A key's record with these fields. Raises APIError 400."""
         changes = read_fields(body, SETTABLE)
         if "duration" in changes:
             changes["expires"] = changes.pop("duration")
@@ -5301,14 +5269,12 @@ class KeyHandler(ManagementHandler):
 
     async def update(self, body: dict[str, Any]) -> dict[str, Any]:
         """Change the fields that the body has."""
-        record = self.addressed(body)
-        what = f"updated: {', '.join(name for name in SETTABLE if name in body)}"
-        hashed = record.account.hashed
-        return await self.keep({hashed: self.changed(record, body)}, what) | {"key": hashed}
+        record, names = self.addressed(body), ", ".join(n for n in SETTABLE if n in body)
+        changes = {record.account.hashed: self.changed(record, body)}
+        return await self.keep(changes, f"updated: {names}") | {"key": record.account.hashed}
 
     async def regenerate(self, body: dict[str, Any]) -> dict[str, Any]:
-        """A new value for a key, that keeps all else: ``new_key``, or a fresh one. For a duration
-        ``grace_period`` the old one still works. Other fields are changed as by `update`."""
+        """As `update`, and a new value, ``new_key`` or fresh; for a ``grace_period`` both work."""
         record = self.addressed(body)
         moment, grace = now(), LIFETIME.parse("grace_period", body.pop("grace_period", None))
         value = self.chosen(body.pop("new_key", None))
@@ -5320,9 +5286,8 @@ class KeyHandler(ManagementHandler):
 
     async def block(self, body: dict[str, Any], blocked: bool = True) -> dict[str, Any]:
         """Refuse a key, or take it again."""
-        record = dataclasses.replace(self.addressed(body), blocked=blocked, updated_at=now())
-        what = "blocked" if blocked else "unblocked"
-        return await self.keep({record.account.hashed: record}, what)
+        key = dataclasses.replace(self.addressed(body), blocked=blocked, updated_at=now())
+        return await self.keep({key.account.hashed: key}, "blocked" if blocked else "unblocked")
 
     async def reset_spend(self, body: dict[str, Any]) -> dict[str, Any]:
         """Set what was spent in the present window to ``reset_to`` USD (0)."""
@@ -5341,12 +5306,11 @@ class KeyHandler(ManagementHandler):
         gone: dict[str, Any] = {"deleted_at": now(), "retired": {}}
         found = [dataclasses.replace(self.addressed(each), **gone) for each in named]
         await self.keep({record.account.hashed: record for record in found}, "deleted")
-        return {"deleted_keys": [*keys, *aliases]}
+        return {"deleted_keys": keys + aliases}
 
-    deeds: ClassVar[dict[str, Callable[..., Awaitable[dict[str, Any]]]]] = {}
-    deeds |= {"generate": generate, "update": update, "regenerate": regenerate, "block": block}
+    deeds: ClassVar[dict[str, Any]] = {"generate": generate, "update": update, "block": block}
     deeds |= {"unblock": functools.partial(block, blocked=False), "reset_spend": reset_spend}
-    deeds["delete"] = delete_keys
+    deeds |= {"regenerate": regenerate, "delete": delete_keys}
 
 
 class InfoHandler(ManagementHandler):
@@ -5357,8 +5321,7 @@ class InfoHandler(ManagementHandler):
 
     async def get(self) -> None:
         asked = self.query("key")
-        caller = await self.gateway.doors.authenticate(self.request.head.values)
-        record = caller.key
+        record = (await self.gateway.doors.authenticate(self.request.head.values)).key
         if record is None:
             super().prepare()
             record = self.addressed({"key": asked})
@@ -5370,9 +5333,7 @@ class InfoHandler(ManagementHandler):
 
 
 REPORT_GROUPS = ("api_key", "model", "team", "user", "day")
-REPORT_GROUP = Kind(
-    f"one of {', '.join(REPORT_GROUPS)}", lambda text: REPORT_GROUPS[REPORT_GROUPS.index(text)]
-)
+REPORT_GROUP = Kind(f"one of {', '.join(REPORT_GROUPS)}", REPORT_GROUPS.index)
 ORDINAL = Kind("a whole number from 1", lambda text: int(read_amount(int(text) - 1)) + 1)
 DAY = Kind("a date like 2026-11-22", lambda text: day_of(datetime.strptime(text, "%Y-%m-%d")))
 
@@ -5389,11 +5350,10 @@ class ReportHandler(ManagementHandler):
         page, size = self.query("page", ORDINAL, 1), self.query("size", ORDINAL, 10)
         size = min(size, MAX_PAGE_SIZE)
         rows = [key for _, key in self.gateway.ledger.live()]
-        if wanted := self.query("key_hash"):
-            rows = [key for key in rows if key.account.hashed == wanted]
-        for name in ("user_id", "team_id", "key_alias"):
+        for name in ("key_hash", "user_id", "team_id", "key_alias"):
             if wanted := self.query(name):
-                rows = [key for key in rows if getattr(key, name) == wanted]
+                read = operator.attrgetter("account.hashed" if name == "key_hash" else name)
+                rows = [key for key in rows if read(key) == wanted]
         shown = rows[(page - 1) * size : page * size]
         full = self.query("return_full_object").lower() == "true"
         keys = [key_row(key, full=True) if full else key.account.hashed for key in shown]
@@ -5410,15 +5370,16 @@ class ReportHandler(ManagementHandler):
         group (``group_by`` one of REPORT_GROUPS): its name under that name, and every count."""
         first = self.query("start_date", DAY, day_of(now() - timedelta(days=29)))
         last = self.query("end_date", DAY, day_of(now()))
-        group = self.query("group_by", REPORT_GROUP, "api_key")
-        sums: dict[str, Tally] = {}
-        for hashed, key in self.gateway.ledger.keys.items():
+        group, keys = self.query("group_by", REPORT_GROUP, 0), self.gateway.ledger.keys
+        sums: dict[str, Tally] = collections.defaultdict(Tally)
+        for hashed, key in keys.items():
             for day, model, tally in key.account.usage.days(first, last):
                 names = (hashed, model, key.team_id or "", key.user_id or "", day)
-                sums.setdefault(names[REPORT_GROUPS.index(group)], Tally()).add(tally)
-        rows = [{group: name, **dataclasses.asdict(tally)} for name, tally in sums.items()]
-        for row in rows if group == "api_key" else ():
-            key = self.gateway.ledger.keys[row["api_key"]]
+                sums[names[group]].add(tally)
+        kind = REPORT_GROUPS[group]
+        rows = [{kind: name, **dataclasses.asdict(tally)} for name, tally in sums.items()]
+        for row in rows if kind == "api_key" else ():
+            key = keys[row["api_key"]]
             row |= {"key_alias": key.key_alias, "key_name": key.key_name}
         return sorted(rows, key=lambda row: -row["spend"])
 
@@ -5438,9 +5399,8 @@ class ReportHandler(ManagementHandler):
             and first <= day_of(finished.started) <= last
         ]
 
-    reports: ClassVar[dict[str, Callable[[ReportHandler], object]]] = {}
-    reports |= {"/key/list": list_keys, "/spend/keys": list_spend, "/spend/logs": list_requests}
-    reports["/global/spend/report"] = sum_spend
+    reports: ClassVar[dict[str, Any]] = {"/key/list": list_keys, "/spend/logs": list_requests}
+    reports |= {"/spend/keys": list_spend, "/global/spend/report": sum_spend}
 
 
 # ─── Operations ───────────────────────────────────────────────────────────────────────────────────
@@ -5451,77 +5411,70 @@ connect with
   export ANTHROPIC_AUTH_TOKEN={key}
   anthropic.Anthropic(base_url="{base}", api_key="{key}")
   new Anthropic({{ baseURL: "{base}", apiKey: "{key}" }})"""
-WELCOME = (
-    f"A gateway to Anthropic's API. Ask whoever runs it for a key (x-api-key), and {CONNECT}\n"
-)
 
 
 class HelloHandler(BaseHandler):
-    """What Claude Code asks to warm its connection up, and what a browser sees at /."""
+    """HELLO_PATHS, of which a browser sees /, and 404 for every path that nothing else serves."""
+
+    def prepare(self) -> None:
+        if self.request.path not in HELLO_PATHS:
+            raise web.HTTPError(404)
+        super().prepare()
 
     def get(self) -> None:
         self.set_header("Content-Type", "text/plain; charset=utf-8")
         base = f"{self.request.protocol}://{self.request.host}{RELAY_PREFIX}"
-        self.finish(WELCOME.format(base=base, key="<a virtual key>"))
+        told = CONNECT.format(base=base, key="<a virtual key>")
+        self.finish(f"A gateway to Anthropic's API. Ask whoever runs it for a key, and {told}\n")
 
     head = get
 
 
 class HealthHandler(BaseHandler):
-    """GET /health/liveliness and liveness, as LiteLLM answers; and /health/readiness: 200 where
-    requests are taken and keys can be kept, else 503. ``upstream`` tells what relayed requests have
-    met, ``uptime`` is seconds."""
+    """GET /health/liveliness and liveness, as LiteLLM answers; and readiness: 200 where requests
+    are taken and keys can be kept, else 503. ``upstream`` is what relayed requests have met."""
 
     def get(self, asked: str) -> None:
         if asked != "readiness":
-            self.send_json("I'm alive!")
-            return
+            return self.send_json("I'm alive!")
         gateway, ledger, traffic = self.gateway, self.gateway.ledger, self.gateway.traffic
         error = "" if ledger.is_writable() else ledger.last_error or "It cannot be written."
         status = "shutting_down" if gateway.stopping else "unhealthy" if error else "healthy"
-        told: dict[str, Any] = {"status": status, "store": error or "writable"}
         prices = "loaded" if gateway.prices.loaded else "loading"
+        told: dict[str, Any] = {"status": status, "store": error or "writable"}
         told |= {"version": __version__, "prices": prices if gateway.prices.available else "none"}
         told["uptime"] = round((now() - gateway.started).total_seconds())
-        met = {name: getattr(traffic, name) for name in ("last_success", "last_failure")}
-        told["upstream"] = met | {"last_error": traffic.last_error or None}
+        met = {"last_success": traffic.last_success, "last_failure": traffic.last_failure}
         self.set_status(200 if status == "healthy" else 503)
-        self.send_json(told)
+        self.send_json(told | {"upstream": met | {"last_error": traffic.last_error or None}})
 
 
 # Names are LiteLLM's where it has one (its docs, "Prometheus metrics"), else they begin "gateway_".
 REQUEST_METRICS = {"litellm_proxy_total_requests_metric": "Relayed requests"}
 FAILURE_METRICS = {"litellm_proxy_failed_requests_metric": "Those refused, failed or broken"}
-LATENCY_METRICS = {  # in the order of TIMINGS
-    "litellm_request_total_latency_metric": "The whole of a request",
-    "litellm_llm_api_time_to_first_token_metric": "Until the first byte of an answer",
-    "litellm_llm_api_latency_metric": "From the sending upstream to the answer's end",
-    "litellm_overhead_latency_metric": "Added by the gateway before the first byte",
-}
+LATENCY_METRICS = {"litellm_request_total_latency_metric": "The whole of a request"}  # as TIMINGS
+LATENCY_METRICS["litellm_llm_api_time_to_first_token_metric"] = "Until the first byte of an answer"
+LATENCY_METRICS["litellm_llm_api_latency_metric"] = "From the sending upstream to the answer's end"
+LATENCY_METRICS["litellm_overhead_latency_metric"] = "Added by the gateway before the first byte"
 USAGE_METRICS = {"litellm_spend_metric": "USD", "litellm_total_tokens_metric": "Tokens"}
 USAGE_METRICS |= {"litellm_input_tokens_metric": "Read", "litellm_output_tokens_metric": "Made"}
 USAGE_METRICS["litellm_input_cached_tokens_metric"] = "From cache"
 USAGE_METRICS["litellm_input_cache_creation_tokens_metric"] = "To cache"
-BUDGET_METRICS = {
-    "gateway_api_key_spend": "USD spent in the budget's present window",
-    "litellm_api_key_max_budget_metric": "USD of the key's budget",
-    "litellm_remaining_api_key_budget_metric": "USD left of the key's budget",
-    "litellm_api_key_budget_remaining_hours_metric": "Hours until the budget resets",
-}
+BUDGET_METRICS = {"gateway_api_key_spend": "USD spent in the budget's present window"}
+BUDGET_METRICS["litellm_api_key_max_budget_metric"] = "USD of the key's budget"
+BUDGET_METRICS["litellm_remaining_api_key_budget_metric"] = "USD left of the key's budget"
+BUDGET_METRICS["litellm_api_key_budget_remaining_hours_metric"] = "Hours until the budget resets"
 PRESENT_METRICS = {"litellm_in_flight_requests": "Requests", "gateway_streams_open": "Streams"}
 PRESENT_METRICS["gateway_upstream_connections_idle"] = "Kept for the next request"
-EVENT_METRICS = {
-    "gateway_upstream_connections_opened": "Connections opened to the upstream",
-    "gateway_upstream_connections_reused": "Requests that went over a kept connection",
-    "gateway_client_disconnects": "Clients that left too early",
-}
+EVENT_METRICS = {"gateway_upstream_connections_opened": "Connections opened to the upstream"}
+EVENT_METRICS["gateway_upstream_connections_reused"] = "Requests that went over a kept connection"
+EVENT_METRICS["gateway_client_disconnects"] = "Clients that left too early"
 KEYED = "api_key_alias model"  # labels
 
 
 class MetricsHandler(ManagementHandler):
-    """GET /metrics: what the gateway has done since it started, for Prometheus. Open to the master
-    key, to a key whose ``allowed_routes`` name it, and with --open-metrics and in open mode to all.
-    501 where the package prometheus-client is not installed."""
+    """GET /metrics: what the gateway has done since it started, for Prometheus; for the master key,
+    for keys whose ``allowed_routes`` name it, and with --open-metrics and in open mode for all."""
 
     def prepare(self) -> None:
         BaseHandler.prepare(self)
@@ -5548,8 +5501,7 @@ class MetricsHandler(ManagementHandler):
         self.finish(encode(registry))
 
     def collect(self) -> Iterator[Any]:
-        """Every metric, made of the gateway's counts as the registry asks for them. Times are
-        seconds; at most MAX_LABELS keys have labels of their own."""
+        """Every metric, made of the gateway's counts as the registry asks for them."""
         from prometheus_client import core
 
         gateway, traffic, client = self.gateway, self.gateway.traffic, self.gateway.client
@@ -5560,10 +5512,10 @@ class MetricsHandler(ManagementHandler):
                 failure = "upstream_error" if outcome == "ok" else outcome
                 failed[key, model, str(status), failure] = [count]
             gone += count if outcome == "client_gone" else 0
-        timings, bounds = dict[Any, Any](), (*map(str, LATENCY_BUCKETS), "+Inf")
+        times, ends = dict[Any, Any](), (*map(str, LATENCY_BUCKETS), "+Inf")
         for model, each in traffic.timings.items():
-            sums = (list(zip(bounds, itertools.accumulate(h.counts))) for h in each)
-            timings[model,] = [(sum, h.total) for sum, h in zip(sums, each)]
+            sums = [list(zip(ends, itertools.accumulate(h.counts))) for h in each]
+            times[model,] = [(buckets, h.total) for buckets, h in zip(sums, each)]
         usage, budgets, moment = dict[Any, Any](), dict[Any, Any](), now()
         for label, used in traffic.used.items():
             prompt, output = used.input_tokens + used.cached, used.output_tokens
@@ -5579,7 +5531,7 @@ class MetricsHandler(ManagementHandler):
         for kind, labels, names, rows in (
             ("Counter", f"{KEYED} status_code", REQUEST_METRICS, requests),
             ("Counter", f"{KEYED} exception_status exception_class", FAILURE_METRICS, failed),
-            ("Histogram", "model", LATENCY_METRICS, timings),
+            ("Histogram", "model", LATENCY_METRICS, times),
             ("Counter", KEYED, USAGE_METRICS, usage),
             ("Gauge", "api_key_alias", BUDGET_METRICS, budgets),
             ("Gauge", "", PRESENT_METRICS, {(): (len(gateway.active), streams, len(client.idle))}),
@@ -5595,9 +5547,8 @@ class MetricsHandler(ManagementHandler):
 
 
 class LineFormatter(logging.Formatter):
-    """A log line, as another formatter makes it, or (without one) as a JSON object: ``time``,
-    ``level``, and `Record.to_json` or a ``message`` (with ``exception``, where there was one).
-    Whoever wrote it, secrets are masked in it, and all that looks like a key is abbreviated."""
+    """A log line, as another formatter makes it, or (without one) as a JSON object. Whoever wrote
+    it, secrets are masked in it, and all that looks like a key is abbreviated."""
 
     def __init__(self, inner: logging.Formatter | None, *secrets: str) -> None:
         super().__init__()
@@ -5610,10 +5561,7 @@ class LineFormatter(logging.Formatter):
         if self._inner is None:
             moment = datetime.fromtimestamp(line.created, UTC).isoformat(timespec="milliseconds")
             shown = {"time": moment.replace("+00:00", "Z"), "level": line.levelname.lower()}
-            if isinstance(record, Record):
-                shown |= record.to_json()
-            else:
-                shown["message"] = line.getMessage()
+            shown |= record.to_json() if type(record) is Record else {"message": line.getMessage()}
             if line.exc_info:
                 shown["exception"] = self.formatException(line.exc_info)
             text = json.dumps(shown)
@@ -5630,25 +5578,6 @@ class LineFormatter(logging.Formatter):
         return mask_keys(text) if KEY_LIKE.search(text) else text
 
 
-def record_writer(handlers: Sequence[logging.Handler]) -> Callable[[Record], None]:
-    """What logs relayed requests: through logging; or, where these handlers are one plain stream,
-    straight to it the same line, in half the time."""
-    handler = handlers[0] if len(handlers) == 1 else None
-    if type(handler) is not logging.StreamHandler:
-        return log_record
-    line, stream = log.makeRecord(log.name, logging.INFO, "relay", 0, "", (), None), handler.stream
-
-    def write(record: Record) -> None:
-        line.msg, line.created = record, time.time()
-        try:
-            stream.write(handler.format(line) + "\n")
-            stream.flush()
-        except (OSError, ValueError):
-            log_record(record)  # it reports what is wrong with the stream
-
-    return write
-
-
 def log_request(handler: web.RequestHandler) -> None:
     """Tornado's access log for what is not relayed: without the query, where keys may stand."""
     if isinstance(handler, RelayHandler):  # which has a line of its own
@@ -5663,7 +5592,6 @@ def log_request(handler: web.RequestHandler) -> None:
 MOCK_MODELS = ("claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5")
 MOCK_TOKEN_INTERVAL = 0.02  # seconds between two deltas, about what a model does
 MOCK_MAX_TOKENS = 200  # what an echo is cut down to
-MOCK_ERROR = re.compile(r"mock-error-(4[0-9]{2}|5[0-9]{2})")
 MOCK_KINDS = {402: "billing_error", 409: "conflict_error", 529: "overloaded_error"} | ERROR_TYPES
 MOCK_COUNTS = dict.fromkeys(("processing", "succeeded", "errored", "canceled", "expired"), 0)
 JSONObject = dict[str, Any]
@@ -5682,13 +5610,13 @@ class MockAnthropic(web.RequestHandler):
     cached: ClassVar[collections.deque[str]] = collections.deque(maxlen=1000)  # prompts' beginnings
 
     async def prepare(self) -> None:
-        """Answer, whatever the method."""
         request_id = mock_id("req")
         self.set_header("request-id", request_id)
         self.set_header("Content-Type", "application/json")
         try:
             answer = self.answer()
-        except APIError as error:
+        except (APIError, KeyError) as raised:
+            error = raised if isinstance(raised, APIError) else APIError(404, f"{raised} not found")
             self.set_status(error.status)
             if error.status == 429:
                 self.set_header("retry-after", "1")
@@ -5705,21 +5633,20 @@ class MockAnthropic(web.RequestHandler):
         self.finish(answer)
 
     def answer(self) -> JSONObject | bytes | Iterator[JSONObject]:
-        """What the API says, or the events of a stream. Raises APIError."""
-        request = self.request
-        if request.headers.get_list("x-api-key") != [self.settings["credential"]]:
+        """What the API says, or the events of a stream. Raises APIError, and KeyError for 404."""
+        if self.request.headers.get_list("x-api-key") != [self.settings["credential"]]:
             raise APIError(401, "invalid x-api-key")
-        sent: Any = read_json(request.body)
-        path = urllib.parse.unquote(request.path).replace("/messages/batches", "/batches")
-        match request.method, *path.split("/")[1:]:
+        sent: Any = read_json(self.request.body)
+        path = urllib.parse.unquote(self.request.path).replace("/messages/batches", "/batches")
+        match self.request.method, *path.split("/")[1:]:
             case "POST", "v1", "batches", name, "cancel":
-                batch = self._find("batches", name)
+                batch = self.things["batches"][name]
                 batch["cancel_initiated_at"] = iso(now())
                 return batch | {"processing_status": "canceling"}
             case "POST", "v1", "files":
-                if "file" not in request.files:
+                if "file" not in self.request.files:
                     raise APIError(400, "file: Field required")
-                name, file = mock_id("file"), request.files["file"][0]
+                name, file = mock_id("file"), self.request.files["file"][0]
                 about = JSONObject(type="file", id=name, filename=file.filename, downloadable=True)
                 about |= {"mime_type": file.content_type, "size_bytes": len(file.body)}
                 about["created_at"] = iso(now())
@@ -5735,51 +5662,44 @@ class MockAnthropic(web.RequestHandler):
             case "POST", "v1", "batches":
                 return self._make_batch(sent)
             case "GET", "v1", "models" | "batches" | "files" as kind:
-                after = self.get_argument("after_id", "")
-                names, limit = [*self.things[kind]][::-1], int(self.get_argument("limit", "20"))
+                names, after = [*self.things[kind]][::-1], self.get_argument("after_id", "")
                 names = names[names.index(after) + 1 :] if after in names else names
-                data = [self.things[kind][name] for name in names[:limit]]
-                first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
-                more = len(names) > limit
-                return {"data": data, "has_more": more, "first_id": first, "last_id": last}
+                page = names[: int(self.get_argument("limit", "20"))]
+                first, last = (page[0], page[-1]) if page else (None, None)
+                told = {"has_more": page != names, "first_id": first, "last_id": last}
+                return told | {"data": [self.things[kind][name] for name in page]}
             case "GET", "v1", "models" | "batches" | "files" as kind, name:
-                return self._find(kind, name)
+                return self.things[kind][name]
             case "GET", "v1", "batches" | "files" as kind, name, "results" | "content":
-                form = self._find(kind, name).get("mime_type", "application/x-jsonl")
+                form = self.things[kind][name].get("mime_type", "application/x-jsonl")
                 self.set_header("Content-Type", form)
                 return self.contents[name]
             case "DELETE", "v1", "batches" | "files" as kind, name:
-                gone = {"id": name, "type": f"{self._find(kind, name)['type']}_deleted"}
-                del self.things[kind][name], self.contents[name]
-                return gone
+                gone = self.things[kind].pop(name)
+                del self.contents[name]
+                return {"id": name, "type": f"{gone['type']}_deleted"}
             case _, "v1", "messages" | "models" | "batches" | "files", *_:
                 raise APIError(405, "Method not allowed")
         raise APIError(404, "Not found")
-
-    def _find(self, kind: str, name: str) -> JSONObject:
-        if name not in self.things[kind]:
-            raise APIError(404, f"{name} not found")
-        return self.things[kind][name]
 
     def _reply(self, params: JSONObject) -> JSONObject:
         for name, kind in (("model", str), ("max_tokens", int), ("messages", list)):
             if not isinstance(params.get(name), kind) or not params[name] > kind():
                 raise APIError(400, f"{name}: Field required")
         model, messages, limit = params["model"], params["messages"], params["max_tokens"]
-        if error := MOCK_ERROR.fullmatch(model):
-            status = int(error[1])
-            told = MOCK_KINDS.get(status, "api_error")
-            raise APIError(status, "An error, as you asked.", kind=told)
+        if error := re.fullmatch("mock-error-([45][0-9]{2})", model):
+            told = MOCK_KINDS.get(int(error[1]), "api_error")
+            raise APIError(int(error[1]), "An error, as you asked.", kind=told)
         content = messages[-1].get("content") if isinstance(messages[-1], dict) else None
         blocks = content if isinstance(content, list) else [{"text": content}]
         said = [str(block.get("text") or "") for block in blocks if isinstance(block, dict)]
         words = f"You said: {' '.join(said)}".split(" ")[: min(limit, MOCK_MAX_TOKENS)]
+        usage = JSONObject(input_tokens=mock_tokens(messages), output_tokens=len(words))
         cache = {"creation": 0, "read": 0}
         if "cache_control" in json.dumps(params):  # it is written the first time, then read
             prefix = json.dumps([params.get("system"), params.get("tools")])
             cache["read" if prefix in self.cached else "creation"] = mock_tokens(prefix)
             self.cached.append(prefix)
-        usage: JSONObject = {"input_tokens": mock_tokens(messages), "output_tokens": len(words)}
         usage |= {f"cache_{done}_input_tokens": size for done, size in cache.items()}
         lives = {"ephemeral_5m_input_tokens": cache["creation"], "ephemeral_1h_input_tokens": 0}
         usage |= {"cache_creation": lives, "service_tier": "standard"}
@@ -5790,26 +5710,25 @@ class MockAnthropic(web.RequestHandler):
 
     def _make_batch(self, sent: JSONObject) -> JSONObject:
         """It is worked off at once, and has ended when it is next looked at."""
-        requests, results = sent.get("requests"), list[JSONObject]()
+        requests, lines, counts = sent.get("requests"), "", MOCK_COUNTS.copy()
         if not isinstance(requests, list) or not requests:
             raise APIError(400, "requests: Field required")
         for each in requests:
             try:
-                result = {"type": "succeeded", "message": self._reply(each["params"])}
+                result = JSONObject(type="succeeded", message=self._reply(each["params"]))
             except APIError as error:
                 result = {"type": "errored", "error": json.loads(error.body(""))}
-            results.append({"custom_id": each["custom_id"], "result": result})
+            counts[result["type"]] += 1
+            lines += json.dumps({"custom_id": each["custom_id"], "result": result}) + "\n"
         name, moment = mock_id("msgbatch"), now()
+        self.contents[name], running = lines.encode(), MOCK_COUNTS | {"processing": len(requests)}
         batch: JSONObject = {"id": name, "type": "message_batch", "created_at": iso(moment)}
         batch |= dict.fromkeys(("ended_at", "results_url", "cancel_initiated_at", "archived_at"))
-        batch |= {"expires_at": iso(moment + timedelta(days=1)), "processing_status": "in_progress"}
-        batch["request_counts"] = MOCK_COUNTS | {"processing": len(results)}
-        counts = collections.Counter(line["result"]["type"] for line in results)
-        self.contents[name] = "".join(json.dumps(line) + "\n" for line in results).encode()
-        done = {"processing_status": "ended", "request_counts": MOCK_COUNTS | counts}
+        batch |= {"expires_at": iso(moment + timedelta(days=1)), "request_counts": running}
         url = f"{ANTHROPIC_API}/v1/messages/batches/{name}/results"  # absolute, as Anthropic's
+        done = {"processing_status": BATCH_ENDED, "request_counts": counts}
         self.things["batches"][name] = batch | done | {"ended_at": iso(moment), "results_url": url}
-        return batch
+        return batch | {"processing_status": "in_progress"}
 
 
 def mock_id(prefix: str) -> str:
@@ -5833,8 +5752,7 @@ def mock_events(message: JSONObject) -> Iterator[JSONObject]:
         yield {"type": "content_block_delta", "delta": {"type": "text_delta", "text": piece}} | at
     yield {"type": "content_block_stop"} | at
     ended = {"stop_reason": message["stop_reason"], "stop_sequence": None}
-    total = {"output_tokens": used["output_tokens"]}
-    yield {"type": "message_delta", "delta": ended, "usage": total}
+    yield {"type": "message_delta", "delta": ended, "usage": used}
     yield {"type": "message_stop"}
 
 
@@ -5844,50 +5762,41 @@ DRAIN_PROGRESS = 5.0  # seconds between two lines about what a stop waits for
 LOOPBACK = ("127.0.0.1", "::1")
 MOCK_CREDENTIAL = "sk-ant-mock-"
 CHECK_TIMEOUT = 30.0  # seconds
-OPTIONAL_PACKAGES = {
-    "uvloop": "the gateway is slower",
-    "genai-prices": "money is not counted, budgets cannot be set",
-    "prometheus-client": "there is no /metrics",
-}
+OPTIONAL_PACKAGES = {"uvloop": "the gateway is slower", "prometheus-client": "there is no /metrics"}
+OPTIONAL_PACKAGES["genai-prices"] = "money is not counted, budgets cannot be set"
 
 
 def make_app(settings: Settings, rules: Sequence[Rule] = RULES) -> GatewayApplication:
-    """The Tornado application, whose ``settings["gateway"]`` is the `Gateway`. Call it from a loop
-    that runs. Raises SettingsError where the keys file cannot be used."""
-    return GatewayApplication(
-        [
-            *((re.escape(path), HelloHandler) for path in HELLO_PATHS),
-            (rf"{RELAY_PREFIX}/.*|{BARE_PREFIX}.*", RelayHandler),
-            (r"/health/(liveliness|liveness|readiness)", HealthHandler),
-            (METRICS_PATH, MetricsHandler),
-            (r"/key/(generate|update|delete|block|unblock|regenerate)", KeyHandler),
-            (r"/key/([^/]+)/(regenerate|reset_spend)", KeyHandler),
-            (r"/key/info", InfoHandler),
-            *((re.escape(path), ReportHandler) for path in ReportHandler.reports),
-        ],
-        default_handler_class=NotFoundHandler,
-        log_function=log_request,
-        gateway=Gateway(settings, rules),
-    )
+    """The application with its "gateway", for a loop that runs already. Raises SettingsError."""
+    routes: list[Any] = [
+        *((re.escape(path), HelloHandler) for path in HELLO_PATHS),
+        (rf"{RELAYED}.*|{BARE_PREFIX}.*", RelayHandler),
+        (r"/health/(liveliness|liveness|readiness)", HealthHandler),
+        (METRICS_PATH, MetricsHandler),
+        (r"/key/(generate|update|delete|block|unblock|regenerate)", KeyHandler),
+        (r"/key/([^/]+)/(regenerate|reset_spend)", KeyHandler),
+        (r"/key/info", InfoHandler),
+        *((re.escape(path), ReportHandler) for path in ReportHandler.reports),
+    ]
+    told: dict[str, Any] = {"gateway": Gateway(settings, rules), "log_function": log_request}
+    return GatewayApplication(routes, default_handler_class=HelloHandler, **told)
 
 
 def bind(settings: Settings, *, loopback: bool) -> list[socket.socket]:
-    """Listening sockets: the Unix socket, or the port, on loopback where ``--address`` does not say
-    otherwise. Raises SettingsError."""
-    where = f"--unix-socket={settings.unix_socket}"
+    """Listening sockets, on ``loopback`` where no option says otherwise. Raises SettingsError."""
+    where = settings.unix_socket or f"{settings.address or 'port'} {settings.port}"
     try:
         if settings.unix_socket:  # for the owner's group too, such as the proxy's
             return [netutil.bind_unix_socket(settings.unix_socket, 0o660)]
-        where = f"{settings.address or 'port'} {settings.port}"
         if settings.address or not loopback:
-            return bind_sockets(settings.port, settings.address or None)
-        sockets = bind_sockets(settings.port, LOOPBACK[0])
+            return netutil.bind_sockets(settings.port, settings.address or None)
+        sockets = netutil.bind_sockets(settings.port, LOOPBACK[0])
         with contextlib.suppress(OSError):  # a machine without IPv6
-            sockets += bind_sockets(sockets[0].getsockname()[1], LOOPBACK[1])
+            sockets += netutil.bind_sockets(sockets[0].getsockname()[1], LOOPBACK[1])
         return sockets
     except (OSError, ValueError) as error:  # ValueError: what stands there is a file, but no socket
-        text = f"cannot listen on {where}: {getattr(error, 'strerror', '') or error}"
-        raise SettingsError(text) from None
+        reason = getattr(error, "strerror", "") or error
+        raise SettingsError(f"cannot listen on {where}: {reason}") from None
 
 
 def server_context(settings: Settings) -> ssl.SSLContext | None:
@@ -5923,57 +5832,51 @@ def lacks(settings: Settings) -> Iterator[str]:
         yield f"the master key is weak; {GOOD_MASTER_KEY}"
 
 
-def announce(settings: Settings, gateway: Gateway, port: int) -> None:
+def announce(gateway: Gateway, port: int) -> None:
     """Print where it listens and relays to, what it lets in, and what a user pastes to connect."""
-    is_open, url = gateway.doors.is_open, base_url(settings, port)
+    settings, is_open = gateway.settings, gateway.doors.is_open
+    url, keys = base_url(settings, port), sum(1 for _ in gateway.ledger.live())
     everywhere = "" if settings.address or is_open else " and every other address"
     is_mock = settings.api_key.startswith(MOCK_CREDENTIAL)
-    keys = sum(1 for _ in gateway.ledger.live())
     made = f"{keys} in {settings.keys}" if keys else "POST /key/generate makes one"
-    lines = [
-        f"gateway {__version__} listening on {settings.unix_socket or url + everywhere}",
-        f"relaying to {'the built-in stand-in' if is_mock else settings.upstream}",
-        "! open to all who reach it" if is_open else f"virtual keys are required ({made})",
-        *(f"! {lack}" for lack in lacks(settings)),
-    ]
+    print(f"gateway {__version__} listening on {settings.unix_socket or url + everywhere}")
+    print("relaying to", "the built-in stand-in" if is_mock else settings.upstream)
+    print("! open to all who reach it" if is_open else f"virtual keys are required ({made})")
+    for lack in lacks(settings):
+        print("!", lack)
     if not gateway.prices.available:
-        lines.append("! genai-prices is not installed: tokens are counted, money is not")
+        print("! genai-prices is not installed: tokens are counted, money is not")
     key = "anything" if is_open else "<a virtual key>"
-    print(*lines, CONNECT.format(base=url + RELAY_PREFIX, key=key), sep="\n", flush=True)
+    print(CONNECT.format(base=url + RELAY_PREFIX, key=key), flush=True)
 
 
 def start_mock(settings: Settings) -> Settings:
     """Settings that lead to the stand-in, started on a free loopback port, if they ask for it."""
     if settings.upstream != MOCK_UPSTREAM:
         return settings
-    credential = MOCK_CREDENTIAL + secrets.token_urlsafe(KEY_BYTES)
-    sizes = dict.fromkeys(("max_body_size", "max_buffer_size"), MAX_BODY_SIZE)
-    sockets = bind_sockets(0, LOOPBACK[0])
-    told = JSONObject(credential=credential, log_function=callable)  # which does nothing
-    application = web.Application([(".*", MockAnthropic)], **told)
-    HTTPServer(application, **sizes).add_sockets(sockets)
+    key, sockets = MOCK_CREDENTIAL + mock_id("key"), netutil.bind_sockets(0, LOOPBACK[0])
+    app = web.Application([(".*", MockAnthropic)], credential=key, log_function=lambda _: None)
+    HTTPServer(app, max_body_size=MAX_BODY_SIZE, max_buffer_size=MAX_BODY_SIZE).add_sockets(sockets)
     upstream = f"http://{LOOPBACK[0]}:{sockets[0].getsockname()[1]}"
-    return dataclasses.replace(settings, upstream=upstream, api_key=credential, auth_token="")
+    return dataclasses.replace(settings, upstream=upstream, api_key=key, auth_token="")
 
 
 def report_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """Log what the event loop reports."""
     error = context.get("exception")
     if isinstance(error, RuntimeError) and "the handler is closed" in str(error):
-        # uvloop goes on with a read over TLS whose connection was broken off within it
-        # (uvloop/handles/handle.pyx, _ensure_alive).
+        # A read over TLS that broke its connection off goes on (uvloop/handles/handle.pyx).
         log.debug("after the end of a connection", exc_info=error)
     else:
         loop.default_exception_handler(context)
 
 
 async def serve(settings: Settings) -> None:
-    """Run until SIGTERM or SIGINT. Raises SettingsError where it cannot start."""
-    settings = start_mock(settings)
-    application = make_app(settings)
+    """Run until SIGTERM or SIGINT; then take no more requests, let those under way end until all
+    are `drained`, and break the rest. Raises SettingsError where it cannot start."""
+    application = make_app(start_mock(settings))
     gateway: Gateway = application.settings["gateway"]
-    gateway.write_log = record_writer(logging.getLogger().handlers)
-    server = Server(gateway, application)
+    settings, server, drained = gateway.settings, Server(gateway, application), gateway.drained
     sockets = bind(settings, loopback=gateway.doors.is_open)
     server.listen(sockets, server_context(settings))
     signals, loop = asyncio.Queue[int](), asyncio.get_running_loop()
@@ -5982,7 +5885,7 @@ async def serve(settings: Settings) -> None:
         loop.add_signal_handler(number, signals.put_nowait, number)
     booking = asyncio.create_task(gateway.batches.run())
     saving = asyncio.create_task(gateway.ledger.run())
-    announce(settings, gateway, 0 if settings.unix_socket else sockets[0].getsockname()[1])
+    announce(gateway, 0 if settings.unix_socket else sockets[0].getsockname()[1])
     await loop.run_in_executor(None, gateway.prices.load)
     favour_the_loop()
     while await signals.get() == signal.SIGHUP:  # read all again; what is wrong changes nothing
@@ -5995,19 +5898,11 @@ async def serve(settings: Settings) -> None:
         except Exception as error:  # noqa: BLE001 - whatever it is, it does not stop the gateway
             log.error("not read again: %s", error)
     for number in (signal.SIGTERM, signal.SIGINT):  # a second one hurries
-        loop.add_signal_handler(number, gateway.drained.set)
+        loop.add_signal_handler(number, drained.set)
     booking.cancel()
-    await stop(gateway, server)
-    saving.cancel()
-    if settings.unix_socket:
-        Path(settings.unix_socket).unlink(missing_ok=True)
-
-
-async def stop(gateway: Gateway, server: Server) -> None:
-    """Take no more requests, let those under way end until all are `drained`, break the rest."""
     gateway.stopping = True
     server.stop()
-    deadline, drained = gateway.time() + gateway.settings.drain_timeout, gateway.drained
+    deadline = gateway.time() + settings.drain_timeout
     while gateway.active and not drained.is_set() and (left := deadline - gateway.time()) > 0:
         log.info("stopping: %d requests under way, %.0f s left", len(gateway.active), left)
         with contextlib.suppress(TimeoutError):
@@ -6018,6 +5913,9 @@ async def stop(gateway: Gateway, server: Server) -> None:
         handler.settle("client_gone")
     await gateway.close()
     log.info("stopped")
+    saving.cancel()
+    if settings.unix_socket:
+        Path(settings.unix_socket).unlink(missing_ok=True)
 
 
 async def check(settings: Settings) -> bool:
@@ -6030,27 +5928,23 @@ async def check(settings: Settings) -> bool:
         missing = f"is not installed: {loss} (pip install {package})"
         findings.append((True, f"{package} {'is installed' if is_there else missing}"))
     findings += [(False, lack) for lack in lacks(settings)] or [(True, "both secrets are set")]
-
-    @contextlib.contextmanager
-    def trying(what: object, advice: str) -> Iterator[None]:
-        try:
-            yield
-        except SettingsError as error:
-            findings.append((False, str(error)))
-        except (UpstreamError, OSError) as error:
-            reason = getattr(error, "strerror", "") or error
-            findings.append((False, f"{what}: {reason} {advice}"))
-
-    with trying(path, "(let the gateway's user read it, and write in its folder, or set --keys)"):
+    try:
         found = parse_store(path.read_bytes(), str(path)) if path.exists() else None
         with tempfile.TemporaryFile(dir=path.parent):  # as each change makes one
             keys = "will be made" if found is None else f"{len(found)} keys"
         findings.append((True, f"{path}: {keys}"))
-    with trying("TLS", "(see --certfile)"):
+    except SettingsError as error:
+        findings.append((False, str(error)))
+    except OSError as error:
+        advice = "let the gateway's user read it, and write in its folder, or set --keys"
+        findings.append((False, f"{path}: {error.strerror} ({advice})"))
+    try:
         unserved = "not served: right behind a proxy, or on loopback"
         served = f"served with {settings.certfile}" if server_context(settings) else unserved
         findings.append((True, f"TLS is {served}"))
-    with trying(upstream, "See --upstream and the network."):
+    except SettingsError as error:
+        findings.append((False, str(error)))
+    try:
         with contextlib.closing(UpstreamClient(force_instance=True, settings=settings)) as client:
             code = (await client.get("/v1/models?limit=1", CHECK_TIMEOUT)).code
         refused, fine = code in (401, 403), " and accepts the real key" if credential else ""
@@ -6058,6 +5952,8 @@ async def check(settings: Settings) -> bool:
         well = code < 400 or (credential is None and code == 401)
         said = fine if well else f" {code} to GET /v1/models: {doubt}"
         findings.append((well, f"{upstream} answers{said}"))
+    except (UpstreamError, OSError) as error:
+        findings.append((False, f"{upstream}: {error} See --upstream and the network."))
     for well, text in findings:
         print("ok  " if well else "FAIL", text)
     base = base_url(settings, settings.port) + RELAY_PREFIX
@@ -6070,13 +5966,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         settings = read_settings(sys.argv[1:] if arguments is None else arguments, os.environ)
         masked = (settings.master_key, settings.api_key, settings.auth_token)
-        for handler in logging.getLogger().handlers:
+        for handler in logging.root.handlers:
             inner = None if settings.log_json else handler.formatter
             handler.setFormatter(LineFormatter(inner, *masked))
-        # The log shows neither; looking them up costs each line (docs of logging, "Optimization").
-        logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-        # As many open files as the system allows: each stream holds two sockets.
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # as many as the system allows
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
         loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
@@ -6095,12 +5988,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def favour_the_loop() -> None:
     """Keep what else goes on in this process from stopping streams."""
-    # The garbage collector need not look again and again through what is here now and stays, some
-    # hundred thousand objects; nor every few requests, of which each makes a hundred.
     gc.unfreeze()  # requests that were under way at the last time are garbage by now
     gc.collect()
-    gc.freeze()
-    gc.set_threshold(10_000)  # objects made and not freed; Python's own is 700
+    gc.freeze()  # some hundred thousand objects, which stay: not to be looked through each time
+    gc.set_threshold(10_000)  # objects made and not freed, as by a hundred requests; else 700
     sys.setswitchinterval(0.0005)  # not 5 ms: the keys file's writer hands Python's lock back
 
 
