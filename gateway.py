@@ -3091,8 +3091,9 @@ DISCARD_LIMIT = 32 * MIB  # of a refused request's body are read, so that its an
 # (Apache's mod_reqtimeout has the same rule and figure).
 MIN_BODY_RATE = 500
 PIPELINE_LIMIT = 64 * KIB  # bytes of further requests that wait for the present one's end
-NO_ADDRESS = "0.0.0.0"  # what Tornado says of a Unix socket
 NO_HEADERS = httputil.HTTPHeaders()  # a delegate has the connection's ``head``
+NO_REQUEST = RequestHead(1, [], {}, NO_OPTIONS, False, None, "-", "-", "")
+READ_BODIES = (ClientPhase.READING, ClientPhase.DROPPING)
 
 
 def new_call_id() -> str:
@@ -3101,31 +3102,21 @@ def new_call_id() -> str:
     return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
 
 
-NO_REQUEST = RequestHead(1, [], {}, NO_OPTIONS, False, None, "", "", "")
-READ_BODIES = (ClientPhase.READING, ClientPhase.DROPPING)
-
-
 class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
     """A client's connection: reads requests one after the other, hands each to its delegate, and
-    takes the answer, which it frames. What must wait returns a future: `write` until the client has
-    taken what was written; and where the delegate's methods return one, nothing more is read until
-    it is done.
+    takes the answer, which it frames. `write` returns a future, done when the client has taken what
+    was written; where a delegate's methods return one, nothing more is read until it is done.
+    ``head``, ``length`` (bytes or CHUNKED) and ``call_id`` are of the present request, ``unread``
+    is what came behind it; ``site`` is who is at the other end."""
 
-    ``head``, ``length`` (bytes or CHUNKED) and ``call_id`` are of the present request;
-    ``remote_ip`` and ``protocol`` are the client's, ``site`` is who is at the other end.
-    """
-
-    transport: asyncio.Transport
-    descriptor: int
     head = NO_REQUEST
     length = 0
     call_id = ""  # until the first request came
     phase = ClientPhase.WAITING
+    unread = b""
+    _seen = 0  # bytes of that which belong to a head that is not whole
+    _empty_lines = 0  # before it
     _delegate: HandlerDelegate | None = None  # until it has answered
-    _body: Body
-    _buffer = b""  # what is not read yet …
-    _seen = 0  # … of which so many bytes are of a head that is not whole
-    _empty_lines = 0
     _waits_for: asyncio.Future[None] | None = None  # before more is read
     _drained: asyncio.Future[None] | None = None
     _reading_paused = False
@@ -3133,11 +3124,10 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
     _chunked = False  # the answer
     _taken = 0  # bytes since `_since`
 
-    def __init__(self, server: Server, address: str, *, secure: bool) -> None:
-        self.server = server
-        self.site = site_of(address)
-        self.remote_ip = self._own_address = address or NO_ADDRESS
-        self.protocol = self._own_protocol = "https" if secure else "http"
+    def __init__(self, server: Server, address: str) -> None:
+        self.server, self.site = server, site_of(address)
+        self.remote_ip = self._own_address = address or "0.0.0.0"  # as Tornado, for a Unix socket
+        self.protocol = self._own_protocol = "http" if server.context is None else "https"
         self._since = server.time()
 
     # asyncio.Protocol: called by the loop
@@ -3145,21 +3135,25 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
         self.transport.set_write_buffer_limits(high=WRITE_HIGH_WATER)
-        self.descriptor = transport.get_extra_info("socket").fileno()
+        self.descriptor: int = transport.get_extra_info("socket").fileno()
         self.server.connections.add(self)
 
     def data_received(self, data: bytes) -> None:
         """Read on: but not while the delegate waits, and the next request neither before the
         present one's end, nor before the client has taken the answers that are here."""
         self._taken += len(data)
-        if self.phase is ClientPhase.LINGERING:
+        waiting = self.phase is ClientPhase.WAITING
+        if self.phase is ClientPhase.LINGERING or (waiting and self._close_after):
             return
-        self._buffer += data
-        if self.phase is ClientPhase.WAITING and self._waits_for is None and self._drained is None:
-            self._read_head()
-        if self.phase in READ_BODIES and self._waits_for is None:
-            self._read_body()
-        if self._buffer or self._reading_paused:
+        self.unread += data
+        try:
+            if waiting and self._waits_for is None and self._drained is None:
+                self._read_head()
+            if self.phase in READ_BODIES and self._waits_for is None:
+                self._read_body()
+        except ProtocolError as error:
+            self.refuse(APIError(error.status, f"Malformed request: {error}."))
+        if self.unread or self._reading_paused:
             self._update_reading()
 
     def eof_received(self) -> None:
@@ -3170,13 +3164,11 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
     def connection_lost(self, error: Exception | None) -> None:
         self.phase = FOLLOWS[self.phase][ClientPhase.GONE]
         self.server.leave(self)
+        self.server.hangups.forget(self)
         delegate, self._delegate = self._delegate, None
         if delegate is not None:
             delegate.on_connection_close()
-        if self._drained is not None:
-            self.resume_writing()
-        if self._reading_paused:
-            self.server.hangups.forget(self)
+        self.resume_writing()
 
     def pause_writing(self) -> None:
         self._drained = self.server.loop.create_future()
@@ -3186,7 +3178,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         drained, self._drained = self._drained, None
         if drained is not None and not drained.done():
             drained.set_result(None)
-        if self._buffer:
+        if self.unread:
             self._wait_for(self.server.done)
 
     # tornado.httputil.HTTPConnection: called by handlers
@@ -3207,15 +3199,14 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             self._chunked = True
             lines.append(CHUNKED_LINE)
         # RFC 9112 section 9.3; an answer whose end does not show ends with the connection.
-        delimited = length >= 0 or self._chunked
-        if not delimited or not self.head.keeps_alive or self.server.gateway.stopping:
+        endless = length < 0 and not self._chunked
+        if endless or not self.head.keeps_alive or self.server.gateway.stopping:
             self._close_after = True
         if self._close_after:
             lines.append("Connection: close")
         elif self.head.version == 0:
             lines.append("Connection: keep-alive")
-        head = "\r\n".join((start, *lines, "\r\n"))
-        return self.write(data, head.encode("latin-1"))
+        return self.write(data, "\r\n".join((start, *lines, "\r\n")).encode("latin-1"))
 
     def write(self, chunk: bytes, head: bytes = b"") -> asyncio.Future[None]:
         """Send a part of the answer, and its head before it."""
@@ -3234,13 +3225,13 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         self._since, self._taken = self.server.time(), 0
         if self.phase is ClientPhase.READING:
             self.phase = FOLLOWS[self.phase][ClientPhase.DROPPING]
-            self._wait_for(self.server.done)
         elif self.phase in (ClientPhase.ANSWERING, ClientPhase.DROPPING):
             self.phase = FOLLOWS[self.phase][ClientPhase.WAITING]
             if self._close_after:
+                self.unread = b""  # which is no request any more (RFC 9112 section 9.6)
                 self.transport.close()
-            elif self._buffer:
-                self._wait_for(self.server.done)
+        if self.unread or self.phase is ClientPhase.DROPPING:
+            self._wait_for(self.server.done)
 
     def break_off(self, last: bytes = b"") -> None:
         """End the connection so that nobody takes the answer for complete; ``last`` goes out
@@ -3264,76 +3255,60 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         """Answer what is no request, or does not come to its end, and close: what follows cannot be
         understood."""
         self._close_after = True
+        if self.phase is ClientPhase.WAITING:
+            self.head, self.call_id = NO_REQUEST, new_call_id()
+            self._delegate = self.server.application.start_request(self.server, self)
         if self._delegate is not None:
             self._delegate.refuse(error)
-        elif self.phase is ClientPhase.WAITING:
-            call_id, phrase = new_call_id(), http.client.responses[error.status]
-            body = error.body(call_id)
-            lines = [
-                *("Content-Type: application/json", f"Content-Length: {len(body)}"),
-                *(f"request-id: {call_id}", f"x-litellm-call-id: {call_id}"),
-                *field_lines(error.headers),
-            ]
-            self.write_head(f"HTTP/1.1 {error.status} {phrase}", lines, len(body), body)
         self._linger()
 
     def check_patience(self, moment: float, client_timeout: float, idle_timeout: float) -> None:
-        """Called now and then: end what has taken too long. Times are seconds.
-
-        A head must be whole ``client_timeout`` after its first byte; a body may not stand still for
-        so long, nor come at less than MIN_BODY_RATE. A body that is not read is not the client's
-        fault.
-        """
-        waited = moment - self._since
-        if self.phase is ClientPhase.LINGERING and waited > LINGER_TIMEOUT:
-            self.transport.abort()
-        elif self.phase in READ_BODIES:
-            # The moment for which what came is enough: at most now, or a pause could be too long.
-            enough = self._since + self._taken / MIN_BODY_RATE
-            if enough > moment or self._reading_paused:
-                self._since += moment - enough
-            elif moment - enough > client_timeout:
-                text = (
-                    f"The request's body stood still for {client_timeout:g} s, or came at less"
-                    f" than {MIN_BODY_RATE} bytes a second. Send it again, faster."
-                )
-                self.refuse(APIError(408, text))  # RFC 9110 section 15.5.9
-        elif self.phase is ClientPhase.WAITING:
-            begun = not self.is_idle and self._drained is None
-            if begun and waited > client_timeout:
-                text = f"The request's head took longer than {client_timeout:g} s. Send it again."
-                self.refuse(APIError(408, text))
-            elif not begun and waited > (idle_timeout if self.call_id else client_timeout):
-                self.transport.abort()  # a close would wait for a client that does not read
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether no request is under way, nor a part of one here."""
-        return self.phase is ClientPhase.WAITING and not self._buffer
+        """Called now and then: end what has taken too long. A head must be whole ``client_timeout``
+        seconds after its first byte; a body may not stand still for so long, nor come at less than
+        MIN_BODY_RATE, but for the time in which it is not read."""
+        waited, limit, comes = moment - self._since, client_timeout, self._seen > 0
+        if self.phase in READ_BODIES:
+            waited, comes = waited - self._taken / MIN_BODY_RATE, True
+            if waited < 0 or self._reading_paused:  # who was fast may pause for no longer
+                self._since += waited
+                return
+        elif self.phase is ClientPhase.ANSWERING:
+            return
+        elif self.phase is ClientPhase.LINGERING:
+            limit = LINGER_TIMEOUT
+        elif self.call_id and not comes:
+            limit = idle_timeout
+        if waited > limit and comes:  # RFC 9110 section 15.5.9
+            text = f"The request came too slowly: its head must be here in {client_timeout:g} s,"
+            text += " its body may not stand still for so long, nor come at less than"
+            self.refuse(APIError(408, f"{text} {MIN_BODY_RATE} bytes a second. Send it again."))
+        elif waited > limit:
+            self.transport.abort()  # a close would wait for a client that does not read
 
     # Inside
 
     def _read_head(self) -> None:
         """Begin the request whose head is here, if it is whole; its body follows."""
-        data, seen = self._buffer, self._seen
+        data, seen = self.unread, self._seen
         while data.startswith(b"\r\n") and self._empty_lines < MAX_EMPTY_LINES:
             data, seen, self._empty_lines = data[2:], 0, self._empty_lines + 1
-        try:
-            end = end_of_head(data, seen)
-            if end < 0:
-                if not seen:  # it has just begun
-                    self._since = self.server.time()
-                self._buffer, self._seen = data, len(data)
-                return
-            self.head = head = parse_request_head(data[:end])
-        except ProtocolError as error:
-            self.refuse(APIError(error.status, f"Malformed request: {error}."))
+        end = end_of_head(data, seen)
+        if end < 0:
+            if data and not seen:  # it has just begun
+                self._since = self.server.time()
+            self.unread, self._seen = data, len(data)
             return
+        self.head = head = parse_request_head(data[:end])
         rest, self.length, self.call_id = data[end + 4 :], head.length or 0, new_call_id()
-        self._buffer, self._seen = b"", 0
-        self._empty_lines, self._taken, self._since = 0, len(rest), self.server.time()
-        if self.server.xheaders:
-            self._believe(head)
+        self._seen = self._empty_lines = 0
+        self.unread, self._taken, self._since = b"", len(rest), self.server.time()
+        if self.server.xheaders:  # what a proxy in front tells, as Tornado's HTTPServer takes it
+            forwarded = head.get("x-forwarded-for").rpartition(",")[2].strip()
+            address = head.get("x-real-ip") or forwarded
+            self.remote_ip = address if netutil.is_valid_ip(address) else self._own_address
+            told = head.get("x-scheme") or head.get("x-forwarded-proto")
+            scheme = told.rpartition(",")[2].strip().lower()
+            self.protocol = scheme if scheme in DEFAULT_PORTS else self._own_protocol
         self.phase = FOLLOWS[self.phase][ClientPhase.READING]
         self._delegate = delegate = self.server.application.start_request(self.server, self)
         waits = delegate.headers_received(None, NO_HEADERS)
@@ -3346,17 +3321,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             if self._delegate is delegate:  # it was not refused
                 delegate.finish()
             return
-        self._body, self._buffer = Body(self.length), rest
-
-    def _believe(self, head: RequestHead) -> None:
-        """Take the address and protocol that a proxy in front tells (`--xheaders`), as Tornado's
-        HTTPServer does: the last of X-Forwarded-For, or X-Real-Ip."""
-        forwarded = head.get("x-forwarded-for").rpartition(",")[2].strip()
-        address = head.get("x-real-ip") or forwarded
-        self.remote_ip = address if netutil.is_valid_ip(address) else self._own_address
-        told = head.get("x-scheme") or head.get("x-forwarded-proto")
-        scheme = told.rpartition(",")[2].strip().lower()
-        self.protocol = scheme if scheme in DEFAULT_PORTS else self._own_protocol
+        self._body, self.unread = Body(self.length), rest
 
     def _read_body(self) -> None:
         """Hand on what is here of the present request's body, or drop it, and go on where it is
@@ -3367,11 +3332,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         awaits = not self._taken and delegate is not None and self.head.version == 1
         if awaits and self.head.get("expect").lower() == "100-continue":
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        try:
-            payload, self._buffer = body.feed(self._buffer)
-        except ProtocolError as error:
-            self.refuse(APIError(error.status, f"Malformed request: {error}."))
-            return
+        payload, self.unread = body.feed(self.unread)
         if payload and delegate is not None:
             waits = delegate.data_received(payload)
             if waits is not None and not waits.done():
@@ -3380,7 +3341,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         if not body.complete:
             if delegate is None and (self._taken > DISCARD_LIMIT or self.head.get("expect")):
                 self._linger()
-            elif self._buffer:  # there is more than one turn of the loop may take
+            elif self.unread:  # there is more than one turn of the loop may take
                 self._wait_for(self.server.done)
         elif self.phase is ClientPhase.DROPPING:
             self.finish()
@@ -3404,7 +3365,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         """Read from the socket unless the delegate waits, or enough is here already; but notice
         then if the client leaves."""
         waits = self._waits_for is not None and not self._waits_for.done()
-        pause = waits or len(self._buffer) > PIPELINE_LIMIT
+        pause = waits or len(self.unread) > PIPELINE_LIMIT
         if pause == self._reading_paused or self.phase is ClientPhase.GONE:
             return
         self._reading_paused = pause
@@ -3422,25 +3383,24 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             return
         self.phase = FOLLOWS[self.phase][ClientPhase.LINGERING]
         self._since = self.server.time()
-        self._buffer, self._waits_for = b"", None
+        self.unread, self._seen, self._waits_for = b"", 0, None
         self._update_reading()
         if self.transport.can_write_eof():  # TLS knows no half-closed connection
             self.transport.write_eof()
 
 
 class HangupWatch:
-    """Notices that a client has left while nothing is read from it.
-
-    asyncio sees the end of a connection only by reading. This asks the kernel for the event itself
-    (EPOLLRDHUP; nginx does the same), through an epoll that the loop reads. Where there is no
-    epoll, such a client is noticed when it is read from again.
-    """
+    """Notices that a client has left while nothing is read from it, since asyncio sees the end of a
+    connection only by reading. This asks the kernel for the event itself (EPOLLRDHUP; nginx does
+    the same), through an epoll that the loop reads; where there is none, such a client is noticed
+    when it is read from again."""
 
     def __init__(self) -> None:
-        self._epoll = select.epoll() if hasattr(select, "epoll") else None
         self._watched: dict[int, ServerConnection] = {}
+        self._epoll = select.epoll() if hasattr(select, "epoll") else None
         if self._epoll is not None:
-            asyncio.get_running_loop().add_reader(self._epoll.fileno(), self._hung_up)
+            loop = asyncio.get_running_loop()
+            loop.add_reader(self._epoll.fileno(), self._hung_up, self._epoll)
 
     def watch(self, connection: ServerConnection) -> None:
         """Abort the connection once the peer has closed or reset it."""
@@ -3454,9 +3414,8 @@ class HangupWatch:
             with contextlib.suppress(OSError):  # closing a socket takes it out of an epoll
                 self._epoll.unregister(connection.descriptor)
 
-    def _hung_up(self) -> None:
-        assert self._epoll is not None
-        for descriptor, _ in self._epoll.poll(0):
+    def _hung_up(self, epoll: select.epoll) -> None:
+        for descriptor, _ in epoll.poll(0):
             if connection := self._watched.get(descriptor):
                 connection.transport.abort()
 
@@ -3473,8 +3432,7 @@ class Server:
     """Takes connections, as many as there may be, and looks after those that are slow."""
 
     def __init__(self, gateway: Gateway, application: GatewayApplication) -> None:
-        self.gateway = gateway
-        self.application = application
+        self.gateway, self.application = gateway, application
         self.loop = asyncio.get_running_loop()
         self.time, self.done = gateway.client.time, gateway.client.done
         self.xheaders = gateway.settings.xheaders
@@ -3514,29 +3472,27 @@ class Server:
 
     async def _open(self, client: socket.socket, address: str) -> None:
         """Count a connection in, which without a word costs some 100 KB over TLS, and open it."""
-        context = self.context
-        connection = ServerConnection(self, address, secure=context is not None)
-        site, limit = connection.site, self.gateway.settings.max_connections_per_address
-        self._sites[site] += 1
+        context, settings = self.context, self.gateway.settings
+        connection = ServerConnection(self, address)
+        self._sites[connection.site] += 1
         over = len(self.connections) + len(self._opening) - self.max_connections
-        message = "The gateway has as many connections as it can hold. Try again."
-        if site and not self.xheaders and self._sites[site] - limit > over:
-            over = self._sites[site] - limit
-            message = f"Your address has more than {limit:,} connections open."
-        timeout = self.gateway.settings.client_timeout if context is not None else None
+        text = "The gateway has as many connections as it can hold. Try again."
+        limit, timeouts = settings.max_connections_per_address, dict[str, float]()
+        more = self._sites[connection.site] - limit
+        if connection.site and not self.xheaders and more > over:
+            over, text = more, f"Your address has more than {limit:,} connections open."
+        if context is not None:
+            names = ("ssl_handshake_timeout", "ssl_shutdown_timeout")
+            timeouts = dict.fromkeys(names, settings.client_timeout)
         try:
             if over > REFUSALS:
                 client.close()
                 raise ConnectionAbortedError
             await self.loop.connect_accepted_socket(
-                lambda: connection,
-                client,
-                ssl=context,
-                ssl_handshake_timeout=timeout,
-                ssl_shutdown_timeout=timeout,
+                lambda: connection, client, ssl=context, **timeouts
             )
             if over > 0:
-                connection.refuse(APIError(429, message, headers=[("retry-after", "5")]))
+                connection.refuse(APIError(429, text, headers=[("retry-after", "5")]))
         except Exception as error:  # noqa: BLE001 - whatever it is, others are served
             log.debug("connection from %s: %s", address, error)  # the loop closes the socket
         finally:
@@ -3556,7 +3512,7 @@ class Server:
         for task in self._accepting:
             task.cancel()
         for connection in list(self.connections):
-            if connection.is_idle:
+            if connection.phase is ClientPhase.WAITING and not connection.unread:
                 connection.transport.close()
 
     def close(self) -> None:
