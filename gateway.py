@@ -3547,32 +3547,33 @@ INFLATE_SLICE = 64 * KIB  # decompressed at a time, so that a small bomb stays s
 # The text of deltas; "completion" is that of POST /v1/complete.
 DELTA_TEXT = re.compile(rb'"(text|thinking|partial_json|completion)": ?"([^"\\]*(?:\\.[^"\\]*)*)"')
 THINKING_START = re.compile(rb'"content_block": ?\{"type": ?"(?:redacted_)?thinking"')
-READABLE_CODINGS = ("gzip", "x-gzip", "deflate")
+GZIP_CODINGS = ("gzip", "x-gzip")
 
 
 class Inflater:
-    """Decompresses gzip (of any number of members), zlib and raw deflate bit by bit.
-
-    `slices` raises zlib.error for anything else, and from then on. What is ``held`` came, but is
-    too short to tell what it is.
-    """
+    """Decompresses gzip (of any number of members), zlib and raw deflate bit by bit. What is
+    ``held`` came, but is too short to tell what it is."""
 
     def __init__(self, coding: str) -> None:
-        self._deflate = coding == "deflate"
+        self._coding = coding
         self._decoder: Any = None
         self.held = b""
 
     def slices(self, data: bytes) -> Iterator[bytes]:
-        """What these bytes hold, INFLATE_SLICE at a time; what is not taken is lost."""
+        """What these bytes hold, INFLATE_SLICE at a time; what is not taken is lost. Raises
+        zlib.error for anything else, and from then on."""
         data, self.held, full = self.held + data, b"", False
         while data or full:  # then more may be waiting inside
             if self._decoder is None:
-                data = data.lstrip(b"\0")  # members may be padded (gzip's own manual)
+                if self._coding in GZIP_CODINGS:
+                    data = data.lstrip(b"\0")  # members may be padded (gzip's own manual)
+                elif self._coding != "deflate":
+                    raise zlib.error(f"unknown coding {self._coding}")
                 if len(data) < 2:
                     self.held = data
                     return
                 bits = zlib.MAX_WBITS | 16
-                if self._deflate:  # it comes with zlib's header or without (RFC 9110, 8.4.1.2)
+                if self._coding == "deflate":  # with zlib's header or without (RFC 9110, 8.4.1.2)
                     zlibs = data[0] & 0x0F == zlib.DEFLATED and (data[0] * 256 + data[1]) % 31 == 0
                     bits = zlib.MAX_WBITS if zlibs else -zlib.MAX_WBITS  # RFC 1950, 2.2
                 self._decoder = zlib.decompressobj(bits)
@@ -3590,12 +3591,9 @@ class Inflater:
 
 
 class ResponseFilter:
-    """Sees an answer's plain body as it passes, and may change it.
-
-    One that changes its length gets the body whole, in `rewrite`, and the head waits for it; such
-    answers are JSON of at most REWRITE_LIMIT bytes. What goes on of a compressed stream are its own
-    bytes: there a filter only looks.
-    """
+    """Sees an answer's plain body as it passes, and may change it; of a compressed stream its own
+    bytes go on, so there a filter only looks. One that changes its length gets the body whole, in
+    `rewrite`, and the head waits for it; such answers are JSON of at most REWRITE_LIMIT bytes."""
 
     changes_length = False
 
@@ -3628,12 +3626,10 @@ def through(filters: Iterable[ResponseFilter], data: bytes, complete: bool) -> b
 
 class Meter(ResponseFilter):
     """Reads usage out of a response as it passes: SSE, a JSON message, or batch results (JSONL).
-
     ``measured`` is the same however the body is split; it is final after `finish`. Holds at most
     MAX_LINE bytes of a line or a message, and beyond UNASKED_LINE what ``room`` lets it, which is
     asked for so many bytes, and told (below 0) of those no longer held. ``on_result`` is called
-    with each line of batch results, counted from 1.
-    """
+    with each line of batch results, counted from 1."""
 
     def __init__(
         self,
@@ -3642,9 +3638,7 @@ class Meter(ResponseFilter):
         room: Callable[[int], bool] = lambda size: True,
     ) -> None:
         self.measured = Measured()
-        self._on_result = on_result
-        self._room = room
-        self._lines = 0
+        self._on_result, self._room, self._lines = on_result, room, 0
         self._whole = on_result is None and not content_type.lower().startswith(EVENT_STREAM)
         self._held = bytearray()  # of a line that has not ended, or of the message
         self._passed_over = 0  # bytes of one that is too long, of which nothing is held
@@ -3765,11 +3759,9 @@ MIN_SECRET_LENGTH = 16
 
 @dataclass(eq=False)
 class Mask(ResponseFilter):
-    """Masks a secret, given as text and as bytes, with asterisks, so that lengths stay right.
-
-    An upstream that echoes what it was sent must not carry the real key to a client. Bytes are held
-    back only where a read ends inside what may become the secret.
-    """
+    """Masks a secret, given as text and as bytes, with asterisks, so that lengths stay right: an
+    upstream that echoes what it was sent must not carry the real key to a client. Bytes are held
+    back only where a read ends inside what may become the secret."""
 
     text: str
     secret: bytes
@@ -3806,13 +3798,6 @@ class Mask(ResponseFilter):
         return next(fits, 0)
 
 
-def go_blind(filters: Iterable[ResponseFilter]) -> None:
-    """The answer cannot be read, so what it says of its usage is unknown."""
-    for each in filters:
-        if isinstance(each, Meter):
-            each.measured.blind = True
-
-
 MAX_WITHHELD = 1 * MIB  # of one whose reads all end as if the real key began there
 
 
@@ -3829,25 +3814,25 @@ class Inside:
     async def feed(self, data: bytes, complete: bool) -> bytes:
         """What may go on of these bytes. Raises UpstreamError."""
         mask, fresh, data, self._withheld = self._mask, data, self._withheld + data, b""
-        if self._inflater is not None:
-            if mask is not None:  # names and comments of gzip are not compressed
-                mask.look(data)
-            try:
-                for number, plain in enumerate(self._inflater.slices(fresh)):
-                    if number:
-                        await asyncio.sleep(0)
-                    if mask is not None:
-                        self._looked_at = mask.look(self._looked_at + plain)
-                    through(self._filters, plain, False)
-            except zlib.error:  # not in the coding that it says; its bytes are masked as they are
-                self._inflater = None
-                go_blind(self._filters)
+        try:
+            for number, plain in enumerate(self._inflater.slices(fresh) if self._inflater else ()):
+                if number:
+                    await asyncio.sleep(0)
+                if mask is not None:
+                    self._looked_at = mask.look(self._looked_at + plain)
+                through(self._filters, plain, False)
+        except zlib.error:  # nothing that can be read; its bytes are masked as they are
+            self._inflater = None
+            for each in self._filters:
+                if isinstance(each, Meter):
+                    each.measured.blind = True
         if complete:
             through(self._filters, b"", True)
         if mask is None:
             return data
         if self._inflater is None:
             return through([mask], data, complete)
+        mask.look(data)  # names and comments of gzip are not compressed
         # They wait for the next ones while they may hold a beginning of the real key.
         begun = mask.begun_in(self._looked_at) or mask.begun_in(data) or self._inflater.held
         if not begun or complete:
@@ -3858,34 +3843,29 @@ class Inside:
         return b""
 
 
+@dataclass(eq=False)
 class BatchObject(ResponseFilter):
-    """Makes ``results_url`` a path on the gateway, and hands the objects to ``look`` first."""
+    """Hands batch objects to ``look``, then makes their ``results_url`` a path on the gateway."""
 
+    base_path: str
+    look: Callable[[bytes], Awaitable[None]]
     changes_length = True
 
-    def __init__(self, base_path: str, look: Callable[[bytes], Awaitable[None]]) -> None:
-        self._base_path = base_path
-        self._look = look
-
     async def rewrite(self, body: bytes) -> bytes:
-        await self._look(body)
-        return rewrite_results_url(body, self._base_path)
+        await self.look(body)
+        return rewrite_results_url(body, self.base_path)
 
 
 def decompress(coding: str, data: bytes, limit: int) -> bytes:
-    """Decode a whole body. Raises ValueError: unknown coding, bad data, more than ``limit``."""
+    """Decode a whole body. Raises ValueError or zlib.error: unknown coding, bad data, more than
+    ``limit``."""
     if coding in ("", "identity"):
         return data
-    if coding not in READABLE_CODINGS:
-        raise ValueError(f"unknown coding {coding}")
     plain, inflater = bytearray(), Inflater(coding)
-    try:
-        for part in inflater.slices(data):
-            plain += part
-            if len(plain) > limit:
-                raise ValueError("too large")
-    except zlib.error as error:
-        raise ValueError(str(error)) from None
+    for part in inflater.slices(data):
+        plain += part
+        if len(plain) > limit:
+            raise ValueError("too large")
     if not inflater.is_whole:
         raise ValueError("cut short")
     return bytes(plain)
@@ -3893,7 +3873,7 @@ def decompress(coding: str, data: bytes, limit: int) -> bytes:
 
 def compress(coding: str, data: bytes) -> bytes:
     """The reverse of `decompress`."""
-    if coding in ("gzip", "x-gzip"):
+    if coding in GZIP_CODINGS:
         return gzip.compress(data, mtime=0)
     return zlib.compress(data) if coding == "deflate" else data
 
@@ -5200,12 +5180,8 @@ class RelayHandler(BaseHandler):
         self._filters = filters
         if changes_length and self._upstream is not None and self._upstream.length != 0:
             self._gathered = bytearray()
-        elif "content-encoding" in head.values and (coding := head.coding):
-            if coding in READABLE_CODINGS and filters:
-                self._inside = Inside(coding, filters)
-            else:
-                go_blind(filters)
-                self._filters = [visit.mask] if visit.mask is not None else []
+        elif filters and "content-encoding" in head.values and (coding := head.coding):
+            self._inside = Inside(coding, filters)
 
     def on_chunk(self, data: bytes) -> asyncio.Future[None] | None:
         """Send on what one read brought, as the filters let it; the future says when there is
@@ -5368,7 +5344,7 @@ class RelayHandler(BaseHandler):
             if not complete:
                 raise ValueError("too large")
             body = decompress(head.coding, bytes(gathered), REWRITE_LIMIT)
-        except ValueError as error:
+        except (ValueError, zlib.error) as error:
             raise APIError(502, f"The upstream's batch object cannot be read: {error}.") from None
         for each in self._filters:
             body = await each.rewrite(body) if each.changes_length else through([each], body, True)
