@@ -3087,13 +3087,12 @@ class UpstreamClient(SimpleAsyncHTTPClient):
 
 LINGER_TIMEOUT = 5.0  # seconds for a client to read its answer before the socket closes
 DISCARD_LIMIT = 32 * MIB  # of a refused request's body are read, so that its answer arrives
-# Bytes a second below which a body is too slow, once --client-timeout has passed
-# (Apache's mod_reqtimeout has the same rule and figure).
-MIN_BODY_RATE = 500
+MIN_BODY_RATE = 500  # bytes a second, once --client-timeout has passed (Apache's mod_reqtimeout)
 PIPELINE_LIMIT = 64 * KIB  # bytes of further requests that wait for the present one's end
 NO_HEADERS = httputil.HTTPHeaders()  # a delegate has the connection's ``head``
 NO_REQUEST = RequestHead(1, [], {}, NO_OPTIONS, False, None, "-", "-", "")
 READ_BODIES = (ClientPhase.READING, ClientPhase.DROPPING)
+Room = asyncio.Future[None]  # done when the client has taken what was written
 
 
 def new_call_id() -> str:
@@ -3104,10 +3103,9 @@ def new_call_id() -> str:
 
 class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
     """A client's connection: reads requests one after the other, hands each to its delegate, and
-    takes the answer, which it frames. `write` returns a future, done when the client has taken what
-    was written; where a delegate's methods return one, nothing more is read until it is done.
-    ``head``, ``length`` (bytes or CHUNKED) and ``call_id`` are of the present request, ``unread``
-    is what came behind it; ``site`` is who is at the other end."""
+    takes the answer, which it frames. Where the delegate's methods return a future, no more is read
+    until it is done. ``head``, ``length`` (bytes or CHUNKED) and ``call_id`` are of the present
+    request, ``unread`` is what came behind it; ``site`` is who is at the other end."""
 
     head = NO_REQUEST
     length = 0
@@ -3118,7 +3116,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
     _empty_lines = 0  # before it
     _delegate: HandlerDelegate | None = None  # until it has answered
     _waits_for: asyncio.Future[None] | None = None  # before more is read
-    _drained: asyncio.Future[None] | None = None
+    _drained: Room | None = None
     _reading_paused = False
     _close_after = False
     _chunked = False  # the answer
@@ -3183,16 +3181,12 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
 
     # tornado.httputil.HTTPConnection: called by handlers
 
-    def write_headers(
-        self, start_line: Any, headers: httputil.HTTPHeaders, chunk: bytes | None = None
-    ) -> asyncio.Future[None]:
+    def write_headers(self, start_line: Any, headers: Any, chunk: bytes | None = None) -> Room:
         """Begin an answer of Tornado's handlers, who send whole bodies with a Content-Length."""
         start = f"HTTP/1.1 {start_line.code} {start_line.reason}"
         return self.write_head(start, field_lines(headers.get_all()), 0, chunk or b"")
 
-    def write_head(
-        self, start: str, lines: list[str], length: int, data: bytes
-    ) -> asyncio.Future[None]:
+    def write_head(self, start: str, lines: list[str], length: int, data: bytes) -> Room:
         """Begin an answer: its start line and field lines, as they are, the length of its body
         (bytes, CHUNKED or UNTIL_CLOSE), and what is here of that."""
         if length < 0 and self.head.version == 1:
@@ -3208,7 +3202,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             lines.append("Connection: keep-alive")
         return self.write(data, "\r\n".join((start, *lines, "\r\n")).encode("latin-1"))
 
-    def write(self, chunk: bytes, head: bytes = b"") -> asyncio.Future[None]:
+    def write(self, chunk: bytes, head: bytes = b"") -> Room:
         """Send a part of the answer, and its head before it."""
         if self._chunked and chunk:  # as by `framed`
             chunk = b"%x\r\n%b\r\n" % (len(chunk), chunk)
@@ -3234,8 +3228,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             self._wait_for(self.server.done)
 
     def break_off(self, last: bytes = b"") -> None:
-        """End the connection so that nobody takes the answer for complete; ``last`` goes out
-        before."""
+        """Send this last, and end the connection so that nobody takes the answer for whole."""
         if self.phase in (ClientPhase.LINGERING, ClientPhase.GONE):
             return
         self.write(last)
@@ -3252,8 +3245,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
     # What the server says
 
     def refuse(self, error: APIError) -> None:
-        """Answer what is no request, or does not come to its end, and close: what follows cannot be
-        understood."""
+        """Answer what is no request, or comes to no end, and close: what follows is unclear."""
         self._close_after = True
         if self.phase is ClientPhase.WAITING:
             self.head, self.call_id = NO_REQUEST, new_call_id()
@@ -3420,8 +3412,7 @@ class HangupWatch:
                 connection.transport.abort()
 
 
-# Connections beyond a limit that are told so; further ones are closed without a word.
-REFUSALS = 100
+REFUSALS = 100  # connections beyond a limit that are told so; further ones are closed at once
 MANY_FILES = 2**20  # what "no limit" is taken for
 RESERVED_FILES = 64  # for the keys file, the log and whatever else is no connection
 BACKLOG = 4096  # connections that the kernel holds until they are accepted, up to its somaxconn
@@ -3459,11 +3450,12 @@ class Server:
             while True:
                 try:
                     client, peer = await self.loop.sock_accept(listening)
-                except ConnectionError:  # the client has left, which must not hold others up
-                    continue
                 except OSError as error:
-                    log.warning("%s: connections wait a second; raise the limit", error.strerror)
-                    await asyncio.sleep(ACCEPT_AGAIN)
+                    if not isinstance(
+                        error, ConnectionError
+                    ):  # else he left, which holds up nobody
+                        log.warning("%s: connections wait; raise the limit", error.strerror)
+                        await asyncio.sleep(ACCEPT_AGAIN)
                     continue
                 address = peer[0] if isinstance(peer, tuple) else ""
                 task = self.loop.create_task(self._open(client, address))
@@ -3477,20 +3469,16 @@ class Server:
         self._sites[connection.site] += 1
         over = len(self.connections) + len(self._opening) - self.max_connections
         text = "The gateway has as many connections as it can hold. Try again."
-        limit, timeouts = settings.max_connections_per_address, dict[str, float]()
+        limit, timeout = settings.max_connections_per_address, settings.client_timeout
         more = self._sites[connection.site] - limit
         if connection.site and not self.xheaders and more > over:
             over, text = more, f"Your address has more than {limit:,} connections open."
-        if context is not None:
-            names = ("ssl_handshake_timeout", "ssl_shutdown_timeout")
-            timeouts = dict.fromkeys(names, settings.client_timeout)
+        tls = {"ssl_handshake_timeout": timeout, "ssl_shutdown_timeout": timeout} if context else {}
         try:
             if over > REFUSALS:
                 client.close()
                 raise ConnectionAbortedError
-            await self.loop.connect_accepted_socket(
-                lambda: connection, client, ssl=context, **timeouts
-            )
+            await self.loop.connect_accepted_socket(lambda: connection, client, ssl=context, **tls)
             if over > 0:
                 connection.refuse(APIError(429, text, headers=[("retry-after", "5")]))
         except Exception as error:  # noqa: BLE001 - whatever it is, others are served
@@ -3507,8 +3495,7 @@ class Server:
             del self._sites[connection.site]
 
     def stop(self) -> None:
-        """Take no further connections; those that ask for nothing close. One that is just sending a
-        request is answered 503."""
+        """Take no further connections, and close those that are not just sending a request."""
         for task in self._accepting:
             task.cancel()
         for connection in list(self.connections):
@@ -3655,7 +3642,12 @@ class Meter(ResponseFilter):
             return data
         # Most of a stream's lines are deltas, and only their text counts.
         for name, text in DELTA_TEXT.findall(lines):
-            size = text_size(text) if b"\\" in text else len(text)
+            size = len(text)
+            if b"\\" in text:
+                try:
+                    size = len(json.loads(b'"%b"' % text).encode("utf-8", "replace"))
+                except ValueError:  # it is not escaped as JSON is
+                    pass
             measured.seen += size
             if name == b"thinking":
                 measured.thought += size
@@ -3667,12 +3659,10 @@ class Meter(ResponseFilter):
         for line in lines.splitlines():
             if b'"usage"' not in line or not line.startswith(b"data:"):
                 continue
-            try:
-                event = json.loads(str(line[5:], "utf-8"))
-                message, delta = event.get("message"), event.get("delta")
-            except (ValueError, RecursionError, AttributeError):  # it is no object
+            event = read_json(line[5:])
+            if not isinstance(event, dict):
                 continue
-            told = [event.get("usage")]
+            message, delta, told = event.get("message"), event.get("delta"), [event.get("usage")]
             if isinstance(message, dict):
                 measured.model = model_of(message.get("model")) or measured.model
                 told.insert(0, message.get("usage"))
@@ -3743,14 +3733,6 @@ class Meter(ResponseFilter):
             message = result.get("message") if isinstance(result, dict) else None
             self._lines += 1
             on_result(self._lines, measured_message(message, 0))
-
-
-def text_size(escaped: bytes) -> int:
-    """The bytes in UTF-8 of a JSON string without its quotes."""
-    try:
-        return len(json.loads(b'"%b"' % escaped).encode("utf-8", "replace"))
-    except ValueError:
-        return len(escaped)
 
 
 # A shorter "key" (for a test server, say) is an ordinary word, which responses may well hold.
@@ -3857,8 +3839,7 @@ class BatchObject(ResponseFilter):
 
 
 def decompress(coding: str, data: bytes, limit: int) -> bytes:
-    """Decode a whole body. Raises ValueError or zlib.error: unknown coding, bad data, more than
-    ``limit``."""
+    """Decode a whole body. Raises ValueError or zlib.error, also for more than ``limit`` bytes."""
     if coding in ("", "identity"):
         return data
     plain, inflater = bytearray(), Inflater(coding)
