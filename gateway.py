@@ -3162,11 +3162,13 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
     def connection_lost(self, error: Exception | None) -> None:
         self.phase = FOLLOWS[self.phase][ClientPhase.GONE]
         self.server.leave(self)
-        self.server.hangups.forget(self)
+        if self._reading_paused:
+            self.server.forget(self)
         delegate, self._delegate = self._delegate, None
         if delegate is not None:
             delegate.on_connection_close()
-        self.resume_writing()
+        if self._drained is not None:
+            self.resume_writing()
 
     def pause_writing(self) -> None:
         self._drained = self.server.loop.create_future()
@@ -3363,9 +3365,9 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         self._reading_paused = pause
         if pause:
             self.transport.pause_reading()
-            self.server.hangups.watch(self)
+            self.server.watch(self)
         else:
-            self.server.hangups.forget(self)
+            self.server.forget(self)
             self.transport.resume_reading()
 
     def _linger(self) -> None:
@@ -3381,37 +3383,6 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             self.transport.write_eof()
 
 
-class HangupWatch:
-    """Notices that a client has left while nothing is read from it, since asyncio sees the end of a
-    connection only by reading. This asks the kernel for the event itself (EPOLLRDHUP; nginx does
-    the same), through an epoll that the loop reads; where there is none, such a client is noticed
-    when it is read from again."""
-
-    def __init__(self) -> None:
-        self._watched: dict[int, ServerConnection] = {}
-        self._epoll = select.epoll() if hasattr(select, "epoll") else None
-        if self._epoll is not None:
-            loop = asyncio.get_running_loop()
-            loop.add_reader(self._epoll.fileno(), self._hung_up, self._epoll)
-
-    def watch(self, connection: ServerConnection) -> None:
-        """Abort the connection once the peer has closed or reset it."""
-        self._watched[connection.descriptor] = connection
-        if self._epoll is not None:
-            self._epoll.register(connection.descriptor, select.EPOLLRDHUP | select.EPOLLONESHOT)
-
-    def forget(self, connection: ServerConnection) -> None:
-        """Watch it no longer."""
-        if self._watched.pop(connection.descriptor, None) is not None and self._epoll is not None:
-            with contextlib.suppress(OSError):  # closing a socket takes it out of an epoll
-                self._epoll.unregister(connection.descriptor)
-
-    def _hung_up(self, epoll: select.epoll) -> None:
-        for descriptor, _ in epoll.poll(0):
-            if connection := self._watched.get(descriptor):
-                connection.transport.abort()
-
-
 REFUSALS = 100  # connections beyond a limit that are told so; further ones are closed at once
 MANY_FILES = 2**20  # what "no limit" is taken for
 RESERVED_FILES = 64  # for the keys file, the log and whatever else is no connection
@@ -3420,7 +3391,7 @@ ACCEPT_AGAIN = 1.0  # seconds after which connections are taken again where no f
 
 
 class Server:
-    """Takes connections, as many as there may be, and looks after those that are slow."""
+    """Takes connections, as many as there may be, and looks after those that are slow or left."""
 
     def __init__(self, gateway: Gateway, application: GatewayApplication) -> None:
         self.gateway, self.application = gateway, application
@@ -3428,7 +3399,10 @@ class Server:
         self.time, self.done = gateway.client.time, gateway.client.done
         self.xheaders = gateway.settings.xheaders
         self.connections: set[ServerConnection] = set()
-        self.hangups = HangupWatch()
+        self._watched: dict[int, ServerConnection] = {}
+        self._epoll = select.epoll() if hasattr(select, "epoll") else None
+        if self._epoll is not None:
+            self.loop.add_reader(self._epoll.fileno(), self._hung_up, self._epoll)
         # A relayed request needs two: the client's and the upstream's.
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         files = MANY_FILES if files == resource.RLIM_INFINITY else files
@@ -3486,6 +3460,26 @@ class Server:
         finally:
             if not hasattr(connection, "transport"):  # it was never made
                 self.leave(connection)
+
+    def watch(self, connection: ServerConnection) -> None:
+        """Abort a connection that is not read once the peer has closed or reset it, which asyncio
+        sees only by reading. The kernel tells it (EPOLLRDHUP; nginx does the same) by an epoll that
+        the loop reads; where there is none, it is noticed when the connection is read again."""
+        self._watched[connection.descriptor] = connection
+        if self._epoll is not None:
+            self._epoll.register(connection.descriptor, select.EPOLLRDHUP | select.EPOLLONESHOT)
+
+    def forget(self, connection: ServerConnection) -> None:
+        """Watch it no longer."""
+        del self._watched[connection.descriptor]
+        if self._epoll is not None:
+            with contextlib.suppress(OSError):  # closing a socket takes it out of an epoll
+                self._epoll.unregister(connection.descriptor)
+
+    def _hung_up(self, epoll: select.epoll) -> None:
+        for descriptor, _ in epoll.poll(0):
+            if connection := self._watched.get(descriptor):
+                connection.transport.abort()
 
     def leave(self, connection: ServerConnection) -> None:
         """A connection is closed."""
@@ -3659,10 +3653,12 @@ class Meter(ResponseFilter):
         for line in lines.splitlines():
             if b'"usage"' not in line or not line.startswith(b"data:"):
                 continue
-            event = read_json(line[5:])
-            if not isinstance(event, dict):
+            try:
+                event = json.loads(str(line[5:], "utf-8"))
+                message, delta = event.get("message"), event.get("delta")
+            except (ValueError, RecursionError, AttributeError):  # it is no object
                 continue
-            message, delta, told = event.get("message"), event.get("delta"), [event.get("usage")]
+            told = [event.get("usage")]
             if isinstance(message, dict):
                 measured.model = model_of(message.get("model")) or measured.model
                 told.insert(0, message.get("usage"))
