@@ -3318,8 +3318,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         self._body, self.unread = Body(self.length), rest
 
     def _read_body(self) -> None:
-        """Hand on what is here of the present request's body, or drop it, and go on where it is
-        whole."""
+        """Hand on what is here of the present request's body, or drop it; go on if it is whole."""
         body, delegate = self._body, self._delegate
         # Whoever is let in gets the word that he awaits before he sends a body (RFC 9110 section
         # 10.1.1); whoever is refused may never send one.
@@ -3579,8 +3578,7 @@ class ResponseFilter:
     changes_length = False
 
     def feed(self, data: bytes) -> bytes:
-        """What goes on of these bytes, and of those held back before. Raises UpstreamError where
-        nothing may."""
+        """What goes on of these and of held-back bytes. Raises UpstreamError if nothing may."""
         return data
 
     def finish(self, complete: bool) -> bytes:
