@@ -2813,12 +2813,12 @@ class UpstreamClient(SimpleAsyncHTTPClient):
 
 LINGER_TIMEOUT = 5.0  # seconds for a client to read its answer before the socket closes
 DISCARD_LIMIT = 32 * MIB  # of a refused request's body are read, so that its answer arrives
-# Bytes a second below which a body is too slow, once --client-timeout has passed
-# (Apache's mod_reqtimeout has the same rule and figure).
-MIN_BODY_RATE = 500
+MIN_BODY_RATE = 500  # bytes a second, once --client-timeout has passed (Apache's mod_reqtimeout)
 PIPELINE_LIMIT = 64 * KIB  # bytes of further requests that wait for the present one's end
-NO_ADDRESS = "0.0.0.0"  # what Tornado says of a Unix socket
 NO_HEADERS = httputil.HTTPHeaders()  # a delegate has the connection's ``head``
+NO_REQUEST = RequestHead(1, [], {}, NO_OPTIONS, False, None, "-", "-", "")
+READ_BODIES = (ClientPhase.READING, ClientPhase.DROPPING)
+Room = asyncio.Future[None]  # done when the client has taken what was written
 
 
 def new_call_id() -> str:
@@ -2827,43 +2827,31 @@ def new_call_id() -> str:
     return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
 
 
-NO_REQUEST = RequestHead(1, [], {}, NO_OPTIONS, False, None, "", "", "")
-READ_BODIES = (ClientPhase.READING, ClientPhase.DROPPING)
-
-
 class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
     """A client's connection: reads requests one after the other, hands each to its delegate, and
-    takes the answer, which it frames. What must wait returns a future: `write` until the client has
-    taken what was written; and where the delegate's methods return one, nothing more is read until
-    it is done.
+    takes the answer, which it frames. Where the delegate's methods return a future, no more is read
+    until it is done. ``head``, ``length`` (bytes or CHUNKED) and ``call_id`` are of the present
+    request, ``unread`` is what came behind it; ``site`` is who is at the other end."""
 
-    ``head``, ``length`` (bytes or CHUNKED) and ``call_id`` are of the present request;
-    ``remote_ip`` and ``protocol`` are the client's, ``site`` is who is at the other end.
-    """
-
-    transport: asyncio.Transport
-    descriptor: int
     head = NO_REQUEST
     length = 0
     call_id = ""  # until the first request came
     phase = ClientPhase.WAITING
+    unread = b""
+    _seen = 0  # bytes of that which belong to a head that is not whole
+    _empty_lines = 0  # before it
     _delegate: HandlerDelegate | None = None  # until it has answered
-    _body: Body
-    _buffer = b""  # what is not read yet …
-    _seen = 0  # … of which so many bytes are of a head that is not whole
-    _empty_lines = 0
     _waits_for: asyncio.Future[None] | None = None  # before more is read
-    _drained: asyncio.Future[None] | None = None
+    _drained: Room | None = None
     _reading_paused = False
     _close_after = False
     _chunked = False  # the answer
     _taken = 0  # bytes since `_since`
 
-    def __init__(self, server: Server, address: str, *, secure: bool) -> None:
-        self.server = server
-        self.site = site_of(address)
-        self.remote_ip = self._own_address = address or NO_ADDRESS
-        self.protocol = self._own_protocol = "https" if secure else "http"
+    def __init__(self, server: Server, address: str) -> None:
+        self.server, self.site = server, site_of(address)
+        self.remote_ip = self._own_address = address or "0.0.0.0"  # as Tornado, for a Unix socket
+        self.protocol = self._own_protocol = "http" if server.context is None else "https"
         self._since = server.time()
 
     # asyncio.Protocol: called by the loop
@@ -2871,21 +2859,25 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
         self.transport.set_write_buffer_limits(high=WRITE_HIGH_WATER)
-        self.descriptor = transport.get_extra_info("socket").fileno()
+        self.descriptor: int = transport.get_extra_info("socket").fileno()
         self.server.connections.add(self)
 
     def data_received(self, data: bytes) -> None:
         """Read on: but not while the delegate waits, and the next request neither before the
         present one's end, nor before the client has taken the answers that are here."""
         self._taken += len(data)
-        if self.phase is ClientPhase.LINGERING:
+        waiting = self.phase is ClientPhase.WAITING
+        if self.phase is ClientPhase.LINGERING or (waiting and self._close_after):
             return
-        self._buffer += data
-        if self.phase is ClientPhase.WAITING and self._waits_for is None and self._drained is None:
-            self._read_head()
-        if self.phase in READ_BODIES and self._waits_for is None:
-            self._read_body()
-        if self._buffer or self._reading_paused:
+        self.unread += data
+        try:
+            if waiting and self._waits_for is None and self._drained is None:
+                self._read_head()
+            if self.phase in READ_BODIES and self._waits_for is None:
+                self._read_body()
+        except ProtocolError as error:
+            self.refuse(APIError(error.status, f"Malformed request: {error}."))
+        if self.unread or self._reading_paused:
             self._update_reading()
 
     def eof_received(self) -> None:
@@ -2896,13 +2888,13 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
     def connection_lost(self, error: Exception | None) -> None:
         self.phase = FOLLOWS[self.phase][ClientPhase.GONE]
         self.server.leave(self)
+        if self._reading_paused:
+            self.server.forget(self)
         delegate, self._delegate = self._delegate, None
         if delegate is not None:
             delegate.on_connection_close()
         if self._drained is not None:
             self.resume_writing()
-        if self._reading_paused:
-            self.server.hangups.forget(self)
 
     def pause_writing(self) -> None:
         self._drained = self.server.loop.create_future()
@@ -2912,38 +2904,33 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         drained, self._drained = self._drained, None
         if drained is not None and not drained.done():
             drained.set_result(None)
-        if self._buffer:
+        if self.unread:
             self._wait_for(self.server.done)
 
     # tornado.httputil.HTTPConnection: called by handlers
 
-    def write_headers(
-        self, start_line: Any, headers: httputil.HTTPHeaders, chunk: bytes | None = None
-    ) -> asyncio.Future[None]:
+    def write_headers(self, start_line: Any, headers: Any, chunk: bytes | None = None) -> Room:
         """Begin an answer of Tornado's handlers, who send whole bodies with a Content-Length."""
         start = f"HTTP/1.1 {start_line.code} {start_line.reason}"
         return self.write_head(start, field_lines(headers.get_all()), 0, chunk or b"")
 
-    def write_head(
-        self, start: str, lines: list[str], length: int, data: bytes
-    ) -> asyncio.Future[None]:
+    def write_head(self, start: str, lines: list[str], length: int, data: bytes) -> Room:
         """Begin an answer: its start line and field lines, as they are, the length of its body
         (bytes, CHUNKED or UNTIL_CLOSE), and what is here of that."""
         if length < 0 and self.head.version == 1:
             self._chunked = True
             lines.append(CHUNKED_LINE)
         # RFC 9112 section 9.3; an answer whose end does not show ends with the connection.
-        delimited = length >= 0 or self._chunked
-        if not delimited or not self.head.keeps_alive or self.server.gateway.stopping:
+        endless = length < 0 and not self._chunked
+        if endless or not self.head.keeps_alive or self.server.gateway.stopping:
             self._close_after = True
         if self._close_after:
             lines.append("Connection: close")
         elif self.head.version == 0:
             lines.append("Connection: keep-alive")
-        head = "\r\n".join((start, *lines, "\r\n"))
-        return self.write(data, head.encode("latin-1"))
+        return self.write(data, "\r\n".join((start, *lines, "\r\n")).encode("latin-1"))
 
-    def write(self, chunk: bytes, head: bytes = b"") -> asyncio.Future[None]:
+    def write(self, chunk: bytes, head: bytes = b"") -> Room:
         """Send a part of the answer, and its head before it."""
         if self._chunked and chunk:  # as by `framed`
             chunk = b"%x\r\n%b\r\n" % (len(chunk), chunk)
@@ -2960,17 +2947,16 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         self._since, self._taken = self.server.time(), 0
         if self.phase is ClientPhase.READING:
             self.phase = FOLLOWS[self.phase][ClientPhase.DROPPING]
-            self._wait_for(self.server.done)
         elif self.phase in (ClientPhase.ANSWERING, ClientPhase.DROPPING):
             self.phase = FOLLOWS[self.phase][ClientPhase.WAITING]
             if self._close_after:
+                self.unread = b""  # which is no request any more (RFC 9112 section 9.6)
                 self.transport.close()
-            elif self._buffer:
-                self._wait_for(self.server.done)
+        if self.unread or self.phase is ClientPhase.DROPPING:
+            self._wait_for(self.server.done)
 
     def break_off(self, last: bytes = b"") -> None:
-        """End the connection so that nobody takes the answer for complete; ``last`` goes out
-        before."""
+        """Send this last, and end the connection so that nobody takes the answer for whole."""
         if self.phase in (ClientPhase.LINGERING, ClientPhase.GONE):
             return
         self.write(last)
@@ -2987,79 +2973,62 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
     # What the server says
 
     def refuse(self, error: APIError) -> None:
-        """Answer what is no request, or does not come to its end, and close: what follows cannot be
-        understood."""
+        """Answer what is no request, or comes to no end, and close: what follows is unclear."""
         self._close_after = True
+        if self.phase is ClientPhase.WAITING:
+            self.head, self.call_id = NO_REQUEST, new_call_id()
+            self._delegate = self.server.application.start_request(self.server, self)
         if self._delegate is not None:
             self._delegate.refuse(error)
-        elif self.phase is ClientPhase.WAITING:
-            call_id, phrase = new_call_id(), http.client.responses[error.status]
-            body = error.body(call_id)
-            lines = [
-                *("Content-Type: application/json", f"Content-Length: {len(body)}"),
-                *(f"request-id: {call_id}", f"x-litellm-call-id: {call_id}"),
-                *field_lines(error.headers),
-            ]
-            self.write_head(f"HTTP/1.1 {error.status} {phrase}", lines, len(body), body)
         self._linger()
 
     def check_patience(self, moment: float, client_timeout: float, idle_timeout: float) -> None:
-        """Called now and then: end what has taken too long. Times are seconds.
-
-        A head must be whole ``client_timeout`` after its first byte; a body may not stand still for
-        so long, nor come at less than MIN_BODY_RATE. A body that is not read is not the client's
-        fault.
-        """
-        waited = moment - self._since
-        if self.phase is ClientPhase.LINGERING and waited > LINGER_TIMEOUT:
-            self.transport.abort()
-        elif self.phase in READ_BODIES:
-            # The moment for which what came is enough: at most now, or a pause could be too long.
-            enough = self._since + self._taken / MIN_BODY_RATE
-            if enough > moment or self._reading_paused:
-                self._since += moment - enough
-            elif moment - enough > client_timeout:
-                text = (
-                    f"The request's body stood still for {client_timeout:g} s, or came at less"
-                    f" than {MIN_BODY_RATE} bytes a second. Send it again, faster."
-                )
-                self.refuse(APIError(408, text))  # RFC 9110 section 15.5.9
-        elif self.phase is ClientPhase.WAITING:
-            begun = not self.is_idle and self._drained is None
-            if begun and waited > client_timeout:
-                text = f"The request's head took longer than {client_timeout:g} s. Send it again."
-                self.refuse(APIError(408, text))
-            elif not begun and waited > (idle_timeout if self.call_id else client_timeout):
-                self.transport.abort()  # a close would wait for a client that does not read
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether no request is under way, nor a part of one here."""
-        return self.phase is ClientPhase.WAITING and not self._buffer
+        """Called now and then: end what has taken too long. A head must be whole ``client_timeout``
+        seconds after its first byte; a body may not stand still for so long, nor come at less than
+        MIN_BODY_RATE, but for the time in which it is not read."""
+        waited, limit, comes = moment - self._since, client_timeout, self._seen > 0
+        if self.phase in READ_BODIES:
+            waited, comes = waited - self._taken / MIN_BODY_RATE, True
+            if waited < 0 or self._reading_paused:  # who was fast may pause for no longer
+                self._since += waited
+                return
+        elif self.phase is ClientPhase.ANSWERING:
+            return
+        elif self.phase is ClientPhase.LINGERING:
+            limit = LINGER_TIMEOUT
+        elif self.call_id and not comes:
+            limit = idle_timeout
+        if waited > limit and comes:  # RFC 9110 section 15.5.9
+            text = f"The request came too slowly: its head must be here in {client_timeout:g} s,"
+            text += " its body may not stand still for so long, nor come at less than"
+            self.refuse(APIError(408, f"{text} {MIN_BODY_RATE} bytes a second. Send it again."))
+        elif waited > limit:
+            self.transport.abort()  # a close would wait for a client that does not read
 
     # Inside
 
     def _read_head(self) -> None:
         """Begin the request whose head is here, if it is whole; its body follows."""
-        data, seen = self._buffer, self._seen
+        data, seen = self.unread, self._seen
         while data.startswith(b"\r\n") and self._empty_lines < MAX_EMPTY_LINES:
             data, seen, self._empty_lines = data[2:], 0, self._empty_lines + 1
-        try:
-            end = end_of_head(data, seen)
-            if end < 0:
-                if not seen:  # it has just begun
-                    self._since = self.server.time()
-                self._buffer, self._seen = data, len(data)
-                return
-            self.head = head = parse_request_head(data[:end])
-        except ProtocolError as error:
-            self.refuse(APIError(error.status, f"Malformed request: {error}."))
+        end = end_of_head(data, seen)
+        if end < 0:
+            if data and not seen:  # it has just begun
+                self._since = self.server.time()
+            self.unread, self._seen = data, len(data)
             return
+        self.head = head = parse_request_head(data[:end])
         rest, self.length, self.call_id = data[end + 4 :], head.length or 0, new_call_id()
-        self._buffer, self._seen = b"", 0
-        self._empty_lines, self._taken, self._since = 0, len(rest), self.server.time()
-        if self.server.xheaders:
-            self._believe(head)
+        self._seen = self._empty_lines = 0
+        self.unread, self._taken, self._since = b"", len(rest), self.server.time()
+        if self.server.xheaders:  # what a proxy in front tells, as Tornado's HTTPServer takes it
+            forwarded = head.get("x-forwarded-for").rpartition(",")[2].strip()
+            address = head.get("x-real-ip") or forwarded
+            self.remote_ip = address if netutil.is_valid_ip(address) else self._own_address
+            told = head.get("x-scheme") or head.get("x-forwarded-proto")
+            scheme = told.rpartition(",")[2].strip().lower()
+            self.protocol = scheme if scheme in DEFAULT_PORTS else self._own_protocol
         self.phase = FOLLOWS[self.phase][ClientPhase.READING]
         self._delegate = delegate = self.server.application.start_request(self.server, self)
         waits = delegate.headers_received(None, NO_HEADERS)
@@ -3072,32 +3041,17 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             if self._delegate is delegate:  # it was not refused
                 delegate.finish()
             return
-        self._body, self._buffer = Body(self.length), rest
-
-    def _believe(self, head: RequestHead) -> None:
-        """Take the address and protocol that a proxy in front tells (`--xheaders`), as Tornado's
-        HTTPServer does: the last of X-Forwarded-For, or X-Real-Ip."""
-        forwarded = head.get("x-forwarded-for").rpartition(",")[2].strip()
-        address = head.get("x-real-ip") or forwarded
-        self.remote_ip = address if netutil.is_valid_ip(address) else self._own_address
-        told = head.get("x-scheme") or head.get("x-forwarded-proto")
-        scheme = told.rpartition(",")[2].strip().lower()
-        self.protocol = scheme if scheme in DEFAULT_PORTS else self._own_protocol
+        self._body, self.unread = Body(self.length), rest
 
     def _read_body(self) -> None:
-        """Hand on what is here of the present request's body, or drop it, and go on where it is
-        whole."""
+        """Hand on what is here of the present request's body, or drop it; go on if it is whole."""
         body, delegate = self._body, self._delegate
         # Whoever is let in gets the word that he awaits before he sends a body (RFC 9110 section
         # 10.1.1); whoever is refused may never send one.
         awaits = not self._taken and delegate is not None and self.head.version == 1
         if awaits and self.head.get("expect").lower() == "100-continue":
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        try:
-            payload, self._buffer = body.feed(self._buffer)
-        except ProtocolError as error:
-            self.refuse(APIError(error.status, f"Malformed request: {error}."))
-            return
+        payload, self.unread = body.feed(self.unread)
         if payload and delegate is not None:
             waits = delegate.data_received(payload)
             if waits is not None and not waits.done():
@@ -3106,7 +3060,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         if not body.complete:
             if delegate is None and (self._taken > DISCARD_LIMIT or self.head.get("expect")):
                 self._linger()
-            elif self._buffer:  # there is more than one turn of the loop may take
+            elif self.unread:  # there is more than one turn of the loop may take
                 self._wait_for(self.server.done)
         elif self.phase is ClientPhase.DROPPING:
             self.finish()
@@ -3130,15 +3084,15 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         """Read from the socket unless the delegate waits, or enough is here already; but notice
         then if the client leaves."""
         waits = self._waits_for is not None and not self._waits_for.done()
-        pause = waits or len(self._buffer) > PIPELINE_LIMIT
+        pause = waits or len(self.unread) > PIPELINE_LIMIT
         if pause == self._reading_paused or self.phase is ClientPhase.GONE:
             return
         self._reading_paused = pause
         if pause:
             self.transport.pause_reading()
-            self.server.hangups.watch(self)
+            self.server.watch(self)
         else:
-            self.server.hangups.forget(self)
+            self.server.forget(self)
             self.transport.resume_reading()
 
     def _linger(self) -> None:
@@ -3148,47 +3102,13 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             return
         self.phase = FOLLOWS[self.phase][ClientPhase.LINGERING]
         self._since = self.server.time()
-        self._buffer, self._waits_for = b"", None
+        self.unread, self._seen, self._waits_for = b"", 0, None
         self._update_reading()
         if self.transport.can_write_eof():  # TLS knows no half-closed connection
             self.transport.write_eof()
 
 
-class HangupWatch:
-    """Notices that a client has left while nothing is read from it.
-
-    asyncio sees the end of a connection only by reading. This asks the kernel for the event itself
-    (EPOLLRDHUP; nginx does the same), through an epoll that the loop reads. Where there is no
-    epoll, such a client is noticed when it is read from again.
-    """
-
-    def __init__(self) -> None:
-        self._epoll = select.epoll() if hasattr(select, "epoll") else None
-        self._watched: dict[int, ServerConnection] = {}
-        if self._epoll is not None:
-            asyncio.get_running_loop().add_reader(self._epoll.fileno(), self._hung_up)
-
-    def watch(self, connection: ServerConnection) -> None:
-        """Abort the connection once the peer has closed or reset it."""
-        self._watched[connection.descriptor] = connection
-        if self._epoll is not None:
-            self._epoll.register(connection.descriptor, select.EPOLLRDHUP | select.EPOLLONESHOT)
-
-    def forget(self, connection: ServerConnection) -> None:
-        """Watch it no longer."""
-        if self._watched.pop(connection.descriptor, None) is not None and self._epoll is not None:
-            with contextlib.suppress(OSError):  # closing a socket takes it out of an epoll
-                self._epoll.unregister(connection.descriptor)
-
-    def _hung_up(self) -> None:
-        assert self._epoll is not None
-        for descriptor, _ in self._epoll.poll(0):
-            if connection := self._watched.get(descriptor):
-                connection.transport.abort()
-
-
-# Connections beyond a limit that are told so; further ones are closed without a word.
-REFUSALS = 100
+REFUSALS = 100  # connections beyond a limit that are told so; further ones are closed at once
 MANY_FILES = 2**20  # what "no limit" is taken for
 RESERVED_FILES = 64  # for the keys file, the log and whatever else is no connection
 BACKLOG = 4096  # connections that the kernel holds until they are accepted, up to its somaxconn
@@ -3196,16 +3116,18 @@ ACCEPT_AGAIN = 1.0  # seconds after which connections are taken again where no f
 
 
 class Server:
-    """Takes connections, as many as there may be, and looks after those that are slow."""
+    """Takes connections, as many as there may be, and looks after those that are slow or left."""
 
     def __init__(self, gateway: Gateway, application: GatewayApplication) -> None:
-        self.gateway = gateway
-        self.application = application
+        self.gateway, self.application = gateway, application
         self.loop = asyncio.get_running_loop()
         self.time, self.done = gateway.client.time, gateway.client.done
         self.xheaders = gateway.settings.xheaders
         self.connections: set[ServerConnection] = set()
-        self.hangups = HangupWatch()
+        self._watched: dict[int, ServerConnection] = {}
+        self._epoll = select.epoll() if hasattr(select, "epoll") else None
+        if self._epoll is not None:
+            self.loop.add_reader(self._epoll.fileno(), self._hung_up, self._epoll)
         # A relayed request needs two: the client's and the upstream's.
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         files = MANY_FILES if files == resource.RLIM_INFINITY else files
@@ -3227,11 +3149,12 @@ class Server:
             while True:
                 try:
                     client, peer = await self.loop.sock_accept(listening)
-                except ConnectionError:  # the client has left, which must not hold others up
-                    continue
                 except OSError as error:
-                    log.warning("%s: connections wait a second; raise the limit", error.strerror)
-                    await asyncio.sleep(ACCEPT_AGAIN)
+                    if not isinstance(
+                        error, ConnectionError
+                    ):  # else he left, which holds up nobody
+                        log.warning("%s: connections wait; raise the limit", error.strerror)
+                        await asyncio.sleep(ACCEPT_AGAIN)
                     continue
                 address = peer[0] if isinstance(peer, tuple) else ""
                 task = self.loop.create_task(self._open(client, address))
@@ -3240,34 +3163,48 @@ class Server:
 
     async def _open(self, client: socket.socket, address: str) -> None:
         """Count a connection in, which without a word costs some 100 KB over TLS, and open it."""
-        context = self.context
-        connection = ServerConnection(self, address, secure=context is not None)
-        site, limit = connection.site, self.gateway.settings.max_connections_per_address
-        self._sites[site] += 1
+        context, settings = self.context, self.gateway.settings
+        connection = ServerConnection(self, address)
+        self._sites[connection.site] += 1
         over = len(self.connections) + len(self._opening) - self.max_connections
-        message = "The gateway has as many connections as it can hold. Try again."
-        if site and not self.xheaders and self._sites[site] - limit > over:
-            over = self._sites[site] - limit
-            message = f"Your address has more than {limit:,} connections open."
-        timeout = self.gateway.settings.client_timeout if context is not None else None
+        text = "The gateway has as many connections as it can hold. Try again."
+        limit, timeout = settings.max_connections_per_address, settings.client_timeout
+        more = self._sites[connection.site] - limit
+        if connection.site and not self.xheaders and more > over:
+            over, text = more, f"Your address has more than {limit:,} connections open."
+        tls = {"ssl_handshake_timeout": timeout, "ssl_shutdown_timeout": timeout} if context else {}
         try:
             if over > REFUSALS:
                 client.close()
                 raise ConnectionAbortedError
-            await self.loop.connect_accepted_socket(
-                lambda: connection,
-                client,
-                ssl=context,
-                ssl_handshake_timeout=timeout,
-                ssl_shutdown_timeout=timeout,
-            )
+            await self.loop.connect_accepted_socket(lambda: connection, client, ssl=context, **tls)
             if over > 0:
-                connection.refuse(APIError(429, message, headers=[("retry-after", "5")]))
+                connection.refuse(APIError(429, text, headers=[("retry-after", "5")]))
         except Exception as error:  # noqa: BLE001 - whatever it is, others are served
             log.debug("connection from %s: %s", address, error)  # the loop closes the socket
         finally:
             if not hasattr(connection, "transport"):  # it was never made
                 self.leave(connection)
+
+    def watch(self, connection: ServerConnection) -> None:
+        """Abort a connection that is not read once the peer has closed or reset it, which asyncio
+        sees only by reading. The kernel tells it (EPOLLRDHUP; nginx does the same) by an epoll that
+        the loop reads; where there is none, it is noticed when the connection is read again."""
+        self._watched[connection.descriptor] = connection
+        if self._epoll is not None:
+            self._epoll.register(connection.descriptor, select.EPOLLRDHUP | select.EPOLLONESHOT)
+
+    def forget(self, connection: ServerConnection) -> None:
+        """Watch it no longer."""
+        del self._watched[connection.descriptor]
+        if self._epoll is not None:
+            with contextlib.suppress(OSError):  # closing a socket takes it out of an epoll
+                self._epoll.unregister(connection.descriptor)
+
+    def _hung_up(self, epoll: select.epoll) -> None:
+        for descriptor, _ in epoll.poll(0):
+            if connection := self._watched.get(descriptor):
+                connection.transport.abort()
 
     def leave(self, connection: ServerConnection) -> None:
         """A connection is closed."""
@@ -3277,12 +3214,11 @@ class Server:
             del self._sites[connection.site]
 
     def stop(self) -> None:
-        """Take no further connections; those that ask for nothing close. One that is just sending a
-        request is answered 503."""
+        """Take no further connections, and close those that are not just sending a request."""
         for task in self._accepting:
             task.cancel()
         for connection in list(self.connections):
-            if connection.is_idle:
+            if connection.phase is ClientPhase.WAITING and not connection.unread:
                 connection.transport.close()
 
     def close(self) -> None:
@@ -3317,32 +3253,33 @@ INFLATE_SLICE = 64 * KIB  # decompressed at a time, so that a small bomb stays s
 # The text of deltas; "completion" is that of POST /v1/complete.
 DELTA_TEXT = re.compile(rb'"(text|thinking|partial_json|completion)": ?"([^"\\]*(?:\\.[^"\\]*)*)"')
 THINKING_START = re.compile(rb'"content_block": ?\{"type": ?"(?:redacted_)?thinking"')
-READABLE_CODINGS = ("gzip", "x-gzip", "deflate")
+GZIP_CODINGS = ("gzip", "x-gzip")
 
 
 class Inflater:
-    """Decompresses gzip (of any number of members), zlib and raw deflate bit by bit.
-
-    `slices` raises zlib.error for anything else, and from then on. What is ``held`` came, but is
-    too short to tell what it is.
-    """
+    """Decompresses gzip (of any number of members), zlib and raw deflate bit by bit. What is
+    ``held`` came, but is too short to tell what it is."""
 
     def __init__(self, coding: str) -> None:
-        self._deflate = coding == "deflate"
+        self._coding = coding
         self._decoder: Any = None
         self.held = b""
 
     def slices(self, data: bytes) -> Iterator[bytes]:
-        """What these bytes hold, INFLATE_SLICE at a time; what is not taken is lost."""
+        """What these bytes hold, INFLATE_SLICE at a time; what is not taken is lost. Raises
+        zlib.error for anything else, and from then on."""
         data, self.held, full = self.held + data, b"", False
         while data or full:  # then more may be waiting inside
             if self._decoder is None:
-                data = data.lstrip(b"\0")  # members may be padded (gzip's own manual)
+                if self._coding in GZIP_CODINGS:
+                    data = data.lstrip(b"\0")  # members may be padded (gzip's own manual)
+                elif self._coding != "deflate":
+                    raise zlib.error(f"unknown coding {self._coding}")
                 if len(data) < 2:
                     self.held = data
                     return
                 bits = zlib.MAX_WBITS | 16
-                if self._deflate:  # it comes with zlib's header or without (RFC 9110, 8.4.1.2)
+                if self._coding == "deflate":  # with zlib's header or without (RFC 9110, 8.4.1.2)
                     zlibs = data[0] & 0x0F == zlib.DEFLATED and (data[0] * 256 + data[1]) % 31 == 0
                     bits = zlib.MAX_WBITS if zlibs else -zlib.MAX_WBITS  # RFC 1950, 2.2
                 self._decoder = zlib.decompressobj(bits)
@@ -3360,18 +3297,14 @@ class Inflater:
 
 
 class ResponseFilter:
-    """Sees an answer's plain body as it passes, and may change it.
-
-    One that changes its length gets the body whole, in `rewrite`, and the head waits for it; such
-    answers are JSON of at most REWRITE_LIMIT bytes. What goes on of a compressed stream are its own
-    bytes: there a filter only looks.
-    """
+    """Sees an answer's plain body as it passes, and may change it; of a compressed stream its own
+    bytes go on, so there a filter only looks. One that changes its length gets the body whole, in
+    `rewrite`, and the head waits for it; such answers are JSON of at most REWRITE_LIMIT bytes."""
 
     changes_length = False
 
     def feed(self, data: bytes) -> bytes:
-        """What goes on of these bytes, and of those held back before. Raises UpstreamError where
-        nothing may."""
+        """What goes on of these and of held-back bytes. Raises UpstreamError if nothing may."""
         return data
 
     def finish(self, complete: bool) -> bytes:
@@ -3398,12 +3331,10 @@ def through(filters: Iterable[ResponseFilter], data: bytes, complete: bool) -> b
 
 class Meter(ResponseFilter):
     """Reads usage out of a response as it passes: SSE, a JSON message, or batch results (JSONL).
-
     ``measured`` is the same however the body is split; it is final after `finish`. Holds at most
     MAX_LINE bytes of a line or a message, and beyond UNASKED_LINE what ``room`` lets it, which is
     asked for so many bytes, and told (below 0) of those no longer held. ``on_result`` is called
-    with each line of batch results, counted from 1.
-    """
+    with each line of batch results, counted from 1."""
 
     def __init__(
         self,
@@ -3412,9 +3343,7 @@ class Meter(ResponseFilter):
         room: Callable[[int], bool] = lambda size: True,
     ) -> None:
         self.measured = Measured()
-        self._on_result = on_result
-        self._room = room
-        self._lines = 0
+        self._on_result, self._room, self._lines = on_result, room, 0
         self._whole = on_result is None and not content_type.lower().startswith(EVENT_STREAM)
         self._held = bytearray()  # of a line that has not ended, or of the message
         self._passed_over = 0  # bytes of one that is too long, of which nothing is held
@@ -3431,7 +3360,12 @@ class Meter(ResponseFilter):
             return data
         # Most of a stream's lines are deltas, and only their text counts.
         for name, text in DELTA_TEXT.findall(lines):
-            size = text_size(text) if b"\\" in text else len(text)
+            size = len(text)
+            if b"\\" in text:
+                try:
+                    size = len(json.loads(b'"%b"' % text).encode("utf-8", "replace"))
+                except ValueError:  # it is not escaped as JSON is
+                    pass
             measured.seen += size
             if name == b"thinking":
                 measured.thought += size
@@ -3521,25 +3455,15 @@ class Meter(ResponseFilter):
             on_result(self._lines, measured_message(message, 0))
 
 
-def text_size(escaped: bytes) -> int:
-    """The bytes in UTF-8 of a JSON string without its quotes."""
-    try:
-        return len(json.loads(b'"%b"' % escaped).encode("utf-8", "replace"))
-    except ValueError:
-        return len(escaped)
-
-
 # A shorter "key" (for a test server, say) is an ordinary word, which responses may well hold.
 MIN_SECRET_LENGTH = 16
 
 
 @dataclass(eq=False)
 class Mask(ResponseFilter):
-    """Masks a secret, given as text and as bytes, with asterisks, so that lengths stay right.
-
-    An upstream that echoes what it was sent must not carry the real key to a client. Bytes are held
-    back only where a read ends inside what may become the secret.
-    """
+    """Masks a secret, given as text and as bytes, with asterisks, so that lengths stay right: an
+    upstream that echoes what it was sent must not carry the real key to a client. Bytes are held
+    back only where a read ends inside what may become the secret."""
 
     text: str
     secret: bytes
@@ -3576,13 +3500,6 @@ class Mask(ResponseFilter):
         return next(fits, 0)
 
 
-def go_blind(filters: Iterable[ResponseFilter]) -> None:
-    """The answer cannot be read, so what it says of its usage is unknown."""
-    for each in filters:
-        if isinstance(each, Meter):
-            each.measured.blind = True
-
-
 MAX_WITHHELD = 1 * MIB  # of one whose reads all end as if the real key began there
 
 
@@ -3599,25 +3516,25 @@ class Inside:
     async def feed(self, data: bytes, complete: bool) -> bytes:
         """What may go on of these bytes. Raises UpstreamError."""
         mask, fresh, data, self._withheld = self._mask, data, self._withheld + data, b""
-        if self._inflater is not None:
-            if mask is not None:  # names and comments of gzip are not compressed
-                mask.look(data)
-            try:
-                for number, plain in enumerate(self._inflater.slices(fresh)):
-                    if number:
-                        await asyncio.sleep(0)
-                    if mask is not None:
-                        self._looked_at = mask.look(self._looked_at + plain)
-                    through(self._filters, plain, False)
-            except zlib.error:  # not in the coding that it says; its bytes are masked as they are
-                self._inflater = None
-                go_blind(self._filters)
+        try:
+            for number, plain in enumerate(self._inflater.slices(fresh) if self._inflater else ()):
+                if number:
+                    await asyncio.sleep(0)
+                if mask is not None:
+                    self._looked_at = mask.look(self._looked_at + plain)
+                through(self._filters, plain, False)
+        except zlib.error:  # nothing that can be read; its bytes are masked as they are
+            self._inflater = None
+            for each in self._filters:
+                if isinstance(each, Meter):
+                    each.measured.blind = True
         if complete:
             through(self._filters, b"", True)
         if mask is None:
             return data
         if self._inflater is None:
             return through([mask], data, complete)
+        mask.look(data)  # names and comments of gzip are not compressed
         # They wait for the next ones while they may hold a beginning of the real key.
         begun = mask.begun_in(self._looked_at) or mask.begun_in(data) or self._inflater.held
         if not begun or complete:
@@ -3628,34 +3545,28 @@ class Inside:
         return b""
 
 
+@dataclass(eq=False)
 class BatchObject(ResponseFilter):
-    """Makes ``results_url`` a path on the gateway, and hands the objects to ``look`` first."""
+    """Hands batch objects to ``look``, then makes their ``results_url`` a path on the gateway."""
 
+    base_path: str
+    look: Callable[[bytes], Awaitable[None]]
     changes_length = True
 
-    def __init__(self, base_path: str, look: Callable[[bytes], Awaitable[None]]) -> None:
-        self._base_path = base_path
-        self._look = look
-
     async def rewrite(self, body: bytes) -> bytes:
-        await self._look(body)
-        return rewrite_results_url(body, self._base_path)
+        await self.look(body)
+        return rewrite_results_url(body, self.base_path)
 
 
 def decompress(coding: str, data: bytes, limit: int) -> bytes:
-    """Decode a whole body. Raises ValueError: unknown coding, bad data, more than ``limit``."""
+    """Decode a whole body. Raises ValueError or zlib.error, also for more than ``limit`` bytes."""
     if coding in ("", "identity"):
         return data
-    if coding not in READABLE_CODINGS:
-        raise ValueError(f"unknown coding {coding}")
     plain, inflater = bytearray(), Inflater(coding)
-    try:
-        for part in inflater.slices(data):
-            plain += part
-            if len(plain) > limit:
-                raise ValueError("too large")
-    except zlib.error as error:
-        raise ValueError(str(error)) from None
+    for part in inflater.slices(data):
+        plain += part
+        if len(plain) > limit:
+            raise ValueError("too large")
     if not inflater.is_whole:
         raise ValueError("cut short")
     return bytes(plain)
@@ -3663,7 +3574,7 @@ def decompress(coding: str, data: bytes, limit: int) -> bytes:
 
 def compress(coding: str, data: bytes) -> bytes:
     """The reverse of `decompress`."""
-    if coding in ("gzip", "x-gzip"):
+    if coding in GZIP_CODINGS:
         return gzip.compress(data, mtime=0)
     return zlib.compress(data) if coding == "deflate" else data
 
@@ -4904,12 +4815,8 @@ class RelayHandler(BaseHandler):
         self._filters = filters
         if changes_length and self._upstream is not None and self._upstream.length != 0:
             self._gathered = bytearray()
-        elif "content-encoding" in head.values and (coding := head.coding):
-            if coding in READABLE_CODINGS and filters:
-                self._inside = Inside(coding, filters)
-            else:
-                go_blind(filters)
-                self._filters = [visit.mask] if visit.mask is not None else []
+        elif filters and "content-encoding" in head.values and (coding := head.coding):
+            self._inside = Inside(coding, filters)
 
     def on_chunk(self, data: bytes) -> asyncio.Future[None] | None:
         """Send on what one read brought, as the filters let it; the future says when there is
@@ -5070,7 +4977,7 @@ class RelayHandler(BaseHandler):
             if not complete:
                 raise ValueError("too large")
             body = decompress(head.coding, bytes(gathered), REWRITE_LIMIT)
-        except ValueError as error:
+        except (ValueError, zlib.error) as error:
             raise APIError(502, f"The upstream's batch object cannot be read: {error}.") from None
         for each in self._filters:
             body = await each.rewrite(body) if each.changes_length else through([each], body, True)

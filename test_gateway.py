@@ -3796,6 +3796,7 @@ def test_no_bytes_upset_a_meter(data: bytes, cuts: list[int]) -> None:
 
 
 PACKS = [("gzip", gzip.compress), ("deflate", zlib.compress), ("deflate", RAW_DEFLATE)]
+PACKS += [("deflate", lambda data: zlib.compress(data, 0, -zlib.MAX_WBITS))]  # begins with 0
 PACKS += [("gzip", lambda data: gzip.compress(data[:70]) + gzip.compress(data[70:]))]
 PACKS += [("x-gzip", lambda data: gzip.compress(data) + bytes(9) + gzip.compress(b""))]
 
