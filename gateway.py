@@ -51,7 +51,6 @@ import gc
 import gzip
 import hashlib
 import hmac
-import http.client
 import importlib.util
 import ipaddress
 import itertools
