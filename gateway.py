@@ -1723,7 +1723,8 @@ class FileLedger(Ledger):
     # What requests use
 
     async def admit(self, hold: Hold, *, pays: bool, shares: bool) -> None:
-        key, clock = cast(VirtualKey, hold.key), self._clock()
+        key, clock = hold.key, self._clock()
+        assert key is not None
         account, most, refused, wait = key.account, key.max_parallel_requests, "", 1.0
         if most is not None and account.running >= most:
             refused = f"{most} requests at a time"
@@ -1742,7 +1743,8 @@ class FileLedger(Ledger):
             account.buckets["requests"].draw(1, clock)
 
     async def hold(self, hold: Hold, worst: Charges, *, fit: bool) -> None:
-        key, amounts = cast(VirtualKey, hold.key), dict[str, Decimal]()
+        key, amounts = hold.key, dict[str, Decimal]()
+        assert key is not None
         for pattern in (ALL_MODELS, *key.model_max_budget):
             for name, tally in worst:
                 if not (name and pattern) or fnmatch.fnmatchcase(name, pattern):
@@ -2911,7 +2913,8 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
     def write_headers(self, start_line: Any, headers: Any, chunk: bytes | None = None) -> Room:
         """Begin an answer of Tornado's handlers, who send whole bodies with a Content-Length."""
         start = f"HTTP/1.1 {start_line.code} {start_line.reason}"
-        return self.write_head(start, field_lines(headers.get_all()), 0, chunk or b"")
+        lines = field_lines((*headers.get_all(), ("x-litellm-call-id", self.call_id)))
+        return self.write_head(start, lines, 0, chunk or b"")
 
     def write_head(self, start: str, lines: list[str], length: int, data: bytes) -> Room:
         """Begin an answer: its start line and field lines, as they are, the length of its body
@@ -4367,7 +4370,6 @@ class BaseHandler(web.RequestHandler):
         self.gateway = self.application.settings["gateway"]
         self.call_id = self.request.connection.call_id
         self._headers = httputil.HTTPHeaders()
-        self._headers["x-litellm-call-id"] = self.call_id
         self._write_buffer = []
         self._transforms = []
         self._status_code, self._reason = 200, "OK"
@@ -4464,12 +4466,10 @@ class HandlerDelegate(httputil.HTTPMessageDelegate):
     handler: BaseHandler
     path: Sequence[str] = ()
 
-    def headers_received(
-        self, start_line: Any, headers: httputil.HTTPHeaders
-    ) -> asyncio.Future[None] | None:
+    def headers_received(self, start_line: Any, headers: httputil.HTTPHeaders) -> Any:
         return self._run(self.handler.prepare)
 
-    def data_received(self, chunk: bytes) -> asyncio.Future[None] | None:
+    def data_received(self, chunk: bytes) -> Any:
         return self._run(self.handler.data_received, chunk)
 
     def finish(self) -> None:
@@ -4482,9 +4482,11 @@ class HandlerDelegate(httputil.HTTPMessageDelegate):
         """End the request with an error: it came too slowly, or not to its end."""
         self.handler.fail(error)
 
-    def _run(self, step: Callable[..., Any], *arguments: Any) -> asyncio.Future[None] | None:
+    def _run(self, step: Callable[..., Any], *arguments: Any) -> Any:
         try:
             waits = step(*arguments)
+            if waits is None:
+                return None
             if asyncio.iscoroutine(waits):
                 waits = at_once(waits)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is answered
@@ -4493,7 +4495,7 @@ class HandlerDelegate(httputil.HTTPMessageDelegate):
         if isinstance(waits, asyncio.Task):
             self.handler.step = waits
             waits.add_done_callback(self._ended)
-        return cast("asyncio.Future[None] | None", waits)
+        return waits
 
     def _ended(self, step: asyncio.Task[None]) -> None:
         self.handler.step = None
@@ -4506,11 +4508,9 @@ class GatewayApplication(web.Application):
     """The routes. A relayed request goes straight to its handler; whatever handler it is runs in a
     `HandlerDelegate`. ``settings["gateway"]`` is the `Gateway`."""
 
-    def start_request(
-        self, server_conn: object, request_conn: httputil.HTTPConnection
-    ) -> HandlerDelegate:
+    def start_request(self, server_conn: object, request_conn: Any) -> HandlerDelegate:
         """Called by `ServerConnection`, as by Tornado's own server."""
-        request = Request(cast(ServerConnection, request_conn))
+        request = Request(request_conn)
         if request.target is not None:
             return HandlerDelegate(RelayHandler(self, request))
         return cast(HandlerDelegate, self.find_handler(request))
