@@ -4369,6 +4369,7 @@ class BaseHandler(web.RequestHandler):
         """Tornado's, without the fields that it adds to every answer."""
         self.gateway = self.application.settings["gateway"]
         self.call_id = self.request.connection.call_id
+        self.ui = None  # type: ignore[assignment] # it leads back here: work for the collector
         self._headers = httputil.HTTPHeaders()
         self._write_buffer = []
         self._transforms = []

@@ -3419,6 +3419,20 @@ async def test_the_relay_is_tornados(gw: GW) -> None:
         error_of(await gw.ask(f"{method} /key/list", key=MASTER_KEY), 405)
 
 
+async def test_a_request_leaves_nothing_to_the_garbage_collector(gw: GW) -> None:
+    key = await gw.new_key(max_budget=9, rpm_limit=1000)
+    kinds = (gateway.RelayHandler, gateway.UpstreamRequest, gateway.Visit, gateway.Request)
+    gc.collect()
+    gc.disable()
+    try:
+        for path, status in (("", 200), ("/v1/nothing", 403), ("/health/readiness", 405)):
+            assert (await gw.message(key, path)).status == status, path
+        left = [each for each in gc.get_objects() if isinstance(each, kinds)]
+    finally:
+        gc.enable()
+    assert not left
+
+
 class Toy(gateway.Rule, gateway.ResponseFilter):
     """A rule and a filter from outside: what a client tells it in a field."""
 
