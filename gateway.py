@@ -2259,9 +2259,14 @@ class Body:
             start, size = match.end(), int(match[1], 16)
             if size and len(data) == start + size + 2 and data.endswith(b"\r\n"):
                 return data[start:-2], b""
-        pieces: list[bytes] = []
-        at = 0
-        while len(pieces) < CHUNKS_A_TURN:
+        pieces, at, available = list[bytes](), 0, len(data)
+        while at < available and len(pieces) < CHUNKS_A_TURN:
+            if self._next is ChunkLine.SIZE and (match := CHUNK_START.match(data, at)):
+                start, end = match.end(), match.end() + int(match[1], 16)
+                if start < end and data.startswith(b"\r\n", end):  # or many whole ones
+                    pieces.append(data[start:end])
+                    at = end + 2
+                    continue
             if self._left:
                 piece = data[at : at + self._left]
                 at += len(piece)
