@@ -1836,7 +1836,7 @@ DROPPED = ["Connection: keep-alive, X-Hop", "X-Hop: 1", "Keep-Alive: timeout=5",
 DROPPED += ["Upgrade: h2c", "Proxy-Authorization: Basic x", "Proxy-Connection: keep-alive"]
 DROPPED += ["Cookie: a=b", "X-Forwarded-For: 1.2.3.4", "X-Forwarded-Proto: https"]
 DROPPED += ["Forwarded: for=1.2.3.4", "X-LiteLLM-Tags: a", "anthropic-workspace-id: wrkspc_x"]
-DROPPED += ["X-Debug: my key is KEY!", "Expect: nothing-known"]
+DROPPED += ["X-Debug: my key is <KEY>!", "Expect: nothing-known"]
 IN_CHUNKS, SENT = b"5\r\nhello\r\n7;x=y\r\n, world\r\n0\r\nT: r\r\n\r\n", b"hello, world"
 UPLOAD = "Content-Type: application/octet-stream"
 CODINGS = "gzip, deflate, br, zstd"
@@ -1855,7 +1855,7 @@ BODIES += [("application/json", b"not JSON at all \x00\xff"), ("text/plain", b"p
 BODIES += [("application/json; charset=utf-8", gzip.compress(b'{"a": 1}'))]
 BODIES += [(FORM, b"--x\r\n\r\n\x00\x01\r\n--x--\r\n"), (UPLOAD[14:], bytes(range(256)) * 1000)]
 BODIES += [("application/json", b"[" + b"1," * 500_000 + b"1]")]
-# The start line, the fields and the body as sent, where KEY is a virtual key; and the target, the
+# The start line, the fields and the body as sent, where <KEY> is a virtual key; and the target, the
 # fields beside Host and credential, and the body as they reach the upstream (None: as sent).
 REQUESTS: list[tuple[str, list[str], bytes, str | None, list[str] | None, bytes | None]] = [
     *(
@@ -1889,7 +1889,7 @@ async def test_requests_go_on_as_they_came(gw: GW, size: int) -> None:
     client, base = await gw.client(), gw.options.get("base", "")
     for start, sent, body, target, sees, arrives in REQUESTS:
         lines = [f"{start} HTTP/1.1", "Host: x", *sent, f"x-api-key: {gw.key}", "\r\n"]
-        head = "\r\n".join(lines).replace("KEY", gw.key).encode("latin-1")
+        head = "\r\n".join(lines).replace("<KEY>", gw.key).encode("latin-1")
         await client.feed(head + body, size and max(1, len(body) // 1000))
         method = start.split(" ")[0]
         answer = await client.response(method)
@@ -1905,8 +1905,8 @@ async def test_requests_go_on_as_they_came(gw: GW, size: int) -> None:
     assert len(gw.up.serving) == 1, "the upstream connection was not kept alive"
 
 
-SMUGGLED = b"GET /v1/files/smuggled HTTP/1.1\r\nHost: x\r\nx-api-key: KEY\r\n\r\n"
-HEAD = b"POST /v1/files/x HTTP/1.1\r\nHost: x\r\nx-api-key: KEY\r\n"
+SMUGGLED = b"GET /v1/files/smuggled HTTP/1.1\r\nHost: x\r\nx-api-key: <KEY>\r\n\r\n"
+HEAD = b"POST /v1/files/x HTTP/1.1\r\nHost: x\r\nx-api-key: <KEY>\r\n"
 IN_JSON = b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
 BAD_CHUNKS = [b"+5\r\nhello\r\n0", b"0x5\r\nhello\r\n0", b"5_0", b" 5\r\nhello", b"5 \r\nhello"]
 BAD_CHUNKS += [b"-1", b"5\nhello", b"5\r\nhelloX", b"5\r\nhello\n0", b"", b"5;a=\x01\r\nhello"]
@@ -1938,7 +1938,7 @@ REFUSALS += [(HEAD + b"\r\n".join(b"x-%d: 1" % n for n in range(gateway.MAX_FIEL
 async def test_ambiguous_and_malformed_requests_end_the_connection(gw: GW, size: int) -> None:
     for head, status in REFUSALS:
         async with Client(gw.port) as client:
-            wire = (head + b"\r\n\r\n" + SMUGGLED).replace(b"KEY", gw.key.encode())
+            wire = (head + b"\r\n\r\n" + SMUGGLED).replace(b"<KEY>", gw.key.encode())
             await client.feed(wire, size and max(1, len(wire) // 1000))
             assert error_of(await client.response(), status), head
             with contextlib.suppress(ConnectionError):
