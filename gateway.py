@@ -3156,12 +3156,11 @@ class Server:
             while True:
                 try:
                     client, peer = await self.loop.sock_accept(listening)
+                except ConnectionError:  # the client has left, which holds up nobody
+                    continue
                 except OSError as error:
-                    if not isinstance(
-                        error, ConnectionError
-                    ):  # else he left, which holds up nobody
-                        log.warning("%s: connections wait; raise the limit", error.strerror)
-                        await asyncio.sleep(ACCEPT_AGAIN)
+                    log.warning("%s: connections wait; raise the limit", error.strerror)
+                    await asyncio.sleep(ACCEPT_AGAIN)
                     continue
                 address = peer[0] if isinstance(peer, tuple) else ""
                 task = self.loop.create_task(self._open(client, address))
