@@ -110,9 +110,8 @@ class SettingsError(Exception):
 
 
 def option(default: Any, help: str, *variables: str, least: float | None = None) -> Any:
-    """A field that is an option too; given as empty text, or not at all, it has the value of the
-    first of these variables that is set, or the default. ``least`` is a number's lower bound.
-    Without help it is a secret: no option, and never shown."""
+    """A field that is an option too, ``least`` its lower bound; empty or not given, it is the first
+    of these variables that is set, or the default. Without help it is a secret, and never shown."""
     known = {"help": help, "least": least, "variables": variables}
     return field(default=default, repr=bool(help), metadata=known)
 
@@ -183,8 +182,7 @@ def memory_size() -> int:
 
 
 class Origin(NamedTuple):
-    """Where connections go: scheme ``http`` or ``https``, host (no brackets) and port; and the Host
-    header's value (RFC 9112 section 3.2)."""
+    """Where connections go; ``host`` has no brackets, ``authority`` is what the Host field says."""
 
     scheme: str
     host: str
@@ -232,8 +230,8 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
     except AttributeError:
         known = "debug, info, warning, error or none"
         raise SettingsError(f"--logging={parser.logging}: is not {known}") from None
-    given = {name: parser[name] for name in values if name in parser}
-    return Settings(**values | {name: x for name, x in given.items() if x not in ("", Path())})
+    given = parser.group_dict("Gateway").items()
+    return Settings(**values | {name: value for name, value in given if value not in ("", Path())})
 
 
 # ─── Errors ───────────────────────────────────────────────────────────────────────────────────────
@@ -248,9 +246,8 @@ DO_NOT_RETRY = ("x-should-retry", "false")
 
 
 class APIError(Exception):
-    """The only way to say no: becomes Anthropic's error envelope with this status, sent with these
-    headers. ``kind`` is ``error.type``, by default the one that goes with the status. The message
-    is for the client: it never holds a key, a hash or a path of the machine."""
+    """The only way to say no: Anthropic's error envelope, sent with this status and these headers.
+    ``kind`` is ``error.type``. The message never holds a key, a hash or a path of the machine."""
 
     def __init__(
         self, status: int, message: str, *, kind: str = "", headers: Sequence[tuple[str, str]] = ()
@@ -271,7 +268,6 @@ DURATION = re.compile(r"\A([0-9]{1,9})(mo|s|m|h|d|w)\Z")
 UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 EPOCH, FIRST_MONDAY = datetime(1970, 1, 1, tzinfo=UTC), datetime(1970, 1, 5, tzinfo=UTC)
 END_OF_TIME = datetime(9999, 12, 31, tzinfo=UTC)
-SNAPPED_DURATIONS = {"7d": "1w", "30d": "1mo"}
 ZERO = Decimal(0)
 MAX_MODELS_A_DAY = 50  # names come from requests; beyond these they are counted together
 OTHER_MODELS, NO_MODEL = "other", "-"  # what stands in logs and sums for them, and for none
@@ -308,8 +304,8 @@ def from_iso(text: str) -> datetime:
 
 
 def later(start: datetime, duration: str) -> datetime:
-    """``start`` plus a duration like ``30s 30m 30h 30d 2w 1mo`` (LiteLLM's units; a month is a
-    calendar month). Raises ValueError for anything else, it or OverflowError past the year 9999."""
+    """``start`` plus a duration like ``30s 30m 30h 30d 2w 1mo`` (LiteLLM's units; calendar months).
+    Raises ValueError for anything else, it or OverflowError past the year 9999."""
     [(amount, unit)] = DURATION.findall(duration)
     if unit != "mo":
         return start + timedelta(seconds=int(amount) * UNIT_SECONDS[unit])
@@ -320,11 +316,10 @@ def later(start: datetime, duration: str) -> datetime:
 
 @functools.lru_cache(maxsize=256)
 def window(duration: str, moment: datetime) -> tuple[datetime, datetime]:
-    """The start and end of the window that ``moment`` falls in, on the UTC calendar, as LiteLLM
-    snaps them: ``1d`` from midnight, ``7d`` and ``1w`` from Monday, ``30d`` and ``1mo`` from the
-    1st; other lengths count on from the epoch, and one that leads out of the calendar never ends.
-    Raises ValueError for what is no length of time, ZeroDivisionError for one of zero."""
-    length = SNAPPED_DURATIONS.get(duration, duration)
+    """Start and end of the window that ``moment`` falls in, in UTC, as LiteLLM snaps them: ``7d``
+    is a week from Monday, ``30d`` a calendar month, others go on from the epoch; what leads out of
+    the calendar never ends. Raises ValueError for what is no length, ZeroDivisionError for 0."""
+    length = {"7d": "1w", "30d": "1mo"}.get(duration, duration)
     [(amount, unit)] = DURATION.findall(length)
     try:
         if unit == "mo":
@@ -411,8 +406,7 @@ class Tally:
 
 
 class Usage:
-    """What a key used, by UTC day (ISO date) and model. Days past are kept as the JSON text that
-    they have in the file, so that their number costs nothing."""
+    """What a key used, by UTC day (ISO date) and model; days past as the text that the file has."""
 
     def __init__(self, days: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         self._counted: dict[str, dict[str, Tally]] = {}  # the days that are not past
@@ -450,9 +444,8 @@ class Usage:
 
 @dataclass(slots=True)
 class Bucket:
-    """A token bucket that refills continuously, as Anthropic's own limits do (api/rate-limits): by
-    ``limit`` a minute, which is the most it holds. More than that may be drawn, and then it blocks.
-    Times are seconds of a clock that does not jump."""
+    """A token bucket that refills continuously (api/rate-limits), by ``limit`` a minute, its most;
+    more may be drawn, and then it blocks. Times are seconds of a clock that does not jump."""
 
     limit: int
     seen: float
@@ -486,9 +479,8 @@ class Window:
     held: Decimal = ZERO
 
     def spent(self, start: str) -> Decimal:
-        """What was spent in the window that starts there; an earlier window's spend is over. Where
-        the window is before the one counted, the clock was set back: what was spent counts on."""
-        if start > self.start:
+        """What was spent in the window that starts there: nothing, if it is a new one."""
+        if start > self.start:  # else the clock may have been set back, and what was spent counts
             self.spend = ZERO
         self.start = start
         return self.spend
@@ -538,8 +530,7 @@ def word(text: str) -> str:
 
 @dataclass(slots=True)
 class Batch:
-    """A batch that a key made: the UTC day, how many lines of its results are booked, the USD held
-    for the rest of them, by budget, and whether all are ``booked``."""
+    """A batch that a key made: its UTC day, ``lines`` booked, USD held for the rest, by budget."""
 
     day: str
     lines: int = 0
@@ -555,10 +546,9 @@ class Batch:
 
 @dataclass(slots=True)
 class Account:
-    """What a key has used, and what it has under way; shared by all versions of its record. What
-    was spent of each budget stands by its pattern; ``hashed`` is what the key is kept under now,
-    ``buckets`` are its limits a minute of "requests" and "tokens". Of the large bodies that are
-    judged, one at a time has the ``turn``."""
+    """What a key has used and has under way, one for all versions of its record. ``windows`` are by
+    a budget's pattern, ``buckets`` its limits a minute of "requests" and "tokens"; ``hashed`` is
+    what the key is kept under now. Of its large bodies one at a time is judged: it has the turn."""
 
     windows: dict[str, Window] = field(default_factory=lambda: collections.defaultdict(Window))
     usage: Usage = field(default_factory=Usage)
@@ -587,8 +577,7 @@ def shown(value: Any, amount: Callable[[Decimal], float | str] = float) -> Any:
 
 
 class Kind(NamedTuple):
-    """A type of field. ``read`` makes its value of JSON, and raises whatever Python does for what
-    is not as the ``words`` say. Null is ``empty()``."""
+    """A type of field: ``read`` makes its value of JSON, or raises where it is not as ``words``."""
 
     words: str
     read: Callable[[Any], Any]
@@ -662,8 +651,7 @@ RETIRED = Kind("times", lambda row: {old: from_iso(end) for old, end in row.item
 
 
 def kept(kind: Kind, load: Any = None, *, settable: bool = True, shown: bool = True) -> Any:
-    """A field of a key: what reads it of the file, where that is another reader; whether
-    /key/generate and /key/update set it, and answers show it."""
+    """A field of a key: what reads it of the file; whether callers set it, and answers show it."""
     filed = kind._replace(read=load or kind.read)
     marks = {"kept": filed, "settable": settable and kind, "shown": shown and kind}
     return field(default_factory=kind.empty, metadata=marks)
@@ -728,12 +716,10 @@ class VirtualKey:
     def spent(self, moment: datetime, pattern: str = ALL_MODELS) -> Decimal:
         """USD spent in the present window of the key's budget, or of a model's."""
         duration = self.model_max_budget[pattern].time_period if pattern else self.budget_duration
-        window, start = self.account.windows[pattern], window_start(duration, moment)
-        return window.spend if window.start == start else window.spent(start)
+        return self.account.windows[pattern].spent(window_start(duration, moment))
 
     def to_json(self) -> dict[str, Any]:
-        """The line's object but for the usage, as `written` writes it; without what says nothing,
-        which a limit of 0 does."""
+        """The line's object, as `written` writes it, without usage and what says nothing."""
         used, record = self.account, {name: getattr(self, name) for name in KEPT}
         spent = {p: [w.start, w.spend] for p, w in used.windows.items() if w.spend}
         record["spend_window"], record["spend"] = spent.pop(ALL_MODELS, (None, None))
@@ -743,8 +729,7 @@ class VirtualKey:
 
     @classmethod
     def from_json(cls, record: Any) -> VirtualKey:
-        """Read it back; what it was read of is used up. Raises APIError that says what is wrong, or
-        whatever Python does."""
+        """Read it back, which uses the object up. Raises APIError, or whatever Python does."""
         if not isinstance(record, dict) or "key_name" not in record:
             raise ValueError("is not an object with a 'key_name'")
         take = record.pop
@@ -814,7 +799,7 @@ class Route:
 BILLED = ("/v1/messages", "/v1/messages/batches", "/v1/messages/cache_touch", "/v1/complete")
 FREE = re.compile(r"/v1/(?:messages/count_tokens|models(?:/[^/]*)?)/?")
 UPLOAD = re.compile(r"(?s)/v1/(?:files|skills)(?:/.*)?")
-BATCHES = re.compile(r"/v1/messages/batches(?:/([\w-]+)(/results|/cancel)?)?/?")
+BATCHES = re.compile(r"/v1/messages/batches(?:/[\w-]+(?:/results|/cancel)?)?/?")
 # What every virtual key reaches. All else (sessions, agents, deployments, administration, logins,
 # and what may come) may cost what the gateway cannot count, or give out what it guards.
 OPENED = (*BILLED, "/v1/messages/count_tokens", "/v1/models", "/v1/files", "/v1/skills")
@@ -835,23 +820,22 @@ GROUP = re.compile(r"/v1/messages(?:/[^/]*)?|/v1(?:/[^/]*)?|/?[^/]*")
 def read_route(method: str, path: str) -> Route:
     """Classify a request by its method in capitals and its decoded path."""
     fetches, deletes = method in ("GET", "HEAD", "OPTIONS"), method == "DELETE"
-    billed, batches = path.removesuffix("/") in BILLED, BATCHES.fullmatch(path)
-    batch, step = batches.groups("") if batches else ("", "")
-    # What orders something that its path does not tell is closed; a batch's own id is none of that.
-    known = fetches or deletes or not batch or step == "/cancel"
+    billed, batches = path.removesuffix("/") in BILLED, BATCHES.fullmatch(path) is not None
     collection = COLLECTION.fullmatch(path)
     kind, name, below = collection.groups("") if collection else ("", "", "")
     if kind in NO_COLLECTIONS:
         kind = name = below = ""
+    # What orders something that its path does not tell is closed; a batch's own id is none of that.
+    known = fetches or deletes or not (batches and name) or below == "/cancel"
     return Route(
         open=known and OPEN.fullmatch(path) is not None,
         billed=billed and not fetches,
-        free=(fetches and batches is not None) or FREE.fullmatch(path) is not None,
+        free=(fetches and batches) or FREE.fullmatch(path) is not None,
         is_read=billed or (kind != "" and not below.endswith("/content")),
         unread=fetches or UPLOAD.fullmatch(path) is not None,
-        batch=batches is not None and method in ("GET", "POST") and step != "/results",
-        makes_batch=batches is not None and not (fetches or batch),
-        results_of=batch if method == "GET" and step == "/results" else "",
+        batch=batches and method in ("GET", "POST") and below != "/results",
+        makes_batch=batches and not (fetches or name),
+        results_of=name if batches and method == "GET" and below == "/results" else "",
         kind=kind.rpartition("/")[2],
         name=name,
         below=below,
@@ -879,20 +863,17 @@ MAX_MODELS = 20  # of one request that are priced apart; beyond them the model i
 MAX_ATTEMPTS = 10_000  # tools and fallbacks of one message
 MAX_USES = 10  # of a tool that the server runs, where the request does not say
 MAX_ITERATIONS = 1000  # that are read of one answer, so that a lying upstream holds nobody up
-MAY_DECLINE = ("message", "fallback_message")  # types of iterations
 UNSEEN_THINKING = 4  # the part of max_tokens that thinking unseen is taken for
 
 
 def tokens_in(size: int) -> int:
-    """How many tokens so many bytes of text are taken for: 3 bytes each, a little more than
-    Anthropic's rule of thumb for English (4), and right for Chinese, Japanese and Korean."""
+    """How many tokens so many bytes are taken for: 3 each, as in Chinese; English has some 4."""
     return -(-size // 3)
 
 
 def model_of(value: object) -> str:
     """A model's name, printable and short enough for a log; empty for what is none."""
-    name = value[:MAX_MODEL_NAME] if isinstance(value, str) else ""
-    return name if name.isprintable() else printable(name)
+    return printable(value[:MAX_MODEL_NAME]) if isinstance(value, str) else ""
 
 
 def count_of(members: object, name: str, default: int = 0) -> int:
@@ -928,8 +909,7 @@ def decoder_of(members: type) -> Callable[[bytes], Any] | None:
 
 
 def read_json(body: bytes, members: Any = None) -> object:
-    """What a body says, or what a TypedDict names of it: msgspec skips the rest, `json` makes it
-    all, which takes five times as long. None where it cannot be read."""
+    """What a body says, or what a TypedDict names of it (`json` makes all); None: unreadable."""
     if members and (decode := decoder_of(members)):
         with contextlib.suppress(Exception):  # what msgspec cannot read, json may
             return decode(body)
@@ -964,8 +944,7 @@ MODEL_PLACES = {"model", "fallbacks", "tools", "requests", "params"}
 
 
 def made_of(pairs: list[tuple[str, Any]], wholly: bool = False) -> dict[str, Any]:
-    """An object of its members. Raises ValueError for one that two readers could read differently:
-    where one of PLACES, or any (``wholly``), stands twice."""
+    """An object of its members. Raises ValueError where one of PLACES, or any, stands twice."""
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs if wholly or name in PLACES]
@@ -1000,7 +979,7 @@ async def scan(body: bytes, names: set[str] | None, breathe: Breathe) -> object:
     all, and then none may stand twice). Raises ValueError for what is no clear JSON, APIError 400
     for more than a model reads."""
     at = marks = 0
-    document, rows = list[Any](), list[Any]()
+    document = list[Any]()
     # Where values go, None where they are not kept, and what ends it; then what that stands in.
     holder: list[Any] | dict[str, Any] | None = document
     holders: list[tuple[list[Any] | dict[str, Any] | None, bytes]] = []
@@ -1008,6 +987,7 @@ async def scan(body: bytes, names: set[str] | None, breathe: Breathe) -> object:
     while found := JSON_MARK.match(body, at):
         at, mark, marks = found.end(), found[1], marks + 1
         if marks % BREATH == 0:
+            rows = list_of(document[0].get("requests")) if isinstance(document[0], dict) else []
             if marks > MAX_MARKS + ROW_MARKS * min(MAX_ROWS, len(rows)):
                 raise APIError(400, "The body has more members than a model can read; send less.")
             await breathe()
@@ -1030,8 +1010,6 @@ async def scan(body: bytes, names: set[str] | None, breathe: Breathe) -> object:
                 holders.append((holder, end))
                 end, wanted = (b"]", ITEM) if mark == b"[" else (b"}", MEMBER)
                 holder = value = ([] if mark == b"[" else {}) if kept else None
-                if name == "requests" and len(holders) == 2 and isinstance(value, list):
-                    rows = value
             elif mark == b'"':
                 value, at = await read_string(body, at, kept, breathe)
             elif kept:
@@ -1088,21 +1066,19 @@ async def read_at_length(body: bytes, names: set[str] | None, breathe: Breathe) 
 
 
 def members_of(value: object) -> dict[str, Any]:
-    """The members of a value, if it is an object. Raises APIError 400 where other readers could
-    find others: to some capitals are alike, and what Unicode folds to k and s."""
+    """The members of a value, if it is an object. Raises APIError 400 where others may be read."""
     members = value if isinstance(value, dict) else {}
-    for name in members:
+    for name in members:  # to some readers capitals are alike, and what Unicode folds to k and s
         if name.casefold() in MODEL_PLACES and name not in MODEL_PLACES:
             raise APIError(400, f"{UNCLEAR} {printable(name)!r} is not written in lower case.")
     return members
 
 
 def attempts_in(params: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
-    """The fallbacks and the tools of a message; fallbacks that upstream chooses are one that names
-    no model. Raises APIError 400 for more than any request has."""
+    """The fallbacks and the tools of a message. Raises APIError 400 for more than any has."""
     fallbacks = [] if params.get("fallbacks") is None else params["fallbacks"]
     tools = [tool for tool in list_of(params.get("tools")) if isinstance(tool, dict)]
-    if not isinstance(fallbacks, list):
+    if not isinstance(fallbacks, list):  # upstream chooses them: one, which names no model
         fallbacks = [f"fallbacks: {model_of(fallbacks) or type(fallbacks).__name__}"]
     if len(fallbacks) + len(tools) > MAX_ATTEMPTS:
         raise APIError(400, f"The body has more than {MAX_ATTEMPTS:,} tools or fallbacks.")
@@ -1258,22 +1234,18 @@ class Order:
 
     def add_message(self, params: Mapping[str, Any]) -> int:
         """Count in each attempt that a message may make, at its own model; how many tools and
-        fallbacks it has. SDK: beta_fallback_param, beta_advisor_tool_param, web_search_tool_param,
-        beta_compaction_config_param."""
+        fallbacks it has. SDK: beta_{fallback,advisor_tool,compaction_config}_param."""
         summed_up = params.get("compaction") is not None
         if isinstance(managed := params.get("context_management"), dict):
             edits = [each for each in list_of(managed.get("edits")) if isinstance(each, dict)]
             summed_up |= any(str(edit.get("type")).startswith("compact") for edit in edits)
-        # Old clients say ``max_tokens_to_sample`` (POST /v1/complete).
-        asked = params.get("max_tokens", params.get("max_tokens_to_sample"))
-        most = asked if type(asked) is int and 0 <= asked <= MAX_COUNT else MAX_OUTPUT
+        name = "max_tokens" if "max_tokens" in params else "max_tokens_to_sample"  # of old clients
+        most = count_of(params, name, MAX_OUTPUT)
         speed, us, searches = params.get("speed"), params.get("inference_geo") == "us", 0
-        has_more = "fallbacks" in params or "tools" in params
-        fallbacks, tools = attempts_in(params) if has_more else ([], [])
+        fallbacks, tools = attempts_in(params)
         # How often each attempt is made: one that sums the conversation up goes before the message.
         attempts: list[tuple[Any, int]] = [(params, 1 + summed_up)]
-        if fallbacks:
-            attempts += zip(fallbacks, itertools.repeat(1))
+        attempts += zip(fallbacks, itertools.repeat(1))
         for tool in tools:
             kind, uses = str(tool.get("type")), count_of(tool, "max_uses", MAX_USES)
             if kind.startswith("advisor"):
@@ -1289,15 +1261,12 @@ class Order:
                 part = ("", fast, us)
             counts = self.parts.setdefault(part, [0, 0, 0])
             counts[0] += self.prompt // self.prompts * times
+            counts[1] += count_of(attempt, "max_tokens", most) * times
             if attempt is params:
                 self.model, self.max_tokens = self.model or model, most
-                counts[1] += most * times
                 counts[2] += searches
-            else:
-                counts[1] += count_of(attempt, "max_tokens", most) * times
         self.streams = params.get("stream") is True
-        if (thinking := params.get("thinking")) is not None:
-            self.thinking = thinking_of(thinking, most)
+        self.thinking = thinking_of(params.get("thinking"), most)
         return len(fallbacks) + len(tools)
 
 
@@ -1310,8 +1279,8 @@ def thinking_of(thinking: object, max_tokens: int) -> int:
 
 
 async def read_order(document: Any, body: bytes, *, batched: bool, breathe: Breathe) -> Order:
-    """What a body asks for. ``document`` is the body as it was read; one that could not be is one
-    message of any model. Raises APIError 400 for a batch that cannot be read."""
+    """What a body that was read asks for; if it could not be, a message of any model. Raises
+    APIError 400 for a batch that cannot be read."""
     order = Order(prompt=tokens_in(len(body)), batched=batched)
     if b'"cache_control"' in body:
         order.cache = "cache_write_1h" if b'"1h"' in body else "cache_write_5m"
@@ -1335,8 +1304,8 @@ GLANCED = re.compile(
 
 
 def glance(body: bytes) -> Order:
-    """What a body asks for, as far as a look for its members' names tells, which costs a tenth of
-    reading it, for estimates. Clients write these members before or after all that is long."""
+    """What a body asks for, as far as a look tells that costs a tenth of reading it."""
+    # Clients write these members before or after all that is long.
     edges = body if len(body) <= 2 * EDGE else body[:EDGE] + b" " + body[-EDGE:]
     members, order = dict(GLANCED.findall(edges)), Order(prompt=tokens_in(len(body)))
     if (most := members.get(b"max_tokens", b"")).isdigit():
@@ -1364,8 +1333,8 @@ class Measured:
     beyond: Tally | None = None  # what is estimated to be charged besides the usage
 
     def complete_with(self, order: Order) -> None:
-        """Estimate what a response used besides, as it did not come to its last word: at least the
-        prompt, what was seen of it, and the thinking that was not."""
+        """Estimate what a response that was cut short used besides: the prompt, what was seen of
+        it, and the thinking that was not."""
         thinking = order.thinking or self.thinks * (order.max_tokens // UNSEEN_THINKING)
         told = [tally for _, tally in charged_entries(self)]
         prompt = 0 if any(t.input_tokens or t.cached for t in told) else order.prompt
@@ -1389,20 +1358,12 @@ def measured_message(message: object, size: int) -> Measured:
     return measured
 
 
-# Counts of a usage object, and of a Tally. ``input_tokens`` leaves cached ones out; cache writes
-# whose length of life is not told are 5-minute ones, Anthropic's default.
-TALLIED = [("input_tokens", "input_tokens"), ("output_tokens", "output_tokens")]
-TALLIED += [("cache_read_input_tokens", "cache_read_tokens")]
-TALLIED += [("cache_creation_input_tokens", "cache_write_5m_tokens")]
-
-
 def tally_of(usage: Mapping[str, Any]) -> Tally:
-    """The counts of one usage object, or of one entry of its ``iterations``."""
-    tally = Tally()
-    for name, counted in TALLIED:
-        count = usage.get(name)
-        if type(count) is int and 0 < count <= MAX_COUNT:
-            setattr(tally, counted, count)
+    """The counts of a usage object, or of an entry of its ``iterations``."""
+    tally = Tally(0, 0, count_of(usage, "input_tokens"), count_of(usage, "output_tokens"))
+    tally.cache_read_tokens = count_of(usage, "cache_read_input_tokens")
+    # Writes whose length of life is not told are 5-minute ones, Anthropic's default.
+    tally.cache_write_5m_tokens = count_of(usage, "cache_creation_input_tokens")
     if written := usage.get("cache_creation"):
         tally.cache_write_1h_tokens = hour = count_of(written, "ephemeral_1h_input_tokens")
         five = count_of(written, "ephemeral_5m_input_tokens")
@@ -1411,17 +1372,17 @@ def tally_of(usage: Mapping[str, Any]) -> Tally:
 
 
 def charged_entries(measured: Measured) -> list[tuple[str, Tally]]:
-    """What is billed of a response, as (model, counts) of each attempt and of what was estimated.
-    Advisor, compaction and fallback attempts stand in ``iterations`` alone. Free are those declined
-    before any output that a fallback followed, and refusals without content (PLD
-    refusals-and-fallback, "How server-side fallback is billed")."""
+    """What is billed of a response, as (model, counts) of each attempt (all but the message's stand
+    in ``iterations`` alone) and of what was estimated. Free are those declined before any output
+    that a fallback followed, and refusals without content (PLD refusals-and-fallback)."""
     free = measured.stop_reason == "refusal" and measured.empty
     usage, model, beyond = {} if free else measured.usage, measured.model, measured.beyond
-    attempts = list_of(usage["iterations"])[:MAX_ITERATIONS] if "iterations" in usage else None
-    attempts = attempts and [each for each in attempts if isinstance(each, dict)]
+    told = list_of(usage.get("iterations"))[:MAX_ITERATIONS]
+    attempts = [attempt for attempt in told if isinstance(attempt, dict)]
     entries = [(model, tally_of(usage))] if usage and not attempts else []
-    for attempt, following in itertools.pairwise([*attempts, {}]) if attempts else ():
-        declined = attempt.get("type") in MAY_DECLINE and not count_of(attempt, "output_tokens")
+    for attempt, following in itertools.pairwise([*attempts, {}]):
+        may_decline = attempt.get("type") in ("message", "fallback_message")
+        declined = may_decline and not count_of(attempt, "output_tokens")
         if not (declined and following.get("type") == "fallback_message"):
             entries.append((model_of(attempt.get("model")) or model, tally_of(attempt)))
     if beyond is not None and len(entries) == 1 and not attempts:
@@ -1432,8 +1393,7 @@ def charged_entries(measured: Measured) -> list[tuple[str, Tally]]:
 
 
 def rewrite_results_url(data: bytes, base_path: str) -> bytes:
-    """Make ``results_url`` in batch objects the same path on the gateway, relative: the SDKs join
-    it to their base URL (anthropic/_base_client.py, _prepare_url), under either prefix."""
+    """Make ``results_url`` in batch objects a path, which SDKs join to their base URL."""
     name, origin = rb'(?<!\\)("results_url"\s*:\s*")', rb'(?:https?:(?:\\?/){2}[^/"\\]+(?=[/"\\]))?'
     base = rb'(?:%b(?=[/"]))?' % re.escape(base_path.encode()) if base_path else b""
     return re.sub(name + origin + base, rb"\1", data)
@@ -1464,10 +1424,9 @@ MAX_UNKNOWN = 50  # models without a price that the log names
 
 
 class Prices:
-    """What tokens cost: a price file where one is given, else the package genai-prices, whose rates
-    are asked for once (0.1 ms) for each model, hour, speed and tier. A model that may be any, or
-    that nobody knows, costs what the dearest known one does; where none is known, nothing. `load`
-    takes 0.3 seconds: call it in a thread; whoever needs a price before waits for it."""
+    """What tokens cost, as a price file says, else the package genai-prices (0.1 ms for each model,
+    hour, speed and tier). A model that nobody knows, or that may be any, costs what the dearest
+    does. `load` takes 0.3 seconds: call it in a thread; who needs a price before waits for it."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path, self.loaded = path, False
@@ -1581,8 +1540,8 @@ class Prices:
 
 
 def read_prices(path: Path) -> dict[str, Rates]:
-    """Read a price file: ``{"model or pattern": {"input": 3, "output": 15, …}}``, in USD for a
-    million tokens, and for one ``web_search``. Raises SettingsError."""
+    """Read a price file: ``{"model or pattern": {"input": 3, "output": 15, …}}``, USD a million
+    tokens and, for ``web_search``, each. Raises SettingsError."""
     where, prices = f"--prices: {path}", {}
     try:
         document = json.loads(path.read_bytes())
