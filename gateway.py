@@ -963,20 +963,17 @@ PLACES = {"budget_tokens", "edits", "id", *BodyMembers.__annotations__}
 MODEL_PLACES = {"model", "fallbacks", "tools", "requests", "params"}
 
 
-def made_of(pairs: list[tuple[str, Any]], wholly: bool = False) -> dict[str, Any]:
+def made_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of its members. Raises ValueError for one that two readers could read differently:
-    where one of PLACES, or any (``wholly``), stands twice."""
+    where a name stands twice."""
     made = dict(pairs)
     if len(made) < len(pairs):
-        names = [name for name, _ in pairs if wholly or name in PLACES]
-        if len(set(names)) < len(names):
-            raise ValueError(f"one of {set(names)} stands twice in one object")
+        raise ValueError("a name stands twice in one object")
     return made
 
 
 read_clearly = json.JSONDecoder(object_pairs_hook=made_of).decode
-read_wholly = json.JSONDecoder(object_pairs_hook=functools.partial(made_of, wholly=True)).decode
-UNCLEAR = "This key is limited to some models, and"
+UNCLEAR = "What this key sends is looked through, and"
 # What msgspec reads at once, in some 10 ms at worst: whatever is in it, or with so few containers.
 LIGHT_BODY, LIGHT_CONTAINED, LIGHT_CONTAINERS = 256 * KIB, 8 * MIB, 200_000
 AT_ONCE = 32 * KIB  # of a body are read at once, by `json`
@@ -997,8 +994,7 @@ FOLLOWING = {b"": b"", b"]": b",]", b"}": b",}"}
 
 async def scan(body: bytes, names: set[str] | None, breathe: Breathe) -> object:
     """What a JSON text says, however hostile: of objects only the members of these names (None:
-    all, and then none may stand twice). Raises ValueError for what is no clear JSON, APIError 400
-    for more than a model reads."""
+    all). Raises ValueError for what is no clear JSON, APIError 400 for more than a model reads."""
     at = marks = 0
     document, rows = list[Any](), list[Any]()
     # Where values go, None where they are not kept, and what ends it; then what that stands in.
@@ -1037,7 +1033,7 @@ async def scan(body: bytes, names: set[str] | None, breathe: Breathe) -> object:
             elif kept:
                 value = json.loads(mark)
             if kept and isinstance(into, dict):
-                if name in into and (names is None or name in PLACES):
+                if name in into:
                     raise ValueError(f"{name!r} stands twice in one object")
                 into[name] = value
             elif kept and isinstance(into, list):
@@ -1062,10 +1058,9 @@ async def read_string(body: bytes, start: int, kept: bool, breathe: Breathe) -> 
     return json.loads(body[start - 1 : end + 1]), end + 1
 
 
-async def read_body(body: bytes, route: Route, breathe: Breathe, *, strictly: bool) -> object:
+async def read_body(body: bytes, breathe: Breathe, *, strictly: bool) -> object:
     """What rules look at of a body: what its price depends on, None where it cannot be read; or
-    ``strictly`` all that may name a model. Raises APIError 400 for what is unclear or too much."""
-    names = None if strictly and not route.open else PLACES
+    ``strictly`` all of it. Raises APIError 400 for what is unclear or too much."""
     light = not strictly and len(body) <= LIGHT_BODY
     if not (light or strictly) and len(body) <= LIGHT_CONTAINED:
         light = body.count(b"[") + body.count(b"{") <= LIGHT_CONTAINERS
@@ -1073,18 +1068,13 @@ async def read_body(body: bytes, route: Route, breathe: Breathe, *, strictly: bo
         with contextlib.suppress(Exception):  # what msgspec cannot read, json may
             return decode(body)
     try:
-        return await read_at_length(body, names, breathe)
+        if len(body) <= AT_ONCE and body.count(b"[") + body.count(b"{") < MAX_DEPTH:
+            return read_clearly(body.decode())
+        return await scan(body, None if strictly else PLACES, breathe)
     except (ValueError, RecursionError) as error:
         if not strictly:
             return None
         raise APIError(400, f"{UNCLEAR} the body is not clearly readable JSON: {error}.") from None
-
-
-async def read_at_length(body: bytes, names: set[str] | None, breathe: Breathe) -> object:
-    """What a body says, by `scan` where it is long. Raises what that does, and RecursionError."""
-    if len(body) <= AT_ONCE and body.count(b"[") + body.count(b"{") < MAX_DEPTH:
-        return read_wholly(body.decode()) if names is None else read_clearly(body.decode())
-    return await scan(body, names, breathe)
 
 
 def members_of(value: object) -> dict[str, Any]:
@@ -1964,7 +1954,7 @@ class FileLedger(Ledger):
     ) -> None:
         told = (KEYS_FRAME, "keys file", "nothing was changed")
         self._file, path = StoreFile(path, parse_store, *told), Path(os.path.realpath(path))
-        told = (THINGS_FRAME, "file of resources", "what was made is written later")
+        told = (THINGS_FRAME, "file of resources", "what was made is there, and written down later")
         self._things_file = StoreFile(Path(f"{path}.resources"), parse_things, *told)
         self._usage_days, self._clock = usage_days, clock
         self.keys = {}
@@ -2212,7 +2202,9 @@ class FileLedger(Ledger):
                     file.is_written()
             except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again
                 self._changes[:0] = waiting
-                raise self._fail(error, file) from None
+                raise APIError(
+                    503, self._fail(error, file).message, headers=[DO_NOT_RETRY]
+                ) from None
             for change in changes:
                 self.things.change(change)
 
@@ -4356,26 +4348,17 @@ class Kept:
     """A request's body that was kept, and what was read of it: once, however many rules look."""
 
     data: bytes
-    route: Route
     breathe: Breathe
     document: object = None
-    is_read: bool = False
+    how: bool | None = None  # it was read, and whether strictly
 
     async def read(self, *, strictly: bool) -> object:
         """What it says: to the letter (APIError 400 where that is not clear), or what of it a price
         depends on (None where it cannot be read). An empty one says nothing."""
-        if self.data and (strictly or not self.is_read):
-            read = read_body(self.data, self.route, self.breathe, strictly=strictly)
-            self.document, self.is_read = await read, True
+        if self.data and not self.how and self.how is not strictly:
+            self.document = await read_body(self.data, self.breathe, strictly=strictly)
+            self.how = strictly
         return self.document
-
-    async def read_wholly(self) -> object:
-        """All that it says. Raises APIError 400 where that is not clear."""
-        try:
-            return await read_at_length(self.data, None, self.breathe)
-        except (ValueError, RecursionError) as error:
-            text = "The body names files or other things, and is not clearly readable JSON"
-            raise APIError(400, f"{text}: {error}.") from None
 
 
 class Rule:
@@ -4524,8 +4507,8 @@ class Fields(Rule):
         unwanted = head.options
         if caller.own is None:
             unwanted |= {WORKSPACE_FIELD}
-            if visit.route.results_of:
-                unwanted |= {"range", "if-range"}  # a part of the results could not be booked
+            if visit.route.is_read:
+                unwanted |= {"range", "if-range"}  # of a part nobody can tell what it is
         codings = None
         if visit.route.is_read and (offered := head.values.get("accept-encoding")):
             codings = readable_codings(offered)
@@ -4695,9 +4678,9 @@ class Batches(Rule):
 
 
 LIST_TIMEOUT = 60.0  # seconds for a further part of a list
-DEFAULT_LIMIT, MAX_LIST_LIMIT = 20, 1000  # rows of a page (SDK: types/file_list_params.py, which
+DEFAULT_LIMIT, MAX_ROWS_LISTED = 20, 1000  # rows of a page (SDK: types/file_list_params.py, which
 IDS_A_CALL = 100  # has this one too)
-MAX_PAGES = 1000  # of a list that one request looks through
+MAX_PAGES = 100  # of a list that one request looks through
 FILE_LIST = {"limit", "page", "after_id", "before_id", "beta"}  # what can be asked of ids as well
 LIST_IDS = ("ids", "after_id", "before_id")
 CURSOR = re.compile(r"page_own_([0-9.]+)_([\w-]+)")  # the gateway's own: behind which file
@@ -4742,7 +4725,7 @@ class Walls(Rule):
         if not visit.refers or not may_refer(body.data, visit.route):
             return
         seen = set[tuple[str, str]]()
-        for number, member in enumerate(members_within(await body.read_wholly())):
+        for number, member in enumerate(members_within(await body.read(strictly=True))):
             if number % BREATH == 0:
                 await body.breathe()
             seen.update(named_by(*member))
@@ -4773,7 +4756,7 @@ class Walls(Rule):
         may_be = await ledger.reached(key, parents) if parents else not is_custom
         if not may_be or not SAFE_ID.fullmatch(name):
             return None
-        found = await self.ask(visit, f"/v1/{kind}/{name}", {})
+        found = await self.ask(visit, f"/v1/{kind}/{name}")
         if kind == "skills":
             return Thing(kind, is_shared=True) if is_published(found) else None
         above = parent_of(found)
@@ -4783,17 +4766,15 @@ class Walls(Rule):
         await ledger.own(thing.owner, kind, {name: moment_in(found)})
         return thing._replace(kind=kind)
 
-    async def ask(self, visit: Visit, target: str, missing: Any = None) -> Any:
-        """An object of the upstream's; ``missing`` where it has none. Raises UpstreamError."""
+    async def ask(self, visit: Visit, target: str) -> dict[str, Any]:
+        """An object of the upstream's; an empty one where it has none. Raises UpstreamError."""
         told = ("anthropic-version", "anthropic-beta")
         fields = {name: visit.head.get(name) for name in told if name in visit.head.values}
         answer = await visit.gateway.client.get(target, LIST_TIMEOUT, fields)
-        if answer.code == 404 and missing is not None:
-            return missing
         document = read_json(answer.body, Any) if answer.code == 200 else None
-        if not isinstance(document, dict):
-            raise UpstreamError(f"The upstream answered {answer.code} where a part was asked for.")
-        return document
+        if isinstance(document, dict) or answer.code == 404:
+            return document if isinstance(document, dict) else {}
+        raise UpstreamError(f"The upstream answered {answer.code} where a part was asked for.")
 
     # Lists
 
@@ -4827,14 +4808,10 @@ class Walls(Rule):
         them, newest first, as the upstream has them."""
         path, _, query = visit.target.partition("?")
         asked = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
-        limit, page = (
-            asked.get("limit", str(DEFAULT_LIMIT)),
-            CURSOR.fullmatch(asked.get("page", "")),
-        )
-        fits = limit.isascii() and limit.isdigit() and 0 < int(limit) <= MAX_LIST_LIMIT
-        if asked.keys() - FILE_LIST or not fits or (asked.get("page") and not page):
+        size, page = rows_asked(asked), CURSOR.fullmatch(asked.get("page", ""))
+        if asked.keys() - FILE_LIST or not size or (asked.get("page") and not page):
             return  # the upstream says what is wrong, or lists them in its own way
-        made, size = await visit.gateway.ledger.reached(key, "files"), min(int(limit), IDS_A_CALL)
+        made, size = await visit.gateway.ledger.reached(key, "files"), min(size, IDS_A_CALL)
         order = sorted(made, key=made.__getitem__)[::-1]
         after, before = page[2] if page else asked.get("after_id"), asked.get("before_id")
         if after in made:
@@ -4875,9 +4852,8 @@ class Walls(Rule):
         """A full page of rows that the caller reaches, of as many of the upstream's as it takes."""
         path, _, query = visit.target.partition("?")
         asked = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
-        limit, cursor = int(asked.get("limit") or DEFAULT_LIMIT), "after_id"
-        if backwards := bool(asked.get("before_id")):
-            cursor = "before_id"
+        limit, backwards = rows_asked(asked) or DEFAULT_LIMIT, bool(asked.get("before_id"))
+        cursor = "before_id" if backwards else "after_id"
         page, rows = document, list_of(document.get("data"))
         is_whole, key = bool(body) and shown == rows, cast(VirtualKey, visit.payer)
         left = set(await visit.gateway.ledger.reached(key, visit.route.kind))
@@ -4885,7 +4861,7 @@ class Walls(Rule):
             left -= set(map(id_of, rows))
             if len(shown) > limit or not page.get("has_more") or not left or not rows:
                 break
-            asked |= {"limit": str(MAX_LIST_LIMIT), cursor: id_of(rows[0 if backwards else -1])}
+            asked |= {"limit": str(MAX_ROWS_LISTED), cursor: id_of(rows[0 if backwards else -1])}
             page = await self.ask(visit, f"{path}?{urllib.parse.urlencode(asked)}")
             rows = list_of(page.get("data"))
             found = await self.visible(visit, rows)
@@ -4914,7 +4890,7 @@ class Walls(Rule):
                 for kind, product in products_of(row):
                     born.setdefault((thing.owner, kind), {})[product] = moment_in(row)
                 shown.append(row)
-            elif thing is None and is_published(row):
+            elif thing is None and visit.route.kind == "skills" and is_published(row):
                 shown.append(row)
         for (owner, kind), made in born.items():
             await ledger.own(owner, kind, made)
@@ -4932,14 +4908,15 @@ class Walls(Rule):
                 meter.learn = learn
         if not route.kind or visit.results is not None:
             return ()
+        if route.fetches and not route.name:
+            is_free = key.resources == "all"
+            return () if is_free else (Rewritten(functools.partial(self.list_own, visit)),)
         if is_event_stream(head):
             watch = Meter(EVENT_STREAM)
             watch.learn = learn
             return (watch,)
-        if not route.fetches or (route.name and route.kind in PRODUCERS and not route.below):
+        if not route.fetches or (route.kind in PRODUCERS and not route.below):
             return (Rewritten(functools.partial(self.remember, visit)),)
-        if not route.name and head.status == 200 and key.resources != "all":
-            return (Rewritten(functools.partial(self.list_own, visit)),)
         return ()
 
     async def remember(self, visit: Visit, body: bytes) -> bytes:
@@ -4949,14 +4926,10 @@ class Walls(Rule):
             return body
         moment, name, kind = moment_in(made), id_of(made), f"{made.get('type')}s"
         visit.born |= {product: (of, moment) for of, product in products_of(made)}
-        if name and name != route.name and not route.fetches:
-            below = route.below.strip("/").split("/")[-1]
-            visit.born[name] = (kind if kind in KINDS else below or route.kind, moment)
-        try:
-            await self.keep(visit)
-        except APIError as error:
-            text = f"It was made, but whose it is could not be written down. {error.message}"
-            raise APIError(503, text, headers=[DO_NOT_RETRY]) from None
+        below = route.below.strip("/").split("/")
+        if name and name not in (route.name, *below) and not route.fetches:
+            visit.born[name] = (kind if kind in KINDS else below[-1] or route.kind, moment)
+        await self.keep(visit)
         return body
 
     def learn(self, visit: Visit, document: object) -> None:
@@ -4967,12 +4940,7 @@ class Walls(Rule):
             for kind, name in named_by(*member):
                 if kind == "containers" or (kind == "files" and wrote):
                     visit.born[name] = (kind, time.time())
-                    visit.errand = functools.partial(self.keep_learnt, visit)
-
-    async def keep_learnt(self, visit: Visit) -> None:
-        """Remember what was learnt before the client hears of it."""
-        with contextlib.suppress(APIError):  # which is said, and tried again each second
-            await self.keep(visit)
+                    visit.errand = functools.partial(self.keep, visit)
 
     async def keep(self, visit: Visit) -> None:
         """Remember what was born: it is its owner's. Raises APIError 503."""
@@ -4991,6 +4959,12 @@ def id_of(row: object) -> str:
     """The id of an object; empty where it has none."""
     name = row.get("id") if isinstance(row, dict) else None
     return name if isinstance(name, str) else ""
+
+
+def rows_asked(asked: Mapping[str, str]) -> int:
+    """How many rows a query asks for at most; 0 where that is no number that a list takes."""
+    limit = asked.get("limit", str(DEFAULT_LIMIT))
+    return int(limit) if re.fullmatch("[1-9][0-9]{0,2}|1000", limit) else 0
 
 
 def unknown_id(kind: str) -> str:
@@ -5514,7 +5488,7 @@ class RelayHandler(BaseHandler):
             return
         visit.record.whole = self.gateway.time()
         data, self._kept = b"".join(kept), None
-        body = Kept(data, visit.route, self._breathe)
+        body = Kept(data, self._breathe)
         key = visit.caller.key
         if key is not None and len(data) > AT_ONCE:  # one of a key's is judged after the other
             async with key.account.turn:
@@ -5744,7 +5718,8 @@ class RelayHandler(BaseHandler):
         """Send bytes on, once an errand is done that they must wait for."""
         errand, self._visit.errand = self._visit.errand, None
         if errand is not None:
-            await errand()
+            with contextlib.suppress(APIError):  # which is said, and tried again each second
+                await errand()
         room = self._send(data, complete)
         if room is not None:
             await room
