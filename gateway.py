@@ -1600,7 +1600,7 @@ def read_prices(path: Path) -> dict[str, Rates]:
 
 STORE_VERSION, STORE_MODE = 1, 0o600
 HASH = re.compile(r"[0-9a-f]{64}")
-TOMBSTONE_DAYS = 90  # how long a deleted key is told apart from one that never was
+TOMBSTONE = timedelta(days=90)  # how long a deleted key is told apart from one that never was
 WRITE_SLICE = 1000  # lines joined at a time, so that the writing thread lets the loop breathe
 FLUSH_INTERVAL = 1.0  # seconds between two writes of what relaying changes
 BUDGET_WAIT = 2  # seconds after which a request that a budget has no room for may ask again
@@ -1667,9 +1667,8 @@ class Ledger(Protocol):
     def rates(self, key: VirtualKey, theirs: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
         """anthropic-ratelimit-* of a key's own limits, where they are tighter than ``theirs``."""
 
-    def own_batch(self, account: Account, name: str, hold: Hold | None = None) -> None:
-        """A key made a batch: what is held for it stays until it is booked. One that nobody here
-        made (no hold) belongs to the key that first fetches its results."""
+    def own_batch(self, account: Account, name: str, hold: Hold) -> None:
+        """A key made a batch: what is held for it stays until it is booked."""
 
     def batch_line(self, name: str, line: int) -> Account | None:
         """Whom a line of a batch's results is to be booked to; it is said once."""
@@ -1721,8 +1720,8 @@ def store_line(hashed: str, record: VirtualKey, today: str = "", keep_from: str 
 
 
 def parse_store(text: bytes, name: str) -> dict[str, VirtualKey]:
-    """Read a keys file, but for old tombstones. Raises SettingsError that says what is damaged."""
-    keys, forgotten = dict[str, VirtualKey](), now() - timedelta(days=TOMBSTONE_DAYS)
+    """Read a keys file. Raises SettingsError that says what is damaged."""
+    keys = dict[str, VirtualKey]()
     wrong = "not JSON: "
     try:
         document = json.loads(text)
@@ -1733,9 +1732,8 @@ def parse_store(text: bytes, name: str) -> dict[str, VirtualKey]:
             wrong = f"key number {number} "
             if not HASH.fullmatch(hashed):
                 raise ValueError("does not stand under a SHA-256")
-            key = VirtualKey.from_json(record)
-            if not key.deleted_at or key.deleted_at > forgotten:
-                keys[hashed] = key
+            keys[hashed] = VirtualKey.from_json(record)
+            keys[hashed].account.hashed = hashed
     except Exception as error:  # noqa: BLE001 - whatever Python says of what it cannot read
         raise SettingsError(f"{name}: damaged, {wrong}{error}; mend it or restore a copy") from None
     return keys
@@ -1861,15 +1859,6 @@ class StoreFile(Generic[Contents]):
             self._lock = -1
 
 
-@dataclass(slots=True)
-class Shelf:
-    """The things of one kind that one owner has, and when each was made."""
-
-    kind: str
-    owner: str
-    made: dict[str, float] = field(default_factory=dict)
-
-
 class Things:
     """Whose the things of a workspace are, as a file of changes tells it, one a line; the last word
     counts. `change` takes them:
@@ -1877,50 +1866,45 @@ class Things:
         {"key": "<its owner_id; empty: nobody's>", "kind": "files", "made": {"file_…": 1764194000}}
         {"gone": ["file_…"]}
         {"shared": ["file_…"]}   until it is made or gone again
-        {"key": "…", "team": "…"}   a key that was deleted left its things to its team
-    """
+
+    A place is an (owner, kind); ``made`` has what stands there, and when it was made."""
 
     def __init__(self) -> None:
-        self.shelves: dict[tuple[str, str], Shelf] = {}
-        self.places: dict[str, Shelf] = {}  # of each thing
+        self.made = collections.defaultdict[tuple[str, str], dict[str, float]](dict)
+        self.places: dict[str, tuple[str, str]] = {}  # by id
         self.shared: set[str] = set()
-        self.heirs: dict[str, str] = {}  # teams of owners
         self.is_untidy = self.is_cut = False  # its file is to be written anew, or must be
 
     def change(self, change: Mapping[str, Any]) -> None:
         """Take one in. Raises whatever Python does for what is none."""
         match change:
             case {"key": str(owner), "kind": str(kind), "made": dict(made)}:
-                if made.keys() & self.places.keys():
-                    self._drop(made)
                 math.fsum(made.values())  # raises for what is no number
-                shelf = self.shelves.setdefault((owner, kind), Shelf(kind, owner))
-                shelf.made.update(made)
-                self.places.update(dict.fromkeys(made, shelf))
+                self._drop(made.keys() & self.places.keys())
+                place = owner, kind
+                self.made[place].update(made)
+                self.places.update(dict.fromkeys(made, place))
             case {"gone": list(names)}:
                 self._drop(names)
             case {"shared": list(names)}:
                 self.shared.update(self.places.keys() & names)
-            case {"key": str(owner), "team": str(team)}:
-                self.heirs[owner] = team
             case _:
                 raise ValueError("is no change of things")
 
     def _drop(self, names: Iterable[str]) -> None:
         self.shared.difference_update(names)
         for name in names:
-            if shelf := self.places.pop(name, None):
-                del shelf.made[name]
+            if place := self.places.pop(name, None):
+                del self.made[place][name]
 
     def lines(self) -> list[bytes]:
         """The fewest changes that say all of it."""
         changes: list[dict[str, Any]] = []
-        for shelf in self.shelves.values():
-            rest = iter(shelf.made.items())
+        for (owner, kind), made in self.made.items():
+            rest = iter(made.items())
             while some := dict(itertools.islice(rest, WRITE_SLICE)):
-                changes.append({"key": shelf.owner, "kind": shelf.kind, "made": some})
+                changes.append({"key": owner, "kind": kind, "made": some})
         changes += [{"shared": sorted(self.shared)}] if self.shared else []
-        changes += [{"key": owner, "team": team} for owner, team in self.heirs.items()]
         return [json.dumps(change).encode() for change in changes]
 
 
@@ -2101,14 +2085,11 @@ class FileLedger(Ledger):
         batch = self.batches[name].batches[name] if name in self.batches else None
         return None if batch is None or batch.booked else batch
 
-    def own_batch(self, account: Account, name: str, hold: Hold | None = None) -> None:
-        if hold is None and name in self.batches:
-            return
+    def own_batch(self, account: Account, name: str, hold: Hold) -> None:
         self.finish_batch(name)  # an upstream that gives an id twice frees what was held for it
         batch = account.batches[name] = Batch(day_of(now()))
         self.batches[name] = account
-        if hold is not None:
-            batch.held, hold.amounts = hold.amounts, {}
+        batch.held, hold.amounts = hold.amounts, {}
         self._touched.add(account.hashed)
 
     def batch_line(self, name: str, line: int) -> Account | None:
@@ -2141,28 +2122,24 @@ class FileLedger(Ledger):
     async def find_things(self, names: Iterable[object]) -> dict[str, Thing]:
         found, places, shared = dict[str, Thing](), self.things.places, self.things.shared
         for name in names:
-            if isinstance(name, str) and (shelf := places.get(name)):
-                team = self._team_of(shelf.owner)
-                found[name] = Thing(shelf.kind, shelf.owner, team, name in shared)
+            if isinstance(name, str) and (place := places.get(name)):
+                owner, kind = place
+                found[name] = Thing(kind, owner, self._team_of(owner), name in shared)
         return found
 
     async def reached(self, key: VirtualKey, kind: str) -> dict[str, float]:
-        shelves = self.things.shelves
-        made, team = dict[str, float](), key.team_id if key.resources == "team" else None
-        for (owner, each), shelf in shelves.items() if team else ():
-            if each == kind and self._team_of(owner) == team:
-                made |= shelf.made
-        if mine := shelves.get((key.owner, kind)):
-            made |= mine.made
-        for name in self.things.shared:
-            shelf = self.things.places[name]
-            if shelf.kind == kind:
-                made[name] = shelf.made[name]
-        return made
+        made, things, team = dict[str, float](), self.things, key.team_id
+        places = [(key.owner, kind)]
+        if team and key.resources == "team":
+            places = [p for p in things.made if p[1] == kind and self._team_of(p[0]) == team]
+        for place in places:
+            made |= things.made.get(place, {})
+        shared = [name for name in things.shared if things.places[name][1] == kind]
+        return made | {name: things.made[things.places[name]][name] for name in shared}
 
     def _team_of(self, owner: str) -> str | None:
         key = self.keys.get(self._owners.get(owner, ""))
-        return self.things.heirs.get(owner) if key is None or key.deleted_at else key.team_id
+        return key.team_id if key else None
 
     async def own(self, owner: str, kind: str, made: Mapping[str, float]) -> None:
         if fresh := {name: made[name] for name in made if name not in self.things.places}:
@@ -2172,7 +2149,7 @@ class FileLedger(Ledger):
     async def assign(self, kinds: Mapping[str, str], owner: str | None) -> None:
         places, moment, changes = self.things.places, int(time.time()), list[dict[str, Any]]()
         for name in reversed(list(kinds)):  # lists begin with the newest
-            since = places[name].made[name] if name in places else moment
+            since = self.things.made[places[name]][name] if name in places else moment
             if owner is not None or name not in places:
                 changes.append({"key": owner or "", "kind": kinds[name], "made": {name: since}})
         changes += [{"shared": list(kinds)}] if owner is None else []
@@ -2240,8 +2217,6 @@ class FileLedger(Ledger):
             account = record.account
             account.hashed = hashed
             self._owners[record.owner] = hashed
-            if record.deleted_at and record.team_id and record.owner not in self.things.heirs:
-                self._change({"key": record.owner, "team": record.team_id})
             for kind, limit in (("requests", record.rpm_limit), ("tokens", record.tpm_limit)):
                 bucket = account.buckets.pop(kind, None) or Bucket(0, self._clock())
                 if limit is not None:
@@ -2295,15 +2270,19 @@ class FileLedger(Ledger):
         known = {hashed: key.account for hashed, key in self.keys.items()}
         for index in (self.keys, self._lines, self._retired, self.batches, self._owners):
             index.clear()
-        for hashed, record in keys.items():
+        places, forgotten = self.things.places, now() - TOMBSTONE
+        heritage = {owner for owner, _ in places.values()}
+        for hashed, record in list(keys.items()):
+            gone = record.deleted_at is not None and record.deleted_at < forgotten
+            if gone and not (record.team_id and record.owner in heritage):
+                del keys[hashed]
+                continue
             record.account = known.get(hashed, record.account)
-        self._apply(keys)
-        self._touched |= known.keys() & keys.keys()
-        for hashed, record in keys.items():  # version 1.0 kept batches there alone
-            batches = record.account.batches.items()
-            places = self.things.places
+            batches = record.account.batches.items()  # version 1.0 kept whose they are there alone
             if old := {n: from_iso(b.day).timestamp() for n, b in batches if n not in places}:
                 self._change({"key": record.owner, "kind": "batches", "made": old})
+        self._apply(keys)
+        self._touched |= known.keys() & keys.keys()
 
     def _load_things(self) -> None:
         file = self._things_file
@@ -4648,9 +4627,6 @@ class Batches(Rule):
             return (Rewritten(functools.partial(self.look, visit)),)
         if not batch or visit.caller.own is not None:
             return ()
-        if visit.caller.key is not None:
-            # One that nobody here made belongs to the key that first fetches its results.
-            gateway.ledger.own_batch(visit.caller.key.account, batch)
         room = functools.partial(gateway.held.find_room, visit.record.hashed)
         visit.results = Meter("", functools.partial(gateway.batches.book_result, batch), room)
         return (visit.results,)
@@ -6091,18 +6067,20 @@ class ReportHandler(ManagementHandler):
         asked, kind, ledger = self.query("key"), self.query("kind"), self.gateway.ledger
         owner = self.addressed({"key": asked}).owner if asked else None
         keys = {key.owner: key.account.hashed for _, key in ledger.live()}
-        shelves, size = list(ledger.things.shelves.values()), min(size, MAX_PAGE_SIZE)
-        chosen = [s for s in shelves if kind in ("", s.kind) and owner in (None, s.owner)]
-        total = sum(len(shelf.made) for shelf in chosen)
-        every = ((name, shelf) for shelf in chosen for name in shelf.made)
-        rows = [
-            {"id": name, "kind": shelf.kind, "key": keys.get(shelf.owner)}
-            | {
-                "shared": name in ledger.things.shared,
-                "created_at": moment_of(int(shelf.made[name])),
+        size, things = min(size, MAX_PAGE_SIZE), ledger.things
+        chosen = [p for p in things.made if owner in (None, p[0]) and kind in ("", p[1])]
+        total = sum(len(things.made[place]) for place in chosen)
+        every = itertools.chain.from_iterable(things.made[place].items() for place in chosen)
+        rows = []
+        for name, moment in itertools.islice(every, (page - 1) * size, page * size):
+            owner, kind = things.places[name]
+            row = {
+                "id": name,
+                "kind": kind,
+                "key": keys.get(owner),
+                "shared": name in things.shared,
             }
-            for name, shelf in itertools.islice(every, (page - 1) * size, page * size)
-        ]
+            rows.append(row | {"created_at": moment_of(int(moment))})
         told = {"resources": rows, "total_count": total, "current_page": page}
         return told | {"total_pages": -(-total // size)}
 
