@@ -267,7 +267,6 @@ class APIError(Exception):
 DURATION = re.compile(r"\A([0-9]{1,9})(mo|s|m|h|d|w)\Z")
 UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 EPOCH, FIRST_MONDAY = datetime(1970, 1, 1, tzinfo=UTC), datetime(1970, 1, 5, tzinfo=UTC)
-END_OF_TIME = datetime(9999, 12, 31, tzinfo=UTC)
 ZERO = Decimal(0)
 MAX_MODELS_A_DAY = 50  # names come from requests; beyond these they are counted together
 OTHER_MODELS, NO_MODEL = "other", "-"  # what stands in logs and sums for them, and for none
@@ -332,7 +331,7 @@ def window(duration: str, moment: datetime) -> tuple[datetime, datetime]:
             start = moment - (moment - origin) % step
         return start, later(start, length)
     except (ValueError, OverflowError):
-        return EPOCH, END_OF_TIME
+        return EPOCH, datetime(9999, 12, 31, tzinfo=UTC)
 
 
 @functools.lru_cache(maxsize=256)
@@ -492,8 +491,7 @@ KEY_PREFIX = "sk-"
 OWN_CREDENTIAL_PREFIX = "sk-ant-"  # every credential that Anthropic issues begins so
 KEY_BYTES = 16  # LiteLLM: "sk-" and secrets.token_urlsafe(16), 22 characters
 MIN_KEY_LENGTH, MAX_KEY_LENGTH = 16, 256  # of keys that a caller chooses; LiteLLM's minimum
-# A key that a caller chooses: not as Anthropic's are, and without what ends or escapes a string, so
-# that it is known in a log line that has one.
+# A key that a caller chooses: not as Anthropic's are, and known in a string in a log line.
 CHOSEN_KEY = re.compile(r"sk-(?!ant-)[!#-\[\]-~]{13,253}")
 KEY_LIKE = re.compile(r"sk-[^\s\"\\]{13,}")  # with its prefix 16 characters or more
 SHOWN_LENGTH = 200  # characters of a text that a log line shows
@@ -661,10 +659,9 @@ def kept(kind: Kind, load: Any = None, *, settable: bool = True, shown: bool = T
 class VirtualKey:
     """One line of keys.json: what a key is and may do; the names are LiteLLM's. Budgets are USD,
     ``rpm_limit`` and ``tpm_limit`` a minute, None is no limit. ``unmetered_routes`` lets a key with
-    a budget spend where the gateway cannot count it. ``retired`` has the hashes before it was
-    regenerated, and when each stops working. ``resources`` says whose things it reaches (REACHES),
-    ``owner_id`` what its own are kept under. A deleted key keeps its line for a while, so that its
-    holder is told what happened."""
+    a budget spend where the gateway cannot count it. ``retired``: the hashes before it was
+    regenerated, and until when they work. ``resources``: whose things it reaches (REACHES);
+    ``owner_id``: what its own are kept under. A deleted key keeps its line for a while."""
 
     key_name: str = kept(NAME, settable=False)
     key_alias: str | None = kept(TEXT)
@@ -777,31 +774,11 @@ TAGS_FIELD, METRICS_PATH = "x-litellm-tags", "/metrics"  # LiteLLM's
 WORKSPACE_FIELD = "anthropic-workspace-id"  # chooses a workspace of the real key's owner
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
-    """What a method and a path mean to the rules."""
-
-    open: bool  # every key may call it, as far as its ``allowed_routes`` go
-    billed: bool  # it orders something that costs money and that can be estimated
-    free: bool  # no budget stands against it: counting, models, fetching paid batches
-    is_read: bool  # the gateway looks into its answer
-    unread: bool  # no rule looks at its body
-    batch: bool  # it is answered with batch objects
-    makes_batch: bool
-    results_of: str  # the batch it fetches the results of
-    kind: str  # the collection it is about, as KINDS has them; empty where things are nobody's
-    name: str  # the thing in it that the path names
-    below: str  # what of that thing, from "/" on
-    fetches: bool
-    deletes: bool
-
-
 BILLED = ("/v1/messages", "/v1/messages/batches", "/v1/messages/cache_touch", "/v1/complete")
 FREE = re.compile(r"/v1/(?:messages/count_tokens|models(?:/[^/]*)?)/?")
 UPLOAD = re.compile(r"(?s)/v1/(?:files|skills)(?:/.*)?")
 BATCHES = re.compile(r"/v1/messages/batches(?:/[\w-]+(?:/results|/cancel)?)?/?")
-# What every virtual key reaches. All else (sessions, agents, deployments, administration, logins,
-# and what may come) may cost what the gateway cannot count, or give out what it guards.
+# What every virtual key reaches; all else may cost what cannot be counted, or give out secrets.
 OPENED = (*BILLED, "/v1/messages/count_tokens", "/v1/models", "/v1/files", "/v1/skills")
 OPEN = re.compile(rf"(?s)({'|'.join(OPENED)})/?|{BATCHES.pattern}|/v1/(models|files|skills)/.*")
 # The collections of a workspace (SDK: resources/), and how the ids of their things begin, which is
@@ -817,35 +794,40 @@ NO_COLLECTIONS = {"messages", "models", "complete", "organizations", "compliance
 GROUP = re.compile(r"/v1/messages(?:/[^/]*)?|/v1(?:/[^/]*)?|/?[^/]*")
 
 
-def read_route(method: str, path: str) -> Route:
-    """Classify a request by its method in capitals and its decoded path."""
-    fetches, deletes = method in ("GET", "HEAD", "OPTIONS"), method == "DELETE"
-    billed, batches = path.removesuffix("/") in BILLED, BATCHES.fullmatch(path) is not None
-    collection = COLLECTION.fullmatch(path)
-    kind, name, below = collection.groups("") if collection else ("", "", "")
-    if kind in NO_COLLECTIONS:
-        kind = name = below = ""
-    # What orders something that its path does not tell is closed; a batch's own id is none of that.
-    known = fetches or deletes or not (batches and name) or below == "/cancel"
-    return Route(
-        open=known and OPEN.fullmatch(path) is not None,
-        billed=billed and not fetches,
-        free=(fetches and batches) or FREE.fullmatch(path) is not None,
-        is_read=billed or (kind != "" and not below.endswith("/content")),
-        unread=fetches or UPLOAD.fullmatch(path) is not None,
-        batch=batches and method in ("GET", "POST") and below != "/results",
-        makes_batch=batches and not (fetches or name),
-        results_of=name if batches and method == "GET" and below == "/results" else "",
-        kind=kind.rpartition("/")[2],
-        name=name,
-        below=below,
-        fetches=fetches,
-        deletes=deletes,
-    )
+class Route:
+    """What a method, in capitals, and a decoded path mean to the rules."""
+
+    def __init__(self, method: str, path: str) -> None:
+        self.fetches, self.deletes = method in ("GET", "HEAD", "OPTIONS"), method == "DELETE"
+        # The collection it is about, as KINDS has them; empty where things are nobody's. The thing
+        # in it that the path names, and what of that, from "/" on.
+        found = COLLECTION.fullmatch(path)
+        kind, self.name, self.below = found.groups("") if found else ("", "", "")
+        if kind in NO_COLLECTIONS:
+            kind = self.name = self.below = ""
+        self.kind = kind.rpartition("/")[2]
+        batches, billed = BATCHES.fullmatch(path) is not None, path.removesuffix("/") in BILLED
+        results = batches and self.below == "/results"
+        # What orders something that its path does not tell is closed; a batch's own id does not.
+        known = not (batches and self.name) or self.below == "/cancel"
+        known = known or self.fetches or self.deletes
+        # Every key may call it, as far as its ``allowed_routes`` go.
+        self.open = known and OPEN.fullmatch(path) is not None
+        # It orders something that costs money and that can be estimated.
+        self.billed = billed and not self.fetches
+        # No budget stands against it: counting, models, fetching paid batches.
+        self.free = (self.fetches and batches) or FREE.fullmatch(path) is not None
+        # The gateway looks into its answer; no rule looks at its body.
+        self.is_read = billed or (kind != "" and not self.below.endswith("/content"))
+        self.unread = self.fetches or UPLOAD.fullmatch(path) is not None
+        # It is answered with batch objects; it makes one; it fetches the results of this one.
+        self.batch = batches and method in ("GET", "POST") and not results
+        self.makes_batch = batches and not (self.fetches or self.name)
+        self.results_of = self.name if results and method == "GET" else ""
 
 
 KEPT_PATH = 200  # characters; routes of longer paths are not kept
-kept_route = functools.lru_cache(maxsize=1024)(read_route)
+read_route = functools.lru_cache(maxsize=1024)(Route)
 OTHER_ROUTE = read_route("GET", "")
 
 
@@ -924,8 +906,7 @@ def looked_at(names: str, **more: Any) -> Any:
     return cast(Any, TypedDict)("Looked", dict.fromkeys(names.split(), Any) | more, total=False)
 
 
-# What the price of a message depends on, of a fallback in it or of a tool that the server runs, or
-# of a batch, whose rows have messages as ``params`` …
+# What a price depends on: of a message, a fallback or a server's tool in it, a batch and its rows …
 BodyMembers = looked_at(
     "model max_tokens max_tokens_to_sample speed stream thinking inference_geo compaction"
     " context_management type max_uses",
@@ -1076,9 +1057,8 @@ def attempts_in(params: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
 
 
 def models_in(document: object, route: Route) -> Iterator[object]:
-    """The value of each place where a request may name a model (SDK: message_create_params,
-    beta_fallback_param, beta_advisor_tool_param, batch_create_params). On routes that are not
-    known, whatever is called ``model`` at any depth (agent_create_params)."""
+    """The value of each place where a request may name a model (SDK: message_create_params); where
+    a route is not known, whatever is called ``model`` at any depth (agent_create_params)."""
     if not route.open:
         holders = [document]
         for holder in holders:  # which grows meanwhile
@@ -1238,8 +1218,8 @@ class Order:
         speed, us, searches = params.get("speed"), params.get("inference_geo") == "us", 0
         fallbacks, tools = attempts_in(params)
         # How often each attempt is made: one that sums the conversation up goes before the message.
-        attempts: list[tuple[Any, int]] = [(params, 1 + summed_up)]
-        attempts += zip(fallbacks, itertools.repeat(1))
+        attempts: list[tuple[Mapping[str, Any], int]] = [(params, 1 + summed_up)]
+        attempts += [(each if isinstance(each, dict) else {}, 1) for each in fallbacks]
         for tool in tools:
             kind, uses = str(tool.get("type")), count_of(tool, "max_uses", MAX_USES)
             if kind.startswith("advisor"):
@@ -1247,9 +1227,7 @@ class Order:
             elif kind.startswith("web_search"):
                 searches += uses
         for attempt, times in attempts:
-            model, fast = "", speed == "fast"
-            if isinstance(attempt, dict):
-                model, fast = model_of(attempt.get("model")), attempt.get("speed", speed) == "fast"
+            model, fast = model_of(attempt.get("model")), attempt.get("speed", speed) == "fast"
             part = (model, fast, us)
             if part not in self.parts and len(self.parts) >= MAX_MODELS:
                 part = ("", fast, us)
@@ -1273,8 +1251,7 @@ def thinking_of(thinking: object, max_tokens: int) -> int:
 
 
 async def read_order(document: Any, body: bytes, *, batched: bool, breathe: Breathe) -> Order:
-    """What a body that was read asks for; if it could not be, a message of any model. Raises
-    APIError 400 for a batch that cannot be read."""
+    """What a body that was read asks for. Raises APIError 400 for a batch that could not be."""
     order = Order(prompt=tokens_in(len(body)), batched=batched)
     if b'"cache_control"' in body:
         order.cache = "cache_write_1h" if b'"1h"' in body else "cache_write_5m"
@@ -1327,8 +1304,7 @@ class Measured:
     beyond: Tally | None = None  # what is estimated to be charged besides the usage
 
     def complete_with(self, order: Order) -> None:
-        """Estimate what a response that was cut short used besides: the prompt, what was seen of
-        it, and the thinking that was not."""
+        """Estimate what one cut short used besides: the prompt, what was seen, unseen thinking."""
         thinking = order.thinking or self.thinks * (order.max_tokens // UNSEEN_THINKING)
         told = [tally for _, tally in charged_entries(self)]
         prompt = 0 if any(t.input_tokens or t.cached for t in told) else order.prompt
@@ -1534,8 +1510,7 @@ class Prices:
 
 
 def read_prices(path: Path) -> dict[str, Rates]:
-    """Read a price file: ``{"model or pattern": {"input": 3, "output": 15, …}}``, USD a million
-    tokens and, for ``web_search``, each. Raises SettingsError."""
+    """Read a price file: ``{"model or pattern": {"input": <USD a million>, …}}``; SettingsError."""
     where, prices = f"--prices: {path}", {}
     try:
         document = json.loads(path.read_bytes())
@@ -5391,7 +5366,7 @@ class RelayHandler(BaseHandler):
             text = "The gateway is stopping. Try again."
             raise APIError(503, text, headers=[("retry-after", "5")])
         visit.path = path = rule_path(visit.target)
-        route = read_route if len(path) > KEPT_PATH else kept_route
+        route = Route if len(path) > KEPT_PATH else read_route
         visit.route = route(head.method.upper(), path)
         for judge in gateway.rules.head:
             await judge(visit)
