@@ -1151,10 +1151,9 @@ IDENTITY_FIELDS = frozenset({"anthropic-organization-id", WORKSPACE_FIELD})  # w
 # What tells that such a member may be there: how names end, words, and letters that are escaped.
 NAME_END = re.compile(rb'(_ids?)"(?:\s{0,900}+:|\s{900})')  # with the spaces before its colon
 ESCAPED_LETTER = re.compile(rb"\\u00(?:5[fF]|6[1-9a-fA-F]|7[0-9aA])")
-NAMES = {name.encode() for name in REFERENCES}
+NAMES = set(REFERENCES)
 LONGEST_NAME = 1000
-EVERYDAY_IN_MESSAGES = {"container"}
-EVERYDAY = {name for _, name in WORDS}
+EVERYDAY, EVERYDAY_IN_MESSAGES = {name for _, name in WORDS}, {"container"}
 NOT_FOUND = {"files": "File `{}` not found.", "environments": "Environment {} not found."}
 NOT_FOUND |= {"skills": "Skill not found: {}", "sessions": "Session not found: {}"}
 NOT_FOUND |= {"memory_stores": "memory store not found: {}"}
@@ -1183,44 +1182,37 @@ def names_in(body: bytes, start: int, words: set[str]) -> int:
     count = sum(body.count(word, start, stop + len(word) - 1) for word in quoted)
     for found in NAME_END.finditer(body, start, stop + LONGEST_NAME):
         quote = body.rfind(b'"', max(0, found.start() - LONGEST_NAME), found.start())
-        count += start <= quote < stop and body[quote + 1 : found.end(1)] in NAMES
+        count += start <= quote < stop and body[quote + 1 : found.end(1)].decode("latin-1") in NAMES
     return count
 
 
-class Member(NamedTuple):
-    """A member of an object in a JSON value: what the object is called that it stands in, and
-    whether that is the user's own data, in which nothing is named."""
-
-    place: str
-    holder: dict[str, Any]
-    name: str
-    value: Any
-    is_own: bool
-
-    def things(self) -> Iterator[tuple[str, str]]:
-        """(kind, id) of each thing that it names."""
-        kind = REFERENCES.get(self.name) or WORDS.get((self.place, self.name))
-        values = self.value if isinstance(self.value, list) else [self.value]
-        for each in values if kind and not self.is_own else ():
-            named = each.get("id") if isinstance(each, dict) else each
-            built_in = self.name == "skill_id" and self.holder.get("type") == "anthropic"
-            if isinstance(named, str) and not (built_in and not named.startswith(KINDS["skills"])):
-                yield cast(str, kind), named
-
-
-def members_within(document: object) -> Iterator[Member]:
-    """Each member of each object in a JSON value."""
-    holders: list[tuple[str, Any, bool]] = [("", document, False)]
+def named_in(
+    document: object, names: collections.abc.Set[str]
+) -> Iterator[tuple[str, list[tuple[str, str]]] | None]:
+    """What each member of these names in a JSON value names, as (its object's type, kinds and ids),
+    which is nothing in the user's own data; None where the loop may do something else."""
+    holders, looks = [("", document, False)], 0
     for place, holder, is_own in holders:  # which grows meanwhile
         if isinstance(holder, list):
-            holders += zip(itertools.repeat(place), holder, itertools.repeat(is_own))
-        elif isinstance(holder, dict):
-            uses = str(holder.get("type")).endswith("tool_use")
-            for name, value in holder.items():
-                own = is_own or name in OWN_DATA or (uses and name == "input")
-                yield Member(place, holder, name, value, own)
-                if isinstance(value, dict | list):
-                    holders.append((name, value, own))
+            holders += [(place, each, is_own) for each in holder if isinstance(each, dict | list)]
+        kind_of = str(holder.get("type")) if isinstance(holder, dict) else ""
+        for name, value in holder.items() if isinstance(holder, dict) else ():
+            looks += 1
+            if looks % BREATH == 0:
+                yield None
+            own = is_own or name in OWN_DATA or (name == "input" and kind_of.endswith("tool_use"))
+            if isinstance(value, dict | list):
+                holders.append((name, value, own))
+            if name in names:
+                kind = "" if own else REFERENCES.get(name) or WORDS.get((place, name), "")
+                each = [
+                    one.get("id") if isinstance(one, dict) else one
+                    for one in (value if isinstance(value, list) else [value])
+                ]
+                ids = [one for one in each if isinstance(one, str)] if kind else []
+                if name == "skill_id" and kind_of == "anthropic":  # a built-in one's is a word
+                    ids = [one for one in ids if one.startswith(KINDS["skills"])]
+                yield kind_of, [(kind, one) for one in ids]
 
 
 def parent_of(thing: Mapping[str, Any]) -> object:
@@ -4750,9 +4742,7 @@ class Walls(Rule):
                 await body.breathe()
             count = names_in(body.data, start, words)
             named, is_clear = named + abs(count), is_clear and count >= 0
-        if not named:
-            return
-        document, names = body.read_at_once() if is_clear else None, words | REFERENCES.keys()
+        document, names = body.read_at_once() if named and is_clear else None, words | NAMES
         things, found = await self.things_in(document, names, body)
         if found != named:  # some are hidden by others, or are none
             things, _ = await self.things_in(await body.read(strictly=True), names, body)
@@ -4764,12 +4754,12 @@ class Walls(Rule):
     ) -> tuple[set[tuple[str, str]], int]:
         """What a document names, and how many of its members have one of these names."""
         things, found = set[tuple[str, str]](), 0
-        for number, member in enumerate(members_within(document), start=1):
-            if number % BREATH == 0:
+        for each in named_in(document, names):
+            if each is None:
                 await body.breathe()
-            if member.name in names:
-                found += 1
-                things.update(member.things())
+                continue
+            found += 1
+            things.update(each[1])
         return things, found
 
     async def reach(self, visit: Visit, kind: str, name: str, *, changes: bool = False) -> Thing:
@@ -4973,10 +4963,9 @@ class Walls(Rule):
     def learn(self, visit: Visit, document: object) -> None:
         """An answer, or a part of one, may name what was made for the caller on the way: containers
         and files that code wrote (SDK: types/code_execution_output_block.py)."""
-        for member in members_within(document):
-            wrote = str(member.holder.get("type")).endswith("code_execution_output")
-            for kind, name in member.things():
-                if kind == "containers" or (kind == "files" and wrote):
+        for holder, things in filter(None, named_in(document, {"container", "file_id"})):
+            for kind, name in things:
+                if kind == "containers" or holder.endswith("code_execution_output"):
                     visit.born[name] = (kind, time.time())
                     visit.errand = functools.partial(self.keep, visit)
 
