@@ -788,6 +788,8 @@ KINDS |= {"environments": "env_", "sessions": "sesn_", "deployments": "depl_", "
 KINDS |= {"deployment_runs": "drun_", "memory_stores": "memstore_", "vaults": "vlt_"}
 KINDS |= {"tunnels": "tnl_", "user_profiles": "uprof_", "containers": "container_"}
 COLLECTION = re.compile(r"(?s)/v1/(messages/batches|claude_code/[^/]+|[^/]+)(?:/([^/]+)(/.+?)?)?/?")
+# Things whose answers may name what came of them, beside those that say what was used.
+BEARERS = {"batches", "sessions", "dreams", "deployment_runs"}
 # What is called below these belongs to nobody, or to an organisation.
 NO_COLLECTIONS = {"messages", "models", "complete", "organizations", "compliance", "oauth"}
 # What a pattern of ``allowed_routes`` must begin with to open another path.
@@ -802,14 +804,14 @@ class Route:
         # The collection it is about, as KINDS has them; empty where things are nobody's. The thing
         # in it that the path names, and what of that, from "/" on.
         found = COLLECTION.fullmatch(path)
-        kind, self.name, self.below = found.groups("") if found else ("", "", "")
+        kind, name, self.below = found.groups("") if found else ("", "", "")
         if kind in NO_COLLECTIONS:
-            kind = self.name = self.below = ""
-        self.kind = kind.rpartition("/")[2]
+            kind = name = self.below = ""
+        self.kind, self.name = kind.rpartition("/")[2], name
         batches, billed = BATCHES.fullmatch(path) is not None, path.removesuffix("/") in BILLED
         results = batches and self.below == "/results"
         # What orders something that its path does not tell is closed; a batch's own id does not.
-        known = not (batches and self.name) or self.below == "/cancel"
+        known = not (batches and name) or self.below == "/cancel"
         known = known or self.fetches or self.deletes
         # Every key may call it, as far as its ``allowed_routes`` go.
         self.open = known and OPEN.fullmatch(path) is not None
@@ -818,12 +820,13 @@ class Route:
         # No budget stands against it: counting, models, fetching paid batches.
         self.free = (self.fetches and batches) or FREE.fullmatch(path) is not None
         # The gateway looks into its answer; no rule looks at its body.
-        self.is_read = billed or (kind != "" and not self.below.endswith("/content"))
+        bears = not (name and self.fetches) or self.kind in BEARERS
+        self.is_read = billed or (kind != "" and bears)
         self.unread = self.fetches or UPLOAD.fullmatch(path) is not None
         # It is answered with batch objects; it makes one; it fetches the results of this one.
         self.batch = batches and method in ("GET", "POST") and not results
-        self.makes_batch = batches and not (self.fetches or self.name)
-        self.results_of = self.name if results and method == "GET" else ""
+        self.makes_batch = batches and not (self.fetches or name)
+        self.results_of = name if results and method == "GET" else ""
 
 
 KEPT_PATH = 200  # characters; routes of longer paths are not kept
@@ -1017,9 +1020,11 @@ async def read_string(body: bytes, start: int, kept: bool, breathe: Breathe) -> 
     return json.loads(body[start - 1 : end + 1]), end + 1
 
 
-async def read_body(body: bytes, breathe: Breathe, *, strictly: bool) -> object:
-    """What rules look at of a body: what its price depends on, None where it cannot be read; or
-    ``strictly`` all of it. Raises APIError 400 for what is unclear or too much."""
+async def read_body(
+    body: bytes, breathe: Breathe, *, strictly: bool, wholly: bool = False
+) -> object:
+    """What rules look at of a body: what its price depends on, or ``wholly`` all of it; None where
+    it cannot be read, or ``strictly`` APIError 400 for what is unclear or too much."""
     light = not strictly and len(body) <= LIGHT_BODY
     if not (light or strictly) and len(body) <= LIGHT_CONTAINED:
         light = body.count(b"[") + body.count(b"{") <= LIGHT_CONTAINERS
@@ -1029,7 +1034,7 @@ async def read_body(body: bytes, breathe: Breathe, *, strictly: bool) -> object:
     try:
         if len(body) <= AT_ONCE and body.count(b"[") + body.count(b"{") < MAX_DEPTH:
             return read_clearly(body.decode())
-        return await scan(body, None if strictly else PLACES, breathe)
+        return await scan(body, None if wholly else PLACES, breathe)
     except (ValueError, RecursionError) as error:
         if not strictly:
             return None
@@ -1101,15 +1106,15 @@ WORDS = {(place, "container"): "containers" for place in ("", "params", "message
 WORDS |= {("", "agent"): "agents", ("multiagent", "agents"): "agents"}
 WORDS |= {(place, "predefined_agents"): "agents" for place in ("subagents", "workflows")}
 # What is the user's own in a body, and beside it the ``input`` of a tool's use.
-OWN_DATA = {"text", "metadata", "input_schema", "input_examples"}
+OWN_DATA = {"text", "metadata", "input_schema", "input_examples", "schema"}
 PROFILE_FIELD = "anthropic-user-profile-id"
 IDENTITY_FIELDS = frozenset({"anthropic-organization-id", WORKSPACE_FIELD})  # whose key it is
 # What tells that such a member may be there: how names end, words, and letters that are escaped.
-NAME_END, ESCAPED_LETTER = re.compile(rb'_ids?"'), re.compile(rb"\\u00[5-7]")
-NAMES = {name.encode() for name in REFERENCES}
-LONGEST_NAME = 2 + max(map(len, NAMES))
-WORDS_OF_MESSAGES = [b'"container"']
-WORDS_ANYWHERE = [b'"%b"' % name.encode() for name in {name for _, name in WORDS}]
+NAME_END = re.compile(rb'(_ids?)"(?:\s{0,900}+:|\s{900})')  # with the spaces before its colon
+ESCAPED_LETTER = re.compile(rb"\\u00(?:5[fF]|6[1-9a-fA-F]|7[0-9aA])")
+NAMES = set(REFERENCES)
+LONGEST_NAME = 1000
+EVERYDAY, EVERYDAY_IN_MESSAGES = {name for _, name in WORDS}, {"container"}
 NOT_FOUND = {"files": "File `{}` not found.", "environments": "Environment {} not found."}
 NOT_FOUND |= {"skills": "Skill not found: {}", "sessions": "Session not found: {}"}
 NOT_FOUND |= {"memory_stores": "memory store not found: {}"}
@@ -1122,42 +1127,53 @@ def not_found(kind: str, name: str) -> APIError:
     return APIError(404, text.replace("{}", printable(name)))
 
 
-def may_refer(part: bytes, route: Route) -> bool:
-    """Whether things may be named in a part of a body: a look that takes a part of what reading it
-    does. UTF-16 has zeros."""
-    words = WORDS_OF_MESSAGES if route.kind in ("", "batches") else WORDS_ANYWHERE
-    if any(word in part for word in words) or b"\0" in part or ESCAPED_LETTER.search(part):
-        return True
-    for start, end in (found.span() for found in NAME_END.finditer(part)):
-        quote = part.rfind(b'"', max(0, start - LONGEST_NAME), start)
-        if part[quote + 1 : end - 1] in NAMES:
-            return True
-    return False
+def everyday_on(route: Route) -> set[str]:
+    """Those of EVERYDAY that may name things in a body."""
+    return EVERYDAY_IN_MESSAGES if route.kind in ("", "batches") else EVERYDAY
 
 
-def members_within(document: object) -> Iterator[tuple[str, dict[str, Any], str, Any]]:
-    """Each member of each object in a JSON value, as (the name of what it stands in, that object,
-    name, value), but for what is the user's own."""
-    holders: list[tuple[str, Any]] = [("", document)]
-    for place, holder in holders:  # which grows meanwhile
+def names_in(body: bytes, start: int, words: set[str]) -> int:
+    """How many members that name things may begin in LIGHT_BODY bytes from there on: a look that
+    takes a part of what reading does. Below 0 where it cannot tell: letters are escaped, or it is
+    UTF-16, which has zeros."""
+    stop = start + LIGHT_BODY
+    if body.find(b"\0", start, stop) >= 0 or ESCAPED_LETTER.search(body, start, stop + 5):
+        return -1
+    quoted = (b'"%b"' % word.encode() for word in words)
+    count = sum(body.count(word, start, stop + len(word) - 1) for word in quoted)
+    for found in NAME_END.finditer(body, start, stop + LONGEST_NAME):
+        quote = body.rfind(b'"', max(0, found.start() - LONGEST_NAME), found.start())
+        count += start <= quote < stop and body[quote + 1 : found.end(1)].decode("latin-1") in NAMES
+    return count
+
+
+def named_in(
+    document: object, names: collections.abc.Set[str]
+) -> Iterator[tuple[str, list[tuple[str, str]]] | None]:
+    """What each member of these names in a JSON value names, as (its object's type, kinds and ids),
+    which is nothing in the user's own data; None where the loop may do something else."""
+    holders, looks = [("", document, False)], 0
+    for place, holder, is_own in holders:  # which grows meanwhile
         if isinstance(holder, list):
-            holders += zip(itertools.repeat(place), holder)
-        elif isinstance(holder, dict):
-            uses = str(holder.get("type")).endswith("tool_use")
-            for name, value in holder.items():
-                if name not in OWN_DATA and not (uses and name == "input"):
-                    holders.append((name, value))
-                    yield place, holder, name, value
-
-
-def named_by(place: str, holder: Mapping[str, Any], name: str, value: Any) -> Iterator[Any]:
-    """(kind, id) of each thing that a member names."""
-    kind = REFERENCES.get(name) or WORDS.get((place, name))
-    for each in (value if isinstance(value, list) else [value]) if kind else ():
-        named = each.get("id") if isinstance(each, dict) else each
-        built_in = name == "skill_id" and holder.get("type") == "anthropic"
-        if isinstance(named, str) and not (built_in and not named.startswith(KINDS["skills"])):
-            yield kind, named
+            holders += [(place, each, is_own) for each in holder if isinstance(each, dict | list)]
+        kind_of = str(holder.get("type")) if isinstance(holder, dict) else ""
+        for name, value in holder.items() if isinstance(holder, dict) else ():
+            looks += 1
+            if looks % BREATH == 0:
+                yield None
+            own = is_own or name in OWN_DATA or (name == "input" and kind_of.endswith("tool_use"))
+            if isinstance(value, dict | list):
+                holders.append((name, value, own))
+            if name in names:
+                kind = "" if own else REFERENCES.get(name) or WORDS.get((place, name), "")
+                each = [
+                    one.get("id") if isinstance(one, dict) else one
+                    for one in (value if isinstance(value, list) else [value])
+                ]
+                ids = [one for one in each if isinstance(one, str)] if kind else []
+                if name == "skill_id" and kind_of == "anthropic":  # a built-in one's is a word
+                    ids = [one for one in ids if one.startswith(KINDS["skills"])]
+                yield kind_of, [(kind, one) for one in ids]
 
 
 def parent_of(thing: Mapping[str, Any]) -> object:
@@ -1577,6 +1593,10 @@ class Thing(NamedTuple):
         mate = key.resources == "team" and key.team_id and key.team_id == self.team
         return key.resources == "all" or self.owner == key.owner or bool(mate)
 
+    def is_for(self, key: VirtualKey) -> bool:
+        """Whether a key may read it and refer to it."""
+        return self.is_shared or self.belongs_to(key)
+
 
 class Ledger(Protocol):
     """The keys and what they used, as another store than a file has them too; nothing else changes
@@ -1815,19 +1835,16 @@ class Things:
 
     def change(self, change: Mapping[str, Any]) -> None:
         """Take one in. Raises whatever Python does for what is none."""
-        match change:
-            case {"key": str(owner), "kind": str(kind), "made": dict(made)}:
-                math.fsum(made.values())  # raises for what is no number
-                self._drop(made.keys() & self.places.keys())
-                place = owner, kind
-                self.made[place].update(made)
-                self.places.update(dict.fromkeys(made, place))
-            case {"gone": list(names)}:
-                self._drop(names)
-            case {"shared": list(names)}:
-                self.shared.update(self.places.keys() & names)
-            case _:
-                raise ValueError("is no change of things")
+        if made := change.get("made"):
+            math.fsum(made.values())  # raises for what is no number
+            self._drop(made.keys() & self.places.keys())
+            place = exactly(str, change["key"]), exactly(str, change["kind"])
+            self.made[place].update(made)
+            self.places.update(dict.fromkeys(made, place))
+        elif "gone" in change:
+            self._drop(change["gone"])
+        else:
+            self.shared.update(self.places.keys() & change["shared"])
 
     def _drop(self, names: Iterable[str]) -> None:
         self.shared.difference_update(names)
@@ -1855,14 +1872,16 @@ def parse_things(text: bytes, name: str) -> Things:
     try:
         if json.loads(first) != {"version": STORE_VERSION}:
             raise ValueError("is not of a version for this gateway")
+        decode = decoder_of(Any) or json.loads
         for number, line in enumerate(lines, start=2):
             where = f"line {number}"
-            things.change(json.loads(line))
+            things.change(decode(line))
     except Exception as error:  # noqa: BLE001 - whatever Python says of what it cannot read
         wrong = f"damaged, {where}: {error}; mend it or restore a copy"
         raise SettingsError(f"{name}: {wrong}") from None
     things.is_cut = bool(rest)
-    things.is_untidy = things.is_cut or len(lines) > 2 * len(things.lines()) + UNTIDY_LINES
+    fewest = sum(1 + len(made) // WRITE_SLICE for made in things.made.values())
+    things.is_untidy = things.is_cut or len(lines) > 2 * fewest + UNTIDY_LINES
     return things
 
 
@@ -2229,6 +2248,8 @@ class FileLedger(Ledger):
 
     def _load_things(self) -> None:
         file = self._things_file
+        if self._owners and file.edit() is None:
+            return
         try:
             things = file.read(self.things.lines())
             for change in self._changes:
@@ -3661,15 +3682,14 @@ class Meter(ResponseFilter):
     with each line of batch results, counted from 1; ``learn`` with what a line or a message says in
     which something new may be named."""
 
-    learn: Callable[[object], None] | None = None
-
     def __init__(
         self,
         content_type: str,
         on_result: Callable[[int, Measured], None] | None = None,
         room: Callable[[int], bool] = lambda size: True,
+        learn: Callable[[object], None] | None = None,
     ) -> None:
-        self.measured = Measured()
+        self.measured, self._learn = Measured(), learn
         self._on_result, self._room, self._lines = on_result, room, 0
         self._whole = on_result is None and not content_type.lower().startswith(EVENT_STREAM)
         self._held = bytearray()  # of a line that has not ended, or of the message
@@ -3682,9 +3702,8 @@ class Meter(ResponseFilter):
         holds = self._whole or self._held or self._passed_over
         if holds or len(data) > MAX_LINE or not data.endswith(b"\n"):
             lines = self._complete(data)
-        if self.learn is not None and (b'"container"' in lines or b'"file_id"' in lines):
-            for line in lines.splitlines():
-                self.learn(read_json(line.removeprefix(b"data:"), Any))
+        if self._learn is not None and (b'"container"' in lines or b'"file_id"' in lines):
+            self._learn_of(lines.splitlines(), self._learn)
         if self._on_result is not None:
             self._read_results(lines, self._on_result)
             return data
@@ -3734,9 +3753,14 @@ class Meter(ResponseFilter):
         if self._whole and not self.measured.blind:
             message = read_answer(held) if complete and held else None
             self.measured = measured_message(message, size)
-            if self.learn is not None and complete:
-                self.learn(read_json(held, Any))
+            if self._learn is not None and complete:
+                self._learn_of([held], self._learn)
         return b""
+
+    def _learn_of(self, texts: Iterable[bytes], learn: Callable[[object], None]) -> None:
+        for text in texts:
+            if b'"container"' in text or b'"file_id"' in text:
+                learn(read_json(text.removeprefix(b"data:"), Any))
 
     def _complete(self, data: bytes) -> bytes:
         """The lines that end in these bytes. What stands behind them is held until its end comes;
@@ -4234,8 +4258,8 @@ class Visit:
     what it used, ``results`` what a batch did. ``began``: all of it went up. ``payer`` is the key
     that pays, and has walls; None where the caller does, or nobody counts. ``owner`` gets what
     comes of it, ``listing`` is what is asked for in place of a list of files. Of the answer fields
-    of ``hidden`` names stay here, and it waits for an ``errand``: to keep what was ``born``, as
-    kind and moment by id."""
+    of ``hidden`` names stay here; ``learn`` finds what is ``born`` in it, kinds and moments by
+    id."""
 
     gateway: Gateway
     head: RequestHead
@@ -4254,7 +4278,7 @@ class Visit:
     listing: Listing | None = None
     hidden: frozenset[str] = NO_OPTIONS
     born: dict[str, tuple[str, float]] = field(default_factory=dict)
-    errand: Callable[[], Awaitable[None]] | None = None
+    learn: Callable[[object], None] | None = None
     credential: tuple[str, str] | None = None
     hold: Hold | None = None
     meter: Meter | None = None
@@ -4272,14 +4296,22 @@ class Kept:
     data: bytes
     breathe: Breathe
     document: object = None
-    how: bool | None = None  # it was read, and whether strictly
+    how: tuple[bool, bool] | None = None  # it was read: strictly, and wholly
 
-    async def read(self, *, strictly: bool) -> object:
+    def read_at_once(self) -> object:
+        """What it says, but where names stand twice in an object; None where that takes long."""
+        data, decode = self.data, decoder_of(Any)
+        is_light = len(data) <= LIGHT_CONTAINED and data.count(b"{") <= LIGHT_CONTAINERS // 4
+        return read_json(data, Any) if decode and is_light else None
+
+    async def read(self, *, strictly: bool, wholly: bool = False) -> object:
         """What it says: to the letter (APIError 400 where that is not clear), or what of it a price
         depends on (None where it cannot be read). An empty one says nothing."""
-        if self.data and not self.how and self.how is not strictly:
-            self.document = await read_body(self.data, self.breathe, strictly=strictly)
-            self.how = strictly
+        read = self.how
+        if self.data and not (read and read[0] >= strictly and read[1] >= wholly):
+            self.how = strictly, wholly
+            read_now = read_body(self.data, self.breathe, strictly=strictly, wholly=wholly)
+            self.document = await read_now
         return self.document
 
 
@@ -4297,6 +4329,9 @@ class Rule:
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
         """What is to see the answer's body."""
         return ()
+
+    async def keep(self, visit: Visit) -> None:
+        """Remember what is ``born``, before the client hears of it. Raises APIError."""
 
     def fields(self, visit: Visit, head: ResponseHead) -> Iterable[tuple[str, str]]:
         """Fields of the answer, in the place of the upstream's of these names."""
@@ -4316,7 +4351,7 @@ class Rules:
 
         self.head, self.body = having("head"), having("body")
         self.filters, self.fields = having("filters")[::-1], having("fields")  # the way back
-        self.end = having("end")
+        self.keep, self.end = having("keep"), having("end")
 
 
 class Credentials(Rule):
@@ -4405,7 +4440,7 @@ class Models(Rule):
         key, route = visit.caller.key, visit.route
         if key is None or not key.models or route.unread:
             return
-        document = await body.read(strictly=True)
+        document = await body.read(strictly=True, wholly=not route.open)
         if not document and not (route.open or route.deletes):
             raise APIError(403, "This key is limited to some models, and this request names none.")
         await check_models(key.models, route, document, body.breathe)
@@ -4429,7 +4464,7 @@ class Fields(Rule):
         unwanted = head.options
         if caller.own is None:
             unwanted |= {WORKSPACE_FIELD}
-            if visit.route.is_read:
+            if visit.route.results_of or (visit.route.kind and not visit.route.name):
                 unwanted |= {"range", "if-range"}  # of a part nobody can tell what it is
         codings = None
         if visit.route.is_read and (offered := head.values.get("accept-encoding")):
@@ -4490,7 +4525,8 @@ class Limits(Rule):
         if head.status != 200 or not route.billed or route.batch:
             return ()
         room = functools.partial(visit.gateway.held.find_room, visit.record.hashed)
-        visit.meter = Meter(head.values.get("content-type", ("",))[0], room=room)
+        kind = head.values.get("content-type", ("",))[0]
+        visit.meter = Meter(kind, room=room, learn=visit.learn)
         return (visit.meter,)
 
     def fields(self, visit: Visit, head: ResponseHead) -> Iterable[tuple[str, str]]:
@@ -4571,7 +4607,8 @@ class Batches(Rule):
         if not batch or visit.caller.own is not None:
             return ()
         room = functools.partial(gateway.held.find_room, visit.record.hashed)
-        visit.results = Meter("", functools.partial(gateway.batches.book_result, batch), room)
+        book = functools.partial(gateway.batches.book_result, batch)
+        visit.results = Meter("", book, room, visit.learn)
         return (visit.results,)
 
     async def look(self, visit: Visit, plain: bytes) -> bytes:
@@ -4601,11 +4638,10 @@ DEFAULT_LIMIT, MAX_ROWS_LISTED = 20, 1000  # rows of a page (SDK: types/file_lis
 IDS_A_CALL = 100  # has this one too)
 MAX_PAGES = 100  # of a list that one request looks through
 FILE_LIST = {"limit", "page", "after_id", "before_id", "beta"}  # what can be asked of ids as well
-LIST_IDS = ("ids", "after_id", "before_id")
+CURSORS = ("after_id", "before_id")
 CURSOR = re.compile(r"page_own_([0-9.]+)_([\w-]+)")  # the gateway's own: behind which file
 # A session and a run are of a deployment, a file is of the session that wrote it.
 PARENTS = {"sessions": "deployments", "deployment_runs": "deployments", "files": "sessions"}
-PRODUCERS = ("dreams", "deployment_runs")
 SAFE_ID = re.compile(r"[\w-]+")
 
 
@@ -4618,6 +4654,7 @@ class Walls(Rule):
         if key is None:
             return
         visit.hidden, visit.owner = IDENTITY_FIELDS, key.owner
+        visit.learn = functools.partial(self.learn, visit.born)
         if route.name:
             # What workers of an environment do is not for all who may use it.
             reads = route.fetches and not route.below.startswith("/work")
@@ -4628,7 +4665,7 @@ class Walls(Rule):
         for profile in head.values.get(PROFILE_FIELD, ()):
             await self.reach(visit, "user_profiles", profile)
         if "?" in visit.target:
-            await self.judge_query(visit)
+            await self.judge_query(visit, key)
         if route.kind and not route.name and route.fetches:
             if head.method == "HEAD":
                 visit.hidden |= {"content-length"}
@@ -4641,21 +4678,33 @@ class Walls(Rule):
                 raise APIError(400, text)
 
     async def body(self, visit: Visit, body: Kept) -> None:
-        data, route = body.data, visit.route
-        for start in range(0, len(data) if visit.refers else 0, LIGHT_BODY):
+        named, is_clear, words = 0, True, everyday_on(visit.route)
+        for start in range(0, len(body.data) if visit.refers else 0, LIGHT_BODY):
             if start:
                 await body.breathe()
-            if may_refer(data[start : start + LIGHT_BODY + LONGEST_NAME], route):
-                break
-        else:
-            return
-        seen = set[tuple[str, str]]()
-        for number, member in enumerate(members_within(await body.read(strictly=True))):
-            if number % BREATH == 0:
-                await body.breathe()
-            seen.update(named_by(*member))
-        for kind, name in seen:
+            count = names_in(body.data, start, words)
+            named, is_clear = named + abs(count), is_clear and count >= 0
+        document, names = body.read_at_once() if named and is_clear else None, words | NAMES
+        things, found = await self.things_in(document, names, body)
+        if found != named:  # some are hidden by others, or are none
+            things, _ = await self.things_in(
+                await body.read(strictly=True, wholly=True), names, body
+            )
+        for kind, name in things:
             await self.reach(visit, kind, name)
+
+    async def things_in(
+        self, document: object, names: set[str], body: Kept
+    ) -> tuple[set[tuple[str, str]], int]:
+        """What a document names, and how many of its members have one of these names."""
+        things, found = set[tuple[str, str]](), 0
+        for each in named_in(document, names):
+            if each is None:
+                await body.breathe()
+                continue
+            found += 1
+            things.update(each[1])
+        return things, found
 
     async def reach(self, visit: Visit, kind: str, name: str, *, changes: bool = False) -> Thing:
         """A thing that the caller may read or refer to, or change. Raises APIError 404, and 403 for
@@ -4666,7 +4715,7 @@ class Walls(Rule):
         if thing is None and key.resources == "all":
             return Thing(kind)
         thing = thing or await self.trace(visit, key, kind, name)
-        if thing is None or not (thing.belongs_to(key) or thing.is_shared):
+        if thing is None or not thing.is_for(key):
             raise not_found(kind, name)
         if changes and not thing.belongs_to(key):
             text = f"{printable(name)} is shared: this key may use it, and its owner change it."
@@ -4681,7 +4730,9 @@ class Walls(Rule):
         may_be = await ledger.reached(key, parents) if parents else not is_custom
         if not may_be or not SAFE_ID.fullmatch(name):
             return None
-        found = await self.ask(visit, f"/v1/{kind}/{name}")
+        found = dict[str, Any]()
+        with contextlib.suppress(UpstreamError):
+            found = await self.ask(visit, f"/v1/{kind}/{name}")
         if kind == "skills":
             return Thing(kind, is_shared=True) if is_published(found) else None
         above = parent_of(found)
@@ -4692,18 +4743,18 @@ class Walls(Rule):
         return thing._replace(kind=kind)
 
     async def ask(self, visit: Visit, target: str) -> dict[str, Any]:
-        """An object of the upstream's; an empty one where it has none. Raises UpstreamError."""
+        """An object of the upstream's. Raises UpstreamError."""
         told = ("anthropic-version", "anthropic-beta")
         fields = {name: visit.head.get(name) for name in told if name in visit.head.values}
         answer = await visit.gateway.client.get(target, LIST_TIMEOUT, fields)
         document = read_json(answer.body, Any) if answer.code == 200 else None
-        if isinstance(document, dict) or answer.code == 404:
-            return document if isinstance(document, dict) else {}
-        raise UpstreamError(f"The upstream answered {answer.code} where a part was asked for.")
+        if not isinstance(document, dict):
+            raise UpstreamError(f"The upstream answered {answer.code} where a part was asked for.")
+        return document
 
     # Lists
 
-    async def judge_query(self, visit: Visit) -> None:
+    async def judge_query(self, visit: Visit, key: VirtualKey) -> None:
         """Look at the ids of a query. Of a list of ids those that the caller does not reach are
         left out, as missing ones would be."""
         path, _, query = visit.target.partition("?")
@@ -4711,18 +4762,19 @@ class Walls(Rule):
         for part in query.split("&"):
             name, value = (urllib.parse.unquote_plus(text) for text in part.partition("=")[::2])
             name = name.partition("[")[0]
-            is_row = kind != "" and is_list and name in LIST_IDS
-            named = kind if is_row else REFERENCES.get(name)
+            is_row = kind != "" and is_list
+            named = kind if is_row and name in CURSORS else REFERENCES.get(name)
+            if is_row and name == "ids":
+                thing = (await visit.gateway.ledger.find_things([value])).get(value)
+                if thing is not None and not thing.is_for(key):
+                    left_out += 1
+                    continue
             try:
                 if named and value:
                     await self.reach(visit, named, value)
-                kept.append(part)
             except APIError as error:
-                if not is_row:
-                    raise
-                if name != "ids":
-                    raise APIError(400, f"{name}: {error.message}") from None
-                left_out += 1
+                raise APIError(400, f"{name}: {error.message}") if name in CURSORS else error
+            kept.append(part)
         if left_out:
             if not any(part.startswith("ids") for part in kept):
                 kept.append(f"ids[]={unknown_id(kind)}")
@@ -4811,7 +4863,7 @@ class Walls(Rule):
             if thing is None and above is not None and above.belongs_to(key) and name:
                 born.setdefault((above.owner, visit.route.kind), {})[name] = moment_in(row)
                 thing = above
-            if thing is not None and (thing.belongs_to(key) or thing.is_shared):
+            if thing is not None and thing.is_for(key):
                 for kind, product in products_of(row):
                     born.setdefault((thing.owner, kind), {})[product] = moment_in(row)
                 shown.append(row)
@@ -4827,20 +4879,15 @@ class Walls(Rule):
         key, route = visit.payer, visit.route
         if key is None or not 200 <= head.status < 300:
             return ()
-        learn = functools.partial(self.learn, visit)
-        for meter in (visit.meter, visit.results):
-            if meter is not None:
-                meter.learn = learn
-        if not route.kind or visit.results is not None:
+        if not route.kind or route.results_of:
             return ()
         if route.fetches and not route.name:
             is_free = key.resources == "all"
             return () if is_free else (Rewritten(functools.partial(self.list_own, visit)),)
         if is_event_stream(head):
-            watch = Meter(EVENT_STREAM)
-            watch.learn = learn
-            return (watch,)
-        if not route.fetches or (route.kind in PRODUCERS and not route.below):
+            return (Meter(EVENT_STREAM, learn=visit.learn),)
+        is_told = not route.fetches or (route.kind in BEARERS and not route.below)
+        if is_told and is_json(head.get("content-type")):
             return (Rewritten(functools.partial(self.remember, visit)),)
         return ()
 
@@ -4858,20 +4905,18 @@ class Walls(Rule):
         await self.keep(visit)
         return body
 
-    def learn(self, visit: Visit, document: object) -> None:
+    def learn(self, born: dict[str, tuple[str, float]], document: object) -> None:
         """An answer, or a part of one, may name what was made for the caller on the way: containers
         and files that code wrote (SDK: types/code_execution_output_block.py)."""
-        for member in members_within(document):
-            wrote = str(member[1].get("type")).endswith("code_execution_output")
-            for kind, name in named_by(*member):
-                if kind == "containers" or (kind == "files" and wrote):
-                    visit.born[name] = (kind, time.time())
-                    visit.errand = functools.partial(self.keep, visit)
+        for holder, things in filter(None, named_in(document, {"container", "file_id"})):
+            for kind, name in things:
+                if kind == "containers" or holder.endswith("code_execution_output"):
+                    born[name] = (kind, time.time())
 
     async def keep(self, visit: Visit) -> None:
-        """Remember what was born: it is its owner's. Raises APIError 503."""
-        born, visit.born = visit.born, {}
-        for name, (kind, moment) in born.items() if visit.owner else ():
+        born = list(visit.born.items())
+        visit.born.clear()
+        for name, (kind, moment) in born if visit.owner else ():
             await visit.gateway.ledger.own(visit.owner, kind, {name: moment})
 
     def end(self, visit: Visit) -> None:
@@ -4911,7 +4956,7 @@ def as_list(document: dict[str, Any], rows: Sequence[Any], more: object) -> byte
     return json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-RULES = (Credentials(), Routes(), Models(), Fields(), Walls(), Batches(), Limits())
+RULES = (Credentials(), Routes(), Models(), Fields(), Limits(), Walls(), Batches())
 
 
 # ─── Relay ────────────────────────────────────────────────────────────────────────────────────────
@@ -5494,7 +5539,7 @@ class RelayHandler(BaseHandler):
             return at_once(self._send_inside(self._inside, data, complete))
         if data or complete:
             data = through(self._filters, data, complete)
-        if self._visit.errand is not None:
+        if self._visit.born:
             return at_once(self._send_later(data, complete))
         if complete or self._visit.phase is not RequestPhase.BEGUN:
             return self._send(data, complete)
@@ -5626,7 +5671,8 @@ class RelayHandler(BaseHandler):
         if self._visit.refers:
             data = self._seen + data
             self._seen = data[-LONGEST_NAME:]
-            if may_refer(data, self._visit.route):
+            words = everyday_on(self._visit.route)
+            if any(names_in(data, start, words) for start in range(0, len(data), LIGHT_BODY)):
                 text = "This body names files or other things, so it is read, and may be"
                 raise APIError(413, f"{text} {JSON_BODY_LIMIT:,} bytes long. Send it in parts.")
 
@@ -5642,11 +5688,10 @@ class RelayHandler(BaseHandler):
         await self._send_later(await inside.feed(data, complete), complete)
 
     async def _send_later(self, data: bytes, complete: bool) -> None:
-        """Send bytes on, once an errand is done that they must wait for."""
-        errand, self._visit.errand = self._visit.errand, None
-        if errand is not None:
+        """Send bytes on, once what they tell of is kept."""
+        for keep in self.gateway.rules.keep if self._visit.born else ():
             with contextlib.suppress(APIError):  # which is said, and tried again each second
-                await errand()
+                await keep(self._visit)
         room = self._send(data, complete)
         if room is not None:
             await room
