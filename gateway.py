@@ -78,7 +78,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, ClassVar, Generic, NamedTuple, NoReturn, Protocol, TypedDict, TypeVar, cast
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypedDict, TypeVar, cast
 
 import tornado
 from tornado import httputil, netutil, web
@@ -2425,9 +2425,8 @@ def check_budget(
 
 # ─── Wire ─────────────────────────────────────────────────────────────────────────────────────────
 #
-# HTTP/1.1 stands here once, apart from I/O: requests that arrive and responses that come back are
-# read by the same strict grammar, so that nobody can make the two sides disagree about where a
-# message ends (RFC 9112 section 11.2, request smuggling).
+# HTTP/1.1, once and apart from I/O: requests and responses are read by the same strict grammar, so
+# that nobody makes the two sides disagree where a message ends (RFC 9112 section 11.2, smuggling).
 
 MAX_HEAD_SIZE = 64 * KIB  # Tornado's default max_header_size
 MAX_FIELDS = 200  # of a head; Apache's limit is 100, Node's 2,000
@@ -2463,13 +2462,8 @@ DROPPED_REQUEST_FIELDS |= {"x-http-method", "x-http-method-override", "x-method-
 DROPPED_REQUEST_PREFIXES = ("x-litellm-", "x-forwarded-")
 
 
-class ProtocolError(Exception):
-    """Bytes that are not HTTP/1.1, or not so that both sides must read them alike; ``status`` is
-    what a client is answered."""
-
-    def __init__(self, message: str, status: int = 400) -> None:
-        super().__init__(message)
-        self.status = status
+class ProtocolError(APIError):
+    """Bytes that are not HTTP/1.1, or not so that both sides must read them alike."""
 
 
 class Field(NamedTuple):
@@ -2486,6 +2480,7 @@ class Field(NamedTuple):
 
 NAME_AND_VALUES = operator.itemgetter(0, 1)
 NO_OPTIONS: frozenset[str] = frozenset()
+HeadParts = tuple[int, list[Field], dict[str, tuple[str, ...]], frozenset[str], bool, int | None]
 
 
 @dataclass(slots=True)
@@ -2516,8 +2511,8 @@ class Head:
 
 @dataclass(slots=True)
 class RequestHead(Head):
-    """A request's head; ``target`` is the raw request target, from its path on; ``host`` is whom it
-    is for: the target's own authority, or the Host field's, empty where HTTP/1.0 has none."""
+    """``target`` is the raw request target, from its path on; ``host`` is whom it is for: the
+    target's own authority, or the Host field's, empty where HTTP/1.0 has none."""
 
     method: str
     target: str
@@ -2532,22 +2527,19 @@ class ResponseHead(Head):
     reason: str
 
 
-def parse_fields(
-    block: str, version: int
-) -> tuple[int, list[Field], dict[str, tuple[str, ...]], frozenset[str], bool, int | None]:
-    """Read header field lines, with CRLF between them: the members of a `Head`. Lengths go by RFC
-    9112 section 6, without its leniencies: both, two of a kind, or a coding other than chunked is
-    an error, since two readers could understand it differently. Raises ProtocolError."""
+def parse_fields(block: str, version: int) -> HeadParts:
+    """Read header field lines, with CRLF between them: the members of a `Head`. Raises
+    ProtocolError, also for lengths in which RFC 9112 section 6 is lenient: both, or two of a kind,
+    since two readers could understand them differently."""
     lines = block.split("\r\n") if block else []
     if len(lines) > MAX_FIELDS:
-        raise ProtocolError(f"the head has more than {MAX_FIELDS:,} fields", 431)
+        raise ProtocolError(431, f"the head has more than {MAX_FIELDS:,} fields")
     fields = list(map(read_field if len(block) <= KEPT_HEAD else parse_field, lines))
     values = dict(map(NAME_AND_VALUES, fields))
-    if len(values) < len(fields):
-        repeated: dict[str, list[str]] = {}
+    if len(values) < len(fields):  # some are repeated
+        values = {}
         for each in fields:
-            repeated.setdefault(each.lower, []).extend(each.values)
-        values = {name: tuple(every) for name, every in repeated.items()}
+            values[each.lower] = values.get(each.lower, ()) + each.values
     options, keeps_alive, length = NO_OPTIONS, version == 1, None
     if "connection" in values:
         options = frozenset(map(str.strip, ",".join(values["connection"]).lower().split(",")))
@@ -2555,22 +2547,21 @@ def parse_fields(
     if "transfer-encoding" in values:
         codings, length = values["transfer-encoding"], CHUNKED
         if "content-length" in values or version == 0 or len(codings) != 1:
-            raise ProtocolError("Transfer-Encoding stands beside another length, or in HTTP/1.0")
+            raise ProtocolError(400, "Transfer-Encoding is beside another length, or in HTTP/1.0")
         if codings[0].lower() != "chunked":
-            raise ProtocolError("the only transfer coding understood is chunked", 501)
+            raise ProtocolError(501, "the only transfer coding understood is chunked")
     elif "content-length" in values:
         lengths = values["content-length"]
         if len(lengths) != 1 or not LENGTH.fullmatch(lengths[0]):
-            raise ProtocolError("Content-Length is malformed or stands twice")
+            raise ProtocolError(400, "Content-Length is malformed or stands twice")
         length = int(lengths[0])
     return version, fields, values, options, keeps_alive, length
 
 
 def parse_field(line: str) -> Field:
-    """Read a field line: no obsolete folding, no space before the colon, no lone CR or LF (RFC 9112
-    section 5). Raises ProtocolError."""
+    """Read a field line, by RFC 9112 section 5 but without folding. Raises ProtocolError."""
     if not FIELD_LINE.fullmatch(line):
-        raise ProtocolError("a header field is malformed")
+        raise ProtocolError(400, "a header field is malformed")
     name, _, value = line.partition(":")
     value, lower = value.strip(" \t"), name.lower()
     dropped = lower in DROPPED_REQUEST_FIELDS or lower.startswith(DROPPED_REQUEST_PREFIXES)
@@ -2586,12 +2577,12 @@ def parse_request_head(data: bytes) -> RequestHead:
     line, _, block = data.decode("latin-1").partition("\r\n")
     match = REQUEST_LINE.fullmatch(line)
     if not match or match.end(1) > MAX_METHOD:
-        raise ProtocolError("the request line is malformed")
+        raise ProtocolError(400, "the request line is malformed")
     method, target, version = match.groups()
     parts = parse_fields(block, int(version))
     hosts = parts[2].get("host", ())
     if len(hosts) > 1 or (not hosts and version == "1"):
-        raise ProtocolError("a request has exactly one Host field")  # RFC 9112 section 3.2
+        raise ProtocolError(400, "a request has exactly one Host field")  # RFC 9112 section 3.2
     host = hosts[0] if hosts else ""
     if not target.startswith("/") and (absolute := ABSOLUTE_TARGET.fullmatch(target)):
         host, path = absolute[1].rpartition("@")[2], absolute[2]  # RFC 9112 section 3.2.2
@@ -2604,7 +2595,7 @@ def parse_response_head(data: bytes) -> ResponseHead:
     line, _, block = data.decode("latin-1").partition("\r\n")
     match = STATUS_LINE.fullmatch(line)
     if not match:
-        raise ProtocolError("the status line is malformed")
+        raise ProtocolError(400, "the status line is malformed")
     parts = parse_fields(block, int(match[1]))
     return ResponseHead(*parts, int(match[2]), match[3] or "")
 
@@ -2617,9 +2608,9 @@ def end_of_head(data: bytes, seen: int) -> int:
     if 0 <= end <= MAX_HEAD_SIZE:
         return end
     if len(data) > MAX_HEAD_SIZE:
-        raise ProtocolError(f"the head is larger than {MAX_HEAD_SIZE:,} bytes", 431)
+        raise ProtocolError(431, f"the head is larger than {MAX_HEAD_SIZE:,} bytes")
     if BARE_LF.search(data, start):
-        raise ProtocolError("lines end with CR LF")
+        raise ProtocolError(400, "lines end with CR LF")
     return -1
 
 
@@ -2677,23 +2668,23 @@ class Body:
             end = data.find(b"\r\n", at)
             if end < 0 or end - at > MAX_CHUNK_LINE:
                 if len(data) - at > MAX_CHUNK_LINE or BARE_LF.search(data, at):
-                    raise ProtocolError("a chunk's size line is malformed")
+                    raise ProtocolError(400, "a chunk's size line is malformed")
                 self._partial, at = data[at:], len(data)
                 break
             line, at = data[at:end], end + 2
             if self._next is ChunkLine.SIZE:
                 if not (match := CHUNK_SIZE.fullmatch(line)):
-                    raise ProtocolError("a chunk's size line is malformed")
+                    raise ProtocolError(400, "a chunk's size line is malformed")
                 self._left = int(match[1], 16)
                 self._next = ChunkLine.END if self._left else ChunkLine.TRAILER
             elif self._next is ChunkLine.END:
                 if line:
-                    raise ProtocolError("a chunk is longer than its size")
+                    raise ProtocolError(400, "a chunk is longer than its size")
                 self._next = ChunkLine.SIZE
             elif line:
                 self._trailers += len(line)
                 if self._trailers > MAX_TRAILERS:
-                    raise ProtocolError("the trailer section is too large")
+                    raise ProtocolError(400, "the trailer section is too large")
                 parse_field(line.decode("latin-1"))
             else:
                 self.complete = True
@@ -2704,11 +2695,6 @@ class Body:
 def head_bytes(start_line: str, lines: Iterable[str]) -> bytes:
     """A message head as it goes over the wire, of its start line and field lines."""
     return "\r\n".join([start_line, *lines, "\r\n"]).encode("latin-1")
-
-
-def field_lines(fields: Iterable[tuple[str, str]]) -> list[str]:
-    """Field lines of names and values."""
-    return [f"{name}: {value}" for name, value in fields]
 
 
 def framed(data: bytes) -> bytes:
@@ -2722,20 +2708,13 @@ RequestPhase = enum.StrEnum("RequestPhase", "JUDGED FETCHED BEGUN DESERTED SETTL
 C, U, R = ClientPhase, UpstreamPhase, RequestPhase
 
 
-class Steps(dict[Any, Any]):
-    """The phases that may follow on one, each under itself; any other is a mistake in this file."""
-
-    def __missing__(self, phase: object) -> NoReturn:
-        raise AssertionError(f"an impossible step: {phase}")
+def steps(*phases: enum.StrEnum) -> dict[Any, Any]:
+    """The phases that may follow on one, each under itself."""
+    return dict(zip(phases, phases))
 
 
-def steps(*phases: enum.StrEnum) -> Steps:
-    """The phases that may follow on one."""
-    return Steps(zip(phases, phases))
-
-
-# What may follow what: ``phase = FOLLOWS[phase][next]`` is how one goes on.
-FOLLOWS: dict[str, Steps] = {
+# ``phase = FOLLOWS[phase][next]`` is how one goes on; a KeyError is a mistake in this file.
+FOLLOWS: dict[str, dict[Any, Any]] = {
     # A client's connection
     C.WAITING: steps(C.READING, C.LINGERING, C.GONE),  # for a request's head
     C.READING: steps(C.ANSWERING, C.DROPPING, C.LINGERING, C.GONE),  # whose answer is not over
@@ -2766,8 +2745,6 @@ POOL_IDLE_TIMEOUT = 55.0  # seconds; load balancers commonly drop idle connectio
 ADDRESS_TTL = 30.0  # seconds for which an address that was reached is not resolved anew
 REACH_AGAIN_TIMEOUT = 3.0  # seconds for it to answer, before it is
 SWEEP_INTERVAL = 1.0  # seconds between looks for silent requests and idle connections
-REPEATABLE = ("GET", "HEAD")  # sent again where a kept-alive connection had closed
-NO_FIELDS: Mapping[str, str] = {}
 NO_ANSWER = 599  # Tornado's status where there is none
 
 
@@ -2804,15 +2781,13 @@ def connect_failure(error: BaseException, timeout: float) -> UpstreamError:
 
 
 class UpstreamRequest(HTTPRequest):
-    """What `UpstreamClient.fetch` takes: a request whose ``head`` goes up as it is, and its body,
-    whole as ``data`` or in parts by ``body_producer``, which is called with `write` and returns a
-    future that is done when the body has ended.
+    """What `UpstreamClient.fetch` takes: ``head`` goes up as it is, then ``data``, or the body that
+    ``body_producer``, called with `write`, sends until the future that it returns is done.
 
     ``header_callback`` gets each `ResponseHead`, 1xx ones too; then ``length`` is the body's
-    (bytes, CHUNKED or UNTIL_CLOSE). ``streaming_callback`` gets the part of the body that one read
-    brought, empty right after the head, with ``complete`` true at the last; the upstream is not
-    read on before what it returns is done. ``error_callback`` gets what went wrong, at once and not
-    a turn of the loop later."""
+    (bytes, CHUNKED or UNTIL_CLOSE). ``streaming_callback`` gets what one read brought of the body,
+    empty right after the head, with ``complete`` true at the last; no more is read before what it
+    returns is done. ``error_callback`` gets what went wrong, at once."""
 
     body_producer: Callable[..., asyncio.Future[Any]] | None
     client: UpstreamClient
@@ -2842,7 +2817,7 @@ class UpstreamRequest(HTTPRequest):
         self.on_head, self.on_chunk = header_callback, streaming_callback
         self.on_error = error_callback
         self.sent = body_producer is None  # all of the body is here
-        self.repeatable = method in REPEATABLE and self.sent and not data
+        self.repeatable = method in ("GET", "HEAD") and self.sent and not data
 
     def write(self, data: bytes) -> asyncio.Future[None]:
         """Send a part of the body; the future is done when the upstream takes more."""
@@ -2860,15 +2835,12 @@ class UpstreamRequest(HTTPRequest):
         if room is not None and not room.done():
             room.set_result(None)
 
-    def body_ended(self, ended: asyncio.Future[None]) -> None:
+    def body_ended(self, _: object) -> None:
         """What `body_producer` returned is done."""
-        if not ended.cancelled() and (error := ended.exception()) is not None:
-            self.end(cast(Exception, error))
         self.sent = True
 
     def end(self, error: Exception | None) -> None:
-        """It is over, or given up: let go of all that this holds, and of the connection, unless the
-        answer was whole."""
+        """It is over, or given up: let go of all, and of a connection whose answer is not whole."""
         fetched, self.fetched = self.fetched, None
         if fetched is None:
             return
@@ -2954,9 +2926,8 @@ class UpstreamConnection(asyncio.Protocol):
                 self._receive(request, b"")
 
     def connection_lost(self, error: Exception | None) -> None:
-        """The connection broke, or what it brought is not valid. A kept-alive one may have been
-        closed while the request was on its way: then a GET or HEAD is sent again over a new one
-        (RFC 9110 section 9.2.2), a POST never."""
+        """It broke, or what it brought is not valid. A kept-alive one may have been closed as the
+        request went up: a GET or HEAD is sent again then (RFC 9110 section 9.2.2), a POST never."""
         request = self.request
         if request is not None and request.held_back and request.sent:
             # Over TLS the end is told with the last bytes: the caller takes first what is here.
@@ -3013,21 +2984,19 @@ class UpstreamConnection(asyncio.Protocol):
         except Exception as error:  # noqa: BLE001 - the caller's own code
             request.end(error)
             return
-        if taken is not None and not taken.done():
-            request.held_back = True
-            taken.add_done_callback(functools.partial(self._go_on, request))
-        elif complete:
+        waits = taken is not None and not taken.done()
+        if complete and not waits:
             request.end(None)
-        elif rest or len(data) >= READ_A_TURN:  # there is more than one turn of the loop may take
+        elif waits or rest or len(data) >= READ_A_TURN:  # a turn of the loop may take no more
             request.held_back = True
-            self.client.loop.call_soon(self._go_on, request)
-        if request.held_back and request is self.request:
-            self._buffer = rest
-            self.transport.pause_reading()
+            (taken or self.client.done).add_done_callback(functools.partial(self._go_on, request))
+            if request is self.request:
+                self._buffer = rest
+                self.transport.pause_reading()
 
-    def _go_on(self, request: UpstreamRequest, taken: asyncio.Future[Any] | None = None) -> None:
+    def _go_on(self, request: UpstreamRequest, taken: asyncio.Future[Any]) -> None:
         """What held the answer back is done: read on, first in what is here already."""
-        error = None if taken is None or taken.cancelled() else taken.exception()
+        error = None if taken.cancelled() else taken.exception()
         if error is not None or request.complete:
             request.end(cast("Exception | None", error))
         if request is not self.request:
@@ -3054,10 +3023,9 @@ class UpstreamConnection(asyncio.Protocol):
             if head.status >= 200:
                 break
             self._informational += 1
-            if head.status == 101 or self._informational > MAX_INFORMATIONAL:
-                raise ProtocolError("an informational response was not asked for")
-            if head.length is not None:
-                raise ProtocolError("an informational response has no body")
+            many = self._informational > MAX_INFORMATIONAL
+            if many or head.status == 101 or head.length is not None:
+                raise ProtocolError(400, "a 1xx response was not asked for, or has a body")
             request.on_head(head)
         self.phase = FOLLOWS[self.phase][UpstreamPhase.ANSWERED]
         length = UNTIL_CLOSE if head.length is None else head.length
@@ -3093,8 +3061,8 @@ class UpstreamClient(SimpleAsyncHTTPClient):
 
     @functools.cached_property
     def ssl_context(self) -> ssl.SSLContext | None:
-        """None over plain HTTP. It verifies always; SSL_CERT_FILE and SSL_CERT_DIR name other
-        certificates to trust, as OpenSSL reads them, which takes a while."""
+        """None over plain HTTP. It verifies always, by SSL_CERT_FILE and SSL_CERT_DIR where OpenSSL
+        finds them. Making it takes a while."""
         if self.origin.scheme == "http":
             return None
         context = ssl.create_default_context()
@@ -3128,10 +3096,10 @@ class UpstreamClient(SimpleAsyncHTTPClient):
         return fetched
 
     async def get(
-        self, path: str, timeout: float, fields: Mapping[str, str] = NO_FIELDS, **options: Any
+        self, path: str, timeout: float, fields: Mapping[str, str] = {}, **options: Any
     ) -> HTTPResponse:
-        """GET a path with the real key and further header fields, by Tornado's own client, within
-        so many seconds. Raises UpstreamError where no whole answer comes."""
+        """GET a path with the real key, by Tornado's own client, within so many seconds. Raises
+        UpstreamError where no whole answer comes."""
         settings, limit = self.settings, self.settings.connect_timeout
         headers = {"anthropic-version": ANTHROPIC_VERSION, "Accept-Encoding": "identity", **fields}
         if settings.real_credential:
@@ -3321,7 +3289,8 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
     def write_headers(self, start_line: Any, headers: Any, chunk: bytes | None = None) -> Room:
         """Begin an answer of Tornado's handlers, who send whole bodies with a Content-Length."""
         start = f"HTTP/1.1 {start_line.code} {start_line.reason}"
-        lines = field_lines((*headers.get_all(), ("x-litellm-call-id", self.call_id)))
+        lines = [f"{name}: {value}" for name, value in headers.get_all()]
+        lines.append(f"x-litellm-call-id: {self.call_id}")
         return self.write_head(start, lines, 0, chunk or b"")
 
     def write_head(self, start: str, lines: list[str], length: int, data: bytes) -> Room:
