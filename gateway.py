@@ -2430,7 +2430,6 @@ def check_budget(
 
 MAX_HEAD_SIZE = 64 * KIB  # Tornado's default max_header_size
 MAX_FIELDS = 200  # of a head; Apache's limit is 100, Node's 2,000
-MAX_METHOD = 32  # characters; the longest that is registered has 16 (RFC 4437)
 MAX_EMPTY_LINES = 4  # before a request; RFC 9112 section 2.2 speaks of one
 CHUNKS_A_TURN = 1000  # of a body that are read before the loop may do something else …
 READ_A_TURN = 256_000  # … and bytes of an answer: uvloop would read so many, 32 times over
@@ -2442,10 +2441,11 @@ LAST_CHUNK = b"0\r\n\r\n"
 CHUNKED_LINE = "Transfer-Encoding: chunked"
 
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 section 5.6.2
+METHOD = TOKEN[:-1] + "{1,32}"  # the longest that is registered has 16 characters (RFC 4437)
 FIELD_VALUE = r"[\t\x20-\x7e\x80-\xff]*"  # RFC 9110 section 5.5: no CR, LF, NUL or other control
 ABSOLUTE_TARGET = re.compile(r"https?://([^/?#]*)(.*)", re.IGNORECASE)
-REQUEST_LINE = re.compile(rf"({TOKEN}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])")
-STATUS_LINE = re.compile(rf"HTTP/1\.([01]) ([1-9][0-9]{{2}})(?: ({FIELD_VALUE}))?")
+REQUEST_LINE = re.compile(rf"({METHOD}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.(?P<version>[01])")
+STATUS_LINE = re.compile(rf"HTTP/1\.(?P<version>[01]) ([1-9][0-9]{{2}})(?: ({FIELD_VALUE}))?")
 FIELD_LINE = re.compile(rf"{TOKEN}:{FIELD_VALUE}")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 CHUNK_START = re.compile(rb"([0-9A-Fa-f]{1,16})\r\n")
@@ -2454,8 +2454,7 @@ BARE_LF = re.compile(rb"(?<!\r)\n")
 # RFC 9110 section 7.6.1, and Proxy-Connection, which old clients send.
 HOP_BY_HOP = {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te"}
 HOP_BY_HOP |= {"proxy-connection", "trailer", "transfer-encoding", "upgrade"}
-# Request fields that stay here, beside the hop-by-hop ones. Some servers take the last three for
-# the method, which the rules have looked at already.
+# These stay here too; some servers take the last three for the method, which rules have looked at.
 DROPPED_REQUEST_FIELDS = HOP_BY_HOP | {"host", "content-length", "expect", "cookie", "forwarded"}
 DROPPED_REQUEST_FIELDS |= {"authorization", "x-api-key"}
 DROPPED_REQUEST_FIELDS |= {"x-http-method", "x-http-method-override", "x-method-override"}
@@ -2467,11 +2466,10 @@ class ProtocolError(APIError):
 
 
 class Field(NamedTuple):
-    """A header field: its name in lower case, its one value, the name and the line as they came;
-    and whether it goes on, up and down, where ``Connection`` does not name it."""
+    """A header field, and whether it goes on, up and down, unless ``Connection`` names it."""
 
-    lower: str
-    values: tuple[str, ...]
+    lower: str  # its name in lower case; below it as it came
+    values: tuple[str, ...]  # its one value
     name: str
     line: str
     goes_up: bool
@@ -2485,9 +2483,8 @@ HeadParts = tuple[int, list[Field], dict[str, tuple[str, ...]], frozenset[str], 
 
 @dataclass(slots=True)
 class Head:
-    """A message's header fields: ``fields`` as they came, in their order; ``values`` by lower-case
-    name. ``version`` is the minor version of HTTP/1, ``options`` are what ``Connection`` lists, in
-    lower case; ``length`` is the body's: bytes, CHUNKED, or None where it is not said."""
+    """A message's head; ``version`` is HTTP/1's minor one, ``values`` are by lower-case name, the
+    ``options`` of ``Connection`` in lower case; the ``length`` is in bytes, CHUNKED or not said."""
 
     version: int
     fields: list[Field]
@@ -2527,19 +2524,25 @@ class ResponseHead(Head):
     reason: str
 
 
-def parse_fields(block: str, version: int) -> HeadParts:
-    """Read header field lines, with CRLF between them: the members of a `Head`. Raises
-    ProtocolError, also for lengths in which RFC 9112 section 6 is lenient: both, or two of a kind,
-    since two readers could understand them differently."""
+def parse_head(data: bytes, start: re.Pattern[str]) -> tuple[re.Match[str], HeadParts]:
+    """Read what stands before the empty line of a message: its start line, and the members of a
+    `Head`. Raises ProtocolError, also where RFC 9112 section 6 is lenient: two lengths, say, could
+    be understood differently by two readers."""
+    line, _, block = data.decode("latin-1").partition("\r\n")
+    match = start.fullmatch(line)
+    if not match:
+        raise ProtocolError(400, "the start line is malformed")
+    version = int(match["version"])
     lines = block.split("\r\n") if block else []
     if len(lines) > MAX_FIELDS:
         raise ProtocolError(431, f"the head has more than {MAX_FIELDS:,} fields")
     fields = list(map(read_field if len(block) <= KEPT_HEAD else parse_field, lines))
     values = dict(map(NAME_AND_VALUES, fields))
-    if len(values) < len(fields):  # some are repeated
-        values = {}
+    if len(values) < len(fields):
+        repeated: dict[str, list[str]] = {}
         for each in fields:
-            values[each.lower] = values.get(each.lower, ()) + each.values
+            repeated.setdefault(each.lower, []).extend(each.values)
+        values = {name: tuple(every) for name, every in repeated.items()}
     options, keeps_alive, length = NO_OPTIONS, version == 1, None
     if "connection" in values:
         options = frozenset(map(str.strip, ",".join(values["connection"]).lower().split(",")))
@@ -2555,7 +2558,7 @@ def parse_fields(block: str, version: int) -> HeadParts:
         if len(lengths) != 1 or not LENGTH.fullmatch(lengths[0]):
             raise ProtocolError(400, "Content-Length is malformed or stands twice")
         length = int(lengths[0])
-    return version, fields, values, options, keeps_alive, length
+    return match, (version, fields, values, options, keeps_alive, length)
 
 
 def parse_field(line: str) -> Field:
@@ -2574,14 +2577,9 @@ read_field = functools.lru_cache(maxsize=512)(parse_field)
 
 def parse_request_head(data: bytes) -> RequestHead:
     """Read what stands before the empty line of a request. Raises ProtocolError."""
-    line, _, block = data.decode("latin-1").partition("\r\n")
-    match = REQUEST_LINE.fullmatch(line)
-    if not match or match.end(1) > MAX_METHOD:
-        raise ProtocolError(400, "the request line is malformed")
-    method, target, version = match.groups()
-    parts = parse_fields(block, int(version))
-    hosts = parts[2].get("host", ())
-    if len(hosts) > 1 or (not hosts and version == "1"):
+    match, parts = parse_head(data, REQUEST_LINE)
+    method, target, hosts = match[1], match[2], parts[2].get("host", ())
+    if len(hosts) > 1 or (not hosts and parts[0] == 1):
         raise ProtocolError(400, "a request has exactly one Host field")  # RFC 9112 section 3.2
     host = hosts[0] if hosts else ""
     if not target.startswith("/") and (absolute := ABSOLUTE_TARGET.fullmatch(target)):
@@ -2592,17 +2590,12 @@ def parse_request_head(data: bytes) -> RequestHead:
 
 def parse_response_head(data: bytes) -> ResponseHead:
     """Read what stands before the empty line of a response. Raises ProtocolError."""
-    line, _, block = data.decode("latin-1").partition("\r\n")
-    match = STATUS_LINE.fullmatch(line)
-    if not match:
-        raise ProtocolError(400, "the status line is malformed")
-    parts = parse_fields(block, int(match[1]))
+    match, parts = parse_head(data, STATUS_LINE)
     return ResponseHead(*parts, int(match[2]), match[3] or "")
 
 
 def end_of_head(data: bytes, seen: int) -> int:
-    """Where the empty line behind a message's head stands, of which so many bytes were ``seen``
-    before; -1 while it is not whole. Raises ProtocolError."""
+    """Where a head of which ``seen`` bytes are known ends; -1: not yet. Raises ProtocolError."""
     start = max(0, seen - 3)
     end = data.find(b"\r\n\r\n", start)
     if 0 <= end <= MAX_HEAD_SIZE:
@@ -2614,20 +2607,17 @@ def end_of_head(data: bytes, seen: int) -> int:
     return -1
 
 
-# What the next line of a chunked body is: a chunk's size, the end behind its data, or a trailer.
-ChunkLine = enum.Enum("ChunkLine", "SIZE END TRAILER")
+ChunkLine = enum.Enum("ChunkLine", "SIZE END TRAILER")  # END stands behind a chunk's data
 
 
 class Body:
-    """Takes a message body out of the bytes of a connection (RFC 9112 sections 6 and 7.1), whose
-    ``length`` is a number of bytes, CHUNKED or UNTIL_CLOSE. Chunk extensions and trailers are read
-    and dropped, as section 7.1.1 asks of a recipient that does not know them."""
+    """Takes a body of ``length`` (bytes, CHUNKED, UNTIL_CLOSE) out of a connection's bytes, by RFC
+    9112 sections 6 and 7.1; chunk extensions and trailers are dropped, as section 7.1.1 asks."""
 
     __slots__ = ("_left", "_next", "_partial", "_trailers", "complete", "length")
 
     def __init__(self, length: int) -> None:
-        self.length = length
-        self.complete = length == 0
+        self.length, self.complete = length, length == 0
         self._left = max(length, 0)  # of the body, or of a chunk
         self._next, self._partial, self._trailers = ChunkLine.SIZE, b"", 0
 
@@ -2863,7 +2853,6 @@ class UpstreamRequest(HTTPRequest):
 class UpstreamConnection(asyncio.Protocol):
     """A connection to the upstream, kept alive; it carries one `UpstreamRequest` at a time."""
 
-    transport: asyncio.Transport
     phase = UpstreamPhase.IDLE
     request: UpstreamRequest | None = None
     _body: Body | None = None
@@ -3011,8 +3000,7 @@ class UpstreamConnection(asyncio.Protocol):
             self.transport.resume_reading()
 
     def _read_head(self, request: UpstreamRequest, data: bytes) -> bytes:
-        """Read the head, and 1xx ones before it; what stands behind is returned. While it is not
-        whole there is no body."""
+        """Read 1xx heads and the real one, with which the body begins; return what is behind it."""
         while True:
             data, seen = self._buffer + data, len(self._buffer)
             end = end_of_head(data, seen)
@@ -3038,10 +3026,9 @@ class UpstreamConnection(asyncio.Protocol):
 
 
 class UpstreamClient(SimpleAsyncHTTPClient):
-    """Tornado's `AsyncHTTPClient`, for the upstream of these settings, whose `fetch` also takes an
-    `UpstreamRequest`: that is sent as it is over kept-alive connections, as many at once as are
-    asked for, and fails with an `UpstreamError`. ``opened`` counts connections, ``reused`` requests
-    that went over a kept one; ``idle`` are those kept, with the moment (seconds) since when."""
+    """Tornado's `AsyncHTTPClient`, whose `fetch` also takes an `UpstreamRequest`: any number at
+    once, over kept-alive connections, else they fail with an `UpstreamError`. ``opened`` counts
+    those, ``reused`` requests that found one in ``idle``, which tells since when (seconds)."""
 
     def initialize(self, settings: Settings) -> None:  # type: ignore[override]
         """Called by Tornado's constructor, with its keyword arguments."""
@@ -3069,20 +3056,17 @@ class UpstreamClient(SimpleAsyncHTTPClient):
         context.set_alpn_protocols(["http/1.1"])
         return context
 
-    def fetch(
-        self, request: str | HTTPRequest, raise_error: bool = True, **kwargs: Any
-    ) -> asyncio.Future[HTTPResponse]:
+    def fetch(self, request: Any, *more: Any, **options: Any) -> asyncio.Future[HTTPResponse]:
         """Send a request, over the connection that was used last or else a new one. What comes of
         an `UpstreamRequest` goes to its callbacks; its future only says that it is over."""
         if not isinstance(request, UpstreamRequest):
-            return super().fetch(request, raise_error, **kwargs)
+            return super().fetch(request, *more, **options)
         request.client = self
         request.fetched = fetched = self.loop.create_future()
         self.requests.add(request)
         while self.idle:
             connection, _ = self.idle.popitem()
-            # The kernel is asked whether anything is to be read from it, be it its end, since the
-            # loop may not have come to a close that has already arrived.
+            # The kernel knows of what the loop has not come to yet, be it the connection's end.
             if not connection.transport.is_closing() and not connection.readable.poll(0):
                 self.reused += 1
                 connection.ask(request)
@@ -3135,9 +3119,8 @@ class UpstreamClient(SimpleAsyncHTTPClient):
             request.end(connect_failure(error, timeout))
 
     async def reach(self) -> UpstreamConnection:
-        """Open a connection to the address that was reached lately, or to the one of both families
-        that Tornado's TCPClient reaches first; but not over its IOStream, since asyncio's transport
-        costs less for each read and write."""
+        """Open a connection to the address that was reached lately, or to what Tornado's TCPClient
+        reaches first of both families; not over its IOStream: asyncio's transport costs less."""
         address, until = self._reached
         if self.time() < until:
             try:
@@ -3170,15 +3153,13 @@ class UpstreamClient(SimpleAsyncHTTPClient):
         return (await self.loop.create_connection(connect, **where))[1]
 
     def _sweep(self) -> None:
-        """Close what was idle for long, and give up requests of which nothing has moved: but a
-        caller who is slow to send is not the upstream's silence."""
+        """Close what was long idle; give up what stands still, but not callers slow to send."""
         moment, limit = self.time(), self.settings.idle_timeout
         for request in list(self.requests):
-            if request.connection is None or moment - request.touched < limit:
-                continue
-            if request.held_back:
+            silent = request.connection is not None and moment - request.touched >= limit
+            if silent and request.held_back:
                 request.end(UpstreamError("The client stopped reading the response.", 504))
-            elif request.sent or request.room is not None:
+            elif silent and (request.sent or request.room is not None):
                 request.end(UpstreamError(f"The upstream was silent for {limit:g} seconds.", 504))
         for connection, since in list(self.idle.items()):
             if moment - since > POOL_IDLE_TIMEOUT:
@@ -3205,10 +3186,9 @@ def new_call_id() -> str:
 
 
 class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
-    """A client's connection: reads requests one after the other, hands each to its delegate, and
-    takes the answer, which it frames. Where the delegate's methods return a future, no more is read
-    until it is done. ``head``, ``length`` (bytes or CHUNKED) and ``call_id`` are of the present
-    request, ``unread`` is what came behind it; ``site`` is who is at the other end."""
+    """A client's connection: hands one request after the other to a delegate, reads on when what
+    that returns is done, frames the answer. ``head``, ``length`` (bytes or CHUNKED) and ``call_id``
+    are the present request's, ``unread`` came behind it; ``site`` is who is at the other end."""
 
     head = NO_REQUEST
     length = 0
@@ -3301,8 +3281,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             lines.append(CHUNKED_LINE)
         # RFC 9112 section 9.3; an answer whose end does not show ends with the connection.
         endless = length < 0 and not self._chunked
-        if endless or not self.head.keeps_alive or self.server.gateway.stopping:
-            self._close_after = True
+        self._close_after |= endless or not self.head.keeps_alive or self.server.gateway.stopping
         if self._close_after:
             lines.append("Connection: close")
         elif self.head.version == 0:
@@ -3362,9 +3341,8 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         self._linger()
 
     def check_patience(self, moment: float, client_timeout: float, idle_timeout: float) -> None:
-        """Called now and then: end what has taken too long. A head must be whole ``client_timeout``
-        seconds after its first byte; a body may not stand still for so long, nor come at less than
-        MIN_BODY_RATE, but for the time in which it is not read."""
+        """End what takes too long: a head must be whole ``client_timeout`` seconds after its first
+        byte; a body that is read may not stand still for so long, nor be below MIN_BODY_RATE."""
         waited, limit, comes = moment - self._since, client_timeout, self._seen > 0
         if self.phase in READ_BODIES:
             waited, comes = waited - self._taken / MIN_BODY_RATE, True
@@ -3379,8 +3357,8 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             limit = idle_timeout
         if waited > limit and comes:  # RFC 9110 section 15.5.9
             text = f"The request came too slowly: its head must be here in {client_timeout:g} s,"
-            text += " its body may not stand still for so long, nor come at less than"
-            self.refuse(APIError(408, f"{text} {MIN_BODY_RATE} bytes a second. Send it again."))
+            text += f" its body without such a pause, at {MIN_BODY_RATE} bytes a second or more."
+            self.refuse(APIError(408, f"{text} Send it again."))
         elif waited > limit:
             self.transport.abort()  # a close would wait for a client that does not read
 
@@ -3460,8 +3438,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         self.data_received(b"")
 
     def _update_reading(self) -> None:
-        """Read from the socket unless the delegate waits, or enough is here already; but notice
-        then if the client leaves."""
+        """Read unless the delegate waits or enough is here; but notice if the client leaves."""
         waits = self._waits_for is not None and not self._waits_for.done()
         pause = waits or len(self.unread) > PIPELINE_LIMIT
         if pause == self._reading_paused or self.phase is ClientPhase.GONE:
@@ -3565,15 +3542,13 @@ class Server:
                 self.leave(connection)
 
     def watch(self, connection: ServerConnection) -> None:
-        """Abort a connection that is not read once the peer has closed or reset it, which asyncio
-        sees only by reading. The kernel tells it (EPOLLRDHUP; nginx does the same) by an epoll that
-        the loop reads; where there is none, it is noticed when the connection is read again."""
+        """Abort a connection that is not read once the peer has closed or reset it, of which the
+        kernel tells (EPOLLRDHUP, as in nginx) an epoll that the loop reads; where there is one."""
         self._watched[connection.descriptor] = connection
         if self._epoll is not None:
             self._epoll.register(connection.descriptor, select.EPOLLRDHUP | select.EPOLLONESHOT)
 
     def forget(self, connection: ServerConnection) -> None:
-        """Watch it no longer."""
         del self._watched[connection.descriptor]
         if self._epoll is not None:
             with contextlib.suppress(OSError):  # closing a socket takes it out of an epoll
@@ -3635,43 +3610,32 @@ GZIP_CODINGS = ("gzip", "x-gzip")
 
 
 class Inflater:
-    """Decompresses gzip (of any number of members), zlib and raw deflate bit by bit. What is
-    ``held`` came, but is too short to tell what it is."""
+    """Decompresses gzip, zlib and raw deflate bit by bit; at their end ``decoder`` is None."""
 
     def __init__(self, coding: str) -> None:
         self._coding = coding
-        self._decoder: Any = None
-        self.held = b""
+        self.decoder: Any = None
 
     def slices(self, data: bytes) -> Iterator[bytes]:
-        """What these bytes hold, INFLATE_SLICE at a time; what is not taken is lost. Raises
-        zlib.error for anything else, and from then on."""
-        data, self.held, full = self.held + data, b"", False
+        """What these bytes hold, INFLATE_SLICE at a time, all to be taken. Raises zlib.error."""
+        full = False
         while data or full:  # then more may be waiting inside
-            if self._decoder is None:
-                if self._coding in GZIP_CODINGS:
-                    data = data.lstrip(b"\0")  # members may be padded (gzip's own manual)
-                elif self._coding != "deflate":
-                    raise zlib.error(f"unknown coding {self._coding}")
-                if len(data) < 2:
-                    self.held = data
-                    return
+            if self.decoder is None:
                 bits = zlib.MAX_WBITS | 16
                 if self._coding == "deflate":  # with zlib's header or without (RFC 9110, 8.4.1.2)
-                    zlibs = data[0] & 0x0F == zlib.DEFLATED and (data[0] * 256 + data[1]) % 31 == 0
+                    zlibs = data[0] & 0x0F == zlib.DEFLATED  # a raw block pads with zeros
                     bits = zlib.MAX_WBITS if zlibs else -zlib.MAX_WBITS  # RFC 1950, 2.2
-                self._decoder = zlib.decompressobj(bits)
-            plain = self._decoder.decompress(data, INFLATE_SLICE)
-            data, full = self._decoder.unconsumed_tail, len(plain) == INFLATE_SLICE
+                elif self._coding not in GZIP_CODINGS:
+                    raise zlib.error(f"unknown coding {self._coding}")
+                elif not (data := data.lstrip(b"\0")):  # members may be padded (gzip's own manual)
+                    return
+                self.decoder = zlib.decompressobj(bits)
+            plain = self.decoder.decompress(data, INFLATE_SLICE)
+            data, full = self.decoder.unconsumed_tail, len(plain) == INFLATE_SLICE
             if plain:
                 yield plain
-            if self._decoder.eof:
-                data, full, self._decoder = self._decoder.unused_data, False, None
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether what came so far has ended."""
-        return self._decoder is None and not self.held
+            if self.decoder.eof:
+                data, full, self.decoder = self.decoder.unused_data, False, None
 
 
 class ResponseFilter:
@@ -3694,8 +3658,7 @@ class ResponseFilter:
         return body
 
 
-# A list of a thousand batches has one, one of a hundred agents with long prompts ten.
-REWRITE_LIMIT = 16 * MIB
+REWRITE_LIMIT = 16 * MIB  # a list of a thousand batches takes one, of a hundred agents ten
 
 
 def through(filters: Iterable[ResponseFilter], data: bytes, complete: bool) -> bytes:
@@ -3710,11 +3673,10 @@ def through(filters: Iterable[ResponseFilter], data: bytes, complete: bool) -> b
 
 class Meter(ResponseFilter):
     """Reads usage out of a response as it passes: SSE, a JSON message, or batch results (JSONL).
-    ``measured`` is the same however the body is split; it is final after `finish`. Holds at most
-    MAX_LINE bytes of a line or a message, and beyond UNASKED_LINE what ``room`` lets it, which is
-    asked for so many bytes, and told (below 0) of those no longer held. ``on_result`` is called
-    with each line of batch results, counted from 1; ``learn`` with what a line or a message says in
-    which something new may be named."""
+    ``measured`` is the same however the body is split, and final after `finish`. Of a line or a
+    message MAX_LINE bytes are held at most; beyond UNASKED_LINE ``room`` is asked for so many, and
+    told (below 0) of those let go. ``on_result`` gets each line of batch results, counted from 1;
+    ``learn`` what a line or a message says that may name something new."""
 
     learn: Callable[[object], None] | None = None
 
@@ -3725,7 +3687,7 @@ class Meter(ResponseFilter):
         room: Callable[[int], bool] = lambda size: True,
     ) -> None:
         self.measured = Measured()
-        self._on_result, self._room, self._lines = on_result, room, 0
+        self._on_result, self._room, self._numbers = on_result, room, itertools.count(1)
         self._whole = on_result is None and not content_type.lower().startswith(EVENT_STREAM)
         self._held = bytearray()  # of a line that has not ended, or of the message
         self._passed_over = 0  # bytes of one that is too long, of which nothing is held
@@ -3827,8 +3789,7 @@ class Meter(ResponseFilter):
         if self._on_result is None:
             self.measured.seen += size
         elif not self.measured.blind:
-            self._lines += 1
-            self._on_result(self._lines, Measured(seen=size))
+            self._on_result(next(self._numbers), Measured(seen=size))
 
     def _read_results(self, lines: bytes, on_result: Callable[[int, Measured], None]) -> None:
         for line in filter(bytes.strip, lines.splitlines()):
@@ -3838,19 +3799,16 @@ class Meter(ResponseFilter):
                 self.measured.blind = True
                 return
             message = result.get("message") if isinstance(result, dict) else None
-            self._lines += 1
-            on_result(self._lines, measured_message(message, 0))
+            on_result(next(self._numbers), measured_message(message, 0))
 
 
-# A shorter "key" (for a test server, say) is an ordinary word, which responses may well hold.
-MIN_SECRET_LENGTH = 16
+MIN_SECRET_LENGTH = 16  # a shorter "key", of a test server, is a word that responses may hold
 
 
 @dataclass(eq=False)
 class Mask(ResponseFilter):
-    """Masks a secret, given as text and as bytes, with asterisks, so that lengths stay right: an
-    upstream that echoes what it was sent must not carry the real key to a client. Bytes are held
-    back only where a read ends inside what may become the secret."""
+    """Masks a secret (text and bytes) with as many asterisks: an upstream that echoes what it was
+    sent must not carry the real key to a client. Bytes wait where they may begin the secret."""
 
     text: str
     secret: bytes
@@ -3923,8 +3881,7 @@ class Inside:
             return through([mask], data, complete)
         mask.look(data)  # names and comments of gzip are not compressed
         # They wait for the next ones while they may hold a beginning of the real key.
-        begun = mask.begun_in(self._looked_at) or mask.begun_in(data) or self._inflater.held
-        if not begun or complete:
+        if complete or not (mask.begun_in(self._looked_at) or mask.begun_in(data)):
             return data
         if len(data) > MAX_WITHHELD:
             raise UpstreamError("The upstream's answer looks like the gateway's own credential.")
@@ -3950,7 +3907,7 @@ def decompress(coding: str, data: bytes, limit: int) -> bytes:
         plain += part
         if len(plain) > limit:
             raise ValueError("too large")
-    if not inflater.is_whole:
+    if inflater.decoder is not None:
         raise ValueError("cut short")
     return bytes(plain)
 
