@@ -78,7 +78,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, ClassVar, Generic, NamedTuple, NoReturn, Protocol, TypedDict, TypeVar, cast
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypedDict, TypeVar, cast
 
 import tornado
 from tornado import httputil, netutil, web
@@ -2349,13 +2349,11 @@ def check_budget(
 
 # ─── Wire ─────────────────────────────────────────────────────────────────────────────────────────
 #
-# HTTP/1.1 stands here once, apart from I/O: requests that arrive and responses that come back are
-# read by the same strict grammar, so that nobody can make the two sides disagree about where a
-# message ends (RFC 9112 section 11.2, request smuggling).
+# HTTP/1.1, once and apart from I/O: requests and responses are read by the same strict grammar, so
+# that nobody makes the two sides disagree where a message ends (RFC 9112 section 11.2, smuggling).
 
 MAX_HEAD_SIZE = 64 * KIB  # Tornado's default max_header_size
 MAX_FIELDS = 200  # of a head; Apache's limit is 100, Node's 2,000
-MAX_METHOD = 32  # characters; the longest that is registered has 16 (RFC 4437)
 MAX_EMPTY_LINES = 4  # before a request; RFC 9112 section 2.2 speaks of one
 CHUNKS_A_TURN = 1000  # of a body that are read before the loop may do something else …
 READ_A_TURN = 256_000  # … and bytes of an answer: uvloop would read so many, 32 times over
@@ -2367,10 +2365,11 @@ LAST_CHUNK = b"0\r\n\r\n"
 CHUNKED_LINE = "Transfer-Encoding: chunked"
 
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 section 5.6.2
+METHOD = TOKEN[:-1] + "{1,32}"  # the longest that is registered has 16 characters (RFC 4437)
 FIELD_VALUE = r"[\t\x20-\x7e\x80-\xff]*"  # RFC 9110 section 5.5: no CR, LF, NUL or other control
 ABSOLUTE_TARGET = re.compile(r"https?://([^/?#]*)(.*)", re.IGNORECASE)
-REQUEST_LINE = re.compile(rf"({TOKEN}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])")
-STATUS_LINE = re.compile(rf"HTTP/1\.([01]) ([1-9][0-9]{{2}})(?: ({FIELD_VALUE}))?")
+REQUEST_LINE = re.compile(rf"({METHOD}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.(?P<version>[01])")
+STATUS_LINE = re.compile(rf"HTTP/1\.(?P<version>[01]) ([1-9][0-9]{{2}})(?: ({FIELD_VALUE}))?")
 FIELD_LINE = re.compile(rf"{TOKEN}:{FIELD_VALUE}")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 CHUNK_START = re.compile(rb"([0-9A-Fa-f]{1,16})\r\n")
@@ -2379,29 +2378,22 @@ BARE_LF = re.compile(rb"(?<!\r)\n")
 # RFC 9110 section 7.6.1, and Proxy-Connection, which old clients send.
 HOP_BY_HOP = {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te"}
 HOP_BY_HOP |= {"proxy-connection", "trailer", "transfer-encoding", "upgrade"}
-# Request fields that stay here, beside the hop-by-hop ones. Some servers take the last three for
-# the method, which the rules have looked at already.
+# These stay here too; some servers take the last three for the method, which rules have looked at.
 DROPPED_REQUEST_FIELDS = HOP_BY_HOP | {"host", "content-length", "expect", "cookie", "forwarded"}
 DROPPED_REQUEST_FIELDS |= {"authorization", "x-api-key"}
 DROPPED_REQUEST_FIELDS |= {"x-http-method", "x-http-method-override", "x-method-override"}
 DROPPED_REQUEST_PREFIXES = ("x-litellm-", "x-forwarded-")
 
 
-class ProtocolError(Exception):
-    """Bytes that are not HTTP/1.1, or not so that both sides must read them alike; ``status`` is
-    what a client is answered."""
-
-    def __init__(self, message: str, status: int = 400) -> None:
-        super().__init__(message)
-        self.status = status
+class ProtocolError(APIError):
+    """Bytes that are not HTTP/1.1, or not so that both sides must read them alike."""
 
 
 class Field(NamedTuple):
-    """A header field: its name in lower case, its one value, the name and the line as they came;
-    and whether it goes on, up and down, where ``Connection`` does not name it."""
+    """A header field, and whether it goes on, up and down, unless ``Connection`` names it."""
 
-    lower: str
-    values: tuple[str, ...]
+    lower: str  # its name in lower case; below it as it came
+    values: tuple[str, ...]  # its one value
     name: str
     line: str
     goes_up: bool
@@ -2410,13 +2402,13 @@ class Field(NamedTuple):
 
 NAME_AND_VALUES = operator.itemgetter(0, 1)
 NO_OPTIONS: frozenset[str] = frozenset()
+HeadParts = tuple[int, list[Field], dict[str, tuple[str, ...]], frozenset[str], bool, int | None]
 
 
 @dataclass(slots=True)
 class Head:
-    """A message's header fields: ``fields`` as they came, in their order; ``values`` by lower-case
-    name. ``version`` is the minor version of HTTP/1, ``options`` are what ``Connection`` lists, in
-    lower case; ``length`` is the body's: bytes, CHUNKED, or None where it is not said."""
+    """A message's head; ``version`` is HTTP/1's minor one, ``values`` are by lower-case name, the
+    ``options`` of ``Connection`` in lower case; the ``length`` is in bytes, CHUNKED or not said."""
 
     version: int
     fields: list[Field]
@@ -2440,8 +2432,8 @@ class Head:
 
 @dataclass(slots=True)
 class RequestHead(Head):
-    """A request's head; ``target`` is the raw request target, from its path on; ``host`` is whom it
-    is for: the target's own authority, or the Host field's, empty where HTTP/1.0 has none."""
+    """``target`` is the raw request target, from its path on; ``host`` is whom it is for: the
+    target's own authority, or the Host field's, empty where HTTP/1.0 has none."""
 
     method: str
     target: str
@@ -2456,15 +2448,18 @@ class ResponseHead(Head):
     reason: str
 
 
-def parse_fields(
-    block: str, version: int
-) -> tuple[int, list[Field], dict[str, tuple[str, ...]], frozenset[str], bool, int | None]:
-    """Read header field lines, with CRLF between them: the members of a `Head`. Lengths go by RFC
-    9112 section 6, without its leniencies: both, two of a kind, or a coding other than chunked is
-    an error, since two readers could understand it differently. Raises ProtocolError."""
+def parse_head(data: bytes, start: re.Pattern[str]) -> tuple[re.Match[str], HeadParts]:
+    """Read what stands before the empty line of a message: its start line, and the members of a
+    `Head`. Raises ProtocolError, also where RFC 9112 section 6 is lenient: two lengths, say, could
+    be understood differently by two readers."""
+    line, _, block = data.decode("latin-1").partition("\r\n")
+    match = start.fullmatch(line)
+    if not match:
+        raise ProtocolError(400, "the start line is malformed")
+    version = int(match["version"])
     lines = block.split("\r\n") if block else []
     if len(lines) > MAX_FIELDS:
-        raise ProtocolError(f"the head has more than {MAX_FIELDS:,} fields", 431)
+        raise ProtocolError(431, f"the head has more than {MAX_FIELDS:,} fields")
     fields = list(map(read_field if len(block) <= KEPT_HEAD else parse_field, lines))
     values = dict(map(NAME_AND_VALUES, fields))
     if len(values) < len(fields):
@@ -2479,22 +2474,21 @@ def parse_fields(
     if "transfer-encoding" in values:
         codings, length = values["transfer-encoding"], CHUNKED
         if "content-length" in values or version == 0 or len(codings) != 1:
-            raise ProtocolError("Transfer-Encoding stands beside another length, or in HTTP/1.0")
+            raise ProtocolError(400, "Transfer-Encoding is beside another length, or in HTTP/1.0")
         if codings[0].lower() != "chunked":
-            raise ProtocolError("the only transfer coding understood is chunked", 501)
+            raise ProtocolError(501, "the only transfer coding understood is chunked")
     elif "content-length" in values:
         lengths = values["content-length"]
         if len(lengths) != 1 or not LENGTH.fullmatch(lengths[0]):
-            raise ProtocolError("Content-Length is malformed or stands twice")
+            raise ProtocolError(400, "Content-Length is malformed or stands twice")
         length = int(lengths[0])
-    return version, fields, values, options, keeps_alive, length
+    return match, (version, fields, values, options, keeps_alive, length)
 
 
 def parse_field(line: str) -> Field:
-    """Read a field line: no obsolete folding, no space before the colon, no lone CR or LF (RFC 9112
-    section 5). Raises ProtocolError."""
+    """Read a field line, by RFC 9112 section 5 but without folding. Raises ProtocolError."""
     if not FIELD_LINE.fullmatch(line):
-        raise ProtocolError("a header field is malformed")
+        raise ProtocolError(400, "a header field is malformed")
     name, _, value = line.partition(":")
     value, lower = value.strip(" \t"), name.lower()
     dropped = lower in DROPPED_REQUEST_FIELDS or lower.startswith(DROPPED_REQUEST_PREFIXES)
@@ -2507,15 +2501,10 @@ read_field = functools.lru_cache(maxsize=512)(parse_field)
 
 def parse_request_head(data: bytes) -> RequestHead:
     """Read what stands before the empty line of a request. Raises ProtocolError."""
-    line, _, block = data.decode("latin-1").partition("\r\n")
-    match = REQUEST_LINE.fullmatch(line)
-    if not match or match.end(1) > MAX_METHOD:
-        raise ProtocolError("the request line is malformed")
-    method, target, version = match.groups()
-    parts = parse_fields(block, int(version))
-    hosts = parts[2].get("host", ())
-    if len(hosts) > 1 or (not hosts and version == "1"):
-        raise ProtocolError("a request has exactly one Host field")  # RFC 9112 section 3.2
+    match, parts = parse_head(data, REQUEST_LINE)
+    method, target, hosts = match[1], match[2], parts[2].get("host", ())
+    if len(hosts) > 1 or (not hosts and parts[0] == 1):
+        raise ProtocolError(400, "a request has exactly one Host field")  # RFC 9112 section 3.2
     host = hosts[0] if hosts else ""
     if not target.startswith("/") and (absolute := ABSOLUTE_TARGET.fullmatch(target)):
         host, path = absolute[1].rpartition("@")[2], absolute[2]  # RFC 9112 section 3.2.2
@@ -2525,42 +2514,34 @@ def parse_request_head(data: bytes) -> RequestHead:
 
 def parse_response_head(data: bytes) -> ResponseHead:
     """Read what stands before the empty line of a response. Raises ProtocolError."""
-    line, _, block = data.decode("latin-1").partition("\r\n")
-    match = STATUS_LINE.fullmatch(line)
-    if not match:
-        raise ProtocolError("the status line is malformed")
-    parts = parse_fields(block, int(match[1]))
+    match, parts = parse_head(data, STATUS_LINE)
     return ResponseHead(*parts, int(match[2]), match[3] or "")
 
 
 def end_of_head(data: bytes, seen: int) -> int:
-    """Where the empty line behind a message's head stands, of which so many bytes were ``seen``
-    before; -1 while it is not whole. Raises ProtocolError."""
+    """Where a head of which ``seen`` bytes are known ends; -1: not yet. Raises ProtocolError."""
     start = max(0, seen - 3)
     end = data.find(b"\r\n\r\n", start)
     if 0 <= end <= MAX_HEAD_SIZE:
         return end
     if len(data) > MAX_HEAD_SIZE:
-        raise ProtocolError(f"the head is larger than {MAX_HEAD_SIZE:,} bytes", 431)
+        raise ProtocolError(431, f"the head is larger than {MAX_HEAD_SIZE:,} bytes")
     if BARE_LF.search(data, start):
-        raise ProtocolError("lines end with CR LF")
+        raise ProtocolError(400, "lines end with CR LF")
     return -1
 
 
-# What the next line of a chunked body is: a chunk's size, the end behind its data, or a trailer.
-ChunkLine = enum.Enum("ChunkLine", "SIZE END TRAILER")
+ChunkLine = enum.Enum("ChunkLine", "SIZE END TRAILER")  # END stands behind a chunk's data
 
 
 class Body:
-    """Takes a message body out of the bytes of a connection (RFC 9112 sections 6 and 7.1), whose
-    ``length`` is a number of bytes, CHUNKED or UNTIL_CLOSE. Chunk extensions and trailers are read
-    and dropped, as section 7.1.1 asks of a recipient that does not know them."""
+    """Takes a body of ``length`` (bytes, CHUNKED, UNTIL_CLOSE) out of a connection's bytes, by RFC
+    9112 sections 6 and 7.1; chunk extensions and trailers are dropped, as section 7.1.1 asks."""
 
     __slots__ = ("_left", "_next", "_partial", "_trailers", "complete", "length")
 
     def __init__(self, length: int) -> None:
-        self.length = length
-        self.complete = length == 0
+        self.length, self.complete = length, length == 0
         self._left = max(length, 0)  # of the body, or of a chunk
         self._next, self._partial, self._trailers = ChunkLine.SIZE, b"", 0
 
@@ -2601,23 +2582,23 @@ class Body:
             end = data.find(b"\r\n", at)
             if end < 0 or end - at > MAX_CHUNK_LINE:
                 if len(data) - at > MAX_CHUNK_LINE or BARE_LF.search(data, at):
-                    raise ProtocolError("a chunk's size line is malformed")
+                    raise ProtocolError(400, "a chunk's size line is malformed")
                 self._partial, at = data[at:], len(data)
                 break
             line, at = data[at:end], end + 2
             if self._next is ChunkLine.SIZE:
                 if not (match := CHUNK_SIZE.fullmatch(line)):
-                    raise ProtocolError("a chunk's size line is malformed")
+                    raise ProtocolError(400, "a chunk's size line is malformed")
                 self._left = int(match[1], 16)
                 self._next = ChunkLine.END if self._left else ChunkLine.TRAILER
             elif self._next is ChunkLine.END:
                 if line:
-                    raise ProtocolError("a chunk is longer than its size")
+                    raise ProtocolError(400, "a chunk is longer than its size")
                 self._next = ChunkLine.SIZE
             elif line:
                 self._trailers += len(line)
                 if self._trailers > MAX_TRAILERS:
-                    raise ProtocolError("the trailer section is too large")
+                    raise ProtocolError(400, "the trailer section is too large")
                 parse_field(line.decode("latin-1"))
             else:
                 self.complete = True
@@ -2628,11 +2609,6 @@ class Body:
 def head_bytes(start_line: str, lines: Iterable[str]) -> bytes:
     """A message head as it goes over the wire, of its start line and field lines."""
     return "\r\n".join([start_line, *lines, "\r\n"]).encode("latin-1")
-
-
-def field_lines(fields: Iterable[tuple[str, str]]) -> list[str]:
-    """Field lines of names and values."""
-    return [f"{name}: {value}" for name, value in fields]
 
 
 def framed(data: bytes) -> bytes:
@@ -2646,20 +2622,13 @@ RequestPhase = enum.StrEnum("RequestPhase", "JUDGED FETCHED BEGUN DESERTED SETTL
 C, U, R = ClientPhase, UpstreamPhase, RequestPhase
 
 
-class Steps(dict[Any, Any]):
-    """The phases that may follow on one, each under itself; any other is a mistake in this file."""
-
-    def __missing__(self, phase: object) -> NoReturn:
-        raise AssertionError(f"an impossible step: {phase}")
+def steps(*phases: enum.StrEnum) -> dict[Any, Any]:
+    """The phases that may follow on one, each under itself."""
+    return dict(zip(phases, phases))
 
 
-def steps(*phases: enum.StrEnum) -> Steps:
-    """The phases that may follow on one."""
-    return Steps(zip(phases, phases))
-
-
-# What may follow what: ``phase = FOLLOWS[phase][next]`` is how one goes on.
-FOLLOWS: dict[str, Steps] = {
+# ``phase = FOLLOWS[phase][next]`` is how one goes on; a KeyError is a mistake in this file.
+FOLLOWS: dict[str, dict[Any, Any]] = {
     # A client's connection
     C.WAITING: steps(C.READING, C.LINGERING, C.GONE),  # for a request's head
     C.READING: steps(C.ANSWERING, C.DROPPING, C.LINGERING, C.GONE),  # whose answer is not over
@@ -2690,8 +2659,6 @@ POOL_IDLE_TIMEOUT = 55.0  # seconds; load balancers commonly drop idle connectio
 ADDRESS_TTL = 30.0  # seconds for which an address that was reached is not resolved anew
 REACH_AGAIN_TIMEOUT = 3.0  # seconds for it to answer, before it is
 SWEEP_INTERVAL = 1.0  # seconds between looks for silent requests and idle connections
-REPEATABLE = ("GET", "HEAD")  # sent again where a kept-alive connection had closed
-NO_FIELDS: Mapping[str, str] = {}
 NO_ANSWER = 599  # Tornado's status where there is none
 
 
@@ -2728,15 +2695,13 @@ def connect_failure(error: BaseException, timeout: float) -> UpstreamError:
 
 
 class UpstreamRequest(HTTPRequest):
-    """What `UpstreamClient.fetch` takes: a request whose ``head`` goes up as it is, and its body,
-    whole as ``data`` or in parts by ``body_producer``, which is called with `write` and returns a
-    future that is done when the body has ended.
+    """What `UpstreamClient.fetch` takes: ``head`` goes up as it is, then ``data``, or the body that
+    ``body_producer``, called with `write`, sends until the future that it returns is done.
 
     ``header_callback`` gets each `ResponseHead`, 1xx ones too; then ``length`` is the body's
-    (bytes, CHUNKED or UNTIL_CLOSE). ``streaming_callback`` gets the part of the body that one read
-    brought, empty right after the head, with ``complete`` true at the last; the upstream is not
-    read on before what it returns is done. ``error_callback`` gets what went wrong, at once and not
-    a turn of the loop later."""
+    (bytes, CHUNKED or UNTIL_CLOSE). ``streaming_callback`` gets what one read brought of the body,
+    empty right after the head, with ``complete`` true at the last; no more is read before what it
+    returns is done. ``error_callback`` gets what went wrong, at once."""
 
     body_producer: Callable[..., asyncio.Future[Any]] | None
     client: UpstreamClient
@@ -2766,7 +2731,7 @@ class UpstreamRequest(HTTPRequest):
         self.on_head, self.on_chunk = header_callback, streaming_callback
         self.on_error = error_callback
         self.sent = body_producer is None  # all of the body is here
-        self.repeatable = method in REPEATABLE and self.sent and not data
+        self.repeatable = method in ("GET", "HEAD") and self.sent and not data
 
     def write(self, data: bytes) -> asyncio.Future[None]:
         """Send a part of the body; the future is done when the upstream takes more."""
@@ -2784,15 +2749,12 @@ class UpstreamRequest(HTTPRequest):
         if room is not None and not room.done():
             room.set_result(None)
 
-    def body_ended(self, ended: asyncio.Future[None]) -> None:
+    def body_ended(self, _: object) -> None:
         """What `body_producer` returned is done."""
-        if not ended.cancelled() and (error := ended.exception()) is not None:
-            self.end(cast(Exception, error))
         self.sent = True
 
     def end(self, error: Exception | None) -> None:
-        """It is over, or given up: let go of all that this holds, and of the connection, unless the
-        answer was whole."""
+        """It is over, or given up: let go of all, and of a connection whose answer is not whole."""
         fetched, self.fetched = self.fetched, None
         if fetched is None:
             return
@@ -2815,7 +2777,6 @@ class UpstreamRequest(HTTPRequest):
 class UpstreamConnection(asyncio.Protocol):
     """A connection to the upstream, kept alive; it carries one `UpstreamRequest` at a time."""
 
-    transport: asyncio.Transport
     phase = UpstreamPhase.IDLE
     request: UpstreamRequest | None = None
     _body: Body | None = None
@@ -2878,9 +2839,8 @@ class UpstreamConnection(asyncio.Protocol):
                 self._receive(request, b"")
 
     def connection_lost(self, error: Exception | None) -> None:
-        """The connection broke, or what it brought is not valid. A kept-alive one may have been
-        closed while the request was on its way: then a GET or HEAD is sent again over a new one
-        (RFC 9110 section 9.2.2), a POST never."""
+        """It broke, or what it brought is not valid. A kept-alive one may have been closed as the
+        request went up: a GET or HEAD is sent again then (RFC 9110 section 9.2.2), a POST never."""
         request = self.request
         if request is not None and request.held_back and request.sent:
             # Over TLS the end is told with the last bytes: the caller takes first what is here.
@@ -2937,21 +2897,19 @@ class UpstreamConnection(asyncio.Protocol):
         except Exception as error:  # noqa: BLE001 - the caller's own code
             request.end(error)
             return
-        if taken is not None and not taken.done():
-            request.held_back = True
-            taken.add_done_callback(functools.partial(self._go_on, request))
-        elif complete:
+        waits = taken is not None and not taken.done()
+        if complete and not waits:
             request.end(None)
-        elif rest or len(data) >= READ_A_TURN:  # there is more than one turn of the loop may take
+        elif waits or rest or len(data) >= READ_A_TURN:  # a turn of the loop may take no more
             request.held_back = True
-            self.client.loop.call_soon(self._go_on, request)
-        if request.held_back and request is self.request:
-            self._buffer = rest
-            self.transport.pause_reading()
+            (taken or self.client.done).add_done_callback(functools.partial(self._go_on, request))
+            if request is self.request:
+                self._buffer = rest
+                self.transport.pause_reading()
 
-    def _go_on(self, request: UpstreamRequest, taken: asyncio.Future[Any] | None = None) -> None:
+    def _go_on(self, request: UpstreamRequest, taken: asyncio.Future[Any]) -> None:
         """What held the answer back is done: read on, first in what is here already."""
-        error = None if taken is None or taken.cancelled() else taken.exception()
+        error = None if taken.cancelled() else taken.exception()
         if error is not None or request.complete:
             request.end(cast("Exception | None", error))
         if request is not self.request:
@@ -2966,8 +2924,7 @@ class UpstreamConnection(asyncio.Protocol):
             self.transport.resume_reading()
 
     def _read_head(self, request: UpstreamRequest, data: bytes) -> bytes:
-        """Read the head, and 1xx ones before it; what stands behind is returned. While it is not
-        whole there is no body."""
+        """Read 1xx heads and the real one, with which the body begins; return what is behind it."""
         while True:
             data, seen = self._buffer + data, len(self._buffer)
             end = end_of_head(data, seen)
@@ -2978,10 +2935,9 @@ class UpstreamConnection(asyncio.Protocol):
             if head.status >= 200:
                 break
             self._informational += 1
-            if head.status == 101 or self._informational > MAX_INFORMATIONAL:
-                raise ProtocolError("an informational response was not asked for")
-            if head.length is not None:
-                raise ProtocolError("an informational response has no body")
+            many = self._informational > MAX_INFORMATIONAL
+            if many or head.status == 101 or head.length is not None:
+                raise ProtocolError(400, "a 1xx response was not asked for, or has a body")
             request.on_head(head)
         self.phase = FOLLOWS[self.phase][UpstreamPhase.ANSWERED]
         length = UNTIL_CLOSE if head.length is None else head.length
@@ -2994,10 +2950,9 @@ class UpstreamConnection(asyncio.Protocol):
 
 
 class UpstreamClient(SimpleAsyncHTTPClient):
-    """Tornado's `AsyncHTTPClient`, for the upstream of these settings, whose `fetch` also takes an
-    `UpstreamRequest`: that is sent as it is over kept-alive connections, as many at once as are
-    asked for, and fails with an `UpstreamError`. ``opened`` counts connections, ``reused`` requests
-    that went over a kept one; ``idle`` are those kept, with the moment (seconds) since when."""
+    """Tornado's `AsyncHTTPClient`, whose `fetch` also takes an `UpstreamRequest`: any number at
+    once, over kept-alive connections, else they fail with an `UpstreamError`. ``opened`` counts
+    those, ``reused`` requests that found one in ``idle``, which tells since when (seconds)."""
 
     def initialize(self, settings: Settings) -> None:  # type: ignore[override]
         """Called by Tornado's constructor, with its keyword arguments."""
@@ -3017,28 +2972,25 @@ class UpstreamClient(SimpleAsyncHTTPClient):
 
     @functools.cached_property
     def ssl_context(self) -> ssl.SSLContext | None:
-        """None over plain HTTP. It verifies always; SSL_CERT_FILE and SSL_CERT_DIR name other
-        certificates to trust, as OpenSSL reads them, which takes a while."""
+        """None over plain HTTP. It verifies always, by SSL_CERT_FILE and SSL_CERT_DIR where OpenSSL
+        finds them. Making it takes a while."""
         if self.origin.scheme == "http":
             return None
         context = ssl.create_default_context()
         context.set_alpn_protocols(["http/1.1"])
         return context
 
-    def fetch(
-        self, request: str | HTTPRequest, raise_error: bool = True, **kwargs: Any
-    ) -> asyncio.Future[HTTPResponse]:
+    def fetch(self, request: Any, *more: Any, **options: Any) -> asyncio.Future[HTTPResponse]:
         """Send a request, over the connection that was used last or else a new one. What comes of
         an `UpstreamRequest` goes to its callbacks; its future only says that it is over."""
         if not isinstance(request, UpstreamRequest):
-            return super().fetch(request, raise_error, **kwargs)
+            return super().fetch(request, *more, **options)
         request.client = self
         request.fetched = fetched = self.loop.create_future()
         self.requests.add(request)
         while self.idle:
             connection, _ = self.idle.popitem()
-            # The kernel is asked whether anything is to be read from it, be it its end, since the
-            # loop may not have come to a close that has already arrived.
+            # The kernel knows of what the loop has not come to yet, be it the connection's end.
             if not connection.transport.is_closing() and not connection.readable.poll(0):
                 self.reused += 1
                 connection.ask(request)
@@ -3052,10 +3004,10 @@ class UpstreamClient(SimpleAsyncHTTPClient):
         return fetched
 
     async def get(
-        self, path: str, timeout: float, fields: Mapping[str, str] = NO_FIELDS, **options: Any
+        self, path: str, timeout: float, fields: Mapping[str, str] = {}, **options: Any
     ) -> HTTPResponse:
-        """GET a path with the real key and further header fields, by Tornado's own client, within
-        so many seconds. Raises UpstreamError where no whole answer comes."""
+        """GET a path with the real key, by Tornado's own client, within so many seconds. Raises
+        UpstreamError where no whole answer comes."""
         settings, limit = self.settings, self.settings.connect_timeout
         headers = {"anthropic-version": ANTHROPIC_VERSION, "Accept-Encoding": "identity", **fields}
         if settings.real_credential:
@@ -3091,9 +3043,8 @@ class UpstreamClient(SimpleAsyncHTTPClient):
             request.end(connect_failure(error, timeout))
 
     async def reach(self) -> UpstreamConnection:
-        """Open a connection to the address that was reached lately, or to the one of both families
-        that Tornado's TCPClient reaches first; but not over its IOStream, since asyncio's transport
-        costs less for each read and write."""
+        """Open a connection to the address that was reached lately, or to what Tornado's TCPClient
+        reaches first of both families; not over its IOStream: asyncio's transport costs less."""
         address, until = self._reached
         if self.time() < until:
             try:
@@ -3126,15 +3077,13 @@ class UpstreamClient(SimpleAsyncHTTPClient):
         return (await self.loop.create_connection(connect, **where))[1]
 
     def _sweep(self) -> None:
-        """Close what was idle for long, and give up requests of which nothing has moved: but a
-        caller who is slow to send is not the upstream's silence."""
+        """Close what was long idle; give up what stands still, but not callers slow to send."""
         moment, limit = self.time(), self.settings.idle_timeout
         for request in list(self.requests):
-            if request.connection is None or moment - request.touched < limit:
-                continue
-            if request.held_back:
+            silent = request.connection is not None and moment - request.touched >= limit
+            if silent and request.held_back:
                 request.end(UpstreamError("The client stopped reading the response.", 504))
-            elif request.sent or request.room is not None:
+            elif silent and (request.sent or request.room is not None):
                 request.end(UpstreamError(f"The upstream was silent for {limit:g} seconds.", 504))
         for connection, since in list(self.idle.items()):
             if moment - since > POOL_IDLE_TIMEOUT:
@@ -3161,10 +3110,9 @@ def new_call_id() -> str:
 
 
 class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
-    """A client's connection: reads requests one after the other, hands each to its delegate, and
-    takes the answer, which it frames. Where the delegate's methods return a future, no more is read
-    until it is done. ``head``, ``length`` (bytes or CHUNKED) and ``call_id`` are of the present
-    request, ``unread`` is what came behind it; ``site`` is who is at the other end."""
+    """A client's connection: hands one request after the other to a delegate, reads on when what
+    that returns is done, frames the answer. ``head``, ``length`` (bytes or CHUNKED) and ``call_id``
+    are the present request's, ``unread`` came behind it; ``site`` is who is at the other end."""
 
     head = NO_REQUEST
     length = 0
@@ -3245,7 +3193,8 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
     def write_headers(self, start_line: Any, headers: Any, chunk: bytes | None = None) -> Room:
         """Begin an answer of Tornado's handlers, who send whole bodies with a Content-Length."""
         start = f"HTTP/1.1 {start_line.code} {start_line.reason}"
-        lines = field_lines((*headers.get_all(), ("x-litellm-call-id", self.call_id)))
+        lines = [f"{name}: {value}" for name, value in headers.get_all()]
+        lines.append(f"x-litellm-call-id: {self.call_id}")
         return self.write_head(start, lines, 0, chunk or b"")
 
     def write_head(self, start: str, lines: list[str], length: int, data: bytes) -> Room:
@@ -3256,8 +3205,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             lines.append(CHUNKED_LINE)
         # RFC 9112 section 9.3; an answer whose end does not show ends with the connection.
         endless = length < 0 and not self._chunked
-        if endless or not self.head.keeps_alive or self.server.gateway.stopping:
-            self._close_after = True
+        self._close_after |= endless or not self.head.keeps_alive or self.server.gateway.stopping
         if self._close_after:
             lines.append("Connection: close")
         elif self.head.version == 0:
@@ -3317,9 +3265,8 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         self._linger()
 
     def check_patience(self, moment: float, client_timeout: float, idle_timeout: float) -> None:
-        """Called now and then: end what has taken too long. A head must be whole ``client_timeout``
-        seconds after its first byte; a body may not stand still for so long, nor come at less than
-        MIN_BODY_RATE, but for the time in which it is not read."""
+        """End what takes too long: a head must be whole ``client_timeout`` seconds after its first
+        byte; a body that is read may not stand still for so long, nor be below MIN_BODY_RATE."""
         waited, limit, comes = moment - self._since, client_timeout, self._seen > 0
         if self.phase in READ_BODIES:
             waited, comes = waited - self._taken / MIN_BODY_RATE, True
@@ -3334,8 +3281,8 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             limit = idle_timeout
         if waited > limit and comes:  # RFC 9110 section 15.5.9
             text = f"The request came too slowly: its head must be here in {client_timeout:g} s,"
-            text += " its body may not stand still for so long, nor come at less than"
-            self.refuse(APIError(408, f"{text} {MIN_BODY_RATE} bytes a second. Send it again."))
+            text += f" its body without such a pause, at {MIN_BODY_RATE} bytes a second or more."
+            self.refuse(APIError(408, f"{text} Send it again."))
         elif waited > limit:
             self.transport.abort()  # a close would wait for a client that does not read
 
@@ -3415,8 +3362,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         self.data_received(b"")
 
     def _update_reading(self) -> None:
-        """Read from the socket unless the delegate waits, or enough is here already; but notice
-        then if the client leaves."""
+        """Read unless the delegate waits or enough is here; but notice if the client leaves."""
         waits = self._waits_for is not None and not self._waits_for.done()
         pause = waits or len(self.unread) > PIPELINE_LIMIT
         if pause == self._reading_paused or self.phase is ClientPhase.GONE:
@@ -3520,15 +3466,13 @@ class Server:
                 self.leave(connection)
 
     def watch(self, connection: ServerConnection) -> None:
-        """Abort a connection that is not read once the peer has closed or reset it, which asyncio
-        sees only by reading. The kernel tells it (EPOLLRDHUP; nginx does the same) by an epoll that
-        the loop reads; where there is none, it is noticed when the connection is read again."""
+        """Abort a connection that is not read once the peer has closed or reset it, of which the
+        kernel tells (EPOLLRDHUP, as in nginx) an epoll that the loop reads; where there is one."""
         self._watched[connection.descriptor] = connection
         if self._epoll is not None:
             self._epoll.register(connection.descriptor, select.EPOLLRDHUP | select.EPOLLONESHOT)
 
     def forget(self, connection: ServerConnection) -> None:
-        """Watch it no longer."""
         del self._watched[connection.descriptor]
         if self._epoll is not None:
             with contextlib.suppress(OSError):  # closing a socket takes it out of an epoll
@@ -3590,43 +3534,32 @@ GZIP_CODINGS = ("gzip", "x-gzip")
 
 
 class Inflater:
-    """Decompresses gzip (of any number of members), zlib and raw deflate bit by bit. What is
-    ``held`` came, but is too short to tell what it is."""
+    """Decompresses gzip, zlib and raw deflate bit by bit; at their end ``decoder`` is None."""
 
     def __init__(self, coding: str) -> None:
         self._coding = coding
-        self._decoder: Any = None
-        self.held = b""
+        self.decoder: Any = None
 
     def slices(self, data: bytes) -> Iterator[bytes]:
-        """What these bytes hold, INFLATE_SLICE at a time; what is not taken is lost. Raises
-        zlib.error for anything else, and from then on."""
-        data, self.held, full = self.held + data, b"", False
+        """What these bytes hold, INFLATE_SLICE at a time, all to be taken. Raises zlib.error."""
+        full = False
         while data or full:  # then more may be waiting inside
-            if self._decoder is None:
-                if self._coding in GZIP_CODINGS:
-                    data = data.lstrip(b"\0")  # members may be padded (gzip's own manual)
-                elif self._coding != "deflate":
-                    raise zlib.error(f"unknown coding {self._coding}")
-                if len(data) < 2:
-                    self.held = data
-                    return
+            if self.decoder is None:
                 bits = zlib.MAX_WBITS | 16
                 if self._coding == "deflate":  # with zlib's header or without (RFC 9110, 8.4.1.2)
-                    zlibs = data[0] & 0x0F == zlib.DEFLATED and (data[0] * 256 + data[1]) % 31 == 0
+                    zlibs = data[0] & 0x0F == zlib.DEFLATED  # a raw block pads with zeros
                     bits = zlib.MAX_WBITS if zlibs else -zlib.MAX_WBITS  # RFC 1950, 2.2
-                self._decoder = zlib.decompressobj(bits)
-            plain = self._decoder.decompress(data, INFLATE_SLICE)
-            data, full = self._decoder.unconsumed_tail, len(plain) == INFLATE_SLICE
+                elif self._coding not in GZIP_CODINGS:
+                    raise zlib.error(f"unknown coding {self._coding}")
+                elif not (data := data.lstrip(b"\0")):  # members may be padded (gzip's own manual)
+                    return
+                self.decoder = zlib.decompressobj(bits)
+            plain = self.decoder.decompress(data, INFLATE_SLICE)
+            data, full = self.decoder.unconsumed_tail, len(plain) == INFLATE_SLICE
             if plain:
                 yield plain
-            if self._decoder.eof:
-                data, full, self._decoder = self._decoder.unused_data, False, None
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether what came so far has ended."""
-        return self._decoder is None and not self.held
+            if self.decoder.eof:
+                data, full, self.decoder = self.decoder.unused_data, False, None
 
 
 class ResponseFilter:
@@ -3649,8 +3582,7 @@ class ResponseFilter:
         return body
 
 
-# A list of a thousand batches has one, one of a hundred agents with long prompts ten.
-REWRITE_LIMIT = 16 * MIB
+REWRITE_LIMIT = 16 * MIB  # a list of a thousand batches takes one, of a hundred agents ten
 
 
 def through(filters: Iterable[ResponseFilter], data: bytes, complete: bool) -> bytes:
@@ -3665,11 +3597,10 @@ def through(filters: Iterable[ResponseFilter], data: bytes, complete: bool) -> b
 
 class Meter(ResponseFilter):
     """Reads usage out of a response as it passes: SSE, a JSON message, or batch results (JSONL).
-    ``measured`` is the same however the body is split; it is final after `finish`. Holds at most
-    MAX_LINE bytes of a line or a message, and beyond UNASKED_LINE what ``room`` lets it, which is
-    asked for so many bytes, and told (below 0) of those no longer held. ``on_result`` is called
-    with each line of batch results, counted from 1; ``learn`` with what a line or a message says in
-    which something new may be named."""
+    ``measured`` is the same however the body is split, and final after `finish`. Of a line or a
+    message MAX_LINE bytes are held at most; beyond UNASKED_LINE ``room`` is asked for so many, and
+    told (below 0) of those let go. ``on_result`` gets each line of batch results, counted from 1;
+    ``learn`` what a line or a message says that may name something new."""
 
     def __init__(
         self,
@@ -3679,7 +3610,7 @@ class Meter(ResponseFilter):
         learn: Callable[[object], None] | None = None,
     ) -> None:
         self.measured, self._learn = Measured(), learn
-        self._on_result, self._room, self._lines = on_result, room, 0
+        self._on_result, self._room, self._numbers = on_result, room, itertools.count(1)
         self._whole = on_result is None and not content_type.lower().startswith(EVENT_STREAM)
         self._held = bytearray()  # of a line that has not ended, or of the message
         self._passed_over = 0  # bytes of one that is too long, of which nothing is held
@@ -3785,8 +3716,7 @@ class Meter(ResponseFilter):
         if self._on_result is None:
             self.measured.seen += size
         elif not self.measured.blind:
-            self._lines += 1
-            self._on_result(self._lines, Measured(seen=size))
+            self._on_result(next(self._numbers), Measured(seen=size))
 
     def _read_results(self, lines: bytes, on_result: Callable[[int, Measured], None]) -> None:
         for line in filter(bytes.strip, lines.splitlines()):
@@ -3796,19 +3726,16 @@ class Meter(ResponseFilter):
                 self.measured.blind = True
                 return
             message = result.get("message") if isinstance(result, dict) else None
-            self._lines += 1
-            on_result(self._lines, measured_message(message, 0))
+            on_result(next(self._numbers), measured_message(message, 0))
 
 
-# A shorter "key" (for a test server, say) is an ordinary word, which responses may well hold.
-MIN_SECRET_LENGTH = 16
+MIN_SECRET_LENGTH = 16  # a shorter "key", of a test server, is a word that responses may hold
 
 
 @dataclass(eq=False)
 class Mask(ResponseFilter):
-    """Masks a secret, given as text and as bytes, with asterisks, so that lengths stay right: an
-    upstream that echoes what it was sent must not carry the real key to a client. Bytes are held
-    back only where a read ends inside what may become the secret."""
+    """Masks a secret (text and bytes) with as many asterisks: an upstream that echoes what it was
+    sent must not carry the real key to a client. Bytes wait where they may begin the secret."""
 
     text: str
     secret: bytes
@@ -3881,8 +3808,7 @@ class Inside:
             return through([mask], data, complete)
         mask.look(data)  # names and comments of gzip are not compressed
         # They wait for the next ones while they may hold a beginning of the real key.
-        begun = mask.begun_in(self._looked_at) or mask.begun_in(data) or self._inflater.held
-        if not begun or complete:
+        if complete or not (mask.begun_in(self._looked_at) or mask.begun_in(data)):
             return data
         if len(data) > MAX_WITHHELD:
             raise UpstreamError("The upstream's answer looks like the gateway's own credential.")
@@ -3908,7 +3834,7 @@ def decompress(coding: str, data: bytes, limit: int) -> bytes:
         plain += part
         if len(plain) > limit:
             raise ValueError("too large")
-    if not inflater.is_whole:
+    if inflater.decoder is not None:
         raise ValueError("cut short")
     return bytes(plain)
 
