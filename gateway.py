@@ -3389,7 +3389,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             self.head, self.call_id = NO_REQUEST, new_call_id()
             self._delegate = self.server.application.start_request(self.server, self)
         if self._delegate is not None:
-            self._delegate.refuse(error)
+            self._delegate.handler.fail(error)
         self._linger()
 
     def check_patience(self, moment: float, client_timeout: float, idle_timeout: float) -> None:
@@ -4003,16 +4003,14 @@ LATENCY_BUCKETS = [0.0005, 0.001, 0.0025, 0.005, 0.0125, 0.025, 0.05, 0.1, 0.25,
 LATENCY_BUCKETS += [2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0]
 TIMINGS = ("total", "first_byte", "upstream", "overhead")
 LOG_LINE = log.makeRecord(log.name, logging.INFO, "relay", 0, "", (), None)
-# Most lines have the same words.
-shown_word = functools.lru_cache(maxsize=1024)(word)
+shown_word = functools.lru_cache(maxsize=1024)(word)  # most lines have the same
 shown_dollars = functools.lru_cache(maxsize=1024)(dollars)
 
 
 @dataclass(slots=True)
 class Record:
-    """What is remembered, counted and logged of a relayed request; it is filled in as that passes.
-    Moments are of a clock that does not jump, in seconds, 0 where there was none; sizes are bytes
-    of bodies."""
+    """What is remembered, counted and logged of a relayed request, filled in on its way. Moments
+    are seconds of a clock that does not jump, 0 where there was none; sizes are of bodies."""
 
     call_id: str
     method: str
@@ -4049,9 +4047,8 @@ class Record:
         line += f" in={self.bytes_in} out={self.bytes_out}"
         line += f" {shown_word(self.model)}" if self.model else ""
         if tally.input_tokens or tally.output_tokens:
-            written = tally.cache_write_5m_tokens + tally.cache_write_1h_tokens
-            line += f" {tally.input_tokens}+{tally.cache_read_tokens + written}"
-            line += f"->{tally.output_tokens} tokens ${shown_dollars(tally.spend)}"
+            line += f" {tally.input_tokens}+{tally.cached}->{tally.output_tokens} tokens"
+            line += f" ${shown_dollars(tally.spend)}"
         line += f"{' estimated' if self.estimated else ''} {self.call_id}"
         line += f" {shown_word(self.request_id)}" if self.request_id else ""
         if key is not None:
@@ -5018,13 +5015,13 @@ RULES = (Credentials(), Routes(), Models(), Fields(), Walls(), Batches(), Limits
 RELAY_PREFIX, RELAYED = "/anthropic", "/anthropic/"
 BARE_PREFIX = "/v1/"
 # What Claude Code asks of its base URL to warm the connection up; answered here, cheaply.
-HELLO_PATHS = frozenset({"/", RELAY_PREFIX, RELAYED, f"{RELAYED}api/hello", "/api/hello"})
+HELLO_PATHS = ("/", RELAY_PREFIX, RELAYED, f"{RELAYED}api/hello", "/api/hello")
+HELLOS = frozenset(itertools.product(("GET", "HEAD"), HELLO_PATHS))
 UNUSUAL_PATH = re.compile(r"[%\\#]|//|/\.")
 OWN_BODY_LIMIT = 1 * MIB  # of a request to the gateway itself
 MANY_PARTS = 1000  # of a body that is kept
 MAX_TAGS = 20  # of one request that are remembered
-KEY_SHARE = 4  # of what is held at once one key gets a quarter
-MEMORY_SHARE = 4  # and all get a quarter of the machine's memory
+HELD_SHARE = 4  # requests hold a quarter of the machine's memory at most, and one key's of that
 TRY_SOON = (("retry-after", "1"),)
 
 
@@ -5044,12 +5041,11 @@ def rule_path(target: str) -> str:
 
 
 class Held:
-    """How many bytes requests hold at once: never more than ``limit``, nor for one key than a part
-    of it, so that slow bodies cannot keep others out."""
+    """The bytes that requests hold: up to ``limit``, and one key's, however slow, up to a share."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.share = limit // KEY_SHARE
+        self.share = limit // HELD_SHARE
         self.total = 0
         self._shares: dict[str, int] = {}
 
@@ -5093,9 +5089,7 @@ class Request(httputil.HTTPServerRequest):
         self.target: str | None = None
         if head.target.startswith(BARE_PREFIX):
             self.target = head.target
-        elif head.target.startswith(RELAYED) and not (
-            self.path in HELLO_PATHS and head.method in ("GET", "HEAD")
-        ):
+        elif head.target.startswith(RELAYED) and (head.method, self.path) not in HELLOS:
             self.target = head.target[len(RELAY_PREFIX) :]
         self.remote_ip, self.protocol = connection.remote_ip, connection.protocol
         self.body: bytearray = bytearray()  # type: ignore[assignment]
@@ -5131,28 +5125,25 @@ class BaseHandler(web.RequestHandler):
         self._transforms = []
         self._status_code, self._reason = 200, "OK"
 
-    def prepare(self) -> Awaitable[None] | None:
+    def prepare(self) -> Any:
         """Decide by the head, before the body is read."""
         self.gateway.doors.refuse_foreign(self.request.head)
         if self.request.connection.length > OWN_BODY_LIMIT:
             raise too_large(OWN_BODY_LIMIT)
-        return None
 
-    def data_received(self, chunk: bytes) -> Awaitable[None] | None:
+    def data_received(self, chunk: bytes) -> Any:
         """Keep a part of the body, where it is anything to the handler."""
         self.received += len(chunk)
         if self.received > OWN_BODY_LIMIT:
             raise too_large(OWN_BODY_LIMIT)
         if self.keeps_body:
             self.request.body += chunk
-        return None
 
-    def respond(self, *path: str) -> Awaitable[None] | None:
+    def respond(self, *path: str) -> Any:
         """The request is whole: answer it, by the method of its name."""
-        method = self.request.method or ""
-        if method not in self.SUPPORTED_METHODS:
+        if (method := self.request.head.method) not in self.SUPPORTED_METHODS:
             raise web.HTTPError(405)
-        return cast("Awaitable[None] | None", getattr(self, method.lower())(*path))
+        return getattr(self, method.lower())(*path)
 
     def query(self, name: str, kind: Kind = TEXT, default: Any = "") -> Any:
         """A parameter of the query; an empty one is the default. Raises APIError 400."""
@@ -5178,47 +5169,38 @@ class BaseHandler(web.RequestHandler):
 
     def refusal_of(self, error: Exception) -> APIError:
         """What a client is told of what went wrong."""
-        path, method = printable(self.request.path), printable(self.request.method or "")
-        match error:
-            case APIError():
-                return error
-            case web.HTTPError(status_code=404):
-                text = f"Nothing is served at {path}. Anthropic's API is at /anthropic/v1/"
-                return APIError(404, text)
-            case web.HTTPError(status_code=405):
-                return APIError(405, f"{path} does not take {method}.")
+        if isinstance(error, APIError):
+            return error
+        if isinstance(error, web.HTTPError) and error.status_code == 405:  # Tornado's own
+            path, method = self.request.path, self.request.head.method
+            return APIError(405, f"{printable(path)} does not take {printable(method)}.")
         log.error("call %s failed", self.call_id, exc_info=error)
         return APIError(500, "The gateway failed on this request; its log says why.")
 
 
-Result = TypeVar("Result")
-
-
-def at_once(coroutine: collections.abc.Coroutine[Any, Any, Result]) -> asyncio.Task[Result] | None:
+def at_once(coroutine: collections.abc.Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
     """Run a coroutine until it must wait: None if it never had to, else the task that goes on with
-    it. What it raises before is raised here. Until then it is in no task, so that what asks for the
-    present one, as asyncio.timeout does, needs a task of its own."""
+    it. What it raises before is raised here, and in no task (asyncio.timeout needs one)."""
     try:
         first = coroutine.send(None)
     except StopIteration:
         return None
 
     @types.coroutine
-    def rest() -> collections.abc.Generator[Any, Any, Result]:
+    def rest() -> Iterator[Any]:
         yield first
-        return (yield from coroutine.__await__())
+        yield from coroutine.__await__()
 
-    async def go_on() -> Result:  # of generators, Python 3.12 and later make no task
-        return await rest()
+    async def go_on() -> None:  # of generators, Python 3.12 and later make no task
+        await rest()
 
     return asyncio.get_running_loop().create_task(go_on())
 
 
 @dataclass(eq=False)
 class HandlerDelegate(httputil.HTTPMessageDelegate):
-    """Runs a handler's steps as a request comes. Tornado's own takes a task and three futures for
-    it; here none is made where nothing waits, and where something does, the connection waits for
-    what is returned."""
+    """Runs a handler's steps as a request comes. Where nothing waits it makes no task, as Tornado's
+    own does, and no future; where something does, the connection waits for what is returned."""
 
     handler: BaseHandler
     path: Sequence[str] = ()
@@ -5235,16 +5217,10 @@ class HandlerDelegate(httputil.HTTPMessageDelegate):
     def on_connection_close(self) -> None:
         self.handler.on_connection_close()
 
-    def refuse(self, error: Exception) -> None:
-        """End the request with an error: it came too slowly, or not to its end."""
-        self.handler.fail(error)
-
     def _run(self, step: Callable[..., Any], *arguments: Any) -> Any:
         try:
             waits = step(*arguments)
-            if waits is None:
-                return None
-            if asyncio.iscoroutine(waits):
+            if isinstance(waits, types.CoroutineType):
                 waits = at_once(waits)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is answered
             self.handler.fail(error)
@@ -5336,23 +5312,26 @@ class BatchKeeper:
 
     async def book(self, name: str) -> bool:
         """Book what a batch cost, if it has ended; whether nothing of it is left to be booked."""
-        kept = self._ledger.unbooked(name)
+        kept, code, booked = self._ledger.unbooked(name), NO_ANSWER, False
         if kept is None:
             return True
-        made = datetime.fromisoformat(kept.day).replace(tzinfo=UTC)
         path = f"/v1/messages/batches/{urllib.parse.quote(name, safe='')}"
-        state = await self._get(path, BATCH_STATE_TIMEOUT)
-        batch = read_json(state.body) if state.code == 200 else None
-        ended = isinstance(batch, dict) and batch.get("processing_status") == BATCH_ENDED
-        if ended and await self._read_results(name, f"{path}/results"):
-            return True
-        if state.code in GONE or now() - made > BATCH_KEPT:
-            self._ledger.finish_batch(name, lost=True)
-            return True
-        return False
+        try:
+            state = await self._gateway.client.get(path, BATCH_STATE_TIMEOUT)
+            batch, code = read_json(state.body), state.code
+            ended = isinstance(batch, dict) and batch.get("processing_status") == BATCH_ENDED
+            if code == 200 and ended:
+                code = await self._book_results(name, f"{path}/results")
+                booked = code == 200
+        except UpstreamError as error:
+            log.info("a batch could not be looked at: %s", error)
+        lost = not booked and (code in GONE or now() - from_iso(kept.day) > BATCH_KEPT)
+        if booked or lost:
+            self._ledger.finish_batch(name, lost=lost)
+        return booked or lost
 
-    async def _read_results(self, name: str, path: str) -> bool:
-        """Book every line of a batch's results; whether that were all."""
+    async def _book_results(self, name: str, path: str) -> int:
+        """Book every line of a batch's results; their status, NO_ANSWER for what is none."""
         meter, head = Meter("", functools.partial(self.book_result, name)), list[str]()
 
         async def look(data: bytes) -> None:
@@ -5360,22 +5339,14 @@ class BatchKeeper:
                 meter.feed(data)
             await asyncio.sleep(0)  # Tornado reads on at once for as long as there is something
 
-        callbacks = {"header_callback": head.append, "streaming_callback": look}
-        results = await self._get(path, BATCH_RESULTS_TIMEOUT, **callbacks)
+        told: Any = {"header_callback": head.append, "streaming_callback": look}
+        results = await self._gateway.client.get(path, BATCH_RESULTS_TIMEOUT, **told)
         meter.finish(True)
-        if results.code in GONE:
-            self._ledger.finish_batch(name, lost=True)
-            return True
-        if results.code != 200 or meter.measured.blind:
-            return False
-        self._ledger.finish_batch(name)
-        return True
+        return NO_ANSWER if meter.measured.blind else results.code
 
     def book_result(self, name: str, line: int, measured: Measured) -> None:
-        """Book a line of a batch's results to the key that made it, once, however often it is
-        read."""
-        account = self._ledger.batch_line(name, line)
-        if account is None:
+        """Book a line of a batch's results to the key that made it, once."""
+        if (account := self._ledger.batch_line(name, line)) is None:
             return
         if measured.seen:  # it was too long to be read
             measured.complete_with(Order())
@@ -5385,19 +5356,9 @@ class BatchKeeper:
             if key := self._ledger.charge(account, charges, now()):
                 self._gateway.traffic.book(key.shown_name, charges)
 
-    async def _get(self, path: str, timeout: float, **callbacks: Any) -> HTTPResponse:
-        """GET with the real key; 599 where there is no answer."""
-        try:
-            return await self._gateway.client.get(path, timeout, **callbacks)
-        except UpstreamError as error:
-            log.info("a batch could not be looked at: %s", error)
-            return HTTPResponse(HTTPRequest(path), NO_ANSWER)
-
 
 class Gateway:
-    """What all requests share: the settings, the ledger, the prices, the way upstream, the rules,
-    and what is counted. ``held`` is what requests hold in memory, ``turn`` is whose large body is
-    judged."""
+    """What all requests share; ``turn`` is whose large body is judged."""
 
     def __init__(self, settings: Settings, rules: Sequence[Rule] = RULES) -> None:
         self.settings = settings
@@ -5408,7 +5369,7 @@ class Gateway:
         self.client = UpstreamClient(force_instance=True, settings=settings)
         self.time = self.client.time
         self.batches = BatchKeeper(self)
-        self.held = Held(settings.max_held_bytes or memory_size() // MEMORY_SHARE)
+        self.held = Held(settings.max_held_bytes or memory_size() // HELD_SHARE)
         self.turn = asyncio.Lock()
         self.origin, self.base_path = parse_upstream(settings.upstream)
         self.host_line = f"Host: {self.origin.authority}"
@@ -5447,9 +5408,7 @@ class RelayHandler(BaseHandler):
     def initialize(self) -> None:
         """Called by Tornado's constructor."""
         gateway, request, head = self.gateway, self.request, self.request.head
-        moment = gateway.time()
-        started = moment_of(int(time.time()))
-        record = Record(self.call_id, head.method, request.remote_ip or "", moment, started)
+        record = Record(self.call_id, head.method, request.remote_ip or "", gateway.time(), now())
         target, length = request.target or "", request.connection.length
         self._visit = Visit(
             gateway, head, target, length, record, "", OTHER_ROUTE, NOBODY, UNREAD, []
@@ -5462,8 +5421,7 @@ class RelayHandler(BaseHandler):
         """Decide by the head alone; then keep a small JSON body, or let the rest stream."""
         visit, gateway, head = self._visit, self.gateway, self._visit.head
         if gateway.stopping:
-            text = "The gateway is stopping. Try again."
-            raise APIError(503, text, headers=[("retry-after", "5")])
+            raise APIError(503, "The gateway stops. Try again.", headers=[("retry-after", "5")])
         visit.path = path = rule_path(visit.target)
         route = read_route if len(path) > KEPT_PATH else kept_route
         visit.route = route(head.method.upper(), path)
@@ -5533,16 +5491,10 @@ class RelayHandler(BaseHandler):
         """Ask the upstream; `on_head`, `on_chunk` or `on_error` follow."""
         visit, gateway, method = self._visit, self.gateway, self._visit.head.method
         visit.phase = FOLLOWS[visit.phase][RequestPhase.FETCHED]
-        start = f"{method} {gateway.base_path}{visit.target} HTTP/1.1"
-        self._upstream = upstream = UpstreamRequest(
-            method,
-            head_bytes(start, visit.lines),
-            data,
-            header_callback=self.on_head,
-            streaming_callback=self.on_chunk,
-            error_callback=self.on_error,
-            **body,
-        )
+        head = head_bytes(f"{method} {gateway.base_path}{visit.target} HTTP/1.1", visit.lines)
+        body |= {"header_callback": self.on_head, "streaming_callback": self.on_chunk}
+        upstream = UpstreamRequest(method, head, data, error_callback=self.on_error, **body)
+        self._upstream = upstream
         gateway.client.fetch(upstream)
         if upstream.room is None:
             self._free()
@@ -5567,20 +5519,16 @@ class RelayHandler(BaseHandler):
         else:
             gateway.traffic.failed(f"The upstream answered {head.status}.")
         filters: list[ResponseFilter] = []
-        changes_length = False
         for make in gateway.rules.filters:
-            for each in make(visit, head):
-                filters.append(each)
-                changes_length = changes_length or each.changes_length
-        self._filters = filters
-        if changes_length and self._upstream is not None and self._upstream.length != 0:
+            filters += make(visit, head)
+        self._filters, upstream = filters, self._upstream
+        if upstream and upstream.length and any(each.changes_length for each in filters):
             self._gathered = bytearray()
         elif filters and "content-encoding" in head.values and (coding := head.coding):
             self._inside = Inside(coding, filters)
 
     def on_chunk(self, data: bytes) -> asyncio.Future[None] | None:
-        """Send on what one read brought, as the filters let it; the future says when there is
-        room."""
+        """Send on what one read brought, as the filters let it; the future waits for room."""
         assert self._upstream is not None
         complete = self._upstream.complete
         if self._gathered is not None:
@@ -5589,11 +5537,9 @@ class RelayHandler(BaseHandler):
             if complete or len(self._gathered) > REWRITE_LIMIT:
                 return at_once(self._send_rewritten(complete))
             return None
-        if self._inside is not None:
-            return at_once(self._send_inside(self._inside, data, complete))
-        if data or complete:
+        if self._inside is None and (data or complete):
             data = through(self._filters, data, complete)
-        if self._visit.errand is not None:
+        if self._inside is not None or self._visit.errand is not None:
             return at_once(self._send_later(data, complete))
         if complete or self._visit.phase is not RequestPhase.BEGUN:
             return self._send(data, complete)
@@ -5619,23 +5565,19 @@ class RelayHandler(BaseHandler):
             self.settle("client_gone")
 
     def fail(self, error: Exception) -> None:
-        """Answer with an error, or break the answer off that has begun, with an SSE event that says
-        so."""
+        """Answer with an error, or break off what has begun, with an SSE event that says so."""
         visit, record = self._visit, self._visit.record
         if visit.phase is RequestPhase.SETTLED:
             return
         refusal = self.refusal_of(error)
-        outcome = f"refused:{refusal.kind}"
-        if isinstance(error, UpstreamError):
-            outcome = "timeout" if error.status == 504 else "upstream_lost"
-        elif refusal.status == 408:
+        outcome = "upstream_lost" if isinstance(error, UpstreamError) else f"refused:{refusal.kind}"
+        if refusal.status in (408, 504):
             outcome = "timeout"
         if visit.phase is RequestPhase.DESERTED:
             self.settle("client_gone")
         elif visit.phase is RequestPhase.BEGUN:
             head, event = visit.answer, b""
-            plain = head is not None and not head.coding and "content-length" not in head.values
-            if plain and head is not None and is_event_stream(head):
+            if head and is_event_stream(head) and not (head.coding or head.get("content-length")):
                 event = SSE_ERROR % refusal.body(self.call_id)
             record.bytes_out += len(event)
             self.request.connection.break_off(event)
@@ -5647,8 +5589,7 @@ class RelayHandler(BaseHandler):
             super().fail(refusal)
 
     def settle(self, outcome: str) -> None:
-        """Every way out passes here, once: book what was used, free what is held, write the log
-        line."""
+        """Every way out passes here, once: book what was used, free what is held, log it."""
         visit, gateway, upstream, step = self._visit, self.gateway, self._upstream, self.step
         if visit.phase is RequestPhase.SETTLED:
             return
@@ -5659,13 +5600,12 @@ class RelayHandler(BaseHandler):
             record.asked, visit.began = upstream.begun, upstream.begun > 0 and upstream.sent
             if outcome != "ok":
                 upstream.end(None)
+                for each in self._filters:
+                    each.finish(False)
         if step is not None and step is not asyncio.current_task():
             step.cancel()
         if self._held:
             self._free()
-        if outcome != "ok":
-            for each in self._filters:
-                each.finish(False)
         for end in gateway.rules.end:
             end(visit)
         record.path = shown_text(visit, visit.target.partition("?")[0])
@@ -5706,14 +5646,12 @@ class RelayHandler(BaseHandler):
             self.gateway.held.take(self._visit.record.hashed, -held)
 
     async def _breathe(self) -> None:
-        """At each turn of the loop a step of one body's, so that nobody waits for all that others
-        sent."""
+        """One body has each turn of the loop, so that nobody waits for all that others sent."""
         async with self.gateway.turn:
             await asyncio.sleep(0)
 
     def _go_unread(self, size: int) -> None:
-        """The body, of ``size`` bytes at least, is too large to be kept. Raises APIError where it
-        must be read."""
+        """A body of ``size`` bytes or more is not kept. Raises APIError 413 if it must be read."""
         if self._visit.reads_body:
             text = "This key is limited to some models or to a budget: its requests are read, and"
             raise APIError(413, f"{text} may be {JSON_BODY_LIMIT:,} bytes long.")
@@ -5730,18 +5668,16 @@ class RelayHandler(BaseHandler):
                 raise APIError(413, f"{text} {JSON_BODY_LIMIT:,} bytes long. Send it in parts.")
 
     def _stream(self, length: int, kept: bytes = b"") -> None:
-        """Open the upstream now; the body follows what is kept of it: `data_received` writes what
-        comes, until `post` says that it was all."""
+        """Open the upstream: what is kept, then what `data_received` writes, until `post`."""
         self._visit.lines.append(CHUNKED_LINE if length == CHUNKED else f"Content-Length: {length}")
         self._uploaded = asyncio.get_running_loop().create_future()
         self.fetch(kept, body_producer=lambda write: self._uploaded)
 
-    async def _send_inside(self, inside: Inside, data: bytes, complete: bool) -> None:
-        """Send compressed bytes on, once the filters have seen what they hold."""
-        await self._send_later(await inside.feed(data, complete), complete)
-
     async def _send_later(self, data: bytes, complete: bool) -> None:
-        """Send bytes on, once an errand is done that they must wait for."""
+        """Send bytes on: compressed ones once the filters have seen what they hold, and all once an
+        errand is done that they must wait for."""
+        if self._inside is not None:
+            data = await self._inside.feed(data, complete)
         errand, self._visit.errand = self._visit.errand, None
         if errand is not None:
             await errand()
@@ -5800,18 +5736,14 @@ class RelayHandler(BaseHandler):
     ) -> tuple[str, list[str]]:
         """An answer's start line and field lines as the client gets them: without hop-by-hop
         fields, with the gateway's own in the place of those of their names, the real key masked."""
-        unwanted, mask = head.options | self._visit.hidden, self._visit.mask
-        phrase, lines = head.reason, list[str]()
-        if own:
-            unwanted = unwanted.union(map(operator.itemgetter(0), own))
+        mask, phrase, lines = self._visit.mask, head.reason, list[str]()
+        unwanted = head.options.union(self._visit.hidden, map(operator.itemgetter(0), own))
         for lower, _, _, line, _, goes_down in head.fields:
             if goes_down and lower not in unwanted:
                 lines.append(line)
         if mask is not None and mask.text in "\n".join((phrase, *lines)):
             phrase, lines = mask.mask_text(phrase), [mask.mask_text(line) for line in lines]
-        for name, value in own:
-            lines.append(f"{name}: {value}")
-        return f"HTTP/1.1 {head.status} {phrase}", lines
+        return f"HTTP/1.1 {head.status} {phrase}", lines + field_lines(own)
 
     @property
     def is_streaming(self) -> bool:
@@ -6027,8 +5959,7 @@ class KeyHandler(ManagementHandler):
 class InfoHandler(ManagementHandler):
     """GET /key/info?key=: LiteLLM's ``{"key", "info"}``. A virtual key may ask about itself."""
 
-    def prepare(self) -> None:
-        BaseHandler.prepare(self)  # `get` decides, since a key may ask about itself
+    prepare = BaseHandler.prepare  # `get` decides
 
     async def get(self) -> None:
         asked = self.query("key")
@@ -6150,8 +6081,9 @@ class HelloHandler(BaseHandler):
     """HELLO_PATHS, of which a browser sees /, and 404 for every path that nothing else serves."""
 
     def prepare(self) -> None:
-        if self.request.path not in HELLO_PATHS:
-            raise web.HTTPError(404)
+        if (path := self.request.path) not in HELLO_PATHS:
+            text = f"Nothing is served at {printable(path)}. Anthropic's API is at /anthropic/v1/"
+            raise APIError(404, text)
         super().prepare()
 
     def get(self) -> None:
