@@ -4119,9 +4119,8 @@ class Traffic:
         self.timings = collections.defaultdict[str, list[Histogram]](
             lambda: [Histogram() for _ in TIMINGS]
         )
-        self.last_success: datetime | None = None  # of the upstream, as requests met it
-        self.last_failure: datetime | None = None
-        self.last_error = ""
+        met = ("last_success", "last_failure", "last_error")  # as requests met it
+        self.upstream: dict[str, Any] = dict.fromkeys(met)
         self._pairs: set[tuple[str, str]] = set()
 
     def count(self, record: Record) -> None:
@@ -4156,7 +4155,7 @@ class Traffic:
 
     def failed(self, error: str) -> None:
         """The upstream did not answer, or not well."""
-        self.last_failure, self.last_error = now(), error
+        self.upstream |= {"last_failure": now(), "last_error": error}
 
 
 # ─── Rules ────────────────────────────────────────────────────────────────────────────────────────
@@ -5105,14 +5104,12 @@ class Request(httputil.HTTPServerRequest):
 class BaseHandler(web.RequestHandler):
     """Answers in JSON, errors in Anthropic's envelope, and logs no query (keys stand there). A
     `HandlerDelegate` calls `prepare`, `data_received` and `respond`; each may return what is to be
-    awaited, which then is `step`, and may raise APIError. A body is kept only where ``keeps_body``:
-    of those whom `prepare` lets in."""
+    awaited, which then is `step`, and may raise APIError."""
 
     request: Request
     gateway: Gateway
     call_id: str
     step: asyncio.Task[None] | None = None
-    keeps_body = False
     received = 0
 
     def clear(self) -> None:
@@ -5132,12 +5129,10 @@ class BaseHandler(web.RequestHandler):
             raise too_large(OWN_BODY_LIMIT)
 
     def data_received(self, chunk: bytes) -> Any:
-        """Keep a part of the body, where it is anything to the handler."""
+        """Take a part of the body, which is nothing to most handlers."""
         self.received += len(chunk)
         if self.received > OWN_BODY_LIMIT:
             raise too_large(OWN_BODY_LIMIT)
-        if self.keeps_body:
-            self.request.body += chunk
 
     def respond(self, *path: str) -> Any:
         """The request is whole: answer it, by the method of its name."""
@@ -5238,8 +5233,7 @@ class HandlerDelegate(httputil.HTTPMessageDelegate):
 
 
 class GatewayApplication(web.Application):
-    """The routes. A relayed request goes straight to its handler; whatever handler it is runs in a
-    `HandlerDelegate`. ``settings["gateway"]`` is the `Gateway`."""
+    """The routes; relayed requests go straight to theirs. ``settings["gateway"]`` is `Gateway`."""
 
     def start_request(self, server_conn: object, request_conn: Any) -> HandlerDelegate:
         """Called by `ServerConnection`, as by Tornado's own server."""
@@ -5267,8 +5261,7 @@ GONE = (404, 410)
 
 
 class BatchKeeper:
-    """Books batches once they have ended, whether or not anybody fetches their results: asks for
-    their state, with the real key, now and then, and reads the results through a meter."""
+    """Looks at batches now and then, and books what has ended, even if nobody fetches results."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway, self._ledger = gateway, gateway.ledger
@@ -5299,8 +5292,7 @@ class BatchKeeper:
         wait, booked = BATCH_LOOK, False
         while not booked:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait):
-                    await self._hurried[name].wait()
+                await asyncio.wait_for(self._hurried[name].wait(), wait)
             async with self._turn:
                 self._hurried[name].clear()
                 try:
@@ -5515,7 +5507,7 @@ class RelayHandler(BaseHandler):
         visit.answer, visit.record.status = head, head.status
         visit.record.answered = gateway.time()
         if head.status < 500:
-            gateway.traffic.last_success = moment_of(int(time.time()))
+            gateway.traffic.upstream["last_success"] = now()
         else:
             gateway.traffic.failed(f"The upstream answered {head.status}.")
         filters: list[ResponseFilter] = []
@@ -5745,11 +5737,6 @@ class RelayHandler(BaseHandler):
             phrase, lines = mask.mask_text(phrase), [mask.mask_text(line) for line in lines]
         return f"HTTP/1.1 {head.status} {phrase}", lines + field_lines(own)
 
-    @property
-    def is_streaming(self) -> bool:
-        """Whether a response of server-sent events is under way."""
-        return self._visit.answer is not None and is_event_stream(self._visit.answer)
-
 
 def shown_text(visit: Visit, text: str) -> str:
     """A text of the wire for the log, cut short, without what is or looks like a key."""
@@ -5830,7 +5817,9 @@ def is_nested(value: object, levels: int) -> bool:
 class KeyHandler(ManagementHandler):
     """POST /key/{deed} and /key/{key}/{deed}, as `deeds` lists them. Null clears a field."""
 
-    keeps_body = True
+    def data_received(self, chunk: bytes) -> None:
+        super().data_received(chunk)
+        self.request.body += chunk
 
     async def post(self, *path: str) -> None:
         try:
@@ -6071,10 +6060,10 @@ class ReportHandler(ManagementHandler):
 
 CONNECT = """\
 connect with
-  export ANTHROPIC_BASE_URL={base}
+  export ANTHROPIC_BASE_URL={base}/anthropic
   export ANTHROPIC_AUTH_TOKEN={key}
-  anthropic.Anthropic(base_url="{base}", api_key="{key}")
-  new Anthropic({{ baseURL: "{base}", apiKey: "{key}" }})"""
+  anthropic.Anthropic(base_url="{base}/anthropic", api_key="{key}")
+  new Anthropic({{ baseURL: "{base}/anthropic", apiKey: "{key}" }})"""
 
 
 class HelloHandler(BaseHandler):
@@ -6088,7 +6077,7 @@ class HelloHandler(BaseHandler):
 
     def get(self) -> None:
         self.set_header("Content-Type", "text/plain; charset=utf-8")
-        base = f"{self.request.protocol}://{self.request.host}{RELAY_PREFIX}"
+        base = f"{self.request.protocol}://{self.request.host}"
         told = CONNECT.format(base=base, key="<a virtual key>")
         self.finish(f"A gateway to Anthropic's API. Ask whoever runs it for a key, and {told}\n")
 
@@ -6102,16 +6091,15 @@ class HealthHandler(BaseHandler):
     def get(self, asked: str) -> None:
         if asked != "readiness":
             return self.send_json("I'm alive!")
-        gateway, ledger, traffic = self.gateway, self.gateway.ledger, self.gateway.traffic
+        gateway, ledger = self.gateway, self.gateway.ledger
         error = "" if ledger.is_writable() else ledger.last_error or "It cannot be written."
         status = "shutting_down" if gateway.stopping else "unhealthy" if error else "healthy"
         prices = "loaded" if gateway.prices.loaded else "loading"
         told: dict[str, Any] = {"status": status, "store": error or "writable"}
         told |= {"version": __version__, "prices": prices if gateway.prices.available else "none"}
         told["uptime"] = round((now() - gateway.started).total_seconds())
-        met = {"last_success": traffic.last_success, "last_failure": traffic.last_failure}
         self.set_status(200 if status == "healthy" else 503)
-        self.send_json(told | {"upstream": met | {"last_error": traffic.last_error or None}})
+        self.send_json(told | {"upstream": gateway.traffic.upstream})
 
 
 # Names are LiteLLM's where it has one (its docs, "Prometheus metrics"), else they begin "gateway_".
@@ -6192,7 +6180,8 @@ class MetricsHandler(ManagementHandler):
             left = None if limit is None else limit - spent
             hours = end and (end - moment) / timedelta(hours=1)
             budgets[record.shown_name,] = (spent, limit, left, hours)
-        streams = sum(handler.is_streaming for handler in gateway.active)
+        answers = [handler._visit.answer for handler in gateway.active]
+        streams = sum(head is not None and is_event_stream(head) for head in answers)
         for kind, labels, names, rows in (
             ("Counter", f"{KEYED} status_code", REQUEST_METRICS, requests),
             ("Counter", f"{KEYED} exception_status exception_class", FAILURE_METRICS, failed),
@@ -6513,7 +6502,7 @@ def announce(gateway: Gateway, port: int) -> None:
     if not gateway.prices.available:
         print("! genai-prices is not installed: tokens are counted, money is not")
     key = "anything" if is_open else "<a virtual key>"
-    print(CONNECT.format(base=url + RELAY_PREFIX, key=key), flush=True)
+    print(CONNECT.format(base=url, key=key), flush=True)
 
 
 def start_mock(settings: Settings) -> Settings:
@@ -6622,8 +6611,7 @@ async def check(settings: Settings) -> bool:
         findings.append((False, f"{upstream}: {error} See --upstream and the network."))
     for well, text in findings:
         print("ok  " if well else "FAIL", text)
-    base = base_url(settings, settings.port) + RELAY_PREFIX
-    print(CONNECT.format(base=base, key="<a virtual key>"))
+    print(CONNECT.format(base=base_url(settings, settings.port), key="<a virtual key>"))
     return all(well for well, _ in findings)
 
 
