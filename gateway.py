@@ -2830,8 +2830,7 @@ class UpstreamRequest(HTTPRequest):
         self,
         method: str,
         head: bytes,
-        data: bytes = b"",
-        *,
+        data: bytes,
         header_callback: Callable[[ResponseHead], None],
         streaming_callback: Callable[[bytes], asyncio.Future[Any] | None],
         error_callback: Callable[[Exception], None],
@@ -5215,15 +5214,15 @@ class HandlerDelegate(httputil.HTTPMessageDelegate):
     def _run(self, step: Callable[..., Any], *arguments: Any) -> Any:
         try:
             waits = step(*arguments)
-            if isinstance(waits, types.CoroutineType):
-                waits = at_once(waits)
+            if not isinstance(waits, types.CoroutineType):
+                return waits
+            task = self.handler.step = at_once(waits)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is answered
             self.handler.fail(error)
             return None
-        if isinstance(waits, asyncio.Task):
-            self.handler.step = waits
-            waits.add_done_callback(self._ended)
-        return waits
+        if task is not None:
+            task.add_done_callback(self._ended)
+        return task
 
     def _ended(self, step: asyncio.Task[None]) -> None:
         self.handler.step = None
@@ -5257,7 +5256,6 @@ BATCH_STATE_TIMEOUT = 30.0
 BATCH_RESULTS_TIMEOUT = 3600.0  # in which many GB come, and a silent upstream is given up
 LOOKS_AT_ONCE = 4
 BATCH_KEPT = timedelta(days=30)  # results are kept for 29 days (PLD batch-processing)
-GONE = (404, 410)
 
 
 class BatchKeeper:
@@ -5317,7 +5315,7 @@ class BatchKeeper:
                 booked = code == 200
         except UpstreamError as error:
             log.info("a batch could not be looked at: %s", error)
-        lost = not booked and (code in GONE or now() - from_iso(kept.day) > BATCH_KEPT)
+        lost = not booked and (code in (404, 410) or now() - from_iso(kept.day) > BATCH_KEPT)
         if booked or lost:
             self._ledger.finish_batch(name, lost=lost)
         return booked or lost
@@ -5484,9 +5482,8 @@ class RelayHandler(BaseHandler):
         visit, gateway, method = self._visit, self.gateway, self._visit.head.method
         visit.phase = FOLLOWS[visit.phase][RequestPhase.FETCHED]
         head = head_bytes(f"{method} {gateway.base_path}{visit.target} HTTP/1.1", visit.lines)
-        body |= {"header_callback": self.on_head, "streaming_callback": self.on_chunk}
-        upstream = UpstreamRequest(method, head, data, error_callback=self.on_error, **body)
-        self._upstream = upstream
+        callbacks = self.on_head, self.on_chunk, self.on_error
+        self._upstream = upstream = UpstreamRequest(method, head, data, *callbacks, **body)
         gateway.client.fetch(upstream)
         if upstream.room is None:
             self._free()
@@ -5514,7 +5511,8 @@ class RelayHandler(BaseHandler):
         for make in gateway.rules.filters:
             filters += make(visit, head)
         self._filters, upstream = filters, self._upstream
-        if upstream and upstream.length and any(each.changes_length for each in filters):
+        changing = [each for each in filters if each.changes_length]
+        if changing and upstream is not None and upstream.length != 0:
             self._gathered = bytearray()
         elif filters and "content-encoding" in head.values and (coding := head.coding):
             self._inside = Inside(coding, filters)
