@@ -826,6 +826,8 @@ KINDS |= {"environments": "env_", "sessions": "sesn_", "deployments": "depl_", "
 KINDS |= {"deployment_runs": "drun_", "memory_stores": "memstore_", "vaults": "vlt_"}
 KINDS |= {"tunnels": "tnl_", "user_profiles": "uprof_", "containers": "container_"}
 COLLECTION = re.compile(r"(?s)/v1/(messages/batches|claude_code/[^/]+|[^/]+)(?:/([^/]+)(/.+?)?)?/?")
+# Things whose answers may name what came of them, beside those that say what was used.
+BEARERS = {"batches", "sessions", "dreams", "deployment_runs"}
 # What is called below these belongs to nobody, or to an organisation.
 NO_COLLECTIONS = {"messages", "models", "complete", "organizations", "compliance", "oauth"}
 # What a pattern of ``allowed_routes`` must begin with to open another path.
@@ -847,7 +849,7 @@ def read_route(method: str, path: str) -> Route:
         open=known and OPEN.fullmatch(path) is not None,
         billed=billed and not fetches,
         free=(fetches and batches is not None) or FREE.fullmatch(path) is not None,
-        is_read=billed or (kind != "" and not below.endswith("/content")),
+        is_read=billed or (kind != "" and (not (name and fetches) or kind in BEARERS)),
         unread=fetches or UPLOAD.fullmatch(path) is not None,
         batch=batches is not None and method in ("GET", "POST") and step != "/results",
         makes_batch=batches is not None and not (fetches or batch),
@@ -963,20 +965,17 @@ PLACES = {"budget_tokens", "edits", "id", *BodyMembers.__annotations__}
 MODEL_PLACES = {"model", "fallbacks", "tools", "requests", "params"}
 
 
-def made_of(pairs: list[tuple[str, Any]], wholly: bool = False) -> dict[str, Any]:
+def made_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of its members. Raises ValueError for one that two readers could read differently:
-    where one of PLACES, or any (``wholly``), stands twice."""
+    where a name stands twice."""
     made = dict(pairs)
     if len(made) < len(pairs):
-        names = [name for name, _ in pairs if wholly or name in PLACES]
-        if len(set(names)) < len(names):
-            raise ValueError(f"one of {set(names)} stands twice in one object")
+        raise ValueError("a name stands twice in one object")
     return made
 
 
 read_clearly = json.JSONDecoder(object_pairs_hook=made_of).decode
-read_wholly = json.JSONDecoder(object_pairs_hook=functools.partial(made_of, wholly=True)).decode
-UNCLEAR = "This key is limited to some models, and"
+UNCLEAR = "What this key sends is looked through, and"
 # What msgspec reads at once, in some 10 ms at worst: whatever is in it, or with so few containers.
 LIGHT_BODY, LIGHT_CONTAINED, LIGHT_CONTAINERS = 256 * KIB, 8 * MIB, 200_000
 AT_ONCE = 32 * KIB  # of a body are read at once, by `json`
@@ -997,8 +996,7 @@ FOLLOWING = {b"": b"", b"]": b",]", b"}": b",}"}
 
 async def scan(body: bytes, names: set[str] | None, breathe: Breathe) -> object:
     """What a JSON text says, however hostile: of objects only the members of these names (None:
-    all, and then none may stand twice). Raises ValueError for what is no clear JSON, APIError 400
-    for more than a model reads."""
+    all). Raises ValueError for what is no clear JSON, APIError 400 for more than a model reads."""
     at = marks = 0
     document, rows = list[Any](), list[Any]()
     # Where values go, None where they are not kept, and what ends it; then what that stands in.
@@ -1037,7 +1035,7 @@ async def scan(body: bytes, names: set[str] | None, breathe: Breathe) -> object:
             elif kept:
                 value = json.loads(mark)
             if kept and isinstance(into, dict):
-                if name in into and (names is None or name in PLACES):
+                if name in into:
                     raise ValueError(f"{name!r} stands twice in one object")
                 into[name] = value
             elif kept and isinstance(into, list):
@@ -1062,10 +1060,9 @@ async def read_string(body: bytes, start: int, kept: bool, breathe: Breathe) -> 
     return json.loads(body[start - 1 : end + 1]), end + 1
 
 
-async def read_body(body: bytes, route: Route, breathe: Breathe, *, strictly: bool) -> object:
+async def read_body(body: bytes, breathe: Breathe, *, strictly: bool) -> object:
     """What rules look at of a body: what its price depends on, None where it cannot be read; or
-    ``strictly`` all that may name a model. Raises APIError 400 for what is unclear or too much."""
-    names = None if strictly and not route.open else PLACES
+    ``strictly`` all of it. Raises APIError 400 for what is unclear or too much."""
     light = not strictly and len(body) <= LIGHT_BODY
     if not (light or strictly) and len(body) <= LIGHT_CONTAINED:
         light = body.count(b"[") + body.count(b"{") <= LIGHT_CONTAINERS
@@ -1073,18 +1070,13 @@ async def read_body(body: bytes, route: Route, breathe: Breathe, *, strictly: bo
         with contextlib.suppress(Exception):  # what msgspec cannot read, json may
             return decode(body)
     try:
-        return await read_at_length(body, names, breathe)
+        if len(body) <= AT_ONCE and body.count(b"[") + body.count(b"{") < MAX_DEPTH:
+            return read_clearly(body.decode())
+        return await scan(body, None if strictly else PLACES, breathe)
     except (ValueError, RecursionError) as error:
         if not strictly:
             return None
         raise APIError(400, f"{UNCLEAR} the body is not clearly readable JSON: {error}.") from None
-
-
-async def read_at_length(body: bytes, names: set[str] | None, breathe: Breathe) -> object:
-    """What a body says, by `scan` where it is long. Raises what that does, and RecursionError."""
-    if len(body) <= AT_ONCE and body.count(b"[") + body.count(b"{") < MAX_DEPTH:
-        return read_wholly(body.decode()) if names is None else read_clearly(body.decode())
-    return await scan(body, names, breathe)
 
 
 def members_of(value: object) -> dict[str, Any]:
@@ -1155,17 +1147,15 @@ WORDS = {(place, "container"): "containers" for place in ("", "params", "message
 WORDS |= {("", "agent"): "agents", ("multiagent", "agents"): "agents"}
 WORDS |= {(place, "predefined_agents"): "agents" for place in ("subagents", "workflows")}
 # What is the user's own in a body, and beside it the ``input`` of a tool's use.
-OWN_DATA = {"text", "metadata", "input_schema"}
+OWN_DATA = {"text", "metadata", "input_schema", "input_examples", "schema"}
 PROFILE_FIELD = "anthropic-user-profile-id"
 IDENTITY_FIELDS = frozenset({"anthropic-organization-id", WORKSPACE_FIELD})  # whose key it is
-# A member of these names, however it is written: escaped letters, and UTF-16, are told apart later.
-NAMED = rb'"(?=[%b])(?:%b)"' % (
-    "".join({name[0] for name in REFERENCES} | {"c"}).encode(),
-    "|".join([*REFERENCES, "container"]).encode(),
-)
-ESCAPED_LETTER, REFERENCE_IN_MESSAGE = re.compile(rb"\\u00[5-7]"), re.compile(NAMED)
-REFERENCE_ANYWHERE = re.compile(NAMED + rb'|"(?:agents?|predefined_agents)"')
-LONGEST_NAME = 2 + max(map(len, REFERENCES))
+# What tells that such a member may be there: how names end, words, and letters that are escaped.
+NAME_END = re.compile(rb'(_ids?)"(?:\s{0,900}+:|\s{900})')  # with the spaces before its colon
+ESCAPED_LETTER = re.compile(rb"\\u00(?:5[fF]|6[1-9a-fA-F]|7[0-9aA])")
+NAMES = set(REFERENCES)
+LONGEST_NAME = 1000
+EVERYDAY, EVERYDAY_IN_MESSAGES = {name for _, name in WORDS}, {"container"}
 NOT_FOUND = {"files": "File `{}` not found.", "environments": "Environment {} not found."}
 NOT_FOUND |= {"skills": "Skill not found: {}", "sessions": "Session not found: {}"}
 NOT_FOUND |= {"memory_stores": "memory store not found: {}"}
@@ -1178,36 +1168,53 @@ def not_found(kind: str, name: str) -> APIError:
     return APIError(404, text.replace("{}", printable(name)))
 
 
-def may_refer(body: bytes, route: Route) -> bool:
-    """Whether things may be named in a body: a look that takes a thousandth of reading it."""
-    named = REFERENCE_ANYWHERE if route.kind not in ("", "batches") else REFERENCE_IN_MESSAGE
-    found = named.search(body) or ESCAPED_LETTER.search(body)
-    return found is not None or b"\0" in body
+def everyday_on(route: Route) -> set[str]:
+    """Those of EVERYDAY that may name things in a body."""
+    return EVERYDAY_IN_MESSAGES if route.kind in ("", "batches") else EVERYDAY
 
 
-def members_within(document: object) -> Iterator[tuple[str, dict[str, Any], str, Any]]:
-    """Each member of each object in a JSON value, as (the name of what it stands in, that object,
-    name, value), but for what is the user's own."""
-    holders: list[tuple[str, Any]] = [("", document)]
-    for place, holder in holders:  # which grows meanwhile
+def names_in(body: bytes, start: int, words: set[str]) -> int:
+    """How many members that name things may begin in LIGHT_BODY bytes from there on: a look that
+    takes a part of what reading does. Below 0 where it cannot tell: letters are escaped, or it is
+    UTF-16, which has zeros."""
+    stop = start + LIGHT_BODY
+    if body.find(b"\0", start, stop) >= 0 or ESCAPED_LETTER.search(body, start, stop + 5):
+        return -1
+    quoted = (b'"%b"' % word.encode() for word in words)
+    count = sum(body.count(word, start, stop + len(word) - 1) for word in quoted)
+    for found in NAME_END.finditer(body, start, stop + LONGEST_NAME):
+        quote = body.rfind(b'"', max(0, found.start() - LONGEST_NAME), found.start())
+        count += start <= quote < stop and body[quote + 1 : found.end(1)].decode("latin-1") in NAMES
+    return count
+
+
+def named_in(
+    document: object, names: collections.abc.Set[str]
+) -> Iterator[tuple[str, list[tuple[str, str]]] | None]:
+    """What each member of these names in a JSON value names, as (its object's type, kinds and ids),
+    which is nothing in the user's own data; None where the loop may do something else."""
+    holders, looks = [("", document, False)], 0
+    for place, holder, is_own in holders:  # which grows meanwhile
         if isinstance(holder, list):
-            holders += zip(itertools.repeat(place), holder)
-        elif isinstance(holder, dict):
-            uses = str(holder.get("type")).endswith("tool_use")
-            for name, value in holder.items():
-                if name not in OWN_DATA and not (uses and name == "input"):
-                    holders.append((name, value))
-                    yield place, holder, name, value
-
-
-def named_by(place: str, holder: Mapping[str, Any], name: str, value: Any) -> Iterator[Any]:
-    """(kind, id) of each thing that a member names."""
-    kind = REFERENCES.get(name) or WORDS.get((place, name))
-    for each in (value if isinstance(value, list) else [value]) if kind else ():
-        named = each.get("id") if isinstance(each, dict) else each
-        built_in = name == "skill_id" and holder.get("type") == "anthropic"
-        if isinstance(named, str) and not (built_in and not named.startswith(KINDS["skills"])):
-            yield kind, named
+            holders += [(place, each, is_own) for each in holder if isinstance(each, dict | list)]
+        kind_of = str(holder.get("type")) if isinstance(holder, dict) else ""
+        for name, value in holder.items() if isinstance(holder, dict) else ():
+            looks += 1
+            if looks % BREATH == 0:
+                yield None
+            own = is_own or name in OWN_DATA or (name == "input" and kind_of.endswith("tool_use"))
+            if isinstance(value, dict | list):
+                holders.append((name, value, own))
+            if name in names:
+                kind = "" if own else REFERENCES.get(name) or WORDS.get((place, name), "")
+                each = [
+                    one.get("id") if isinstance(one, dict) else one
+                    for one in (value if isinstance(value, list) else [value])
+                ]
+                ids = [one for one in each if isinstance(one, str)] if kind else []
+                if name == "skill_id" and kind_of == "anthropic":  # a built-in one's is a word
+                    ids = [one for one in ids if one.startswith(KINDS["skills"])]
+                yield kind_of, [(kind, one) for one in ids]
 
 
 def parent_of(thing: Mapping[str, Any]) -> object:
@@ -1610,7 +1617,7 @@ def read_prices(path: Path) -> dict[str, Rates]:
 
 STORE_VERSION, STORE_MODE = 1, 0o600
 HASH = re.compile(r"[0-9a-f]{64}")
-TOMBSTONE_DAYS = 90  # how long a deleted key is told apart from one that never was
+TOMBSTONE = timedelta(days=90)  # how long a deleted key is told apart from one that never was
 WRITE_SLICE = 1000  # lines joined at a time, so that the writing thread lets the loop breathe
 FLUSH_INTERVAL = 1.0  # seconds between two writes of what relaying changes
 BUDGET_WAIT = 2  # seconds after which a request that a budget has no room for may ask again
@@ -1649,6 +1656,10 @@ class Thing(NamedTuple):
         mate = key.resources == "team" and key.team_id and key.team_id == self.team
         return key.resources == "all" or self.owner == key.owner or bool(mate)
 
+    def is_for(self, key: VirtualKey) -> bool:
+        """Whether a key may read it and refer to it."""
+        return self.is_shared or self.belongs_to(key)
+
 
 class Ledger(Protocol):
     """The keys and what they used, as another store than a file has them too; nothing else changes
@@ -1677,9 +1688,8 @@ class Ledger(Protocol):
     def rates(self, key: VirtualKey, theirs: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
         """anthropic-ratelimit-* of a key's own limits, where they are tighter than ``theirs``."""
 
-    def own_batch(self, account: Account, name: str, hold: Hold | None = None) -> None:
-        """A key made a batch: what is held for it stays until it is booked. One that nobody here
-        made (no hold) belongs to the key that first fetches its results."""
+    def own_batch(self, account: Account, name: str, hold: Hold) -> None:
+        """A key made a batch: what is held for it stays until it is booked."""
 
     def batch_line(self, name: str, line: int) -> Account | None:
         """Whom a line of a batch's results is to be booked to; it is said once."""
@@ -1702,8 +1712,8 @@ class Ledger(Protocol):
         """Give things (id: kind) to an owner ("": nobody), or share them with all (None). Where it
         raises APIError 503 nothing is changed."""
 
-    def forget(self, name: str) -> None:
-        """A thing is no more."""
+    def forget(self, name: str, owner: str | None) -> None:
+        """A thing is no more, if it is this owner's (None: anybody's)."""
 
     async def change(self, changes: Mapping[str, VirtualKey | None]) -> None:
         """Put these records (None removes one), as `save` does; what fails is taken back."""
@@ -1731,8 +1741,8 @@ def store_line(hashed: str, record: VirtualKey, today: str = "", keep_from: str 
 
 
 def parse_store(text: bytes, name: str) -> dict[str, VirtualKey]:
-    """Read a keys file, but for old tombstones. Raises SettingsError that says what is damaged."""
-    keys, forgotten = dict[str, VirtualKey](), now() - timedelta(days=TOMBSTONE_DAYS)
+    """Read a keys file. Raises SettingsError that says what is damaged."""
+    keys = dict[str, VirtualKey]()
     wrong = "not JSON: "
     try:
         document = json.loads(text)
@@ -1743,9 +1753,8 @@ def parse_store(text: bytes, name: str) -> dict[str, VirtualKey]:
             wrong = f"key number {number} "
             if not HASH.fullmatch(hashed):
                 raise ValueError("does not stand under a SHA-256")
-            key = VirtualKey.from_json(record)
-            if not key.deleted_at or key.deleted_at > forgotten:
-                keys[hashed] = key
+            keys[hashed] = VirtualKey.from_json(record)
+            keys[hashed].account.hashed = hashed
     except Exception as error:  # noqa: BLE001 - whatever Python says of what it cannot read
         raise SettingsError(f"{name}: damaged, {wrong}{error}; mend it or restore a copy") from None
     return keys
@@ -1871,15 +1880,6 @@ class StoreFile(Generic[Contents]):
             self._lock = -1
 
 
-@dataclass(slots=True)
-class Shelf:
-    """The things of one kind that one owner has, and when each was made."""
-
-    kind: str
-    owner: str
-    made: dict[str, float] = field(default_factory=dict)
-
-
 class Things:
     """Whose the things of a workspace are, as a file of changes tells it, one a line; the last word
     counts. `change` takes them:
@@ -1887,50 +1887,42 @@ class Things:
         {"key": "<its owner_id; empty: nobody's>", "kind": "files", "made": {"file_…": 1764194000}}
         {"gone": ["file_…"]}
         {"shared": ["file_…"]}   until it is made or gone again
-        {"key": "…", "team": "…"}   a key that was deleted left its things to its team
-    """
+
+    A place is an (owner, kind); ``made`` has what stands there, and when it was made."""
 
     def __init__(self) -> None:
-        self.shelves: dict[tuple[str, str], Shelf] = {}
-        self.places: dict[str, Shelf] = {}  # of each thing
+        self.made = collections.defaultdict[tuple[str, str], dict[str, float]](dict)
+        self.places: dict[str, tuple[str, str]] = {}  # by id
         self.shared: set[str] = set()
-        self.heirs: dict[str, str] = {}  # teams of owners
         self.is_untidy = self.is_cut = False  # its file is to be written anew, or must be
 
     def change(self, change: Mapping[str, Any]) -> None:
         """Take one in. Raises whatever Python does for what is none."""
-        match change:
-            case {"key": str(owner), "kind": str(kind), "made": dict(made)}:
-                if made.keys() & self.places.keys():
-                    self._drop(made)
-                math.fsum(made.values())  # raises for what is no number
-                shelf = self.shelves.setdefault((owner, kind), Shelf(kind, owner))
-                shelf.made.update(made)
-                self.places.update(dict.fromkeys(made, shelf))
-            case {"gone": list(names)}:
-                self._drop(names)
-            case {"shared": list(names)}:
-                self.shared.update(self.places.keys() & names)
-            case {"key": str(owner), "team": str(team)}:
-                self.heirs[owner] = team
-            case _:
-                raise ValueError("is no change of things")
+        if made := change.get("made"):
+            math.fsum(made.values())  # raises for what is no number
+            self._drop(made.keys() & self.places.keys())
+            place = exactly(str, change["key"]), exactly(str, change["kind"])
+            self.made[place].update(made)
+            self.places.update(dict.fromkeys(made, place))
+        elif "gone" in change:
+            self._drop(change["gone"])
+        else:
+            self.shared.update(self.places.keys() & change["shared"])
 
     def _drop(self, names: Iterable[str]) -> None:
         self.shared.difference_update(names)
         for name in names:
-            if shelf := self.places.pop(name, None):
-                del shelf.made[name]
+            if place := self.places.pop(name, None):
+                del self.made[place][name]
 
     def lines(self) -> list[bytes]:
         """The fewest changes that say all of it."""
         changes: list[dict[str, Any]] = []
-        for shelf in self.shelves.values():
-            rest = iter(shelf.made.items())
+        for (owner, kind), made in self.made.items():
+            rest = iter(made.items())
             while some := dict(itertools.islice(rest, WRITE_SLICE)):
-                changes.append({"key": shelf.owner, "kind": shelf.kind, "made": some})
+                changes.append({"key": owner, "kind": kind, "made": some})
         changes += [{"shared": sorted(self.shared)}] if self.shared else []
-        changes += [{"key": owner, "team": team} for owner, team in self.heirs.items()]
         return [json.dumps(change).encode() for change in changes]
 
 
@@ -1943,14 +1935,16 @@ def parse_things(text: bytes, name: str) -> Things:
     try:
         if json.loads(first) != {"version": STORE_VERSION}:
             raise ValueError("is not of a version for this gateway")
+        decode = decoder_of(Any) or json.loads
         for number, line in enumerate(lines, start=2):
             where = f"line {number}"
-            things.change(json.loads(line))
+            things.change(decode(line))
     except Exception as error:  # noqa: BLE001 - whatever Python says of what it cannot read
         wrong = f"damaged, {where}: {error}; mend it or restore a copy"
         raise SettingsError(f"{name}: {wrong}") from None
     things.is_cut = bool(rest)
-    things.is_untidy = things.is_cut or len(lines) > 2 * len(things.lines()) + UNTIDY_LINES
+    fewest = sum(1 + len(made) // WRITE_SLICE for made in things.made.values())
+    things.is_untidy = things.is_cut or len(lines) > 2 * fewest + UNTIDY_LINES
     return things
 
 
@@ -1964,7 +1958,7 @@ class FileLedger(Ledger):
     ) -> None:
         told = (KEYS_FRAME, "keys file", "nothing was changed")
         self._file, path = StoreFile(path, parse_store, *told), Path(os.path.realpath(path))
-        told = (THINGS_FRAME, "file of resources", "what was made is written later")
+        told = (THINGS_FRAME, "file of resources", "what was made is there, and written down later")
         self._things_file = StoreFile(Path(f"{path}.resources"), parse_things, *told)
         self._usage_days, self._clock = usage_days, clock
         self.keys = {}
@@ -1981,7 +1975,12 @@ class FileLedger(Ledger):
         self._next: asyncio.Task[APIError | None] | None = None  # … and what waits for its end
         self._adding = asyncio.Lock()  # changes of things
         self._noticed: FileMark = None  # the last edit that was read, or could not be
-        self._load()
+        try:
+            self._load()
+        except SettingsError:
+            self._file.close()
+            self._things_file.close()
+            raise
 
     # Looking
 
@@ -2111,14 +2110,11 @@ class FileLedger(Ledger):
         batch = self.batches[name].batches[name] if name in self.batches else None
         return None if batch is None or batch.booked else batch
 
-    def own_batch(self, account: Account, name: str, hold: Hold | None = None) -> None:
-        if hold is None and name in self.batches:
-            return
+    def own_batch(self, account: Account, name: str, hold: Hold) -> None:
         self.finish_batch(name)  # an upstream that gives an id twice frees what was held for it
         batch = account.batches[name] = Batch(day_of(now()))
         self.batches[name] = account
-        if hold is not None:
-            batch.held, hold.amounts = hold.amounts, {}
+        batch.held, hold.amounts = hold.amounts, {}
         self._touched.add(account.hashed)
 
     def batch_line(self, name: str, line: int) -> Account | None:
@@ -2151,28 +2147,24 @@ class FileLedger(Ledger):
     async def find_things(self, names: Iterable[object]) -> dict[str, Thing]:
         found, places, shared = dict[str, Thing](), self.things.places, self.things.shared
         for name in names:
-            if isinstance(name, str) and (shelf := places.get(name)):
-                team = self._team_of(shelf.owner)
-                found[name] = Thing(shelf.kind, shelf.owner, team, name in shared)
+            if isinstance(name, str) and (place := places.get(name)):
+                owner, kind = place
+                found[name] = Thing(kind, owner, self._team_of(owner), name in shared)
         return found
 
     async def reached(self, key: VirtualKey, kind: str) -> dict[str, float]:
-        shelves = self.things.shelves
-        made, team = dict[str, float](), key.team_id if key.resources == "team" else None
-        for (owner, each), shelf in shelves.items() if team else ():
-            if each == kind and self._team_of(owner) == team:
-                made |= shelf.made
-        if mine := shelves.get((key.owner, kind)):
-            made |= mine.made
-        for name in self.things.shared:
-            shelf = self.things.places[name]
-            if shelf.kind == kind:
-                made[name] = shelf.made[name]
-        return made
+        made, things, team = dict[str, float](), self.things, key.team_id
+        places = [(key.owner, kind)]
+        if team and key.resources == "team":
+            places = [p for p in things.made if p[1] == kind and self._team_of(p[0]) == team]
+        for place in places:
+            made |= things.made.get(place, {})
+        shared = [name for name in things.shared if things.places[name][1] == kind]
+        return made | {name: things.made[things.places[name]][name] for name in shared}
 
     def _team_of(self, owner: str) -> str | None:
         key = self.keys.get(self._owners.get(owner, ""))
-        return self.things.heirs.get(owner) if key is None or key.deleted_at else key.team_id
+        return key.team_id if key else None
 
     async def own(self, owner: str, kind: str, made: Mapping[str, float]) -> None:
         if fresh := {name: made[name] for name in made if name not in self.things.places}:
@@ -2182,14 +2174,14 @@ class FileLedger(Ledger):
     async def assign(self, kinds: Mapping[str, str], owner: str | None) -> None:
         places, moment, changes = self.things.places, int(time.time()), list[dict[str, Any]]()
         for name in reversed(list(kinds)):  # lists begin with the newest
-            since = places[name].made[name] if name in places else moment
+            since = self.things.made[places[name]][name] if name in places else moment
             if owner is not None or name not in places:
                 changes.append({"key": owner or "", "kind": kinds[name], "made": {name: since}})
         changes += [{"shared": list(kinds)}] if owner is None else []
         await asyncio.shield(self._add(changes))
 
-    def forget(self, name: str) -> None:
-        if name in self.things.places:
+    def forget(self, name: str, owner: str | None) -> None:
+        if (place := self.things.places.get(name)) and owner in (None, place[0]):
             self._change({"gone": [name]})
 
     def _change(self, change: Mapping[str, Any]) -> None:
@@ -2212,7 +2204,9 @@ class FileLedger(Ledger):
                     file.is_written()
             except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again
                 self._changes[:0] = waiting
-                raise self._fail(error, file) from None
+                raise APIError(
+                    503, self._fail(error, file).message, headers=[DO_NOT_RETRY]
+                ) from None
             for change in changes:
                 self.things.change(change)
 
@@ -2248,8 +2242,6 @@ class FileLedger(Ledger):
             account = record.account
             account.hashed = hashed
             self._owners[record.owner] = hashed
-            if record.deleted_at and record.team_id and record.owner not in self.things.heirs:
-                self._change({"key": record.owner, "team": record.team_id})
             for kind, limit in (("requests", record.rpm_limit), ("tokens", record.tpm_limit)):
                 bucket = account.buckets.pop(kind, None) or Bucket(0, self._clock())
                 if limit is not None:
@@ -2303,18 +2295,24 @@ class FileLedger(Ledger):
         known = {hashed: key.account for hashed, key in self.keys.items()}
         for index in (self.keys, self._lines, self._retired, self.batches, self._owners):
             index.clear()
-        for hashed, record in keys.items():
+        places, forgotten = self.things.places, now() - TOMBSTONE
+        heritage = {owner for owner, _ in places.values()}
+        for hashed, record in list(keys.items()):
+            gone = record.deleted_at is not None and record.deleted_at < forgotten
+            if gone and not (record.team_id and record.owner in heritage):
+                del keys[hashed]
+                continue
             record.account = known.get(hashed, record.account)
-        self._apply(keys)
-        self._touched |= known.keys() & keys.keys()
-        for hashed, record in keys.items():  # version 1.0 kept batches there alone
-            batches = record.account.batches.items()
-            places = self.things.places
+            batches = record.account.batches.items()  # version 1.0 kept whose they are there alone
             if old := {n: from_iso(b.day).timestamp() for n, b in batches if n not in places}:
                 self._change({"key": record.owner, "kind": "batches", "made": old})
+        self._apply(keys)
+        self._touched |= known.keys() & keys.keys()
 
     def _load_things(self) -> None:
         file = self._things_file
+        if self._owners and file.edit() is None:
+            return
         try:
             things = file.read(self.things.lines())
             for change in self._changes:
@@ -3746,15 +3744,14 @@ class Meter(ResponseFilter):
     with each line of batch results, counted from 1; ``learn`` with what a line or a message says in
     which something new may be named."""
 
-    learn: Callable[[object], None] | None = None
-
     def __init__(
         self,
         content_type: str,
         on_result: Callable[[int, Measured], None] | None = None,
         room: Callable[[int], bool] = lambda size: True,
+        learn: Callable[[object], None] | None = None,
     ) -> None:
-        self.measured = Measured()
+        self.measured, self._learn = Measured(), learn
         self._on_result, self._room, self._lines = on_result, room, 0
         self._whole = on_result is None and not content_type.lower().startswith(EVENT_STREAM)
         self._held = bytearray()  # of a line that has not ended, or of the message
@@ -3767,9 +3764,8 @@ class Meter(ResponseFilter):
         holds = self._whole or self._held or self._passed_over
         if holds or len(data) > MAX_LINE or not data.endswith(b"\n"):
             lines = self._complete(data)
-        if self.learn is not None and (b'"container"' in lines or b'"file_id"' in lines):
-            for line in lines.splitlines():
-                self.learn(read_json(line.removeprefix(b"data:"), Any))
+        if self._learn is not None and (b'"container"' in lines or b'"file_id"' in lines):
+            self._learn_of(lines.splitlines(), self._learn)
         if self._on_result is not None:
             self._read_results(lines, self._on_result)
             return data
@@ -3819,9 +3815,14 @@ class Meter(ResponseFilter):
         if self._whole and not self.measured.blind:
             message = read_answer(held) if complete and held else None
             self.measured = measured_message(message, size)
-            if self.learn is not None and complete:
-                self.learn(read_json(held, Any))
+            if self._learn is not None and complete:
+                self._learn_of([held], self._learn)
         return b""
+
+    def _learn_of(self, texts: Iterable[bytes], learn: Callable[[object], None]) -> None:
+        for text in texts:
+            if b'"container"' in text or b'"file_id"' in text:
+                learn(read_json(text.removeprefix(b"data:"), Any))
 
     def _complete(self, data: bytes) -> bytes:
         """The lines that end in these bytes. What stands behind them is held until its end comes;
@@ -4335,6 +4336,7 @@ class Visit:
     listing: Listing | None = None
     hidden: frozenset[str] = NO_OPTIONS
     born: dict[str, tuple[str, float]] = field(default_factory=dict)
+    learn: Callable[[object], None] | None = None
     errand: Callable[[], Awaitable[None]] | None = None
     credential: tuple[str, str] | None = None
     hold: Hold | None = None
@@ -4351,26 +4353,23 @@ class Kept:
     """A request's body that was kept, and what was read of it: once, however many rules look."""
 
     data: bytes
-    route: Route
     breathe: Breathe
     document: object = None
-    is_read: bool = False
+    how: bool | None = None  # it was read, and whether strictly
+
+    def read_at_once(self) -> object:
+        """What it says, but where names stand twice in an object; None where that takes long."""
+        data, decode = self.data, decoder_of(Any)
+        is_light = len(data) <= LIGHT_CONTAINED and data.count(b"{") <= LIGHT_CONTAINERS // 4
+        return read_json(data, Any) if decode and is_light else None
 
     async def read(self, *, strictly: bool) -> object:
         """What it says: to the letter (APIError 400 where that is not clear), or what of it a price
         depends on (None where it cannot be read). An empty one says nothing."""
-        if self.data and (strictly or not self.is_read):
-            read = read_body(self.data, self.route, self.breathe, strictly=strictly)
-            self.document, self.is_read = await read, True
+        if self.data and not self.how and self.how is not strictly:
+            self.document = await read_body(self.data, self.breathe, strictly=strictly)
+            self.how = strictly
         return self.document
-
-    async def read_wholly(self) -> object:
-        """All that it says. Raises APIError 400 where that is not clear."""
-        try:
-            return await read_at_length(self.data, None, self.breathe)
-        except (ValueError, RecursionError) as error:
-            text = "The body names files or other things, and is not clearly readable JSON"
-            raise APIError(400, f"{text}: {error}.") from None
 
 
 class Rule:
@@ -4519,8 +4518,8 @@ class Fields(Rule):
         unwanted = head.options
         if caller.own is None:
             unwanted |= {WORKSPACE_FIELD}
-            if visit.route.results_of:
-                unwanted |= {"range", "if-range"}  # a part of the results could not be booked
+            if visit.route.results_of or (visit.route.kind and not visit.route.name):
+                unwanted |= {"range", "if-range"}  # of a part nobody can tell what it is
         codings = None
         if visit.route.is_read and (offered := head.values.get("accept-encoding")):
             codings = readable_codings(offered)
@@ -4580,7 +4579,8 @@ class Limits(Rule):
         if head.status != 200 or not route.billed or route.batch:
             return ()
         room = functools.partial(visit.gateway.held.find_room, visit.record.hashed)
-        visit.meter = Meter(head.values.get("content-type", ("",))[0], room=room)
+        kind = head.values.get("content-type", ("",))[0]
+        visit.meter = Meter(kind, room=room, learn=visit.learn)
         return (visit.meter,)
 
     def fields(self, visit: Visit, head: ResponseHead) -> Iterable[tuple[str, str]]:
@@ -4660,11 +4660,9 @@ class Batches(Rule):
             return (Rewritten(functools.partial(self.look, visit)),)
         if not batch or visit.caller.own is not None:
             return ()
-        if visit.caller.key is not None:
-            # One that nobody here made belongs to the key that first fetches its results.
-            gateway.ledger.own_batch(visit.caller.key.account, batch)
         room = functools.partial(gateway.held.find_room, visit.record.hashed)
-        visit.results = Meter("", functools.partial(gateway.batches.book_result, batch), room)
+        book = functools.partial(gateway.batches.book_result, batch)
+        visit.results = Meter("", book, room, visit.learn)
         return (visit.results,)
 
     async def look(self, visit: Visit, plain: bytes) -> bytes:
@@ -4690,15 +4688,14 @@ class Batches(Rule):
 
 
 LIST_TIMEOUT = 60.0  # seconds for a further part of a list
-DEFAULT_LIMIT, MAX_LIST_LIMIT = 20, 1000  # rows of a page (SDK: types/file_list_params.py, which
+DEFAULT_LIMIT, MAX_ROWS_LISTED = 20, 1000  # rows of a page (SDK: types/file_list_params.py, which
 IDS_A_CALL = 100  # has this one too)
-MAX_PAGES = 1000  # of a list that one request looks through
+MAX_PAGES = 100  # of a list that one request looks through
 FILE_LIST = {"limit", "page", "after_id", "before_id", "beta"}  # what can be asked of ids as well
-LIST_IDS = ("ids", "after_id", "before_id")
+CURSORS = ("after_id", "before_id")
 CURSOR = re.compile(r"page_own_([0-9.]+)_([\w-]+)")  # the gateway's own: behind which file
 # A session and a run are of a deployment, a file is of the session that wrote it.
 PARENTS = {"sessions": "deployments", "deployment_runs": "deployments", "files": "sessions"}
-PRODUCERS = ("dreams", "deployment_runs")
 SAFE_ID = re.compile(r"[\w-]+")
 
 
@@ -4711,6 +4708,7 @@ class Walls(Rule):
         if key is None:
             return
         visit.hidden, visit.owner = IDENTITY_FIELDS, key.owner
+        visit.learn = functools.partial(self.learn, visit)
         if route.name:
             # What workers of an environment do is not for all who may use it.
             reads = route.fetches and not route.below.startswith("/work")
@@ -4721,7 +4719,7 @@ class Walls(Rule):
         for profile in head.values.get(PROFILE_FIELD, ()):
             await self.reach(visit, "user_profiles", profile)
         if "?" in visit.target:
-            await self.judge_query(visit)
+            await self.judge_query(visit, key)
         if route.kind and not route.name and route.fetches:
             if head.method == "HEAD":
                 visit.hidden |= {"content-length"}
@@ -4734,15 +4732,31 @@ class Walls(Rule):
                 raise APIError(400, text)
 
     async def body(self, visit: Visit, body: Kept) -> None:
-        if not visit.refers or not may_refer(body.data, visit.route):
-            return
-        seen = set[tuple[str, str]]()
-        for number, member in enumerate(members_within(await body.read_wholly())):
-            if number % BREATH == 0:
+        named, is_clear, words = 0, True, everyday_on(visit.route)
+        for start in range(0, len(body.data) if visit.refers else 0, LIGHT_BODY):
+            if start:
                 await body.breathe()
-            seen.update(named_by(*member))
-        for kind, name in seen:
+            count = names_in(body.data, start, words)
+            named, is_clear = named + abs(count), is_clear and count >= 0
+        document, names = body.read_at_once() if named and is_clear else None, words | NAMES
+        things, found = await self.things_in(document, names, body)
+        if found != named:  # some are hidden by others, or are none
+            things, _ = await self.things_in(await body.read(strictly=True), names, body)
+        for kind, name in things:
             await self.reach(visit, kind, name)
+
+    async def things_in(
+        self, document: object, names: set[str], body: Kept
+    ) -> tuple[set[tuple[str, str]], int]:
+        """What a document names, and how many of its members have one of these names."""
+        things, found = set[tuple[str, str]](), 0
+        for each in named_in(document, names):
+            if each is None:
+                await body.breathe()
+                continue
+            found += 1
+            things.update(each[1])
+        return things, found
 
     async def reach(self, visit: Visit, kind: str, name: str, *, changes: bool = False) -> Thing:
         """A thing that the caller may read or refer to, or change. Raises APIError 404, and 403 for
@@ -4753,7 +4767,7 @@ class Walls(Rule):
         if thing is None and key.resources == "all":
             return Thing(kind)
         thing = thing or await self.trace(visit, key, kind, name)
-        if thing is None or not (thing.belongs_to(key) or thing.is_shared):
+        if thing is None or not thing.is_for(key):
             raise not_found(kind, name)
         if changes and not thing.belongs_to(key):
             text = f"{printable(name)} is shared: this key may use it, and its owner change it."
@@ -4768,7 +4782,9 @@ class Walls(Rule):
         may_be = await ledger.reached(key, parents) if parents else not is_custom
         if not may_be or not SAFE_ID.fullmatch(name):
             return None
-        found = await self.ask(visit, f"/v1/{kind}/{name}", {})
+        found = dict[str, Any]()
+        with contextlib.suppress(UpstreamError):
+            found = await self.ask(visit, f"/v1/{kind}/{name}")
         if kind == "skills":
             return Thing(kind, is_shared=True) if is_published(found) else None
         above = parent_of(found)
@@ -4778,13 +4794,11 @@ class Walls(Rule):
         await ledger.own(thing.owner, kind, {name: moment_in(found)})
         return thing._replace(kind=kind)
 
-    async def ask(self, visit: Visit, target: str, missing: Any = None) -> Any:
-        """An object of the upstream's; ``missing`` where it has none. Raises UpstreamError."""
+    async def ask(self, visit: Visit, target: str) -> dict[str, Any]:
+        """An object of the upstream's. Raises UpstreamError."""
         told = ("anthropic-version", "anthropic-beta")
         fields = {name: visit.head.get(name) for name in told if name in visit.head.values}
         answer = await visit.gateway.client.get(target, LIST_TIMEOUT, fields)
-        if answer.code == 404 and missing is not None:
-            return missing
         document = read_json(answer.body, Any) if answer.code == 200 else None
         if not isinstance(document, dict):
             raise UpstreamError(f"The upstream answered {answer.code} where a part was asked for.")
@@ -4792,7 +4806,7 @@ class Walls(Rule):
 
     # Lists
 
-    async def judge_query(self, visit: Visit) -> None:
+    async def judge_query(self, visit: Visit, key: VirtualKey) -> None:
         """Look at the ids of a query. Of a list of ids those that the caller does not reach are
         left out, as missing ones would be."""
         path, _, query = visit.target.partition("?")
@@ -4800,18 +4814,19 @@ class Walls(Rule):
         for part in query.split("&"):
             name, value = (urllib.parse.unquote_plus(text) for text in part.partition("=")[::2])
             name = name.partition("[")[0]
-            is_row = kind != "" and is_list and name in LIST_IDS
-            named = kind if is_row else REFERENCES.get(name)
+            is_row = kind != "" and is_list
+            named = kind if is_row and name in CURSORS else REFERENCES.get(name)
+            if is_row and name == "ids":
+                thing = (await visit.gateway.ledger.find_things([value])).get(value)
+                if thing is not None and not thing.is_for(key):
+                    left_out += 1
+                    continue
             try:
                 if named and value:
                     await self.reach(visit, named, value)
-                kept.append(part)
             except APIError as error:
-                if not is_row:
-                    raise
-                if name != "ids":
-                    raise APIError(400, f"{name}: {error.message}") from None
-                left_out += 1
+                raise APIError(400, f"{name}: {error.message}") if name in CURSORS else error
+            kept.append(part)
         if left_out:
             if not any(part.startswith("ids") for part in kept):
                 kept.append(f"ids[]={unknown_id(kind)}")
@@ -4822,14 +4837,10 @@ class Walls(Rule):
         them, newest first, as the upstream has them."""
         path, _, query = visit.target.partition("?")
         asked = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
-        limit, page = (
-            asked.get("limit", str(DEFAULT_LIMIT)),
-            CURSOR.fullmatch(asked.get("page", "")),
-        )
-        fits = limit.isascii() and limit.isdigit() and 0 < int(limit) <= MAX_LIST_LIMIT
-        if asked.keys() - FILE_LIST or not fits or (asked.get("page") and not page):
+        size, page = rows_asked(asked), CURSOR.fullmatch(asked.get("page", ""))
+        if asked.keys() - FILE_LIST or not size or (asked.get("page") and not page):
             return  # the upstream says what is wrong, or lists them in its own way
-        made, size = await visit.gateway.ledger.reached(key, "files"), min(int(limit), IDS_A_CALL)
+        made, size = await visit.gateway.ledger.reached(key, "files"), min(size, IDS_A_CALL)
         order = sorted(made, key=made.__getitem__)[::-1]
         after, before = page[2] if page else asked.get("after_id"), asked.get("before_id")
         if after in made:
@@ -4870,9 +4881,8 @@ class Walls(Rule):
         """A full page of rows that the caller reaches, of as many of the upstream's as it takes."""
         path, _, query = visit.target.partition("?")
         asked = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
-        limit, cursor = int(asked.get("limit") or DEFAULT_LIMIT), "after_id"
-        if backwards := bool(asked.get("before_id")):
-            cursor = "before_id"
+        limit, backwards = rows_asked(asked) or DEFAULT_LIMIT, bool(asked.get("before_id"))
+        cursor = "before_id" if backwards else "after_id"
         page, rows = document, list_of(document.get("data"))
         is_whole, key = bool(body) and shown == rows, cast(VirtualKey, visit.payer)
         left = set(await visit.gateway.ledger.reached(key, visit.route.kind))
@@ -4880,7 +4890,7 @@ class Walls(Rule):
             left -= set(map(id_of, rows))
             if len(shown) > limit or not page.get("has_more") or not left or not rows:
                 break
-            asked |= {"limit": str(MAX_LIST_LIMIT), cursor: id_of(rows[0 if backwards else -1])}
+            asked |= {"limit": str(MAX_ROWS_LISTED), cursor: id_of(rows[0 if backwards else -1])}
             page = await self.ask(visit, f"{path}?{urllib.parse.urlencode(asked)}")
             rows = list_of(page.get("data"))
             found = await self.visible(visit, rows)
@@ -4905,11 +4915,11 @@ class Walls(Rule):
             if thing is None and above is not None and above.belongs_to(key) and name:
                 born.setdefault((above.owner, visit.route.kind), {})[name] = moment_in(row)
                 thing = above
-            if thing is not None and (thing.belongs_to(key) or thing.is_shared):
+            if thing is not None and thing.is_for(key):
                 for kind, product in products_of(row):
                     born.setdefault((thing.owner, kind), {})[product] = moment_in(row)
                 shown.append(row)
-            elif thing is None and is_published(row):
+            elif thing is None and visit.route.kind == "skills" and is_published(row):
                 shown.append(row)
         for (owner, kind), made in born.items():
             await ledger.own(owner, kind, made)
@@ -4921,20 +4931,16 @@ class Walls(Rule):
         key, route = visit.payer, visit.route
         if key is None or not 200 <= head.status < 300:
             return ()
-        learn = functools.partial(self.learn, visit)
-        for meter in (visit.meter, visit.results):
-            if meter is not None:
-                meter.learn = learn
-        if not route.kind or visit.results is not None:
+        if not route.kind or route.results_of:
             return ()
+        if route.fetches and not route.name:
+            is_free = key.resources == "all"
+            return () if is_free else (Rewritten(functools.partial(self.list_own, visit)),)
         if is_event_stream(head):
-            watch = Meter(EVENT_STREAM)
-            watch.learn = learn
-            return (watch,)
-        if not route.fetches or (route.name and route.kind in PRODUCERS and not route.below):
+            return (Meter(EVENT_STREAM, learn=visit.learn),)
+        is_told = not route.fetches or (route.kind in BEARERS and not route.below)
+        if is_told and is_json(head.get("content-type")):
             return (Rewritten(functools.partial(self.remember, visit)),)
-        if not route.name and head.status == 200 and key.resources != "all":
-            return (Rewritten(functools.partial(self.list_own, visit)),)
         return ()
 
     async def remember(self, visit: Visit, body: bytes) -> bytes:
@@ -4942,32 +4948,23 @@ class Walls(Rule):
         made, route = read_json(body, Any), visit.route
         if not isinstance(made, dict) or route.deletes:
             return body
-        moment, name, kind = moment_in(made), id_of(made), f"{made.get('type')}s"
+        moment, name = moment_in(made), id_of(made)
         visit.born |= {product: (of, moment) for of, product in products_of(made)}
-        if name and name != route.name and not route.fetches:
-            below = route.below.strip("/").split("/")[-1]
-            visit.born[name] = (kind if kind in KINDS else below or route.kind, moment)
-        try:
-            await self.keep(visit)
-        except APIError as error:
-            text = f"It was made, but whose it is could not be written down. {error.message}"
-            raise APIError(503, text, headers=[DO_NOT_RETRY]) from None
+        below = route.below.strip("/").split("/")
+        if name and name not in (route.name, *below) and not route.fetches:
+            kind = "deployment_runs" if below[-1] == "run" else below[-1] or route.kind
+            visit.born[name] = (kind, moment)
+        await self.keep(visit)
         return body
 
     def learn(self, visit: Visit, document: object) -> None:
         """An answer, or a part of one, may name what was made for the caller on the way: containers
         and files that code wrote (SDK: types/code_execution_output_block.py)."""
-        for member in members_within(document):
-            wrote = str(member[1].get("type")).endswith("code_execution_output")
-            for kind, name in named_by(*member):
-                if kind == "containers" or (kind == "files" and wrote):
+        for holder, things in filter(None, named_in(document, {"container", "file_id"})):
+            for kind, name in things:
+                if kind == "containers" or holder.endswith("code_execution_output"):
                     visit.born[name] = (kind, time.time())
-                    visit.errand = functools.partial(self.keep_learnt, visit)
-
-    async def keep_learnt(self, visit: Visit) -> None:
-        """Remember what was learnt before the client hears of it."""
-        with contextlib.suppress(APIError):  # which is said, and tried again each second
-            await self.keep(visit)
+                    visit.errand = functools.partial(self.keep, visit)
 
     async def keep(self, visit: Visit) -> None:
         """Remember what was born: it is its owner's. Raises APIError 503."""
@@ -4979,13 +4976,20 @@ class Walls(Rule):
         route, answer = visit.route, visit.answer
         deleted = route.name and route.deletes and visit.caller.own is None
         if deleted and answer is not None and answer.status == 200:
-            visit.gateway.ledger.forget((route.name + route.below).strip("/").split("/")[-1])
+            name = (route.name + route.below).strip("/").split("/")[-1]
+            visit.gateway.ledger.forget(name, visit.owner if visit.payer else None)
 
 
 def id_of(row: object) -> str:
     """The id of an object; empty where it has none."""
     name = row.get("id") if isinstance(row, dict) else None
     return name if isinstance(name, str) else ""
+
+
+def rows_asked(asked: Mapping[str, str]) -> int:
+    """How many rows a query asks for at most; 0 where that is no number that a list takes."""
+    limit = asked.get("limit", str(DEFAULT_LIMIT))
+    return int(limit) if re.fullmatch("[1-9][0-9]{0,2}|1000", limit) else 0
 
 
 def unknown_id(kind: str) -> str:
@@ -5005,7 +5009,7 @@ def as_list(document: dict[str, Any], rows: Sequence[Any], more: object) -> byte
     return json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-RULES = (Credentials(), Routes(), Models(), Fields(), Walls(), Batches(), Limits())
+RULES = (Credentials(), Routes(), Models(), Fields(), Limits(), Walls(), Batches())
 
 
 # ─── Relay ────────────────────────────────────────────────────────────────────────────────────────
@@ -5462,7 +5466,7 @@ class RelayHandler(BaseHandler):
             return
         visit.record.whole = self.gateway.time()
         data, self._kept = b"".join(kept), None
-        body = Kept(data, visit.route, self._breathe)
+        body = Kept(data, self._breathe)
         key = visit.caller.key
         if key is not None and len(data) > AT_ONCE:  # one of a key's is judged after the other
             async with key.account.turn:
@@ -5653,7 +5657,8 @@ class RelayHandler(BaseHandler):
         if self._visit.refers:
             data = self._seen + data
             self._seen = data[-LONGEST_NAME:]
-            if may_refer(data, self._visit.route):
+            words = everyday_on(self._visit.route)
+            if any(names_in(data, start, words) for start in range(0, len(data), LIGHT_BODY)):
                 text = "This body names files or other things, so it is read, and may be"
                 raise APIError(413, f"{text} {JSON_BODY_LIMIT:,} bytes long. Send it in parts.")
 
@@ -5670,7 +5675,8 @@ class RelayHandler(BaseHandler):
             data = await self._inside.feed(data, complete)
         errand, self._visit.errand = self._visit.errand, None
         if errand is not None:
-            await errand()
+            with contextlib.suppress(APIError):  # which is said, and tried again each second
+                await errand()
         room = self._send(data, complete)
         if room is not None:
             await room
@@ -6034,18 +6040,20 @@ class ReportHandler(ManagementHandler):
         asked, kind, ledger = self.query("key"), self.query("kind"), self.gateway.ledger
         owner = self.addressed({"key": asked}).owner if asked else None
         keys = {key.owner: key.account.hashed for _, key in ledger.live()}
-        shelves, size = list(ledger.things.shelves.values()), min(size, MAX_PAGE_SIZE)
-        chosen = [s for s in shelves if kind in ("", s.kind) and owner in (None, s.owner)]
-        total = sum(len(shelf.made) for shelf in chosen)
-        every = ((name, shelf) for shelf in chosen for name in shelf.made)
-        rows = [
-            {"id": name, "kind": shelf.kind, "key": keys.get(shelf.owner)}
-            | {
-                "shared": name in ledger.things.shared,
-                "created_at": moment_of(int(shelf.made[name])),
+        size, things = min(size, MAX_PAGE_SIZE), ledger.things
+        chosen = [p for p in things.made if owner in (None, p[0]) and kind in ("", p[1])]
+        total = sum(len(things.made[place]) for place in chosen)
+        every = itertools.chain.from_iterable(things.made[place].items() for place in chosen)
+        rows = []
+        for name, moment in itertools.islice(every, (page - 1) * size, page * size):
+            owner, kind = things.places[name]
+            row = {
+                "id": name,
+                "kind": kind,
+                "key": keys.get(owner),
+                "shared": name in things.shared,
             }
-            for name, shelf in itertools.islice(every, (page - 1) * size, page * size)
-        ]
+            rows.append(row | {"created_at": moment_of(int(moment))})
         told = {"resources": rows, "total_count": total, "current_page": page}
         return told | {"total_pages": -(-total // size)}
 
