@@ -5043,7 +5043,7 @@ def rule_path(target: str) -> str:
 
 
 class Held:
-    """The bytes that requests hold: up to ``limit``, and one key's, however slow, up to a share."""
+    """How many bytes requests hold: at most ``limit``, and one key's at most a share of that."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
