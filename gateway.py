@@ -2719,8 +2719,7 @@ class UpstreamRequest(HTTPRequest):
         self,
         method: str,
         head: bytes,
-        data: bytes = b"",
-        *,
+        data: bytes,
         header_callback: Callable[[ResponseHead], None],
         streaming_callback: Callable[[bytes], asyncio.Future[Any] | None],
         error_callback: Callable[[Exception], None],
@@ -3261,7 +3260,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             self.head, self.call_id = NO_REQUEST, new_call_id()
             self._delegate = self.server.application.start_request(self.server, self)
         if self._delegate is not None:
-            self._delegate.refuse(error)
+            self._delegate.handler.fail(error)
         self._linger()
 
     def check_patience(self, moment: float, client_timeout: float, idle_timeout: float) -> None:
@@ -3856,16 +3855,14 @@ LATENCY_BUCKETS = [0.0005, 0.001, 0.0025, 0.005, 0.0125, 0.025, 0.05, 0.1, 0.25,
 LATENCY_BUCKETS += [2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0]
 TIMINGS = ("total", "first_byte", "upstream", "overhead")
 LOG_LINE = log.makeRecord(log.name, logging.INFO, "relay", 0, "", (), None)
-# Most lines have the same words.
-shown_word = functools.lru_cache(maxsize=1024)(word)
+shown_word = functools.lru_cache(maxsize=1024)(word)  # most lines have the same
 shown_dollars = functools.lru_cache(maxsize=1024)(dollars)
 
 
 @dataclass(slots=True)
 class Record:
-    """What is remembered, counted and logged of a relayed request; it is filled in as that passes.
-    Moments are of a clock that does not jump, in seconds, 0 where there was none; sizes are bytes
-    of bodies."""
+    """What is remembered, counted and logged of a relayed request, filled in on its way. Moments
+    are seconds of a clock that does not jump, 0 where there was none; sizes are of bodies."""
 
     call_id: str
     method: str
@@ -3902,9 +3899,8 @@ class Record:
         line += f" in={self.bytes_in} out={self.bytes_out}"
         line += f" {shown_word(self.model)}" if self.model else ""
         if tally.input_tokens or tally.output_tokens:
-            written = tally.cache_write_5m_tokens + tally.cache_write_1h_tokens
-            line += f" {tally.input_tokens}+{tally.cache_read_tokens + written}"
-            line += f"->{tally.output_tokens} tokens ${shown_dollars(tally.spend)}"
+            line += f" {tally.input_tokens}+{tally.cached}->{tally.output_tokens} tokens"
+            line += f" ${shown_dollars(tally.spend)}"
         line += f"{' estimated' if self.estimated else ''} {self.call_id}"
         line += f" {shown_word(self.request_id)}" if self.request_id else ""
         if key is not None:
@@ -3975,9 +3971,8 @@ class Traffic:
         self.timings = collections.defaultdict[str, list[Histogram]](
             lambda: [Histogram() for _ in TIMINGS]
         )
-        self.last_success: datetime | None = None  # of the upstream, as requests met it
-        self.last_failure: datetime | None = None
-        self.last_error = ""
+        met = ("last_success", "last_failure", "last_error")  # as requests met it
+        self.upstream: dict[str, Any] = dict.fromkeys(met)
         self._pairs: set[tuple[str, str]] = set()
 
     def count(self, record: Record) -> None:
@@ -4012,7 +4007,7 @@ class Traffic:
 
     def failed(self, error: str) -> None:
         """The upstream did not answer, or not well."""
-        self.last_failure, self.last_error = now(), error
+        self.upstream |= {"last_failure": now(), "last_error": error}
 
 
 # ─── Rules ────────────────────────────────────────────────────────────────────────────────────────
@@ -4879,13 +4874,13 @@ RULES = (Credentials(), Routes(), Models(), Fields(), Limits(), Walls(), Batches
 RELAY_PREFIX, RELAYED = "/anthropic", "/anthropic/"
 BARE_PREFIX = "/v1/"
 # What Claude Code asks of its base URL to warm the connection up; answered here, cheaply.
-HELLO_PATHS = frozenset({"/", RELAY_PREFIX, RELAYED, f"{RELAYED}api/hello", "/api/hello"})
+HELLO_PATHS = ("/", RELAY_PREFIX, RELAYED, f"{RELAYED}api/hello", "/api/hello")
+HELLOS = frozenset(itertools.product(("GET", "HEAD"), HELLO_PATHS))
 UNUSUAL_PATH = re.compile(r"[%\\#]|//|/\.")
 OWN_BODY_LIMIT = 1 * MIB  # of a request to the gateway itself
 MANY_PARTS = 1000  # of a body that is kept
 MAX_TAGS = 20  # of one request that are remembered
-KEY_SHARE = 4  # of what is held at once one key gets a quarter
-MEMORY_SHARE = 4  # and all get a quarter of the machine's memory
+HELD_SHARE = 4  # requests hold a quarter of the machine's memory at most, and one key's of that
 TRY_SOON = (("retry-after", "1"),)
 
 
@@ -4905,12 +4900,11 @@ def rule_path(target: str) -> str:
 
 
 class Held:
-    """How many bytes requests hold at once: never more than ``limit``, nor for one key than a part
-    of it, so that slow bodies cannot keep others out."""
+    """How many bytes requests hold: at most ``limit``, and one key's at most a share of that."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.share = limit // KEY_SHARE
+        self.share = limit // HELD_SHARE
         self.total = 0
         self._shares: dict[str, int] = {}
 
@@ -4954,9 +4948,7 @@ class Request(httputil.HTTPServerRequest):
         self.target: str | None = None
         if head.target.startswith(BARE_PREFIX):
             self.target = head.target
-        elif head.target.startswith(RELAYED) and not (
-            self.path in HELLO_PATHS and head.method in ("GET", "HEAD")
-        ):
+        elif head.target.startswith(RELAYED) and (head.method, self.path) not in HELLOS:
             self.target = head.target[len(RELAY_PREFIX) :]
         self.remote_ip, self.protocol = connection.remote_ip, connection.protocol
         self.body: bytearray = bytearray()  # type: ignore[assignment]
@@ -4972,14 +4964,12 @@ class Request(httputil.HTTPServerRequest):
 class BaseHandler(web.RequestHandler):
     """Answers in JSON, errors in Anthropic's envelope, and logs no query (keys stand there). A
     `HandlerDelegate` calls `prepare`, `data_received` and `respond`; each may return what is to be
-    awaited, which then is `step`, and may raise APIError. A body is kept only where ``keeps_body``:
-    of those whom `prepare` lets in."""
+    awaited, which then is `step`, and may raise APIError."""
 
     request: Request
     gateway: Gateway
     call_id: str
     step: asyncio.Task[None] | None = None
-    keeps_body = False
     received = 0
 
     def clear(self) -> None:
@@ -4992,28 +4982,23 @@ class BaseHandler(web.RequestHandler):
         self._transforms = []
         self._status_code, self._reason = 200, "OK"
 
-    def prepare(self) -> Awaitable[None] | None:
+    def prepare(self) -> Any:
         """Decide by the head, before the body is read."""
         self.gateway.doors.refuse_foreign(self.request.head)
         if self.request.connection.length > OWN_BODY_LIMIT:
             raise too_large(OWN_BODY_LIMIT)
-        return None
 
-    def data_received(self, chunk: bytes) -> Awaitable[None] | None:
-        """Keep a part of the body, where it is anything to the handler."""
+    def data_received(self, chunk: bytes) -> Any:
+        """Take a part of the body, which is nothing to most handlers."""
         self.received += len(chunk)
         if self.received > OWN_BODY_LIMIT:
             raise too_large(OWN_BODY_LIMIT)
-        if self.keeps_body:
-            self.request.body += chunk
-        return None
 
-    def respond(self, *path: str) -> Awaitable[None] | None:
+    def respond(self, *path: str) -> Any:
         """The request is whole: answer it, by the method of its name."""
-        method = self.request.method or ""
-        if method not in self.SUPPORTED_METHODS:
+        if (method := self.request.head.method) not in self.SUPPORTED_METHODS:
             raise web.HTTPError(405)
-        return cast("Awaitable[None] | None", getattr(self, method.lower())(*path))
+        return getattr(self, method.lower())(*path)
 
     def query(self, name: str, kind: Kind = TEXT, default: Any = "") -> Any:
         """A parameter of the query; an empty one is the default. Raises APIError 400."""
@@ -5039,47 +5024,38 @@ class BaseHandler(web.RequestHandler):
 
     def refusal_of(self, error: Exception) -> APIError:
         """What a client is told of what went wrong."""
-        path, method = printable(self.request.path), printable(self.request.method or "")
-        match error:
-            case APIError():
-                return error
-            case web.HTTPError(status_code=404):
-                text = f"Nothing is served at {path}. Anthropic's API is at /anthropic/v1/"
-                return APIError(404, text)
-            case web.HTTPError(status_code=405):
-                return APIError(405, f"{path} does not take {method}.")
+        if isinstance(error, APIError):
+            return error
+        if isinstance(error, web.HTTPError) and error.status_code == 405:  # Tornado's own
+            path, method = self.request.path, self.request.head.method
+            return APIError(405, f"{printable(path)} does not take {printable(method)}.")
         log.error("call %s failed", self.call_id, exc_info=error)
         return APIError(500, "The gateway failed on this request; its log says why.")
 
 
-Result = TypeVar("Result")
-
-
-def at_once(coroutine: collections.abc.Coroutine[Any, Any, Result]) -> asyncio.Task[Result] | None:
+def at_once(coroutine: collections.abc.Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
     """Run a coroutine until it must wait: None if it never had to, else the task that goes on with
-    it. What it raises before is raised here. Until then it is in no task, so that what asks for the
-    present one, as asyncio.timeout does, needs a task of its own."""
+    it. What it raises before is raised here, and in no task (asyncio.timeout needs one)."""
     try:
         first = coroutine.send(None)
     except StopIteration:
         return None
 
     @types.coroutine
-    def rest() -> collections.abc.Generator[Any, Any, Result]:
+    def rest() -> Iterator[Any]:
         yield first
-        return (yield from coroutine.__await__())
+        yield from coroutine.__await__()
 
-    async def go_on() -> Result:  # of generators, Python 3.12 and later make no task
-        return await rest()
+    async def go_on() -> None:  # of generators, Python 3.12 and later make no task
+        await rest()
 
     return asyncio.get_running_loop().create_task(go_on())
 
 
 @dataclass(eq=False)
 class HandlerDelegate(httputil.HTTPMessageDelegate):
-    """Runs a handler's steps as a request comes. Tornado's own takes a task and three futures for
-    it; here none is made where nothing waits, and where something does, the connection waits for
-    what is returned."""
+    """Runs a handler's steps as a request comes. Where nothing waits it makes no task, as Tornado's
+    own does, and no future; where something does, the connection waits for what is returned."""
 
     handler: BaseHandler
     path: Sequence[str] = ()
@@ -5096,24 +5072,18 @@ class HandlerDelegate(httputil.HTTPMessageDelegate):
     def on_connection_close(self) -> None:
         self.handler.on_connection_close()
 
-    def refuse(self, error: Exception) -> None:
-        """End the request with an error: it came too slowly, or not to its end."""
-        self.handler.fail(error)
-
     def _run(self, step: Callable[..., Any], *arguments: Any) -> Any:
         try:
             waits = step(*arguments)
-            if waits is None:
-                return None
-            if asyncio.iscoroutine(waits):
-                waits = at_once(waits)
+            if not isinstance(waits, types.CoroutineType):
+                return waits
+            task = self.handler.step = at_once(waits)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is answered
             self.handler.fail(error)
             return None
-        if isinstance(waits, asyncio.Task):
-            self.handler.step = waits
-            waits.add_done_callback(self._ended)
-        return waits
+        if task is not None:
+            task.add_done_callback(self._ended)
+        return task
 
     def _ended(self, step: asyncio.Task[None]) -> None:
         self.handler.step = None
@@ -5123,8 +5093,7 @@ class HandlerDelegate(httputil.HTTPMessageDelegate):
 
 
 class GatewayApplication(web.Application):
-    """The routes. A relayed request goes straight to its handler; whatever handler it is runs in a
-    `HandlerDelegate`. ``settings["gateway"]`` is the `Gateway`."""
+    """The routes; relayed requests go straight to theirs. ``settings["gateway"]`` is `Gateway`."""
 
     def start_request(self, server_conn: object, request_conn: Any) -> HandlerDelegate:
         """Called by `ServerConnection`, as by Tornado's own server."""
@@ -5148,12 +5117,10 @@ BATCH_STATE_TIMEOUT = 30.0
 BATCH_RESULTS_TIMEOUT = 3600.0  # in which many GB come, and a silent upstream is given up
 LOOKS_AT_ONCE = 4
 BATCH_KEPT = timedelta(days=30)  # results are kept for 29 days (PLD batch-processing)
-GONE = (404, 410)
 
 
 class BatchKeeper:
-    """Books batches once they have ended, whether or not anybody fetches their results: asks for
-    their state, with the real key, now and then, and reads the results through a meter."""
+    """Looks at batches now and then, and books what has ended, even if nobody fetches results."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway, self._ledger = gateway, gateway.ledger
@@ -5184,8 +5151,7 @@ class BatchKeeper:
         wait, booked = BATCH_LOOK, False
         while not booked:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait):
-                    await self._hurried[name].wait()
+                await asyncio.wait_for(self._hurried[name].wait(), wait)
             async with self._turn:
                 self._hurried[name].clear()
                 try:
@@ -5197,23 +5163,26 @@ class BatchKeeper:
 
     async def book(self, name: str) -> bool:
         """Book what a batch cost, if it has ended; whether nothing of it is left to be booked."""
-        kept = self._ledger.unbooked(name)
+        kept, code, booked = self._ledger.unbooked(name), NO_ANSWER, False
         if kept is None:
             return True
-        made = datetime.fromisoformat(kept.day).replace(tzinfo=UTC)
         path = f"/v1/messages/batches/{urllib.parse.quote(name, safe='')}"
-        state = await self._get(path, BATCH_STATE_TIMEOUT)
-        batch = read_json(state.body) if state.code == 200 else None
-        ended = isinstance(batch, dict) and batch.get("processing_status") == BATCH_ENDED
-        if ended and await self._read_results(name, f"{path}/results"):
-            return True
-        if state.code in GONE or now() - made > BATCH_KEPT:
-            self._ledger.finish_batch(name, lost=True)
-            return True
-        return False
+        try:
+            state = await self._gateway.client.get(path, BATCH_STATE_TIMEOUT)
+            batch, code = read_json(state.body), state.code
+            ended = isinstance(batch, dict) and batch.get("processing_status") == BATCH_ENDED
+            if code == 200 and ended:
+                code = await self._book_results(name, f"{path}/results")
+                booked = code == 200
+        except UpstreamError as error:
+            log.info("a batch could not be looked at: %s", error)
+        lost = not booked and (code in (404, 410) or now() - from_iso(kept.day) > BATCH_KEPT)
+        if booked or lost:
+            self._ledger.finish_batch(name, lost=lost)
+        return booked or lost
 
-    async def _read_results(self, name: str, path: str) -> bool:
-        """Book every line of a batch's results; whether that were all."""
+    async def _book_results(self, name: str, path: str) -> int:
+        """Book every line of a batch's results; their status, NO_ANSWER for what is none."""
         meter, head = Meter("", functools.partial(self.book_result, name)), list[str]()
 
         async def look(data: bytes) -> None:
@@ -5221,22 +5190,14 @@ class BatchKeeper:
                 meter.feed(data)
             await asyncio.sleep(0)  # Tornado reads on at once for as long as there is something
 
-        callbacks = {"header_callback": head.append, "streaming_callback": look}
-        results = await self._get(path, BATCH_RESULTS_TIMEOUT, **callbacks)
+        told: Any = {"header_callback": head.append, "streaming_callback": look}
+        results = await self._gateway.client.get(path, BATCH_RESULTS_TIMEOUT, **told)
         meter.finish(True)
-        if results.code in GONE:
-            self._ledger.finish_batch(name, lost=True)
-            return True
-        if results.code != 200 or meter.measured.blind:
-            return False
-        self._ledger.finish_batch(name)
-        return True
+        return NO_ANSWER if meter.measured.blind else results.code
 
     def book_result(self, name: str, line: int, measured: Measured) -> None:
-        """Book a line of a batch's results to the key that made it, once, however often it is
-        read."""
-        account = self._ledger.batch_line(name, line)
-        if account is None:
+        """Book a line of a batch's results to the key that made it, once."""
+        if (account := self._ledger.batch_line(name, line)) is None:
             return
         if measured.seen:  # it was too long to be read
             measured.complete_with(Order())
@@ -5246,19 +5207,9 @@ class BatchKeeper:
             if key := self._ledger.charge(account, charges, now()):
                 self._gateway.traffic.book(key.shown_name, charges)
 
-    async def _get(self, path: str, timeout: float, **callbacks: Any) -> HTTPResponse:
-        """GET with the real key; 599 where there is no answer."""
-        try:
-            return await self._gateway.client.get(path, timeout, **callbacks)
-        except UpstreamError as error:
-            log.info("a batch could not be looked at: %s", error)
-            return HTTPResponse(HTTPRequest(path), NO_ANSWER)
-
 
 class Gateway:
-    """What all requests share: the settings, the ledger, the prices, the way upstream, the rules,
-    and what is counted. ``held`` is what requests hold in memory, ``turn`` is whose large body is
-    judged."""
+    """What all requests share; ``turn`` is whose large body is judged."""
 
     def __init__(self, settings: Settings, rules: Sequence[Rule] = RULES) -> None:
         self.settings = settings
@@ -5269,7 +5220,7 @@ class Gateway:
         self.client = UpstreamClient(force_instance=True, settings=settings)
         self.time = self.client.time
         self.batches = BatchKeeper(self)
-        self.held = Held(settings.max_held_bytes or memory_size() // MEMORY_SHARE)
+        self.held = Held(settings.max_held_bytes or memory_size() // HELD_SHARE)
         self.turn = asyncio.Lock()
         self.origin, self.base_path = parse_upstream(settings.upstream)
         self.host_line = f"Host: {self.origin.authority}"
@@ -5308,9 +5259,7 @@ class RelayHandler(BaseHandler):
     def initialize(self) -> None:
         """Called by Tornado's constructor."""
         gateway, request, head = self.gateway, self.request, self.request.head
-        moment = gateway.time()
-        started = moment_of(int(time.time()))
-        record = Record(self.call_id, head.method, request.remote_ip or "", moment, started)
+        record = Record(self.call_id, head.method, request.remote_ip or "", gateway.time(), now())
         target, length = request.target or "", request.connection.length
         self._visit = Visit(
             gateway, head, target, length, record, "", OTHER_ROUTE, NOBODY, UNREAD, []
@@ -5323,8 +5272,7 @@ class RelayHandler(BaseHandler):
         """Decide by the head alone; then keep a small JSON body, or let the rest stream."""
         visit, gateway, head = self._visit, self.gateway, self._visit.head
         if gateway.stopping:
-            text = "The gateway is stopping. Try again."
-            raise APIError(503, text, headers=[("retry-after", "5")])
+            raise APIError(503, "The gateway stops. Try again.", headers=[("retry-after", "5")])
         visit.path = path = rule_path(visit.target)
         route = Route if len(path) > KEPT_PATH else read_route
         visit.route = route(head.method.upper(), path)
@@ -5394,16 +5342,9 @@ class RelayHandler(BaseHandler):
         """Ask the upstream; `on_head`, `on_chunk` or `on_error` follow."""
         visit, gateway, method = self._visit, self.gateway, self._visit.head.method
         visit.phase = FOLLOWS[visit.phase][RequestPhase.FETCHED]
-        start = f"{method} {gateway.base_path}{visit.target} HTTP/1.1"
-        self._upstream = upstream = UpstreamRequest(
-            method,
-            head_bytes(start, visit.lines),
-            data,
-            header_callback=self.on_head,
-            streaming_callback=self.on_chunk,
-            error_callback=self.on_error,
-            **body,
-        )
+        head = head_bytes(f"{method} {gateway.base_path}{visit.target} HTTP/1.1", visit.lines)
+        callbacks = self.on_head, self.on_chunk, self.on_error
+        self._upstream = upstream = UpstreamRequest(method, head, data, *callbacks, **body)
         gateway.client.fetch(upstream)
         if upstream.room is None:
             self._free()
@@ -5424,24 +5365,21 @@ class RelayHandler(BaseHandler):
         visit.answer, visit.record.status = head, head.status
         visit.record.answered = gateway.time()
         if head.status < 500:
-            gateway.traffic.last_success = moment_of(int(time.time()))
+            gateway.traffic.upstream["last_success"] = now()
         else:
             gateway.traffic.failed(f"The upstream answered {head.status}.")
         filters: list[ResponseFilter] = []
-        changes_length = False
         for make in gateway.rules.filters:
-            for each in make(visit, head):
-                filters.append(each)
-                changes_length = changes_length or each.changes_length
-        self._filters = filters
-        if changes_length and self._upstream is not None and self._upstream.length != 0:
+            filters += make(visit, head)
+        self._filters, upstream = filters, self._upstream
+        changing = [each for each in filters if each.changes_length]
+        if changing and upstream is not None and upstream.length != 0:
             self._gathered = bytearray()
         elif filters and "content-encoding" in head.values and (coding := head.coding):
             self._inside = Inside(coding, filters)
 
     def on_chunk(self, data: bytes) -> asyncio.Future[None] | None:
-        """Send on what one read brought, as the filters let it; the future says when there is
-        room."""
+        """Send on what one read brought, as the filters let it; the future waits for room."""
         assert self._upstream is not None
         complete = self._upstream.complete
         if self._gathered is not None:
@@ -5450,11 +5388,9 @@ class RelayHandler(BaseHandler):
             if complete or len(self._gathered) > REWRITE_LIMIT:
                 return at_once(self._send_rewritten(complete))
             return None
-        if self._inside is not None:
-            return at_once(self._send_inside(self._inside, data, complete))
-        if data or complete:
+        if self._inside is None and (data or complete):
             data = through(self._filters, data, complete)
-        if self._visit.born:
+        if self._inside is not None or self._visit.born:
             return at_once(self._send_later(data, complete))
         if complete or self._visit.phase is not RequestPhase.BEGUN:
             return self._send(data, complete)
@@ -5480,23 +5416,19 @@ class RelayHandler(BaseHandler):
             self.settle("client_gone")
 
     def fail(self, error: Exception) -> None:
-        """Answer with an error, or break the answer off that has begun, with an SSE event that says
-        so."""
+        """Answer with an error, or break off what has begun, with an SSE event that says so."""
         visit, record = self._visit, self._visit.record
         if visit.phase is RequestPhase.SETTLED:
             return
         refusal = self.refusal_of(error)
-        outcome = f"refused:{refusal.kind}"
-        if isinstance(error, UpstreamError):
-            outcome = "timeout" if error.status == 504 else "upstream_lost"
-        elif refusal.status == 408:
+        outcome = "upstream_lost" if isinstance(error, UpstreamError) else f"refused:{refusal.kind}"
+        if refusal.status in (408, 504):
             outcome = "timeout"
         if visit.phase is RequestPhase.DESERTED:
             self.settle("client_gone")
         elif visit.phase is RequestPhase.BEGUN:
             head, event = visit.answer, b""
-            plain = head is not None and not head.coding and "content-length" not in head.values
-            if plain and head is not None and is_event_stream(head):
+            if head and is_event_stream(head) and not (head.coding or head.get("content-length")):
                 event = SSE_ERROR % refusal.body(self.call_id)
             record.bytes_out += len(event)
             self.request.connection.break_off(event)
@@ -5508,8 +5440,7 @@ class RelayHandler(BaseHandler):
             super().fail(refusal)
 
     def settle(self, outcome: str) -> None:
-        """Every way out passes here, once: book what was used, free what is held, write the log
-        line."""
+        """Every way out passes here, once: book what was used, free what is held, log it."""
         visit, gateway, upstream, step = self._visit, self.gateway, self._upstream, self.step
         if visit.phase is RequestPhase.SETTLED:
             return
@@ -5520,13 +5451,12 @@ class RelayHandler(BaseHandler):
             record.asked, visit.began = upstream.begun, upstream.begun > 0 and upstream.sent
             if outcome != "ok":
                 upstream.end(None)
+                for each in self._filters:
+                    each.finish(False)
         if step is not None and step is not asyncio.current_task():
             step.cancel()
         if self._held:
             self._free()
-        if outcome != "ok":
-            for each in self._filters:
-                each.finish(False)
         for end in gateway.rules.end:
             end(visit)
         record.path = shown_text(visit, visit.target.partition("?")[0])
@@ -5567,14 +5497,12 @@ class RelayHandler(BaseHandler):
             self.gateway.held.take(self._visit.record.hashed, -held)
 
     async def _breathe(self) -> None:
-        """At each turn of the loop a step of one body's, so that nobody waits for all that others
-        sent."""
+        """One body has each turn of the loop, so that nobody waits for all that others sent."""
         async with self.gateway.turn:
             await asyncio.sleep(0)
 
     def _go_unread(self, size: int) -> None:
-        """The body, of ``size`` bytes at least, is too large to be kept. Raises APIError where it
-        must be read."""
+        """A body of ``size`` bytes or more is not kept. Raises APIError 413 if it must be read."""
         if self._visit.reads_body:
             text = "This key is limited to some models or to a budget: its requests are read, and"
             raise APIError(413, f"{text} may be {JSON_BODY_LIMIT:,} bytes long.")
@@ -5592,18 +5520,15 @@ class RelayHandler(BaseHandler):
                 raise APIError(413, f"{text} {JSON_BODY_LIMIT:,} bytes long. Send it in parts.")
 
     def _stream(self, length: int, kept: bytes = b"") -> None:
-        """Open the upstream now; the body follows what is kept of it: `data_received` writes what
-        comes, until `post` says that it was all."""
+        """Open the upstream: what is kept, then what `data_received` writes, until `post`."""
         self._visit.lines.append(CHUNKED_LINE if length == CHUNKED else f"Content-Length: {length}")
         self._uploaded = asyncio.get_running_loop().create_future()
         self.fetch(kept, body_producer=lambda write: self._uploaded)
 
-    async def _send_inside(self, inside: Inside, data: bytes, complete: bool) -> None:
-        """Send compressed bytes on, once the filters have seen what they hold."""
-        await self._send_later(await inside.feed(data, complete), complete)
-
     async def _send_later(self, data: bytes, complete: bool) -> None:
-        """Send bytes on, once what they tell of is kept."""
+        """Send bytes on, once the filters have seen them and what they tell of is kept."""
+        if self._inside is not None:
+            data = await self._inside.feed(data, complete)
         for keep in self.gateway.rules.keep if self._visit.born else ():
             with contextlib.suppress(APIError):  # which is said, and tried again each second
                 await keep(self._visit)
@@ -5662,23 +5587,14 @@ class RelayHandler(BaseHandler):
     ) -> tuple[str, list[str]]:
         """An answer's start line and field lines as the client gets them: without hop-by-hop
         fields, with the gateway's own in the place of those of their names, the real key masked."""
-        unwanted, mask = head.options | self._visit.hidden, self._visit.mask
-        phrase, lines = head.reason, list[str]()
-        if own:
-            unwanted = unwanted.union(map(operator.itemgetter(0), own))
+        mask, phrase, lines = self._visit.mask, head.reason, list[str]()
+        unwanted = head.options.union(self._visit.hidden, map(operator.itemgetter(0), own))
         for lower, _, _, line, _, goes_down in head.fields:
             if goes_down and lower not in unwanted:
                 lines.append(line)
         if mask is not None and mask.text in "\n".join((phrase, *lines)):
             phrase, lines = mask.mask_text(phrase), [mask.mask_text(line) for line in lines]
-        for name, value in own:
-            lines.append(f"{name}: {value}")
-        return f"HTTP/1.1 {head.status} {phrase}", lines
-
-    @property
-    def is_streaming(self) -> bool:
-        """Whether a response of server-sent events is under way."""
-        return self._visit.answer is not None and is_event_stream(self._visit.answer)
+        return f"HTTP/1.1 {head.status} {phrase}", lines + field_lines(own)
 
 
 def shown_text(visit: Visit, text: str) -> str:
@@ -5760,7 +5676,9 @@ def is_nested(value: object, levels: int) -> bool:
 class KeyHandler(ManagementHandler):
     """POST /key/{deed} and /key/{key}/{deed}, as `deeds` lists them. Null clears a field."""
 
-    keeps_body = True
+    def data_received(self, chunk: bytes) -> None:
+        super().data_received(chunk)
+        self.request.body += chunk
 
     async def post(self, *path: str) -> None:
         try:
@@ -5889,8 +5807,7 @@ class KeyHandler(ManagementHandler):
 class InfoHandler(ManagementHandler):
     """GET /key/info?key=: LiteLLM's ``{"key", "info"}``. A virtual key may ask about itself."""
 
-    def prepare(self) -> None:
-        BaseHandler.prepare(self)  # `get` decides, since a key may ask about itself
+    prepare = BaseHandler.prepare  # `get` decides
 
     async def get(self) -> None:
         asked = self.query("key")
@@ -6004,23 +5921,24 @@ class ReportHandler(ManagementHandler):
 
 CONNECT = """\
 connect with
-  export ANTHROPIC_BASE_URL={base}
+  export ANTHROPIC_BASE_URL={base}/anthropic
   export ANTHROPIC_AUTH_TOKEN={key}
-  anthropic.Anthropic(base_url="{base}", api_key="{key}")
-  new Anthropic({{ baseURL: "{base}", apiKey: "{key}" }})"""
+  anthropic.Anthropic(base_url="{base}/anthropic", api_key="{key}")
+  new Anthropic({{ baseURL: "{base}/anthropic", apiKey: "{key}" }})"""
 
 
 class HelloHandler(BaseHandler):
     """HELLO_PATHS, of which a browser sees /, and 404 for every path that nothing else serves."""
 
     def prepare(self) -> None:
-        if self.request.path not in HELLO_PATHS:
-            raise web.HTTPError(404)
+        if (path := self.request.path) not in HELLO_PATHS:
+            text = f"Nothing is served at {printable(path)}. Anthropic's API is at /anthropic/v1/"
+            raise APIError(404, text)
         super().prepare()
 
     def get(self) -> None:
         self.set_header("Content-Type", "text/plain; charset=utf-8")
-        base = f"{self.request.protocol}://{self.request.host}{RELAY_PREFIX}"
+        base = f"{self.request.protocol}://{self.request.host}"
         told = CONNECT.format(base=base, key="<a virtual key>")
         self.finish(f"A gateway to Anthropic's API. Ask whoever runs it for a key, and {told}\n")
 
@@ -6034,16 +5952,15 @@ class HealthHandler(BaseHandler):
     def get(self, asked: str) -> None:
         if asked != "readiness":
             return self.send_json("I'm alive!")
-        gateway, ledger, traffic = self.gateway, self.gateway.ledger, self.gateway.traffic
+        gateway, ledger = self.gateway, self.gateway.ledger
         error = "" if ledger.is_writable() else ledger.last_error or "It cannot be written."
         status = "shutting_down" if gateway.stopping else "unhealthy" if error else "healthy"
         prices = "loaded" if gateway.prices.loaded else "loading"
         told: dict[str, Any] = {"status": status, "store": error or "writable"}
         told |= {"version": __version__, "prices": prices if gateway.prices.available else "none"}
         told["uptime"] = round((now() - gateway.started).total_seconds())
-        met = {"last_success": traffic.last_success, "last_failure": traffic.last_failure}
         self.set_status(200 if status == "healthy" else 503)
-        self.send_json(told | {"upstream": met | {"last_error": traffic.last_error or None}})
+        self.send_json(told | {"upstream": gateway.traffic.upstream})
 
 
 # Names are LiteLLM's where it has one (its docs, "Prometheus metrics"), else they begin "gateway_".
@@ -6124,7 +6041,8 @@ class MetricsHandler(ManagementHandler):
             left = None if limit is None else limit - spent
             hours = end and (end - moment) / timedelta(hours=1)
             budgets[record.shown_name,] = (spent, limit, left, hours)
-        streams = sum(handler.is_streaming for handler in gateway.active)
+        answers = [handler._visit.answer for handler in gateway.active]
+        streams = sum(head is not None and is_event_stream(head) for head in answers)
         for kind, labels, names, rows in (
             ("Counter", f"{KEYED} status_code", REQUEST_METRICS, requests),
             ("Counter", f"{KEYED} exception_status exception_class", FAILURE_METRICS, failed),
@@ -6445,7 +6363,7 @@ def announce(gateway: Gateway, port: int) -> None:
     if not gateway.prices.available:
         print("! genai-prices is not installed: tokens are counted, money is not")
     key = "anything" if is_open else "<a virtual key>"
-    print(CONNECT.format(base=url + RELAY_PREFIX, key=key), flush=True)
+    print(CONNECT.format(base=url, key=key), flush=True)
 
 
 def start_mock(settings: Settings) -> Settings:
@@ -6554,8 +6472,7 @@ async def check(settings: Settings) -> bool:
         findings.append((False, f"{upstream}: {error} See --upstream and the network."))
     for well, text in findings:
         print("ok  " if well else "FAIL", text)
-    base = base_url(settings, settings.port) + RELAY_PREFIX
-    print(CONNECT.format(base=base, key="<a virtual key>"))
+    print(CONNECT.format(base=base_url(settings, settings.port), key="<a virtual key>"))
     return all(well for well, _ in findings)
 
 
