@@ -4800,7 +4800,10 @@ block file {"type": "tool_use", "id": "a", "name": "x", "input": DATA}
 block file {"type": "server_tool_use", "id": "a", "name": "x", "input": DATA}
 block file {"type": "tool_result", "tool_use_id": "a", "content": [{"type": "text", "text": TEXT}]}
 message file {"tools": [{"name": "x", "input_schema": {"properties": DATA, "const": DATA}}]}
+message file {"tools": [{"name": "x", "input_schema": {}, "input_examples": [DATA]}]}
+message file {"output_config": {"format": {"type": "json_schema", "schema": {"default": DATA}}}}
 message file {"metadata": DATA, "system": TEXT}
+block file {"type": "text", "text": "x", "citations": [{"type": "char_location", "file_id": null}]}
 sessions,deployments file {"agent": "agent_ann", "metadata": DATA, "title": TEXT}
 agents file {"name": "agent_bob", "system": TEXT, "metadata": DATA}
 sessions/sesn_ann/events file {"events": [{"content": [{"type": "text", "text": TEXT}]}]}
