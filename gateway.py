@@ -1150,6 +1150,7 @@ async def check_models(models: list[str], route: Route, document: Any, breathe: 
 # that are words of every day, by what they stand in (SDK: message_create_params, session_create_-
 # params, agent_create_params; types/container.py for answers, whose last three are).
 REFERENCES = {f"{kind[:-1]}_id{s}": kind for kind in KINDS if kind != "batches" for s in ("", "s")}
+REFERENCES["scope_id"] = "sessions"
 WORDS = {(place, "container"): "containers" for place in ("", "params", "message", "delta")}
 WORDS |= {("", "agent"): "agents", ("multiagent", "agents"): "agents"}
 WORDS |= {(place, "predefined_agents"): "agents" for place in ("subagents", "workflows")}
@@ -1215,12 +1216,13 @@ def parent_of(thing: Mapping[str, Any]) -> object:
     return thing.get("deployment_id") or (scope.get("id") if isinstance(scope, dict) else None)
 
 
-def products_of(thing: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def products_of(thing: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(kind, id) of what a dream or a run of a deployment has made (SDK: beta_dream)."""
     if thing.get("type") in ("dream", "deployment_run"):
-        yield "sessions", thing.get("session_id")
-        for output in list_of(thing.get("outputs")):
-            yield "memory_stores", output.get("memory_store_id")
+        outputs = [each for each in list_of(thing.get("outputs")) if isinstance(each, dict)]
+        made = [("sessions", thing.get("session_id"))]
+        made += [("memory_stores", each.get("memory_store_id")) for each in outputs]
+        yield from ((kind, name) for kind, name in made if isinstance(name, str))
 
 
 def is_published(thing: Mapping[str, Any]) -> bool:
@@ -1616,7 +1618,6 @@ FileMark = tuple[int, ...] | None
 Contents = TypeVar("Contents")
 KEYS_FRAME = (b'{"version": %d, "keys": {' % STORE_VERSION, b",\n", b"\n}}\n")
 THINGS_FRAME = (b'{"version": %d}' % STORE_VERSION, b"\n", b"\n")
-MICROSECOND = 1e-6
 UNTIDY_LINES = 1000  # of changes, beyond twice the fewest, until a file of them is written anew
 Charges = Sequence[tuple[str, Tally]]  # what was used, by model
 written = functools.partial(shown, amount="{:f}".format)  # in the file amounts lose no digit
@@ -1697,9 +1698,9 @@ class Ledger(Protocol):
         """Remember whose these things are, durably, and when they were made; what has an owner
         keeps him. Raises APIError 503, and tries it again each second."""
 
-    async def assign(self, names: Mapping[str, str], owner: str | None) -> None:
-        """Give things (id: kind) to an owner ("": nobody), or share them with all (None). Raises
-        APIError 503, and tries it again each second."""
+    async def assign(self, kinds: Mapping[str, str], owner: str | None) -> None:
+        """Give things (id: kind) to an owner ("": nobody), or share them with all (None). Where it
+        raises APIError 503 nothing is changed."""
 
     def forget(self, name: str) -> None:
         """A thing is no more."""
@@ -1750,11 +1751,6 @@ def parse_store(text: bytes, name: str) -> dict[str, VirtualKey]:
     return keys
 
 
-def moment_of_day(day: str) -> int:
-    """The beginning of a UTC day (ISO date), in Unix seconds."""
-    return int(datetime.fromisoformat(day).replace(tzinfo=UTC).timestamp())
-
-
 def mark_of(file: Path | int) -> FileMark:
     """Device, inode, size and time of change (ns) tell an edited file; None where there is none."""
     with contextlib.suppress(OSError):
@@ -1763,20 +1759,24 @@ def mark_of(file: Path | int) -> FileMark:
     return None
 
 
+@dataclass(eq=False)
 class StoreFile(Generic[Contents]):
     """A file of lines that is whole at all times, and nobody else's while this object lives. It is
-    written beside itself, fsynced and renamed over the old one; a link stays a link. ``parse`` gets
-    its bytes and its name, ``frame`` is what stands before, between and behind lines; ``error`` is
-    why the last write failed."""
+    written beside itself, fsynced and renamed over the old one; a link stays a link. ``what`` it is
+    and what happens ``then`` where it cannot be written stand in errors, the last in ``error``;
+    ``parse`` gets its bytes and name, ``frame`` is what stands before, between and behind lines."""
 
-    error = ""
+    path: Path
+    parse: Callable[[bytes, str], Contents]
+    frame: tuple[bytes, bytes, bytes]
+    what: str
+    then: str
+    error: str = ""
+    _mark: FileMark = None
+    _lock: int = -1
 
-    def __init__(
-        self, path: Path, parse: Callable[[bytes, str], Contents], frame: tuple[bytes, bytes, bytes]
-    ) -> None:
-        self.path, self._parse, self._frame = Path(os.path.realpath(path)), parse, frame
-        self._mark: FileMark = None
-        self._lock = -1
+    def __post_init__(self) -> None:
+        self.path = Path(os.path.realpath(self.path))
 
     def read(self, lines: list[bytes]) -> Contents:
         """What is in the file, which is ours from then on; where there is none it is made of these
@@ -1788,7 +1788,7 @@ class StoreFile(Generic[Contents]):
                     self._lock = os.open(self.path, os.O_RDONLY)
                     fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 mark = mark_of(self._lock)  # an edit while it is read is another
-                contents, self._mark = self._parse(self.path.read_bytes(), str(self.path)), mark
+                contents, self._mark = self.parse(self.path.read_bytes(), str(self.path)), mark
                 return contents
             except FileNotFoundError:
                 with contextlib.suppress(FileExistsError):  # another gateway was faster
@@ -1807,7 +1807,7 @@ class StoreFile(Generic[Contents]):
         is another file than was last read or written."""
         temporary = self.path.parent / f".{self.path.name}.{os.getpid()}.tmp"
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, STORE_MODE)
-        before, between, behind = self._frame
+        before, between, behind = self.frame
         try:
             os.fchmod(descriptor, STORE_MODE)
             with open(descriptor, "wb", closefd=False) as file:
@@ -1837,20 +1837,17 @@ class StoreFile(Generic[Contents]):
         """Write lines behind all others, and fsync. Raises OSError as `write` does, and then the
         file is as it was."""
         self._refuse_edit()
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
-        try:
-            size = os.fstat(descriptor).st_size
+        with open(self.path, "ab", buffering=0) as file:
+            size, data = file.tell(), b"".join(line + b"\n" for line in lines)
             try:
-                with open(descriptor, "ab", closefd=False) as file:
-                    file.write(b"".join(line + b"\n" for line in lines))
-                os.fsync(descriptor)
+                while data:
+                    data = data[file.write(data) :]
+                os.fsync(file.fileno())
             except BaseException:
-                os.ftruncate(descriptor, size)
+                file.truncate(size)
                 raise
             finally:
-                self._mark = mark_of(descriptor)
-        finally:
-            os.close(descriptor)
+                self._mark = mark_of(file.fileno())
 
     def edit(self) -> FileMark:
         """The file's mark, where it is not the one that was last read or written."""
@@ -1860,6 +1857,12 @@ class StoreFile(Generic[Contents]):
     def _refuse_edit(self) -> None:
         if self.edit() is not None:
             raise FileExistsError(errno.EEXIST, "it was edited; mend it, or send this again")
+
+    def is_written(self) -> None:
+        """A write succeeded."""
+        if self.error:
+            log.warning("%s written again", self.what)
+        self.error = ""
 
     def close(self) -> None:
         """Give up the lock."""
@@ -1900,6 +1903,7 @@ class Things:
             case {"key": str(owner), "kind": str(kind), "made": dict(made)}:
                 if made.keys() & self.places.keys():
                     self._drop(made)
+                math.fsum(made.values())  # raises for what is no number
                 shelf = self.shelves.setdefault((owner, kind), Shelf(kind, owner))
                 shelf.made.update(made)
                 self.places.update(dict.fromkeys(made, shelf))
@@ -1950,37 +1954,6 @@ def parse_things(text: bytes, name: str) -> Things:
     return things
 
 
-class Joined:
-    """Has calls that come while one is under way share the next: one runs ``work`` and one waits;
-    where the first fails so does what stands on it. Raises the APIError that ``work`` returns."""
-
-    def __init__(self, work: Callable[[], Awaitable[APIError | None]]) -> None:
-        self._work = work
-        self._running: asyncio.Task[APIError | None] | None = None
-        self._waiting: asyncio.Task[APIError | None] | None = None
-
-    @property
-    def under_way(self) -> asyncio.Task[APIError | None] | None:
-        """What runs or waits now."""
-        return self._waiting or self._running
-
-    async def __call__(self) -> None:
-        if self._waiting is None:
-            self._waiting = asyncio.create_task(self._run(self._running))
-        if failure := await asyncio.shield(self._waiting):
-            raise failure
-
-    async def _run(self, before: asyncio.Task[APIError | None] | None) -> APIError | None:
-        if before is not None and (failure := await before):
-            return failure
-        self._running, self._waiting = self._waiting, None
-        failure = await self._work()
-        self._running = None
-        if failure:
-            self._waiting = None
-        return failure
-
-
 class FileLedger(Ledger):
     """The keys in memory and in a `StoreFile`, and beside it what is whose, in another of the same
     name and ".resources". Raises SettingsError where one cannot be used; it is then left as it is.
@@ -1989,9 +1962,11 @@ class FileLedger(Ledger):
     def __init__(
         self, path: Path, usage_days: int = 90, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._file, self._usage_days = StoreFile(path, parse_store, KEYS_FRAME), usage_days
-        path = self._file.path.with_name(f"{self._file.path.name}.resources")
-        self._things_file, self._clock = StoreFile(path, parse_things, THINGS_FRAME), clock
+        told = (KEYS_FRAME, "keys file", "nothing was changed")
+        self._file, path = StoreFile(path, parse_store, *told), Path(os.path.realpath(path))
+        told = (THINGS_FRAME, "file of resources", "what was made is written later")
+        self._things_file = StoreFile(Path(f"{path}.resources"), parse_things, *told)
+        self._usage_days, self._clock = usage_days, clock
         self.keys = {}
         self.things = Things()
         self.batches: dict[str, Account] = {}  # whose they are
@@ -2002,7 +1977,9 @@ class FileLedger(Ledger):
         self._undo: dict[str, VirtualKey | None] = {}
         self._changes: list[bytes] = []  # of things
         self._owners: dict[str, str] = {}  # the hashes of keys by what their things are kept under
-        self._save, self._add = Joined(self._write), Joined(self._append)
+        self._writing: asyncio.Task[APIError | None] | None = None  # is under way …
+        self._next: asyncio.Task[APIError | None] | None = None  # … and what waits for its end
+        self._adding = asyncio.Lock()  # changes of things
         self._noticed: FileMark = None  # the last edit that was read, or could not be
         self._load()
 
@@ -2198,30 +2175,18 @@ class FileLedger(Ledger):
         return self.things.heirs.get(owner) if key is None or key.deleted_at else key.team_id
 
     async def own(self, owner: str, kind: str, made: Mapping[str, float]) -> None:
-        shelf, fresh, latest = self.things.shelves.get((owner, kind)), dict[str, float](), 0.0
-        if shelf and shelf.made:
-            latest = next(reversed(shelf.made.values()))
-        for name, moment in made.items():
-            if name not in self.things.places:  # those of one second stay in their order
-                behind = 0 <= latest - moment < 1
-                latest = fresh[name] = round(latest + MICROSECOND if behind else moment, 6)
-        if fresh:
+        if fresh := {name: made[name] for name in made if name not in self.things.places}:
             self._change({"key": owner, "kind": kind, "made": fresh})
-        if self._changes or self._add.under_way:
-            await self._add()
+        await asyncio.shield(self._add())
 
-    async def assign(self, names: Mapping[str, str], owner: str | None) -> None:
-        for kind in set(names.values()):
-            made, moment = dict[str, float](), int(time.time())
-            for name in (name for name in names if names[name] == kind):
-                shelf = self.things.places.get(name)
-                if owner is not None or shelf is None:
-                    made[name] = shelf.made[name] if shelf else moment
-            if made:
-                self._change({"key": owner or "", "kind": kind, "made": made})
-        if owner is None:
-            self._change({"shared": list(names)})
-        await self._add()
+    async def assign(self, kinds: Mapping[str, str], owner: str | None) -> None:
+        places, moment, changes = self.things.places, int(time.time()), list[dict[str, Any]]()
+        for name in reversed(list(kinds)):  # lists begin with the newest
+            since = places[name].made[name] if name in places else moment
+            if owner is not None or name not in places:
+                changes.append({"key": owner or "", "kind": kinds[name], "made": {name: since}})
+        changes += [{"shared": list(kinds)}] if owner is None else []
+        await asyncio.shield(self._add(changes))
 
     def forget(self, name: str) -> None:
         if name in self.things.places:
@@ -2231,18 +2196,25 @@ class FileLedger(Ledger):
         self.things.change(change)
         self._changes.append(json.dumps(change).encode())
 
-    async def _append(self) -> APIError | None:
-        changes, self._changes, file = self._changes, [], self._things_file
-        try:
-            if file.path.exists():
-                await asyncio.to_thread(file.append, changes)
-            else:
-                await asyncio.to_thread(file.write, self.things.lines())
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again
-            self._changes[:0] = changes
-            return self._fail(error, self._things_file)
-        self._written(self._things_file)
-        return None
+    async def _add(self, changes: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Write what is not written of things, and further changes, which hold once they are on
+        disk. Raises APIError 503."""
+        async with self._adding:
+            waiting, self._changes, file = self._changes, [], self._things_file
+            lines, write = [json.dumps(change).encode() for change in changes], file.append
+            if not file.path.exists():
+                lines, write = self.things.lines() + lines, file.write
+            elif waiting:
+                lines = waiting + lines
+            try:
+                if lines:
+                    await asyncio.to_thread(write, lines)
+                    file.is_written()
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again
+                self._changes[:0] = waiting
+                raise self._fail(error, file) from None
+            for change in changes:
+                self.things.change(change)
 
     # Changing
 
@@ -2298,20 +2270,16 @@ class FileLedger(Ledger):
     async def reload(self) -> None:
         # A change that is being written would be read over; and where the last write failed, the
         # file may have one that was refused, since it was not known to be on disk.
-        while True:
-            if self._save.under_way or (self._file.error and self._file.edit() is None):
+        async with self._adding:
+            while self._writing or self._next or (self._file.error and self._file.edit() is None):
                 await self.save()
-            elif self._add.under_way:
-                await asyncio.wait([self._add.under_way])
-            else:
-                break
-        self._load()
+            self._load()
 
     def notice_edit(self) -> None:
         """Take in what somebody has edited. Where it does not parse, that is said once, and nothing
         is written until it is mended."""
         edit = self._edit()
-        if self._save.under_way or self._add.under_way or edit in (None, self._noticed):
+        if self._writing or self._next or self._adding.locked() or edit in (None, self._noticed):
             return  # a write looks by itself
         self._noticed = edit
         try:
@@ -2342,7 +2310,7 @@ class FileLedger(Ledger):
         for hashed, record in keys.items():  # version 1.0 kept batches there alone
             batches = record.account.batches.items()
             places = self.things.places
-            if old := {n: moment_of_day(b.day) for n, b in batches if n not in places}:
+            if old := {n: from_iso(b.day).timestamp() for n, b in batches if n not in places}:
                 self._change({"key": record.owner, "kind": "batches", "made": old})
 
     def _load_things(self) -> None:
@@ -2360,7 +2328,10 @@ class FileLedger(Ledger):
                 raise SettingsError(failure.message) from None
 
     async def save(self) -> None:
-        await self._save()
+        if self._next is None:
+            self._next = asyncio.create_task(self._write(self._writing))
+        if failure := await asyncio.shield(self._next):
+            raise failure
 
     async def run(self) -> None:
         while True:
@@ -2369,23 +2340,26 @@ class FileLedger(Ledger):
 
     async def close(self) -> None:
         await self._flush()
-        while under_way := self._save.under_way or self._add.under_way:
+        while under_way := self._next or self._writing:
             await asyncio.wait([under_way])
-        self._file.close()
-        self._things_file.close()
+        async with self._adding:
+            self._file.close()
+            self._things_file.close()
 
     async def _flush(self) -> None:
         self.notice_edit()
         with contextlib.suppress(APIError):  # which was logged; the next call tries it again
-            if self._changes:
-                await self._add()
-        with contextlib.suppress(APIError):
-            if self._touched or self._file.error:
+            await self._add()
+        if self._touched or self._file.error:
+            with contextlib.suppress(APIError):
                 await self.save()
 
-    async def _write(self) -> APIError | None:
-        """Write all; where that fails, what was changed is taken back, and with it what was changed
-        meanwhile, which stands on it."""
+    async def _write(self, before: asyncio.Task[APIError | None] | None) -> APIError | None:
+        """Write all, once the write ``before`` is over; where that fails, this one does: what was
+        changed meanwhile stands on what is refused, and falls with it."""
+        if before is not None and (failure := await before):
+            return failure
+        self._writing, self._next = self._next, None
         undo, self._undo = self._undo, {}
         touched, self._touched = self._touched, set()
         try:
@@ -2393,32 +2367,25 @@ class FileLedger(Ledger):
                 self._lines[hashed] = self._line(hashed, self.keys[hashed])
             await asyncio.to_thread(self._file.write, list(self._lines.values()))
         except Exception as error:  # noqa: BLE001 - whatever it is, it is taken back
-            undo, self._undo = self._undo | undo, {}
+            undo, self._undo, self._next = self._undo | undo, {}, None
             self._touched |= touched
             self._apply(undo)
             return self._fail(error, self._file)
-        self._written(self._file)
+        finally:
+            self._writing = None
+        self._file.is_written()
         return None
-
-    def _written(self, file: StoreFile[Any]) -> None:
-        if file.error:
-            log.warning("%s written again", self._name(file))
-        file.error = ""
 
     def _fail(self, error: Exception, file: StoreFile[Any]) -> APIError:
         """Say what is new of it. A client is told no path of the machine."""
         reason = getattr(error, "strerror", None) or "unexpected failure"
-        lost = "nothing was changed" if file is self._file else "it is tried again each second"
-        message = f"The {self._name(file)} cannot be written ({reason}); {lost}."
+        message = f"The {file.what} cannot be written ({reason}); {file.then}."
         # An edit that was not read yet is no failure; it is in a moment.
         is_unread = isinstance(error, FileExistsError) and self._edit() != self._noticed
         if message != file.error and not is_unread:
             file.error, is_odd = message, not isinstance(error, OSError)
             log.error(message, exc_info=is_odd)
         return APIError(503, message)
-
-    def _name(self, file: StoreFile[Any]) -> str:
-        return "keys file" if file is self._file else "file of resources"
 
 
 def check_budget(
@@ -3071,7 +3038,7 @@ class UpstreamConnection(asyncio.Protocol):
             self._receive(request, data)
         if not request.held_back and self.phase is UpstreamPhase.SHUT:  # meanwhile
             self.connection_lost(None)
-        elif not request.held_back:  # the next request needs it too
+        elif not request.held_back or self.phase is UpstreamPhase.IDLE:  # for the next request
             self.transport.resume_reading()
 
     def _read_head(self, request: UpstreamRequest, data: bytes) -> bytes:
@@ -4336,13 +4303,11 @@ UNREAD = Order()  # until the body is here
 
 @dataclass(slots=True)
 class Listing:
-    """A list of files, as it is asked for: by ``ids`` of the caller's own, in their order, and
-    whether there are ``more``; ``target`` and ``limit`` are what he asked for."""
+    """A list of files as it is asked for, by ``ids`` of the caller's own in the place of his
+    ``target``; ``cursor`` is where his next page begins, empty where there is none."""
 
     target: str
-    limit: int
     ids: list[str]
-    more: bool
     cursor: str
 
 
@@ -4355,7 +4320,8 @@ class Visit:
     what it used, ``results`` what a batch did. ``began``: all of it went up. ``payer`` is the key
     that pays, and has walls; None where the caller does, or nobody counts. ``owner`` gets what
     comes of it, ``listing`` is what is asked for in place of a list of files. Of the answer fields
-    of ``hidden`` names stay here, and it waits for ``errand``."""
+    of ``hidden`` names stay here, and it waits for an ``errand``: to keep what was ``born``, as
+    kind and moment by id."""
 
     gateway: Gateway
     head: RequestHead
@@ -4373,6 +4339,7 @@ class Visit:
     refers: bool = False  # its body may name things, and is looked through
     listing: Listing | None = None
     hidden: frozenset[str] = NO_OPTIONS
+    born: dict[str, tuple[str, float]] = field(default_factory=dict)
     errand: Callable[[], Awaitable[None]] | None = None
     credential: tuple[str, str] | None = None
     hold: Hold | None = None
@@ -4728,11 +4695,11 @@ class Batches(Rule):
 
 
 LIST_TIMEOUT = 60.0  # seconds for a further part of a list
-IDS_A_CALL = 100  # of files (SDK: types/file_list_params.py)
-DEFAULT_LIMIT, MAX_LIST_LIMIT = 20, 1000  # rows of a page (SDK: types/file_list_params.py)
+DEFAULT_LIMIT, MAX_LIST_LIMIT = 20, 1000  # rows of a page (SDK: types/file_list_params.py, which
+IDS_A_CALL = 100  # has this one too)
 MAX_PAGES = 1000  # of a list that one request looks through
 FILE_LIST = {"limit", "page", "after_id", "before_id", "beta"}  # what can be asked of ids as well
-CURSORS = ("after_id", "before_id")
+LIST_IDS = ("ids", "after_id", "before_id")
 CURSOR = re.compile(r"page_own_([0-9.]+)_([\w-]+)")  # the gateway's own: behind which file
 # A session and a run are of a deployment, a file is of the session that wrote it.
 PARENTS = {"sessions": "deployments", "deployment_runs": "deployments", "files": "sessions"}
@@ -4763,8 +4730,8 @@ class Walls(Rule):
         if route.kind and not route.name and route.fetches:
             if head.method == "HEAD":
                 visit.hidden |= {"content-length"}
-            if route.kind == "files" and visit.listing is None:
-                await self.ask_by_ids(visit)
+            if route.kind == "files":
+                await self.ask_by_ids(visit, key)
         if not route.unread:
             visit.refers = True
             if head.coding:
@@ -4834,106 +4801,88 @@ class Walls(Rule):
         """Look at the ids of a query. Of a list of ids those that the caller does not reach are
         left out, as missing ones would be."""
         path, _, query = visit.target.partition("?")
-        is_list, kept, ids = visit.route.kind and not visit.route.name, list[str](), list[str]()
+        kind, is_list, kept, left_out = visit.route.kind, not visit.route.name, list[str](), 0
         for part in query.split("&"):
             name, value = (urllib.parse.unquote_plus(text) for text in part.partition("=")[::2])
             name = name.partition("[")[0]
-            kind = "sessions" if name == "scope_id" else REFERENCES.get(name)
-            if is_list and name == "ids":
-                with contextlib.suppress(APIError):
-                    await self.reach(visit, visit.route.kind, value)
-                    kept.append(part)
-                ids.append(part)
-                continue
-            if is_list and name in CURSORS and value:
-                try:
-                    await self.reach(visit, visit.route.kind, value)
-                except APIError as error:
+            is_row = kind != "" and is_list and name in LIST_IDS
+            named = kind if is_row else REFERENCES.get(name)
+            try:
+                if named and value:
+                    await self.reach(visit, named, value)
+                kept.append(part)
+            except APIError as error:
+                if not is_row:
+                    raise
+                if name != "ids":
                     raise APIError(400, f"{name}: {error.message}") from None
-            elif kind and value:
-                await self.reach(visit, kind, value)
-            kept.append(part)
-        if ids:
-            if not any(part in kept for part in ids):
-                kept.append(f"ids[]={unknown_id(visit.route.kind)}")
+                left_out += 1
+        if left_out:
+            if not any(part.startswith("ids") for part in kept):
+                kept.append(f"ids[]={unknown_id(kind)}")
             visit.target = f"{path}?{'&'.join(kept)}"
 
-    async def ask_by_ids(self, visit: Visit) -> None:
+    async def ask_by_ids(self, visit: Visit, key: VirtualKey) -> None:
         """Have a list of files asked for by the ids of those that the caller reaches: a page of
         them, newest first, as the upstream has them."""
-        key, (path, _, query) = visit.payer, visit.target.partition("?")
+        path, _, query = visit.target.partition("?")
         asked = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
         limit, page = (
             asked.get("limit", str(DEFAULT_LIMIT)),
             CURSOR.fullmatch(asked.get("page", "")),
         )
         fits = limit.isascii() and limit.isdigit() and 0 < int(limit) <= MAX_LIST_LIMIT
-        if asked.keys() - FILE_LIST or not fits or (asked.get("page") and not page) or key is None:
+        if asked.keys() - FILE_LIST or not fits or (asked.get("page") and not page):
             return  # the upstream says what is wrong, or lists them in its own way
-        made, size = await visit.gateway.ledger.reached(key, "files"), int(limit)
-        order = sorted((made[name], name) for name in made)[::-1]
-        if page:
-            order = [each for each in order if each < (float(page[1]), page[2])]
-        if (after := asked.get("after_id", "")) in made:
-            order = [each for each in order if each < (made[after], after)]
-        chosen = order[:size]
-        if (before := asked.get("before_id", "")) in made:
-            order = [each for each in order if each > (made[before], before)]
-            chosen = order[-size:]
-        ids, cursor = [name for _, name in chosen] or [unknown_id("files")], ""
-        if chosen and len(order) > size:
-            cursor = "page_own_{:.6f}_{}".format(*chosen[-1])
-        visit.listing = Listing(visit.target, size, ids, len(order) > size, cursor)
-        visit.target = self.by_ids(path, ids, "beta" in asked)
-
-    def by_ids(self, path: str, ids: Sequence[str], beta: bool) -> str:
-        """The target that asks for files by their ids."""
-        told = [f"ids[]={urllib.parse.quote(name, safe='')}" for name in ids[:IDS_A_CALL]]
-        return f"{path}?{'&'.join([*(['beta=true'] if beta else []), *told])}"
+        made, size = await visit.gateway.ledger.reached(key, "files"), min(int(limit), IDS_A_CALL)
+        order = sorted(made, key=made.__getitem__)[::-1]
+        after, before = page[2] if page else asked.get("after_id"), asked.get("before_id")
+        if after in made:
+            order = order[order.index(after) + 1 :]
+        elif page:  # it was deleted meanwhile
+            order = [name for name in order if made[name] <= float(page[1])]
+        if before in made:
+            order = order[: order.index(before)]
+        ids = order[-size:] if before else order[:size]
+        cursor = f"page_own_{made[ids[-1]]:.6f}_{ids[-1]}" if len(order) > size else ""
+        visit.listing = Listing(visit.target, ids or [unknown_id("files")], cursor)
+        told = ["beta=true"] if "beta" in asked else []
+        told += [f"ids[]={urllib.parse.quote(name, safe='')}" for name in visit.listing.ids]
+        visit.target = f"{path}?{'&'.join(told)}"
 
     async def list_own(self, visit: Visit, body: bytes) -> bytes:
         """A list with the caller's rows alone, as it would be if there were no others'."""
         document, listing = read_json(body, Any), visit.listing
-        if not isinstance(document, dict):
-            raise APIError(502, "The upstream's list cannot be read.")
-        if listing is not None:
-            rows, beta = list_of(document.get("data")), "beta=true" in visit.target
-            path = visit.target.partition("?")[0]
+        if isinstance(document, dict) and listing is not None:
+            rows = list_of(document.get("data"))
             if {id_of(row) for row in rows} <= set(listing.ids):
-                for start in range(IDS_A_CALL, len(listing.ids), IDS_A_CALL):
-                    more = await self.ask(visit, self.by_ids(path, listing.ids[start:], beta))
-                    rows += list_of(more.get("data"))
-                if not listing.more and len(listing.ids) <= IDS_A_CALL:
-                    return body
-                document |= {"next_page": listing.cursor or None} if "next_page" in document else {}
-                return as_list(document, rows, listing.more)
+                return as_list(document, rows, listing.cursor) if listing.cursor else body
             # It does not know ``ids[]``, and has listed what it has.
             visit.target, body = listing.target, b""
             document = await self.ask(visit, visit.target)
+        if not isinstance(document, dict):
+            raise APIError(502, "The upstream's list cannot be read.")
+        rows = list_of(document.get("data"))
+        shown = await self.visible(visit, rows)
         if "has_more" in document and "next_page" not in document:
-            return await self.fill(visit, body, document)
-        return await self.sift(visit, body, document)
+            return await self.fill(visit, body, document, shown)
+        next_page = document.get("next_page")
+        return body if body and shown == rows else as_list(document, shown, next_page)
 
-    async def sift(self, visit: Visit, body: bytes, document: dict[str, Any]) -> bytes:
-        """Of a page what the caller reaches."""
-        rows = {name: value for name, value in document.items() if isinstance(value, list)}
-        shown = {name: await self.visible(visit, each) for name, each in rows.items()}
-        if shown == rows and body:
-            return body
-        return as_list(document | shown, shown.get("data", []))
-
-    async def fill(self, visit: Visit, body: bytes, document: dict[str, Any]) -> bytes:
+    async def fill(
+        self, visit: Visit, body: bytes, document: dict[str, Any], shown: list[Any]
+    ) -> bytes:
         """A full page of rows that the caller reaches, of as many of the upstream's as it takes."""
-        assert visit.payer is not None
         path, _, query = visit.target.partition("?")
         asked = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
-        limit, backwards = int(asked.get("limit") or DEFAULT_LIMIT), bool(asked.get("before_id"))
-        rows, cursor = list_of(document.get("data")), "before_id" if backwards else "after_id"
-        left = set(await visit.gateway.ledger.reached(visit.payer, visit.route.kind))
-        shown, page, more = await self.visible(visit, rows), document, document.get("has_more")
-        is_whole = len(shown) == len(rows)
+        limit, cursor = int(asked.get("limit") or DEFAULT_LIMIT), "after_id"
+        if backwards := bool(asked.get("before_id")):
+            cursor = "before_id"
+        page, rows = document, list_of(document.get("data"))
+        is_whole, key = bool(body) and shown == rows, cast(VirtualKey, visit.payer)
+        left = set(await visit.gateway.ledger.reached(key, visit.route.kind))
         for _ in range(MAX_PAGES):
-            left -= {id_of(row) for row in rows}
+            left -= set(map(id_of, rows))
             if len(shown) > limit or not page.get("has_more") or not left or not rows:
                 break
             asked |= {"limit": str(MAX_LIST_LIMIT), cursor: id_of(rows[0 if backwards else -1])}
@@ -4942,7 +4891,7 @@ class Walls(Rule):
             found = await self.visible(visit, rows)
             shown = found + shown if backwards else shown + found
         has_more = len(shown) > limit
-        if body and is_whole and more == has_more:
+        if is_whole and has_more == document["has_more"]:
             return body
         return as_list(document, shown[-limit:] if backwards else shown[:limit], has_more)
 
@@ -4963,8 +4912,7 @@ class Walls(Rule):
                 thing = above
             if thing is not None and (thing.belongs_to(key) or thing.is_shared):
                 for kind, product in products_of(row):
-                    if isinstance(product, str):
-                        born.setdefault((thing.owner, kind), {})[product] = moment_in(row)
+                    born.setdefault((thing.owner, kind), {})[product] = moment_in(row)
                 shown.append(row)
             elif thing is None and is_published(row):
                 shown.append(row)
@@ -4996,17 +4944,16 @@ class Walls(Rule):
 
     async def remember(self, visit: Visit, body: bytes) -> bytes:
         """What was made is its maker's before he is told of it; so is what his things made."""
-        made, route, ledger = read_json(body, Any), visit.route, visit.gateway.ledger
-        if not isinstance(made, dict) or not visit.owner or route.deletes:
+        made, route = read_json(body, Any), visit.route
+        if not isinstance(made, dict) or route.deletes:
             return body
-        born, kind = list(products_of(made)), f"{made.get('type')}s"
-        if not route.fetches and id_of(made) != route.name:
+        moment, name, kind = moment_in(made), id_of(made), f"{made.get('type')}s"
+        visit.born |= {product: (of, moment) for of, product in products_of(made)}
+        if name and name != route.name and not route.fetches:
             below = route.below.strip("/").split("/")[-1]
-            born.append((kind if kind in KINDS else below or route.kind, id_of(made)))
+            visit.born[name] = (kind if kind in KINDS else below or route.kind, moment)
         try:
-            for kind, name in born:
-                if isinstance(name, str) and name:
-                    await ledger.own(visit.owner, kind, {name: moment_in(made)})
+            await self.keep(visit)
         except APIError as error:
             text = f"It was made, but whose it is could not be written down. {error.message}"
             raise APIError(503, text, headers=[DO_NOT_RETRY]) from None
@@ -5015,20 +4962,23 @@ class Walls(Rule):
     def learn(self, visit: Visit, document: object) -> None:
         """An answer, or a part of one, may name what was made for the caller on the way: containers
         and files that code wrote (SDK: types/code_execution_output_block.py)."""
-        born: list[tuple[str, str]] = []
         for member in members_within(document):
             wrote = str(member[1].get("type")).endswith("code_execution_output")
             for kind, name in named_by(*member):
                 if kind == "containers" or (kind == "files" and wrote):
-                    born.append((kind, name))
-        if born and visit.owner:
-            visit.errand = functools.partial(self.keep, visit.gateway.ledger, visit.owner, born)
+                    visit.born[name] = (kind, time.time())
+                    visit.errand = functools.partial(self.keep_learnt, visit)
 
-    async def keep(self, ledger: Ledger, owner: str, born: Sequence[tuple[str, str]]) -> None:
-        """Remember what was learnt, before the client hears of it."""
+    async def keep_learnt(self, visit: Visit) -> None:
+        """Remember what was learnt before the client hears of it."""
         with contextlib.suppress(APIError):  # which is said, and tried again each second
-            for kind, name in born:
-                await ledger.own(owner, kind, {name: time.time()})
+            await self.keep(visit)
+
+    async def keep(self, visit: Visit) -> None:
+        """Remember what was born: it is its owner's. Raises APIError 503."""
+        born, visit.born = visit.born, {}
+        for name, (kind, moment) in born.items() if visit.owner else ():
+            await visit.gateway.ledger.own(visit.owner, kind, {name: moment})
 
     def end(self, visit: Visit) -> None:
         route, answer = visit.route, visit.answer
@@ -5048,12 +4998,14 @@ def unknown_id(kind: str) -> str:
     return KINDS.get(kind, "") + secrets.token_hex(12)
 
 
-def as_list(document: dict[str, Any], rows: Sequence[Any], has_more: bool = False) -> bytes:
-    """A list with these rows, and no number that others' would change."""
-    told = {name: value for name, value in document.items() if type(value) not in (int, float)}
-    ends: dict[str, Any] = {"has_more": has_more or bool(told.get("next_page"))}
-    ends |= {"first_id": id_of(rows[0]) if rows else None}
-    ends |= {"last_id": id_of(rows[-1]) if rows else None}
+def as_list(document: dict[str, Any], rows: Sequence[Any], more: object) -> bytes:
+    """A list with these rows, and whether there are more or the cursor that leads to them; without
+    numbers, and other rows, that others' things could change."""
+    told = {
+        name: value for name, value in document.items() if type(value) not in (int, float, list)
+    }
+    ends: dict[str, Any] = {"has_more": bool(more), "next_page": more or None}
+    ends["first_id"], ends["last_id"] = (id_of(rows[0]), id_of(rows[-1])) if rows else (None, None)
     told |= {"data": rows} | {name: ends[name] for name in ends if name in told}
     return json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode()
 
@@ -5807,9 +5759,10 @@ class RelayHandler(BaseHandler):
             body = decompress(head.coding, bytes(gathered), REWRITE_LIMIT)
         except (ValueError, zlib.error) as error:
             raise APIError(502, f"The upstream's answer cannot be read: {error}.") from None
+        plain = body
         for each in self._filters:
             body = await each.rewrite(body) if each.changes_length else through([each], body, True)
-        body = compress(head.coding, body)
+        body = bytes(gathered) if body == plain else compress(head.coding, body)
         head.fields = [each for each in head.fields if each.lower != "content-length"]
         head.fields.append(parse_field(f"Content-Length: {len(body)}"))
         self._upstream.length = len(body)
