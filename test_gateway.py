@@ -4350,7 +4350,8 @@ class Tenants:
 
     async def make(self, key: str, *names: str, path: str = "", status: int = 200) -> Response:
         for name in names:
-            self.gw.plays(answers({"id": name}))
+            told = {"id": name, "type": "file" if name.startswith("sesrsc") else "x"}
+            self.gw.plays(answers(told))
             start = f"POST {path or path_of(name).removesuffix(f'/{name}')}"
             answer = await self.gw.ask(start, body={}, key=key)
             assert answer.status == status, answer.text
@@ -4416,7 +4417,9 @@ async def test_what_is_made_is_on_disk_before_its_maker_hears_of_it(two: Tenants
     two.gw.process.kill()
     assert stat.S_IMODE(two.file.stat().st_mode) == 0o600
     await two.gw.restart()
-    assert await two.is_anns(*made, "file_a1", "file_b1", "file_a20", "file_b20")
+    assert await two.is_anns(*made, *(files := ["file_a1", "file_b1", "file_a20", "file_b20"]))
+    rows = (await two.listed(f"key={two.ann}&kind=files"))["resources"]
+    assert {row["id"] for row in rows} == {"file_ann", "file_1", *files}
 
 
 async def test_who_leaves_before_the_answer_owns_what_is_made(two: Tenants) -> None:
@@ -4558,7 +4561,8 @@ async def test_starting_keeps_exactly_what_there_is(two: Tenants) -> None:
     await two.make(two.ann, *(f"file_{number}" for number in range(6)))
     for number, status in enumerate(("500 Oh", "404 Not Found", "200 OK")):
         two.gw.plays(answers({}, status))
-        await two.gw.ask(f"DELETE /v1/files/file_{number}", key=two.ann)
+        for name in (f"files/file_{number}", "vaults/vlt_ann/credentials/agent_bob"):
+            await two.gw.ask(f"DELETE /v1/{name}", key=two.ann)
     for key, name in {"bob": "file_3", "*": "file_4", None: "file_5"}.items():
         await two.assign(key, name)
     before, sizes = await two.listed("size=100"), []
@@ -4568,7 +4572,7 @@ async def test_starting_keeps_exactly_what_there_is(two: Tenants) -> None:
         sizes.append(two.file.stat().st_size)
     assert sizes[0] == sizes[2]
     assert await two.is_anns("file_0", "file_1") and not await two.is_anns("file_2", "file_5")
-    assert await two.reaches(two.bob, "file_3", "file_4")
+    assert await two.reaches(two.bob, "file_3", "file_4", "agent_bob")
 
 
 # Learned
@@ -4706,7 +4710,7 @@ async def test_no_spelling_of_a_path_is_a_way_round(two: Tenants) -> None:
 
 async def test_what_is_anothers_is_answered_as_what_is_missing(two: Tenants) -> None:
     two.gw.plays(answers({}))
-    methods, tails = ("GET", "HEAD", "DELETE", "POST", "PUT"), ("", "/", "/content", "/x/y")
+    methods, tails = ("GET", "HEAD", "DELETE", "POST", "PUT"), ("", "/x/y/")
     for group, prefix in GROUPS.items():
         for method, tail in itertools.product(methods, tails):
             start, told = (
@@ -4915,7 +4919,7 @@ async def test_what_is_too_large_to_be_kept_is_looked_at_as_it_passes(two: Tenan
         whole.append(hashlib.sha256(await request.read_body()).digest())
         await request.answer(b"{}", "200 OK", JSON_KIND)
 
-    for told, last in itertools.product((FILE_BOB, INSTEAD[0], NO_FILE), (True, False)):
+    for told, last in ((FILE_BOB, True), (FILE_BOB, False), (INSTEAD[0], True), (NO_FILE, True)):
         source = HIDDEN.replace(FILE_BOB, told)[1:-1]
         body = b"{%b}" % b", ".join((much, source) if last else (source, much))
         length, passes = f"Content-Length: {len(body)}", told == NO_FILE
@@ -4983,8 +4987,8 @@ class Lists:
 
 
 # Whose the batches are from the newest on: a is Ann, b is Bob, n is nobody here.
-LAYOUTS = ["", "b" * 45, "a" * 45, "ab" * 12 + "n", "b" * 30 + "aaab" + "n" * 110 + "a" + "b" * 9]
-LAYOUTS += ["a" + "b" * 25 + "aa" + "b" * 200 + "aaaa", "bnba" * 25 + "a" * 21 + "b"]
+LAYOUTS = ["", "b" * 45, "a" * 22, "ab" * 5 + "n", "b" * 30 + "aaab" + "n" * 110 + "a" + "b" * 9]
+LAYOUTS += ["a" + "b" * 25 + "aa" + "b" * 120 + "aaaa", "bnba" * 3 + "a" * 21 + "b"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -5016,7 +5020,7 @@ async def test_a_list_of_batches_is_as_if_he_were_alone(two: Tenants, layout: st
 
 @pytest.mark.parametrize("knows", [True, False])
 async def test_a_list_of_files_is_his_in_upstreams_order(two: Tenants, knows: bool) -> None:
-    gw, names, cursors = two.gw, [f"file_{n:03}" for n in range(140)], set[str]()
+    gw, names, cursors = two.gw, [f"file_{n:03}" for n in range(140 if knows else 30)], set[str]()
     lists = Lists(*names)
     lists.knows_ids, mine = knows, [name for name in names if int(name[5:]) % 7]
     await two.assign(None, "file_ann")
@@ -5031,7 +5035,7 @@ async def test_a_list_of_files_is_his_in_upstreams_order(two: Tenants, knows: bo
             got = await gw.ask(f"GET /v1/files?limit={size}{page}", key=two.ann)
             shown, page = got.json()["data"], got.json()["next_page"]
             rows += shown
-            assert len(shown) == size or not (page and knows)
+            assert len(shown) == min(size, 100) or not (page and knows)
             if page:
                 cursors.add(page := f"&page={urllib.parse.quote(page)}")
         assert [row["id"] for row in rows] == mine and rows[0] == lists.rows[1]
