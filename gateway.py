@@ -963,20 +963,17 @@ PLACES = {"budget_tokens", "edits", "id", *BodyMembers.__annotations__}
 MODEL_PLACES = {"model", "fallbacks", "tools", "requests", "params"}
 
 
-def made_of(pairs: list[tuple[str, Any]], wholly: bool = False) -> dict[str, Any]:
+def made_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of its members. Raises ValueError for one that two readers could read differently:
-    where one of PLACES, or any (``wholly``), stands twice."""
+    where a name stands twice."""
     made = dict(pairs)
     if len(made) < len(pairs):
-        names = [name for name, _ in pairs if wholly or name in PLACES]
-        if len(set(names)) < len(names):
-            raise ValueError(f"one of {set(names)} stands twice in one object")
+        raise ValueError("a name stands twice in one object")
     return made
 
 
 read_clearly = json.JSONDecoder(object_pairs_hook=made_of).decode
-read_wholly = json.JSONDecoder(object_pairs_hook=functools.partial(made_of, wholly=True)).decode
-UNCLEAR = "This key is limited to some models, and"
+UNCLEAR = "What this key sends is looked through, and"
 # What msgspec reads at once, in some 10 ms at worst: whatever is in it, or with so few containers.
 LIGHT_BODY, LIGHT_CONTAINED, LIGHT_CONTAINERS = 256 * KIB, 8 * MIB, 200_000
 AT_ONCE = 32 * KIB  # of a body are read at once, by `json`
@@ -997,8 +994,7 @@ FOLLOWING = {b"": b"", b"]": b",]", b"}": b",}"}
 
 async def scan(body: bytes, names: set[str] | None, breathe: Breathe) -> object:
     """What a JSON text says, however hostile: of objects only the members of these names (None:
-    all, and then none may stand twice). Raises ValueError for what is no clear JSON, APIError 400
-    for more than a model reads."""
+    all). Raises ValueError for what is no clear JSON, APIError 400 for more than a model reads."""
     at = marks = 0
     document, rows = list[Any](), list[Any]()
     # Where values go, None where they are not kept, and what ends it; then what that stands in.
@@ -1037,7 +1033,7 @@ async def scan(body: bytes, names: set[str] | None, breathe: Breathe) -> object:
             elif kept:
                 value = json.loads(mark)
             if kept and isinstance(into, dict):
-                if name in into and (names is None or name in PLACES):
+                if name in into:
                     raise ValueError(f"{name!r} stands twice in one object")
                 into[name] = value
             elif kept and isinstance(into, list):
@@ -1062,10 +1058,9 @@ async def read_string(body: bytes, start: int, kept: bool, breathe: Breathe) -> 
     return json.loads(body[start - 1 : end + 1]), end + 1
 
 
-async def read_body(body: bytes, route: Route, breathe: Breathe, *, strictly: bool) -> object:
+async def read_body(body: bytes, breathe: Breathe, *, strictly: bool) -> object:
     """What rules look at of a body: what its price depends on, None where it cannot be read; or
-    ``strictly`` all that may name a model. Raises APIError 400 for what is unclear or too much."""
-    names = None if strictly and not route.open else PLACES
+    ``strictly`` all of it. Raises APIError 400 for what is unclear or too much."""
     light = not strictly and len(body) <= LIGHT_BODY
     if not (light or strictly) and len(body) <= LIGHT_CONTAINED:
         light = body.count(b"[") + body.count(b"{") <= LIGHT_CONTAINERS
@@ -1073,18 +1068,13 @@ async def read_body(body: bytes, route: Route, breathe: Breathe, *, strictly: bo
         with contextlib.suppress(Exception):  # what msgspec cannot read, json may
             return decode(body)
     try:
-        return await read_at_length(body, names, breathe)
+        if len(body) <= AT_ONCE and body.count(b"[") + body.count(b"{") < MAX_DEPTH:
+            return read_clearly(body.decode())
+        return await scan(body, None if strictly else PLACES, breathe)
     except (ValueError, RecursionError) as error:
         if not strictly:
             return None
         raise APIError(400, f"{UNCLEAR} the body is not clearly readable JSON: {error}.") from None
-
-
-async def read_at_length(body: bytes, names: set[str] | None, breathe: Breathe) -> object:
-    """What a body says, by `scan` where it is long. Raises what that does, and RecursionError."""
-    if len(body) <= AT_ONCE and body.count(b"[") + body.count(b"{") < MAX_DEPTH:
-        return read_wholly(body.decode()) if names is None else read_clearly(body.decode())
-    return await scan(body, names, breathe)
 
 
 def members_of(value: object) -> dict[str, Any]:
@@ -1610,7 +1600,7 @@ def read_prices(path: Path) -> dict[str, Rates]:
 
 STORE_VERSION, STORE_MODE = 1, 0o600
 HASH = re.compile(r"[0-9a-f]{64}")
-TOMBSTONE_DAYS = 90  # how long a deleted key is told apart from one that never was
+TOMBSTONE = timedelta(days=90)  # how long a deleted key is told apart from one that never was
 WRITE_SLICE = 1000  # lines joined at a time, so that the writing thread lets the loop breathe
 FLUSH_INTERVAL = 1.0  # seconds between two writes of what relaying changes
 BUDGET_WAIT = 2  # seconds after which a request that a budget has no room for may ask again
@@ -1677,9 +1667,8 @@ class Ledger(Protocol):
     def rates(self, key: VirtualKey, theirs: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
         """anthropic-ratelimit-* of a key's own limits, where they are tighter than ``theirs``."""
 
-    def own_batch(self, account: Account, name: str, hold: Hold | None = None) -> None:
-        """A key made a batch: what is held for it stays until it is booked. One that nobody here
-        made (no hold) belongs to the key that first fetches its results."""
+    def own_batch(self, account: Account, name: str, hold: Hold) -> None:
+        """A key made a batch: what is held for it stays until it is booked."""
 
     def batch_line(self, name: str, line: int) -> Account | None:
         """Whom a line of a batch's results is to be booked to; it is said once."""
@@ -1731,8 +1720,8 @@ def store_line(hashed: str, record: VirtualKey, today: str = "", keep_from: str 
 
 
 def parse_store(text: bytes, name: str) -> dict[str, VirtualKey]:
-    """Read a keys file, but for old tombstones. Raises SettingsError that says what is damaged."""
-    keys, forgotten = dict[str, VirtualKey](), now() - timedelta(days=TOMBSTONE_DAYS)
+    """Read a keys file. Raises SettingsError that says what is damaged."""
+    keys = dict[str, VirtualKey]()
     wrong = "not JSON: "
     try:
         document = json.loads(text)
@@ -1743,9 +1732,8 @@ def parse_store(text: bytes, name: str) -> dict[str, VirtualKey]:
             wrong = f"key number {number} "
             if not HASH.fullmatch(hashed):
                 raise ValueError("does not stand under a SHA-256")
-            key = VirtualKey.from_json(record)
-            if not key.deleted_at or key.deleted_at > forgotten:
-                keys[hashed] = key
+            keys[hashed] = VirtualKey.from_json(record)
+            keys[hashed].account.hashed = hashed
     except Exception as error:  # noqa: BLE001 - whatever Python says of what it cannot read
         raise SettingsError(f"{name}: damaged, {wrong}{error}; mend it or restore a copy") from None
     return keys
@@ -1871,15 +1859,6 @@ class StoreFile(Generic[Contents]):
             self._lock = -1
 
 
-@dataclass(slots=True)
-class Shelf:
-    """The things of one kind that one owner has, and when each was made."""
-
-    kind: str
-    owner: str
-    made: dict[str, float] = field(default_factory=dict)
-
-
 class Things:
     """Whose the things of a workspace are, as a file of changes tells it, one a line; the last word
     counts. `change` takes them:
@@ -1887,50 +1866,45 @@ class Things:
         {"key": "<its owner_id; empty: nobody's>", "kind": "files", "made": {"file_…": 1764194000}}
         {"gone": ["file_…"]}
         {"shared": ["file_…"]}   until it is made or gone again
-        {"key": "…", "team": "…"}   a key that was deleted left its things to its team
-    """
+
+    A place is an (owner, kind); ``made`` has what stands there, and when it was made."""
 
     def __init__(self) -> None:
-        self.shelves: dict[tuple[str, str], Shelf] = {}
-        self.places: dict[str, Shelf] = {}  # of each thing
+        self.made = collections.defaultdict[tuple[str, str], dict[str, float]](dict)
+        self.places: dict[str, tuple[str, str]] = {}  # by id
         self.shared: set[str] = set()
-        self.heirs: dict[str, str] = {}  # teams of owners
         self.is_untidy = self.is_cut = False  # its file is to be written anew, or must be
 
     def change(self, change: Mapping[str, Any]) -> None:
         """Take one in. Raises whatever Python does for what is none."""
         match change:
             case {"key": str(owner), "kind": str(kind), "made": dict(made)}:
-                if made.keys() & self.places.keys():
-                    self._drop(made)
                 math.fsum(made.values())  # raises for what is no number
-                shelf = self.shelves.setdefault((owner, kind), Shelf(kind, owner))
-                shelf.made.update(made)
-                self.places.update(dict.fromkeys(made, shelf))
+                self._drop(made.keys() & self.places.keys())
+                place = owner, kind
+                self.made[place].update(made)
+                self.places.update(dict.fromkeys(made, place))
             case {"gone": list(names)}:
                 self._drop(names)
             case {"shared": list(names)}:
                 self.shared.update(self.places.keys() & names)
-            case {"key": str(owner), "team": str(team)}:
-                self.heirs[owner] = team
             case _:
                 raise ValueError("is no change of things")
 
     def _drop(self, names: Iterable[str]) -> None:
         self.shared.difference_update(names)
         for name in names:
-            if shelf := self.places.pop(name, None):
-                del shelf.made[name]
+            if place := self.places.pop(name, None):
+                del self.made[place][name]
 
     def lines(self) -> list[bytes]:
         """The fewest changes that say all of it."""
         changes: list[dict[str, Any]] = []
-        for shelf in self.shelves.values():
-            rest = iter(shelf.made.items())
+        for (owner, kind), made in self.made.items():
+            rest = iter(made.items())
             while some := dict(itertools.islice(rest, WRITE_SLICE)):
-                changes.append({"key": shelf.owner, "kind": shelf.kind, "made": some})
+                changes.append({"key": owner, "kind": kind, "made": some})
         changes += [{"shared": sorted(self.shared)}] if self.shared else []
-        changes += [{"key": owner, "team": team} for owner, team in self.heirs.items()]
         return [json.dumps(change).encode() for change in changes]
 
 
@@ -1964,7 +1938,7 @@ class FileLedger(Ledger):
     ) -> None:
         told = (KEYS_FRAME, "keys file", "nothing was changed")
         self._file, path = StoreFile(path, parse_store, *told), Path(os.path.realpath(path))
-        told = (THINGS_FRAME, "file of resources", "what was made is written later")
+        told = (THINGS_FRAME, "file of resources", "what was made is there, and written down later")
         self._things_file = StoreFile(Path(f"{path}.resources"), parse_things, *told)
         self._usage_days, self._clock = usage_days, clock
         self.keys = {}
@@ -2111,14 +2085,11 @@ class FileLedger(Ledger):
         batch = self.batches[name].batches[name] if name in self.batches else None
         return None if batch is None or batch.booked else batch
 
-    def own_batch(self, account: Account, name: str, hold: Hold | None = None) -> None:
-        if hold is None and name in self.batches:
-            return
+    def own_batch(self, account: Account, name: str, hold: Hold) -> None:
         self.finish_batch(name)  # an upstream that gives an id twice frees what was held for it
         batch = account.batches[name] = Batch(day_of(now()))
         self.batches[name] = account
-        if hold is not None:
-            batch.held, hold.amounts = hold.amounts, {}
+        batch.held, hold.amounts = hold.amounts, {}
         self._touched.add(account.hashed)
 
     def batch_line(self, name: str, line: int) -> Account | None:
@@ -2151,28 +2122,24 @@ class FileLedger(Ledger):
     async def find_things(self, names: Iterable[object]) -> dict[str, Thing]:
         found, places, shared = dict[str, Thing](), self.things.places, self.things.shared
         for name in names:
-            if isinstance(name, str) and (shelf := places.get(name)):
-                team = self._team_of(shelf.owner)
-                found[name] = Thing(shelf.kind, shelf.owner, team, name in shared)
+            if isinstance(name, str) and (place := places.get(name)):
+                owner, kind = place
+                found[name] = Thing(kind, owner, self._team_of(owner), name in shared)
         return found
 
     async def reached(self, key: VirtualKey, kind: str) -> dict[str, float]:
-        shelves = self.things.shelves
-        made, team = dict[str, float](), key.team_id if key.resources == "team" else None
-        for (owner, each), shelf in shelves.items() if team else ():
-            if each == kind and self._team_of(owner) == team:
-                made |= shelf.made
-        if mine := shelves.get((key.owner, kind)):
-            made |= mine.made
-        for name in self.things.shared:
-            shelf = self.things.places[name]
-            if shelf.kind == kind:
-                made[name] = shelf.made[name]
-        return made
+        made, things, team = dict[str, float](), self.things, key.team_id
+        places = [(key.owner, kind)]
+        if team and key.resources == "team":
+            places = [p for p in things.made if p[1] == kind and self._team_of(p[0]) == team]
+        for place in places:
+            made |= things.made.get(place, {})
+        shared = [name for name in things.shared if things.places[name][1] == kind]
+        return made | {name: things.made[things.places[name]][name] for name in shared}
 
     def _team_of(self, owner: str) -> str | None:
         key = self.keys.get(self._owners.get(owner, ""))
-        return self.things.heirs.get(owner) if key is None or key.deleted_at else key.team_id
+        return key.team_id if key else None
 
     async def own(self, owner: str, kind: str, made: Mapping[str, float]) -> None:
         if fresh := {name: made[name] for name in made if name not in self.things.places}:
@@ -2182,7 +2149,7 @@ class FileLedger(Ledger):
     async def assign(self, kinds: Mapping[str, str], owner: str | None) -> None:
         places, moment, changes = self.things.places, int(time.time()), list[dict[str, Any]]()
         for name in reversed(list(kinds)):  # lists begin with the newest
-            since = places[name].made[name] if name in places else moment
+            since = self.things.made[places[name]][name] if name in places else moment
             if owner is not None or name not in places:
                 changes.append({"key": owner or "", "kind": kinds[name], "made": {name: since}})
         changes += [{"shared": list(kinds)}] if owner is None else []
@@ -2212,7 +2179,9 @@ class FileLedger(Ledger):
                     file.is_written()
             except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again
                 self._changes[:0] = waiting
-                raise self._fail(error, file) from None
+                raise APIError(
+                    503, self._fail(error, file).message, headers=[DO_NOT_RETRY]
+                ) from None
             for change in changes:
                 self.things.change(change)
 
@@ -2248,8 +2217,6 @@ class FileLedger(Ledger):
             account = record.account
             account.hashed = hashed
             self._owners[record.owner] = hashed
-            if record.deleted_at and record.team_id and record.owner not in self.things.heirs:
-                self._change({"key": record.owner, "team": record.team_id})
             for kind, limit in (("requests", record.rpm_limit), ("tokens", record.tpm_limit)):
                 bucket = account.buckets.pop(kind, None) or Bucket(0, self._clock())
                 if limit is not None:
@@ -2303,15 +2270,19 @@ class FileLedger(Ledger):
         known = {hashed: key.account for hashed, key in self.keys.items()}
         for index in (self.keys, self._lines, self._retired, self.batches, self._owners):
             index.clear()
-        for hashed, record in keys.items():
+        places, forgotten = self.things.places, now() - TOMBSTONE
+        heritage = {owner for owner, _ in places.values()}
+        for hashed, record in list(keys.items()):
+            gone = record.deleted_at is not None and record.deleted_at < forgotten
+            if gone and not (record.team_id and record.owner in heritage):
+                del keys[hashed]
+                continue
             record.account = known.get(hashed, record.account)
-        self._apply(keys)
-        self._touched |= known.keys() & keys.keys()
-        for hashed, record in keys.items():  # version 1.0 kept batches there alone
-            batches = record.account.batches.items()
-            places = self.things.places
+            batches = record.account.batches.items()  # version 1.0 kept whose they are there alone
             if old := {n: from_iso(b.day).timestamp() for n, b in batches if n not in places}:
                 self._change({"key": record.owner, "kind": "batches", "made": old})
+        self._apply(keys)
+        self._touched |= known.keys() & keys.keys()
 
     def _load_things(self) -> None:
         file = self._things_file
@@ -4356,26 +4327,17 @@ class Kept:
     """A request's body that was kept, and what was read of it: once, however many rules look."""
 
     data: bytes
-    route: Route
     breathe: Breathe
     document: object = None
-    is_read: bool = False
+    how: bool | None = None  # it was read, and whether strictly
 
     async def read(self, *, strictly: bool) -> object:
         """What it says: to the letter (APIError 400 where that is not clear), or what of it a price
         depends on (None where it cannot be read). An empty one says nothing."""
-        if self.data and (strictly or not self.is_read):
-            read = read_body(self.data, self.route, self.breathe, strictly=strictly)
-            self.document, self.is_read = await read, True
+        if self.data and not self.how and self.how is not strictly:
+            self.document = await read_body(self.data, self.breathe, strictly=strictly)
+            self.how = strictly
         return self.document
-
-    async def read_wholly(self) -> object:
-        """All that it says. Raises APIError 400 where that is not clear."""
-        try:
-            return await read_at_length(self.data, None, self.breathe)
-        except (ValueError, RecursionError) as error:
-            text = "The body names files or other things, and is not clearly readable JSON"
-            raise APIError(400, f"{text}: {error}.") from None
 
 
 class Rule:
@@ -4524,8 +4486,8 @@ class Fields(Rule):
         unwanted = head.options
         if caller.own is None:
             unwanted |= {WORKSPACE_FIELD}
-            if visit.route.results_of:
-                unwanted |= {"range", "if-range"}  # a part of the results could not be booked
+            if visit.route.is_read:
+                unwanted |= {"range", "if-range"}  # of a part nobody can tell what it is
         codings = None
         if visit.route.is_read and (offered := head.values.get("accept-encoding")):
             codings = readable_codings(offered)
@@ -4665,9 +4627,6 @@ class Batches(Rule):
             return (Rewritten(functools.partial(self.look, visit)),)
         if not batch or visit.caller.own is not None:
             return ()
-        if visit.caller.key is not None:
-            # One that nobody here made belongs to the key that first fetches its results.
-            gateway.ledger.own_batch(visit.caller.key.account, batch)
         room = functools.partial(gateway.held.find_room, visit.record.hashed)
         visit.results = Meter("", functools.partial(gateway.batches.book_result, batch), room)
         return (visit.results,)
@@ -4695,9 +4654,9 @@ class Batches(Rule):
 
 
 LIST_TIMEOUT = 60.0  # seconds for a further part of a list
-DEFAULT_LIMIT, MAX_LIST_LIMIT = 20, 1000  # rows of a page (SDK: types/file_list_params.py, which
+DEFAULT_LIMIT, MAX_ROWS_LISTED = 20, 1000  # rows of a page (SDK: types/file_list_params.py, which
 IDS_A_CALL = 100  # has this one too)
-MAX_PAGES = 1000  # of a list that one request looks through
+MAX_PAGES = 100  # of a list that one request looks through
 FILE_LIST = {"limit", "page", "after_id", "before_id", "beta"}  # what can be asked of ids as well
 LIST_IDS = ("ids", "after_id", "before_id")
 CURSOR = re.compile(r"page_own_([0-9.]+)_([\w-]+)")  # the gateway's own: behind which file
@@ -4742,7 +4701,7 @@ class Walls(Rule):
         if not visit.refers or not may_refer(body.data, visit.route):
             return
         seen = set[tuple[str, str]]()
-        for number, member in enumerate(members_within(await body.read_wholly())):
+        for number, member in enumerate(members_within(await body.read(strictly=True))):
             if number % BREATH == 0:
                 await body.breathe()
             seen.update(named_by(*member))
@@ -4773,7 +4732,7 @@ class Walls(Rule):
         may_be = await ledger.reached(key, parents) if parents else not is_custom
         if not may_be or not SAFE_ID.fullmatch(name):
             return None
-        found = await self.ask(visit, f"/v1/{kind}/{name}", {})
+        found = await self.ask(visit, f"/v1/{kind}/{name}")
         if kind == "skills":
             return Thing(kind, is_shared=True) if is_published(found) else None
         above = parent_of(found)
@@ -4783,17 +4742,15 @@ class Walls(Rule):
         await ledger.own(thing.owner, kind, {name: moment_in(found)})
         return thing._replace(kind=kind)
 
-    async def ask(self, visit: Visit, target: str, missing: Any = None) -> Any:
-        """An object of the upstream's; ``missing`` where it has none. Raises UpstreamError."""
+    async def ask(self, visit: Visit, target: str) -> dict[str, Any]:
+        """An object of the upstream's; an empty one where it has none. Raises UpstreamError."""
         told = ("anthropic-version", "anthropic-beta")
         fields = {name: visit.head.get(name) for name in told if name in visit.head.values}
         answer = await visit.gateway.client.get(target, LIST_TIMEOUT, fields)
-        if answer.code == 404 and missing is not None:
-            return missing
         document = read_json(answer.body, Any) if answer.code == 200 else None
-        if not isinstance(document, dict):
-            raise UpstreamError(f"The upstream answered {answer.code} where a part was asked for.")
-        return document
+        if isinstance(document, dict) or answer.code == 404:
+            return document if isinstance(document, dict) else {}
+        raise UpstreamError(f"The upstream answered {answer.code} where a part was asked for.")
 
     # Lists
 
@@ -4827,14 +4784,10 @@ class Walls(Rule):
         them, newest first, as the upstream has them."""
         path, _, query = visit.target.partition("?")
         asked = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
-        limit, page = (
-            asked.get("limit", str(DEFAULT_LIMIT)),
-            CURSOR.fullmatch(asked.get("page", "")),
-        )
-        fits = limit.isascii() and limit.isdigit() and 0 < int(limit) <= MAX_LIST_LIMIT
-        if asked.keys() - FILE_LIST or not fits or (asked.get("page") and not page):
+        size, page = rows_asked(asked), CURSOR.fullmatch(asked.get("page", ""))
+        if asked.keys() - FILE_LIST or not size or (asked.get("page") and not page):
             return  # the upstream says what is wrong, or lists them in its own way
-        made, size = await visit.gateway.ledger.reached(key, "files"), min(int(limit), IDS_A_CALL)
+        made, size = await visit.gateway.ledger.reached(key, "files"), min(size, IDS_A_CALL)
         order = sorted(made, key=made.__getitem__)[::-1]
         after, before = page[2] if page else asked.get("after_id"), asked.get("before_id")
         if after in made:
@@ -4875,9 +4828,8 @@ class Walls(Rule):
         """A full page of rows that the caller reaches, of as many of the upstream's as it takes."""
         path, _, query = visit.target.partition("?")
         asked = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
-        limit, cursor = int(asked.get("limit") or DEFAULT_LIMIT), "after_id"
-        if backwards := bool(asked.get("before_id")):
-            cursor = "before_id"
+        limit, backwards = rows_asked(asked) or DEFAULT_LIMIT, bool(asked.get("before_id"))
+        cursor = "before_id" if backwards else "after_id"
         page, rows = document, list_of(document.get("data"))
         is_whole, key = bool(body) and shown == rows, cast(VirtualKey, visit.payer)
         left = set(await visit.gateway.ledger.reached(key, visit.route.kind))
@@ -4885,7 +4837,7 @@ class Walls(Rule):
             left -= set(map(id_of, rows))
             if len(shown) > limit or not page.get("has_more") or not left or not rows:
                 break
-            asked |= {"limit": str(MAX_LIST_LIMIT), cursor: id_of(rows[0 if backwards else -1])}
+            asked |= {"limit": str(MAX_ROWS_LISTED), cursor: id_of(rows[0 if backwards else -1])}
             page = await self.ask(visit, f"{path}?{urllib.parse.urlencode(asked)}")
             rows = list_of(page.get("data"))
             found = await self.visible(visit, rows)
@@ -4914,7 +4866,7 @@ class Walls(Rule):
                 for kind, product in products_of(row):
                     born.setdefault((thing.owner, kind), {})[product] = moment_in(row)
                 shown.append(row)
-            elif thing is None and is_published(row):
+            elif thing is None and visit.route.kind == "skills" and is_published(row):
                 shown.append(row)
         for (owner, kind), made in born.items():
             await ledger.own(owner, kind, made)
@@ -4932,14 +4884,15 @@ class Walls(Rule):
                 meter.learn = learn
         if not route.kind or visit.results is not None:
             return ()
+        if route.fetches and not route.name:
+            is_free = key.resources == "all"
+            return () if is_free else (Rewritten(functools.partial(self.list_own, visit)),)
         if is_event_stream(head):
             watch = Meter(EVENT_STREAM)
             watch.learn = learn
             return (watch,)
-        if not route.fetches or (route.name and route.kind in PRODUCERS and not route.below):
+        if not route.fetches or (route.kind in PRODUCERS and not route.below):
             return (Rewritten(functools.partial(self.remember, visit)),)
-        if not route.name and head.status == 200 and key.resources != "all":
-            return (Rewritten(functools.partial(self.list_own, visit)),)
         return ()
 
     async def remember(self, visit: Visit, body: bytes) -> bytes:
@@ -4949,14 +4902,10 @@ class Walls(Rule):
             return body
         moment, name, kind = moment_in(made), id_of(made), f"{made.get('type')}s"
         visit.born |= {product: (of, moment) for of, product in products_of(made)}
-        if name and name != route.name and not route.fetches:
-            below = route.below.strip("/").split("/")[-1]
-            visit.born[name] = (kind if kind in KINDS else below or route.kind, moment)
-        try:
-            await self.keep(visit)
-        except APIError as error:
-            text = f"It was made, but whose it is could not be written down. {error.message}"
-            raise APIError(503, text, headers=[DO_NOT_RETRY]) from None
+        below = route.below.strip("/").split("/")
+        if name and name not in (route.name, *below) and not route.fetches:
+            visit.born[name] = (kind if kind in KINDS else below[-1] or route.kind, moment)
+        await self.keep(visit)
         return body
 
     def learn(self, visit: Visit, document: object) -> None:
@@ -4967,12 +4916,7 @@ class Walls(Rule):
             for kind, name in named_by(*member):
                 if kind == "containers" or (kind == "files" and wrote):
                     visit.born[name] = (kind, time.time())
-                    visit.errand = functools.partial(self.keep_learnt, visit)
-
-    async def keep_learnt(self, visit: Visit) -> None:
-        """Remember what was learnt before the client hears of it."""
-        with contextlib.suppress(APIError):  # which is said, and tried again each second
-            await self.keep(visit)
+                    visit.errand = functools.partial(self.keep, visit)
 
     async def keep(self, visit: Visit) -> None:
         """Remember what was born: it is its owner's. Raises APIError 503."""
@@ -4991,6 +4935,12 @@ def id_of(row: object) -> str:
     """The id of an object; empty where it has none."""
     name = row.get("id") if isinstance(row, dict) else None
     return name if isinstance(name, str) else ""
+
+
+def rows_asked(asked: Mapping[str, str]) -> int:
+    """How many rows a query asks for at most; 0 where that is no number that a list takes."""
+    limit = asked.get("limit", str(DEFAULT_LIMIT))
+    return int(limit) if re.fullmatch("[1-9][0-9]{0,2}|1000", limit) else 0
 
 
 def unknown_id(kind: str) -> str:
@@ -5514,7 +5464,7 @@ class RelayHandler(BaseHandler):
             return
         visit.record.whole = self.gateway.time()
         data, self._kept = b"".join(kept), None
-        body = Kept(data, visit.route, self._breathe)
+        body = Kept(data, self._breathe)
         key = visit.caller.key
         if key is not None and len(data) > AT_ONCE:  # one of a key's is judged after the other
             async with key.account.turn:
@@ -5744,7 +5694,8 @@ class RelayHandler(BaseHandler):
         """Send bytes on, once an errand is done that they must wait for."""
         errand, self._visit.errand = self._visit.errand, None
         if errand is not None:
-            await errand()
+            with contextlib.suppress(APIError):  # which is said, and tried again each second
+                await errand()
         room = self._send(data, complete)
         if room is not None:
             await room
@@ -6116,18 +6067,20 @@ class ReportHandler(ManagementHandler):
         asked, kind, ledger = self.query("key"), self.query("kind"), self.gateway.ledger
         owner = self.addressed({"key": asked}).owner if asked else None
         keys = {key.owner: key.account.hashed for _, key in ledger.live()}
-        shelves, size = list(ledger.things.shelves.values()), min(size, MAX_PAGE_SIZE)
-        chosen = [s for s in shelves if kind in ("", s.kind) and owner in (None, s.owner)]
-        total = sum(len(shelf.made) for shelf in chosen)
-        every = ((name, shelf) for shelf in chosen for name in shelf.made)
-        rows = [
-            {"id": name, "kind": shelf.kind, "key": keys.get(shelf.owner)}
-            | {
-                "shared": name in ledger.things.shared,
-                "created_at": moment_of(int(shelf.made[name])),
+        size, things = min(size, MAX_PAGE_SIZE), ledger.things
+        chosen = [p for p in things.made if owner in (None, p[0]) and kind in ("", p[1])]
+        total = sum(len(things.made[place]) for place in chosen)
+        every = itertools.chain.from_iterable(things.made[place].items() for place in chosen)
+        rows = []
+        for name, moment in itertools.islice(every, (page - 1) * size, page * size):
+            owner, kind = things.places[name]
+            row = {
+                "id": name,
+                "kind": kind,
+                "key": keys.get(owner),
+                "shared": name in things.shared,
             }
-            for name, shelf in itertools.islice(every, (page - 1) * size, page * size)
-        ]
+            rows.append(row | {"created_at": moment_of(int(moment))})
         told = {"resources": rows, "total_count": total, "current_page": page}
         return told | {"total_pages": -(-total // size)}
 
