@@ -4499,8 +4499,8 @@ async def test_edits_by_hand_are_noticed_and_the_file_has_one_user(two: Tenants)
         changed.replace(two.file)
         if told:
             two.gw.process.hang_up()
-        async with asyncio.timeout(0.5 if told else PATIENCE):
-            while not await two.reaches(two.ann, new, looks=1):
+        async with asyncio.timeout(PATIENCE):
+            while not told and not await two.reaches(two.ann, new, looks=1):
                 await asyncio.sleep(0.05)
         assert await two.is_anns(new) and not await two.is_anns(old)
         await two.make(two.ann, f"file_{told:d}y")
@@ -4566,6 +4566,8 @@ async def test_starting_keeps_exactly_what_there_is(two: Tenants) -> None:
     for key, name in {"bob": "file_3", "*": "file_4", None: "file_5"}.items():
         await two.assign(key, name)
     before, sizes = await two.listed("size=100"), []
+    with two.file.open("ab") as file:
+        file.write(b"{")  # so that it is written anew
     for _ in range(3):
         await two.gw.restart()
         assert await two.listed("size=100") == before
@@ -4724,6 +4726,10 @@ async def test_what_is_anothers_is_answered_as_what_is_missing(two: Tenants) -> 
         for key in (two.bob, MASTER_KEY):
             assert await two.reaches(key, f"{prefix}_bob")
         assert not await two.fate(two.ann, f"GET /v1/{group}/{prefix}_bob", OWN_ACCOUNT)
+    for status in ("400 Bad Request", "404 Not Found", "429 Slow", "503 Oh"):
+        two.gw.plays(answers({}, status))
+        anothers = await two.fate(two.ann, "GET /v1/files/file_bob")
+        assert anothers == await two.fate(two.ann, "GET /v1/files/file_nil", looks=1)
 
 
 QUERIES = """files?scope_id=sesn_X files?scope%5Fid=sesn_X files?limit=1&scope_id=sesn%5FX
