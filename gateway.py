@@ -1145,7 +1145,7 @@ WORDS = {(place, "container"): "containers" for place in ("", "params", "message
 WORDS |= {("", "agent"): "agents", ("multiagent", "agents"): "agents"}
 WORDS |= {(place, "predefined_agents"): "agents" for place in ("subagents", "workflows")}
 # What is the user's own in a body, and beside it the ``input`` of a tool's use.
-OWN_DATA = {"text", "metadata", "input_schema"}
+OWN_DATA = {"text", "metadata", "input_schema", "input_examples"}
 PROFILE_FIELD = "anthropic-user-profile-id"
 IDENTITY_FIELDS = frozenset({"anthropic-organization-id", WORKSPACE_FIELD})  # whose key it is
 # A member of these names, however it is written: escaped letters, and UTF-16, are told apart later.
@@ -1691,8 +1691,8 @@ class Ledger(Protocol):
         """Give things (id: kind) to an owner ("": nobody), or share them with all (None). Where it
         raises APIError 503 nothing is changed."""
 
-    def forget(self, name: str) -> None:
-        """A thing is no more."""
+    def forget(self, name: str, owner: str | None) -> None:
+        """A thing is no more, if it is this owner's (None: anybody's)."""
 
     async def change(self, changes: Mapping[str, VirtualKey | None]) -> None:
         """Put these records (None removes one), as `save` does; what fails is taken back."""
@@ -1955,7 +1955,12 @@ class FileLedger(Ledger):
         self._next: asyncio.Task[APIError | None] | None = None  # … and what waits for its end
         self._adding = asyncio.Lock()  # changes of things
         self._noticed: FileMark = None  # the last edit that was read, or could not be
-        self._load()
+        try:
+            self._load()
+        except SettingsError:
+            self._file.close()
+            self._things_file.close()
+            raise
 
     # Looking
 
@@ -2155,8 +2160,8 @@ class FileLedger(Ledger):
         changes += [{"shared": list(kinds)}] if owner is None else []
         await asyncio.shield(self._add(changes))
 
-    def forget(self, name: str) -> None:
-        if name in self.things.places:
+    def forget(self, name: str, owner: str | None) -> None:
+        if (place := self.things.places.get(name)) and owner in (None, place[0]):
             self._change({"gone": [name]})
 
     def _change(self, change: Mapping[str, Any]) -> None:
@@ -4900,11 +4905,12 @@ class Walls(Rule):
         made, route = read_json(body, Any), visit.route
         if not isinstance(made, dict) or route.deletes:
             return body
-        moment, name, kind = moment_in(made), id_of(made), f"{made.get('type')}s"
+        moment, name = moment_in(made), id_of(made)
         visit.born |= {product: (of, moment) for of, product in products_of(made)}
         below = route.below.strip("/").split("/")
         if name and name not in (route.name, *below) and not route.fetches:
-            visit.born[name] = (kind if kind in KINDS else below[-1] or route.kind, moment)
+            kind = "deployment_runs" if below[-1] == "run" else below[-1] or route.kind
+            visit.born[name] = (kind, moment)
         await self.keep(visit)
         return body
 
@@ -4928,7 +4934,8 @@ class Walls(Rule):
         route, answer = visit.route, visit.answer
         deleted = route.name and route.deletes and visit.caller.own is None
         if deleted and answer is not None and answer.status == 200:
-            visit.gateway.ledger.forget((route.name + route.below).strip("/").split("/")[-1])
+            name = (route.name + route.below).strip("/").split("/")[-1]
+            visit.gateway.ledger.forget(name, visit.owner if visit.payer else None)
 
 
 def id_of(row: object) -> str:
