@@ -4323,7 +4323,7 @@ def path_of(name: str) -> str:
 
 
 @dataclass
-class Tenants:
+class Neighbours:
     """Two keys of a gateway, `ann` and `bob`, who each have a thing of every group: file_ann,
     file_bob and so on."""
 
@@ -4387,28 +4387,28 @@ class Tenants:
 
 
 @pytest.fixture
-def two(gw: GW, io_loop: Any) -> Tenants:
-    tenants = Tenants(gw)
-    io_loop.run_sync(tenants.begin)
-    return tenants
+def two(gw: GW, io_loop: Any) -> Neighbours:
+    neighbours = Neighbours(gw)
+    io_loop.run_sync(neighbours.begin)
+    return neighbours
 
 
 # Made
 
 CREATES = {f"/v1/{group}": prefix for group, prefix in GROUPS.items() if prefix != "drun"}
 CREATES |= {"/v1/deployments/depl_ann/run": "drun"}
-NESTED = {"/v1/sessions/sesn_ann/resources": "sesrsc", "/v1/tunnels/tnl_ann/certificates": "tcrt"}
-NESTED |= {"/v1/vaults/vlt_ann/credentials": "vcrd"}
-NESTED |= {"/v1/memory_stores/memstore_ann/memories": "mem"}
+BELOW = {"/v1/sessions/sesn_ann/resources": "sesrsc", "/v1/tunnels/tnl_ann/certificates": "tcrt"}
+BELOW |= {"/v1/vaults/vlt_ann/credentials": "vcrd"}
+BELOW |= {"/v1/memory_stores/memstore_ann/memories": "mem"}
 
 
 @as_process
-async def test_what_is_made_is_on_disk_before_its_maker_hears_of_it(two: Tenants) -> None:
+async def test_what_is_made_is_on_disk_before_its_maker_hears_of_it(two: Neighbours) -> None:
     made = []
-    for path, prefix in (CREATES | NESTED).items():
+    for path, prefix in (CREATES | BELOW).items():
         await two.make(two.ann, f"{prefix}_1", path=path)
-        made.append(f"{path}/{prefix}_1" if path in NESTED else f"{prefix}_1")
-        assert f"{prefix}_1" in two.file.read_text() + two.gw.keys.read_text() or path in NESTED
+        made.append(f"{path}/{prefix}_1" if path in BELOW else f"{prefix}_1")
+        assert f"{prefix}_1" in two.file.read_text() + two.gw.keys.read_text() or path in BELOW
     for room in (1, 20):  # for a part of a line, on a disk that is full
         limit(two.gw.process, resource.RLIMIT_FSIZE, two.file.stat().st_size + room)
         await two.make(two.ann, f"file_a{room}", status=503)
@@ -4422,7 +4422,7 @@ async def test_what_is_made_is_on_disk_before_its_maker_hears_of_it(two: Tenants
     assert {row["id"] for row in rows} == {"file_ann", "file_1", *files}
 
 
-async def test_who_leaves_before_the_answer_owns_what_is_made(two: Tenants) -> None:
+async def test_who_leaves_before_the_answer_owns_what_is_made(two: Neighbours) -> None:
     gw, deserted = two.gw, gateway.RequestPhase.DESERTED
     for name, kind in {"file_1": FORM, "agent_1": JSON_KIND[14:], "msgbatch_1": "x/y"}.items():
         going = asyncio.Event()
@@ -4441,7 +4441,7 @@ async def test_who_leaves_before_the_answer_owns_what_is_made(two: Tenants) -> N
 
 
 async def test_what_cannot_be_remembered_is_its_makers_all_the_same(
-    two: Tenants, monkeypatch: Patch
+    two: Neighbours, monkeypatch: Patch
 ) -> None:
     def fail(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -4462,7 +4462,7 @@ async def test_what_cannot_be_remembered_is_its_makers_all_the_same(
     assert await two.is_anns(*made, "file_2")
 
 
-async def test_a_torn_end_is_dropped_and_damage_stops_the_start(two: Tenants) -> None:
+async def test_a_torn_end_is_dropped_and_damage_stops_the_start(two: Neighbours) -> None:
     gw = two.gw
     await two.make(two.ann, "file_0", "file_1", "file_2", "file_3")
     keys, whole = gw.keys.read_bytes(), two.file.read_bytes()
@@ -4491,7 +4491,7 @@ async def test_a_torn_end_is_dropped_and_damage_stops_the_start(two: Tenants) ->
 
 
 @as_process
-async def test_edits_by_hand_are_noticed_and_the_file_has_one_user(two: Tenants) -> None:
+async def test_edits_by_hand_are_noticed_and_the_file_has_one_user(two: Neighbours) -> None:
     names = ["file_1x", "file_2x", "file_3x"]
     await two.make(two.ann, names[0])
     for old, new, told in zip(names, names[1:], (False, True), strict=False):
@@ -4510,7 +4510,7 @@ async def test_edits_by_hand_are_noticed_and_the_file_has_one_user(two: Tenants)
     assert "another gateway" in failed_start(two.file.parent, "--keys=other.json")
 
 
-async def test_batches_of_older_files_keep_their_owners(two: Tenants) -> None:
+async def test_batches_of_older_files_keep_their_owners(two: Neighbours) -> None:
     old, batches = two.gw.keys.with_name("old.json"), {"msgbatch_1": ["2026-11-01", 3]}
     batches |= {"msgbatch_2": {"day": "2026-11-01", "lines": 0, "held": {}, "booked": False}}
     document = json.loads(two.gw.keys.read_bytes())
@@ -4521,7 +4521,7 @@ async def test_batches_of_older_files_keep_their_owners(two: Tenants) -> None:
         assert await two.is_anns(*batches, "msgbatch_1/results")
 
 
-async def test_things_outlive_their_keys(two: Tenants) -> None:
+async def test_things_outlive_their_keys(two: Neighbours) -> None:
     gw, web, things = two.gw, {"team_id": "web"}, ("file_1", "msgbatch_1", "agent_1")
     maker, mate = await two.key(**web), await two.key(**web, resources="team")
     every, loner = await two.key(resources="all"), await two.key(**web)
@@ -4557,7 +4557,7 @@ async def test_things_outlive_their_keys(two: Tenants) -> None:
     await are_of()
 
 
-async def test_starting_keeps_exactly_what_there_is(two: Tenants) -> None:
+async def test_starting_keeps_exactly_what_there_is(two: Neighbours) -> None:
     await two.make(two.ann, *(f"file_{number}" for number in range(6)))
     for number, status in enumerate(("500 Oh", "404 Not Found", "200 OK")):
         two.gw.plays(answers({}, status))
@@ -4623,7 +4623,7 @@ LEARNED: list[tuple[str, str, Callable[[Any], bytes]]] = [
 
 
 @pytest.mark.parametrize("size", [1, 7, 0])
-async def test_what_code_made_is_its_askers(two: Tenants, size: int) -> None:
+async def test_what_code_made_is_its_askers(two: Neighbours, size: int) -> None:
     gw = two.gw
     for number, ((start, kind, form), packs) in enumerate(itertools.product(LEARNED, (0, 1))):
         files = [f"file_a{number}", f"file_b{number}"]
@@ -4671,7 +4671,7 @@ BY_OTHERS: list[tuple[str, Any, list[str]]] = [
 ]
 
 
-async def test_what_things_make_belongs_to_whom_they_belong(two: Tenants) -> None:
+async def test_what_things_make_belongs_to_whom_they_belong(two: Neighbours) -> None:
     arrived = two.gw.up.arrived
     for number, row in enumerate(BY_OTHERS):
         for owner in ("bob", "ann"):
@@ -4700,7 +4700,7 @@ NOBODYS = """/v1/files/%2566ile_bob /v1/files/FILE_BOB /v1/files/file_bob%3Fx /v
 /v1/files/%20file_bob /v1/files/file_bob%20 /v1/files/file_ann%00 /v1/files/f%C4%B1le_bob"""
 
 
-async def test_no_spelling_of_a_path_is_a_way_round(two: Tenants) -> None:
+async def test_no_spelling_of_a_path_is_a_way_round(two: Neighbours) -> None:
     two.gw.plays(answers({}))
     for path, name in itertools.product(SPELLED.split(), ("ann", "bob")):
         start = f"GET {path.replace('%66iY', f'%66ile_{name}').replace('%69Y', f'%69le_{name}')}"
@@ -4710,7 +4710,7 @@ async def test_no_spelling_of_a_path_is_a_way_round(two: Tenants) -> None:
         assert await two.fate(two.ann, f"GET {path}", looks=1), path
 
 
-async def test_what_is_anothers_is_answered_as_what_is_missing(two: Tenants) -> None:
+async def test_what_is_anothers_is_answered_as_what_is_missing(two: Neighbours) -> None:
     two.gw.plays(answers({}))
     methods, tails = ("GET", "HEAD", "DELETE", "POST", "PUT"), ("", "/x/y/")
     for group, prefix in GROUPS.items():
@@ -4739,7 +4739,7 @@ deployment_runs?deployment_id=depl_X memory_stores/memstore_ann/memory_versions?
 CURSORS = ("after_id", "before_id", "after%5Fid")
 
 
-async def test_ids_in_a_query_are_looked_at(two: Tenants) -> None:
+async def test_ids_in_a_query_are_looked_at(two: Neighbours) -> None:
     gw = two.gw
     gw.plays(answers({"data": []}))
     for query, name in itertools.product(QUERIES.split(), ("ann", "bob", "nil")):
@@ -4838,7 +4838,7 @@ def bodies(table: str) -> Iterator[tuple[str, str, str]]:
             yield f"/v1/{path}", prefix, text
 
 
-async def test_every_place_of_an_id_in_a_request_is_looked_at(two: Tenants) -> None:
+async def test_every_place_of_an_id_in_a_request_is_looked_at(two: Neighbours) -> None:
     gw, fates = two.gw, dict[str, bytes]()
     gw.plays(answers({}))
     for path, prefix, text in bodies(PLACES):
@@ -4855,7 +4855,7 @@ async def test_every_place_of_an_id_in_a_request_is_looked_at(two: Tenants) -> N
         assert not await two.fate(key, f"POST {MESSAGES_PATH}", JSON_KIND, field, body=HIDDEN)
 
 
-async def test_the_users_own_data_goes_through_byte_for_byte(two: Tenants) -> None:
+async def test_the_users_own_data_goes_through_byte_for_byte(two: Neighbours) -> None:
     two.gw.plays(answers({}))
     form = b"--x\r\n\r\n%b\r\n--x--\r\n" % HIDDEN
     uploads = (("/v1/files", FORM, form), ("/v1/files", UPLOAD[14:], form))
@@ -4903,7 +4903,7 @@ for _kind in ("text/plain", FORM, "", "x/y+json", "application/x-www-form-urlenc
 
 
 @pytest.mark.parametrize("path", ["messages", "messages/count_tokens", "sessions/sesn_ann/events"])
-async def test_no_disguise_of_a_body_is_a_way_round(two: Tenants, path: str) -> None:
+async def test_no_disguise_of_a_body_is_a_way_round(two: Neighbours, path: str) -> None:
     gw, start = two.gw, f"POST /v1/{path}"
     for fields, body in DISGUISES:
         answer = await gw.ask(start, *fields, body=body, key=two.ann)
@@ -4917,7 +4917,7 @@ async def test_no_disguise_of_a_body_is_a_way_round(two: Tenants, path: str) -> 
     assert not gw.up.arrived
 
 
-async def test_what_is_too_large_to_be_kept_is_looked_at_as_it_passes(two: Tenants) -> None:
+async def test_what_is_too_large_to_be_kept_is_looked_at_as_it_passes(two: Neighbours) -> None:
     gw, whole, much = two.gw, list[bytes](), b'"a": "%b"' % (b"x" * 33 * MIB)
 
     @gw.plays
@@ -4998,7 +4998,7 @@ LAYOUTS += ["a" + "b" * 25 + "aa" + "b" * 120 + "aaaa", "bnba" * 3 + "a" * 21 + 
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-async def test_a_list_of_batches_is_as_if_he_were_alone(two: Tenants, layout: str) -> None:
+async def test_a_list_of_batches_is_as_if_he_were_alone(two: Neighbours, layout: str) -> None:
     lists = two.gw.plays(Lists(*(f"msgbatch_{n:03}" for n in range(len(layout)))))
     owned = {who: [r for r, w in zip(lists.rows, layout, strict=True) if w == who] for who in "ab"}
     for who, key in (("a", two.ann), ("b", two.bob)):
@@ -5025,7 +5025,7 @@ async def test_a_list_of_batches_is_as_if_he_were_alone(two: Tenants, layout: st
 
 
 @pytest.mark.parametrize("knows", [True, False])
-async def test_a_list_of_files_is_his_in_upstreams_order(two: Tenants, knows: bool) -> None:
+async def test_a_list_of_files_is_his_in_upstreams_order(two: Neighbours, knows: bool) -> None:
     gw, names, cursors = two.gw, [f"file_{n:03}" for n in range(140 if knows else 30)], set[str]()
     lists = Lists(*names)
     lists.knows_ids, mine = knows, [name for name in names if int(name[5:]) % 7]
@@ -5052,7 +5052,7 @@ async def test_a_list_of_files_is_his_in_upstreams_order(two: Tenants, knows: bo
         assert got.status in (200, 400) and not any(name in got.text for name in mine), page
 
 
-async def test_other_lists_lose_what_is_not_his(two: Tenants) -> None:
+async def test_other_lists_lose_what_is_not_his(two: Neighbours) -> None:
     gw, arrived, lists = two.gw, two.gw.up.arrived, Lists()
     for group, prefix in GROUPS.items():
         rows = [
@@ -5076,7 +5076,7 @@ async def test_other_lists_lose_what_is_not_his(two: Tenants) -> None:
 # Given
 
 
-async def test_what_is_shared_is_read_by_all_and_changed_by_its_owner(two: Tenants) -> None:
+async def test_what_is_shared_is_read_by_all_and_changed_by_its_owner(two: Neighbours) -> None:
     gw, arrived = two.gw, two.gw.up.arrived
     for shared in (True, True, False, False):
         await two.assign("*" if shared else "bob", "file_bob", "skill_bob")
@@ -5103,7 +5103,7 @@ WRONG_GIFTS += [
 WRONG_GIFTS += [{"ids": ["odd"], "key": "ann", "kind": 1}, {"ids": ["file_1"], "key": 1}]
 
 
-async def test_things_are_assigned_and_listed(two: Tenants) -> None:
+async def test_things_are_assigned_and_listed(two: Neighbours) -> None:
     gw, hashed, names = two.gw, gateway.hash_key(two.ann), [f"file_{n:02}" for n in range(25)]
     for key in (two.ann, hashed, "ann"):
         for owner in ("bob", key):
@@ -5135,7 +5135,7 @@ async def test_things_are_assigned_and_listed(two: Tenants) -> None:
     assert await two.listed("size=100") == before
 
 
-async def test_whose_account_it_is_stays_here(two: Tenants) -> None:
+async def test_whose_account_it_is_stays_here(two: Neighbours) -> None:
     told = b"Anthropic-Organization-Id: org_1\r\nanthropic-WORKSPACE-id: wrkspc_1\r\n"
     early = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n" + told + b"\r\n"
     for status in (b"200 OK", b"429 Slow", b"304 Not Modified"):
