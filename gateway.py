@@ -1148,14 +1148,12 @@ WORDS |= {(place, "predefined_agents"): "agents" for place in ("subagents", "wor
 OWN_DATA = {"text", "metadata", "input_schema", "input_examples"}
 PROFILE_FIELD = "anthropic-user-profile-id"
 IDENTITY_FIELDS = frozenset({"anthropic-organization-id", WORKSPACE_FIELD})  # whose key it is
-# A member of these names, however it is written: escaped letters, and UTF-16, are told apart later.
-NAMED = rb'"(?=[%b])(?:%b)"' % (
-    "".join({name[0] for name in REFERENCES} | {"c"}).encode(),
-    "|".join([*REFERENCES, "container"]).encode(),
-)
-ESCAPED_LETTER, REFERENCE_IN_MESSAGE = re.compile(rb"\\u00[5-7]"), re.compile(NAMED)
-REFERENCE_ANYWHERE = re.compile(NAMED + rb'|"(?:agents?|predefined_agents)"')
-LONGEST_NAME = 2 + max(map(len, REFERENCES))
+# What tells that such a member may be there: how names end, words, and letters that are escaped.
+NAME_END, ESCAPED_LETTER = re.compile(rb'_ids?"'), re.compile(rb"\\u00[5-7]")
+NAMES = {name.encode() for name in REFERENCES}
+LONGEST_NAME = 2 + max(map(len, NAMES))
+WORDS_OF_MESSAGES = [b'"container"']
+WORDS_ANYWHERE = [b'"%b"' % name.encode() for name in {name for _, name in WORDS}]
 NOT_FOUND = {"files": "File `{}` not found.", "environments": "Environment {} not found."}
 NOT_FOUND |= {"skills": "Skill not found: {}", "sessions": "Session not found: {}"}
 NOT_FOUND |= {"memory_stores": "memory store not found: {}"}
@@ -1168,11 +1166,17 @@ def not_found(kind: str, name: str) -> APIError:
     return APIError(404, text.replace("{}", printable(name)))
 
 
-def may_refer(body: bytes, route: Route) -> bool:
-    """Whether things may be named in a body: a look that takes a thousandth of reading it."""
-    named = REFERENCE_ANYWHERE if route.kind not in ("", "batches") else REFERENCE_IN_MESSAGE
-    found = named.search(body) or ESCAPED_LETTER.search(body)
-    return found is not None or b"\0" in body
+def may_refer(part: bytes, route: Route) -> bool:
+    """Whether things may be named in a part of a body: a look that takes a part of what reading it
+    does. UTF-16 has zeros."""
+    words = WORDS_OF_MESSAGES if route.kind in ("", "batches") else WORDS_ANYWHERE
+    if any(word in part for word in words) or b"\0" in part or ESCAPED_LETTER.search(part):
+        return True
+    for start, end in (found.span() for found in NAME_END.finditer(part)):
+        quote = part.rfind(b'"', max(0, start - LONGEST_NAME), start)
+        if part[quote + 1 : end - 1] in NAMES:
+            return True
+    return False
 
 
 def members_within(document: object) -> Iterator[tuple[str, dict[str, Any], str, Any]]:
@@ -4703,7 +4707,13 @@ class Walls(Rule):
                 raise APIError(400, text)
 
     async def body(self, visit: Visit, body: Kept) -> None:
-        if not visit.refers or not may_refer(body.data, visit.route):
+        data, route = body.data, visit.route
+        for start in range(0, len(data) if visit.refers else 0, LIGHT_BODY):
+            if start:
+                await body.breathe()
+            if may_refer(data[start : start + LIGHT_BODY + LONGEST_NAME], route):
+                break
+        else:
             return
         seen = set[tuple[str, str]]()
         for number, member in enumerate(members_within(await body.read(strictly=True))):
