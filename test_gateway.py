@@ -4640,6 +4640,7 @@ async def test_what_code_made_is_its_askers(two: Neighbours, size: int) -> None:
         answer = await gw.ask(start, "Accept-Encoding: gzip, br", key=two.ann, **told)
         assert answer.clean and answer.body == sent
         assert gw.up.arrived[-1].field("accept-encoding") == ["gzip"]
+        assert all(name in two.file.read_text() for name in files), "it is on disk by then"
         assert await two.is_anns(*files), (start, kind, packs)
         assert await two.reaches(two.bob, "file_bob")  # a known one never moves
         assert not await two.is_anns("file_lure", "sesn_lure")
