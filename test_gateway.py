@@ -4870,10 +4870,9 @@ async def test_the_users_own_data_goes_through_byte_for_byte(two: Neighbours) ->
 FILE_BOB = b'"file_id": "file_bob"'
 NO_FILE = b'"profile": "file_bob"'
 HIDDEN = b'{"max_tokens": 9, "messages": [{"content": [{"source": {"file_id": "file_bob"}}]}]}'
-# What stands for it, so that some reader still finds file_bob there.
+# What stands in its place, so that some reader still finds file_bob there.
 INSTEAD = rb"""
 "\u0066ile_id": "file_bob"
-"\u0046ile_id": "file_bob"
 "file\u005fid": "file_bob"
 "\u0066\u0069\u006C\u0065\u005f\u0069\u0064" : "file_bob"
 "file_id": "\u0066ile_bob"
