@@ -4521,7 +4521,7 @@ async def test_batches_of_older_files_keep_their_owners(two: Neighbours) -> None
 
 
 async def test_things_outlive_their_keys(two: Neighbours) -> None:
-    gw, web, things = two.gw, {"team_id": "web"}, ("file_1", "msgbatch_1", "agent_1")
+    gw, web, things = two.gw, {"team_id": "web"}, ("file_1", "msgbatch_1")
     maker, mate = await two.key(**web), await two.key(**web, resources="team")
     every, loner = await two.key(resources="all"), await two.key(**web)
     lone = await two.key(resources="team", key_alias="lone")
@@ -4712,9 +4712,9 @@ async def test_no_spelling_of_a_path_is_a_way_round(two: Neighbours) -> None:
 
 async def test_what_is_anothers_is_answered_as_what_is_missing(two: Neighbours) -> None:
     two.gw.plays(answers({}))
-    methods, tails = ("GET", "HEAD", "DELETE", "POST", "PUT"), ("", "/x/y/")
+    deeds = (("GET", ""), ("HEAD", "/"), ("DELETE", ""), ("POST", "/x/y/"), ("PUT", "/x"))
     for group, prefix in GROUPS.items():
-        for method, tail in itertools.product(methods, tails):
+        for method, tail in deeds:
             start, told = (
                 f"{method} /v1/{group}/{prefix}_",
                 {"body": {}} if method[0] == "P" else {},
@@ -4924,7 +4924,7 @@ async def test_what_is_too_large_to_be_kept_is_looked_at_as_it_passes(two: Neigh
         whole.append(hashlib.sha256(await request.read_body()).digest())
         await request.answer(b"{}", "200 OK", JSON_KIND)
 
-    for told, last in ((FILE_BOB, True), (FILE_BOB, False), (INSTEAD[0], True), (NO_FILE, True)):
+    for told, last in ((FILE_BOB, True), (INSTEAD[0], False), (NO_FILE, True)):
         source = HIDDEN.replace(FILE_BOB, told)[1:-1]
         body = b"{%b}" % b", ".join((much, source) if last else (source, much))
         length, passes = f"Content-Length: {len(body)}", told == NO_FILE
