@@ -78,7 +78,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, TypedDict, TypeVar, cast
+from typing import Any, ClassVar, Generic, NamedTuple, NoReturn, Protocol, TypedDict, TypeVar, cast
 
 import tornado
 from tornado import httputil, netutil, web
@@ -649,6 +649,8 @@ TEXT = Kind("a string", lambda value: exactly(str, value) or None)
 FLAG = Kind("true or false", functools.partial(exactly, bool), bool)
 OBJECT = Kind("an object", functools.partial(exactly, dict), dict)
 TEXTS = Kind("a list of strings", read_texts, list)
+REACHES = ("own", "team", "all")  # whose things a key reaches
+REACH = Kind("'own', 'team' or 'all'", lambda word: REACHES[REACHES.index(word)], lambda: "own")
 ROUTES = Kind("paths from '/', with '*' for any text", lambda value: read_texts(value, "/"), list)
 LIMIT = Kind("a whole number from 0 up", lambda value: int(read_amount(exactly(int, value))))
 AMOUNT = Kind("a number of USD from 0 up", read_amount)
@@ -672,13 +674,16 @@ class VirtualKey:
     """One line of keys.json: what a key is and may do; the names are LiteLLM's. Budgets are USD,
     ``rpm_limit`` and ``tpm_limit`` a minute, None is no limit. ``unmetered_routes`` lets a key with
     a budget spend where the gateway cannot count it. ``retired`` has the hashes before it was
-    regenerated, and when each stops working. A deleted key keeps its line for a while, so that its
+    regenerated, and when each stops working. ``resources`` says whose things it reaches (REACHES),
+    ``owner_id`` what its own are kept under. A deleted key keeps its line for a while, so that its
     holder is told what happened."""
 
     key_name: str = kept(NAME, settable=False)
     key_alias: str | None = kept(TEXT)
     user_id: str | None = kept(TEXT)
     team_id: str | None = kept(TEXT)
+    resources: str = kept(REACH)
+    owner_id: str = kept(NAME, settable=False, shown=False)
     models: list[str] = kept(TEXTS)
     allowed_routes: list[str] = kept(ROUTES, read_texts)
     unmetered_routes: bool = kept(FLAG)
@@ -698,6 +703,11 @@ class VirtualKey:
     deleted_at: datetime | None = kept(MOMENT, settable=False, shown=False)
     retired: dict[str, datetime] = kept(RETIRED, settable=False, shown=False)
     account: Account = field(default_factory=Account)
+
+    @property
+    def owner(self) -> str:
+        """The name under which its things are kept; it stays when the key is regenerated."""
+        return self.owner_id or self.account.hashed
 
     @property
     def has_budget(self) -> bool:
@@ -789,13 +799,16 @@ class Route:
     open: bool  # every key may call it, as far as its ``allowed_routes`` go
     billed: bool  # it orders something that costs money and that can be estimated
     free: bool  # no budget stands against it: counting, models, fetching paid batches
-    metered: bool  # its answer may say what was used
+    is_read: bool  # the gateway looks into its answer
     unread: bool  # no rule looks at its body
     batch: bool  # it is answered with batch objects
     makes_batch: bool
-    batch_id: str  # the batch that it names
-    deletes: bool  # it deletes that one
     results_of: str  # the batch it fetches the results of
+    kind: str  # the collection it is about, as KINDS has them; empty where things are nobody's
+    name: str  # the thing in it that the path names
+    below: str  # what of that thing, from "/" on
+    fetches: bool
+    deletes: bool
 
 
 BILLED = ("/v1/messages", "/v1/messages/batches", "/v1/messages/cache_touch", "/v1/complete")
@@ -806,6 +819,15 @@ BATCHES = re.compile(r"/v1/messages/batches(?:/([\w-]+)(/results|/cancel)?)?/?")
 # and what may come) may cost what the gateway cannot count, or give out what it guards.
 OPENED = (*BILLED, "/v1/messages/count_tokens", "/v1/models", "/v1/files", "/v1/skills")
 OPEN = re.compile(rf"(?s)({'|'.join(OPENED)})/?|{BATCHES.pattern}|/v1/(models|files|skills)/.*")
+# The collections of a workspace (SDK: resources/), and how the ids of their things begin, which is
+# a hint and no proof (api/overview: "format and length of IDs may change").
+KINDS = {"batches": "msgbatch_", "files": "file_", "skills": "skill_", "agents": "agent_"}
+KINDS |= {"environments": "env_", "sessions": "sesn_", "deployments": "depl_", "dreams": "drm_"}
+KINDS |= {"deployment_runs": "drun_", "memory_stores": "memstore_", "vaults": "vlt_"}
+KINDS |= {"tunnels": "tnl_", "user_profiles": "uprof_", "containers": "container_"}
+COLLECTION = re.compile(r"(?s)/v1/(messages/batches|claude_code/[^/]+|[^/]+)(?:/([^/]+)(/.+?)?)?/?")
+# What is called below these belongs to nobody, or to an organisation.
+NO_COLLECTIONS = {"messages", "models", "complete", "organizations", "compliance", "oauth"}
 # What a pattern of ``allowed_routes`` must begin with to open another path.
 GROUP = re.compile(r"/v1/messages(?:/[^/]*)?|/v1(?:/[^/]*)?|/?[^/]*")
 
@@ -817,17 +839,24 @@ def read_route(method: str, path: str) -> Route:
     batch, step = batches.groups("") if batches else ("", "")
     # What orders something that its path does not tell is closed; a batch's own id is none of that.
     known = fetches or deletes or not batch or step == "/cancel"
+    collection = COLLECTION.fullmatch(path)
+    kind, name, below = collection.groups("") if collection else ("", "", "")
+    if kind in NO_COLLECTIONS:
+        kind = name = below = ""
     return Route(
         open=known and OPEN.fullmatch(path) is not None,
         billed=billed and not fetches,
         free=(fetches and batches is not None) or FREE.fullmatch(path) is not None,
-        metered=billed or batches is not None,
+        is_read=billed or (kind != "" and not below.endswith("/content")),
         unread=fetches or UPLOAD.fullmatch(path) is not None,
         batch=batches is not None and method in ("GET", "POST") and step != "/results",
         makes_batch=batches is not None and not (fetches or batch),
-        batch_id=batch,
-        deletes=deletes,
         results_of=batch if method == "GET" and step == "/results" else "",
+        kind=kind.rpartition("/")[2],
+        name=name,
+        below=below,
+        fetches=fetches,
+        deletes=deletes,
     )
 
 
@@ -936,17 +965,15 @@ MODEL_PLACES = {"model", "fallbacks", "tools", "requests", "params"}
 
 def made_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of its members. Raises ValueError for one that two readers could read differently:
-    where one of PLACES stands twice."""
+    where a name stands twice."""
     made = dict(pairs)
     if len(made) < len(pairs):
-        names = [name for name, _ in pairs if name in PLACES]
-        if len(set(names)) < len(names):
-            raise ValueError(f"one of {set(names)} stands twice in one object")
+        raise ValueError("a name stands twice in one object")
     return made
 
 
 read_clearly = json.JSONDecoder(object_pairs_hook=made_of).decode
-UNCLEAR = "This key is limited to some models, and"
+UNCLEAR = "What this key sends is looked through, and"
 # What msgspec reads at once, in some 10 ms at worst: whatever is in it, or with so few containers.
 LIGHT_BODY, LIGHT_CONTAINED, LIGHT_CONTAINERS = 256 * KIB, 8 * MIB, 200_000
 AT_ONCE = 32 * KIB  # of a body are read at once, by `json`
@@ -1006,7 +1033,7 @@ async def scan(body: bytes, names: set[str] | None, breathe: Breathe) -> object:
             elif kept:
                 value = json.loads(mark)
             if kept and isinstance(into, dict):
-                if name in into and name in PLACES:
+                if name in into:
                     raise ValueError(f"{name!r} stands twice in one object")
                 into[name] = value
             elif kept and isinstance(into, list):
@@ -1031,9 +1058,9 @@ async def read_string(body: bytes, start: int, kept: bool, breathe: Breathe) -> 
     return json.loads(body[start - 1 : end + 1]), end + 1
 
 
-async def read_body(body: bytes, route: Route, breathe: Breathe, *, strictly: bool) -> object:
+async def read_body(body: bytes, breathe: Breathe, *, strictly: bool) -> object:
     """What rules look at of a body: what its price depends on, None where it cannot be read; or
-    ``strictly`` all that may name a model. Raises APIError 400 for what is unclear or too much."""
+    ``strictly`` all of it. Raises APIError 400 for what is unclear or too much."""
     light = not strictly and len(body) <= LIGHT_BODY
     if not (light or strictly) and len(body) <= LIGHT_CONTAINED:
         light = body.count(b"[") + body.count(b"{") <= LIGHT_CONTAINERS
@@ -1043,7 +1070,7 @@ async def read_body(body: bytes, route: Route, breathe: Breathe, *, strictly: bo
     try:
         if len(body) <= AT_ONCE and body.count(b"[") + body.count(b"{") < MAX_DEPTH:
             return read_clearly(body.decode())
-        return await scan(body, None if strictly and not route.open else PLACES, breathe)
+        return await scan(body, None if strictly else PLACES, breathe)
     except (ValueError, RecursionError) as error:
         if not strictly:
             return None
@@ -1107,6 +1134,100 @@ async def check_models(models: list[str], route: Route, document: Any, breathe: 
             checked.add(model)
             if not any(fnmatch.fnmatchcase(model, pattern) for pattern in models):
                 raise APIError(403, f"This key may not use the model {model_of(model)!r}.")
+
+
+# Members whose values are ids, wherever they stand, and the kinds of what those name; and members
+# that are words of every day, by what they stand in (SDK: message_create_params, session_create_-
+# params, agent_create_params; types/container.py for answers, whose last three are).
+REFERENCES = {f"{kind[:-1]}_id{s}": kind for kind in KINDS if kind != "batches" for s in ("", "s")}
+REFERENCES["scope_id"] = "sessions"
+WORDS = {(place, "container"): "containers" for place in ("", "params", "message", "delta")}
+WORDS |= {("", "agent"): "agents", ("multiagent", "agents"): "agents"}
+WORDS |= {(place, "predefined_agents"): "agents" for place in ("subagents", "workflows")}
+# What is the user's own in a body, and beside it the ``input`` of a tool's use.
+OWN_DATA = {"text", "metadata", "input_schema"}
+PROFILE_FIELD = "anthropic-user-profile-id"
+IDENTITY_FIELDS = frozenset({"anthropic-organization-id", WORKSPACE_FIELD})  # whose key it is
+# A member of these names, however it is written: escaped letters, and UTF-16, are told apart later.
+NAMED = rb'"(?=[%b])(?:%b)"' % (
+    "".join({name[0] for name in REFERENCES} | {"c"}).encode(),
+    "|".join([*REFERENCES, "container"]).encode(),
+)
+ESCAPED_LETTER, REFERENCE_IN_MESSAGE = re.compile(rb"\\u00[5-7]"), re.compile(NAMED)
+REFERENCE_ANYWHERE = re.compile(NAMED + rb'|"(?:agents?|predefined_agents)"')
+LONGEST_NAME = 2 + max(map(len, REFERENCES))
+NOT_FOUND = {"files": "File `{}` not found.", "environments": "Environment {} not found."}
+NOT_FOUND |= {"skills": "Skill not found: {}", "sessions": "Session not found: {}"}
+NOT_FOUND |= {"memory_stores": "memory store not found: {}"}
+NOT_FOUND |= {"containers": "Container not found: {}"}
+
+
+def not_found(kind: str, name: str) -> APIError:
+    """Anthropic's 404 for a thing that does not exist, or is another's."""
+    text = NOT_FOUND.get(kind) or f"{kind.removesuffix('s').replace('_', ' ')} {{}} not found"
+    return APIError(404, text.replace("{}", printable(name)))
+
+
+def may_refer(body: bytes, route: Route) -> bool:
+    """Whether things may be named in a body: a look that takes a thousandth of reading it."""
+    named = REFERENCE_ANYWHERE if route.kind not in ("", "batches") else REFERENCE_IN_MESSAGE
+    found = named.search(body) or ESCAPED_LETTER.search(body)
+    return found is not None or b"\0" in body
+
+
+def members_within(document: object) -> Iterator[tuple[str, dict[str, Any], str, Any]]:
+    """Each member of each object in a JSON value, as (the name of what it stands in, that object,
+    name, value), but for what is the user's own."""
+    holders: list[tuple[str, Any]] = [("", document)]
+    for place, holder in holders:  # which grows meanwhile
+        if isinstance(holder, list):
+            holders += zip(itertools.repeat(place), holder)
+        elif isinstance(holder, dict):
+            uses = str(holder.get("type")).endswith("tool_use")
+            for name, value in holder.items():
+                if name not in OWN_DATA and not (uses and name == "input"):
+                    holders.append((name, value))
+                    yield place, holder, name, value
+
+
+def named_by(place: str, holder: Mapping[str, Any], name: str, value: Any) -> Iterator[Any]:
+    """(kind, id) of each thing that a member names."""
+    kind = REFERENCES.get(name) or WORDS.get((place, name))
+    for each in (value if isinstance(value, list) else [value]) if kind else ():
+        named = each.get("id") if isinstance(each, dict) else each
+        built_in = name == "skill_id" and holder.get("type") == "anthropic"
+        if isinstance(named, str) and not (built_in and not named.startswith(KINDS["skills"])):
+            yield kind, named
+
+
+def parent_of(thing: Mapping[str, Any]) -> object:
+    """The id of what made a session, a run of a deployment, or a file; None where nothing says."""
+    scope = thing.get("scope")
+    return thing.get("deployment_id") or (scope.get("id") if isinstance(scope, dict) else None)
+
+
+def products_of(thing: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(kind, id) of what a dream or a run of a deployment has made (SDK: beta_dream)."""
+    if thing.get("type") in ("dream", "deployment_run"):
+        outputs = [each for each in list_of(thing.get("outputs")) if isinstance(each, dict)]
+        made = [("sessions", thing.get("session_id"))]
+        made += [("memory_stores", each.get("memory_store_id")) for each in outputs]
+        yield from ((kind, name) for kind, name in made if isinstance(name, str))
+
+
+def is_published(thing: Mapping[str, Any]) -> bool:
+    """Whether it is a skill of Anthropic's own, which is everybody's (SDK: types/skill.py)."""
+    source = thing.get("source")
+    told = source.get("type") if isinstance(source, dict) else source
+    return told in ("anthropic", "anthropic_example")
+
+
+def moment_in(thing: Mapping[str, Any]) -> float:
+    """When a thing was made: Unix seconds, the present ones where it does not say."""
+    try:
+        return from_iso(thing["created_at"]).timestamp()
+    except (KeyError, ValueError, TypeError):
+        return time.time()
 
 
 @dataclass(slots=True)
@@ -1479,11 +1600,15 @@ def read_prices(path: Path) -> dict[str, Rates]:
 
 STORE_VERSION, STORE_MODE = 1, 0o600
 HASH = re.compile(r"[0-9a-f]{64}")
-TOMBSTONE_DAYS = 90  # how long a deleted key is told apart from one that never was
+TOMBSTONE = timedelta(days=90)  # how long a deleted key is told apart from one that never was
 WRITE_SLICE = 1000  # lines joined at a time, so that the writing thread lets the loop breathe
 FLUSH_INTERVAL = 1.0  # seconds between two writes of what relaying changes
 BUDGET_WAIT = 2  # seconds after which a request that a budget has no room for may ask again
 FileMark = tuple[int, ...] | None
+Contents = TypeVar("Contents")
+KEYS_FRAME = (b'{"version": %d, "keys": {' % STORE_VERSION, b",\n", b"\n}}\n")
+THINGS_FRAME = (b'{"version": %d}' % STORE_VERSION, b"\n", b"\n")
+UNTIDY_LINES = 1000  # of changes, beyond twice the fewest, until a file of them is written anew
 Charges = Sequence[tuple[str, Tally]]  # what was used, by model
 written = functools.partial(shown, amount="{:f}".format)  # in the file amounts lose no digit
 
@@ -1498,6 +1623,21 @@ class Hold:
     pays: bool = True
     reads_body: bool = False  # that what it may cost is held once the body is read
     amounts: dict[str, Decimal] = field(default_factory=dict)
+
+
+class Thing(NamedTuple):
+    """What stands in a workspace, as far as it is known here: of which kind, whose (the empty owner
+    is nobody), of which team he is, and whether all may read it and refer to it."""
+
+    kind: str
+    owner: str = ""
+    team: str | None = None
+    is_shared: bool = False
+
+    def belongs_to(self, key: VirtualKey) -> bool:
+        """Whether a key reaches it and all that is its own."""
+        mate = key.resources == "team" and key.team_id and key.team_id == self.team
+        return key.resources == "all" or self.owner == key.owner or bool(mate)
 
 
 class Ledger(Protocol):
@@ -1527,15 +1667,32 @@ class Ledger(Protocol):
     def rates(self, key: VirtualKey, theirs: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
         """anthropic-ratelimit-* of a key's own limits, where they are tighter than ``theirs``."""
 
-    def own_batch(self, account: Account, name: str, hold: Hold | None = None) -> None:
-        """A key made a batch: what is held for it stays until it is booked. One that nobody here
-        made (no hold) belongs to the key that first fetches its results."""
+    def own_batch(self, account: Account, name: str, hold: Hold) -> None:
+        """A key made a batch: what is held for it stays until it is booked."""
 
     def batch_line(self, name: str, line: int) -> Account | None:
         """Whom a line of a batch's results is to be booked to; it is said once."""
 
     def finish_batch(self, name: str, *, lost: bool = False) -> None:
         """All results of a batch are booked; where they are ``lost``, what is held for it is."""
+
+    async def find_things(self, names: Iterable[object]) -> dict[str, Thing]:
+        """Of these ids those that are known here."""
+
+    async def reached(self, key: VirtualKey, kind: str) -> dict[str, float]:
+        """The ids of a kind that a key made, a team mate where it reaches his, or that are shared;
+        and when each was made, in Unix seconds."""
+
+    async def own(self, owner: str, kind: str, made: Mapping[str, float]) -> None:
+        """Remember whose these things are, durably, and when they were made; what has an owner
+        keeps him. Raises APIError 503, and tries it again each second."""
+
+    async def assign(self, kinds: Mapping[str, str], owner: str | None) -> None:
+        """Give things (id: kind) to an owner ("": nobody), or share them with all (None). Where it
+        raises APIError 503 nothing is changed."""
+
+    def forget(self, name: str) -> None:
+        """A thing is no more."""
 
     async def change(self, changes: Mapping[str, VirtualKey | None]) -> None:
         """Put these records (None removes one), as `save` does; what fails is taken back."""
@@ -1563,8 +1720,8 @@ def store_line(hashed: str, record: VirtualKey, today: str = "", keep_from: str 
 
 
 def parse_store(text: bytes, name: str) -> dict[str, VirtualKey]:
-    """Read a keys file, but for old tombstones. Raises SettingsError that says what is damaged."""
-    keys, forgotten = dict[str, VirtualKey](), now() - timedelta(days=TOMBSTONE_DAYS)
+    """Read a keys file. Raises SettingsError that says what is damaged."""
+    keys = dict[str, VirtualKey]()
     wrong = "not JSON: "
     try:
         document = json.loads(text)
@@ -1575,9 +1732,8 @@ def parse_store(text: bytes, name: str) -> dict[str, VirtualKey]:
             wrong = f"key number {number} "
             if not HASH.fullmatch(hashed):
                 raise ValueError("does not stand under a SHA-256")
-            key = VirtualKey.from_json(record)
-            if not key.deleted_at or key.deleted_at > forgotten:
-                keys[hashed] = key
+            keys[hashed] = VirtualKey.from_json(record)
+            keys[hashed].account.hashed = hashed
     except Exception as error:  # noqa: BLE001 - whatever Python says of what it cannot read
         raise SettingsError(f"{name}: damaged, {wrong}{error}; mend it or restore a copy") from None
     return keys
@@ -1591,17 +1747,27 @@ def mark_of(file: Path | int) -> FileMark:
     return None
 
 
-class KeysFile:
-    """A file of lines that is whole at all times, and nobody else's while this object lives: it is
-    written beside itself, fsynced and renamed over the old one; a link stays a link."""
+@dataclass(eq=False)
+class StoreFile(Generic[Contents]):
+    """A file of lines that is whole at all times, and nobody else's while this object lives. It is
+    written beside itself, fsynced and renamed over the old one; a link stays a link. ``what`` it is
+    and what happens ``then`` where it cannot be written stand in errors, the last in ``error``;
+    ``parse`` gets its bytes and name, ``frame`` is what stands before, between and behind lines."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = Path(os.path.realpath(path))
-        self._mark: FileMark = None
-        self._lock = -1
+    path: Path
+    parse: Callable[[bytes, str], Contents]
+    frame: tuple[bytes, bytes, bytes]
+    what: str
+    then: str
+    error: str = ""
+    _mark: FileMark = None
+    _lock: int = -1
 
-    def read(self, lines: list[bytes]) -> dict[str, VirtualKey]:
-        """The keys in the file, which is ours from then on; where there is none it is made of these
+    def __post_init__(self) -> None:
+        self.path = Path(os.path.realpath(self.path))
+
+    def read(self, lines: list[bytes]) -> Contents:
+        """What is in the file, which is ours from then on; where there is none it is made of these
         lines. Raises SettingsError, and OSError where none can be made."""
         while True:
             try:
@@ -1610,8 +1776,8 @@ class KeysFile:
                     self._lock = os.open(self.path, os.O_RDONLY)
                     fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 mark = mark_of(self._lock)  # an edit while it is read is another
-                keys, self._mark = parse_store(self.path.read_bytes(), str(self.path)), mark
-                return keys
+                contents, self._mark = self.parse(self.path.read_bytes(), str(self.path)), mark
+                return contents
             except FileNotFoundError:
                 with contextlib.suppress(FileExistsError):  # another gateway was faster
                     self.write(lines)
@@ -1629,19 +1795,19 @@ class KeysFile:
         is another file than was last read or written."""
         temporary = self.path.parent / f".{self.path.name}.{os.getpid()}.tmp"
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, STORE_MODE)
+        before, between, behind = self.frame
         try:
             os.fchmod(descriptor, STORE_MODE)
             with open(descriptor, "wb", closefd=False) as file:
-                file.write(b'{"version": %d, "keys": {' % STORE_VERSION)
+                file.write(before)
                 for start in range(0, len(lines), WRITE_SLICE):
-                    file.write(b"\n" if start == 0 else b",\n")
-                    file.write(b",\n".join(lines[start : start + WRITE_SLICE]))
-                file.write(b"\n}}\n")
+                    file.write(b"\n" if start == 0 else between)
+                    file.write(between.join(lines[start : start + WRITE_SLICE]))
+                file.write(behind)
             os.fsync(descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             mark = mark_of(descriptor)  # an edit once it has its name is another
-            if self.edit() is not None:
-                raise FileExistsError(errno.EEXIST, "it was edited; mend it, or send this again")
+            self._refuse_edit()
             os.replace(temporary, self.path)
         except BaseException:
             os.close(descriptor)
@@ -1655,10 +1821,36 @@ class KeysFile:
         finally:
             os.close(folder)
 
+    def append(self, lines: list[bytes]) -> None:
+        """Write lines behind all others, and fsync. Raises OSError as `write` does, and then the
+        file is as it was."""
+        self._refuse_edit()
+        with open(self.path, "ab", buffering=0) as file:
+            size, data = file.tell(), b"".join(line + b"\n" for line in lines)
+            try:
+                while data:
+                    data = data[file.write(data) :]
+                os.fsync(file.fileno())
+            except BaseException:
+                file.truncate(size)
+                raise
+            finally:
+                self._mark = mark_of(file.fileno())
+
     def edit(self) -> FileMark:
         """The file's mark, where it is not the one that was last read or written."""
         mark = mark_of(self.path)
         return None if mark == self._mark else mark
+
+    def _refuse_edit(self) -> None:
+        if self.edit() is not None:
+            raise FileExistsError(errno.EEXIST, "it was edited; mend it, or send this again")
+
+    def is_written(self) -> None:
+        """A write succeeded."""
+        if self.error:
+            log.warning("%s written again", self.what)
+        self.error = ""
 
     def close(self) -> None:
         """Give up the lock."""
@@ -1667,24 +1859,101 @@ class KeysFile:
             self._lock = -1
 
 
+class Things:
+    """Whose the things of a workspace are, as a file of changes tells it, one a line; the last word
+    counts. `change` takes them:
+
+        {"key": "<its owner_id; empty: nobody's>", "kind": "files", "made": {"file_…": 1764194000}}
+        {"gone": ["file_…"]}
+        {"shared": ["file_…"]}   until it is made or gone again
+
+    A place is an (owner, kind); ``made`` has what stands there, and when it was made."""
+
+    def __init__(self) -> None:
+        self.made = collections.defaultdict[tuple[str, str], dict[str, float]](dict)
+        self.places: dict[str, tuple[str, str]] = {}  # by id
+        self.shared: set[str] = set()
+        self.is_untidy = self.is_cut = False  # its file is to be written anew, or must be
+
+    def change(self, change: Mapping[str, Any]) -> None:
+        """Take one in. Raises whatever Python does for what is none."""
+        match change:
+            case {"key": str(owner), "kind": str(kind), "made": dict(made)}:
+                math.fsum(made.values())  # raises for what is no number
+                self._drop(made.keys() & self.places.keys())
+                place = owner, kind
+                self.made[place].update(made)
+                self.places.update(dict.fromkeys(made, place))
+            case {"gone": list(names)}:
+                self._drop(names)
+            case {"shared": list(names)}:
+                self.shared.update(self.places.keys() & names)
+            case _:
+                raise ValueError("is no change of things")
+
+    def _drop(self, names: Iterable[str]) -> None:
+        self.shared.difference_update(names)
+        for name in names:
+            if place := self.places.pop(name, None):
+                del self.made[place][name]
+
+    def lines(self) -> list[bytes]:
+        """The fewest changes that say all of it."""
+        changes: list[dict[str, Any]] = []
+        for (owner, kind), made in self.made.items():
+            rest = iter(made.items())
+            while some := dict(itertools.islice(rest, WRITE_SLICE)):
+                changes.append({"key": owner, "kind": kind, "made": some})
+        changes += [{"shared": sorted(self.shared)}] if self.shared else []
+        return [json.dumps(change).encode() for change in changes]
+
+
+def parse_things(text: bytes, name: str) -> Things:
+    """Read a file of things; what a crash has cut off of its end was told to nobody. Raises
+    SettingsError that says what is damaged."""
+    things, (first, *lines) = Things(), text.split(b"\n")
+    rest = lines.pop() if lines else b""
+    where = "its first line"
+    try:
+        if json.loads(first) != {"version": STORE_VERSION}:
+            raise ValueError("is not of a version for this gateway")
+        for number, line in enumerate(lines, start=2):
+            where = f"line {number}"
+            things.change(json.loads(line))
+    except Exception as error:  # noqa: BLE001 - whatever Python says of what it cannot read
+        wrong = f"damaged, {where}: {error}; mend it or restore a copy"
+        raise SettingsError(f"{name}: {wrong}") from None
+    things.is_cut = bool(rest)
+    things.is_untidy = things.is_cut or len(lines) > 2 * len(things.lines()) + UNTIDY_LINES
+    return things
+
+
 class FileLedger(Ledger):
-    """The keys in memory and in a `KeysFile`. Raises SettingsError where the file cannot be used;
-    it is then left as it is."""
+    """The keys in memory and in a `StoreFile`, and beside it what is whose, in another of the same
+    name and ".resources". Raises SettingsError where one cannot be used; it is then left as it is.
+    """
 
     def __init__(
         self, path: Path, usage_days: int = 90, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._file, self._usage_days, self._clock = KeysFile(path), usage_days, clock
+        told = (KEYS_FRAME, "keys file", "nothing was changed")
+        self._file, path = StoreFile(path, parse_store, *told), Path(os.path.realpath(path))
+        told = (THINGS_FRAME, "file of resources", "what was made is there, and written down later")
+        self._things_file = StoreFile(Path(f"{path}.resources"), parse_things, *told)
+        self._usage_days, self._clock = usage_days, clock
         self.keys = {}
+        self.things = Things()
         self.batches: dict[str, Account] = {}  # whose they are
-        self.last_error = ""
         self._lines: dict[str, bytes] = {}
         self._retired: dict[str, str] = {}  # and what is no more, which the record tells
         # What the file lacks: keys that were used, and what changed, as it was before.
         self._touched: set[str] = set()
         self._undo: dict[str, VirtualKey | None] = {}
+        self._changes: list[bytes] = []  # of things
+        self._owners: dict[str, str] = {}  # the hashes of keys by what their things are kept under
         self._writing: asyncio.Task[APIError | None] | None = None  # is under way …
         self._next: asyncio.Task[APIError | None] | None = None  # … and what waits for its end
+        self._adding = asyncio.Lock()  # changes of things
         self._noticed: FileMark = None  # the last edit that was read, or could not be
         self._load()
 
@@ -1719,6 +1988,11 @@ class FileLedger(Ledger):
     def is_writable(self) -> bool:
         """Whether the last write succeeded, and the folder still takes files."""
         return not self.last_error and os.access(self._file.path.parent, os.W_OK)
+
+    @property
+    def last_error(self) -> str:
+        """Why the last write failed."""
+        return self._file.error or self._things_file.error
 
     # What requests use
 
@@ -1811,14 +2085,11 @@ class FileLedger(Ledger):
         batch = self.batches[name].batches[name] if name in self.batches else None
         return None if batch is None or batch.booked else batch
 
-    def own_batch(self, account: Account, name: str, hold: Hold | None = None) -> None:
-        if hold is None and name in self.batches:
-            return
+    def own_batch(self, account: Account, name: str, hold: Hold) -> None:
         self.finish_batch(name)  # an upstream that gives an id twice frees what was held for it
         batch = account.batches[name] = Batch(day_of(now()))
         self.batches[name] = account
-        if hold is not None:
-            batch.held, hold.amounts = hold.amounts, {}
+        batch.held, hold.amounts = hold.amounts, {}
         self._touched.add(account.hashed)
 
     def batch_line(self, name: str, line: int) -> Account | None:
@@ -1845,6 +2116,74 @@ class FileLedger(Ledger):
             total = held.get(ALL_MODELS, max(held.values()))
             account.usage.of(day_of(moment), NO_MODEL).add(Tally(spend=total))
         self._touched.add(account.hashed)
+
+    # Things
+
+    async def find_things(self, names: Iterable[object]) -> dict[str, Thing]:
+        found, places, shared = dict[str, Thing](), self.things.places, self.things.shared
+        for name in names:
+            if isinstance(name, str) and (place := places.get(name)):
+                owner, kind = place
+                found[name] = Thing(kind, owner, self._team_of(owner), name in shared)
+        return found
+
+    async def reached(self, key: VirtualKey, kind: str) -> dict[str, float]:
+        made, things, team = dict[str, float](), self.things, key.team_id
+        places = [(key.owner, kind)]
+        if team and key.resources == "team":
+            places = [p for p in things.made if p[1] == kind and self._team_of(p[0]) == team]
+        for place in places:
+            made |= things.made.get(place, {})
+        shared = [name for name in things.shared if things.places[name][1] == kind]
+        return made | {name: things.made[things.places[name]][name] for name in shared}
+
+    def _team_of(self, owner: str) -> str | None:
+        key = self.keys.get(self._owners.get(owner, ""))
+        return key.team_id if key else None
+
+    async def own(self, owner: str, kind: str, made: Mapping[str, float]) -> None:
+        if fresh := {name: made[name] for name in made if name not in self.things.places}:
+            self._change({"key": owner, "kind": kind, "made": fresh})
+        await asyncio.shield(self._add())
+
+    async def assign(self, kinds: Mapping[str, str], owner: str | None) -> None:
+        places, moment, changes = self.things.places, int(time.time()), list[dict[str, Any]]()
+        for name in reversed(list(kinds)):  # lists begin with the newest
+            since = self.things.made[places[name]][name] if name in places else moment
+            if owner is not None or name not in places:
+                changes.append({"key": owner or "", "kind": kinds[name], "made": {name: since}})
+        changes += [{"shared": list(kinds)}] if owner is None else []
+        await asyncio.shield(self._add(changes))
+
+    def forget(self, name: str) -> None:
+        if name in self.things.places:
+            self._change({"gone": [name]})
+
+    def _change(self, change: Mapping[str, Any]) -> None:
+        self.things.change(change)
+        self._changes.append(json.dumps(change).encode())
+
+    async def _add(self, changes: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Write what is not written of things, and further changes, which hold once they are on
+        disk. Raises APIError 503."""
+        async with self._adding:
+            waiting, self._changes, file = self._changes, [], self._things_file
+            lines, write = [json.dumps(change).encode() for change in changes], file.append
+            if not file.path.exists():
+                lines, write = self.things.lines() + lines, file.write
+            elif waiting:
+                lines = waiting + lines
+            try:
+                if lines:
+                    await asyncio.to_thread(write, lines)
+                    file.is_written()
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again
+                self._changes[:0] = waiting
+                raise APIError(
+                    503, self._fail(error, file).message, headers=[DO_NOT_RETRY]
+                ) from None
+            for change in changes:
+                self.things.change(change)
 
     # Changing
 
@@ -1877,6 +2216,7 @@ class FileLedger(Ledger):
             self._retired.update(dict.fromkeys(record.retired, hashed))
             account = record.account
             account.hashed = hashed
+            self._owners[record.owner] = hashed
             for kind, limit in (("requests", record.rpm_limit), ("tokens", record.tpm_limit)):
                 bucket = account.buckets.pop(kind, None) or Bucket(0, self._clock())
                 if limit is not None:
@@ -1897,15 +2237,16 @@ class FileLedger(Ledger):
     async def reload(self) -> None:
         # A change that is being written would be read over; and where the last write failed, the
         # file may have one that was refused, since it was not known to be on disk.
-        while self._writing or self._next or (self.last_error and self._file.edit() is None):
-            await self.save()
-        self._load()
+        async with self._adding:
+            while self._writing or self._next or (self._file.error and self._file.edit() is None):
+                await self.save()
+            self._load()
 
     def notice_edit(self) -> None:
         """Take in what somebody has edited. Where it does not parse, that is said once, and nothing
         is written until it is mended."""
-        edit = self._file.edit()
-        if self._writing or self._next or edit in (None, self._noticed):
+        edit = self._edit()
+        if self._writing or self._next or self._adding.locked() or edit in (None, self._noticed):
             return  # a write looks by itself
         self._noticed = edit
         try:
@@ -1914,20 +2255,48 @@ class FileLedger(Ledger):
         except Exception as error:  # noqa: BLE001 - whatever it is, what keys use is still written
             log.error("keys file was edited, and cannot be read: %s", error)
 
+    def _edit(self) -> FileMark:
+        """Of either file."""
+        return self._file.edit() or self._things_file.edit()
+
     def _load(self) -> None:
         """What keys may do is the file's; what they used is memory's, where it is known."""
         try:
             keys = self._file.read(list(self._lines.values()))
         except OSError as error:
-            self._fail(error)
+            self._fail(error, self._file)
             return
+        self._load_things()
         known = {hashed: key.account for hashed, key in self.keys.items()}
-        for index in (self.keys, self._lines, self._retired, self.batches):
+        for index in (self.keys, self._lines, self._retired, self.batches, self._owners):
             index.clear()
-        for hashed, record in keys.items():
+        places, forgotten = self.things.places, now() - TOMBSTONE
+        heritage = {owner for owner, _ in places.values()}
+        for hashed, record in list(keys.items()):
+            gone = record.deleted_at is not None and record.deleted_at < forgotten
+            if gone and not (record.team_id and record.owner in heritage):
+                del keys[hashed]
+                continue
             record.account = known.get(hashed, record.account)
+            batches = record.account.batches.items()  # version 1.0 kept whose they are there alone
+            if old := {n: from_iso(b.day).timestamp() for n, b in batches if n not in places}:
+                self._change({"key": record.owner, "kind": "batches", "made": old})
         self._apply(keys)
         self._touched |= known.keys() & keys.keys()
+
+    def _load_things(self) -> None:
+        file = self._things_file
+        try:
+            things = file.read(self.things.lines())
+            for change in self._changes:
+                things.change(json.loads(change))
+            self.things = things
+            if things.is_untidy:
+                file.write(things.lines())
+        except OSError as error:
+            failure = self._fail(error, file)
+            if self.things.is_cut:  # what is written behind that could not be read
+                raise SettingsError(failure.message) from None
 
     async def save(self) -> None:
         if self._next is None:
@@ -1944,12 +2313,16 @@ class FileLedger(Ledger):
         await self._flush()
         while under_way := self._next or self._writing:
             await asyncio.wait([under_way])
-        self._file.close()
+        async with self._adding:
+            self._file.close()
+            self._things_file.close()
 
     async def _flush(self) -> None:
         self.notice_edit()
-        if self._touched or self.last_error:
-            with contextlib.suppress(APIError):  # which was logged; the next call tries it again
+        with contextlib.suppress(APIError):  # which was logged; the next call tries it again
+            await self._add()
+        if self._touched or self._file.error:
+            with contextlib.suppress(APIError):
                 await self.save()
 
     async def _write(self, before: asyncio.Task[APIError | None] | None) -> APIError | None:
@@ -1968,22 +2341,20 @@ class FileLedger(Ledger):
             undo, self._undo, self._next = self._undo | undo, {}, None
             self._touched |= touched
             self._apply(undo)
-            return self._fail(error)
+            return self._fail(error, self._file)
         finally:
             self._writing = None
-        if self.last_error:
-            log.warning("keys file written again")
-        self.last_error = ""
+        self._file.is_written()
         return None
 
-    def _fail(self, error: Exception) -> APIError:
+    def _fail(self, error: Exception, file: StoreFile[Any]) -> APIError:
         """Say what is new of it. A client is told no path of the machine."""
         reason = getattr(error, "strerror", None) or "unexpected failure"
-        message = f"The keys file cannot be written ({reason}); nothing was changed."
+        message = f"The {file.what} cannot be written ({reason}); {file.then}."
         # An edit that was not read yet is no failure; it is in a moment.
-        is_unread = isinstance(error, FileExistsError) and self._file.edit() != self._noticed
-        if message != self.last_error and not is_unread:
-            self.last_error, is_odd = message, not isinstance(error, OSError)
+        is_unread = isinstance(error, FileExistsError) and self._edit() != self._noticed
+        if message != file.error and not is_unread:
+            file.error, is_odd = message, not isinstance(error, OSError)
             log.error(message, exc_info=is_odd)
         return APIError(503, message)
 
@@ -2367,6 +2738,7 @@ ADDRESS_TTL = 30.0  # seconds for which an address that was reached is not resol
 REACH_AGAIN_TIMEOUT = 3.0  # seconds for it to answer, before it is
 SWEEP_INTERVAL = 1.0  # seconds between looks for silent requests and idle connections
 REPEATABLE = ("GET", "HEAD")  # sent again where a kept-alive connection had closed
+NO_FIELDS: Mapping[str, str] = {}
 NO_ANSWER = 599  # Tornado's status where there is none
 
 
@@ -2637,7 +3009,7 @@ class UpstreamConnection(asyncio.Protocol):
             self._receive(request, data)
         if not request.held_back and self.phase is UpstreamPhase.SHUT:  # meanwhile
             self.connection_lost(None)
-        elif not request.held_back:  # the next request needs it too
+        elif not request.held_back or self.phase is UpstreamPhase.IDLE:  # for the next request
             self.transport.resume_reading()
 
     def _read_head(self, request: UpstreamRequest, data: bytes) -> bytes:
@@ -2726,11 +3098,13 @@ class UpstreamClient(SimpleAsyncHTTPClient):
             request.body_producer(request.write).add_done_callback(request.body_ended)
         return fetched
 
-    async def get(self, path: str, timeout: float, **options: Any) -> HTTPResponse:
-        """GET a path with the real key, by Tornado's own client, within so many seconds. Raises
-        UpstreamError where no whole answer comes."""
+    async def get(
+        self, path: str, timeout: float, fields: Mapping[str, str] = NO_FIELDS, **options: Any
+    ) -> HTTPResponse:
+        """GET a path with the real key and further header fields, by Tornado's own client, within
+        so many seconds. Raises UpstreamError where no whole answer comes."""
         settings, limit = self.settings, self.settings.connect_timeout
-        headers = {"anthropic-version": ANTHROPIC_VERSION, "Accept-Encoding": "identity"}
+        headers = {"anthropic-version": ANTHROPIC_VERSION, "Accept-Encoding": "identity", **fields}
         if settings.real_credential:
             headers |= [settings.real_credential]
         options |= {"headers": headers, "connect_timeout": limit, "request_timeout": timeout}
@@ -3322,7 +3696,8 @@ class ResponseFilter:
         return body
 
 
-REWRITE_LIMIT = 4 * MIB  # a list of a thousand batches, the longest, has about one
+# A list of a thousand batches has one, one of a hundred agents with long prompts ten.
+REWRITE_LIMIT = 16 * MIB
 
 
 def through(filters: Iterable[ResponseFilter], data: bytes, complete: bool) -> bytes:
@@ -3340,7 +3715,10 @@ class Meter(ResponseFilter):
     ``measured`` is the same however the body is split; it is final after `finish`. Holds at most
     MAX_LINE bytes of a line or a message, and beyond UNASKED_LINE what ``room`` lets it, which is
     asked for so many bytes, and told (below 0) of those no longer held. ``on_result`` is called
-    with each line of batch results, counted from 1."""
+    with each line of batch results, counted from 1; ``learn`` with what a line or a message says in
+    which something new may be named."""
+
+    learn: Callable[[object], None] | None = None
 
     def __init__(
         self,
@@ -3361,6 +3739,9 @@ class Meter(ResponseFilter):
         holds = self._whole or self._held or self._passed_over
         if holds or len(data) > MAX_LINE or not data.endswith(b"\n"):
             lines = self._complete(data)
+        if self.learn is not None and (b'"container"' in lines or b'"file_id"' in lines):
+            for line in lines.splitlines():
+                self.learn(read_json(line.removeprefix(b"data:"), Any))
         if self._on_result is not None:
             self._read_results(lines, self._on_result)
             return data
@@ -3410,6 +3791,8 @@ class Meter(ResponseFilter):
         if self._whole and not self.measured.blind:
             message = read_answer(held) if complete and held else None
             self.measured = measured_message(message, size)
+            if self.learn is not None and complete:
+                self.learn(read_json(held, Any))
         return b""
 
     def _complete(self, data: bytes) -> bytes:
@@ -3551,17 +3934,13 @@ class Inside:
         return b""
 
 
-@dataclass(eq=False)
-class BatchObject(ResponseFilter):
-    """Hands batch objects to ``look``, then makes their ``results_url`` a path on the gateway."""
+class Rewritten(ResponseFilter):
+    """Has a whole answer made another by ``rewrite``, which may raise APIError."""
 
-    base_path: str
-    look: Callable[[bytes], Awaitable[None]]
     changes_length = True
 
-    async def rewrite(self, body: bytes) -> bytes:
-        await self.look(body)
-        return rewrite_results_url(body, self.base_path)
+    def __init__(self, rewrite: Callable[[bytes], Awaitable[bytes]]) -> None:
+        self.rewrite = rewrite  # type: ignore[method-assign, assignment]
 
 
 def decompress(coding: str, data: bytes, limit: int) -> bytes:
@@ -3894,13 +4273,26 @@ UNREAD = Order()  # until the body is here
 
 
 @dataclass(slots=True)
+class Listing:
+    """A list of files as it is asked for, by ``ids`` of the caller's own in the place of his
+    ``target``; ``cursor`` is where his next page begins, empty where there is none."""
+
+    target: str
+    ids: list[str]
+    cursor: str
+
+
+@dataclass(slots=True)
 class Visit:
     """A relayed request on its way through the rules, and what they found out about it. ``target``
     is the raw one behind the upstream's base path, ``path`` what rules look at, ``length`` the
     body's: bytes or CHUNKED. ``lines`` are the field lines that go up, with ``credential`` as
     (name, value). ``order`` is what it asks for, ``hold`` what it holds for that, ``meter`` reads
     what it used, ``results`` what a batch did. ``began``: all of it went up. ``payer`` is the key
-    that pays; None where the caller does, or nobody counts."""
+    that pays, and has walls; None where the caller does, or nobody counts. ``owner`` gets what
+    comes of it, ``listing`` is what is asked for in place of a list of files. Of the answer fields
+    of ``hidden`` names stay here, and it waits for an ``errand``: to keep what was ``born``, as
+    kind and moment by id."""
 
     gateway: Gateway
     head: RequestHead
@@ -3913,7 +4305,13 @@ class Visit:
     order: Order
     lines: list[str]
     payer: VirtualKey | None = None
+    owner: str = ""
     reads_body: bool = False
+    refers: bool = False  # its body may name things, and is looked through
+    listing: Listing | None = None
+    hidden: frozenset[str] = NO_OPTIONS
+    born: dict[str, tuple[str, float]] = field(default_factory=dict)
+    errand: Callable[[], Awaitable[None]] | None = None
     credential: tuple[str, str] | None = None
     hold: Hold | None = None
     meter: Meter | None = None
@@ -3929,17 +4327,16 @@ class Kept:
     """A request's body that was kept, and what was read of it: once, however many rules look."""
 
     data: bytes
-    route: Route
     breathe: Breathe
     document: object = None
-    is_read: bool = False
+    how: bool | None = None  # it was read, and whether strictly
 
     async def read(self, *, strictly: bool) -> object:
         """What it says: to the letter (APIError 400 where that is not clear), or what of it a price
         depends on (None where it cannot be read). An empty one says nothing."""
-        if self.data and (strictly or not self.is_read):
-            read = read_body(self.data, self.route, self.breathe, strictly=strictly)
-            self.document, self.is_read = await read, True
+        if self.data and not self.how and self.how is not strictly:
+            self.document = await read_body(self.data, self.breathe, strictly=strictly)
+            self.how = strictly
         return self.document
 
 
@@ -3975,7 +4372,7 @@ class Rules:
             return tuple(getattr(r, step) for r in rules if getattr(type(r), step) != plain)
 
         self.head, self.body = having("head"), having("body")
-        self.filters, self.fields = having("filters"), having("fields")
+        self.filters, self.fields = having("filters")[::-1], having("fields")  # the way back
         self.end = having("end")
 
 
@@ -4089,10 +4486,10 @@ class Fields(Rule):
         unwanted = head.options
         if caller.own is None:
             unwanted |= {WORKSPACE_FIELD}
-            if visit.route.results_of:
-                unwanted |= {"range", "if-range"}  # a part of the results could not be booked
+            if visit.route.is_read:
+                unwanted |= {"range", "if-range"}  # of a part nobody can tell what it is
         codings = None
-        if visit.route.metered and (offered := head.values.get("accept-encoding")):
+        if visit.route.is_read and (offered := head.values.get("accept-encoding")):
             codings = readable_codings(offered)
         for lower, _, name, line, goes_up, _ in head.fields:
             if not goes_up or lower in unwanted:
@@ -4219,38 +4616,36 @@ class Batches(Rule):
 
     async def head(self, visit: Visit) -> None:
         route, gateway = visit.route, visit.gateway
-        if route.deletes and gateway.ledger.unbooked(route.batch_id):
-            await gateway.batches.book(route.batch_id)
+        if route.deletes and gateway.ledger.unbooked(route.name):
+            await gateway.batches.book(route.name)
 
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
         batch, gateway = visit.route.results_of, visit.gateway
         if head.status != 200:
             return ()
         if visit.route.batch and is_json(head.get("content-type")):
-            return (BatchObject(gateway.base_path, functools.partial(self.look, visit)),)
+            return (Rewritten(functools.partial(self.look, visit)),)
         if not batch or visit.caller.own is not None:
             return ()
-        if visit.caller.key is not None:
-            # One that nobody here made belongs to the key that first fetches its results.
-            gateway.ledger.own_batch(visit.caller.key.account, batch)
         room = functools.partial(gateway.held.find_room, visit.record.hashed)
         visit.results = Meter("", functools.partial(gateway.batches.book_result, batch), room)
         return (visit.results,)
 
-    async def look(self, visit: Visit, plain: bytes) -> None:
-        """Look at a batch object: remember whose it is, if it was just made, before he is told of
-        it; if it has ended, it is time to book it."""
+    async def look(self, visit: Visit, plain: bytes) -> bytes:
+        """Look at a batch object: what it may cost is held on, if it was just made, before its
+        maker is told; if it has ended, it is time to book it. Its results are then found here."""
         gateway, payer, batch = visit.gateway, visit.payer, read_json(plain)
         name = batch.get("id") if isinstance(batch, dict) else None
         if not isinstance(batch, dict) or not isinstance(name, str):
-            return
-        if visit.route.makes_batch and payer is not None and visit.hold is not None:
+            pass
+        elif visit.route.makes_batch and payer is not None and visit.hold is not None:
             gateway.ledger.own_batch(payer.account, name, visit.hold)
             gateway.batches.watch(name)
             with contextlib.suppress(APIError):  # which is said, and tried again each second
                 await gateway.ledger.save()
         elif batch.get("processing_status") == BATCH_ENDED:
             gateway.batches.hurry(name)
+        return rewrite_results_url(plain, gateway.base_path)
 
     def end(self, visit: Visit) -> None:
         results = visit.results
@@ -4258,7 +4653,314 @@ class Batches(Rule):
             visit.gateway.ledger.finish_batch(visit.route.results_of)
 
 
-RULES = (Credentials(), Routes(), Models(), Fields(), Batches(), Limits())
+LIST_TIMEOUT = 60.0  # seconds for a further part of a list
+DEFAULT_LIMIT, MAX_ROWS_LISTED = 20, 1000  # rows of a page (SDK: types/file_list_params.py, which
+IDS_A_CALL = 100  # has this one too)
+MAX_PAGES = 100  # of a list that one request looks through
+FILE_LIST = {"limit", "page", "after_id", "before_id", "beta"}  # what can be asked of ids as well
+LIST_IDS = ("ids", "after_id", "before_id")
+CURSOR = re.compile(r"page_own_([0-9.]+)_([\w-]+)")  # the gateway's own: behind which file
+# A session and a run are of a deployment, a file is of the session that wrote it.
+PARENTS = {"sessions": "deployments", "deployment_runs": "deployments", "files": "sessions"}
+PRODUCERS = ("dreams", "deployment_runs")
+SAFE_ID = re.compile(r"[\w-]+")
+
+
+class Walls(Rule):
+    """A key reaches what it made, or its team, and what is shared with all. Of all else it is told
+    what it would be told of what does not exist, and the upstream is not asked."""
+
+    async def head(self, visit: Visit) -> None:
+        key, route, head = visit.payer, visit.route, visit.head
+        if key is None:
+            return
+        visit.hidden, visit.owner = IDENTITY_FIELDS, key.owner
+        if route.name:
+            # What workers of an environment do is not for all who may use it.
+            reads = route.fetches and not route.below.startswith("/work")
+            thing = await self.reach(visit, route.kind, route.name, changes=not reads)
+            visit.owner = thing.owner
+        if key.resources == "all":
+            return
+        for profile in head.values.get(PROFILE_FIELD, ()):
+            await self.reach(visit, "user_profiles", profile)
+        if "?" in visit.target:
+            await self.judge_query(visit)
+        if route.kind and not route.name and route.fetches:
+            if head.method == "HEAD":
+                visit.hidden |= {"content-length"}
+            if route.kind == "files":
+                await self.ask_by_ids(visit, key)
+        if not route.unread:
+            visit.refers = True
+            if head.coding:
+                text = "What this key sends is looked through: send it without Content-Encoding."
+                raise APIError(400, text)
+
+    async def body(self, visit: Visit, body: Kept) -> None:
+        if not visit.refers or not may_refer(body.data, visit.route):
+            return
+        seen = set[tuple[str, str]]()
+        for number, member in enumerate(members_within(await body.read(strictly=True))):
+            if number % BREATH == 0:
+                await body.breathe()
+            seen.update(named_by(*member))
+        for kind, name in seen:
+            await self.reach(visit, kind, name)
+
+    async def reach(self, visit: Visit, kind: str, name: str, *, changes: bool = False) -> Thing:
+        """A thing that the caller may read or refer to, or change. Raises APIError 404, and 403 for
+        one that is shared and another's."""
+        key, ledger = visit.payer, visit.gateway.ledger
+        assert key is not None
+        thing = (await ledger.find_things([name])).get(name)
+        if thing is None and key.resources == "all":
+            return Thing(kind)
+        thing = thing or await self.trace(visit, key, kind, name)
+        if thing is None or not (thing.belongs_to(key) or thing.is_shared):
+            raise not_found(kind, name)
+        if changes and not thing.belongs_to(key):
+            text = f"{printable(name)} is shared: this key may use it, and its owner change it."
+            raise APIError(403, text)
+        return thing
+
+    async def trace(self, visit: Visit, key: VirtualKey, kind: str, name: str) -> Thing | None:
+        """What is not known here, if the upstream says that Anthropic made it for all, or that it
+        came of something that the caller reaches. It is asked only where that may be."""
+        ledger, parents = visit.gateway.ledger, PARENTS.get(kind)
+        is_custom = kind != "skills" or name.startswith(KINDS["skills"])
+        may_be = await ledger.reached(key, parents) if parents else not is_custom
+        if not may_be or not SAFE_ID.fullmatch(name):
+            return None
+        found = await self.ask(visit, f"/v1/{kind}/{name}")
+        if kind == "skills":
+            return Thing(kind, is_shared=True) if is_published(found) else None
+        above = parent_of(found)
+        thing = (await ledger.find_things([above])).get(str(above))
+        if thing is None or not thing.belongs_to(key):
+            return None
+        await ledger.own(thing.owner, kind, {name: moment_in(found)})
+        return thing._replace(kind=kind)
+
+    async def ask(self, visit: Visit, target: str) -> dict[str, Any]:
+        """An object of the upstream's; an empty one where it has none. Raises UpstreamError."""
+        told = ("anthropic-version", "anthropic-beta")
+        fields = {name: visit.head.get(name) for name in told if name in visit.head.values}
+        answer = await visit.gateway.client.get(target, LIST_TIMEOUT, fields)
+        document = read_json(answer.body, Any) if answer.code == 200 else None
+        if isinstance(document, dict) or answer.code == 404:
+            return document if isinstance(document, dict) else {}
+        raise UpstreamError(f"The upstream answered {answer.code} where a part was asked for.")
+
+    # Lists
+
+    async def judge_query(self, visit: Visit) -> None:
+        """Look at the ids of a query. Of a list of ids those that the caller does not reach are
+        left out, as missing ones would be."""
+        path, _, query = visit.target.partition("?")
+        kind, is_list, kept, left_out = visit.route.kind, not visit.route.name, list[str](), 0
+        for part in query.split("&"):
+            name, value = (urllib.parse.unquote_plus(text) for text in part.partition("=")[::2])
+            name = name.partition("[")[0]
+            is_row = kind != "" and is_list and name in LIST_IDS
+            named = kind if is_row else REFERENCES.get(name)
+            try:
+                if named and value:
+                    await self.reach(visit, named, value)
+                kept.append(part)
+            except APIError as error:
+                if not is_row:
+                    raise
+                if name != "ids":
+                    raise APIError(400, f"{name}: {error.message}") from None
+                left_out += 1
+        if left_out:
+            if not any(part.startswith("ids") for part in kept):
+                kept.append(f"ids[]={unknown_id(kind)}")
+            visit.target = f"{path}?{'&'.join(kept)}"
+
+    async def ask_by_ids(self, visit: Visit, key: VirtualKey) -> None:
+        """Have a list of files asked for by the ids of those that the caller reaches: a page of
+        them, newest first, as the upstream has them."""
+        path, _, query = visit.target.partition("?")
+        asked = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+        size, page = rows_asked(asked), CURSOR.fullmatch(asked.get("page", ""))
+        if asked.keys() - FILE_LIST or not size or (asked.get("page") and not page):
+            return  # the upstream says what is wrong, or lists them in its own way
+        made, size = await visit.gateway.ledger.reached(key, "files"), min(size, IDS_A_CALL)
+        order = sorted(made, key=made.__getitem__)[::-1]
+        after, before = page[2] if page else asked.get("after_id"), asked.get("before_id")
+        if after in made:
+            order = order[order.index(after) + 1 :]
+        elif page:  # it was deleted meanwhile
+            order = [name for name in order if made[name] <= float(page[1])]
+        if before in made:
+            order = order[: order.index(before)]
+        ids = order[-size:] if before else order[:size]
+        cursor = f"page_own_{made[ids[-1]]:.6f}_{ids[-1]}" if len(order) > size else ""
+        visit.listing = Listing(visit.target, ids or [unknown_id("files")], cursor)
+        told = ["beta=true"] if "beta" in asked else []
+        told += [f"ids[]={urllib.parse.quote(name, safe='')}" for name in visit.listing.ids]
+        visit.target = f"{path}?{'&'.join(told)}"
+
+    async def list_own(self, visit: Visit, body: bytes) -> bytes:
+        """A list with the caller's rows alone, as it would be if there were no others'."""
+        document, listing = read_json(body, Any), visit.listing
+        if isinstance(document, dict) and listing is not None:
+            rows = list_of(document.get("data"))
+            if {id_of(row) for row in rows} <= set(listing.ids):
+                return as_list(document, rows, listing.cursor) if listing.cursor else body
+            # It does not know ``ids[]``, and has listed what it has.
+            visit.target, body = listing.target, b""
+            document = await self.ask(visit, visit.target)
+        if not isinstance(document, dict):
+            raise APIError(502, "The upstream's list cannot be read.")
+        rows = list_of(document.get("data"))
+        shown = await self.visible(visit, rows)
+        if "has_more" in document and "next_page" not in document:
+            return await self.fill(visit, body, document, shown)
+        next_page = document.get("next_page")
+        return body if body and shown == rows else as_list(document, shown, next_page)
+
+    async def fill(
+        self, visit: Visit, body: bytes, document: dict[str, Any], shown: list[Any]
+    ) -> bytes:
+        """A full page of rows that the caller reaches, of as many of the upstream's as it takes."""
+        path, _, query = visit.target.partition("?")
+        asked = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+        limit, backwards = rows_asked(asked) or DEFAULT_LIMIT, bool(asked.get("before_id"))
+        cursor = "before_id" if backwards else "after_id"
+        page, rows = document, list_of(document.get("data"))
+        is_whole, key = bool(body) and shown == rows, cast(VirtualKey, visit.payer)
+        left = set(await visit.gateway.ledger.reached(key, visit.route.kind))
+        for _ in range(MAX_PAGES):
+            left -= set(map(id_of, rows))
+            if len(shown) > limit or not page.get("has_more") or not left or not rows:
+                break
+            asked |= {"limit": str(MAX_ROWS_LISTED), cursor: id_of(rows[0 if backwards else -1])}
+            page = await self.ask(visit, f"{path}?{urllib.parse.urlencode(asked)}")
+            rows = list_of(page.get("data"))
+            found = await self.visible(visit, rows)
+            shown = found + shown if backwards else shown + found
+        has_more = len(shown) > limit
+        if is_whole and has_more == document["has_more"]:
+            return body
+        return as_list(document, shown[-limit:] if backwards else shown[:limit], has_more)
+
+    async def visible(self, visit: Visit, rows: Sequence[Any]) -> list[Any]:
+        """The rows that the caller reaches; what came of his own is his."""
+        key, ledger, born = visit.payer, visit.gateway.ledger, dict[tuple[str, str], Any]()
+        assert key is not None
+        objects = [row for row in rows if isinstance(row, dict)]
+        known = await ledger.find_things(
+            itertools.chain(map(id_of, objects), map(parent_of, objects))
+        )
+        shown = []
+        for row in objects:
+            name, above = id_of(row), known.get(str(parent_of(row)))
+            thing = known.get(name)
+            if thing is None and above is not None and above.belongs_to(key) and name:
+                born.setdefault((above.owner, visit.route.kind), {})[name] = moment_in(row)
+                thing = above
+            if thing is not None and (thing.belongs_to(key) or thing.is_shared):
+                for kind, product in products_of(row):
+                    born.setdefault((thing.owner, kind), {})[product] = moment_in(row)
+                shown.append(row)
+            elif thing is None and visit.route.kind == "skills" and is_published(row):
+                shown.append(row)
+        for (owner, kind), made in born.items():
+            await ledger.own(owner, kind, made)
+        return shown
+
+    # What is made
+
+    def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
+        key, route = visit.payer, visit.route
+        if key is None or not 200 <= head.status < 300:
+            return ()
+        learn = functools.partial(self.learn, visit)
+        for meter in (visit.meter, visit.results):
+            if meter is not None:
+                meter.learn = learn
+        if not route.kind or visit.results is not None:
+            return ()
+        if route.fetches and not route.name:
+            is_free = key.resources == "all"
+            return () if is_free else (Rewritten(functools.partial(self.list_own, visit)),)
+        if is_event_stream(head):
+            watch = Meter(EVENT_STREAM)
+            watch.learn = learn
+            return (watch,)
+        if not route.fetches or (route.kind in PRODUCERS and not route.below):
+            return (Rewritten(functools.partial(self.remember, visit)),)
+        return ()
+
+    async def remember(self, visit: Visit, body: bytes) -> bytes:
+        """What was made is its maker's before he is told of it; so is what his things made."""
+        made, route = read_json(body, Any), visit.route
+        if not isinstance(made, dict) or route.deletes:
+            return body
+        moment, name, kind = moment_in(made), id_of(made), f"{made.get('type')}s"
+        visit.born |= {product: (of, moment) for of, product in products_of(made)}
+        below = route.below.strip("/").split("/")
+        if name and name not in (route.name, *below) and not route.fetches:
+            visit.born[name] = (kind if kind in KINDS else below[-1] or route.kind, moment)
+        await self.keep(visit)
+        return body
+
+    def learn(self, visit: Visit, document: object) -> None:
+        """An answer, or a part of one, may name what was made for the caller on the way: containers
+        and files that code wrote (SDK: types/code_execution_output_block.py)."""
+        for member in members_within(document):
+            wrote = str(member[1].get("type")).endswith("code_execution_output")
+            for kind, name in named_by(*member):
+                if kind == "containers" or (kind == "files" and wrote):
+                    visit.born[name] = (kind, time.time())
+                    visit.errand = functools.partial(self.keep, visit)
+
+    async def keep(self, visit: Visit) -> None:
+        """Remember what was born: it is its owner's. Raises APIError 503."""
+        born, visit.born = visit.born, {}
+        for name, (kind, moment) in born.items() if visit.owner else ():
+            await visit.gateway.ledger.own(visit.owner, kind, {name: moment})
+
+    def end(self, visit: Visit) -> None:
+        route, answer = visit.route, visit.answer
+        deleted = route.name and route.deletes and visit.caller.own is None
+        if deleted and answer is not None and answer.status == 200:
+            visit.gateway.ledger.forget((route.name + route.below).strip("/").split("/")[-1])
+
+
+def id_of(row: object) -> str:
+    """The id of an object; empty where it has none."""
+    name = row.get("id") if isinstance(row, dict) else None
+    return name if isinstance(name, str) else ""
+
+
+def rows_asked(asked: Mapping[str, str]) -> int:
+    """How many rows a query asks for at most; 0 where that is no number that a list takes."""
+    limit = asked.get("limit", str(DEFAULT_LIMIT))
+    return int(limit) if re.fullmatch("[1-9][0-9]{0,2}|1000", limit) else 0
+
+
+def unknown_id(kind: str) -> str:
+    """An id that no thing has."""
+    return KINDS.get(kind, "") + secrets.token_hex(12)
+
+
+def as_list(document: dict[str, Any], rows: Sequence[Any], more: object) -> bytes:
+    """A list with these rows, and whether there are more or the cursor that leads to them; without
+    numbers, and other rows, that others' things could change."""
+    told = {
+        name: value for name, value in document.items() if type(value) not in (int, float, list)
+    }
+    ends: dict[str, Any] = {"has_more": bool(more), "next_page": more or None}
+    ends["first_id"], ends["last_id"] = (id_of(rows[0]), id_of(rows[-1])) if rows else (None, None)
+    told |= {"data": rows} | {name: ends[name] for name in ends if name in told}
+    return json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+RULES = (Credentials(), Routes(), Models(), Fields(), Walls(), Batches(), Limits())
 
 
 # ─── Relay ────────────────────────────────────────────────────────────────────────────────────────
@@ -4685,6 +5387,7 @@ class RelayHandler(BaseHandler):
     _visit: Visit
     _kept: list[bytes] | None = None  # of its body
     _held = 0  # bytes
+    _seen = b""  # the end of what was looked through
     _upstream: UpstreamRequest | None = None
     _uploaded: asyncio.Future[None]  # done when all of a body that streams was handed on
     _filters: Sequence[ResponseFilter] = ()
@@ -4719,7 +5422,8 @@ class RelayHandler(BaseHandler):
         visit.lines.insert(0, gateway.host_line)
         if visit.credential is not None:
             visit.lines.append(": ".join(visit.credential))
-        keeps = visit.reads_body or visit.route.billed or is_json(head.get("content-type"))
+        keeps = visit.reads_body or visit.refers or visit.route.billed
+        keeps = keeps or is_json(head.get("content-type"))
         if visit.length > JSON_BODY_LIMIT:
             self._go_unread(visit.length)
         elif keeps or visit.length == 0:
@@ -4735,6 +5439,7 @@ class RelayHandler(BaseHandler):
         if record.bytes_in > limit:
             raise too_large(limit)
         if kept is None:
+            self._look(chunk)
             upstream, chunked = self._upstream, self._visit.length == CHUNKED
             return upstream.write(framed(chunk) if chunked else chunk) if upstream else None
         if record.bytes_in > self._held:
@@ -4745,6 +5450,7 @@ class RelayHandler(BaseHandler):
         if record.bytes_in <= JSON_BODY_LIMIT:
             return None
         self._go_unread(record.bytes_in)
+        self._look(b"".join(kept))
         self._stream(CHUNKED, framed(b"".join(kept)))
         return self._upstream.room if self._upstream is not None else None
 
@@ -4758,7 +5464,7 @@ class RelayHandler(BaseHandler):
             return
         visit.record.whole = self.gateway.time()
         data, self._kept = b"".join(kept), None
-        body = Kept(data, visit.route, self._breathe)
+        body = Kept(data, self._breathe)
         key = visit.caller.key
         if key is not None and len(data) > AT_ONCE:  # one of a key's is judged after the other
             async with key.account.turn:
@@ -4828,6 +5534,7 @@ class RelayHandler(BaseHandler):
         assert self._upstream is not None
         complete = self._upstream.complete
         if self._gathered is not None:
+            self._hold(len(data))
             self._gathered += data
             if complete or len(self._gathered) > REWRITE_LIMIT:
                 return at_once(self._send_rewritten(complete))
@@ -4836,6 +5543,8 @@ class RelayHandler(BaseHandler):
             return at_once(self._send_inside(self._inside, data, complete))
         if data or complete:
             data = through(self._filters, data, complete)
+        if self._visit.errand is not None:
+            return at_once(self._send_later(data, complete))
         if complete or self._visit.phase is not RequestPhase.BEGUN:
             return self._send(data, complete)
         self._visit.record.bytes_out += len(data)
@@ -4849,11 +5558,12 @@ class RelayHandler(BaseHandler):
         self.fail(error)
 
     def on_connection_close(self) -> None:
-        """The client has left: so does the upstream's connection, at once; but where a batch is
-        being made its answer is awaited, since whoever makes one pays for it."""
-        visit, upstream = self._visit, self._upstream
+        """The client has left: so does the upstream's connection, at once; but where something is
+        being made its answer is awaited, since he pays for a batch, and owns the rest."""
+        visit, upstream, route = self._visit, self._upstream, self._visit.route
         asked = upstream is not None and upstream.begun and upstream.sent
-        if visit.route.makes_batch and asked and visit.phase is not RequestPhase.SETTLED:
+        makes = route.makes_batch or (route.kind and not route.fetches and visit.owner)
+        if makes and asked and visit.phase is not RequestPhase.SETTLED:
             visit.phase = FOLLOWS[visit.phase][RequestPhase.DESERTED]
         else:
             self.settle("client_gone")
@@ -4960,6 +5670,15 @@ class RelayHandler(BaseHandler):
         self._visit.order = Order(prompt=tokens_in(size))
         self._kept = None
 
+    def _look(self, data: bytes) -> None:
+        """Look through a part of a body that is not kept. Raises APIError where it names things."""
+        if self._visit.refers:
+            data = self._seen + data
+            self._seen = data[-LONGEST_NAME:]
+            if may_refer(data, self._visit.route):
+                text = "This body names files or other things, so it is read, and may be"
+                raise APIError(413, f"{text} {JSON_BODY_LIMIT:,} bytes long. Send it in parts.")
+
     def _stream(self, length: int, kept: bytes = b"") -> None:
         """Open the upstream now; the body follows what is kept of it: `data_received` writes what
         comes, until `post` says that it was all."""
@@ -4969,7 +5688,15 @@ class RelayHandler(BaseHandler):
 
     async def _send_inside(self, inside: Inside, data: bytes, complete: bool) -> None:
         """Send compressed bytes on, once the filters have seen what they hold."""
-        room = self._send(await inside.feed(data, complete), complete)
+        await self._send_later(await inside.feed(data, complete), complete)
+
+    async def _send_later(self, data: bytes, complete: bool) -> None:
+        """Send bytes on, once an errand is done that they must wait for."""
+        errand, self._visit.errand = self._visit.errand, None
+        if errand is not None:
+            with contextlib.suppress(APIError):  # which is said, and tried again each second
+                await errand()
+        room = self._send(data, complete)
         if room is not None:
             await room
 
@@ -4982,10 +5709,11 @@ class RelayHandler(BaseHandler):
                 raise ValueError("too large")
             body = decompress(head.coding, bytes(gathered), REWRITE_LIMIT)
         except (ValueError, zlib.error) as error:
-            raise APIError(502, f"The upstream's batch object cannot be read: {error}.") from None
+            raise APIError(502, f"The upstream's answer cannot be read: {error}.") from None
+        plain = body
         for each in self._filters:
             body = await each.rewrite(body) if each.changes_length else through([each], body, True)
-        body = compress(head.coding, body)
+        body = bytes(gathered) if body == plain else compress(head.coding, body)
         head.fields = [each for each in head.fields if each.lower != "content-length"]
         head.fields.append(parse_field(f"Content-Length: {len(body)}"))
         self._upstream.length = len(body)
@@ -5023,7 +5751,8 @@ class RelayHandler(BaseHandler):
     ) -> tuple[str, list[str]]:
         """An answer's start line and field lines as the client gets them: without hop-by-hop
         fields, with the gateway's own in the place of those of their names, the real key masked."""
-        unwanted, mask, phrase, lines = head.options, self._visit.mask, head.reason, []
+        unwanted, mask = head.options | self._visit.hidden, self._visit.mask
+        phrase, lines = head.reason, list[str]()
         if own:
             unwanted = unwanted.union(map(operator.itemgetter(0), own))
         for lower, _, _, line, _, goes_down in head.fields:
@@ -5175,7 +5904,8 @@ class KeyHandler(ManagementHandler):
     async def generate(self, body: dict[str, Any]) -> dict[str, Any]:
         """LiteLLM's request and response; no other answer has the plain key."""
         key = self.chosen(body.pop("key", None))
-        record = self.changed(VirtualKey(key_name(key), created_at=now()), body)
+        made = VirtualKey(key_name(key), created_at=now(), owner_id=secrets.token_hex(8))
+        record = self.changed(made, body)
         return await self.keep({hash_key(key): record}, "made") | {"key": key}
 
     async def update(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -5191,7 +5921,8 @@ class KeyHandler(ManagementHandler):
         value = self.chosen(body.pop("new_key", None))
         retired = {old: until for old, until in record.retired.items() if until > moment}
         retired[record.account.hashed] = grace or moment
-        changed = self.changed(record, body, key_name=key_name(value), retired=retired)
+        more = {"key_name": key_name(value), "retired": retired, "owner_id": record.owner}
+        changed = self.changed(record, body, **more)
         changes = {record.account.hashed: None, hash_key(value): changed}
         return await self.keep(changes, "regenerated") | {"key": value}
 
@@ -5219,9 +5950,29 @@ class KeyHandler(ManagementHandler):
         await self.keep({record.account.hashed: record for record in found}, "deleted")
         return {"deleted_keys": keys + aliases}
 
+    async def assign(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Give the things of these ``ids`` to a ``key``, to nobody (null) or to all to use ("*").
+        ``kind`` is needed for those whose ids do not tell it."""
+        ids, kind, key = TEXTS.parse("ids", body.get("ids")), body.get("kind"), body.get("key")
+        if not ids or "key" not in body or not (kind is None or isinstance(kind, str)):
+            raise APIError(400, "'ids' must list things, and 'key' name a key, '*' or null.")
+        owner, ledger = None if key == "*" else "", self.gateway.ledger
+        if key not in ("*", None):
+            named = {"key_alias": key} if ledger.find("", str(key)) else {"key": key}
+            owner = self.addressed(named).owner
+        known, names = await ledger.find_things(ids), dict[str, str]()
+        for name in ids:
+            guessed = next((k for k, prefix in KINDS.items() if name.startswith(prefix)), None)
+            names[name] = known[name].kind if name in known else kind or guessed or ""
+            if not names[name]:
+                raise APIError(400, f"{printable(name)}: say its 'kind', as {', '.join(KINDS)}.")
+        await ledger.assign(names, owner)
+        log.info("%d things assigned", len(ids))
+        return {"ids": ids, "key": key}
+
     deeds: ClassVar[dict[str, Any]] = {"generate": generate, "update": update, "block": block}
     deeds |= {"unblock": functools.partial(block, blocked=False), "reset_spend": reset_spend}
-    deeds |= {"regenerate": regenerate, "delete": delete_keys}
+    deeds |= {"regenerate": regenerate, "delete": delete_keys, "assign": assign}
 
 
 class InfoHandler(ManagementHandler):
@@ -5310,7 +6061,31 @@ class ReportHandler(ManagementHandler):
             and first <= day_of(finished.started) <= last
         ]
 
+    def list_resources(self) -> dict[str, Any]:
+        """Pages of what is whose, of a ``key`` or of a ``kind``."""
+        page, size = self.query("page", ORDINAL, 1), self.query("size", ORDINAL, MAX_PAGE_SIZE)
+        asked, kind, ledger = self.query("key"), self.query("kind"), self.gateway.ledger
+        owner = self.addressed({"key": asked}).owner if asked else None
+        keys = {key.owner: key.account.hashed for _, key in ledger.live()}
+        size, things = min(size, MAX_PAGE_SIZE), ledger.things
+        chosen = [p for p in things.made if owner in (None, p[0]) and kind in ("", p[1])]
+        total = sum(len(things.made[place]) for place in chosen)
+        every = itertools.chain.from_iterable(things.made[place].items() for place in chosen)
+        rows = []
+        for name, moment in itertools.islice(every, (page - 1) * size, page * size):
+            owner, kind = things.places[name]
+            row = {
+                "id": name,
+                "kind": kind,
+                "key": keys.get(owner),
+                "shared": name in things.shared,
+            }
+            rows.append(row | {"created_at": moment_of(int(moment))})
+        told = {"resources": rows, "total_count": total, "current_page": page}
+        return told | {"total_pages": -(-total // size)}
+
     reports: ClassVar[dict[str, Any]] = {"/key/list": list_keys, "/spend/logs": list_requests}
+    reports["/resources/list"] = list_resources
     reports |= {"/spend/keys": list_spend, "/global/spend/report": sum_spend}
 
 
@@ -5686,6 +6461,7 @@ def make_app(settings: Settings, rules: Sequence[Rule] = RULES) -> GatewayApplic
         (METRICS_PATH, MetricsHandler),
         (r"/key/(generate|update|delete|block|unblock|regenerate)", KeyHandler),
         (r"/key/([^/]+)/(regenerate|reset_spend)", KeyHandler),
+        (r"/resources/(assign)", KeyHandler),
         (r"/key/info", InfoHandler),
         *((re.escape(path), ReportHandler) for path in ReportHandler.reports),
     ]
