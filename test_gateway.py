@@ -5271,9 +5271,15 @@ class Tenants:
             self.born("files" if name.startswith("file") else "containers", name, who)
 
     async def outside(self, who: int, which: int, size: int) -> None:
-        where = KEPT_BY[which % 4]
-        made = self.workspace.make(where.rpartition("/")[2], source={"type": "custom"})
-        self.born(where, made["id"], None)
+        """Something is made from before the walls or from beside them, and given to a key or not."""
+        where, is_given = KEPT_BY[which % 4], which % 3 > 0
+        source, ids = {"type": "custom"}, []
+        for _ in range(size):
+            ids.append(self.workspace.make(where.rpartition("/")[2], source=source)["id"])
+            self.born(where, ids[-1], who if is_given else None)
+        if is_given:
+            told = {"ids": ids, "key": self.keys[who]}
+            assert (await self.ask("POST /resources/assign", body=told)).status == 200
 
     async def lists(self, who: int, which: int, size: int) -> None:
         where = KEPT_BY[which % 4]
