@@ -5271,7 +5271,7 @@ class Tenants:
             self.born("files" if name.startswith("file") else "containers", name, who)
 
     async def outside(self, who: int, which: int, size: int) -> None:
-        """Something is made from before the walls or from beside them, and given to a key or not."""
+        """Something comes from before the walls or from beside them; a key is given it or not."""
         where, is_given = KEPT_BY[which % 4], which % 3 > 0
         source, ids = {"type": "custom"}, []
         for _ in range(size):
