@@ -5153,12 +5153,14 @@ async def test_what_is_born_without_a_create_is_its_makers(gw: GW) -> None:
             asked = MESSAGE | {"container": told}
             await is_the_makers("messages.create", asked, container=container)
 
-    # What a schedule, a dream and a session have made, fetched or listed before all else
+    # What a schedule and a session have made, fetched or listed before all else; and a dream, of
+    # whose products only it tells
     for listed in (False, True):
         run = workspace.act("", workspace.find("deployments", own["deployment_id"]), "run")
         scope = {"type": "session", "id": run["session_id"]}
         dream = (await maker.beta.dreams.create(**filled(FIRST["beta.dreams.create"], own))).id
         dreamt = workspace.find("dreams", dream)
+        await maker.beta.dreams.retrieve(dream)
         for name, thing in {
             "deployment_run": run["id"],
             "session": run["session_id"],
