@@ -5473,6 +5473,791 @@ def test_the_curls_of_litellms_page(mocked: Process, virtual_key: str, start: St
     assert mocked.lets_in(curl(made, mocked.port)["key"])
 
 
+# ─── Walls: the SDK's resources ───────────────────────────────────────────────────────
+
+# Collections, what the ids in them begin with, and the type of the things.
+COLLECTIONS = {
+    name: (prefix, kind)
+    for name, prefix, kind in re.findall(
+        r"(\w+):(\w+):(\w+)",
+        "batches:msgbatch:message_batch files:file:file skills:skill:skill models:claude:model"
+        " versions:skver:skill_version containers:container:container agents:agent:agent"
+        " environments:env:environment work:work:work sessions:sesn:session events:sevt:event"
+        " threads:sthr:session_thread resources:sesrsc:file deployments:depl:deployment"
+        " deployment_runs:drun:deployment_run dreams:drm:dream memories:mem:memory"
+        " memory_stores:memstore:memory_store memory_versions:memver:memory_version"
+        " vaults:vlt:vault credentials:vcrd:vault_credential tunnels:tnl:tunnel"
+        " certificates:tcrt:tunnel_certificate user_profiles:uprof:user_profile",
+    )
+}
+# Members of a body, fields of a head and parameters of a query that name things of a collection.
+REFERENCES = {"file_id": "files", "skill_id": "skills", "container": "containers"}
+REFERENCES |= {"environment_id": "environments", "vault_ids": "vaults", "session_ids": "sessions"}
+REFERENCES |= {"memory_store_id": "memory_stores", "deployment_id": "deployments"}
+REFERENCES |= dict.fromkeys(("agent", "agents", "predefined_agents", "agent_id"), "agents")
+REFERENCES |= dict.fromkeys(("scope_id", "session_id"), "sessions")
+REFERENCES |= {"anthropic-user-profile-id": "user_profiles"}
+OLD_FILES = "files-api-2025-04-14"  # a beta whose lists are paged by after_id
+BUILT_IN = ["pdf", "xlsx"]  # skills of Anthropic's
+
+
+def named_in(value: Any) -> Iterator[tuple[str, str]]:
+    """The things that a document names: their collections and ids."""
+    for name, inner in value.items() if isinstance(value, dict) else ():
+        for each in inner if isinstance(inner, list) else [inner]:
+            told = each.get("id") if isinstance(each, dict) else each
+            if name in REFERENCES and told:
+                yield REFERENCES[name], told
+        if name not in ("text", "input", "metadata"):
+            yield from named_in(inner)
+    for each in value if isinstance(value, list) else ():
+        yield from named_in(each)
+
+
+class Workspace:
+    """Anthropic's workspace as an upstream: whoever holds its key lists, reads, changes and deletes
+    all things in it. What does not exist is a 404, wherever it is named."""
+
+    def __init__(self) -> None:
+        # By collection and id, the newest last; what is within a thing is a collection of its own.
+        self.things: dict[str, dict[str, Any]] = {}
+        self.results: dict[str, bytes] = {}
+        self.made = 0
+        for name in reversed(BUILT_IN):
+            self.make("skills", id=name, source={"type": "anthropic"})
+        for name in (HAIKU, OPUS):
+            self.make("models", id=name)
+
+    def make(self, where: str, **members: Any) -> dict[str, Any]:
+        self.made += 1
+        prefix, kind = COLLECTIONS[where.rpartition("/")[2]]
+        name = f"{prefix}_01{hashlib.sha256(b'%d' % self.made).hexdigest()[:22]}"
+        at = f"2026-11-01T00:00:00.{self.made:06}Z"
+        thing = {"id": name, "type": kind, "created_at": at} | members
+        return self.things.setdefault(where, {}).setdefault(thing["id"], thing)
+
+    def find(self, where: str, name: str) -> dict[str, Any]:
+        if name not in self.things.get(where, ()):
+            raise LookupError(f"{where.rpartition('/')[2]} {name} not found")
+        return self.things[where][name]
+
+    def ids(self) -> set[str]:
+        return {name for things in self.things.values() for name in things}
+
+    async def __call__(self, request: Arrived) -> None:
+        body, url = await request.read_body(), urllib.parse.urlsplit(request.target)
+        query = urllib.parse.parse_qs(url.query)
+        kind, names = "".join(request.field("content-type")), url.path.split("/")[2:]
+        document = json.loads(body) if kind.startswith("application/json") and body else {}
+        if kind.startswith("multipart/"):
+            document = {"filename": re.search(rb'filename="(.*?)"', body)[1].decode()}
+            document |= {"size_bytes": len(body)}
+        told = {name.lower(): value for name, value in request.fields}
+        told |= {name: values[0] for name, values in query.items()} | {"ids[]": query.get("ids[]")}
+        try:
+            for where, name in [*named_in(told), *named_in(document)]:
+                self.find(where, name)
+            if names[:2] == ["messages", "batches"]:
+                names[:2] = ["batches"]
+            answer = self.answer(request.start_line.split(" ")[0], names, told, document)
+            status = "200 OK"
+        except (LookupError, ValueError) as refused:
+            missing = isinstance(refused, LookupError)
+            status = "404 Not Found" if missing else "400 Bad Request"
+            error = {"type": KINDS[int(status[:3])], "message": str(refused)}
+            answer = {"type": "error", "error": error, "request_id": "req_9"}
+        fields = ["request-id: req_9", "anthropic-organization-id: org_1"]
+        if isinstance(answer, bytes):
+            streams = answer.startswith(b"event:")
+            fields.append(f"Content-Type: {gateway.EVENT_STREAM if streams else 'text/csv'}")
+        await answers(answer, status, *fields)(request)
+
+    def answer(self, method: str, names: list[str], told: dict[str, Any], body: Any) -> Any:
+        where, *rest = names
+        if where == "messages":
+            return self.message(body) if not rest else {"input_tokens": 9}
+        while len(rest) > 1 and rest[1] in COLLECTIONS:
+            self.find(where, rest[0])
+            where, rest = f"{where}/{rest[0]}/{rest[1]}", rest[2:]
+        if rest and rest[0] in ("poll", "stats", "stream", "latest"):
+            things = list(self.things.get(where, {}).values())
+            return sse(*things) if rest[0] == "stream" else things[-1]
+        if not rest:
+            return self.create(where, body) if method == "POST" else self.page(where, told)
+        thing = self.find(where, rest[0])
+        if rest[1:]:
+            return self.act(where, thing, rest[-1])
+        if method == "DELETE":
+            del self.things[where][thing["id"]]
+            for inner in [each for each in self.things if f"/{thing['id']}/" in each]:
+                del self.things[inner]
+            return {"id": thing["id"], "type": f"{thing['type']}_deleted"}
+        thing |= body if method == "POST" else {}
+        return thing
+
+    def create(self, where: str, body: dict[str, Any]) -> Any:
+        if where.endswith("/events"):  # the session's answer to each of them is a file
+            for scope in [{"type": "session", "id": where.split("/")[1]}] * len(body["events"]):
+                self.make("files", filename="out.csv", downloadable=True, scope=scope)
+            return {"data": [self.make(where, **event) for event in body["events"]]}
+        thing = self.make(where, **body)
+        inner = f"{where}/{thing['id']}"
+        match where.rpartition("/")[2]:
+            case "batches":
+                thing |= {"processing_status": "ended"}
+                thing |= {"results_url": f"/v1/messages/{inner}/results", "requests": None}
+                for row in body["requests"]:
+                    result = {"type": "succeeded", "message": self.message(row["params"])}
+                    line = {"custom_id": row["custom_id"], "result": result}
+                    rows = self.results.get(thing["id"], b"")
+                    self.results[thing["id"]] = rows + json.dumps(line).encode() + b"\n"
+            case "skills":
+                thing["source"] = {"type": "custom"}
+                thing["latest_version_id"] = self.make(f"{inner}/versions")["id"]
+            case "agents":
+                self.things[f"{inner}/versions"] = {thing["id"]: thing}
+            case "memories":
+                self.make(where.replace("memories", "memory_versions"), memory_id=thing["id"])
+            case "sessions":
+                self.make(f"{inner}/threads", session_id=thing["id"])
+                data = {"type": "session", "id": thing["id"]}
+                self.make(f"environments/{body['environment_id']}/work", data=data)
+                for resource in body.get("resources", []):
+                    self.make(f"{inner}/resources", **resource)
+            case "dreams":  # begun in a moment
+                before = thing | {"session_id": None, "outputs": []}
+                session, store = self.make("sessions"), self.make("memory_stores")
+                outputs = [{"type": "memory_store", "memory_store_id": store["id"]}]
+                thing |= {"session_id": session["id"], "outputs": outputs}
+                return before
+        return thing
+
+    def act(self, where: str, thing: dict[str, Any], action: str) -> Any:
+        if action == "run":
+            kept = ("agent", "environment_id", "resources", "vault_ids")
+            members = {name: thing[name] for name in kept if name in thing}
+            session = self.create("sessions", members | {"deployment_id": thing["id"]})
+            told = {"deployment_id": thing["id"], "session_id": session["id"]}
+            return self.make("deployment_runs", **told)
+        if action == "archive":
+            thing["archived_at"] = thing["created_at"]
+        content = {"results": self.results.get(thing["id"]), "content": thing["id"].encode()}
+        return content.get(action, thing)
+
+    def page(self, where: str, told: dict[str, Any]) -> dict[str, Any]:
+        things = list(self.things.get(where, {}).values())
+        if told.get("order", "asc" if where.endswith("/events") else "desc") == "desc":
+            things.reverse()
+        if told.get("include_archived") != "true":
+            things = [thing for thing in things if "archived_at" not in thing]
+        for value in [value for name, value in told.items() if name in {*REFERENCES, "source"}]:
+            things = [thing for thing in things if f'"{value}"' in json.dumps(thing)]
+        old = where == "files" and OLD_FILES in told.get("anthropic-beta", "")
+        limit = int(told.get("limit", 20))
+        if old or where in ("batches", "models"):
+            names = [thing["id"] for thing in things]
+            start = names.index(told["after_id"]) + 1 if "after_id" in told else 0
+            end = names.index(told["before_id"]) if "before_id" in told else start + limit
+            rows = things[max(start, end - limit) : end]
+            more = end > limit if "before_id" in told else end < len(things)
+            ends = [rows[at]["id"] if rows else None for at in (0, -1)]
+            return {"data": rows, "has_more": more, "first_id": ends[0], "last_id": ends[1]}
+        if told["ids[]"]:
+            if "limit" in told or "page" in told or len(told["ids[]"]) > 100:
+                raise ValueError("ids[] stands alone, with at most 100 ids")
+            found = [thing for thing in things if thing["id"] in told["ids[]"]]
+            return {"data": found, "next_page": None}
+        start = int(told["page"].removeprefix("page_"), 16) if "page" in told else 0
+        end = start + limit
+        answer = {"data": things[start:end], "next_page": None}
+        if end < len(things):
+            answer["next_page"] = f"page_{end:06x}"
+        if where == "sessions":
+            answer["prev_page"] = f"page_{max(0, start - limit):06x}" if start else None
+        return answer
+
+    def message(self, body: dict[str, Any]) -> Any:
+        """An answer to a message; one with tools is of code that has run in a container and has
+        written a file."""
+        message = {"id": f"msg_{self.made}", "type": "message", "role": "assistant"}
+        message |= {"model": body["model"], "content": [{"type": "text", "text": "done"}]}
+        message |= {"stop_reason": "end_turn", "usage": usage_of(10, 5)}
+        if body.get("tools"):
+            told = body.get("container")
+            name = told.get("id") if isinstance(told, dict) else told
+            message["container"] = {"id": name or self.make("containers")["id"]}
+            written = self.make("files", filename="out.csv", downloadable=True)["id"]
+            output = {"type": "bash_code_execution_output", "file_id": written}
+            result = {"type": "bash_code_execution_result", "content": [output], "return_code": 0}
+            block = {"type": "bash_code_execution_tool_result", "tool_use_id": "srvtoolu_1"}
+            message["content"].append(block | {"content": result})
+        if not body.get("stream"):
+            return message
+        begun = message | {"content": [], "container": None}
+        events: list[dict[str, Any]] = [{"type": "message_start", "message": begun}]
+        for at, block in enumerate(message["content"]):
+            events += [{"type": "content_block_start", "index": at, "content_block": block}]
+            events += [{"type": "content_block_stop", "index": at}]
+        last = {"stop_reason": "end_turn", "container": message.get("container")}
+        events += [{"type": "message_delta", "delta": last, "usage": {"output_tokens": 5}}]
+        return sse(*events, {"type": "message_stop"})
+
+
+# Where the SDK makes each thing that its calls name; the first of a list was made by another.
+MADE_BY = {
+    "file_id": "files.upload",
+    "message_batch_id": "messages.batches.create",
+    "skill_id": "skills.create",
+    "version": "skills.versions.create",
+    "environment_id": "beta.environments.create",
+    "memory_store_id": "beta.memory_stores.create",
+    "memory_id": "beta.memory_stores.memories.create",
+    "memory_version_id": "beta.memory_stores.memory_versions.list",
+    "vault_id": "beta.vaults.create",
+    "credential_id": "beta.vaults.credentials.create",
+    "agent_id": "beta.agents.create",
+    "session_id": "beta.sessions.create",
+    "resource_id": "beta.sessions.resources.add",
+    "thread_id": "beta.sessions.threads.list",
+    "work_id": "beta.environments.work.list",
+    "deployment_id": "beta.deployments.create",
+    "deployment_run_id": "beta.deployments.run",
+    "dream_id": "beta.dreams.create",
+    "tunnel_id": "beta.tunnels.create",
+    "certificate_id": "beta.tunnels.certificates.create",
+    "user_profile_id": "beta.user_profiles.create",
+}
+WITHIN = {"version", "memory_id", "memory_version_id", "credential_id", "resource_id", "thread_id"}
+WITHIN |= {"work_id", "certificate_id"}  # what stands below another thing's path
+# What calls must be told besides; "$…" stands for what was made.
+TEXT = [{"type": "text", "text": "hi"}]
+FILE = {"type": "file", "file_id": "$file_id"}
+STORE = {"type": "memory_store", "memory_store_id": "$memory_store_id"}
+CUSTOM = {"type": "custom", "skill_id": "$skill_id"}
+SKILLS = [CUSTOM, {"type": "anthropic", "skill_id": "xlsx"}]
+TOLD: dict[str, Any] = MESSAGE | dict.fromkeys(("name", "display_name", "content", "type"), "file")
+TOLD |= {"path": "/x", "metadata": {}, "authorization_token": "t", "ca_certificate_pem": "pem"}
+TOLD |= {"file": ("a.txt", b"hello", "text/plain"), "files": [("s/SKILL.md", b"---", "text/plain")]}
+TOLD |= {"requests": [{"custom_id": "a", "params": MESSAGE}], "agent": "$agent_id"}
+TOLD |= {"initial_events": [], "events": [{"type": "user.message", "content": TEXT}]}
+TOLD |= {"inputs": [STORE, {"type": "sessions", "session_ids": ["$session_id"]}]}
+TOLD |= {"auth": {"type": "static_bearer", "token": "t", "mcp_server_url": "https://x"}}
+TOLD |= {"action": "verify"}
+# … and what some may be told.
+MORE: list[tuple[str, dict[str, Any]]] = [
+    ("beta.agents.create", {"skills": SKILLS}),
+    ("beta.sessions.create", {"resources": [FILE, STORE], "vault_ids": ["$vault_id"]}),
+    ("beta.sessions.update", {"vault_ids": ["$vault_id"]}),
+    ("beta.deployments.create", {"resources": [FILE, STORE], "vault_ids": ["$vault_id"]}),
+    ("beta.sessions.list", {"agent_id": "$agent_id"}),
+    ("beta.sessions.list", {"deployment_id": "$deployment_id"}),
+    ("beta.sessions.list", {"memory_store_id": "$memory_store_id"}),
+    ("beta.deployments.list", {"agent_id": "$agent_id"}),
+    ("beta.deployment_runs.list", {"deployment_id": "$deployment_id"}),
+    ("beta.memory_stores.memory_versions.list", {"session_id": "$session_id"}),
+    ("beta.files.list", {"scope_id": "$session_id"}),
+    ("messages.create", {"user_profile_id": "$user_profile_id"}),
+    ("messages.count_tokens", {"user_profile_id": "$user_profile_id"}),
+    ("messages.batches.create", {"user_profile_id": "$user_profile_id"}),
+    ("messages.create", {"container": {"skills": SKILLS}}),
+]
+MULTIAGENT: list[dict[str, Any]] = [{"type": "coordinator", "agents": ["$agent_id"]}]
+for part in ("subagents", "workflows"):
+    inner = {"type": "enabled", "predefined_agents": [{"type": "agent", "id": "$agent_id"}]}
+    MULTIAGENT.append({"type": "multiagent_20261001", part: inner})
+MORE += [("beta.agents.create", {"multiagent": each}) for each in MULTIAGENT]
+DOCUMENT = {"type": "document", "source": FILE}
+for block in (
+    DOCUMENT,
+    {"type": "image", "source": FILE},
+    {"type": "container_upload", "file_id": "$file_id"},
+    {"type": "tool_result", "tool_use_id": "toolu_1", "content": [*TEXT, DOCUMENT]},
+):
+    asked = MESSAGE | {"messages": [{"role": "user", "content": [*TEXT, block]}]}
+    counted = {"model": OPUS, "messages": asked["messages"]}
+    event = {"type": "user.message", "content": [block]}
+    MORE += [("messages.create", asked), ("messages.count_tokens", counted)]
+    MORE += [("messages.batches.create", {"requests": [{"custom_id": "a", "params": asked}]})]
+    MORE += [("beta.sessions.events.send", {"events": [event]})]
+    MORE += [("beta.deployments.create", {"initial_events": [event]})]
+GUARDED = ("organization", "compliance", "webhooks")  # no key reaches them
+UNMAKES = ("delete", "archive", "cancel", "redact", "stop")
+
+
+def groups_of(group: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The SDK's groups of calls that have to do with a workspace."""
+    yield name, group
+    for each in dir(type(group)):
+        kind = inspect.getattr_static(type(group), each)
+        apart = each.startswith(("with_", "_")) or each in GUARDED
+        if isinstance(kind, functools.cached_property) and not apart:
+            yield from groups_of(getattr(group, each), f"{name}.{each}".strip("."))
+
+
+def read_calls() -> list[tuple[str, dict[str, Any]]]:
+    """All calls of the SDK that make, list or name things, and what each is told."""
+    calls = {}
+    for name, group in groups_of(anthropic.AsyncAnthropic(api_key="x")):
+        for verb, method in inspect.getmembers(group, inspect.ismethod):
+            parameters = inspect.signature(method).parameters.values()
+            needed = [each.name for each in parameters if each.default is each.empty]
+            told = {n: f"${n}" if n in MADE_BY else TOLD.get(n) for n in needed}
+            apart = verb.startswith("_") or verb in ("thread", "poller", "worker", "tool_runner")
+            apart = apart or name.endswith("messages") and verb not in ("create", "count_tokens")
+            if name and "model_id" not in told and not apart:
+                calls[f"{name}.{verb}"] = told
+    return [*calls.items(), *((path, calls[path] | more) for path, more in MORE)]
+
+
+CALLS = read_calls()
+FIRST = dict(reversed(CALLS))
+
+
+def names_of(told: Any) -> list[str]:
+    """What a call names of what was made."""
+    return re.findall(r"'\$(\w+)'", repr(told))
+
+
+def filled(told: Any, things: dict[str, str]) -> Any:
+    """What a call is told, with these things."""
+    if isinstance(told, dict):
+        return {name: filled(inner, things) for name, inner in told.items()}
+    if isinstance(told, list):
+        return [filled(inner, things) for inner in told]
+    return things[told[1:]] if isinstance(told, str) and told.startswith("$") else told
+
+
+async def call(client: Any, path: str, told: dict[str, Any], things: dict[str, str]) -> Any:
+    """Call the SDK; the rows, all pages of them, where it gives some."""
+    answer = operator.attrgetter(path)(client)(**filled(told, things))
+    if not hasattr(answer, "__aiter__"):
+        answer = await answer
+    return [row async for row in answer] if hasattr(answer, "__aiter__") else answer
+
+
+async def make_all(client: Any) -> dict[str, str]:
+    """Make one of each; their ids."""
+    things: dict[str, str] = {}
+    for name, path in MADE_BY.items():
+        made = await call(client, path, FIRST[path], things)
+        things[name] = (made[0] if isinstance(made, list) else made).id
+    await client.beta.dreams.retrieve(things["dream_id"])  # tells what it has made
+    return things
+
+
+async def refused(client: Any, path: str, told: Any, things: dict[str, str]) -> None:
+    with pytest.raises(anthropic.NotFoundError) as raised:
+        await call(client, path, told, things)
+    error_of(raised.value.response, 404)
+
+
+EVERYWHERE = [f"/v1/{name}*" for name in ("messages", *COLLECTIONS)]
+
+
+async def tenant(gw: GW, **fields: Any) -> anthropic.AsyncAnthropic:
+    key = await gw.new_key(allowed_routes=EVERYWHERE, **fields)
+    return async_sdk(gw, key, max_retries=0)
+
+
+REPEATED = ("content-type", "anthropic-beta", "anthropic-user-profile-id")
+
+
+async def again(client: Client, request: Arrived, swapped: dict[str, str]) -> Response:
+    """Send what arrived once more, with some ids swapped."""
+
+    def put(text: str) -> str:
+        return functools.reduce(lambda told, swap: told.replace(*swap), swapped.items(), text)
+
+    start = put(request.start_line.removesuffix(" HTTP/1.1"))
+    fields = [put(f"{n}: {v}") for n, v in request.fields if n.lower() in REPEATED]
+    return await client.ask(start, *fields, body=put(request.body.decode()).encode() or None)
+
+
+def said(answer: Response, things: Any) -> Any:
+    """What a 404 says, but for ids, and in what fields."""
+    text = error_of(answer, 404).replace(answer.headers["request-id"], "")
+    for thing in things:
+        text = text.replace(thing, "")
+    return text, sorted(answer.headers)
+
+
+async def test_the_sdk_reaches_what_its_key_may_and_nothing_else(gw: GW) -> None:
+    workspace = gw.plays(Workspace())
+    told = {"one": {"team_id": "t"}, "mate": {"team_id": "t", "resources": "team"}}
+    told |= {"apart": {"team_id": "t"}, "other": {}, "operator": {"resources": "all"}}
+    sdks = {name: await tenant(gw, **more) for name, more in told.items()}
+    sdks["master"] = async_sdk(gw, MASTER_KEY, max_retries=0)
+    direct = anthropic.AsyncAnthropic(base_url=gw.up.url, api_key=REAL_KEY)
+    raw = {name: await gw.client(sdk.api_key) for name, sdk in sdks.items()}
+    all_tenants = workspace.ids()
+    own, sent = await make_all(sdks["one"]), gw.up.arrived[:]
+    ones = workspace.ids() - all_tenants
+    others = await make_all(sdks["other"])
+    everything = workspace.ids()
+    seen = {"one": ones, "mate": ones, "apart": set(), "other": everything - ones - all_tenants}
+    seen |= {"operator": everything, "master": everything}
+
+    for path, asked in CALLS:
+        if path.endswith(".list") and not names_of(asked):
+            rows = await call(direct, path, asked, {})
+            request = gw.up.arrived[-1]
+            for name, ids in seen.items():
+                expected = [row for row in rows if row.id in ids | all_tenants]
+                data = (await again(raw[name], request, {})).json()["data"]
+                assert [row["id"] for row in data] == [row.id for row in expected], (name, path)
+                if name in ("one", "other"):
+                    assert await call(sdks[name], path, asked, {}) == expected, (name, path)
+    both = {"ids": [own["file_id"], others["file_id"], "file_01absent"]}
+    for path in ("files.list", "beta.files.list"):  # what does not exist is left out
+        rows = await call(sdks["other"], path, both, {})
+        assert [row.id for row in rows] == [others["file_id"]]
+
+    # Each call by the maker, and then what it has sent with the keys of others.
+    before = len(gw.up.arrived)
+    for path, asked in CALLS:
+        if names_of(asked) and not path.endswith(UNMAKES):
+            await call(sdks["one"], path, asked, own)
+    absent = {thing: f"{thing[:-6]}absent" for thing in own.values()}
+    for request in [*sent, *gw.up.arrived[before:]]:
+        text = (request.head + request.body).decode()
+        if not (names := [name for name, thing in own.items() if thing in text]):
+            continue
+        expected = said(await again(raw["other"], request, absent), absent.values())
+        arrived = len(gw.up.arrived)
+        for who in ("other", "apart"):
+            assert said(await again(raw[who], request, {}), absent) == expected, request
+        for name in names if len(names) > 1 else ():  # one among things of his own
+            if name not in WITHIN:
+                swapped = {own[each]: others[each] for each in own if each != name}
+                error_of(await again(raw["other"], request, swapped), 404)
+        assert len(gw.up.arrived) == arrived, request
+        if request.start_line.startswith("GET"):
+            for who in ("mate", "operator", "master"):
+                assert (await again(raw[who], request, {})).status == 200, request
+
+    unmade = {path.removeprefix("beta."): (path, asked) for path, asked in CALLS}
+    unmade = {name: made for name, made in unmade.items() if name.endswith(UNMAKES)}
+    for name in sorted(unmade, key=lambda name: (name.endswith("delete"), -name.count("."))):
+        path, asked = unmade[name]
+        await refused(sdks["other"], path, asked, own)
+        await call(sdks["one"], path, asked, own)
+        if name.endswith("delete"):
+            for who in ("one", "operator"):
+                await refused(sdks[who], path, asked, own)
+    assert not gw.exchanges
+
+
+async def test_to_who_is_alone_lists_are_as_upstream_gives_them(gw: GW) -> None:
+    gw.plays(Workspace())
+    client = await tenant(gw)
+    for _ in range(2):
+        await make_all(client)
+    direct = await gw.client(REAL_KEY, int(gw.up.url.rpartition(":")[2]))
+    through = await gw.client(client.api_key)
+    made = {request.target.partition("?")[0] for request in gw.up.arrived}
+    lists = ["/v1/models", "/v1/deployment_runs", *(each for each in made if "_01" not in each)]
+    for target, old in itertools.product(lists, (False, True)):
+        fields = [f"anthropic-beta: {OLD_FILES}"] if old else []
+        for query in ("", "?limit=100&include_archived=true", "?limit=1"):
+            expected = await direct.ask(f"GET {target}{query}", *fields)
+            answer = await through.ask(f"GET {target}{query}", *fields)
+            assert answer.headers["content-type"] == expected.headers["content-type"]
+            named = {name for name in answer.headers if name.endswith("-id")}
+            assert named == {"request-id", "x-litellm-call-id"}
+            if target == "/v1/files":  # which are asked for by id, so that the cursor may differ
+                told, members = answer.json(), expected.json()
+                more = [each.pop("next_page", None) is None for each in (told, members)]
+                assert told == members and more[0] == more[1]
+            else:
+                assert answer.body == expected.body, (target, query)
+
+
+async def test_what_is_born_without_a_create_is_its_makers(gw: GW) -> None:
+    workspace = gw.plays(Workspace())
+    maker, other = [await tenant(gw) for _ in range(2)]
+    own, others = await make_all(maker), await make_all(other)
+
+    async def is_the_makers(path: str, asked: Any, **born: str) -> None:
+        await refused(other, path, asked, others | born)
+        await call(maker, path, asked, own | born)
+        await refused(other, path, asked, others | born)
+
+    # Code that has run: in an answer, in a stream and in a batch
+    code = MESSAGE | {"tools": [{"type": "code_execution_20250825", "name": "code_execution"}]}
+    rows = {"requests": [{"custom_id": "a", "params": code}]}
+    batch = (await maker.messages.batches.create(**rows)).id
+    for path, asked in (
+        ("messages.create", code),
+        ("messages.create", code | {"stream": True}),
+        ("messages.batches.results", {"message_batch_id": batch}),
+    ):
+        answer = repr(await call(maker, path, asked, {}))
+        container, file = [re.findall(rf"'({n}_01\w+)'", answer)[0] for n in ("container", "file")]
+        await is_the_makers(path := "files.retrieve_metadata", FIRST[path], file_id=file)
+        for told in ("$container", {"id": "$container"}):
+            asked = MESSAGE | {"container": told}
+            await is_the_makers("messages.create", asked, container=container)
+
+    # What a schedule and a session have made, fetched or listed before all else; and a dream, of
+    # whose products only it tells
+    for listed in (False, True):
+        run = workspace.act("", workspace.find("deployments", own["deployment_id"]), "run")
+        scope = {"type": "session", "id": run["session_id"]}
+        dream = (await maker.beta.dreams.create(**filled(FIRST["beta.dreams.create"], own))).id
+        dreamt = workspace.find("dreams", dream)
+        await maker.beta.dreams.retrieve(dream)
+        for name, thing in {
+            "deployment_run": run["id"],
+            "session": run["session_id"],
+            "file": workspace.make("files", scope=scope)["id"],
+            "memory_store": dreamt["outputs"][0]["memory_store_id"],
+        }.items():
+            group = f"beta.{name}s."
+            if listed:
+                asked = {"scope_id": scope["id"]} if name == "file" else {}
+                rows = await call(maker, f"{group}list", asked, {})
+                assert thing in [row.id for row in rows]
+                assert thing not in [row.id for row in await call(other, f"{group}list", {}, {})]
+            path = f"{group}retrieve{'_metadata' * (name == 'file')}"
+            await is_the_makers(path, FIRST[path], **{f"{name}_id": thing})
+        path, session = "beta.sessions.retrieve", dreamt["session_id"]
+        await is_the_makers(path, FIRST[path], session_id=session)
+
+
+KEPT_BY = ("messages/batches", "files", "skills", "agents")
+TENANT_ACTS = ["make", "make", "lists", "lists", "get", "cursor", "refer", "delete", "delete"]
+TENANT_ACTS += ["code", "outside", "regenerate", "restart", "assign", "share"]
+WHO, WHICH, SIZE = st.integers(0, 1), st.integers(0, 20), st.integers(1, 4)
+TENANT_STEPS = st.lists(
+    st.tuples(st.sampled_from(TENANT_ACTS), WHO, WHICH, SIZE), min_size=15, max_size=30
+)
+
+
+@settings(deadline=None, max_examples=12)
+@given(steps=TENANT_STEPS)
+def test_no_sequence_shows_a_tenant_what_is_not_his(steps: Any, tmp_path_factory: Any) -> None:
+    asyncio.run(Tenants(tmp_path_factory.mktemp("walls")).run(steps))
+
+
+class Tenants:
+    """Two keys, what they make, and whose it is."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.workspace = folder, Workspace()
+        self.keys: list[str] = []
+        self.owners: dict[str, int | None] = {}  # of what exists
+        self.shared: set[str] = set(BUILT_IN)
+        self.ever: list[tuple[str, str]] = []  # collections and ids, deleted ones too
+
+    async def run(self, steps: list[tuple[str, int, int, int]]) -> None:
+        async with Upstream(self.workspace) as self.up, contextlib.AsyncExitStack() as stack:
+            await self.start(stack)
+            for alias in ("one", "two"):
+                told = {"key_alias": alias, "allowed_routes": ["/v1/agents*", "/v1/*"]}
+                self.keys.append((await self.ask("POST /key/generate", body=told)).json()["key"])
+            for act, who, which, size in [*steps, ("restart", 0, 0, 0)]:
+                if act == "restart":
+                    await stack.aclose()
+                    await self.start(stack)
+                else:
+                    await getattr(self, act)(who, which, size)
+            listed = (await self.ask("GET /resources/list?size=1000")).json()["resources"]
+            owned = {name: self.hashed(who) for name, who in self.owners.items() if who is not None}
+            assert {row["id"]: row["key"] for row in listed if row["key"]} == owned
+            shared = self.shared - set(BUILT_IN)
+            assert {row["id"] for row in listed if row["shared"]} == shared
+
+    async def start(self, stack: contextlib.AsyncExitStack) -> None:
+        _, self.port = await stack.enter_async_context(inside(self.up.url, self.folder))
+
+    def hashed(self, who: int) -> str:
+        return gateway.hash_key(self.keys[who])
+
+    def sees(self, who: int, name: str) -> bool:
+        return name in self.shared or self.owners.get(name, -1) == who
+
+    async def ask(self, start: str, *fields: str, who: int | None = None, body: Any = None) -> Any:
+        key = MASTER_KEY if who is None else self.keys[who]
+        async with Client(self.port, key) as client:
+            answer = await client.ask(start, *fields, body=body)
+        if who is not None:  # nothing of another's, but what he has named himself
+            told = (answer.head + answer.body).decode()
+            for _, name in self.ever:
+                if not self.sees(who, name) and name in told:
+                    assert name in f"{start} {body}", (start, name)
+        return answer
+
+    async def hides(self, name: str, ask: Callable[[str], Any], status: int = 404) -> None:
+        """See the same said of a thing as of one that there never was."""
+        absent, told = f"{name[:-6]}absent", []
+        for each in (name, absent):
+            answer = await ask(each)
+            text = error_of(answer, status).replace(each, "")
+            told.append((text.replace(answer.headers["request-id"], ""), sorted(answer.headers)))
+        assert told[0] == told[1]
+
+    def born(self, where: str, name: str, who: int | None) -> None:
+        self.owners[name] = who
+        self.ever.append((where, name))
+
+    def pick(self, which: int) -> tuple[str, str]:
+        return self.ever[which % len(self.ever)] if self.ever else ("files", "file_0123456789")
+
+    async def make(self, who: int, which: int, size: int) -> None:
+        name = KEPT_BY[which % 4]
+        part = b'Content-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+        form = b"--x\r\n" + part + b"\r\n--x--\r\n"
+        for _ in range(size):
+            if name in ("files", "skills"):
+                kind = "Content-Type: multipart/form-data; boundary=x"
+                made = await self.ask(f"POST /v1/{name}", kind, who=who, body=form)
+            else:
+                told = {"requests": TOLD["requests"], "name": "a", "model": OPUS}
+                made = await self.ask(f"POST /v1/{name}", who=who, body=told)
+            assert made.status == 200, made.text
+            self.born(name, made.json()["id"], who)
+
+    async def code(self, who: int, which: int, size: int) -> None:
+        body = MESSAGE | {"tools": [{"type": "code_execution_20250825"}], "stream": size % 2 == 0}
+        answer = await self.ask("POST /v1/messages", who=who, body=body)
+        for name in sorted(set(re.findall(r"(?:container|file)_01\w+", answer.text))):
+            self.born("files" if name.startswith("file") else "containers", name, who)
+
+    async def outside(self, who: int, which: int, size: int) -> None:
+        """Something comes from before the walls or from beside them; a key is given it or not."""
+        where, is_given = KEPT_BY[which % 4], which % 3 > 0
+        source, ids = {"type": "custom"}, []
+        for _ in range(size):
+            ids.append(self.workspace.make(where.rpartition("/")[2], source=source)["id"])
+            self.born(where, ids[-1], who if is_given else None)
+        if is_given:
+            told = {"ids": ids, "key": self.keys[who]}
+            assert (await self.ask("POST /resources/assign", body=told)).status == 200
+
+    async def lists(self, who: int, which: int, size: int) -> None:
+        where = KEPT_BY[which % 4]
+        collection = where.rpartition("/")[2]
+        old = where == "files" and which % 3 == 0
+        fields = [f"anthropic-beta: {OLD_FILES}"] if old else []
+        headers = {"anthropic-beta": OLD_FILES} if old else {}
+        alone = Workspace()
+        own = self.workspace.things.get(collection, {}).items()
+        alone.things[collection] = {n: thing for n, thing in own if self.sees(who, n)}
+        if where == "files" and not old and which % 2:  # the ids of all
+            names = [name for place, name in self.ever if place == "files"][:90] or ["file_x"]
+            told: dict[str, Any] = {"ids[]": names}
+            query = "&".join(f"ids[]={name}" for name in names)
+            answer = await self.ask(f"GET /v1/files?{query}", who=who)
+            assert answer.json() == alone.page("files", told)
+            return
+        told = {"limit": str(size), "ids[]": None} | headers
+        rows, expected = [], alone.page(collection, told | {"limit": "1000"})["data"]
+        cursor, back = "", (old or where.endswith("batches")) and which % 5 == 0 and expected
+        if back:  # from the last one
+            told["before_id"] = expected[-1]["id"]
+            cursor = f"&before_id={told['before_id']}"
+            expected = expected[:-1]
+        for _ in range(200):
+            target = f"/v1/{where}?limit={size}{cursor}"
+            answer = (await self.ask(f"GET {target}", *fields, who=who)).json()
+            page = answer["data"]
+            if "has_more" in answer:
+                assert answer == alone.page(collection, told)
+                name = ("before_id", "first_id") if back else ("after_id", "last_id")
+                told[name[0]], more = answer[name[1]], answer["has_more"]
+                cursor = f"&{name[0]}={answer[name[1]]}"
+            else:
+                assert answer.keys() == alone.page(collection, told).keys() and len(page) <= size
+                more, cursor = answer["next_page"], f"&page={answer['next_page']}"
+            rows = page + rows if back else rows + page
+            if not more:
+                break
+        assert rows == expected
+
+    async def cursor(self, who: int, which: int, size: int) -> None:
+        where, name = self.pick(which)
+        if where == "messages/batches":
+            side = ("after_id", "before_id")[size % 2]
+
+            def ask(each: str) -> Any:
+                return self.ask(f"GET /v1/{where}?limit={size}&{side}={each}", who=who)
+
+            if self.sees(who, name) and name in self.owners:
+                assert (await ask(name)).status == 200
+            else:
+                await self.hides(name, ask, 400)
+
+    async def get(self, who: int, which: int, size: int) -> None:
+        where, name = self.pick(which)
+        if where == "containers":
+            return
+
+        def ask(each: str) -> Any:
+            return self.ask(f"GET /v1/{where}/{each}", who=who)
+
+        if self.sees(who, name):
+            assert (await ask(name)).status == 200
+        else:
+            await self.hides(name, ask)
+
+    async def refer(self, who: int, which: int, size: int) -> None:
+        where, name = self.pick(which)
+
+        def ask(each: str) -> Any:
+            content = TEXT + [{"type": "container_upload", "file_id": each}] * (where == "files")
+            container: Any = {"skills": [{"type": "custom", "skill_id": each}]}
+            told = {"containers": {"container": each}, "skills": {"container": container}}
+            messages = [{"role": "user", "content": content}]
+            body = MESSAGE | {"messages": messages} | told.get(where, {})
+            return self.ask("POST /v1/messages", who=who, body=body)
+
+        if where in ("messages/batches", "agents"):
+            return
+        if self.sees(who, name):
+            assert (await ask(name)).status == 200
+        else:
+            await self.hides(name, ask)
+
+    async def delete(self, who: int, which: int, size: int) -> None:
+        where, name = self.pick(which)
+        if where == "containers":
+            return
+
+        def ask(each: str) -> Any:
+            return self.ask(f"DELETE /v1/{where}/{each}", who=who)
+
+        if self.owners.get(name, -1) == who:
+            assert (await ask(name)).status == 200
+            del self.owners[name]
+            self.shared.discard(name)
+        elif name in self.shared:
+            error_of(await ask(name), 403)
+        else:
+            await self.hides(name, ask)
+
+    async def regenerate(self, who: int, which: int, size: int) -> None:
+        made = await self.ask("POST /key/regenerate", body={"key": self.keys[who]})
+        self.keys[who] = made.json()["key"]
+
+    async def assign(self, who: int, which: int, size: int) -> None:
+        _, name = self.pick(which)
+        if name in self.owners:
+            to = (self.keys[who], self.hashed(who), None, ("one", "two")[who])[size - 1]
+            told = {"ids": [name], "key": to}
+            answer = await self.ask("POST /resources/assign", body=told)
+            assert answer.status == 200, answer.text
+            self.owners[name] = None if to is None else who
+            self.shared.discard(name)
+
+    async def share(self, who: int, which: int, size: int) -> None:
+        _, name = self.pick(which)
+        if name in self.owners:
+            told = {"ids": [name], "key": "*"}
+            answer = await self.ask("POST /resources/assign", body=told)
+            assert answer.status == 200, answer.text
+            self.shared.add(name)
+
+
 # ─── Main ─────────────────────────────────────────────────────────────────────────────
 
 
