@@ -78,7 +78,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, TypedDict, TypeVar, cast
+from typing import Any, ClassVar, Generic, NamedTuple, NoReturn, Protocol, TypedDict, TypeVar, cast
 
 import tornado
 from tornado import httputil, netutil, web
@@ -649,6 +649,8 @@ TEXT = Kind("a string", lambda value: exactly(str, value) or None)
 FLAG = Kind("true or false", functools.partial(exactly, bool), bool)
 OBJECT = Kind("an object", functools.partial(exactly, dict), dict)
 TEXTS = Kind("a list of strings", read_texts, list)
+REACHES = ("own", "team", "all")  # whose things a key reaches
+REACH = Kind("'own', 'team' or 'all'", lambda word: REACHES[REACHES.index(word)], lambda: "own")
 ROUTES = Kind("paths from '/', with '*' for any text", lambda value: read_texts(value, "/"), list)
 LIMIT = Kind("a whole number from 0 up", lambda value: int(read_amount(exactly(int, value))))
 AMOUNT = Kind("a number of USD from 0 up", read_amount)
@@ -672,13 +674,16 @@ class VirtualKey:
     """One line of keys.json: what a key is and may do; the names are LiteLLM's. Budgets are USD,
     ``rpm_limit`` and ``tpm_limit`` a minute, None is no limit. ``unmetered_routes`` lets a key with
     a budget spend where the gateway cannot count it. ``retired`` has the hashes before it was
-    regenerated, and when each stops working. A deleted key keeps its line for a while, so that its
+    regenerated, and when each stops working. ``resources`` says whose things it reaches (REACHES),
+    ``owner_id`` what its own are kept under. A deleted key keeps its line for a while, so that its
     holder is told what happened."""
 
     key_name: str = kept(NAME, settable=False)
     key_alias: str | None = kept(TEXT)
     user_id: str | None = kept(TEXT)
     team_id: str | None = kept(TEXT)
+    resources: str = kept(REACH)
+    owner_id: str = kept(NAME, settable=False, shown=False)
     models: list[str] = kept(TEXTS)
     allowed_routes: list[str] = kept(ROUTES, read_texts)
     unmetered_routes: bool = kept(FLAG)
@@ -698,6 +703,11 @@ class VirtualKey:
     deleted_at: datetime | None = kept(MOMENT, settable=False, shown=False)
     retired: dict[str, datetime] = kept(RETIRED, settable=False, shown=False)
     account: Account = field(default_factory=Account)
+
+    @property
+    def owner(self) -> str:
+        """The name under which its things are kept; it stays when the key is regenerated."""
+        return self.owner_id or self.account.hashed
 
     @property
     def has_budget(self) -> bool:
@@ -789,13 +799,16 @@ class Route:
     open: bool  # every key may call it, as far as its ``allowed_routes`` go
     billed: bool  # it orders something that costs money and that can be estimated
     free: bool  # no budget stands against it: counting, models, fetching paid batches
-    metered: bool  # its answer may say what was used
+    is_read: bool  # the gateway looks into its answer
     unread: bool  # no rule looks at its body
     batch: bool  # it is answered with batch objects
     makes_batch: bool
-    batch_id: str  # the batch that it names
-    deletes: bool  # it deletes that one
     results_of: str  # the batch it fetches the results of
+    kind: str  # the collection it is about, as KINDS has them; empty where things are nobody's
+    name: str  # the thing in it that the path names
+    below: str  # what of that thing, from "/" on
+    fetches: bool
+    deletes: bool
 
 
 BILLED = ("/v1/messages", "/v1/messages/batches", "/v1/messages/cache_touch", "/v1/complete")
@@ -806,6 +819,15 @@ BATCHES = re.compile(r"/v1/messages/batches(?:/([\w-]+)(/results|/cancel)?)?/?")
 # and what may come) may cost what the gateway cannot count, or give out what it guards.
 OPENED = (*BILLED, "/v1/messages/count_tokens", "/v1/models", "/v1/files", "/v1/skills")
 OPEN = re.compile(rf"(?s)({'|'.join(OPENED)})/?|{BATCHES.pattern}|/v1/(models|files|skills)/.*")
+# The collections of a workspace (SDK: resources/), and how the ids of their things begin, which is
+# a hint and no proof (api/overview: "format and length of IDs may change").
+KINDS = {"batches": "msgbatch_", "files": "file_", "skills": "skill_", "agents": "agent_"}
+KINDS |= {"environments": "env_", "sessions": "sesn_", "deployments": "depl_", "dreams": "drm_"}
+KINDS |= {"deployment_runs": "drun_", "memory_stores": "memstore_", "vaults": "vlt_"}
+KINDS |= {"tunnels": "tnl_", "user_profiles": "uprof_", "containers": "container_"}
+COLLECTION = re.compile(r"(?s)/v1/(messages/batches|claude_code/[^/]+|[^/]+)(?:/([^/]+)(/.+?)?)?/?")
+# What is called below these belongs to nobody, or to an organisation.
+NO_COLLECTIONS = {"messages", "models", "complete", "organizations", "compliance", "oauth"}
 # What a pattern of ``allowed_routes`` must begin with to open another path.
 GROUP = re.compile(r"/v1/messages(?:/[^/]*)?|/v1(?:/[^/]*)?|/?[^/]*")
 
@@ -817,17 +839,24 @@ def read_route(method: str, path: str) -> Route:
     batch, step = batches.groups("") if batches else ("", "")
     # What orders something that its path does not tell is closed; a batch's own id is none of that.
     known = fetches or deletes or not batch or step == "/cancel"
+    collection = COLLECTION.fullmatch(path)
+    kind, name, below = collection.groups("") if collection else ("", "", "")
+    if kind in NO_COLLECTIONS:
+        kind = name = below = ""
     return Route(
         open=known and OPEN.fullmatch(path) is not None,
         billed=billed and not fetches,
         free=(fetches and batches is not None) or FREE.fullmatch(path) is not None,
-        metered=billed or batches is not None,
+        is_read=billed or (kind != "" and not below.endswith("/content")),
         unread=fetches or UPLOAD.fullmatch(path) is not None,
         batch=batches is not None and method in ("GET", "POST") and step != "/results",
         makes_batch=batches is not None and not (fetches or batch),
-        batch_id=batch,
-        deletes=deletes,
         results_of=batch if method == "GET" and step == "/results" else "",
+        kind=kind.rpartition("/")[2],
+        name=name,
+        below=below,
+        fetches=fetches,
+        deletes=deletes,
     )
 
 
@@ -934,18 +963,19 @@ PLACES = {"budget_tokens", "edits", "id", *BodyMembers.__annotations__}
 MODEL_PLACES = {"model", "fallbacks", "tools", "requests", "params"}
 
 
-def made_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def made_of(pairs: list[tuple[str, Any]], wholly: bool = False) -> dict[str, Any]:
     """An object of its members. Raises ValueError for one that two readers could read differently:
-    where one of PLACES stands twice."""
+    where one of PLACES, or any (``wholly``), stands twice."""
     made = dict(pairs)
     if len(made) < len(pairs):
-        names = [name for name, _ in pairs if name in PLACES]
+        names = [name for name, _ in pairs if wholly or name in PLACES]
         if len(set(names)) < len(names):
             raise ValueError(f"one of {set(names)} stands twice in one object")
     return made
 
 
 read_clearly = json.JSONDecoder(object_pairs_hook=made_of).decode
+read_wholly = json.JSONDecoder(object_pairs_hook=functools.partial(made_of, wholly=True)).decode
 UNCLEAR = "This key is limited to some models, and"
 # What msgspec reads at once, in some 10 ms at worst: whatever is in it, or with so few containers.
 LIGHT_BODY, LIGHT_CONTAINED, LIGHT_CONTAINERS = 256 * KIB, 8 * MIB, 200_000
@@ -967,7 +997,8 @@ FOLLOWING = {b"": b"", b"]": b",]", b"}": b",}"}
 
 async def scan(body: bytes, names: set[str] | None, breathe: Breathe) -> object:
     """What a JSON text says, however hostile: of objects only the members of these names (None:
-    all). Raises ValueError for what is no clear JSON, APIError 400 for more than a model reads."""
+    all, and then none may stand twice). Raises ValueError for what is no clear JSON, APIError 400
+    for more than a model reads."""
     at = marks = 0
     document, rows = list[Any](), list[Any]()
     # Where values go, None where they are not kept, and what ends it; then what that stands in.
@@ -1006,7 +1037,7 @@ async def scan(body: bytes, names: set[str] | None, breathe: Breathe) -> object:
             elif kept:
                 value = json.loads(mark)
             if kept and isinstance(into, dict):
-                if name in into and name in PLACES:
+                if name in into and (names is None or name in PLACES):
                     raise ValueError(f"{name!r} stands twice in one object")
                 into[name] = value
             elif kept and isinstance(into, list):
@@ -1034,6 +1065,7 @@ async def read_string(body: bytes, start: int, kept: bool, breathe: Breathe) -> 
 async def read_body(body: bytes, route: Route, breathe: Breathe, *, strictly: bool) -> object:
     """What rules look at of a body: what its price depends on, None where it cannot be read; or
     ``strictly`` all that may name a model. Raises APIError 400 for what is unclear or too much."""
+    names = None if strictly and not route.open else PLACES
     light = not strictly and len(body) <= LIGHT_BODY
     if not (light or strictly) and len(body) <= LIGHT_CONTAINED:
         light = body.count(b"[") + body.count(b"{") <= LIGHT_CONTAINERS
@@ -1041,13 +1073,18 @@ async def read_body(body: bytes, route: Route, breathe: Breathe, *, strictly: bo
         with contextlib.suppress(Exception):  # what msgspec cannot read, json may
             return decode(body)
     try:
-        if len(body) <= AT_ONCE and body.count(b"[") + body.count(b"{") < MAX_DEPTH:
-            return read_clearly(body.decode())
-        return await scan(body, None if strictly and not route.open else PLACES, breathe)
+        return await read_at_length(body, names, breathe)
     except (ValueError, RecursionError) as error:
         if not strictly:
             return None
         raise APIError(400, f"{UNCLEAR} the body is not clearly readable JSON: {error}.") from None
+
+
+async def read_at_length(body: bytes, names: set[str] | None, breathe: Breathe) -> object:
+    """What a body says, by `scan` where it is long. Raises what that does, and RecursionError."""
+    if len(body) <= AT_ONCE and body.count(b"[") + body.count(b"{") < MAX_DEPTH:
+        return read_wholly(body.decode()) if names is None else read_clearly(body.decode())
+    return await scan(body, names, breathe)
 
 
 def members_of(value: object) -> dict[str, Any]:
@@ -1107,6 +1144,98 @@ async def check_models(models: list[str], route: Route, document: Any, breathe: 
             checked.add(model)
             if not any(fnmatch.fnmatchcase(model, pattern) for pattern in models):
                 raise APIError(403, f"This key may not use the model {model_of(model)!r}.")
+
+
+# Members whose values are ids, wherever they stand, and the kinds of what those name; and members
+# that are words of every day, by what they stand in (SDK: message_create_params, session_create_-
+# params, agent_create_params; types/container.py for answers, whose last three are).
+REFERENCES = {f"{kind[:-1]}_id{s}": kind for kind in KINDS if kind != "batches" for s in ("", "s")}
+WORDS = {(place, "container"): "containers" for place in ("", "params", "message", "delta")}
+WORDS |= {("", "agent"): "agents", ("multiagent", "agents"): "agents"}
+WORDS |= {(place, "predefined_agents"): "agents" for place in ("subagents", "workflows")}
+# What is the user's own in a body, and beside it the ``input`` of a tool's use.
+OWN_DATA = {"text", "metadata", "input_schema"}
+PROFILE_FIELD = "anthropic-user-profile-id"
+IDENTITY_FIELDS = frozenset({"anthropic-organization-id", WORKSPACE_FIELD})  # whose key it is
+# A member of these names, however it is written: escaped letters, and UTF-16, are told apart later.
+NAMED = rb'"(?=[%b])(?:%b)"' % (
+    "".join({name[0] for name in REFERENCES} | {"c"}).encode(),
+    "|".join([*REFERENCES, "container"]).encode(),
+)
+ESCAPED_LETTER, REFERENCE_IN_MESSAGE = re.compile(rb"\\u00[5-7]"), re.compile(NAMED)
+REFERENCE_ANYWHERE = re.compile(NAMED + rb'|"(?:agents?|predefined_agents)"')
+LONGEST_NAME = 2 + max(map(len, REFERENCES))
+NOT_FOUND = {"files": "File `{}` not found.", "environments": "Environment {} not found."}
+NOT_FOUND |= {"skills": "Skill not found: {}", "sessions": "Session not found: {}"}
+NOT_FOUND |= {"memory_stores": "memory store not found: {}"}
+NOT_FOUND |= {"containers": "Container not found: {}"}
+
+
+def not_found(kind: str, name: str) -> APIError:
+    """Anthropic's 404 for a thing that does not exist, or is another's."""
+    text = NOT_FOUND.get(kind) or f"{kind.removesuffix('s').replace('_', ' ')} {{}} not found"
+    return APIError(404, text.replace("{}", printable(name)))
+
+
+def may_refer(body: bytes, route: Route) -> bool:
+    """Whether things may be named in a body: a look that takes a thousandth of reading it."""
+    named = REFERENCE_ANYWHERE if route.kind not in ("", "batches") else REFERENCE_IN_MESSAGE
+    found = named.search(body) or ESCAPED_LETTER.search(body)
+    return found is not None or b"\0" in body
+
+
+def members_within(document: object) -> Iterator[tuple[str, dict[str, Any], str, Any]]:
+    """Each member of each object in a JSON value, as (the name of what it stands in, that object,
+    name, value), but for what is the user's own."""
+    holders: list[tuple[str, Any]] = [("", document)]
+    for place, holder in holders:  # which grows meanwhile
+        if isinstance(holder, list):
+            holders += zip(itertools.repeat(place), holder)
+        elif isinstance(holder, dict):
+            uses = str(holder.get("type")).endswith("tool_use")
+            for name, value in holder.items():
+                if name not in OWN_DATA and not (uses and name == "input"):
+                    holders.append((name, value))
+                    yield place, holder, name, value
+
+
+def named_by(place: str, holder: Mapping[str, Any], name: str, value: Any) -> Iterator[Any]:
+    """(kind, id) of each thing that a member names."""
+    kind = REFERENCES.get(name) or WORDS.get((place, name))
+    for each in (value if isinstance(value, list) else [value]) if kind else ():
+        named = each.get("id") if isinstance(each, dict) else each
+        built_in = name == "skill_id" and holder.get("type") == "anthropic"
+        if isinstance(named, str) and not (built_in and not named.startswith(KINDS["skills"])):
+            yield kind, named
+
+
+def parent_of(thing: Mapping[str, Any]) -> object:
+    """The id of what made a session, a run of a deployment, or a file; None where nothing says."""
+    scope = thing.get("scope")
+    return thing.get("deployment_id") or (scope.get("id") if isinstance(scope, dict) else None)
+
+
+def products_of(thing: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(kind, id) of what a dream or a run of a deployment has made (SDK: beta_dream)."""
+    if thing.get("type") in ("dream", "deployment_run"):
+        yield "sessions", thing.get("session_id")
+        for output in list_of(thing.get("outputs")):
+            yield "memory_stores", output.get("memory_store_id")
+
+
+def is_published(thing: Mapping[str, Any]) -> bool:
+    """Whether it is a skill of Anthropic's own, which is everybody's (SDK: types/skill.py)."""
+    source = thing.get("source")
+    told = source.get("type") if isinstance(source, dict) else source
+    return told in ("anthropic", "anthropic_example")
+
+
+def moment_in(thing: Mapping[str, Any]) -> float:
+    """When a thing was made: Unix seconds, the present ones where it does not say."""
+    try:
+        return from_iso(thing["created_at"]).timestamp()
+    except (KeyError, ValueError, TypeError):
+        return time.time()
 
 
 @dataclass(slots=True)
@@ -1484,6 +1613,11 @@ WRITE_SLICE = 1000  # lines joined at a time, so that the writing thread lets th
 FLUSH_INTERVAL = 1.0  # seconds between two writes of what relaying changes
 BUDGET_WAIT = 2  # seconds after which a request that a budget has no room for may ask again
 FileMark = tuple[int, ...] | None
+Contents = TypeVar("Contents")
+KEYS_FRAME = (b'{"version": %d, "keys": {' % STORE_VERSION, b",\n", b"\n}}\n")
+THINGS_FRAME = (b'{"version": %d}' % STORE_VERSION, b"\n", b"\n")
+MICROSECOND = 1e-6
+UNTIDY_LINES = 1000  # of changes, beyond twice the fewest, until a file of them is written anew
 Charges = Sequence[tuple[str, Tally]]  # what was used, by model
 written = functools.partial(shown, amount="{:f}".format)  # in the file amounts lose no digit
 
@@ -1498,6 +1632,21 @@ class Hold:
     pays: bool = True
     reads_body: bool = False  # that what it may cost is held once the body is read
     amounts: dict[str, Decimal] = field(default_factory=dict)
+
+
+class Thing(NamedTuple):
+    """What stands in a workspace, as far as it is known here: of which kind, whose (the empty owner
+    is nobody), of which team he is, and whether all may read it and refer to it."""
+
+    kind: str
+    owner: str = ""
+    team: str | None = None
+    is_shared: bool = False
+
+    def belongs_to(self, key: VirtualKey) -> bool:
+        """Whether a key reaches it and all that is its own."""
+        mate = key.resources == "team" and key.team_id and key.team_id == self.team
+        return key.resources == "all" or self.owner == key.owner or bool(mate)
 
 
 class Ledger(Protocol):
@@ -1536,6 +1685,24 @@ class Ledger(Protocol):
 
     def finish_batch(self, name: str, *, lost: bool = False) -> None:
         """All results of a batch are booked; where they are ``lost``, what is held for it is."""
+
+    async def find_things(self, names: Iterable[object]) -> dict[str, Thing]:
+        """Of these ids those that are known here."""
+
+    async def reached(self, key: VirtualKey, kind: str) -> dict[str, float]:
+        """The ids of a kind that a key made, a team mate where it reaches his, or that are shared;
+        and when each was made, in Unix seconds."""
+
+    async def own(self, owner: str, kind: str, made: Mapping[str, float]) -> None:
+        """Remember whose these things are, durably, and when they were made; what has an owner
+        keeps him. Raises APIError 503, and tries it again each second."""
+
+    async def assign(self, names: Mapping[str, str], owner: str | None) -> None:
+        """Give things (id: kind) to an owner ("": nobody), or share them with all (None). Raises
+        APIError 503, and tries it again each second."""
+
+    def forget(self, name: str) -> None:
+        """A thing is no more."""
 
     async def change(self, changes: Mapping[str, VirtualKey | None]) -> None:
         """Put these records (None removes one), as `save` does; what fails is taken back."""
@@ -1583,6 +1750,11 @@ def parse_store(text: bytes, name: str) -> dict[str, VirtualKey]:
     return keys
 
 
+def moment_of_day(day: str) -> int:
+    """The beginning of a UTC day (ISO date), in Unix seconds."""
+    return int(datetime.fromisoformat(day).replace(tzinfo=UTC).timestamp())
+
+
 def mark_of(file: Path | int) -> FileMark:
     """Device, inode, size and time of change (ns) tell an edited file; None where there is none."""
     with contextlib.suppress(OSError):
@@ -1591,17 +1763,23 @@ def mark_of(file: Path | int) -> FileMark:
     return None
 
 
-class KeysFile:
-    """A file of lines that is whole at all times, and nobody else's while this object lives: it is
-    written beside itself, fsynced and renamed over the old one; a link stays a link."""
+class StoreFile(Generic[Contents]):
+    """A file of lines that is whole at all times, and nobody else's while this object lives. It is
+    written beside itself, fsynced and renamed over the old one; a link stays a link. ``parse`` gets
+    its bytes and its name, ``frame`` is what stands before, between and behind lines; ``error`` is
+    why the last write failed."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = Path(os.path.realpath(path))
+    error = ""
+
+    def __init__(
+        self, path: Path, parse: Callable[[bytes, str], Contents], frame: tuple[bytes, bytes, bytes]
+    ) -> None:
+        self.path, self._parse, self._frame = Path(os.path.realpath(path)), parse, frame
         self._mark: FileMark = None
         self._lock = -1
 
-    def read(self, lines: list[bytes]) -> dict[str, VirtualKey]:
-        """The keys in the file, which is ours from then on; where there is none it is made of these
+    def read(self, lines: list[bytes]) -> Contents:
+        """What is in the file, which is ours from then on; where there is none it is made of these
         lines. Raises SettingsError, and OSError where none can be made."""
         while True:
             try:
@@ -1610,8 +1788,8 @@ class KeysFile:
                     self._lock = os.open(self.path, os.O_RDONLY)
                     fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 mark = mark_of(self._lock)  # an edit while it is read is another
-                keys, self._mark = parse_store(self.path.read_bytes(), str(self.path)), mark
-                return keys
+                contents, self._mark = self._parse(self.path.read_bytes(), str(self.path)), mark
+                return contents
             except FileNotFoundError:
                 with contextlib.suppress(FileExistsError):  # another gateway was faster
                     self.write(lines)
@@ -1629,19 +1807,19 @@ class KeysFile:
         is another file than was last read or written."""
         temporary = self.path.parent / f".{self.path.name}.{os.getpid()}.tmp"
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, STORE_MODE)
+        before, between, behind = self._frame
         try:
             os.fchmod(descriptor, STORE_MODE)
             with open(descriptor, "wb", closefd=False) as file:
-                file.write(b'{"version": %d, "keys": {' % STORE_VERSION)
+                file.write(before)
                 for start in range(0, len(lines), WRITE_SLICE):
-                    file.write(b"\n" if start == 0 else b",\n")
-                    file.write(b",\n".join(lines[start : start + WRITE_SLICE]))
-                file.write(b"\n}}\n")
+                    file.write(b"\n" if start == 0 else between)
+                    file.write(between.join(lines[start : start + WRITE_SLICE]))
+                file.write(behind)
             os.fsync(descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             mark = mark_of(descriptor)  # an edit once it has its name is another
-            if self.edit() is not None:
-                raise FileExistsError(errno.EEXIST, "it was edited; mend it, or send this again")
+            self._refuse_edit()
             os.replace(temporary, self.path)
         except BaseException:
             os.close(descriptor)
@@ -1655,10 +1833,33 @@ class KeysFile:
         finally:
             os.close(folder)
 
+    def append(self, lines: list[bytes]) -> None:
+        """Write lines behind all others, and fsync. Raises OSError as `write` does, and then the
+        file is as it was."""
+        self._refuse_edit()
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        try:
+            size = os.fstat(descriptor).st_size
+            try:
+                with open(descriptor, "ab", closefd=False) as file:
+                    file.write(b"".join(line + b"\n" for line in lines))
+                os.fsync(descriptor)
+            except BaseException:
+                os.ftruncate(descriptor, size)
+                raise
+            finally:
+                self._mark = mark_of(descriptor)
+        finally:
+            os.close(descriptor)
+
     def edit(self) -> FileMark:
         """The file's mark, where it is not the one that was last read or written."""
         mark = mark_of(self.path)
         return None if mark == self._mark else mark
+
+    def _refuse_edit(self) -> None:
+        if self.edit() is not None:
+            raise FileExistsError(errno.EEXIST, "it was edited; mend it, or send this again")
 
     def close(self) -> None:
         """Give up the lock."""
@@ -1667,24 +1868,141 @@ class KeysFile:
             self._lock = -1
 
 
+@dataclass(slots=True)
+class Shelf:
+    """The things of one kind that one owner has, and when each was made."""
+
+    kind: str
+    owner: str
+    made: dict[str, float] = field(default_factory=dict)
+
+
+class Things:
+    """Whose the things of a workspace are, as a file of changes tells it, one a line; the last word
+    counts. `change` takes them:
+
+        {"key": "<its owner_id; empty: nobody's>", "kind": "files", "made": {"file_…": 1764194000}}
+        {"gone": ["file_…"]}
+        {"shared": ["file_…"]}   until it is made or gone again
+        {"key": "…", "team": "…"}   a key that was deleted left its things to its team
+    """
+
+    def __init__(self) -> None:
+        self.shelves: dict[tuple[str, str], Shelf] = {}
+        self.places: dict[str, Shelf] = {}  # of each thing
+        self.shared: set[str] = set()
+        self.heirs: dict[str, str] = {}  # teams of owners
+        self.is_untidy = self.is_cut = False  # its file is to be written anew, or must be
+
+    def change(self, change: Mapping[str, Any]) -> None:
+        """Take one in. Raises whatever Python does for what is none."""
+        match change:
+            case {"key": str(owner), "kind": str(kind), "made": dict(made)}:
+                if made.keys() & self.places.keys():
+                    self._drop(made)
+                shelf = self.shelves.setdefault((owner, kind), Shelf(kind, owner))
+                shelf.made.update(made)
+                self.places.update(dict.fromkeys(made, shelf))
+            case {"gone": list(names)}:
+                self._drop(names)
+            case {"shared": list(names)}:
+                self.shared.update(self.places.keys() & names)
+            case {"key": str(owner), "team": str(team)}:
+                self.heirs[owner] = team
+            case _:
+                raise ValueError("is no change of things")
+
+    def _drop(self, names: Iterable[str]) -> None:
+        self.shared.difference_update(names)
+        for name in names:
+            if shelf := self.places.pop(name, None):
+                del shelf.made[name]
+
+    def lines(self) -> list[bytes]:
+        """The fewest changes that say all of it."""
+        changes: list[dict[str, Any]] = []
+        for shelf in self.shelves.values():
+            rest = iter(shelf.made.items())
+            while some := dict(itertools.islice(rest, WRITE_SLICE)):
+                changes.append({"key": shelf.owner, "kind": shelf.kind, "made": some})
+        changes += [{"shared": sorted(self.shared)}] if self.shared else []
+        changes += [{"key": owner, "team": team} for owner, team in self.heirs.items()]
+        return [json.dumps(change).encode() for change in changes]
+
+
+def parse_things(text: bytes, name: str) -> Things:
+    """Read a file of things; what a crash has cut off of its end was told to nobody. Raises
+    SettingsError that says what is damaged."""
+    things, (first, *lines) = Things(), text.split(b"\n")
+    rest = lines.pop() if lines else b""
+    where = "its first line"
+    try:
+        if json.loads(first) != {"version": STORE_VERSION}:
+            raise ValueError("is not of a version for this gateway")
+        for number, line in enumerate(lines, start=2):
+            where = f"line {number}"
+            things.change(json.loads(line))
+    except Exception as error:  # noqa: BLE001 - whatever Python says of what it cannot read
+        wrong = f"damaged, {where}: {error}; mend it or restore a copy"
+        raise SettingsError(f"{name}: {wrong}") from None
+    things.is_cut = bool(rest)
+    things.is_untidy = things.is_cut or len(lines) > 2 * len(things.lines()) + UNTIDY_LINES
+    return things
+
+
+class Joined:
+    """Has calls that come while one is under way share the next: one runs ``work`` and one waits;
+    where the first fails so does what stands on it. Raises the APIError that ``work`` returns."""
+
+    def __init__(self, work: Callable[[], Awaitable[APIError | None]]) -> None:
+        self._work = work
+        self._running: asyncio.Task[APIError | None] | None = None
+        self._waiting: asyncio.Task[APIError | None] | None = None
+
+    @property
+    def under_way(self) -> asyncio.Task[APIError | None] | None:
+        """What runs or waits now."""
+        return self._waiting or self._running
+
+    async def __call__(self) -> None:
+        if self._waiting is None:
+            self._waiting = asyncio.create_task(self._run(self._running))
+        if failure := await asyncio.shield(self._waiting):
+            raise failure
+
+    async def _run(self, before: asyncio.Task[APIError | None] | None) -> APIError | None:
+        if before is not None and (failure := await before):
+            return failure
+        self._running, self._waiting = self._waiting, None
+        failure = await self._work()
+        self._running = None
+        if failure:
+            self._waiting = None
+        return failure
+
+
 class FileLedger(Ledger):
-    """The keys in memory and in a `KeysFile`. Raises SettingsError where the file cannot be used;
-    it is then left as it is."""
+    """The keys in memory and in a `StoreFile`, and beside it what is whose, in another of the same
+    name and ".resources". Raises SettingsError where one cannot be used; it is then left as it is.
+    """
 
     def __init__(
         self, path: Path, usage_days: int = 90, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._file, self._usage_days, self._clock = KeysFile(path), usage_days, clock
+        self._file, self._usage_days = StoreFile(path, parse_store, KEYS_FRAME), usage_days
+        path = self._file.path.with_name(f"{self._file.path.name}.resources")
+        self._things_file, self._clock = StoreFile(path, parse_things, THINGS_FRAME), clock
         self.keys = {}
+        self.things = Things()
         self.batches: dict[str, Account] = {}  # whose they are
-        self.last_error = ""
         self._lines: dict[str, bytes] = {}
         self._retired: dict[str, str] = {}  # and what is no more, which the record tells
         # What the file lacks: keys that were used, and what changed, as it was before.
         self._touched: set[str] = set()
         self._undo: dict[str, VirtualKey | None] = {}
-        self._writing: asyncio.Task[APIError | None] | None = None  # is under way …
-        self._next: asyncio.Task[APIError | None] | None = None  # … and what waits for its end
+        self._changes: list[bytes] = []  # of things
+        self._owners: dict[str, str] = {}  # the hashes of keys by what their things are kept under
+        self._save, self._add = Joined(self._write), Joined(self._append)
         self._noticed: FileMark = None  # the last edit that was read, or could not be
         self._load()
 
@@ -1719,6 +2037,11 @@ class FileLedger(Ledger):
     def is_writable(self) -> bool:
         """Whether the last write succeeded, and the folder still takes files."""
         return not self.last_error and os.access(self._file.path.parent, os.W_OK)
+
+    @property
+    def last_error(self) -> str:
+        """Why the last write failed."""
+        return self._file.error or self._things_file.error
 
     # What requests use
 
@@ -1846,6 +2169,81 @@ class FileLedger(Ledger):
             account.usage.of(day_of(moment), NO_MODEL).add(Tally(spend=total))
         self._touched.add(account.hashed)
 
+    # Things
+
+    async def find_things(self, names: Iterable[object]) -> dict[str, Thing]:
+        found, places, shared = dict[str, Thing](), self.things.places, self.things.shared
+        for name in names:
+            if isinstance(name, str) and (shelf := places.get(name)):
+                team = self._team_of(shelf.owner)
+                found[name] = Thing(shelf.kind, shelf.owner, team, name in shared)
+        return found
+
+    async def reached(self, key: VirtualKey, kind: str) -> dict[str, float]:
+        shelves = self.things.shelves
+        made, team = dict[str, float](), key.team_id if key.resources == "team" else None
+        for (owner, each), shelf in shelves.items() if team else ():
+            if each == kind and self._team_of(owner) == team:
+                made |= shelf.made
+        if mine := shelves.get((key.owner, kind)):
+            made |= mine.made
+        for name in self.things.shared:
+            shelf = self.things.places[name]
+            if shelf.kind == kind:
+                made[name] = shelf.made[name]
+        return made
+
+    def _team_of(self, owner: str) -> str | None:
+        key = self.keys.get(self._owners.get(owner, ""))
+        return self.things.heirs.get(owner) if key is None or key.deleted_at else key.team_id
+
+    async def own(self, owner: str, kind: str, made: Mapping[str, float]) -> None:
+        shelf, fresh, latest = self.things.shelves.get((owner, kind)), dict[str, float](), 0.0
+        if shelf and shelf.made:
+            latest = next(reversed(shelf.made.values()))
+        for name, moment in made.items():
+            if name not in self.things.places:  # those of one second stay in their order
+                behind = 0 <= latest - moment < 1
+                latest = fresh[name] = round(latest + MICROSECOND if behind else moment, 6)
+        if fresh:
+            self._change({"key": owner, "kind": kind, "made": fresh})
+        if self._changes or self._add.under_way:
+            await self._add()
+
+    async def assign(self, names: Mapping[str, str], owner: str | None) -> None:
+        for kind in set(names.values()):
+            made, moment = dict[str, float](), int(time.time())
+            for name in (name for name in names if names[name] == kind):
+                shelf = self.things.places.get(name)
+                if owner is not None or shelf is None:
+                    made[name] = shelf.made[name] if shelf else moment
+            if made:
+                self._change({"key": owner or "", "kind": kind, "made": made})
+        if owner is None:
+            self._change({"shared": list(names)})
+        await self._add()
+
+    def forget(self, name: str) -> None:
+        if name in self.things.places:
+            self._change({"gone": [name]})
+
+    def _change(self, change: Mapping[str, Any]) -> None:
+        self.things.change(change)
+        self._changes.append(json.dumps(change).encode())
+
+    async def _append(self) -> APIError | None:
+        changes, self._changes, file = self._changes, [], self._things_file
+        try:
+            if file.path.exists():
+                await asyncio.to_thread(file.append, changes)
+            else:
+                await asyncio.to_thread(file.write, self.things.lines())
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again
+            self._changes[:0] = changes
+            return self._fail(error, self._things_file)
+        self._written(self._things_file)
+        return None
+
     # Changing
 
     async def change(self, changes: Mapping[str, VirtualKey | None]) -> None:
@@ -1877,6 +2275,9 @@ class FileLedger(Ledger):
             self._retired.update(dict.fromkeys(record.retired, hashed))
             account = record.account
             account.hashed = hashed
+            self._owners[record.owner] = hashed
+            if record.deleted_at and record.team_id and record.owner not in self.things.heirs:
+                self._change({"key": record.owner, "team": record.team_id})
             for kind, limit in (("requests", record.rpm_limit), ("tokens", record.tpm_limit)):
                 bucket = account.buckets.pop(kind, None) or Bucket(0, self._clock())
                 if limit is not None:
@@ -1897,15 +2298,20 @@ class FileLedger(Ledger):
     async def reload(self) -> None:
         # A change that is being written would be read over; and where the last write failed, the
         # file may have one that was refused, since it was not known to be on disk.
-        while self._writing or self._next or (self.last_error and self._file.edit() is None):
-            await self.save()
+        while True:
+            if self._save.under_way or (self._file.error and self._file.edit() is None):
+                await self.save()
+            elif self._add.under_way:
+                await asyncio.wait([self._add.under_way])
+            else:
+                break
         self._load()
 
     def notice_edit(self) -> None:
         """Take in what somebody has edited. Where it does not parse, that is said once, and nothing
         is written until it is mended."""
-        edit = self._file.edit()
-        if self._writing or self._next or edit in (None, self._noticed):
+        edit = self._edit()
+        if self._save.under_way or self._add.under_way or edit in (None, self._noticed):
             return  # a write looks by itself
         self._noticed = edit
         try:
@@ -1914,26 +2320,47 @@ class FileLedger(Ledger):
         except Exception as error:  # noqa: BLE001 - whatever it is, what keys use is still written
             log.error("keys file was edited, and cannot be read: %s", error)
 
+    def _edit(self) -> FileMark:
+        """Of either file."""
+        return self._file.edit() or self._things_file.edit()
+
     def _load(self) -> None:
         """What keys may do is the file's; what they used is memory's, where it is known."""
         try:
             keys = self._file.read(list(self._lines.values()))
         except OSError as error:
-            self._fail(error)
+            self._fail(error, self._file)
             return
+        self._load_things()
         known = {hashed: key.account for hashed, key in self.keys.items()}
-        for index in (self.keys, self._lines, self._retired, self.batches):
+        for index in (self.keys, self._lines, self._retired, self.batches, self._owners):
             index.clear()
         for hashed, record in keys.items():
             record.account = known.get(hashed, record.account)
         self._apply(keys)
         self._touched |= known.keys() & keys.keys()
+        for hashed, record in keys.items():  # version 1.0 kept batches there alone
+            batches = record.account.batches.items()
+            places = self.things.places
+            if old := {n: moment_of_day(b.day) for n, b in batches if n not in places}:
+                self._change({"key": record.owner, "kind": "batches", "made": old})
+
+    def _load_things(self) -> None:
+        file = self._things_file
+        try:
+            things = file.read(self.things.lines())
+            for change in self._changes:
+                things.change(json.loads(change))
+            self.things = things
+            if things.is_untidy:
+                file.write(things.lines())
+        except OSError as error:
+            failure = self._fail(error, file)
+            if self.things.is_cut:  # what is written behind that could not be read
+                raise SettingsError(failure.message) from None
 
     async def save(self) -> None:
-        if self._next is None:
-            self._next = asyncio.create_task(self._write(self._writing))
-        if failure := await asyncio.shield(self._next):
-            raise failure
+        await self._save()
 
     async def run(self) -> None:
         while True:
@@ -1942,22 +2369,23 @@ class FileLedger(Ledger):
 
     async def close(self) -> None:
         await self._flush()
-        while under_way := self._next or self._writing:
+        while under_way := self._save.under_way or self._add.under_way:
             await asyncio.wait([under_way])
         self._file.close()
+        self._things_file.close()
 
     async def _flush(self) -> None:
         self.notice_edit()
-        if self._touched or self.last_error:
-            with contextlib.suppress(APIError):  # which was logged; the next call tries it again
+        with contextlib.suppress(APIError):  # which was logged; the next call tries it again
+            if self._changes:
+                await self._add()
+        with contextlib.suppress(APIError):
+            if self._touched or self._file.error:
                 await self.save()
 
-    async def _write(self, before: asyncio.Task[APIError | None] | None) -> APIError | None:
-        """Write all, once the write ``before`` is over; where that fails, this one does: what was
-        changed meanwhile stands on what is refused, and falls with it."""
-        if before is not None and (failure := await before):
-            return failure
-        self._writing, self._next = self._next, None
+    async def _write(self) -> APIError | None:
+        """Write all; where that fails, what was changed is taken back, and with it what was changed
+        meanwhile, which stands on it."""
         undo, self._undo = self._undo, {}
         touched, self._touched = self._touched, set()
         try:
@@ -1965,27 +2393,32 @@ class FileLedger(Ledger):
                 self._lines[hashed] = self._line(hashed, self.keys[hashed])
             await asyncio.to_thread(self._file.write, list(self._lines.values()))
         except Exception as error:  # noqa: BLE001 - whatever it is, it is taken back
-            undo, self._undo, self._next = self._undo | undo, {}, None
+            undo, self._undo = self._undo | undo, {}
             self._touched |= touched
             self._apply(undo)
-            return self._fail(error)
-        finally:
-            self._writing = None
-        if self.last_error:
-            log.warning("keys file written again")
-        self.last_error = ""
+            return self._fail(error, self._file)
+        self._written(self._file)
         return None
 
-    def _fail(self, error: Exception) -> APIError:
+    def _written(self, file: StoreFile[Any]) -> None:
+        if file.error:
+            log.warning("%s written again", self._name(file))
+        file.error = ""
+
+    def _fail(self, error: Exception, file: StoreFile[Any]) -> APIError:
         """Say what is new of it. A client is told no path of the machine."""
         reason = getattr(error, "strerror", None) or "unexpected failure"
-        message = f"The keys file cannot be written ({reason}); nothing was changed."
+        lost = "nothing was changed" if file is self._file else "it is tried again each second"
+        message = f"The {self._name(file)} cannot be written ({reason}); {lost}."
         # An edit that was not read yet is no failure; it is in a moment.
-        is_unread = isinstance(error, FileExistsError) and self._file.edit() != self._noticed
-        if message != self.last_error and not is_unread:
-            self.last_error, is_odd = message, not isinstance(error, OSError)
+        is_unread = isinstance(error, FileExistsError) and self._edit() != self._noticed
+        if message != file.error and not is_unread:
+            file.error, is_odd = message, not isinstance(error, OSError)
             log.error(message, exc_info=is_odd)
         return APIError(503, message)
+
+    def _name(self, file: StoreFile[Any]) -> str:
+        return "keys file" if file is self._file else "file of resources"
 
 
 def check_budget(
@@ -2367,6 +2800,7 @@ ADDRESS_TTL = 30.0  # seconds for which an address that was reached is not resol
 REACH_AGAIN_TIMEOUT = 3.0  # seconds for it to answer, before it is
 SWEEP_INTERVAL = 1.0  # seconds between looks for silent requests and idle connections
 REPEATABLE = ("GET", "HEAD")  # sent again where a kept-alive connection had closed
+NO_FIELDS: Mapping[str, str] = {}
 NO_ANSWER = 599  # Tornado's status where there is none
 
 
@@ -2726,11 +3160,13 @@ class UpstreamClient(SimpleAsyncHTTPClient):
             request.body_producer(request.write).add_done_callback(request.body_ended)
         return fetched
 
-    async def get(self, path: str, timeout: float, **options: Any) -> HTTPResponse:
-        """GET a path with the real key, by Tornado's own client, within so many seconds. Raises
-        UpstreamError where no whole answer comes."""
+    async def get(
+        self, path: str, timeout: float, fields: Mapping[str, str] = NO_FIELDS, **options: Any
+    ) -> HTTPResponse:
+        """GET a path with the real key and further header fields, by Tornado's own client, within
+        so many seconds. Raises UpstreamError where no whole answer comes."""
         settings, limit = self.settings, self.settings.connect_timeout
-        headers = {"anthropic-version": ANTHROPIC_VERSION, "Accept-Encoding": "identity"}
+        headers = {"anthropic-version": ANTHROPIC_VERSION, "Accept-Encoding": "identity", **fields}
         if settings.real_credential:
             headers |= [settings.real_credential]
         options |= {"headers": headers, "connect_timeout": limit, "request_timeout": timeout}
@@ -3322,7 +3758,8 @@ class ResponseFilter:
         return body
 
 
-REWRITE_LIMIT = 4 * MIB  # a list of a thousand batches, the longest, has about one
+# A list of a thousand batches has one, one of a hundred agents with long prompts ten.
+REWRITE_LIMIT = 16 * MIB
 
 
 def through(filters: Iterable[ResponseFilter], data: bytes, complete: bool) -> bytes:
@@ -3340,7 +3777,10 @@ class Meter(ResponseFilter):
     ``measured`` is the same however the body is split; it is final after `finish`. Holds at most
     MAX_LINE bytes of a line or a message, and beyond UNASKED_LINE what ``room`` lets it, which is
     asked for so many bytes, and told (below 0) of those no longer held. ``on_result`` is called
-    with each line of batch results, counted from 1."""
+    with each line of batch results, counted from 1; ``learn`` with what a line or a message says in
+    which something new may be named."""
+
+    learn: Callable[[object], None] | None = None
 
     def __init__(
         self,
@@ -3361,6 +3801,9 @@ class Meter(ResponseFilter):
         holds = self._whole or self._held or self._passed_over
         if holds or len(data) > MAX_LINE or not data.endswith(b"\n"):
             lines = self._complete(data)
+        if self.learn is not None and (b'"container"' in lines or b'"file_id"' in lines):
+            for line in lines.splitlines():
+                self.learn(read_json(line.removeprefix(b"data:"), Any))
         if self._on_result is not None:
             self._read_results(lines, self._on_result)
             return data
@@ -3410,6 +3853,8 @@ class Meter(ResponseFilter):
         if self._whole and not self.measured.blind:
             message = read_answer(held) if complete and held else None
             self.measured = measured_message(message, size)
+            if self.learn is not None and complete:
+                self.learn(read_json(held, Any))
         return b""
 
     def _complete(self, data: bytes) -> bytes:
@@ -3551,17 +3996,13 @@ class Inside:
         return b""
 
 
-@dataclass(eq=False)
-class BatchObject(ResponseFilter):
-    """Hands batch objects to ``look``, then makes their ``results_url`` a path on the gateway."""
+class Rewritten(ResponseFilter):
+    """Has a whole answer made another by ``rewrite``, which may raise APIError."""
 
-    base_path: str
-    look: Callable[[bytes], Awaitable[None]]
     changes_length = True
 
-    async def rewrite(self, body: bytes) -> bytes:
-        await self.look(body)
-        return rewrite_results_url(body, self.base_path)
+    def __init__(self, rewrite: Callable[[bytes], Awaitable[bytes]]) -> None:
+        self.rewrite = rewrite  # type: ignore[method-assign, assignment]
 
 
 def decompress(coding: str, data: bytes, limit: int) -> bytes:
@@ -3894,13 +4335,27 @@ UNREAD = Order()  # until the body is here
 
 
 @dataclass(slots=True)
+class Listing:
+    """A list of files, as it is asked for: by ``ids`` of the caller's own, in their order, and
+    whether there are ``more``; ``target`` and ``limit`` are what he asked for."""
+
+    target: str
+    limit: int
+    ids: list[str]
+    more: bool
+    cursor: str
+
+
+@dataclass(slots=True)
 class Visit:
     """A relayed request on its way through the rules, and what they found out about it. ``target``
     is the raw one behind the upstream's base path, ``path`` what rules look at, ``length`` the
     body's: bytes or CHUNKED. ``lines`` are the field lines that go up, with ``credential`` as
     (name, value). ``order`` is what it asks for, ``hold`` what it holds for that, ``meter`` reads
     what it used, ``results`` what a batch did. ``began``: all of it went up. ``payer`` is the key
-    that pays; None where the caller does, or nobody counts."""
+    that pays, and has walls; None where the caller does, or nobody counts. ``owner`` gets what
+    comes of it, ``listing`` is what is asked for in place of a list of files. Of the answer fields
+    of ``hidden`` names stay here, and it waits for ``errand``."""
 
     gateway: Gateway
     head: RequestHead
@@ -3913,7 +4368,12 @@ class Visit:
     order: Order
     lines: list[str]
     payer: VirtualKey | None = None
+    owner: str = ""
     reads_body: bool = False
+    refers: bool = False  # its body may name things, and is looked through
+    listing: Listing | None = None
+    hidden: frozenset[str] = NO_OPTIONS
+    errand: Callable[[], Awaitable[None]] | None = None
     credential: tuple[str, str] | None = None
     hold: Hold | None = None
     meter: Meter | None = None
@@ -3941,6 +4401,14 @@ class Kept:
             read = read_body(self.data, self.route, self.breathe, strictly=strictly)
             self.document, self.is_read = await read, True
         return self.document
+
+    async def read_wholly(self) -> object:
+        """All that it says. Raises APIError 400 where that is not clear."""
+        try:
+            return await read_at_length(self.data, None, self.breathe)
+        except (ValueError, RecursionError) as error:
+            text = "The body names files or other things, and is not clearly readable JSON"
+            raise APIError(400, f"{text}: {error}.") from None
 
 
 class Rule:
@@ -3975,7 +4443,7 @@ class Rules:
             return tuple(getattr(r, step) for r in rules if getattr(type(r), step) != plain)
 
         self.head, self.body = having("head"), having("body")
-        self.filters, self.fields = having("filters"), having("fields")
+        self.filters, self.fields = having("filters")[::-1], having("fields")  # the way back
         self.end = having("end")
 
 
@@ -4092,7 +4560,7 @@ class Fields(Rule):
             if visit.route.results_of:
                 unwanted |= {"range", "if-range"}  # a part of the results could not be booked
         codings = None
-        if visit.route.metered and (offered := head.values.get("accept-encoding")):
+        if visit.route.is_read and (offered := head.values.get("accept-encoding")):
             codings = readable_codings(offered)
         for lower, _, name, line, goes_up, _ in head.fields:
             if not goes_up or lower in unwanted:
@@ -4219,15 +4687,15 @@ class Batches(Rule):
 
     async def head(self, visit: Visit) -> None:
         route, gateway = visit.route, visit.gateway
-        if route.deletes and gateway.ledger.unbooked(route.batch_id):
-            await gateway.batches.book(route.batch_id)
+        if route.deletes and gateway.ledger.unbooked(route.name):
+            await gateway.batches.book(route.name)
 
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
         batch, gateway = visit.route.results_of, visit.gateway
         if head.status != 200:
             return ()
         if visit.route.batch and is_json(head.get("content-type")):
-            return (BatchObject(gateway.base_path, functools.partial(self.look, visit)),)
+            return (Rewritten(functools.partial(self.look, visit)),)
         if not batch or visit.caller.own is not None:
             return ()
         if visit.caller.key is not None:
@@ -4237,20 +4705,21 @@ class Batches(Rule):
         visit.results = Meter("", functools.partial(gateway.batches.book_result, batch), room)
         return (visit.results,)
 
-    async def look(self, visit: Visit, plain: bytes) -> None:
-        """Look at a batch object: remember whose it is, if it was just made, before he is told of
-        it; if it has ended, it is time to book it."""
+    async def look(self, visit: Visit, plain: bytes) -> bytes:
+        """Look at a batch object: what it may cost is held on, if it was just made, before its
+        maker is told; if it has ended, it is time to book it. Its results are then found here."""
         gateway, payer, batch = visit.gateway, visit.payer, read_json(plain)
         name = batch.get("id") if isinstance(batch, dict) else None
         if not isinstance(batch, dict) or not isinstance(name, str):
-            return
-        if visit.route.makes_batch and payer is not None and visit.hold is not None:
+            pass
+        elif visit.route.makes_batch and payer is not None and visit.hold is not None:
             gateway.ledger.own_batch(payer.account, name, visit.hold)
             gateway.batches.watch(name)
             with contextlib.suppress(APIError):  # which is said, and tried again each second
                 await gateway.ledger.save()
         elif batch.get("processing_status") == BATCH_ENDED:
             gateway.batches.hurry(name)
+        return rewrite_results_url(plain, gateway.base_path)
 
     def end(self, visit: Visit) -> None:
         results = visit.results
@@ -4258,7 +4727,338 @@ class Batches(Rule):
             visit.gateway.ledger.finish_batch(visit.route.results_of)
 
 
-RULES = (Credentials(), Routes(), Models(), Fields(), Batches(), Limits())
+LIST_TIMEOUT = 60.0  # seconds for a further part of a list
+IDS_A_CALL = 100  # of files (SDK: types/file_list_params.py)
+DEFAULT_LIMIT, MAX_LIST_LIMIT = 20, 1000  # rows of a page (SDK: types/file_list_params.py)
+MAX_PAGES = 1000  # of a list that one request looks through
+FILE_LIST = {"limit", "page", "after_id", "before_id", "beta"}  # what can be asked of ids as well
+CURSORS = ("after_id", "before_id")
+CURSOR = re.compile(r"page_own_([0-9.]+)_([\w-]+)")  # the gateway's own: behind which file
+# A session and a run are of a deployment, a file is of the session that wrote it.
+PARENTS = {"sessions": "deployments", "deployment_runs": "deployments", "files": "sessions"}
+PRODUCERS = ("dreams", "deployment_runs")
+SAFE_ID = re.compile(r"[\w-]+")
+
+
+class Walls(Rule):
+    """A key reaches what it made, or its team, and what is shared with all. Of all else it is told
+    what it would be told of what does not exist, and the upstream is not asked."""
+
+    async def head(self, visit: Visit) -> None:
+        key, route, head = visit.payer, visit.route, visit.head
+        if key is None:
+            return
+        visit.hidden, visit.owner = IDENTITY_FIELDS, key.owner
+        if route.name:
+            # What workers of an environment do is not for all who may use it.
+            reads = route.fetches and not route.below.startswith("/work")
+            thing = await self.reach(visit, route.kind, route.name, changes=not reads)
+            visit.owner = thing.owner
+        if key.resources == "all":
+            return
+        for profile in head.values.get(PROFILE_FIELD, ()):
+            await self.reach(visit, "user_profiles", profile)
+        if "?" in visit.target:
+            await self.judge_query(visit)
+        if route.kind and not route.name and route.fetches:
+            if head.method == "HEAD":
+                visit.hidden |= {"content-length"}
+            if route.kind == "files" and visit.listing is None:
+                await self.ask_by_ids(visit)
+        if not route.unread:
+            visit.refers = True
+            if head.coding:
+                text = "What this key sends is looked through: send it without Content-Encoding."
+                raise APIError(400, text)
+
+    async def body(self, visit: Visit, body: Kept) -> None:
+        if not visit.refers or not may_refer(body.data, visit.route):
+            return
+        seen = set[tuple[str, str]]()
+        for number, member in enumerate(members_within(await body.read_wholly())):
+            if number % BREATH == 0:
+                await body.breathe()
+            seen.update(named_by(*member))
+        for kind, name in seen:
+            await self.reach(visit, kind, name)
+
+    async def reach(self, visit: Visit, kind: str, name: str, *, changes: bool = False) -> Thing:
+        """A thing that the caller may read or refer to, or change. Raises APIError 404, and 403 for
+        one that is shared and another's."""
+        key, ledger = visit.payer, visit.gateway.ledger
+        assert key is not None
+        thing = (await ledger.find_things([name])).get(name)
+        if thing is None and key.resources == "all":
+            return Thing(kind)
+        thing = thing or await self.trace(visit, key, kind, name)
+        if thing is None or not (thing.belongs_to(key) or thing.is_shared):
+            raise not_found(kind, name)
+        if changes and not thing.belongs_to(key):
+            text = f"{printable(name)} is shared: this key may use it, and its owner change it."
+            raise APIError(403, text)
+        return thing
+
+    async def trace(self, visit: Visit, key: VirtualKey, kind: str, name: str) -> Thing | None:
+        """What is not known here, if the upstream says that Anthropic made it for all, or that it
+        came of something that the caller reaches. It is asked only where that may be."""
+        ledger, parents = visit.gateway.ledger, PARENTS.get(kind)
+        is_custom = kind != "skills" or name.startswith(KINDS["skills"])
+        may_be = await ledger.reached(key, parents) if parents else not is_custom
+        if not may_be or not SAFE_ID.fullmatch(name):
+            return None
+        found = await self.ask(visit, f"/v1/{kind}/{name}", {})
+        if kind == "skills":
+            return Thing(kind, is_shared=True) if is_published(found) else None
+        above = parent_of(found)
+        thing = (await ledger.find_things([above])).get(str(above))
+        if thing is None or not thing.belongs_to(key):
+            return None
+        await ledger.own(thing.owner, kind, {name: moment_in(found)})
+        return thing._replace(kind=kind)
+
+    async def ask(self, visit: Visit, target: str, missing: Any = None) -> Any:
+        """An object of the upstream's; ``missing`` where it has none. Raises UpstreamError."""
+        told = ("anthropic-version", "anthropic-beta")
+        fields = {name: visit.head.get(name) for name in told if name in visit.head.values}
+        answer = await visit.gateway.client.get(target, LIST_TIMEOUT, fields)
+        if answer.code == 404 and missing is not None:
+            return missing
+        document = read_json(answer.body, Any) if answer.code == 200 else None
+        if not isinstance(document, dict):
+            raise UpstreamError(f"The upstream answered {answer.code} where a part was asked for.")
+        return document
+
+    # Lists
+
+    async def judge_query(self, visit: Visit) -> None:
+        """Look at the ids of a query. Of a list of ids those that the caller does not reach are
+        left out, as missing ones would be."""
+        path, _, query = visit.target.partition("?")
+        is_list, kept, ids = visit.route.kind and not visit.route.name, list[str](), list[str]()
+        for part in query.split("&"):
+            name, value = (urllib.parse.unquote_plus(text) for text in part.partition("=")[::2])
+            name = name.partition("[")[0]
+            kind = "sessions" if name == "scope_id" else REFERENCES.get(name)
+            if is_list and name == "ids":
+                with contextlib.suppress(APIError):
+                    await self.reach(visit, visit.route.kind, value)
+                    kept.append(part)
+                ids.append(part)
+                continue
+            if is_list and name in CURSORS and value:
+                try:
+                    await self.reach(visit, visit.route.kind, value)
+                except APIError as error:
+                    raise APIError(400, f"{name}: {error.message}") from None
+            elif kind and value:
+                await self.reach(visit, kind, value)
+            kept.append(part)
+        if ids:
+            if not any(part in kept for part in ids):
+                kept.append(f"ids[]={unknown_id(visit.route.kind)}")
+            visit.target = f"{path}?{'&'.join(kept)}"
+
+    async def ask_by_ids(self, visit: Visit) -> None:
+        """Have a list of files asked for by the ids of those that the caller reaches: a page of
+        them, newest first, as the upstream has them."""
+        key, (path, _, query) = visit.payer, visit.target.partition("?")
+        asked = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+        limit, page = (
+            asked.get("limit", str(DEFAULT_LIMIT)),
+            CURSOR.fullmatch(asked.get("page", "")),
+        )
+        fits = limit.isascii() and limit.isdigit() and 0 < int(limit) <= MAX_LIST_LIMIT
+        if asked.keys() - FILE_LIST or not fits or (asked.get("page") and not page) or key is None:
+            return  # the upstream says what is wrong, or lists them in its own way
+        made, size = await visit.gateway.ledger.reached(key, "files"), int(limit)
+        order = sorted((made[name], name) for name in made)[::-1]
+        if page:
+            order = [each for each in order if each < (float(page[1]), page[2])]
+        if (after := asked.get("after_id", "")) in made:
+            order = [each for each in order if each < (made[after], after)]
+        chosen = order[:size]
+        if (before := asked.get("before_id", "")) in made:
+            order = [each for each in order if each > (made[before], before)]
+            chosen = order[-size:]
+        ids, cursor = [name for _, name in chosen] or [unknown_id("files")], ""
+        if chosen and len(order) > size:
+            cursor = "page_own_{:.6f}_{}".format(*chosen[-1])
+        visit.listing = Listing(visit.target, size, ids, len(order) > size, cursor)
+        visit.target = self.by_ids(path, ids, "beta" in asked)
+
+    def by_ids(self, path: str, ids: Sequence[str], beta: bool) -> str:
+        """The target that asks for files by their ids."""
+        told = [f"ids[]={urllib.parse.quote(name, safe='')}" for name in ids[:IDS_A_CALL]]
+        return f"{path}?{'&'.join([*(['beta=true'] if beta else []), *told])}"
+
+    async def list_own(self, visit: Visit, body: bytes) -> bytes:
+        """A list with the caller's rows alone, as it would be if there were no others'."""
+        document, listing = read_json(body, Any), visit.listing
+        if not isinstance(document, dict):
+            raise APIError(502, "The upstream's list cannot be read.")
+        if listing is not None:
+            rows, beta = list_of(document.get("data")), "beta=true" in visit.target
+            path = visit.target.partition("?")[0]
+            if {id_of(row) for row in rows} <= set(listing.ids):
+                for start in range(IDS_A_CALL, len(listing.ids), IDS_A_CALL):
+                    more = await self.ask(visit, self.by_ids(path, listing.ids[start:], beta))
+                    rows += list_of(more.get("data"))
+                if not listing.more and len(listing.ids) <= IDS_A_CALL:
+                    return body
+                document |= {"next_page": listing.cursor or None} if "next_page" in document else {}
+                return as_list(document, rows, listing.more)
+            # It does not know ``ids[]``, and has listed what it has.
+            visit.target, body = listing.target, b""
+            document = await self.ask(visit, visit.target)
+        if "has_more" in document and "next_page" not in document:
+            return await self.fill(visit, body, document)
+        return await self.sift(visit, body, document)
+
+    async def sift(self, visit: Visit, body: bytes, document: dict[str, Any]) -> bytes:
+        """Of a page what the caller reaches."""
+        rows = {name: value for name, value in document.items() if isinstance(value, list)}
+        shown = {name: await self.visible(visit, each) for name, each in rows.items()}
+        if shown == rows and body:
+            return body
+        return as_list(document | shown, shown.get("data", []))
+
+    async def fill(self, visit: Visit, body: bytes, document: dict[str, Any]) -> bytes:
+        """A full page of rows that the caller reaches, of as many of the upstream's as it takes."""
+        assert visit.payer is not None
+        path, _, query = visit.target.partition("?")
+        asked = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+        limit, backwards = int(asked.get("limit") or DEFAULT_LIMIT), bool(asked.get("before_id"))
+        rows, cursor = list_of(document.get("data")), "before_id" if backwards else "after_id"
+        left = set(await visit.gateway.ledger.reached(visit.payer, visit.route.kind))
+        shown, page, more = await self.visible(visit, rows), document, document.get("has_more")
+        is_whole = len(shown) == len(rows)
+        for _ in range(MAX_PAGES):
+            left -= {id_of(row) for row in rows}
+            if len(shown) > limit or not page.get("has_more") or not left or not rows:
+                break
+            asked |= {"limit": str(MAX_LIST_LIMIT), cursor: id_of(rows[0 if backwards else -1])}
+            page = await self.ask(visit, f"{path}?{urllib.parse.urlencode(asked)}")
+            rows = list_of(page.get("data"))
+            found = await self.visible(visit, rows)
+            shown = found + shown if backwards else shown + found
+        has_more = len(shown) > limit
+        if body and is_whole and more == has_more:
+            return body
+        return as_list(document, shown[-limit:] if backwards else shown[:limit], has_more)
+
+    async def visible(self, visit: Visit, rows: Sequence[Any]) -> list[Any]:
+        """The rows that the caller reaches; what came of his own is his."""
+        key, ledger, born = visit.payer, visit.gateway.ledger, dict[tuple[str, str], Any]()
+        assert key is not None
+        objects = [row for row in rows if isinstance(row, dict)]
+        known = await ledger.find_things(
+            itertools.chain(map(id_of, objects), map(parent_of, objects))
+        )
+        shown = []
+        for row in objects:
+            name, above = id_of(row), known.get(str(parent_of(row)))
+            thing = known.get(name)
+            if thing is None and above is not None and above.belongs_to(key) and name:
+                born.setdefault((above.owner, visit.route.kind), {})[name] = moment_in(row)
+                thing = above
+            if thing is not None and (thing.belongs_to(key) or thing.is_shared):
+                for kind, product in products_of(row):
+                    if isinstance(product, str):
+                        born.setdefault((thing.owner, kind), {})[product] = moment_in(row)
+                shown.append(row)
+            elif thing is None and is_published(row):
+                shown.append(row)
+        for (owner, kind), made in born.items():
+            await ledger.own(owner, kind, made)
+        return shown
+
+    # What is made
+
+    def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
+        key, route = visit.payer, visit.route
+        if key is None or not 200 <= head.status < 300:
+            return ()
+        learn = functools.partial(self.learn, visit)
+        for meter in (visit.meter, visit.results):
+            if meter is not None:
+                meter.learn = learn
+        if not route.kind or visit.results is not None:
+            return ()
+        if is_event_stream(head):
+            watch = Meter(EVENT_STREAM)
+            watch.learn = learn
+            return (watch,)
+        if not route.fetches or (route.name and route.kind in PRODUCERS and not route.below):
+            return (Rewritten(functools.partial(self.remember, visit)),)
+        if not route.name and head.status == 200 and key.resources != "all":
+            return (Rewritten(functools.partial(self.list_own, visit)),)
+        return ()
+
+    async def remember(self, visit: Visit, body: bytes) -> bytes:
+        """What was made is its maker's before he is told of it; so is what his things made."""
+        made, route, ledger = read_json(body, Any), visit.route, visit.gateway.ledger
+        if not isinstance(made, dict) or not visit.owner or route.deletes:
+            return body
+        born, kind = list(products_of(made)), f"{made.get('type')}s"
+        if not route.fetches and id_of(made) != route.name:
+            below = route.below.strip("/").split("/")[-1]
+            born.append((kind if kind in KINDS else below or route.kind, id_of(made)))
+        try:
+            for kind, name in born:
+                if isinstance(name, str) and name:
+                    await ledger.own(visit.owner, kind, {name: moment_in(made)})
+        except APIError as error:
+            text = f"It was made, but whose it is could not be written down. {error.message}"
+            raise APIError(503, text, headers=[DO_NOT_RETRY]) from None
+        return body
+
+    def learn(self, visit: Visit, document: object) -> None:
+        """An answer, or a part of one, may name what was made for the caller on the way: containers
+        and files that code wrote (SDK: types/code_execution_output_block.py)."""
+        born: list[tuple[str, str]] = []
+        for member in members_within(document):
+            wrote = str(member[1].get("type")).endswith("code_execution_output")
+            for kind, name in named_by(*member):
+                if kind == "containers" or (kind == "files" and wrote):
+                    born.append((kind, name))
+        if born and visit.owner:
+            visit.errand = functools.partial(self.keep, visit.gateway.ledger, visit.owner, born)
+
+    async def keep(self, ledger: Ledger, owner: str, born: Sequence[tuple[str, str]]) -> None:
+        """Remember what was learnt, before the client hears of it."""
+        with contextlib.suppress(APIError):  # which is said, and tried again each second
+            for kind, name in born:
+                await ledger.own(owner, kind, {name: time.time()})
+
+    def end(self, visit: Visit) -> None:
+        route, answer = visit.route, visit.answer
+        deleted = route.name and route.deletes and visit.caller.own is None
+        if deleted and answer is not None and answer.status == 200:
+            visit.gateway.ledger.forget((route.name + route.below).strip("/").split("/")[-1])
+
+
+def id_of(row: object) -> str:
+    """The id of an object; empty where it has none."""
+    name = row.get("id") if isinstance(row, dict) else None
+    return name if isinstance(name, str) else ""
+
+
+def unknown_id(kind: str) -> str:
+    """An id that no thing has."""
+    return KINDS.get(kind, "") + secrets.token_hex(12)
+
+
+def as_list(document: dict[str, Any], rows: Sequence[Any], has_more: bool = False) -> bytes:
+    """A list with these rows, and no number that others' would change."""
+    told = {name: value for name, value in document.items() if type(value) not in (int, float)}
+    ends: dict[str, Any] = {"has_more": has_more or bool(told.get("next_page"))}
+    ends |= {"first_id": id_of(rows[0]) if rows else None}
+    ends |= {"last_id": id_of(rows[-1]) if rows else None}
+    told |= {"data": rows} | {name: ends[name] for name in ends if name in told}
+    return json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+RULES = (Credentials(), Routes(), Models(), Fields(), Walls(), Batches(), Limits())
 
 
 # ─── Relay ────────────────────────────────────────────────────────────────────────────────────────
@@ -4685,6 +5485,7 @@ class RelayHandler(BaseHandler):
     _visit: Visit
     _kept: list[bytes] | None = None  # of its body
     _held = 0  # bytes
+    _seen = b""  # the end of what was looked through
     _upstream: UpstreamRequest | None = None
     _uploaded: asyncio.Future[None]  # done when all of a body that streams was handed on
     _filters: Sequence[ResponseFilter] = ()
@@ -4719,7 +5520,8 @@ class RelayHandler(BaseHandler):
         visit.lines.insert(0, gateway.host_line)
         if visit.credential is not None:
             visit.lines.append(": ".join(visit.credential))
-        keeps = visit.reads_body or visit.route.billed or is_json(head.get("content-type"))
+        keeps = visit.reads_body or visit.refers or visit.route.billed
+        keeps = keeps or is_json(head.get("content-type"))
         if visit.length > JSON_BODY_LIMIT:
             self._go_unread(visit.length)
         elif keeps or visit.length == 0:
@@ -4735,6 +5537,7 @@ class RelayHandler(BaseHandler):
         if record.bytes_in > limit:
             raise too_large(limit)
         if kept is None:
+            self._look(chunk)
             upstream, chunked = self._upstream, self._visit.length == CHUNKED
             return upstream.write(framed(chunk) if chunked else chunk) if upstream else None
         if record.bytes_in > self._held:
@@ -4745,6 +5548,7 @@ class RelayHandler(BaseHandler):
         if record.bytes_in <= JSON_BODY_LIMIT:
             return None
         self._go_unread(record.bytes_in)
+        self._look(b"".join(kept))
         self._stream(CHUNKED, framed(b"".join(kept)))
         return self._upstream.room if self._upstream is not None else None
 
@@ -4828,6 +5632,7 @@ class RelayHandler(BaseHandler):
         assert self._upstream is not None
         complete = self._upstream.complete
         if self._gathered is not None:
+            self._hold(len(data))
             self._gathered += data
             if complete or len(self._gathered) > REWRITE_LIMIT:
                 return at_once(self._send_rewritten(complete))
@@ -4836,6 +5641,8 @@ class RelayHandler(BaseHandler):
             return at_once(self._send_inside(self._inside, data, complete))
         if data or complete:
             data = through(self._filters, data, complete)
+        if self._visit.errand is not None:
+            return at_once(self._send_later(data, complete))
         if complete or self._visit.phase is not RequestPhase.BEGUN:
             return self._send(data, complete)
         self._visit.record.bytes_out += len(data)
@@ -4849,11 +5656,12 @@ class RelayHandler(BaseHandler):
         self.fail(error)
 
     def on_connection_close(self) -> None:
-        """The client has left: so does the upstream's connection, at once; but where a batch is
-        being made its answer is awaited, since whoever makes one pays for it."""
-        visit, upstream = self._visit, self._upstream
+        """The client has left: so does the upstream's connection, at once; but where something is
+        being made its answer is awaited, since he pays for a batch, and owns the rest."""
+        visit, upstream, route = self._visit, self._upstream, self._visit.route
         asked = upstream is not None and upstream.begun and upstream.sent
-        if visit.route.makes_batch and asked and visit.phase is not RequestPhase.SETTLED:
+        makes = route.makes_batch or (route.kind and not route.fetches and visit.owner)
+        if makes and asked and visit.phase is not RequestPhase.SETTLED:
             visit.phase = FOLLOWS[visit.phase][RequestPhase.DESERTED]
         else:
             self.settle("client_gone")
@@ -4960,6 +5768,15 @@ class RelayHandler(BaseHandler):
         self._visit.order = Order(prompt=tokens_in(size))
         self._kept = None
 
+    def _look(self, data: bytes) -> None:
+        """Look through a part of a body that is not kept. Raises APIError where it names things."""
+        if self._visit.refers:
+            data = self._seen + data
+            self._seen = data[-LONGEST_NAME:]
+            if may_refer(data, self._visit.route):
+                text = "This body names files or other things, so it is read, and may be"
+                raise APIError(413, f"{text} {JSON_BODY_LIMIT:,} bytes long. Send it in parts.")
+
     def _stream(self, length: int, kept: bytes = b"") -> None:
         """Open the upstream now; the body follows what is kept of it: `data_received` writes what
         comes, until `post` says that it was all."""
@@ -4969,7 +5786,14 @@ class RelayHandler(BaseHandler):
 
     async def _send_inside(self, inside: Inside, data: bytes, complete: bool) -> None:
         """Send compressed bytes on, once the filters have seen what they hold."""
-        room = self._send(await inside.feed(data, complete), complete)
+        await self._send_later(await inside.feed(data, complete), complete)
+
+    async def _send_later(self, data: bytes, complete: bool) -> None:
+        """Send bytes on, once an errand is done that they must wait for."""
+        errand, self._visit.errand = self._visit.errand, None
+        if errand is not None:
+            await errand()
+        room = self._send(data, complete)
         if room is not None:
             await room
 
@@ -4982,7 +5806,7 @@ class RelayHandler(BaseHandler):
                 raise ValueError("too large")
             body = decompress(head.coding, bytes(gathered), REWRITE_LIMIT)
         except (ValueError, zlib.error) as error:
-            raise APIError(502, f"The upstream's batch object cannot be read: {error}.") from None
+            raise APIError(502, f"The upstream's answer cannot be read: {error}.") from None
         for each in self._filters:
             body = await each.rewrite(body) if each.changes_length else through([each], body, True)
         body = compress(head.coding, body)
@@ -5023,7 +5847,8 @@ class RelayHandler(BaseHandler):
     ) -> tuple[str, list[str]]:
         """An answer's start line and field lines as the client gets them: without hop-by-hop
         fields, with the gateway's own in the place of those of their names, the real key masked."""
-        unwanted, mask, phrase, lines = head.options, self._visit.mask, head.reason, []
+        unwanted, mask = head.options | self._visit.hidden, self._visit.mask
+        phrase, lines = head.reason, list[str]()
         if own:
             unwanted = unwanted.union(map(operator.itemgetter(0), own))
         for lower, _, _, line, _, goes_down in head.fields:
@@ -5175,7 +6000,8 @@ class KeyHandler(ManagementHandler):
     async def generate(self, body: dict[str, Any]) -> dict[str, Any]:
         """LiteLLM's request and response; no other answer has the plain key."""
         key = self.chosen(body.pop("key", None))
-        record = self.changed(VirtualKey(key_name(key), created_at=now()), body)
+        made = VirtualKey(key_name(key), created_at=now(), owner_id=secrets.token_hex(8))
+        record = self.changed(made, body)
         return await self.keep({hash_key(key): record}, "made") | {"key": key}
 
     async def update(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -5191,7 +6017,8 @@ class KeyHandler(ManagementHandler):
         value = self.chosen(body.pop("new_key", None))
         retired = {old: until for old, until in record.retired.items() if until > moment}
         retired[record.account.hashed] = grace or moment
-        changed = self.changed(record, body, key_name=key_name(value), retired=retired)
+        more = {"key_name": key_name(value), "retired": retired, "owner_id": record.owner}
+        changed = self.changed(record, body, **more)
         changes = {record.account.hashed: None, hash_key(value): changed}
         return await self.keep(changes, "regenerated") | {"key": value}
 
@@ -5219,9 +6046,29 @@ class KeyHandler(ManagementHandler):
         await self.keep({record.account.hashed: record for record in found}, "deleted")
         return {"deleted_keys": keys + aliases}
 
+    async def assign(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Give the things of these ``ids`` to a ``key``, to nobody (null) or to all to use ("*").
+        ``kind`` is needed for those whose ids do not tell it."""
+        ids, kind, key = TEXTS.parse("ids", body.get("ids")), body.get("kind"), body.get("key")
+        if not ids or "key" not in body or not (kind is None or isinstance(kind, str)):
+            raise APIError(400, "'ids' must list things, and 'key' name a key, '*' or null.")
+        owner, ledger = None if key == "*" else "", self.gateway.ledger
+        if key not in ("*", None):
+            named = {"key_alias": key} if ledger.find("", str(key)) else {"key": key}
+            owner = self.addressed(named).owner
+        known, names = await ledger.find_things(ids), dict[str, str]()
+        for name in ids:
+            guessed = next((k for k, prefix in KINDS.items() if name.startswith(prefix)), None)
+            names[name] = known[name].kind if name in known else kind or guessed or ""
+            if not names[name]:
+                raise APIError(400, f"{printable(name)}: say its 'kind', as {', '.join(KINDS)}.")
+        await ledger.assign(names, owner)
+        log.info("%d things assigned", len(ids))
+        return {"ids": ids, "key": key}
+
     deeds: ClassVar[dict[str, Any]] = {"generate": generate, "update": update, "block": block}
     deeds |= {"unblock": functools.partial(block, blocked=False), "reset_spend": reset_spend}
-    deeds |= {"regenerate": regenerate, "delete": delete_keys}
+    deeds |= {"regenerate": regenerate, "delete": delete_keys, "assign": assign}
 
 
 class InfoHandler(ManagementHandler):
@@ -5310,7 +6157,29 @@ class ReportHandler(ManagementHandler):
             and first <= day_of(finished.started) <= last
         ]
 
+    def list_resources(self) -> dict[str, Any]:
+        """Pages of what is whose, of a ``key`` or of a ``kind``."""
+        page, size = self.query("page", ORDINAL, 1), self.query("size", ORDINAL, MAX_PAGE_SIZE)
+        asked, kind, ledger = self.query("key"), self.query("kind"), self.gateway.ledger
+        owner = self.addressed({"key": asked}).owner if asked else None
+        keys = {key.owner: key.account.hashed for _, key in ledger.live()}
+        shelves, size = list(ledger.things.shelves.values()), min(size, MAX_PAGE_SIZE)
+        chosen = [s for s in shelves if kind in ("", s.kind) and owner in (None, s.owner)]
+        total = sum(len(shelf.made) for shelf in chosen)
+        every = ((name, shelf) for shelf in chosen for name in shelf.made)
+        rows = [
+            {"id": name, "kind": shelf.kind, "key": keys.get(shelf.owner)}
+            | {
+                "shared": name in ledger.things.shared,
+                "created_at": moment_of(int(shelf.made[name])),
+            }
+            for name, shelf in itertools.islice(every, (page - 1) * size, page * size)
+        ]
+        told = {"resources": rows, "total_count": total, "current_page": page}
+        return told | {"total_pages": -(-total // size)}
+
     reports: ClassVar[dict[str, Any]] = {"/key/list": list_keys, "/spend/logs": list_requests}
+    reports["/resources/list"] = list_resources
     reports |= {"/spend/keys": list_spend, "/global/spend/report": sum_spend}
 
 
@@ -5706,6 +6575,7 @@ def make_app(settings: Settings, rules: Sequence[Rule] = RULES) -> GatewayApplic
         (METRICS_PATH, MetricsHandler),
         (r"/key/(generate|update|delete|block|unblock|regenerate)", KeyHandler),
         (r"/key/([^/]+)/(regenerate|reset_spend)", KeyHandler),
+        (r"/resources/(assign)", KeyHandler),
         (r"/key/info", InfoHandler),
         *((re.escape(path), ReportHandler) for path in ReportHandler.reports),
     ]
