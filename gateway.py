@@ -963,20 +963,17 @@ PLACES = {"budget_tokens", "edits", "id", *BodyMembers.__annotations__}
 MODEL_PLACES = {"model", "fallbacks", "tools", "requests", "params"}
 
 
-def made_of(pairs: list[tuple[str, Any]], wholly: bool = False) -> dict[str, Any]:
+def made_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of its members. Raises ValueError for one that two readers could read differently:
-    where one of PLACES, or any (``wholly``), stands twice."""
+    where a name stands twice."""
     made = dict(pairs)
     if len(made) < len(pairs):
-        names = [name for name, _ in pairs if wholly or name in PLACES]
-        if len(set(names)) < len(names):
-            raise ValueError(f"one of {set(names)} stands twice in one object")
+        raise ValueError("a name stands twice in one object")
     return made
 
 
 read_clearly = json.JSONDecoder(object_pairs_hook=made_of).decode
-read_wholly = json.JSONDecoder(object_pairs_hook=functools.partial(made_of, wholly=True)).decode
-UNCLEAR = "This key is limited to some models, and"
+UNCLEAR = "What this key sends is looked through, and"
 # What msgspec reads at once, in some 10 ms at worst: whatever is in it, or with so few containers.
 LIGHT_BODY, LIGHT_CONTAINED, LIGHT_CONTAINERS = 256 * KIB, 8 * MIB, 200_000
 AT_ONCE = 32 * KIB  # of a body are read at once, by `json`
@@ -997,8 +994,7 @@ FOLLOWING = {b"": b"", b"]": b",]", b"}": b",}"}
 
 async def scan(body: bytes, names: set[str] | None, breathe: Breathe) -> object:
     """What a JSON text says, however hostile: of objects only the members of these names (None:
-    all, and then none may stand twice). Raises ValueError for what is no clear JSON, APIError 400
-    for more than a model reads."""
+    all). Raises ValueError for what is no clear JSON, APIError 400 for more than a model reads."""
     at = marks = 0
     document, rows = list[Any](), list[Any]()
     # Where values go, None where they are not kept, and what ends it; then what that stands in.
@@ -1037,7 +1033,7 @@ async def scan(body: bytes, names: set[str] | None, breathe: Breathe) -> object:
             elif kept:
                 value = json.loads(mark)
             if kept and isinstance(into, dict):
-                if name in into and (names is None or name in PLACES):
+                if name in into:
                     raise ValueError(f"{name!r} stands twice in one object")
                 into[name] = value
             elif kept and isinstance(into, list):
@@ -1062,10 +1058,9 @@ async def read_string(body: bytes, start: int, kept: bool, breathe: Breathe) -> 
     return json.loads(body[start - 1 : end + 1]), end + 1
 
 
-async def read_body(body: bytes, route: Route, breathe: Breathe, *, strictly: bool) -> object:
+async def read_body(body: bytes, breathe: Breathe, *, strictly: bool) -> object:
     """What rules look at of a body: what its price depends on, None where it cannot be read; or
-    ``strictly`` all that may name a model. Raises APIError 400 for what is unclear or too much."""
-    names = None if strictly and not route.open else PLACES
+    ``strictly`` all of it. Raises APIError 400 for what is unclear or too much."""
     light = not strictly and len(body) <= LIGHT_BODY
     if not (light or strictly) and len(body) <= LIGHT_CONTAINED:
         light = body.count(b"[") + body.count(b"{") <= LIGHT_CONTAINERS
@@ -1073,18 +1068,13 @@ async def read_body(body: bytes, route: Route, breathe: Breathe, *, strictly: bo
         with contextlib.suppress(Exception):  # what msgspec cannot read, json may
             return decode(body)
     try:
-        return await read_at_length(body, names, breathe)
+        if len(body) <= AT_ONCE and body.count(b"[") + body.count(b"{") < MAX_DEPTH:
+            return read_clearly(body.decode())
+        return await scan(body, None if strictly else PLACES, breathe)
     except (ValueError, RecursionError) as error:
         if not strictly:
             return None
         raise APIError(400, f"{UNCLEAR} the body is not clearly readable JSON: {error}.") from None
-
-
-async def read_at_length(body: bytes, names: set[str] | None, breathe: Breathe) -> object:
-    """What a body says, by `scan` where it is long. Raises what that does, and RecursionError."""
-    if len(body) <= AT_ONCE and body.count(b"[") + body.count(b"{") < MAX_DEPTH:
-        return read_wholly(body.decode()) if names is None else read_clearly(body.decode())
-    return await scan(body, names, breathe)
 
 
 def members_of(value: object) -> dict[str, Any]:
@@ -1150,6 +1140,7 @@ async def check_models(models: list[str], route: Route, document: Any, breathe: 
 # that are words of every day, by what they stand in (SDK: message_create_params, session_create_-
 # params, agent_create_params; types/container.py for answers, whose last three are).
 REFERENCES = {f"{kind[:-1]}_id{s}": kind for kind in KINDS if kind != "batches" for s in ("", "s")}
+REFERENCES["scope_id"] = "sessions"
 WORDS = {(place, "container"): "containers" for place in ("", "params", "message", "delta")}
 WORDS |= {("", "agent"): "agents", ("multiagent", "agents"): "agents"}
 WORDS |= {(place, "predefined_agents"): "agents" for place in ("subagents", "workflows")}
@@ -1215,12 +1206,13 @@ def parent_of(thing: Mapping[str, Any]) -> object:
     return thing.get("deployment_id") or (scope.get("id") if isinstance(scope, dict) else None)
 
 
-def products_of(thing: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def products_of(thing: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(kind, id) of what a dream or a run of a deployment has made (SDK: beta_dream)."""
     if thing.get("type") in ("dream", "deployment_run"):
-        yield "sessions", thing.get("session_id")
-        for output in list_of(thing.get("outputs")):
-            yield "memory_stores", output.get("memory_store_id")
+        outputs = [each for each in list_of(thing.get("outputs")) if isinstance(each, dict)]
+        made = [("sessions", thing.get("session_id"))]
+        made += [("memory_stores", each.get("memory_store_id")) for each in outputs]
+        yield from ((kind, name) for kind, name in made if isinstance(name, str))
 
 
 def is_published(thing: Mapping[str, Any]) -> bool:
@@ -1608,7 +1600,7 @@ def read_prices(path: Path) -> dict[str, Rates]:
 
 STORE_VERSION, STORE_MODE = 1, 0o600
 HASH = re.compile(r"[0-9a-f]{64}")
-TOMBSTONE_DAYS = 90  # how long a deleted key is told apart from one that never was
+TOMBSTONE = timedelta(days=90)  # how long a deleted key is told apart from one that never was
 WRITE_SLICE = 1000  # lines joined at a time, so that the writing thread lets the loop breathe
 FLUSH_INTERVAL = 1.0  # seconds between two writes of what relaying changes
 BUDGET_WAIT = 2  # seconds after which a request that a budget has no room for may ask again
@@ -1616,7 +1608,6 @@ FileMark = tuple[int, ...] | None
 Contents = TypeVar("Contents")
 KEYS_FRAME = (b'{"version": %d, "keys": {' % STORE_VERSION, b",\n", b"\n}}\n")
 THINGS_FRAME = (b'{"version": %d}' % STORE_VERSION, b"\n", b"\n")
-MICROSECOND = 1e-6
 UNTIDY_LINES = 1000  # of changes, beyond twice the fewest, until a file of them is written anew
 Charges = Sequence[tuple[str, Tally]]  # what was used, by model
 written = functools.partial(shown, amount="{:f}".format)  # in the file amounts lose no digit
@@ -1676,9 +1667,8 @@ class Ledger(Protocol):
     def rates(self, key: VirtualKey, theirs: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
         """anthropic-ratelimit-* of a key's own limits, where they are tighter than ``theirs``."""
 
-    def own_batch(self, account: Account, name: str, hold: Hold | None = None) -> None:
-        """A key made a batch: what is held for it stays until it is booked. One that nobody here
-        made (no hold) belongs to the key that first fetches its results."""
+    def own_batch(self, account: Account, name: str, hold: Hold) -> None:
+        """A key made a batch: what is held for it stays until it is booked."""
 
     def batch_line(self, name: str, line: int) -> Account | None:
         """Whom a line of a batch's results is to be booked to; it is said once."""
@@ -1697,9 +1687,9 @@ class Ledger(Protocol):
         """Remember whose these things are, durably, and when they were made; what has an owner
         keeps him. Raises APIError 503, and tries it again each second."""
 
-    async def assign(self, names: Mapping[str, str], owner: str | None) -> None:
-        """Give things (id: kind) to an owner ("": nobody), or share them with all (None). Raises
-        APIError 503, and tries it again each second."""
+    async def assign(self, kinds: Mapping[str, str], owner: str | None) -> None:
+        """Give things (id: kind) to an owner ("": nobody), or share them with all (None). Where it
+        raises APIError 503 nothing is changed."""
 
     def forget(self, name: str) -> None:
         """A thing is no more."""
@@ -1730,8 +1720,8 @@ def store_line(hashed: str, record: VirtualKey, today: str = "", keep_from: str 
 
 
 def parse_store(text: bytes, name: str) -> dict[str, VirtualKey]:
-    """Read a keys file, but for old tombstones. Raises SettingsError that says what is damaged."""
-    keys, forgotten = dict[str, VirtualKey](), now() - timedelta(days=TOMBSTONE_DAYS)
+    """Read a keys file. Raises SettingsError that says what is damaged."""
+    keys = dict[str, VirtualKey]()
     wrong = "not JSON: "
     try:
         document = json.loads(text)
@@ -1742,17 +1732,11 @@ def parse_store(text: bytes, name: str) -> dict[str, VirtualKey]:
             wrong = f"key number {number} "
             if not HASH.fullmatch(hashed):
                 raise ValueError("does not stand under a SHA-256")
-            key = VirtualKey.from_json(record)
-            if not key.deleted_at or key.deleted_at > forgotten:
-                keys[hashed] = key
+            keys[hashed] = VirtualKey.from_json(record)
+            keys[hashed].account.hashed = hashed
     except Exception as error:  # noqa: BLE001 - whatever Python says of what it cannot read
         raise SettingsError(f"{name}: damaged, {wrong}{error}; mend it or restore a copy") from None
     return keys
-
-
-def moment_of_day(day: str) -> int:
-    """The beginning of a UTC day (ISO date), in Unix seconds."""
-    return int(datetime.fromisoformat(day).replace(tzinfo=UTC).timestamp())
 
 
 def mark_of(file: Path | int) -> FileMark:
@@ -1763,20 +1747,24 @@ def mark_of(file: Path | int) -> FileMark:
     return None
 
 
+@dataclass(eq=False)
 class StoreFile(Generic[Contents]):
     """A file of lines that is whole at all times, and nobody else's while this object lives. It is
-    written beside itself, fsynced and renamed over the old one; a link stays a link. ``parse`` gets
-    its bytes and its name, ``frame`` is what stands before, between and behind lines; ``error`` is
-    why the last write failed."""
+    written beside itself, fsynced and renamed over the old one; a link stays a link. ``what`` it is
+    and what happens ``then`` where it cannot be written stand in errors, the last in ``error``;
+    ``parse`` gets its bytes and name, ``frame`` is what stands before, between and behind lines."""
 
-    error = ""
+    path: Path
+    parse: Callable[[bytes, str], Contents]
+    frame: tuple[bytes, bytes, bytes]
+    what: str
+    then: str
+    error: str = ""
+    _mark: FileMark = None
+    _lock: int = -1
 
-    def __init__(
-        self, path: Path, parse: Callable[[bytes, str], Contents], frame: tuple[bytes, bytes, bytes]
-    ) -> None:
-        self.path, self._parse, self._frame = Path(os.path.realpath(path)), parse, frame
-        self._mark: FileMark = None
-        self._lock = -1
+    def __post_init__(self) -> None:
+        self.path = Path(os.path.realpath(self.path))
 
     def read(self, lines: list[bytes]) -> Contents:
         """What is in the file, which is ours from then on; where there is none it is made of these
@@ -1788,7 +1776,7 @@ class StoreFile(Generic[Contents]):
                     self._lock = os.open(self.path, os.O_RDONLY)
                     fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 mark = mark_of(self._lock)  # an edit while it is read is another
-                contents, self._mark = self._parse(self.path.read_bytes(), str(self.path)), mark
+                contents, self._mark = self.parse(self.path.read_bytes(), str(self.path)), mark
                 return contents
             except FileNotFoundError:
                 with contextlib.suppress(FileExistsError):  # another gateway was faster
@@ -1807,7 +1795,7 @@ class StoreFile(Generic[Contents]):
         is another file than was last read or written."""
         temporary = self.path.parent / f".{self.path.name}.{os.getpid()}.tmp"
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, STORE_MODE)
-        before, between, behind = self._frame
+        before, between, behind = self.frame
         try:
             os.fchmod(descriptor, STORE_MODE)
             with open(descriptor, "wb", closefd=False) as file:
@@ -1837,20 +1825,17 @@ class StoreFile(Generic[Contents]):
         """Write lines behind all others, and fsync. Raises OSError as `write` does, and then the
         file is as it was."""
         self._refuse_edit()
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
-        try:
-            size = os.fstat(descriptor).st_size
+        with open(self.path, "ab", buffering=0) as file:
+            size, data = file.tell(), b"".join(line + b"\n" for line in lines)
             try:
-                with open(descriptor, "ab", closefd=False) as file:
-                    file.write(b"".join(line + b"\n" for line in lines))
-                os.fsync(descriptor)
+                while data:
+                    data = data[file.write(data) :]
+                os.fsync(file.fileno())
             except BaseException:
-                os.ftruncate(descriptor, size)
+                file.truncate(size)
                 raise
             finally:
-                self._mark = mark_of(descriptor)
-        finally:
-            os.close(descriptor)
+                self._mark = mark_of(file.fileno())
 
     def edit(self) -> FileMark:
         """The file's mark, where it is not the one that was last read or written."""
@@ -1861,20 +1846,17 @@ class StoreFile(Generic[Contents]):
         if self.edit() is not None:
             raise FileExistsError(errno.EEXIST, "it was edited; mend it, or send this again")
 
+    def is_written(self) -> None:
+        """A write succeeded."""
+        if self.error:
+            log.warning("%s written again", self.what)
+        self.error = ""
+
     def close(self) -> None:
         """Give up the lock."""
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
-
-
-@dataclass(slots=True)
-class Shelf:
-    """The things of one kind that one owner has, and when each was made."""
-
-    kind: str
-    owner: str
-    made: dict[str, float] = field(default_factory=dict)
 
 
 class Things:
@@ -1884,49 +1866,45 @@ class Things:
         {"key": "<its owner_id; empty: nobody's>", "kind": "files", "made": {"file_…": 1764194000}}
         {"gone": ["file_…"]}
         {"shared": ["file_…"]}   until it is made or gone again
-        {"key": "…", "team": "…"}   a key that was deleted left its things to its team
-    """
+
+    A place is an (owner, kind); ``made`` has what stands there, and when it was made."""
 
     def __init__(self) -> None:
-        self.shelves: dict[tuple[str, str], Shelf] = {}
-        self.places: dict[str, Shelf] = {}  # of each thing
+        self.made = collections.defaultdict[tuple[str, str], dict[str, float]](dict)
+        self.places: dict[str, tuple[str, str]] = {}  # by id
         self.shared: set[str] = set()
-        self.heirs: dict[str, str] = {}  # teams of owners
         self.is_untidy = self.is_cut = False  # its file is to be written anew, or must be
 
     def change(self, change: Mapping[str, Any]) -> None:
         """Take one in. Raises whatever Python does for what is none."""
         match change:
             case {"key": str(owner), "kind": str(kind), "made": dict(made)}:
-                if made.keys() & self.places.keys():
-                    self._drop(made)
-                shelf = self.shelves.setdefault((owner, kind), Shelf(kind, owner))
-                shelf.made.update(made)
-                self.places.update(dict.fromkeys(made, shelf))
+                math.fsum(made.values())  # raises for what is no number
+                self._drop(made.keys() & self.places.keys())
+                place = owner, kind
+                self.made[place].update(made)
+                self.places.update(dict.fromkeys(made, place))
             case {"gone": list(names)}:
                 self._drop(names)
             case {"shared": list(names)}:
                 self.shared.update(self.places.keys() & names)
-            case {"key": str(owner), "team": str(team)}:
-                self.heirs[owner] = team
             case _:
                 raise ValueError("is no change of things")
 
     def _drop(self, names: Iterable[str]) -> None:
         self.shared.difference_update(names)
         for name in names:
-            if shelf := self.places.pop(name, None):
-                del shelf.made[name]
+            if place := self.places.pop(name, None):
+                del self.made[place][name]
 
     def lines(self) -> list[bytes]:
         """The fewest changes that say all of it."""
         changes: list[dict[str, Any]] = []
-        for shelf in self.shelves.values():
-            rest = iter(shelf.made.items())
+        for (owner, kind), made in self.made.items():
+            rest = iter(made.items())
             while some := dict(itertools.islice(rest, WRITE_SLICE)):
-                changes.append({"key": shelf.owner, "kind": shelf.kind, "made": some})
+                changes.append({"key": owner, "kind": kind, "made": some})
         changes += [{"shared": sorted(self.shared)}] if self.shared else []
-        changes += [{"key": owner, "team": team} for owner, team in self.heirs.items()]
         return [json.dumps(change).encode() for change in changes]
 
 
@@ -1950,37 +1928,6 @@ def parse_things(text: bytes, name: str) -> Things:
     return things
 
 
-class Joined:
-    """Has calls that come while one is under way share the next: one runs ``work`` and one waits;
-    where the first fails so does what stands on it. Raises the APIError that ``work`` returns."""
-
-    def __init__(self, work: Callable[[], Awaitable[APIError | None]]) -> None:
-        self._work = work
-        self._running: asyncio.Task[APIError | None] | None = None
-        self._waiting: asyncio.Task[APIError | None] | None = None
-
-    @property
-    def under_way(self) -> asyncio.Task[APIError | None] | None:
-        """What runs or waits now."""
-        return self._waiting or self._running
-
-    async def __call__(self) -> None:
-        if self._waiting is None:
-            self._waiting = asyncio.create_task(self._run(self._running))
-        if failure := await asyncio.shield(self._waiting):
-            raise failure
-
-    async def _run(self, before: asyncio.Task[APIError | None] | None) -> APIError | None:
-        if before is not None and (failure := await before):
-            return failure
-        self._running, self._waiting = self._waiting, None
-        failure = await self._work()
-        self._running = None
-        if failure:
-            self._waiting = None
-        return failure
-
-
 class FileLedger(Ledger):
     """The keys in memory and in a `StoreFile`, and beside it what is whose, in another of the same
     name and ".resources". Raises SettingsError where one cannot be used; it is then left as it is.
@@ -1989,9 +1936,11 @@ class FileLedger(Ledger):
     def __init__(
         self, path: Path, usage_days: int = 90, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._file, self._usage_days = StoreFile(path, parse_store, KEYS_FRAME), usage_days
-        path = self._file.path.with_name(f"{self._file.path.name}.resources")
-        self._things_file, self._clock = StoreFile(path, parse_things, THINGS_FRAME), clock
+        told = (KEYS_FRAME, "keys file", "nothing was changed")
+        self._file, path = StoreFile(path, parse_store, *told), Path(os.path.realpath(path))
+        told = (THINGS_FRAME, "file of resources", "what was made is there, and written down later")
+        self._things_file = StoreFile(Path(f"{path}.resources"), parse_things, *told)
+        self._usage_days, self._clock = usage_days, clock
         self.keys = {}
         self.things = Things()
         self.batches: dict[str, Account] = {}  # whose they are
@@ -2002,7 +1951,9 @@ class FileLedger(Ledger):
         self._undo: dict[str, VirtualKey | None] = {}
         self._changes: list[bytes] = []  # of things
         self._owners: dict[str, str] = {}  # the hashes of keys by what their things are kept under
-        self._save, self._add = Joined(self._write), Joined(self._append)
+        self._writing: asyncio.Task[APIError | None] | None = None  # is under way …
+        self._next: asyncio.Task[APIError | None] | None = None  # … and what waits for its end
+        self._adding = asyncio.Lock()  # changes of things
         self._noticed: FileMark = None  # the last edit that was read, or could not be
         self._load()
 
@@ -2134,14 +2085,11 @@ class FileLedger(Ledger):
         batch = self.batches[name].batches[name] if name in self.batches else None
         return None if batch is None or batch.booked else batch
 
-    def own_batch(self, account: Account, name: str, hold: Hold | None = None) -> None:
-        if hold is None and name in self.batches:
-            return
+    def own_batch(self, account: Account, name: str, hold: Hold) -> None:
         self.finish_batch(name)  # an upstream that gives an id twice frees what was held for it
         batch = account.batches[name] = Batch(day_of(now()))
         self.batches[name] = account
-        if hold is not None:
-            batch.held, hold.amounts = hold.amounts, {}
+        batch.held, hold.amounts = hold.amounts, {}
         self._touched.add(account.hashed)
 
     def batch_line(self, name: str, line: int) -> Account | None:
@@ -2174,54 +2122,38 @@ class FileLedger(Ledger):
     async def find_things(self, names: Iterable[object]) -> dict[str, Thing]:
         found, places, shared = dict[str, Thing](), self.things.places, self.things.shared
         for name in names:
-            if isinstance(name, str) and (shelf := places.get(name)):
-                team = self._team_of(shelf.owner)
-                found[name] = Thing(shelf.kind, shelf.owner, team, name in shared)
+            if isinstance(name, str) and (place := places.get(name)):
+                owner, kind = place
+                found[name] = Thing(kind, owner, self._team_of(owner), name in shared)
         return found
 
     async def reached(self, key: VirtualKey, kind: str) -> dict[str, float]:
-        shelves = self.things.shelves
-        made, team = dict[str, float](), key.team_id if key.resources == "team" else None
-        for (owner, each), shelf in shelves.items() if team else ():
-            if each == kind and self._team_of(owner) == team:
-                made |= shelf.made
-        if mine := shelves.get((key.owner, kind)):
-            made |= mine.made
-        for name in self.things.shared:
-            shelf = self.things.places[name]
-            if shelf.kind == kind:
-                made[name] = shelf.made[name]
-        return made
+        made, things, team = dict[str, float](), self.things, key.team_id
+        places = [(key.owner, kind)]
+        if team and key.resources == "team":
+            places = [p for p in things.made if p[1] == kind and self._team_of(p[0]) == team]
+        for place in places:
+            made |= things.made.get(place, {})
+        shared = [name for name in things.shared if things.places[name][1] == kind]
+        return made | {name: things.made[things.places[name]][name] for name in shared}
 
     def _team_of(self, owner: str) -> str | None:
         key = self.keys.get(self._owners.get(owner, ""))
-        return self.things.heirs.get(owner) if key is None or key.deleted_at else key.team_id
+        return key.team_id if key else None
 
     async def own(self, owner: str, kind: str, made: Mapping[str, float]) -> None:
-        shelf, fresh, latest = self.things.shelves.get((owner, kind)), dict[str, float](), 0.0
-        if shelf and shelf.made:
-            latest = next(reversed(shelf.made.values()))
-        for name, moment in made.items():
-            if name not in self.things.places:  # those of one second stay in their order
-                behind = 0 <= latest - moment < 1
-                latest = fresh[name] = round(latest + MICROSECOND if behind else moment, 6)
-        if fresh:
+        if fresh := {name: made[name] for name in made if name not in self.things.places}:
             self._change({"key": owner, "kind": kind, "made": fresh})
-        if self._changes or self._add.under_way:
-            await self._add()
+        await asyncio.shield(self._add())
 
-    async def assign(self, names: Mapping[str, str], owner: str | None) -> None:
-        for kind in set(names.values()):
-            made, moment = dict[str, float](), int(time.time())
-            for name in (name for name in names if names[name] == kind):
-                shelf = self.things.places.get(name)
-                if owner is not None or shelf is None:
-                    made[name] = shelf.made[name] if shelf else moment
-            if made:
-                self._change({"key": owner or "", "kind": kind, "made": made})
-        if owner is None:
-            self._change({"shared": list(names)})
-        await self._add()
+    async def assign(self, kinds: Mapping[str, str], owner: str | None) -> None:
+        places, moment, changes = self.things.places, int(time.time()), list[dict[str, Any]]()
+        for name in reversed(list(kinds)):  # lists begin with the newest
+            since = self.things.made[places[name]][name] if name in places else moment
+            if owner is not None or name not in places:
+                changes.append({"key": owner or "", "kind": kinds[name], "made": {name: since}})
+        changes += [{"shared": list(kinds)}] if owner is None else []
+        await asyncio.shield(self._add(changes))
 
     def forget(self, name: str) -> None:
         if name in self.things.places:
@@ -2231,18 +2163,27 @@ class FileLedger(Ledger):
         self.things.change(change)
         self._changes.append(json.dumps(change).encode())
 
-    async def _append(self) -> APIError | None:
-        changes, self._changes, file = self._changes, [], self._things_file
-        try:
-            if file.path.exists():
-                await asyncio.to_thread(file.append, changes)
-            else:
-                await asyncio.to_thread(file.write, self.things.lines())
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again
-            self._changes[:0] = changes
-            return self._fail(error, self._things_file)
-        self._written(self._things_file)
-        return None
+    async def _add(self, changes: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Write what is not written of things, and further changes, which hold once they are on
+        disk. Raises APIError 503."""
+        async with self._adding:
+            waiting, self._changes, file = self._changes, [], self._things_file
+            lines, write = [json.dumps(change).encode() for change in changes], file.append
+            if not file.path.exists():
+                lines, write = self.things.lines() + lines, file.write
+            elif waiting:
+                lines = waiting + lines
+            try:
+                if lines:
+                    await asyncio.to_thread(write, lines)
+                    file.is_written()
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again
+                self._changes[:0] = waiting
+                raise APIError(
+                    503, self._fail(error, file).message, headers=[DO_NOT_RETRY]
+                ) from None
+            for change in changes:
+                self.things.change(change)
 
     # Changing
 
@@ -2276,8 +2217,6 @@ class FileLedger(Ledger):
             account = record.account
             account.hashed = hashed
             self._owners[record.owner] = hashed
-            if record.deleted_at and record.team_id and record.owner not in self.things.heirs:
-                self._change({"key": record.owner, "team": record.team_id})
             for kind, limit in (("requests", record.rpm_limit), ("tokens", record.tpm_limit)):
                 bucket = account.buckets.pop(kind, None) or Bucket(0, self._clock())
                 if limit is not None:
@@ -2298,20 +2237,16 @@ class FileLedger(Ledger):
     async def reload(self) -> None:
         # A change that is being written would be read over; and where the last write failed, the
         # file may have one that was refused, since it was not known to be on disk.
-        while True:
-            if self._save.under_way or (self._file.error and self._file.edit() is None):
+        async with self._adding:
+            while self._writing or self._next or (self._file.error and self._file.edit() is None):
                 await self.save()
-            elif self._add.under_way:
-                await asyncio.wait([self._add.under_way])
-            else:
-                break
-        self._load()
+            self._load()
 
     def notice_edit(self) -> None:
         """Take in what somebody has edited. Where it does not parse, that is said once, and nothing
         is written until it is mended."""
         edit = self._edit()
-        if self._save.under_way or self._add.under_way or edit in (None, self._noticed):
+        if self._writing or self._next or self._adding.locked() or edit in (None, self._noticed):
             return  # a write looks by itself
         self._noticed = edit
         try:
@@ -2335,15 +2270,19 @@ class FileLedger(Ledger):
         known = {hashed: key.account for hashed, key in self.keys.items()}
         for index in (self.keys, self._lines, self._retired, self.batches, self._owners):
             index.clear()
-        for hashed, record in keys.items():
+        places, forgotten = self.things.places, now() - TOMBSTONE
+        heritage = {owner for owner, _ in places.values()}
+        for hashed, record in list(keys.items()):
+            gone = record.deleted_at is not None and record.deleted_at < forgotten
+            if gone and not (record.team_id and record.owner in heritage):
+                del keys[hashed]
+                continue
             record.account = known.get(hashed, record.account)
+            batches = record.account.batches.items()  # version 1.0 kept whose they are there alone
+            if old := {n: from_iso(b.day).timestamp() for n, b in batches if n not in places}:
+                self._change({"key": record.owner, "kind": "batches", "made": old})
         self._apply(keys)
         self._touched |= known.keys() & keys.keys()
-        for hashed, record in keys.items():  # version 1.0 kept batches there alone
-            batches = record.account.batches.items()
-            places = self.things.places
-            if old := {n: moment_of_day(b.day) for n, b in batches if n not in places}:
-                self._change({"key": record.owner, "kind": "batches", "made": old})
 
     def _load_things(self) -> None:
         file = self._things_file
@@ -2360,7 +2299,10 @@ class FileLedger(Ledger):
                 raise SettingsError(failure.message) from None
 
     async def save(self) -> None:
-        await self._save()
+        if self._next is None:
+            self._next = asyncio.create_task(self._write(self._writing))
+        if failure := await asyncio.shield(self._next):
+            raise failure
 
     async def run(self) -> None:
         while True:
@@ -2369,23 +2311,26 @@ class FileLedger(Ledger):
 
     async def close(self) -> None:
         await self._flush()
-        while under_way := self._save.under_way or self._add.under_way:
+        while under_way := self._next or self._writing:
             await asyncio.wait([under_way])
-        self._file.close()
-        self._things_file.close()
+        async with self._adding:
+            self._file.close()
+            self._things_file.close()
 
     async def _flush(self) -> None:
         self.notice_edit()
         with contextlib.suppress(APIError):  # which was logged; the next call tries it again
-            if self._changes:
-                await self._add()
-        with contextlib.suppress(APIError):
-            if self._touched or self._file.error:
+            await self._add()
+        if self._touched or self._file.error:
+            with contextlib.suppress(APIError):
                 await self.save()
 
-    async def _write(self) -> APIError | None:
-        """Write all; where that fails, what was changed is taken back, and with it what was changed
-        meanwhile, which stands on it."""
+    async def _write(self, before: asyncio.Task[APIError | None] | None) -> APIError | None:
+        """Write all, once the write ``before`` is over; where that fails, this one does: what was
+        changed meanwhile stands on what is refused, and falls with it."""
+        if before is not None and (failure := await before):
+            return failure
+        self._writing, self._next = self._next, None
         undo, self._undo = self._undo, {}
         touched, self._touched = self._touched, set()
         try:
@@ -2393,32 +2338,25 @@ class FileLedger(Ledger):
                 self._lines[hashed] = self._line(hashed, self.keys[hashed])
             await asyncio.to_thread(self._file.write, list(self._lines.values()))
         except Exception as error:  # noqa: BLE001 - whatever it is, it is taken back
-            undo, self._undo = self._undo | undo, {}
+            undo, self._undo, self._next = self._undo | undo, {}, None
             self._touched |= touched
             self._apply(undo)
             return self._fail(error, self._file)
-        self._written(self._file)
+        finally:
+            self._writing = None
+        self._file.is_written()
         return None
-
-    def _written(self, file: StoreFile[Any]) -> None:
-        if file.error:
-            log.warning("%s written again", self._name(file))
-        file.error = ""
 
     def _fail(self, error: Exception, file: StoreFile[Any]) -> APIError:
         """Say what is new of it. A client is told no path of the machine."""
         reason = getattr(error, "strerror", None) or "unexpected failure"
-        lost = "nothing was changed" if file is self._file else "it is tried again each second"
-        message = f"The {self._name(file)} cannot be written ({reason}); {lost}."
+        message = f"The {file.what} cannot be written ({reason}); {file.then}."
         # An edit that was not read yet is no failure; it is in a moment.
         is_unread = isinstance(error, FileExistsError) and self._edit() != self._noticed
         if message != file.error and not is_unread:
             file.error, is_odd = message, not isinstance(error, OSError)
             log.error(message, exc_info=is_odd)
         return APIError(503, message)
-
-    def _name(self, file: StoreFile[Any]) -> str:
-        return "keys file" if file is self._file else "file of resources"
 
 
 def check_budget(
@@ -3071,7 +3009,7 @@ class UpstreamConnection(asyncio.Protocol):
             self._receive(request, data)
         if not request.held_back and self.phase is UpstreamPhase.SHUT:  # meanwhile
             self.connection_lost(None)
-        elif not request.held_back:  # the next request needs it too
+        elif not request.held_back or self.phase is UpstreamPhase.IDLE:  # for the next request
             self.transport.resume_reading()
 
     def _read_head(self, request: UpstreamRequest, data: bytes) -> bytes:
@@ -4336,13 +4274,11 @@ UNREAD = Order()  # until the body is here
 
 @dataclass(slots=True)
 class Listing:
-    """A list of files, as it is asked for: by ``ids`` of the caller's own, in their order, and
-    whether there are ``more``; ``target`` and ``limit`` are what he asked for."""
+    """A list of files as it is asked for, by ``ids`` of the caller's own in the place of his
+    ``target``; ``cursor`` is where his next page begins, empty where there is none."""
 
     target: str
-    limit: int
     ids: list[str]
-    more: bool
     cursor: str
 
 
@@ -4355,7 +4291,8 @@ class Visit:
     what it used, ``results`` what a batch did. ``began``: all of it went up. ``payer`` is the key
     that pays, and has walls; None where the caller does, or nobody counts. ``owner`` gets what
     comes of it, ``listing`` is what is asked for in place of a list of files. Of the answer fields
-    of ``hidden`` names stay here, and it waits for ``errand``."""
+    of ``hidden`` names stay here, and it waits for an ``errand``: to keep what was ``born``, as
+    kind and moment by id."""
 
     gateway: Gateway
     head: RequestHead
@@ -4373,6 +4310,7 @@ class Visit:
     refers: bool = False  # its body may name things, and is looked through
     listing: Listing | None = None
     hidden: frozenset[str] = NO_OPTIONS
+    born: dict[str, tuple[str, float]] = field(default_factory=dict)
     errand: Callable[[], Awaitable[None]] | None = None
     credential: tuple[str, str] | None = None
     hold: Hold | None = None
@@ -4389,26 +4327,17 @@ class Kept:
     """A request's body that was kept, and what was read of it: once, however many rules look."""
 
     data: bytes
-    route: Route
     breathe: Breathe
     document: object = None
-    is_read: bool = False
+    how: bool | None = None  # it was read, and whether strictly
 
     async def read(self, *, strictly: bool) -> object:
         """What it says: to the letter (APIError 400 where that is not clear), or what of it a price
         depends on (None where it cannot be read). An empty one says nothing."""
-        if self.data and (strictly or not self.is_read):
-            read = read_body(self.data, self.route, self.breathe, strictly=strictly)
-            self.document, self.is_read = await read, True
+        if self.data and not self.how and self.how is not strictly:
+            self.document = await read_body(self.data, self.breathe, strictly=strictly)
+            self.how = strictly
         return self.document
-
-    async def read_wholly(self) -> object:
-        """All that it says. Raises APIError 400 where that is not clear."""
-        try:
-            return await read_at_length(self.data, None, self.breathe)
-        except (ValueError, RecursionError) as error:
-            text = "The body names files or other things, and is not clearly readable JSON"
-            raise APIError(400, f"{text}: {error}.") from None
 
 
 class Rule:
@@ -4557,8 +4486,8 @@ class Fields(Rule):
         unwanted = head.options
         if caller.own is None:
             unwanted |= {WORKSPACE_FIELD}
-            if visit.route.results_of:
-                unwanted |= {"range", "if-range"}  # a part of the results could not be booked
+            if visit.route.is_read:
+                unwanted |= {"range", "if-range"}  # of a part nobody can tell what it is
         codings = None
         if visit.route.is_read and (offered := head.values.get("accept-encoding")):
             codings = readable_codings(offered)
@@ -4698,9 +4627,6 @@ class Batches(Rule):
             return (Rewritten(functools.partial(self.look, visit)),)
         if not batch or visit.caller.own is not None:
             return ()
-        if visit.caller.key is not None:
-            # One that nobody here made belongs to the key that first fetches its results.
-            gateway.ledger.own_batch(visit.caller.key.account, batch)
         room = functools.partial(gateway.held.find_room, visit.record.hashed)
         visit.results = Meter("", functools.partial(gateway.batches.book_result, batch), room)
         return (visit.results,)
@@ -4728,11 +4654,11 @@ class Batches(Rule):
 
 
 LIST_TIMEOUT = 60.0  # seconds for a further part of a list
-IDS_A_CALL = 100  # of files (SDK: types/file_list_params.py)
-DEFAULT_LIMIT, MAX_LIST_LIMIT = 20, 1000  # rows of a page (SDK: types/file_list_params.py)
-MAX_PAGES = 1000  # of a list that one request looks through
+DEFAULT_LIMIT, MAX_ROWS_LISTED = 20, 1000  # rows of a page (SDK: types/file_list_params.py, which
+IDS_A_CALL = 100  # has this one too)
+MAX_PAGES = 100  # of a list that one request looks through
 FILE_LIST = {"limit", "page", "after_id", "before_id", "beta"}  # what can be asked of ids as well
-CURSORS = ("after_id", "before_id")
+LIST_IDS = ("ids", "after_id", "before_id")
 CURSOR = re.compile(r"page_own_([0-9.]+)_([\w-]+)")  # the gateway's own: behind which file
 # A session and a run are of a deployment, a file is of the session that wrote it.
 PARENTS = {"sessions": "deployments", "deployment_runs": "deployments", "files": "sessions"}
@@ -4763,8 +4689,8 @@ class Walls(Rule):
         if route.kind and not route.name and route.fetches:
             if head.method == "HEAD":
                 visit.hidden |= {"content-length"}
-            if route.kind == "files" and visit.listing is None:
-                await self.ask_by_ids(visit)
+            if route.kind == "files":
+                await self.ask_by_ids(visit, key)
         if not route.unread:
             visit.refers = True
             if head.coding:
@@ -4775,7 +4701,7 @@ class Walls(Rule):
         if not visit.refers or not may_refer(body.data, visit.route):
             return
         seen = set[tuple[str, str]]()
-        for number, member in enumerate(members_within(await body.read_wholly())):
+        for number, member in enumerate(members_within(await body.read(strictly=True))):
             if number % BREATH == 0:
                 await body.breathe()
             seen.update(named_by(*member))
@@ -4806,7 +4732,7 @@ class Walls(Rule):
         may_be = await ledger.reached(key, parents) if parents else not is_custom
         if not may_be or not SAFE_ID.fullmatch(name):
             return None
-        found = await self.ask(visit, f"/v1/{kind}/{name}", {})
+        found = await self.ask(visit, f"/v1/{kind}/{name}")
         if kind == "skills":
             return Thing(kind, is_shared=True) if is_published(found) else None
         above = parent_of(found)
@@ -4816,17 +4742,15 @@ class Walls(Rule):
         await ledger.own(thing.owner, kind, {name: moment_in(found)})
         return thing._replace(kind=kind)
 
-    async def ask(self, visit: Visit, target: str, missing: Any = None) -> Any:
-        """An object of the upstream's; ``missing`` where it has none. Raises UpstreamError."""
+    async def ask(self, visit: Visit, target: str) -> dict[str, Any]:
+        """An object of the upstream's; an empty one where it has none. Raises UpstreamError."""
         told = ("anthropic-version", "anthropic-beta")
         fields = {name: visit.head.get(name) for name in told if name in visit.head.values}
         answer = await visit.gateway.client.get(target, LIST_TIMEOUT, fields)
-        if answer.code == 404 and missing is not None:
-            return missing
         document = read_json(answer.body, Any) if answer.code == 200 else None
-        if not isinstance(document, dict):
-            raise UpstreamError(f"The upstream answered {answer.code} where a part was asked for.")
-        return document
+        if isinstance(document, dict) or answer.code == 404:
+            return document if isinstance(document, dict) else {}
+        raise UpstreamError(f"The upstream answered {answer.code} where a part was asked for.")
 
     # Lists
 
@@ -4834,115 +4758,92 @@ class Walls(Rule):
         """Look at the ids of a query. Of a list of ids those that the caller does not reach are
         left out, as missing ones would be."""
         path, _, query = visit.target.partition("?")
-        is_list, kept, ids = visit.route.kind and not visit.route.name, list[str](), list[str]()
+        kind, is_list, kept, left_out = visit.route.kind, not visit.route.name, list[str](), 0
         for part in query.split("&"):
             name, value = (urllib.parse.unquote_plus(text) for text in part.partition("=")[::2])
             name = name.partition("[")[0]
-            kind = "sessions" if name == "scope_id" else REFERENCES.get(name)
-            if is_list and name == "ids":
-                with contextlib.suppress(APIError):
-                    await self.reach(visit, visit.route.kind, value)
-                    kept.append(part)
-                ids.append(part)
-                continue
-            if is_list and name in CURSORS and value:
-                try:
-                    await self.reach(visit, visit.route.kind, value)
-                except APIError as error:
+            is_row = kind != "" and is_list and name in LIST_IDS
+            named = kind if is_row else REFERENCES.get(name)
+            try:
+                if named and value:
+                    await self.reach(visit, named, value)
+                kept.append(part)
+            except APIError as error:
+                if not is_row:
+                    raise
+                if name != "ids":
                     raise APIError(400, f"{name}: {error.message}") from None
-            elif kind and value:
-                await self.reach(visit, kind, value)
-            kept.append(part)
-        if ids:
-            if not any(part in kept for part in ids):
-                kept.append(f"ids[]={unknown_id(visit.route.kind)}")
+                left_out += 1
+        if left_out:
+            if not any(part.startswith("ids") for part in kept):
+                kept.append(f"ids[]={unknown_id(kind)}")
             visit.target = f"{path}?{'&'.join(kept)}"
 
-    async def ask_by_ids(self, visit: Visit) -> None:
+    async def ask_by_ids(self, visit: Visit, key: VirtualKey) -> None:
         """Have a list of files asked for by the ids of those that the caller reaches: a page of
         them, newest first, as the upstream has them."""
-        key, (path, _, query) = visit.payer, visit.target.partition("?")
+        path, _, query = visit.target.partition("?")
         asked = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
-        limit, page = (
-            asked.get("limit", str(DEFAULT_LIMIT)),
-            CURSOR.fullmatch(asked.get("page", "")),
-        )
-        fits = limit.isascii() and limit.isdigit() and 0 < int(limit) <= MAX_LIST_LIMIT
-        if asked.keys() - FILE_LIST or not fits or (asked.get("page") and not page) or key is None:
+        size, page = rows_asked(asked), CURSOR.fullmatch(asked.get("page", ""))
+        if asked.keys() - FILE_LIST or not size or (asked.get("page") and not page):
             return  # the upstream says what is wrong, or lists them in its own way
-        made, size = await visit.gateway.ledger.reached(key, "files"), int(limit)
-        order = sorted((made[name], name) for name in made)[::-1]
-        if page:
-            order = [each for each in order if each < (float(page[1]), page[2])]
-        if (after := asked.get("after_id", "")) in made:
-            order = [each for each in order if each < (made[after], after)]
-        chosen = order[:size]
-        if (before := asked.get("before_id", "")) in made:
-            order = [each for each in order if each > (made[before], before)]
-            chosen = order[-size:]
-        ids, cursor = [name for _, name in chosen] or [unknown_id("files")], ""
-        if chosen and len(order) > size:
-            cursor = "page_own_{:.6f}_{}".format(*chosen[-1])
-        visit.listing = Listing(visit.target, size, ids, len(order) > size, cursor)
-        visit.target = self.by_ids(path, ids, "beta" in asked)
-
-    def by_ids(self, path: str, ids: Sequence[str], beta: bool) -> str:
-        """The target that asks for files by their ids."""
-        told = [f"ids[]={urllib.parse.quote(name, safe='')}" for name in ids[:IDS_A_CALL]]
-        return f"{path}?{'&'.join([*(['beta=true'] if beta else []), *told])}"
+        made, size = await visit.gateway.ledger.reached(key, "files"), min(size, IDS_A_CALL)
+        order = sorted(made, key=made.__getitem__)[::-1]
+        after, before = page[2] if page else asked.get("after_id"), asked.get("before_id")
+        if after in made:
+            order = order[order.index(after) + 1 :]
+        elif page:  # it was deleted meanwhile
+            order = [name for name in order if made[name] <= float(page[1])]
+        if before in made:
+            order = order[: order.index(before)]
+        ids = order[-size:] if before else order[:size]
+        cursor = f"page_own_{made[ids[-1]]:.6f}_{ids[-1]}" if len(order) > size else ""
+        visit.listing = Listing(visit.target, ids or [unknown_id("files")], cursor)
+        told = ["beta=true"] if "beta" in asked else []
+        told += [f"ids[]={urllib.parse.quote(name, safe='')}" for name in visit.listing.ids]
+        visit.target = f"{path}?{'&'.join(told)}"
 
     async def list_own(self, visit: Visit, body: bytes) -> bytes:
         """A list with the caller's rows alone, as it would be if there were no others'."""
         document, listing = read_json(body, Any), visit.listing
-        if not isinstance(document, dict):
-            raise APIError(502, "The upstream's list cannot be read.")
-        if listing is not None:
-            rows, beta = list_of(document.get("data")), "beta=true" in visit.target
-            path = visit.target.partition("?")[0]
+        if isinstance(document, dict) and listing is not None:
+            rows = list_of(document.get("data"))
             if {id_of(row) for row in rows} <= set(listing.ids):
-                for start in range(IDS_A_CALL, len(listing.ids), IDS_A_CALL):
-                    more = await self.ask(visit, self.by_ids(path, listing.ids[start:], beta))
-                    rows += list_of(more.get("data"))
-                if not listing.more and len(listing.ids) <= IDS_A_CALL:
-                    return body
-                document |= {"next_page": listing.cursor or None} if "next_page" in document else {}
-                return as_list(document, rows, listing.more)
+                return as_list(document, rows, listing.cursor) if listing.cursor else body
             # It does not know ``ids[]``, and has listed what it has.
             visit.target, body = listing.target, b""
             document = await self.ask(visit, visit.target)
+        if not isinstance(document, dict):
+            raise APIError(502, "The upstream's list cannot be read.")
+        rows = list_of(document.get("data"))
+        shown = await self.visible(visit, rows)
         if "has_more" in document and "next_page" not in document:
-            return await self.fill(visit, body, document)
-        return await self.sift(visit, body, document)
+            return await self.fill(visit, body, document, shown)
+        next_page = document.get("next_page")
+        return body if body and shown == rows else as_list(document, shown, next_page)
 
-    async def sift(self, visit: Visit, body: bytes, document: dict[str, Any]) -> bytes:
-        """Of a page what the caller reaches."""
-        rows = {name: value for name, value in document.items() if isinstance(value, list)}
-        shown = {name: await self.visible(visit, each) for name, each in rows.items()}
-        if shown == rows and body:
-            return body
-        return as_list(document | shown, shown.get("data", []))
-
-    async def fill(self, visit: Visit, body: bytes, document: dict[str, Any]) -> bytes:
+    async def fill(
+        self, visit: Visit, body: bytes, document: dict[str, Any], shown: list[Any]
+    ) -> bytes:
         """A full page of rows that the caller reaches, of as many of the upstream's as it takes."""
-        assert visit.payer is not None
         path, _, query = visit.target.partition("?")
         asked = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
-        limit, backwards = int(asked.get("limit") or DEFAULT_LIMIT), bool(asked.get("before_id"))
-        rows, cursor = list_of(document.get("data")), "before_id" if backwards else "after_id"
-        left = set(await visit.gateway.ledger.reached(visit.payer, visit.route.kind))
-        shown, page, more = await self.visible(visit, rows), document, document.get("has_more")
-        is_whole = len(shown) == len(rows)
+        limit, backwards = rows_asked(asked) or DEFAULT_LIMIT, bool(asked.get("before_id"))
+        cursor = "before_id" if backwards else "after_id"
+        page, rows = document, list_of(document.get("data"))
+        is_whole, key = bool(body) and shown == rows, cast(VirtualKey, visit.payer)
+        left = set(await visit.gateway.ledger.reached(key, visit.route.kind))
         for _ in range(MAX_PAGES):
-            left -= {id_of(row) for row in rows}
+            left -= set(map(id_of, rows))
             if len(shown) > limit or not page.get("has_more") or not left or not rows:
                 break
-            asked |= {"limit": str(MAX_LIST_LIMIT), cursor: id_of(rows[0 if backwards else -1])}
+            asked |= {"limit": str(MAX_ROWS_LISTED), cursor: id_of(rows[0 if backwards else -1])}
             page = await self.ask(visit, f"{path}?{urllib.parse.urlencode(asked)}")
             rows = list_of(page.get("data"))
             found = await self.visible(visit, rows)
             shown = found + shown if backwards else shown + found
         has_more = len(shown) > limit
-        if body and is_whole and more == has_more:
+        if is_whole and has_more == document["has_more"]:
             return body
         return as_list(document, shown[-limit:] if backwards else shown[:limit], has_more)
 
@@ -4963,10 +4864,9 @@ class Walls(Rule):
                 thing = above
             if thing is not None and (thing.belongs_to(key) or thing.is_shared):
                 for kind, product in products_of(row):
-                    if isinstance(product, str):
-                        born.setdefault((thing.owner, kind), {})[product] = moment_in(row)
+                    born.setdefault((thing.owner, kind), {})[product] = moment_in(row)
                 shown.append(row)
-            elif thing is None and is_published(row):
+            elif thing is None and visit.route.kind == "skills" and is_published(row):
                 shown.append(row)
         for (owner, kind), made in born.items():
             await ledger.own(owner, kind, made)
@@ -4984,51 +4884,45 @@ class Walls(Rule):
                 meter.learn = learn
         if not route.kind or visit.results is not None:
             return ()
+        if route.fetches and not route.name:
+            is_free = key.resources == "all"
+            return () if is_free else (Rewritten(functools.partial(self.list_own, visit)),)
         if is_event_stream(head):
             watch = Meter(EVENT_STREAM)
             watch.learn = learn
             return (watch,)
-        if not route.fetches or (route.name and route.kind in PRODUCERS and not route.below):
+        if not route.fetches or (route.kind in PRODUCERS and not route.below):
             return (Rewritten(functools.partial(self.remember, visit)),)
-        if not route.name and head.status == 200 and key.resources != "all":
-            return (Rewritten(functools.partial(self.list_own, visit)),)
         return ()
 
     async def remember(self, visit: Visit, body: bytes) -> bytes:
         """What was made is its maker's before he is told of it; so is what his things made."""
-        made, route, ledger = read_json(body, Any), visit.route, visit.gateway.ledger
-        if not isinstance(made, dict) or not visit.owner or route.deletes:
+        made, route = read_json(body, Any), visit.route
+        if not isinstance(made, dict) or route.deletes:
             return body
-        born, kind = list(products_of(made)), f"{made.get('type')}s"
-        if not route.fetches and id_of(made) != route.name:
-            below = route.below.strip("/").split("/")[-1]
-            born.append((kind if kind in KINDS else below or route.kind, id_of(made)))
-        try:
-            for kind, name in born:
-                if isinstance(name, str) and name:
-                    await ledger.own(visit.owner, kind, {name: moment_in(made)})
-        except APIError as error:
-            text = f"It was made, but whose it is could not be written down. {error.message}"
-            raise APIError(503, text, headers=[DO_NOT_RETRY]) from None
+        moment, name, kind = moment_in(made), id_of(made), f"{made.get('type')}s"
+        visit.born |= {product: (of, moment) for of, product in products_of(made)}
+        below = route.below.strip("/").split("/")
+        if name and name not in (route.name, *below) and not route.fetches:
+            visit.born[name] = (kind if kind in KINDS else below[-1] or route.kind, moment)
+        await self.keep(visit)
         return body
 
     def learn(self, visit: Visit, document: object) -> None:
         """An answer, or a part of one, may name what was made for the caller on the way: containers
         and files that code wrote (SDK: types/code_execution_output_block.py)."""
-        born: list[tuple[str, str]] = []
         for member in members_within(document):
             wrote = str(member[1].get("type")).endswith("code_execution_output")
             for kind, name in named_by(*member):
                 if kind == "containers" or (kind == "files" and wrote):
-                    born.append((kind, name))
-        if born and visit.owner:
-            visit.errand = functools.partial(self.keep, visit.gateway.ledger, visit.owner, born)
+                    visit.born[name] = (kind, time.time())
+                    visit.errand = functools.partial(self.keep, visit)
 
-    async def keep(self, ledger: Ledger, owner: str, born: Sequence[tuple[str, str]]) -> None:
-        """Remember what was learnt, before the client hears of it."""
-        with contextlib.suppress(APIError):  # which is said, and tried again each second
-            for kind, name in born:
-                await ledger.own(owner, kind, {name: time.time()})
+    async def keep(self, visit: Visit) -> None:
+        """Remember what was born: it is its owner's. Raises APIError 503."""
+        born, visit.born = visit.born, {}
+        for name, (kind, moment) in born.items() if visit.owner else ():
+            await visit.gateway.ledger.own(visit.owner, kind, {name: moment})
 
     def end(self, visit: Visit) -> None:
         route, answer = visit.route, visit.answer
@@ -5043,17 +4937,25 @@ def id_of(row: object) -> str:
     return name if isinstance(name, str) else ""
 
 
+def rows_asked(asked: Mapping[str, str]) -> int:
+    """How many rows a query asks for at most; 0 where that is no number that a list takes."""
+    limit = asked.get("limit", str(DEFAULT_LIMIT))
+    return int(limit) if re.fullmatch("[1-9][0-9]{0,2}|1000", limit) else 0
+
+
 def unknown_id(kind: str) -> str:
     """An id that no thing has."""
     return KINDS.get(kind, "") + secrets.token_hex(12)
 
 
-def as_list(document: dict[str, Any], rows: Sequence[Any], has_more: bool = False) -> bytes:
-    """A list with these rows, and no number that others' would change."""
-    told = {name: value for name, value in document.items() if type(value) not in (int, float)}
-    ends: dict[str, Any] = {"has_more": has_more or bool(told.get("next_page"))}
-    ends |= {"first_id": id_of(rows[0]) if rows else None}
-    ends |= {"last_id": id_of(rows[-1]) if rows else None}
+def as_list(document: dict[str, Any], rows: Sequence[Any], more: object) -> bytes:
+    """A list with these rows, and whether there are more or the cursor that leads to them; without
+    numbers, and other rows, that others' things could change."""
+    told = {
+        name: value for name, value in document.items() if type(value) not in (int, float, list)
+    }
+    ends: dict[str, Any] = {"has_more": bool(more), "next_page": more or None}
+    ends["first_id"], ends["last_id"] = (id_of(rows[0]), id_of(rows[-1])) if rows else (None, None)
     told |= {"data": rows} | {name: ends[name] for name in ends if name in told}
     return json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode()
 
@@ -5562,7 +5464,7 @@ class RelayHandler(BaseHandler):
             return
         visit.record.whole = self.gateway.time()
         data, self._kept = b"".join(kept), None
-        body = Kept(data, visit.route, self._breathe)
+        body = Kept(data, self._breathe)
         key = visit.caller.key
         if key is not None and len(data) > AT_ONCE:  # one of a key's is judged after the other
             async with key.account.turn:
@@ -5792,7 +5694,8 @@ class RelayHandler(BaseHandler):
         """Send bytes on, once an errand is done that they must wait for."""
         errand, self._visit.errand = self._visit.errand, None
         if errand is not None:
-            await errand()
+            with contextlib.suppress(APIError):  # which is said, and tried again each second
+                await errand()
         room = self._send(data, complete)
         if room is not None:
             await room
@@ -5807,9 +5710,10 @@ class RelayHandler(BaseHandler):
             body = decompress(head.coding, bytes(gathered), REWRITE_LIMIT)
         except (ValueError, zlib.error) as error:
             raise APIError(502, f"The upstream's answer cannot be read: {error}.") from None
+        plain = body
         for each in self._filters:
             body = await each.rewrite(body) if each.changes_length else through([each], body, True)
-        body = compress(head.coding, body)
+        body = bytes(gathered) if body == plain else compress(head.coding, body)
         head.fields = [each for each in head.fields if each.lower != "content-length"]
         head.fields.append(parse_field(f"Content-Length: {len(body)}"))
         self._upstream.length = len(body)
@@ -6163,18 +6067,20 @@ class ReportHandler(ManagementHandler):
         asked, kind, ledger = self.query("key"), self.query("kind"), self.gateway.ledger
         owner = self.addressed({"key": asked}).owner if asked else None
         keys = {key.owner: key.account.hashed for _, key in ledger.live()}
-        shelves, size = list(ledger.things.shelves.values()), min(size, MAX_PAGE_SIZE)
-        chosen = [s for s in shelves if kind in ("", s.kind) and owner in (None, s.owner)]
-        total = sum(len(shelf.made) for shelf in chosen)
-        every = ((name, shelf) for shelf in chosen for name in shelf.made)
-        rows = [
-            {"id": name, "kind": shelf.kind, "key": keys.get(shelf.owner)}
-            | {
-                "shared": name in ledger.things.shared,
-                "created_at": moment_of(int(shelf.made[name])),
+        size, things = min(size, MAX_PAGE_SIZE), ledger.things
+        chosen = [p for p in things.made if owner in (None, p[0]) and kind in ("", p[1])]
+        total = sum(len(things.made[place]) for place in chosen)
+        every = itertools.chain.from_iterable(things.made[place].items() for place in chosen)
+        rows = []
+        for name, moment in itertools.islice(every, (page - 1) * size, page * size):
+            owner, kind = things.places[name]
+            row = {
+                "id": name,
+                "kind": kind,
+                "key": keys.get(owner),
+                "shared": name in things.shared,
             }
-            for name, shelf in itertools.islice(every, (page - 1) * size, page * size)
-        ]
+            rows.append(row | {"created_at": moment_of(int(moment))})
         told = {"resources": rows, "total_count": total, "current_page": page}
         return told | {"total_pages": -(-total // size)}
 

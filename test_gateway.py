@@ -584,8 +584,8 @@ def logged(lines: io.StringIO) -> Iterator[None]:
 
 
 class GW:
-    """A gateway before a raw upstream, and a virtual key for it. Options are those of Settings,
-    ``process`` (it is one), ``base`` (of the upstream's path) and ``rules``."""
+    """A gateway before a raw upstream, and a virtual key without walls for it. Options are those of
+    Settings, ``process`` (it is one), ``base`` (of the upstream's path) and ``rules``."""
 
     def __init__(self, start: Starter, options: dict[str, Any]) -> None:
         self.start, self.options = start, options
@@ -597,7 +597,8 @@ class GW:
         self.stack = contextlib.AsyncExitStack()
         self.up = await self.stack.enter_async_context(Upstream(echo))
         await self.run(self.up.url, **self.options)
-        self.key = await self.new_key() if self.options.get("master_key", MASTER_KEY) else ""
+        if self.options.get("master_key", MASTER_KEY):
+            self.key = await self.new_key(resources="all")
 
     async def run(self, url: str, process: bool = False, base: str = "", **options: Any) -> None:
         self.running = contextlib.AsyncExitStack()
