@@ -797,6 +797,7 @@ class Chaos:
     async def structured_results(self) -> None:
         key, name = self.key(), f"msgbatch_{self.rng.getrandbits(64):x}"
         fields = (f"x-api-key: {key}", "x-answer: results")
+        await self.call("/resources/assign", {"ids": [name], "key": key})
         async with self.connection() as (reader, writer):
             writer.write(asking("GET", f"{BATCHES}/{name}/results", *fields))
             await asyncio.wait_for(read_answer(reader), 30)
