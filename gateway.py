@@ -1145,17 +1145,15 @@ WORDS = {(place, "container"): "containers" for place in ("", "params", "message
 WORDS |= {("", "agent"): "agents", ("multiagent", "agents"): "agents"}
 WORDS |= {(place, "predefined_agents"): "agents" for place in ("subagents", "workflows")}
 # What is the user's own in a body, and beside it the ``input`` of a tool's use.
-OWN_DATA = {"text", "metadata", "input_schema"}
+OWN_DATA = {"text", "metadata", "input_schema", "input_examples"}
 PROFILE_FIELD = "anthropic-user-profile-id"
 IDENTITY_FIELDS = frozenset({"anthropic-organization-id", WORKSPACE_FIELD})  # whose key it is
-# A member of these names, however it is written: escaped letters, and UTF-16, are told apart later.
-NAMED = rb'"(?=[%b])(?:%b)"' % (
-    "".join({name[0] for name in REFERENCES} | {"c"}).encode(),
-    "|".join([*REFERENCES, "container"]).encode(),
-)
-ESCAPED_LETTER, REFERENCE_IN_MESSAGE = re.compile(rb"\\u00[5-7]"), re.compile(NAMED)
-REFERENCE_ANYWHERE = re.compile(NAMED + rb'|"(?:agents?|predefined_agents)"')
-LONGEST_NAME = 2 + max(map(len, REFERENCES))
+# What tells that such a member may be there: how names end, words, and letters that are escaped.
+NAME_END, ESCAPED_LETTER = re.compile(rb'_ids?"'), re.compile(rb"\\u00[5-7]")
+NAMES = {name.encode() for name in REFERENCES}
+LONGEST_NAME = 2 + max(map(len, NAMES))
+WORDS_OF_MESSAGES = [b'"container"']
+WORDS_ANYWHERE = [b'"%b"' % name.encode() for name in {name for _, name in WORDS}]
 NOT_FOUND = {"files": "File `{}` not found.", "environments": "Environment {} not found."}
 NOT_FOUND |= {"skills": "Skill not found: {}", "sessions": "Session not found: {}"}
 NOT_FOUND |= {"memory_stores": "memory store not found: {}"}
@@ -1168,11 +1166,17 @@ def not_found(kind: str, name: str) -> APIError:
     return APIError(404, text.replace("{}", printable(name)))
 
 
-def may_refer(body: bytes, route: Route) -> bool:
-    """Whether things may be named in a body: a look that takes a thousandth of reading it."""
-    named = REFERENCE_ANYWHERE if route.kind not in ("", "batches") else REFERENCE_IN_MESSAGE
-    found = named.search(body) or ESCAPED_LETTER.search(body)
-    return found is not None or b"\0" in body
+def may_refer(part: bytes, route: Route) -> bool:
+    """Whether things may be named in a part of a body: a look that takes a part of what reading it
+    does. UTF-16 has zeros."""
+    words = WORDS_OF_MESSAGES if route.kind in ("", "batches") else WORDS_ANYWHERE
+    if any(word in part for word in words) or b"\0" in part or ESCAPED_LETTER.search(part):
+        return True
+    for start, end in (found.span() for found in NAME_END.finditer(part)):
+        quote = part.rfind(b'"', max(0, start - LONGEST_NAME), start)
+        if part[quote + 1 : end - 1] in NAMES:
+            return True
+    return False
 
 
 def members_within(document: object) -> Iterator[tuple[str, dict[str, Any], str, Any]]:
@@ -1691,8 +1695,8 @@ class Ledger(Protocol):
         """Give things (id: kind) to an owner ("": nobody), or share them with all (None). Where it
         raises APIError 503 nothing is changed."""
 
-    def forget(self, name: str) -> None:
-        """A thing is no more."""
+    def forget(self, name: str, owner: str | None) -> None:
+        """A thing is no more, if it is this owner's (None: anybody's)."""
 
     async def change(self, changes: Mapping[str, VirtualKey | None]) -> None:
         """Put these records (None removes one), as `save` does; what fails is taken back."""
@@ -1955,7 +1959,12 @@ class FileLedger(Ledger):
         self._next: asyncio.Task[APIError | None] | None = None  # … and what waits for its end
         self._adding = asyncio.Lock()  # changes of things
         self._noticed: FileMark = None  # the last edit that was read, or could not be
-        self._load()
+        try:
+            self._load()
+        except SettingsError:
+            self._file.close()
+            self._things_file.close()
+            raise
 
     # Looking
 
@@ -2155,8 +2164,8 @@ class FileLedger(Ledger):
         changes += [{"shared": list(kinds)}] if owner is None else []
         await asyncio.shield(self._add(changes))
 
-    def forget(self, name: str) -> None:
-        if name in self.things.places:
+    def forget(self, name: str, owner: str | None) -> None:
+        if (place := self.things.places.get(name)) and owner in (None, place[0]):
             self._change({"gone": [name]})
 
     def _change(self, change: Mapping[str, Any]) -> None:
@@ -4698,7 +4707,13 @@ class Walls(Rule):
                 raise APIError(400, text)
 
     async def body(self, visit: Visit, body: Kept) -> None:
-        if not visit.refers or not may_refer(body.data, visit.route):
+        data, route = body.data, visit.route
+        for start in range(0, len(data) if visit.refers else 0, LIGHT_BODY):
+            if start:
+                await body.breathe()
+            if may_refer(data[start : start + LIGHT_BODY + LONGEST_NAME], route):
+                break
+        else:
             return
         seen = set[tuple[str, str]]()
         for number, member in enumerate(members_within(await body.read(strictly=True))):
@@ -4900,11 +4915,12 @@ class Walls(Rule):
         made, route = read_json(body, Any), visit.route
         if not isinstance(made, dict) or route.deletes:
             return body
-        moment, name, kind = moment_in(made), id_of(made), f"{made.get('type')}s"
+        moment, name = moment_in(made), id_of(made)
         visit.born |= {product: (of, moment) for of, product in products_of(made)}
         below = route.below.strip("/").split("/")
         if name and name not in (route.name, *below) and not route.fetches:
-            visit.born[name] = (kind if kind in KINDS else below[-1] or route.kind, moment)
+            kind = "deployment_runs" if below[-1] == "run" else below[-1] or route.kind
+            visit.born[name] = (kind, moment)
         await self.keep(visit)
         return body
 
@@ -4928,7 +4944,8 @@ class Walls(Rule):
         route, answer = visit.route, visit.answer
         deleted = route.name and route.deletes and visit.caller.own is None
         if deleted and answer is not None and answer.status == 200:
-            visit.gateway.ledger.forget((route.name + route.below).strip("/").split("/")[-1])
+            name = (route.name + route.below).strip("/").split("/")[-1]
+            visit.gateway.ledger.forget(name, visit.owner if visit.payer else None)
 
 
 def id_of(row: object) -> str:
