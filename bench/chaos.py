@@ -128,6 +128,7 @@ def run_gateway(arguments: list[str]) -> None:
         print(json.dumps({"census": counts}), flush=True)
 
     gateway.POOL_IDLE_TIMEOUT = 3.0  # so that the pool is empty when memory is measured
+    gateway.BATCH_LOOK = 1.0  # so that nothing of a batch is under way then
     gateway.make_app = remember
     signal.signal(signal.SIGUSR1, jump)
     signal.signal(signal.SIGUSR2, census)
@@ -373,6 +374,10 @@ class Answering:
 
     async def long_structured(self) -> bool:
         return await self.whole(structured_message(3_500_000), JSON)
+
+    async def batch(self) -> bool:
+        made = {"id": f"msgbatch_{self.rng.getrandbits(64):x}", "type": "message_batch"}
+        return await self.whole(json.dumps(made).encode(), JSON)
 
     async def results(self) -> bool:
         return await self.whole(batch_results(), JSONL)
@@ -795,10 +800,11 @@ class Chaos:
         await self.ask("long_structured")
 
     async def structured_results(self) -> None:
-        key, name = self.key(), f"msgbatch_{self.rng.getrandbits(64):x}"
+        key, body = self.key(), b'{"requests": [%b]}' % ROW
         fields = (f"x-api-key: {key}", "x-answer: results")
-        await self.call("/resources/assign", {"ids": [name], "key": key})
         async with self.connection() as (reader, writer):
+            writer.write(request(key, "x-answer: batch", path=BATCHES, body=body))
+            name = json.loads((await asyncio.wait_for(read_answer(reader), 30))[1])["id"]
             writer.write(asking("GET", f"{BATCHES}/{name}/results", *fields))
             await asyncio.wait_for(read_answer(reader), 30)
         # The log has no cost for those who only fetch what a batch has used.
