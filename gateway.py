@@ -1145,15 +1145,15 @@ WORDS = {(place, "container"): "containers" for place in ("", "params", "message
 WORDS |= {("", "agent"): "agents", ("multiagent", "agents"): "agents"}
 WORDS |= {(place, "predefined_agents"): "agents" for place in ("subagents", "workflows")}
 # What is the user's own in a body, and beside it the ``input`` of a tool's use.
-OWN_DATA = {"text", "metadata", "input_schema", "input_examples"}
+OWN_DATA = {"text", "metadata", "input_schema", "input_examples", "schema"}
 PROFILE_FIELD = "anthropic-user-profile-id"
 IDENTITY_FIELDS = frozenset({"anthropic-organization-id", WORKSPACE_FIELD})  # whose key it is
 # What tells that such a member may be there: how names end, words, and letters that are escaped.
-NAME_END, ESCAPED_LETTER = re.compile(rb'_ids?"'), re.compile(rb"\\u00[5-7]")
-NAMES = {name.encode() for name in REFERENCES}
-LONGEST_NAME = 2 + max(map(len, NAMES))
-WORDS_OF_MESSAGES = [b'"container"']
-WORDS_ANYWHERE = [b'"%b"' % name.encode() for name in {name for _, name in WORDS}]
+NAME_END = re.compile(rb'(_ids?)"(?:\s{0,900}+:|\s{900})')  # with the spaces before its colon
+ESCAPED_LETTER = re.compile(rb"\\u00(?:5[fF]|6[1-9a-fA-F]|7[0-9aA])")
+NAMES = set(REFERENCES)
+LONGEST_NAME = 1000
+EVERYDAY, EVERYDAY_IN_MESSAGES = {name for _, name in WORDS}, {"container"}
 NOT_FOUND = {"files": "File `{}` not found.", "environments": "Environment {} not found."}
 NOT_FOUND |= {"skills": "Skill not found: {}", "sessions": "Session not found: {}"}
 NOT_FOUND |= {"memory_stores": "memory store not found: {}"}
@@ -1166,42 +1166,53 @@ def not_found(kind: str, name: str) -> APIError:
     return APIError(404, text.replace("{}", printable(name)))
 
 
-def may_refer(part: bytes, route: Route) -> bool:
-    """Whether things may be named in a part of a body: a look that takes a part of what reading it
-    does. UTF-16 has zeros."""
-    words = WORDS_OF_MESSAGES if route.kind in ("", "batches") else WORDS_ANYWHERE
-    if any(word in part for word in words) or b"\0" in part or ESCAPED_LETTER.search(part):
-        return True
-    for start, end in (found.span() for found in NAME_END.finditer(part)):
-        quote = part.rfind(b'"', max(0, start - LONGEST_NAME), start)
-        if part[quote + 1 : end - 1] in NAMES:
-            return True
-    return False
+def everyday_on(route: Route) -> set[str]:
+    """Those of EVERYDAY that may name things in a body."""
+    return EVERYDAY_IN_MESSAGES if route.kind in ("", "batches") else EVERYDAY
 
 
-def members_within(document: object) -> Iterator[tuple[str, dict[str, Any], str, Any]]:
-    """Each member of each object in a JSON value, as (the name of what it stands in, that object,
-    name, value), but for what is the user's own."""
-    holders: list[tuple[str, Any]] = [("", document)]
-    for place, holder in holders:  # which grows meanwhile
+def names_in(body: bytes, start: int, words: set[str]) -> int:
+    """How many members that name things may begin in LIGHT_BODY bytes from there on: a look that
+    takes a part of what reading does. Below 0 where it cannot tell: letters are escaped, or it is
+    UTF-16, which has zeros."""
+    stop = start + LIGHT_BODY
+    if body.find(b"\0", start, stop) >= 0 or ESCAPED_LETTER.search(body, start, stop + 5):
+        return -1
+    quoted = (b'"%b"' % word.encode() for word in words)
+    count = sum(body.count(word, start, stop + len(word) - 1) for word in quoted)
+    for found in NAME_END.finditer(body, start, stop + LONGEST_NAME):
+        quote = body.rfind(b'"', max(0, found.start() - LONGEST_NAME), found.start())
+        count += start <= quote < stop and body[quote + 1 : found.end(1)].decode("latin-1") in NAMES
+    return count
+
+
+def named_in(
+    document: object, names: collections.abc.Set[str]
+) -> Iterator[tuple[str, list[tuple[str, str]]] | None]:
+    """What each member of these names in a JSON value names, as (its object's type, kinds and ids),
+    which is nothing in the user's own data; None where the loop may do something else."""
+    holders, looks = [("", document, False)], 0
+    for place, holder, is_own in holders:  # which grows meanwhile
         if isinstance(holder, list):
-            holders += zip(itertools.repeat(place), holder)
-        elif isinstance(holder, dict):
-            uses = str(holder.get("type")).endswith("tool_use")
-            for name, value in holder.items():
-                if name not in OWN_DATA and not (uses and name == "input"):
-                    holders.append((name, value))
-                    yield place, holder, name, value
-
-
-def named_by(place: str, holder: Mapping[str, Any], name: str, value: Any) -> Iterator[Any]:
-    """(kind, id) of each thing that a member names."""
-    kind = REFERENCES.get(name) or WORDS.get((place, name))
-    for each in (value if isinstance(value, list) else [value]) if kind else ():
-        named = each.get("id") if isinstance(each, dict) else each
-        built_in = name == "skill_id" and holder.get("type") == "anthropic"
-        if isinstance(named, str) and not (built_in and not named.startswith(KINDS["skills"])):
-            yield kind, named
+            holders += [(place, each, is_own) for each in holder if isinstance(each, dict | list)]
+        kind_of = str(holder.get("type")) if isinstance(holder, dict) else ""
+        for name, value in holder.items() if isinstance(holder, dict) else ():
+            looks += 1
+            if looks % BREATH == 0:
+                yield None
+            own = is_own or name in OWN_DATA or (name == "input" and kind_of.endswith("tool_use"))
+            if isinstance(value, dict | list):
+                holders.append((name, value, own))
+            if name in names:
+                kind = "" if own else REFERENCES.get(name) or WORDS.get((place, name), "")
+                each = [
+                    one.get("id") if isinstance(one, dict) else one
+                    for one in (value if isinstance(value, list) else [value])
+                ]
+                ids = [one for one in each if isinstance(one, str)] if kind else []
+                if name == "skill_id" and kind_of == "anthropic":  # a built-in one's is a word
+                    ids = [one for one in ids if one.startswith(KINDS["skills"])]
+                yield kind_of, [(kind, one) for one in ids]
 
 
 def parent_of(thing: Mapping[str, Any]) -> object:
@@ -1643,6 +1654,10 @@ class Thing(NamedTuple):
         mate = key.resources == "team" and key.team_id and key.team_id == self.team
         return key.resources == "all" or self.owner == key.owner or bool(mate)
 
+    def is_for(self, key: VirtualKey) -> bool:
+        """Whether a key may read it and refer to it."""
+        return self.is_shared or self.belongs_to(key)
+
 
 class Ledger(Protocol):
     """The keys and what they used, as another store than a file has them too; nothing else changes
@@ -1881,19 +1896,16 @@ class Things:
 
     def change(self, change: Mapping[str, Any]) -> None:
         """Take one in. Raises whatever Python does for what is none."""
-        match change:
-            case {"key": str(owner), "kind": str(kind), "made": dict(made)}:
-                math.fsum(made.values())  # raises for what is no number
-                self._drop(made.keys() & self.places.keys())
-                place = owner, kind
-                self.made[place].update(made)
-                self.places.update(dict.fromkeys(made, place))
-            case {"gone": list(names)}:
-                self._drop(names)
-            case {"shared": list(names)}:
-                self.shared.update(self.places.keys() & names)
-            case _:
-                raise ValueError("is no change of things")
+        if made := change.get("made"):
+            math.fsum(made.values())  # raises for what is no number
+            self._drop(made.keys() & self.places.keys())
+            place = exactly(str, change["key"]), exactly(str, change["kind"])
+            self.made[place].update(made)
+            self.places.update(dict.fromkeys(made, place))
+        elif "gone" in change:
+            self._drop(change["gone"])
+        else:
+            self.shared.update(self.places.keys() & change["shared"])
 
     def _drop(self, names: Iterable[str]) -> None:
         self.shared.difference_update(names)
@@ -1921,14 +1933,16 @@ def parse_things(text: bytes, name: str) -> Things:
     try:
         if json.loads(first) != {"version": STORE_VERSION}:
             raise ValueError("is not of a version for this gateway")
+        decode = decoder_of(Any) or json.loads
         for number, line in enumerate(lines, start=2):
             where = f"line {number}"
-            things.change(json.loads(line))
+            things.change(decode(line))
     except Exception as error:  # noqa: BLE001 - whatever Python says of what it cannot read
         wrong = f"damaged, {where}: {error}; mend it or restore a copy"
         raise SettingsError(f"{name}: {wrong}") from None
     things.is_cut = bool(rest)
-    things.is_untidy = things.is_cut or len(lines) > 2 * len(things.lines()) + UNTIDY_LINES
+    fewest = sum(1 + len(made) // WRITE_SLICE for made in things.made.values())
+    things.is_untidy = things.is_cut or len(lines) > 2 * fewest + UNTIDY_LINES
     return things
 
 
@@ -2295,6 +2309,8 @@ class FileLedger(Ledger):
 
     def _load_things(self) -> None:
         file = self._things_file
+        if self._owners and file.edit() is None:
+            return
         try:
             things = file.read(self.things.lines())
             for change in self._changes:
@@ -3727,15 +3743,14 @@ class Meter(ResponseFilter):
     with each line of batch results, counted from 1; ``learn`` with what a line or a message says in
     which something new may be named."""
 
-    learn: Callable[[object], None] | None = None
-
     def __init__(
         self,
         content_type: str,
         on_result: Callable[[int, Measured], None] | None = None,
         room: Callable[[int], bool] = lambda size: True,
+        learn: Callable[[object], None] | None = None,
     ) -> None:
-        self.measured = Measured()
+        self.measured, self._learn = Measured(), learn
         self._on_result, self._room, self._lines = on_result, room, 0
         self._whole = on_result is None and not content_type.lower().startswith(EVENT_STREAM)
         self._held = bytearray()  # of a line that has not ended, or of the message
@@ -3748,9 +3763,8 @@ class Meter(ResponseFilter):
         holds = self._whole or self._held or self._passed_over
         if holds or len(data) > MAX_LINE or not data.endswith(b"\n"):
             lines = self._complete(data)
-        if self.learn is not None and (b'"container"' in lines or b'"file_id"' in lines):
-            for line in lines.splitlines():
-                self.learn(read_json(line.removeprefix(b"data:"), Any))
+        if self._learn is not None and (b'"container"' in lines or b'"file_id"' in lines):
+            self._learn_of(lines.splitlines(), self._learn)
         if self._on_result is not None:
             self._read_results(lines, self._on_result)
             return data
@@ -3800,9 +3814,14 @@ class Meter(ResponseFilter):
         if self._whole and not self.measured.blind:
             message = read_answer(held) if complete and held else None
             self.measured = measured_message(message, size)
-            if self.learn is not None and complete:
-                self.learn(read_json(held, Any))
+            if self._learn is not None and complete:
+                self._learn_of([held], self._learn)
         return b""
+
+    def _learn_of(self, texts: Iterable[bytes], learn: Callable[[object], None]) -> None:
+        for text in texts:
+            if b'"container"' in text or b'"file_id"' in text:
+                learn(read_json(text.removeprefix(b"data:"), Any))
 
     def _complete(self, data: bytes) -> bytes:
         """The lines that end in these bytes. What stands behind them is held until its end comes;
@@ -4320,6 +4339,7 @@ class Visit:
     listing: Listing | None = None
     hidden: frozenset[str] = NO_OPTIONS
     born: dict[str, tuple[str, float]] = field(default_factory=dict)
+    learn: Callable[[object], None] | None = None
     errand: Callable[[], Awaitable[None]] | None = None
     credential: tuple[str, str] | None = None
     hold: Hold | None = None
@@ -4339,6 +4359,12 @@ class Kept:
     breathe: Breathe
     document: object = None
     how: bool | None = None  # it was read, and whether strictly
+
+    def read_at_once(self) -> object:
+        """What it says, but where names stand twice in an object; None where that takes long."""
+        data, decode = self.data, decoder_of(Any)
+        is_light = len(data) <= LIGHT_CONTAINED and data.count(b"{") <= LIGHT_CONTAINERS // 4
+        return read_json(data, Any) if decode and is_light else None
 
     async def read(self, *, strictly: bool) -> object:
         """What it says: to the letter (APIError 400 where that is not clear), or what of it a price
@@ -4556,7 +4582,8 @@ class Limits(Rule):
         if head.status != 200 or not route.billed or route.batch:
             return ()
         room = functools.partial(visit.gateway.held.find_room, visit.record.hashed)
-        visit.meter = Meter(head.values.get("content-type", ("",))[0], room=room)
+        kind = head.values.get("content-type", ("",))[0]
+        visit.meter = Meter(kind, room=room, learn=visit.learn)
         return (visit.meter,)
 
     def fields(self, visit: Visit, head: ResponseHead) -> Iterable[tuple[str, str]]:
@@ -4637,7 +4664,8 @@ class Batches(Rule):
         if not batch or visit.caller.own is not None:
             return ()
         room = functools.partial(gateway.held.find_room, visit.record.hashed)
-        visit.results = Meter("", functools.partial(gateway.batches.book_result, batch), room)
+        book = functools.partial(gateway.batches.book_result, batch)
+        visit.results = Meter("", book, room, visit.learn)
         return (visit.results,)
 
     async def look(self, visit: Visit, plain: bytes) -> bytes:
@@ -4667,7 +4695,7 @@ DEFAULT_LIMIT, MAX_ROWS_LISTED = 20, 1000  # rows of a page (SDK: types/file_lis
 IDS_A_CALL = 100  # has this one too)
 MAX_PAGES = 100  # of a list that one request looks through
 FILE_LIST = {"limit", "page", "after_id", "before_id", "beta"}  # what can be asked of ids as well
-LIST_IDS = ("ids", "after_id", "before_id")
+CURSORS = ("after_id", "before_id")
 CURSOR = re.compile(r"page_own_([0-9.]+)_([\w-]+)")  # the gateway's own: behind which file
 # A session and a run are of a deployment, a file is of the session that wrote it.
 PARENTS = {"sessions": "deployments", "deployment_runs": "deployments", "files": "sessions"}
@@ -4684,6 +4712,7 @@ class Walls(Rule):
         if key is None:
             return
         visit.hidden, visit.owner = IDENTITY_FIELDS, key.owner
+        visit.learn = functools.partial(self.learn, visit)
         if route.name:
             # What workers of an environment do is not for all who may use it.
             reads = route.fetches and not route.below.startswith("/work")
@@ -4694,7 +4723,7 @@ class Walls(Rule):
         for profile in head.values.get(PROFILE_FIELD, ()):
             await self.reach(visit, "user_profiles", profile)
         if "?" in visit.target:
-            await self.judge_query(visit)
+            await self.judge_query(visit, key)
         if route.kind and not route.name and route.fetches:
             if head.method == "HEAD":
                 visit.hidden |= {"content-length"}
@@ -4707,21 +4736,31 @@ class Walls(Rule):
                 raise APIError(400, text)
 
     async def body(self, visit: Visit, body: Kept) -> None:
-        data, route = body.data, visit.route
-        for start in range(0, len(data) if visit.refers else 0, LIGHT_BODY):
+        named, is_clear, words = 0, True, everyday_on(visit.route)
+        for start in range(0, len(body.data) if visit.refers else 0, LIGHT_BODY):
             if start:
                 await body.breathe()
-            if may_refer(data[start : start + LIGHT_BODY + LONGEST_NAME], route):
-                break
-        else:
-            return
-        seen = set[tuple[str, str]]()
-        for number, member in enumerate(members_within(await body.read(strictly=True))):
-            if number % BREATH == 0:
-                await body.breathe()
-            seen.update(named_by(*member))
-        for kind, name in seen:
+            count = names_in(body.data, start, words)
+            named, is_clear = named + abs(count), is_clear and count >= 0
+        document, names = body.read_at_once() if named and is_clear else None, words | NAMES
+        things, found = await self.things_in(document, names, body)
+        if found != named:  # some are hidden by others, or are none
+            things, _ = await self.things_in(await body.read(strictly=True), names, body)
+        for kind, name in things:
             await self.reach(visit, kind, name)
+
+    async def things_in(
+        self, document: object, names: set[str], body: Kept
+    ) -> tuple[set[tuple[str, str]], int]:
+        """What a document names, and how many of its members have one of these names."""
+        things, found = set[tuple[str, str]](), 0
+        for each in named_in(document, names):
+            if each is None:
+                await body.breathe()
+                continue
+            found += 1
+            things.update(each[1])
+        return things, found
 
     async def reach(self, visit: Visit, kind: str, name: str, *, changes: bool = False) -> Thing:
         """A thing that the caller may read or refer to, or change. Raises APIError 404, and 403 for
@@ -4732,7 +4771,7 @@ class Walls(Rule):
         if thing is None and key.resources == "all":
             return Thing(kind)
         thing = thing or await self.trace(visit, key, kind, name)
-        if thing is None or not (thing.belongs_to(key) or thing.is_shared):
+        if thing is None or not thing.is_for(key):
             raise not_found(kind, name)
         if changes and not thing.belongs_to(key):
             text = f"{printable(name)} is shared: this key may use it, and its owner change it."
@@ -4747,7 +4786,9 @@ class Walls(Rule):
         may_be = await ledger.reached(key, parents) if parents else not is_custom
         if not may_be or not SAFE_ID.fullmatch(name):
             return None
-        found = await self.ask(visit, f"/v1/{kind}/{name}")
+        found = dict[str, Any]()
+        with contextlib.suppress(UpstreamError):
+            found = await self.ask(visit, f"/v1/{kind}/{name}")
         if kind == "skills":
             return Thing(kind, is_shared=True) if is_published(found) else None
         above = parent_of(found)
@@ -4758,18 +4799,18 @@ class Walls(Rule):
         return thing._replace(kind=kind)
 
     async def ask(self, visit: Visit, target: str) -> dict[str, Any]:
-        """An object of the upstream's; an empty one where it has none. Raises UpstreamError."""
+        """An object of the upstream's. Raises UpstreamError."""
         told = ("anthropic-version", "anthropic-beta")
         fields = {name: visit.head.get(name) for name in told if name in visit.head.values}
         answer = await visit.gateway.client.get(target, LIST_TIMEOUT, fields)
         document = read_json(answer.body, Any) if answer.code == 200 else None
-        if isinstance(document, dict) or answer.code == 404:
-            return document if isinstance(document, dict) else {}
-        raise UpstreamError(f"The upstream answered {answer.code} where a part was asked for.")
+        if not isinstance(document, dict):
+            raise UpstreamError(f"The upstream answered {answer.code} where a part was asked for.")
+        return document
 
     # Lists
 
-    async def judge_query(self, visit: Visit) -> None:
+    async def judge_query(self, visit: Visit, key: VirtualKey) -> None:
         """Look at the ids of a query. Of a list of ids those that the caller does not reach are
         left out, as missing ones would be."""
         path, _, query = visit.target.partition("?")
@@ -4777,18 +4818,19 @@ class Walls(Rule):
         for part in query.split("&"):
             name, value = (urllib.parse.unquote_plus(text) for text in part.partition("=")[::2])
             name = name.partition("[")[0]
-            is_row = kind != "" and is_list and name in LIST_IDS
-            named = kind if is_row else REFERENCES.get(name)
+            is_row = kind != "" and is_list
+            named = kind if is_row and name in CURSORS else REFERENCES.get(name)
+            if is_row and name == "ids":
+                thing = (await visit.gateway.ledger.find_things([value])).get(value)
+                if thing is not None and not thing.is_for(key):
+                    left_out += 1
+                    continue
             try:
                 if named and value:
                     await self.reach(visit, named, value)
-                kept.append(part)
             except APIError as error:
-                if not is_row:
-                    raise
-                if name != "ids":
-                    raise APIError(400, f"{name}: {error.message}") from None
-                left_out += 1
+                raise APIError(400, f"{name}: {error.message}") if name in CURSORS else error
+            kept.append(part)
         if left_out:
             if not any(part.startswith("ids") for part in kept):
                 kept.append(f"ids[]={unknown_id(kind)}")
@@ -4877,7 +4919,7 @@ class Walls(Rule):
             if thing is None and above is not None and above.belongs_to(key) and name:
                 born.setdefault((above.owner, visit.route.kind), {})[name] = moment_in(row)
                 thing = above
-            if thing is not None and (thing.belongs_to(key) or thing.is_shared):
+            if thing is not None and thing.is_for(key):
                 for kind, product in products_of(row):
                     born.setdefault((thing.owner, kind), {})[product] = moment_in(row)
                 shown.append(row)
@@ -4893,19 +4935,13 @@ class Walls(Rule):
         key, route = visit.payer, visit.route
         if key is None or not 200 <= head.status < 300:
             return ()
-        learn = functools.partial(self.learn, visit)
-        for meter in (visit.meter, visit.results):
-            if meter is not None:
-                meter.learn = learn
-        if not route.kind or visit.results is not None:
+        if not route.kind or route.results_of:
             return ()
         if route.fetches and not route.name:
             is_free = key.resources == "all"
             return () if is_free else (Rewritten(functools.partial(self.list_own, visit)),)
         if is_event_stream(head):
-            watch = Meter(EVENT_STREAM)
-            watch.learn = learn
-            return (watch,)
+            return (Meter(EVENT_STREAM, learn=visit.learn),)
         if not route.fetches or (route.kind in PRODUCERS and not route.below):
             return (Rewritten(functools.partial(self.remember, visit)),)
         return ()
@@ -4927,10 +4963,9 @@ class Walls(Rule):
     def learn(self, visit: Visit, document: object) -> None:
         """An answer, or a part of one, may name what was made for the caller on the way: containers
         and files that code wrote (SDK: types/code_execution_output_block.py)."""
-        for member in members_within(document):
-            wrote = str(member[1].get("type")).endswith("code_execution_output")
-            for kind, name in named_by(*member):
-                if kind == "containers" or (kind == "files" and wrote):
+        for holder, things in filter(None, named_in(document, {"container", "file_id"})):
+            for kind, name in things:
+                if kind == "containers" or holder.endswith("code_execution_output"):
                     visit.born[name] = (kind, time.time())
                     visit.errand = functools.partial(self.keep, visit)
 
@@ -4977,7 +5012,7 @@ def as_list(document: dict[str, Any], rows: Sequence[Any], more: object) -> byte
     return json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-RULES = (Credentials(), Routes(), Models(), Fields(), Walls(), Batches(), Limits())
+RULES = (Credentials(), Routes(), Models(), Fields(), Limits(), Walls(), Batches())
 
 
 # ─── Relay ────────────────────────────────────────────────────────────────────────────────────────
@@ -5692,7 +5727,8 @@ class RelayHandler(BaseHandler):
         if self._visit.refers:
             data = self._seen + data
             self._seen = data[-LONGEST_NAME:]
-            if may_refer(data, self._visit.route):
+            words = everyday_on(self._visit.route)
+            if any(names_in(data, start, words) for start in range(0, len(data), LIGHT_BODY)):
                 text = "This body names files or other things, so it is read, and may be"
                 raise APIError(413, f"{text} {JSON_BODY_LIMIT:,} bytes long. Send it in parts.")
 

@@ -1083,7 +1083,7 @@ def judge(body: Any, path: str = "") -> None:
     """Send it there with a key for Haiku; a `gateway.APIError` where that may not be."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     route = gateway.read_route("POST", path or (BATCHES if b"requests" in data else MESSAGES_PATH))
-    document = at_once(gateway.read_body(data, route, breathe, strictly=True))
+    document = at_once(gateway.read_body(data, breathe, strictly=True))
     at_once(gateway.check_models(["claude-haiku-*"], route, document, breathe))
     order_of(document, data, batched=route.makes_batch)
 
@@ -1186,7 +1186,7 @@ def test_bodies_that_no_client_sends_are_refused(name: str, monkeypatch: Patch) 
     for path, strictly in itertools.product((MESSAGES_PATH, BATCHES), (True, False)):
         route = gateway.read_route("POST", path)
         with pytest.raises(gateway.APIError) as refused:
-            document = at_once(gateway.read_body(COSTLY[name], route, breathe, strictly=strictly))
+            document = at_once(gateway.read_body(COSTLY[name], breathe, strictly=strictly))
             if route.makes_batch:  # in which they have no meaning
                 document = {"requests": [{"params": document}]}
             at_once(gateway.check_models(["m"], route, document, breathe))
@@ -1201,7 +1201,7 @@ def test_bodies_that_clients_send_are_read() -> None:
     for path, document in ((BATCHES, {"requests": rows}), (MESSAGES_PATH, message)):
         body, route = json.dumps(document).encode(), gateway.read_route("POST", path)
         for strictly in (True, False):
-            document = at_once(gateway.read_body(body, route, breathe, strictly=strictly))
+            document = at_once(gateway.read_body(body, breathe, strictly=strictly))
             order = order_of(document, body, batched=route.makes_batch)
             assert order.model == MESSAGE["model"]
             (part,) = order.parts.values()
@@ -1211,10 +1211,9 @@ def test_bodies_that_clients_send_are_read() -> None:
 def test_both_readers_read_the_same_of_a_body(monkeypatch: Patch) -> None:
     bodies = [json.dumps(body).encode() for body, _ in ORDERS]
     bodies += [b"[1]", b"nonsense", b'{"model": 1, "fallbacks": {"a": 1}, "tools": 5}']
-    route = gateway.read_route("POST", MESSAGES_PATH)
 
     def read(body: bytes) -> gateway.Order:
-        document = at_once(gateway.read_body(body, route, breathe, strictly=False))
+        document = at_once(gateway.read_body(body, breathe, strictly=False))
         return order_of(document, body, batched=False)
 
     assert gateway.decoder_of(gateway.BodyMembers) is not None
