@@ -826,6 +826,8 @@ KINDS |= {"environments": "env_", "sessions": "sesn_", "deployments": "depl_", "
 KINDS |= {"deployment_runs": "drun_", "memory_stores": "memstore_", "vaults": "vlt_"}
 KINDS |= {"tunnels": "tnl_", "user_profiles": "uprof_", "containers": "container_"}
 COLLECTION = re.compile(r"(?s)/v1/(messages/batches|claude_code/[^/]+|[^/]+)(?:/([^/]+)(/.+?)?)?/?")
+# Things whose answers may name what came of them, beside those that say what was used.
+BEARERS = {"batches", "sessions", "dreams", "deployment_runs"}
 # What is called below these belongs to nobody, or to an organisation.
 NO_COLLECTIONS = {"messages", "models", "complete", "organizations", "compliance", "oauth"}
 # What a pattern of ``allowed_routes`` must begin with to open another path.
@@ -847,7 +849,7 @@ def read_route(method: str, path: str) -> Route:
         open=known and OPEN.fullmatch(path) is not None,
         billed=billed and not fetches,
         free=(fetches and batches is not None) or FREE.fullmatch(path) is not None,
-        is_read=billed or (kind != "" and not below.endswith("/content")),
+        is_read=billed or (kind != "" and (not (name and fetches) or kind in BEARERS)),
         unread=fetches or UPLOAD.fullmatch(path) is not None,
         batch=batches is not None and method in ("GET", "POST") and step != "/results",
         makes_batch=batches is not None and not (fetches or batch),
@@ -4521,7 +4523,7 @@ class Fields(Rule):
         unwanted = head.options
         if caller.own is None:
             unwanted |= {WORKSPACE_FIELD}
-            if visit.route.is_read:
+            if visit.route.results_of or (visit.route.kind and not visit.route.name):
                 unwanted |= {"range", "if-range"}  # of a part nobody can tell what it is
         codings = None
         if visit.route.is_read and (offered := head.values.get("accept-encoding")):
@@ -4699,7 +4701,6 @@ CURSORS = ("after_id", "before_id")
 CURSOR = re.compile(r"page_own_([0-9.]+)_([\w-]+)")  # the gateway's own: behind which file
 # A session and a run are of a deployment, a file is of the session that wrote it.
 PARENTS = {"sessions": "deployments", "deployment_runs": "deployments", "files": "sessions"}
-PRODUCERS = ("dreams", "deployment_runs")
 SAFE_ID = re.compile(r"[\w-]+")
 
 
@@ -4942,7 +4943,8 @@ class Walls(Rule):
             return () if is_free else (Rewritten(functools.partial(self.list_own, visit)),)
         if is_event_stream(head):
             return (Meter(EVENT_STREAM, learn=visit.learn),)
-        if not route.fetches or (route.kind in PRODUCERS and not route.below):
+        is_told = not route.fetches or (route.kind in BEARERS and not route.below)
+        if is_told and is_json(head.get("content-type")):
             return (Rewritten(functools.partial(self.remember, visit)),)
         return ()
 
