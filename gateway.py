@@ -845,6 +845,7 @@ def read_route(method: str, path: str) -> Route:
     kind, name, below = collection.groups("") if collection else ("", "", "")
     if kind in NO_COLLECTIONS:
         kind = name = below = ""
+    kind = kind.rpartition("/")[2]
     return Route(
         open=known and OPEN.fullmatch(path) is not None,
         billed=billed and not fetches,
@@ -854,7 +855,7 @@ def read_route(method: str, path: str) -> Route:
         batch=batches is not None and method in ("GET", "POST") and step != "/results",
         makes_batch=batches is not None and not (fetches or batch),
         results_of=batch if method == "GET" and step == "/results" else "",
-        kind=kind.rpartition("/")[2],
+        kind=kind,
         name=name,
         below=below,
         fetches=fetches,
