@@ -774,6 +774,11 @@ class Chaos:
         body = BODY.replace(b"{", b'{"%b": [%b""], ' % (place, things), 1)
         await self.ask("plain", body=body)
 
+    async def many_names(self) -> None:
+        await self.ask(
+            "plain", body=BODY.replace(b"{", b"{" + b'"file_id": 0, "e_id": 0, ' * MOST, 1)
+        )
+
     async def unfinished_bodies(self) -> None:
         """More than there is room for; who is refused hears that there will soon be some."""
         key = self.rng.choice(self.keys[:4])  # with as many bodies all would be held
@@ -995,6 +1000,7 @@ BODY_ATTACKS: dict[Act, int] = {
     Chaos.invented_models: 2,
     Chaos.large_batches: 2,
     Chaos.filled_bodies: 4,
+    Chaos.many_names: 2,
     Chaos.unfinished_bodies: 20,
     Chaos.unread_successor: 10,  # an answer that is metered is held too, up to MAX_LINE
     Chaos.structured_message: 2,
