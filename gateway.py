@@ -1061,9 +1061,11 @@ async def read_string(body: bytes, start: int, kept: bool, breathe: Breathe) -> 
     return json.loads(body[start - 1 : end + 1]), end + 1
 
 
-async def read_body(body: bytes, breathe: Breathe, *, strictly: bool) -> object:
-    """What rules look at of a body: what its price depends on, None where it cannot be read; or
-    ``strictly`` all of it. Raises APIError 400 for what is unclear or too much."""
+async def read_body(
+    body: bytes, breathe: Breathe, *, strictly: bool, wholly: bool = False
+) -> object:
+    """What rules look at of a body: what its price depends on, or ``wholly`` all of it; None where
+    it cannot be read, or ``strictly`` APIError 400 for what is unclear or too much."""
     light = not strictly and len(body) <= LIGHT_BODY
     if not (light or strictly) and len(body) <= LIGHT_CONTAINED:
         light = body.count(b"[") + body.count(b"{") <= LIGHT_CONTAINERS
@@ -1073,7 +1075,7 @@ async def read_body(body: bytes, breathe: Breathe, *, strictly: bool) -> object:
     try:
         if len(body) <= AT_ONCE and body.count(b"[") + body.count(b"{") < MAX_DEPTH:
             return read_clearly(body.decode())
-        return await scan(body, None if strictly else PLACES, breathe)
+        return await scan(body, None if wholly else PLACES, breathe)
     except (ValueError, RecursionError) as error:
         if not strictly:
             return None
@@ -4322,8 +4324,8 @@ class Visit:
     what it used, ``results`` what a batch did. ``began``: all of it went up. ``payer`` is the key
     that pays, and has walls; None where the caller does, or nobody counts. ``owner`` gets what
     comes of it, ``listing`` is what is asked for in place of a list of files. Of the answer fields
-    of ``hidden`` names stay here, and it waits for an ``errand``: to keep what was ``born``, as
-    kind and moment by id."""
+    of ``hidden`` names stay here; ``learn`` finds what is ``born`` in it, kinds and moments by
+    id."""
 
     gateway: Gateway
     head: RequestHead
@@ -4343,7 +4345,6 @@ class Visit:
     hidden: frozenset[str] = NO_OPTIONS
     born: dict[str, tuple[str, float]] = field(default_factory=dict)
     learn: Callable[[object], None] | None = None
-    errand: Callable[[], Awaitable[None]] | None = None
     credential: tuple[str, str] | None = None
     hold: Hold | None = None
     meter: Meter | None = None
@@ -4361,7 +4362,7 @@ class Kept:
     data: bytes
     breathe: Breathe
     document: object = None
-    how: bool | None = None  # it was read, and whether strictly
+    how: tuple[bool, bool] | None = None  # it was read: strictly, and wholly
 
     def read_at_once(self) -> object:
         """What it says, but where names stand twice in an object; None where that takes long."""
@@ -4369,12 +4370,14 @@ class Kept:
         is_light = len(data) <= LIGHT_CONTAINED and data.count(b"{") <= LIGHT_CONTAINERS // 4
         return read_json(data, Any) if decode and is_light else None
 
-    async def read(self, *, strictly: bool) -> object:
+    async def read(self, *, strictly: bool, wholly: bool = False) -> object:
         """What it says: to the letter (APIError 400 where that is not clear), or what of it a price
         depends on (None where it cannot be read). An empty one says nothing."""
-        if self.data and not self.how and self.how is not strictly:
-            self.document = await read_body(self.data, self.breathe, strictly=strictly)
-            self.how = strictly
+        read = self.how
+        if self.data and not (read and read[0] >= strictly and read[1] >= wholly):
+            self.how = strictly, wholly
+            read_now = read_body(self.data, self.breathe, strictly=strictly, wholly=wholly)
+            self.document = await read_now
         return self.document
 
 
@@ -4392,6 +4395,9 @@ class Rule:
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
         """What is to see the answer's body."""
         return ()
+
+    async def keep(self, visit: Visit) -> None:
+        """Remember what is ``born``, before the client hears of it. Raises APIError."""
 
     def fields(self, visit: Visit, head: ResponseHead) -> Iterable[tuple[str, str]]:
         """Fields of the answer, in the place of the upstream's of these names."""
@@ -4411,7 +4417,7 @@ class Rules:
 
         self.head, self.body = having("head"), having("body")
         self.filters, self.fields = having("filters")[::-1], having("fields")  # the way back
-        self.end = having("end")
+        self.keep, self.end = having("keep"), having("end")
 
 
 class Credentials(Rule):
@@ -4500,7 +4506,7 @@ class Models(Rule):
         key, route = visit.caller.key, visit.route
         if key is None or not key.models or route.unread:
             return
-        document = await body.read(strictly=True)
+        document = await body.read(strictly=True, wholly=not route.open)
         if not document and not (route.open or route.deletes):
             raise APIError(403, "This key is limited to some models, and this request names none.")
         await check_models(key.models, route, document, body.breathe)
@@ -4714,7 +4720,7 @@ class Walls(Rule):
         if key is None:
             return
         visit.hidden, visit.owner = IDENTITY_FIELDS, key.owner
-        visit.learn = functools.partial(self.learn, visit)
+        visit.learn = functools.partial(self.learn, visit.born)
         if route.name:
             # What workers of an environment do is not for all who may use it.
             reads = route.fetches and not route.below.startswith("/work")
@@ -4747,7 +4753,9 @@ class Walls(Rule):
         document, names = body.read_at_once() if named and is_clear else None, words | NAMES
         things, found = await self.things_in(document, names, body)
         if found != named:  # some are hidden by others, or are none
-            things, _ = await self.things_in(await body.read(strictly=True), names, body)
+            things, _ = await self.things_in(
+                await body.read(strictly=True, wholly=True), names, body
+            )
         for kind, name in things:
             await self.reach(visit, kind, name)
 
@@ -4963,19 +4971,18 @@ class Walls(Rule):
         await self.keep(visit)
         return body
 
-    def learn(self, visit: Visit, document: object) -> None:
+    def learn(self, born: dict[str, tuple[str, float]], document: object) -> None:
         """An answer, or a part of one, may name what was made for the caller on the way: containers
         and files that code wrote (SDK: types/code_execution_output_block.py)."""
         for holder, things in filter(None, named_in(document, {"container", "file_id"})):
             for kind, name in things:
                 if kind == "containers" or holder.endswith("code_execution_output"):
-                    visit.born[name] = (kind, time.time())
-                    visit.errand = functools.partial(self.keep, visit)
+                    born[name] = (kind, time.time())
 
     async def keep(self, visit: Visit) -> None:
-        """Remember what was born: it is its owner's. Raises APIError 503."""
-        born, visit.born = visit.born, {}
-        for name, (kind, moment) in born.items() if visit.owner else ():
+        born = list(visit.born.items())
+        visit.born.clear()
+        for name, (kind, moment) in born if visit.owner else ():
             await visit.gateway.ledger.own(visit.owner, kind, {name: moment})
 
     def end(self, visit: Visit) -> None:
@@ -5598,7 +5605,7 @@ class RelayHandler(BaseHandler):
             return at_once(self._send_inside(self._inside, data, complete))
         if data or complete:
             data = through(self._filters, data, complete)
-        if self._visit.errand is not None:
+        if self._visit.born:
             return at_once(self._send_later(data, complete))
         if complete or self._visit.phase is not RequestPhase.BEGUN:
             return self._send(data, complete)
@@ -5747,11 +5754,10 @@ class RelayHandler(BaseHandler):
         await self._send_later(await inside.feed(data, complete), complete)
 
     async def _send_later(self, data: bytes, complete: bool) -> None:
-        """Send bytes on, once an errand is done that they must wait for."""
-        errand, self._visit.errand = self._visit.errand, None
-        if errand is not None:
+        """Send bytes on, once what they tell of is kept."""
+        for keep in self.gateway.rules.keep if self._visit.born else ():
             with contextlib.suppress(APIError):  # which is said, and tried again each second
-                await errand()
+                await keep(self._visit)
         room = self._send(data, complete)
         if room is not None:
             await room

@@ -2998,7 +2998,7 @@ def packed(model: str) -> bytes:
 async def test_a_model_has_a_budget_of_its_own(gw: GW) -> None:
     gw.plays(spends(1000, 500))
     budgets = {"claude-opus-*": {"budget_limit": 0.04, "time_period": "1d"}}
-    key = await gw.new_key(model_max_budget=budgets)
+    key = await gw.new_key(model_max_budget=budgets, resources="all")
     statuses = [(await gw.message(key)).status for _ in range(5)]
     assert statuses == [200, 200, 200, 429, 429]
     assert "claude-opus-*" in error_of(await gw.message(key), 429, "billing_error")
@@ -3044,7 +3044,8 @@ async def test_requests_and_tokens_a_minute(gw: GW) -> None:
 async def test_requests_at_a_time(gw: GW) -> None:
     release = asyncio.Event()
     gw.plays(answers(after=release))
-    key, single = [await gw.new_key(max_parallel_requests=most) for most in (2, 1)]
+    free = {"resources": "all"}
+    key, single = [await gw.new_key(max_parallel_requests=most, **free) for most in (2, 1)]
     running = [asyncio.create_task(gw.message(key)) for _ in range(2)]
     await until(lambda: len(gw.up.arrived) == 2)
     refused = await gw.message(key)
@@ -3062,7 +3063,8 @@ async def test_requests_at_a_time(gw: GW) -> None:
 
 async def test_models_and_routes_are_enforced_on_the_wire(gw: GW) -> None:
     gw.plays(spends(1, 1))
-    key = await gw.new_key(models=["claude-haiku-*"], allowed_routes=["/v1/*", "/v1/agents*"])
+    routes = ["/v1/*", "/v1/agents*"]
+    key = await gw.new_key(models=["claude-haiku-*"], allowed_routes=routes, resources="all")
     for path in ("/v1/messages", "/v1/messages/count_tokens", "/anthropic/v1/agents"):
         assert OPUS in error_of(await gw.message(key, path), 403)
         assert (await gw.message(key, path, model=HAIKU)).status == 200
@@ -3607,7 +3609,7 @@ async def test_results_urls_lead_back_to_the_gateway(gw: GW, coding: str) -> Non
     assert gw.up.arrived[-1].target == base + relative
     gw.plays(answers(b"\x00", "200 OK", JSON_KIND, "Content-Encoding: br"))
     unread = await gw.ask("GET /v1/messages/batches/b")
-    assert "batch" in error_of(unread, 502), "what cannot be read is not passed on"
+    assert "answer" in error_of(unread, 502), "what cannot be read is not passed on"
 
 
 async def test_a_compressed_stream_is_metered_however_it_is_split(gw: GW) -> None:
@@ -4179,7 +4181,7 @@ async def test_a_batch_is_let_in_only_where_its_worst_case_fits(gw: GW, batches:
 
 
 async def test_a_batch_that_nobody_fetches_is_booked_once(gw: GW, batches: Batches) -> None:
-    key, other = await gw.new_key(max_budget=1), await gw.new_key()
+    key, other = await gw.new_key(max_budget=1), await gw.new_key(resources="all")
     arrived, accounts = gw.up.arrived, [gw.account(k) for k in (key, gw.key)]
     for who in (key, gw.key):
         assert (await gw.ask(f"POST {BATCHES}", body=batch_of(10), key=who)).status == 200
