@@ -78,7 +78,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, ClassVar, Generic, NamedTuple, NoReturn, Protocol, TypedDict, TypeVar, cast
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypedDict, TypeVar, cast
 
 import tornado
 from tornado import httputil, netutil, web
@@ -110,9 +110,8 @@ class SettingsError(Exception):
 
 
 def option(default: Any, help: str, *variables: str, least: float | None = None) -> Any:
-    """A field that is an option too; given as empty text, or not at all, it has the value of the
-    first of these variables that is set, or the default. ``least`` is a number's lower bound.
-    Without help it is a secret: no option, and never shown."""
+    """A field that is an option too, ``least`` its lower bound; empty or not given, it is the first
+    of these variables that is set, or the default. Without help it is a secret, and never shown."""
     known = {"help": help, "least": least, "variables": variables}
     return field(default=default, repr=bool(help), metadata=known)
 
@@ -183,8 +182,7 @@ def memory_size() -> int:
 
 
 class Origin(NamedTuple):
-    """Where connections go: scheme ``http`` or ``https``, host (no brackets) and port; and the Host
-    header's value (RFC 9112 section 3.2)."""
+    """Where connections go; ``host`` has no brackets, ``authority`` is what the Host field says."""
 
     scheme: str
     host: str
@@ -232,8 +230,8 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
     except AttributeError:
         known = "debug, info, warning, error or none"
         raise SettingsError(f"--logging={parser.logging}: is not {known}") from None
-    given = {name: parser[name] for name in values if name in parser}
-    return Settings(**values | {name: x for name, x in given.items() if x not in ("", Path())})
+    given = parser.group_dict("Gateway").items()
+    return Settings(**values | {name: value for name, value in given if value not in ("", Path())})
 
 
 # ─── Errors ───────────────────────────────────────────────────────────────────────────────────────
@@ -248,9 +246,8 @@ DO_NOT_RETRY = ("x-should-retry", "false")
 
 
 class APIError(Exception):
-    """The only way to say no: becomes Anthropic's error envelope with this status, sent with these
-    headers. ``kind`` is ``error.type``, by default the one that goes with the status. The message
-    is for the client: it never holds a key, a hash or a path of the machine."""
+    """The only way to say no: Anthropic's error envelope, sent with this status and these headers.
+    ``kind`` is ``error.type``. The message never holds a key, a hash or a path of the machine."""
 
     def __init__(
         self, status: int, message: str, *, kind: str = "", headers: Sequence[tuple[str, str]] = ()
@@ -270,8 +267,6 @@ class APIError(Exception):
 DURATION = re.compile(r"\A([0-9]{1,9})(mo|s|m|h|d|w)\Z")
 UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 EPOCH, FIRST_MONDAY = datetime(1970, 1, 1, tzinfo=UTC), datetime(1970, 1, 5, tzinfo=UTC)
-END_OF_TIME = datetime(9999, 12, 31, tzinfo=UTC)
-SNAPPED_DURATIONS = {"7d": "1w", "30d": "1mo"}
 ZERO = Decimal(0)
 MAX_MODELS_A_DAY = 50  # names come from requests; beyond these they are counted together
 OTHER_MODELS, NO_MODEL = "other", "-"  # what stands in logs and sums for them, and for none
@@ -308,8 +303,7 @@ def from_iso(text: str) -> datetime:
 
 
 def later(start: datetime, duration: str) -> datetime:
-    """``start`` plus a duration like ``30s 30m 30h 30d 2w 1mo`` (LiteLLM's units; a month is a
-    calendar month). Raises ValueError for anything else, it or OverflowError past the year 9999."""
+    """``start`` plus ``30s 30m 1h 30d 2w 1mo`` as in LiteLLM. Raises ValueError, OverflowError."""
     [(amount, unit)] = DURATION.findall(duration)
     if unit != "mo":
         return start + timedelta(seconds=int(amount) * UNIT_SECONDS[unit])
@@ -320,11 +314,10 @@ def later(start: datetime, duration: str) -> datetime:
 
 @functools.lru_cache(maxsize=256)
 def window(duration: str, moment: datetime) -> tuple[datetime, datetime]:
-    """The start and end of the window that ``moment`` falls in, on the UTC calendar, as LiteLLM
-    snaps them: ``1d`` from midnight, ``7d`` and ``1w`` from Monday, ``30d`` and ``1mo`` from the
-    1st; other lengths count on from the epoch, and one that leads out of the calendar never ends.
-    Raises ValueError for what is no length of time, ZeroDivisionError for one of zero."""
-    length = SNAPPED_DURATIONS.get(duration, duration)
+    """Start and end of the window that ``moment`` falls in, in UTC, as LiteLLM snaps them: ``7d``
+    is a week from Monday, ``30d`` a calendar month, others go on from the epoch; what leads out of
+    the calendar never ends. Raises ValueError for what is no length, ZeroDivisionError for 0."""
+    length = {"7d": "1w", "30d": "1mo"}.get(duration, duration)
     [(amount, unit)] = DURATION.findall(length)
     try:
         if unit == "mo":
@@ -337,7 +330,7 @@ def window(duration: str, moment: datetime) -> tuple[datetime, datetime]:
             start = moment - (moment - origin) % step
         return start, later(start, length)
     except (ValueError, OverflowError):
-        return EPOCH, END_OF_TIME
+        return EPOCH, datetime(9999, 12, 31, tzinfo=UTC)
 
 
 @functools.lru_cache(maxsize=256)
@@ -411,8 +404,7 @@ class Tally:
 
 
 class Usage:
-    """What a key used, by UTC day (ISO date) and model. Days past are kept as the JSON text that
-    they have in the file, so that their number costs nothing."""
+    """What a key used, by UTC day (ISO date) and model; days past as the text that the file has."""
 
     def __init__(self, days: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         self._counted: dict[str, dict[str, Tally]] = {}  # the days that are not past
@@ -450,9 +442,8 @@ class Usage:
 
 @dataclass(slots=True)
 class Bucket:
-    """A token bucket that refills continuously, as Anthropic's own limits do (api/rate-limits): by
-    ``limit`` a minute, which is the most it holds. More than that may be drawn, and then it blocks.
-    Times are seconds of a clock that does not jump."""
+    """A token bucket that refills continuously (api/rate-limits), by ``limit`` a minute, its most;
+    more may be drawn, and then it blocks. Times are seconds of a clock that does not jump."""
 
     limit: int
     seen: float
@@ -486,9 +477,8 @@ class Window:
     held: Decimal = ZERO
 
     def spent(self, start: str) -> Decimal:
-        """What was spent in the window that starts there; an earlier window's spend is over. Where
-        the window is before the one counted, the clock was set back: what was spent counts on."""
-        if start > self.start:
+        """What was spent in the window that starts there: nothing, if it is a new one."""
+        if start > self.start:  # else the clock may have been set back, and what was spent counts
             self.spend = ZERO
         self.start = start
         return self.spend
@@ -500,8 +490,7 @@ KEY_PREFIX = "sk-"
 OWN_CREDENTIAL_PREFIX = "sk-ant-"  # every credential that Anthropic issues begins so
 KEY_BYTES = 16  # LiteLLM: "sk-" and secrets.token_urlsafe(16), 22 characters
 MIN_KEY_LENGTH, MAX_KEY_LENGTH = 16, 256  # of keys that a caller chooses; LiteLLM's minimum
-# A key that a caller chooses: not as Anthropic's are, and without what ends or escapes a string, so
-# that it is known in a log line that has one.
+# A key that a caller chooses: not as Anthropic's are, and known in a string in a log line.
 CHOSEN_KEY = re.compile(r"sk-(?!ant-)[!#-\[\]-~]{13,253}")
 KEY_LIKE = re.compile(r"sk-[^\s\"\\]{13,}")  # with its prefix 16 characters or more
 SHOWN_LENGTH = 200  # characters of a text that a log line shows
@@ -538,8 +527,7 @@ def word(text: str) -> str:
 
 @dataclass(slots=True)
 class Batch:
-    """A batch that a key made: the UTC day, how many lines of its results are booked, the USD held
-    for the rest of them, by budget, and whether all are ``booked``."""
+    """A batch that a key made: its UTC day, ``lines`` booked, USD held for the rest, by budget."""
 
     day: str
     lines: int = 0
@@ -555,10 +543,9 @@ class Batch:
 
 @dataclass(slots=True)
 class Account:
-    """What a key has used, and what it has under way; shared by all versions of its record. What
-    was spent of each budget stands by its pattern; ``hashed`` is what the key is kept under now,
-    ``buckets`` are its limits a minute of "requests" and "tokens". Of the large bodies that are
-    judged, one at a time has the ``turn``."""
+    """What a key has used and has under way, one for all versions of its record. ``windows`` are by
+    a budget's pattern, ``buckets`` its limits a minute of "requests" and "tokens"; ``hashed`` is
+    what the key is kept under now. Of its large bodies one at a time is judged: it has the turn."""
 
     windows: dict[str, Window] = field(default_factory=lambda: collections.defaultdict(Window))
     usage: Usage = field(default_factory=Usage)
@@ -587,8 +574,7 @@ def shown(value: Any, amount: Callable[[Decimal], float | str] = float) -> Any:
 
 
 class Kind(NamedTuple):
-    """A type of field. ``read`` makes its value of JSON, and raises whatever Python does for what
-    is not as the ``words`` say. Null is ``empty()``."""
+    """A type of field: ``read`` makes its value of JSON, or raises where it is not as ``words``."""
 
     words: str
     read: Callable[[Any], Any]
@@ -662,8 +648,7 @@ RETIRED = Kind("times", lambda row: {old: from_iso(end) for old, end in row.item
 
 
 def kept(kind: Kind, load: Any = None, *, settable: bool = True, shown: bool = True) -> Any:
-    """A field of a key: what reads it of the file, where that is another reader; whether
-    /key/generate and /key/update set it, and answers show it."""
+    """A field of a key: what reads it of the file; whether callers set it, and answers show it."""
     filed = kind._replace(read=load or kind.read)
     marks = {"kept": filed, "settable": settable and kind, "shown": shown and kind}
     return field(default_factory=kind.empty, metadata=marks)
@@ -672,11 +657,9 @@ def kept(kind: Kind, load: Any = None, *, settable: bool = True, shown: bool = T
 @dataclass(slots=True)
 class VirtualKey:
     """One line of keys.json: what a key is and may do; the names are LiteLLM's. Budgets are USD,
-    ``rpm_limit`` and ``tpm_limit`` a minute, None is no limit. ``unmetered_routes`` lets a key with
-    a budget spend where the gateway cannot count it. ``retired`` has the hashes before it was
-    regenerated, and when each stops working. ``resources`` says whose things it reaches (REACHES),
-    ``owner_id`` what its own are kept under. A deleted key keeps its line for a while, so that its
-    holder is told what happened."""
+    None is no limit. ``unmetered_routes`` lets it spend where the gateway cannot count, ``retired``
+    has the hashes before it was regenerated, and until when they work, ``resources`` whose things
+    it reaches (REACHES), ``owner_id`` what its own are kept under."""
 
     key_name: str = kept(NAME, settable=False)
     key_alias: str | None = kept(TEXT)
@@ -728,12 +711,10 @@ class VirtualKey:
     def spent(self, moment: datetime, pattern: str = ALL_MODELS) -> Decimal:
         """USD spent in the present window of the key's budget, or of a model's."""
         duration = self.model_max_budget[pattern].time_period if pattern else self.budget_duration
-        window, start = self.account.windows[pattern], window_start(duration, moment)
-        return window.spend if window.start == start else window.spent(start)
+        return self.account.windows[pattern].spent(window_start(duration, moment))
 
     def to_json(self) -> dict[str, Any]:
-        """The line's object but for the usage, as `written` writes it; without what says nothing,
-        which a limit of 0 does."""
+        """The line's object, as `written` writes it, without usage and what says nothing."""
         used, record = self.account, {name: getattr(self, name) for name in KEPT}
         spent = {p: [w.start, w.spend] for p, w in used.windows.items() if w.spend}
         record["spend_window"], record["spend"] = spent.pop(ALL_MODELS, (None, None))
@@ -743,8 +724,7 @@ class VirtualKey:
 
     @classmethod
     def from_json(cls, record: Any) -> VirtualKey:
-        """Read it back; what it was read of is used up. Raises APIError that says what is wrong, or
-        whatever Python does."""
+        """Read it back, which uses the object up. Raises APIError, or whatever Python does."""
         if not isinstance(record, dict) or "key_name" not in record:
             raise ValueError("is not an object with a 'key_name'")
         take = record.pop
@@ -792,31 +772,11 @@ TAGS_FIELD, METRICS_PATH = "x-litellm-tags", "/metrics"  # LiteLLM's
 WORKSPACE_FIELD = "anthropic-workspace-id"  # chooses a workspace of the real key's owner
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
-    """What a method and a path mean to the rules."""
-
-    open: bool  # every key may call it, as far as its ``allowed_routes`` go
-    billed: bool  # it orders something that costs money and that can be estimated
-    free: bool  # no budget stands against it: counting, models, fetching paid batches
-    is_read: bool  # the gateway looks into its answer
-    unread: bool  # no rule looks at its body
-    batch: bool  # it is answered with batch objects
-    makes_batch: bool
-    results_of: str  # the batch it fetches the results of
-    kind: str  # the collection it is about, as KINDS has them; empty where things are nobody's
-    name: str  # the thing in it that the path names
-    below: str  # what of that thing, from "/" on
-    fetches: bool
-    deletes: bool
-
-
 BILLED = ("/v1/messages", "/v1/messages/batches", "/v1/messages/cache_touch", "/v1/complete")
 FREE = re.compile(r"/v1/(?:messages/count_tokens|models(?:/[^/]*)?)/?")
 UPLOAD = re.compile(r"(?s)/v1/(?:files|skills)(?:/.*)?")
-BATCHES = re.compile(r"/v1/messages/batches(?:/([\w-]+)(/results|/cancel)?)?/?")
-# What every virtual key reaches. All else (sessions, agents, deployments, administration, logins,
-# and what may come) may cost what the gateway cannot count, or give out what it guards.
+BATCHES = re.compile(r"/v1/messages/batches(?:/[\w-]+(?:/results|/cancel)?)?/?")
+# What every virtual key reaches; all else may cost what cannot be counted, or give out secrets.
 OPENED = (*BILLED, "/v1/messages/count_tokens", "/v1/models", "/v1/files", "/v1/skills")
 OPEN = re.compile(rf"(?s)({'|'.join(OPENED)})/?|{BATCHES.pattern}|/v1/(models|files|skills)/.*")
 # The collections of a workspace (SDK: resources/), and how the ids of their things begin, which is
@@ -834,37 +794,37 @@ NO_COLLECTIONS = {"messages", "models", "complete", "organizations", "compliance
 GROUP = re.compile(r"/v1/messages(?:/[^/]*)?|/v1(?:/[^/]*)?|/?[^/]*")
 
 
-def read_route(method: str, path: str) -> Route:
-    """Classify a request by its method in capitals and its decoded path."""
-    fetches, deletes = method in ("GET", "HEAD", "OPTIONS"), method == "DELETE"
-    billed, batches = path.removesuffix("/") in BILLED, BATCHES.fullmatch(path)
-    batch, step = batches.groups("") if batches else ("", "")
-    # What orders something that its path does not tell is closed; a batch's own id is none of that.
-    known = fetches or deletes or not batch or step == "/cancel"
-    collection = COLLECTION.fullmatch(path)
-    kind, name, below = collection.groups("") if collection else ("", "", "")
-    if kind in NO_COLLECTIONS:
-        kind = name = below = ""
-    kind = kind.rpartition("/")[2]
-    return Route(
-        open=known and OPEN.fullmatch(path) is not None,
-        billed=billed and not fetches,
-        free=(fetches and batches is not None) or FREE.fullmatch(path) is not None,
-        is_read=billed or (kind != "" and (not (name and fetches) or kind in BEARERS)),
-        unread=fetches or UPLOAD.fullmatch(path) is not None,
-        batch=batches is not None and method in ("GET", "POST") and step != "/results",
-        makes_batch=batches is not None and not (fetches or batch),
-        results_of=batch if method == "GET" and step == "/results" else "",
-        kind=kind,
-        name=name,
-        below=below,
-        fetches=fetches,
-        deletes=deletes,
-    )
+class Route:
+    """What a method, in capitals, and a decoded path mean to the rules."""
+
+    def __init__(self, method: str, path: str) -> None:
+        self.fetches, self.deletes = method in ("GET", "HEAD", "OPTIONS"), method == "DELETE"
+        # The collection (one of KINDS, or none), the thing in it, and what of that, from "/" on.
+        found = COLLECTION.fullmatch(path)
+        kind, name, self.below = found.groups("") if found else ("", "", "")
+        if kind in NO_COLLECTIONS:
+            kind = name = self.below = ""
+        self.kind, self.name = kind.rpartition("/")[2], name
+        batches, billed = BATCHES.fullmatch(path) is not None, path.removesuffix("/") in BILLED
+        results = batches and self.below == "/results"
+        # What orders something that its path does not tell is closed; a batch's own id does not.
+        known = self.fetches or self.deletes or not (batches and name) or self.below == "/cancel"
+        self.open = known and OPEN.fullmatch(path) is not None  # to any key, as its routes allow
+        self.billed = billed and not self.fetches  # it orders what costs money, as estimated
+        # No budget stands against it: counting, models, fetching paid batches.
+        self.free = (self.fetches and batches) or FREE.fullmatch(path) is not None
+        # The gateway looks into its answer; no rule looks at its body.
+        bears = not (name and self.fetches) or self.kind in BEARERS
+        self.is_read = billed or (kind != "" and bears)
+        self.unread = self.fetches or UPLOAD.fullmatch(path) is not None
+        # It is answered with batch objects; it makes one; it fetches the results of this one.
+        self.batch = batches and method in ("GET", "POST") and not results
+        self.makes_batch = batches and not (self.fetches or name)
+        self.results_of = name if results and method == "GET" else ""
 
 
 KEPT_PATH = 200  # characters; routes of longer paths are not kept
-kept_route = functools.lru_cache(maxsize=1024)(read_route)
+read_route = functools.lru_cache(maxsize=1024)(Route)
 OTHER_ROUTE = read_route("GET", "")
 
 
@@ -882,20 +842,17 @@ MAX_MODELS = 20  # of one request that are priced apart; beyond them the model i
 MAX_ATTEMPTS = 10_000  # tools and fallbacks of one message
 MAX_USES = 10  # of a tool that the server runs, where the request does not say
 MAX_ITERATIONS = 1000  # that are read of one answer, so that a lying upstream holds nobody up
-MAY_DECLINE = ("message", "fallback_message")  # types of iterations
 UNSEEN_THINKING = 4  # the part of max_tokens that thinking unseen is taken for
 
 
 def tokens_in(size: int) -> int:
-    """How many tokens so many bytes of text are taken for: 3 bytes each, a little more than
-    Anthropic's rule of thumb for English (4), and right for Chinese, Japanese and Korean."""
+    """How many tokens so many bytes are taken for: 3 each, as in Chinese; English has some 4."""
     return -(-size // 3)
 
 
 def model_of(value: object) -> str:
     """A model's name, printable and short enough for a log; empty for what is none."""
-    name = value[:MAX_MODEL_NAME] if isinstance(value, str) else ""
-    return name if name.isprintable() else printable(name)
+    return printable(value[:MAX_MODEL_NAME]) if isinstance(value, str) else ""
 
 
 def count_of(members: object, name: str, default: int = 0) -> int:
@@ -931,8 +888,7 @@ def decoder_of(members: type) -> Callable[[bytes], Any] | None:
 
 
 def read_json(body: bytes, members: Any = None) -> object:
-    """What a body says, or what a TypedDict names of it: msgspec skips the rest, `json` makes it
-    all, which takes five times as long. None where it cannot be read."""
+    """What a body says, or what a TypedDict names of it (`json` makes all); None: unreadable."""
     if members and (decode := decoder_of(members)):
         with contextlib.suppress(Exception):  # what msgspec cannot read, json may
             return decode(body)
@@ -947,8 +903,7 @@ def looked_at(names: str, **more: Any) -> Any:
     return cast(Any, TypedDict)("Looked", dict.fromkeys(names.split(), Any) | more, total=False)
 
 
-# What the price of a message depends on, of a fallback in it or of a tool that the server runs, or
-# of a batch, whose rows have messages as ``params`` …
+# What a price depends on: of a message, a fallback or a server's tool in it, a batch and its rows …
 BodyMembers = looked_at(
     "model max_tokens max_tokens_to_sample speed stream thinking inference_geo compaction"
     " context_management type max_uses",
@@ -967,8 +922,7 @@ MODEL_PLACES = {"model", "fallbacks", "tools", "requests", "params"}
 
 
 def made_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of its members. Raises ValueError for one that two readers could read differently:
-    where a name stands twice."""
+    """An object of its members. Raises ValueError where a name stands twice: readers differ."""
     made = dict(pairs)
     if len(made) < len(pairs):
         raise ValueError("a name stands twice in one object")
@@ -999,7 +953,7 @@ async def scan(body: bytes, names: set[str] | None, breathe: Breathe) -> object:
     """What a JSON text says, however hostile: of objects only the members of these names (None:
     all). Raises ValueError for what is no clear JSON, APIError 400 for more than a model reads."""
     at = marks = 0
-    document, rows = list[Any](), list[Any]()
+    document = list[Any]()
     # Where values go, None where they are not kept, and what ends it; then what that stands in.
     holder: list[Any] | dict[str, Any] | None = document
     holders: list[tuple[list[Any] | dict[str, Any] | None, bytes]] = []
@@ -1007,6 +961,7 @@ async def scan(body: bytes, names: set[str] | None, breathe: Breathe) -> object:
     while found := JSON_MARK.match(body, at):
         at, mark, marks = found.end(), found[1], marks + 1
         if marks % BREATH == 0:
+            rows = list_of(document[0].get("requests")) if isinstance(document[0], dict) else []
             if marks > MAX_MARKS + ROW_MARKS * min(MAX_ROWS, len(rows)):
                 raise APIError(400, "The body has more members than a model can read; send less.")
             await breathe()
@@ -1029,8 +984,6 @@ async def scan(body: bytes, names: set[str] | None, breathe: Breathe) -> object:
                 holders.append((holder, end))
                 end, wanted = (b"]", ITEM) if mark == b"[" else (b"}", MEMBER)
                 holder = value = ([] if mark == b"[" else {}) if kept else None
-                if name == "requests" and len(holders) == 2 and isinstance(value, list):
-                    rows = value
             elif mark == b'"':
                 value, at = await read_string(body, at, kept, breathe)
             elif kept:
@@ -1083,21 +1036,19 @@ async def read_body(
 
 
 def members_of(value: object) -> dict[str, Any]:
-    """The members of a value, if it is an object. Raises APIError 400 where other readers could
-    find others: to some capitals are alike, and what Unicode folds to k and s."""
+    """The members of a value, if it is an object. Raises APIError 400 where others may be read."""
     members = value if isinstance(value, dict) else {}
-    for name in members:
+    for name in members:  # to some readers capitals are alike, and what Unicode folds to k and s
         if name.casefold() in MODEL_PLACES and name not in MODEL_PLACES:
             raise APIError(400, f"{UNCLEAR} {printable(name)!r} is not written in lower case.")
     return members
 
 
 def attempts_in(params: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
-    """The fallbacks and the tools of a message; fallbacks that upstream chooses are one that names
-    no model. Raises APIError 400 for more than any request has."""
+    """The fallbacks and the tools of a message. Raises APIError 400 for more than any has."""
     fallbacks = [] if params.get("fallbacks") is None else params["fallbacks"]
     tools = [tool for tool in list_of(params.get("tools")) if isinstance(tool, dict)]
-    if not isinstance(fallbacks, list):
+    if not isinstance(fallbacks, list):  # upstream chooses them: one, which names no model
         fallbacks = [f"fallbacks: {model_of(fallbacks) or type(fallbacks).__name__}"]
     if len(fallbacks) + len(tools) > MAX_ATTEMPTS:
         raise APIError(400, f"The body has more than {MAX_ATTEMPTS:,} tools or fallbacks.")
@@ -1105,9 +1056,8 @@ def attempts_in(params: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
 
 
 def models_in(document: object, route: Route) -> Iterator[object]:
-    """The value of each place where a request may name a model (SDK: message_create_params,
-    beta_fallback_param, beta_advisor_tool_param, batch_create_params). On routes that are not
-    known, whatever is called ``model`` at any depth (agent_create_params)."""
+    """The value of each place where a request may name a model (SDK: message_create_params); where
+    a route is not known, whatever is called ``model`` at any depth (agent_create_params)."""
     if not route.open:
         holders = [document]
         for holder in holders:  # which grows meanwhile
@@ -1115,10 +1065,8 @@ def models_in(document: object, route: Route) -> Iterator[object]:
             holders += holder if isinstance(holder, list) else members.values()
             yield members.get("model")
         return
-    rows: list[Any] = [{"params": document}]
-    if route.makes_batch:
-        rows = list_of(members_of(document).get("requests"))
-    for row in rows:
+    rows = members_of(document).get("requests") if route.makes_batch else [{"params": document}]
+    for row in list_of(rows):
         params = members_of(members_of(row).get("params"))
         fallbacks, tools = attempts_in(params)
         yield params.get("model")
@@ -1259,31 +1207,25 @@ class Order:
     max_tokens: int = MAX_OUTPUT
     thinking: int = 0  # tokens that may be thought unseen
     streams: bool = False
-    # For each model, in fast mode or not, and in the US or not: tokens of prompt and of output, and
-    # web searches. Where it is empty, `model` has the prompt and `max_tokens`.
+    # By (model, fast, US): tokens of prompt and of output, web searches. Empty: `model` has it all.
     parts: dict[tuple[str, bool, bool], list[int]] = field(default_factory=dict)
     prompts: int = 1  # messages that share the prompt
     batched: bool = False
     cache: str = "input"  # the rate of what of the prompt may be written to the cache
 
     def add_message(self, params: Mapping[str, Any]) -> int:
-        """Count in each attempt that a message may make, at its own model; how many tools and
-        fallbacks it has. SDK: beta_fallback_param, beta_advisor_tool_param, web_search_tool_param,
-        beta_compaction_config_param."""
+        """Count in each attempt of a message (SDK: beta_*_param); how many tools and fallbacks it has."""
         summed_up = params.get("compaction") is not None
         if isinstance(managed := params.get("context_management"), dict):
             edits = [each for each in list_of(managed.get("edits")) if isinstance(each, dict)]
             summed_up |= any(str(edit.get("type")).startswith("compact") for edit in edits)
-        # Old clients say ``max_tokens_to_sample`` (POST /v1/complete).
-        asked = params.get("max_tokens", params.get("max_tokens_to_sample"))
-        most = asked if type(asked) is int and 0 <= asked <= MAX_COUNT else MAX_OUTPUT
+        name = "max_tokens" if "max_tokens" in params else "max_tokens_to_sample"  # of old clients
+        most = count_of(params, name, MAX_OUTPUT)
         speed, us, searches = params.get("speed"), params.get("inference_geo") == "us", 0
-        has_more = "fallbacks" in params or "tools" in params
-        fallbacks, tools = attempts_in(params) if has_more else ([], [])
+        fallbacks, tools = attempts_in(params)
         # How often each attempt is made: one that sums the conversation up goes before the message.
-        attempts: list[tuple[Any, int]] = [(params, 1 + summed_up)]
-        if fallbacks:
-            attempts += zip(fallbacks, itertools.repeat(1))
+        attempts: list[tuple[Mapping[str, Any], int]] = [(params, 1 + summed_up)]
+        attempts += [(each if isinstance(each, dict) else {}, 1) for each in fallbacks]
         for tool in tools:
             kind, uses = str(tool.get("type")), count_of(tool, "max_uses", MAX_USES)
             if kind.startswith("advisor"):
@@ -1291,23 +1233,18 @@ class Order:
             elif kind.startswith("web_search"):
                 searches += uses
         for attempt, times in attempts:
-            model, fast = "", speed == "fast"
-            if isinstance(attempt, dict):
-                model, fast = model_of(attempt.get("model")), attempt.get("speed", speed) == "fast"
+            model, fast = model_of(attempt.get("model")), attempt.get("speed", speed) == "fast"
             part = (model, fast, us)
             if part not in self.parts and len(self.parts) >= MAX_MODELS:
                 part = ("", fast, us)
             counts = self.parts.setdefault(part, [0, 0, 0])
             counts[0] += self.prompt // self.prompts * times
+            counts[1] += count_of(attempt, "max_tokens", most) * times
             if attempt is params:
                 self.model, self.max_tokens = self.model or model, most
-                counts[1] += most * times
                 counts[2] += searches
-            else:
-                counts[1] += count_of(attempt, "max_tokens", most) * times
         self.streams = params.get("stream") is True
-        if (thinking := params.get("thinking")) is not None:
-            self.thinking = thinking_of(thinking, most)
+        self.thinking = thinking_of(params.get("thinking"), most)
         return len(fallbacks) + len(tools)
 
 
@@ -1320,8 +1257,7 @@ def thinking_of(thinking: object, max_tokens: int) -> int:
 
 
 async def read_order(document: Any, body: bytes, *, batched: bool, breathe: Breathe) -> Order:
-    """What a body asks for. ``document`` is the body as it was read; one that could not be is one
-    message of any model. Raises APIError 400 for a batch that cannot be read."""
+    """What a body that was read asks for. Raises APIError 400 for a batch that could not be."""
     order = Order(prompt=tokens_in(len(body)), batched=batched)
     if b'"cache_control"' in body:
         order.cache = "cache_write_1h" if b'"1h"' in body else "cache_write_5m"
@@ -1345,8 +1281,8 @@ GLANCED = re.compile(
 
 
 def glance(body: bytes) -> Order:
-    """What a body asks for, as far as a look for its members' names tells, which costs a tenth of
-    reading it, for estimates. Clients write these members before or after all that is long."""
+    """What a body asks for, as far as a look tells that costs a tenth of reading it."""
+    # Clients write these members before or after all that is long.
     edges = body if len(body) <= 2 * EDGE else body[:EDGE] + b" " + body[-EDGE:]
     members, order = dict(GLANCED.findall(edges)), Order(prompt=tokens_in(len(body)))
     if (most := members.get(b"max_tokens", b"")).isdigit():
@@ -1374,8 +1310,7 @@ class Measured:
     beyond: Tally | None = None  # what is estimated to be charged besides the usage
 
     def complete_with(self, order: Order) -> None:
-        """Estimate what a response used besides, as it did not come to its last word: at least the
-        prompt, what was seen of it, and the thinking that was not."""
+        """Estimate what one cut short used besides: the prompt, what was seen, unseen thinking."""
         thinking = order.thinking or self.thinks * (order.max_tokens // UNSEEN_THINKING)
         told = [tally for _, tally in charged_entries(self)]
         prompt = 0 if any(t.input_tokens or t.cached for t in told) else order.prompt
@@ -1399,39 +1334,30 @@ def measured_message(message: object, size: int) -> Measured:
     return measured
 
 
-# Counts of a usage object, and of a Tally. ``input_tokens`` leaves cached ones out; cache writes
-# whose length of life is not told are 5-minute ones, Anthropic's default.
-TALLIED = [("input_tokens", "input_tokens"), ("output_tokens", "output_tokens")]
-TALLIED += [("cache_read_input_tokens", "cache_read_tokens")]
-TALLIED += [("cache_creation_input_tokens", "cache_write_5m_tokens")]
-
-
 def tally_of(usage: Mapping[str, Any]) -> Tally:
-    """The counts of one usage object, or of one entry of its ``iterations``."""
-    tally = Tally()
-    for name, counted in TALLIED:
-        count = usage.get(name)
-        if type(count) is int and 0 < count <= MAX_COUNT:
-            setattr(tally, counted, count)
-    if written := usage.get("cache_creation"):
-        tally.cache_write_1h_tokens = hour = count_of(written, "ephemeral_1h_input_tokens")
-        five = count_of(written, "ephemeral_5m_input_tokens")
-        tally.cache_write_5m_tokens = max(five, tally.cache_write_5m_tokens - hour)
+    """The counts of a usage object, or of an entry of its ``iterations``."""
+    tally = Tally(0, 0, count_of(usage, "input_tokens"), count_of(usage, "output_tokens"))
+    tally.cache_read_tokens = count_of(usage, "cache_read_input_tokens")
+    written = usage.get("cache_creation")
+    tally.cache_write_1h_tokens = hour = count_of(written, "ephemeral_1h_input_tokens")
+    five = count_of(written, "ephemeral_5m_input_tokens")
+    # Those whose length of life is not told are 5-minute ones, Anthropic's default.
+    tally.cache_write_5m_tokens = max(five, count_of(usage, "cache_creation_input_tokens") - hour)
     return tally
 
 
 def charged_entries(measured: Measured) -> list[tuple[str, Tally]]:
-    """What is billed of a response, as (model, counts) of each attempt and of what was estimated.
-    Advisor, compaction and fallback attempts stand in ``iterations`` alone. Free are those declined
-    before any output that a fallback followed, and refusals without content (PLD
-    refusals-and-fallback, "How server-side fallback is billed")."""
+    """What is billed of a response, as (model, counts) of each attempt (all but the message's stand
+    in ``iterations`` alone) and of what was estimated. Free are those declined before any output
+    that a fallback followed, and refusals without content (PLD refusals-and-fallback)."""
     free = measured.stop_reason == "refusal" and measured.empty
     usage, model, beyond = {} if free else measured.usage, measured.model, measured.beyond
-    attempts = list_of(usage["iterations"])[:MAX_ITERATIONS] if "iterations" in usage else None
-    attempts = attempts and [each for each in attempts if isinstance(each, dict)]
+    told = list_of(usage.get("iterations"))[:MAX_ITERATIONS]
+    attempts = [attempt for attempt in told if isinstance(attempt, dict)]
     entries = [(model, tally_of(usage))] if usage and not attempts else []
-    for attempt, following in itertools.pairwise([*attempts, {}]) if attempts else ():
-        declined = attempt.get("type") in MAY_DECLINE and not count_of(attempt, "output_tokens")
+    for attempt, following in itertools.pairwise([*attempts, {}]):
+        may_decline = attempt.get("type") in ("message", "fallback_message")
+        declined = may_decline and not count_of(attempt, "output_tokens")
         if not (declined and following.get("type") == "fallback_message"):
             entries.append((model_of(attempt.get("model")) or model, tally_of(attempt)))
     if beyond is not None and len(entries) == 1 and not attempts:
@@ -1442,8 +1368,7 @@ def charged_entries(measured: Measured) -> list[tuple[str, Tally]]:
 
 
 def rewrite_results_url(data: bytes, base_path: str) -> bytes:
-    """Make ``results_url`` in batch objects the same path on the gateway, relative: the SDKs join
-    it to their base URL (anthropic/_base_client.py, _prepare_url), under either prefix."""
+    """Make ``results_url`` in batch objects a path, which SDKs join to their base URL."""
     name, origin = rb'(?<!\\)("results_url"\s*:\s*")', rb'(?:https?:(?:\\?/){2}[^/"\\]+(?=[/"\\]))?'
     base = rb'(?:%b(?=[/"]))?' % re.escape(base_path.encode()) if base_path else b""
     return re.sub(name + origin + base, rb"\1", data)
@@ -1474,10 +1399,9 @@ MAX_UNKNOWN = 50  # models without a price that the log names
 
 
 class Prices:
-    """What tokens cost: a price file where one is given, else the package genai-prices, whose rates
-    are asked for once (0.1 ms) for each model, hour, speed and tier. A model that may be any, or
-    that nobody knows, costs what the dearest known one does; where none is known, nothing. `load`
-    takes 0.3 seconds: call it in a thread; whoever needs a price before waits for it."""
+    """What tokens cost, as a price file says, else the package genai-prices (0.1 ms for each model,
+    hour, speed and tier). A model that nobody knows, or that may be any, costs what the dearest
+    does. `load` takes 0.3 seconds: call it in a thread; who needs a price before waits for it."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path, self.loaded = path, False
@@ -1591,8 +1515,7 @@ class Prices:
 
 
 def read_prices(path: Path) -> dict[str, Rates]:
-    """Read a price file: ``{"model or pattern": {"input": 3, "output": 15, …}}``, in USD for a
-    million tokens, and for one ``web_search``. Raises SettingsError."""
+    """Read a price file: ``{"model or pattern": {"input": <USD a million>, …}}``; SettingsError."""
     where, prices = f"--prices: {path}", {}
     try:
         document = json.loads(path.read_bytes())
@@ -2426,13 +2349,11 @@ def check_budget(
 
 # ─── Wire ─────────────────────────────────────────────────────────────────────────────────────────
 #
-# HTTP/1.1 stands here once, apart from I/O: requests that arrive and responses that come back are
-# read by the same strict grammar, so that nobody can make the two sides disagree about where a
-# message ends (RFC 9112 section 11.2, request smuggling).
+# HTTP/1.1, once and apart from I/O: requests and responses are read by the same strict grammar, so
+# that nobody makes the two sides disagree where a message ends (RFC 9112 section 11.2, smuggling).
 
 MAX_HEAD_SIZE = 64 * KIB  # Tornado's default max_header_size
 MAX_FIELDS = 200  # of a head; Apache's limit is 100, Node's 2,000
-MAX_METHOD = 32  # characters; the longest that is registered has 16 (RFC 4437)
 MAX_EMPTY_LINES = 4  # before a request; RFC 9112 section 2.2 speaks of one
 CHUNKS_A_TURN = 1000  # of a body that are read before the loop may do something else …
 READ_A_TURN = 256_000  # … and bytes of an answer: uvloop would read so many, 32 times over
@@ -2444,10 +2365,11 @@ LAST_CHUNK = b"0\r\n\r\n"
 CHUNKED_LINE = "Transfer-Encoding: chunked"
 
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 section 5.6.2
+METHOD = TOKEN[:-1] + "{1,32}"  # the longest that is registered has 16 characters (RFC 4437)
 FIELD_VALUE = r"[\t\x20-\x7e\x80-\xff]*"  # RFC 9110 section 5.5: no CR, LF, NUL or other control
 ABSOLUTE_TARGET = re.compile(r"https?://([^/?#]*)(.*)", re.IGNORECASE)
-REQUEST_LINE = re.compile(rf"({TOKEN}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])")
-STATUS_LINE = re.compile(rf"HTTP/1\.([01]) ([1-9][0-9]{{2}})(?: ({FIELD_VALUE}))?")
+REQUEST_LINE = re.compile(rf"({METHOD}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.(?P<version>[01])")
+STATUS_LINE = re.compile(rf"HTTP/1\.(?P<version>[01]) ([1-9][0-9]{{2}})(?: ({FIELD_VALUE}))?")
 FIELD_LINE = re.compile(rf"{TOKEN}:{FIELD_VALUE}")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 CHUNK_START = re.compile(rb"([0-9A-Fa-f]{1,16})\r\n")
@@ -2456,29 +2378,22 @@ BARE_LF = re.compile(rb"(?<!\r)\n")
 # RFC 9110 section 7.6.1, and Proxy-Connection, which old clients send.
 HOP_BY_HOP = {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te"}
 HOP_BY_HOP |= {"proxy-connection", "trailer", "transfer-encoding", "upgrade"}
-# Request fields that stay here, beside the hop-by-hop ones. Some servers take the last three for
-# the method, which the rules have looked at already.
+# These stay here too; some servers take the last three for the method, which rules have looked at.
 DROPPED_REQUEST_FIELDS = HOP_BY_HOP | {"host", "content-length", "expect", "cookie", "forwarded"}
 DROPPED_REQUEST_FIELDS |= {"authorization", "x-api-key"}
 DROPPED_REQUEST_FIELDS |= {"x-http-method", "x-http-method-override", "x-method-override"}
 DROPPED_REQUEST_PREFIXES = ("x-litellm-", "x-forwarded-")
 
 
-class ProtocolError(Exception):
-    """Bytes that are not HTTP/1.1, or not so that both sides must read them alike; ``status`` is
-    what a client is answered."""
-
-    def __init__(self, message: str, status: int = 400) -> None:
-        super().__init__(message)
-        self.status = status
+class ProtocolError(APIError):
+    """Bytes that are not HTTP/1.1, or not so that both sides must read them alike."""
 
 
 class Field(NamedTuple):
-    """A header field: its name in lower case, its one value, the name and the line as they came;
-    and whether it goes on, up and down, where ``Connection`` does not name it."""
+    """A header field, and whether it goes on, up and down, unless ``Connection`` names it."""
 
-    lower: str
-    values: tuple[str, ...]
+    lower: str  # its name in lower case; below it as it came
+    values: tuple[str, ...]  # its one value
     name: str
     line: str
     goes_up: bool
@@ -2487,13 +2402,13 @@ class Field(NamedTuple):
 
 NAME_AND_VALUES = operator.itemgetter(0, 1)
 NO_OPTIONS: frozenset[str] = frozenset()
+HeadParts = tuple[int, list[Field], dict[str, tuple[str, ...]], frozenset[str], bool, int | None]
 
 
 @dataclass(slots=True)
 class Head:
-    """A message's header fields: ``fields`` as they came, in their order; ``values`` by lower-case
-    name. ``version`` is the minor version of HTTP/1, ``options`` are what ``Connection`` lists, in
-    lower case; ``length`` is the body's: bytes, CHUNKED, or None where it is not said."""
+    """A message's head; ``version`` is HTTP/1's minor one, ``values`` are by lower-case name, the
+    ``options`` of ``Connection`` in lower case; the ``length`` is in bytes, CHUNKED or not said."""
 
     version: int
     fields: list[Field]
@@ -2517,8 +2432,8 @@ class Head:
 
 @dataclass(slots=True)
 class RequestHead(Head):
-    """A request's head; ``target`` is the raw request target, from its path on; ``host`` is whom it
-    is for: the target's own authority, or the Host field's, empty where HTTP/1.0 has none."""
+    """``target`` is the raw request target, from its path on; ``host`` is whom it is for: the
+    target's own authority, or the Host field's, empty where HTTP/1.0 has none."""
 
     method: str
     target: str
@@ -2533,15 +2448,18 @@ class ResponseHead(Head):
     reason: str
 
 
-def parse_fields(
-    block: str, version: int
-) -> tuple[int, list[Field], dict[str, tuple[str, ...]], frozenset[str], bool, int | None]:
-    """Read header field lines, with CRLF between them: the members of a `Head`. Lengths go by RFC
-    9112 section 6, without its leniencies: both, two of a kind, or a coding other than chunked is
-    an error, since two readers could understand it differently. Raises ProtocolError."""
+def parse_head(data: bytes, start: re.Pattern[str]) -> tuple[re.Match[str], HeadParts]:
+    """Read what stands before the empty line of a message: its start line, and the members of a
+    `Head`. Raises ProtocolError, also where RFC 9112 section 6 is lenient: two lengths, say, could
+    be understood differently by two readers."""
+    line, _, block = data.decode("latin-1").partition("\r\n")
+    match = start.fullmatch(line)
+    if not match:
+        raise ProtocolError(400, "the start line is malformed")
+    version = int(match["version"])
     lines = block.split("\r\n") if block else []
     if len(lines) > MAX_FIELDS:
-        raise ProtocolError(f"the head has more than {MAX_FIELDS:,} fields", 431)
+        raise ProtocolError(431, f"the head has more than {MAX_FIELDS:,} fields")
     fields = list(map(read_field if len(block) <= KEPT_HEAD else parse_field, lines))
     values = dict(map(NAME_AND_VALUES, fields))
     if len(values) < len(fields):
@@ -2556,22 +2474,21 @@ def parse_fields(
     if "transfer-encoding" in values:
         codings, length = values["transfer-encoding"], CHUNKED
         if "content-length" in values or version == 0 or len(codings) != 1:
-            raise ProtocolError("Transfer-Encoding stands beside another length, or in HTTP/1.0")
+            raise ProtocolError(400, "Transfer-Encoding is beside another length, or in HTTP/1.0")
         if codings[0].lower() != "chunked":
-            raise ProtocolError("the only transfer coding understood is chunked", 501)
+            raise ProtocolError(501, "the only transfer coding understood is chunked")
     elif "content-length" in values:
         lengths = values["content-length"]
         if len(lengths) != 1 or not LENGTH.fullmatch(lengths[0]):
-            raise ProtocolError("Content-Length is malformed or stands twice")
+            raise ProtocolError(400, "Content-Length is malformed or stands twice")
         length = int(lengths[0])
-    return version, fields, values, options, keeps_alive, length
+    return match, (version, fields, values, options, keeps_alive, length)
 
 
 def parse_field(line: str) -> Field:
-    """Read a field line: no obsolete folding, no space before the colon, no lone CR or LF (RFC 9112
-    section 5). Raises ProtocolError."""
+    """Read a field line, by RFC 9112 section 5 but without folding. Raises ProtocolError."""
     if not FIELD_LINE.fullmatch(line):
-        raise ProtocolError("a header field is malformed")
+        raise ProtocolError(400, "a header field is malformed")
     name, _, value = line.partition(":")
     value, lower = value.strip(" \t"), name.lower()
     dropped = lower in DROPPED_REQUEST_FIELDS or lower.startswith(DROPPED_REQUEST_PREFIXES)
@@ -2584,15 +2501,10 @@ read_field = functools.lru_cache(maxsize=512)(parse_field)
 
 def parse_request_head(data: bytes) -> RequestHead:
     """Read what stands before the empty line of a request. Raises ProtocolError."""
-    line, _, block = data.decode("latin-1").partition("\r\n")
-    match = REQUEST_LINE.fullmatch(line)
-    if not match or match.end(1) > MAX_METHOD:
-        raise ProtocolError("the request line is malformed")
-    method, target, version = match.groups()
-    parts = parse_fields(block, int(version))
-    hosts = parts[2].get("host", ())
-    if len(hosts) > 1 or (not hosts and version == "1"):
-        raise ProtocolError("a request has exactly one Host field")  # RFC 9112 section 3.2
+    match, parts = parse_head(data, REQUEST_LINE)
+    method, target, hosts = match[1], match[2], parts[2].get("host", ())
+    if len(hosts) > 1 or (not hosts and parts[0] == 1):
+        raise ProtocolError(400, "a request has exactly one Host field")  # RFC 9112 section 3.2
     host = hosts[0] if hosts else ""
     if not target.startswith("/") and (absolute := ABSOLUTE_TARGET.fullmatch(target)):
         host, path = absolute[1].rpartition("@")[2], absolute[2]  # RFC 9112 section 3.2.2
@@ -2602,42 +2514,34 @@ def parse_request_head(data: bytes) -> RequestHead:
 
 def parse_response_head(data: bytes) -> ResponseHead:
     """Read what stands before the empty line of a response. Raises ProtocolError."""
-    line, _, block = data.decode("latin-1").partition("\r\n")
-    match = STATUS_LINE.fullmatch(line)
-    if not match:
-        raise ProtocolError("the status line is malformed")
-    parts = parse_fields(block, int(match[1]))
+    match, parts = parse_head(data, STATUS_LINE)
     return ResponseHead(*parts, int(match[2]), match[3] or "")
 
 
 def end_of_head(data: bytes, seen: int) -> int:
-    """Where the empty line behind a message's head stands, of which so many bytes were ``seen``
-    before; -1 while it is not whole. Raises ProtocolError."""
+    """Where a head of which ``seen`` bytes are known ends; -1: not yet. Raises ProtocolError."""
     start = max(0, seen - 3)
     end = data.find(b"\r\n\r\n", start)
     if 0 <= end <= MAX_HEAD_SIZE:
         return end
     if len(data) > MAX_HEAD_SIZE:
-        raise ProtocolError(f"the head is larger than {MAX_HEAD_SIZE:,} bytes", 431)
+        raise ProtocolError(431, f"the head is larger than {MAX_HEAD_SIZE:,} bytes")
     if BARE_LF.search(data, start):
-        raise ProtocolError("lines end with CR LF")
+        raise ProtocolError(400, "lines end with CR LF")
     return -1
 
 
-# What the next line of a chunked body is: a chunk's size, the end behind its data, or a trailer.
-ChunkLine = enum.Enum("ChunkLine", "SIZE END TRAILER")
+ChunkLine = enum.Enum("ChunkLine", "SIZE END TRAILER")  # END stands behind a chunk's data
 
 
 class Body:
-    """Takes a message body out of the bytes of a connection (RFC 9112 sections 6 and 7.1), whose
-    ``length`` is a number of bytes, CHUNKED or UNTIL_CLOSE. Chunk extensions and trailers are read
-    and dropped, as section 7.1.1 asks of a recipient that does not know them."""
+    """Takes a body of ``length`` (bytes, CHUNKED, UNTIL_CLOSE) out of a connection's bytes, by RFC
+    9112 sections 6 and 7.1; chunk extensions and trailers are dropped, as section 7.1.1 asks."""
 
     __slots__ = ("_left", "_next", "_partial", "_trailers", "complete", "length")
 
     def __init__(self, length: int) -> None:
-        self.length = length
-        self.complete = length == 0
+        self.length, self.complete = length, length == 0
         self._left = max(length, 0)  # of the body, or of a chunk
         self._next, self._partial, self._trailers = ChunkLine.SIZE, b"", 0
 
@@ -2678,23 +2582,23 @@ class Body:
             end = data.find(b"\r\n", at)
             if end < 0 or end - at > MAX_CHUNK_LINE:
                 if len(data) - at > MAX_CHUNK_LINE or BARE_LF.search(data, at):
-                    raise ProtocolError("a chunk's size line is malformed")
+                    raise ProtocolError(400, "a chunk's size line is malformed")
                 self._partial, at = data[at:], len(data)
                 break
             line, at = data[at:end], end + 2
             if self._next is ChunkLine.SIZE:
                 if not (match := CHUNK_SIZE.fullmatch(line)):
-                    raise ProtocolError("a chunk's size line is malformed")
+                    raise ProtocolError(400, "a chunk's size line is malformed")
                 self._left = int(match[1], 16)
                 self._next = ChunkLine.END if self._left else ChunkLine.TRAILER
             elif self._next is ChunkLine.END:
                 if line:
-                    raise ProtocolError("a chunk is longer than its size")
+                    raise ProtocolError(400, "a chunk is longer than its size")
                 self._next = ChunkLine.SIZE
             elif line:
                 self._trailers += len(line)
                 if self._trailers > MAX_TRAILERS:
-                    raise ProtocolError("the trailer section is too large")
+                    raise ProtocolError(400, "the trailer section is too large")
                 parse_field(line.decode("latin-1"))
             else:
                 self.complete = True
@@ -2705,11 +2609,6 @@ class Body:
 def head_bytes(start_line: str, lines: Iterable[str]) -> bytes:
     """A message head as it goes over the wire, of its start line and field lines."""
     return "\r\n".join([start_line, *lines, "\r\n"]).encode("latin-1")
-
-
-def field_lines(fields: Iterable[tuple[str, str]]) -> list[str]:
-    """Field lines of names and values."""
-    return [f"{name}: {value}" for name, value in fields]
 
 
 def framed(data: bytes) -> bytes:
@@ -2723,20 +2622,13 @@ RequestPhase = enum.StrEnum("RequestPhase", "JUDGED FETCHED BEGUN DESERTED SETTL
 C, U, R = ClientPhase, UpstreamPhase, RequestPhase
 
 
-class Steps(dict[Any, Any]):
-    """The phases that may follow on one, each under itself; any other is a mistake in this file."""
-
-    def __missing__(self, phase: object) -> NoReturn:
-        raise AssertionError(f"an impossible step: {phase}")
+def steps(*phases: enum.StrEnum) -> dict[Any, Any]:
+    """The phases that may follow on one, each under itself."""
+    return dict(zip(phases, phases))
 
 
-def steps(*phases: enum.StrEnum) -> Steps:
-    """The phases that may follow on one."""
-    return Steps(zip(phases, phases))
-
-
-# What may follow what: ``phase = FOLLOWS[phase][next]`` is how one goes on.
-FOLLOWS: dict[str, Steps] = {
+# ``phase = FOLLOWS[phase][next]`` is how one goes on; a KeyError is a mistake in this file.
+FOLLOWS: dict[str, dict[Any, Any]] = {
     # A client's connection
     C.WAITING: steps(C.READING, C.LINGERING, C.GONE),  # for a request's head
     C.READING: steps(C.ANSWERING, C.DROPPING, C.LINGERING, C.GONE),  # whose answer is not over
@@ -2767,8 +2659,6 @@ POOL_IDLE_TIMEOUT = 55.0  # seconds; load balancers commonly drop idle connectio
 ADDRESS_TTL = 30.0  # seconds for which an address that was reached is not resolved anew
 REACH_AGAIN_TIMEOUT = 3.0  # seconds for it to answer, before it is
 SWEEP_INTERVAL = 1.0  # seconds between looks for silent requests and idle connections
-REPEATABLE = ("GET", "HEAD")  # sent again where a kept-alive connection had closed
-NO_FIELDS: Mapping[str, str] = {}
 NO_ANSWER = 599  # Tornado's status where there is none
 
 
@@ -2805,15 +2695,13 @@ def connect_failure(error: BaseException, timeout: float) -> UpstreamError:
 
 
 class UpstreamRequest(HTTPRequest):
-    """What `UpstreamClient.fetch` takes: a request whose ``head`` goes up as it is, and its body,
-    whole as ``data`` or in parts by ``body_producer``, which is called with `write` and returns a
-    future that is done when the body has ended.
+    """What `UpstreamClient.fetch` takes: ``head`` goes up as it is, then ``data``, or the body that
+    ``body_producer``, called with `write`, sends until the future that it returns is done.
 
     ``header_callback`` gets each `ResponseHead`, 1xx ones too; then ``length`` is the body's
-    (bytes, CHUNKED or UNTIL_CLOSE). ``streaming_callback`` gets the part of the body that one read
-    brought, empty right after the head, with ``complete`` true at the last; the upstream is not
-    read on before what it returns is done. ``error_callback`` gets what went wrong, at once and not
-    a turn of the loop later."""
+    (bytes, CHUNKED or UNTIL_CLOSE). ``streaming_callback`` gets what one read brought of the body,
+    empty right after the head, with ``complete`` true at the last; no more is read before what it
+    returns is done. ``error_callback`` gets what went wrong, at once."""
 
     body_producer: Callable[..., asyncio.Future[Any]] | None
     client: UpstreamClient
@@ -2831,8 +2719,7 @@ class UpstreamRequest(HTTPRequest):
         self,
         method: str,
         head: bytes,
-        data: bytes = b"",
-        *,
+        data: bytes,
         header_callback: Callable[[ResponseHead], None],
         streaming_callback: Callable[[bytes], asyncio.Future[Any] | None],
         error_callback: Callable[[Exception], None],
@@ -2843,7 +2730,7 @@ class UpstreamRequest(HTTPRequest):
         self.on_head, self.on_chunk = header_callback, streaming_callback
         self.on_error = error_callback
         self.sent = body_producer is None  # all of the body is here
-        self.repeatable = method in REPEATABLE and self.sent and not data
+        self.repeatable = method in ("GET", "HEAD") and self.sent and not data
 
     def write(self, data: bytes) -> asyncio.Future[None]:
         """Send a part of the body; the future is done when the upstream takes more."""
@@ -2861,15 +2748,12 @@ class UpstreamRequest(HTTPRequest):
         if room is not None and not room.done():
             room.set_result(None)
 
-    def body_ended(self, ended: asyncio.Future[None]) -> None:
+    def body_ended(self, _: object) -> None:
         """What `body_producer` returned is done."""
-        if not ended.cancelled() and (error := ended.exception()) is not None:
-            self.end(cast(Exception, error))
         self.sent = True
 
     def end(self, error: Exception | None) -> None:
-        """It is over, or given up: let go of all that this holds, and of the connection, unless the
-        answer was whole."""
+        """It is over, or given up: let go of all, and of a connection whose answer is not whole."""
         fetched, self.fetched = self.fetched, None
         if fetched is None:
             return
@@ -2892,7 +2776,6 @@ class UpstreamRequest(HTTPRequest):
 class UpstreamConnection(asyncio.Protocol):
     """A connection to the upstream, kept alive; it carries one `UpstreamRequest` at a time."""
 
-    transport: asyncio.Transport
     phase = UpstreamPhase.IDLE
     request: UpstreamRequest | None = None
     _body: Body | None = None
@@ -2955,9 +2838,8 @@ class UpstreamConnection(asyncio.Protocol):
                 self._receive(request, b"")
 
     def connection_lost(self, error: Exception | None) -> None:
-        """The connection broke, or what it brought is not valid. A kept-alive one may have been
-        closed while the request was on its way: then a GET or HEAD is sent again over a new one
-        (RFC 9110 section 9.2.2), a POST never."""
+        """It broke, or what it brought is not valid. A kept-alive one may have been closed as the
+        request went up: a GET or HEAD is sent again then (RFC 9110 section 9.2.2), a POST never."""
         request = self.request
         if request is not None and request.held_back and request.sent:
             # Over TLS the end is told with the last bytes: the caller takes first what is here.
@@ -3014,21 +2896,19 @@ class UpstreamConnection(asyncio.Protocol):
         except Exception as error:  # noqa: BLE001 - the caller's own code
             request.end(error)
             return
-        if taken is not None and not taken.done():
-            request.held_back = True
-            taken.add_done_callback(functools.partial(self._go_on, request))
-        elif complete:
+        waits = taken is not None and not taken.done()
+        if complete and not waits:
             request.end(None)
-        elif rest or len(data) >= READ_A_TURN:  # there is more than one turn of the loop may take
+        elif waits or rest or len(data) >= READ_A_TURN:  # a turn of the loop may take no more
             request.held_back = True
-            self.client.loop.call_soon(self._go_on, request)
-        if request.held_back and request is self.request:
-            self._buffer = rest
-            self.transport.pause_reading()
+            (taken or self.client.done).add_done_callback(functools.partial(self._go_on, request))
+            if request is self.request:
+                self._buffer = rest
+                self.transport.pause_reading()
 
-    def _go_on(self, request: UpstreamRequest, taken: asyncio.Future[Any] | None = None) -> None:
+    def _go_on(self, request: UpstreamRequest, taken: asyncio.Future[Any]) -> None:
         """What held the answer back is done: read on, first in what is here already."""
-        error = None if taken is None or taken.cancelled() else taken.exception()
+        error = None if taken.cancelled() else taken.exception()
         if error is not None or request.complete:
             request.end(cast("Exception | None", error))
         if request is not self.request:
@@ -3043,8 +2923,7 @@ class UpstreamConnection(asyncio.Protocol):
             self.transport.resume_reading()
 
     def _read_head(self, request: UpstreamRequest, data: bytes) -> bytes:
-        """Read the head, and 1xx ones before it; what stands behind is returned. While it is not
-        whole there is no body."""
+        """Read 1xx heads and the real one, with which the body begins; return what is behind it."""
         while True:
             data, seen = self._buffer + data, len(self._buffer)
             end = end_of_head(data, seen)
@@ -3055,10 +2934,9 @@ class UpstreamConnection(asyncio.Protocol):
             if head.status >= 200:
                 break
             self._informational += 1
-            if head.status == 101 or self._informational > MAX_INFORMATIONAL:
-                raise ProtocolError("an informational response was not asked for")
-            if head.length is not None:
-                raise ProtocolError("an informational response has no body")
+            many = self._informational > MAX_INFORMATIONAL
+            if many or head.status == 101 or head.length is not None:
+                raise ProtocolError(400, "a 1xx response was not asked for, or has a body")
             request.on_head(head)
         self.phase = FOLLOWS[self.phase][UpstreamPhase.ANSWERED]
         length = UNTIL_CLOSE if head.length is None else head.length
@@ -3071,10 +2949,9 @@ class UpstreamConnection(asyncio.Protocol):
 
 
 class UpstreamClient(SimpleAsyncHTTPClient):
-    """Tornado's `AsyncHTTPClient`, for the upstream of these settings, whose `fetch` also takes an
-    `UpstreamRequest`: that is sent as it is over kept-alive connections, as many at once as are
-    asked for, and fails with an `UpstreamError`. ``opened`` counts connections, ``reused`` requests
-    that went over a kept one; ``idle`` are those kept, with the moment (seconds) since when."""
+    """Tornado's `AsyncHTTPClient`, whose `fetch` also takes an `UpstreamRequest`: any number at
+    once, over kept-alive connections, else they fail with an `UpstreamError`. ``opened`` counts
+    those, ``reused`` requests that found one in ``idle``, which tells since when (seconds)."""
 
     def initialize(self, settings: Settings) -> None:  # type: ignore[override]
         """Called by Tornado's constructor, with its keyword arguments."""
@@ -3094,28 +2971,25 @@ class UpstreamClient(SimpleAsyncHTTPClient):
 
     @functools.cached_property
     def ssl_context(self) -> ssl.SSLContext | None:
-        """None over plain HTTP. It verifies always; SSL_CERT_FILE and SSL_CERT_DIR name other
-        certificates to trust, as OpenSSL reads them, which takes a while."""
+        """None over plain HTTP. It verifies always, by SSL_CERT_FILE and SSL_CERT_DIR where OpenSSL
+        finds them. Making it takes a while."""
         if self.origin.scheme == "http":
             return None
         context = ssl.create_default_context()
         context.set_alpn_protocols(["http/1.1"])
         return context
 
-    def fetch(
-        self, request: str | HTTPRequest, raise_error: bool = True, **kwargs: Any
-    ) -> asyncio.Future[HTTPResponse]:
+    def fetch(self, request: Any, *more: Any, **options: Any) -> asyncio.Future[HTTPResponse]:
         """Send a request, over the connection that was used last or else a new one. What comes of
         an `UpstreamRequest` goes to its callbacks; its future only says that it is over."""
         if not isinstance(request, UpstreamRequest):
-            return super().fetch(request, raise_error, **kwargs)
+            return super().fetch(request, *more, **options)
         request.client = self
         request.fetched = fetched = self.loop.create_future()
         self.requests.add(request)
         while self.idle:
             connection, _ = self.idle.popitem()
-            # The kernel is asked whether anything is to be read from it, be it its end, since the
-            # loop may not have come to a close that has already arrived.
+            # The kernel knows of what the loop has not come to yet, be it the connection's end.
             if not connection.transport.is_closing() and not connection.readable.poll(0):
                 self.reused += 1
                 connection.ask(request)
@@ -3129,10 +3003,10 @@ class UpstreamClient(SimpleAsyncHTTPClient):
         return fetched
 
     async def get(
-        self, path: str, timeout: float, fields: Mapping[str, str] = NO_FIELDS, **options: Any
+        self, path: str, timeout: float, fields: Mapping[str, str] = {}, **options: Any
     ) -> HTTPResponse:
-        """GET a path with the real key and further header fields, by Tornado's own client, within
-        so many seconds. Raises UpstreamError where no whole answer comes."""
+        """GET a path with the real key, by Tornado's own client, within so many seconds. Raises
+        UpstreamError where no whole answer comes."""
         settings, limit = self.settings, self.settings.connect_timeout
         headers = {"anthropic-version": ANTHROPIC_VERSION, "Accept-Encoding": "identity", **fields}
         if settings.real_credential:
@@ -3168,9 +3042,8 @@ class UpstreamClient(SimpleAsyncHTTPClient):
             request.end(connect_failure(error, timeout))
 
     async def reach(self) -> UpstreamConnection:
-        """Open a connection to the address that was reached lately, or to the one of both families
-        that Tornado's TCPClient reaches first; but not over its IOStream, since asyncio's transport
-        costs less for each read and write."""
+        """Open a connection to the address that was reached lately, or to what Tornado's TCPClient
+        reaches first of both families; not over its IOStream: asyncio's transport costs less."""
         address, until = self._reached
         if self.time() < until:
             try:
@@ -3203,15 +3076,13 @@ class UpstreamClient(SimpleAsyncHTTPClient):
         return (await self.loop.create_connection(connect, **where))[1]
 
     def _sweep(self) -> None:
-        """Close what was idle for long, and give up requests of which nothing has moved: but a
-        caller who is slow to send is not the upstream's silence."""
+        """Close what was long idle; give up what stands still, but not callers slow to send."""
         moment, limit = self.time(), self.settings.idle_timeout
         for request in list(self.requests):
-            if request.connection is None or moment - request.touched < limit:
-                continue
-            if request.held_back:
+            silent = request.connection is not None and moment - request.touched >= limit
+            if silent and request.held_back:
                 request.end(UpstreamError("The client stopped reading the response.", 504))
-            elif request.sent or request.room is not None:
+            elif silent and (request.sent or request.room is not None):
                 request.end(UpstreamError(f"The upstream was silent for {limit:g} seconds.", 504))
         for connection, since in list(self.idle.items()):
             if moment - since > POOL_IDLE_TIMEOUT:
@@ -3238,10 +3109,9 @@ def new_call_id() -> str:
 
 
 class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
-    """A client's connection: reads requests one after the other, hands each to its delegate, and
-    takes the answer, which it frames. Where the delegate's methods return a future, no more is read
-    until it is done. ``head``, ``length`` (bytes or CHUNKED) and ``call_id`` are of the present
-    request, ``unread`` is what came behind it; ``site`` is who is at the other end."""
+    """A client's connection: hands one request after the other to a delegate, reads on when what
+    that returns is done, frames the answer. ``head``, ``length`` (bytes or CHUNKED) and ``call_id``
+    are the present request's, ``unread`` came behind it; ``site`` is who is at the other end."""
 
     head = NO_REQUEST
     length = 0
@@ -3322,7 +3192,8 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
     def write_headers(self, start_line: Any, headers: Any, chunk: bytes | None = None) -> Room:
         """Begin an answer of Tornado's handlers, who send whole bodies with a Content-Length."""
         start = f"HTTP/1.1 {start_line.code} {start_line.reason}"
-        lines = field_lines((*headers.get_all(), ("x-litellm-call-id", self.call_id)))
+        lines = [f"{name}: {value}" for name, value in headers.get_all()]
+        lines.append(f"x-litellm-call-id: {self.call_id}")
         return self.write_head(start, lines, 0, chunk or b"")
 
     def write_head(self, start: str, lines: list[str], length: int, data: bytes) -> Room:
@@ -3333,8 +3204,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             lines.append(CHUNKED_LINE)
         # RFC 9112 section 9.3; an answer whose end does not show ends with the connection.
         endless = length < 0 and not self._chunked
-        if endless or not self.head.keeps_alive or self.server.gateway.stopping:
-            self._close_after = True
+        self._close_after |= endless or not self.head.keeps_alive or self.server.gateway.stopping
         if self._close_after:
             lines.append("Connection: close")
         elif self.head.version == 0:
@@ -3390,13 +3260,12 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             self.head, self.call_id = NO_REQUEST, new_call_id()
             self._delegate = self.server.application.start_request(self.server, self)
         if self._delegate is not None:
-            self._delegate.refuse(error)
+            self._delegate.handler.fail(error)
         self._linger()
 
     def check_patience(self, moment: float, client_timeout: float, idle_timeout: float) -> None:
-        """Called now and then: end what has taken too long. A head must be whole ``client_timeout``
-        seconds after its first byte; a body may not stand still for so long, nor come at less than
-        MIN_BODY_RATE, but for the time in which it is not read."""
+        """End what takes too long: a head must be whole ``client_timeout`` seconds after its first
+        byte; a body that is read may not stand still for so long, nor be below MIN_BODY_RATE."""
         waited, limit, comes = moment - self._since, client_timeout, self._seen > 0
         if self.phase in READ_BODIES:
             waited, comes = waited - self._taken / MIN_BODY_RATE, True
@@ -3411,8 +3280,8 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             limit = idle_timeout
         if waited > limit and comes:  # RFC 9110 section 15.5.9
             text = f"The request came too slowly: its head must be here in {client_timeout:g} s,"
-            text += " its body may not stand still for so long, nor come at less than"
-            self.refuse(APIError(408, f"{text} {MIN_BODY_RATE} bytes a second. Send it again."))
+            text += f" its body without such a pause, at {MIN_BODY_RATE} bytes a second or more."
+            self.refuse(APIError(408, f"{text} Send it again."))
         elif waited > limit:
             self.transport.abort()  # a close would wait for a client that does not read
 
@@ -3492,8 +3361,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         self.data_received(b"")
 
     def _update_reading(self) -> None:
-        """Read from the socket unless the delegate waits, or enough is here already; but notice
-        then if the client leaves."""
+        """Read unless the delegate waits or enough is here; but notice if the client leaves."""
         waits = self._waits_for is not None and not self._waits_for.done()
         pause = waits or len(self.unread) > PIPELINE_LIMIT
         if pause == self._reading_paused or self.phase is ClientPhase.GONE:
@@ -3597,15 +3465,13 @@ class Server:
                 self.leave(connection)
 
     def watch(self, connection: ServerConnection) -> None:
-        """Abort a connection that is not read once the peer has closed or reset it, which asyncio
-        sees only by reading. The kernel tells it (EPOLLRDHUP; nginx does the same) by an epoll that
-        the loop reads; where there is none, it is noticed when the connection is read again."""
+        """Abort a connection that is not read once the peer has closed or reset it, of which the
+        kernel tells (EPOLLRDHUP, as in nginx) an epoll that the loop reads; where there is one."""
         self._watched[connection.descriptor] = connection
         if self._epoll is not None:
             self._epoll.register(connection.descriptor, select.EPOLLRDHUP | select.EPOLLONESHOT)
 
     def forget(self, connection: ServerConnection) -> None:
-        """Watch it no longer."""
         del self._watched[connection.descriptor]
         if self._epoll is not None:
             with contextlib.suppress(OSError):  # closing a socket takes it out of an epoll
@@ -3667,43 +3533,32 @@ GZIP_CODINGS = ("gzip", "x-gzip")
 
 
 class Inflater:
-    """Decompresses gzip (of any number of members), zlib and raw deflate bit by bit. What is
-    ``held`` came, but is too short to tell what it is."""
+    """Decompresses gzip, zlib and raw deflate bit by bit; at their end ``decoder`` is None."""
 
     def __init__(self, coding: str) -> None:
         self._coding = coding
-        self._decoder: Any = None
-        self.held = b""
+        self.decoder: Any = None
 
     def slices(self, data: bytes) -> Iterator[bytes]:
-        """What these bytes hold, INFLATE_SLICE at a time; what is not taken is lost. Raises
-        zlib.error for anything else, and from then on."""
-        data, self.held, full = self.held + data, b"", False
+        """What these bytes hold, INFLATE_SLICE at a time, all to be taken. Raises zlib.error."""
+        full = False
         while data or full:  # then more may be waiting inside
-            if self._decoder is None:
-                if self._coding in GZIP_CODINGS:
-                    data = data.lstrip(b"\0")  # members may be padded (gzip's own manual)
-                elif self._coding != "deflate":
-                    raise zlib.error(f"unknown coding {self._coding}")
-                if len(data) < 2:
-                    self.held = data
-                    return
+            if self.decoder is None:
                 bits = zlib.MAX_WBITS | 16
                 if self._coding == "deflate":  # with zlib's header or without (RFC 9110, 8.4.1.2)
-                    zlibs = data[0] & 0x0F == zlib.DEFLATED and (data[0] * 256 + data[1]) % 31 == 0
+                    zlibs = data[0] & 0x0F == zlib.DEFLATED  # a raw block pads with zeros
                     bits = zlib.MAX_WBITS if zlibs else -zlib.MAX_WBITS  # RFC 1950, 2.2
-                self._decoder = zlib.decompressobj(bits)
-            plain = self._decoder.decompress(data, INFLATE_SLICE)
-            data, full = self._decoder.unconsumed_tail, len(plain) == INFLATE_SLICE
+                elif self._coding not in GZIP_CODINGS:
+                    raise zlib.error(f"unknown coding {self._coding}")
+                elif not (data := data.lstrip(b"\0")):  # members may be padded (gzip's own manual)
+                    return
+                self.decoder = zlib.decompressobj(bits)
+            plain = self.decoder.decompress(data, INFLATE_SLICE)
+            data, full = self.decoder.unconsumed_tail, len(plain) == INFLATE_SLICE
             if plain:
                 yield plain
-            if self._decoder.eof:
-                data, full, self._decoder = self._decoder.unused_data, False, None
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether what came so far has ended."""
-        return self._decoder is None and not self.held
+            if self.decoder.eof:
+                data, full, self.decoder = self.decoder.unused_data, False, None
 
 
 class ResponseFilter:
@@ -3726,8 +3581,7 @@ class ResponseFilter:
         return body
 
 
-# A list of a thousand batches has one, one of a hundred agents with long prompts ten.
-REWRITE_LIMIT = 16 * MIB
+REWRITE_LIMIT = 16 * MIB  # a list of a thousand batches takes one, of a hundred agents ten
 
 
 def through(filters: Iterable[ResponseFilter], data: bytes, complete: bool) -> bytes:
@@ -3742,11 +3596,10 @@ def through(filters: Iterable[ResponseFilter], data: bytes, complete: bool) -> b
 
 class Meter(ResponseFilter):
     """Reads usage out of a response as it passes: SSE, a JSON message, or batch results (JSONL).
-    ``measured`` is the same however the body is split; it is final after `finish`. Holds at most
-    MAX_LINE bytes of a line or a message, and beyond UNASKED_LINE what ``room`` lets it, which is
-    asked for so many bytes, and told (below 0) of those no longer held. ``on_result`` is called
-    with each line of batch results, counted from 1; ``learn`` with what a line or a message says in
-    which something new may be named."""
+    ``measured`` is the same however the body is split, and final after `finish`. Of a line or a
+    message MAX_LINE bytes are held at most; beyond UNASKED_LINE ``room`` is asked for so many, and
+    told (below 0) of those let go. ``on_result`` gets each line of batch results, counted from 1;
+    ``learn`` what a line or a message says that may name something new."""
 
     def __init__(
         self,
@@ -3756,7 +3609,7 @@ class Meter(ResponseFilter):
         learn: Callable[[object], None] | None = None,
     ) -> None:
         self.measured, self._learn = Measured(), learn
-        self._on_result, self._room, self._lines = on_result, room, 0
+        self._on_result, self._room, self._numbers = on_result, room, itertools.count(1)
         self._whole = on_result is None and not content_type.lower().startswith(EVENT_STREAM)
         self._held = bytearray()  # of a line that has not ended, or of the message
         self._passed_over = 0  # bytes of one that is too long, of which nothing is held
@@ -3862,8 +3715,7 @@ class Meter(ResponseFilter):
         if self._on_result is None:
             self.measured.seen += size
         elif not self.measured.blind:
-            self._lines += 1
-            self._on_result(self._lines, Measured(seen=size))
+            self._on_result(next(self._numbers), Measured(seen=size))
 
     def _read_results(self, lines: bytes, on_result: Callable[[int, Measured], None]) -> None:
         for line in filter(bytes.strip, lines.splitlines()):
@@ -3873,19 +3725,16 @@ class Meter(ResponseFilter):
                 self.measured.blind = True
                 return
             message = result.get("message") if isinstance(result, dict) else None
-            self._lines += 1
-            on_result(self._lines, measured_message(message, 0))
+            on_result(next(self._numbers), measured_message(message, 0))
 
 
-# A shorter "key" (for a test server, say) is an ordinary word, which responses may well hold.
-MIN_SECRET_LENGTH = 16
+MIN_SECRET_LENGTH = 16  # a shorter "key", of a test server, is a word that responses may hold
 
 
 @dataclass(eq=False)
 class Mask(ResponseFilter):
-    """Masks a secret, given as text and as bytes, with asterisks, so that lengths stay right: an
-    upstream that echoes what it was sent must not carry the real key to a client. Bytes are held
-    back only where a read ends inside what may become the secret."""
+    """Masks a secret (text and bytes) with as many asterisks: an upstream that echoes what it was
+    sent must not carry the real key to a client. Bytes wait where they may begin the secret."""
 
     text: str
     secret: bytes
@@ -3958,8 +3807,7 @@ class Inside:
             return through([mask], data, complete)
         mask.look(data)  # names and comments of gzip are not compressed
         # They wait for the next ones while they may hold a beginning of the real key.
-        begun = mask.begun_in(self._looked_at) or mask.begun_in(data) or self._inflater.held
-        if not begun or complete:
+        if complete or not (mask.begun_in(self._looked_at) or mask.begun_in(data)):
             return data
         if len(data) > MAX_WITHHELD:
             raise UpstreamError("The upstream's answer looks like the gateway's own credential.")
@@ -3985,7 +3833,7 @@ def decompress(coding: str, data: bytes, limit: int) -> bytes:
         plain += part
         if len(plain) > limit:
             raise ValueError("too large")
-    if not inflater.is_whole:
+    if inflater.decoder is not None:
         raise ValueError("cut short")
     return bytes(plain)
 
@@ -4007,16 +3855,14 @@ LATENCY_BUCKETS = [0.0005, 0.001, 0.0025, 0.005, 0.0125, 0.025, 0.05, 0.1, 0.25,
 LATENCY_BUCKETS += [2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0]
 TIMINGS = ("total", "first_byte", "upstream", "overhead")
 LOG_LINE = log.makeRecord(log.name, logging.INFO, "relay", 0, "", (), None)
-# Most lines have the same words.
-shown_word = functools.lru_cache(maxsize=1024)(word)
+shown_word = functools.lru_cache(maxsize=1024)(word)  # most lines have the same
 shown_dollars = functools.lru_cache(maxsize=1024)(dollars)
 
 
 @dataclass(slots=True)
 class Record:
-    """What is remembered, counted and logged of a relayed request; it is filled in as that passes.
-    Moments are of a clock that does not jump, in seconds, 0 where there was none; sizes are bytes
-    of bodies."""
+    """What is remembered, counted and logged of a relayed request, filled in on its way. Moments
+    are seconds of a clock that does not jump, 0 where there was none; sizes are of bodies."""
 
     call_id: str
     method: str
@@ -4053,9 +3899,8 @@ class Record:
         line += f" in={self.bytes_in} out={self.bytes_out}"
         line += f" {shown_word(self.model)}" if self.model else ""
         if tally.input_tokens or tally.output_tokens:
-            written = tally.cache_write_5m_tokens + tally.cache_write_1h_tokens
-            line += f" {tally.input_tokens}+{tally.cache_read_tokens + written}"
-            line += f"->{tally.output_tokens} tokens ${shown_dollars(tally.spend)}"
+            line += f" {tally.input_tokens}+{tally.cached}->{tally.output_tokens} tokens"
+            line += f" ${shown_dollars(tally.spend)}"
         line += f"{' estimated' if self.estimated else ''} {self.call_id}"
         line += f" {shown_word(self.request_id)}" if self.request_id else ""
         if key is not None:
@@ -4126,9 +3971,8 @@ class Traffic:
         self.timings = collections.defaultdict[str, list[Histogram]](
             lambda: [Histogram() for _ in TIMINGS]
         )
-        self.last_success: datetime | None = None  # of the upstream, as requests met it
-        self.last_failure: datetime | None = None
-        self.last_error = ""
+        met = ("last_success", "last_failure", "last_error")  # as requests met it
+        self.upstream: dict[str, Any] = dict.fromkeys(met)
         self._pairs: set[tuple[str, str]] = set()
 
     def count(self, record: Record) -> None:
@@ -4163,7 +4007,7 @@ class Traffic:
 
     def failed(self, error: str) -> None:
         """The upstream did not answer, or not well."""
-        self.last_failure, self.last_error = now(), error
+        self.upstream |= {"last_failure": now(), "last_error": error}
 
 
 # ─── Rules ────────────────────────────────────────────────────────────────────────────────────────
@@ -5030,13 +4874,13 @@ RULES = (Credentials(), Routes(), Models(), Fields(), Limits(), Walls(), Batches
 RELAY_PREFIX, RELAYED = "/anthropic", "/anthropic/"
 BARE_PREFIX = "/v1/"
 # What Claude Code asks of its base URL to warm the connection up; answered here, cheaply.
-HELLO_PATHS = frozenset({"/", RELAY_PREFIX, RELAYED, f"{RELAYED}api/hello", "/api/hello"})
+HELLO_PATHS = ("/", RELAY_PREFIX, RELAYED, f"{RELAYED}api/hello", "/api/hello")
+HELLOS = frozenset(itertools.product(("GET", "HEAD"), HELLO_PATHS))
 UNUSUAL_PATH = re.compile(r"[%\\#]|//|/\.")
 OWN_BODY_LIMIT = 1 * MIB  # of a request to the gateway itself
 MANY_PARTS = 1000  # of a body that is kept
 MAX_TAGS = 20  # of one request that are remembered
-KEY_SHARE = 4  # of what is held at once one key gets a quarter
-MEMORY_SHARE = 4  # and all get a quarter of the machine's memory
+HELD_SHARE = 4  # requests hold a quarter of the machine's memory at most, and one key's of that
 TRY_SOON = (("retry-after", "1"),)
 
 
@@ -5056,12 +4900,11 @@ def rule_path(target: str) -> str:
 
 
 class Held:
-    """How many bytes requests hold at once: never more than ``limit``, nor for one key than a part
-    of it, so that slow bodies cannot keep others out."""
+    """How many bytes requests hold: at most ``limit``, and one key's at most a share of that."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.share = limit // KEY_SHARE
+        self.share = limit // HELD_SHARE
         self.total = 0
         self._shares: dict[str, int] = {}
 
@@ -5105,9 +4948,7 @@ class Request(httputil.HTTPServerRequest):
         self.target: str | None = None
         if head.target.startswith(BARE_PREFIX):
             self.target = head.target
-        elif head.target.startswith(RELAYED) and not (
-            self.path in HELLO_PATHS and head.method in ("GET", "HEAD")
-        ):
+        elif head.target.startswith(RELAYED) and (head.method, self.path) not in HELLOS:
             self.target = head.target[len(RELAY_PREFIX) :]
         self.remote_ip, self.protocol = connection.remote_ip, connection.protocol
         self.body: bytearray = bytearray()  # type: ignore[assignment]
@@ -5123,14 +4964,12 @@ class Request(httputil.HTTPServerRequest):
 class BaseHandler(web.RequestHandler):
     """Answers in JSON, errors in Anthropic's envelope, and logs no query (keys stand there). A
     `HandlerDelegate` calls `prepare`, `data_received` and `respond`; each may return what is to be
-    awaited, which then is `step`, and may raise APIError. A body is kept only where ``keeps_body``:
-    of those whom `prepare` lets in."""
+    awaited, which then is `step`, and may raise APIError."""
 
     request: Request
     gateway: Gateway
     call_id: str
     step: asyncio.Task[None] | None = None
-    keeps_body = False
     received = 0
 
     def clear(self) -> None:
@@ -5143,28 +4982,23 @@ class BaseHandler(web.RequestHandler):
         self._transforms = []
         self._status_code, self._reason = 200, "OK"
 
-    def prepare(self) -> Awaitable[None] | None:
+    def prepare(self) -> Any:
         """Decide by the head, before the body is read."""
         self.gateway.doors.refuse_foreign(self.request.head)
         if self.request.connection.length > OWN_BODY_LIMIT:
             raise too_large(OWN_BODY_LIMIT)
-        return None
 
-    def data_received(self, chunk: bytes) -> Awaitable[None] | None:
-        """Keep a part of the body, where it is anything to the handler."""
+    def data_received(self, chunk: bytes) -> Any:
+        """Take a part of the body, which is nothing to most handlers."""
         self.received += len(chunk)
         if self.received > OWN_BODY_LIMIT:
             raise too_large(OWN_BODY_LIMIT)
-        if self.keeps_body:
-            self.request.body += chunk
-        return None
 
-    def respond(self, *path: str) -> Awaitable[None] | None:
+    def respond(self, *path: str) -> Any:
         """The request is whole: answer it, by the method of its name."""
-        method = self.request.method or ""
-        if method not in self.SUPPORTED_METHODS:
+        if (method := self.request.head.method) not in self.SUPPORTED_METHODS:
             raise web.HTTPError(405)
-        return cast("Awaitable[None] | None", getattr(self, method.lower())(*path))
+        return getattr(self, method.lower())(*path)
 
     def query(self, name: str, kind: Kind = TEXT, default: Any = "") -> Any:
         """A parameter of the query; an empty one is the default. Raises APIError 400."""
@@ -5190,47 +5024,38 @@ class BaseHandler(web.RequestHandler):
 
     def refusal_of(self, error: Exception) -> APIError:
         """What a client is told of what went wrong."""
-        path, method = printable(self.request.path), printable(self.request.method or "")
-        match error:
-            case APIError():
-                return error
-            case web.HTTPError(status_code=404):
-                text = f"Nothing is served at {path}. Anthropic's API is at /anthropic/v1/"
-                return APIError(404, text)
-            case web.HTTPError(status_code=405):
-                return APIError(405, f"{path} does not take {method}.")
+        if isinstance(error, APIError):
+            return error
+        if isinstance(error, web.HTTPError) and error.status_code == 405:  # Tornado's own
+            path, method = self.request.path, self.request.head.method
+            return APIError(405, f"{printable(path)} does not take {printable(method)}.")
         log.error("call %s failed", self.call_id, exc_info=error)
         return APIError(500, "The gateway failed on this request; its log says why.")
 
 
-Result = TypeVar("Result")
-
-
-def at_once(coroutine: collections.abc.Coroutine[Any, Any, Result]) -> asyncio.Task[Result] | None:
+def at_once(coroutine: collections.abc.Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
     """Run a coroutine until it must wait: None if it never had to, else the task that goes on with
-    it. What it raises before is raised here. Until then it is in no task, so that what asks for the
-    present one, as asyncio.timeout does, needs a task of its own."""
+    it. What it raises before is raised here, and in no task (asyncio.timeout needs one)."""
     try:
         first = coroutine.send(None)
     except StopIteration:
         return None
 
     @types.coroutine
-    def rest() -> collections.abc.Generator[Any, Any, Result]:
+    def rest() -> Iterator[Any]:
         yield first
-        return (yield from coroutine.__await__())
+        yield from coroutine.__await__()
 
-    async def go_on() -> Result:  # of generators, Python 3.12 and later make no task
-        return await rest()
+    async def go_on() -> None:  # of generators, Python 3.12 and later make no task
+        await rest()
 
     return asyncio.get_running_loop().create_task(go_on())
 
 
 @dataclass(eq=False)
 class HandlerDelegate(httputil.HTTPMessageDelegate):
-    """Runs a handler's steps as a request comes. Tornado's own takes a task and three futures for
-    it; here none is made where nothing waits, and where something does, the connection waits for
-    what is returned."""
+    """Runs a handler's steps as a request comes. Where nothing waits it makes no task, as Tornado's
+    own does, and no future; where something does, the connection waits for what is returned."""
 
     handler: BaseHandler
     path: Sequence[str] = ()
@@ -5247,24 +5072,18 @@ class HandlerDelegate(httputil.HTTPMessageDelegate):
     def on_connection_close(self) -> None:
         self.handler.on_connection_close()
 
-    def refuse(self, error: Exception) -> None:
-        """End the request with an error: it came too slowly, or not to its end."""
-        self.handler.fail(error)
-
     def _run(self, step: Callable[..., Any], *arguments: Any) -> Any:
         try:
             waits = step(*arguments)
-            if waits is None:
-                return None
-            if asyncio.iscoroutine(waits):
-                waits = at_once(waits)
+            if not isinstance(waits, types.CoroutineType):
+                return waits
+            task = self.handler.step = at_once(waits)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is answered
             self.handler.fail(error)
             return None
-        if isinstance(waits, asyncio.Task):
-            self.handler.step = waits
-            waits.add_done_callback(self._ended)
-        return waits
+        if task is not None:
+            task.add_done_callback(self._ended)
+        return task
 
     def _ended(self, step: asyncio.Task[None]) -> None:
         self.handler.step = None
@@ -5274,8 +5093,7 @@ class HandlerDelegate(httputil.HTTPMessageDelegate):
 
 
 class GatewayApplication(web.Application):
-    """The routes. A relayed request goes straight to its handler; whatever handler it is runs in a
-    `HandlerDelegate`. ``settings["gateway"]`` is the `Gateway`."""
+    """The routes; relayed requests go straight to theirs. ``settings["gateway"]`` is `Gateway`."""
 
     def start_request(self, server_conn: object, request_conn: Any) -> HandlerDelegate:
         """Called by `ServerConnection`, as by Tornado's own server."""
@@ -5299,12 +5117,10 @@ BATCH_STATE_TIMEOUT = 30.0
 BATCH_RESULTS_TIMEOUT = 3600.0  # in which many GB come, and a silent upstream is given up
 LOOKS_AT_ONCE = 4
 BATCH_KEPT = timedelta(days=30)  # results are kept for 29 days (PLD batch-processing)
-GONE = (404, 410)
 
 
 class BatchKeeper:
-    """Books batches once they have ended, whether or not anybody fetches their results: asks for
-    their state, with the real key, now and then, and reads the results through a meter."""
+    """Looks at batches now and then, and books what has ended, even if nobody fetches results."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway, self._ledger = gateway, gateway.ledger
@@ -5335,8 +5151,7 @@ class BatchKeeper:
         wait, booked = BATCH_LOOK, False
         while not booked:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait):
-                    await self._hurried[name].wait()
+                await asyncio.wait_for(self._hurried[name].wait(), wait)
             async with self._turn:
                 self._hurried[name].clear()
                 try:
@@ -5348,23 +5163,26 @@ class BatchKeeper:
 
     async def book(self, name: str) -> bool:
         """Book what a batch cost, if it has ended; whether nothing of it is left to be booked."""
-        kept = self._ledger.unbooked(name)
+        kept, code, booked = self._ledger.unbooked(name), NO_ANSWER, False
         if kept is None:
             return True
-        made = datetime.fromisoformat(kept.day).replace(tzinfo=UTC)
         path = f"/v1/messages/batches/{urllib.parse.quote(name, safe='')}"
-        state = await self._get(path, BATCH_STATE_TIMEOUT)
-        batch = read_json(state.body) if state.code == 200 else None
-        ended = isinstance(batch, dict) and batch.get("processing_status") == BATCH_ENDED
-        if ended and await self._read_results(name, f"{path}/results"):
-            return True
-        if state.code in GONE or now() - made > BATCH_KEPT:
-            self._ledger.finish_batch(name, lost=True)
-            return True
-        return False
+        try:
+            state = await self._gateway.client.get(path, BATCH_STATE_TIMEOUT)
+            batch, code = read_json(state.body), state.code
+            ended = isinstance(batch, dict) and batch.get("processing_status") == BATCH_ENDED
+            if code == 200 and ended:
+                code = await self._book_results(name, f"{path}/results")
+                booked = code == 200
+        except UpstreamError as error:
+            log.info("a batch could not be looked at: %s", error)
+        lost = not booked and (code in (404, 410) or now() - from_iso(kept.day) > BATCH_KEPT)
+        if booked or lost:
+            self._ledger.finish_batch(name, lost=lost)
+        return booked or lost
 
-    async def _read_results(self, name: str, path: str) -> bool:
-        """Book every line of a batch's results; whether that were all."""
+    async def _book_results(self, name: str, path: str) -> int:
+        """Book every line of a batch's results; their status, NO_ANSWER for what is none."""
         meter, head = Meter("", functools.partial(self.book_result, name)), list[str]()
 
         async def look(data: bytes) -> None:
@@ -5372,22 +5190,14 @@ class BatchKeeper:
                 meter.feed(data)
             await asyncio.sleep(0)  # Tornado reads on at once for as long as there is something
 
-        callbacks = {"header_callback": head.append, "streaming_callback": look}
-        results = await self._get(path, BATCH_RESULTS_TIMEOUT, **callbacks)
+        told: Any = {"header_callback": head.append, "streaming_callback": look}
+        results = await self._gateway.client.get(path, BATCH_RESULTS_TIMEOUT, **told)
         meter.finish(True)
-        if results.code in GONE:
-            self._ledger.finish_batch(name, lost=True)
-            return True
-        if results.code != 200 or meter.measured.blind:
-            return False
-        self._ledger.finish_batch(name)
-        return True
+        return NO_ANSWER if meter.measured.blind else results.code
 
     def book_result(self, name: str, line: int, measured: Measured) -> None:
-        """Book a line of a batch's results to the key that made it, once, however often it is
-        read."""
-        account = self._ledger.batch_line(name, line)
-        if account is None:
+        """Book a line of a batch's results to the key that made it, once."""
+        if (account := self._ledger.batch_line(name, line)) is None:
             return
         if measured.seen:  # it was too long to be read
             measured.complete_with(Order())
@@ -5397,19 +5207,9 @@ class BatchKeeper:
             if key := self._ledger.charge(account, charges, now()):
                 self._gateway.traffic.book(key.shown_name, charges)
 
-    async def _get(self, path: str, timeout: float, **callbacks: Any) -> HTTPResponse:
-        """GET with the real key; 599 where there is no answer."""
-        try:
-            return await self._gateway.client.get(path, timeout, **callbacks)
-        except UpstreamError as error:
-            log.info("a batch could not be looked at: %s", error)
-            return HTTPResponse(HTTPRequest(path), NO_ANSWER)
-
 
 class Gateway:
-    """What all requests share: the settings, the ledger, the prices, the way upstream, the rules,
-    and what is counted. ``held`` is what requests hold in memory, ``turn`` is whose large body is
-    judged."""
+    """What all requests share; ``turn`` is whose large body is judged."""
 
     def __init__(self, settings: Settings, rules: Sequence[Rule] = RULES) -> None:
         self.settings = settings
@@ -5420,7 +5220,7 @@ class Gateway:
         self.client = UpstreamClient(force_instance=True, settings=settings)
         self.time = self.client.time
         self.batches = BatchKeeper(self)
-        self.held = Held(settings.max_held_bytes or memory_size() // MEMORY_SHARE)
+        self.held = Held(settings.max_held_bytes or memory_size() // HELD_SHARE)
         self.turn = asyncio.Lock()
         self.origin, self.base_path = parse_upstream(settings.upstream)
         self.host_line = f"Host: {self.origin.authority}"
@@ -5459,9 +5259,7 @@ class RelayHandler(BaseHandler):
     def initialize(self) -> None:
         """Called by Tornado's constructor."""
         gateway, request, head = self.gateway, self.request, self.request.head
-        moment = gateway.time()
-        started = moment_of(int(time.time()))
-        record = Record(self.call_id, head.method, request.remote_ip or "", moment, started)
+        record = Record(self.call_id, head.method, request.remote_ip or "", gateway.time(), now())
         target, length = request.target or "", request.connection.length
         self._visit = Visit(
             gateway, head, target, length, record, "", OTHER_ROUTE, NOBODY, UNREAD, []
@@ -5474,10 +5272,9 @@ class RelayHandler(BaseHandler):
         """Decide by the head alone; then keep a small JSON body, or let the rest stream."""
         visit, gateway, head = self._visit, self.gateway, self._visit.head
         if gateway.stopping:
-            text = "The gateway is stopping. Try again."
-            raise APIError(503, text, headers=[("retry-after", "5")])
+            raise APIError(503, "The gateway stops. Try again.", headers=[("retry-after", "5")])
         visit.path = path = rule_path(visit.target)
-        route = read_route if len(path) > KEPT_PATH else kept_route
+        route = Route if len(path) > KEPT_PATH else read_route
         visit.route = route(head.method.upper(), path)
         for judge in gateway.rules.head:
             await judge(visit)
@@ -5545,16 +5342,9 @@ class RelayHandler(BaseHandler):
         """Ask the upstream; `on_head`, `on_chunk` or `on_error` follow."""
         visit, gateway, method = self._visit, self.gateway, self._visit.head.method
         visit.phase = FOLLOWS[visit.phase][RequestPhase.FETCHED]
-        start = f"{method} {gateway.base_path}{visit.target} HTTP/1.1"
-        self._upstream = upstream = UpstreamRequest(
-            method,
-            head_bytes(start, visit.lines),
-            data,
-            header_callback=self.on_head,
-            streaming_callback=self.on_chunk,
-            error_callback=self.on_error,
-            **body,
-        )
+        head = head_bytes(f"{method} {gateway.base_path}{visit.target} HTTP/1.1", visit.lines)
+        callbacks = self.on_head, self.on_chunk, self.on_error
+        self._upstream = upstream = UpstreamRequest(method, head, data, *callbacks, **body)
         gateway.client.fetch(upstream)
         if upstream.room is None:
             self._free()
@@ -5575,24 +5365,21 @@ class RelayHandler(BaseHandler):
         visit.answer, visit.record.status = head, head.status
         visit.record.answered = gateway.time()
         if head.status < 500:
-            gateway.traffic.last_success = moment_of(int(time.time()))
+            gateway.traffic.upstream["last_success"] = now()
         else:
             gateway.traffic.failed(f"The upstream answered {head.status}.")
         filters: list[ResponseFilter] = []
-        changes_length = False
         for make in gateway.rules.filters:
-            for each in make(visit, head):
-                filters.append(each)
-                changes_length = changes_length or each.changes_length
-        self._filters = filters
-        if changes_length and self._upstream is not None and self._upstream.length != 0:
+            filters += make(visit, head)
+        self._filters, upstream = filters, self._upstream
+        changing = [each for each in filters if each.changes_length]
+        if changing and upstream is not None and upstream.length != 0:
             self._gathered = bytearray()
         elif filters and "content-encoding" in head.values and (coding := head.coding):
             self._inside = Inside(coding, filters)
 
     def on_chunk(self, data: bytes) -> asyncio.Future[None] | None:
-        """Send on what one read brought, as the filters let it; the future says when there is
-        room."""
+        """Send on what one read brought, as the filters let it; the future waits for room."""
         assert self._upstream is not None
         complete = self._upstream.complete
         if self._gathered is not None:
@@ -5601,11 +5388,9 @@ class RelayHandler(BaseHandler):
             if complete or len(self._gathered) > REWRITE_LIMIT:
                 return at_once(self._send_rewritten(complete))
             return None
-        if self._inside is not None:
-            return at_once(self._send_inside(self._inside, data, complete))
-        if data or complete:
+        if self._inside is None and (data or complete):
             data = through(self._filters, data, complete)
-        if self._visit.born:
+        if self._inside is not None or self._visit.born:
             return at_once(self._send_later(data, complete))
         if complete or self._visit.phase is not RequestPhase.BEGUN:
             return self._send(data, complete)
@@ -5631,23 +5416,19 @@ class RelayHandler(BaseHandler):
             self.settle("client_gone")
 
     def fail(self, error: Exception) -> None:
-        """Answer with an error, or break the answer off that has begun, with an SSE event that says
-        so."""
+        """Answer with an error, or break off what has begun, with an SSE event that says so."""
         visit, record = self._visit, self._visit.record
         if visit.phase is RequestPhase.SETTLED:
             return
         refusal = self.refusal_of(error)
-        outcome = f"refused:{refusal.kind}"
-        if isinstance(error, UpstreamError):
-            outcome = "timeout" if error.status == 504 else "upstream_lost"
-        elif refusal.status == 408:
+        outcome = "upstream_lost" if isinstance(error, UpstreamError) else f"refused:{refusal.kind}"
+        if refusal.status in (408, 504):
             outcome = "timeout"
         if visit.phase is RequestPhase.DESERTED:
             self.settle("client_gone")
         elif visit.phase is RequestPhase.BEGUN:
             head, event = visit.answer, b""
-            plain = head is not None and not head.coding and "content-length" not in head.values
-            if plain and head is not None and is_event_stream(head):
+            if head and is_event_stream(head) and not (head.coding or head.get("content-length")):
                 event = SSE_ERROR % refusal.body(self.call_id)
             record.bytes_out += len(event)
             self.request.connection.break_off(event)
@@ -5659,8 +5440,7 @@ class RelayHandler(BaseHandler):
             super().fail(refusal)
 
     def settle(self, outcome: str) -> None:
-        """Every way out passes here, once: book what was used, free what is held, write the log
-        line."""
+        """Every way out passes here, once: book what was used, free what is held, log it."""
         visit, gateway, upstream, step = self._visit, self.gateway, self._upstream, self.step
         if visit.phase is RequestPhase.SETTLED:
             return
@@ -5671,13 +5451,12 @@ class RelayHandler(BaseHandler):
             record.asked, visit.began = upstream.begun, upstream.begun > 0 and upstream.sent
             if outcome != "ok":
                 upstream.end(None)
+                for each in self._filters:
+                    each.finish(False)
         if step is not None and step is not asyncio.current_task():
             step.cancel()
         if self._held:
             self._free()
-        if outcome != "ok":
-            for each in self._filters:
-                each.finish(False)
         for end in gateway.rules.end:
             end(visit)
         record.path = shown_text(visit, visit.target.partition("?")[0])
@@ -5718,14 +5497,12 @@ class RelayHandler(BaseHandler):
             self.gateway.held.take(self._visit.record.hashed, -held)
 
     async def _breathe(self) -> None:
-        """At each turn of the loop a step of one body's, so that nobody waits for all that others
-        sent."""
+        """One body has each turn of the loop, so that nobody waits for all that others sent."""
         async with self.gateway.turn:
             await asyncio.sleep(0)
 
     def _go_unread(self, size: int) -> None:
-        """The body, of ``size`` bytes at least, is too large to be kept. Raises APIError where it
-        must be read."""
+        """A body of ``size`` bytes or more is not kept. Raises APIError 413 if it must be read."""
         if self._visit.reads_body:
             text = "This key is limited to some models or to a budget: its requests are read, and"
             raise APIError(413, f"{text} may be {JSON_BODY_LIMIT:,} bytes long.")
@@ -5743,18 +5520,15 @@ class RelayHandler(BaseHandler):
                 raise APIError(413, f"{text} {JSON_BODY_LIMIT:,} bytes long. Send it in parts.")
 
     def _stream(self, length: int, kept: bytes = b"") -> None:
-        """Open the upstream now; the body follows what is kept of it: `data_received` writes what
-        comes, until `post` says that it was all."""
+        """Open the upstream: what is kept, then what `data_received` writes, until `post`."""
         self._visit.lines.append(CHUNKED_LINE if length == CHUNKED else f"Content-Length: {length}")
         self._uploaded = asyncio.get_running_loop().create_future()
         self.fetch(kept, body_producer=lambda write: self._uploaded)
 
-    async def _send_inside(self, inside: Inside, data: bytes, complete: bool) -> None:
-        """Send compressed bytes on, once the filters have seen what they hold."""
-        await self._send_later(await inside.feed(data, complete), complete)
-
     async def _send_later(self, data: bytes, complete: bool) -> None:
-        """Send bytes on, once what they tell of is kept."""
+        """Send bytes on, once the filters have seen them and what they tell of is kept."""
+        if self._inside is not None:
+            data = await self._inside.feed(data, complete)
         for keep in self.gateway.rules.keep if self._visit.born else ():
             with contextlib.suppress(APIError):  # which is said, and tried again each second
                 await keep(self._visit)
@@ -5813,23 +5587,14 @@ class RelayHandler(BaseHandler):
     ) -> tuple[str, list[str]]:
         """An answer's start line and field lines as the client gets them: without hop-by-hop
         fields, with the gateway's own in the place of those of their names, the real key masked."""
-        unwanted, mask = head.options | self._visit.hidden, self._visit.mask
-        phrase, lines = head.reason, list[str]()
-        if own:
-            unwanted = unwanted.union(map(operator.itemgetter(0), own))
+        mask, phrase, lines = self._visit.mask, head.reason, list[str]()
+        unwanted = head.options.union(self._visit.hidden, map(operator.itemgetter(0), own))
         for lower, _, _, line, _, goes_down in head.fields:
             if goes_down and lower not in unwanted:
                 lines.append(line)
         if mask is not None and mask.text in "\n".join((phrase, *lines)):
             phrase, lines = mask.mask_text(phrase), [mask.mask_text(line) for line in lines]
-        for name, value in own:
-            lines.append(f"{name}: {value}")
-        return f"HTTP/1.1 {head.status} {phrase}", lines
-
-    @property
-    def is_streaming(self) -> bool:
-        """Whether a response of server-sent events is under way."""
-        return self._visit.answer is not None and is_event_stream(self._visit.answer)
+        return f"HTTP/1.1 {head.status} {phrase}", lines + field_lines(own)
 
 
 def shown_text(visit: Visit, text: str) -> str:
@@ -5911,7 +5676,9 @@ def is_nested(value: object, levels: int) -> bool:
 class KeyHandler(ManagementHandler):
     """POST /key/{deed} and /key/{key}/{deed}, as `deeds` lists them. Null clears a field."""
 
-    keeps_body = True
+    def data_received(self, chunk: bytes) -> None:
+        super().data_received(chunk)
+        self.request.body += chunk
 
     async def post(self, *path: str) -> None:
         try:
@@ -6040,8 +5807,7 @@ class KeyHandler(ManagementHandler):
 class InfoHandler(ManagementHandler):
     """GET /key/info?key=: LiteLLM's ``{"key", "info"}``. A virtual key may ask about itself."""
 
-    def prepare(self) -> None:
-        BaseHandler.prepare(self)  # `get` decides, since a key may ask about itself
+    prepare = BaseHandler.prepare  # `get` decides
 
     async def get(self) -> None:
         asked = self.query("key")
@@ -6155,23 +5921,24 @@ class ReportHandler(ManagementHandler):
 
 CONNECT = """\
 connect with
-  export ANTHROPIC_BASE_URL={base}
+  export ANTHROPIC_BASE_URL={base}/anthropic
   export ANTHROPIC_AUTH_TOKEN={key}
-  anthropic.Anthropic(base_url="{base}", api_key="{key}")
-  new Anthropic({{ baseURL: "{base}", apiKey: "{key}" }})"""
+  anthropic.Anthropic(base_url="{base}/anthropic", api_key="{key}")
+  new Anthropic({{ baseURL: "{base}/anthropic", apiKey: "{key}" }})"""
 
 
 class HelloHandler(BaseHandler):
     """HELLO_PATHS, of which a browser sees /, and 404 for every path that nothing else serves."""
 
     def prepare(self) -> None:
-        if self.request.path not in HELLO_PATHS:
-            raise web.HTTPError(404)
+        if (path := self.request.path) not in HELLO_PATHS:
+            text = f"Nothing is served at {printable(path)}. Anthropic's API is at /anthropic/v1/"
+            raise APIError(404, text)
         super().prepare()
 
     def get(self) -> None:
         self.set_header("Content-Type", "text/plain; charset=utf-8")
-        base = f"{self.request.protocol}://{self.request.host}{RELAY_PREFIX}"
+        base = f"{self.request.protocol}://{self.request.host}"
         told = CONNECT.format(base=base, key="<a virtual key>")
         self.finish(f"A gateway to Anthropic's API. Ask whoever runs it for a key, and {told}\n")
 
@@ -6185,16 +5952,15 @@ class HealthHandler(BaseHandler):
     def get(self, asked: str) -> None:
         if asked != "readiness":
             return self.send_json("I'm alive!")
-        gateway, ledger, traffic = self.gateway, self.gateway.ledger, self.gateway.traffic
+        gateway, ledger = self.gateway, self.gateway.ledger
         error = "" if ledger.is_writable() else ledger.last_error or "It cannot be written."
         status = "shutting_down" if gateway.stopping else "unhealthy" if error else "healthy"
         prices = "loaded" if gateway.prices.loaded else "loading"
         told: dict[str, Any] = {"status": status, "store": error or "writable"}
         told |= {"version": __version__, "prices": prices if gateway.prices.available else "none"}
         told["uptime"] = round((now() - gateway.started).total_seconds())
-        met = {"last_success": traffic.last_success, "last_failure": traffic.last_failure}
         self.set_status(200 if status == "healthy" else 503)
-        self.send_json(told | {"upstream": met | {"last_error": traffic.last_error or None}})
+        self.send_json(told | {"upstream": gateway.traffic.upstream})
 
 
 # Names are LiteLLM's where it has one (its docs, "Prometheus metrics"), else they begin "gateway_".
@@ -6275,7 +6041,8 @@ class MetricsHandler(ManagementHandler):
             left = None if limit is None else limit - spent
             hours = end and (end - moment) / timedelta(hours=1)
             budgets[record.shown_name,] = (spent, limit, left, hours)
-        streams = sum(handler.is_streaming for handler in gateway.active)
+        answers = [handler._visit.answer for handler in gateway.active]
+        streams = sum(head is not None and is_event_stream(head) for head in answers)
         for kind, labels, names, rows in (
             ("Counter", f"{KEYED} status_code", REQUEST_METRICS, requests),
             ("Counter", f"{KEYED} exception_status exception_class", FAILURE_METRICS, failed),
@@ -6616,7 +6383,7 @@ def announce(gateway: Gateway, port: int) -> None:
     if not gateway.prices.available:
         print("! genai-prices is not installed: tokens are counted, money is not")
     key = "anything" if is_open else "<a virtual key>"
-    print(CONNECT.format(base=url + RELAY_PREFIX, key=key), flush=True)
+    print(CONNECT.format(base=url, key=key), flush=True)
 
 
 def start_mock(settings: Settings) -> Settings:
@@ -6725,8 +6492,7 @@ async def check(settings: Settings) -> bool:
         findings.append((False, f"{upstream}: {error} See --upstream and the network."))
     for well, text in findings:
         print("ok  " if well else "FAIL", text)
-    base = base_url(settings, settings.port) + RELAY_PREFIX
-    print(CONNECT.format(base=base, key="<a virtual key>"))
+    print(CONNECT.format(base=base_url(settings, settings.port), key="<a virtual key>"))
     return all(well for well, _ in findings)
 
 
