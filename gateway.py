@@ -6128,6 +6128,8 @@ MOCK_KINDS = {402: "billing_error", 409: "conflict_error", 529: "overloaded_erro
 MOCK_COUNTS = dict.fromkeys(("processing", "succeeded", "errored", "canceled", "expired"), 0)
 JSONObject = dict[str, Any]
 MOCK_MODEL: JSONObject = {"type": "model", "created_at": "2026-01-01T00:00:00Z"}
+MOCK_SKILL: JSONObject = {"source": "anthropic", "latest_version_id": "1"} | MOCK_MODEL
+MOCK_SKILL |= {"type": "skill", "updated_at": MOCK_SKILL["created_at"]}
 
 
 class MockAnthropic(web.RequestHandler):
@@ -6138,6 +6140,7 @@ class MockAnthropic(web.RequestHandler):
     # What there is, by its kind and id, oldest first; by id the bytes of what has such.
     things: ClassVar[dict[str, dict[str, JSONObject]]] = {"batches": {}, "files": {}}
     things |= {"models": {n: MOCK_MODEL | {"id": n, "display_name": n} for n in MOCK_MODELS[::-1]}}
+    things |= {"skills": {"xlsx": MOCK_SKILL | {"id": "xlsx", "display_name": "Excel"}}}
     contents: ClassVar[dict[str, bytes]] = {}
     cached: ClassVar[collections.deque[str]] = collections.deque(maxlen=1000)  # prompts' beginnings
 
@@ -6175,15 +6178,20 @@ class MockAnthropic(web.RequestHandler):
                 batch = self.things["batches"][name]
                 batch["cancel_initiated_at"] = iso(now())
                 return batch | {"processing_status": "canceling"}
-            case "POST", "v1", "files":
-                if "file" not in self.request.files:
-                    raise APIError(400, "file: Field required")
-                name, file = mock_id("file"), self.request.files["file"][0]
-                about = JSONObject(type="file", id=name, filename=file.filename, downloadable=True)
+            case "POST", "v1", "files" | "skills" as kind:
+                files = self.request.files.get({"files": "file", "skills": "files[]"}[kind])
+                if not files:
+                    raise APIError(400, f"{kind}: Field required")
+                name, moment, file = mock_id(kind[:-1]), iso(now()), files[0]
+                about = JSONObject(type="file", filename=file.filename, downloadable=True)
                 about |= {"mime_type": file.content_type, "size_bytes": len(file.body)}
-                about["created_at"] = iso(now())
-                self.things["files"][name], self.contents[name] = about, file.body
-                return about
+                if kind == "skills":
+                    title = self.get_argument("display_name", file.filename.split("/")[0])
+                    about = MOCK_SKILL | {"source": "custom", "display_name": title}
+                    about |= {"latest_version_id": mock_id("skillver"), "updated_at": moment}
+                self.things[kind][name] = about | {"id": name, "created_at": moment}
+                self.contents[name] = file.body
+                return self.things[kind][name]
             case ("POST", "v1", "messages" | "batches", *_) if not isinstance(sent, dict):
                 raise APIError(400, "The body is not a JSON object")
             case "POST", "v1", "messages":
@@ -6193,24 +6201,33 @@ class MockAnthropic(web.RequestHandler):
                 return {"input_tokens": mock_tokens(sent.get("messages"))}
             case "POST", "v1", "batches":
                 return self._make_batch(sent)
-            case "GET", "v1", "models" | "batches" | "files" as kind:
-                names, after = [*self.things[kind]][::-1], self.get_argument("after_id", "")
-                names = names[names.index(after) + 1 :] if after in names else names
-                page = names[: int(self.get_argument("limit", "20"))]
+            case "GET", "v1", "models" | "batches" | "files" | "skills" as kind:
+                names, wanted = [*self.things[kind]][::-1], self.get_arguments("ids[]")
+                names = [name for name in names if name in wanted] if wanted else names
+                after = self.get_argument("page", "") or self.get_argument("after_id", "")
+                if after := after.removeprefix("page_"):
+                    if after not in names:
+                        raise APIError(400, f"{after} is no cursor of this list")
+                    names = names[names.index(after) + 1 :]
+                page = names[: int(self.get_argument("limit", "100" if wanted else "20"))]
                 first, last = (page[0], page[-1]) if page else (None, None)
                 told = {"has_more": page != names, "first_id": first, "last_id": last}
+                told["next_page"] = f"page_{last}" if page != names else None
                 return told | {"data": [self.things[kind][name] for name in page]}
-            case "GET", "v1", "models" | "batches" | "files" as kind, name:
+            case "GET", "v1", "models" | "batches" | "files" | "skills" as kind, name:
                 return self.things[kind][name]
+            case "GET", "v1", "skills", name, "versions":
+                skill, about = self.things["skills"][name], {"type": "skill_version", "name": name}
+                about |= {"id": skill["latest_version_id"], "skill_id": name, "description": ""}
+                return {"data": [skill | about], "next_page": None}
             case "GET", "v1", "batches" | "files" as kind, name, "results" | "content":
                 form = self.things[kind][name].get("mime_type", "application/x-jsonl")
                 self.set_header("Content-Type", form)
                 return self.contents[name]
-            case "DELETE", "v1", "batches" | "files" as kind, name:
-                gone = self.things[kind].pop(name)
-                del self.contents[name]
-                return {"id": name, "type": f"{gone['type']}_deleted"}
-            case _, "v1", "messages" | "models" | "batches" | "files", *_:
+            case "DELETE", "v1", "batches" | "files" | "skills" as kind, name:
+                del self.contents[name]  # which a built-in skill has none of
+                return {"id": name, "type": f"{self.things[kind].pop(name)['type']}_deleted"}
+            case _, "v1", "messages" | "models" | "batches" | "files" | "skills", *_:
                 raise APIError(405, "Method not allowed")
         raise APIError(404, "Not found")
 
@@ -6219,6 +6236,9 @@ class MockAnthropic(web.RequestHandler):
             if not isinstance(params.get(name), kind) or not params[name] > kind():
                 raise APIError(400, f"{name}: Field required")
         model, messages, limit = params["model"], params["messages"], params["max_tokens"]
+        text = json.dumps(params)
+        for name in re.findall('"file_id": "([^"]*)"', text):
+            _ = self.things["files"][name]
         if error := re.fullmatch("mock-error-([45][0-9]{2})", model):
             told = MOCK_KINDS.get(int(error[1]), "api_error")
             raise APIError(int(error[1]), "An error, as you asked.", kind=told)
@@ -6228,7 +6248,7 @@ class MockAnthropic(web.RequestHandler):
         words = f"You said: {' '.join(said)}".split(" ")[: min(limit, MOCK_MAX_TOKENS)]
         usage = JSONObject(input_tokens=mock_tokens(messages), output_tokens=len(words))
         cache = {"creation": 0, "read": 0}
-        if "cache_control" in json.dumps(params):  # it is written the first time, then read
+        if "cache_control" in text:  # it is written the first time, then read
             prefix = json.dumps([params.get("system"), params.get("tools")])
             cache["read" if prefix in self.cached else "creation"] = mock_tokens(prefix)
             self.cached.append(prefix)
