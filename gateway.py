@@ -1216,7 +1216,7 @@ class Order:
     cache: str = "input"  # the rate of what of the prompt may be written to the cache
 
     def add_message(self, params: Mapping[str, Any]) -> int:
-        """Count in each attempt of a message (SDK: beta_*_param); its tools' and fallbacks' number."""
+        """Count in each attempt of a message (SDK: beta_*_param); how many tools and fallbacks."""
         summed_up = params.get("compaction") is not None
         if isinstance(managed := params.get("context_management"), dict):
             edits = [each for each in list_of(managed.get("edits")) if isinstance(each, dict)]
@@ -5612,7 +5612,7 @@ class RelayHandler(BaseHandler):
                 lines.append(line)
         if mask is not None and mask.text in "\n".join((phrase, *lines)):
             phrase, lines = mask.mask_text(phrase), [mask.mask_text(line) for line in lines]
-        return f"HTTP/1.1 {head.status} {phrase}", lines + field_lines(own)
+        return f"HTTP/1.1 {head.status} {phrase}", [*lines, *map(": ".join, own)]
 
 
 def shown_text(visit: Visit, text: str) -> str:
@@ -5923,7 +5923,7 @@ class ReportHandler(ManagementHandler):
         rows = []
         for name, moment in itertools.islice(every, (page - 1) * size, page * size):
             owner, kind = things.places[name]
-            row = {"id": name, "kind": kind, "key": keys.get(owner)}
+            row: dict[str, Any] = {"id": name, "kind": kind, "key": keys.get(owner)}
             row |= {"shared": name in things.shared, "created_at": moment_of(int(moment))}
             rows.append(row)
         told = {"resources": rows, "total_count": total, "current_page": page}
