@@ -1105,12 +1105,12 @@ IDENTITY_FIELDS = frozenset({"anthropic-organization-id", WORKSPACE_FIELD})  # w
 NAME_END = re.compile(rb'(_ids?)"(?:\s{0,900}+:|\s{900})')  # with the spaces before its colon
 ESCAPED_LETTER = re.compile(rb"\\u00(?:5[fF]|6[1-9a-fA-F]|7[0-9aA])")
 NAMES = set(REFERENCES)
-LONGEST_NAME = 1000
+LONGEST_NAME, MAX_NAMES = 1000, 1000
 EVERYDAY, EVERYDAY_IN_MESSAGES = {name for _, name in WORDS}, {"container"}
 NOT_FOUND = {"files": "File `{}` not found.", "environments": "Environment {} not found."}
 NOT_FOUND |= {"skills": "Skill not found: {}", "sessions": "Session not found: {}"}
 NOT_FOUND |= {"memory_stores": "memory store not found: {}"}
-NOT_FOUND |= {"containers": "Container not found: {}"}
+NOT_FOUND |= {"containers": "Container not found: {}", "batches": "Message batch {} not found"}
 
 
 def not_found(kind: str, name: str) -> APIError:
@@ -1126,14 +1126,16 @@ def everyday_on(route: Route) -> set[str]:
 
 def names_in(body: bytes, start: int, words: set[str]) -> int:
     """How many members that name things may begin in LIGHT_BODY bytes from there on: a look that
-    takes a part of what reading does. Below 0 where it cannot tell: letters are escaped, or it is
-    UTF-16, which has zeros."""
+    takes a part of what reading does. Below 0 where it does not tell: letters are escaped, it is
+    UTF-16, which has zeros, or there are many."""
     stop = start + LIGHT_BODY
     if body.find(b"\0", start, stop) >= 0 or ESCAPED_LETTER.search(body, start, stop + 5):
         return -1
     quoted = (b'"%b"' % word.encode() for word in words)
     count = sum(body.count(word, start, stop + len(word) - 1) for word in quoted)
-    for found in NAME_END.finditer(body, start, stop + LONGEST_NAME):
+    for number, found in enumerate(NAME_END.finditer(body, start, stop + LONGEST_NAME)):
+        if number > MAX_NAMES:
+            return -1
         quote = body.rfind(b'"', max(0, found.start() - LONGEST_NAME), found.start())
         count += start <= quote < stop and body[quote + 1 : found.end(1)].decode("latin-1") in NAMES
     return count
@@ -1214,7 +1216,7 @@ class Order:
     cache: str = "input"  # the rate of what of the prompt may be written to the cache
 
     def add_message(self, params: Mapping[str, Any]) -> int:
-        """Count in each attempt of a message (SDK: beta_*_param); how many tools and fallbacks it has."""
+        """Count in each attempt of a message (SDK: beta_*_param); how many tools and fallbacks."""
         summed_up = params.get("compaction") is not None
         if isinstance(managed := params.get("context_management"), dict):
             edits = [each for each in list_of(managed.get("edits")) if isinstance(each, dict)]
@@ -1824,7 +1826,7 @@ class Things:
 
     def change(self, change: Mapping[str, Any]) -> None:
         """Take one in. Raises whatever Python does for what is none."""
-        if made := change.get("made"):
+        if (made := change.get("made")) is not None:
             math.fsum(made.values())  # raises for what is no number
             self._drop(made.keys() & self.places.keys())
             place = exactly(str, change["key"]), exactly(str, change["kind"])
@@ -2217,6 +2219,10 @@ class FileLedger(Ledger):
         except OSError as error:
             self._fail(error, self._file)
             return
+        if not self._things_file.path.exists():  # version 1.0 kept batches' owners with the keys
+            for key in keys.values():
+                made = {n: from_iso(b.day).timestamp() for n, b in key.account.batches.items()}
+                self.things.change({"key": key.owner, "kind": "batches", "made": made})
         self._load_things()
         known = {hashed: key.account for hashed, key in self.keys.items()}
         for index in (self.keys, self._lines, self._retired, self.batches, self._owners):
@@ -2229,9 +2235,6 @@ class FileLedger(Ledger):
                 del keys[hashed]
                 continue
             record.account = known.get(hashed, record.account)
-            batches = record.account.batches.items()  # version 1.0 kept whose they are there alone
-            if old := {n: from_iso(b.day).timestamp() for n, b in batches if n not in places}:
-                self._change({"key": record.owner, "kind": "batches", "made": old})
         self._apply(keys)
         self._touched |= known.keys() & keys.keys()
 
@@ -4552,6 +4555,7 @@ CURSORS = ("after_id", "before_id")
 CURSOR = re.compile(r"page_own_([0-9.]+)_([\w-]+)")  # the gateway's own: behind which file
 # A session and a run are of a deployment, a file is of the session that wrote it.
 PARENTS = {"sessions": "deployments", "deployment_runs": "deployments", "files": "sessions"}
+DREAMT = ("memory_stores", "sessions")
 SAFE_ID = re.compile(r"[\w-]+")
 
 
@@ -4588,32 +4592,33 @@ class Walls(Rule):
                 raise APIError(400, text)
 
     async def body(self, visit: Visit, body: Kept) -> None:
-        named, is_clear, words = 0, True, everyday_on(visit.route)
+        named, words, is_clear = 0, everyday_on(visit.route), True
         for start in range(0, len(body.data) if visit.refers else 0, LIGHT_BODY):
             if start:
                 await body.breathe()
             count = names_in(body.data, start, words)
-            named, is_clear = named + abs(count), is_clear and count >= 0
+            named, is_clear = named + abs(count), count >= 0
+            if not is_clear:
+                break
         document, names = body.read_at_once() if named and is_clear else None, words | NAMES
         things, found = await self.things_in(document, names, body)
         if found != named:  # some are hidden by others, or are none
-            things, _ = await self.things_in(
-                await body.read(strictly=True, wholly=True), names, body
-            )
+            document = await body.read(strictly=True, wholly=True)
+            things, _ = await self.things_in(document, names, body)
         for kind, name in things:
             await self.reach(visit, kind, name)
 
     async def things_in(
         self, document: object, names: set[str], body: Kept
-    ) -> tuple[set[tuple[str, str]], int]:
+    ) -> tuple[dict[tuple[str, str], None], int]:
         """What a document names, and how many of its members have one of these names."""
-        things, found = set[tuple[str, str]](), 0
+        things, found = dict[tuple[str, str], None](), 0
         for each in named_in(document, names):
             if each is None:
                 await body.breathe()
                 continue
             found += 1
-            things.update(each[1])
+            things |= dict.fromkeys(each[1])
         return things, found
 
     async def reach(self, visit: Visit, kind: str, name: str, *, changes: bool = False) -> Thing:
@@ -4636,6 +4641,9 @@ class Walls(Rule):
         """What is not known here, if the upstream says that Anthropic made it for all, or that it
         came of something that the caller reaches. It is asked only where that may be."""
         ledger, parents = visit.gateway.ledger, PARENTS.get(kind)
+        await self.ask_dreams(visit, key, kind)
+        if thing := (await ledger.find_things([name])).get(name):
+            return thing
         is_custom = kind != "skills" or name.startswith(KINDS["skills"])
         may_be = await ledger.reached(key, parents) if parents else not is_custom
         if not may_be or not SAFE_ID.fullmatch(name):
@@ -4651,6 +4659,13 @@ class Walls(Rule):
             return None
         await ledger.own(thing.owner, kind, {name: moment_in(found)})
         return thing._replace(kind=kind)
+
+    async def ask_dreams(self, visit: Visit, key: VirtualKey, kind: str) -> None:
+        """Dreams make memory stores and sessions, and tell so themselves alone."""
+        if kind in DREAMT and await visit.gateway.ledger.reached(key, "dreams"):
+            with contextlib.suppress(UpstreamError):
+                page = await self.ask(visit, "/v1/dreams?limit=100")
+                await self.visible(visit, list_of(page.get("data")), "dreams")
 
     async def ask(self, visit: Visit, target: str) -> dict[str, Any]:
         """An object of the upstream's. Raises UpstreamError."""
@@ -4726,8 +4741,9 @@ class Walls(Rule):
             document = await self.ask(visit, visit.target)
         if not isinstance(document, dict):
             raise APIError(502, "The upstream's list cannot be read.")
-        rows = list_of(document.get("data"))
-        shown = await self.visible(visit, rows)
+        rows, kind = list_of(document.get("data")), visit.route.kind
+        await self.ask_dreams(visit, cast(VirtualKey, visit.payer), kind)
+        shown = await self.visible(visit, rows, kind)
         if "has_more" in document and "next_page" not in document:
             return await self.fill(visit, body, document, shown)
         next_page = document.get("next_page")
@@ -4751,15 +4767,15 @@ class Walls(Rule):
             asked |= {"limit": str(MAX_ROWS_LISTED), cursor: id_of(rows[0 if backwards else -1])}
             page = await self.ask(visit, f"{path}?{urllib.parse.urlencode(asked)}")
             rows = list_of(page.get("data"))
-            found = await self.visible(visit, rows)
+            found = await self.visible(visit, rows, visit.route.kind)
             shown = found + shown if backwards else shown + found
         has_more = len(shown) > limit
         if is_whole and has_more == document["has_more"]:
             return body
         return as_list(document, shown[-limit:] if backwards else shown[:limit], has_more)
 
-    async def visible(self, visit: Visit, rows: Sequence[Any]) -> list[Any]:
-        """The rows that the caller reaches; what came of his own is his."""
+    async def visible(self, visit: Visit, rows: Sequence[Any], of: str) -> list[Any]:
+        """The rows of a kind that the caller reaches; what came of his own is his."""
         key, ledger, born = visit.payer, visit.gateway.ledger, dict[tuple[str, str], Any]()
         assert key is not None
         objects = [row for row in rows if isinstance(row, dict)]
@@ -4771,13 +4787,13 @@ class Walls(Rule):
             name, above = id_of(row), known.get(str(parent_of(row)))
             thing = known.get(name)
             if thing is None and above is not None and above.belongs_to(key) and name:
-                born.setdefault((above.owner, visit.route.kind), {})[name] = moment_in(row)
+                born.setdefault((above.owner, of), {})[name] = moment_in(row)
                 thing = above
             if thing is not None and thing.is_for(key):
                 for kind, product in products_of(row):
                     born.setdefault((thing.owner, kind), {})[product] = moment_in(row)
                 shown.append(row)
-            elif thing is None and visit.route.kind == "skills" and is_published(row):
+            elif thing is None and of == "skills" and is_published(row):
                 shown.append(row)
         for (owner, kind), made in born.items():
             await ledger.own(owner, kind, made)
@@ -4857,13 +4873,15 @@ def unknown_id(kind: str) -> str:
 def as_list(document: dict[str, Any], rows: Sequence[Any], more: object) -> bytes:
     """A list with these rows, and whether there are more or the cursor that leads to them; without
     numbers, and other rows, that others' things could change."""
-    told = {
-        name: value for name, value in document.items() if type(value) not in (int, float, list)
-    }
-    ends: dict[str, Any] = {"has_more": bool(more), "next_page": more or None}
-    ends["first_id"], ends["last_id"] = (id_of(rows[0]), id_of(rows[-1])) if rows else (None, None)
-    told |= {"data": rows} | {name: ends[name] for name in ends if name in told}
-    return json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode()
+    told: dict[str, Any] = {"data": rows, "has_more": bool(more), "next_page": more or None}
+    told["first_id"], told["last_id"] = (id_of(rows[0]), id_of(rows[-1])) if rows else (None, None)
+    kept = {n: told.get(n, v) for n, v in document.items() if n in told or not is_telling(v)}
+    return json.dumps(kept, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def is_telling(value: object) -> bool:
+    """Whether a member of a list may tell of rows that it does not show."""
+    return type(value) in (int, float, list)
 
 
 RULES = (Credentials(), Routes(), Models(), Fields(), Limits(), Walls(), Batches())
@@ -5594,7 +5612,7 @@ class RelayHandler(BaseHandler):
                 lines.append(line)
         if mask is not None and mask.text in "\n".join((phrase, *lines)):
             phrase, lines = mask.mask_text(phrase), [mask.mask_text(line) for line in lines]
-        return f"HTTP/1.1 {head.status} {phrase}", lines + field_lines(own)
+        return f"HTTP/1.1 {head.status} {phrase}", [*lines, *map(": ".join, own)]
 
 
 def shown_text(visit: Visit, text: str) -> str:
@@ -5630,6 +5648,12 @@ class ManagementHandler(BaseHandler):
                 raise APIError(403, "Only the master key may do this; a virtual key was sent.")
             raise APIError(401, "Send the master key as 'Authorization: Bearer' or 'x-api-key'.")
         self.gateway.ledger.notice_edit()
+
+    def owner_of(self, named: Any) -> str:
+        """What the things of a key are kept under, by its alias, plain value or hash. Raises
+        APIError 400, 404."""
+        by_alias = self.gateway.ledger.find("", named) if isinstance(named, str) else None
+        return (by_alias[1] if by_alias else self.addressed({"key": named})).owner
 
     def addressed(self, body: dict[str, Any]) -> VirtualKey:
         """Take ``key`` (plain or hash) or ``key_alias`` out of a body. Raises APIError 400, 404."""
@@ -5785,10 +5809,8 @@ class KeyHandler(ManagementHandler):
         ids, kind, key = TEXTS.parse("ids", body.get("ids")), body.get("kind"), body.get("key")
         if not ids or "key" not in body or not (kind is None or isinstance(kind, str)):
             raise APIError(400, "'ids' must list things, and 'key' name a key, '*' or null.")
-        owner, ledger = None if key == "*" else "", self.gateway.ledger
-        if key not in ("*", None):
-            named = {"key_alias": key} if ledger.find("", str(key)) else {"key": key}
-            owner = self.addressed(named).owner
+        ledger = self.gateway.ledger
+        owner = {"*": None, None: ""}[key] if key in ("*", None) else self.owner_of(key)
         known, names = await ledger.find_things(ids), dict[str, str]()
         for name in ids:
             guessed = next((k for k, prefix in KINDS.items() if name.startswith(prefix)), None)
@@ -5892,23 +5914,18 @@ class ReportHandler(ManagementHandler):
     def list_resources(self) -> dict[str, Any]:
         """Pages of what is whose, of a ``key`` or of a ``kind``."""
         page, size = self.query("page", ORDINAL, 1), self.query("size", ORDINAL, MAX_PAGE_SIZE)
-        asked, kind, ledger = self.query("key"), self.query("kind"), self.gateway.ledger
-        owner = self.addressed({"key": asked}).owner if asked else None
-        keys = {key.owner: key.account.hashed for _, key in ledger.live()}
-        size, things = min(size, MAX_PAGE_SIZE), ledger.things
+        asked, kind, things = self.query("key"), self.query("kind"), self.gateway.ledger.things
+        owner, size = self.owner_of(asked) if asked else None, min(size, MAX_PAGE_SIZE)
+        keys = {key.owner: hashed for hashed, key in self.gateway.ledger.live()}
         chosen = [p for p in things.made if owner in (None, p[0]) and kind in ("", p[1])]
         total = sum(len(things.made[place]) for place in chosen)
         every = itertools.chain.from_iterable(things.made[place].items() for place in chosen)
         rows = []
         for name, moment in itertools.islice(every, (page - 1) * size, page * size):
             owner, kind = things.places[name]
-            row = {
-                "id": name,
-                "kind": kind,
-                "key": keys.get(owner),
-                "shared": name in things.shared,
-            }
-            rows.append(row | {"created_at": moment_of(int(moment))})
+            row: dict[str, Any] = {"id": name, "kind": kind, "key": keys.get(owner)}
+            row |= {"shared": name in things.shared, "created_at": moment_of(int(moment))}
+            rows.append(row)
         told = {"resources": rows, "total_count": total, "current_page": page}
         return told | {"total_pages": -(-total // size)}
 
