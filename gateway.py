@@ -303,8 +303,7 @@ def from_iso(text: str) -> datetime:
 
 
 def later(start: datetime, duration: str) -> datetime:
-    """``start`` plus a duration like ``30s 30m 30h 30d 2w 1mo`` (LiteLLM's units; calendar months).
-    Raises ValueError for anything else, it or OverflowError past the year 9999."""
+    """``start`` plus ``30s 30m 1h 30d 2w 1mo`` as in LiteLLM. Raises ValueError, OverflowError."""
     [(amount, unit)] = DURATION.findall(duration)
     if unit != "mo":
         return start + timedelta(seconds=int(amount) * UNIT_SECONDS[unit])
@@ -658,10 +657,9 @@ def kept(kind: Kind, load: Any = None, *, settable: bool = True, shown: bool = T
 @dataclass(slots=True)
 class VirtualKey:
     """One line of keys.json: what a key is and may do; the names are LiteLLM's. Budgets are USD,
-    ``rpm_limit`` and ``tpm_limit`` a minute, None is no limit. ``unmetered_routes`` lets a key with
-    a budget spend where the gateway cannot count it. ``retired``: the hashes before it was
-    regenerated, and until when they work. ``resources``: whose things it reaches (REACHES);
-    ``owner_id``: what its own are kept under. A deleted key keeps its line for a while."""
+    None is no limit. ``unmetered_routes`` lets it spend where the gateway cannot count, ``retired``
+    has the hashes before it was regenerated, and until when they work, ``resources`` whose things
+    it reaches (REACHES), ``owner_id`` what its own are kept under."""
 
     key_name: str = kept(NAME, settable=False)
     key_alias: str | None = kept(TEXT)
@@ -801,8 +799,7 @@ class Route:
 
     def __init__(self, method: str, path: str) -> None:
         self.fetches, self.deletes = method in ("GET", "HEAD", "OPTIONS"), method == "DELETE"
-        # The collection it is about, as KINDS has them; empty where things are nobody's. The thing
-        # in it that the path names, and what of that, from "/" on.
+        # The collection (one of KINDS, or none), the thing in it, and what of that, from "/" on.
         found = COLLECTION.fullmatch(path)
         kind, name, self.below = found.groups("") if found else ("", "", "")
         if kind in NO_COLLECTIONS:
@@ -811,12 +808,9 @@ class Route:
         batches, billed = BATCHES.fullmatch(path) is not None, path.removesuffix("/") in BILLED
         results = batches and self.below == "/results"
         # What orders something that its path does not tell is closed; a batch's own id does not.
-        known = not (batches and name) or self.below == "/cancel"
-        known = known or self.fetches or self.deletes
-        # Every key may call it, as far as its ``allowed_routes`` go.
-        self.open = known and OPEN.fullmatch(path) is not None
-        # It orders something that costs money and that can be estimated.
-        self.billed = billed and not self.fetches
+        known = self.fetches or self.deletes or not (batches and name) or self.below == "/cancel"
+        self.open = known and OPEN.fullmatch(path) is not None  # to any key, as its routes allow
+        self.billed = billed and not self.fetches  # it orders what costs money, as estimated
         # No budget stands against it: counting, models, fetching paid batches.
         self.free = (self.fetches and batches) or FREE.fullmatch(path) is not None
         # The gateway looks into its answer; no rule looks at its body.
@@ -1071,10 +1065,8 @@ def models_in(document: object, route: Route) -> Iterator[object]:
             holders += holder if isinstance(holder, list) else members.values()
             yield members.get("model")
         return
-    rows: list[Any] = [{"params": document}]
-    if route.makes_batch:
-        rows = list_of(members_of(document).get("requests"))
-    for row in rows:
+    rows = members_of(document).get("requests") if route.makes_batch else [{"params": document}]
+    for row in list_of(rows):
         params = members_of(members_of(row).get("params"))
         fallbacks, tools = attempts_in(params)
         yield params.get("model")
@@ -1215,16 +1207,14 @@ class Order:
     max_tokens: int = MAX_OUTPUT
     thinking: int = 0  # tokens that may be thought unseen
     streams: bool = False
-    # For each model, in fast mode or not, and in the US or not: tokens of prompt and of output, and
-    # web searches. Where it is empty, `model` has the prompt and `max_tokens`.
+    # By (model, fast, US): tokens of prompt and of output, web searches. Empty: `model` has it all.
     parts: dict[tuple[str, bool, bool], list[int]] = field(default_factory=dict)
     prompts: int = 1  # messages that share the prompt
     batched: bool = False
     cache: str = "input"  # the rate of what of the prompt may be written to the cache
 
     def add_message(self, params: Mapping[str, Any]) -> int:
-        """Count in each attempt that a message may make, at its own model; how many tools and
-        fallbacks it has. SDK: beta_{fallback,advisor_tool,compaction_config}_param."""
+        """Count in a message's attempts (SDK: beta_*_param); the number of fallbacks and tools."""
         summed_up = params.get("compaction") is not None
         if isinstance(managed := params.get("context_management"), dict):
             edits = [each for each in list_of(managed.get("edits")) if isinstance(each, dict)]
@@ -1348,12 +1338,11 @@ def tally_of(usage: Mapping[str, Any]) -> Tally:
     """The counts of a usage object, or of an entry of its ``iterations``."""
     tally = Tally(0, 0, count_of(usage, "input_tokens"), count_of(usage, "output_tokens"))
     tally.cache_read_tokens = count_of(usage, "cache_read_input_tokens")
-    # Writes whose length of life is not told are 5-minute ones, Anthropic's default.
-    tally.cache_write_5m_tokens = count_of(usage, "cache_creation_input_tokens")
-    if written := usage.get("cache_creation"):
-        tally.cache_write_1h_tokens = hour = count_of(written, "ephemeral_1h_input_tokens")
-        five = count_of(written, "ephemeral_5m_input_tokens")
-        tally.cache_write_5m_tokens = max(five, tally.cache_write_5m_tokens - hour)
+    written = usage.get("cache_creation")
+    tally.cache_write_1h_tokens = hour = count_of(written, "ephemeral_1h_input_tokens")
+    five = count_of(written, "ephemeral_5m_input_tokens")
+    # Those whose length of life is not told are 5-minute ones, Anthropic's default.
+    tally.cache_write_5m_tokens = max(five, count_of(usage, "cache_creation_input_tokens") - hour)
     return tally
 
 
