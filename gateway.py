@@ -78,7 +78,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, ClassVar, Generic, NamedTuple, NoReturn, Protocol, TypedDict, TypeVar, cast
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypedDict, TypeVar, cast
 
 import tornado
 from tornado import httputil, netutil, web
@@ -1105,12 +1105,12 @@ IDENTITY_FIELDS = frozenset({"anthropic-organization-id", WORKSPACE_FIELD})  # w
 NAME_END = re.compile(rb'(_ids?)"(?:\s{0,900}+:|\s{900})')  # with the spaces before its colon
 ESCAPED_LETTER = re.compile(rb"\\u00(?:5[fF]|6[1-9a-fA-F]|7[0-9aA])")
 NAMES = set(REFERENCES)
-LONGEST_NAME = 1000
+LONGEST_NAME, MAX_NAMES = 1000, 1000
 EVERYDAY, EVERYDAY_IN_MESSAGES = {name for _, name in WORDS}, {"container"}
 NOT_FOUND = {"files": "File `{}` not found.", "environments": "Environment {} not found."}
 NOT_FOUND |= {"skills": "Skill not found: {}", "sessions": "Session not found: {}"}
 NOT_FOUND |= {"memory_stores": "memory store not found: {}"}
-NOT_FOUND |= {"containers": "Container not found: {}"}
+NOT_FOUND |= {"containers": "Container not found: {}", "batches": "Message batch {} not found"}
 
 
 def not_found(kind: str, name: str) -> APIError:
@@ -1126,14 +1126,16 @@ def everyday_on(route: Route) -> set[str]:
 
 def names_in(body: bytes, start: int, words: set[str]) -> int:
     """How many members that name things may begin in LIGHT_BODY bytes from there on: a look that
-    takes a part of what reading does. Below 0 where it cannot tell: letters are escaped, or it is
-    UTF-16, which has zeros."""
+    takes a part of what reading does. Below 0 where it does not tell: letters are escaped, it is
+    UTF-16, which has zeros, or there are many."""
     stop = start + LIGHT_BODY
     if body.find(b"\0", start, stop) >= 0 or ESCAPED_LETTER.search(body, start, stop + 5):
         return -1
     quoted = (b'"%b"' % word.encode() for word in words)
     count = sum(body.count(word, start, stop + len(word) - 1) for word in quoted)
-    for found in NAME_END.finditer(body, start, stop + LONGEST_NAME):
+    for number, found in enumerate(NAME_END.finditer(body, start, stop + LONGEST_NAME)):
+        if number > MAX_NAMES:
+            return -1
         quote = body.rfind(b'"', max(0, found.start() - LONGEST_NAME), found.start())
         count += start <= quote < stop and body[quote + 1 : found.end(1)].decode("latin-1") in NAMES
     return count
@@ -1214,7 +1216,7 @@ class Order:
     cache: str = "input"  # the rate of what of the prompt may be written to the cache
 
     def add_message(self, params: Mapping[str, Any]) -> int:
-        """Count in a message's attempts (SDK: beta_*_param); the number of fallbacks and tools."""
+        """Count in each attempt of a message (SDK: beta_*_param); how many tools and fallbacks."""
         summed_up = params.get("compaction") is not None
         if isinstance(managed := params.get("context_management"), dict):
             edits = [each for each in list_of(managed.get("edits")) if isinstance(each, dict)]
@@ -1824,7 +1826,7 @@ class Things:
 
     def change(self, change: Mapping[str, Any]) -> None:
         """Take one in. Raises whatever Python does for what is none."""
-        if made := change.get("made"):
+        if (made := change.get("made")) is not None:
             math.fsum(made.values())  # raises for what is no number
             self._drop(made.keys() & self.places.keys())
             place = exactly(str, change["key"]), exactly(str, change["kind"])
@@ -2217,6 +2219,10 @@ class FileLedger(Ledger):
         except OSError as error:
             self._fail(error, self._file)
             return
+        if not self._things_file.path.exists():  # version 1.0 kept batches' owners with the keys
+            for key in keys.values():
+                made = {n: from_iso(b.day).timestamp() for n, b in key.account.batches.items()}
+                self.things.change({"key": key.owner, "kind": "batches", "made": made})
         self._load_things()
         known = {hashed: key.account for hashed, key in self.keys.items()}
         for index in (self.keys, self._lines, self._retired, self.batches, self._owners):
@@ -2229,9 +2235,6 @@ class FileLedger(Ledger):
                 del keys[hashed]
                 continue
             record.account = known.get(hashed, record.account)
-            batches = record.account.batches.items()  # version 1.0 kept whose they are there alone
-            if old := {n: from_iso(b.day).timestamp() for n, b in batches if n not in places}:
-                self._change({"key": record.owner, "kind": "batches", "made": old})
         self._apply(keys)
         self._touched |= known.keys() & keys.keys()
 
@@ -2349,13 +2352,11 @@ def check_budget(
 
 # ─── Wire ─────────────────────────────────────────────────────────────────────────────────────────
 #
-# HTTP/1.1 stands here once, apart from I/O: requests that arrive and responses that come back are
-# read by the same strict grammar, so that nobody can make the two sides disagree about where a
-# message ends (RFC 9112 section 11.2, request smuggling).
+# HTTP/1.1, once and apart from I/O: requests and responses are read by the same strict grammar, so
+# that nobody makes the two sides disagree where a message ends (RFC 9112 section 11.2, smuggling).
 
 MAX_HEAD_SIZE = 64 * KIB  # Tornado's default max_header_size
 MAX_FIELDS = 200  # of a head; Apache's limit is 100, Node's 2,000
-MAX_METHOD = 32  # characters; the longest that is registered has 16 (RFC 4437)
 MAX_EMPTY_LINES = 4  # before a request; RFC 9112 section 2.2 speaks of one
 CHUNKS_A_TURN = 1000  # of a body that are read before the loop may do something else …
 READ_A_TURN = 256_000  # … and bytes of an answer: uvloop would read so many, 32 times over
@@ -2367,10 +2368,11 @@ LAST_CHUNK = b"0\r\n\r\n"
 CHUNKED_LINE = "Transfer-Encoding: chunked"
 
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 section 5.6.2
+METHOD = TOKEN[:-1] + "{1,32}"  # the longest that is registered has 16 characters (RFC 4437)
 FIELD_VALUE = r"[\t\x20-\x7e\x80-\xff]*"  # RFC 9110 section 5.5: no CR, LF, NUL or other control
 ABSOLUTE_TARGET = re.compile(r"https?://([^/?#]*)(.*)", re.IGNORECASE)
-REQUEST_LINE = re.compile(rf"({TOKEN}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])")
-STATUS_LINE = re.compile(rf"HTTP/1\.([01]) ([1-9][0-9]{{2}})(?: ({FIELD_VALUE}))?")
+REQUEST_LINE = re.compile(rf"({METHOD}) ([\x21-\x7e\x80-\xff]+) HTTP/1\.(?P<version>[01])")
+STATUS_LINE = re.compile(rf"HTTP/1\.(?P<version>[01]) ([1-9][0-9]{{2}})(?: ({FIELD_VALUE}))?")
 FIELD_LINE = re.compile(rf"{TOKEN}:{FIELD_VALUE}")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 CHUNK_START = re.compile(rb"([0-9A-Fa-f]{1,16})\r\n")
@@ -2379,29 +2381,22 @@ BARE_LF = re.compile(rb"(?<!\r)\n")
 # RFC 9110 section 7.6.1, and Proxy-Connection, which old clients send.
 HOP_BY_HOP = {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te"}
 HOP_BY_HOP |= {"proxy-connection", "trailer", "transfer-encoding", "upgrade"}
-# Request fields that stay here, beside the hop-by-hop ones. Some servers take the last three for
-# the method, which the rules have looked at already.
+# These stay here too; some servers take the last three for the method, which rules have looked at.
 DROPPED_REQUEST_FIELDS = HOP_BY_HOP | {"host", "content-length", "expect", "cookie", "forwarded"}
 DROPPED_REQUEST_FIELDS |= {"authorization", "x-api-key"}
 DROPPED_REQUEST_FIELDS |= {"x-http-method", "x-http-method-override", "x-method-override"}
 DROPPED_REQUEST_PREFIXES = ("x-litellm-", "x-forwarded-")
 
 
-class ProtocolError(Exception):
-    """Bytes that are not HTTP/1.1, or not so that both sides must read them alike; ``status`` is
-    what a client is answered."""
-
-    def __init__(self, message: str, status: int = 400) -> None:
-        super().__init__(message)
-        self.status = status
+class ProtocolError(APIError):
+    """Bytes that are not HTTP/1.1, or not so that both sides must read them alike."""
 
 
 class Field(NamedTuple):
-    """A header field: its name in lower case, its one value, the name and the line as they came;
-    and whether it goes on, up and down, where ``Connection`` does not name it."""
+    """A header field, and whether it goes on, up and down, unless ``Connection`` names it."""
 
-    lower: str
-    values: tuple[str, ...]
+    lower: str  # its name in lower case; below it as it came
+    values: tuple[str, ...]  # its one value
     name: str
     line: str
     goes_up: bool
@@ -2410,13 +2405,13 @@ class Field(NamedTuple):
 
 NAME_AND_VALUES = operator.itemgetter(0, 1)
 NO_OPTIONS: frozenset[str] = frozenset()
+HeadParts = tuple[int, list[Field], dict[str, tuple[str, ...]], frozenset[str], bool, int | None]
 
 
 @dataclass(slots=True)
 class Head:
-    """A message's header fields: ``fields`` as they came, in their order; ``values`` by lower-case
-    name. ``version`` is the minor version of HTTP/1, ``options`` are what ``Connection`` lists, in
-    lower case; ``length`` is the body's: bytes, CHUNKED, or None where it is not said."""
+    """A message's head; ``version`` is HTTP/1's minor one, ``values`` are by lower-case name, the
+    ``options`` of ``Connection`` in lower case; the ``length`` is in bytes, CHUNKED or not said."""
 
     version: int
     fields: list[Field]
@@ -2440,8 +2435,8 @@ class Head:
 
 @dataclass(slots=True)
 class RequestHead(Head):
-    """A request's head; ``target`` is the raw request target, from its path on; ``host`` is whom it
-    is for: the target's own authority, or the Host field's, empty where HTTP/1.0 has none."""
+    """``target`` is the raw request target, from its path on; ``host`` is whom it is for: the
+    target's own authority, or the Host field's, empty where HTTP/1.0 has none."""
 
     method: str
     target: str
@@ -2456,15 +2451,18 @@ class ResponseHead(Head):
     reason: str
 
 
-def parse_fields(
-    block: str, version: int
-) -> tuple[int, list[Field], dict[str, tuple[str, ...]], frozenset[str], bool, int | None]:
-    """Read header field lines, with CRLF between them: the members of a `Head`. Lengths go by RFC
-    9112 section 6, without its leniencies: both, two of a kind, or a coding other than chunked is
-    an error, since two readers could understand it differently. Raises ProtocolError."""
+def parse_head(data: bytes, start: re.Pattern[str]) -> tuple[re.Match[str], HeadParts]:
+    """Read what stands before the empty line of a message: its start line, and the members of a
+    `Head`. Raises ProtocolError, also where RFC 9112 section 6 is lenient: two lengths, say, could
+    be understood differently by two readers."""
+    line, _, block = data.decode("latin-1").partition("\r\n")
+    match = start.fullmatch(line)
+    if not match:
+        raise ProtocolError(400, "the start line is malformed")
+    version = int(match["version"])
     lines = block.split("\r\n") if block else []
     if len(lines) > MAX_FIELDS:
-        raise ProtocolError(f"the head has more than {MAX_FIELDS:,} fields", 431)
+        raise ProtocolError(431, f"the head has more than {MAX_FIELDS:,} fields")
     fields = list(map(read_field if len(block) <= KEPT_HEAD else parse_field, lines))
     values = dict(map(NAME_AND_VALUES, fields))
     if len(values) < len(fields):
@@ -2479,22 +2477,21 @@ def parse_fields(
     if "transfer-encoding" in values:
         codings, length = values["transfer-encoding"], CHUNKED
         if "content-length" in values or version == 0 or len(codings) != 1:
-            raise ProtocolError("Transfer-Encoding stands beside another length, or in HTTP/1.0")
+            raise ProtocolError(400, "Transfer-Encoding is beside another length, or in HTTP/1.0")
         if codings[0].lower() != "chunked":
-            raise ProtocolError("the only transfer coding understood is chunked", 501)
+            raise ProtocolError(501, "the only transfer coding understood is chunked")
     elif "content-length" in values:
         lengths = values["content-length"]
         if len(lengths) != 1 or not LENGTH.fullmatch(lengths[0]):
-            raise ProtocolError("Content-Length is malformed or stands twice")
+            raise ProtocolError(400, "Content-Length is malformed or stands twice")
         length = int(lengths[0])
-    return version, fields, values, options, keeps_alive, length
+    return match, (version, fields, values, options, keeps_alive, length)
 
 
 def parse_field(line: str) -> Field:
-    """Read a field line: no obsolete folding, no space before the colon, no lone CR or LF (RFC 9112
-    section 5). Raises ProtocolError."""
+    """Read a field line, by RFC 9112 section 5 but without folding. Raises ProtocolError."""
     if not FIELD_LINE.fullmatch(line):
-        raise ProtocolError("a header field is malformed")
+        raise ProtocolError(400, "a header field is malformed")
     name, _, value = line.partition(":")
     value, lower = value.strip(" \t"), name.lower()
     dropped = lower in DROPPED_REQUEST_FIELDS or lower.startswith(DROPPED_REQUEST_PREFIXES)
@@ -2507,15 +2504,10 @@ read_field = functools.lru_cache(maxsize=512)(parse_field)
 
 def parse_request_head(data: bytes) -> RequestHead:
     """Read what stands before the empty line of a request. Raises ProtocolError."""
-    line, _, block = data.decode("latin-1").partition("\r\n")
-    match = REQUEST_LINE.fullmatch(line)
-    if not match or match.end(1) > MAX_METHOD:
-        raise ProtocolError("the request line is malformed")
-    method, target, version = match.groups()
-    parts = parse_fields(block, int(version))
-    hosts = parts[2].get("host", ())
-    if len(hosts) > 1 or (not hosts and version == "1"):
-        raise ProtocolError("a request has exactly one Host field")  # RFC 9112 section 3.2
+    match, parts = parse_head(data, REQUEST_LINE)
+    method, target, hosts = match[1], match[2], parts[2].get("host", ())
+    if len(hosts) > 1 or (not hosts and parts[0] == 1):
+        raise ProtocolError(400, "a request has exactly one Host field")  # RFC 9112 section 3.2
     host = hosts[0] if hosts else ""
     if not target.startswith("/") and (absolute := ABSOLUTE_TARGET.fullmatch(target)):
         host, path = absolute[1].rpartition("@")[2], absolute[2]  # RFC 9112 section 3.2.2
@@ -2525,42 +2517,34 @@ def parse_request_head(data: bytes) -> RequestHead:
 
 def parse_response_head(data: bytes) -> ResponseHead:
     """Read what stands before the empty line of a response. Raises ProtocolError."""
-    line, _, block = data.decode("latin-1").partition("\r\n")
-    match = STATUS_LINE.fullmatch(line)
-    if not match:
-        raise ProtocolError("the status line is malformed")
-    parts = parse_fields(block, int(match[1]))
+    match, parts = parse_head(data, STATUS_LINE)
     return ResponseHead(*parts, int(match[2]), match[3] or "")
 
 
 def end_of_head(data: bytes, seen: int) -> int:
-    """Where the empty line behind a message's head stands, of which so many bytes were ``seen``
-    before; -1 while it is not whole. Raises ProtocolError."""
+    """Where a head of which ``seen`` bytes are known ends; -1: not yet. Raises ProtocolError."""
     start = max(0, seen - 3)
     end = data.find(b"\r\n\r\n", start)
     if 0 <= end <= MAX_HEAD_SIZE:
         return end
     if len(data) > MAX_HEAD_SIZE:
-        raise ProtocolError(f"the head is larger than {MAX_HEAD_SIZE:,} bytes", 431)
+        raise ProtocolError(431, f"the head is larger than {MAX_HEAD_SIZE:,} bytes")
     if BARE_LF.search(data, start):
-        raise ProtocolError("lines end with CR LF")
+        raise ProtocolError(400, "lines end with CR LF")
     return -1
 
 
-# What the next line of a chunked body is: a chunk's size, the end behind its data, or a trailer.
-ChunkLine = enum.Enum("ChunkLine", "SIZE END TRAILER")
+ChunkLine = enum.Enum("ChunkLine", "SIZE END TRAILER")  # END stands behind a chunk's data
 
 
 class Body:
-    """Takes a message body out of the bytes of a connection (RFC 9112 sections 6 and 7.1), whose
-    ``length`` is a number of bytes, CHUNKED or UNTIL_CLOSE. Chunk extensions and trailers are read
-    and dropped, as section 7.1.1 asks of a recipient that does not know them."""
+    """Takes a body of ``length`` (bytes, CHUNKED, UNTIL_CLOSE) out of a connection's bytes, by RFC
+    9112 sections 6 and 7.1; chunk extensions and trailers are dropped, as section 7.1.1 asks."""
 
     __slots__ = ("_left", "_next", "_partial", "_trailers", "complete", "length")
 
     def __init__(self, length: int) -> None:
-        self.length = length
-        self.complete = length == 0
+        self.length, self.complete = length, length == 0
         self._left = max(length, 0)  # of the body, or of a chunk
         self._next, self._partial, self._trailers = ChunkLine.SIZE, b"", 0
 
@@ -2601,23 +2585,23 @@ class Body:
             end = data.find(b"\r\n", at)
             if end < 0 or end - at > MAX_CHUNK_LINE:
                 if len(data) - at > MAX_CHUNK_LINE or BARE_LF.search(data, at):
-                    raise ProtocolError("a chunk's size line is malformed")
+                    raise ProtocolError(400, "a chunk's size line is malformed")
                 self._partial, at = data[at:], len(data)
                 break
             line, at = data[at:end], end + 2
             if self._next is ChunkLine.SIZE:
                 if not (match := CHUNK_SIZE.fullmatch(line)):
-                    raise ProtocolError("a chunk's size line is malformed")
+                    raise ProtocolError(400, "a chunk's size line is malformed")
                 self._left = int(match[1], 16)
                 self._next = ChunkLine.END if self._left else ChunkLine.TRAILER
             elif self._next is ChunkLine.END:
                 if line:
-                    raise ProtocolError("a chunk is longer than its size")
+                    raise ProtocolError(400, "a chunk is longer than its size")
                 self._next = ChunkLine.SIZE
             elif line:
                 self._trailers += len(line)
                 if self._trailers > MAX_TRAILERS:
-                    raise ProtocolError("the trailer section is too large")
+                    raise ProtocolError(400, "the trailer section is too large")
                 parse_field(line.decode("latin-1"))
             else:
                 self.complete = True
@@ -2628,11 +2612,6 @@ class Body:
 def head_bytes(start_line: str, lines: Iterable[str]) -> bytes:
     """A message head as it goes over the wire, of its start line and field lines."""
     return "\r\n".join([start_line, *lines, "\r\n"]).encode("latin-1")
-
-
-def field_lines(fields: Iterable[tuple[str, str]]) -> list[str]:
-    """Field lines of names and values."""
-    return [f"{name}: {value}" for name, value in fields]
 
 
 def framed(data: bytes) -> bytes:
@@ -2646,20 +2625,13 @@ RequestPhase = enum.StrEnum("RequestPhase", "JUDGED FETCHED BEGUN DESERTED SETTL
 C, U, R = ClientPhase, UpstreamPhase, RequestPhase
 
 
-class Steps(dict[Any, Any]):
-    """The phases that may follow on one, each under itself; any other is a mistake in this file."""
-
-    def __missing__(self, phase: object) -> NoReturn:
-        raise AssertionError(f"an impossible step: {phase}")
+def steps(*phases: enum.StrEnum) -> dict[Any, Any]:
+    """The phases that may follow on one, each under itself."""
+    return dict(zip(phases, phases))
 
 
-def steps(*phases: enum.StrEnum) -> Steps:
-    """The phases that may follow on one."""
-    return Steps(zip(phases, phases))
-
-
-# What may follow what: ``phase = FOLLOWS[phase][next]`` is how one goes on.
-FOLLOWS: dict[str, Steps] = {
+# ``phase = FOLLOWS[phase][next]`` is how one goes on; a KeyError is a mistake in this file.
+FOLLOWS: dict[str, dict[Any, Any]] = {
     # A client's connection
     C.WAITING: steps(C.READING, C.LINGERING, C.GONE),  # for a request's head
     C.READING: steps(C.ANSWERING, C.DROPPING, C.LINGERING, C.GONE),  # whose answer is not over
@@ -2690,8 +2662,6 @@ POOL_IDLE_TIMEOUT = 55.0  # seconds; load balancers commonly drop idle connectio
 ADDRESS_TTL = 30.0  # seconds for which an address that was reached is not resolved anew
 REACH_AGAIN_TIMEOUT = 3.0  # seconds for it to answer, before it is
 SWEEP_INTERVAL = 1.0  # seconds between looks for silent requests and idle connections
-REPEATABLE = ("GET", "HEAD")  # sent again where a kept-alive connection had closed
-NO_FIELDS: Mapping[str, str] = {}
 NO_ANSWER = 599  # Tornado's status where there is none
 
 
@@ -2728,15 +2698,13 @@ def connect_failure(error: BaseException, timeout: float) -> UpstreamError:
 
 
 class UpstreamRequest(HTTPRequest):
-    """What `UpstreamClient.fetch` takes: a request whose ``head`` goes up as it is, and its body,
-    whole as ``data`` or in parts by ``body_producer``, which is called with `write` and returns a
-    future that is done when the body has ended.
+    """What `UpstreamClient.fetch` takes: ``head`` goes up as it is, then ``data``, or the body that
+    ``body_producer``, called with `write`, sends until the future that it returns is done.
 
     ``header_callback`` gets each `ResponseHead`, 1xx ones too; then ``length`` is the body's
-    (bytes, CHUNKED or UNTIL_CLOSE). ``streaming_callback`` gets the part of the body that one read
-    brought, empty right after the head, with ``complete`` true at the last; the upstream is not
-    read on before what it returns is done. ``error_callback`` gets what went wrong, at once and not
-    a turn of the loop later."""
+    (bytes, CHUNKED or UNTIL_CLOSE). ``streaming_callback`` gets what one read brought of the body,
+    empty right after the head, with ``complete`` true at the last; no more is read before what it
+    returns is done. ``error_callback`` gets what went wrong, at once."""
 
     body_producer: Callable[..., asyncio.Future[Any]] | None
     client: UpstreamClient
@@ -2754,8 +2722,7 @@ class UpstreamRequest(HTTPRequest):
         self,
         method: str,
         head: bytes,
-        data: bytes = b"",
-        *,
+        data: bytes,
         header_callback: Callable[[ResponseHead], None],
         streaming_callback: Callable[[bytes], asyncio.Future[Any] | None],
         error_callback: Callable[[Exception], None],
@@ -2766,7 +2733,7 @@ class UpstreamRequest(HTTPRequest):
         self.on_head, self.on_chunk = header_callback, streaming_callback
         self.on_error = error_callback
         self.sent = body_producer is None  # all of the body is here
-        self.repeatable = method in REPEATABLE and self.sent and not data
+        self.repeatable = method in ("GET", "HEAD") and self.sent and not data
 
     def write(self, data: bytes) -> asyncio.Future[None]:
         """Send a part of the body; the future is done when the upstream takes more."""
@@ -2784,15 +2751,12 @@ class UpstreamRequest(HTTPRequest):
         if room is not None and not room.done():
             room.set_result(None)
 
-    def body_ended(self, ended: asyncio.Future[None]) -> None:
+    def body_ended(self, _: object) -> None:
         """What `body_producer` returned is done."""
-        if not ended.cancelled() and (error := ended.exception()) is not None:
-            self.end(cast(Exception, error))
         self.sent = True
 
     def end(self, error: Exception | None) -> None:
-        """It is over, or given up: let go of all that this holds, and of the connection, unless the
-        answer was whole."""
+        """It is over, or given up: let go of all, and of a connection whose answer is not whole."""
         fetched, self.fetched = self.fetched, None
         if fetched is None:
             return
@@ -2815,7 +2779,6 @@ class UpstreamRequest(HTTPRequest):
 class UpstreamConnection(asyncio.Protocol):
     """A connection to the upstream, kept alive; it carries one `UpstreamRequest` at a time."""
 
-    transport: asyncio.Transport
     phase = UpstreamPhase.IDLE
     request: UpstreamRequest | None = None
     _body: Body | None = None
@@ -2878,9 +2841,8 @@ class UpstreamConnection(asyncio.Protocol):
                 self._receive(request, b"")
 
     def connection_lost(self, error: Exception | None) -> None:
-        """The connection broke, or what it brought is not valid. A kept-alive one may have been
-        closed while the request was on its way: then a GET or HEAD is sent again over a new one
-        (RFC 9110 section 9.2.2), a POST never."""
+        """It broke, or what it brought is not valid. A kept-alive one may have been closed as the
+        request went up: a GET or HEAD is sent again then (RFC 9110 section 9.2.2), a POST never."""
         request = self.request
         if request is not None and request.held_back and request.sent:
             # Over TLS the end is told with the last bytes: the caller takes first what is here.
@@ -2937,21 +2899,19 @@ class UpstreamConnection(asyncio.Protocol):
         except Exception as error:  # noqa: BLE001 - the caller's own code
             request.end(error)
             return
-        if taken is not None and not taken.done():
-            request.held_back = True
-            taken.add_done_callback(functools.partial(self._go_on, request))
-        elif complete:
+        waits = taken is not None and not taken.done()
+        if complete and not waits:
             request.end(None)
-        elif rest or len(data) >= READ_A_TURN:  # there is more than one turn of the loop may take
+        elif waits or rest or len(data) >= READ_A_TURN:  # a turn of the loop may take no more
             request.held_back = True
-            self.client.loop.call_soon(self._go_on, request)
-        if request.held_back and request is self.request:
-            self._buffer = rest
-            self.transport.pause_reading()
+            (taken or self.client.done).add_done_callback(functools.partial(self._go_on, request))
+            if request is self.request:
+                self._buffer = rest
+                self.transport.pause_reading()
 
-    def _go_on(self, request: UpstreamRequest, taken: asyncio.Future[Any] | None = None) -> None:
+    def _go_on(self, request: UpstreamRequest, taken: asyncio.Future[Any]) -> None:
         """What held the answer back is done: read on, first in what is here already."""
-        error = None if taken is None or taken.cancelled() else taken.exception()
+        error = None if taken.cancelled() else taken.exception()
         if error is not None or request.complete:
             request.end(cast("Exception | None", error))
         if request is not self.request:
@@ -2966,8 +2926,7 @@ class UpstreamConnection(asyncio.Protocol):
             self.transport.resume_reading()
 
     def _read_head(self, request: UpstreamRequest, data: bytes) -> bytes:
-        """Read the head, and 1xx ones before it; what stands behind is returned. While it is not
-        whole there is no body."""
+        """Read 1xx heads and the real one, with which the body begins; return what is behind it."""
         while True:
             data, seen = self._buffer + data, len(self._buffer)
             end = end_of_head(data, seen)
@@ -2978,10 +2937,9 @@ class UpstreamConnection(asyncio.Protocol):
             if head.status >= 200:
                 break
             self._informational += 1
-            if head.status == 101 or self._informational > MAX_INFORMATIONAL:
-                raise ProtocolError("an informational response was not asked for")
-            if head.length is not None:
-                raise ProtocolError("an informational response has no body")
+            many = self._informational > MAX_INFORMATIONAL
+            if many or head.status == 101 or head.length is not None:
+                raise ProtocolError(400, "a 1xx response was not asked for, or has a body")
             request.on_head(head)
         self.phase = FOLLOWS[self.phase][UpstreamPhase.ANSWERED]
         length = UNTIL_CLOSE if head.length is None else head.length
@@ -2994,10 +2952,9 @@ class UpstreamConnection(asyncio.Protocol):
 
 
 class UpstreamClient(SimpleAsyncHTTPClient):
-    """Tornado's `AsyncHTTPClient`, for the upstream of these settings, whose `fetch` also takes an
-    `UpstreamRequest`: that is sent as it is over kept-alive connections, as many at once as are
-    asked for, and fails with an `UpstreamError`. ``opened`` counts connections, ``reused`` requests
-    that went over a kept one; ``idle`` are those kept, with the moment (seconds) since when."""
+    """Tornado's `AsyncHTTPClient`, whose `fetch` also takes an `UpstreamRequest`: any number at
+    once, over kept-alive connections, else they fail with an `UpstreamError`. ``opened`` counts
+    those, ``reused`` requests that found one in ``idle``, which tells since when (seconds)."""
 
     def initialize(self, settings: Settings) -> None:  # type: ignore[override]
         """Called by Tornado's constructor, with its keyword arguments."""
@@ -3017,28 +2974,25 @@ class UpstreamClient(SimpleAsyncHTTPClient):
 
     @functools.cached_property
     def ssl_context(self) -> ssl.SSLContext | None:
-        """None over plain HTTP. It verifies always; SSL_CERT_FILE and SSL_CERT_DIR name other
-        certificates to trust, as OpenSSL reads them, which takes a while."""
+        """None over plain HTTP. It verifies always, by SSL_CERT_FILE and SSL_CERT_DIR where OpenSSL
+        finds them. Making it takes a while."""
         if self.origin.scheme == "http":
             return None
         context = ssl.create_default_context()
         context.set_alpn_protocols(["http/1.1"])
         return context
 
-    def fetch(
-        self, request: str | HTTPRequest, raise_error: bool = True, **kwargs: Any
-    ) -> asyncio.Future[HTTPResponse]:
+    def fetch(self, request: Any, *more: Any, **options: Any) -> asyncio.Future[HTTPResponse]:
         """Send a request, over the connection that was used last or else a new one. What comes of
         an `UpstreamRequest` goes to its callbacks; its future only says that it is over."""
         if not isinstance(request, UpstreamRequest):
-            return super().fetch(request, raise_error, **kwargs)
+            return super().fetch(request, *more, **options)
         request.client = self
         request.fetched = fetched = self.loop.create_future()
         self.requests.add(request)
         while self.idle:
             connection, _ = self.idle.popitem()
-            # The kernel is asked whether anything is to be read from it, be it its end, since the
-            # loop may not have come to a close that has already arrived.
+            # The kernel knows of what the loop has not come to yet, be it the connection's end.
             if not connection.transport.is_closing() and not connection.readable.poll(0):
                 self.reused += 1
                 connection.ask(request)
@@ -3052,10 +3006,10 @@ class UpstreamClient(SimpleAsyncHTTPClient):
         return fetched
 
     async def get(
-        self, path: str, timeout: float, fields: Mapping[str, str] = NO_FIELDS, **options: Any
+        self, path: str, timeout: float, fields: Mapping[str, str] = {}, **options: Any
     ) -> HTTPResponse:
-        """GET a path with the real key and further header fields, by Tornado's own client, within
-        so many seconds. Raises UpstreamError where no whole answer comes."""
+        """GET a path with the real key, by Tornado's own client, within so many seconds. Raises
+        UpstreamError where no whole answer comes."""
         settings, limit = self.settings, self.settings.connect_timeout
         headers = {"anthropic-version": ANTHROPIC_VERSION, "Accept-Encoding": "identity", **fields}
         if settings.real_credential:
@@ -3091,9 +3045,8 @@ class UpstreamClient(SimpleAsyncHTTPClient):
             request.end(connect_failure(error, timeout))
 
     async def reach(self) -> UpstreamConnection:
-        """Open a connection to the address that was reached lately, or to the one of both families
-        that Tornado's TCPClient reaches first; but not over its IOStream, since asyncio's transport
-        costs less for each read and write."""
+        """Open a connection to the address that was reached lately, or to what Tornado's TCPClient
+        reaches first of both families; not over its IOStream: asyncio's transport costs less."""
         address, until = self._reached
         if self.time() < until:
             try:
@@ -3126,15 +3079,13 @@ class UpstreamClient(SimpleAsyncHTTPClient):
         return (await self.loop.create_connection(connect, **where))[1]
 
     def _sweep(self) -> None:
-        """Close what was idle for long, and give up requests of which nothing has moved: but a
-        caller who is slow to send is not the upstream's silence."""
+        """Close what was long idle; give up what stands still, but not callers slow to send."""
         moment, limit = self.time(), self.settings.idle_timeout
         for request in list(self.requests):
-            if request.connection is None or moment - request.touched < limit:
-                continue
-            if request.held_back:
+            silent = request.connection is not None and moment - request.touched >= limit
+            if silent and request.held_back:
                 request.end(UpstreamError("The client stopped reading the response.", 504))
-            elif request.sent or request.room is not None:
+            elif silent and (request.sent or request.room is not None):
                 request.end(UpstreamError(f"The upstream was silent for {limit:g} seconds.", 504))
         for connection, since in list(self.idle.items()):
             if moment - since > POOL_IDLE_TIMEOUT:
@@ -3161,10 +3112,9 @@ def new_call_id() -> str:
 
 
 class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
-    """A client's connection: reads requests one after the other, hands each to its delegate, and
-    takes the answer, which it frames. Where the delegate's methods return a future, no more is read
-    until it is done. ``head``, ``length`` (bytes or CHUNKED) and ``call_id`` are of the present
-    request, ``unread`` is what came behind it; ``site`` is who is at the other end."""
+    """A client's connection: hands one request after the other to a delegate, reads on when what
+    that returns is done, frames the answer. ``head``, ``length`` (bytes or CHUNKED) and ``call_id``
+    are the present request's, ``unread`` came behind it; ``site`` is who is at the other end."""
 
     head = NO_REQUEST
     length = 0
@@ -3245,7 +3195,8 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
     def write_headers(self, start_line: Any, headers: Any, chunk: bytes | None = None) -> Room:
         """Begin an answer of Tornado's handlers, who send whole bodies with a Content-Length."""
         start = f"HTTP/1.1 {start_line.code} {start_line.reason}"
-        lines = field_lines((*headers.get_all(), ("x-litellm-call-id", self.call_id)))
+        lines = [f"{name}: {value}" for name, value in headers.get_all()]
+        lines.append(f"x-litellm-call-id: {self.call_id}")
         return self.write_head(start, lines, 0, chunk or b"")
 
     def write_head(self, start: str, lines: list[str], length: int, data: bytes) -> Room:
@@ -3256,8 +3207,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             lines.append(CHUNKED_LINE)
         # RFC 9112 section 9.3; an answer whose end does not show ends with the connection.
         endless = length < 0 and not self._chunked
-        if endless or not self.head.keeps_alive or self.server.gateway.stopping:
-            self._close_after = True
+        self._close_after |= endless or not self.head.keeps_alive or self.server.gateway.stopping
         if self._close_after:
             lines.append("Connection: close")
         elif self.head.version == 0:
@@ -3313,13 +3263,12 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             self.head, self.call_id = NO_REQUEST, new_call_id()
             self._delegate = self.server.application.start_request(self.server, self)
         if self._delegate is not None:
-            self._delegate.refuse(error)
+            self._delegate.handler.fail(error)
         self._linger()
 
     def check_patience(self, moment: float, client_timeout: float, idle_timeout: float) -> None:
-        """Called now and then: end what has taken too long. A head must be whole ``client_timeout``
-        seconds after its first byte; a body may not stand still for so long, nor come at less than
-        MIN_BODY_RATE, but for the time in which it is not read."""
+        """End what takes too long: a head must be whole ``client_timeout`` seconds after its first
+        byte; a body that is read may not stand still for so long, nor be below MIN_BODY_RATE."""
         waited, limit, comes = moment - self._since, client_timeout, self._seen > 0
         if self.phase in READ_BODIES:
             waited, comes = waited - self._taken / MIN_BODY_RATE, True
@@ -3334,8 +3283,8 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             limit = idle_timeout
         if waited > limit and comes:  # RFC 9110 section 15.5.9
             text = f"The request came too slowly: its head must be here in {client_timeout:g} s,"
-            text += " its body may not stand still for so long, nor come at less than"
-            self.refuse(APIError(408, f"{text} {MIN_BODY_RATE} bytes a second. Send it again."))
+            text += f" its body without such a pause, at {MIN_BODY_RATE} bytes a second or more."
+            self.refuse(APIError(408, f"{text} Send it again."))
         elif waited > limit:
             self.transport.abort()  # a close would wait for a client that does not read
 
@@ -3415,8 +3364,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         self.data_received(b"")
 
     def _update_reading(self) -> None:
-        """Read from the socket unless the delegate waits, or enough is here already; but notice
-        then if the client leaves."""
+        """Read unless the delegate waits or enough is here; but notice if the client leaves."""
         waits = self._waits_for is not None and not self._waits_for.done()
         pause = waits or len(self.unread) > PIPELINE_LIMIT
         if pause == self._reading_paused or self.phase is ClientPhase.GONE:
@@ -3520,15 +3468,13 @@ class Server:
                 self.leave(connection)
 
     def watch(self, connection: ServerConnection) -> None:
-        """Abort a connection that is not read once the peer has closed or reset it, which asyncio
-        sees only by reading. The kernel tells it (EPOLLRDHUP; nginx does the same) by an epoll that
-        the loop reads; where there is none, it is noticed when the connection is read again."""
+        """Abort a connection that is not read once the peer has closed or reset it, of which the
+        kernel tells (EPOLLRDHUP, as in nginx) an epoll that the loop reads; where there is one."""
         self._watched[connection.descriptor] = connection
         if self._epoll is not None:
             self._epoll.register(connection.descriptor, select.EPOLLRDHUP | select.EPOLLONESHOT)
 
     def forget(self, connection: ServerConnection) -> None:
-        """Watch it no longer."""
         del self._watched[connection.descriptor]
         if self._epoll is not None:
             with contextlib.suppress(OSError):  # closing a socket takes it out of an epoll
@@ -3590,43 +3536,32 @@ GZIP_CODINGS = ("gzip", "x-gzip")
 
 
 class Inflater:
-    """Decompresses gzip (of any number of members), zlib and raw deflate bit by bit. What is
-    ``held`` came, but is too short to tell what it is."""
+    """Decompresses gzip, zlib and raw deflate bit by bit; at their end ``decoder`` is None."""
 
     def __init__(self, coding: str) -> None:
         self._coding = coding
-        self._decoder: Any = None
-        self.held = b""
+        self.decoder: Any = None
 
     def slices(self, data: bytes) -> Iterator[bytes]:
-        """What these bytes hold, INFLATE_SLICE at a time; what is not taken is lost. Raises
-        zlib.error for anything else, and from then on."""
-        data, self.held, full = self.held + data, b"", False
+        """What these bytes hold, INFLATE_SLICE at a time, all to be taken. Raises zlib.error."""
+        full = False
         while data or full:  # then more may be waiting inside
-            if self._decoder is None:
-                if self._coding in GZIP_CODINGS:
-                    data = data.lstrip(b"\0")  # members may be padded (gzip's own manual)
-                elif self._coding != "deflate":
-                    raise zlib.error(f"unknown coding {self._coding}")
-                if len(data) < 2:
-                    self.held = data
-                    return
+            if self.decoder is None:
                 bits = zlib.MAX_WBITS | 16
                 if self._coding == "deflate":  # with zlib's header or without (RFC 9110, 8.4.1.2)
-                    zlibs = data[0] & 0x0F == zlib.DEFLATED and (data[0] * 256 + data[1]) % 31 == 0
+                    zlibs = data[0] & 0x0F == zlib.DEFLATED  # a raw block pads with zeros
                     bits = zlib.MAX_WBITS if zlibs else -zlib.MAX_WBITS  # RFC 1950, 2.2
-                self._decoder = zlib.decompressobj(bits)
-            plain = self._decoder.decompress(data, INFLATE_SLICE)
-            data, full = self._decoder.unconsumed_tail, len(plain) == INFLATE_SLICE
+                elif self._coding not in GZIP_CODINGS:
+                    raise zlib.error(f"unknown coding {self._coding}")
+                elif not (data := data.lstrip(b"\0")):  # members may be padded (gzip's own manual)
+                    return
+                self.decoder = zlib.decompressobj(bits)
+            plain = self.decoder.decompress(data, INFLATE_SLICE)
+            data, full = self.decoder.unconsumed_tail, len(plain) == INFLATE_SLICE
             if plain:
                 yield plain
-            if self._decoder.eof:
-                data, full, self._decoder = self._decoder.unused_data, False, None
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether what came so far has ended."""
-        return self._decoder is None and not self.held
+            if self.decoder.eof:
+                data, full, self.decoder = self.decoder.unused_data, False, None
 
 
 class ResponseFilter:
@@ -3649,8 +3584,7 @@ class ResponseFilter:
         return body
 
 
-# A list of a thousand batches has one, one of a hundred agents with long prompts ten.
-REWRITE_LIMIT = 16 * MIB
+REWRITE_LIMIT = 16 * MIB  # a list of a thousand batches takes one, of a hundred agents ten
 
 
 def through(filters: Iterable[ResponseFilter], data: bytes, complete: bool) -> bytes:
@@ -3665,11 +3599,10 @@ def through(filters: Iterable[ResponseFilter], data: bytes, complete: bool) -> b
 
 class Meter(ResponseFilter):
     """Reads usage out of a response as it passes: SSE, a JSON message, or batch results (JSONL).
-    ``measured`` is the same however the body is split; it is final after `finish`. Holds at most
-    MAX_LINE bytes of a line or a message, and beyond UNASKED_LINE what ``room`` lets it, which is
-    asked for so many bytes, and told (below 0) of those no longer held. ``on_result`` is called
-    with each line of batch results, counted from 1; ``learn`` with what a line or a message says in
-    which something new may be named."""
+    ``measured`` is the same however the body is split, and final after `finish`. Of a line or a
+    message MAX_LINE bytes are held at most; beyond UNASKED_LINE ``room`` is asked for so many, and
+    told (below 0) of those let go. ``on_result`` gets each line of batch results, counted from 1;
+    ``learn`` what a line or a message says that may name something new."""
 
     def __init__(
         self,
@@ -3679,7 +3612,7 @@ class Meter(ResponseFilter):
         learn: Callable[[object], None] | None = None,
     ) -> None:
         self.measured, self._learn = Measured(), learn
-        self._on_result, self._room, self._lines = on_result, room, 0
+        self._on_result, self._room, self._numbers = on_result, room, itertools.count(1)
         self._whole = on_result is None and not content_type.lower().startswith(EVENT_STREAM)
         self._held = bytearray()  # of a line that has not ended, or of the message
         self._passed_over = 0  # bytes of one that is too long, of which nothing is held
@@ -3785,8 +3718,7 @@ class Meter(ResponseFilter):
         if self._on_result is None:
             self.measured.seen += size
         elif not self.measured.blind:
-            self._lines += 1
-            self._on_result(self._lines, Measured(seen=size))
+            self._on_result(next(self._numbers), Measured(seen=size))
 
     def _read_results(self, lines: bytes, on_result: Callable[[int, Measured], None]) -> None:
         for line in filter(bytes.strip, lines.splitlines()):
@@ -3796,19 +3728,16 @@ class Meter(ResponseFilter):
                 self.measured.blind = True
                 return
             message = result.get("message") if isinstance(result, dict) else None
-            self._lines += 1
-            on_result(self._lines, measured_message(message, 0))
+            on_result(next(self._numbers), measured_message(message, 0))
 
 
-# A shorter "key" (for a test server, say) is an ordinary word, which responses may well hold.
-MIN_SECRET_LENGTH = 16
+MIN_SECRET_LENGTH = 16  # a shorter "key", of a test server, is a word that responses may hold
 
 
 @dataclass(eq=False)
 class Mask(ResponseFilter):
-    """Masks a secret, given as text and as bytes, with asterisks, so that lengths stay right: an
-    upstream that echoes what it was sent must not carry the real key to a client. Bytes are held
-    back only where a read ends inside what may become the secret."""
+    """Masks a secret (text and bytes) with as many asterisks: an upstream that echoes what it was
+    sent must not carry the real key to a client. Bytes wait where they may begin the secret."""
 
     text: str
     secret: bytes
@@ -3881,8 +3810,7 @@ class Inside:
             return through([mask], data, complete)
         mask.look(data)  # names and comments of gzip are not compressed
         # They wait for the next ones while they may hold a beginning of the real key.
-        begun = mask.begun_in(self._looked_at) or mask.begun_in(data) or self._inflater.held
-        if not begun or complete:
+        if complete or not (mask.begun_in(self._looked_at) or mask.begun_in(data)):
             return data
         if len(data) > MAX_WITHHELD:
             raise UpstreamError("The upstream's answer looks like the gateway's own credential.")
@@ -3908,7 +3836,7 @@ def decompress(coding: str, data: bytes, limit: int) -> bytes:
         plain += part
         if len(plain) > limit:
             raise ValueError("too large")
-    if not inflater.is_whole:
+    if inflater.decoder is not None:
         raise ValueError("cut short")
     return bytes(plain)
 
@@ -3930,16 +3858,14 @@ LATENCY_BUCKETS = [0.0005, 0.001, 0.0025, 0.005, 0.0125, 0.025, 0.05, 0.1, 0.25,
 LATENCY_BUCKETS += [2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0]
 TIMINGS = ("total", "first_byte", "upstream", "overhead")
 LOG_LINE = log.makeRecord(log.name, logging.INFO, "relay", 0, "", (), None)
-# Most lines have the same words.
-shown_word = functools.lru_cache(maxsize=1024)(word)
+shown_word = functools.lru_cache(maxsize=1024)(word)  # most lines have the same
 shown_dollars = functools.lru_cache(maxsize=1024)(dollars)
 
 
 @dataclass(slots=True)
 class Record:
-    """What is remembered, counted and logged of a relayed request; it is filled in as that passes.
-    Moments are of a clock that does not jump, in seconds, 0 where there was none; sizes are bytes
-    of bodies."""
+    """What is remembered, counted and logged of a relayed request, filled in on its way. Moments
+    are seconds of a clock that does not jump, 0 where there was none; sizes are of bodies."""
 
     call_id: str
     method: str
@@ -3976,9 +3902,8 @@ class Record:
         line += f" in={self.bytes_in} out={self.bytes_out}"
         line += f" {shown_word(self.model)}" if self.model else ""
         if tally.input_tokens or tally.output_tokens:
-            written = tally.cache_write_5m_tokens + tally.cache_write_1h_tokens
-            line += f" {tally.input_tokens}+{tally.cache_read_tokens + written}"
-            line += f"->{tally.output_tokens} tokens ${shown_dollars(tally.spend)}"
+            line += f" {tally.input_tokens}+{tally.cached}->{tally.output_tokens} tokens"
+            line += f" ${shown_dollars(tally.spend)}"
         line += f"{' estimated' if self.estimated else ''} {self.call_id}"
         line += f" {shown_word(self.request_id)}" if self.request_id else ""
         if key is not None:
@@ -4049,9 +3974,8 @@ class Traffic:
         self.timings = collections.defaultdict[str, list[Histogram]](
             lambda: [Histogram() for _ in TIMINGS]
         )
-        self.last_success: datetime | None = None  # of the upstream, as requests met it
-        self.last_failure: datetime | None = None
-        self.last_error = ""
+        met = ("last_success", "last_failure", "last_error")  # as requests met it
+        self.upstream: dict[str, Any] = dict.fromkeys(met)
         self._pairs: set[tuple[str, str]] = set()
 
     def count(self, record: Record) -> None:
@@ -4086,7 +4010,7 @@ class Traffic:
 
     def failed(self, error: str) -> None:
         """The upstream did not answer, or not well."""
-        self.last_failure, self.last_error = now(), error
+        self.upstream |= {"last_failure": now(), "last_error": error}
 
 
 # ─── Rules ────────────────────────────────────────────────────────────────────────────────────────
@@ -4631,6 +4555,7 @@ CURSORS = ("after_id", "before_id")
 CURSOR = re.compile(r"page_own_([0-9.]+)_([\w-]+)")  # the gateway's own: behind which file
 # A session and a run are of a deployment, a file is of the session that wrote it.
 PARENTS = {"sessions": "deployments", "deployment_runs": "deployments", "files": "sessions"}
+DREAMT = ("memory_stores", "sessions")
 SAFE_ID = re.compile(r"[\w-]+")
 
 
@@ -4667,32 +4592,33 @@ class Walls(Rule):
                 raise APIError(400, text)
 
     async def body(self, visit: Visit, body: Kept) -> None:
-        named, is_clear, words = 0, True, everyday_on(visit.route)
+        named, words, is_clear = 0, everyday_on(visit.route), True
         for start in range(0, len(body.data) if visit.refers else 0, LIGHT_BODY):
             if start:
                 await body.breathe()
             count = names_in(body.data, start, words)
-            named, is_clear = named + abs(count), is_clear and count >= 0
+            named, is_clear = named + abs(count), count >= 0
+            if not is_clear:
+                break
         document, names = body.read_at_once() if named and is_clear else None, words | NAMES
         things, found = await self.things_in(document, names, body)
         if found != named:  # some are hidden by others, or are none
-            things, _ = await self.things_in(
-                await body.read(strictly=True, wholly=True), names, body
-            )
+            document = await body.read(strictly=True, wholly=True)
+            things, _ = await self.things_in(document, names, body)
         for kind, name in things:
             await self.reach(visit, kind, name)
 
     async def things_in(
         self, document: object, names: set[str], body: Kept
-    ) -> tuple[set[tuple[str, str]], int]:
+    ) -> tuple[dict[tuple[str, str], None], int]:
         """What a document names, and how many of its members have one of these names."""
-        things, found = set[tuple[str, str]](), 0
+        things, found = dict[tuple[str, str], None](), 0
         for each in named_in(document, names):
             if each is None:
                 await body.breathe()
                 continue
             found += 1
-            things.update(each[1])
+            things |= dict.fromkeys(each[1])
         return things, found
 
     async def reach(self, visit: Visit, kind: str, name: str, *, changes: bool = False) -> Thing:
@@ -4715,6 +4641,9 @@ class Walls(Rule):
         """What is not known here, if the upstream says that Anthropic made it for all, or that it
         came of something that the caller reaches. It is asked only where that may be."""
         ledger, parents = visit.gateway.ledger, PARENTS.get(kind)
+        await self.ask_dreams(visit, key, kind)
+        if thing := (await ledger.find_things([name])).get(name):
+            return thing
         is_custom = kind != "skills" or name.startswith(KINDS["skills"])
         may_be = await ledger.reached(key, parents) if parents else not is_custom
         if not may_be or not SAFE_ID.fullmatch(name):
@@ -4730,6 +4659,13 @@ class Walls(Rule):
             return None
         await ledger.own(thing.owner, kind, {name: moment_in(found)})
         return thing._replace(kind=kind)
+
+    async def ask_dreams(self, visit: Visit, key: VirtualKey, kind: str) -> None:
+        """Dreams make memory stores and sessions, and tell so themselves alone."""
+        if kind in DREAMT and await visit.gateway.ledger.reached(key, "dreams"):
+            with contextlib.suppress(UpstreamError):
+                page = await self.ask(visit, "/v1/dreams?limit=100")
+                await self.visible(visit, list_of(page.get("data")), "dreams")
 
     async def ask(self, visit: Visit, target: str) -> dict[str, Any]:
         """An object of the upstream's. Raises UpstreamError."""
@@ -4805,8 +4741,9 @@ class Walls(Rule):
             document = await self.ask(visit, visit.target)
         if not isinstance(document, dict):
             raise APIError(502, "The upstream's list cannot be read.")
-        rows = list_of(document.get("data"))
-        shown = await self.visible(visit, rows)
+        rows, kind = list_of(document.get("data")), visit.route.kind
+        await self.ask_dreams(visit, cast(VirtualKey, visit.payer), kind)
+        shown = await self.visible(visit, rows, kind)
         if "has_more" in document and "next_page" not in document:
             return await self.fill(visit, body, document, shown)
         next_page = document.get("next_page")
@@ -4830,15 +4767,15 @@ class Walls(Rule):
             asked |= {"limit": str(MAX_ROWS_LISTED), cursor: id_of(rows[0 if backwards else -1])}
             page = await self.ask(visit, f"{path}?{urllib.parse.urlencode(asked)}")
             rows = list_of(page.get("data"))
-            found = await self.visible(visit, rows)
+            found = await self.visible(visit, rows, visit.route.kind)
             shown = found + shown if backwards else shown + found
         has_more = len(shown) > limit
         if is_whole and has_more == document["has_more"]:
             return body
         return as_list(document, shown[-limit:] if backwards else shown[:limit], has_more)
 
-    async def visible(self, visit: Visit, rows: Sequence[Any]) -> list[Any]:
-        """The rows that the caller reaches; what came of his own is his."""
+    async def visible(self, visit: Visit, rows: Sequence[Any], of: str) -> list[Any]:
+        """The rows of a kind that the caller reaches; what came of his own is his."""
         key, ledger, born = visit.payer, visit.gateway.ledger, dict[tuple[str, str], Any]()
         assert key is not None
         objects = [row for row in rows if isinstance(row, dict)]
@@ -4850,13 +4787,13 @@ class Walls(Rule):
             name, above = id_of(row), known.get(str(parent_of(row)))
             thing = known.get(name)
             if thing is None and above is not None and above.belongs_to(key) and name:
-                born.setdefault((above.owner, visit.route.kind), {})[name] = moment_in(row)
+                born.setdefault((above.owner, of), {})[name] = moment_in(row)
                 thing = above
             if thing is not None and thing.is_for(key):
                 for kind, product in products_of(row):
                     born.setdefault((thing.owner, kind), {})[product] = moment_in(row)
                 shown.append(row)
-            elif thing is None and visit.route.kind == "skills" and is_published(row):
+            elif thing is None and of == "skills" and is_published(row):
                 shown.append(row)
         for (owner, kind), made in born.items():
             await ledger.own(owner, kind, made)
@@ -4936,13 +4873,15 @@ def unknown_id(kind: str) -> str:
 def as_list(document: dict[str, Any], rows: Sequence[Any], more: object) -> bytes:
     """A list with these rows, and whether there are more or the cursor that leads to them; without
     numbers, and other rows, that others' things could change."""
-    told = {
-        name: value for name, value in document.items() if type(value) not in (int, float, list)
-    }
-    ends: dict[str, Any] = {"has_more": bool(more), "next_page": more or None}
-    ends["first_id"], ends["last_id"] = (id_of(rows[0]), id_of(rows[-1])) if rows else (None, None)
-    told |= {"data": rows} | {name: ends[name] for name in ends if name in told}
-    return json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode()
+    told: dict[str, Any] = {"data": rows, "has_more": bool(more), "next_page": more or None}
+    told["first_id"], told["last_id"] = (id_of(rows[0]), id_of(rows[-1])) if rows else (None, None)
+    kept = {n: told.get(n, v) for n, v in document.items() if n in told or not is_telling(v)}
+    return json.dumps(kept, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def is_telling(value: object) -> bool:
+    """Whether a member of a list may tell of rows that it does not show."""
+    return type(value) in (int, float, list)
 
 
 RULES = (Credentials(), Routes(), Models(), Fields(), Limits(), Walls(), Batches())
@@ -4953,13 +4892,13 @@ RULES = (Credentials(), Routes(), Models(), Fields(), Limits(), Walls(), Batches
 RELAY_PREFIX, RELAYED = "/anthropic", "/anthropic/"
 BARE_PREFIX = "/v1/"
 # What Claude Code asks of its base URL to warm the connection up; answered here, cheaply.
-HELLO_PATHS = frozenset({"/", RELAY_PREFIX, RELAYED, f"{RELAYED}api/hello", "/api/hello"})
+HELLO_PATHS = ("/", RELAY_PREFIX, RELAYED, f"{RELAYED}api/hello", "/api/hello")
+HELLOS = frozenset(itertools.product(("GET", "HEAD"), HELLO_PATHS))
 UNUSUAL_PATH = re.compile(r"[%\\#]|//|/\.")
 OWN_BODY_LIMIT = 1 * MIB  # of a request to the gateway itself
 MANY_PARTS = 1000  # of a body that is kept
 MAX_TAGS = 20  # of one request that are remembered
-KEY_SHARE = 4  # of what is held at once one key gets a quarter
-MEMORY_SHARE = 4  # and all get a quarter of the machine's memory
+HELD_SHARE = 4  # requests hold a quarter of the machine's memory at most, and one key's of that
 TRY_SOON = (("retry-after", "1"),)
 
 
@@ -4979,12 +4918,11 @@ def rule_path(target: str) -> str:
 
 
 class Held:
-    """How many bytes requests hold at once: never more than ``limit``, nor for one key than a part
-    of it, so that slow bodies cannot keep others out."""
+    """How many bytes requests hold: at most ``limit``, and one key's at most a share of that."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.share = limit // KEY_SHARE
+        self.share = limit // HELD_SHARE
         self.total = 0
         self._shares: dict[str, int] = {}
 
@@ -5028,9 +4966,7 @@ class Request(httputil.HTTPServerRequest):
         self.target: str | None = None
         if head.target.startswith(BARE_PREFIX):
             self.target = head.target
-        elif head.target.startswith(RELAYED) and not (
-            self.path in HELLO_PATHS and head.method in ("GET", "HEAD")
-        ):
+        elif head.target.startswith(RELAYED) and (head.method, self.path) not in HELLOS:
             self.target = head.target[len(RELAY_PREFIX) :]
         self.remote_ip, self.protocol = connection.remote_ip, connection.protocol
         self.body: bytearray = bytearray()  # type: ignore[assignment]
@@ -5046,14 +4982,12 @@ class Request(httputil.HTTPServerRequest):
 class BaseHandler(web.RequestHandler):
     """Answers in JSON, errors in Anthropic's envelope, and logs no query (keys stand there). A
     `HandlerDelegate` calls `prepare`, `data_received` and `respond`; each may return what is to be
-    awaited, which then is `step`, and may raise APIError. A body is kept only where ``keeps_body``:
-    of those whom `prepare` lets in."""
+    awaited, which then is `step`, and may raise APIError."""
 
     request: Request
     gateway: Gateway
     call_id: str
     step: asyncio.Task[None] | None = None
-    keeps_body = False
     received = 0
 
     def clear(self) -> None:
@@ -5066,28 +5000,23 @@ class BaseHandler(web.RequestHandler):
         self._transforms = []
         self._status_code, self._reason = 200, "OK"
 
-    def prepare(self) -> Awaitable[None] | None:
+    def prepare(self) -> Any:
         """Decide by the head, before the body is read."""
         self.gateway.doors.refuse_foreign(self.request.head)
         if self.request.connection.length > OWN_BODY_LIMIT:
             raise too_large(OWN_BODY_LIMIT)
-        return None
 
-    def data_received(self, chunk: bytes) -> Awaitable[None] | None:
-        """Keep a part of the body, where it is anything to the handler."""
+    def data_received(self, chunk: bytes) -> Any:
+        """Take a part of the body, which is nothing to most handlers."""
         self.received += len(chunk)
         if self.received > OWN_BODY_LIMIT:
             raise too_large(OWN_BODY_LIMIT)
-        if self.keeps_body:
-            self.request.body += chunk
-        return None
 
-    def respond(self, *path: str) -> Awaitable[None] | None:
+    def respond(self, *path: str) -> Any:
         """The request is whole: answer it, by the method of its name."""
-        method = self.request.method or ""
-        if method not in self.SUPPORTED_METHODS:
+        if (method := self.request.head.method) not in self.SUPPORTED_METHODS:
             raise web.HTTPError(405)
-        return cast("Awaitable[None] | None", getattr(self, method.lower())(*path))
+        return getattr(self, method.lower())(*path)
 
     def query(self, name: str, kind: Kind = TEXT, default: Any = "") -> Any:
         """A parameter of the query; an empty one is the default. Raises APIError 400."""
@@ -5113,47 +5042,38 @@ class BaseHandler(web.RequestHandler):
 
     def refusal_of(self, error: Exception) -> APIError:
         """What a client is told of what went wrong."""
-        path, method = printable(self.request.path), printable(self.request.method or "")
-        match error:
-            case APIError():
-                return error
-            case web.HTTPError(status_code=404):
-                text = f"Nothing is served at {path}. Anthropic's API is at /anthropic/v1/"
-                return APIError(404, text)
-            case web.HTTPError(status_code=405):
-                return APIError(405, f"{path} does not take {method}.")
+        if isinstance(error, APIError):
+            return error
+        if isinstance(error, web.HTTPError) and error.status_code == 405:  # Tornado's own
+            path, method = self.request.path, self.request.head.method
+            return APIError(405, f"{printable(path)} does not take {printable(method)}.")
         log.error("call %s failed", self.call_id, exc_info=error)
         return APIError(500, "The gateway failed on this request; its log says why.")
 
 
-Result = TypeVar("Result")
-
-
-def at_once(coroutine: collections.abc.Coroutine[Any, Any, Result]) -> asyncio.Task[Result] | None:
+def at_once(coroutine: collections.abc.Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
     """Run a coroutine until it must wait: None if it never had to, else the task that goes on with
-    it. What it raises before is raised here. Until then it is in no task, so that what asks for the
-    present one, as asyncio.timeout does, needs a task of its own."""
+    it. What it raises before is raised here, and in no task (asyncio.timeout needs one)."""
     try:
         first = coroutine.send(None)
     except StopIteration:
         return None
 
     @types.coroutine
-    def rest() -> collections.abc.Generator[Any, Any, Result]:
+    def rest() -> Iterator[Any]:
         yield first
-        return (yield from coroutine.__await__())
+        yield from coroutine.__await__()
 
-    async def go_on() -> Result:  # of generators, Python 3.12 and later make no task
-        return await rest()
+    async def go_on() -> None:  # of generators, Python 3.12 and later make no task
+        await rest()
 
     return asyncio.get_running_loop().create_task(go_on())
 
 
 @dataclass(eq=False)
 class HandlerDelegate(httputil.HTTPMessageDelegate):
-    """Runs a handler's steps as a request comes. Tornado's own takes a task and three futures for
-    it; here none is made where nothing waits, and where something does, the connection waits for
-    what is returned."""
+    """Runs a handler's steps as a request comes. Where nothing waits it makes no task, as Tornado's
+    own does, and no future; where something does, the connection waits for what is returned."""
 
     handler: BaseHandler
     path: Sequence[str] = ()
@@ -5170,24 +5090,18 @@ class HandlerDelegate(httputil.HTTPMessageDelegate):
     def on_connection_close(self) -> None:
         self.handler.on_connection_close()
 
-    def refuse(self, error: Exception) -> None:
-        """End the request with an error: it came too slowly, or not to its end."""
-        self.handler.fail(error)
-
     def _run(self, step: Callable[..., Any], *arguments: Any) -> Any:
         try:
             waits = step(*arguments)
-            if waits is None:
-                return None
-            if asyncio.iscoroutine(waits):
-                waits = at_once(waits)
+            if not isinstance(waits, types.CoroutineType):
+                return waits
+            task = self.handler.step = at_once(waits)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is answered
             self.handler.fail(error)
             return None
-        if isinstance(waits, asyncio.Task):
-            self.handler.step = waits
-            waits.add_done_callback(self._ended)
-        return waits
+        if task is not None:
+            task.add_done_callback(self._ended)
+        return task
 
     def _ended(self, step: asyncio.Task[None]) -> None:
         self.handler.step = None
@@ -5197,8 +5111,7 @@ class HandlerDelegate(httputil.HTTPMessageDelegate):
 
 
 class GatewayApplication(web.Application):
-    """The routes. A relayed request goes straight to its handler; whatever handler it is runs in a
-    `HandlerDelegate`. ``settings["gateway"]`` is the `Gateway`."""
+    """The routes; relayed requests go straight to theirs. ``settings["gateway"]`` is `Gateway`."""
 
     def start_request(self, server_conn: object, request_conn: Any) -> HandlerDelegate:
         """Called by `ServerConnection`, as by Tornado's own server."""
@@ -5222,12 +5135,10 @@ BATCH_STATE_TIMEOUT = 30.0
 BATCH_RESULTS_TIMEOUT = 3600.0  # in which many GB come, and a silent upstream is given up
 LOOKS_AT_ONCE = 4
 BATCH_KEPT = timedelta(days=30)  # results are kept for 29 days (PLD batch-processing)
-GONE = (404, 410)
 
 
 class BatchKeeper:
-    """Books batches once they have ended, whether or not anybody fetches their results: asks for
-    their state, with the real key, now and then, and reads the results through a meter."""
+    """Looks at batches now and then, and books what has ended, even if nobody fetches results."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway, self._ledger = gateway, gateway.ledger
@@ -5258,8 +5169,7 @@ class BatchKeeper:
         wait, booked = BATCH_LOOK, False
         while not booked:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait):
-                    await self._hurried[name].wait()
+                await asyncio.wait_for(self._hurried[name].wait(), wait)
             async with self._turn:
                 self._hurried[name].clear()
                 try:
@@ -5271,23 +5181,26 @@ class BatchKeeper:
 
     async def book(self, name: str) -> bool:
         """Book what a batch cost, if it has ended; whether nothing of it is left to be booked."""
-        kept = self._ledger.unbooked(name)
+        kept, code, booked = self._ledger.unbooked(name), NO_ANSWER, False
         if kept is None:
             return True
-        made = datetime.fromisoformat(kept.day).replace(tzinfo=UTC)
         path = f"/v1/messages/batches/{urllib.parse.quote(name, safe='')}"
-        state = await self._get(path, BATCH_STATE_TIMEOUT)
-        batch = read_json(state.body) if state.code == 200 else None
-        ended = isinstance(batch, dict) and batch.get("processing_status") == BATCH_ENDED
-        if ended and await self._read_results(name, f"{path}/results"):
-            return True
-        if state.code in GONE or now() - made > BATCH_KEPT:
-            self._ledger.finish_batch(name, lost=True)
-            return True
-        return False
+        try:
+            state = await self._gateway.client.get(path, BATCH_STATE_TIMEOUT)
+            batch, code = read_json(state.body), state.code
+            ended = isinstance(batch, dict) and batch.get("processing_status") == BATCH_ENDED
+            if code == 200 and ended:
+                code = await self._book_results(name, f"{path}/results")
+                booked = code == 200
+        except UpstreamError as error:
+            log.info("a batch could not be looked at: %s", error)
+        lost = not booked and (code in (404, 410) or now() - from_iso(kept.day) > BATCH_KEPT)
+        if booked or lost:
+            self._ledger.finish_batch(name, lost=lost)
+        return booked or lost
 
-    async def _read_results(self, name: str, path: str) -> bool:
-        """Book every line of a batch's results; whether that were all."""
+    async def _book_results(self, name: str, path: str) -> int:
+        """Book every line of a batch's results; their status, NO_ANSWER for what is none."""
         meter, head = Meter("", functools.partial(self.book_result, name)), list[str]()
 
         async def look(data: bytes) -> None:
@@ -5295,22 +5208,14 @@ class BatchKeeper:
                 meter.feed(data)
             await asyncio.sleep(0)  # Tornado reads on at once for as long as there is something
 
-        callbacks = {"header_callback": head.append, "streaming_callback": look}
-        results = await self._get(path, BATCH_RESULTS_TIMEOUT, **callbacks)
+        told: Any = {"header_callback": head.append, "streaming_callback": look}
+        results = await self._gateway.client.get(path, BATCH_RESULTS_TIMEOUT, **told)
         meter.finish(True)
-        if results.code in GONE:
-            self._ledger.finish_batch(name, lost=True)
-            return True
-        if results.code != 200 or meter.measured.blind:
-            return False
-        self._ledger.finish_batch(name)
-        return True
+        return NO_ANSWER if meter.measured.blind else results.code
 
     def book_result(self, name: str, line: int, measured: Measured) -> None:
-        """Book a line of a batch's results to the key that made it, once, however often it is
-        read."""
-        account = self._ledger.batch_line(name, line)
-        if account is None:
+        """Book a line of a batch's results to the key that made it, once."""
+        if (account := self._ledger.batch_line(name, line)) is None:
             return
         if measured.seen:  # it was too long to be read
             measured.complete_with(Order())
@@ -5320,19 +5225,9 @@ class BatchKeeper:
             if key := self._ledger.charge(account, charges, now()):
                 self._gateway.traffic.book(key.shown_name, charges)
 
-    async def _get(self, path: str, timeout: float, **callbacks: Any) -> HTTPResponse:
-        """GET with the real key; 599 where there is no answer."""
-        try:
-            return await self._gateway.client.get(path, timeout, **callbacks)
-        except UpstreamError as error:
-            log.info("a batch could not be looked at: %s", error)
-            return HTTPResponse(HTTPRequest(path), NO_ANSWER)
-
 
 class Gateway:
-    """What all requests share: the settings, the ledger, the prices, the way upstream, the rules,
-    and what is counted. ``held`` is what requests hold in memory, ``turn`` is whose large body is
-    judged."""
+    """What all requests share; ``turn`` is whose large body is judged."""
 
     def __init__(self, settings: Settings, rules: Sequence[Rule] = RULES) -> None:
         self.settings = settings
@@ -5343,7 +5238,7 @@ class Gateway:
         self.client = UpstreamClient(force_instance=True, settings=settings)
         self.time = self.client.time
         self.batches = BatchKeeper(self)
-        self.held = Held(settings.max_held_bytes or memory_size() // MEMORY_SHARE)
+        self.held = Held(settings.max_held_bytes or memory_size() // HELD_SHARE)
         self.turn = asyncio.Lock()
         self.origin, self.base_path = parse_upstream(settings.upstream)
         self.host_line = f"Host: {self.origin.authority}"
@@ -5382,9 +5277,7 @@ class RelayHandler(BaseHandler):
     def initialize(self) -> None:
         """Called by Tornado's constructor."""
         gateway, request, head = self.gateway, self.request, self.request.head
-        moment = gateway.time()
-        started = moment_of(int(time.time()))
-        record = Record(self.call_id, head.method, request.remote_ip or "", moment, started)
+        record = Record(self.call_id, head.method, request.remote_ip or "", gateway.time(), now())
         target, length = request.target or "", request.connection.length
         self._visit = Visit(
             gateway, head, target, length, record, "", OTHER_ROUTE, NOBODY, UNREAD, []
@@ -5397,8 +5290,7 @@ class RelayHandler(BaseHandler):
         """Decide by the head alone; then keep a small JSON body, or let the rest stream."""
         visit, gateway, head = self._visit, self.gateway, self._visit.head
         if gateway.stopping:
-            text = "The gateway is stopping. Try again."
-            raise APIError(503, text, headers=[("retry-after", "5")])
+            raise APIError(503, "The gateway stops. Try again.", headers=[("retry-after", "5")])
         visit.path = path = rule_path(visit.target)
         route = Route if len(path) > KEPT_PATH else read_route
         visit.route = route(head.method.upper(), path)
@@ -5468,16 +5360,9 @@ class RelayHandler(BaseHandler):
         """Ask the upstream; `on_head`, `on_chunk` or `on_error` follow."""
         visit, gateway, method = self._visit, self.gateway, self._visit.head.method
         visit.phase = FOLLOWS[visit.phase][RequestPhase.FETCHED]
-        start = f"{method} {gateway.base_path}{visit.target} HTTP/1.1"
-        self._upstream = upstream = UpstreamRequest(
-            method,
-            head_bytes(start, visit.lines),
-            data,
-            header_callback=self.on_head,
-            streaming_callback=self.on_chunk,
-            error_callback=self.on_error,
-            **body,
-        )
+        head = head_bytes(f"{method} {gateway.base_path}{visit.target} HTTP/1.1", visit.lines)
+        callbacks = self.on_head, self.on_chunk, self.on_error
+        self._upstream = upstream = UpstreamRequest(method, head, data, *callbacks, **body)
         gateway.client.fetch(upstream)
         if upstream.room is None:
             self._free()
@@ -5498,24 +5383,21 @@ class RelayHandler(BaseHandler):
         visit.answer, visit.record.status = head, head.status
         visit.record.answered = gateway.time()
         if head.status < 500:
-            gateway.traffic.last_success = moment_of(int(time.time()))
+            gateway.traffic.upstream["last_success"] = now()
         else:
             gateway.traffic.failed(f"The upstream answered {head.status}.")
         filters: list[ResponseFilter] = []
-        changes_length = False
         for make in gateway.rules.filters:
-            for each in make(visit, head):
-                filters.append(each)
-                changes_length = changes_length or each.changes_length
-        self._filters = filters
-        if changes_length and self._upstream is not None and self._upstream.length != 0:
+            filters += make(visit, head)
+        self._filters, upstream = filters, self._upstream
+        changing = [each for each in filters if each.changes_length]
+        if changing and upstream is not None and upstream.length != 0:
             self._gathered = bytearray()
         elif filters and "content-encoding" in head.values and (coding := head.coding):
             self._inside = Inside(coding, filters)
 
     def on_chunk(self, data: bytes) -> asyncio.Future[None] | None:
-        """Send on what one read brought, as the filters let it; the future says when there is
-        room."""
+        """Send on what one read brought, as the filters let it; the future waits for room."""
         assert self._upstream is not None
         complete = self._upstream.complete
         if self._gathered is not None:
@@ -5524,11 +5406,9 @@ class RelayHandler(BaseHandler):
             if complete or len(self._gathered) > REWRITE_LIMIT:
                 return at_once(self._send_rewritten(complete))
             return None
-        if self._inside is not None:
-            return at_once(self._send_inside(self._inside, data, complete))
-        if data or complete:
+        if self._inside is None and (data or complete):
             data = through(self._filters, data, complete)
-        if self._visit.born:
+        if self._inside is not None or self._visit.born:
             return at_once(self._send_later(data, complete))
         if complete or self._visit.phase is not RequestPhase.BEGUN:
             return self._send(data, complete)
@@ -5554,23 +5434,19 @@ class RelayHandler(BaseHandler):
             self.settle("client_gone")
 
     def fail(self, error: Exception) -> None:
-        """Answer with an error, or break the answer off that has begun, with an SSE event that says
-        so."""
+        """Answer with an error, or break off what has begun, with an SSE event that says so."""
         visit, record = self._visit, self._visit.record
         if visit.phase is RequestPhase.SETTLED:
             return
         refusal = self.refusal_of(error)
-        outcome = f"refused:{refusal.kind}"
-        if isinstance(error, UpstreamError):
-            outcome = "timeout" if error.status == 504 else "upstream_lost"
-        elif refusal.status == 408:
+        outcome = "upstream_lost" if isinstance(error, UpstreamError) else f"refused:{refusal.kind}"
+        if refusal.status in (408, 504):
             outcome = "timeout"
         if visit.phase is RequestPhase.DESERTED:
             self.settle("client_gone")
         elif visit.phase is RequestPhase.BEGUN:
             head, event = visit.answer, b""
-            plain = head is not None and not head.coding and "content-length" not in head.values
-            if plain and head is not None and is_event_stream(head):
+            if head and is_event_stream(head) and not (head.coding or head.get("content-length")):
                 event = SSE_ERROR % refusal.body(self.call_id)
             record.bytes_out += len(event)
             self.request.connection.break_off(event)
@@ -5582,8 +5458,7 @@ class RelayHandler(BaseHandler):
             super().fail(refusal)
 
     def settle(self, outcome: str) -> None:
-        """Every way out passes here, once: book what was used, free what is held, write the log
-        line."""
+        """Every way out passes here, once: book what was used, free what is held, log it."""
         visit, gateway, upstream, step = self._visit, self.gateway, self._upstream, self.step
         if visit.phase is RequestPhase.SETTLED:
             return
@@ -5594,13 +5469,12 @@ class RelayHandler(BaseHandler):
             record.asked, visit.began = upstream.begun, upstream.begun > 0 and upstream.sent
             if outcome != "ok":
                 upstream.end(None)
+                for each in self._filters:
+                    each.finish(False)
         if step is not None and step is not asyncio.current_task():
             step.cancel()
         if self._held:
             self._free()
-        if outcome != "ok":
-            for each in self._filters:
-                each.finish(False)
         for end in gateway.rules.end:
             end(visit)
         record.path = shown_text(visit, visit.target.partition("?")[0])
@@ -5641,14 +5515,12 @@ class RelayHandler(BaseHandler):
             self.gateway.held.take(self._visit.record.hashed, -held)
 
     async def _breathe(self) -> None:
-        """At each turn of the loop a step of one body's, so that nobody waits for all that others
-        sent."""
+        """One body has each turn of the loop, so that nobody waits for all that others sent."""
         async with self.gateway.turn:
             await asyncio.sleep(0)
 
     def _go_unread(self, size: int) -> None:
-        """The body, of ``size`` bytes at least, is too large to be kept. Raises APIError where it
-        must be read."""
+        """A body of ``size`` bytes or more is not kept. Raises APIError 413 if it must be read."""
         if self._visit.reads_body:
             text = "This key is limited to some models or to a budget: its requests are read, and"
             raise APIError(413, f"{text} may be {JSON_BODY_LIMIT:,} bytes long.")
@@ -5666,18 +5538,15 @@ class RelayHandler(BaseHandler):
                 raise APIError(413, f"{text} {JSON_BODY_LIMIT:,} bytes long. Send it in parts.")
 
     def _stream(self, length: int, kept: bytes = b"") -> None:
-        """Open the upstream now; the body follows what is kept of it: `data_received` writes what
-        comes, until `post` says that it was all."""
+        """Open the upstream: what is kept, then what `data_received` writes, until `post`."""
         self._visit.lines.append(CHUNKED_LINE if length == CHUNKED else f"Content-Length: {length}")
         self._uploaded = asyncio.get_running_loop().create_future()
         self.fetch(kept, body_producer=lambda write: self._uploaded)
 
-    async def _send_inside(self, inside: Inside, data: bytes, complete: bool) -> None:
-        """Send compressed bytes on, once the filters have seen what they hold."""
-        await self._send_later(await inside.feed(data, complete), complete)
-
     async def _send_later(self, data: bytes, complete: bool) -> None:
-        """Send bytes on, once what they tell of is kept."""
+        """Send bytes on, once the filters have seen them and what they tell of is kept."""
+        if self._inside is not None:
+            data = await self._inside.feed(data, complete)
         for keep in self.gateway.rules.keep if self._visit.born else ():
             with contextlib.suppress(APIError):  # which is said, and tried again each second
                 await keep(self._visit)
@@ -5736,23 +5605,14 @@ class RelayHandler(BaseHandler):
     ) -> tuple[str, list[str]]:
         """An answer's start line and field lines as the client gets them: without hop-by-hop
         fields, with the gateway's own in the place of those of their names, the real key masked."""
-        unwanted, mask = head.options | self._visit.hidden, self._visit.mask
-        phrase, lines = head.reason, list[str]()
-        if own:
-            unwanted = unwanted.union(map(operator.itemgetter(0), own))
+        mask, phrase, lines = self._visit.mask, head.reason, list[str]()
+        unwanted = head.options.union(self._visit.hidden, map(operator.itemgetter(0), own))
         for lower, _, _, line, _, goes_down in head.fields:
             if goes_down and lower not in unwanted:
                 lines.append(line)
         if mask is not None and mask.text in "\n".join((phrase, *lines)):
             phrase, lines = mask.mask_text(phrase), [mask.mask_text(line) for line in lines]
-        for name, value in own:
-            lines.append(f"{name}: {value}")
-        return f"HTTP/1.1 {head.status} {phrase}", lines
-
-    @property
-    def is_streaming(self) -> bool:
-        """Whether a response of server-sent events is under way."""
-        return self._visit.answer is not None and is_event_stream(self._visit.answer)
+        return f"HTTP/1.1 {head.status} {phrase}", [*lines, *map(": ".join, own)]
 
 
 def shown_text(visit: Visit, text: str) -> str:
@@ -5788,6 +5648,12 @@ class ManagementHandler(BaseHandler):
                 raise APIError(403, "Only the master key may do this; a virtual key was sent.")
             raise APIError(401, "Send the master key as 'Authorization: Bearer' or 'x-api-key'.")
         self.gateway.ledger.notice_edit()
+
+    def owner_of(self, named: Any) -> str:
+        """What the things of a key are kept under, by its alias, plain value or hash. Raises
+        APIError 400, 404."""
+        by_alias = self.gateway.ledger.find("", named) if isinstance(named, str) else None
+        return (by_alias[1] if by_alias else self.addressed({"key": named})).owner
 
     def addressed(self, body: dict[str, Any]) -> VirtualKey:
         """Take ``key`` (plain or hash) or ``key_alias`` out of a body. Raises APIError 400, 404."""
@@ -5834,7 +5700,9 @@ def is_nested(value: object, levels: int) -> bool:
 class KeyHandler(ManagementHandler):
     """POST /key/{deed} and /key/{key}/{deed}, as `deeds` lists them. Null clears a field."""
 
-    keeps_body = True
+    def data_received(self, chunk: bytes) -> None:
+        super().data_received(chunk)
+        self.request.body += chunk
 
     async def post(self, *path: str) -> None:
         try:
@@ -5941,10 +5809,8 @@ class KeyHandler(ManagementHandler):
         ids, kind, key = TEXTS.parse("ids", body.get("ids")), body.get("kind"), body.get("key")
         if not ids or "key" not in body or not (kind is None or isinstance(kind, str)):
             raise APIError(400, "'ids' must list things, and 'key' name a key, '*' or null.")
-        owner, ledger = None if key == "*" else "", self.gateway.ledger
-        if key not in ("*", None):
-            named = {"key_alias": key} if ledger.find("", str(key)) else {"key": key}
-            owner = self.addressed(named).owner
+        ledger = self.gateway.ledger
+        owner = {"*": None, None: ""}[key] if key in ("*", None) else self.owner_of(key)
         known, names = await ledger.find_things(ids), dict[str, str]()
         for name in ids:
             guessed = next((k for k, prefix in KINDS.items() if name.startswith(prefix)), None)
@@ -5963,8 +5829,7 @@ class KeyHandler(ManagementHandler):
 class InfoHandler(ManagementHandler):
     """GET /key/info?key=: LiteLLM's ``{"key", "info"}``. A virtual key may ask about itself."""
 
-    def prepare(self) -> None:
-        BaseHandler.prepare(self)  # `get` decides, since a key may ask about itself
+    prepare = BaseHandler.prepare  # `get` decides
 
     async def get(self) -> None:
         asked = self.query("key")
@@ -6049,23 +5914,18 @@ class ReportHandler(ManagementHandler):
     def list_resources(self) -> dict[str, Any]:
         """Pages of what is whose, of a ``key`` or of a ``kind``."""
         page, size = self.query("page", ORDINAL, 1), self.query("size", ORDINAL, MAX_PAGE_SIZE)
-        asked, kind, ledger = self.query("key"), self.query("kind"), self.gateway.ledger
-        owner = self.addressed({"key": asked}).owner if asked else None
-        keys = {key.owner: key.account.hashed for _, key in ledger.live()}
-        size, things = min(size, MAX_PAGE_SIZE), ledger.things
+        asked, kind, things = self.query("key"), self.query("kind"), self.gateway.ledger.things
+        owner, size = self.owner_of(asked) if asked else None, min(size, MAX_PAGE_SIZE)
+        keys = {key.owner: hashed for hashed, key in self.gateway.ledger.live()}
         chosen = [p for p in things.made if owner in (None, p[0]) and kind in ("", p[1])]
         total = sum(len(things.made[place]) for place in chosen)
         every = itertools.chain.from_iterable(things.made[place].items() for place in chosen)
         rows = []
         for name, moment in itertools.islice(every, (page - 1) * size, page * size):
             owner, kind = things.places[name]
-            row = {
-                "id": name,
-                "kind": kind,
-                "key": keys.get(owner),
-                "shared": name in things.shared,
-            }
-            rows.append(row | {"created_at": moment_of(int(moment))})
+            row: dict[str, Any] = {"id": name, "kind": kind, "key": keys.get(owner)}
+            row |= {"shared": name in things.shared, "created_at": moment_of(int(moment))}
+            rows.append(row)
         told = {"resources": rows, "total_count": total, "current_page": page}
         return told | {"total_pages": -(-total // size)}
 
@@ -6078,23 +5938,24 @@ class ReportHandler(ManagementHandler):
 
 CONNECT = """\
 connect with
-  export ANTHROPIC_BASE_URL={base}
+  export ANTHROPIC_BASE_URL={base}/anthropic
   export ANTHROPIC_AUTH_TOKEN={key}
-  anthropic.Anthropic(base_url="{base}", api_key="{key}")
-  new Anthropic({{ baseURL: "{base}", apiKey: "{key}" }})"""
+  anthropic.Anthropic(base_url="{base}/anthropic", api_key="{key}")
+  new Anthropic({{ baseURL: "{base}/anthropic", apiKey: "{key}" }})"""
 
 
 class HelloHandler(BaseHandler):
     """HELLO_PATHS, of which a browser sees /, and 404 for every path that nothing else serves."""
 
     def prepare(self) -> None:
-        if self.request.path not in HELLO_PATHS:
-            raise web.HTTPError(404)
+        if (path := self.request.path) not in HELLO_PATHS:
+            text = f"Nothing is served at {printable(path)}. Anthropic's API is at /anthropic/v1/"
+            raise APIError(404, text)
         super().prepare()
 
     def get(self) -> None:
         self.set_header("Content-Type", "text/plain; charset=utf-8")
-        base = f"{self.request.protocol}://{self.request.host}{RELAY_PREFIX}"
+        base = f"{self.request.protocol}://{self.request.host}"
         told = CONNECT.format(base=base, key="<a virtual key>")
         self.finish(f"A gateway to Anthropic's API. Ask whoever runs it for a key, and {told}\n")
 
@@ -6108,16 +5969,15 @@ class HealthHandler(BaseHandler):
     def get(self, asked: str) -> None:
         if asked != "readiness":
             return self.send_json("I'm alive!")
-        gateway, ledger, traffic = self.gateway, self.gateway.ledger, self.gateway.traffic
+        gateway, ledger = self.gateway, self.gateway.ledger
         error = "" if ledger.is_writable() else ledger.last_error or "It cannot be written."
         status = "shutting_down" if gateway.stopping else "unhealthy" if error else "healthy"
         prices = "loaded" if gateway.prices.loaded else "loading"
         told: dict[str, Any] = {"status": status, "store": error or "writable"}
         told |= {"version": __version__, "prices": prices if gateway.prices.available else "none"}
         told["uptime"] = round((now() - gateway.started).total_seconds())
-        met = {"last_success": traffic.last_success, "last_failure": traffic.last_failure}
         self.set_status(200 if status == "healthy" else 503)
-        self.send_json(told | {"upstream": met | {"last_error": traffic.last_error or None}})
+        self.send_json(told | {"upstream": gateway.traffic.upstream})
 
 
 # Names are LiteLLM's where it has one (its docs, "Prometheus metrics"), else they begin "gateway_".
@@ -6198,7 +6058,8 @@ class MetricsHandler(ManagementHandler):
             left = None if limit is None else limit - spent
             hours = end and (end - moment) / timedelta(hours=1)
             budgets[record.shown_name,] = (spent, limit, left, hours)
-        streams = sum(handler.is_streaming for handler in gateway.active)
+        answers = [handler._visit.answer for handler in gateway.active]
+        streams = sum(head is not None and is_event_stream(head) for head in answers)
         for kind, labels, names, rows in (
             ("Counter", f"{KEYED} status_code", REQUEST_METRICS, requests),
             ("Counter", f"{KEYED} exception_status exception_class", FAILURE_METRICS, failed),
@@ -6267,6 +6128,8 @@ MOCK_KINDS = {402: "billing_error", 409: "conflict_error", 529: "overloaded_erro
 MOCK_COUNTS = dict.fromkeys(("processing", "succeeded", "errored", "canceled", "expired"), 0)
 JSONObject = dict[str, Any]
 MOCK_MODEL: JSONObject = {"type": "model", "created_at": "2026-01-01T00:00:00Z"}
+MOCK_SKILL: JSONObject = {"source": "anthropic", "latest_version_id": "1"} | MOCK_MODEL
+MOCK_SKILL |= {"type": "skill", "updated_at": MOCK_SKILL["created_at"]}
 
 
 class MockAnthropic(web.RequestHandler):
@@ -6277,6 +6140,7 @@ class MockAnthropic(web.RequestHandler):
     # What there is, by its kind and id, oldest first; by id the bytes of what has such.
     things: ClassVar[dict[str, dict[str, JSONObject]]] = {"batches": {}, "files": {}}
     things |= {"models": {n: MOCK_MODEL | {"id": n, "display_name": n} for n in MOCK_MODELS[::-1]}}
+    things |= {"skills": {"xlsx": MOCK_SKILL | {"id": "xlsx", "display_name": "Excel"}}}
     contents: ClassVar[dict[str, bytes]] = {}
     cached: ClassVar[collections.deque[str]] = collections.deque(maxlen=1000)  # prompts' beginnings
 
@@ -6314,15 +6178,20 @@ class MockAnthropic(web.RequestHandler):
                 batch = self.things["batches"][name]
                 batch["cancel_initiated_at"] = iso(now())
                 return batch | {"processing_status": "canceling"}
-            case "POST", "v1", "files":
-                if "file" not in self.request.files:
-                    raise APIError(400, "file: Field required")
-                name, file = mock_id("file"), self.request.files["file"][0]
-                about = JSONObject(type="file", id=name, filename=file.filename, downloadable=True)
+            case "POST", "v1", "files" | "skills" as kind:
+                files = self.request.files.get({"files": "file", "skills": "files[]"}[kind])
+                if not files:
+                    raise APIError(400, f"{kind}: Field required")
+                name, moment, file = mock_id(kind[:-1]), iso(now()), files[0]
+                about = JSONObject(type="file", filename=file.filename, downloadable=True)
                 about |= {"mime_type": file.content_type, "size_bytes": len(file.body)}
-                about["created_at"] = iso(now())
-                self.things["files"][name], self.contents[name] = about, file.body
-                return about
+                if kind == "skills":
+                    title = self.get_argument("display_name", file.filename.split("/")[0])
+                    about = MOCK_SKILL | {"source": "custom", "display_name": title}
+                    about |= {"latest_version_id": mock_id("skillver"), "updated_at": moment}
+                self.things[kind][name] = about | {"id": name, "created_at": moment}
+                self.contents[name] = file.body
+                return self.things[kind][name]
             case ("POST", "v1", "messages" | "batches", *_) if not isinstance(sent, dict):
                 raise APIError(400, "The body is not a JSON object")
             case "POST", "v1", "messages":
@@ -6332,24 +6201,33 @@ class MockAnthropic(web.RequestHandler):
                 return {"input_tokens": mock_tokens(sent.get("messages"))}
             case "POST", "v1", "batches":
                 return self._make_batch(sent)
-            case "GET", "v1", "models" | "batches" | "files" as kind:
-                names, after = [*self.things[kind]][::-1], self.get_argument("after_id", "")
-                names = names[names.index(after) + 1 :] if after in names else names
-                page = names[: int(self.get_argument("limit", "20"))]
+            case "GET", "v1", "models" | "batches" | "files" | "skills" as kind:
+                names, wanted = [*self.things[kind]][::-1], self.get_arguments("ids[]")
+                names = [name for name in names if name in wanted] if wanted else names
+                after = self.get_argument("page", "") or self.get_argument("after_id", "")
+                if after := after.removeprefix("page_"):
+                    if after not in names:
+                        raise APIError(400, f"{after} is no cursor of this list")
+                    names = names[names.index(after) + 1 :]
+                page = names[: int(self.get_argument("limit", "100" if wanted else "20"))]
                 first, last = (page[0], page[-1]) if page else (None, None)
                 told = {"has_more": page != names, "first_id": first, "last_id": last}
+                told["next_page"] = f"page_{last}" if page != names else None
                 return told | {"data": [self.things[kind][name] for name in page]}
-            case "GET", "v1", "models" | "batches" | "files" as kind, name:
+            case "GET", "v1", "models" | "batches" | "files" | "skills" as kind, name:
                 return self.things[kind][name]
+            case "GET", "v1", "skills", name, "versions":
+                skill, about = self.things["skills"][name], {"type": "skill_version", "name": name}
+                about |= {"id": skill["latest_version_id"], "skill_id": name, "description": ""}
+                return {"data": [skill | about], "next_page": None}
             case "GET", "v1", "batches" | "files" as kind, name, "results" | "content":
                 form = self.things[kind][name].get("mime_type", "application/x-jsonl")
                 self.set_header("Content-Type", form)
                 return self.contents[name]
-            case "DELETE", "v1", "batches" | "files" as kind, name:
-                gone = self.things[kind].pop(name)
-                del self.contents[name]
-                return {"id": name, "type": f"{gone['type']}_deleted"}
-            case _, "v1", "messages" | "models" | "batches" | "files", *_:
+            case "DELETE", "v1", "batches" | "files" | "skills" as kind, name:
+                del self.contents[name]  # which a built-in skill has none of
+                return {"id": name, "type": f"{self.things[kind].pop(name)['type']}_deleted"}
+            case _, "v1", "messages" | "models" | "batches" | "files" | "skills", *_:
                 raise APIError(405, "Method not allowed")
         raise APIError(404, "Not found")
 
@@ -6358,6 +6236,9 @@ class MockAnthropic(web.RequestHandler):
             if not isinstance(params.get(name), kind) or not params[name] > kind():
                 raise APIError(400, f"{name}: Field required")
         model, messages, limit = params["model"], params["messages"], params["max_tokens"]
+        text = json.dumps(params)
+        for name in re.findall('"file_id": "([^"]*)"', text):
+            _ = self.things["files"][name]
         if error := re.fullmatch("mock-error-([45][0-9]{2})", model):
             told = MOCK_KINDS.get(int(error[1]), "api_error")
             raise APIError(int(error[1]), "An error, as you asked.", kind=told)
@@ -6367,7 +6248,7 @@ class MockAnthropic(web.RequestHandler):
         words = f"You said: {' '.join(said)}".split(" ")[: min(limit, MOCK_MAX_TOKENS)]
         usage = JSONObject(input_tokens=mock_tokens(messages), output_tokens=len(words))
         cache = {"creation": 0, "read": 0}
-        if "cache_control" in json.dumps(params):  # it is written the first time, then read
+        if "cache_control" in text:  # it is written the first time, then read
             prefix = json.dumps([params.get("system"), params.get("tools")])
             cache["read" if prefix in self.cached else "creation"] = mock_tokens(prefix)
             self.cached.append(prefix)
@@ -6519,7 +6400,7 @@ def announce(gateway: Gateway, port: int) -> None:
     if not gateway.prices.available:
         print("! genai-prices is not installed: tokens are counted, money is not")
     key = "anything" if is_open else "<a virtual key>"
-    print(CONNECT.format(base=url + RELAY_PREFIX, key=key), flush=True)
+    print(CONNECT.format(base=url, key=key), flush=True)
 
 
 def start_mock(settings: Settings) -> Settings:
@@ -6628,8 +6509,7 @@ async def check(settings: Settings) -> bool:
         findings.append((False, f"{upstream}: {error} See --upstream and the network."))
     for well, text in findings:
         print("ok  " if well else "FAIL", text)
-    base = base_url(settings, settings.port) + RELAY_PREFIX
-    print(CONNECT.format(base=base, key="<a virtual key>"))
+    print(CONNECT.format(base=base_url(settings, settings.port), key="<a virtual key>"))
     return all(well for well, _ in findings)
 
 
