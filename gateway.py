@@ -4599,25 +4599,21 @@ class Walls(Rule):
             if not is_clear:
                 break
         document, names = body.read_at_once() if named and is_clear else None, words | NAMES
-        things, found = await self.things_in(document, names, body)
-        if found != named:  # some are hidden by others, or are none
-            document = await body.read(strictly=True, wholly=True)
-            things, _ = await self.things_in(document, names, body)
+        is_strict = not named
+        while True:
+            things, found = dict[tuple[str, str], None](), 0
+            for each in named_in(document, names):
+                if each is None:
+                    await body.breathe()
+                    continue
+                found += 1
+                things |= dict.fromkeys(each[1])
+            if found == named or is_strict:
+                break
+            # Some are hidden by others, or are none.
+            document, is_strict = await body.read(strictly=True, wholly=True), True
         for kind, name in things:
             await self.reach(visit, kind, name)
-
-    async def things_in(
-        self, document: object, names: set[str], body: Kept
-    ) -> tuple[dict[tuple[str, str], None], int]:
-        """What a document names, and how many of its members have one of these names."""
-        things, found = dict[tuple[str, str], None](), 0
-        for each in named_in(document, names):
-            if each is None:
-                await body.breathe()
-                continue
-            found += 1
-            things |= dict.fromkeys(each[1])
-        return things, found
 
     async def reach(self, visit: Visit, kind: str, name: str, *, changes: bool = False) -> Thing:
         """A thing that the caller may read or refer to, or change. Raises APIError 404, and 403 for
@@ -4711,7 +4707,10 @@ class Walls(Rule):
         size, page = rows_asked(asked), CURSOR.fullmatch(asked.get("page", ""))
         if asked.keys() - FILE_LIST or not size or (asked.get("page") and not page):
             return  # the upstream says what is wrong, or lists them in its own way
-        made, size = await visit.gateway.ledger.reached(key, "files"), min(size, IDS_A_CALL)
+        ledger = visit.gateway.ledger
+        if await ledger.reached(key, "sessions"):
+            return  # which may have made files that nobody here has seen
+        made, size = await ledger.reached(key, "files"), min(size, IDS_A_CALL)
         order = sorted(made, key=made.__getitem__)[::-1]
         after, before = page[2] if page else asked.get("after_id"), asked.get("before_id")
         if after in made:
