@@ -1283,8 +1283,7 @@ GLANCED = re.compile(
 
 
 def glance(body: bytes) -> Order:
-    """What a body asks for, as far as a look tells that costs a tenth of reading it."""
-    # Clients write these members before or after all that is long.
+    """What a look at a body's ends tells, where clients write what is short: a tenth of reading."""
     edges = body if len(body) <= 2 * EDGE else body[:EDGE] + b" " + body[-EDGE:]
     members, order = dict(GLANCED.findall(edges)), Order(prompt=tokens_in(len(body)))
     if (most := members.get(b"max_tokens", b"")).isdigit():
@@ -1408,8 +1407,7 @@ class Prices:
     def __init__(self, path: Path | None = None) -> None:
         self.path, self.loaded = path, False
         self._own, self._unknown = dict[str, Rates](), set[str]()
-        self._models: list[Any] = []  # of the package
-        self._tiers = [0]  # lengths of a prompt, in tokens, above which the rates are others
+        self._models, self._tiers = list[Any](), [0]  # tokens of a prompt above which rates differ
         self._found = functools.lru_cache(maxsize=1000)(self._find)
         self.reload()
         self.available = bool(self._own) or importlib.util.find_spec("genai_prices") is not None
@@ -1441,7 +1439,7 @@ class Prices:
         """What is billed of a response, as (model, counts and USD); see `charged_entries`."""
         entries, usage = charged_entries(measured), measured.usage
         tools = usage.get("server_tool_use")
-        if entries and tools and (searches := count_of(tools, "web_search_requests")):
+        if entries and (searches := count_of(tools, "web_search_requests")):
             entries.append((measured.model, Tally(web_searches=searches)))
         factor = US_INFERENCE if usage.get("inference_geo") == "us" else Decimal(1)
         factor *= BATCH_DISCOUNT if usage.get("service_tier") == "batch" else 1
