@@ -110,9 +110,8 @@ class SettingsError(Exception):
 
 
 def option(default: Any, help: str, *variables: str, least: float | None = None) -> Any:
-    """A field that is an option too; given as empty text, or not at all, it has the value of the
-    first of these variables that is set, or the default. ``least`` is a number's lower bound.
-    Without help it is a secret: no option, and never shown."""
+    """A field that is an option too, ``least`` its lower bound; empty or not given, it is the first
+    of these variables that is set, or the default. Without help it is a secret, and never shown."""
     known = {"help": help, "least": least, "variables": variables}
     return field(default=default, repr=bool(help), metadata=known)
 
@@ -183,8 +182,7 @@ def memory_size() -> int:
 
 
 class Origin(NamedTuple):
-    """Where connections go: scheme ``http`` or ``https``, host (no brackets) and port; and the Host
-    header's value (RFC 9112 section 3.2)."""
+    """Where connections go; ``host`` has no brackets, ``authority`` is what the Host field says."""
 
     scheme: str
     host: str
@@ -232,8 +230,8 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
     except AttributeError:
         known = "debug, info, warning, error or none"
         raise SettingsError(f"--logging={parser.logging}: is not {known}") from None
-    given = {name: parser[name] for name in values if name in parser}
-    return Settings(**values | {name: x for name, x in given.items() if x not in ("", Path())})
+    given = parser.group_dict("Gateway").items()
+    return Settings(**values | {name: value for name, value in given if value not in ("", Path())})
 
 
 # ─── Errors ───────────────────────────────────────────────────────────────────────────────────────
@@ -248,9 +246,8 @@ DO_NOT_RETRY = ("x-should-retry", "false")
 
 
 class APIError(Exception):
-    """The only way to say no: becomes Anthropic's error envelope with this status, sent with these
-    headers. ``kind`` is ``error.type``, by default the one that goes with the status. The message
-    is for the client: it never holds a key, a hash or a path of the machine."""
+    """The only way to say no: Anthropic's error envelope, sent with this status and these headers.
+    ``kind`` is ``error.type``. The message never holds a key, a hash or a path of the machine."""
 
     def __init__(
         self, status: int, message: str, *, kind: str = "", headers: Sequence[tuple[str, str]] = ()
@@ -270,8 +267,6 @@ class APIError(Exception):
 DURATION = re.compile(r"\A([0-9]{1,9})(mo|s|m|h|d|w)\Z")
 UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 EPOCH, FIRST_MONDAY = datetime(1970, 1, 1, tzinfo=UTC), datetime(1970, 1, 5, tzinfo=UTC)
-END_OF_TIME = datetime(9999, 12, 31, tzinfo=UTC)
-SNAPPED_DURATIONS = {"7d": "1w", "30d": "1mo"}
 ZERO = Decimal(0)
 MAX_MODELS_A_DAY = 50  # names come from requests; beyond these they are counted together
 OTHER_MODELS, NO_MODEL = "other", "-"  # what stands in logs and sums for them, and for none
@@ -308,8 +303,7 @@ def from_iso(text: str) -> datetime:
 
 
 def later(start: datetime, duration: str) -> datetime:
-    """``start`` plus a duration like ``30s 30m 30h 30d 2w 1mo`` (LiteLLM's units; a month is a
-    calendar month). Raises ValueError for anything else, it or OverflowError past the year 9999."""
+    """``start`` plus ``30s 30m 1h 30d 2w 1mo`` as in LiteLLM. Raises ValueError, OverflowError."""
     [(amount, unit)] = DURATION.findall(duration)
     if unit != "mo":
         return start + timedelta(seconds=int(amount) * UNIT_SECONDS[unit])
@@ -320,11 +314,10 @@ def later(start: datetime, duration: str) -> datetime:
 
 @functools.lru_cache(maxsize=256)
 def window(duration: str, moment: datetime) -> tuple[datetime, datetime]:
-    """The start and end of the window that ``moment`` falls in, on the UTC calendar, as LiteLLM
-    snaps them: ``1d`` from midnight, ``7d`` and ``1w`` from Monday, ``30d`` and ``1mo`` from the
-    1st; other lengths count on from the epoch, and one that leads out of the calendar never ends.
-    Raises ValueError for what is no length of time, ZeroDivisionError for one of zero."""
-    length = SNAPPED_DURATIONS.get(duration, duration)
+    """Start and end of the window that ``moment`` falls in, in UTC, as LiteLLM snaps them: ``7d``
+    is a week from Monday, ``30d`` a calendar month, others go on from the epoch; what leads out of
+    the calendar never ends. Raises ValueError for what is no length, ZeroDivisionError for 0."""
+    length = {"7d": "1w", "30d": "1mo"}.get(duration, duration)
     [(amount, unit)] = DURATION.findall(length)
     try:
         if unit == "mo":
@@ -337,7 +330,7 @@ def window(duration: str, moment: datetime) -> tuple[datetime, datetime]:
             start = moment - (moment - origin) % step
         return start, later(start, length)
     except (ValueError, OverflowError):
-        return EPOCH, END_OF_TIME
+        return EPOCH, datetime(9999, 12, 31, tzinfo=UTC)
 
 
 @functools.lru_cache(maxsize=256)
@@ -411,8 +404,7 @@ class Tally:
 
 
 class Usage:
-    """What a key used, by UTC day (ISO date) and model. Days past are kept as the JSON text that
-    they have in the file, so that their number costs nothing."""
+    """What a key used, by UTC day (ISO date) and model; days past as the text that the file has."""
 
     def __init__(self, days: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         self._counted: dict[str, dict[str, Tally]] = {}  # the days that are not past
@@ -450,9 +442,8 @@ class Usage:
 
 @dataclass(slots=True)
 class Bucket:
-    """A token bucket that refills continuously, as Anthropic's own limits do (api/rate-limits): by
-    ``limit`` a minute, which is the most it holds. More than that may be drawn, and then it blocks.
-    Times are seconds of a clock that does not jump."""
+    """A token bucket that refills continuously (api/rate-limits), by ``limit`` a minute, its most;
+    more may be drawn, and then it blocks. Times are seconds of a clock that does not jump."""
 
     limit: int
     seen: float
@@ -486,9 +477,8 @@ class Window:
     held: Decimal = ZERO
 
     def spent(self, start: str) -> Decimal:
-        """What was spent in the window that starts there; an earlier window's spend is over. Where
-        the window is before the one counted, the clock was set back: what was spent counts on."""
-        if start > self.start:
+        """What was spent in the window that starts there: nothing, if it is a new one."""
+        if start > self.start:  # else the clock may have been set back, and what was spent counts
             self.spend = ZERO
         self.start = start
         return self.spend
@@ -500,8 +490,7 @@ KEY_PREFIX = "sk-"
 OWN_CREDENTIAL_PREFIX = "sk-ant-"  # every credential that Anthropic issues begins so
 KEY_BYTES = 16  # LiteLLM: "sk-" and secrets.token_urlsafe(16), 22 characters
 MIN_KEY_LENGTH, MAX_KEY_LENGTH = 16, 256  # of keys that a caller chooses; LiteLLM's minimum
-# A key that a caller chooses: not as Anthropic's are, and without what ends or escapes a string, so
-# that it is known in a log line that has one.
+# A key that a caller chooses: not as Anthropic's are, and known in a string in a log line.
 CHOSEN_KEY = re.compile(r"sk-(?!ant-)[!#-\[\]-~]{13,253}")
 KEY_LIKE = re.compile(r"sk-[^\s\"\\]{13,}")  # with its prefix 16 characters or more
 SHOWN_LENGTH = 200  # characters of a text that a log line shows
@@ -538,8 +527,7 @@ def word(text: str) -> str:
 
 @dataclass(slots=True)
 class Batch:
-    """A batch that a key made: the UTC day, how many lines of its results are booked, the USD held
-    for the rest of them, by budget, and whether all are ``booked``."""
+    """A batch that a key made: its UTC day, ``lines`` booked, USD held for the rest, by budget."""
 
     day: str
     lines: int = 0
@@ -555,10 +543,9 @@ class Batch:
 
 @dataclass(slots=True)
 class Account:
-    """What a key has used, and what it has under way; shared by all versions of its record. What
-    was spent of each budget stands by its pattern; ``hashed`` is what the key is kept under now,
-    ``buckets`` are its limits a minute of "requests" and "tokens". Of the large bodies that are
-    judged, one at a time has the ``turn``."""
+    """What a key has used and has under way, one for all versions of its record. ``windows`` are by
+    a budget's pattern, ``buckets`` its limits a minute of "requests" and "tokens"; ``hashed`` is
+    what the key is kept under now. Of its large bodies one at a time is judged: it has the turn."""
 
     windows: dict[str, Window] = field(default_factory=lambda: collections.defaultdict(Window))
     usage: Usage = field(default_factory=Usage)
@@ -587,8 +574,7 @@ def shown(value: Any, amount: Callable[[Decimal], float | str] = float) -> Any:
 
 
 class Kind(NamedTuple):
-    """A type of field. ``read`` makes its value of JSON, and raises whatever Python does for what
-    is not as the ``words`` say. Null is ``empty()``."""
+    """A type of field: ``read`` makes its value of JSON, or raises where it is not as ``words``."""
 
     words: str
     read: Callable[[Any], Any]
@@ -662,8 +648,7 @@ RETIRED = Kind("times", lambda row: {old: from_iso(end) for old, end in row.item
 
 
 def kept(kind: Kind, load: Any = None, *, settable: bool = True, shown: bool = True) -> Any:
-    """A field of a key: what reads it of the file, where that is another reader; whether
-    /key/generate and /key/update set it, and answers show it."""
+    """A field of a key: what reads it of the file; whether callers set it, and answers show it."""
     filed = kind._replace(read=load or kind.read)
     marks = {"kept": filed, "settable": settable and kind, "shown": shown and kind}
     return field(default_factory=kind.empty, metadata=marks)
@@ -672,11 +657,9 @@ def kept(kind: Kind, load: Any = None, *, settable: bool = True, shown: bool = T
 @dataclass(slots=True)
 class VirtualKey:
     """One line of keys.json: what a key is and may do; the names are LiteLLM's. Budgets are USD,
-    ``rpm_limit`` and ``tpm_limit`` a minute, None is no limit. ``unmetered_routes`` lets a key with
-    a budget spend where the gateway cannot count it. ``retired`` has the hashes before it was
-    regenerated, and when each stops working. ``resources`` says whose things it reaches (REACHES),
-    ``owner_id`` what its own are kept under. A deleted key keeps its line for a while, so that its
-    holder is told what happened."""
+    None is no limit. ``unmetered_routes`` lets it spend where the gateway cannot count, ``retired``
+    has the hashes before it was regenerated, and until when they work, ``resources`` whose things
+    it reaches (REACHES), ``owner_id`` what its own are kept under."""
 
     key_name: str = kept(NAME, settable=False)
     key_alias: str | None = kept(TEXT)
@@ -728,12 +711,10 @@ class VirtualKey:
     def spent(self, moment: datetime, pattern: str = ALL_MODELS) -> Decimal:
         """USD spent in the present window of the key's budget, or of a model's."""
         duration = self.model_max_budget[pattern].time_period if pattern else self.budget_duration
-        window, start = self.account.windows[pattern], window_start(duration, moment)
-        return window.spend if window.start == start else window.spent(start)
+        return self.account.windows[pattern].spent(window_start(duration, moment))
 
     def to_json(self) -> dict[str, Any]:
-        """The line's object but for the usage, as `written` writes it; without what says nothing,
-        which a limit of 0 does."""
+        """The line's object, as `written` writes it, without usage and what says nothing."""
         used, record = self.account, {name: getattr(self, name) for name in KEPT}
         spent = {p: [w.start, w.spend] for p, w in used.windows.items() if w.spend}
         record["spend_window"], record["spend"] = spent.pop(ALL_MODELS, (None, None))
@@ -743,8 +724,7 @@ class VirtualKey:
 
     @classmethod
     def from_json(cls, record: Any) -> VirtualKey:
-        """Read it back; what it was read of is used up. Raises APIError that says what is wrong, or
-        whatever Python does."""
+        """Read it back, which uses the object up. Raises APIError, or whatever Python does."""
         if not isinstance(record, dict) or "key_name" not in record:
             raise ValueError("is not an object with a 'key_name'")
         take = record.pop
@@ -792,31 +772,11 @@ TAGS_FIELD, METRICS_PATH = "x-litellm-tags", "/metrics"  # LiteLLM's
 WORKSPACE_FIELD = "anthropic-workspace-id"  # chooses a workspace of the real key's owner
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
-    """What a method and a path mean to the rules."""
-
-    open: bool  # every key may call it, as far as its ``allowed_routes`` go
-    billed: bool  # it orders something that costs money and that can be estimated
-    free: bool  # no budget stands against it: counting, models, fetching paid batches
-    is_read: bool  # the gateway looks into its answer
-    unread: bool  # no rule looks at its body
-    batch: bool  # it is answered with batch objects
-    makes_batch: bool
-    results_of: str  # the batch it fetches the results of
-    kind: str  # the collection it is about, as KINDS has them; empty where things are nobody's
-    name: str  # the thing in it that the path names
-    below: str  # what of that thing, from "/" on
-    fetches: bool
-    deletes: bool
-
-
 BILLED = ("/v1/messages", "/v1/messages/batches", "/v1/messages/cache_touch", "/v1/complete")
 FREE = re.compile(r"/v1/(?:messages/count_tokens|models(?:/[^/]*)?)/?")
 UPLOAD = re.compile(r"(?s)/v1/(?:files|skills)(?:/.*)?")
-BATCHES = re.compile(r"/v1/messages/batches(?:/([\w-]+)(/results|/cancel)?)?/?")
-# What every virtual key reaches. All else (sessions, agents, deployments, administration, logins,
-# and what may come) may cost what the gateway cannot count, or give out what it guards.
+BATCHES = re.compile(r"/v1/messages/batches(?:/[\w-]+(?:/results|/cancel)?)?/?")
+# What every virtual key reaches; all else may cost what cannot be counted, or give out secrets.
 OPENED = (*BILLED, "/v1/messages/count_tokens", "/v1/models", "/v1/files", "/v1/skills")
 OPEN = re.compile(rf"(?s)({'|'.join(OPENED)})/?|{BATCHES.pattern}|/v1/(models|files|skills)/.*")
 # The collections of a workspace (SDK: resources/), and how the ids of their things begin, which is
@@ -826,42 +786,45 @@ KINDS |= {"environments": "env_", "sessions": "sesn_", "deployments": "depl_", "
 KINDS |= {"deployment_runs": "drun_", "memory_stores": "memstore_", "vaults": "vlt_"}
 KINDS |= {"tunnels": "tnl_", "user_profiles": "uprof_", "containers": "container_"}
 COLLECTION = re.compile(r"(?s)/v1/(messages/batches|claude_code/[^/]+|[^/]+)(?:/([^/]+)(/.+?)?)?/?")
+# Things whose answers may name what came of them, beside those that say what was used.
+BEARERS = {"batches", "sessions", "dreams", "deployment_runs"}
 # What is called below these belongs to nobody, or to an organisation.
 NO_COLLECTIONS = {"messages", "models", "complete", "organizations", "compliance", "oauth"}
 # What a pattern of ``allowed_routes`` must begin with to open another path.
 GROUP = re.compile(r"/v1/messages(?:/[^/]*)?|/v1(?:/[^/]*)?|/?[^/]*")
 
 
-def read_route(method: str, path: str) -> Route:
-    """Classify a request by its method in capitals and its decoded path."""
-    fetches, deletes = method in ("GET", "HEAD", "OPTIONS"), method == "DELETE"
-    billed, batches = path.removesuffix("/") in BILLED, BATCHES.fullmatch(path)
-    batch, step = batches.groups("") if batches else ("", "")
-    # What orders something that its path does not tell is closed; a batch's own id is none of that.
-    known = fetches or deletes or not batch or step == "/cancel"
-    collection = COLLECTION.fullmatch(path)
-    kind, name, below = collection.groups("") if collection else ("", "", "")
-    if kind in NO_COLLECTIONS:
-        kind = name = below = ""
-    return Route(
-        open=known and OPEN.fullmatch(path) is not None,
-        billed=billed and not fetches,
-        free=(fetches and batches is not None) or FREE.fullmatch(path) is not None,
-        is_read=billed or (kind != "" and not below.endswith("/content")),
-        unread=fetches or UPLOAD.fullmatch(path) is not None,
-        batch=batches is not None and method in ("GET", "POST") and step != "/results",
-        makes_batch=batches is not None and not (fetches or batch),
-        results_of=batch if method == "GET" and step == "/results" else "",
-        kind=kind.rpartition("/")[2],
-        name=name,
-        below=below,
-        fetches=fetches,
-        deletes=deletes,
-    )
+class Route:
+    """What a method, in capitals, and a decoded path mean to the rules."""
+
+    def __init__(self, method: str, path: str) -> None:
+        self.fetches, self.deletes = method in ("GET", "HEAD", "OPTIONS"), method == "DELETE"
+        # The collection (one of KINDS, or none), the thing in it, and what of that, from "/" on.
+        found = COLLECTION.fullmatch(path)
+        kind, name, self.below = found.groups("") if found else ("", "", "")
+        if kind in NO_COLLECTIONS:
+            kind = name = self.below = ""
+        self.kind, self.name = kind.rpartition("/")[2], name
+        batches, billed = BATCHES.fullmatch(path) is not None, path.removesuffix("/") in BILLED
+        results = batches and self.below == "/results"
+        # What orders something that its path does not tell is closed; a batch's own id does not.
+        known = self.fetches or self.deletes or not (batches and name) or self.below == "/cancel"
+        self.open = known and OPEN.fullmatch(path) is not None  # to any key, as its routes allow
+        self.billed = billed and not self.fetches  # it orders what costs money, as estimated
+        # No budget stands against it: counting, models, fetching paid batches.
+        self.free = (self.fetches and batches) or FREE.fullmatch(path) is not None
+        # The gateway looks into its answer; no rule looks at its body.
+        bears = not (name and self.fetches) or self.kind in BEARERS
+        self.is_read = billed or (kind != "" and bears)
+        self.unread = self.fetches or UPLOAD.fullmatch(path) is not None
+        # It is answered with batch objects; it makes one; it fetches the results of this one.
+        self.batch = batches and method in ("GET", "POST") and not results
+        self.makes_batch = batches and not (self.fetches or name)
+        self.results_of = name if results and method == "GET" else ""
 
 
 KEPT_PATH = 200  # characters; routes of longer paths are not kept
-kept_route = functools.lru_cache(maxsize=1024)(read_route)
+read_route = functools.lru_cache(maxsize=1024)(Route)
 OTHER_ROUTE = read_route("GET", "")
 
 
@@ -879,20 +842,17 @@ MAX_MODELS = 20  # of one request that are priced apart; beyond them the model i
 MAX_ATTEMPTS = 10_000  # tools and fallbacks of one message
 MAX_USES = 10  # of a tool that the server runs, where the request does not say
 MAX_ITERATIONS = 1000  # that are read of one answer, so that a lying upstream holds nobody up
-MAY_DECLINE = ("message", "fallback_message")  # types of iterations
 UNSEEN_THINKING = 4  # the part of max_tokens that thinking unseen is taken for
 
 
 def tokens_in(size: int) -> int:
-    """How many tokens so many bytes of text are taken for: 3 bytes each, a little more than
-    Anthropic's rule of thumb for English (4), and right for Chinese, Japanese and Korean."""
+    """How many tokens so many bytes are taken for: 3 each, as in Chinese; English has some 4."""
     return -(-size // 3)
 
 
 def model_of(value: object) -> str:
     """A model's name, printable and short enough for a log; empty for what is none."""
-    name = value[:MAX_MODEL_NAME] if isinstance(value, str) else ""
-    return name if name.isprintable() else printable(name)
+    return printable(value[:MAX_MODEL_NAME]) if isinstance(value, str) else ""
 
 
 def count_of(members: object, name: str, default: int = 0) -> int:
@@ -928,8 +888,7 @@ def decoder_of(members: type) -> Callable[[bytes], Any] | None:
 
 
 def read_json(body: bytes, members: Any = None) -> object:
-    """What a body says, or what a TypedDict names of it: msgspec skips the rest, `json` makes it
-    all, which takes five times as long. None where it cannot be read."""
+    """What a body says, or what a TypedDict names of it (`json` makes all); None: unreadable."""
     if members and (decode := decoder_of(members)):
         with contextlib.suppress(Exception):  # what msgspec cannot read, json may
             return decode(body)
@@ -944,8 +903,7 @@ def looked_at(names: str, **more: Any) -> Any:
     return cast(Any, TypedDict)("Looked", dict.fromkeys(names.split(), Any) | more, total=False)
 
 
-# What the price of a message depends on, of a fallback in it or of a tool that the server runs, or
-# of a batch, whose rows have messages as ``params`` …
+# What a price depends on: of a message, a fallback or a server's tool in it, a batch and its rows …
 BodyMembers = looked_at(
     "model max_tokens max_tokens_to_sample speed stream thinking inference_geo compaction"
     " context_management type max_uses",
@@ -963,20 +921,16 @@ PLACES = {"budget_tokens", "edits", "id", *BodyMembers.__annotations__}
 MODEL_PLACES = {"model", "fallbacks", "tools", "requests", "params"}
 
 
-def made_of(pairs: list[tuple[str, Any]], wholly: bool = False) -> dict[str, Any]:
-    """An object of its members. Raises ValueError for one that two readers could read differently:
-    where one of PLACES, or any (``wholly``), stands twice."""
+def made_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of its members. Raises ValueError where a name stands twice: readers differ."""
     made = dict(pairs)
     if len(made) < len(pairs):
-        names = [name for name, _ in pairs if wholly or name in PLACES]
-        if len(set(names)) < len(names):
-            raise ValueError(f"one of {set(names)} stands twice in one object")
+        raise ValueError("a name stands twice in one object")
     return made
 
 
 read_clearly = json.JSONDecoder(object_pairs_hook=made_of).decode
-read_wholly = json.JSONDecoder(object_pairs_hook=functools.partial(made_of, wholly=True)).decode
-UNCLEAR = "This key is limited to some models, and"
+UNCLEAR = "What this key sends is looked through, and"
 # What msgspec reads at once, in some 10 ms at worst: whatever is in it, or with so few containers.
 LIGHT_BODY, LIGHT_CONTAINED, LIGHT_CONTAINERS = 256 * KIB, 8 * MIB, 200_000
 AT_ONCE = 32 * KIB  # of a body are read at once, by `json`
@@ -997,10 +951,9 @@ FOLLOWING = {b"": b"", b"]": b",]", b"}": b",}"}
 
 async def scan(body: bytes, names: set[str] | None, breathe: Breathe) -> object:
     """What a JSON text says, however hostile: of objects only the members of these names (None:
-    all, and then none may stand twice). Raises ValueError for what is no clear JSON, APIError 400
-    for more than a model reads."""
+    all). Raises ValueError for what is no clear JSON, APIError 400 for more than a model reads."""
     at = marks = 0
-    document, rows = list[Any](), list[Any]()
+    document = list[Any]()
     # Where values go, None where they are not kept, and what ends it; then what that stands in.
     holder: list[Any] | dict[str, Any] | None = document
     holders: list[tuple[list[Any] | dict[str, Any] | None, bytes]] = []
@@ -1008,6 +961,7 @@ async def scan(body: bytes, names: set[str] | None, breathe: Breathe) -> object:
     while found := JSON_MARK.match(body, at):
         at, mark, marks = found.end(), found[1], marks + 1
         if marks % BREATH == 0:
+            rows = list_of(document[0].get("requests")) if isinstance(document[0], dict) else []
             if marks > MAX_MARKS + ROW_MARKS * min(MAX_ROWS, len(rows)):
                 raise APIError(400, "The body has more members than a model can read; send less.")
             await breathe()
@@ -1030,14 +984,12 @@ async def scan(body: bytes, names: set[str] | None, breathe: Breathe) -> object:
                 holders.append((holder, end))
                 end, wanted = (b"]", ITEM) if mark == b"[" else (b"}", MEMBER)
                 holder = value = ([] if mark == b"[" else {}) if kept else None
-                if name == "requests" and len(holders) == 2 and isinstance(value, list):
-                    rows = value
             elif mark == b'"':
                 value, at = await read_string(body, at, kept, breathe)
             elif kept:
                 value = json.loads(mark)
             if kept and isinstance(into, dict):
-                if name in into and (names is None or name in PLACES):
+                if name in into:
                     raise ValueError(f"{name!r} stands twice in one object")
                 into[name] = value
             elif kept and isinstance(into, list):
@@ -1062,10 +1014,11 @@ async def read_string(body: bytes, start: int, kept: bool, breathe: Breathe) -> 
     return json.loads(body[start - 1 : end + 1]), end + 1
 
 
-async def read_body(body: bytes, route: Route, breathe: Breathe, *, strictly: bool) -> object:
-    """What rules look at of a body: what its price depends on, None where it cannot be read; or
-    ``strictly`` all that may name a model. Raises APIError 400 for what is unclear or too much."""
-    names = None if strictly and not route.open else PLACES
+async def read_body(
+    body: bytes, breathe: Breathe, *, strictly: bool, wholly: bool = False
+) -> object:
+    """What rules look at of a body: what its price depends on, or ``wholly`` all of it; None where
+    it cannot be read, or ``strictly`` APIError 400 for what is unclear or too much."""
     light = not strictly and len(body) <= LIGHT_BODY
     if not (light or strictly) and len(body) <= LIGHT_CONTAINED:
         light = body.count(b"[") + body.count(b"{") <= LIGHT_CONTAINERS
@@ -1073,36 +1026,29 @@ async def read_body(body: bytes, route: Route, breathe: Breathe, *, strictly: bo
         with contextlib.suppress(Exception):  # what msgspec cannot read, json may
             return decode(body)
     try:
-        return await read_at_length(body, names, breathe)
+        if len(body) <= AT_ONCE and body.count(b"[") + body.count(b"{") < MAX_DEPTH:
+            return read_clearly(body.decode())
+        return await scan(body, None if wholly else PLACES, breathe)
     except (ValueError, RecursionError) as error:
         if not strictly:
             return None
         raise APIError(400, f"{UNCLEAR} the body is not clearly readable JSON: {error}.") from None
 
 
-async def read_at_length(body: bytes, names: set[str] | None, breathe: Breathe) -> object:
-    """What a body says, by `scan` where it is long. Raises what that does, and RecursionError."""
-    if len(body) <= AT_ONCE and body.count(b"[") + body.count(b"{") < MAX_DEPTH:
-        return read_wholly(body.decode()) if names is None else read_clearly(body.decode())
-    return await scan(body, names, breathe)
-
-
 def members_of(value: object) -> dict[str, Any]:
-    """The members of a value, if it is an object. Raises APIError 400 where other readers could
-    find others: to some capitals are alike, and what Unicode folds to k and s."""
+    """The members of a value, if it is an object. Raises APIError 400 where others may be read."""
     members = value if isinstance(value, dict) else {}
-    for name in members:
+    for name in members:  # to some readers capitals are alike, and what Unicode folds to k and s
         if name.casefold() in MODEL_PLACES and name not in MODEL_PLACES:
             raise APIError(400, f"{UNCLEAR} {printable(name)!r} is not written in lower case.")
     return members
 
 
 def attempts_in(params: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
-    """The fallbacks and the tools of a message; fallbacks that upstream chooses are one that names
-    no model. Raises APIError 400 for more than any request has."""
+    """The fallbacks and the tools of a message. Raises APIError 400 for more than any has."""
     fallbacks = [] if params.get("fallbacks") is None else params["fallbacks"]
     tools = [tool for tool in list_of(params.get("tools")) if isinstance(tool, dict)]
-    if not isinstance(fallbacks, list):
+    if not isinstance(fallbacks, list):  # upstream chooses them: one, which names no model
         fallbacks = [f"fallbacks: {model_of(fallbacks) or type(fallbacks).__name__}"]
     if len(fallbacks) + len(tools) > MAX_ATTEMPTS:
         raise APIError(400, f"The body has more than {MAX_ATTEMPTS:,} tools or fallbacks.")
@@ -1110,9 +1056,8 @@ def attempts_in(params: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
 
 
 def models_in(document: object, route: Route) -> Iterator[object]:
-    """The value of each place where a request may name a model (SDK: message_create_params,
-    beta_fallback_param, beta_advisor_tool_param, batch_create_params). On routes that are not
-    known, whatever is called ``model`` at any depth (agent_create_params)."""
+    """The value of each place where a request may name a model (SDK: message_create_params); where
+    a route is not known, whatever is called ``model`` at any depth (agent_create_params)."""
     if not route.open:
         holders = [document]
         for holder in holders:  # which grows meanwhile
@@ -1120,10 +1065,8 @@ def models_in(document: object, route: Route) -> Iterator[object]:
             holders += holder if isinstance(holder, list) else members.values()
             yield members.get("model")
         return
-    rows: list[Any] = [{"params": document}]
-    if route.makes_batch:
-        rows = list_of(members_of(document).get("requests"))
-    for row in rows:
+    rows = members_of(document).get("requests") if route.makes_batch else [{"params": document}]
+    for row in list_of(rows):
         params = members_of(members_of(row).get("params"))
         fallbacks, tools = attempts_in(params)
         yield params.get("model")
@@ -1155,17 +1098,15 @@ WORDS = {(place, "container"): "containers" for place in ("", "params", "message
 WORDS |= {("", "agent"): "agents", ("multiagent", "agents"): "agents"}
 WORDS |= {(place, "predefined_agents"): "agents" for place in ("subagents", "workflows")}
 # What is the user's own in a body, and beside it the ``input`` of a tool's use.
-OWN_DATA = {"text", "metadata", "input_schema"}
+OWN_DATA = {"text", "metadata", "input_schema", "input_examples", "schema"}
 PROFILE_FIELD = "anthropic-user-profile-id"
 IDENTITY_FIELDS = frozenset({"anthropic-organization-id", WORKSPACE_FIELD})  # whose key it is
-# A member of these names, however it is written: escaped letters, and UTF-16, are told apart later.
-NAMED = rb'"(?=[%b])(?:%b)"' % (
-    "".join({name[0] for name in REFERENCES} | {"c"}).encode(),
-    "|".join([*REFERENCES, "container"]).encode(),
-)
-ESCAPED_LETTER, REFERENCE_IN_MESSAGE = re.compile(rb"\\u00[5-7]"), re.compile(NAMED)
-REFERENCE_ANYWHERE = re.compile(NAMED + rb'|"(?:agents?|predefined_agents)"')
-LONGEST_NAME = 2 + max(map(len, REFERENCES))
+# What tells that such a member may be there: how names end, words, and letters that are escaped.
+NAME_END = re.compile(rb'(_ids?)"(?:\s{0,900}+:|\s{900})')  # with the spaces before its colon
+ESCAPED_LETTER = re.compile(rb"\\u00(?:5[fF]|6[1-9a-fA-F]|7[0-9aA])")
+NAMES = set(REFERENCES)
+LONGEST_NAME = 1000
+EVERYDAY, EVERYDAY_IN_MESSAGES = {name for _, name in WORDS}, {"container"}
 NOT_FOUND = {"files": "File `{}` not found.", "environments": "Environment {} not found."}
 NOT_FOUND |= {"skills": "Skill not found: {}", "sessions": "Session not found: {}"}
 NOT_FOUND |= {"memory_stores": "memory store not found: {}"}
@@ -1178,36 +1119,53 @@ def not_found(kind: str, name: str) -> APIError:
     return APIError(404, text.replace("{}", printable(name)))
 
 
-def may_refer(body: bytes, route: Route) -> bool:
-    """Whether things may be named in a body: a look that takes a thousandth of reading it."""
-    named = REFERENCE_ANYWHERE if route.kind not in ("", "batches") else REFERENCE_IN_MESSAGE
-    found = named.search(body) or ESCAPED_LETTER.search(body)
-    return found is not None or b"\0" in body
+def everyday_on(route: Route) -> set[str]:
+    """Those of EVERYDAY that may name things in a body."""
+    return EVERYDAY_IN_MESSAGES if route.kind in ("", "batches") else EVERYDAY
 
 
-def members_within(document: object) -> Iterator[tuple[str, dict[str, Any], str, Any]]:
-    """Each member of each object in a JSON value, as (the name of what it stands in, that object,
-    name, value), but for what is the user's own."""
-    holders: list[tuple[str, Any]] = [("", document)]
-    for place, holder in holders:  # which grows meanwhile
+def names_in(body: bytes, start: int, words: set[str]) -> int:
+    """How many members that name things may begin in LIGHT_BODY bytes from there on: a look that
+    takes a part of what reading does. Below 0 where it cannot tell: letters are escaped, or it is
+    UTF-16, which has zeros."""
+    stop = start + LIGHT_BODY
+    if body.find(b"\0", start, stop) >= 0 or ESCAPED_LETTER.search(body, start, stop + 5):
+        return -1
+    quoted = (b'"%b"' % word.encode() for word in words)
+    count = sum(body.count(word, start, stop + len(word) - 1) for word in quoted)
+    for found in NAME_END.finditer(body, start, stop + LONGEST_NAME):
+        quote = body.rfind(b'"', max(0, found.start() - LONGEST_NAME), found.start())
+        count += start <= quote < stop and body[quote + 1 : found.end(1)].decode("latin-1") in NAMES
+    return count
+
+
+def named_in(
+    document: object, names: collections.abc.Set[str]
+) -> Iterator[tuple[str, list[tuple[str, str]]] | None]:
+    """What each member of these names in a JSON value names, as (its object's type, kinds and ids),
+    which is nothing in the user's own data; None where the loop may do something else."""
+    holders, looks = [("", document, False)], 0
+    for place, holder, is_own in holders:  # which grows meanwhile
         if isinstance(holder, list):
-            holders += zip(itertools.repeat(place), holder)
-        elif isinstance(holder, dict):
-            uses = str(holder.get("type")).endswith("tool_use")
-            for name, value in holder.items():
-                if name not in OWN_DATA and not (uses and name == "input"):
-                    holders.append((name, value))
-                    yield place, holder, name, value
-
-
-def named_by(place: str, holder: Mapping[str, Any], name: str, value: Any) -> Iterator[Any]:
-    """(kind, id) of each thing that a member names."""
-    kind = REFERENCES.get(name) or WORDS.get((place, name))
-    for each in (value if isinstance(value, list) else [value]) if kind else ():
-        named = each.get("id") if isinstance(each, dict) else each
-        built_in = name == "skill_id" and holder.get("type") == "anthropic"
-        if isinstance(named, str) and not (built_in and not named.startswith(KINDS["skills"])):
-            yield kind, named
+            holders += [(place, each, is_own) for each in holder if isinstance(each, dict | list)]
+        kind_of = str(holder.get("type")) if isinstance(holder, dict) else ""
+        for name, value in holder.items() if isinstance(holder, dict) else ():
+            looks += 1
+            if looks % BREATH == 0:
+                yield None
+            own = is_own or name in OWN_DATA or (name == "input" and kind_of.endswith("tool_use"))
+            if isinstance(value, dict | list):
+                holders.append((name, value, own))
+            if name in names:
+                kind = "" if own else REFERENCES.get(name) or WORDS.get((place, name), "")
+                each = [
+                    one.get("id") if isinstance(one, dict) else one
+                    for one in (value if isinstance(value, list) else [value])
+                ]
+                ids = [one for one in each if isinstance(one, str)] if kind else []
+                if name == "skill_id" and kind_of == "anthropic":  # a built-in one's is a word
+                    ids = [one for one in ids if one.startswith(KINDS["skills"])]
+                yield kind_of, [(kind, one) for one in ids]
 
 
 def parent_of(thing: Mapping[str, Any]) -> object:
@@ -1249,31 +1207,25 @@ class Order:
     max_tokens: int = MAX_OUTPUT
     thinking: int = 0  # tokens that may be thought unseen
     streams: bool = False
-    # For each model, in fast mode or not, and in the US or not: tokens of prompt and of output, and
-    # web searches. Where it is empty, `model` has the prompt and `max_tokens`.
+    # By (model, fast, US): tokens of prompt and of output, web searches. Empty: `model` has it all.
     parts: dict[tuple[str, bool, bool], list[int]] = field(default_factory=dict)
     prompts: int = 1  # messages that share the prompt
     batched: bool = False
     cache: str = "input"  # the rate of what of the prompt may be written to the cache
 
     def add_message(self, params: Mapping[str, Any]) -> int:
-        """Count in each attempt that a message may make, at its own model; how many tools and
-        fallbacks it has. SDK: beta_fallback_param, beta_advisor_tool_param, web_search_tool_param,
-        beta_compaction_config_param."""
+        """Count in each attempt of a message (SDK: beta_*_param); how many tools and fallbacks it has."""
         summed_up = params.get("compaction") is not None
         if isinstance(managed := params.get("context_management"), dict):
             edits = [each for each in list_of(managed.get("edits")) if isinstance(each, dict)]
             summed_up |= any(str(edit.get("type")).startswith("compact") for edit in edits)
-        # Old clients say ``max_tokens_to_sample`` (POST /v1/complete).
-        asked = params.get("max_tokens", params.get("max_tokens_to_sample"))
-        most = asked if type(asked) is int and 0 <= asked <= MAX_COUNT else MAX_OUTPUT
+        name = "max_tokens" if "max_tokens" in params else "max_tokens_to_sample"  # of old clients
+        most = count_of(params, name, MAX_OUTPUT)
         speed, us, searches = params.get("speed"), params.get("inference_geo") == "us", 0
-        has_more = "fallbacks" in params or "tools" in params
-        fallbacks, tools = attempts_in(params) if has_more else ([], [])
+        fallbacks, tools = attempts_in(params)
         # How often each attempt is made: one that sums the conversation up goes before the message.
-        attempts: list[tuple[Any, int]] = [(params, 1 + summed_up)]
-        if fallbacks:
-            attempts += zip(fallbacks, itertools.repeat(1))
+        attempts: list[tuple[Mapping[str, Any], int]] = [(params, 1 + summed_up)]
+        attempts += [(each if isinstance(each, dict) else {}, 1) for each in fallbacks]
         for tool in tools:
             kind, uses = str(tool.get("type")), count_of(tool, "max_uses", MAX_USES)
             if kind.startswith("advisor"):
@@ -1281,23 +1233,18 @@ class Order:
             elif kind.startswith("web_search"):
                 searches += uses
         for attempt, times in attempts:
-            model, fast = "", speed == "fast"
-            if isinstance(attempt, dict):
-                model, fast = model_of(attempt.get("model")), attempt.get("speed", speed) == "fast"
+            model, fast = model_of(attempt.get("model")), attempt.get("speed", speed) == "fast"
             part = (model, fast, us)
             if part not in self.parts and len(self.parts) >= MAX_MODELS:
                 part = ("", fast, us)
             counts = self.parts.setdefault(part, [0, 0, 0])
             counts[0] += self.prompt // self.prompts * times
+            counts[1] += count_of(attempt, "max_tokens", most) * times
             if attempt is params:
                 self.model, self.max_tokens = self.model or model, most
-                counts[1] += most * times
                 counts[2] += searches
-            else:
-                counts[1] += count_of(attempt, "max_tokens", most) * times
         self.streams = params.get("stream") is True
-        if (thinking := params.get("thinking")) is not None:
-            self.thinking = thinking_of(thinking, most)
+        self.thinking = thinking_of(params.get("thinking"), most)
         return len(fallbacks) + len(tools)
 
 
@@ -1310,8 +1257,7 @@ def thinking_of(thinking: object, max_tokens: int) -> int:
 
 
 async def read_order(document: Any, body: bytes, *, batched: bool, breathe: Breathe) -> Order:
-    """What a body asks for. ``document`` is the body as it was read; one that could not be is one
-    message of any model. Raises APIError 400 for a batch that cannot be read."""
+    """What a body that was read asks for. Raises APIError 400 for a batch that could not be."""
     order = Order(prompt=tokens_in(len(body)), batched=batched)
     if b'"cache_control"' in body:
         order.cache = "cache_write_1h" if b'"1h"' in body else "cache_write_5m"
@@ -1335,8 +1281,8 @@ GLANCED = re.compile(
 
 
 def glance(body: bytes) -> Order:
-    """What a body asks for, as far as a look for its members' names tells, which costs a tenth of
-    reading it, for estimates. Clients write these members before or after all that is long."""
+    """What a body asks for, as far as a look tells that costs a tenth of reading it."""
+    # Clients write these members before or after all that is long.
     edges = body if len(body) <= 2 * EDGE else body[:EDGE] + b" " + body[-EDGE:]
     members, order = dict(GLANCED.findall(edges)), Order(prompt=tokens_in(len(body)))
     if (most := members.get(b"max_tokens", b"")).isdigit():
@@ -1364,8 +1310,7 @@ class Measured:
     beyond: Tally | None = None  # what is estimated to be charged besides the usage
 
     def complete_with(self, order: Order) -> None:
-        """Estimate what a response used besides, as it did not come to its last word: at least the
-        prompt, what was seen of it, and the thinking that was not."""
+        """Estimate what one cut short used besides: the prompt, what was seen, unseen thinking."""
         thinking = order.thinking or self.thinks * (order.max_tokens // UNSEEN_THINKING)
         told = [tally for _, tally in charged_entries(self)]
         prompt = 0 if any(t.input_tokens or t.cached for t in told) else order.prompt
@@ -1389,39 +1334,30 @@ def measured_message(message: object, size: int) -> Measured:
     return measured
 
 
-# Counts of a usage object, and of a Tally. ``input_tokens`` leaves cached ones out; cache writes
-# whose length of life is not told are 5-minute ones, Anthropic's default.
-TALLIED = [("input_tokens", "input_tokens"), ("output_tokens", "output_tokens")]
-TALLIED += [("cache_read_input_tokens", "cache_read_tokens")]
-TALLIED += [("cache_creation_input_tokens", "cache_write_5m_tokens")]
-
-
 def tally_of(usage: Mapping[str, Any]) -> Tally:
-    """The counts of one usage object, or of one entry of its ``iterations``."""
-    tally = Tally()
-    for name, counted in TALLIED:
-        count = usage.get(name)
-        if type(count) is int and 0 < count <= MAX_COUNT:
-            setattr(tally, counted, count)
-    if written := usage.get("cache_creation"):
-        tally.cache_write_1h_tokens = hour = count_of(written, "ephemeral_1h_input_tokens")
-        five = count_of(written, "ephemeral_5m_input_tokens")
-        tally.cache_write_5m_tokens = max(five, tally.cache_write_5m_tokens - hour)
+    """The counts of a usage object, or of an entry of its ``iterations``."""
+    tally = Tally(0, 0, count_of(usage, "input_tokens"), count_of(usage, "output_tokens"))
+    tally.cache_read_tokens = count_of(usage, "cache_read_input_tokens")
+    written = usage.get("cache_creation")
+    tally.cache_write_1h_tokens = hour = count_of(written, "ephemeral_1h_input_tokens")
+    five = count_of(written, "ephemeral_5m_input_tokens")
+    # Those whose length of life is not told are 5-minute ones, Anthropic's default.
+    tally.cache_write_5m_tokens = max(five, count_of(usage, "cache_creation_input_tokens") - hour)
     return tally
 
 
 def charged_entries(measured: Measured) -> list[tuple[str, Tally]]:
-    """What is billed of a response, as (model, counts) of each attempt and of what was estimated.
-    Advisor, compaction and fallback attempts stand in ``iterations`` alone. Free are those declined
-    before any output that a fallback followed, and refusals without content (PLD
-    refusals-and-fallback, "How server-side fallback is billed")."""
+    """What is billed of a response, as (model, counts) of each attempt (all but the message's stand
+    in ``iterations`` alone) and of what was estimated. Free are those declined before any output
+    that a fallback followed, and refusals without content (PLD refusals-and-fallback)."""
     free = measured.stop_reason == "refusal" and measured.empty
     usage, model, beyond = {} if free else measured.usage, measured.model, measured.beyond
-    attempts = list_of(usage["iterations"])[:MAX_ITERATIONS] if "iterations" in usage else None
-    attempts = attempts and [each for each in attempts if isinstance(each, dict)]
+    told = list_of(usage.get("iterations"))[:MAX_ITERATIONS]
+    attempts = [attempt for attempt in told if isinstance(attempt, dict)]
     entries = [(model, tally_of(usage))] if usage and not attempts else []
-    for attempt, following in itertools.pairwise([*attempts, {}]) if attempts else ():
-        declined = attempt.get("type") in MAY_DECLINE and not count_of(attempt, "output_tokens")
+    for attempt, following in itertools.pairwise([*attempts, {}]):
+        may_decline = attempt.get("type") in ("message", "fallback_message")
+        declined = may_decline and not count_of(attempt, "output_tokens")
         if not (declined and following.get("type") == "fallback_message"):
             entries.append((model_of(attempt.get("model")) or model, tally_of(attempt)))
     if beyond is not None and len(entries) == 1 and not attempts:
@@ -1432,8 +1368,7 @@ def charged_entries(measured: Measured) -> list[tuple[str, Tally]]:
 
 
 def rewrite_results_url(data: bytes, base_path: str) -> bytes:
-    """Make ``results_url`` in batch objects the same path on the gateway, relative: the SDKs join
-    it to their base URL (anthropic/_base_client.py, _prepare_url), under either prefix."""
+    """Make ``results_url`` in batch objects a path, which SDKs join to their base URL."""
     name, origin = rb'(?<!\\)("results_url"\s*:\s*")', rb'(?:https?:(?:\\?/){2}[^/"\\]+(?=[/"\\]))?'
     base = rb'(?:%b(?=[/"]))?' % re.escape(base_path.encode()) if base_path else b""
     return re.sub(name + origin + base, rb"\1", data)
@@ -1464,10 +1399,9 @@ MAX_UNKNOWN = 50  # models without a price that the log names
 
 
 class Prices:
-    """What tokens cost: a price file where one is given, else the package genai-prices, whose rates
-    are asked for once (0.1 ms) for each model, hour, speed and tier. A model that may be any, or
-    that nobody knows, costs what the dearest known one does; where none is known, nothing. `load`
-    takes 0.3 seconds: call it in a thread; whoever needs a price before waits for it."""
+    """What tokens cost, as a price file says, else the package genai-prices (0.1 ms for each model,
+    hour, speed and tier). A model that nobody knows, or that may be any, costs what the dearest
+    does. `load` takes 0.3 seconds: call it in a thread; who needs a price before waits for it."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path, self.loaded = path, False
@@ -1581,8 +1515,7 @@ class Prices:
 
 
 def read_prices(path: Path) -> dict[str, Rates]:
-    """Read a price file: ``{"model or pattern": {"input": 3, "output": 15, …}}``, in USD for a
-    million tokens, and for one ``web_search``. Raises SettingsError."""
+    """Read a price file: ``{"model or pattern": {"input": <USD a million>, …}}``; SettingsError."""
     where, prices = f"--prices: {path}", {}
     try:
         document = json.loads(path.read_bytes())
@@ -1610,7 +1543,7 @@ def read_prices(path: Path) -> dict[str, Rates]:
 
 STORE_VERSION, STORE_MODE = 1, 0o600
 HASH = re.compile(r"[0-9a-f]{64}")
-TOMBSTONE_DAYS = 90  # how long a deleted key is told apart from one that never was
+TOMBSTONE = timedelta(days=90)  # how long a deleted key is told apart from one that never was
 WRITE_SLICE = 1000  # lines joined at a time, so that the writing thread lets the loop breathe
 FLUSH_INTERVAL = 1.0  # seconds between two writes of what relaying changes
 BUDGET_WAIT = 2  # seconds after which a request that a budget has no room for may ask again
@@ -1649,6 +1582,10 @@ class Thing(NamedTuple):
         mate = key.resources == "team" and key.team_id and key.team_id == self.team
         return key.resources == "all" or self.owner == key.owner or bool(mate)
 
+    def is_for(self, key: VirtualKey) -> bool:
+        """Whether a key may read it and refer to it."""
+        return self.is_shared or self.belongs_to(key)
+
 
 class Ledger(Protocol):
     """The keys and what they used, as another store than a file has them too; nothing else changes
@@ -1677,9 +1614,8 @@ class Ledger(Protocol):
     def rates(self, key: VirtualKey, theirs: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
         """anthropic-ratelimit-* of a key's own limits, where they are tighter than ``theirs``."""
 
-    def own_batch(self, account: Account, name: str, hold: Hold | None = None) -> None:
-        """A key made a batch: what is held for it stays until it is booked. One that nobody here
-        made (no hold) belongs to the key that first fetches its results."""
+    def own_batch(self, account: Account, name: str, hold: Hold) -> None:
+        """A key made a batch: what is held for it stays until it is booked."""
 
     def batch_line(self, name: str, line: int) -> Account | None:
         """Whom a line of a batch's results is to be booked to; it is said once."""
@@ -1702,8 +1638,8 @@ class Ledger(Protocol):
         """Give things (id: kind) to an owner ("": nobody), or share them with all (None). Where it
         raises APIError 503 nothing is changed."""
 
-    def forget(self, name: str) -> None:
-        """A thing is no more."""
+    def forget(self, name: str, owner: str | None) -> None:
+        """A thing is no more, if it is this owner's (None: anybody's)."""
 
     async def change(self, changes: Mapping[str, VirtualKey | None]) -> None:
         """Put these records (None removes one), as `save` does; what fails is taken back."""
@@ -1731,8 +1667,8 @@ def store_line(hashed: str, record: VirtualKey, today: str = "", keep_from: str 
 
 
 def parse_store(text: bytes, name: str) -> dict[str, VirtualKey]:
-    """Read a keys file, but for old tombstones. Raises SettingsError that says what is damaged."""
-    keys, forgotten = dict[str, VirtualKey](), now() - timedelta(days=TOMBSTONE_DAYS)
+    """Read a keys file. Raises SettingsError that says what is damaged."""
+    keys = dict[str, VirtualKey]()
     wrong = "not JSON: "
     try:
         document = json.loads(text)
@@ -1743,9 +1679,8 @@ def parse_store(text: bytes, name: str) -> dict[str, VirtualKey]:
             wrong = f"key number {number} "
             if not HASH.fullmatch(hashed):
                 raise ValueError("does not stand under a SHA-256")
-            key = VirtualKey.from_json(record)
-            if not key.deleted_at or key.deleted_at > forgotten:
-                keys[hashed] = key
+            keys[hashed] = VirtualKey.from_json(record)
+            keys[hashed].account.hashed = hashed
     except Exception as error:  # noqa: BLE001 - whatever Python says of what it cannot read
         raise SettingsError(f"{name}: damaged, {wrong}{error}; mend it or restore a copy") from None
     return keys
@@ -1871,15 +1806,6 @@ class StoreFile(Generic[Contents]):
             self._lock = -1
 
 
-@dataclass(slots=True)
-class Shelf:
-    """The things of one kind that one owner has, and when each was made."""
-
-    kind: str
-    owner: str
-    made: dict[str, float] = field(default_factory=dict)
-
-
 class Things:
     """Whose the things of a workspace are, as a file of changes tells it, one a line; the last word
     counts. `change` takes them:
@@ -1887,50 +1813,42 @@ class Things:
         {"key": "<its owner_id; empty: nobody's>", "kind": "files", "made": {"file_…": 1764194000}}
         {"gone": ["file_…"]}
         {"shared": ["file_…"]}   until it is made or gone again
-        {"key": "…", "team": "…"}   a key that was deleted left its things to its team
-    """
+
+    A place is an (owner, kind); ``made`` has what stands there, and when it was made."""
 
     def __init__(self) -> None:
-        self.shelves: dict[tuple[str, str], Shelf] = {}
-        self.places: dict[str, Shelf] = {}  # of each thing
+        self.made = collections.defaultdict[tuple[str, str], dict[str, float]](dict)
+        self.places: dict[str, tuple[str, str]] = {}  # by id
         self.shared: set[str] = set()
-        self.heirs: dict[str, str] = {}  # teams of owners
         self.is_untidy = self.is_cut = False  # its file is to be written anew, or must be
 
     def change(self, change: Mapping[str, Any]) -> None:
         """Take one in. Raises whatever Python does for what is none."""
-        match change:
-            case {"key": str(owner), "kind": str(kind), "made": dict(made)}:
-                if made.keys() & self.places.keys():
-                    self._drop(made)
-                math.fsum(made.values())  # raises for what is no number
-                shelf = self.shelves.setdefault((owner, kind), Shelf(kind, owner))
-                shelf.made.update(made)
-                self.places.update(dict.fromkeys(made, shelf))
-            case {"gone": list(names)}:
-                self._drop(names)
-            case {"shared": list(names)}:
-                self.shared.update(self.places.keys() & names)
-            case {"key": str(owner), "team": str(team)}:
-                self.heirs[owner] = team
-            case _:
-                raise ValueError("is no change of things")
+        if made := change.get("made"):
+            math.fsum(made.values())  # raises for what is no number
+            self._drop(made.keys() & self.places.keys())
+            place = exactly(str, change["key"]), exactly(str, change["kind"])
+            self.made[place].update(made)
+            self.places.update(dict.fromkeys(made, place))
+        elif "gone" in change:
+            self._drop(change["gone"])
+        else:
+            self.shared.update(self.places.keys() & change["shared"])
 
     def _drop(self, names: Iterable[str]) -> None:
         self.shared.difference_update(names)
         for name in names:
-            if shelf := self.places.pop(name, None):
-                del shelf.made[name]
+            if place := self.places.pop(name, None):
+                del self.made[place][name]
 
     def lines(self) -> list[bytes]:
         """The fewest changes that say all of it."""
         changes: list[dict[str, Any]] = []
-        for shelf in self.shelves.values():
-            rest = iter(shelf.made.items())
+        for (owner, kind), made in self.made.items():
+            rest = iter(made.items())
             while some := dict(itertools.islice(rest, WRITE_SLICE)):
-                changes.append({"key": shelf.owner, "kind": shelf.kind, "made": some})
+                changes.append({"key": owner, "kind": kind, "made": some})
         changes += [{"shared": sorted(self.shared)}] if self.shared else []
-        changes += [{"key": owner, "team": team} for owner, team in self.heirs.items()]
         return [json.dumps(change).encode() for change in changes]
 
 
@@ -1943,14 +1861,16 @@ def parse_things(text: bytes, name: str) -> Things:
     try:
         if json.loads(first) != {"version": STORE_VERSION}:
             raise ValueError("is not of a version for this gateway")
+        decode = decoder_of(Any) or json.loads
         for number, line in enumerate(lines, start=2):
             where = f"line {number}"
-            things.change(json.loads(line))
+            things.change(decode(line))
     except Exception as error:  # noqa: BLE001 - whatever Python says of what it cannot read
         wrong = f"damaged, {where}: {error}; mend it or restore a copy"
         raise SettingsError(f"{name}: {wrong}") from None
     things.is_cut = bool(rest)
-    things.is_untidy = things.is_cut or len(lines) > 2 * len(things.lines()) + UNTIDY_LINES
+    fewest = sum(1 + len(made) // WRITE_SLICE for made in things.made.values())
+    things.is_untidy = things.is_cut or len(lines) > 2 * fewest + UNTIDY_LINES
     return things
 
 
@@ -1964,7 +1884,7 @@ class FileLedger(Ledger):
     ) -> None:
         told = (KEYS_FRAME, "keys file", "nothing was changed")
         self._file, path = StoreFile(path, parse_store, *told), Path(os.path.realpath(path))
-        told = (THINGS_FRAME, "file of resources", "what was made is written later")
+        told = (THINGS_FRAME, "file of resources", "what was made is there, and written down later")
         self._things_file = StoreFile(Path(f"{path}.resources"), parse_things, *told)
         self._usage_days, self._clock = usage_days, clock
         self.keys = {}
@@ -1981,7 +1901,12 @@ class FileLedger(Ledger):
         self._next: asyncio.Task[APIError | None] | None = None  # … and what waits for its end
         self._adding = asyncio.Lock()  # changes of things
         self._noticed: FileMark = None  # the last edit that was read, or could not be
-        self._load()
+        try:
+            self._load()
+        except SettingsError:
+            self._file.close()
+            self._things_file.close()
+            raise
 
     # Looking
 
@@ -2111,14 +2036,11 @@ class FileLedger(Ledger):
         batch = self.batches[name].batches[name] if name in self.batches else None
         return None if batch is None or batch.booked else batch
 
-    def own_batch(self, account: Account, name: str, hold: Hold | None = None) -> None:
-        if hold is None and name in self.batches:
-            return
+    def own_batch(self, account: Account, name: str, hold: Hold) -> None:
         self.finish_batch(name)  # an upstream that gives an id twice frees what was held for it
         batch = account.batches[name] = Batch(day_of(now()))
         self.batches[name] = account
-        if hold is not None:
-            batch.held, hold.amounts = hold.amounts, {}
+        batch.held, hold.amounts = hold.amounts, {}
         self._touched.add(account.hashed)
 
     def batch_line(self, name: str, line: int) -> Account | None:
@@ -2151,28 +2073,24 @@ class FileLedger(Ledger):
     async def find_things(self, names: Iterable[object]) -> dict[str, Thing]:
         found, places, shared = dict[str, Thing](), self.things.places, self.things.shared
         for name in names:
-            if isinstance(name, str) and (shelf := places.get(name)):
-                team = self._team_of(shelf.owner)
-                found[name] = Thing(shelf.kind, shelf.owner, team, name in shared)
+            if isinstance(name, str) and (place := places.get(name)):
+                owner, kind = place
+                found[name] = Thing(kind, owner, self._team_of(owner), name in shared)
         return found
 
     async def reached(self, key: VirtualKey, kind: str) -> dict[str, float]:
-        shelves = self.things.shelves
-        made, team = dict[str, float](), key.team_id if key.resources == "team" else None
-        for (owner, each), shelf in shelves.items() if team else ():
-            if each == kind and self._team_of(owner) == team:
-                made |= shelf.made
-        if mine := shelves.get((key.owner, kind)):
-            made |= mine.made
-        for name in self.things.shared:
-            shelf = self.things.places[name]
-            if shelf.kind == kind:
-                made[name] = shelf.made[name]
-        return made
+        made, things, team = dict[str, float](), self.things, key.team_id
+        places = [(key.owner, kind)]
+        if team and key.resources == "team":
+            places = [p for p in things.made if p[1] == kind and self._team_of(p[0]) == team]
+        for place in places:
+            made |= things.made.get(place, {})
+        shared = [name for name in things.shared if things.places[name][1] == kind]
+        return made | {name: things.made[things.places[name]][name] for name in shared}
 
     def _team_of(self, owner: str) -> str | None:
         key = self.keys.get(self._owners.get(owner, ""))
-        return self.things.heirs.get(owner) if key is None or key.deleted_at else key.team_id
+        return key.team_id if key else None
 
     async def own(self, owner: str, kind: str, made: Mapping[str, float]) -> None:
         if fresh := {name: made[name] for name in made if name not in self.things.places}:
@@ -2182,14 +2100,14 @@ class FileLedger(Ledger):
     async def assign(self, kinds: Mapping[str, str], owner: str | None) -> None:
         places, moment, changes = self.things.places, int(time.time()), list[dict[str, Any]]()
         for name in reversed(list(kinds)):  # lists begin with the newest
-            since = places[name].made[name] if name in places else moment
+            since = self.things.made[places[name]][name] if name in places else moment
             if owner is not None or name not in places:
                 changes.append({"key": owner or "", "kind": kinds[name], "made": {name: since}})
         changes += [{"shared": list(kinds)}] if owner is None else []
         await asyncio.shield(self._add(changes))
 
-    def forget(self, name: str) -> None:
-        if name in self.things.places:
+    def forget(self, name: str, owner: str | None) -> None:
+        if (place := self.things.places.get(name)) and owner in (None, place[0]):
             self._change({"gone": [name]})
 
     def _change(self, change: Mapping[str, Any]) -> None:
@@ -2212,7 +2130,9 @@ class FileLedger(Ledger):
                     file.is_written()
             except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again
                 self._changes[:0] = waiting
-                raise self._fail(error, file) from None
+                raise APIError(
+                    503, self._fail(error, file).message, headers=[DO_NOT_RETRY]
+                ) from None
             for change in changes:
                 self.things.change(change)
 
@@ -2248,8 +2168,6 @@ class FileLedger(Ledger):
             account = record.account
             account.hashed = hashed
             self._owners[record.owner] = hashed
-            if record.deleted_at and record.team_id and record.owner not in self.things.heirs:
-                self._change({"key": record.owner, "team": record.team_id})
             for kind, limit in (("requests", record.rpm_limit), ("tokens", record.tpm_limit)):
                 bucket = account.buckets.pop(kind, None) or Bucket(0, self._clock())
                 if limit is not None:
@@ -2303,18 +2221,24 @@ class FileLedger(Ledger):
         known = {hashed: key.account for hashed, key in self.keys.items()}
         for index in (self.keys, self._lines, self._retired, self.batches, self._owners):
             index.clear()
-        for hashed, record in keys.items():
+        places, forgotten = self.things.places, now() - TOMBSTONE
+        heritage = {owner for owner, _ in places.values()}
+        for hashed, record in list(keys.items()):
+            gone = record.deleted_at is not None and record.deleted_at < forgotten
+            if gone and not (record.team_id and record.owner in heritage):
+                del keys[hashed]
+                continue
             record.account = known.get(hashed, record.account)
-        self._apply(keys)
-        self._touched |= known.keys() & keys.keys()
-        for hashed, record in keys.items():  # version 1.0 kept batches there alone
-            batches = record.account.batches.items()
-            places = self.things.places
+            batches = record.account.batches.items()  # version 1.0 kept whose they are there alone
             if old := {n: from_iso(b.day).timestamp() for n, b in batches if n not in places}:
                 self._change({"key": record.owner, "kind": "batches", "made": old})
+        self._apply(keys)
+        self._touched |= known.keys() & keys.keys()
 
     def _load_things(self) -> None:
         file = self._things_file
+        if self._owners and file.edit() is None:
+            return
         try:
             things = file.read(self.things.lines())
             for change in self._changes:
@@ -3054,7 +2978,7 @@ class UpstreamClient(SimpleAsyncHTTPClient):
         return context
 
     def fetch(self, request: Any, *more: Any, **options: Any) -> asyncio.Future[HTTPResponse]:
-        """Send a request; an `UpstreamRequest` has callbacks, its future only says that it ended."""
+        """Send a request; an `UpstreamRequest` has callbacks, and its future only says "over"."""
         if not isinstance(request, UpstreamRequest):
             return super().fetch(request, *more, **options)
         request.client = self
@@ -3216,7 +3140,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         self.server.connections.add(self)
 
     def data_received(self, data: bytes) -> None:
-        """Read on unless the delegate waits; a next request once those before it are answered."""
+        """Read on unless the delegate waits; a next request once earlier answers are taken."""
         self._taken += len(data)
         waiting = self.phase is ClientPhase.WAITING
         if self.phase is ClientPhase.LINGERING or (waiting and self._close_after):
@@ -3672,15 +3596,14 @@ class Meter(ResponseFilter):
     told (below 0) of those let go. ``on_result`` gets each line of batch results, counted from 1;
     ``learn`` what a line or a message says that may name something new."""
 
-    learn: Callable[[object], None] | None = None
-
     def __init__(
         self,
         content_type: str,
         on_result: Callable[[int, Measured], None] | None = None,
         room: Callable[[int], bool] = lambda size: True,
+        learn: Callable[[object], None] | None = None,
     ) -> None:
-        self.measured = Measured()
+        self.measured, self._learn = Measured(), learn
         self._on_result, self._room, self._numbers = on_result, room, itertools.count(1)
         self._whole = on_result is None and not content_type.lower().startswith(EVENT_STREAM)
         self._held = bytearray()  # of a line that has not ended, or of the message
@@ -3693,9 +3616,8 @@ class Meter(ResponseFilter):
         holds = self._whole or self._held or self._passed_over
         if holds or len(data) > MAX_LINE or not data.endswith(b"\n"):
             lines = self._complete(data)
-        if self.learn is not None and (b'"container"' in lines or b'"file_id"' in lines):
-            for line in lines.splitlines():
-                self.learn(read_json(line.removeprefix(b"data:"), Any))
+        if self._learn is not None and (b'"container"' in lines or b'"file_id"' in lines):
+            self._learn_of(lines.splitlines(), self._learn)
         if self._on_result is not None:
             self._read_results(lines, self._on_result)
             return data
@@ -3745,9 +3667,14 @@ class Meter(ResponseFilter):
         if self._whole and not self.measured.blind:
             message = read_answer(held) if complete and held else None
             self.measured = measured_message(message, size)
-            if self.learn is not None and complete:
-                self.learn(read_json(held, Any))
+            if self._learn is not None and complete:
+                self._learn_of([held], self._learn)
         return b""
+
+    def _learn_of(self, texts: Iterable[bytes], learn: Callable[[object], None]) -> None:
+        for text in texts:
+            if b'"container"' in text or b'"file_id"' in text:
+                learn(read_json(text.removeprefix(b"data:"), Any))
 
     def _complete(self, data: bytes) -> bytes:
         """The lines that end in these bytes. What stands behind them is held until its end comes;
@@ -4240,8 +4167,8 @@ class Visit:
     what it used, ``results`` what a batch did. ``began``: all of it went up. ``payer`` is the key
     that pays, and has walls; None where the caller does, or nobody counts. ``owner`` gets what
     comes of it, ``listing`` is what is asked for in place of a list of files. Of the answer fields
-    of ``hidden`` names stay here, and it waits for an ``errand``: to keep what was ``born``, as
-    kind and moment by id."""
+    of ``hidden`` names stay here; ``learn`` finds what is ``born`` in it, kinds and moments by
+    id."""
 
     gateway: Gateway
     head: RequestHead
@@ -4260,7 +4187,7 @@ class Visit:
     listing: Listing | None = None
     hidden: frozenset[str] = NO_OPTIONS
     born: dict[str, tuple[str, float]] = field(default_factory=dict)
-    errand: Callable[[], Awaitable[None]] | None = None
+    learn: Callable[[object], None] | None = None
     credential: tuple[str, str] | None = None
     hold: Hold | None = None
     meter: Meter | None = None
@@ -4276,26 +4203,25 @@ class Kept:
     """A request's body that was kept, and what was read of it: once, however many rules look."""
 
     data: bytes
-    route: Route
     breathe: Breathe
     document: object = None
-    is_read: bool = False
+    how: tuple[bool, bool] | None = None  # it was read: strictly, and wholly
 
-    async def read(self, *, strictly: bool) -> object:
+    def read_at_once(self) -> object:
+        """What it says, but where names stand twice in an object; None where that takes long."""
+        data, decode = self.data, decoder_of(Any)
+        is_light = len(data) <= LIGHT_CONTAINED and data.count(b"{") <= LIGHT_CONTAINERS // 4
+        return read_json(data, Any) if decode and is_light else None
+
+    async def read(self, *, strictly: bool, wholly: bool = False) -> object:
         """What it says: to the letter (APIError 400 where that is not clear), or what of it a price
         depends on (None where it cannot be read). An empty one says nothing."""
-        if self.data and (strictly or not self.is_read):
-            read = read_body(self.data, self.route, self.breathe, strictly=strictly)
-            self.document, self.is_read = await read, True
+        read = self.how
+        if self.data and not (read and read[0] >= strictly and read[1] >= wholly):
+            self.how = strictly, wholly
+            read_now = read_body(self.data, self.breathe, strictly=strictly, wholly=wholly)
+            self.document = await read_now
         return self.document
-
-    async def read_wholly(self) -> object:
-        """All that it says. Raises APIError 400 where that is not clear."""
-        try:
-            return await read_at_length(self.data, None, self.breathe)
-        except (ValueError, RecursionError) as error:
-            text = "The body names files or other things, and is not clearly readable JSON"
-            raise APIError(400, f"{text}: {error}.") from None
 
 
 class Rule:
@@ -4312,6 +4238,9 @@ class Rule:
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
         """What is to see the answer's body."""
         return ()
+
+    async def keep(self, visit: Visit) -> None:
+        """Remember what is ``born``, before the client hears of it. Raises APIError."""
 
     def fields(self, visit: Visit, head: ResponseHead) -> Iterable[tuple[str, str]]:
         """Fields of the answer, in the place of the upstream's of these names."""
@@ -4331,7 +4260,7 @@ class Rules:
 
         self.head, self.body = having("head"), having("body")
         self.filters, self.fields = having("filters")[::-1], having("fields")  # the way back
-        self.end = having("end")
+        self.keep, self.end = having("keep"), having("end")
 
 
 class Credentials(Rule):
@@ -4420,7 +4349,7 @@ class Models(Rule):
         key, route = visit.caller.key, visit.route
         if key is None or not key.models or route.unread:
             return
-        document = await body.read(strictly=True)
+        document = await body.read(strictly=True, wholly=not route.open)
         if not document and not (route.open or route.deletes):
             raise APIError(403, "This key is limited to some models, and this request names none.")
         await check_models(key.models, route, document, body.breathe)
@@ -4444,8 +4373,8 @@ class Fields(Rule):
         unwanted = head.options
         if caller.own is None:
             unwanted |= {WORKSPACE_FIELD}
-            if visit.route.results_of:
-                unwanted |= {"range", "if-range"}  # a part of the results could not be booked
+            if visit.route.results_of or (visit.route.kind and not visit.route.name):
+                unwanted |= {"range", "if-range"}  # of a part nobody can tell what it is
         codings = None
         if visit.route.is_read and (offered := head.values.get("accept-encoding")):
             codings = readable_codings(offered)
@@ -4505,7 +4434,8 @@ class Limits(Rule):
         if head.status != 200 or not route.billed or route.batch:
             return ()
         room = functools.partial(visit.gateway.held.find_room, visit.record.hashed)
-        visit.meter = Meter(head.values.get("content-type", ("",))[0], room=room)
+        kind = head.values.get("content-type", ("",))[0]
+        visit.meter = Meter(kind, room=room, learn=visit.learn)
         return (visit.meter,)
 
     def fields(self, visit: Visit, head: ResponseHead) -> Iterable[tuple[str, str]]:
@@ -4585,11 +4515,9 @@ class Batches(Rule):
             return (Rewritten(functools.partial(self.look, visit)),)
         if not batch or visit.caller.own is not None:
             return ()
-        if visit.caller.key is not None:
-            # One that nobody here made belongs to the key that first fetches its results.
-            gateway.ledger.own_batch(visit.caller.key.account, batch)
         room = functools.partial(gateway.held.find_room, visit.record.hashed)
-        visit.results = Meter("", functools.partial(gateway.batches.book_result, batch), room)
+        book = functools.partial(gateway.batches.book_result, batch)
+        visit.results = Meter("", book, room, visit.learn)
         return (visit.results,)
 
     async def look(self, visit: Visit, plain: bytes) -> bytes:
@@ -4615,15 +4543,14 @@ class Batches(Rule):
 
 
 LIST_TIMEOUT = 60.0  # seconds for a further part of a list
-DEFAULT_LIMIT, MAX_LIST_LIMIT = 20, 1000  # rows of a page (SDK: types/file_list_params.py, which
+DEFAULT_LIMIT, MAX_ROWS_LISTED = 20, 1000  # rows of a page (SDK: types/file_list_params.py, which
 IDS_A_CALL = 100  # has this one too)
-MAX_PAGES = 1000  # of a list that one request looks through
+MAX_PAGES = 100  # of a list that one request looks through
 FILE_LIST = {"limit", "page", "after_id", "before_id", "beta"}  # what can be asked of ids as well
-LIST_IDS = ("ids", "after_id", "before_id")
+CURSORS = ("after_id", "before_id")
 CURSOR = re.compile(r"page_own_([0-9.]+)_([\w-]+)")  # the gateway's own: behind which file
 # A session and a run are of a deployment, a file is of the session that wrote it.
 PARENTS = {"sessions": "deployments", "deployment_runs": "deployments", "files": "sessions"}
-PRODUCERS = ("dreams", "deployment_runs")
 SAFE_ID = re.compile(r"[\w-]+")
 
 
@@ -4636,6 +4563,7 @@ class Walls(Rule):
         if key is None:
             return
         visit.hidden, visit.owner = IDENTITY_FIELDS, key.owner
+        visit.learn = functools.partial(self.learn, visit.born)
         if route.name:
             # What workers of an environment do is not for all who may use it.
             reads = route.fetches and not route.below.startswith("/work")
@@ -4646,7 +4574,7 @@ class Walls(Rule):
         for profile in head.values.get(PROFILE_FIELD, ()):
             await self.reach(visit, "user_profiles", profile)
         if "?" in visit.target:
-            await self.judge_query(visit)
+            await self.judge_query(visit, key)
         if route.kind and not route.name and route.fetches:
             if head.method == "HEAD":
                 visit.hidden |= {"content-length"}
@@ -4659,15 +4587,33 @@ class Walls(Rule):
                 raise APIError(400, text)
 
     async def body(self, visit: Visit, body: Kept) -> None:
-        if not visit.refers or not may_refer(body.data, visit.route):
-            return
-        seen = set[tuple[str, str]]()
-        for number, member in enumerate(members_within(await body.read_wholly())):
-            if number % BREATH == 0:
+        named, is_clear, words = 0, True, everyday_on(visit.route)
+        for start in range(0, len(body.data) if visit.refers else 0, LIGHT_BODY):
+            if start:
                 await body.breathe()
-            seen.update(named_by(*member))
-        for kind, name in seen:
+            count = names_in(body.data, start, words)
+            named, is_clear = named + abs(count), is_clear and count >= 0
+        document, names = body.read_at_once() if named and is_clear else None, words | NAMES
+        things, found = await self.things_in(document, names, body)
+        if found != named:  # some are hidden by others, or are none
+            things, _ = await self.things_in(
+                await body.read(strictly=True, wholly=True), names, body
+            )
+        for kind, name in things:
             await self.reach(visit, kind, name)
+
+    async def things_in(
+        self, document: object, names: set[str], body: Kept
+    ) -> tuple[set[tuple[str, str]], int]:
+        """What a document names, and how many of its members have one of these names."""
+        things, found = set[tuple[str, str]](), 0
+        for each in named_in(document, names):
+            if each is None:
+                await body.breathe()
+                continue
+            found += 1
+            things.update(each[1])
+        return things, found
 
     async def reach(self, visit: Visit, kind: str, name: str, *, changes: bool = False) -> Thing:
         """A thing that the caller may read or refer to, or change. Raises APIError 404, and 403 for
@@ -4678,7 +4624,7 @@ class Walls(Rule):
         if thing is None and key.resources == "all":
             return Thing(kind)
         thing = thing or await self.trace(visit, key, kind, name)
-        if thing is None or not (thing.belongs_to(key) or thing.is_shared):
+        if thing is None or not thing.is_for(key):
             raise not_found(kind, name)
         if changes and not thing.belongs_to(key):
             text = f"{printable(name)} is shared: this key may use it, and its owner change it."
@@ -4693,7 +4639,9 @@ class Walls(Rule):
         may_be = await ledger.reached(key, parents) if parents else not is_custom
         if not may_be or not SAFE_ID.fullmatch(name):
             return None
-        found = await self.ask(visit, f"/v1/{kind}/{name}", {})
+        found = dict[str, Any]()
+        with contextlib.suppress(UpstreamError):
+            found = await self.ask(visit, f"/v1/{kind}/{name}")
         if kind == "skills":
             return Thing(kind, is_shared=True) if is_published(found) else None
         above = parent_of(found)
@@ -4703,13 +4651,11 @@ class Walls(Rule):
         await ledger.own(thing.owner, kind, {name: moment_in(found)})
         return thing._replace(kind=kind)
 
-    async def ask(self, visit: Visit, target: str, missing: Any = None) -> Any:
-        """An object of the upstream's; ``missing`` where it has none. Raises UpstreamError."""
+    async def ask(self, visit: Visit, target: str) -> dict[str, Any]:
+        """An object of the upstream's. Raises UpstreamError."""
         told = ("anthropic-version", "anthropic-beta")
         fields = {name: visit.head.get(name) for name in told if name in visit.head.values}
         answer = await visit.gateway.client.get(target, LIST_TIMEOUT, fields)
-        if answer.code == 404 and missing is not None:
-            return missing
         document = read_json(answer.body, Any) if answer.code == 200 else None
         if not isinstance(document, dict):
             raise UpstreamError(f"The upstream answered {answer.code} where a part was asked for.")
@@ -4717,7 +4663,7 @@ class Walls(Rule):
 
     # Lists
 
-    async def judge_query(self, visit: Visit) -> None:
+    async def judge_query(self, visit: Visit, key: VirtualKey) -> None:
         """Look at the ids of a query. Of a list of ids those that the caller does not reach are
         left out, as missing ones would be."""
         path, _, query = visit.target.partition("?")
@@ -4725,18 +4671,19 @@ class Walls(Rule):
         for part in query.split("&"):
             name, value = (urllib.parse.unquote_plus(text) for text in part.partition("=")[::2])
             name = name.partition("[")[0]
-            is_row = kind != "" and is_list and name in LIST_IDS
-            named = kind if is_row else REFERENCES.get(name)
+            is_row = kind != "" and is_list
+            named = kind if is_row and name in CURSORS else REFERENCES.get(name)
+            if is_row and name == "ids":
+                thing = (await visit.gateway.ledger.find_things([value])).get(value)
+                if thing is not None and not thing.is_for(key):
+                    left_out += 1
+                    continue
             try:
                 if named and value:
                     await self.reach(visit, named, value)
-                kept.append(part)
             except APIError as error:
-                if not is_row:
-                    raise
-                if name != "ids":
-                    raise APIError(400, f"{name}: {error.message}") from None
-                left_out += 1
+                raise APIError(400, f"{name}: {error.message}") if name in CURSORS else error
+            kept.append(part)
         if left_out:
             if not any(part.startswith("ids") for part in kept):
                 kept.append(f"ids[]={unknown_id(kind)}")
@@ -4747,14 +4694,10 @@ class Walls(Rule):
         them, newest first, as the upstream has them."""
         path, _, query = visit.target.partition("?")
         asked = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
-        limit, page = (
-            asked.get("limit", str(DEFAULT_LIMIT)),
-            CURSOR.fullmatch(asked.get("page", "")),
-        )
-        fits = limit.isascii() and limit.isdigit() and 0 < int(limit) <= MAX_LIST_LIMIT
-        if asked.keys() - FILE_LIST or not fits or (asked.get("page") and not page):
+        size, page = rows_asked(asked), CURSOR.fullmatch(asked.get("page", ""))
+        if asked.keys() - FILE_LIST or not size or (asked.get("page") and not page):
             return  # the upstream says what is wrong, or lists them in its own way
-        made, size = await visit.gateway.ledger.reached(key, "files"), min(int(limit), IDS_A_CALL)
+        made, size = await visit.gateway.ledger.reached(key, "files"), min(size, IDS_A_CALL)
         order = sorted(made, key=made.__getitem__)[::-1]
         after, before = page[2] if page else asked.get("after_id"), asked.get("before_id")
         if after in made:
@@ -4795,9 +4738,8 @@ class Walls(Rule):
         """A full page of rows that the caller reaches, of as many of the upstream's as it takes."""
         path, _, query = visit.target.partition("?")
         asked = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
-        limit, cursor = int(asked.get("limit") or DEFAULT_LIMIT), "after_id"
-        if backwards := bool(asked.get("before_id")):
-            cursor = "before_id"
+        limit, backwards = rows_asked(asked) or DEFAULT_LIMIT, bool(asked.get("before_id"))
+        cursor = "before_id" if backwards else "after_id"
         page, rows = document, list_of(document.get("data"))
         is_whole, key = bool(body) and shown == rows, cast(VirtualKey, visit.payer)
         left = set(await visit.gateway.ledger.reached(key, visit.route.kind))
@@ -4805,7 +4747,7 @@ class Walls(Rule):
             left -= set(map(id_of, rows))
             if len(shown) > limit or not page.get("has_more") or not left or not rows:
                 break
-            asked |= {"limit": str(MAX_LIST_LIMIT), cursor: id_of(rows[0 if backwards else -1])}
+            asked |= {"limit": str(MAX_ROWS_LISTED), cursor: id_of(rows[0 if backwards else -1])}
             page = await self.ask(visit, f"{path}?{urllib.parse.urlencode(asked)}")
             rows = list_of(page.get("data"))
             found = await self.visible(visit, rows)
@@ -4830,11 +4772,11 @@ class Walls(Rule):
             if thing is None and above is not None and above.belongs_to(key) and name:
                 born.setdefault((above.owner, visit.route.kind), {})[name] = moment_in(row)
                 thing = above
-            if thing is not None and (thing.belongs_to(key) or thing.is_shared):
+            if thing is not None and thing.is_for(key):
                 for kind, product in products_of(row):
                     born.setdefault((thing.owner, kind), {})[product] = moment_in(row)
                 shown.append(row)
-            elif thing is None and is_published(row):
+            elif thing is None and visit.route.kind == "skills" and is_published(row):
                 shown.append(row)
         for (owner, kind), made in born.items():
             await ledger.own(owner, kind, made)
@@ -4846,20 +4788,16 @@ class Walls(Rule):
         key, route = visit.payer, visit.route
         if key is None or not 200 <= head.status < 300:
             return ()
-        learn = functools.partial(self.learn, visit)
-        for meter in (visit.meter, visit.results):
-            if meter is not None:
-                meter.learn = learn
-        if not route.kind or visit.results is not None:
+        if not route.kind or route.results_of:
             return ()
+        if route.fetches and not route.name:
+            is_free = key.resources == "all"
+            return () if is_free else (Rewritten(functools.partial(self.list_own, visit)),)
         if is_event_stream(head):
-            watch = Meter(EVENT_STREAM)
-            watch.learn = learn
-            return (watch,)
-        if not route.fetches or (route.name and route.kind in PRODUCERS and not route.below):
+            return (Meter(EVENT_STREAM, learn=visit.learn),)
+        is_told = not route.fetches or (route.kind in BEARERS and not route.below)
+        if is_told and is_json(head.get("content-type")):
             return (Rewritten(functools.partial(self.remember, visit)),)
-        if not route.name and head.status == 200 and key.resources != "all":
-            return (Rewritten(functools.partial(self.list_own, visit)),)
         return ()
 
     async def remember(self, visit: Visit, body: bytes) -> bytes:
@@ -4867,50 +4805,47 @@ class Walls(Rule):
         made, route = read_json(body, Any), visit.route
         if not isinstance(made, dict) or route.deletes:
             return body
-        moment, name, kind = moment_in(made), id_of(made), f"{made.get('type')}s"
+        moment, name = moment_in(made), id_of(made)
         visit.born |= {product: (of, moment) for of, product in products_of(made)}
-        if name and name != route.name and not route.fetches:
-            below = route.below.strip("/").split("/")[-1]
-            visit.born[name] = (kind if kind in KINDS else below or route.kind, moment)
-        try:
-            await self.keep(visit)
-        except APIError as error:
-            text = f"It was made, but whose it is could not be written down. {error.message}"
-            raise APIError(503, text, headers=[DO_NOT_RETRY]) from None
+        below = route.below.strip("/").split("/")
+        if name and name not in (route.name, *below) and not route.fetches:
+            kind = "deployment_runs" if below[-1] == "run" else below[-1] or route.kind
+            visit.born[name] = (kind, moment)
+        await self.keep(visit)
         return body
 
-    def learn(self, visit: Visit, document: object) -> None:
+    def learn(self, born: dict[str, tuple[str, float]], document: object) -> None:
         """An answer, or a part of one, may name what was made for the caller on the way: containers
         and files that code wrote (SDK: types/code_execution_output_block.py)."""
-        for member in members_within(document):
-            wrote = str(member[1].get("type")).endswith("code_execution_output")
-            for kind, name in named_by(*member):
-                if kind == "containers" or (kind == "files" and wrote):
-                    visit.born[name] = (kind, time.time())
-                    visit.errand = functools.partial(self.keep_learnt, visit)
-
-    async def keep_learnt(self, visit: Visit) -> None:
-        """Remember what was learnt before the client hears of it."""
-        with contextlib.suppress(APIError):  # which is said, and tried again each second
-            await self.keep(visit)
+        for holder, things in filter(None, named_in(document, {"container", "file_id"})):
+            for kind, name in things:
+                if kind == "containers" or holder.endswith("code_execution_output"):
+                    born[name] = (kind, time.time())
 
     async def keep(self, visit: Visit) -> None:
-        """Remember what was born: it is its owner's. Raises APIError 503."""
-        born, visit.born = visit.born, {}
-        for name, (kind, moment) in born.items() if visit.owner else ():
+        born = list(visit.born.items())
+        visit.born.clear()
+        for name, (kind, moment) in born if visit.owner else ():
             await visit.gateway.ledger.own(visit.owner, kind, {name: moment})
 
     def end(self, visit: Visit) -> None:
         route, answer = visit.route, visit.answer
         deleted = route.name and route.deletes and visit.caller.own is None
         if deleted and answer is not None and answer.status == 200:
-            visit.gateway.ledger.forget((route.name + route.below).strip("/").split("/")[-1])
+            name = (route.name + route.below).strip("/").split("/")[-1]
+            visit.gateway.ledger.forget(name, visit.owner if visit.payer else None)
 
 
 def id_of(row: object) -> str:
     """The id of an object; empty where it has none."""
     name = row.get("id") if isinstance(row, dict) else None
     return name if isinstance(name, str) else ""
+
+
+def rows_asked(asked: Mapping[str, str]) -> int:
+    """How many rows a query asks for at most; 0 where that is no number that a list takes."""
+    limit = asked.get("limit", str(DEFAULT_LIMIT))
+    return int(limit) if re.fullmatch("[1-9][0-9]{0,2}|1000", limit) else 0
 
 
 def unknown_id(kind: str) -> str:
@@ -4930,7 +4865,7 @@ def as_list(document: dict[str, Any], rows: Sequence[Any], more: object) -> byte
     return json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-RULES = (Credentials(), Routes(), Models(), Fields(), Walls(), Batches(), Limits())
+RULES = (Credentials(), Routes(), Models(), Fields(), Limits(), Walls(), Batches())
 
 
 # ─── Relay ────────────────────────────────────────────────────────────────────────────────────────
@@ -5385,7 +5320,7 @@ class RelayHandler(BaseHandler):
             text = "The gateway is stopping. Try again."
             raise APIError(503, text, headers=[("retry-after", "5")])
         visit.path = path = rule_path(visit.target)
-        route = read_route if len(path) > KEPT_PATH else kept_route
+        route = Route if len(path) > KEPT_PATH else read_route
         visit.route = route(head.method.upper(), path)
         for judge in gateway.rules.head:
             await judge(visit)
@@ -5434,7 +5369,7 @@ class RelayHandler(BaseHandler):
             return
         visit.record.whole = self.gateway.time()
         data, self._kept = b"".join(kept), None
-        body = Kept(data, visit.route, self._breathe)
+        body = Kept(data, self._breathe)
         key = visit.caller.key
         if key is not None and len(data) > AT_ONCE:  # one of a key's is judged after the other
             async with key.account.turn:
@@ -5513,7 +5448,7 @@ class RelayHandler(BaseHandler):
             return at_once(self._send_inside(self._inside, data, complete))
         if data or complete:
             data = through(self._filters, data, complete)
-        if self._visit.errand is not None:
+        if self._visit.born:
             return at_once(self._send_later(data, complete))
         if complete or self._visit.phase is not RequestPhase.BEGUN:
             return self._send(data, complete)
@@ -5645,7 +5580,8 @@ class RelayHandler(BaseHandler):
         if self._visit.refers:
             data = self._seen + data
             self._seen = data[-LONGEST_NAME:]
-            if may_refer(data, self._visit.route):
+            words = everyday_on(self._visit.route)
+            if any(names_in(data, start, words) for start in range(0, len(data), LIGHT_BODY)):
                 text = "This body names files or other things, so it is read, and may be"
                 raise APIError(413, f"{text} {JSON_BODY_LIMIT:,} bytes long. Send it in parts.")
 
@@ -5661,10 +5597,10 @@ class RelayHandler(BaseHandler):
         await self._send_later(await inside.feed(data, complete), complete)
 
     async def _send_later(self, data: bytes, complete: bool) -> None:
-        """Send bytes on, once an errand is done that they must wait for."""
-        errand, self._visit.errand = self._visit.errand, None
-        if errand is not None:
-            await errand()
+        """Send bytes on, once what they tell of is kept."""
+        for keep in self.gateway.rules.keep if self._visit.born else ():
+            with contextlib.suppress(APIError):  # which is said, and tried again each second
+                await keep(self._visit)
         room = self._send(data, complete)
         if room is not None:
             await room
@@ -6036,18 +5972,20 @@ class ReportHandler(ManagementHandler):
         asked, kind, ledger = self.query("key"), self.query("kind"), self.gateway.ledger
         owner = self.addressed({"key": asked}).owner if asked else None
         keys = {key.owner: key.account.hashed for _, key in ledger.live()}
-        shelves, size = list(ledger.things.shelves.values()), min(size, MAX_PAGE_SIZE)
-        chosen = [s for s in shelves if kind in ("", s.kind) and owner in (None, s.owner)]
-        total = sum(len(shelf.made) for shelf in chosen)
-        every = ((name, shelf) for shelf in chosen for name in shelf.made)
-        rows = [
-            {"id": name, "kind": shelf.kind, "key": keys.get(shelf.owner)}
-            | {
-                "shared": name in ledger.things.shared,
-                "created_at": moment_of(int(shelf.made[name])),
+        size, things = min(size, MAX_PAGE_SIZE), ledger.things
+        chosen = [p for p in things.made if owner in (None, p[0]) and kind in ("", p[1])]
+        total = sum(len(things.made[place]) for place in chosen)
+        every = itertools.chain.from_iterable(things.made[place].items() for place in chosen)
+        rows = []
+        for name, moment in itertools.islice(every, (page - 1) * size, page * size):
+            owner, kind = things.places[name]
+            row = {
+                "id": name,
+                "kind": kind,
+                "key": keys.get(owner),
+                "shared": name in things.shared,
             }
-            for name, shelf in itertools.islice(every, (page - 1) * size, page * size)
-        ]
+            rows.append(row | {"created_at": moment_of(int(moment))})
         told = {"resources": rows, "total_count": total, "current_page": page}
         return told | {"total_pages": -(-total // size)}
 
