@@ -2425,8 +2425,8 @@ class Head:
     @property
     def coding(self) -> str:
         """How the body is compressed (RFC 9110 section 8.4), in lower case; empty: it is not."""
-        values = self.values.get("content-encoding", ())
-        codings = (coding.strip() for coding in ",".join(values).lower().split(","))
+        values = ",".join(self.values.get("content-encoding", ()))
+        codings = map(str.strip, values.lower().split(","))
         return ", ".join(coding for coding in codings if coding not in ("", "identity"))
 
 
