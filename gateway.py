@@ -1105,12 +1105,12 @@ IDENTITY_FIELDS = frozenset({"anthropic-organization-id", WORKSPACE_FIELD})  # w
 NAME_END = re.compile(rb'(_ids?)"(?:\s{0,900}+:|\s{900})')  # with the spaces before its colon
 ESCAPED_LETTER = re.compile(rb"\\u00(?:5[fF]|6[1-9a-fA-F]|7[0-9aA])")
 NAMES = set(REFERENCES)
-LONGEST_NAME = 1000
+LONGEST_NAME, MAX_NAMES = 1000, 1000
 EVERYDAY, EVERYDAY_IN_MESSAGES = {name for _, name in WORDS}, {"container"}
 NOT_FOUND = {"files": "File `{}` not found.", "environments": "Environment {} not found."}
 NOT_FOUND |= {"skills": "Skill not found: {}", "sessions": "Session not found: {}"}
 NOT_FOUND |= {"memory_stores": "memory store not found: {}"}
-NOT_FOUND |= {"containers": "Container not found: {}"}
+NOT_FOUND |= {"containers": "Container not found: {}", "batches": "Message batch {} not found"}
 
 
 def not_found(kind: str, name: str) -> APIError:
@@ -1126,14 +1126,16 @@ def everyday_on(route: Route) -> set[str]:
 
 def names_in(body: bytes, start: int, words: set[str]) -> int:
     """How many members that name things may begin in LIGHT_BODY bytes from there on: a look that
-    takes a part of what reading does. Below 0 where it cannot tell: letters are escaped, or it is
-    UTF-16, which has zeros."""
+    takes a part of what reading does. Below 0 where it does not tell: letters are escaped, it is
+    UTF-16, which has zeros, or there are many."""
     stop = start + LIGHT_BODY
     if body.find(b"\0", start, stop) >= 0 or ESCAPED_LETTER.search(body, start, stop + 5):
         return -1
     quoted = (b'"%b"' % word.encode() for word in words)
     count = sum(body.count(word, start, stop + len(word) - 1) for word in quoted)
-    for found in NAME_END.finditer(body, start, stop + LONGEST_NAME):
+    for number, found in enumerate(NAME_END.finditer(body, start, stop + LONGEST_NAME)):
+        if number > MAX_NAMES:
+            return -1
         quote = body.rfind(b'"', max(0, found.start() - LONGEST_NAME), found.start())
         count += start <= quote < stop and body[quote + 1 : found.end(1)].decode("latin-1") in NAMES
     return count
@@ -1214,7 +1216,7 @@ class Order:
     cache: str = "input"  # the rate of what of the prompt may be written to the cache
 
     def add_message(self, params: Mapping[str, Any]) -> int:
-        """Count in each attempt of a message (SDK: beta_*_param); how many tools and fallbacks it has."""
+        """Count in each attempt of a message (SDK: beta_*_param); how many tools and fallbacks."""
         summed_up = params.get("compaction") is not None
         if isinstance(managed := params.get("context_management"), dict):
             edits = [each for each in list_of(managed.get("edits")) if isinstance(each, dict)]
@@ -1824,7 +1826,7 @@ class Things:
 
     def change(self, change: Mapping[str, Any]) -> None:
         """Take one in. Raises whatever Python does for what is none."""
-        if made := change.get("made"):
+        if (made := change.get("made")) is not None:
             math.fsum(made.values())  # raises for what is no number
             self._drop(made.keys() & self.places.keys())
             place = exactly(str, change["key"]), exactly(str, change["kind"])
@@ -2217,6 +2219,10 @@ class FileLedger(Ledger):
         except OSError as error:
             self._fail(error, self._file)
             return
+        if not self._things_file.path.exists():  # version 1.0 kept batches' owners with the keys
+            for key in keys.values():
+                made = {n: from_iso(b.day).timestamp() for n, b in key.account.batches.items()}
+                self.things.change({"key": key.owner, "kind": "batches", "made": made})
         self._load_things()
         known = {hashed: key.account for hashed, key in self.keys.items()}
         for index in (self.keys, self._lines, self._retired, self.batches, self._owners):
@@ -2229,9 +2235,6 @@ class FileLedger(Ledger):
                 del keys[hashed]
                 continue
             record.account = known.get(hashed, record.account)
-            batches = record.account.batches.items()  # version 1.0 kept whose they are there alone
-            if old := {n: from_iso(b.day).timestamp() for n, b in batches if n not in places}:
-                self._change({"key": record.owner, "kind": "batches", "made": old})
         self._apply(keys)
         self._touched |= known.keys() & keys.keys()
 
@@ -2718,8 +2721,7 @@ class UpstreamRequest(HTTPRequest):
         self,
         method: str,
         head: bytes,
-        data: bytes = b"",
-        *,
+        data: bytes,
         header_callback: Callable[[ResponseHead], None],
         streaming_callback: Callable[[bytes], asyncio.Future[Any] | None],
         error_callback: Callable[[Exception], None],
@@ -3256,7 +3258,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             self.head, self.call_id = NO_REQUEST, new_call_id()
             self._delegate = self.server.application.start_request(self.server, self)
         if self._delegate is not None:
-            self._delegate.refuse(error)
+            self._delegate.handler.fail(error)
         self._linger()
 
     def check_patience(self, moment: float, client_timeout: float, idle_timeout: float) -> None:
@@ -3850,16 +3852,14 @@ LATENCY_BUCKETS = [0.0005, 0.001, 0.0025, 0.005, 0.0125, 0.025, 0.05, 0.1, 0.25,
 LATENCY_BUCKETS += [2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0]
 TIMINGS = ("total", "first_byte", "upstream", "overhead")
 LOG_LINE = log.makeRecord(log.name, logging.INFO, "relay", 0, "", (), None)
-# Most lines have the same words.
-shown_word = functools.lru_cache(maxsize=1024)(word)
+shown_word = functools.lru_cache(maxsize=1024)(word)  # most lines have the same
 shown_dollars = functools.lru_cache(maxsize=1024)(dollars)
 
 
 @dataclass(slots=True)
 class Record:
-    """What is remembered, counted and logged of a relayed request; it is filled in as that passes.
-    Moments are of a clock that does not jump, in seconds, 0 where there was none; sizes are bytes
-    of bodies."""
+    """What is remembered, counted and logged of a relayed request, filled in on its way. Moments
+    are seconds of a clock that does not jump, 0 where there was none; sizes are of bodies."""
 
     call_id: str
     method: str
@@ -3896,9 +3896,8 @@ class Record:
         line += f" in={self.bytes_in} out={self.bytes_out}"
         line += f" {shown_word(self.model)}" if self.model else ""
         if tally.input_tokens or tally.output_tokens:
-            written = tally.cache_write_5m_tokens + tally.cache_write_1h_tokens
-            line += f" {tally.input_tokens}+{tally.cache_read_tokens + written}"
-            line += f"->{tally.output_tokens} tokens ${shown_dollars(tally.spend)}"
+            line += f" {tally.input_tokens}+{tally.cached}->{tally.output_tokens} tokens"
+            line += f" ${shown_dollars(tally.spend)}"
         line += f"{' estimated' if self.estimated else ''} {self.call_id}"
         line += f" {shown_word(self.request_id)}" if self.request_id else ""
         if key is not None:
@@ -3969,9 +3968,8 @@ class Traffic:
         self.timings = collections.defaultdict[str, list[Histogram]](
             lambda: [Histogram() for _ in TIMINGS]
         )
-        self.last_success: datetime | None = None  # of the upstream, as requests met it
-        self.last_failure: datetime | None = None
-        self.last_error = ""
+        met = ("last_success", "last_failure", "last_error")  # as requests met it
+        self.upstream: dict[str, Any] = dict.fromkeys(met)
         self._pairs: set[tuple[str, str]] = set()
 
     def count(self, record: Record) -> None:
@@ -4006,7 +4004,7 @@ class Traffic:
 
     def failed(self, error: str) -> None:
         """The upstream did not answer, or not well."""
-        self.last_failure, self.last_error = now(), error
+        self.upstream |= {"last_failure": now(), "last_error": error}
 
 
 # ─── Rules ────────────────────────────────────────────────────────────────────────────────────────
@@ -4551,6 +4549,7 @@ CURSORS = ("after_id", "before_id")
 CURSOR = re.compile(r"page_own_([0-9.]+)_([\w-]+)")  # the gateway's own: behind which file
 # A session and a run are of a deployment, a file is of the session that wrote it.
 PARENTS = {"sessions": "deployments", "deployment_runs": "deployments", "files": "sessions"}
+DREAMT = ("memory_stores", "sessions")
 SAFE_ID = re.compile(r"[\w-]+")
 
 
@@ -4587,33 +4586,30 @@ class Walls(Rule):
                 raise APIError(400, text)
 
     async def body(self, visit: Visit, body: Kept) -> None:
-        named, is_clear, words = 0, True, everyday_on(visit.route)
+        named, words, is_clear = 0, everyday_on(visit.route), True
         for start in range(0, len(body.data) if visit.refers else 0, LIGHT_BODY):
             if start:
                 await body.breathe()
             count = names_in(body.data, start, words)
-            named, is_clear = named + abs(count), is_clear and count >= 0
+            named, is_clear = named + abs(count), count >= 0
+            if not is_clear:
+                break
         document, names = body.read_at_once() if named and is_clear else None, words | NAMES
-        things, found = await self.things_in(document, names, body)
-        if found != named:  # some are hidden by others, or are none
-            things, _ = await self.things_in(
-                await body.read(strictly=True, wholly=True), names, body
-            )
+        is_strict = not named
+        while True:
+            things, found = dict[tuple[str, str], None](), 0
+            for each in named_in(document, names):
+                if each is None:
+                    await body.breathe()
+                    continue
+                found += 1
+                things |= dict.fromkeys(each[1])
+            if found == named or is_strict:
+                break
+            # Some are hidden by others, or are none.
+            document, is_strict = await body.read(strictly=True, wholly=True), True
         for kind, name in things:
             await self.reach(visit, kind, name)
-
-    async def things_in(
-        self, document: object, names: set[str], body: Kept
-    ) -> tuple[set[tuple[str, str]], int]:
-        """What a document names, and how many of its members have one of these names."""
-        things, found = set[tuple[str, str]](), 0
-        for each in named_in(document, names):
-            if each is None:
-                await body.breathe()
-                continue
-            found += 1
-            things.update(each[1])
-        return things, found
 
     async def reach(self, visit: Visit, kind: str, name: str, *, changes: bool = False) -> Thing:
         """A thing that the caller may read or refer to, or change. Raises APIError 404, and 403 for
@@ -4635,6 +4631,9 @@ class Walls(Rule):
         """What is not known here, if the upstream says that Anthropic made it for all, or that it
         came of something that the caller reaches. It is asked only where that may be."""
         ledger, parents = visit.gateway.ledger, PARENTS.get(kind)
+        await self.ask_dreams(visit, key, kind)
+        if thing := (await ledger.find_things([name])).get(name):
+            return thing
         is_custom = kind != "skills" or name.startswith(KINDS["skills"])
         may_be = await ledger.reached(key, parents) if parents else not is_custom
         if not may_be or not SAFE_ID.fullmatch(name):
@@ -4650,6 +4649,13 @@ class Walls(Rule):
             return None
         await ledger.own(thing.owner, kind, {name: moment_in(found)})
         return thing._replace(kind=kind)
+
+    async def ask_dreams(self, visit: Visit, key: VirtualKey, kind: str) -> None:
+        """Dreams make memory stores and sessions, and tell so themselves alone."""
+        if kind in DREAMT and await visit.gateway.ledger.reached(key, "dreams"):
+            with contextlib.suppress(UpstreamError):
+                page = await self.ask(visit, "/v1/dreams?limit=100")
+                await self.visible(visit, list_of(page.get("data")), "dreams")
 
     async def ask(self, visit: Visit, target: str) -> dict[str, Any]:
         """An object of the upstream's. Raises UpstreamError."""
@@ -4697,7 +4703,10 @@ class Walls(Rule):
         size, page = rows_asked(asked), CURSOR.fullmatch(asked.get("page", ""))
         if asked.keys() - FILE_LIST or not size or (asked.get("page") and not page):
             return  # the upstream says what is wrong, or lists them in its own way
-        made, size = await visit.gateway.ledger.reached(key, "files"), min(size, IDS_A_CALL)
+        ledger = visit.gateway.ledger
+        if await ledger.reached(key, "sessions"):
+            return  # which may have made files that nobody here has seen
+        made, size = await ledger.reached(key, "files"), min(size, IDS_A_CALL)
         order = sorted(made, key=made.__getitem__)[::-1]
         after, before = page[2] if page else asked.get("after_id"), asked.get("before_id")
         if after in made:
@@ -4725,8 +4734,9 @@ class Walls(Rule):
             document = await self.ask(visit, visit.target)
         if not isinstance(document, dict):
             raise APIError(502, "The upstream's list cannot be read.")
-        rows = list_of(document.get("data"))
-        shown = await self.visible(visit, rows)
+        rows, kind = list_of(document.get("data")), visit.route.kind
+        await self.ask_dreams(visit, cast(VirtualKey, visit.payer), kind)
+        shown = await self.visible(visit, rows, kind)
         if "has_more" in document and "next_page" not in document:
             return await self.fill(visit, body, document, shown)
         next_page = document.get("next_page")
@@ -4750,15 +4760,15 @@ class Walls(Rule):
             asked |= {"limit": str(MAX_ROWS_LISTED), cursor: id_of(rows[0 if backwards else -1])}
             page = await self.ask(visit, f"{path}?{urllib.parse.urlencode(asked)}")
             rows = list_of(page.get("data"))
-            found = await self.visible(visit, rows)
+            found = await self.visible(visit, rows, visit.route.kind)
             shown = found + shown if backwards else shown + found
         has_more = len(shown) > limit
         if is_whole and has_more == document["has_more"]:
             return body
         return as_list(document, shown[-limit:] if backwards else shown[:limit], has_more)
 
-    async def visible(self, visit: Visit, rows: Sequence[Any]) -> list[Any]:
-        """The rows that the caller reaches; what came of his own is his."""
+    async def visible(self, visit: Visit, rows: Sequence[Any], of: str) -> list[Any]:
+        """The rows of a kind that the caller reaches; what came of his own is his."""
         key, ledger, born = visit.payer, visit.gateway.ledger, dict[tuple[str, str], Any]()
         assert key is not None
         objects = [row for row in rows if isinstance(row, dict)]
@@ -4770,13 +4780,13 @@ class Walls(Rule):
             name, above = id_of(row), known.get(str(parent_of(row)))
             thing = known.get(name)
             if thing is None and above is not None and above.belongs_to(key) and name:
-                born.setdefault((above.owner, visit.route.kind), {})[name] = moment_in(row)
+                born.setdefault((above.owner, of), {})[name] = moment_in(row)
                 thing = above
             if thing is not None and thing.is_for(key):
                 for kind, product in products_of(row):
                     born.setdefault((thing.owner, kind), {})[product] = moment_in(row)
                 shown.append(row)
-            elif thing is None and visit.route.kind == "skills" and is_published(row):
+            elif thing is None and of == "skills" and is_published(row):
                 shown.append(row)
         for (owner, kind), made in born.items():
             await ledger.own(owner, kind, made)
@@ -4856,13 +4866,15 @@ def unknown_id(kind: str) -> str:
 def as_list(document: dict[str, Any], rows: Sequence[Any], more: object) -> bytes:
     """A list with these rows, and whether there are more or the cursor that leads to them; without
     numbers, and other rows, that others' things could change."""
-    told = {
-        name: value for name, value in document.items() if type(value) not in (int, float, list)
-    }
-    ends: dict[str, Any] = {"has_more": bool(more), "next_page": more or None}
-    ends["first_id"], ends["last_id"] = (id_of(rows[0]), id_of(rows[-1])) if rows else (None, None)
-    told |= {"data": rows} | {name: ends[name] for name in ends if name in told}
-    return json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode()
+    told: dict[str, Any] = {"data": rows, "has_more": bool(more), "next_page": more or None}
+    told["first_id"], told["last_id"] = (id_of(rows[0]), id_of(rows[-1])) if rows else (None, None)
+    kept = {n: told.get(n, v) for n, v in document.items() if n in told or not is_telling(v)}
+    return json.dumps(kept, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def is_telling(value: object) -> bool:
+    """Whether a member of a list may tell of rows that it does not show."""
+    return type(value) in (int, float, list)
 
 
 RULES = (Credentials(), Routes(), Models(), Fields(), Limits(), Walls(), Batches())
@@ -4873,13 +4885,13 @@ RULES = (Credentials(), Routes(), Models(), Fields(), Limits(), Walls(), Batches
 RELAY_PREFIX, RELAYED = "/anthropic", "/anthropic/"
 BARE_PREFIX = "/v1/"
 # What Claude Code asks of its base URL to warm the connection up; answered here, cheaply.
-HELLO_PATHS = frozenset({"/", RELAY_PREFIX, RELAYED, f"{RELAYED}api/hello", "/api/hello"})
+HELLO_PATHS = ("/", RELAY_PREFIX, RELAYED, f"{RELAYED}api/hello", "/api/hello")
+HELLOS = frozenset(itertools.product(("GET", "HEAD"), HELLO_PATHS))
 UNUSUAL_PATH = re.compile(r"[%\\#]|//|/\.")
 OWN_BODY_LIMIT = 1 * MIB  # of a request to the gateway itself
 MANY_PARTS = 1000  # of a body that is kept
 MAX_TAGS = 20  # of one request that are remembered
-KEY_SHARE = 4  # of what is held at once one key gets a quarter
-MEMORY_SHARE = 4  # and all get a quarter of the machine's memory
+HELD_SHARE = 4  # requests hold a quarter of the machine's memory at most, and one key's of that
 TRY_SOON = (("retry-after", "1"),)
 
 
@@ -4899,12 +4911,11 @@ def rule_path(target: str) -> str:
 
 
 class Held:
-    """How many bytes requests hold at once: never more than ``limit``, nor for one key than a part
-    of it, so that slow bodies cannot keep others out."""
+    """How many bytes requests hold: at most ``limit``, and one key's at most a share of that."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.share = limit // KEY_SHARE
+        self.share = limit // HELD_SHARE
         self.total = 0
         self._shares: dict[str, int] = {}
 
@@ -4948,9 +4959,7 @@ class Request(httputil.HTTPServerRequest):
         self.target: str | None = None
         if head.target.startswith(BARE_PREFIX):
             self.target = head.target
-        elif head.target.startswith(RELAYED) and not (
-            self.path in HELLO_PATHS and head.method in ("GET", "HEAD")
-        ):
+        elif head.target.startswith(RELAYED) and (head.method, self.path) not in HELLOS:
             self.target = head.target[len(RELAY_PREFIX) :]
         self.remote_ip, self.protocol = connection.remote_ip, connection.protocol
         self.body: bytearray = bytearray()  # type: ignore[assignment]
@@ -4966,14 +4975,12 @@ class Request(httputil.HTTPServerRequest):
 class BaseHandler(web.RequestHandler):
     """Answers in JSON, errors in Anthropic's envelope, and logs no query (keys stand there). A
     `HandlerDelegate` calls `prepare`, `data_received` and `respond`; each may return what is to be
-    awaited, which then is `step`, and may raise APIError. A body is kept only where ``keeps_body``:
-    of those whom `prepare` lets in."""
+    awaited, which then is `step`, and may raise APIError."""
 
     request: Request
     gateway: Gateway
     call_id: str
     step: asyncio.Task[None] | None = None
-    keeps_body = False
     received = 0
 
     def clear(self) -> None:
@@ -4986,28 +4993,23 @@ class BaseHandler(web.RequestHandler):
         self._transforms = []
         self._status_code, self._reason = 200, "OK"
 
-    def prepare(self) -> Awaitable[None] | None:
+    def prepare(self) -> Any:
         """Decide by the head, before the body is read."""
         self.gateway.doors.refuse_foreign(self.request.head)
         if self.request.connection.length > OWN_BODY_LIMIT:
             raise too_large(OWN_BODY_LIMIT)
-        return None
 
-    def data_received(self, chunk: bytes) -> Awaitable[None] | None:
-        """Keep a part of the body, where it is anything to the handler."""
+    def data_received(self, chunk: bytes) -> Any:
+        """Take a part of the body, which is nothing to most handlers."""
         self.received += len(chunk)
         if self.received > OWN_BODY_LIMIT:
             raise too_large(OWN_BODY_LIMIT)
-        if self.keeps_body:
-            self.request.body += chunk
-        return None
 
-    def respond(self, *path: str) -> Awaitable[None] | None:
+    def respond(self, *path: str) -> Any:
         """The request is whole: answer it, by the method of its name."""
-        method = self.request.method or ""
-        if method not in self.SUPPORTED_METHODS:
+        if (method := self.request.head.method) not in self.SUPPORTED_METHODS:
             raise web.HTTPError(405)
-        return cast("Awaitable[None] | None", getattr(self, method.lower())(*path))
+        return getattr(self, method.lower())(*path)
 
     def query(self, name: str, kind: Kind = TEXT, default: Any = "") -> Any:
         """A parameter of the query; an empty one is the default. Raises APIError 400."""
@@ -5033,47 +5035,38 @@ class BaseHandler(web.RequestHandler):
 
     def refusal_of(self, error: Exception) -> APIError:
         """What a client is told of what went wrong."""
-        path, method = printable(self.request.path), printable(self.request.method or "")
-        match error:
-            case APIError():
-                return error
-            case web.HTTPError(status_code=404):
-                text = f"Nothing is served at {path}. Anthropic's API is at /anthropic/v1/"
-                return APIError(404, text)
-            case web.HTTPError(status_code=405):
-                return APIError(405, f"{path} does not take {method}.")
+        if isinstance(error, APIError):
+            return error
+        if isinstance(error, web.HTTPError) and error.status_code == 405:  # Tornado's own
+            path, method = self.request.path, self.request.head.method
+            return APIError(405, f"{printable(path)} does not take {printable(method)}.")
         log.error("call %s failed", self.call_id, exc_info=error)
         return APIError(500, "The gateway failed on this request; its log says why.")
 
 
-Result = TypeVar("Result")
-
-
-def at_once(coroutine: collections.abc.Coroutine[Any, Any, Result]) -> asyncio.Task[Result] | None:
+def at_once(coroutine: collections.abc.Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
     """Run a coroutine until it must wait: None if it never had to, else the task that goes on with
-    it. What it raises before is raised here. Until then it is in no task, so that what asks for the
-    present one, as asyncio.timeout does, needs a task of its own."""
+    it. What it raises before is raised here, and in no task (asyncio.timeout needs one)."""
     try:
         first = coroutine.send(None)
     except StopIteration:
         return None
 
     @types.coroutine
-    def rest() -> collections.abc.Generator[Any, Any, Result]:
+    def rest() -> Iterator[Any]:
         yield first
-        return (yield from coroutine.__await__())
+        yield from coroutine.__await__()
 
-    async def go_on() -> Result:  # of generators, Python 3.12 and later make no task
-        return await rest()
+    async def go_on() -> None:  # of generators, Python 3.12 and later make no task
+        await rest()
 
     return asyncio.get_running_loop().create_task(go_on())
 
 
 @dataclass(eq=False)
 class HandlerDelegate(httputil.HTTPMessageDelegate):
-    """Runs a handler's steps as a request comes. Tornado's own takes a task and three futures for
-    it; here none is made where nothing waits, and where something does, the connection waits for
-    what is returned."""
+    """Runs a handler's steps as a request comes. Where nothing waits it makes no task, as Tornado's
+    own does, and no future; where something does, the connection waits for what is returned."""
 
     handler: BaseHandler
     path: Sequence[str] = ()
@@ -5090,24 +5083,18 @@ class HandlerDelegate(httputil.HTTPMessageDelegate):
     def on_connection_close(self) -> None:
         self.handler.on_connection_close()
 
-    def refuse(self, error: Exception) -> None:
-        """End the request with an error: it came too slowly, or not to its end."""
-        self.handler.fail(error)
-
     def _run(self, step: Callable[..., Any], *arguments: Any) -> Any:
         try:
             waits = step(*arguments)
-            if waits is None:
-                return None
-            if asyncio.iscoroutine(waits):
-                waits = at_once(waits)
+            if not isinstance(waits, types.CoroutineType):
+                return waits
+            task = self.handler.step = at_once(waits)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is answered
             self.handler.fail(error)
             return None
-        if isinstance(waits, asyncio.Task):
-            self.handler.step = waits
-            waits.add_done_callback(self._ended)
-        return waits
+        if task is not None:
+            task.add_done_callback(self._ended)
+        return task
 
     def _ended(self, step: asyncio.Task[None]) -> None:
         self.handler.step = None
@@ -5117,8 +5104,7 @@ class HandlerDelegate(httputil.HTTPMessageDelegate):
 
 
 class GatewayApplication(web.Application):
-    """The routes. A relayed request goes straight to its handler; whatever handler it is runs in a
-    `HandlerDelegate`. ``settings["gateway"]`` is the `Gateway`."""
+    """The routes; relayed requests go straight to theirs. ``settings["gateway"]`` is `Gateway`."""
 
     def start_request(self, server_conn: object, request_conn: Any) -> HandlerDelegate:
         """Called by `ServerConnection`, as by Tornado's own server."""
@@ -5142,12 +5128,10 @@ BATCH_STATE_TIMEOUT = 30.0
 BATCH_RESULTS_TIMEOUT = 3600.0  # in which many GB come, and a silent upstream is given up
 LOOKS_AT_ONCE = 4
 BATCH_KEPT = timedelta(days=30)  # results are kept for 29 days (PLD batch-processing)
-GONE = (404, 410)
 
 
 class BatchKeeper:
-    """Books batches once they have ended, whether or not anybody fetches their results: asks for
-    their state, with the real key, now and then, and reads the results through a meter."""
+    """Looks at batches now and then, and books what has ended, even if nobody fetches results."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway, self._ledger = gateway, gateway.ledger
@@ -5178,8 +5162,7 @@ class BatchKeeper:
         wait, booked = BATCH_LOOK, False
         while not booked:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait):
-                    await self._hurried[name].wait()
+                await asyncio.wait_for(self._hurried[name].wait(), wait)
             async with self._turn:
                 self._hurried[name].clear()
                 try:
@@ -5191,23 +5174,26 @@ class BatchKeeper:
 
     async def book(self, name: str) -> bool:
         """Book what a batch cost, if it has ended; whether nothing of it is left to be booked."""
-        kept = self._ledger.unbooked(name)
+        kept, code, booked = self._ledger.unbooked(name), NO_ANSWER, False
         if kept is None:
             return True
-        made = datetime.fromisoformat(kept.day).replace(tzinfo=UTC)
         path = f"/v1/messages/batches/{urllib.parse.quote(name, safe='')}"
-        state = await self._get(path, BATCH_STATE_TIMEOUT)
-        batch = read_json(state.body) if state.code == 200 else None
-        ended = isinstance(batch, dict) and batch.get("processing_status") == BATCH_ENDED
-        if ended and await self._read_results(name, f"{path}/results"):
-            return True
-        if state.code in GONE or now() - made > BATCH_KEPT:
-            self._ledger.finish_batch(name, lost=True)
-            return True
-        return False
+        try:
+            state = await self._gateway.client.get(path, BATCH_STATE_TIMEOUT)
+            batch, code = read_json(state.body), state.code
+            ended = isinstance(batch, dict) and batch.get("processing_status") == BATCH_ENDED
+            if code == 200 and ended:
+                code = await self._book_results(name, f"{path}/results")
+                booked = code == 200
+        except UpstreamError as error:
+            log.info("a batch could not be looked at: %s", error)
+        lost = not booked and (code in (404, 410) or now() - from_iso(kept.day) > BATCH_KEPT)
+        if booked or lost:
+            self._ledger.finish_batch(name, lost=lost)
+        return booked or lost
 
-    async def _read_results(self, name: str, path: str) -> bool:
-        """Book every line of a batch's results; whether that were all."""
+    async def _book_results(self, name: str, path: str) -> int:
+        """Book every line of a batch's results; their status, NO_ANSWER for what is none."""
         meter, head = Meter("", functools.partial(self.book_result, name)), list[str]()
 
         async def look(data: bytes) -> None:
@@ -5215,22 +5201,14 @@ class BatchKeeper:
                 meter.feed(data)
             await asyncio.sleep(0)  # Tornado reads on at once for as long as there is something
 
-        callbacks = {"header_callback": head.append, "streaming_callback": look}
-        results = await self._get(path, BATCH_RESULTS_TIMEOUT, **callbacks)
+        told: Any = {"header_callback": head.append, "streaming_callback": look}
+        results = await self._gateway.client.get(path, BATCH_RESULTS_TIMEOUT, **told)
         meter.finish(True)
-        if results.code in GONE:
-            self._ledger.finish_batch(name, lost=True)
-            return True
-        if results.code != 200 or meter.measured.blind:
-            return False
-        self._ledger.finish_batch(name)
-        return True
+        return NO_ANSWER if meter.measured.blind else results.code
 
     def book_result(self, name: str, line: int, measured: Measured) -> None:
-        """Book a line of a batch's results to the key that made it, once, however often it is
-        read."""
-        account = self._ledger.batch_line(name, line)
-        if account is None:
+        """Book a line of a batch's results to the key that made it, once."""
+        if (account := self._ledger.batch_line(name, line)) is None:
             return
         if measured.seen:  # it was too long to be read
             measured.complete_with(Order())
@@ -5240,19 +5218,9 @@ class BatchKeeper:
             if key := self._ledger.charge(account, charges, now()):
                 self._gateway.traffic.book(key.shown_name, charges)
 
-    async def _get(self, path: str, timeout: float, **callbacks: Any) -> HTTPResponse:
-        """GET with the real key; 599 where there is no answer."""
-        try:
-            return await self._gateway.client.get(path, timeout, **callbacks)
-        except UpstreamError as error:
-            log.info("a batch could not be looked at: %s", error)
-            return HTTPResponse(HTTPRequest(path), NO_ANSWER)
-
 
 class Gateway:
-    """What all requests share: the settings, the ledger, the prices, the way upstream, the rules,
-    and what is counted. ``held`` is what requests hold in memory, ``turn`` is whose large body is
-    judged."""
+    """What all requests share; ``turn`` is whose large body is judged."""
 
     def __init__(self, settings: Settings, rules: Sequence[Rule] = RULES) -> None:
         self.settings = settings
@@ -5263,7 +5231,7 @@ class Gateway:
         self.client = UpstreamClient(force_instance=True, settings=settings)
         self.time = self.client.time
         self.batches = BatchKeeper(self)
-        self.held = Held(settings.max_held_bytes or memory_size() // MEMORY_SHARE)
+        self.held = Held(settings.max_held_bytes or memory_size() // HELD_SHARE)
         self.turn = asyncio.Lock()
         self.origin, self.base_path = parse_upstream(settings.upstream)
         self.host_line = f"Host: {self.origin.authority}"
@@ -5302,9 +5270,7 @@ class RelayHandler(BaseHandler):
     def initialize(self) -> None:
         """Called by Tornado's constructor."""
         gateway, request, head = self.gateway, self.request, self.request.head
-        moment = gateway.time()
-        started = moment_of(int(time.time()))
-        record = Record(self.call_id, head.method, request.remote_ip or "", moment, started)
+        record = Record(self.call_id, head.method, request.remote_ip or "", gateway.time(), now())
         target, length = request.target or "", request.connection.length
         self._visit = Visit(
             gateway, head, target, length, record, "", OTHER_ROUTE, NOBODY, UNREAD, []
@@ -5317,8 +5283,7 @@ class RelayHandler(BaseHandler):
         """Decide by the head alone; then keep a small JSON body, or let the rest stream."""
         visit, gateway, head = self._visit, self.gateway, self._visit.head
         if gateway.stopping:
-            text = "The gateway is stopping. Try again."
-            raise APIError(503, text, headers=[("retry-after", "5")])
+            raise APIError(503, "The gateway stops. Try again.", headers=[("retry-after", "5")])
         visit.path = path = rule_path(visit.target)
         route = Route if len(path) > KEPT_PATH else read_route
         visit.route = route(head.method.upper(), path)
@@ -5388,16 +5353,9 @@ class RelayHandler(BaseHandler):
         """Ask the upstream; `on_head`, `on_chunk` or `on_error` follow."""
         visit, gateway, method = self._visit, self.gateway, self._visit.head.method
         visit.phase = FOLLOWS[visit.phase][RequestPhase.FETCHED]
-        start = f"{method} {gateway.base_path}{visit.target} HTTP/1.1"
-        self._upstream = upstream = UpstreamRequest(
-            method,
-            head_bytes(start, visit.lines),
-            data,
-            header_callback=self.on_head,
-            streaming_callback=self.on_chunk,
-            error_callback=self.on_error,
-            **body,
-        )
+        head = head_bytes(f"{method} {gateway.base_path}{visit.target} HTTP/1.1", visit.lines)
+        callbacks = self.on_head, self.on_chunk, self.on_error
+        self._upstream = upstream = UpstreamRequest(method, head, data, *callbacks, **body)
         gateway.client.fetch(upstream)
         if upstream.room is None:
             self._free()
@@ -5418,24 +5376,21 @@ class RelayHandler(BaseHandler):
         visit.answer, visit.record.status = head, head.status
         visit.record.answered = gateway.time()
         if head.status < 500:
-            gateway.traffic.last_success = moment_of(int(time.time()))
+            gateway.traffic.upstream["last_success"] = now()
         else:
             gateway.traffic.failed(f"The upstream answered {head.status}.")
         filters: list[ResponseFilter] = []
-        changes_length = False
         for make in gateway.rules.filters:
-            for each in make(visit, head):
-                filters.append(each)
-                changes_length = changes_length or each.changes_length
-        self._filters = filters
-        if changes_length and self._upstream is not None and self._upstream.length != 0:
+            filters += make(visit, head)
+        self._filters, upstream = filters, self._upstream
+        changing = [each for each in filters if each.changes_length]
+        if changing and upstream is not None and upstream.length != 0:
             self._gathered = bytearray()
         elif filters and "content-encoding" in head.values and (coding := head.coding):
             self._inside = Inside(coding, filters)
 
     def on_chunk(self, data: bytes) -> asyncio.Future[None] | None:
-        """Send on what one read brought, as the filters let it; the future says when there is
-        room."""
+        """Send on what one read brought, as the filters let it; the future waits for room."""
         assert self._upstream is not None
         complete = self._upstream.complete
         if self._gathered is not None:
@@ -5444,11 +5399,9 @@ class RelayHandler(BaseHandler):
             if complete or len(self._gathered) > REWRITE_LIMIT:
                 return at_once(self._send_rewritten(complete))
             return None
-        if self._inside is not None:
-            return at_once(self._send_inside(self._inside, data, complete))
-        if data or complete:
+        if self._inside is None and (data or complete):
             data = through(self._filters, data, complete)
-        if self._visit.born:
+        if self._inside is not None or self._visit.born:
             return at_once(self._send_later(data, complete))
         if complete or self._visit.phase is not RequestPhase.BEGUN:
             return self._send(data, complete)
@@ -5474,23 +5427,19 @@ class RelayHandler(BaseHandler):
             self.settle("client_gone")
 
     def fail(self, error: Exception) -> None:
-        """Answer with an error, or break the answer off that has begun, with an SSE event that says
-        so."""
+        """Answer with an error, or break off what has begun, with an SSE event that says so."""
         visit, record = self._visit, self._visit.record
         if visit.phase is RequestPhase.SETTLED:
             return
         refusal = self.refusal_of(error)
-        outcome = f"refused:{refusal.kind}"
-        if isinstance(error, UpstreamError):
-            outcome = "timeout" if error.status == 504 else "upstream_lost"
-        elif refusal.status == 408:
+        outcome = "upstream_lost" if isinstance(error, UpstreamError) else f"refused:{refusal.kind}"
+        if refusal.status in (408, 504):
             outcome = "timeout"
         if visit.phase is RequestPhase.DESERTED:
             self.settle("client_gone")
         elif visit.phase is RequestPhase.BEGUN:
             head, event = visit.answer, b""
-            plain = head is not None and not head.coding and "content-length" not in head.values
-            if plain and head is not None and is_event_stream(head):
+            if head and is_event_stream(head) and not (head.coding or head.get("content-length")):
                 event = SSE_ERROR % refusal.body(self.call_id)
             record.bytes_out += len(event)
             self.request.connection.break_off(event)
@@ -5502,8 +5451,7 @@ class RelayHandler(BaseHandler):
             super().fail(refusal)
 
     def settle(self, outcome: str) -> None:
-        """Every way out passes here, once: book what was used, free what is held, write the log
-        line."""
+        """Every way out passes here, once: book what was used, free what is held, log it."""
         visit, gateway, upstream, step = self._visit, self.gateway, self._upstream, self.step
         if visit.phase is RequestPhase.SETTLED:
             return
@@ -5514,13 +5462,12 @@ class RelayHandler(BaseHandler):
             record.asked, visit.began = upstream.begun, upstream.begun > 0 and upstream.sent
             if outcome != "ok":
                 upstream.end(None)
+                for each in self._filters:
+                    each.finish(False)
         if step is not None and step is not asyncio.current_task():
             step.cancel()
         if self._held:
             self._free()
-        if outcome != "ok":
-            for each in self._filters:
-                each.finish(False)
         for end in gateway.rules.end:
             end(visit)
         record.path = shown_text(visit, visit.target.partition("?")[0])
@@ -5561,14 +5508,12 @@ class RelayHandler(BaseHandler):
             self.gateway.held.take(self._visit.record.hashed, -held)
 
     async def _breathe(self) -> None:
-        """At each turn of the loop a step of one body's, so that nobody waits for all that others
-        sent."""
+        """One body has each turn of the loop, so that nobody waits for all that others sent."""
         async with self.gateway.turn:
             await asyncio.sleep(0)
 
     def _go_unread(self, size: int) -> None:
-        """The body, of ``size`` bytes at least, is too large to be kept. Raises APIError where it
-        must be read."""
+        """A body of ``size`` bytes or more is not kept. Raises APIError 413 if it must be read."""
         if self._visit.reads_body:
             text = "This key is limited to some models or to a budget: its requests are read, and"
             raise APIError(413, f"{text} may be {JSON_BODY_LIMIT:,} bytes long.")
@@ -5586,18 +5531,15 @@ class RelayHandler(BaseHandler):
                 raise APIError(413, f"{text} {JSON_BODY_LIMIT:,} bytes long. Send it in parts.")
 
     def _stream(self, length: int, kept: bytes = b"") -> None:
-        """Open the upstream now; the body follows what is kept of it: `data_received` writes what
-        comes, until `post` says that it was all."""
+        """Open the upstream: what is kept, then what `data_received` writes, until `post`."""
         self._visit.lines.append(CHUNKED_LINE if length == CHUNKED else f"Content-Length: {length}")
         self._uploaded = asyncio.get_running_loop().create_future()
         self.fetch(kept, body_producer=lambda write: self._uploaded)
 
-    async def _send_inside(self, inside: Inside, data: bytes, complete: bool) -> None:
-        """Send compressed bytes on, once the filters have seen what they hold."""
-        await self._send_later(await inside.feed(data, complete), complete)
-
     async def _send_later(self, data: bytes, complete: bool) -> None:
-        """Send bytes on, once what they tell of is kept."""
+        """Send bytes on, once the filters have seen them and what they tell of is kept."""
+        if self._inside is not None:
+            data = await self._inside.feed(data, complete)
         for keep in self.gateway.rules.keep if self._visit.born else ():
             with contextlib.suppress(APIError):  # which is said, and tried again each second
                 await keep(self._visit)
@@ -5656,23 +5598,14 @@ class RelayHandler(BaseHandler):
     ) -> tuple[str, list[str]]:
         """An answer's start line and field lines as the client gets them: without hop-by-hop
         fields, with the gateway's own in the place of those of their names, the real key masked."""
-        unwanted, mask = head.options | self._visit.hidden, self._visit.mask
-        phrase, lines = head.reason, list[str]()
-        if own:
-            unwanted = unwanted.union(map(operator.itemgetter(0), own))
+        mask, phrase, lines = self._visit.mask, head.reason, list[str]()
+        unwanted = head.options.union(self._visit.hidden, map(operator.itemgetter(0), own))
         for lower, _, _, line, _, goes_down in head.fields:
             if goes_down and lower not in unwanted:
                 lines.append(line)
         if mask is not None and mask.text in "\n".join((phrase, *lines)):
             phrase, lines = mask.mask_text(phrase), [mask.mask_text(line) for line in lines]
-        for name, value in own:
-            lines.append(f"{name}: {value}")
-        return f"HTTP/1.1 {head.status} {phrase}", lines
-
-    @property
-    def is_streaming(self) -> bool:
-        """Whether a response of server-sent events is under way."""
-        return self._visit.answer is not None and is_event_stream(self._visit.answer)
+        return f"HTTP/1.1 {head.status} {phrase}", [*lines, *map(": ".join, own)]
 
 
 def shown_text(visit: Visit, text: str) -> str:
@@ -5708,6 +5641,12 @@ class ManagementHandler(BaseHandler):
                 raise APIError(403, "Only the master key may do this; a virtual key was sent.")
             raise APIError(401, "Send the master key as 'Authorization: Bearer' or 'x-api-key'.")
         self.gateway.ledger.notice_edit()
+
+    def owner_of(self, named: Any) -> str:
+        """What the things of a key are kept under, by its alias, plain value or hash. Raises
+        APIError 400, 404."""
+        by_alias = self.gateway.ledger.find("", named) if isinstance(named, str) else None
+        return (by_alias[1] if by_alias else self.addressed({"key": named})).owner
 
     def addressed(self, body: dict[str, Any]) -> VirtualKey:
         """Take ``key`` (plain or hash) or ``key_alias`` out of a body. Raises APIError 400, 404."""
@@ -5754,7 +5693,9 @@ def is_nested(value: object, levels: int) -> bool:
 class KeyHandler(ManagementHandler):
     """POST /key/{deed} and /key/{key}/{deed}, as `deeds` lists them. Null clears a field."""
 
-    keeps_body = True
+    def data_received(self, chunk: bytes) -> None:
+        super().data_received(chunk)
+        self.request.body += chunk
 
     async def post(self, *path: str) -> None:
         try:
@@ -5861,10 +5802,8 @@ class KeyHandler(ManagementHandler):
         ids, kind, key = TEXTS.parse("ids", body.get("ids")), body.get("kind"), body.get("key")
         if not ids or "key" not in body or not (kind is None or isinstance(kind, str)):
             raise APIError(400, "'ids' must list things, and 'key' name a key, '*' or null.")
-        owner, ledger = None if key == "*" else "", self.gateway.ledger
-        if key not in ("*", None):
-            named = {"key_alias": key} if ledger.find("", str(key)) else {"key": key}
-            owner = self.addressed(named).owner
+        ledger = self.gateway.ledger
+        owner = {"*": None, None: ""}[key] if key in ("*", None) else self.owner_of(key)
         known, names = await ledger.find_things(ids), dict[str, str]()
         for name in ids:
             guessed = next((k for k, prefix in KINDS.items() if name.startswith(prefix)), None)
@@ -5883,8 +5822,7 @@ class KeyHandler(ManagementHandler):
 class InfoHandler(ManagementHandler):
     """GET /key/info?key=: LiteLLM's ``{"key", "info"}``. A virtual key may ask about itself."""
 
-    def prepare(self) -> None:
-        BaseHandler.prepare(self)  # `get` decides, since a key may ask about itself
+    prepare = BaseHandler.prepare  # `get` decides
 
     async def get(self) -> None:
         asked = self.query("key")
@@ -5969,23 +5907,18 @@ class ReportHandler(ManagementHandler):
     def list_resources(self) -> dict[str, Any]:
         """Pages of what is whose, of a ``key`` or of a ``kind``."""
         page, size = self.query("page", ORDINAL, 1), self.query("size", ORDINAL, MAX_PAGE_SIZE)
-        asked, kind, ledger = self.query("key"), self.query("kind"), self.gateway.ledger
-        owner = self.addressed({"key": asked}).owner if asked else None
-        keys = {key.owner: key.account.hashed for _, key in ledger.live()}
-        size, things = min(size, MAX_PAGE_SIZE), ledger.things
+        asked, kind, things = self.query("key"), self.query("kind"), self.gateway.ledger.things
+        owner, size = self.owner_of(asked) if asked else None, min(size, MAX_PAGE_SIZE)
+        keys = {key.owner: hashed for hashed, key in self.gateway.ledger.live()}
         chosen = [p for p in things.made if owner in (None, p[0]) and kind in ("", p[1])]
         total = sum(len(things.made[place]) for place in chosen)
         every = itertools.chain.from_iterable(things.made[place].items() for place in chosen)
         rows = []
         for name, moment in itertools.islice(every, (page - 1) * size, page * size):
             owner, kind = things.places[name]
-            row = {
-                "id": name,
-                "kind": kind,
-                "key": keys.get(owner),
-                "shared": name in things.shared,
-            }
-            rows.append(row | {"created_at": moment_of(int(moment))})
+            row: dict[str, Any] = {"id": name, "kind": kind, "key": keys.get(owner)}
+            row |= {"shared": name in things.shared, "created_at": moment_of(int(moment))}
+            rows.append(row)
         told = {"resources": rows, "total_count": total, "current_page": page}
         return told | {"total_pages": -(-total // size)}
 
@@ -5998,23 +5931,24 @@ class ReportHandler(ManagementHandler):
 
 CONNECT = """\
 connect with
-  export ANTHROPIC_BASE_URL={base}
+  export ANTHROPIC_BASE_URL={base}/anthropic
   export ANTHROPIC_AUTH_TOKEN={key}
-  anthropic.Anthropic(base_url="{base}", api_key="{key}")
-  new Anthropic({{ baseURL: "{base}", apiKey: "{key}" }})"""
+  anthropic.Anthropic(base_url="{base}/anthropic", api_key="{key}")
+  new Anthropic({{ baseURL: "{base}/anthropic", apiKey: "{key}" }})"""
 
 
 class HelloHandler(BaseHandler):
     """HELLO_PATHS, of which a browser sees /, and 404 for every path that nothing else serves."""
 
     def prepare(self) -> None:
-        if self.request.path not in HELLO_PATHS:
-            raise web.HTTPError(404)
+        if (path := self.request.path) not in HELLO_PATHS:
+            text = f"Nothing is served at {printable(path)}. Anthropic's API is at /anthropic/v1/"
+            raise APIError(404, text)
         super().prepare()
 
     def get(self) -> None:
         self.set_header("Content-Type", "text/plain; charset=utf-8")
-        base = f"{self.request.protocol}://{self.request.host}{RELAY_PREFIX}"
+        base = f"{self.request.protocol}://{self.request.host}"
         told = CONNECT.format(base=base, key="<a virtual key>")
         self.finish(f"A gateway to Anthropic's API. Ask whoever runs it for a key, and {told}\n")
 
@@ -6028,16 +5962,15 @@ class HealthHandler(BaseHandler):
     def get(self, asked: str) -> None:
         if asked != "readiness":
             return self.send_json("I'm alive!")
-        gateway, ledger, traffic = self.gateway, self.gateway.ledger, self.gateway.traffic
+        gateway, ledger = self.gateway, self.gateway.ledger
         error = "" if ledger.is_writable() else ledger.last_error or "It cannot be written."
         status = "shutting_down" if gateway.stopping else "unhealthy" if error else "healthy"
         prices = "loaded" if gateway.prices.loaded else "loading"
         told: dict[str, Any] = {"status": status, "store": error or "writable"}
         told |= {"version": __version__, "prices": prices if gateway.prices.available else "none"}
         told["uptime"] = round((now() - gateway.started).total_seconds())
-        met = {"last_success": traffic.last_success, "last_failure": traffic.last_failure}
         self.set_status(200 if status == "healthy" else 503)
-        self.send_json(told | {"upstream": met | {"last_error": traffic.last_error or None}})
+        self.send_json(told | {"upstream": gateway.traffic.upstream})
 
 
 # Names are LiteLLM's where it has one (its docs, "Prometheus metrics"), else they begin "gateway_".
@@ -6118,7 +6051,8 @@ class MetricsHandler(ManagementHandler):
             left = None if limit is None else limit - spent
             hours = end and (end - moment) / timedelta(hours=1)
             budgets[record.shown_name,] = (spent, limit, left, hours)
-        streams = sum(handler.is_streaming for handler in gateway.active)
+        answers = [handler._visit.answer for handler in gateway.active]
+        streams = sum(head is not None and is_event_stream(head) for head in answers)
         for kind, labels, names, rows in (
             ("Counter", f"{KEYED} status_code", REQUEST_METRICS, requests),
             ("Counter", f"{KEYED} exception_status exception_class", FAILURE_METRICS, failed),
@@ -6187,6 +6121,8 @@ MOCK_KINDS = {402: "billing_error", 409: "conflict_error", 529: "overloaded_erro
 MOCK_COUNTS = dict.fromkeys(("processing", "succeeded", "errored", "canceled", "expired"), 0)
 JSONObject = dict[str, Any]
 MOCK_MODEL: JSONObject = {"type": "model", "created_at": "2026-01-01T00:00:00Z"}
+MOCK_SKILL: JSONObject = {"source": "anthropic", "latest_version_id": "1"} | MOCK_MODEL
+MOCK_SKILL |= {"type": "skill", "updated_at": MOCK_SKILL["created_at"]}
 
 
 class MockAnthropic(web.RequestHandler):
@@ -6197,6 +6133,7 @@ class MockAnthropic(web.RequestHandler):
     # What there is, by its kind and id, oldest first; by id the bytes of what has such.
     things: ClassVar[dict[str, dict[str, JSONObject]]] = {"batches": {}, "files": {}}
     things |= {"models": {n: MOCK_MODEL | {"id": n, "display_name": n} for n in MOCK_MODELS[::-1]}}
+    things |= {"skills": {"xlsx": MOCK_SKILL | {"id": "xlsx", "display_name": "Excel"}}}
     contents: ClassVar[dict[str, bytes]] = {}
     cached: ClassVar[collections.deque[str]] = collections.deque(maxlen=1000)  # prompts' beginnings
 
@@ -6234,15 +6171,20 @@ class MockAnthropic(web.RequestHandler):
                 batch = self.things["batches"][name]
                 batch["cancel_initiated_at"] = iso(now())
                 return batch | {"processing_status": "canceling"}
-            case "POST", "v1", "files":
-                if "file" not in self.request.files:
-                    raise APIError(400, "file: Field required")
-                name, file = mock_id("file"), self.request.files["file"][0]
-                about = JSONObject(type="file", id=name, filename=file.filename, downloadable=True)
+            case "POST", "v1", "files" | "skills" as kind:
+                files = self.request.files.get({"files": "file", "skills": "files[]"}[kind])
+                if not files:
+                    raise APIError(400, f"{kind}: Field required")
+                name, moment, file = mock_id(kind[:-1]), iso(now()), files[0]
+                about = JSONObject(type="file", filename=file.filename, downloadable=True)
                 about |= {"mime_type": file.content_type, "size_bytes": len(file.body)}
-                about["created_at"] = iso(now())
-                self.things["files"][name], self.contents[name] = about, file.body
-                return about
+                if kind == "skills":
+                    title = self.get_argument("display_name", file.filename.split("/")[0])
+                    about = MOCK_SKILL | {"source": "custom", "display_name": title}
+                    about |= {"latest_version_id": mock_id("skillver"), "updated_at": moment}
+                self.things[kind][name] = about | {"id": name, "created_at": moment}
+                self.contents[name] = file.body
+                return self.things[kind][name]
             case ("POST", "v1", "messages" | "batches", *_) if not isinstance(sent, dict):
                 raise APIError(400, "The body is not a JSON object")
             case "POST", "v1", "messages":
@@ -6252,24 +6194,33 @@ class MockAnthropic(web.RequestHandler):
                 return {"input_tokens": mock_tokens(sent.get("messages"))}
             case "POST", "v1", "batches":
                 return self._make_batch(sent)
-            case "GET", "v1", "models" | "batches" | "files" as kind:
-                names, after = [*self.things[kind]][::-1], self.get_argument("after_id", "")
-                names = names[names.index(after) + 1 :] if after in names else names
-                page = names[: int(self.get_argument("limit", "20"))]
+            case "GET", "v1", "models" | "batches" | "files" | "skills" as kind:
+                names, wanted = [*self.things[kind]][::-1], self.get_arguments("ids[]")
+                names = [name for name in names if name in wanted] if wanted else names
+                after = self.get_argument("page", "") or self.get_argument("after_id", "")
+                if after := after.removeprefix("page_"):
+                    if after not in names:
+                        raise APIError(400, f"{after} is no cursor of this list")
+                    names = names[names.index(after) + 1 :]
+                page = names[: int(self.get_argument("limit", "100" if wanted else "20"))]
                 first, last = (page[0], page[-1]) if page else (None, None)
                 told = {"has_more": page != names, "first_id": first, "last_id": last}
+                told["next_page"] = f"page_{last}" if page != names else None
                 return told | {"data": [self.things[kind][name] for name in page]}
-            case "GET", "v1", "models" | "batches" | "files" as kind, name:
+            case "GET", "v1", "models" | "batches" | "files" | "skills" as kind, name:
                 return self.things[kind][name]
+            case "GET", "v1", "skills", name, "versions":
+                skill, about = self.things["skills"][name], {"type": "skill_version", "name": name}
+                about |= {"id": skill["latest_version_id"], "skill_id": name, "description": ""}
+                return {"data": [skill | about], "next_page": None}
             case "GET", "v1", "batches" | "files" as kind, name, "results" | "content":
                 form = self.things[kind][name].get("mime_type", "application/x-jsonl")
                 self.set_header("Content-Type", form)
                 return self.contents[name]
-            case "DELETE", "v1", "batches" | "files" as kind, name:
-                gone = self.things[kind].pop(name)
-                del self.contents[name]
-                return {"id": name, "type": f"{gone['type']}_deleted"}
-            case _, "v1", "messages" | "models" | "batches" | "files", *_:
+            case "DELETE", "v1", "batches" | "files" | "skills" as kind, name:
+                del self.contents[name]  # which a built-in skill has none of
+                return {"id": name, "type": f"{self.things[kind].pop(name)['type']}_deleted"}
+            case _, "v1", "messages" | "models" | "batches" | "files" | "skills", *_:
                 raise APIError(405, "Method not allowed")
         raise APIError(404, "Not found")
 
@@ -6278,6 +6229,9 @@ class MockAnthropic(web.RequestHandler):
             if not isinstance(params.get(name), kind) or not params[name] > kind():
                 raise APIError(400, f"{name}: Field required")
         model, messages, limit = params["model"], params["messages"], params["max_tokens"]
+        text = json.dumps(params)
+        for name in re.findall('"file_id": "([^"]*)"', text):
+            _ = self.things["files"][name]
         if error := re.fullmatch("mock-error-([45][0-9]{2})", model):
             told = MOCK_KINDS.get(int(error[1]), "api_error")
             raise APIError(int(error[1]), "An error, as you asked.", kind=told)
@@ -6287,7 +6241,7 @@ class MockAnthropic(web.RequestHandler):
         words = f"You said: {' '.join(said)}".split(" ")[: min(limit, MOCK_MAX_TOKENS)]
         usage = JSONObject(input_tokens=mock_tokens(messages), output_tokens=len(words))
         cache = {"creation": 0, "read": 0}
-        if "cache_control" in json.dumps(params):  # it is written the first time, then read
+        if "cache_control" in text:  # it is written the first time, then read
             prefix = json.dumps([params.get("system"), params.get("tools")])
             cache["read" if prefix in self.cached else "creation"] = mock_tokens(prefix)
             self.cached.append(prefix)
@@ -6439,7 +6393,7 @@ def announce(gateway: Gateway, port: int) -> None:
     if not gateway.prices.available:
         print("! genai-prices is not installed: tokens are counted, money is not")
     key = "anything" if is_open else "<a virtual key>"
-    print(CONNECT.format(base=url + RELAY_PREFIX, key=key), flush=True)
+    print(CONNECT.format(base=url, key=key), flush=True)
 
 
 def start_mock(settings: Settings) -> Settings:
@@ -6548,8 +6502,7 @@ async def check(settings: Settings) -> bool:
         findings.append((False, f"{upstream}: {error} See --upstream and the network."))
     for well, text in findings:
         print("ok  " if well else "FAIL", text)
-    base = base_url(settings, settings.port) + RELAY_PREFIX
-    print(CONNECT.format(base=base, key="<a virtual key>"))
+    print(CONNECT.format(base=base_url(settings, settings.port), key="<a virtual key>"))
     return all(well for well, _ in findings)
 
 

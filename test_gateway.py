@@ -33,6 +33,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 import zlib
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
@@ -4304,6 +4305,851 @@ async def test_one_batch_keeps_no_other_from_being_booked(gw: GW, batches: Batch
     assert not made["msgbatch_1"].booked
 
 
+# ─── Walls: what holds ────────────────────────────────────────────────────────────────
+
+# The groups of Anthropic's resources, and how the ids of each begin.
+GROUPS = {"messages/batches": "msgbatch", "files": "file", "skills": "skill", "agents": "agent"}
+GROUPS |= {"environments": "env", "sessions": "sesn", "deployments": "depl", "vaults": "vlt"}
+GROUPS |= {"deployment_runs": "drun", "dreams": "drm", "memory_stores": "memstore"}
+GROUPS |= {"tunnels": "tnl", "user_profiles": "uprof"}
+BORN = ("sesn", "drun", "memstore", "file")  # of these upstream may be asked whose they are
+EVERY_ROUTE = ["/v1/messages*", "/v1/models", *(f"/v1/{group}*" for group in GROUPS)]
+OWN_ACCOUNT = "Authorization: Bearer sk-ant-api03-mine"
+ASSIGN, LIST = "/resources/assign", "/resources/list"
+
+
+def path_of(name: str) -> str:
+    """Where a thing is found, by its id or one and what follows; a path is itself."""
+    found = (group for group, prefix in GROUPS.items() if name.startswith(f"{prefix}_"))
+    return name if name[0] == "/" else f"/v1/{next(found)}/{name}"
+
+
+@dataclass
+class Neighbours:
+    """Two keys of a gateway, `ann` and `bob`, who each have a thing of every group: file_ann,
+    file_bob and so on."""
+
+    gw: GW
+    ann: str = ""
+    bob: str = ""
+
+    async def begin(self) -> None:
+        self.file = self.gw.keys.with_name("keys.json.resources")
+        self.ann, self.bob = await self.key(key_alias="ann"), await self.key(key_alias="bob")
+        for name in ("ann", "bob"):
+            things = (f"{prefix}_{name}" for prefix in (*GROUPS.values(), "container"))
+            await self.assign(name, *things)
+
+    async def key(self, **fields: Any) -> str:
+        return await self.gw.new_key(allowed_routes=EVERY_ROUTE, **fields)
+
+    async def assign(self, key: str | None, *names: str, **more: Any) -> None:
+        answer = await self.gw.manage(ASSIGN, {"ids": list(names), "key": key, **more})
+        assert answer.status == 200, answer.text
+
+    async def listed(self, query: str) -> dict[str, Any]:
+        return (await self.gw.manage(f"{LIST}?{query}")).json()
+
+    async def make(self, key: str, *names: str, path: str = "", status: int = 200) -> Response:
+        for name in names:
+            told = {"id": name, "type": "file" if name.startswith("sesrsc") else "x"}
+            self.gw.plays(answers(told))
+            start = f"POST {path or path_of(name).removesuffix(f'/{name}')}"
+            answer = await self.gw.ask(start, body={}, key=key)
+            assert answer.status == status, answer.text
+        return answer
+
+    async def fate(self, key: str, start: str, *fields: str, looks: int = 0, **told: Any) -> bytes:
+        """What becomes of a request: nothing, if it goes on; else the answer of a wall, without
+        what differs from one to the next. ``looks`` is how often upstream may be asked for it."""
+        arrived = self.gw.up.arrived
+        before = len(arrived)
+        answer = await self.gw.ask(start, *fields, key=key, **told)
+        if answer.status != 404:
+            assert len(arrived) == before + 1, (start, answer)
+            assert arrived[-1].start_line.startswith(start.replace("/anthropic", ""))
+            return b""
+        assert len(arrived) <= before + looks, start
+        if start[:4] != "HEAD":
+            error_of(answer, 404)
+        text = (answer.head + answer.body).replace(answer.headers["request-id"].encode(), b"")
+        return re.sub(rb"_(ann|bob|nil)\b|Date: .*\r\n", b"", text)
+
+    async def reaches(self, key: str, *names: str, looks: int = 0) -> bool:
+        """Whether a key reaches these, which it does all or none."""
+        self.gw.plays(answers({}))
+        starts = [f"GET {path_of(name)}" for name in names]
+        reached = {not await self.fate(key, start, looks=looks) for start in starts}
+        assert len(reached) == 1, names
+        return reached.pop()
+
+    async def is_anns(self, *names: str) -> bool:
+        assert not await self.reaches(self.bob, *names, looks=1)
+        return await self.reaches(self.ann, *names, looks=1)
+
+
+@pytest.fixture
+def two(gw: GW, io_loop: Any) -> Neighbours:
+    neighbours = Neighbours(gw)
+    io_loop.run_sync(neighbours.begin)
+    return neighbours
+
+
+# Made
+
+CREATES = {f"/v1/{group}": prefix for group, prefix in GROUPS.items() if prefix != "drun"}
+CREATES |= {"/v1/deployments/depl_ann/run": "drun"}
+BELOW = {"/v1/sessions/sesn_ann/resources": "sesrsc", "/v1/tunnels/tnl_ann/certificates": "tcrt"}
+BELOW |= {"/v1/vaults/vlt_ann/credentials": "vcrd"}
+BELOW |= {"/v1/memory_stores/memstore_ann/memories": "mem"}
+
+
+@as_process
+async def test_what_is_made_is_on_disk_before_its_maker_hears_of_it(two: Neighbours) -> None:
+    made = []
+    for path, prefix in (CREATES | BELOW).items():
+        await two.make(two.ann, f"{prefix}_1", path=path)
+        made.append(f"{path}/{prefix}_1" if path in BELOW else f"{prefix}_1")
+        assert f"{prefix}_1" in two.file.read_text() + two.gw.keys.read_text() or path in BELOW
+    for room in (1, 20):  # for a part of a line, on a disk that is full
+        limit(two.gw.process, resource.RLIMIT_FSIZE, two.file.stat().st_size + room)
+        await two.make(two.ann, f"file_a{room}", status=503)
+        limit(two.gw.process, resource.RLIMIT_FSIZE, resource.RLIM_INFINITY)
+        await two.make(two.ann, f"file_b{room}")
+    two.gw.process.kill()
+    assert stat.S_IMODE(two.file.stat().st_mode) == 0o600
+    await two.gw.restart()
+    assert await two.is_anns(*made, *(files := ["file_a1", "file_b1", "file_a20", "file_b20"]))
+    rows = (await two.listed(f"key={two.ann}&kind=files"))["resources"]
+    assert {row["id"] for row in rows} == {"file_ann", "file_1", *files}
+
+
+async def test_who_leaves_before_the_answer_owns_what_is_made(two: Neighbours) -> None:
+    gw, deserted = two.gw, gateway.RequestPhase.DESERTED
+    for name, kind in {"file_1": FORM, "agent_1": JSON_KIND[14:], "msgbatch_1": "x/y"}.items():
+        going = asyncio.Event()
+        gw.plays(answers({"id": name}, after=going))
+        arrived = len(gw.up.arrived)
+        async with Client(gw.port, two.ann) as client:
+            start = f"POST {path_of(name).removesuffix(f'/{name}')}"
+            client.request(start, f"Content-Type: {kind}", body=b"{}")
+            await until(lambda count=arrived: [a for a in gw.up.arrived[count:] if a.body])
+        await until(lambda: all(c._visit.phase is deserted for c in gw.active))
+        going.set()
+        await until(lambda: not gw.active)
+        assert await two.is_anns(name)
+    await gw.restart()
+    assert await two.is_anns("file_1", "agent_1", "msgbatch_1")
+
+
+async def test_what_cannot_be_remembered_is_its_makers_all_the_same(
+    two: Neighbours, monkeypatch: Patch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    made, ready = ("file_1", "msgbatch_1", "agent_1"), "GET /health/readiness"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        patch.setattr(os, "fdatasync", fail)
+        for name in made:
+            answer = await two.make(two.ann, name, status=503)
+            assert str(two.file) not in error_of(answer, 503)
+            assert answer.field("x-should-retry") == ["false"]
+        error_of(await two.gw.manage(ASSIGN, {"ids": made, "key": "bob"}), 503)
+        assert await two.is_anns(*made) and (await two.gw.ask(ready)).status == 503
+    await two.make(two.ann, "file_2")
+    assert await two.key() and (await two.gw.ask(ready)).status == 200
+    await two.gw.restart()
+    assert await two.is_anns(*made, "file_2")
+
+
+async def test_a_torn_end_is_dropped_and_damage_stops_the_start(two: Neighbours) -> None:
+    gw = two.gw
+    await two.make(two.ann, "file_0", "file_1", "file_2", "file_3")
+    keys, whole = gw.keys.read_bytes(), two.file.read_bytes()
+    *before, damaged, following, last = whole.splitlines(keepends=True)
+    assert b"file_3" in last and b"file_1" in damaged
+
+    def copied(text: bytes, *, name: str = "damaged") -> Path:
+        (copy := gw.keys.with_name(f"{name}.json")).write_bytes(keys)
+        copy.with_name(f"{name}.json.resources").write_bytes(text)
+        return copy
+
+    for size in (1, len(last) // 2):
+        copy = copied(whole[: -len(last)] + last[:size], name=f"torn-{size}")
+        for name in ("file_4", "file_5"):
+            await gw.restart(keys=copy)
+            assert await two.is_anns("file_0", "file_2") and not await two.is_anns("file_3")
+            await two.make(two.ann, name)
+        await gw.restart(keys=copy)
+        assert await two.is_anns("file_4", "file_5")
+    for line in (damaged[: len(damaged) // 2], bytes(40) + b"\n", b"nonsense\n", b"{}\n"):
+        copy = copied(text := b"".join([*before, line, following, last]))
+        with pytest.raises(gateway.SettingsError, match=r"damaged\.json\.resources"):
+            await gw.restart(keys=copy)
+        assert copy.with_name("damaged.json.resources").read_bytes() == text
+    assert "damaged.json.resources" in failed_start(copy.parent, f"--keys={copy}")
+
+
+@as_process
+async def test_edits_by_hand_are_noticed_and_the_file_has_one_user(two: Neighbours) -> None:
+    names = ["file_1x", "file_2x", "file_3x"]
+    await two.make(two.ann, names[0])
+    for old, new, told in zip(names, names[1:], (False, True), strict=False):
+        (changed := two.file.with_name("new")).write_text(two.file.read_text().replace(old, new))
+        changed.replace(two.file)
+        if told:
+            two.gw.process.hang_up()
+        async with asyncio.timeout(PATIENCE):
+            while not told and not await two.reaches(two.ann, new, looks=1):
+                await asyncio.sleep(0.05)
+        assert await two.is_anns(new) and not await two.is_anns(old)
+        await two.make(two.ann, f"file_{told:d}y")
+        assert new in (text := two.file.read_text()) and f"file_{told:d}y" in text
+        assert old not in text
+    (two.file.parent / "other.json.resources").symlink_to(two.file)
+    assert "another gateway" in failed_start(two.file.parent, "--keys=other.json")
+
+
+async def test_batches_of_older_files_keep_their_owners(two: Neighbours) -> None:
+    old, batches = two.gw.keys.with_name("old.json"), {"msgbatch_1": ["2026-11-01", 3]}
+    batches |= {"msgbatch_2": {"day": "2026-11-01", "lines": 0, "held": {}, "booked": False}}
+    document = json.loads(two.gw.keys.read_bytes())
+    document["keys"][gateway.hash_key(two.ann)]["batches"] = batches
+    old.write_text(json.dumps(document))
+    for _ in range(2):
+        await two.gw.restart(keys=old)
+        assert await two.is_anns(*batches, "msgbatch_1/results")
+
+
+async def test_things_outlive_their_keys(two: Neighbours) -> None:
+    gw, web, things = two.gw, {"team_id": "web"}, ("file_1", "msgbatch_1")
+    maker, mate = await two.key(**web), await two.key(**web, resources="team")
+    every, loner = await two.key(resources="all"), await two.key(**web)
+    lone = await two.key(resources="team", key_alias="lone")
+    kinds = [(await gw.info(key))["resources"] for key in (mate, every, loner)]
+    assert kinds == ["team", "all", "own"]
+    error_of(await gw.manage("/key/update", {"key": mate, "resources": "none"}), 400)
+    living = {maker, mate, every, loner, lone, two.bob, MASTER_KEY}
+
+    async def are_of(*keys: str) -> None:
+        for _ in range(2):
+            for key in living:
+                reached = await two.reaches(key, *things, looks=1)
+                assert reached == (key in (*keys, every, MASTER_KEY))
+            await gw.restart()
+
+    await two.make(maker, *things)
+    await are_of(maker, mate)
+    told = {"key": maker, "grace_period": "1h"}
+    renewed = (await gw.manage("/key/regenerate", told)).json()["key"]
+    living.add(renewed)
+    await are_of(maker, renewed, mate)
+    await gw.manage("/key/update", {"key": mate, "team_id": "ops"})
+    await are_of(maker, renewed)
+    await gw.manage("/key/update", {"key": mate, **web})
+    await gw.manage("/key/delete", {"keys": [renewed]})
+    living -= {maker, renewed}
+    await are_of(mate)
+    await two.assign(lone, *things)
+    await are_of(lone)
+    await gw.manage("/key/delete", {"keys": [lone]})
+    living ^= {lone, await two.key(resources="team", key_alias="lone")}
+    await are_of()
+
+
+async def test_starting_keeps_exactly_what_there_is(two: Neighbours) -> None:
+    await two.make(two.ann, *(f"file_{number}" for number in range(6)))
+    for number, status in enumerate(("500 Oh", "404 Not Found", "200 OK")):
+        two.gw.plays(answers({}, status))
+        for name in (f"files/file_{number}", "vaults/vlt_ann/credentials/agent_bob"):
+            await two.gw.ask(f"DELETE /v1/{name}", key=two.ann)
+    for key, name in {"bob": "file_3", "*": "file_4", None: "file_5"}.items():
+        await two.assign(key, name)
+    before, sizes = await two.listed("size=100"), []
+    with two.file.open("ab") as file:
+        file.write(b"{")  # so that it is written anew
+    for _ in range(3):
+        await two.gw.restart()
+        assert await two.listed("size=100") == before
+        sizes.append(two.file.stat().st_size)
+    assert sizes[0] == sizes[2]
+    assert await two.is_anns("file_0", "file_1") and not await two.is_anns("file_2", "file_5")
+    assert await two.reaches(two.bob, "file_3", "file_4", "agent_bob")
+
+
+# Learned
+
+
+def made_by_code(name: str, tool: str = "bash_code_execution") -> dict[str, Any]:
+    content = {"type": f"{tool}_result", "stdout": json.dumps({"file_id": "file_lure"})}
+    content |= {"content": [{"type": f"{tool}_output", "file_id": name}], "return_code": 0}
+    return {"type": f"{tool}_tool_result", "tool_use_id": "srvtoolu_1", "content": content}
+
+
+# What a model, or who speaks to it, may write.
+LURE: dict[str, Any] = {"file_id": "file_lure", "container": {"id": "container_lure"}}
+LURE |= {"session_id": "sesn_lure", "it": [made_by_code("file_lure")]}
+LURES: list[Any] = [{"type": "text", "text": f"So {json.dumps(LURE)}"}, made_by_code("file_bob")]
+for _kind in ("tool_use", "server_tool_use", "mcp_tool_use"):
+    LURES += [{"type": _kind, "id": "toolu_1", "name": "x", "input": LURE}]
+DELTAS = [{"type": "text_delta", "text": json.dumps(LURE)}]
+for _it in (LURE, made_by_code("file_lure"), {"delta": LURE}):
+    DELTAS += [{"type": "input_json_delta", "partial_json": json.dumps(_it)}]
+
+
+def as_events(message: dict[str, Any]) -> bytes:
+    """A message as it streams."""
+    begun = {**message, "content": [], "container": None}
+    events: list[dict[str, Any]] = [{"type": "message_start", "message": begun}]
+    for block in message["content"]:
+        events += [{"type": "content_block_start", "index": 0, "content_block": block}]
+        events += ({"type": "content_block_delta", "index": 0, "delta": d} for d in DELTAS)
+    delta = {"stop_reason": "end_turn", "container": message["container"]}
+    events += [{"type": "message_delta", "delta": delta, "usage": usage_of(0, 1)}]
+    return b"".join(b"event: x\ndata: %b\n\n" % json.dumps(each).encode() for each in events)
+
+
+def as_row(message: dict[str, Any]) -> bytes:
+    row = {"custom_id": "file_lure", "result": {"type": "succeeded", "message": message}}
+    return f"{json.dumps(row)}\n".encode()
+
+
+RESULTS = f"GET {BATCHES}/msgbatch_ann/results"
+LEARNED: list[tuple[str, str, Callable[[Any], bytes]]] = [
+    (f"POST {MESSAGES_PATH}", "application/json", lambda message: json.dumps(message).encode()),
+    (f"POST {MESSAGES_PATH}", "text/event-stream", as_events),
+    (RESULTS, "application/x-jsonl", as_row),
+]
+
+
+@pytest.mark.parametrize("size", [1, 7, 0])
+async def test_what_code_made_is_its_askers(two: Neighbours, size: int) -> None:
+    gw = two.gw
+    for number, ((start, kind, form), packs) in enumerate(itertools.product(LEARNED, (0, 1))):
+        files = [f"file_a{number}", f"file_b{number}"]
+        message = {"id": "msg_1", "type": "message", "model": OPUS, "usage": usage_of(1, 1)}
+        message["content"] = [*map(made_by_code, files, ("code_execution", "bash_code_execution"))]
+        message["content"] += LURES
+        message["container"] = {"id": f"container_{number}", "expires_at": "2027-01-01T00:00:00Z"}
+        sent = gzip.compress(form(message)) if packs else form(message)
+        parts = [sent[at : at + (size or 99999)] for at in range(0, len(sent), size or 99999)]
+        coding = b"Content-Encoding: gzip\r\n" if packs else b""
+        head = OK + f"Content-Type: {kind}\r\n".encode() + coding + CHUNKS
+        gw.plays(says(head, *map(chunk, (*parts, b""))))
+        told = {"body": MESSAGE} if start[:4] == "POST" else {}
+        answer = await gw.ask(start, "Accept-Encoding: gzip, br", key=two.ann, **told)
+        assert answer.clean and answer.body == sent
+        assert gw.up.arrived[-1].field("accept-encoding") == ["gzip"]
+        assert all(name in two.file.read_text() for name in files), "it is on disk by then"
+        assert await two.is_anns(*files), (start, kind, packs)
+        assert await two.reaches(two.bob, "file_bob")  # a known one never moves
+        assert not await two.is_anns("file_lure", "sesn_lure")
+        gw.plays(answers({}))
+        for key, name in itertools.product((two.ann, two.bob), (str(number), "lure")):
+            body = {**MESSAGE, "container": f"container_{name}"}
+            on = not await two.fate(key, f"POST {MESSAGES_PATH}", body=body)
+            assert on == (key == two.ann and name != "lure")
+
+
+# What is asked, its answer, and the things in it that are of the owner of the one without a number.
+RUN = {"id": "drun_@", "type": "deployment_run", "deployment_id": "depl_", "session_id": "sesn_@"}
+SESSION = {"id": "sesn_@", "type": "session", "deployment_id": "depl_", "metadata": LURE}
+SCOPED = {"id": "file_@", "type": "file", "scope": {"type": "session", "id": "sesn_"}}
+DREAM: dict[str, Any] = {"id": "drm_", "type": "dream", "session_id": "sesn_@"}
+DREAM["outputs"] = [{"type": "memory_store", "memory_store_id": "memstore_@"}]
+BY_OTHERS: list[tuple[str, Any, list[str]]] = [
+    ("POST /v1/deployments/depl_/run", RUN, ["drun_@", "sesn_@"]),
+    ("GET /v1/deployment_runs?deployment_id=depl_", {"data": [RUN]}, ["drun_@", "sesn_@"]),
+    ("GET /v1/deployment_runs", {"data": [RUN]}, ["drun_@", "sesn_@"]),
+    ("GET /v1/deployment_runs/drun_@", RUN, ["drun_@", "sesn_@"]),
+    ("GET /v1/sessions?deployment_id=depl_", {"data": [SESSION]}, ["sesn_@"]),
+    ("GET /v1/sessions", {"data": [SESSION]}, ["sesn_@"]),
+    ("GET /v1/sessions/sesn_@", SESSION, ["sesn_@"]),
+    ("GET /v1/files?scope_id=sesn_", {"data": [SCOPED]}, ["file_@"]),
+    ("GET /v1/files/file_@", SCOPED, ["file_@"]),
+    ("GET /v1/dreams/drm_", DREAM, ["sesn_@", "memstore_@"]),
+    ("GET /v1/dreams", {"data": [DREAM]}, ["sesn_@", "memstore_@"]),
+]
+
+
+async def test_what_things_make_belongs_to_whom_they_belong(two: Neighbours) -> None:
+    arrived = two.gw.up.arrived
+    for number, row in enumerate(BY_OTHERS):
+        for owner in ("bob", "ann"):
+            text = json.dumps(row).replace("_@", f"_{owner}{number}")
+            start, answer, made = json.loads(re.sub(r'_(?=[?/"])', f"_{owner}", text))
+            two.gw.plays(answers(answer))
+            before = len(arrived)
+            got = await two.gw.ask(start, key=two.ann)
+            assert len(arrived) <= before + 2, start
+            if owner == "ann":
+                assert got.status == 200 and got.json() == answer, start
+                assert await two.reaches(two.ann, *made), start  # with no look upstream
+                assert not await two.reaches(two.bob, *made), start
+            else:
+                assert got.status == 404 or "_bob" not in got.text, start
+                assert not await two.reaches(two.ann, *made, looks=1), start
+        assert not await two.is_anns("sesn_lure", "file_lure")
+
+
+# Reached
+
+SPELLED = """/v1/files/X /anthropic/v1/files/X /v1//files///X /v1/files/X/ /v1/files/X/content
+/v1/%66iles/X /v1/files/%66iY /v1/files%2FX /v1/files/X?beta=true /anthropic//v1/files/X
+/v1/files/X%2Fcontent /v1/files//X//content// /v1/files/%66%69Y/content"""
+NOBODYS = """/v1/files/%2566ile_bob /v1/files/FILE_BOB /v1/files/file_bob%3Fx /v1/files/file_bob;x
+/v1/files/%20file_bob /v1/files/file_bob%20 /v1/files/file_ann%00 /v1/files/f%C4%B1le_bob"""
+
+
+async def test_no_spelling_of_a_path_is_a_way_round(two: Neighbours) -> None:
+    two.gw.plays(answers({}))
+    for path, name in itertools.product(SPELLED.split(), ("ann", "bob")):
+        start = f"GET {path.replace('%66iY', f'%66ile_{name}').replace('%69Y', f'%69le_{name}')}"
+        start = start.replace("X", f"file_{name}")
+        assert bool(await two.fate(two.ann, start)) == (name == "bob"), start
+    for path in NOBODYS.split():
+        assert await two.fate(two.ann, f"GET {path}", looks=1), path
+
+
+async def test_what_is_anothers_is_answered_as_what_is_missing(two: Neighbours) -> None:
+    two.gw.plays(answers({}))
+    deeds = (("GET", ""), ("HEAD", "/"), ("DELETE", ""), ("POST", "/x/y/"), ("PUT", "/x"))
+    for group, prefix in GROUPS.items():
+        for method, tail in deeds:
+            start, told = (
+                f"{method} /v1/{group}/{prefix}_",
+                {"body": {}} if method[0] == "P" else {},
+            )
+            anothers = await two.fate(two.ann, f"{start}bob{tail}", **told)
+            looks = int(prefix in BORN)
+            missing = await two.fate(two.ann, f"{start}nil{tail}", looks=looks, **told)
+            assert anothers == missing != b"", start
+        for key in (two.bob, MASTER_KEY):
+            assert await two.reaches(key, f"{prefix}_bob")
+        assert not await two.fate(two.ann, f"GET /v1/{group}/{prefix}_bob", OWN_ACCOUNT)
+    for status in ("400 Bad Request", "404 Not Found", "429 Slow", "503 Oh"):
+        two.gw.plays(answers({}, status))
+        anothers = await two.fate(two.ann, "GET /v1/files/file_bob")
+        assert anothers == await two.fate(two.ann, "GET /v1/files/file_nil", looks=1)
+
+
+QUERIES = """files?scope_id=sesn_X files?scope%5Fid=sesn_X files?limit=1&scope_id=sesn%5FX
+files?scope_id=sesn_ann&scope_id=sesn_X files?scope_id=sesn_X&scope_id=sesn_ann
+sessions?agent_id=agent_X sessions?deployment_id=depl_X sessions?memory_store_id=memstore_X
+deployment_runs?deployment_id=depl_X memory_stores/memstore_ann/memory_versions?session_id=sesn_X"""
+CURSORS = ("after_id", "before_id", "after%5Fid")
+
+
+async def test_ids_in_a_query_are_looked_at(two: Neighbours) -> None:
+    gw = two.gw
+    gw.plays(answers({"data": []}))
+    for query, name in itertools.product(QUERIES.split(), ("ann", "bob", "nil")):
+        start = f"GET /v1/{query.replace('X', name)}"
+        assert bool(await two.fate(two.ann, start, looks=1)) == (name != "ann"), start
+    before = len(gw.up.arrived)
+    for kind, name, cursor in itertools.product(("file", "msgbatch"), ("bob", "nil"), CURSORS):
+        start = f"GET {path_of(f'{kind}_').removesuffix(f'/{kind}_')}?{cursor}={kind}_{name}"
+        error_of(await gw.ask(start, key=two.ann), 400)
+    assert len(gw.up.arrived) <= before + len(CURSORS)  # a look for file_nil
+    gw.plays(Lists("file_bob", "file_ann"))
+    for name in ("ids[]", "ids%5B%5D", "ids%5b]"):
+        for shown, asked in itertools.product(
+            ([], ["file_ann"]), (["file_bob"], ["file_bob", "file_nil"])
+        ):
+            query = "&".join(f"{name}={each}" for each in (*asked, *shown))
+            answer = await gw.ask(f"GET /v1/files?{query}", key=two.ann)
+            assert [row["id"] for row in answer.json()["data"]] == shown, query
+
+
+# Where an id, written @, may stand in a request: the paths below /v1/, or in a block of a message
+# or in a message, wherever one may be sent; how the id begins; and the body.
+SHORT = {"EVENT": '{"type": "user.message", "content": [{"type": "text", "text": "x"}, DOC]}'}
+SHORT["DOC"] = '{"type": "document", "source": {"type": "file", "file_id": "@"}}'
+SHORT["RUBRIC"] = '{"type": "user.define_outcome", "rubric": {"type": "file", "file_id": "@"}}'
+SHORT["SKILLS"] = '"skills": [{"type": "anthropic", "skill_id": "pdf"}, {"skill_id": "@"}]'
+SHORT["CODE"] = json.dumps(made_by_code("@"))
+PLACES = """\
+block file DOC
+block file {"type": "image", "source": {"type": "file", "file_id": "@"}}
+block file {"type": "tool_result", "tool_use_id": "a", "content": [DOC]}
+block file {"type": "container_upload", "file_id": "@"}
+block file CODE
+block file {"type": "text", "text": "x", "citations": [{"file_id": "@"}]}
+block file {"type": "of_tomorrow", "deeper": [{"file_id": "@"}]}
+message container {"container": "@"}
+message container {"container": {"id": "@"}}
+message skill {"container": {SKILLS}}
+sessions,deployments agent {"agent": "@"}
+sessions,deployments agent {"agent": {"type": "agent", "id": "@"}}
+sessions,deployments agent {"agent": {"type": "agent_with_overrides", "id": "@"}}
+sessions,deployments skill {"agent": {"id": "agent_ann", SKILLS}}
+sessions,deployments env {"agent": "agent_ann", "environment_id": "@"}
+sessions,deployments,sessions/sesn_ann vlt {"vault_ids": ["vlt_ann", "@"]}
+sessions,deployments file {"resources": [{"type": "file", "file_id": "@"}]}
+sessions,deployments memstore {"resources": [{"memory_store_id": "@"}]}
+sessions,deployments file {"initial_events": [EVENT]}
+sessions,deployments file {"initial_events": [RUBRIC]}
+sessions/sesn_ann/events file {"events": [EVENT]}
+sessions/sesn_ann/events file {"events": [RUBRIC]}
+sessions/sesn_ann/resources file {"type": "file", "file_id": "@"}
+agents,agents/agent_ann skill {SKILLS}
+agents agent {"multiagent": {"agents": ["@"]}}
+agents agent {"multiagent": {"agents": [{"type": "agent", "id": "@"}]}}
+agents agent {"multiagent": {"subagents": {"predefined_agents": ["@"]}}}
+agents agent {"multiagent": {"subagents": {"predefined_agents": [{"id": "@"}]}}}
+agents agent {"multiagent": {"workflows": {"predefined_agents": ["@"]}}}
+agents agent {"multiagent": {"workflows": {"predefined_agents": [{"id": "@"}]}}}
+dreams memstore {"inputs": [{"type": "memory_store", "memory_store_id": "@"}]}
+dreams sesn {"inputs": [{"type": "sessions", "session_ids": ["sesn_ann", "@"]}]}
+dreams memstore {"output_behavior": {"memory_store_id": "@"}}"""
+# Where what reads like one is the user's own.
+SHORT["DATA"] = '{"file_id": "@", "it": [DOC], "container": "@", "vault_ids": ["@"]}'
+SHORT["TEXT"] = json.dumps('{"file_id": "file_bob"}, "file_id": "file_bob"')
+OWN_DATA = """\
+block file {"type": "text", "text": TEXT}
+block file {"type": "tool_use", "id": "a", "name": "x", "input": DATA}
+block file {"type": "server_tool_use", "id": "a", "name": "x", "input": DATA}
+block file {"type": "tool_result", "tool_use_id": "a", "content": [{"type": "text", "text": TEXT}]}
+message file {"tools": [{"name": "x", "input_schema": {"properties": DATA, "const": DATA}}]}
+message file {"tools": [{"name": "x", "input_schema": {}, "input_examples": [DATA]}]}
+message file {"output_config": {"format": {"type": "json_schema", "schema": {"default": DATA}}}}
+message file {"metadata": DATA, "system": TEXT}
+block file {"type": "text", "text": "x", "citations": [{"type": "char_location", "file_id": null}]}
+sessions,deployments file {"agent": "agent_ann", "metadata": DATA, "title": TEXT}
+agents file {"name": "agent_bob", "system": TEXT, "metadata": DATA}
+sessions/sesn_ann/events file {"events": [{"content": [{"type": "text", "text": TEXT}]}]}
+memory_stores/memstore_ann/memories file {"path": TEXT, "content": TEXT}"""
+
+
+def bodies(table: str) -> Iterator[tuple[str, str, str]]:
+    """Path, how the id begins, and body, of each place."""
+    for line in table.splitlines():
+        where, prefix, text = line.split(" ", 2)
+        for word in ("DATA", "EVENT", "DOC", "RUBRIC", "SKILLS", "CODE", "TEXT"):
+            text = text.replace(word, SHORT[word])
+        if where in ("block", "message"):
+            block = {
+                "messages": [{"role": "user", "content": [{"type": "image"}, json.loads(text)]}]
+            }
+            body = MESSAGE | (block if where == "block" else json.loads(text))
+            rows = [{"custom_id": "file_bob", "params": params} for params in (MESSAGE, body)]
+            yield BATCHES, prefix, json.dumps({"requests": rows})
+            where, text = "messages,messages/count_tokens", json.dumps(body)
+        for path in where.split(","):
+            yield f"/v1/{path}", prefix, text
+
+
+async def test_every_place_of_an_id_in_a_request_is_looked_at(two: Neighbours) -> None:
+    gw, fates = two.gw, dict[str, bytes]()
+    gw.plays(answers({}))
+    for path, prefix, text in bodies(PLACES):
+        for name in ("ann", "bob", "nil"):
+            body, looks = text.replace("@", f"{prefix}_{name}").encode(), int(prefix in BORN)
+            told = {"body": body, "looks": looks if name == "nil" else 0}
+            fates[name] = await two.fate(two.ann, f"POST {path}", JSON_KIND, **told)
+        assert not fates["ann"] and fates["bob"] == fates["nil"] != b"", (path, text)
+    for name in ("ann", "bob", "nil"):
+        field = f"Anthropic-User-Profile-ID: uprof_{name}"
+        fate = await two.fate(two.ann, f"POST {MESSAGES_PATH}", field, body=MESSAGE)
+        assert bool(fate) == (name != "ann")
+    for key, field in ((MASTER_KEY, "x-a: b"), (two.ann, OWN_ACCOUNT)):
+        assert not await two.fate(key, f"POST {MESSAGES_PATH}", JSON_KIND, field, body=HIDDEN)
+
+
+async def test_the_users_own_data_goes_through_byte_for_byte(two: Neighbours) -> None:
+    two.gw.plays(answers({}))
+    form = b"--x\r\n\r\n%b\r\n--x--\r\n" % HIDDEN
+    uploads = (("/v1/files", FORM, form), ("/v1/files", UPLOAD[14:], form))
+    for path, _, text in bodies(OWN_DATA):
+        spaced = json.dumps(json.loads(text.replace("@", "file_bob")), indent=3)
+        uploads += ((path, JSON_KIND[14:], spaced.encode()),)
+    for path, kind, body in uploads:
+        fate = await two.fate(two.ann, f"POST {path}", f"Content-Type: {kind}", body=body)
+        assert not fate and two.gw.up.arrived[-1].body == body, body
+
+
+FILE_BOB = b'"file_id": "file_bob"'
+NO_FILE = b'"profile": "file_bob"'
+HIDDEN = b'{"max_tokens": 9, "messages": [{"content": [{"source": {"file_id": "file_bob"}}]}]}'
+# What stands in its place, so that some reader still finds file_bob there.
+INSTEAD = rb"""
+"\u0066ile_id": "file_bob"
+"file\u005fid": "file_bob"
+"\u0066\u0069\u006C\u0065\u005f\u0069\u0064" : "file_bob"
+"file_id": "\u0066ile_bob"
+"file_id": "file\u005Fbo\u0062"
+"file_id": "file_ann", "file_id": "file_bob"
+"file_id": "file_bob", "file_id": "file_ann"
+"file_id": "file_ann", "\u0066ile_id": "file_bob"
+"file_id": "file_bob"}, "source": {"file_id": "file_ann"
+"file_id": "file_ann"}, "source": {"file_id": "file_bob"
+"file_id": "file_bob"}}]}], "messages": [{"content": [{"source": {"file_id": "file_ann"
+"a": NaN, "file_id": "file_bob"
+"a": "\ud800", "file_id": "file_bob"
+"a": "	", "file_id": "file_bob"
+"a": 01, "file_id": "file_bob"
+"a": /* */ 1, "file_id": "file_bob"
+"file_id": "file_bob",""".splitlines()[1:]
+DISGUISES = [((JSON_KIND,), HIDDEN.replace(FILE_BOB, told)) for told in INSTEAD]
+DISGUISES += [((JSON_KIND,), b'{"a": "\xff", ' + HIDDEN[1:]), ((JSON_KIND,), HIDDEN + b"{}")]
+DISGUISES += [((JSON_KIND,), b'{"a":' * 1500 + HIDDEN + b"}" * 1500)]
+for _coding in ("utf-8-sig", "utf-16", "utf-16-be", "utf-32"):
+    DISGUISES += [((JSON_KIND,), HIDDEN.decode().encode(_coding))]
+DISGUISES += [(PACKED_KIND, gzip.compress(HIDDEN)), ((), HIDDEN)]
+DISGUISES += [((JSON_KIND, "Content-Encoding: deflate"), zlib.compress(HIDDEN))]
+DISGUISES += [((JSON_KIND, "Content-Encoding: br"), b"\x8b\x03\x80hello\x03")]  # or whatever it is
+for _kind in ("text/plain", FORM, "", "x/y+json", "application/x-www-form-urlencoded"):
+    DISGUISES += [((f"Content-Type: {_kind}",), HIDDEN)]
+
+
+@pytest.mark.parametrize("path", ["messages", "messages/count_tokens", "sessions/sesn_ann/events"])
+async def test_no_disguise_of_a_body_is_a_way_round(two: Neighbours, path: str) -> None:
+    gw, start = two.gw, f"POST /v1/{path}"
+    for fields, body in DISGUISES:
+        answer = await gw.ask(start, *fields, body=body, key=two.ann)
+        assert answer.status in (400, 404) and not gw.up.arrived, (fields, body)
+        error_of(answer, answer.status)
+    for size, step in itertools.product((1, 7, 999), (0, 5)):
+        client = await gw.asking(start, JSON_KIND, CHUNKED, key=two.ann)
+        parts = [HIDDEN[at : at + size] for at in range(0, len(HIDDEN), size)]
+        await client.feed(b"".join(map(chunk, (*parts, b""))), step)
+        error_of(await client.response(), 404)
+    assert not gw.up.arrived
+
+
+async def test_what_is_too_large_to_be_kept_is_looked_at_as_it_passes(two: Neighbours) -> None:
+    gw, whole, much = two.gw, list[bytes](), b'"a": "%b"' % (b"x" * 33 * MIB)
+
+    @gw.plays
+    async def takes(request: Arrived) -> None:
+        whole.append(hashlib.sha256(await request.read_body()).digest())
+        await request.answer(b"{}", "200 OK", JSON_KIND)
+
+    for told, last in ((FILE_BOB, True), (INSTEAD[0], False), (NO_FILE, True)):
+        source = HIDDEN.replace(FILE_BOB, told)[1:-1]
+        body = b"{%b}" % b", ".join((much, source) if last else (source, much))
+        length, passes = f"Content-Length: {len(body)}", told == NO_FILE
+        client = await gw.asking(f"POST {MESSAGES_PATH}", JSON_KIND, length, key=two.ann)
+        with contextlib.suppress(ConnectionError):
+            for at in range(0, len(body) - 100, MIB):
+                await client.send_all(1, body[at : min(at + MIB, len(body) - 100)])
+            await client.feed(body[-100:], 1)
+        answer = await client.response()
+        assert (answer.status == 200) is passes and bool(whole) is passes, told
+        assert not passes or whole.pop() == hashlib.sha256(body).digest()
+
+
+# Lists
+
+
+def page_of(rows: list[Any], told: dict[str, str]) -> dict[str, Any]:
+    """A page of batches, as Anthropic makes it of all rows."""
+    names, size = [row["id"] for row in rows], int(told.get("limit", 20))
+    if "before_id" in told:
+        end = names.index(told["before_id"])
+        shown, more = rows[max(0, end - size) : end], end > size
+    else:
+        start = names.index(told["after_id"]) + 1 if "after_id" in told else 0
+        shown, more = rows[start : start + size], len(rows) > start + size
+    ends = {"first_id": shown[0]["id"], "last_id": shown[-1]["id"]} if shown else {}
+    return {"data": shown, "has_more": more, "first_id": None, "last_id": None} | ends
+
+
+class Lists:
+    """An upstream that lists these: batches as `page_of` does, others by page and ids[]."""
+
+    knows_ids, packs, fails_at = True, False, 0
+
+    def __init__(self, *names: str) -> None:
+        self.rows = [{"id": name, "type": "x", "size": 1.50, "name": "\u00e4"} for name in names]
+        self.asked: list[list[str]] = []
+        self.sent: list[bytes] = []
+
+    async def __call__(self, request: Arrived) -> None:
+        path, _, query = request.target.partition("?")
+        several, rows = urllib.parse.parse_qs(query), self.rows
+        told, ids = {name: values[-1] for name, values in several.items()}, several.get("ids[]", [])
+        self.asked.append(ids)
+        if len(self.asked) == self.fails_at:
+            await answers({"type": "error"}, "529 Overloaded")(request)
+        elif path == BATCHES:
+            await self.answer(request, page_of(rows, told))
+        elif ids and self.knows_ids:
+            shown = [row for row in rows if row["id"] in ids]
+            await self.answer(request, {"data": shown, "next_page": None})
+        elif (page := told.get("page", "0")).isdigit():
+            end = int(page) + int(told.get("limit", 20))
+            more = str(end) if len(rows) > end else None
+            await self.answer(request, {"data": rows[int(page) : end], "next_page": more})
+        else:
+            await answers({"type": "error"}, "400 Bad Request")(request)
+
+    async def answer(self, request: Arrived, document: Any) -> None:
+        body, coding = json.dumps(document, indent=1).encode(), list[str]()
+        if self.packs and "gzip" in "".join(request.field("accept-encoding")):
+            body, coding = gzip.compress(body), ["Content-Encoding: gzip"]
+        self.sent.append(body)
+        await request.answer(body, "200 OK", JSON_KIND, *coding)
+
+
+# Whose the batches are from the newest on: a is Ann, b is Bob, n is nobody here.
+LAYOUTS = ["", "b" * 45, "a" * 22, "ab" * 5 + "n", "b" * 30 + "aaab" + "n" * 110 + "a" + "b" * 9]
+LAYOUTS += ["a" + "b" * 25 + "aa" + "b" * 120 + "aaaa", "bnba" * 3 + "a" * 21 + "b"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+async def test_a_list_of_batches_is_as_if_he_were_alone(two: Neighbours, layout: str) -> None:
+    lists = two.gw.plays(Lists(*(f"msgbatch_{n:03}" for n in range(len(layout)))))
+    owned = {who: [r for r, w in zip(lists.rows, layout, strict=True) if w == who] for who in "ab"}
+    for who, key in (("a", two.ann), ("b", two.bob)):
+        if owned[who]:
+            await two.assign(key, *(row["id"] for row in owned[who]))
+    client, rows = await two.gw.client(two.ann), owned["a"]
+    for size in (1, 2, 3, 20, 100):
+        told, packed = {"limit": str(size)}, ["Accept-Encoding: gzip"] if size > 2 else []
+        lists.packs = bool(packed)
+        for way, end in (("after_id", "last_id"), ("before_id", "first_id")):
+            more = True
+            while more:
+                got = await client.ask(f"GET {BATCHES}?{urllib.parse.urlencode(told)}", *packed)
+                coded = bool(got.field("content-encoding"))
+                shown = json.loads(gzip.decompress(got.body) if coded else got.body)
+                assert shown == page_of(rows, told), told
+                assert got.body in lists.sent or set(layout) != {"a"}
+                told[way], more = shown[end], shown["has_more"]
+            told = {"limit": str(size)} | ({"before_id": rows[-1]["id"]} if rows else {})
+    if len(layout) > 140 and rows:
+        lists.fails_at = len(lists.asked) + 2
+        got = await client.ask(f"GET {BATCHES}?limit=20")
+        assert got.status in (502, 529)
+
+
+@pytest.mark.parametrize("knows", [True, False])
+async def test_a_list_of_files_is_his_in_upstreams_order(two: Neighbours, knows: bool) -> None:
+    gw, names, cursors = two.gw, [f"file_{n:03}" for n in range(140 if knows else 30)], set[str]()
+    lists = Lists(*names)
+    lists.knows_ids, mine = knows, [name for name in names if int(name[5:]) % 7]
+    await two.assign(None, "file_ann")
+    for name in reversed(names):  # which lists show the newest of first
+        moment = WHEN - timedelta(seconds=int(name[5:]))
+        gw.plays(answers({"id": name, "created_at": moment.isoformat()}))
+        await gw.ask("POST /v1/files", body={}, key=two.ann if name in mine else two.bob)
+    gw.plays(lists)
+    for size in (5, 20, 100, 1000):
+        page, rows = "", list[Any]()
+        while page is not None:
+            got = await gw.ask(f"GET /v1/files?limit={size}{page}", key=two.ann)
+            shown, page = got.json()["data"], got.json()["next_page"]
+            rows += shown
+            assert len(shown) == min(size, 100) or not (page and knows)
+            if page:
+                cursors.add(page := f"&page={urllib.parse.quote(page)}")
+        assert [row["id"] for row in rows] == mine and rows[0] == lists.rows[1]
+    for ids in lists.asked if knows else ():
+        assert ids and len(ids) <= 100 and set(ids) <= set(mine)
+    for page in (*list(cursors)[:5], "&page=nonsense", "&page=page_file_001"):
+        got = await gw.ask(f"GET /v1/files?limit=5{page}", key=two.bob)
+        assert got.status in (200, 400) and not any(name in got.text for name in mine), page
+
+
+async def test_other_lists_lose_what_is_not_his(two: Neighbours) -> None:
+    gw, arrived, lists = two.gw, two.gw.up.arrived, Lists()
+    for group, prefix in GROUPS.items():
+        rows = [
+            {"id": f"{prefix}_{name}", "deployment_id": f"depl_{name}"} for name in ("ann", "bob")
+        ]
+        built_in = [{"id": "pdf", "source": "anthropic"}] if prefix == "skill" else []
+        lone = {"data": [*built_in, rows[0]], "next_page": "page_2", "prev_page": None}
+        all_rows = {**lone, "data": [*built_in, *rows, {"id": f"{prefix}_nil", "n": 1.50}]}
+        codings = [] if prefix in ("msgbatch", "file") else [[], ["Accept-Encoding: gzip, br"]]
+        for coding, document in itertools.product(codings, (all_rows, lone)):
+            lists.packs, target, before = bool(coding), f"/v1/{group}?limit=4&x=y", len(arrived)
+            gw.plays(lambda request, document=document: lists.answer(request, document))
+            got = await gw.ask(f"GET {target}", *coding, key=two.ann)
+            assert arrived[before].target == target
+            assert json.loads(gzip.decompress(got.body) if coding else got.body) == lone, group
+            assert document is all_rows or got.body in lists.sent
+            got = await gw.ask(f"GET {target}", *coding, key=MASTER_KEY)
+            assert got.body == lists.sent[-1]
+
+
+# Given
+
+
+async def test_what_is_shared_is_read_by_all_and_changed_by_its_owner(two: Neighbours) -> None:
+    gw, arrived = two.gw, two.gw.up.arrived
+    for shared in (True, True, False, False):
+        await two.assign("*" if shared else "bob", "file_bob", "skill_bob")
+        assert await two.reaches(two.ann, "file_bob", "skill_bob") == shared
+        fate = await two.fate(two.ann, f"POST {MESSAGES_PATH}", JSON_KIND, body=HIDDEN)
+        assert bool(fate) != shared
+        gw.plays(Lists("file_bob", "file_ann", "file_nil"))
+        got = (await gw.ask("GET /v1/files", key=two.ann)).json()["data"]
+        assert [row["id"] for row in got] == ["file_bob", "file_ann"][not shared :]
+        of_bob = (await two.listed(f"key={two.bob}&kind=files"))["resources"]
+        assert [(row["id"], row["shared"]) for row in of_bob] == [("file_bob", shared)]
+        gw.plays(answers({}, "500 Oh"))
+        for start in ("DELETE /v1/files/file_bob", "POST /v1/skills/skill_bob/versions"):
+            before = len(arrived)
+            error_of(await gw.ask(start, body={}, key=two.ann), 403 if shared else 404)
+            assert len(arrived) == before and not await two.fate(two.bob, start, body={})
+        await gw.restart()
+
+
+WRONG_GIFTS: list[Any] = [{}, [], "x", {"ids": ["file_1"]}, {"key": "ann"}]
+WRONG_GIFTS += [
+    {"ids": ids, "key": "ann"} for ids in ("file_1", [1], [""], {}, ["file_1", "odd_2"])
+]
+WRONG_GIFTS += [{"ids": ["odd"], "key": "ann", "kind": 1}, {"ids": ["file_1"], "key": 1}]
+
+
+async def test_things_are_assigned_and_listed(two: Neighbours) -> None:
+    gw, hashed, names = two.gw, gateway.hash_key(two.ann), [f"file_{n:02}" for n in range(25)]
+    for key in (two.ann, hashed, "ann"):
+        for owner in ("bob", key):
+            await two.assign(owner, *names)
+        assert await two.is_anns(*names)
+        found = list[str]()
+        for page in (1, 2, 3):
+            got = await two.listed(f"key={hashed}&kind=files&page={page}&size=10")
+            assert (got["total_count"], got["current_page"], got["total_pages"]) == (26, page, 3)
+            found += [row["id"] for row in got["resources"]]
+            for row in got["resources"]:
+                assert (row["kind"], row["key"], row["shared"]) == ("files", hashed, False)
+                assert datetime.fromisoformat(row["created_at"]) > datetime.now(UTC) - timedelta(1)
+        assert sorted(found) == [*names, "file_ann"]
+    await two.assign(None, "agent_ann")
+    await two.assign("ann", "odd-1", kind="skills")
+    assert not await two.is_anns("agent_ann") and await two.is_anns("/v1/skills/odd-1")
+    kinds = {row["kind"] for row in (await two.listed(f"key={two.bob}&size=100"))["resources"]}
+    assert kinds == {*(group.rpartition("/")[2] for group in GROUPS), "containers"}
+    before, gift = await two.listed("size=100"), {"ids": names, "key": "bob"}
+    for body in WRONG_GIFTS:
+        error_of(await gw.manage(ASSIGN, body), 400)
+    error_of(await gw.manage(ASSIGN, {**gift, "key": "nobody"}), 404)
+    for query in ("page=0", "size=x"):
+        error_of(await gw.manage(f"{LIST}?{query}"), 400)
+    for key, status in ((two.ann, 403), ("", 401), (UNKNOWN_KEY, 401)):
+        error_of(await gw.manage(ASSIGN, gift, key=key), status)
+        error_of(await gw.manage(LIST, key=key), status)
+    assert await two.listed("size=100") == before
+
+
+async def test_whose_account_it_is_stays_here(two: Neighbours) -> None:
+    told = b"Anthropic-Organization-Id: org_1\r\nanthropic-WORKSPACE-id: wrkspc_1\r\n"
+    early = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n" + told + b"\r\n"
+    for status in (b"200 OK", b"429 Slow", b"304 Not Modified"):
+        two.gw.plays(says(early, b"HTTP/1.1 %b\r\n" % status + told + NONE + b"\r\n\r\n"))
+        for key, own in itertools.product((two.ann, MASTER_KEY), ((), (OWN_ACCOUNT,))):
+            got = await two.gw.ask("GET /v1/models", *own, key=key)
+            assert got.start_line[9:12] == status[:3].decode() and b"Link" in got.informational[0]
+            for head in (got.head, *got.informational):
+                shown = re.findall(rb"(?i)anthropic-(organization|workspace)-id", head)
+                assert len(shown) == (2 if own or key == MASTER_KEY else 0), head
+
+
 # ─── Management ───────────────────────────────────────────────────────────────────────
 
 
@@ -4625,6 +5471,791 @@ def test_the_curls_of_litellms_page(mocked: Process, virtual_key: str, start: St
     fields = f"-H 'Authorization: Bearer {MASTER_KEY}' \\\n-H 'Content-Type: application/json'"
     made = f"curl -X POST 'http://0.0.0.0:4000/key/generate' \\\n{fields} \\\n-d '{{}}'"
     assert mocked.lets_in(curl(made, mocked.port)["key"])
+
+
+# ─── Walls: the SDK's resources ───────────────────────────────────────────────────────
+
+# Collections, what the ids in them begin with, and the type of the things.
+COLLECTIONS = {
+    name: (prefix, kind)
+    for name, prefix, kind in re.findall(
+        r"(\w+):(\w+):(\w+)",
+        "batches:msgbatch:message_batch files:file:file skills:skill:skill models:claude:model"
+        " versions:skver:skill_version containers:container:container agents:agent:agent"
+        " environments:env:environment work:work:work sessions:sesn:session events:sevt:event"
+        " threads:sthr:session_thread resources:sesrsc:file deployments:depl:deployment"
+        " deployment_runs:drun:deployment_run dreams:drm:dream memories:mem:memory"
+        " memory_stores:memstore:memory_store memory_versions:memver:memory_version"
+        " vaults:vlt:vault credentials:vcrd:vault_credential tunnels:tnl:tunnel"
+        " certificates:tcrt:tunnel_certificate user_profiles:uprof:user_profile",
+    )
+}
+# Members of a body, fields of a head and parameters of a query that name things of a collection.
+REFERENCES = {"file_id": "files", "skill_id": "skills", "container": "containers"}
+REFERENCES |= {"environment_id": "environments", "vault_ids": "vaults", "session_ids": "sessions"}
+REFERENCES |= {"memory_store_id": "memory_stores", "deployment_id": "deployments"}
+REFERENCES |= dict.fromkeys(("agent", "agents", "predefined_agents", "agent_id"), "agents")
+REFERENCES |= dict.fromkeys(("scope_id", "session_id"), "sessions")
+REFERENCES |= {"anthropic-user-profile-id": "user_profiles"}
+OLD_FILES = "files-api-2025-04-14"  # a beta whose lists are paged by after_id
+BUILT_IN = ["pdf", "xlsx"]  # skills of Anthropic's
+
+
+def named_in(value: Any) -> Iterator[tuple[str, str]]:
+    """The things that a document names: their collections and ids."""
+    for name, inner in value.items() if isinstance(value, dict) else ():
+        for each in inner if isinstance(inner, list) else [inner]:
+            told = each.get("id") if isinstance(each, dict) else each
+            if name in REFERENCES and told:
+                yield REFERENCES[name], told
+        if name not in ("text", "input", "metadata"):
+            yield from named_in(inner)
+    for each in value if isinstance(value, list) else ():
+        yield from named_in(each)
+
+
+class Workspace:
+    """Anthropic's workspace as an upstream: whoever holds its key lists, reads, changes and deletes
+    all things in it. What does not exist is a 404, wherever it is named."""
+
+    def __init__(self) -> None:
+        # By collection and id, the newest last; what is within a thing is a collection of its own.
+        self.things: dict[str, dict[str, Any]] = {}
+        self.results: dict[str, bytes] = {}
+        self.made = 0
+        for name in reversed(BUILT_IN):
+            self.make("skills", id=name, source={"type": "anthropic"})
+        for name in (HAIKU, OPUS):
+            self.make("models", id=name)
+
+    def make(self, where: str, **members: Any) -> dict[str, Any]:
+        self.made += 1
+        prefix, kind = COLLECTIONS[where.rpartition("/")[2]]
+        name = f"{prefix}_01{hashlib.sha256(b'%d' % self.made).hexdigest()[:22]}"
+        at = f"2026-11-01T00:00:00.{self.made:06}Z"
+        thing = {"id": name, "type": kind, "created_at": at} | members
+        return self.things.setdefault(where, {}).setdefault(thing["id"], thing)
+
+    def find(self, where: str, name: str) -> dict[str, Any]:
+        if name not in self.things.get(where, ()):
+            raise LookupError(f"{where.rpartition('/')[2]} {name} not found")
+        return self.things[where][name]
+
+    def ids(self) -> set[str]:
+        return {name for things in self.things.values() for name in things}
+
+    async def __call__(self, request: Arrived) -> None:
+        body, url = await request.read_body(), urllib.parse.urlsplit(request.target)
+        query = urllib.parse.parse_qs(url.query)
+        kind, names = "".join(request.field("content-type")), url.path.split("/")[2:]
+        document = json.loads(body) if kind.startswith("application/json") and body else {}
+        if kind.startswith("multipart/"):
+            document = {"filename": re.search(rb'filename="(.*?)"', body)[1].decode()}
+            document |= {"size_bytes": len(body)}
+        told = {name.lower(): value for name, value in request.fields}
+        told |= {name: values[0] for name, values in query.items()} | {"ids[]": query.get("ids[]")}
+        try:
+            for where, name in [*named_in(told), *named_in(document)]:
+                self.find(where, name)
+            if names[:2] == ["messages", "batches"]:
+                names[:2] = ["batches"]
+            answer = self.answer(request.start_line.split(" ")[0], names, told, document)
+            status = "200 OK"
+        except (LookupError, ValueError) as refused:
+            missing = isinstance(refused, LookupError)
+            status = "404 Not Found" if missing else "400 Bad Request"
+            error = {"type": KINDS[int(status[:3])], "message": str(refused)}
+            answer = {"type": "error", "error": error, "request_id": "req_9"}
+        fields = ["request-id: req_9", "anthropic-organization-id: org_1"]
+        if isinstance(answer, bytes):
+            streams = answer.startswith(b"event:")
+            fields.append(f"Content-Type: {gateway.EVENT_STREAM if streams else 'text/csv'}")
+        await answers(answer, status, *fields)(request)
+
+    def answer(self, method: str, names: list[str], told: dict[str, Any], body: Any) -> Any:
+        where, *rest = names
+        if where == "messages":
+            return self.message(body) if not rest else {"input_tokens": 9}
+        while len(rest) > 1 and rest[1] in COLLECTIONS:
+            self.find(where, rest[0])
+            where, rest = f"{where}/{rest[0]}/{rest[1]}", rest[2:]
+        if rest and rest[0] in ("poll", "stats", "stream", "latest"):
+            things = list(self.things.get(where, {}).values())
+            return sse(*things) if rest[0] == "stream" else things[-1]
+        if not rest:
+            return self.create(where, body) if method == "POST" else self.page(where, told)
+        thing = self.find(where, rest[0])
+        if rest[1:]:
+            return self.act(where, thing, rest[-1])
+        if method == "DELETE":
+            del self.things[where][thing["id"]]
+            for inner in [each for each in self.things if f"/{thing['id']}/" in each]:
+                del self.things[inner]
+            return {"id": thing["id"], "type": f"{thing['type']}_deleted"}
+        thing |= body if method == "POST" else {}
+        return thing
+
+    def create(self, where: str, body: dict[str, Any]) -> Any:
+        if where.endswith("/events"):  # the session's answer to each of them is a file
+            for scope in [{"type": "session", "id": where.split("/")[1]}] * len(body["events"]):
+                self.make("files", filename="out.csv", downloadable=True, scope=scope)
+            return {"data": [self.make(where, **event) for event in body["events"]]}
+        thing = self.make(where, **body)
+        inner = f"{where}/{thing['id']}"
+        match where.rpartition("/")[2]:
+            case "batches":
+                thing |= {"processing_status": "ended"}
+                thing |= {"results_url": f"/v1/messages/{inner}/results", "requests": None}
+                for row in body["requests"]:
+                    result = {"type": "succeeded", "message": self.message(row["params"])}
+                    line = {"custom_id": row["custom_id"], "result": result}
+                    rows = self.results.get(thing["id"], b"")
+                    self.results[thing["id"]] = rows + json.dumps(line).encode() + b"\n"
+            case "skills":
+                thing["source"] = {"type": "custom"}
+                thing["latest_version_id"] = self.make(f"{inner}/versions")["id"]
+            case "agents":
+                self.things[f"{inner}/versions"] = {thing["id"]: thing}
+            case "memories":
+                self.make(where.replace("memories", "memory_versions"), memory_id=thing["id"])
+            case "sessions":
+                self.make(f"{inner}/threads", session_id=thing["id"])
+                data = {"type": "session", "id": thing["id"]}
+                self.make(f"environments/{body['environment_id']}/work", data=data)
+                for resource in body.get("resources", []):
+                    self.make(f"{inner}/resources", **resource)
+            case "dreams":  # begun in a moment
+                before = thing | {"session_id": None, "outputs": []}
+                session, store = self.make("sessions"), self.make("memory_stores")
+                outputs = [{"type": "memory_store", "memory_store_id": store["id"]}]
+                thing |= {"session_id": session["id"], "outputs": outputs}
+                return before
+        return thing
+
+    def act(self, where: str, thing: dict[str, Any], action: str) -> Any:
+        if action == "run":
+            kept = ("agent", "environment_id", "resources", "vault_ids")
+            members = {name: thing[name] for name in kept if name in thing}
+            session = self.create("sessions", members | {"deployment_id": thing["id"]})
+            told = {"deployment_id": thing["id"], "session_id": session["id"]}
+            return self.make("deployment_runs", **told)
+        if action == "archive":
+            thing["archived_at"] = thing["created_at"]
+        content = {"results": self.results.get(thing["id"]), "content": thing["id"].encode()}
+        return content.get(action, thing)
+
+    def page(self, where: str, told: dict[str, Any]) -> dict[str, Any]:
+        things = list(self.things.get(where, {}).values())
+        if told.get("order", "asc" if where.endswith("/events") else "desc") == "desc":
+            things.reverse()
+        if told.get("include_archived") != "true":
+            things = [thing for thing in things if "archived_at" not in thing]
+        for value in [value for name, value in told.items() if name in {*REFERENCES, "source"}]:
+            things = [thing for thing in things if f'"{value}"' in json.dumps(thing)]
+        old = where == "files" and OLD_FILES in told.get("anthropic-beta", "")
+        limit = int(told.get("limit", 20))
+        if old or where in ("batches", "models"):
+            names = [thing["id"] for thing in things]
+            start = names.index(told["after_id"]) + 1 if "after_id" in told else 0
+            end = names.index(told["before_id"]) if "before_id" in told else start + limit
+            rows = things[max(start, end - limit) : end]
+            more = end > limit if "before_id" in told else end < len(things)
+            ends = [rows[at]["id"] if rows else None for at in (0, -1)]
+            return {"data": rows, "has_more": more, "first_id": ends[0], "last_id": ends[1]}
+        if told["ids[]"]:
+            if "limit" in told or "page" in told or len(told["ids[]"]) > 100:
+                raise ValueError("ids[] stands alone, with at most 100 ids")
+            found = [thing for thing in things if thing["id"] in told["ids[]"]]
+            return {"data": found, "next_page": None}
+        start = int(told["page"].removeprefix("page_"), 16) if "page" in told else 0
+        end = start + limit
+        answer = {"data": things[start:end], "next_page": None}
+        if end < len(things):
+            answer["next_page"] = f"page_{end:06x}"
+        if where == "sessions":
+            answer["prev_page"] = f"page_{max(0, start - limit):06x}" if start else None
+        return answer
+
+    def message(self, body: dict[str, Any]) -> Any:
+        """An answer to a message; one with tools is of code that has run in a container and has
+        written a file."""
+        message = {"id": f"msg_{self.made}", "type": "message", "role": "assistant"}
+        message |= {"model": body["model"], "content": [{"type": "text", "text": "done"}]}
+        message |= {"stop_reason": "end_turn", "usage": usage_of(10, 5)}
+        if body.get("tools"):
+            told = body.get("container")
+            name = told.get("id") if isinstance(told, dict) else told
+            message["container"] = {"id": name or self.make("containers")["id"]}
+            written = self.make("files", filename="out.csv", downloadable=True)["id"]
+            output = {"type": "bash_code_execution_output", "file_id": written}
+            result = {"type": "bash_code_execution_result", "content": [output], "return_code": 0}
+            block = {"type": "bash_code_execution_tool_result", "tool_use_id": "srvtoolu_1"}
+            message["content"].append(block | {"content": result})
+        if not body.get("stream"):
+            return message
+        begun = message | {"content": [], "container": None}
+        events: list[dict[str, Any]] = [{"type": "message_start", "message": begun}]
+        for at, block in enumerate(message["content"]):
+            events += [{"type": "content_block_start", "index": at, "content_block": block}]
+            events += [{"type": "content_block_stop", "index": at}]
+        last = {"stop_reason": "end_turn", "container": message.get("container")}
+        events += [{"type": "message_delta", "delta": last, "usage": {"output_tokens": 5}}]
+        return sse(*events, {"type": "message_stop"})
+
+
+# Where the SDK makes each thing that its calls name; the first of a list was made by another.
+MADE_BY = {
+    "file_id": "files.upload",
+    "message_batch_id": "messages.batches.create",
+    "skill_id": "skills.create",
+    "version": "skills.versions.create",
+    "environment_id": "beta.environments.create",
+    "memory_store_id": "beta.memory_stores.create",
+    "memory_id": "beta.memory_stores.memories.create",
+    "memory_version_id": "beta.memory_stores.memory_versions.list",
+    "vault_id": "beta.vaults.create",
+    "credential_id": "beta.vaults.credentials.create",
+    "agent_id": "beta.agents.create",
+    "session_id": "beta.sessions.create",
+    "resource_id": "beta.sessions.resources.add",
+    "thread_id": "beta.sessions.threads.list",
+    "work_id": "beta.environments.work.list",
+    "deployment_id": "beta.deployments.create",
+    "deployment_run_id": "beta.deployments.run",
+    "dream_id": "beta.dreams.create",
+    "tunnel_id": "beta.tunnels.create",
+    "certificate_id": "beta.tunnels.certificates.create",
+    "user_profile_id": "beta.user_profiles.create",
+}
+WITHIN = {"version", "memory_id", "memory_version_id", "credential_id", "resource_id", "thread_id"}
+WITHIN |= {"work_id", "certificate_id"}  # what stands below another thing's path
+# What calls must be told besides; "$…" stands for what was made.
+TEXT = [{"type": "text", "text": "hi"}]
+FILE = {"type": "file", "file_id": "$file_id"}
+STORE = {"type": "memory_store", "memory_store_id": "$memory_store_id"}
+CUSTOM = {"type": "custom", "skill_id": "$skill_id"}
+SKILLS = [CUSTOM, {"type": "anthropic", "skill_id": "xlsx"}]
+TOLD: dict[str, Any] = MESSAGE | dict.fromkeys(("name", "display_name", "content", "type"), "file")
+TOLD |= {"path": "/x", "metadata": {}, "authorization_token": "t", "ca_certificate_pem": "pem"}
+TOLD |= {"file": ("a.txt", b"hello", "text/plain"), "files": [("s/SKILL.md", b"---", "text/plain")]}
+TOLD |= {"requests": [{"custom_id": "a", "params": MESSAGE}], "agent": "$agent_id"}
+TOLD |= {"initial_events": [], "events": [{"type": "user.message", "content": TEXT}]}
+TOLD |= {"inputs": [STORE, {"type": "sessions", "session_ids": ["$session_id"]}]}
+TOLD |= {"auth": {"type": "static_bearer", "token": "t", "mcp_server_url": "https://x"}}
+TOLD |= {"action": "verify"}
+# … and what some may be told.
+MORE: list[tuple[str, dict[str, Any]]] = [
+    ("beta.agents.create", {"skills": SKILLS}),
+    ("beta.sessions.create", {"resources": [FILE, STORE], "vault_ids": ["$vault_id"]}),
+    ("beta.sessions.update", {"vault_ids": ["$vault_id"]}),
+    ("beta.deployments.create", {"resources": [FILE, STORE], "vault_ids": ["$vault_id"]}),
+    ("beta.sessions.list", {"agent_id": "$agent_id"}),
+    ("beta.sessions.list", {"deployment_id": "$deployment_id"}),
+    ("beta.sessions.list", {"memory_store_id": "$memory_store_id"}),
+    ("beta.deployments.list", {"agent_id": "$agent_id"}),
+    ("beta.deployment_runs.list", {"deployment_id": "$deployment_id"}),
+    ("beta.memory_stores.memory_versions.list", {"session_id": "$session_id"}),
+    ("beta.files.list", {"scope_id": "$session_id"}),
+    ("messages.create", {"user_profile_id": "$user_profile_id"}),
+    ("messages.count_tokens", {"user_profile_id": "$user_profile_id"}),
+    ("messages.batches.create", {"user_profile_id": "$user_profile_id"}),
+    ("messages.create", {"container": {"skills": SKILLS}}),
+]
+MULTIAGENT: list[dict[str, Any]] = [{"type": "coordinator", "agents": ["$agent_id"]}]
+for part in ("subagents", "workflows"):
+    inner = {"type": "enabled", "predefined_agents": [{"type": "agent", "id": "$agent_id"}]}
+    MULTIAGENT.append({"type": "multiagent_20261001", part: inner})
+MORE += [("beta.agents.create", {"multiagent": each}) for each in MULTIAGENT]
+DOCUMENT = {"type": "document", "source": FILE}
+for block in (
+    DOCUMENT,
+    {"type": "image", "source": FILE},
+    {"type": "container_upload", "file_id": "$file_id"},
+    {"type": "tool_result", "tool_use_id": "toolu_1", "content": [*TEXT, DOCUMENT]},
+):
+    asked = MESSAGE | {"messages": [{"role": "user", "content": [*TEXT, block]}]}
+    counted = {"model": OPUS, "messages": asked["messages"]}
+    event = {"type": "user.message", "content": [block]}
+    MORE += [("messages.create", asked), ("messages.count_tokens", counted)]
+    MORE += [("messages.batches.create", {"requests": [{"custom_id": "a", "params": asked}]})]
+    MORE += [("beta.sessions.events.send", {"events": [event]})]
+    MORE += [("beta.deployments.create", {"initial_events": [event]})]
+GUARDED = ("organization", "compliance", "webhooks")  # no key reaches them
+UNMAKES = ("delete", "archive", "cancel", "redact", "stop")
+
+
+def groups_of(group: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The SDK's groups of calls that have to do with a workspace."""
+    yield name, group
+    for each in dir(type(group)):
+        kind = inspect.getattr_static(type(group), each)
+        apart = each.startswith(("with_", "_")) or each in GUARDED
+        if isinstance(kind, functools.cached_property) and not apart:
+            yield from groups_of(getattr(group, each), f"{name}.{each}".strip("."))
+
+
+def read_calls() -> list[tuple[str, dict[str, Any]]]:
+    """All calls of the SDK that make, list or name things, and what each is told."""
+    calls = {}
+    for name, group in groups_of(anthropic.AsyncAnthropic(api_key="x")):
+        for verb, method in inspect.getmembers(group, inspect.ismethod):
+            parameters = inspect.signature(method).parameters.values()
+            needed = [each.name for each in parameters if each.default is each.empty]
+            told = {n: f"${n}" if n in MADE_BY else TOLD.get(n) for n in needed}
+            apart = verb.startswith("_") or verb in ("thread", "poller", "worker", "tool_runner")
+            apart = apart or name.endswith("messages") and verb not in ("create", "count_tokens")
+            if name and "model_id" not in told and not apart:
+                calls[f"{name}.{verb}"] = told
+    return [*calls.items(), *((path, calls[path] | more) for path, more in MORE)]
+
+
+CALLS = read_calls()
+FIRST = dict(reversed(CALLS))
+
+
+def names_of(told: Any) -> list[str]:
+    """What a call names of what was made."""
+    return re.findall(r"'\$(\w+)'", repr(told))
+
+
+def filled(told: Any, things: dict[str, str]) -> Any:
+    """What a call is told, with these things."""
+    if isinstance(told, dict):
+        return {name: filled(inner, things) for name, inner in told.items()}
+    if isinstance(told, list):
+        return [filled(inner, things) for inner in told]
+    return things[told[1:]] if isinstance(told, str) and told.startswith("$") else told
+
+
+async def call(client: Any, path: str, told: dict[str, Any], things: dict[str, str]) -> Any:
+    """Call the SDK; the rows, all pages of them, where it gives some."""
+    answer = operator.attrgetter(path)(client)(**filled(told, things))
+    if not hasattr(answer, "__aiter__"):
+        answer = await answer
+    return [row async for row in answer] if hasattr(answer, "__aiter__") else answer
+
+
+async def make_all(client: Any) -> dict[str, str]:
+    """Make one of each; their ids."""
+    things: dict[str, str] = {}
+    for name, path in MADE_BY.items():
+        made = await call(client, path, FIRST[path], things)
+        things[name] = (made[0] if isinstance(made, list) else made).id
+    await client.beta.dreams.retrieve(things["dream_id"])  # tells what it has made
+    return things
+
+
+async def refused(client: Any, path: str, told: Any, things: dict[str, str]) -> None:
+    with pytest.raises(anthropic.NotFoundError) as raised:
+        await call(client, path, told, things)
+    error_of(raised.value.response, 404)
+
+
+EVERYWHERE = [f"/v1/{name}*" for name in ("messages", *COLLECTIONS)]
+
+
+async def tenant(gw: GW, **fields: Any) -> anthropic.AsyncAnthropic:
+    key = await gw.new_key(allowed_routes=EVERYWHERE, **fields)
+    return async_sdk(gw, key, max_retries=0)
+
+
+REPEATED = ("content-type", "anthropic-beta", "anthropic-user-profile-id")
+
+
+async def again(client: Client, request: Arrived, swapped: dict[str, str]) -> Response:
+    """Send what arrived once more, with some ids swapped."""
+
+    def put(text: str) -> str:
+        return functools.reduce(lambda told, swap: told.replace(*swap), swapped.items(), text)
+
+    start = put(request.start_line.removesuffix(" HTTP/1.1"))
+    fields = [put(f"{n}: {v}") for n, v in request.fields if n.lower() in REPEATED]
+    return await client.ask(start, *fields, body=put(request.body.decode()).encode() or None)
+
+
+def said(answer: Response, things: Any) -> Any:
+    """What a 404 says, but for ids, and in what fields."""
+    text = error_of(answer, 404).replace(answer.headers["request-id"], "")
+    for thing in things:
+        text = text.replace(thing, "")
+    return text, sorted(answer.headers)
+
+
+async def test_the_sdk_reaches_what_its_key_may_and_nothing_else(gw: GW) -> None:
+    workspace = gw.plays(Workspace())
+    told = {"one": {"team_id": "t"}, "mate": {"team_id": "t", "resources": "team"}}
+    told |= {"apart": {"team_id": "t"}, "other": {}, "operator": {"resources": "all"}}
+    sdks = {name: await tenant(gw, **more) for name, more in told.items()}
+    sdks["master"] = async_sdk(gw, MASTER_KEY, max_retries=0)
+    direct = anthropic.AsyncAnthropic(base_url=gw.up.url, api_key=REAL_KEY)
+    raw = {name: await gw.client(sdk.api_key) for name, sdk in sdks.items()}
+    all_tenants = workspace.ids()
+    own, sent = await make_all(sdks["one"]), gw.up.arrived[:]
+    ones = workspace.ids() - all_tenants
+    others = await make_all(sdks["other"])
+    everything = workspace.ids()
+    seen = {"one": ones, "mate": ones, "apart": set(), "other": everything - ones - all_tenants}
+    seen |= {"operator": everything, "master": everything}
+
+    for path, asked in CALLS:
+        if path.endswith(".list") and not names_of(asked):
+            rows = await call(direct, path, asked, {})
+            request = gw.up.arrived[-1]
+            for name, ids in seen.items():
+                expected = [row for row in rows if row.id in ids | all_tenants]
+                data = (await again(raw[name], request, {})).json()["data"]
+                assert [row["id"] for row in data] == [row.id for row in expected], (name, path)
+                if name in ("one", "other"):
+                    assert await call(sdks[name], path, asked, {}) == expected, (name, path)
+    both = {"ids": [own["file_id"], others["file_id"], "file_01absent"]}
+    for path in ("files.list", "beta.files.list"):  # what does not exist is left out
+        rows = await call(sdks["other"], path, both, {})
+        assert [row.id for row in rows] == [others["file_id"]]
+
+    # Each call by the maker, and then what it has sent with the keys of others.
+    before = len(gw.up.arrived)
+    for path, asked in CALLS:
+        if names_of(asked) and not path.endswith(UNMAKES):
+            await call(sdks["one"], path, asked, own)
+    absent = {thing: f"{thing[:-6]}absent" for thing in own.values()}
+    for request in [*sent, *gw.up.arrived[before:]]:
+        text = (request.head + request.body).decode()
+        if not (names := [name for name, thing in own.items() if thing in text]):
+            continue
+        expected = said(await again(raw["other"], request, absent), absent.values())
+        arrived = len(gw.up.arrived)
+        for who in ("other", "apart"):
+            assert said(await again(raw[who], request, {}), absent) == expected, request
+        for name in names if len(names) > 1 else ():  # one among things of his own
+            if name not in WITHIN:
+                swapped = {own[each]: others[each] for each in own if each != name}
+                error_of(await again(raw["other"], request, swapped), 404)
+        assert len(gw.up.arrived) == arrived, request
+        if request.start_line.startswith("GET"):
+            for who in ("mate", "operator", "master"):
+                assert (await again(raw[who], request, {})).status == 200, request
+
+    unmade = {path.removeprefix("beta."): (path, asked) for path, asked in CALLS}
+    unmade = {name: made for name, made in unmade.items() if name.endswith(UNMAKES)}
+    for name in sorted(unmade, key=lambda name: (name.endswith("delete"), -name.count("."))):
+        path, asked = unmade[name]
+        await refused(sdks["other"], path, asked, own)
+        await call(sdks["one"], path, asked, own)
+        if name.endswith("delete"):
+            for who in ("one", "operator"):
+                await refused(sdks[who], path, asked, own)
+    assert not gw.exchanges
+
+
+async def test_to_who_is_alone_lists_are_as_upstream_gives_them(gw: GW) -> None:
+    gw.plays(Workspace())
+    client = await tenant(gw)
+    for _ in range(2):
+        await make_all(client)
+    direct = await gw.client(REAL_KEY, int(gw.up.url.rpartition(":")[2]))
+    through = await gw.client(client.api_key)
+    made = {request.target.partition("?")[0] for request in gw.up.arrived}
+    lists = ["/v1/models", "/v1/deployment_runs", *(each for each in made if "_01" not in each)]
+    for target, old in itertools.product(lists, (False, True)):
+        fields = [f"anthropic-beta: {OLD_FILES}"] if old else []
+        for query in ("", "?limit=100&include_archived=true", "?limit=1"):
+            expected = await direct.ask(f"GET {target}{query}", *fields)
+            answer = await through.ask(f"GET {target}{query}", *fields)
+            assert answer.headers["content-type"] == expected.headers["content-type"]
+            named = {name for name in answer.headers if name.endswith("-id")}
+            assert named == {"request-id", "x-litellm-call-id"}
+            if target == "/v1/files":  # which are asked for by id, so that the cursor may differ
+                told, members = answer.json(), expected.json()
+                more = [each.pop("next_page", None) is None for each in (told, members)]
+                assert told == members and more[0] == more[1]
+            else:
+                assert answer.body == expected.body, (target, query)
+
+
+async def test_what_is_born_without_a_create_is_its_makers(gw: GW) -> None:
+    workspace = gw.plays(Workspace())
+    maker, other = [await tenant(gw) for _ in range(2)]
+    own, others = await make_all(maker), await make_all(other)
+
+    async def is_the_makers(path: str, asked: Any, **born: str) -> None:
+        await refused(other, path, asked, others | born)
+        await call(maker, path, asked, own | born)
+        await refused(other, path, asked, others | born)
+
+    # Code that has run: in an answer, in a stream and in a batch
+    code = MESSAGE | {"tools": [{"type": "code_execution_20250825", "name": "code_execution"}]}
+    rows = {"requests": [{"custom_id": "a", "params": code}]}
+    batch = (await maker.messages.batches.create(**rows)).id
+    for path, asked in (
+        ("messages.create", code),
+        ("messages.create", code | {"stream": True}),
+        ("messages.batches.results", {"message_batch_id": batch}),
+    ):
+        answer = repr(await call(maker, path, asked, {}))
+        container, file = [re.findall(rf"'({n}_01\w+)'", answer)[0] for n in ("container", "file")]
+        await is_the_makers(path := "files.retrieve_metadata", FIRST[path], file_id=file)
+        for told in ("$container", {"id": "$container"}):
+            asked = MESSAGE | {"container": told}
+            await is_the_makers("messages.create", asked, container=container)
+
+    # What a schedule and a session have made, fetched or listed before all else; and a dream, of
+    # whose products only it tells
+    for listed in (False, True):
+        run = workspace.act("", workspace.find("deployments", own["deployment_id"]), "run")
+        scope = {"type": "session", "id": run["session_id"]}
+        dream = (await maker.beta.dreams.create(**filled(FIRST["beta.dreams.create"], own))).id
+        dreamt = workspace.find("dreams", dream)
+        await maker.beta.dreams.retrieve(dream)
+        for name, thing in {
+            "deployment_run": run["id"],
+            "session": run["session_id"],
+            "file": workspace.make("files", scope=scope)["id"],
+            "memory_store": dreamt["outputs"][0]["memory_store_id"],
+        }.items():
+            group = f"beta.{name}s."
+            if listed:
+                asked = {"scope_id": scope["id"]} if name == "file" else {}
+                rows = await call(maker, f"{group}list", asked, {})
+                assert thing in [row.id for row in rows]
+                assert thing not in [row.id for row in await call(other, f"{group}list", {}, {})]
+            path = f"{group}retrieve{'_metadata' * (name == 'file')}"
+            await is_the_makers(path, FIRST[path], **{f"{name}_id": thing})
+        path, session = "beta.sessions.retrieve", dreamt["session_id"]
+        await is_the_makers(path, FIRST[path], session_id=session)
+
+
+KEPT_BY = ("messages/batches", "files", "skills", "agents")
+TENANT_ACTS = ["make", "make", "lists", "lists", "get", "cursor", "refer", "delete", "delete"]
+TENANT_ACTS += ["code", "outside", "regenerate", "restart", "assign", "share"]
+WHO, WHICH, SIZE = st.integers(0, 1), st.integers(0, 20), st.integers(1, 4)
+TENANT_STEPS = st.lists(
+    st.tuples(st.sampled_from(TENANT_ACTS), WHO, WHICH, SIZE), min_size=15, max_size=30
+)
+
+
+@settings(deadline=None, max_examples=12)
+@given(steps=TENANT_STEPS)
+def test_no_sequence_shows_a_tenant_what_is_not_his(steps: Any, tmp_path_factory: Any) -> None:
+    asyncio.run(Tenants(tmp_path_factory.mktemp("walls")).run(steps))
+
+
+class Tenants:
+    """Two keys, what they make, and whose it is."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.workspace = folder, Workspace()
+        self.keys: list[str] = []
+        self.owners: dict[str, int | None] = {}  # of what exists
+        self.shared: set[str] = set(BUILT_IN)
+        self.ever: list[tuple[str, str]] = []  # collections and ids, deleted ones too
+
+    async def run(self, steps: list[tuple[str, int, int, int]]) -> None:
+        async with Upstream(self.workspace) as self.up, contextlib.AsyncExitStack() as stack:
+            await self.start(stack)
+            for alias in ("one", "two"):
+                told = {"key_alias": alias, "allowed_routes": ["/v1/agents*", "/v1/*"]}
+                self.keys.append((await self.ask("POST /key/generate", body=told)).json()["key"])
+            for act, who, which, size in [*steps, ("restart", 0, 0, 0)]:
+                if act == "restart":
+                    await stack.aclose()
+                    await self.start(stack)
+                else:
+                    await getattr(self, act)(who, which, size)
+            listed = (await self.ask("GET /resources/list?size=1000")).json()["resources"]
+            owned = {name: self.hashed(who) for name, who in self.owners.items() if who is not None}
+            assert {row["id"]: row["key"] for row in listed if row["key"]} == owned
+            shared = self.shared - set(BUILT_IN)
+            assert {row["id"] for row in listed if row["shared"]} == shared
+
+    async def start(self, stack: contextlib.AsyncExitStack) -> None:
+        _, self.port = await stack.enter_async_context(inside(self.up.url, self.folder))
+
+    def hashed(self, who: int) -> str:
+        return gateway.hash_key(self.keys[who])
+
+    def sees(self, who: int, name: str) -> bool:
+        return name in self.shared or self.owners.get(name, -1) == who
+
+    async def ask(self, start: str, *fields: str, who: int | None = None, body: Any = None) -> Any:
+        key = MASTER_KEY if who is None else self.keys[who]
+        async with Client(self.port, key) as client:
+            answer = await client.ask(start, *fields, body=body)
+        if who is not None:  # nothing of another's, but what he has named himself
+            told = (answer.head + answer.body).decode()
+            for _, name in self.ever:
+                if not self.sees(who, name) and name in told:
+                    assert name in f"{start} {body}", (start, name)
+        return answer
+
+    async def hides(self, name: str, ask: Callable[[str], Any], status: int = 404) -> None:
+        """See the same said of a thing as of one that there never was."""
+        absent, told = f"{name[:-6]}absent", []
+        for each in (name, absent):
+            answer = await ask(each)
+            text = error_of(answer, status).replace(each, "")
+            told.append((text.replace(answer.headers["request-id"], ""), sorted(answer.headers)))
+        assert told[0] == told[1]
+
+    def born(self, where: str, name: str, who: int | None) -> None:
+        self.owners[name] = who
+        self.ever.append((where, name))
+
+    def pick(self, which: int) -> tuple[str, str]:
+        return self.ever[which % len(self.ever)] if self.ever else ("files", "file_0123456789")
+
+    async def make(self, who: int, which: int, size: int) -> None:
+        name = KEPT_BY[which % 4]
+        part = b'Content-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+        form = b"--x\r\n" + part + b"\r\n--x--\r\n"
+        for _ in range(size):
+            if name in ("files", "skills"):
+                kind = "Content-Type: multipart/form-data; boundary=x"
+                made = await self.ask(f"POST /v1/{name}", kind, who=who, body=form)
+            else:
+                told = {"requests": TOLD["requests"], "name": "a", "model": OPUS}
+                made = await self.ask(f"POST /v1/{name}", who=who, body=told)
+            assert made.status == 200, made.text
+            self.born(name, made.json()["id"], who)
+
+    async def code(self, who: int, which: int, size: int) -> None:
+        body = MESSAGE | {"tools": [{"type": "code_execution_20250825"}], "stream": size % 2 == 0}
+        answer = await self.ask("POST /v1/messages", who=who, body=body)
+        for name in sorted(set(re.findall(r"(?:container|file)_01\w+", answer.text))):
+            self.born("files" if name.startswith("file") else "containers", name, who)
+
+    async def outside(self, who: int, which: int, size: int) -> None:
+        """Something comes from before the walls or from beside them; a key is given it or not."""
+        where, is_given = KEPT_BY[which % 4], which % 3 > 0
+        source, ids = {"type": "custom"}, []
+        for _ in range(size):
+            ids.append(self.workspace.make(where.rpartition("/")[2], source=source)["id"])
+            self.born(where, ids[-1], who if is_given else None)
+        if is_given:
+            told = {"ids": ids, "key": self.keys[who]}
+            assert (await self.ask("POST /resources/assign", body=told)).status == 200
+
+    async def lists(self, who: int, which: int, size: int) -> None:
+        where = KEPT_BY[which % 4]
+        collection = where.rpartition("/")[2]
+        old = where == "files" and which % 3 == 0
+        fields = [f"anthropic-beta: {OLD_FILES}"] if old else []
+        headers = {"anthropic-beta": OLD_FILES} if old else {}
+        alone = Workspace()
+        own = self.workspace.things.get(collection, {}).items()
+        alone.things[collection] = {n: thing for n, thing in own if self.sees(who, n)}
+        if where == "files" and not old and which % 2:  # the ids of all
+            names = [name for place, name in self.ever if place == "files"][:90] or ["file_x"]
+            told: dict[str, Any] = {"ids[]": names}
+            query = "&".join(f"ids[]={name}" for name in names)
+            answer = await self.ask(f"GET /v1/files?{query}", who=who)
+            assert answer.json() == alone.page("files", told)
+            return
+        told = {"limit": str(size), "ids[]": None} | headers
+        rows, expected = [], alone.page(collection, told | {"limit": "1000"})["data"]
+        cursor, back = "", (old or where.endswith("batches")) and which % 5 == 0 and expected
+        if back:  # from the last one
+            told["before_id"] = expected[-1]["id"]
+            cursor = f"&before_id={told['before_id']}"
+            expected = expected[:-1]
+        for _ in range(200):
+            target = f"/v1/{where}?limit={size}{cursor}"
+            answer = (await self.ask(f"GET {target}", *fields, who=who)).json()
+            page = answer["data"]
+            if "has_more" in answer:
+                assert answer == alone.page(collection, told)
+                name = ("before_id", "first_id") if back else ("after_id", "last_id")
+                told[name[0]], more = answer[name[1]], answer["has_more"]
+                cursor = f"&{name[0]}={answer[name[1]]}"
+            else:
+                assert answer.keys() == alone.page(collection, told).keys() and len(page) <= size
+                more, cursor = answer["next_page"], f"&page={answer['next_page']}"
+            rows = page + rows if back else rows + page
+            if not more:
+                break
+        assert rows == expected
+
+    async def cursor(self, who: int, which: int, size: int) -> None:
+        where, name = self.pick(which)
+        if where == "messages/batches":
+            side = ("after_id", "before_id")[size % 2]
+
+            def ask(each: str) -> Any:
+                return self.ask(f"GET /v1/{where}?limit={size}&{side}={each}", who=who)
+
+            if self.sees(who, name) and name in self.owners:
+                assert (await ask(name)).status == 200
+            else:
+                await self.hides(name, ask, 400)
+
+    async def get(self, who: int, which: int, size: int) -> None:
+        where, name = self.pick(which)
+        if where == "containers":
+            return
+
+        def ask(each: str) -> Any:
+            return self.ask(f"GET /v1/{where}/{each}", who=who)
+
+        if self.sees(who, name):
+            assert (await ask(name)).status == 200
+        else:
+            await self.hides(name, ask)
+
+    async def refer(self, who: int, which: int, size: int) -> None:
+        where, name = self.pick(which)
+
+        def ask(each: str) -> Any:
+            content = TEXT + [{"type": "container_upload", "file_id": each}] * (where == "files")
+            container: Any = {"skills": [{"type": "custom", "skill_id": each}]}
+            told = {"containers": {"container": each}, "skills": {"container": container}}
+            messages = [{"role": "user", "content": content}]
+            body = MESSAGE | {"messages": messages} | told.get(where, {})
+            return self.ask("POST /v1/messages", who=who, body=body)
+
+        if where in ("messages/batches", "agents"):
+            return
+        if self.sees(who, name):
+            assert (await ask(name)).status == 200
+        else:
+            await self.hides(name, ask)
+
+    async def delete(self, who: int, which: int, size: int) -> None:
+        where, name = self.pick(which)
+        if where == "containers":
+            return
+
+        def ask(each: str) -> Any:
+            return self.ask(f"DELETE /v1/{where}/{each}", who=who)
+
+        if self.owners.get(name, -1) == who:
+            assert (await ask(name)).status == 200
+            del self.owners[name]
+            self.shared.discard(name)
+        elif name in self.shared:
+            error_of(await ask(name), 403)
+        else:
+            await self.hides(name, ask)
+
+    async def regenerate(self, who: int, which: int, size: int) -> None:
+        made = await self.ask("POST /key/regenerate", body={"key": self.keys[who]})
+        self.keys[who] = made.json()["key"]
+
+    async def assign(self, who: int, which: int, size: int) -> None:
+        _, name = self.pick(which)
+        if name in self.owners:
+            to = (self.keys[who], self.hashed(who), None, ("one", "two")[who])[size - 1]
+            told = {"ids": [name], "key": to}
+            answer = await self.ask("POST /resources/assign", body=told)
+            assert answer.status == 200, answer.text
+            self.owners[name] = None if to is None else who
+            self.shared.discard(name)
+
+    async def share(self, who: int, which: int, size: int) -> None:
+        _, name = self.pick(which)
+        if name in self.owners:
+            told = {"ids": [name], "key": "*"}
+            answer = await self.ask("POST /resources/assign", body=told)
+            assert answer.status == 200, answer.text
+            self.shared.add(name)
 
 
 # ─── Main ─────────────────────────────────────────────────────────────────────────────

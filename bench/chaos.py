@@ -13,6 +13,10 @@ whether the gateway lives: 99 of 100 answers come within 0.1 s, in one of the tw
 an attack make the gateway take more memory, at its peak, than connections hold by the README's
 word, and --max-held-bytes where it has bodies read.
 
+Last, callers of two keys make, list, fetch and delete files and batches, and try each other's,
+while the gateway is killed and started again: what an answer told its maker is his after that, and
+nobody ever sees what is another's.
+
 Afterwards nothing may be left: no request, exchange, slot, hold, connection, task or open file;
 memory after the storm is where it was after a first part of all, and after the attacks where it was
 after the storm (within a tenth, over TLS a quarter); every acknowledged key is in the file as it
@@ -80,6 +84,8 @@ ATTACK_SECONDS = 1.0
 PAUSE = 0.3  # seconds behind an attack, for what it leaves behind
 WATCH_INTERVAL = 0.005  # seconds
 MAX_P99 = 0.1  # seconds
+TENANTS = 4  # callers of each of two keys
+WALLED = 0.25  # the part of the time, added to it, for which they live
 
 
 # ─── The gateway's side ───────────────────────────────────────────────────────────────
@@ -122,6 +128,7 @@ def run_gateway(arguments: list[str]) -> None:
         print(json.dumps({"census": counts}), flush=True)
 
     gateway.POOL_IDLE_TIMEOUT = 3.0  # so that the pool is empty when memory is measured
+    gateway.BATCH_LOOK = 1.0  # so that nothing of a batch is under way then
     gateway.make_app = remember
     signal.signal(signal.SIGUSR1, jump)
     signal.signal(signal.SIGUSR2, census)
@@ -367,6 +374,10 @@ class Answering:
 
     async def long_structured(self) -> bool:
         return await self.whole(structured_message(3_500_000), JSON)
+
+    async def batch(self) -> bool:
+        made = {"id": f"msgbatch_{self.rng.getrandbits(64):x}", "type": "message_batch"}
+        return await self.whole(json.dumps(made).encode(), JSON)
 
     async def results(self) -> bool:
         return await self.whole(batch_results(), JSONL)
@@ -763,6 +774,11 @@ class Chaos:
         body = BODY.replace(b"{", b'{"%b": [%b""], ' % (place, things), 1)
         await self.ask("plain", body=body)
 
+    async def many_names(self) -> None:
+        await self.ask(
+            "plain", body=BODY.replace(b"{", b"{" + b'"file_id": 0, "e_id": 0, ' * MOST, 1)
+        )
+
     async def unfinished_bodies(self) -> None:
         """More than there is room for; who is refused hears that there will soon be some."""
         key = self.rng.choice(self.keys[:4])  # with as many bodies all would be held
@@ -789,9 +805,11 @@ class Chaos:
         await self.ask("long_structured")
 
     async def structured_results(self) -> None:
-        key, name = self.key(), f"msgbatch_{self.rng.getrandbits(64):x}"
+        key, body = self.key(), b'{"requests": [%b]}' % ROW
         fields = (f"x-api-key: {key}", "x-answer: results")
         async with self.connection() as (reader, writer):
+            writer.write(request(key, "x-answer: batch", path=BATCHES, body=body))
+            name = json.loads((await asyncio.wait_for(read_answer(reader), 30))[1])["id"]
             writer.write(asking("GET", f"{BATCHES}/{name}/results", *fields))
             await asyncio.wait_for(read_answer(reader), 30)
         # The log has no cost for those who only fetch what a batch has used.
@@ -982,6 +1000,7 @@ BODY_ATTACKS: dict[Act, int] = {
     Chaos.invented_models: 2,
     Chaos.large_batches: 2,
     Chaos.filled_bodies: 4,
+    Chaos.many_names: 2,
     Chaos.unfinished_bodies: 20,
     Chaos.unread_successor: 10,  # an answer that is metered is held too, up to MAX_LINE
     Chaos.structured_message: 2,
@@ -1114,6 +1133,170 @@ def forget_peak(pid: int) -> None:
     Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
+# ─── The walls ────────────────────────────────────────────────────────────────────────
+
+COLLECTIONS = {"files": ("/v1/files", "content"), "batches": (BATCHES, "results")}
+MISSING = {"files": "file_01" + "0" * 22, "batches": "msgbatch_01" + "0" * 22}
+FILE_FORM = "multipart/form-data; boundary=x"
+FILE = 'Content-Disposition: form-data; name="file"; filename="a"'
+SHOWN = {"role": "user", "content": [{"type": "document", "source": {"type": "file"}}]}
+
+
+class Tenant:
+    """One of some callers of a key. All its things have as many bytes, or rows, as its number says,
+    so that whatever is seen tells whose it is; ``mine`` has what an answer gave to this caller, who
+    does one thing at a time, and so knows what must be there."""
+
+    others: list[Tenant]
+
+    def __init__(self, chaos: Chaos, number: int, key: str) -> None:
+        self.chaos, self.number, self.key = chaos, number, key
+        self.mine: dict[str, str] = {}  # kinds by id
+
+    async def live(self) -> None:
+        while time.monotonic() < self.chaos.until:
+            act = self.chaos.rng.choice(TENANT_ACTS if self.mine else TENANT_ACTS[:1])
+            kind = self.chaos.rng.choice([*COLLECTIONS])
+            try:
+                await act(self, kind)
+                self.chaos.counts[f"tenants {act.__name__}"] += 1
+                await asyncio.sleep(0)  # there may have been nothing to do
+            except TimeoutError:
+                self.must(False, f"{act.__name__} had an answer in time")
+            except (OSError, EOFError):
+                self.chaos.counts["tenants cut off by a kill"] += 1
+                await asyncio.sleep(0.02)
+
+    def must(self, holds: bool, what: str, *shown: object) -> None:
+        if not holds:
+            self.chaos.counts[f"FAILED: not so: {what}"] += 1
+            print(f"not so: {what}", *shown, file=sys.stderr)
+
+    async def ask(
+        self, method: str, path: str, body: bytes = b"", form: str = "application/json"
+    ) -> tuple[int, bytes]:
+        async with self.chaos.connection() as (reader, writer):
+            fields = (f"x-api-key: {self.key}", f"content-type: {form}")
+            writer.write(asking(method, path, *fields, f"content-length: {len(body)}") + body)
+            start, answer = await asyncio.wait_for(read_answer(reader), 30)
+        return int(start.split(b" ")[1]), answer
+
+    def is_mine(self, row: dict[str, Any]) -> bool:
+        return self.number == (row.get("size_bytes") or sum(row["request_counts"].values()))
+
+    async def make(self, kind: str) -> None:
+        rows = [{"custom_id": str(n), "params": json.loads(BODY)} for n in range(self.number)]
+        body, form = json.dumps({"requests": rows}), "application/json"
+        if kind == "files":
+            body, form = f"--x\r\n{FILE}\r\n\r\n{'b' * self.number}\r\n--x--\r\n", FILE_FORM
+        status, answer = await self.ask("POST", COLLECTIONS[kind][0], body.encode(), form)
+        self.must(status == 200, "a thing is made", status, answer)
+        self.mine[json.loads(answer)["id"]] = kind
+
+    async def fetch(self, kind: str) -> None:
+        for name in self.some_of(kind):
+            path, rest = COLLECTIONS[kind]
+            status, body = await self.ask("GET", f"{path}/{name}")
+            fine = status == 200 and self.is_mine(json.loads(body))
+            self.must(fine, "an own thing is there", name, status, body)
+            status, body = await self.ask("GET", f"{path}/{name}/{rest}")
+            size = len(body) if kind == "files" else body.count(b"\n")
+            self.must(status == 200 and size == self.number, "it has its content", name, status)
+
+    def some_of(self, kind: str) -> list[str]:
+        mine = [name for name, its_kind in self.mine.items() if its_kind == kind]
+        return self.chaos.rng.sample(mine, min(1, len(mine)))
+
+    async def delete(self, kind: str) -> None:
+        for name in self.some_of(kind):
+            del self.mine[name]  # without an answer it may be there or not
+            path = f"{COLLECTIONS[kind][0]}/{name}"
+            status, body = await self.ask("DELETE", path)
+            self.must(status == 200, "an own thing is deleted", name, status, body)
+            status, body = await self.ask("GET", path)
+            self.must(status == 404, "a deleted thing is gone", name, status, body)
+
+    async def list(self, kind: str) -> None:
+        seen, query = set[str](), "?limit=20"
+        while query:
+            status, body = await self.ask("GET", COLLECTIONS[kind][0] + query)
+            if status in (400, 404) and seen:
+                return  # another caller has deleted what the cursor names
+            self.must(status == 200, "there is a list", status, body)
+            page = json.loads(body)
+            self.must(all(map(self.is_mine, page["data"])), "a list has own things only", page)
+            seen |= {row["id"] for row in page["data"]}
+            query = f"?limit=20&after_id={page['last_id']}" if page.get("has_more") else ""
+            if kind == "files":
+                query = f"?limit=20&page={page['next_page']}" if page["next_page"] else ""
+        mine = {name for name, its_kind in self.mine.items() if its_kind == kind}
+        self.must(mine <= seen, "all own things are listed", mine - seen)
+
+    async def intrude(self, kind: str) -> None:
+        """What is another's is answered as what does not exist."""
+        for name in self.chaos.rng.choice(self.others).some_of(kind):
+            found = [await self.look_at(kind, looked) for looked in (name, MISSING[kind])]
+            self.must(found[0] == found[1], "another's is as if it were not", *found)
+
+    async def look_at(self, kind: str, name: str) -> list[Any]:
+        path, rest = COLLECTIONS[kind]
+        shown = json.dumps(SHOWN).replace('"file"', f'"file", "file_id": "{name}"')
+        asked = [("GET", f"{path}/{name}"), ("GET", f"{path}/{name}/{rest}")]
+        asked += [("DELETE", f"{path}/{name}"), ("POST", "/v1/messages")]
+        if kind == "batches":
+            asked[3:] = [("GET", f"{path}?after_id={name}"), ("POST", f"{path}/{name}/cancel")]
+        found = []
+        for method, target in asked:
+            body = BODY.replace(b'{"role": "user"}', shown.encode()) if method == "POST" else b""
+            status, answer = await self.ask(method, target, body)
+            refused = status in (400, 404)
+            self.must(refused, "another's is not reached", method, target, status)
+            told = json.loads(answer)["error"]["message"].replace(name, "") if refused else ""
+            found.append((status, told))
+        return found
+
+
+TENANT_ACTS = [*(Tenant.make, Tenant.make, Tenant.delete), Tenant.fetch, Tenant.list]
+TENANT_ACTS += [Tenant.intrude]
+
+
+async def try_walls(
+    seconds: float, seed: int, folder: Path, counts: collections.Counter[str]
+) -> None:
+    """Let tenants live for so long, with a gateway that is killed now and then."""
+    folder.mkdir()
+    mock = gateway.start_mock(gateway.Settings(upstream=gateway.MOCK_UPSTREAM))
+    chaos = Chaos(seed, 0, 0, tls=False)
+    chaos.counts, chaos.until = counts, time.monotonic() + seconds
+    tenants: list[Tenant] = []
+    lives, log = list[asyncio.Task[None]](), b""
+    while True:
+        options = ("--port=0", "--logging=error", f"--upstream={mock.upstream}")
+        process, chaos.port = await launch(folder, *options, ANTHROPIC_API_KEY=mock.api_key)
+        for number in (1, 2) if not tenants else ():
+            key = (await chaos.call("/key/generate", {}))[1]["key"]
+            tenants += [Tenant(chaos, number, key) for _ in range(TENANTS)]
+        for tenant in tenants if not lives else ():
+            tenant.others = [other for other in tenants if other.key != tenant.key]
+            lives.append(asyncio.create_task(tenant.live()))
+        await asyncio.sleep(chaos.rng.random())
+        process.send_signal(signal.SIGHUP)
+        await asyncio.sleep(chaos.rng.random())
+        if time.monotonic() >= chaos.until:
+            break
+        process.kill()
+        log += (await process.communicate())[0]
+        counts["kills"] += 1
+    await asyncio.gather(*lives)
+    for tenant, kind in itertools.product(tenants, COLLECTIONS):
+        await tenant.list(kind)
+    process.terminate()
+    log += (await process.communicate())[0]
+    if b"Traceback" in log:
+        counts["FAILED: a traceback in the log"] += 1
+        print(log.decode(), file=sys.stderr)
+
+
 # ─── All of it ────────────────────────────────────────────────────────────────────────
 
 
@@ -1126,6 +1309,24 @@ def make_certificate(folder: Path) -> ssl.SSLContext:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
     return context
+
+
+async def launch(
+    folder: Path, *options: str, **variables: str
+) -> tuple[asyncio.subprocess.Process, int]:
+    """A gateway in that folder, and its port."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, str(Path(__file__).resolve()), "--gateway", *options),
+        cwd=folder,
+        env=os.environ | {"GATEWAY_MASTER_KEY": MASTER_KEY} | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        limit=2**20,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, FILES)),
+    )
+    assert process.stdout is not None
+    banner = (await process.stdout.readline()).decode()
+    return process, int(banner.split(":")[2].split(" ")[0])
 
 
 async def run(seconds: float, seed: int, folder: Path, *, tls: bool) -> collections.Counter[str]:
@@ -1145,20 +1346,8 @@ async def run(seconds: float, seed: int, folder: Path, *, tls: bool) -> collecti
     options += [f"--max-held-bytes={MAX_HELD}"]
     options += [f"--upstream=http{'s' if tls else ''}://localhost:{upstream_port}"]
     options += ["--certfile=cert.pem", "--keyfile=key.pem"] if tls else []
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, str(Path(__file__).resolve()), "--gateway", *options),
-        cwd=folder,
-        env=os.environ
-        | {"ANTHROPIC_API_KEY": REAL_KEY, "GATEWAY_MASTER_KEY": MASTER_KEY}
-        | ({"SSL_CERT_FILE": "cert.pem"} if tls else {}),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        limit=2**20,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, FILES)),
-    )
-    assert process.stdout is not None
-    banner = (await process.stdout.readline()).decode()
-    port = int(banner.split(":")[2].split(" ")[0])
+    trusted = {"SSL_CERT_FILE": "cert.pem"} if tls else {}
+    process, port = await launch(folder, *options, ANTHROPIC_API_KEY=REAL_KEY, **trusted)
     chaos = Chaos(seed, port, process.pid, tls=tls)
     chaos.counts = counts
 
@@ -1193,6 +1382,7 @@ async def run(seconds: float, seed: int, folder: Path, *, tls: bool) -> collecti
     compare(chaos, TLS_MEMORY_MARGIN if tls else MEMORY_MARGIN)
     if status != 0:
         counts[f"FAILED: the gateway ended with {status}"] += 1
+    await try_walls(seconds * WALLED, seed, folder / "walls", counts)
     return counts
 
 

@@ -89,6 +89,23 @@ def request_body(mode: int, size: int = 1000) -> str:
     return start + ', "messages": [{"role": "user", "content": "' + "x" * (size - 130) + '"}]}'
 
 
+def session_body(size: int) -> str:
+    """What Claude Code sends late in a session: a system prompt, tools, and 200 messages with code,
+    its quotes and a terminal's colours in the results of tools."""
+    code = '\tif (row["file_id"] === "\x1b[31m") { return "agent" }  // straßen\n'
+    result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": code * (size // 8300)}
+    use = {"type": "tool_use", "id": "toolu_1", "name": "Read", "input": {"file_path": "/a.ts"}}
+    schema = {"type": "object", "properties": {"file_path": {"type": "string"}}}
+    tool = {"name": "Read", "description": "Reads a file. " * 60, "input_schema": schema}
+    start = {"model": "claude-sonnet-5-5", "max_tokens": PLAIN, "stream": False}
+    start |= {
+        "system": [{"type": "text", "text": "You are an agent. " * 800}],
+        "tools": [tool] * 30,
+    }
+    turn = [{"role": "assistant", "content": [use]}, {"role": "user", "content": [result]}]
+    return json.dumps(start | {"messages": turn * 100}, ensure_ascii=False)
+
+
 def message(*content: Any, **more: Any) -> dict[str, Any]:
     usage = {"input_tokens": 11, "output_tokens": 4}
     fields = {"id": "msg_01", "type": "message", "role": "assistant", "model": "claude-sonnet-5-5"}
@@ -260,6 +277,7 @@ ROWS = {
     "32": Row("1 KB POST, 32 connections", PLAIN, 1000, 32, ALL),
     "256": Row("1 KB POST, 256 connections", PLAIN, 1000, 256),
     "100k": Row("100 KB POST, 32 connections", PLAIN, 100_000, 32),
+    "1m": Row("1 MB of Claude Code, 1 connection", PLAIN, 1_000_000, 1, ("", NO_LIMITS)),
     "flat": Row("SSE flat out, 32 connections", FLAT, 1000, 32),
     "slow500": Row("500 slow streams", SLOW, 1000, 500),
     "slow2000": Row("2,000 slow streams", SLOW, 1000, 2000),
@@ -356,6 +374,7 @@ class Bench:
         self.plain_port, self.tls_port = free_port(), free_port()
         self.bodies = {(mode, 1000): request_body(mode) for mode in (PLAIN, FLAT, SLOW)}
         self.bodies[PLAIN, 100_000] = request_body(PLAIN, 100_000)
+        self.bodies[PLAIN, 1_000_000] = session_body(1_000_000)
         (folder / "t").mkdir()
         command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
         command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]

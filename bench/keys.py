@@ -1,5 +1,6 @@
 """What the number of keys costs: start, lookup and one /key/generate, 10 keys beside 100,000; and
 for how long the event loop is held while requests pass, with writes of the keys file and without.
+And what the number of things that stand behind walls costs: none beside 1,000,000 of 1,000 keys.
 
 .venv/bin/python bench/keys.py
 """
@@ -34,6 +35,8 @@ GENERATES = 9
 HELD_SECONDS = 10.0
 PROBE_INTERVAL = 0.002  # seconds
 CONNECTIONS = 8
+THINGS, OWNERS, ASKED = 1_000_000, 1000, 500
+UPLOAD = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\na\r\n--x--\r\n'
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
 
 
@@ -152,6 +155,101 @@ async def make_load(key: str) -> None:
     await asyncio.gather(*(ask() for _ in range(CONNECTIONS)))
 
 
+def fill_things(path: Path, number: int) -> None:
+    """Remember so many files of all keys, a line each, as creates do."""
+    owners = [gateway.hash_key(f"sk-bench-{count}") for count in range(OWNERS)]
+    moment = int(time.time())
+    with open(f"{path}.resources", "w") as file:
+        file.write('{"version": 1}\n')
+        for count in range(number):
+            made = {f"file_01{count:022x}": moment}
+            line = {"key": owners[count % OWNERS], "kind": "files", "made": made}
+            file.write(json.dumps(line) + "\n")
+
+
+def asking(method: str, path: str, key: str, body: bytes = b"") -> bytes:
+    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nx-api-key: {key}\r\n"
+    if body:
+        head += f"Content-Type: multipart/form-data; boundary=x\r\nContent-Length: {len(body)}\r\n"
+    return f"{head}\r\n".encode() + body
+
+
+async def ask_often(port: int, request: bytes, at_once: int = 1) -> tuple[list[float], bytes]:
+    """Send a request ASKED times, so many at once: how many ms each took, and one's answer."""
+    times = list[float]()
+
+    async def client() -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for _ in range(ASKED // at_once):
+            began = time.perf_counter()
+            writer.write(request)
+            head = (await reader.readuntil(b"\r\n\r\n")).lower()
+            length = head.split(b"content-length: ")[1].split(b"\r\n")[0]
+            body = await reader.readexactly(int(length))
+            times.append(1000 * (time.perf_counter() - began))
+        writer.close()
+        return head[9:13] + body
+
+    answers = await asyncio.gather(*(client() for _ in range(at_once)))
+    return times, answers[0]
+
+
+def process_figure(pid: int, file: str, name: str) -> int:
+    """One of /proc: bytes, or KB."""
+    return int(Path(f"/proc/{pid}/{file}").read_text().split(f"{name}:")[1].split()[0])
+
+
+def measure_things(number: int) -> dict[str, float]:
+    """The figures of so many things."""
+    figures, key, other = dict[str, float](), "sk-bench-0", "sk-bench-1"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "keys.json"
+        fill(path, OWNERS)
+        fill_things(path, number)
+        for when in ("as creates left it", "compacted"):
+            figures[f"file, {when}, MB"] = os.stat(f"{path}.resources").st_size / 1e6
+            process, port, figures[f"start, {when}, s"] = start(path)
+            if when != "compacted":
+                process.terminate()
+                process.wait()
+        try:
+            url = f"http://127.0.0.1:{port}/health/readiness"
+            while b'"loaded"' not in urllib.request.urlopen(url).read():  # prices, with a burst
+                time.sleep(0.1)
+            figures["memory, MB"] = process_figure(process.pid, "status", "VmRSS") / 1e3
+            for told, at_once in (("create, {}, ms", 1), ("create, 50 at once, {}, ms", 50)):
+                request = asking("POST", "/v1/files", key, UPLOAD)
+                written = process_figure(process.pid, "io", "write_bytes")
+                times, made = asyncio.run(ask_often(port, request, at_once))
+                written = process_figure(process.pid, "io", "write_bytes") - written
+                figures |= percentiles(told, times)
+                figures[told.format("on disk").replace("ms", "bytes")] = written / len(times)
+            name = json.loads(made[4:])["id"]
+            for told, asker, status in (("own", key, b"200 "), ("foreign", other, b"404 ")):
+                request = asking("GET", f"/v1/files/{name}", asker)
+                times, answer = asyncio.run(ask_often(port, request))
+                assert answer.startswith(status), answer
+                figures |= percentiles(f"GET of {told}, {{}}, ms", times)
+        finally:
+            process.terminate()
+            process.wait()
+    return figures
+
+
+def percentiles(told: str, times: list[float]) -> dict[str, float]:
+    cuts = statistics.quantiles(times, n=100)
+    return {told.format("p50"): cuts[49], told.format("p99"): cuts[98]}
+
+
+def compare_things() -> None:
+    """Print a row for each figure: of none, of all, and how many times as much that is."""
+    none, all_of_them = measure_things(0), measure_things(THINGS)
+    print(f"\n{'':<32} {0:>10} {THINGS:>10,} {'×':>8}")
+    for name, figure in none.items():
+        ratio = f"{all_of_them[name] / figure:>8.2f}" if figure > 0.01 else ""
+        print(f"{name:<32} {figure:>10.2f} {all_of_them[name]:>10.2f} {ratio}")
+
+
 def main() -> None:
     """Print one row for each number of keys."""
     print(
@@ -177,6 +275,7 @@ def main() -> None:
             f" {generated * 1e3:>12.1f}   {quiet:>20}   {writing:>20}",
             flush=True,
         )
+    compare_things()
 
 
 def hold_figures(path: Path, key: str, flush_interval: float) -> str:
