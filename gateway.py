@@ -2426,8 +2426,8 @@ class Head:
     @property
     def coding(self) -> str:
         """How the body is compressed (RFC 9110 section 8.4), in lower case; empty: it is not."""
-        values = self.values.get("content-encoding", ())
-        codings = (coding.strip() for coding in ",".join(values).lower().split(","))
+        values = ",".join(self.values.get("content-encoding", ()))
+        codings = map(str.strip, values.lower().split(","))
         return ", ".join(coding for coding in codings if coding not in ("", "identity"))
 
 
@@ -2698,7 +2698,6 @@ def connect_failure(error: BaseException, timeout: float) -> UpstreamError:
 class UpstreamRequest(HTTPRequest):
     """What `UpstreamClient.fetch` takes: ``head`` goes up as it is, then ``data``, or the body that
     ``body_producer``, called with `write`, sends until the future that it returns is done.
-
     ``header_callback`` gets each `ResponseHead`, 1xx ones too; then ``length`` is the body's
     (bytes, CHUNKED or UNTIL_CLOSE). ``streaming_callback`` gets what one read brought of the body,
     empty right after the head, with ``complete`` true at the last; no more is read before what it
@@ -2881,8 +2880,7 @@ class UpstreamConnection(asyncio.Protocol):
                 return
             request.complete = complete = body.complete
             if complete:
-                # Back to the pool, unless either side left something behind: another request may go
-                # over it while the caller takes the last of this one.
+                # Back to the pool: another request may go as the caller takes the last of this one.
                 self.request = None
                 left = rest or not request.sent or request.room is not None
                 if self._keep and not left and not self.transport.is_closing():
@@ -2950,9 +2948,9 @@ class UpstreamConnection(asyncio.Protocol):
 
 
 class UpstreamClient(SimpleAsyncHTTPClient):
-    """Tornado's `AsyncHTTPClient`, whose `fetch` also takes an `UpstreamRequest`: any number at
-    once, over kept-alive connections, else they fail with an `UpstreamError`. ``opened`` counts
-    those, ``reused`` requests that found one in ``idle``, which tells since when (seconds)."""
+    """Tornado's `AsyncHTTPClient`, whose `fetch` also takes `UpstreamRequest`, any number at once:
+    they go over kept-alive connections, or fail with an `UpstreamError`. ``opened`` connections and
+    ``reused`` ones are counted; ``idle`` are those kept, with the moment (seconds) since when."""
 
     def initialize(self, settings: Settings) -> None:  # type: ignore[override]
         """Called by Tornado's constructor, with its keyword arguments."""
@@ -2972,8 +2970,7 @@ class UpstreamClient(SimpleAsyncHTTPClient):
 
     @functools.cached_property
     def ssl_context(self) -> ssl.SSLContext | None:
-        """None over plain HTTP. It verifies always, by SSL_CERT_FILE and SSL_CERT_DIR where OpenSSL
-        finds them. Making it takes a while."""
+        """None over plain HTTP; slow to make. OpenSSL reads SSL_CERT_FILE and SSL_CERT_DIR."""
         if self.origin.scheme == "http":
             return None
         context = ssl.create_default_context()
@@ -2981,8 +2978,7 @@ class UpstreamClient(SimpleAsyncHTTPClient):
         return context
 
     def fetch(self, request: Any, *more: Any, **options: Any) -> asyncio.Future[HTTPResponse]:
-        """Send a request, over the connection that was used last or else a new one. What comes of
-        an `UpstreamRequest` goes to its callbacks; its future only says that it is over."""
+        """Send a request; an `UpstreamRequest` has callbacks, and its future only says "over"."""
         if not isinstance(request, UpstreamRequest):
             return super().fetch(request, *more, **options)
         request.client = self
@@ -3144,8 +3140,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         self.server.connections.add(self)
 
     def data_received(self, data: bytes) -> None:
-        """Read on: but not while the delegate waits, and the next request neither before the
-        present one's end, nor before the client has taken the answers that are here."""
+        """Read on unless the delegate waits; a next request once earlier answers are taken."""
         self._taken += len(data)
         waiting = self.phase is ClientPhase.WAITING
         if self.phase is ClientPhase.LINGERING or (waiting and self._close_after):
@@ -3522,9 +3517,8 @@ def site_of(address: str) -> str:
 
 # ─── Filters ──────────────────────────────────────────────────────────────────────────────────────
 
-# A line of a stream or of batch results, or a whole message, is read up to this size; of longer
-# ones the size counts. `json` takes some 40 ms for so much.
-MAX_LINE = 4 * MIB
+# Of a longer line of a stream or of batch results, or a longer message, only the size counts.
+MAX_LINE = 4 * MIB  # which takes `json` some 40 ms
 UNASKED_LINE = 64 * KIB  # of it are held without being counted
 INFLATE_SLICE = 64 * KIB  # decompressed at a time, so that a small bomb stays small
 # The text of deltas; "completion" is that of POST /v1/complete.
