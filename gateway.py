@@ -4629,9 +4629,9 @@ class Walls(Rule):
         """What is not known here, if the upstream says that Anthropic made it for all, or that it
         came of something that the caller reaches. It is asked only where that may be."""
         ledger, parents = visit.gateway.ledger, PARENTS.get(kind)
-        await self.ask_dreams(visit, key, kind)
-        if thing := (await ledger.find_things([name])).get(name):
-            return thing
+        if kind == "memory_stores":
+            await self.ask_dreams(visit, key, kind)
+            return (await ledger.find_things([name])).get(name)
         is_custom = kind != "skills" or name.startswith(KINDS["skills"])
         may_be = await ledger.reached(key, parents) if parents else not is_custom
         if not may_be or not SAFE_ID.fullmatch(name):
