@@ -4630,7 +4630,7 @@ class Walls(Rule):
         came of something that the caller reaches. It is asked only where that may be."""
         ledger, parents = visit.gateway.ledger, PARENTS.get(kind)
         if kind == "memory_stores":
-            await self.ask_dreams(visit, key, kind)
+            await self.ask_dreams(visit, key)
             return (await ledger.find_things([name])).get(name)
         is_custom = kind != "skills" or name.startswith(KINDS["skills"])
         may_be = await ledger.reached(key, parents) if parents else not is_custom
@@ -4648,9 +4648,9 @@ class Walls(Rule):
         await ledger.own(thing.owner, kind, {name: moment_in(found)})
         return thing._replace(kind=kind)
 
-    async def ask_dreams(self, visit: Visit, key: VirtualKey, kind: str) -> None:
+    async def ask_dreams(self, visit: Visit, key: VirtualKey) -> None:
         """Dreams make memory stores and sessions, and tell so themselves alone."""
-        if kind in DREAMT and await visit.gateway.ledger.reached(key, "dreams"):
+        if await visit.gateway.ledger.reached(key, "dreams"):
             with contextlib.suppress(UpstreamError):
                 page = await self.ask(visit, "/v1/dreams?limit=100")
                 await self.visible(visit, list_of(page.get("data")), "dreams")
@@ -4733,7 +4733,6 @@ class Walls(Rule):
         if not isinstance(document, dict):
             raise APIError(502, "The upstream's list cannot be read.")
         rows, kind = list_of(document.get("data")), visit.route.kind
-        await self.ask_dreams(visit, cast(VirtualKey, visit.payer), kind)
         shown = await self.visible(visit, rows, kind)
         if "has_more" in document and "next_page" not in document:
             return await self.fill(visit, body, document, shown)
@@ -4770,9 +4769,11 @@ class Walls(Rule):
         key, ledger, born = visit.payer, visit.gateway.ledger, dict[tuple[str, str], Any]()
         assert key is not None
         objects = [row for row in rows if isinstance(row, dict)]
-        known = await ledger.find_things(
-            itertools.chain(map(id_of, objects), map(parent_of, objects))
-        )
+        names = [*map(id_of, objects), *map(parent_of, objects)]
+        known = await ledger.find_things(names)
+        if of in DREAMT and any(id_of(row) not in known for row in objects):
+            await self.ask_dreams(visit, key)
+            known = await ledger.find_things(names)
         shown = []
         for row in objects:
             name, above = id_of(row), known.get(str(parent_of(row)))
