@@ -4142,16 +4142,7 @@ class Doors:
 
 NOBODY = Caller()
 UNREAD = Order()  # until the body is here
-
-
-@dataclass(slots=True)
-class Listing:
-    """A list of files as it is asked for, by ``ids`` of the caller's own in the place of his
-    ``target``; ``cursor`` is where his next page begins, empty where there is none."""
-
-    target: str
-    ids: list[str]
-    cursor: str
+Born = dict[tuple[str, str], dict[str, float]]  # by owner and kind: ids, and when they were made
 
 
 @dataclass(slots=True)
@@ -4161,10 +4152,9 @@ class Visit:
     body's: bytes or CHUNKED. ``lines`` are the field lines that go up, with ``credential`` as
     (name, value). ``order`` is what it asks for, ``hold`` what it holds for that, ``meter`` reads
     what it used, ``results`` what a batch did. ``began``: all of it went up. ``payer`` is the key
-    that pays, and has walls; None where the caller does, or nobody counts. ``owner`` gets what
-    comes of it, ``listing`` is what is asked for in place of a list of files. Of the answer fields
-    of ``hidden`` names stay here; ``learn`` finds what is ``born`` in it, kinds and moments by
-    id."""
+    that pays, and has walls; None where the caller does, or nobody counts. ``owner`` gets what is
+    ``born`` of it, as ``learn`` finds; ``listing`` makes a list his; ``hidden`` fields stay here.
+    """
 
     gateway: Gateway
     head: RequestHead
@@ -4180,10 +4170,10 @@ class Visit:
     owner: str = ""
     reads_body: bool = False
     refers: bool = False  # its body may name things, and is looked through
-    listing: Listing | None = None
     hidden: frozenset[str] = NO_OPTIONS
-    born: dict[str, tuple[str, float]] = field(default_factory=dict)
+    listing: Callable[[Visit, bytes], Awaitable[bytes]] | None = None
     learn: Callable[[object], None] | None = None
+    born: Born = field(default_factory=dict)
     credential: tuple[str, str] | None = None
     hold: Hold | None = None
     meter: Meter | None = None
@@ -4193,6 +4183,13 @@ class Visit:
     began: bool = False
     phase: RequestPhase = RequestPhase.JUDGED
 
+    async def keep(self) -> None:
+        """Remember what is ``born``, before the client hears of it. Raises APIError."""
+        while self.born:
+            (owner, kind), made = self.born.popitem()
+            if owner:
+                await self.gateway.ledger.own(owner, kind, made)
+
 
 @dataclass(slots=True)
 class Kept:
@@ -4201,7 +4198,7 @@ class Kept:
     data: bytes
     breathe: Breathe
     document: object = None
-    how: tuple[bool, bool] | None = None  # it was read: strictly, and wholly
+    how: tuple[bool, ...] = ()  # it was read: strictly, and wholly
 
     def read_at_once(self) -> object:
         """What it says, but where names stand twice in an object; None where that takes long."""
@@ -4212,11 +4209,10 @@ class Kept:
     async def read(self, *, strictly: bool, wholly: bool = False) -> object:
         """What it says: to the letter (APIError 400 where that is not clear), or what of it a price
         depends on (None where it cannot be read). An empty one says nothing."""
-        read = self.how
-        if self.data and not (read and read[0] >= strictly and read[1] >= wholly):
+        if self.data and self.how < (strictly, wholly):
             self.how = strictly, wholly
-            read_now = read_body(self.data, self.breathe, strictly=strictly, wholly=wholly)
-            self.document = await read_now
+            read = read_body(self.data, self.breathe, strictly=strictly, wholly=wholly)
+            self.document = await read
         return self.document
 
 
@@ -4234,9 +4230,6 @@ class Rule:
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
         """What is to see the answer's body."""
         return ()
-
-    async def keep(self, visit: Visit) -> None:
-        """Remember what is ``born``, before the client hears of it. Raises APIError."""
 
     def fields(self, visit: Visit, head: ResponseHead) -> Iterable[tuple[str, str]]:
         """Fields of the answer, in the place of the upstream's of these names."""
@@ -4256,7 +4249,7 @@ class Rules:
 
         self.head, self.body = having("head"), having("body")
         self.filters, self.fields = having("filters")[::-1], having("fields")  # the way back
-        self.keep, self.end = having("keep"), having("end")
+        self.end = having("end")
 
 
 class Credentials(Rule):
@@ -4430,8 +4423,7 @@ class Limits(Rule):
         if head.status != 200 or not route.billed or route.batch:
             return ()
         room = functools.partial(visit.gateway.held.find_room, visit.record.hashed)
-        kind = head.values.get("content-type", ("",))[0]
-        visit.meter = Meter(kind, room=room, learn=visit.learn)
+        visit.meter = Meter(head.get("content-type"), room=room, learn=visit.learn)
         return (visit.meter,)
 
     def fields(self, visit: Visit, head: ResponseHead) -> Iterable[tuple[str, str]]:
@@ -4439,9 +4431,8 @@ class Limits(Rule):
         key, payer, gateway = visit.caller.key, visit.payer, visit.gateway
         if key is None:
             return ()
-        fields: list[tuple[str, str]] = []
-        if key.rpm_limit is not None or key.tpm_limit is not None:
-            fields = gateway.ledger.rates(key, head.values)
+        is_slow = key.rpm_limit is not None or key.tpm_limit is not None
+        fields = gateway.ledger.rates(key, head.values) if is_slow else []
         if payer is None or not gateway.prices.available:
             return fields
         if visit.phase is RequestPhase.SETTLED and visit.meter is not None:
@@ -4520,8 +4511,7 @@ class Batches(Rule):
         """Look at a batch object: what it may cost is held on, if it was just made, before its
         maker is told; if it has ended, it is time to book it. Its results are then found here."""
         gateway, payer, batch = visit.gateway, visit.payer, read_json(plain)
-        name = batch.get("id") if isinstance(batch, dict) else None
-        if not isinstance(batch, dict) or not isinstance(name, str):
+        if not isinstance(batch, dict) or not (name := id_of(batch)):
             pass
         elif visit.route.makes_batch and payer is not None and visit.hold is not None:
             gateway.ledger.own_batch(payer.account, name, visit.hold)
@@ -4544,11 +4534,12 @@ IDS_A_CALL = 100  # has this one too)
 MAX_PAGES = 100  # of a list that one request looks through
 FILE_LIST = {"limit", "page", "after_id", "before_id", "beta"}  # what can be asked of ids as well
 CURSORS = ("after_id", "before_id")
-CURSOR = re.compile(r"page_own_([0-9.]+)_([\w-]+)")  # the gateway's own: behind which file
+CURSOR = re.compile(r"page_own_([0-9]+[.][0-9]+)_([\w-]+)")  # the gateway's own: behind which file
 # A session and a run are of a deployment, a file is of the session that wrote it.
 PARENTS = {"sessions": "deployments", "deployment_runs": "deployments", "files": "sessions"}
 DREAMT = ("memory_stores", "sessions")
 SAFE_ID = re.compile(r"[\w-]+")
+TELLING = (int, float, list)  # of a list's members: what rows that it does not show may change
 
 
 class Walls(Rule):
@@ -4560,12 +4551,11 @@ class Walls(Rule):
         if key is None:
             return
         visit.hidden, visit.owner = IDENTITY_FIELDS, key.owner
-        visit.learn = functools.partial(self.learn, visit.born)
         if route.name:
             # What workers of an environment do is not for all who may use it.
             reads = route.fetches and not route.below.startswith("/work")
-            thing = await self.reach(visit, route.kind, route.name, changes=not reads)
-            visit.owner = thing.owner
+            visit.owner = (await self.reach(visit, route.kind, route.name, changes=not reads)).owner
+        visit.learn = functools.partial(self.learn, visit.born, visit.owner)
         if key.resources == "all":
             return
         for profile in head.values.get(PROFILE_FIELD, ()):
@@ -4573,6 +4563,7 @@ class Walls(Rule):
         if "?" in visit.target:
             await self.judge_query(visit, key)
         if route.kind and not route.name and route.fetches:
+            visit.listing = self.list_own
             if head.method == "HEAD":
                 visit.hidden |= {"content-length"}
             if route.kind == "files":
@@ -4584,28 +4575,27 @@ class Walls(Rule):
                 raise APIError(400, text)
 
     async def body(self, visit: Visit, body: Kept) -> None:
-        named, words, is_clear = 0, everyday_on(visit.route), True
+        named, words = 0, everyday_on(visit.route)
         for start in range(0, len(body.data) if visit.refers else 0, LIGHT_BODY):
             if start:
                 await body.breathe()
             count = names_in(body.data, start, words)
-            named, is_clear = named + abs(count), count >= 0
-            if not is_clear:
+            named = -1 if count < 0 else named + count
+            if named < 0:
                 break
-        document, names = body.read_at_once() if named and is_clear else None, words | NAMES
-        is_strict = not named
-        while True:
+        document = body.read_at_once() if named > 0 else None
+        for is_last in (False, True):
             things, found = dict[tuple[str, str], None](), 0
-            for each in named_in(document, names):
+            for each in named_in(document, words | NAMES):
                 if each is None:
                     await body.breathe()
                     continue
                 found += 1
                 things |= dict.fromkeys(each[1])
-            if found == named or is_strict:
+            if found == named or is_last:
                 break
             # Some are hidden by others, or are none.
-            document, is_strict = await body.read(strictly=True, wholly=True), True
+            document = await body.read(strictly=True, wholly=True)
         for kind, name in things:
             await self.reach(visit, kind, name)
 
@@ -4628,25 +4618,17 @@ class Walls(Rule):
     async def trace(self, visit: Visit, key: VirtualKey, kind: str, name: str) -> Thing | None:
         """What is not known here, if the upstream says that Anthropic made it for all, or that it
         came of something that the caller reaches. It is asked only where that may be."""
-        ledger, parents = visit.gateway.ledger, PARENTS.get(kind)
+        ledger = visit.gateway.ledger
+        is_built_in = kind == "skills" and not name.startswith(KINDS["skills"])
+        may_be = await ledger.reached(key, PARENTS[kind]) if kind in PARENTS else is_built_in
         if kind == "memory_stores":
             await self.ask_dreams(visit, key)
-            return (await ledger.find_things([name])).get(name)
-        is_custom = kind != "skills" or name.startswith(KINDS["skills"])
-        may_be = await ledger.reached(key, parents) if parents else not is_custom
-        if not may_be or not SAFE_ID.fullmatch(name):
-            return None
-        found = dict[str, Any]()
-        with contextlib.suppress(UpstreamError):
-            found = await self.ask(visit, f"/v1/{kind}/{name}")
-        if kind == "skills":
-            return Thing(kind, is_shared=True) if is_published(found) else None
-        above = parent_of(found)
-        thing = (await ledger.find_things([above])).get(str(above))
-        if thing is None or not thing.belongs_to(key):
-            return None
-        await ledger.own(thing.owner, kind, {name: moment_in(found)})
-        return thing._replace(kind=kind)
+        elif may_be and SAFE_ID.fullmatch(name):
+            with contextlib.suppress(UpstreamError):
+                row = await self.ask(visit, f"/v1/{kind}/{name}")
+                if await self.visible(visit, [row], kind) and is_built_in:
+                    return Thing(kind, is_shared=True)
+        return (await ledger.find_things([name])).get(name)
 
     async def ask_dreams(self, visit: Visit, key: VirtualKey) -> None:
         """Dreams make memory stores and sessions, and tell so themselves alone."""
@@ -4668,30 +4650,25 @@ class Walls(Rule):
     # Lists
 
     async def judge_query(self, visit: Visit, key: VirtualKey) -> None:
-        """Look at the ids of a query. Of a list of ids those that the caller does not reach are
-        left out, as missing ones would be."""
+        """Look at the ids of a query. Of a list of ids those that the caller does not reach become
+        unknown ones, which upstream leaves out."""
         path, _, query = visit.target.partition("?")
-        kind, is_list, kept, left_out = visit.route.kind, not visit.route.name, list[str](), 0
+        listed, parts = "" if visit.route.name else visit.route.kind, list[str]()
         for part in query.split("&"):
             name, value = (urllib.parse.unquote_plus(text) for text in part.partition("=")[::2])
             name = name.partition("[")[0]
-            is_row = kind != "" and is_list
-            named = kind if is_row and name in CURSORS else REFERENCES.get(name)
-            if is_row and name == "ids":
+            if listed and name == "ids":
                 thing = (await visit.gateway.ledger.find_things([value])).get(value)
-                if thing is not None and not thing.is_for(key):
-                    left_out += 1
-                    continue
+                is_foreign = thing is not None and not thing.is_for(key)
+                part = f"ids[]={unknown_id(listed)}" if is_foreign else part
+            named = listed if name in CURSORS else REFERENCES.get(name)
             try:
                 if named and value:
                     await self.reach(visit, named, value)
             except APIError as error:
                 raise APIError(400, f"{name}: {error.message}") if name in CURSORS else error
-            kept.append(part)
-        if left_out:
-            if not any(part.startswith("ids") for part in kept):
-                kept.append(f"ids[]={unknown_id(kind)}")
-            visit.target = f"{path}?{'&'.join(kept)}"
+            parts.append(part)
+        visit.target = f"{path}?{'&'.join(parts)}"
 
     async def ask_by_ids(self, visit: Visit, key: VirtualKey) -> None:
         """Have a list of files asked for by the ids of those that the caller reaches: a page of
@@ -4715,80 +4692,80 @@ class Walls(Rule):
             order = order[: order.index(before)]
         ids = order[-size:] if before else order[:size]
         cursor = f"page_own_{made[ids[-1]]:.6f}_{ids[-1]}" if len(order) > size else ""
-        visit.listing = Listing(visit.target, ids or [unknown_id("files")], cursor)
+        ids = ids or [unknown_id("files")]
+        visit.listing = functools.partial(self.list_by_ids, visit.target, ids, cursor)
         told = ["beta=true"] if "beta" in asked else []
-        told += [f"ids[]={urllib.parse.quote(name, safe='')}" for name in visit.listing.ids]
+        told += [f"ids[]={urllib.parse.quote(name, safe='')}" for name in ids]
         visit.target = f"{path}?{'&'.join(told)}"
+
+    async def list_by_ids(
+        self, target: str, ids: list[str], cursor: str, visit: Visit, body: bytes
+    ) -> bytes:
+        """A list of files that was asked for by these ids in the place of ``target``; the next page
+        begins at ``cursor``, if there is one."""
+        document = read_list(body)
+        rows = document["data"]
+        if {id_of(row) for row in rows} <= set(ids):
+            return as_list(document, rows, cursor) if cursor else body
+        # It does not know ``ids[]``, and has listed what it has.
+        visit.target = target
+        return await self.list_own(visit, json.dumps(await self.ask(visit, target)).encode())
 
     async def list_own(self, visit: Visit, body: bytes) -> bytes:
         """A list with the caller's rows alone, as it would be if there were no others'."""
-        document, listing = read_json(body, Any), visit.listing
-        if isinstance(document, dict) and listing is not None:
-            rows = list_of(document.get("data"))
-            if {id_of(row) for row in rows} <= set(listing.ids):
-                return as_list(document, rows, listing.cursor) if listing.cursor else body
-            # It does not know ``ids[]``, and has listed what it has.
-            visit.target, body = listing.target, b""
-            document = await self.ask(visit, visit.target)
-        if not isinstance(document, dict):
-            raise APIError(502, "The upstream's list cannot be read.")
-        rows, kind = list_of(document.get("data")), visit.route.kind
-        shown = await self.visible(visit, rows, kind)
-        if "has_more" in document and "next_page" not in document:
-            return await self.fill(visit, body, document, shown)
-        next_page = document.get("next_page")
-        return body if body and shown == rows else as_list(document, shown, next_page)
+        document, kind, ledger = read_list(body), visit.route.kind, visit.gateway.ledger
+        rows = document["data"]
+        if kind in DREAMT and len(await ledger.find_things(map(id_of, rows))) < len(rows):
+            await self.ask_dreams(visit, cast(VirtualKey, visit.payer))
+        told = more = document.get("next_page", document.get("has_more"))
+        if "next_page" in document or "has_more" not in document:
+            shown = await self.visible(visit, rows, kind)
+        else:
+            shown, more = await self.fill(visit, document)
+        return body if shown == rows and more == told else as_list(document, shown, more)
 
-    async def fill(
-        self, visit: Visit, body: bytes, document: dict[str, Any], shown: list[Any]
-    ) -> bytes:
-        """A full page of rows that the caller reaches, of as many of the upstream's as it takes."""
+    async def fill(self, visit: Visit, page: dict[str, Any]) -> tuple[list[Any], bool]:
+        """A full page of rows that the caller reaches, of as many of the upstream's as it takes,
+        and whether there are more."""
         path, _, query = visit.target.partition("?")
         asked = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
         limit, backwards = rows_asked(asked) or DEFAULT_LIMIT, bool(asked.get("before_id"))
-        cursor = "before_id" if backwards else "after_id"
-        page, rows = document, list_of(document.get("data"))
-        is_whole, key = bool(body) and shown == rows, cast(VirtualKey, visit.payer)
-        left = set(await visit.gateway.ledger.reached(key, visit.route.kind))
+        cursor, kind, shown = (
+            "before_id" if backwards else "after_id",
+            visit.route.kind,
+            list[Any](),
+        )
+        left = set(await visit.gateway.ledger.reached(cast(VirtualKey, visit.payer), kind))
         for _ in range(MAX_PAGES):
+            rows = list_of(page.get("data"))
+            found = await self.visible(visit, rows, kind)
+            shown = found + shown if backwards else shown + found
             left -= set(map(id_of, rows))
-            if len(shown) > limit or not page.get("has_more") or not left or not rows:
+            if len(shown) > limit or not (page.get("has_more") and left and rows):
                 break
             asked |= {"limit": str(MAX_ROWS_LISTED), cursor: id_of(rows[0 if backwards else -1])}
             page = await self.ask(visit, f"{path}?{urllib.parse.urlencode(asked)}")
-            rows = list_of(page.get("data"))
-            found = await self.visible(visit, rows, visit.route.kind)
-            shown = found + shown if backwards else shown + found
-        has_more = len(shown) > limit
-        if is_whole and has_more == document["has_more"]:
-            return body
-        return as_list(document, shown[-limit:] if backwards else shown[:limit], has_more)
+        return shown[-limit:] if backwards else shown[:limit], len(shown) > limit
 
     async def visible(self, visit: Visit, rows: Sequence[Any], of: str) -> list[Any]:
         """The rows of a kind that the caller reaches; what came of his own is his."""
-        key, ledger, born = visit.payer, visit.gateway.ledger, dict[tuple[str, str], Any]()
+        key, objects, shown = visit.payer, [row for row in rows if isinstance(row, dict)], []
         assert key is not None
-        objects = [row for row in rows if isinstance(row, dict)]
         names = [*map(id_of, objects), *map(parent_of, objects)]
-        known = await ledger.find_things(names)
-        if of in DREAMT and any(id_of(row) not in known for row in objects):
-            await self.ask_dreams(visit, key)
-            known = await ledger.find_things(names)
-        shown = []
+        known = await visit.gateway.ledger.find_things(names)
         for row in objects:
             name, above = id_of(row), known.get(str(parent_of(row)))
             thing = known.get(name)
             if thing is None and above is not None and above.belongs_to(key) and name:
-                born.setdefault((above.owner, of), {})[name] = moment_in(row)
+                visit.born.setdefault((above.owner, of), {})[name] = moment_in(row)
                 thing = above
             if thing is not None and thing.is_for(key):
                 for kind, product in products_of(row):
-                    born.setdefault((thing.owner, kind), {})[product] = moment_in(row)
+                    visit.born.setdefault((thing.owner, kind), {})[product] = moment_in(row)
                 shown.append(row)
             elif thing is None and of == "skills" and is_published(row):
                 shown.append(row)
-        for (owner, kind), made in born.items():
-            await ledger.own(owner, kind, made)
+        await visit.keep()
         return shown
 
     # What is made
@@ -4797,11 +4774,10 @@ class Walls(Rule):
         key, route = visit.payer, visit.route
         if key is None or not 200 <= head.status < 300:
             return ()
-        if not route.kind or route.results_of:
+        if visit.listing is not None:
+            return (Rewritten(functools.partial(visit.listing, visit)),)
+        if not route.kind or route.results_of or (route.fetches and not route.name):
             return ()
-        if route.fetches and not route.name:
-            is_free = key.resources == "all"
-            return () if is_free else (Rewritten(functools.partial(self.list_own, visit)),)
         if is_event_stream(head):
             return (Meter(EVENT_STREAM, learn=visit.learn),)
         is_told = not route.fetches or (route.kind in BEARERS and not route.below)
@@ -4814,28 +4790,22 @@ class Walls(Rule):
         made, route = read_json(body, Any), visit.route
         if not isinstance(made, dict) or route.deletes:
             return body
-        moment, name = moment_in(made), id_of(made)
-        visit.born |= {product: (of, moment) for of, product in products_of(made)}
-        below = route.below.strip("/").split("/")
+        born, name, below = [*products_of(made)], id_of(made), route.below.strip("/").split("/")
         if name and name not in (route.name, *below) and not route.fetches:
             kind = "deployment_runs" if below[-1] == "run" else below[-1] or route.kind
-            visit.born[name] = (kind, moment)
-        await self.keep(visit)
+            born.append((kind, name))
+        for kind, name in born:
+            visit.born.setdefault((visit.owner, kind), {})[name] = moment_in(made)
+        await visit.keep()
         return body
 
-    def learn(self, born: dict[str, tuple[str, float]], document: object) -> None:
+    def learn(self, born: Born, owner: str, document: object) -> None:
         """An answer, or a part of one, may name what was made for the caller on the way: containers
         and files that code wrote (SDK: types/code_execution_output_block.py)."""
         for holder, things in filter(None, named_in(document, {"container", "file_id"})):
             for kind, name in things:
                 if kind == "containers" or holder.endswith("code_execution_output"):
-                    born[name] = (kind, time.time())
-
-    async def keep(self, visit: Visit) -> None:
-        born = list(visit.born.items())
-        visit.born.clear()
-        for name, (kind, moment) in born if visit.owner else ():
-            await visit.gateway.ledger.own(visit.owner, kind, {name: moment})
+                    born.setdefault((owner, kind), {})[name] = time.time()
 
     def end(self, visit: Visit) -> None:
         route, answer = visit.route, visit.answer
@@ -4851,6 +4821,14 @@ def id_of(row: object) -> str:
     return name if isinstance(name, str) else ""
 
 
+def read_list(body: bytes) -> dict[str, Any]:
+    """An upstream's list, whose ``data`` is one. Raises APIError 502."""
+    document = read_json(body, Any)
+    if not isinstance(document, dict):
+        raise APIError(502, "The upstream's list cannot be read.")
+    return document | {"data": list_of(document.get("data"))}
+
+
 def rows_asked(asked: Mapping[str, str]) -> int:
     """How many rows a query asks for at most; 0 where that is no number that a list takes."""
     limit = asked.get("limit", str(DEFAULT_LIMIT))
@@ -4864,16 +4842,11 @@ def unknown_id(kind: str) -> str:
 
 def as_list(document: dict[str, Any], rows: Sequence[Any], more: object) -> bytes:
     """A list with these rows, and whether there are more or the cursor that leads to them; without
-    numbers, and other rows, that others' things could change."""
+    members of kinds that may tell of others."""
     told: dict[str, Any] = {"data": rows, "has_more": bool(more), "next_page": more or None}
     told["first_id"], told["last_id"] = (id_of(rows[0]), id_of(rows[-1])) if rows else (None, None)
-    kept = {n: told.get(n, v) for n, v in document.items() if n in told or not is_telling(v)}
+    kept = {n: told.get(n, v) for n, v in document.items() if n in told or type(v) not in TELLING}
     return json.dumps(kept, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def is_telling(value: object) -> bool:
-    """Whether a member of a list may tell of rows that it does not show."""
-    return type(value) in (int, float, list)
 
 
 RULES = (Credentials(), Routes(), Models(), Fields(), Limits(), Walls(), Batches())
@@ -5539,9 +5512,8 @@ class RelayHandler(BaseHandler):
         """Send bytes on, once the filters have seen them and what they tell of is kept."""
         if self._inside is not None:
             data = await self._inside.feed(data, complete)
-        for keep in self.gateway.rules.keep if self._visit.born else ():
-            with contextlib.suppress(APIError):  # which is said, and tried again each second
-                await keep(self._visit)
+        with contextlib.suppress(APIError):  # which is said, and tried again each second
+            await self._visit.keep()
         room = self._send(data, complete)
         if room is not None:
             await room
