@@ -4010,9 +4010,10 @@ class Traffic:
 BEARER = re.compile(r"bearer[ \t]+(.*)", re.IGNORECASE)
 # Where a caller may show a credential, in the order in which they are looked at (LiteLLM's).
 CREDENTIAL_HEADERS = ("x-litellm-api-key", "authorization", "x-api-key")
-OWN_CREDENTIAL_NAMES = {"authorization": "Authorization", "x-api-key": "x-api-key"}
+OWN_CREDENTIALS = {"authorization": ("Authorization", "Bearer "), "x-api-key": ("x-api-key", "")}
 MAX_KEY_STARTS = 50  # of what may be a key, in one text; no client's fields have so many
 OFFERED_CODINGS = ("gzip", "identity")  # of answers that are metered
+shown_name = functools.lru_cache(maxsize=1024)(printable)
 
 
 @dataclass(slots=True)
@@ -4041,9 +4042,8 @@ def candidates(headers: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
 
 
 class Doors:
-    """Says who may come in. Open mode (any credential or none is let in) holds where no master key
-    is set and no key was made. It is settled at the start: a gateway that was started closed, and
-    so may listen to the world, never falls open when its last key goes."""
+    """Says who may come in. Open mode holds where no master key is set and no key was made; but one
+    that was started closed, and may listen to the world, stays so when its last key goes."""
 
     def __init__(self, settings: Settings, ledger: FileLedger) -> None:
         self._ledger = ledger
@@ -4088,12 +4088,10 @@ class Doors:
 
     async def authenticate(self, headers: Mapping[str, Sequence[str]]) -> Caller:
         """Find the caller in request headers (lower-case name → values). Raises APIError 401."""
-        caller = Caller()
-        refused, shown = "", False
-        for header, credential in candidates(headers):
-            shown = True
+        caller, refused, shown = Caller(), "", candidates(headers)
+        for header, credential in shown:
             hashed = hashlib.sha256(credential.encode("latin-1", "replace")).hexdigest()
-            if self._master and hmac.compare_digest(hashed, self._master):
+            if self.is_master(hashed):
                 caller.is_master = caller.is_master or caller.key is None
             elif found := await self._ledger.find_hash(hashed):
                 key, status = found
@@ -4102,13 +4100,11 @@ class Doors:
                 elif caller.key is None and not caller.is_master:
                     caller.key = key
             else:
-                own = OWN_CREDENTIAL_NAMES.get(header)  # it goes up in the field that it came in
-                if own and caller.own is None and credential.startswith(OWN_CREDENTIAL_PREFIX):
-                    scheme = "Bearer " if own == "Authorization" else ""
-                    caller.own = own, scheme + credential
+                name, scheme = OWN_CREDENTIALS.get(header, ("", ""))  # it goes up as it came in
+                if name and caller.own is None and credential.startswith(OWN_CREDENTIAL_PREFIX):
+                    caller.own = name, scheme + credential
                 continue
-            if credential not in caller.presented:
-                caller.presented += (credential,)
+            caller.presented += (credential,)
         if caller.key is not None or caller.is_master or self.is_open:
             return caller
         text = "No API key was sent. Send a virtual key as 'x-api-key' or 'Authorization: Bearer'."
@@ -4119,9 +4115,8 @@ class Doors:
         raise APIError(401, text)
 
     async def holds_key(self, text: str, shown: Sequence[str]) -> bool:
-        """Whether a key of this gateway stands in a text, one of these that were shown or any
-        other."""
-        for key in (*shown, *([self._master_key] if self._master_key else ())):
+        """Whether a key of this gateway stands in a text: one that was ``shown``, or any other."""
+        for key in filter(None, (*shown, self._master_key)):
             if key in text:
                 return True
         if KEY_PREFIX not in text:
@@ -4150,8 +4145,7 @@ class Visit:
     """A relayed request on its way through the rules, and what they found out about it. ``target``
     is the raw one behind the upstream's base path, ``path`` what rules look at, ``length`` the
     body's: bytes or CHUNKED. ``lines`` are the field lines that go up, with ``credential`` as
-    (name, value). ``order`` is what it asks for, ``hold`` what it holds for that, ``meter`` reads
-    what it used, ``results`` what a batch did. ``began``: all of it went up. ``payer`` is the key
+    (name, value). ``meter`` reads what it used, ``results`` what a batch did. ``payer`` is the key
     that pays, and has walls; None where the caller does, or nobody counts. ``owner`` gets what is
     ``born`` of it, as ``learn`` finds; ``listing`` makes a list his; ``hidden`` fields stay here.
     """
@@ -4180,7 +4174,7 @@ class Visit:
     results: Meter | None = None
     mask: Mask | None = None
     answer: ResponseHead | None = None
-    began: bool = False
+    began: bool = False  # all of it went up
     phase: RequestPhase = RequestPhase.JUDGED
 
     async def keep(self) -> None:
@@ -4247,9 +4241,8 @@ class Rules:
             plain = getattr(Rule, step)
             return tuple(getattr(r, step) for r in rules if getattr(type(r), step) != plain)
 
-        self.head, self.body = having("head"), having("body")
-        self.filters, self.fields = having("filters")[::-1], having("fields")  # the way back
-        self.end = having("end")
+        self.head, self.body, self.fields, self.end = map(having, ("head", "body", "fields", "end"))
+        self.filters = having("filters")[::-1]  # the way back
 
 
 class Credentials(Rule):
@@ -4272,15 +4265,11 @@ class Credentials(Rule):
         if visit.credential is None:
             text = "The gateway has no Anthropic credential to use. Whoever runs it must set"
             raise APIError(401, f"{text} ANTHROPIC_API_KEY or ANTHROPIC_AUTH_TOKEN.")
-        secret = gateway.secret
-        if caller.own is None and len(secret) >= MIN_SECRET_LENGTH:
-            visit.mask = Mask(secret, gateway.secret_bytes)
+        if caller.own is None and len(gateway.secret) >= MIN_SECRET_LENGTH:
+            visit.mask = Mask(gateway.secret, gateway.secret_bytes)
 
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
         return () if visit.mask is None else (visit.mask,)
-
-
-shown_name = functools.lru_cache(maxsize=1024)(printable)
 
 
 def is_preflight(head: RequestHead) -> bool:
@@ -4291,8 +4280,7 @@ def is_preflight(head: RequestHead) -> bool:
 
 
 class Routes(Rule):
-    """Which paths a key may call (``allowed_routes``, with or without ``/anthropic`` before them),
-    and how large a body may be."""
+    """Which paths a key may call (``allowed_routes``), and how large a body may be."""
 
     async def head(self, visit: Visit) -> None:
         if visit.length > (limit := visit.gateway.settings.max_body_size):
@@ -4353,9 +4341,8 @@ def readable_codings(accepted: tuple[str, ...]) -> str:
 
 
 class Fields(Rule):
-    """Which of the request's fields go on, in their order: all but those that DROPPED_* name, those
-    that ``Connection`` names, and those that hold a key that the caller showed; no key of this
-    gateway goes on anywhere."""
+    """Which of the request's fields go on, in their order: all but those that DROPPED_* and
+    ``Connection`` name, and those that hold a key of this gateway, which goes on nowhere."""
 
     async def head(self, visit: Visit) -> None:
         head, caller, lines = visit.head, visit.caller, visit.lines
@@ -4364,14 +4351,12 @@ class Fields(Rule):
             unwanted |= {WORKSPACE_FIELD}
             if visit.route.results_of or (visit.route.kind and not visit.route.name):
                 unwanted |= {"range", "if-range"}  # of a part nobody can tell what it is
-        codings = None
-        if visit.route.is_read and (offered := head.values.get("accept-encoding")):
-            codings = readable_codings(offered)
+        offered = head.values.get("accept-encoding") if visit.route.is_read else None
         for lower, _, name, line, goes_up, _ in head.fields:
             if not goes_up or lower in unwanted:
                 continue
-            if codings is not None and lower == "accept-encoding":
-                line, unwanted = f"{name}: {codings}", unwanted | {lower}
+            if offered and lower == "accept-encoding":  # the first stands for all of them
+                line, unwanted = f"{name}: {readable_codings(offered)}", unwanted | {lower}
             lines.append(line)
         for key in caller.presented:
             if key in "\n".join(lines):
@@ -4385,10 +4370,9 @@ class Fields(Rule):
 
 
 class Limits(Rule):
-    """How much a key may use: requests and tokens a minute, requests at a time, USD. A budget is
-    passed by one answer at most: while a request is under way its worst case is held, and it is let
-    in only while what is spent and held is below the budget. So far from the edge nothing waits,
-    and near it a key works one request at a time."""
+    """How much a key may use: requests and tokens a minute, requests at a time, USD. The worst case
+    of what is under way is held, and a request is let in while what is spent and held is below the
+    budget: one answer at most passes it, and near its edge a key works one request at a time."""
 
     async def head(self, visit: Visit) -> None:
         key, payer, route = visit.caller.key, visit.payer, visit.route
@@ -4539,6 +4523,7 @@ CURSOR = re.compile(r"page_own_([0-9]+[.][0-9]+)_([\w-]+)")  # the gateway's own
 PARENTS = {"sessions": "deployments", "deployment_runs": "deployments", "files": "sessions"}
 DREAMT = ("memory_stores", "sessions")
 SAFE_ID = re.compile(r"[\w-]+")
+no_id = functools.partial(secrets.token_hex, 12)  # behind its prefix; that no thing has
 TELLING = (int, float, list)  # of a list's members: what rows that it does not show may change
 
 
@@ -4568,11 +4553,10 @@ class Walls(Rule):
                 visit.hidden |= {"content-length"}
             if route.kind == "files":
                 await self.ask_by_ids(visit, key)
-        if not route.unread:
-            visit.refers = True
-            if head.coding:
-                text = "What this key sends is looked through: send it without Content-Encoding."
-                raise APIError(400, text)
+        visit.refers = not route.unread
+        if visit.refers and head.coding:
+            text = "What this key sends is looked through: send it without Content-Encoding."
+            raise APIError(400, text)
 
     async def body(self, visit: Visit, body: Kept) -> None:
         named, words = 0, everyday_on(visit.route)
@@ -4602,8 +4586,7 @@ class Walls(Rule):
     async def reach(self, visit: Visit, kind: str, name: str, *, changes: bool = False) -> Thing:
         """A thing that the caller may read or refer to, or change. Raises APIError 404, and 403 for
         one that is shared and another's."""
-        key, ledger = visit.payer, visit.gateway.ledger
-        assert key is not None
+        key, ledger = cast(VirtualKey, visit.payer), visit.gateway.ledger
         thing = (await ledger.find_things([name])).get(name)
         if thing is None and key.resources == "all":
             return Thing(kind)
@@ -4650,8 +4633,7 @@ class Walls(Rule):
     # Lists
 
     async def judge_query(self, visit: Visit, key: VirtualKey) -> None:
-        """Look at the ids of a query. Of a list of ids those that the caller does not reach become
-        unknown ones, which upstream leaves out."""
+        """Look at the ids of a query; others' in a list of ids become what upstream leaves out."""
         path, _, query = visit.target.partition("?")
         listed, parts = "" if visit.route.name else visit.route.kind, list[str]()
         for part in query.split("&"):
@@ -4659,8 +4641,8 @@ class Walls(Rule):
             name = name.partition("[")[0]
             if listed and name == "ids":
                 thing = (await visit.gateway.ledger.find_things([value])).get(value)
-                is_foreign = thing is not None and not thing.is_for(key)
-                part = f"ids[]={unknown_id(listed)}" if is_foreign else part
+                if thing is not None and not thing.is_for(key):
+                    part = f"ids[]={KINDS.get(listed, '')}{no_id()}"
             named = listed if name in CURSORS else REFERENCES.get(name)
             try:
                 if named and value:
@@ -4671,16 +4653,13 @@ class Walls(Rule):
         visit.target = f"{path}?{'&'.join(parts)}"
 
     async def ask_by_ids(self, visit: Visit, key: VirtualKey) -> None:
-        """Have a list of files asked for by the ids of those that the caller reaches: a page of
-        them, newest first, as the upstream has them."""
+        """Have a page of files asked for by the ids that the caller reaches, the newest first."""
         path, _, query = visit.target.partition("?")
         asked = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
         size, page = rows_asked(asked), CURSOR.fullmatch(asked.get("page", ""))
-        if asked.keys() - FILE_LIST or not size or (asked.get("page") and not page):
-            return  # the upstream says what is wrong, or lists them in its own way
-        ledger = visit.gateway.ledger
-        if await ledger.reached(key, "sessions"):
-            return  # which may have made files that nobody here has seen
+        ledger, is_odd = visit.gateway.ledger, asked.keys() - FILE_LIST or not size
+        if is_odd or (asked.get("page") and not page) or await ledger.reached(key, "sessions"):
+            return  # upstream says what is wrong, or knows another way, or files not seen here yet
         made, size = await ledger.reached(key, "files"), min(size, IDS_A_CALL)
         order = sorted(made, key=made.__getitem__)[::-1]
         after, before = page[2] if page else asked.get("after_id"), asked.get("before_id")
@@ -4690,31 +4669,27 @@ class Walls(Rule):
             order = [name for name in order if made[name] <= float(page[1])]
         if before in made:
             order = order[: order.index(before)]
-        ids = order[-size:] if before else order[:size]
+        ids = (order[-size:] if before else order[:size]) or [f"file_{no_id()}"]
         cursor = f"page_own_{made[ids[-1]]:.6f}_{ids[-1]}" if len(order) > size else ""
-        ids = ids or [unknown_id("files")]
-        visit.listing = functools.partial(self.list_by_ids, visit.target, ids, cursor)
-        told = ["beta=true"] if "beta" in asked else []
-        told += [f"ids[]={urllib.parse.quote(name, safe='')}" for name in ids]
-        visit.target = f"{path}?{'&'.join(told)}"
+        more = functools.partial(self.list_own, target=visit.target, ids=ids, cursor=cursor)
+        visit.listing = more
+        told = [f"ids[]={urllib.parse.quote(name, safe='')}" for name in ids]
+        visit.target = f"{path}?{'beta=true&' if 'beta' in asked else ''}{'&'.join(told)}"
 
-    async def list_by_ids(
-        self, target: str, ids: list[str], cursor: str, visit: Visit, body: bytes
+    async def list_own(
+        self, visit: Visit, body: bytes, target: str = "", ids: Sequence[str] = (), cursor: str = ""
     ) -> bytes:
-        """A list of files that was asked for by these ids in the place of ``target``; the next page
-        begins at ``cursor``, if there is one."""
-        document = read_list(body)
-        rows = document["data"]
-        if {id_of(row) for row in rows} <= set(ids):
+        """A list with the caller's rows alone, as it would be if there were no others'. Files may
+        have been asked for by ``ids`` instead of ``target``, and the next page be at ``cursor``."""
+        document, kind, ledger = read_json(body, Any), visit.route.kind, visit.gateway.ledger
+        if not isinstance(document, dict):
+            raise APIError(502, "The upstream's list cannot be read.")
+        rows = list_of(document.get("data"))
+        if ids and set(map(id_of, rows)) <= set(ids):
             return as_list(document, rows, cursor) if cursor else body
-        # It does not know ``ids[]``, and has listed what it has.
-        visit.target = target
-        return await self.list_own(visit, json.dumps(await self.ask(visit, target)).encode())
-
-    async def list_own(self, visit: Visit, body: bytes) -> bytes:
-        """A list with the caller's rows alone, as it would be if there were no others'."""
-        document, kind, ledger = read_list(body), visit.route.kind, visit.gateway.ledger
-        rows = document["data"]
+        if ids:  # it does not know ``ids[]``, and has listed what it has
+            visit.target = target
+            return await self.list_own(visit, json.dumps(await self.ask(visit, target)).encode())
         if kind in DREAMT and len(await ledger.find_things(map(id_of, rows))) < len(rows):
             await self.ask_dreams(visit, cast(VirtualKey, visit.payer))
         told = more = document.get("next_page", document.get("has_more"))
@@ -4725,16 +4700,12 @@ class Walls(Rule):
         return body if shown == rows and more == told else as_list(document, shown, more)
 
     async def fill(self, visit: Visit, page: dict[str, Any]) -> tuple[list[Any], bool]:
-        """A full page of rows that the caller reaches, of as many of the upstream's as it takes,
-        and whether there are more."""
+        """A full page of the caller's rows, of as many as it takes, and whether there are more."""
         path, _, query = visit.target.partition("?")
         asked = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
         limit, backwards = rows_asked(asked) or DEFAULT_LIMIT, bool(asked.get("before_id"))
-        cursor, kind, shown = (
-            "before_id" if backwards else "after_id",
-            visit.route.kind,
-            list[Any](),
-        )
+        cursor, kind = "before_id" if backwards else "after_id", visit.route.kind
+        shown = list[Any]()
         left = set(await visit.gateway.ledger.reached(cast(VirtualKey, visit.payer), kind))
         for _ in range(MAX_PAGES):
             rows = list_of(page.get("data"))
@@ -4749,8 +4720,8 @@ class Walls(Rule):
 
     async def visible(self, visit: Visit, rows: Sequence[Any], of: str) -> list[Any]:
         """The rows of a kind that the caller reaches; what came of his own is his."""
-        key, objects, shown = visit.payer, [row for row in rows if isinstance(row, dict)], []
-        assert key is not None
+        key, shown = cast(VirtualKey, visit.payer), list[Any]()
+        objects = [row for row in rows if isinstance(row, dict)]
         names = [*map(id_of, objects), *map(parent_of, objects)]
         known = await visit.gateway.ledger.find_things(names)
         for row in objects:
@@ -4771,17 +4742,15 @@ class Walls(Rule):
     # What is made
 
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
-        key, route = visit.payer, visit.route
-        if key is None or not 200 <= head.status < 300:
+        route, succeeds = visit.route, 200 <= head.status < 300
+        if visit.payer is None or not (succeeds and route.kind) or route.results_of:
             return ()
         if visit.listing is not None:
             return (Rewritten(functools.partial(visit.listing, visit)),)
-        if not route.kind or route.results_of or (route.fetches and not route.name):
-            return ()
         if is_event_stream(head):
             return (Meter(EVENT_STREAM, learn=visit.learn),)
-        is_told = not route.fetches or (route.kind in BEARERS and not route.below)
-        if is_told and is_json(head.get("content-type")):
+        bears = route.kind in BEARERS and route.name and not route.below
+        if (bears or not route.fetches) and is_json(head.get("content-type")):
             return (Rewritten(functools.partial(self.remember, visit)),)
         return ()
 
@@ -4821,23 +4790,10 @@ def id_of(row: object) -> str:
     return name if isinstance(name, str) else ""
 
 
-def read_list(body: bytes) -> dict[str, Any]:
-    """An upstream's list, whose ``data`` is one. Raises APIError 502."""
-    document = read_json(body, Any)
-    if not isinstance(document, dict):
-        raise APIError(502, "The upstream's list cannot be read.")
-    return document | {"data": list_of(document.get("data"))}
-
-
 def rows_asked(asked: Mapping[str, str]) -> int:
     """How many rows a query asks for at most; 0 where that is no number that a list takes."""
     limit = asked.get("limit", str(DEFAULT_LIMIT))
     return int(limit) if re.fullmatch("[1-9][0-9]{0,2}|1000", limit) else 0
-
-
-def unknown_id(kind: str) -> str:
-    """An id that no thing has."""
-    return KINDS.get(kind, "") + secrets.token_hex(12)
 
 
 def as_list(document: dict[str, Any], rows: Sequence[Any], more: object) -> bytes:
