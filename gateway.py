@@ -1564,7 +1564,6 @@ class Hold:
     key: VirtualKey | None
     started: datetime
     pays: bool = True
-    reads_body: bool = False  # that what it may cost is held once the body is read
     amounts: dict[str, Decimal] = field(default_factory=dict)
 
 
@@ -4273,8 +4272,7 @@ class Credentials(Rule):
 
 
 def is_preflight(head: RequestHead) -> bool:
-    """Whether a browser asks whether a page may call the API (Fetch, "CORS-preflight request"). It
-    shows no credential then, and so goes on without the real one."""
+    """Whether a browser asks, with no credential, if a page may call (Fetch, "CORS-preflight")."""
     asks = "origin" in head.values and "access-control-request-method" in head.values
     return asks and not candidates(head.values)
 
@@ -4298,12 +4296,10 @@ def check_route(key: VirtualKey, route: Route, path: str, *, pays: bool) -> None
         group = cast("re.Match[str]", GROUP.match(path))[0]
         matching = [pattern for pattern in matching if pattern.startswith(group)]
     shown = printable(path)
-    if not matching and route.open:
-        raise APIError(403, f"This key may not call {shown}; its 'allowed_routes' leave it out.")
     if not matching:
-        reached = "keys reach messages, batches, models, files and skills, and more only where"
-        text = f"This key may not call {shown}: {reached} their 'allowed_routes' name it."
-        raise APIError(403, text)
+        beyond = "must name it, since it is none of messages, batches, models, files and skills"
+        why = "leave it out" if route.open else beyond
+        raise APIError(403, f"This key may not call {shown}; its 'allowed_routes' {why}.")
     if not route.open and pays and key.has_budget and not key.unmetered_routes:
         text = f"This key has a budget, and what {shown} costs cannot be counted. Whoever runs the"
         raise APIError(403, f"{text} gateway may give the key 'unmetered_routes': true.")
@@ -4378,18 +4374,17 @@ class Limits(Rule):
         key, payer, route = visit.caller.key, visit.payer, visit.route
         hold = Hold(key, visit.record.started, payer is not None or key is None)
         if key is not None:
-            has_budget = payer and (payer.max_budget is not None or payer.model_max_budget)
-            pays = bool(has_budget) and not route.free
+            has_budget = payer is not None and payer.has_budget
+            pays = has_budget and not route.free
             if pays and not visit.gateway.prices.available:
                 text = "This key has a budget, and it is not known here what tokens cost. Whoever"
                 raise APIError(503, f"{text} runs it must install genai-prices, or set --prices.")
             await visit.gateway.ledger.admit(hold, pays=pays, shares=route.billed)
-            if has_budget and route.billed and not route.unread:
-                visit.reads_body = hold.reads_body = True
+            visit.reads_body |= has_budget and route.billed
         visit.hold = hold
 
     async def body(self, visit: Visit, body: Kept) -> None:
-        route, prices, hold = visit.route, visit.gateway.prices, visit.hold
+        route, payer, hold = visit.route, visit.payer, visit.hold
         if not route.billed:
             return
         if not visit.reads_body:
@@ -4398,8 +4393,8 @@ class Limits(Rule):
         document = await body.read(strictly=False)
         batched = route.makes_batch
         visit.order = await read_order(document, body.data, batched=batched, breathe=body.breathe)
-        if hold is not None and hold.reads_body and prices.available:
-            charges = prices.worst(visit.order, hold.started)
+        if hold is not None and payer is not None and payer.has_budget:
+            charges = visit.gateway.prices.worst(visit.order, hold.started)
             await visit.gateway.ledger.hold(hold, charges, fit=batched)
 
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
@@ -4415,8 +4410,8 @@ class Limits(Rule):
         key, payer, gateway = visit.caller.key, visit.payer, visit.gateway
         if key is None:
             return ()
-        is_slow = key.rpm_limit is not None or key.tpm_limit is not None
-        fields = gateway.ledger.rates(key, head.values) if is_slow else []
+        is_limited = key.rpm_limit is not None or key.tpm_limit is not None
+        fields = gateway.ledger.rates(key, head.values) if is_limited else []
         if payer is None or not gateway.prices.available:
             return fields
         if visit.phase is RequestPhase.SETTLED and visit.meter is not None:
@@ -4480,11 +4475,9 @@ class Batches(Rule):
 
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
         batch, gateway = visit.route.results_of, visit.gateway
-        if head.status != 200:
-            return ()
-        if visit.route.batch and is_json(head.get("content-type")):
+        if head.status == 200 and visit.route.batch and is_json(head.get("content-type")):
             return (Rewritten(functools.partial(self.look, visit)),)
-        if not batch or visit.caller.own is not None:
+        if head.status != 200 or not batch or visit.caller.own is not None:
             return ()
         room = functools.partial(gateway.held.find_room, visit.record.hashed)
         book = functools.partial(gateway.batches.book_result, batch)
@@ -4513,8 +4506,7 @@ class Batches(Rule):
 
 
 LIST_TIMEOUT = 60.0  # seconds for a further part of a list
-DEFAULT_LIMIT, MAX_ROWS_LISTED = 20, 1000  # rows of a page (SDK: types/file_list_params.py, which
-IDS_A_CALL = 100  # has this one too)
+DEFAULT_LIMIT, MAX_ROWS_LISTED, IDS_A_CALL = 20, 1000, 100  # SDK: types/file_list_params.py
 MAX_PAGES = 100  # of a list that one request looks through
 FILE_LIST = {"limit", "page", "after_id", "before_id", "beta"}  # what can be asked of ids as well
 CURSORS = ("after_id", "before_id")
