@@ -78,7 +78,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypedDict, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, Protocol, TypedDict, TypeVar, cast
 
 import tornado
 from tornado import httputil, netutil, web
@@ -1697,14 +1697,12 @@ def mark_of(file: Path | int) -> FileMark:
 
 
 @dataclass(eq=False)
-class StoreFile(Generic[Contents]):
-    """A file of lines that is whole at all times, and nobody else's while this object lives. It is
-    written beside itself, fsynced and renamed over the old one; a link stays a link. ``what`` it is
-    and what happens ``then`` where it cannot be written stand in errors, the last in ``error``;
-    ``parse`` gets its bytes and name, ``frame`` is what stands before, between and behind lines."""
+class StoreFile:
+    """A file of lines that is whole at all times, and nobody else's while this object lives; a link
+    stays a link. ``frame`` is what stands before, between and behind lines; errors, the last of
+    them in ``error``, say ``what`` it is, and what happens ``then`` where it cannot be written."""
 
     path: Path
-    parse: Callable[[bytes, str], Contents]
     frame: tuple[bytes, bytes, bytes]
     what: str
     then: str
@@ -1715,9 +1713,9 @@ class StoreFile(Generic[Contents]):
     def __post_init__(self) -> None:
         self.path = Path(os.path.realpath(self.path))
 
-    def read(self, lines: list[bytes]) -> Contents:
-        """What is in the file, which is ours from then on; where there is none it is made of these
-        lines. Raises SettingsError, and OSError where none can be made."""
+    def read(self, parse: Callable[[bytes, str], Contents], lines: list[bytes]) -> Contents:
+        """What is in the file (``parse`` gets its bytes and name), which is ours from then on; else
+        it is made of these lines. Raises SettingsError, and OSError where none can be made."""
         while True:
             try:
                 while self._lock < 0 or not os.path.samefile(self.path, self._lock):
@@ -1725,7 +1723,7 @@ class StoreFile(Generic[Contents]):
                     self._lock = os.open(self.path, os.O_RDONLY)
                     fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 mark = mark_of(self._lock)  # an edit while it is read is another
-                contents, self._mark = self.parse(self.path.read_bytes(), str(self.path)), mark
+                contents, self._mark = parse(self.path.read_bytes(), str(self.path)), mark
                 return contents
             except FileNotFoundError:
                 with contextlib.suppress(FileExistsError):  # another gateway was faster
@@ -1769,6 +1767,7 @@ class StoreFile(Generic[Contents]):
             os.fsync(folder)
         finally:
             os.close(folder)
+        self._recover()
 
     def append(self, lines: list[bytes]) -> None:
         """Write lines behind all others, and fsync. Raises OSError as `write` does, and then the
@@ -1785,6 +1784,7 @@ class StoreFile(Generic[Contents]):
                 raise
             finally:
                 self._mark = mark_of(file.fileno())
+        self._recover()
 
     def edit(self) -> FileMark:
         """The file's mark, where it is not the one that was last read or written."""
@@ -1795,8 +1795,7 @@ class StoreFile(Generic[Contents]):
         if self.edit() is not None:
             raise FileExistsError(errno.EEXIST, "it was edited; mend it, or send this again")
 
-    def is_written(self) -> None:
-        """A write succeeded."""
+    def _recover(self) -> None:
         if self.error:
             log.warning("%s written again", self.what)
         self.error = ""
@@ -1822,7 +1821,7 @@ class Things:
         self.made = collections.defaultdict[tuple[str, str], dict[str, float]](dict)
         self.places: dict[str, tuple[str, str]] = {}  # by id
         self.shared: set[str] = set()
-        self.is_untidy = self.is_cut = False  # its file is to be written anew, or must be
+        self.is_untidy = False  # its file is to be written anew before anything is added to it
 
     def change(self, change: Mapping[str, Any]) -> None:
         """Take one in. Raises whatever Python does for what is none."""
@@ -1858,8 +1857,7 @@ def parse_things(text: bytes, name: str) -> Things:
     """Read a file of things; what a crash has cut off of its end was told to nobody. Raises
     SettingsError that says what is damaged."""
     things, (first, *lines) = Things(), text.split(b"\n")
-    rest = lines.pop() if lines else b""
-    where = "its first line"
+    cut, where = lines.pop() if lines else b"", "its first line"
     try:
         if json.loads(first) != {"version": STORE_VERSION}:
             raise ValueError("is not of a version for this gateway")
@@ -1868,26 +1866,23 @@ def parse_things(text: bytes, name: str) -> Things:
             where = f"line {number}"
             things.change(decode(line))
     except Exception as error:  # noqa: BLE001 - whatever Python says of what it cannot read
-        wrong = f"damaged, {where}: {error}; mend it or restore a copy"
-        raise SettingsError(f"{name}: {wrong}") from None
-    things.is_cut = bool(rest)
+        wrong = f"{name}: damaged, {where}: {error}; mend it or restore a copy"
+        raise SettingsError(wrong) from None
     fewest = sum(1 + len(made) // WRITE_SLICE for made in things.made.values())
-    things.is_untidy = things.is_cut or len(lines) > 2 * fewest + UNTIDY_LINES
+    things.is_untidy = bool(cut) or len(lines) > 2 * fewest + UNTIDY_LINES
     return things
 
 
 class FileLedger(Ledger):
-    """The keys in memory and in a `StoreFile`, and beside it what is whose, in another of the same
-    name and ".resources". Raises SettingsError where one cannot be used; it is then left as it is.
-    """
+    """The keys in memory and in a `StoreFile`; what is whose in another, beside it, named as it and
+    ".resources". Raises SettingsError where one cannot be used, and leaves it as it is."""
 
     def __init__(
         self, path: Path, usage_days: int = 90, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        told = (KEYS_FRAME, "keys file", "nothing was changed")
-        self._file, path = StoreFile(path, parse_store, *told), Path(os.path.realpath(path))
-        told = (THINGS_FRAME, "file of resources", "what was made is there, and written down later")
-        self._things_file = StoreFile(Path(f"{path}.resources"), parse_things, *told)
+        self._file = StoreFile(path, KEYS_FRAME, "keys file", "nothing was changed")
+        beside, then = f"{self._file.path}.resources", "what was made is there, and written later"
+        self._things_file = StoreFile(Path(beside), THINGS_FRAME, "file of resources", then)
         self._usage_days, self._clock = usage_days, clock
         self.keys = {}
         self.things = Things()
@@ -1902,12 +1897,11 @@ class FileLedger(Ledger):
         self._writing: asyncio.Task[APIError | None] | None = None  # is under way …
         self._next: asyncio.Task[APIError | None] | None = None  # … and what waits for its end
         self._adding = asyncio.Lock()  # changes of things
-        self._noticed: FileMark = None  # the last edit that was read, or could not be
+        self._noticed: tuple[FileMark, ...] = ()  # the last edits that were read, or could not be
         try:
             self._load()
         except SettingsError:
             self._file.close()
-            self._things_file.close()
             raise
 
     # Looking
@@ -1938,14 +1932,11 @@ class FileLedger(Ledger):
         """Every key that is not deleted, oldest first."""
         return ((hashed, key) for hashed, key in self.keys.items() if not key.deleted_at)
 
-    def is_writable(self) -> bool:
-        """Whether the last write succeeded, and the folder still takes files."""
-        return not self.last_error and os.access(self._file.path.parent, os.W_OK)
-
-    @property
-    def last_error(self) -> str:
-        """Why the last write failed."""
-        return self._file.error or self._things_file.error
+    def trouble(self) -> str:
+        """Why the last write failed, or the next one would; empty where all is well."""
+        takes_files = os.access(self._file.path.parent, os.W_OK)
+        unwritable = "" if takes_files else "It cannot be written."
+        return self._file.error or self._things_file.error or unwritable
 
     # What requests use
 
@@ -2121,20 +2112,15 @@ class FileLedger(Ledger):
         disk. Raises APIError 503."""
         async with self._adding:
             waiting, self._changes, file = self._changes, [], self._things_file
-            lines, write = [json.dumps(change).encode() for change in changes], file.append
-            if not file.path.exists():
-                lines, write = self.things.lines() + lines, file.write
-            elif waiting:
-                lines = waiting + lines
             try:
-                if lines:
-                    await asyncio.to_thread(write, lines)
-                    file.is_written()
+                if self.things.is_untidy or not file.path.exists():
+                    await asyncio.to_thread(file.write, self.things.lines())
+                    self.things.is_untidy = False
+                if lines := waiting + [json.dumps(change).encode() for change in changes]:
+                    await asyncio.to_thread(file.append, lines)
             except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again
                 self._changes[:0] = waiting
-                raise APIError(
-                    503, self._fail(error, file).message, headers=[DO_NOT_RETRY]
-                ) from None
+                raise self._fail(error, file, DO_NOT_RETRY) from None
             for change in changes:
                 self.things.change(change)
 
@@ -2198,24 +2184,22 @@ class FileLedger(Ledger):
     def notice_edit(self) -> None:
         """Take in what somebody has edited. Where it does not parse, that is said once, and nothing
         is written until it is mended."""
-        edit = self._edit()
-        if self._writing or self._next or self._adding.locked() or edit in (None, self._noticed):
+        edits = self._file.edit(), self._things_file.edit()
+        if self._writing or self._next or self._adding.locked():
             return  # a write looks by itself
-        self._noticed = edit
+        if not any(edits) or edits == self._noticed:
+            return
+        self._noticed = edits
         try:
             self._load()
             log.info("keys file was edited: read again, %d keys", len(self.keys))
         except Exception as error:  # noqa: BLE001 - whatever it is, what keys use is still written
             log.error("keys file was edited, and cannot be read: %s", error)
 
-    def _edit(self) -> FileMark:
-        """Of either file."""
-        return self._file.edit() or self._things_file.edit()
-
     def _load(self) -> None:
         """What keys may do is the file's; what they used is memory's, where it is known."""
         try:
-            keys = self._file.read(list(self._lines.values()))
+            keys = self._file.read(parse_store, list(self._lines.values()))
         except OSError as error:
             self._fail(error, self._file)
             return
@@ -2243,16 +2227,14 @@ class FileLedger(Ledger):
         if self._owners and file.edit() is None:
             return
         try:
-            things = file.read(self.things.lines())
+            self.things = things = file.read(parse_things, self.things.lines())
             for change in self._changes:
                 things.change(json.loads(change))
-            self.things = things
             if things.is_untidy:
                 file.write(things.lines())
+                things.is_untidy = False
         except OSError as error:
-            failure = self._fail(error, file)
-            if self.things.is_cut:  # what is written behind that could not be read
-                raise SettingsError(failure.message) from None
+            self._fail(error, file)
 
     async def save(self) -> None:
         if self._next is None:
@@ -2300,19 +2282,18 @@ class FileLedger(Ledger):
             return self._fail(error, self._file)
         finally:
             self._writing = None
-        self._file.is_written()
         return None
 
-    def _fail(self, error: Exception, file: StoreFile[Any]) -> APIError:
+    def _fail(self, error: Exception, file: StoreFile, *headers: tuple[str, str]) -> APIError:
         """Say what is new of it. A client is told no path of the machine."""
         reason = getattr(error, "strerror", None) or "unexpected failure"
         message = f"The {file.what} cannot be written ({reason}); {file.then}."
         # An edit that was not read yet is no failure; it is in a moment.
-        is_unread = isinstance(error, FileExistsError) and self._edit() != self._noticed
+        is_unread = isinstance(error, FileExistsError) and file.edit() not in self._noticed
         if message != file.error and not is_unread:
             file.error, is_odd = message, not isinstance(error, OSError)
             log.error(message, exc_info=is_odd)
-        return APIError(503, message)
+        return APIError(503, message, headers=headers)
 
 
 def check_budget(
@@ -5969,7 +5950,7 @@ class HealthHandler(BaseHandler):
         if asked != "readiness":
             return self.send_json("I'm alive!")
         gateway, ledger = self.gateway, self.gateway.ledger
-        error = "" if ledger.is_writable() else ledger.last_error or "It cannot be written."
+        error = ledger.trouble()
         status = "shutting_down" if gateway.stopping else "unhealthy" if error else "healthy"
         prices = "loaded" if gateway.prices.loaded else "loading"
         told: dict[str, Any] = {"status": status, "store": error or "writable"}
