@@ -78,7 +78,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, TypedDict, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, TypedDict, TypeVar, cast
 
 import tornado
 from tornado import httputil, netutil, web
@@ -1589,76 +1589,6 @@ class Thing(NamedTuple):
         return self.is_shared or self.belongs_to(key)
 
 
-class Ledger(Protocol):
-    """The keys and what they used, as another store than a file has them too; nothing else changes
-    a key's account. Where nothing must wait, no task and no future is made."""
-
-    keys: dict[str, VirtualKey]
-
-    async def find_hash(self, hashed: str) -> tuple[VirtualKey, str] | None:
-        """A key and its `VirtualKey.status`; by an old hash too, ``expired`` once the grace of a
-        key that was regenerated is over."""
-
-    async def admit(self, hold: Hold, *, pays: bool, shares: bool) -> None:
-        """Take a slot and one request of the key's rates; where it ``pays``, its budget must have
-        room, beside what others hold where it ``shares`` it. Else raise APIError 429."""
-
-    async def hold(self, hold: Hold, worst: Charges, *, fit: bool) -> None:
-        """Hold what a request may cost of all budgets that it falls under; all of it must ``fit``,
-        or else only a part. Else raise APIError 429 and hold nothing."""
-
-    def book(self, hold: Hold, charges: Charges, *, model: str, failed: bool) -> None:
-        """Give back what a request held, and count it and what it used, once."""
-
-    def charge(self, account: Account, charges: Charges, moment: datetime) -> VirtualKey | None:
-        """Count what an account used; its key's newest record, None where it is gone."""
-
-    def rates(self, key: VirtualKey, theirs: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
-        """anthropic-ratelimit-* of a key's own limits, where they are tighter than ``theirs``."""
-
-    def own_batch(self, account: Account, name: str, hold: Hold) -> None:
-        """A key made a batch: what is held for it stays until it is booked."""
-
-    def batch_line(self, name: str, line: int) -> Account | None:
-        """Whom a line of a batch's results is to be booked to; it is said once."""
-
-    def finish_batch(self, name: str, *, lost: bool = False) -> None:
-        """All results of a batch are booked; where they are ``lost``, what is held for it is."""
-
-    async def find_things(self, names: Iterable[object]) -> dict[str, Thing]:
-        """Of these ids those that are known here."""
-
-    async def reached(self, key: VirtualKey, kind: str) -> dict[str, float]:
-        """The ids of a kind that a key made, a team mate where it reaches his, or that are shared;
-        and when each was made, in Unix seconds."""
-
-    async def own(self, owner: str, kind: str, made: Mapping[str, float]) -> None:
-        """Remember whose these things are, durably, and when they were made; what has an owner
-        keeps him. Raises APIError 503, and tries it again each second."""
-
-    async def assign(self, kinds: Mapping[str, str], owner: str | None) -> None:
-        """Give things (id: kind) to an owner ("": nobody), or share them with all (None). Where it
-        raises APIError 503 nothing is changed."""
-
-    def forget(self, name: str, owner: str | None) -> None:
-        """A thing is no more, if it is this owner's (None: anybody's)."""
-
-    async def change(self, changes: Mapping[str, VirtualKey | None]) -> None:
-        """Put these records (None removes one), as `save` does; what fails is taken back."""
-
-    async def save(self) -> None:
-        """Make all that was changed before this call durable. Raises APIError 503."""
-
-    async def run(self) -> None:
-        """Save once a second what keys used, until cancelled."""
-
-    async def reload(self) -> None:
-        """Read anew what keys may do. Where it raises SettingsError or APIError, all stays."""
-
-    async def close(self) -> None:
-        """Save what keys used, and give up the store."""
-
-
 def store_line(hashed: str, record: VirtualKey, today: str = "", keep_from: str = "") -> bytes:
     """One line of keys.json; usage of days before ``keep_from`` is left out."""
     line = json.dumps(record.to_json(), default=written)
@@ -1873,7 +1803,7 @@ def parse_things(text: bytes, name: str) -> Things:
     return things
 
 
-class FileLedger(Ledger):
+class FileLedger:
     """The keys in memory and in a `StoreFile`; what is whose in another, beside it, named as it and
     ".resources". Raises SettingsError where one cannot be used, and leaves it as it is."""
 
@@ -1884,7 +1814,7 @@ class FileLedger(Ledger):
         beside, then = f"{self._file.path}.resources", "what was made is there, and written later"
         self._things_file = StoreFile(Path(beside), THINGS_FRAME, "file of resources", then)
         self._usage_days, self._clock = usage_days, clock
-        self.keys = {}
+        self.keys: dict[str, VirtualKey] = {}
         self.things = Things()
         self.batches: dict[str, Account] = {}  # whose they are
         self._lines: dict[str, bytes] = {}
@@ -1907,6 +1837,8 @@ class FileLedger(Ledger):
     # Looking
 
     async def find_hash(self, hashed: str) -> tuple[VirtualKey, str] | None:
+        """A key and its `VirtualKey.status`; by an old hash too, ``expired`` once the grace of a
+        key that was regenerated is over."""
         record = self.keys.get(hashed)
         if record is not None and not (record.deleted_at or record.blocked or record.expires):
             return record, "active"
@@ -1941,6 +1873,8 @@ class FileLedger(Ledger):
     # What requests use
 
     async def admit(self, hold: Hold, *, pays: bool, shares: bool) -> None:
+        """Take a slot and one request of the key's rates; where it ``pays``, its budget must have
+        room, beside what others hold where it ``shares`` it. Else raise APIError 429."""
         key, clock = hold.key, self._clock()
         assert key is not None
         account, most, refused, wait = key.account, key.max_parallel_requests, "", 1.0
@@ -1961,6 +1895,8 @@ class FileLedger(Ledger):
             account.buckets["requests"].draw(1, clock)
 
     async def hold(self, hold: Hold, worst: Charges, *, fit: bool) -> None:
+        """Hold what a request may cost of all budgets that it falls under; all of it must ``fit``,
+        or else only a part. Else raise APIError 429 and hold nothing."""
         key, amounts = hold.key, dict[str, Decimal]()
         assert key is not None
         for pattern in (ALL_MODELS, *key.model_max_budget):
@@ -1974,6 +1910,7 @@ class FileLedger(Ledger):
         hold.amounts = amounts
 
     def book(self, hold: Hold, charges: Charges, *, model: str, failed: bool) -> None:
+        """Give back what a request held, and count it and what it used, once."""
         if hold.key is None:
             return
         account = hold.key.account
@@ -1988,6 +1925,7 @@ class FileLedger(Ledger):
             self.charge(account, charges, hold.started)
 
     def charge(self, account: Account, charges: Charges, moment: datetime) -> VirtualKey | None:
+        """Count what an account used; its key's newest record, None where it is gone."""
         key = self.keys.get(account.hashed)
         if key is None:
             return None
@@ -2011,6 +1949,7 @@ class FileLedger(Ledger):
         return key
 
     def rates(self, key: VirtualKey, theirs: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
+        """anthropic-ratelimit-* of a key's own limits, where they are tighter than ``theirs``."""
         fields, clock = [], self._clock()
         for kind, bucket in key.account.buckets.items():
             name, left = f"anthropic-ratelimit-{kind}-", max(0, math.floor(bucket.level(clock)))
@@ -2030,6 +1969,7 @@ class FileLedger(Ledger):
         return None if batch is None or batch.booked else batch
 
     def own_batch(self, account: Account, name: str, hold: Hold) -> None:
+        """A key made a batch: what is held for it stays until it is booked."""
         self.finish_batch(name)  # an upstream that gives an id twice frees what was held for it
         batch = account.batches[name] = Batch(day_of(now()))
         self.batches[name] = account
@@ -2037,6 +1977,7 @@ class FileLedger(Ledger):
         self._touched.add(account.hashed)
 
     def batch_line(self, name: str, line: int) -> Account | None:
+        """Whom a line of a batch's results is to be booked to; it is said once."""
         account = self.batches.get(name)
         if account is None or line <= account.batches[name].lines:
             return None
@@ -2044,6 +1985,7 @@ class FileLedger(Ledger):
         return account
 
     def finish_batch(self, name: str, *, lost: bool = False) -> None:
+        """All results of a batch are booked; where they are ``lost``, what is held for it is."""
         batch = self.unbooked(name)
         if batch is None:
             return
@@ -2064,6 +2006,7 @@ class FileLedger(Ledger):
     # Things
 
     async def find_things(self, names: Iterable[object]) -> dict[str, Thing]:
+        """Of these ids those that are known here."""
         found, places, shared = dict[str, Thing](), self.things.places, self.things.shared
         for name in names:
             if isinstance(name, str) and (place := places.get(name)):
@@ -2072,6 +2015,8 @@ class FileLedger(Ledger):
         return found
 
     async def reached(self, key: VirtualKey, kind: str) -> dict[str, float]:
+        """The ids of a kind that a key made, a team mate where it reaches his, or that are shared;
+        and when each was made, in Unix seconds."""
         made, things, team = dict[str, float](), self.things, key.team_id
         places = [(key.owner, kind)]
         if team and key.resources == "team":
@@ -2086,11 +2031,15 @@ class FileLedger(Ledger):
         return key.team_id if key else None
 
     async def own(self, owner: str, kind: str, made: Mapping[str, float]) -> None:
+        """Remember whose these things are, durably, and when they were made; what has an owner
+        keeps him. Raises APIError 503, and tries it again each second."""
         if fresh := {name: made[name] for name in made if name not in self.things.places}:
             self._change({"key": owner, "kind": kind, "made": fresh})
         await asyncio.shield(self._add())
 
     async def assign(self, kinds: Mapping[str, str], owner: str | None) -> None:
+        """Give things (id: kind) to an owner ("": nobody), or share them with all (None). Where it
+        raises APIError 503 nothing is changed."""
         places, moment, changes = self.things.places, int(time.time()), list[dict[str, Any]]()
         for name in reversed(list(kinds)):  # lists begin with the newest
             since = self.things.made[places[name]][name] if name in places else moment
@@ -2100,6 +2049,7 @@ class FileLedger(Ledger):
         await asyncio.shield(self._add(changes))
 
     def forget(self, name: str, owner: str | None) -> None:
+        """A thing is no more, if it is this owner's (None: anybody's)."""
         if (place := self.things.places.get(name)) and owner in (None, place[0]):
             self._change({"gone": [name]})
 
@@ -2127,6 +2077,7 @@ class FileLedger(Ledger):
     # Changing
 
     async def change(self, changes: Mapping[str, VirtualKey | None]) -> None:
+        """Put these records (None removes one), as `save` does; what fails is taken back."""
         for hashed in changes:
             self._undo.setdefault(hashed, self.keys.get(hashed))
         self._apply(changes)  # in memory at once
@@ -2174,6 +2125,7 @@ class FileLedger(Ledger):
     # Reading and writing
 
     async def reload(self) -> None:
+        """Read anew what keys may do. Where it raises SettingsError or APIError, all stays."""
         # A change that is being written would be read over; and where the last write failed, the
         # file may have one that was refused, since it was not known to be on disk.
         async with self._adding:
@@ -2237,17 +2189,20 @@ class FileLedger(Ledger):
             self._fail(error, file)
 
     async def save(self) -> None:
+        """Make all that was changed before this call durable. Raises APIError 503."""
         if self._next is None:
             self._next = asyncio.create_task(self._write(self._writing))
         if failure := await asyncio.shield(self._next):
             raise failure
 
     async def run(self) -> None:
+        """Save once a second what keys used, until cancelled."""
         while True:
             await asyncio.sleep(FLUSH_INTERVAL)
             await self._flush()
 
     async def close(self) -> None:
+        """Save what keys used, and give up the store."""
         await self._flush()
         while under_way := self._next or self._writing:
             await asyncio.wait([under_way])
