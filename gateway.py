@@ -1700,8 +1700,7 @@ class StoreFile:
         self._recover()
 
     def append(self, lines: list[bytes]) -> None:
-        """Write lines behind all others, and fsync. Raises OSError as `write` does, and then the
-        file is as it was."""
+        """Add lines and fsync, or leave the file as it was. Raises OSError as `write` does."""
         self._refuse_edit()
         with open(self.path, "ab", buffering=0) as file:
             size, data = file.tell(), b"".join(line + b"\n" for line in lines)
@@ -1739,17 +1738,16 @@ class StoreFile:
 
 class Things:
     """Whose the things of a workspace are, as a file of changes tells it, one a line; the last word
-    counts. `change` takes them:
+    counts:
 
         {"key": "<its owner_id; empty: nobody's>", "kind": "files", "made": {"file_…": 1764194000}}
         {"gone": ["file_…"]}
         {"shared": ["file_…"]}   until it is made or gone again
-
-    A place is an (owner, kind); ``made`` has what stands there, and when it was made."""
+    """
 
     def __init__(self) -> None:
-        self.made = collections.defaultdict[tuple[str, str], dict[str, float]](dict)
-        self.places: dict[str, tuple[str, str]] = {}  # by id
+        self.places: dict[str, tuple[str, str]] = {}  # by id: (owner, kind)
+        self.made = collections.defaultdict[tuple[str, str], dict[str, float]](dict)  # by place
         self.shared: set[str] = set()
         self.is_untidy = False  # its file is to be written anew before anything is added to it
 
@@ -1774,21 +1772,18 @@ class Things:
 
     def lines(self) -> list[bytes]:
         """The fewest changes that say all of it."""
-        changes: list[dict[str, Any]] = []
+        changes = list[dict[str, Any]]()
         for (owner, kind), made in self.made.items():
-            rest = iter(made.items())
-            while some := dict(itertools.islice(rest, WRITE_SLICE)):
-                changes.append({"key": owner, "kind": kind, "made": some})
+            changes += [{"key": owner, "kind": kind, "made": made}] if made else []
         changes += [{"shared": sorted(self.shared)}] if self.shared else []
         return [json.dumps(change).encode() for change in changes]
 
 
 def parse_things(text: bytes, name: str) -> Things:
-    """Read a file of things; what a crash has cut off of its end was told to nobody. Raises
-    SettingsError that says what is damaged."""
-    things, (first, *lines) = Things(), text.split(b"\n")
-    cut, where = lines.pop() if lines else b"", "its first line"
+    """Read a file of things. Raises SettingsError that says what is damaged."""
+    things, where = Things(), "its first line"
     try:
+        first, *lines, cut = text.split(b"\n")  # off by a crash, before anybody was told
         if json.loads(first) != {"version": STORE_VERSION}:
             raise ValueError("is not of a version for this gateway")
         decode = decoder_of(Any) or json.loads
@@ -1798,14 +1793,15 @@ def parse_things(text: bytes, name: str) -> Things:
     except Exception as error:  # noqa: BLE001 - whatever Python says of what it cannot read
         wrong = f"{name}: damaged, {where}: {error}; mend it or restore a copy"
         raise SettingsError(wrong) from None
-    fewest = sum(1 + len(made) // WRITE_SLICE for made in things.made.values())
-    things.is_untidy = bool(cut) or len(lines) > 2 * fewest + UNTIDY_LINES
+    things.is_untidy = bool(cut) or len(lines) > 2 * len(things.made) + UNTIDY_LINES
     return things
 
 
 class FileLedger:
-    """The keys in memory and in a `StoreFile`; what is whose in another, beside it, named as it and
-    ".resources". Raises SettingsError where one cannot be used, and leaves it as it is."""
+    """The keys and what they used, in memory and in a `StoreFile`; what is whose in another, beside
+    it, named as it and ".resources". Nothing else changes a key's account. What is awaited may wait
+    in another store; where nothing must, no task and no future is made. Raises SettingsError where
+    a file cannot be used, and leaves it as it is."""
 
     def __init__(
         self, path: Path, usage_days: int = 90, clock: Callable[[], float] = time.monotonic
@@ -1837,20 +1833,19 @@ class FileLedger:
     # Looking
 
     async def find_hash(self, hashed: str) -> tuple[VirtualKey, str] | None:
-        """A key and its `VirtualKey.status`; by an old hash too, ``expired`` once the grace of a
-        key that was regenerated is over."""
-        record = self.keys.get(hashed)
-        if record is not None and not (record.deleted_at or record.blocked or record.expires):
-            return record, "active"
+        """A key and its `VirtualKey.status`; by an old hash ``expired`` once its grace is over."""
         return self.lookup(hashed)
 
     def lookup(self, hashed: str) -> tuple[VirtualKey, str] | None:
         """What `find_hash` finds, at once."""
-        record = self.keys.get(hashed) or self.keys.get(self._retired.get(hashed, ""))
-        if record is None or hashed not in (record.account.hashed, *record.retired):
-            return None
-        over = record.account.hashed != hashed and now() >= record.retired[hashed]
-        return record, "expired" if over else record.status(now())
+        record = self.keys.get(hashed)
+        if record is None:
+            record = self.keys.get(self._retired.get(hashed, ""))
+            if record is None or hashed not in record.retired:
+                return None
+            if now() >= record.retired[hashed]:
+                return record, "expired"
+        return record, record.status(now())
 
     def find(self, key_or_hash: str, alias: str = "") -> tuple[str, VirtualKey] | None:
         """A key that is not deleted: by its alias where one is given, else by plain key or hash."""
@@ -2015,8 +2010,7 @@ class FileLedger:
         return found
 
     async def reached(self, key: VirtualKey, kind: str) -> dict[str, float]:
-        """The ids of a kind that a key made, a team mate where it reaches his, or that are shared;
-        and when each was made, in Unix seconds."""
+        """The ids of a kind that a key reaches, shared ones too; and when each was made (Unix)."""
         made, things, team = dict[str, float](), self.things, key.team_id
         places = [(key.owner, kind)]
         if team and key.resources == "team":
@@ -2058,8 +2052,7 @@ class FileLedger:
         self._changes.append(json.dumps(change).encode())
 
     async def _add(self, changes: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Write what is not written of things, and further changes, which hold once they are on
-        disk. Raises APIError 503."""
+        """Write what is not written of things, and changes that hold then. Raises APIError 503."""
         async with self._adding:
             waiting, self._changes, file = self._changes, [], self._things_file
             try:
@@ -2101,11 +2094,9 @@ class FileLedger:
                 self.keys.pop(hashed, None)
                 self._lines.pop(hashed, None)
                 continue
-            self.keys[hashed] = record
-            self._lines[hashed] = self._line(hashed, record)
+            self.keys[hashed], account = record, record.account
+            self._lines[hashed], account.hashed = self._line(hashed, record), hashed
             self._retired.update(dict.fromkeys(record.retired, hashed))
-            account = record.account
-            account.hashed = hashed
             self._owners[record.owner] = hashed
             for kind, limit in (("requests", record.rpm_limit), ("tokens", record.tpm_limit)):
                 bucket = account.buckets.pop(kind, None) or Bucket(0, self._clock())
@@ -2137,9 +2128,8 @@ class FileLedger:
         """Take in what somebody has edited. Where it does not parse, that is said once, and nothing
         is written until it is mended."""
         edits = self._file.edit(), self._things_file.edit()
-        if self._writing or self._next or self._adding.locked():
-            return  # a write looks by itself
-        if not any(edits) or edits == self._noticed:
+        is_writing = self._writing or self._next or self._adding.locked()  # and looks by itself
+        if is_writing or not any(edits) or edits == self._noticed:
             return
         self._noticed = edits
         try:
@@ -2159,25 +2149,23 @@ class FileLedger:
             for key in keys.values():
                 made = {n: from_iso(b.day).timestamp() for n, b in key.account.batches.items()}
                 self.things.change({"key": key.owner, "kind": "batches", "made": made})
-        self._load_things()
+        if not self._owners or self._things_file.edit() is not None:
+            self._load_things()
         known = {hashed: key.account for hashed, key in self.keys.items()}
         for index in (self.keys, self._lines, self._retired, self.batches, self._owners):
             index.clear()
-        places, forgotten = self.things.places, now() - TOMBSTONE
-        heritage = {owner for owner, _ in places.values()}
+        heritage = {owner for (owner, _), made in self.things.made.items() if made}
+        forgotten = now() - TOMBSTONE
         for hashed, record in list(keys.items()):
+            record.account = known.get(hashed, record.account)
             gone = record.deleted_at is not None and record.deleted_at < forgotten
             if gone and not (record.team_id and record.owner in heritage):
                 del keys[hashed]
-                continue
-            record.account = known.get(hashed, record.account)
         self._apply(keys)
         self._touched |= known.keys() & keys.keys()
 
     def _load_things(self) -> None:
         file = self._things_file
-        if self._owners and file.edit() is None:
-            return
         try:
             self.things = things = file.read(parse_things, self.things.lines())
             for change in self._changes:
@@ -2263,9 +2251,7 @@ def check_budget(
         limit, duration = budget.budget_limit, budget.time_period
     if limit is None:
         return
-    start = window_start(duration, moment)
-    spent = used.spend if used.start == start else used.spent(start)
-    held = used.held if shares else ZERO
+    spent, held = key.spent(moment, pattern), used.held if shares else ZERO
     if spent < limit and (spent + held + cost <= limit if fit else spent + held < limit):
         return
     name = f"Budget{' for ' if pattern else ''}{pattern} of ${dollars(limit)}"
