@@ -1818,7 +1818,7 @@ class FileLedger:
         # What the file lacks: keys that were used, and what changed, as it was before.
         self._touched: set[str] = set()
         self._undo: dict[str, VirtualKey | None] = {}
-        self._changes: list[bytes] = []  # of things
+        self._changes: list[Mapping[str, Any]] = []  # of things
         self._owners: dict[str, str] = {}  # the hashes of keys by what their things are kept under
         self._writing: asyncio.Task[APIError | None] | None = None  # is under way …
         self._next: asyncio.Task[APIError | None] | None = None  # … and what waits for its end
@@ -1838,14 +1838,12 @@ class FileLedger:
 
     def lookup(self, hashed: str) -> tuple[VirtualKey, str] | None:
         """What `find_hash` finds, at once."""
-        record = self.keys.get(hashed)
-        if record is None:
-            record = self.keys.get(self._retired.get(hashed, ""))
-            if record is None or hashed not in record.retired:
-                return None
-            if now() >= record.retired[hashed]:
-                return record, "expired"
-        return record, record.status(now())
+        if record := self.keys.get(hashed):
+            return record, record.status(now())
+        record = self.keys.get(self._retired.get(hashed, ""))
+        if record is None or hashed not in record.retired:
+            return None
+        return record, "expired" if now() >= record.retired[hashed] else record.status(now())
 
     def find(self, key_or_hash: str, alias: str = "") -> tuple[str, VirtualKey] | None:
         """A key that is not deleted: by its alias where one is given, else by plain key or hash."""
@@ -1966,9 +1964,8 @@ class FileLedger:
     def own_batch(self, account: Account, name: str, hold: Hold) -> None:
         """A key made a batch: what is held for it stays until it is booked."""
         self.finish_batch(name)  # an upstream that gives an id twice frees what was held for it
-        batch = account.batches[name] = Batch(day_of(now()))
-        self.batches[name] = account
-        batch.held, hold.amounts = hold.amounts, {}
+        account.batches[name] = Batch(day_of(now()), held=hold.amounts)
+        self.batches[name], hold.amounts = account, {}
         self._touched.add(account.hashed)
 
     def batch_line(self, name: str, line: int) -> Account | None:
@@ -2049,7 +2046,7 @@ class FileLedger:
 
     def _change(self, change: Mapping[str, Any]) -> None:
         self.things.change(change)
-        self._changes.append(json.dumps(change).encode())
+        self._changes.append(change)
 
     async def _add(self, changes: Sequence[Mapping[str, Any]] = ()) -> None:
         """Write what is not written of things, and changes that hold then. Raises APIError 503."""
@@ -2059,7 +2056,7 @@ class FileLedger:
                 if self.things.is_untidy or not file.path.exists():
                     await asyncio.to_thread(file.write, self.things.lines())
                     self.things.is_untidy = False
-                if lines := waiting + [json.dumps(change).encode() for change in changes]:
+                if lines := [json.dumps(change).encode() for change in (*waiting, *changes)]:
                     await asyncio.to_thread(file.append, lines)
             except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again
                 self._changes[:0] = waiting
@@ -2145,12 +2142,7 @@ class FileLedger:
         except OSError as error:
             self._fail(error, self._file)
             return
-        if not self._things_file.path.exists():  # version 1.0 kept batches' owners with the keys
-            for key in keys.values():
-                made = {n: from_iso(b.day).timestamp() for n, b in key.account.batches.items()}
-                self.things.change({"key": key.owner, "kind": "batches", "made": made})
-        if not self._owners or self._things_file.edit() is not None:
-            self._load_things()
+        self._load_things(keys.values())
         known = {hashed: key.account for hashed, key in self.keys.items()}
         for index in (self.keys, self._lines, self._retired, self.batches, self._owners):
             index.clear()
@@ -2164,12 +2156,18 @@ class FileLedger:
         self._apply(keys)
         self._touched |= known.keys() & keys.keys()
 
-    def _load_things(self) -> None:
+    def _load_things(self, keys: Iterable[VirtualKey]) -> None:
         file = self._things_file
+        if not file.path.exists():  # version 1.0 kept batches' owners with the keys
+            for key in keys:
+                made = {n: from_iso(b.day).timestamp() for n, b in key.account.batches.items()}
+                self.things.change({"key": key.owner, "kind": "batches", "made": made})
+        elif file.edit() is None:
+            return
         try:
             self.things = things = file.read(parse_things, self.things.lines())
             for change in self._changes:
-                things.change(json.loads(change))
+                things.change(change)
             if things.is_untidy:
                 file.write(things.lines())
                 things.is_untidy = False
@@ -2234,8 +2232,8 @@ class FileLedger:
         # An edit that was not read yet is no failure; it is in a moment.
         is_unread = isinstance(error, FileExistsError) and file.edit() not in self._noticed
         if message != file.error and not is_unread:
-            file.error, is_odd = message, not isinstance(error, OSError)
-            log.error(message, exc_info=is_odd)
+            file.error = message
+            log.error(message, exc_info=not isinstance(error, OSError))
         return APIError(503, message, headers=headers)
 
 
