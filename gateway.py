@@ -1779,18 +1779,17 @@ class Things:
 
 def parse_things(text: bytes, name: str) -> Things:
     """Read a file of things. Raises SettingsError that says what is damaged."""
-    things, where = Things(), "its first line"
+    things, where = Things(), "its first line: "
     try:
         first, *lines, cut = text.split(b"\n")  # off by a crash, before anybody was told
         if json.loads(first) != {"version": STORE_VERSION}:
             raise ValueError("is not of a version for this gateway")
         decode = decoder_of(Any) or json.loads
         for number, line in enumerate(lines, start=2):
-            where = f"line {number}"
+            where = f"line {number}: "
             things.change(decode(line))
     except Exception as error:  # noqa: BLE001 - whatever Python says of what it cannot read
-        wrong = f"{name}: damaged, {where}: {error}; mend it or restore a copy"
-        raise SettingsError(wrong) from None
+        raise SettingsError(f"{name}: damaged, {where}{error}; mend it or restore a copy") from None
     things.is_untidy = bool(cut) or len(lines) > 2 * len(things.made) + UNTIDY_LINES
     return things
 
