@@ -3977,7 +3977,7 @@ class Doors:
 
     def is_master(self, hashed: str) -> bool:
         """Whether this is the master key's hash; takes the same time whatever the answer."""
-        return bool(self._master) and hmac.compare_digest(hashed, self._master)
+        return hmac.compare_digest(hashed, self._master)
 
     def refuse_foreign(self, head: RequestHead) -> None:
         """In open mode nothing but where a request comes from tells a program on this machine from
@@ -4216,7 +4216,7 @@ def check_route(key: VirtualKey, route: Route, path: str, *, pays: bool) -> None
         matching = [pattern for pattern in matching if pattern.startswith(group)]
     shown = printable(path)
     if not matching:
-        beyond = "must name it, since it is none of messages, batches, models, files and skills"
+        beyond = "must name it; without, keys reach messages, batches, models, files and skills"
         why = "leave it out" if route.open else beyond
         raise APIError(403, f"This key may not call {shown}; its 'allowed_routes' {why}.")
     if not route.open and pays and key.has_budget and not key.unmetered_routes:
