@@ -771,7 +771,6 @@ SESSION_FIELD, AGENT_FIELD = "x-claude-code-session-id", "x-claude-code-agent-id
 TAGS_FIELD, METRICS_PATH = "x-litellm-tags", "/metrics"  # LiteLLM's
 WORKSPACE_FIELD = "anthropic-workspace-id"  # chooses a workspace of the real key's owner
 
-
 BILLED = ("/v1/messages", "/v1/messages/batches", "/v1/messages/cache_touch", "/v1/complete")
 FREE = re.compile(r"/v1/(?:messages/count_tokens|models(?:/[^/]*)?)/?")
 UPLOAD = re.compile(r"(?s)/v1/(?:files|skills)(?:/.*)?")
@@ -857,13 +856,18 @@ def model_of(value: object) -> str:
 
 def count_of(members: object, name: str, default: int = 0) -> int:
     """A count out of an object; the default where there is none that can be believed."""
-    count = members.get(name) if isinstance(members, dict) else None
+    count = dict_of(members).get(name)
     return count if type(count) is int and 0 <= count <= MAX_COUNT else default
 
 
 def list_of(value: object) -> list[Any]:
     """A value, if it is a list."""
     return value if isinstance(value, list) else []
+
+
+def dict_of(value: object) -> dict[str, Any]:
+    """A value, if it is an object."""
+    return value if isinstance(value, dict) else {}
 
 
 def is_event_stream(head: Head) -> bool:
@@ -1037,7 +1041,7 @@ async def read_body(
 
 def members_of(value: object) -> dict[str, Any]:
     """The members of a value, if it is an object. Raises APIError 400 where others may be read."""
-    members = value if isinstance(value, dict) else {}
+    members = dict_of(value)
     for name in members:  # to some readers capitals are alike, and what Unicode folds to k and s
         if name.casefold() in MODEL_PLACES and name not in MODEL_PLACES:
             raise APIError(400, f"{UNCLEAR} {printable(name)!r} is not written in lower case.")
@@ -1150,8 +1154,9 @@ def named_in(
     for place, holder, is_own in holders:  # which grows meanwhile
         if isinstance(holder, list):
             holders += [(place, each, is_own) for each in holder if isinstance(each, dict | list)]
-        kind_of = str(holder.get("type")) if isinstance(holder, dict) else ""
-        for name, value in holder.items() if isinstance(holder, dict) else ():
+        members = dict_of(holder)
+        kind_of = str(members.get("type"))
+        for name, value in members.items():
             looks += 1
             if looks % BREATH == 0:
                 yield None
@@ -1160,11 +1165,9 @@ def named_in(
                 holders.append((name, value, own))
             if name in names:
                 kind = "" if own else REFERENCES.get(name) or WORDS.get((place, name), "")
-                each = [
-                    one.get("id") if isinstance(one, dict) else one
-                    for one in (value if isinstance(value, list) else [value])
-                ]
-                ids = [one for one in each if isinstance(one, str)] if kind else []
+                listed = value if isinstance(value, list) else [value]
+                each = [dict_of(one).get("id", one) for one in listed if kind]
+                ids = [one for one in each if isinstance(one, str)]
                 if name == "skill_id" and kind_of == "anthropic":  # a built-in one's is a word
                     ids = [one for one in ids if one.startswith(KINDS["skills"])]
                 yield kind_of, [(kind, one) for one in ids]
@@ -1172,24 +1175,22 @@ def named_in(
 
 def parent_of(thing: Mapping[str, Any]) -> object:
     """The id of what made a session, a run of a deployment, or a file; None where nothing says."""
-    scope = thing.get("scope")
-    return thing.get("deployment_id") or (scope.get("id") if isinstance(scope, dict) else None)
+    return thing.get("deployment_id") or dict_of(thing.get("scope")).get("id")
 
 
 def products_of(thing: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(kind, id) of what a dream or a run of a deployment has made (SDK: beta_dream)."""
     if thing.get("type") in ("dream", "deployment_run"):
-        outputs = [each for each in list_of(thing.get("outputs")) if isinstance(each, dict)]
         made = [("sessions", thing.get("session_id"))]
-        made += [("memory_stores", each.get("memory_store_id")) for each in outputs]
+        for output in list_of(thing.get("outputs")):
+            made.append(("memory_stores", dict_of(output).get("memory_store_id")))
         yield from ((kind, name) for kind, name in made if isinstance(name, str))
 
 
 def is_published(thing: Mapping[str, Any]) -> bool:
     """Whether it is a skill of Anthropic's own, which is everybody's (SDK: types/skill.py)."""
     source = thing.get("source")
-    told = source.get("type") if isinstance(source, dict) else source
-    return told in ("anthropic", "anthropic_example")
+    return dict_of(source).get("type", source) in ("anthropic", "anthropic_example")
 
 
 def moment_in(thing: Mapping[str, Any]) -> float:
@@ -1217,17 +1218,16 @@ class Order:
 
     def add_message(self, params: Mapping[str, Any]) -> int:
         """Count in each attempt of a message (SDK: beta_*_param); how many tools and fallbacks."""
+        edits = list_of(dict_of(params.get("context_management")).get("edits"))
         summed_up = params.get("compaction") is not None
-        if isinstance(managed := params.get("context_management"), dict):
-            edits = [each for each in list_of(managed.get("edits")) if isinstance(each, dict)]
-            summed_up |= any(str(edit.get("type")).startswith("compact") for edit in edits)
+        summed_up |= any(str(dict_of(edit).get("type")).startswith("compact") for edit in edits)
         name = "max_tokens" if "max_tokens" in params else "max_tokens_to_sample"  # of old clients
         most = count_of(params, name, MAX_OUTPUT)
         speed, us, searches = params.get("speed"), params.get("inference_geo") == "us", 0
         fallbacks, tools = attempts_in(params)
         # How often each attempt is made: one that sums the conversation up goes before the message.
         attempts: list[tuple[Mapping[str, Any], int]] = [(params, 1 + summed_up)]
-        attempts += [(each if isinstance(each, dict) else {}, 1) for each in fallbacks]
+        attempts += [(dict_of(each), 1) for each in fallbacks]
         for tool in tools:
             kind, uses = str(tool.get("type")), count_of(tool, "max_uses", MAX_USES)
             if kind.startswith("advisor"):
@@ -1322,16 +1322,13 @@ class Measured:
         self.model = self.model or order.model
 
 
-def measured_message(message: object, size: int) -> Measured:
+def measured_message(said: object, size: int) -> Measured:
     """What a whole message of so many bytes says."""
-    if not isinstance(message, dict):
-        return Measured(seen=size)
-    measured = Measured(model_of(message.get("model")), stop_reason=message.get("stop_reason"))
-    measured.empty = not message.get("content")
-    usage, text = message.get("usage"), message.get("completion")
-    if usage and isinstance(usage, dict):
-        measured.usage, measured.final = usage, True
-    else:
+    message = dict_of(said)
+    measured = Measured(model_of(message.get("model")), dict_of(message.get("usage")))
+    measured.stop_reason, measured.empty = message.get("stop_reason"), not message.get("content")
+    measured.final, text = bool(measured.usage), message.get("completion")
+    if not measured.final:
         measured.seen = len(text.encode("utf-8", "replace")) if isinstance(text, str) else size
     return measured
 
@@ -3566,10 +3563,10 @@ class Inflater:
 
 class ResponseFilter:
     """Sees an answer's plain body as it passes, and may change it; of a compressed stream its own
-    bytes go on, so there a filter only looks. One that changes its length gets the body whole, in
-    `rewrite`, and the head waits for it; such answers are JSON of at most REWRITE_LIMIT bytes."""
+    bytes go on, so there a filter only looks. One with a `rewrite`, which may raise APIError, makes
+    another of the whole body, at most REWRITE_LIMIT bytes of JSON, and the head waits for it."""
 
-    changes_length = False
+    rewrite: Callable[[bytes], Awaitable[bytes]] | None = None
 
     def feed(self, data: bytes) -> bytes:
         """What goes on of these and of held-back bytes. Raises UpstreamError if nothing may."""
@@ -3578,10 +3575,6 @@ class ResponseFilter:
     def finish(self, complete: bool) -> bytes:
         """What goes on at the end; ``complete`` says that it is not cut short."""
         return b""
-
-    async def rewrite(self, body: bytes) -> bytes:
-        """The whole body as it goes on. Raises APIError."""
-        return body
 
 
 REWRITE_LIMIT = 16 * MIB  # a list of a thousand batches takes one, of a hundred agents ten
@@ -3631,12 +3624,8 @@ class Meter(ResponseFilter):
             return data
         # Most of a stream's lines are deltas, and only their text counts.
         for name, text in DELTA_TEXT.findall(lines):
-            size = len(text)
-            if b"\\" in text:
-                try:
-                    size = len(json.loads(b'"%b"' % text).encode("utf-8", "replace"))
-                except ValueError:  # it is not escaped as JSON is
-                    pass
+            said = read_json(b'"%b"' % text) if b"\\" in text else None
+            size = len(said.encode("utf-8", "replace")) if isinstance(said, str) else len(text)
             measured.seen += size
             if name == b"thinking":
                 measured.thought += size
@@ -3648,21 +3637,14 @@ class Meter(ResponseFilter):
         for line in lines.splitlines():
             if b'"usage"' not in line or not line.startswith(b"data:"):
                 continue
-            try:
-                event = json.loads(str(line[5:], "utf-8"))
-                message, delta = event.get("message"), event.get("delta")
-            except (ValueError, RecursionError, AttributeError):  # it is no object
-                continue
-            told = [event.get("usage")]
-            if isinstance(message, dict):
-                measured.model = model_of(message.get("model")) or measured.model
-                told.insert(0, message.get("usage"))
-            for usage in told:  # counts are cumulative; later ones may lack fields
-                for field_name, value in usage.items() if isinstance(usage, dict) else ():
-                    if value is not None:
-                        measured.usage[field_name] = value
-            if isinstance(delta, dict) and isinstance(delta.get("stop_reason"), str):
-                measured.stop_reason, measured.final = delta["stop_reason"], bool(measured.usage)
+            event = dict_of(read_json(line[5:]))
+            message, delta = dict_of(event.get("message")), dict_of(event.get("delta"))
+            measured.model = model_of(message.get("model")) or measured.model
+            # Counts are cumulative; later ones may lack fields.
+            for usage in dict_of(message.get("usage")), dict_of(event.get("usage")):
+                measured.usage |= {n: value for n, value in usage.items() if value is not None}
+            if isinstance(stop := delta.get("stop_reason"), str):
+                measured.stop_reason, measured.final = stop, bool(measured.usage)
         return data
 
     def finish(self, complete: bool) -> bytes:
@@ -3722,13 +3704,11 @@ class Meter(ResponseFilter):
 
     def _read_results(self, lines: bytes, on_result: Callable[[int, Measured], None]) -> None:
         for line in filter(bytes.strip, lines.splitlines()):
-            row = read_answer(line)
-            result = row.get("result") if isinstance(row, dict) else None
+            result = dict_of(read_answer(line)).get("result")
             if result is None:  # these are no results, or not in plain text
                 self.measured.blind = True
                 return
-            message = result.get("message") if isinstance(result, dict) else None
-            on_result(next(self._numbers), measured_message(message, 0))
+            on_result(next(self._numbers), measured_message(dict_of(result).get("message"), 0))
 
 
 MIN_SECRET_LENGTH = 16  # a shorter "key", of a test server, is a word that responses may hold
@@ -3818,13 +3798,11 @@ class Inside:
         return b""
 
 
+@dataclass(eq=False)
 class Rewritten(ResponseFilter):
-    """Has a whole answer made another by ``rewrite``, which may raise APIError."""
+    """Does nothing but rewrite."""
 
-    changes_length = True
-
-    def __init__(self, rewrite: Callable[[bytes], Awaitable[bytes]]) -> None:
-        self.rewrite = rewrite  # type: ignore[method-assign, assignment]
+    rewrite: Callable[[bytes], Awaitable[bytes]]
 
 
 def decompress(coding: str, data: bytes, limit: int) -> bytes:
@@ -5389,7 +5367,7 @@ class RelayHandler(BaseHandler):
         for make in gateway.rules.filters:
             filters += make(visit, head)
         self._filters, upstream = filters, self._upstream
-        changing = [each for each in filters if each.changes_length]
+        changing = [each for each in filters if each.rewrite is not None]
         if changing and upstream is not None and upstream.length != 0:
             self._gathered = bytearray()
         elif filters and "content-encoding" in head.values and (coding := head.coding):
@@ -5565,7 +5543,7 @@ class RelayHandler(BaseHandler):
             raise APIError(502, f"The upstream's answer cannot be read: {error}.") from None
         plain = body
         for each in self._filters:
-            body = await each.rewrite(body) if each.changes_length else through([each], body, True)
+            body = await each.rewrite(body) if each.rewrite else through([each], body, True)
         body = bytes(gathered) if body == plain else compress(head.coding, body)
         head.fields = [each for each in head.fields if each.lower != "content-length"]
         head.fields.append(parse_field(f"Content-Length: {len(body)}"))
