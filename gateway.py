@@ -1093,9 +1093,8 @@ async def check_models(models: list[str], route: Route, document: Any, breathe: 
                 raise APIError(403, f"This key may not use the model {model_of(model)!r}.")
 
 
-# Members whose values are ids, wherever they stand, and the kinds of what those name; and members
-# that are words of every day, by what they stand in (SDK: message_create_params, session_create_-
-# params, agent_create_params; types/container.py for answers, whose last three are).
+# Members that name things, and the kinds of those, wherever they stand; and words of every day, by
+# what they stand in (SDK: {message,session,agent}_create_params, types/container.py of answers).
 REFERENCES = {f"{kind[:-1]}_id{s}": kind for kind in KINDS if kind != "batches" for s in ("", "s")}
 REFERENCES["scope_id"] = "sessions"
 WORDS = {(place, "container"): "containers" for place in ("", "params", "message", "delta")}
@@ -1108,6 +1107,7 @@ IDENTITY_FIELDS = frozenset({"anthropic-organization-id", WORKSPACE_FIELD})  # w
 # What tells that such a member may be there: how names end, words, and letters that are escaped.
 NAME_END = re.compile(rb'(_ids?)"(?:\s{0,900}+:|\s{900})')  # with the spaces before its colon
 ESCAPED_LETTER = re.compile(rb"\\u00(?:5[fF]|6[1-9a-fA-F]|7[0-9aA])")
+Named = tuple[str, list[tuple[str, str]]]  # its object's type, and the (kind, id) of each thing
 NAMES = set(REFERENCES)
 LONGEST_NAME, MAX_NAMES = 1000, 1000
 EVERYDAY, EVERYDAY_IN_MESSAGES = {name for _, name in WORDS}, {"container"}
@@ -1129,9 +1129,8 @@ def everyday_on(route: Route) -> set[str]:
 
 
 def names_in(body: bytes, start: int, words: set[str]) -> int:
-    """How many members that name things may begin in LIGHT_BODY bytes from there on: a look that
-    takes a part of what reading does. Below 0 where it does not tell: letters are escaped, it is
-    UTF-16, which has zeros, or there are many."""
+    """How many members that name things may begin in LIGHT_BODY bytes from there on, by a look; -1
+    where that does not tell: letters are escaped, zeros stand in it as in UTF-16, or many ends."""
     stop = start + LIGHT_BODY
     if body.find(b"\0", start, stop) >= 0 or ESCAPED_LETTER.search(body, start, stop + 5):
         return -1
@@ -1145,11 +1144,9 @@ def names_in(body: bytes, start: int, words: set[str]) -> int:
     return count
 
 
-def named_in(
-    document: object, names: collections.abc.Set[str]
-) -> Iterator[tuple[str, list[tuple[str, str]]] | None]:
-    """What each member of these names in a JSON value names, as (its object's type, kinds and ids),
-    which is nothing in the user's own data; None where the loop may do something else."""
+def named_in(document: object, names: set[str]) -> Iterator[Named | None]:
+    """What each member of these names in a JSON value names, which is nothing in the user's own
+    data; None where the loop may do something else."""
     holders, looks = [("", document, False)], 0
     for place, holder, is_own in holders:  # which grows meanwhile
         if isinstance(holder, list):
@@ -1181,9 +1178,9 @@ def parent_of(thing: Mapping[str, Any]) -> object:
 def products_of(thing: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(kind, id) of what a dream or a run of a deployment has made (SDK: beta_dream)."""
     if thing.get("type") in ("dream", "deployment_run"):
+        outputs = map(dict_of, list_of(thing.get("outputs")))
         made = [("sessions", thing.get("session_id"))]
-        for output in list_of(thing.get("outputs")):
-            made.append(("memory_stores", dict_of(output).get("memory_store_id")))
+        made += [("memory_stores", each.get("memory_store_id")) for each in outputs]
         yield from ((kind, name) for kind, name in made if isinstance(name, str))
 
 
@@ -1195,10 +1192,9 @@ def is_published(thing: Mapping[str, Any]) -> bool:
 
 def moment_in(thing: Mapping[str, Any]) -> float:
     """When a thing was made: Unix seconds, the present ones where it does not say."""
-    try:
+    with contextlib.suppress(KeyError, ValueError, TypeError):
         return from_iso(thing["created_at"]).timestamp()
-    except (KeyError, ValueError, TypeError):
-        return time.time()
+    return time.time()
 
 
 @dataclass(slots=True)
@@ -3521,9 +3517,7 @@ def site_of(address: str) -> str:
 
 # ─── Filters ──────────────────────────────────────────────────────────────────────────────────────
 
-# A line of a stream or of batch results, or a whole message, is read up to this size; of longer
-# ones the size counts. `json` takes some 40 ms for so much.
-MAX_LINE = 4 * MIB
+MAX_LINE = 4 * MIB  # of what is read at once, some 40 ms for `json`; of more the size counts
 UNASKED_LINE = 64 * KIB  # of it are held without being counted
 INFLATE_SLICE = 64 * KIB  # decompressed at a time, so that a small bomb stays small
 # The text of deltas; "completion" is that of POST /v1/complete.
@@ -3591,11 +3585,10 @@ def through(filters: Iterable[ResponseFilter], data: bytes, complete: bool) -> b
 
 
 class Meter(ResponseFilter):
-    """Reads usage out of a response as it passes: SSE, a JSON message, or batch results (JSONL).
-    ``measured`` is the same however the body is split, and final after `finish`. Of a line or a
-    message MAX_LINE bytes are held at most; beyond UNASKED_LINE ``room`` is asked for so many, and
-    told (below 0) of those let go. ``on_result`` gets each line of batch results, counted from 1;
-    ``learn`` what a line or a message says that may name something new."""
+    """Reads usage out of a response as it passes, however split: SSE, a JSON message, or results of
+    a batch (JSONL). ``measured`` is final after `finish`. Of a line or a message MAX_LINE bytes are
+    held at most, for which beyond UNASKED_LINE ``room`` is asked, and told (below 0) of those let
+    go. ``on_result`` gets each result, from 1 on, ``learn`` what may name something new."""
 
     def __init__(
         self,
@@ -5627,10 +5620,9 @@ class ManagementHandler(BaseHandler):
         self.gateway.ledger.notice_edit()
 
     def owner_of(self, named: Any) -> str:
-        """What the things of a key are kept under, by its alias, plain value or hash. Raises
-        APIError 400, 404."""
-        by_alias = self.gateway.ledger.find("", named) if isinstance(named, str) else None
-        return (by_alias[1] if by_alias else self.addressed({"key": named})).owner
+        """What a key's things are kept under, by its alias, plain value or hash; as `addressed`."""
+        alias = isinstance(named, str) and self.gateway.ledger.find("", named)
+        return self.addressed({"key_alias" if alias else "key": named}).owner
 
     def addressed(self, body: dict[str, Any]) -> VirtualKey:
         """Take ``key`` (plain or hash) or ``key_alias`` out of a body. Raises APIError 400, 404."""
@@ -5824,6 +5816,7 @@ class InfoHandler(ManagementHandler):
 REPORT_GROUPS = ("api_key", "model", "team", "user", "day")
 REPORT_GROUP = Kind(f"one of {', '.join(REPORT_GROUPS)}", REPORT_GROUPS.index)
 ORDINAL = Kind("a whole number from 1", lambda text: int(read_amount(int(text) - 1)) + 1)
+PAGE_SIZE = ORDINAL._replace(read=lambda text: min(ORDINAL.read(text), MAX_PAGE_SIZE))
 DAY = Kind("a date like 2026-11-22", lambda text: day_of(datetime.strptime(text, "%Y-%m-%d")))
 
 
@@ -5836,8 +5829,7 @@ class ReportHandler(ManagementHandler):
     def list_keys(self) -> dict[str, Any]:
         """Pages of hashes, or of whole rows with ``return_full_object=true``. Filters: ``user_id``,
         ``team_id``, ``key_alias``, ``key_hash``. ``page`` counts from 1; ``size`` is up to 100."""
-        page, size = self.query("page", ORDINAL, 1), self.query("size", ORDINAL, 10)
-        size = min(size, MAX_PAGE_SIZE)
+        page, size = self.query("page", ORDINAL, 1), self.query("size", PAGE_SIZE, 10)
         rows = [key for _, key in self.gateway.ledger.live()]
         for name in ("key_hash", "user_id", "team_id", "key_alias"):
             if wanted := self.query(name):
@@ -5890,21 +5882,20 @@ class ReportHandler(ManagementHandler):
 
     def list_resources(self) -> dict[str, Any]:
         """Pages of what is whose, of a ``key`` or of a ``kind``."""
-        page, size = self.query("page", ORDINAL, 1), self.query("size", ORDINAL, MAX_PAGE_SIZE)
+        page, size = self.query("page", ORDINAL, 1), self.query("size", PAGE_SIZE, MAX_PAGE_SIZE)
         asked, kind, things = self.query("key"), self.query("kind"), self.gateway.ledger.things
-        owner, size = self.owner_of(asked) if asked else None, min(size, MAX_PAGE_SIZE)
+        owner = self.owner_of(asked) if asked else None
         keys = {key.owner: hashed for hashed, key in self.gateway.ledger.live()}
         chosen = [p for p in things.made if owner in (None, p[0]) and kind in ("", p[1])]
         total = sum(len(things.made[place]) for place in chosen)
         every = itertools.chain.from_iterable(things.made[place].items() for place in chosen)
-        rows = []
+        rows = list[dict[str, Any]]()
         for name, moment in itertools.islice(every, (page - 1) * size, page * size):
             owner, kind = things.places[name]
-            row: dict[str, Any] = {"id": name, "kind": kind, "key": keys.get(owner)}
-            row |= {"shared": name in things.shared, "created_at": moment_of(int(moment))}
-            rows.append(row)
-        told = {"resources": rows, "total_count": total, "current_page": page}
-        return told | {"total_pages": -(-total // size)}
+            told = {"shared": name in things.shared, "created_at": moment_of(int(moment))}
+            rows.append({"id": name, "kind": kind, "key": keys.get(owner)} | told)
+        pages = {"current_page": page, "total_pages": -(-total // size)}
+        return {"resources": rows, "total_count": total} | pages
 
     reports: ClassVar[dict[str, Any]] = {"/key/list": list_keys, "/spend/logs": list_requests}
     reports["/resources/list"] = list_resources
