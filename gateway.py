@@ -1018,9 +1018,7 @@ async def read_string(body: bytes, start: int, kept: bool, breathe: Breathe) -> 
     return json.loads(body[start - 1 : end + 1]), end + 1
 
 
-async def read_body(
-    body: bytes, breathe: Breathe, *, strictly: bool, wholly: bool = False
-) -> object:
+async def read_body(body: bytes, breathe: Breathe, *, strictly: bool, wholly: bool = False) -> Any:
     """What rules look at of a body: what its price depends on, or ``wholly`` all of it; None where
     it cannot be read, or ``strictly`` APIError 400 for what is unclear or too much."""
     light = not strictly and len(body) <= LIGHT_BODY
@@ -1110,7 +1108,6 @@ ESCAPED_LETTER = re.compile(rb"\\u00(?:5[fF]|6[1-9a-fA-F]|7[0-9aA])")
 Named = tuple[str, list[tuple[str, str]]]  # its object's type, and the (kind, id) of each thing
 NAMES = set(REFERENCES)
 LONGEST_NAME, MAX_NAMES = 1000, 1000
-EVERYDAY, EVERYDAY_IN_MESSAGES = {name for _, name in WORDS}, {"container"}
 NOT_FOUND = {"files": "File `{}` not found.", "environments": "Environment {} not found."}
 NOT_FOUND |= {"skills": "Skill not found: {}", "sessions": "Session not found: {}"}
 NOT_FOUND |= {"memory_stores": "memory store not found: {}"}
@@ -1124,8 +1121,8 @@ def not_found(kind: str, name: str) -> APIError:
 
 
 def everyday_on(route: Route) -> set[str]:
-    """Those of EVERYDAY that may name things in a body."""
-    return EVERYDAY_IN_MESSAGES if route.kind in ("", "batches") else EVERYDAY
+    """The words of every day that may name things in a body."""
+    return {"container"} if route.kind in ("", "batches") else {name for _, name in WORDS}
 
 
 def names_in(body: bytes, start: int, words: set[str]) -> int:
@@ -3660,8 +3657,7 @@ class Meter(ResponseFilter):
                 learn(read_json(text.removeprefix(b"data:"), Any))
 
     def _complete(self, data: bytes) -> bytes:
-        """The lines that end in these bytes. What stands behind them is held until its end comes;
-        of what is too long only the size counts."""
+        """The lines that end in these bytes; the rest is held, or only counted if it is too long."""
         end = 0 if self._whole else max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
         lines, rest = data[:end], data[end:]
         if end and self._passed_over:
@@ -5773,8 +5769,7 @@ class KeyHandler(ManagementHandler):
         return {"deleted_keys": keys + aliases}
 
     async def assign(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Give the things of these ``ids`` to a ``key``, to nobody (null) or to all to use ("*").
-        ``kind`` is needed for those whose ids do not tell it."""
+        """Give the things of ``ids`` to a ``key``, to nobody (null) or to all, to use them ("*")."""
         ids, kind, key = TEXTS.parse("ids", body.get("ids")), body.get("kind"), body.get("key")
         if not ids or "key" not in body or not (kind is None or isinstance(kind, str)):
             raise APIError(400, "'ids' must list things, and 'key' name a key, '*' or null.")
@@ -5827,8 +5822,7 @@ class ReportHandler(ManagementHandler):
         self.send_json(self.reports[self.request.path](self))
 
     def list_keys(self) -> dict[str, Any]:
-        """Pages of hashes, or of whole rows with ``return_full_object=true``. Filters: ``user_id``,
-        ``team_id``, ``key_alias``, ``key_hash``. ``page`` counts from 1; ``size`` is up to 100."""
+        """Pages of hashes, or of whole rows with ``return_full_object=true``."""
         page, size = self.query("page", ORDINAL, 1), self.query("size", PAGE_SIZE, 10)
         rows = [key for _, key in self.gateway.ledger.live()]
         for name in ("key_hash", "user_id", "team_id", "key_alias"):
@@ -5865,8 +5859,7 @@ class ReportHandler(ManagementHandler):
         return sorted(rows, key=lambda row: -row["spend"])
 
     def list_requests(self) -> list[dict[str, Any]]:
-        """The last --recent-requests, newest first, in LiteLLM's fields. Filters: ``request_id``
-        (either), ``api_key`` (plain or hash), ``user_id``, ``start_date``, ``end_date``."""
+        """The last --recent-requests, newest first, in LiteLLM's fields and with its filters."""
         first = self.query("start_date", DAY, "0001-01-01")
         last = self.query("end_date", DAY, "9999-12-31")
         wanted, user, shown = self.query("request_id"), self.query("user_id"), self.query("api_key")
@@ -6101,9 +6094,8 @@ MOCK_SKILL |= {"type": "skill", "updated_at": MOCK_SKILL["created_at"]}
 
 
 class MockAnthropic(web.RequestHandler):
-    """A stand-in for Anthropic's API, for trying the gateway without a key or a network. It echoes
-    what it was asked, counts four characters as a token, and takes no credential but this one, as
-    x-api-key. The model ``mock-error-429`` (or any other status) is answered with that error."""
+    """A stand-in for Anthropic's API, for trying the gateway without a key or a network: an echo.
+    The model ``mock-error-429`` (or of any other status) is answered with that error."""
 
     # What there is, by its kind and id, oldest first; by id the bytes of what has such.
     things: ClassVar[dict[str, dict[str, JSONObject]]] = {"batches": {}, "files": {}}
