@@ -1276,8 +1276,7 @@ GLANCED = re.compile(
 
 
 def glance(body: bytes) -> Order:
-    """What a body asks for, as far as a look tells that costs a tenth of reading it."""
-    # Clients write these members before or after all that is long.
+    """What a look at a body's ends tells, where clients write what is short: a tenth of reading."""
     edges = body if len(body) <= 2 * EDGE else body[:EDGE] + b" " + body[-EDGE:]
     members, order = dict(GLANCED.findall(edges)), Order(prompt=tokens_in(len(body)))
     if (most := members.get(b"max_tokens", b"")).isdigit():
@@ -1398,8 +1397,7 @@ class Prices:
     def __init__(self, path: Path | None = None) -> None:
         self.path, self.loaded = path, False
         self._own, self._unknown = dict[str, Rates](), set[str]()
-        self._models: list[Any] = []  # of the package
-        self._tiers = [0]  # lengths of a prompt, in tokens, above which the rates are others
+        self._models, self._tiers = list[Any](), [0]  # tokens of a prompt above which rates differ
         self._found = functools.lru_cache(maxsize=1000)(self._find)
         self.reload()
         self.available = bool(self._own) or importlib.util.find_spec("genai_prices") is not None
@@ -1431,7 +1429,7 @@ class Prices:
         """What is billed of a response, as (model, counts and USD); see `charged_entries`."""
         entries, usage = charged_entries(measured), measured.usage
         tools = usage.get("server_tool_use")
-        if entries and tools and (searches := count_of(tools, "web_search_requests")):
+        if entries and (searches := count_of(tools, "web_search_requests")):
             entries.append((measured.model, Tally(web_searches=searches)))
         factor = US_INFERENCE if usage.get("inference_geo") == "us" else Decimal(1)
         factor *= BATCH_DISCOUNT if usage.get("service_tier") == "batch" else 1
@@ -2418,8 +2416,8 @@ class Head:
     @property
     def coding(self) -> str:
         """How the body is compressed (RFC 9110 section 8.4), in lower case; empty: it is not."""
-        values = self.values.get("content-encoding", ())
-        codings = (coding.strip() for coding in ",".join(values).lower().split(","))
+        values = ",".join(self.values.get("content-encoding", ()))
+        codings = map(str.strip, values.lower().split(","))
         return ", ".join(coding for coding in codings if coding not in ("", "identity"))
 
 
@@ -2690,7 +2688,6 @@ def connect_failure(error: BaseException, timeout: float) -> UpstreamError:
 class UpstreamRequest(HTTPRequest):
     """What `UpstreamClient.fetch` takes: ``head`` goes up as it is, then ``data``, or the body that
     ``body_producer``, called with `write`, sends until the future that it returns is done.
-
     ``header_callback`` gets each `ResponseHead`, 1xx ones too; then ``length`` is the body's
     (bytes, CHUNKED or UNTIL_CLOSE). ``streaming_callback`` gets what one read brought of the body,
     empty right after the head, with ``complete`` true at the last; no more is read before what it
@@ -2873,8 +2870,7 @@ class UpstreamConnection(asyncio.Protocol):
                 return
             request.complete = complete = body.complete
             if complete:
-                # Back to the pool, unless either side left something behind: another request may go
-                # over it while the caller takes the last of this one.
+                # Back to the pool: another request may go as the caller takes the last of this one.
                 self.request = None
                 left = rest or not request.sent or request.room is not None
                 if self._keep and not left and not self.transport.is_closing():
@@ -2942,9 +2938,9 @@ class UpstreamConnection(asyncio.Protocol):
 
 
 class UpstreamClient(SimpleAsyncHTTPClient):
-    """Tornado's `AsyncHTTPClient`, whose `fetch` also takes an `UpstreamRequest`: any number at
-    once, over kept-alive connections, else they fail with an `UpstreamError`. ``opened`` counts
-    those, ``reused`` requests that found one in ``idle``, which tells since when (seconds)."""
+    """Tornado's `AsyncHTTPClient`, whose `fetch` also takes `UpstreamRequest`, any number at once:
+    they go over kept-alive connections, or fail with an `UpstreamError`. ``opened`` connections and
+    ``reused`` ones are counted; ``idle`` are those kept, with the moment (seconds) since when."""
 
     def initialize(self, settings: Settings) -> None:  # type: ignore[override]
         """Called by Tornado's constructor, with its keyword arguments."""
@@ -2964,8 +2960,7 @@ class UpstreamClient(SimpleAsyncHTTPClient):
 
     @functools.cached_property
     def ssl_context(self) -> ssl.SSLContext | None:
-        """None over plain HTTP. It verifies always, by SSL_CERT_FILE and SSL_CERT_DIR where OpenSSL
-        finds them. Making it takes a while."""
+        """None over plain HTTP; slow to make. OpenSSL reads SSL_CERT_FILE and SSL_CERT_DIR."""
         if self.origin.scheme == "http":
             return None
         context = ssl.create_default_context()
@@ -2973,8 +2968,7 @@ class UpstreamClient(SimpleAsyncHTTPClient):
         return context
 
     def fetch(self, request: Any, *more: Any, **options: Any) -> asyncio.Future[HTTPResponse]:
-        """Send a request, over the connection that was used last or else a new one. What comes of
-        an `UpstreamRequest` goes to its callbacks; its future only says that it is over."""
+        """Send a request; an `UpstreamRequest` has callbacks, and its future only says "over"."""
         if not isinstance(request, UpstreamRequest):
             return super().fetch(request, *more, **options)
         request.client = self
@@ -3136,8 +3130,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         self.server.connections.add(self)
 
     def data_received(self, data: bytes) -> None:
-        """Read on: but not while the delegate waits, and the next request neither before the
-        present one's end, nor before the client has taken the answers that are here."""
+        """Read on unless the delegate waits; a next request once earlier answers are taken."""
         self._taken += len(data)
         waiting = self.phase is ClientPhase.WAITING
         if self.phase is ClientPhase.LINGERING or (waiting and self._close_after):
@@ -3657,7 +3650,7 @@ class Meter(ResponseFilter):
                 learn(read_json(text.removeprefix(b"data:"), Any))
 
     def _complete(self, data: bytes) -> bytes:
-        """The lines that end in these bytes; the rest is held, or only counted if it is too long."""
+        """The lines that end in these bytes; the rest is held, or only counted if too long."""
         end = 0 if self._whole else max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
         lines, rest = data[:end], data[end:]
         if end and self._passed_over:
@@ -4604,9 +4597,9 @@ class Walls(Rule):
         """What is not known here, if the upstream says that Anthropic made it for all, or that it
         came of something that the caller reaches. It is asked only where that may be."""
         ledger, parents = visit.gateway.ledger, PARENTS.get(kind)
-        await self.ask_dreams(visit, key, kind)
-        if thing := (await ledger.find_things([name])).get(name):
-            return thing
+        if kind == "memory_stores":
+            await self.ask_dreams(visit, key)
+            return (await ledger.find_things([name])).get(name)
         is_custom = kind != "skills" or name.startswith(KINDS["skills"])
         may_be = await ledger.reached(key, parents) if parents else not is_custom
         if not may_be or not SAFE_ID.fullmatch(name):
@@ -4623,9 +4616,9 @@ class Walls(Rule):
         await ledger.own(thing.owner, kind, {name: moment_in(found)})
         return thing._replace(kind=kind)
 
-    async def ask_dreams(self, visit: Visit, key: VirtualKey, kind: str) -> None:
+    async def ask_dreams(self, visit: Visit, key: VirtualKey) -> None:
         """Dreams make memory stores and sessions, and tell so themselves alone."""
-        if kind in DREAMT and await visit.gateway.ledger.reached(key, "dreams"):
+        if await visit.gateway.ledger.reached(key, "dreams"):
             with contextlib.suppress(UpstreamError):
                 page = await self.ask(visit, "/v1/dreams?limit=100")
                 await self.visible(visit, list_of(page.get("data")), "dreams")
@@ -4708,7 +4701,6 @@ class Walls(Rule):
         if not isinstance(document, dict):
             raise APIError(502, "The upstream's list cannot be read.")
         rows, kind = list_of(document.get("data")), visit.route.kind
-        await self.ask_dreams(visit, cast(VirtualKey, visit.payer), kind)
         shown = await self.visible(visit, rows, kind)
         if "has_more" in document and "next_page" not in document:
             return await self.fill(visit, body, document, shown)
@@ -4745,9 +4737,11 @@ class Walls(Rule):
         key, ledger, born = visit.payer, visit.gateway.ledger, dict[tuple[str, str], Any]()
         assert key is not None
         objects = [row for row in rows if isinstance(row, dict)]
-        known = await ledger.find_things(
-            itertools.chain(map(id_of, objects), map(parent_of, objects))
-        )
+        names = [*map(id_of, objects), *map(parent_of, objects)]
+        known = await ledger.find_things(names)
+        if of in DREAMT and any(id_of(row) not in known for row in objects):
+            await self.ask_dreams(visit, key)
+            known = await ledger.find_things(names)
         shown = []
         for row in objects:
             name, above = id_of(row), known.get(str(parent_of(row)))
@@ -5769,7 +5763,7 @@ class KeyHandler(ManagementHandler):
         return {"deleted_keys": keys + aliases}
 
     async def assign(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Give the things of ``ids`` to a ``key``, to nobody (null) or to all, to use them ("*")."""
+        """Give the things of ``ids`` to a ``key``, to nobody (null), or to all to use ("*")."""
         ids, kind, key = TEXTS.parse("ids", body.get("ids")), body.get("kind"), body.get("key")
         if not ids or "key" not in body or not (kind is None or isinstance(kind, str)):
             raise APIError(400, "'ids' must list things, and 'key' name a key, '*' or null.")

@@ -1287,11 +1287,13 @@ async def try_walls(
         process.kill()
         log += (await process.communicate())[0]
         counts["kills"] += 1
-    await asyncio.gather(*lives)
-    for tenant, kind in itertools.product(tenants, COLLECTIONS):
-        await tenant.list(kind)
-    process.terminate()
-    log += (await process.communicate())[0]
+    try:
+        await asyncio.gather(*lives)
+        for tenant, kind in itertools.product(tenants, COLLECTIONS):
+            await tenant.list(kind)
+    finally:
+        process.terminate()
+        log += (await process.communicate())[0]
     if b"Traceback" in log:
         counts["FAILED: a traceback in the log"] += 1
         print(log.decode(), file=sys.stderr)
