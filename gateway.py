@@ -805,7 +805,6 @@ class Route:
             kind = name = self.below = ""
         self.kind, self.name = kind.rpartition("/")[2], name
         batches, billed = BATCHES.fullmatch(path) is not None, path.removesuffix("/") in BILLED
-        results = batches and self.below == "/results"
         # What orders something that its path does not tell is closed; a batch's own id does not.
         known = self.fetches or self.deletes or not (batches and name) or self.below == "/cancel"
         self.open = known and OPEN.fullmatch(path) is not None  # to any key, as its routes allow
@@ -813,13 +812,12 @@ class Route:
         # No budget stands against it: counting, models, fetching paid batches.
         self.free = (self.fetches and batches) or FREE.fullmatch(path) is not None
         # The gateway looks into its answer; no rule looks at its body.
-        bears = not (name and self.fetches) or self.kind in BEARERS
-        self.is_read = billed or (kind != "" and bears)
+        self.is_read = billed or self.kind in BEARERS or bool(kind and not (name and self.fetches))
         self.unread = self.fetches or UPLOAD.fullmatch(path) is not None
-        # It is answered with batch objects; it makes one; it fetches the results of this one.
-        self.batch = batches and method in ("GET", "POST") and not results
+        # It fetches the results of this batch; it is answered with batch objects; it makes one.
+        self.results_of = name if batches and method == "GET" and self.below == "/results" else ""
+        self.batch = batches and method in ("GET", "POST") and not self.results_of
         self.makes_batch = batches and not (self.fetches or name)
-        self.results_of = name if results and method == "GET" else ""
 
 
 KEPT_PATH = 200  # characters; routes of longer paths are not kept
@@ -965,7 +963,7 @@ async def scan(body: bytes, names: set[str] | None, breathe: Breathe) -> object:
     while found := JSON_MARK.match(body, at):
         at, mark, marks = found.end(), found[1], marks + 1
         if marks % BREATH == 0:
-            rows = list_of(document[0].get("requests")) if isinstance(document[0], dict) else []
+            rows = list_of(dict_of(document[0]).get("requests"))
             if marks > MAX_MARKS + ROW_MARKS * min(MAX_ROWS, len(rows)):
                 raise APIError(400, "The body has more members than a model can read; send less.")
             await breathe()
@@ -5652,7 +5650,7 @@ def key_row(key: VirtualKey, *, full: bool = False) -> dict[str, Any]:
 
 def is_nested(value: object, levels: int) -> bool:
     """Whether a JSON value has more levels than that."""
-    within = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    within = (*dict_of(value).values(), *list_of(value))
     return levels < 0 or any(is_nested(entry, levels - 1) for entry in within)
 
 
