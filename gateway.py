@@ -78,7 +78,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypedDict, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, TypedDict, TypeVar, cast
 
 import tornado
 from tornado import httputil, netutil, web
@@ -1575,76 +1575,6 @@ class Thing(NamedTuple):
         return self.is_shared or self.belongs_to(key)
 
 
-class Ledger(Protocol):
-    """The keys and what they used, as another store than a file has them too; nothing else changes
-    a key's account. Where nothing must wait, no task and no future is made."""
-
-    keys: dict[str, VirtualKey]
-
-    async def find_hash(self, hashed: str) -> tuple[VirtualKey, str] | None:
-        """A key and its `VirtualKey.status`; by an old hash too, ``expired`` once the grace of a
-        key that was regenerated is over."""
-
-    async def admit(self, hold: Hold, *, pays: bool, shares: bool) -> None:
-        """Take a slot and one request of the key's rates; where it ``pays``, its budget must have
-        room, beside what others hold where it ``shares`` it. Else raise APIError 429."""
-
-    async def hold(self, hold: Hold, worst: Charges, *, fit: bool) -> None:
-        """Hold what a request may cost of all budgets that it falls under; all of it must ``fit``,
-        or else only a part. Else raise APIError 429 and hold nothing."""
-
-    def book(self, hold: Hold, charges: Charges, *, model: str, failed: bool) -> None:
-        """Give back what a request held, and count it and what it used, once."""
-
-    def charge(self, account: Account, charges: Charges, moment: datetime) -> VirtualKey | None:
-        """Count what an account used; its key's newest record, None where it is gone."""
-
-    def rates(self, key: VirtualKey, theirs: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
-        """anthropic-ratelimit-* of a key's own limits, where they are tighter than ``theirs``."""
-
-    def own_batch(self, account: Account, name: str, hold: Hold) -> None:
-        """A key made a batch: what is held for it stays until it is booked."""
-
-    def batch_line(self, name: str, line: int) -> Account | None:
-        """Whom a line of a batch's results is to be booked to; it is said once."""
-
-    def finish_batch(self, name: str, *, lost: bool = False) -> None:
-        """All results of a batch are booked; where they are ``lost``, what is held for it is."""
-
-    async def find_things(self, names: Iterable[object]) -> dict[str, Thing]:
-        """Of these ids those that are known here."""
-
-    async def reached(self, key: VirtualKey, kind: str) -> dict[str, float]:
-        """The ids of a kind that a key made, a team mate where it reaches his, or that are shared;
-        and when each was made, in Unix seconds."""
-
-    async def own(self, owner: str, kind: str, made: Mapping[str, float]) -> None:
-        """Remember whose these things are, durably, and when they were made; what has an owner
-        keeps him. Raises APIError 503, and tries it again each second."""
-
-    async def assign(self, kinds: Mapping[str, str], owner: str | None) -> None:
-        """Give things (id: kind) to an owner ("": nobody), or share them with all (None). Where it
-        raises APIError 503 nothing is changed."""
-
-    def forget(self, name: str, owner: str | None) -> None:
-        """A thing is no more, if it is this owner's (None: anybody's)."""
-
-    async def change(self, changes: Mapping[str, VirtualKey | None]) -> None:
-        """Put these records (None removes one), as `save` does; what fails is taken back."""
-
-    async def save(self) -> None:
-        """Make all that was changed before this call durable. Raises APIError 503."""
-
-    async def run(self) -> None:
-        """Save once a second what keys used, until cancelled."""
-
-    async def reload(self) -> None:
-        """Read anew what keys may do. Where it raises SettingsError or APIError, all stays."""
-
-    async def close(self) -> None:
-        """Save what keys used, and give up the store."""
-
-
 def store_line(hashed: str, record: VirtualKey, today: str = "", keep_from: str = "") -> bytes:
     """One line of keys.json; usage of days before ``keep_from`` is left out."""
     line = json.dumps(record.to_json(), default=written)
@@ -1683,14 +1613,12 @@ def mark_of(file: Path | int) -> FileMark:
 
 
 @dataclass(eq=False)
-class StoreFile(Generic[Contents]):
-    """A file of lines that is whole at all times, and nobody else's while this object lives. It is
-    written beside itself, fsynced and renamed over the old one; a link stays a link. ``what`` it is
-    and what happens ``then`` where it cannot be written stand in errors, the last in ``error``;
-    ``parse`` gets its bytes and name, ``frame`` is what stands before, between and behind lines."""
+class StoreFile:
+    """A file of lines that is whole at all times, and nobody else's while this object lives; a link
+    stays a link. ``frame`` is what stands before, between and behind lines; errors, the last of
+    them in ``error``, say ``what`` it is, and what happens ``then`` where it cannot be written."""
 
     path: Path
-    parse: Callable[[bytes, str], Contents]
     frame: tuple[bytes, bytes, bytes]
     what: str
     then: str
@@ -1701,9 +1629,9 @@ class StoreFile(Generic[Contents]):
     def __post_init__(self) -> None:
         self.path = Path(os.path.realpath(self.path))
 
-    def read(self, lines: list[bytes]) -> Contents:
-        """What is in the file, which is ours from then on; where there is none it is made of these
-        lines. Raises SettingsError, and OSError where none can be made."""
+    def read(self, parse: Callable[[bytes, str], Contents], lines: list[bytes]) -> Contents:
+        """What is in the file (``parse`` gets its bytes and name), which is ours from then on; else
+        it is made of these lines. Raises SettingsError, and OSError where none can be made."""
         while True:
             try:
                 while self._lock < 0 or not os.path.samefile(self.path, self._lock):
@@ -1711,7 +1639,7 @@ class StoreFile(Generic[Contents]):
                     self._lock = os.open(self.path, os.O_RDONLY)
                     fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 mark = mark_of(self._lock)  # an edit while it is read is another
-                contents, self._mark = self.parse(self.path.read_bytes(), str(self.path)), mark
+                contents, self._mark = parse(self.path.read_bytes(), str(self.path)), mark
                 return contents
             except FileNotFoundError:
                 with contextlib.suppress(FileExistsError):  # another gateway was faster
@@ -1755,10 +1683,10 @@ class StoreFile(Generic[Contents]):
             os.fsync(folder)
         finally:
             os.close(folder)
+        self._recover()
 
     def append(self, lines: list[bytes]) -> None:
-        """Write lines behind all others, and fsync. Raises OSError as `write` does, and then the
-        file is as it was."""
+        """Add lines and fsync, or leave the file as it was. Raises OSError as `write` does."""
         self._refuse_edit()
         with open(self.path, "ab", buffering=0) as file:
             size, data = file.tell(), b"".join(line + b"\n" for line in lines)
@@ -1771,6 +1699,7 @@ class StoreFile(Generic[Contents]):
                 raise
             finally:
                 self._mark = mark_of(file.fileno())
+        self._recover()
 
     def edit(self) -> FileMark:
         """The file's mark, where it is not the one that was last read or written."""
@@ -1781,8 +1710,7 @@ class StoreFile(Generic[Contents]):
         if self.edit() is not None:
             raise FileExistsError(errno.EEXIST, "it was edited; mend it, or send this again")
 
-    def is_written(self) -> None:
-        """A write succeeded."""
+    def _recover(self) -> None:
         if self.error:
             log.warning("%s written again", self.what)
         self.error = ""
@@ -1796,19 +1724,18 @@ class StoreFile(Generic[Contents]):
 
 class Things:
     """Whose the things of a workspace are, as a file of changes tells it, one a line; the last word
-    counts. `change` takes them:
+    counts:
 
         {"key": "<its owner_id; empty: nobody's>", "kind": "files", "made": {"file_…": 1764194000}}
         {"gone": ["file_…"]}
         {"shared": ["file_…"]}   until it is made or gone again
-
-    A place is an (owner, kind); ``made`` has what stands there, and when it was made."""
+    """
 
     def __init__(self) -> None:
-        self.made = collections.defaultdict[tuple[str, str], dict[str, float]](dict)
-        self.places: dict[str, tuple[str, str]] = {}  # by id
+        self.places: dict[str, tuple[str, str]] = {}  # by id: (owner, kind)
+        self.made = collections.defaultdict[tuple[str, str], dict[str, float]](dict)  # by place
         self.shared: set[str] = set()
-        self.is_untidy = self.is_cut = False  # its file is to be written anew, or must be
+        self.is_untidy = False  # its file is to be written anew before anything is added to it
 
     def change(self, change: Mapping[str, Any]) -> None:
         """Take one in. Raises whatever Python does for what is none."""
@@ -1831,51 +1758,44 @@ class Things:
 
     def lines(self) -> list[bytes]:
         """The fewest changes that say all of it."""
-        changes: list[dict[str, Any]] = []
+        changes = list[dict[str, Any]]()
         for (owner, kind), made in self.made.items():
-            rest = iter(made.items())
-            while some := dict(itertools.islice(rest, WRITE_SLICE)):
-                changes.append({"key": owner, "kind": kind, "made": some})
+            changes += [{"key": owner, "kind": kind, "made": made}] if made else []
         changes += [{"shared": sorted(self.shared)}] if self.shared else []
         return [json.dumps(change).encode() for change in changes]
 
 
 def parse_things(text: bytes, name: str) -> Things:
-    """Read a file of things; what a crash has cut off of its end was told to nobody. Raises
-    SettingsError that says what is damaged."""
-    things, (first, *lines) = Things(), text.split(b"\n")
-    rest = lines.pop() if lines else b""
-    where = "its first line"
+    """Read a file of things. Raises SettingsError that says what is damaged."""
+    things, where = Things(), "its first line: "
     try:
+        first, *lines, cut = text.split(b"\n")  # off by a crash, before anybody was told
         if json.loads(first) != {"version": STORE_VERSION}:
             raise ValueError("is not of a version for this gateway")
         decode = decoder_of(Any) or json.loads
         for number, line in enumerate(lines, start=2):
-            where = f"line {number}"
+            where = f"line {number}: "
             things.change(decode(line))
     except Exception as error:  # noqa: BLE001 - whatever Python says of what it cannot read
-        wrong = f"damaged, {where}: {error}; mend it or restore a copy"
-        raise SettingsError(f"{name}: {wrong}") from None
-    things.is_cut = bool(rest)
-    fewest = sum(1 + len(made) // WRITE_SLICE for made in things.made.values())
-    things.is_untidy = things.is_cut or len(lines) > 2 * fewest + UNTIDY_LINES
+        raise SettingsError(f"{name}: damaged, {where}{error}; mend it or restore a copy") from None
+    things.is_untidy = bool(cut) or len(lines) > 2 * len(things.made) + UNTIDY_LINES
     return things
 
 
-class FileLedger(Ledger):
-    """The keys in memory and in a `StoreFile`, and beside it what is whose, in another of the same
-    name and ".resources". Raises SettingsError where one cannot be used; it is then left as it is.
-    """
+class FileLedger:
+    """The keys and what they used, in memory and in a `StoreFile`; what is whose in another, beside
+    it, named as it and ".resources". Nothing else changes a key's account. What is awaited may wait
+    in another store; where nothing must, no task and no future is made. Raises SettingsError where
+    a file cannot be used, and leaves it as it is."""
 
     def __init__(
         self, path: Path, usage_days: int = 90, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        told = (KEYS_FRAME, "keys file", "nothing was changed")
-        self._file, path = StoreFile(path, parse_store, *told), Path(os.path.realpath(path))
-        told = (THINGS_FRAME, "file of resources", "what was made is there, and written down later")
-        self._things_file = StoreFile(Path(f"{path}.resources"), parse_things, *told)
+        self._file = StoreFile(path, KEYS_FRAME, "keys file", "nothing was changed")
+        beside, then = f"{self._file.path}.resources", "what was made is there, and written later"
+        self._things_file = StoreFile(Path(beside), THINGS_FRAME, "file of resources", then)
         self._usage_days, self._clock = usage_days, clock
-        self.keys = {}
+        self.keys: dict[str, VirtualKey] = {}
         self.things = Things()
         self.batches: dict[str, Account] = {}  # whose they are
         self._lines: dict[str, bytes] = {}
@@ -1883,34 +1803,32 @@ class FileLedger(Ledger):
         # What the file lacks: keys that were used, and what changed, as it was before.
         self._touched: set[str] = set()
         self._undo: dict[str, VirtualKey | None] = {}
-        self._changes: list[bytes] = []  # of things
+        self._changes: list[Mapping[str, Any]] = []  # of things
         self._owners: dict[str, str] = {}  # the hashes of keys by what their things are kept under
         self._writing: asyncio.Task[APIError | None] | None = None  # is under way …
         self._next: asyncio.Task[APIError | None] | None = None  # … and what waits for its end
         self._adding = asyncio.Lock()  # changes of things
-        self._noticed: FileMark = None  # the last edit that was read, or could not be
+        self._noticed: tuple[FileMark, ...] = ()  # the last edits that were read, or could not be
         try:
             self._load()
         except SettingsError:
             self._file.close()
-            self._things_file.close()
             raise
 
     # Looking
 
     async def find_hash(self, hashed: str) -> tuple[VirtualKey, str] | None:
-        record = self.keys.get(hashed)
-        if record is not None and not (record.deleted_at or record.blocked or record.expires):
-            return record, "active"
+        """A key and its `VirtualKey.status`; by an old hash ``expired`` once its grace is over."""
         return self.lookup(hashed)
 
     def lookup(self, hashed: str) -> tuple[VirtualKey, str] | None:
         """What `find_hash` finds, at once."""
-        record = self.keys.get(hashed) or self.keys.get(self._retired.get(hashed, ""))
-        if record is None or hashed not in (record.account.hashed, *record.retired):
+        if record := self.keys.get(hashed):
+            return record, record.status(now())
+        record = self.keys.get(self._retired.get(hashed, ""))
+        if record is None or hashed not in record.retired:
             return None
-        over = record.account.hashed != hashed and now() >= record.retired[hashed]
-        return record, "expired" if over else record.status(now())
+        return record, "expired" if now() >= record.retired[hashed] else record.status(now())
 
     def find(self, key_or_hash: str, alias: str = "") -> tuple[str, VirtualKey] | None:
         """A key that is not deleted: by its alias where one is given, else by plain key or hash."""
@@ -1924,18 +1842,17 @@ class FileLedger(Ledger):
         """Every key that is not deleted, oldest first."""
         return ((hashed, key) for hashed, key in self.keys.items() if not key.deleted_at)
 
-    def is_writable(self) -> bool:
-        """Whether the last write succeeded, and the folder still takes files."""
-        return not self.last_error and os.access(self._file.path.parent, os.W_OK)
-
-    @property
-    def last_error(self) -> str:
-        """Why the last write failed."""
-        return self._file.error or self._things_file.error
+    def trouble(self) -> str:
+        """Why the last write failed, or the next one would; empty where all is well."""
+        takes_files = os.access(self._file.path.parent, os.W_OK)
+        unwritable = "" if takes_files else "It cannot be written."
+        return self._file.error or self._things_file.error or unwritable
 
     # What requests use
 
     async def admit(self, hold: Hold, *, pays: bool, shares: bool) -> None:
+        """Take a slot and one request of the key's rates; where it ``pays``, its budget must have
+        room, beside what others hold where it ``shares`` it. Else raise APIError 429."""
         key, clock = hold.key, self._clock()
         assert key is not None
         account, most, refused, wait = key.account, key.max_parallel_requests, "", 1.0
@@ -1956,6 +1873,8 @@ class FileLedger(Ledger):
             account.buckets["requests"].draw(1, clock)
 
     async def hold(self, hold: Hold, worst: Charges, *, fit: bool) -> None:
+        """Hold what a request may cost of all budgets that it falls under; all of it must ``fit``,
+        or else only a part. Else raise APIError 429 and hold nothing."""
         key, amounts = hold.key, dict[str, Decimal]()
         assert key is not None
         for pattern in (ALL_MODELS, *key.model_max_budget):
@@ -1969,6 +1888,7 @@ class FileLedger(Ledger):
         hold.amounts = amounts
 
     def book(self, hold: Hold, charges: Charges, *, model: str, failed: bool) -> None:
+        """Give back what a request held, and count it and what it used, once."""
         if hold.key is None:
             return
         account = hold.key.account
@@ -1983,6 +1903,7 @@ class FileLedger(Ledger):
             self.charge(account, charges, hold.started)
 
     def charge(self, account: Account, charges: Charges, moment: datetime) -> VirtualKey | None:
+        """Count what an account used; its key's newest record, None where it is gone."""
         key = self.keys.get(account.hashed)
         if key is None:
             return None
@@ -2006,6 +1927,7 @@ class FileLedger(Ledger):
         return key
 
     def rates(self, key: VirtualKey, theirs: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
+        """anthropic-ratelimit-* of a key's own limits, where they are tighter than ``theirs``."""
         fields, clock = [], self._clock()
         for kind, bucket in key.account.buckets.items():
             name, left = f"anthropic-ratelimit-{kind}-", max(0, math.floor(bucket.level(clock)))
@@ -2025,13 +1947,14 @@ class FileLedger(Ledger):
         return None if batch is None or batch.booked else batch
 
     def own_batch(self, account: Account, name: str, hold: Hold) -> None:
+        """A key made a batch: what is held for it stays until it is booked."""
         self.finish_batch(name)  # an upstream that gives an id twice frees what was held for it
-        batch = account.batches[name] = Batch(day_of(now()))
-        self.batches[name] = account
-        batch.held, hold.amounts = hold.amounts, {}
+        account.batches[name] = Batch(day_of(now()), held=hold.amounts)
+        self.batches[name], hold.amounts = account, {}
         self._touched.add(account.hashed)
 
     def batch_line(self, name: str, line: int) -> Account | None:
+        """Whom a line of a batch's results is to be booked to; it is said once."""
         account = self.batches.get(name)
         if account is None or line <= account.batches[name].lines:
             return None
@@ -2039,6 +1962,7 @@ class FileLedger(Ledger):
         return account
 
     def finish_batch(self, name: str, *, lost: bool = False) -> None:
+        """All results of a batch are booked; where they are ``lost``, what is held for it is."""
         batch = self.unbooked(name)
         if batch is None:
             return
@@ -2059,6 +1983,7 @@ class FileLedger(Ledger):
     # Things
 
     async def find_things(self, names: Iterable[object]) -> dict[str, Thing]:
+        """Of these ids those that are known here."""
         found, places, shared = dict[str, Thing](), self.things.places, self.things.shared
         for name in names:
             if isinstance(name, str) and (place := places.get(name)):
@@ -2067,6 +1992,7 @@ class FileLedger(Ledger):
         return found
 
     async def reached(self, key: VirtualKey, kind: str) -> dict[str, float]:
+        """The ids of a kind that a key reaches, shared ones too; and when each was made (Unix)."""
         made, things, team = dict[str, float](), self.things, key.team_id
         places = [(key.owner, kind)]
         if team and key.resources == "team":
@@ -2081,11 +2007,15 @@ class FileLedger(Ledger):
         return key.team_id if key else None
 
     async def own(self, owner: str, kind: str, made: Mapping[str, float]) -> None:
+        """Remember whose these things are, durably, and when they were made; what has an owner
+        keeps him. Raises APIError 503, and tries it again each second."""
         if fresh := {name: made[name] for name in made if name not in self.things.places}:
             self._change({"key": owner, "kind": kind, "made": fresh})
         await asyncio.shield(self._add())
 
     async def assign(self, kinds: Mapping[str, str], owner: str | None) -> None:
+        """Give things (id: kind) to an owner ("": nobody), or share them with all (None). Where it
+        raises APIError 503 nothing is changed."""
         places, moment, changes = self.things.places, int(time.time()), list[dict[str, Any]]()
         for name in reversed(list(kinds)):  # lists begin with the newest
             since = self.things.made[places[name]][name] if name in places else moment
@@ -2095,38 +2025,34 @@ class FileLedger(Ledger):
         await asyncio.shield(self._add(changes))
 
     def forget(self, name: str, owner: str | None) -> None:
+        """A thing is no more, if it is this owner's (None: anybody's)."""
         if (place := self.things.places.get(name)) and owner in (None, place[0]):
             self._change({"gone": [name]})
 
     def _change(self, change: Mapping[str, Any]) -> None:
         self.things.change(change)
-        self._changes.append(json.dumps(change).encode())
+        self._changes.append(change)
 
     async def _add(self, changes: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Write what is not written of things, and further changes, which hold once they are on
-        disk. Raises APIError 503."""
+        """Write what is not written of things, and changes that hold then. Raises APIError 503."""
         async with self._adding:
             waiting, self._changes, file = self._changes, [], self._things_file
-            lines, write = [json.dumps(change).encode() for change in changes], file.append
-            if not file.path.exists():
-                lines, write = self.things.lines() + lines, file.write
-            elif waiting:
-                lines = waiting + lines
             try:
-                if lines:
-                    await asyncio.to_thread(write, lines)
-                    file.is_written()
+                if self.things.is_untidy or not file.path.exists():
+                    await asyncio.to_thread(file.write, self.things.lines())
+                    self.things.is_untidy = False
+                if lines := [json.dumps(change).encode() for change in (*waiting, *changes)]:
+                    await asyncio.to_thread(file.append, lines)
             except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again
                 self._changes[:0] = waiting
-                raise APIError(
-                    503, self._fail(error, file).message, headers=[DO_NOT_RETRY]
-                ) from None
+                raise self._fail(error, file, DO_NOT_RETRY) from None
             for change in changes:
                 self.things.change(change)
 
     # Changing
 
     async def change(self, changes: Mapping[str, VirtualKey | None]) -> None:
+        """Put these records (None removes one), as `save` does; what fails is taken back."""
         for hashed in changes:
             self._undo.setdefault(hashed, self.keys.get(hashed))
         self._apply(changes)  # in memory at once
@@ -2150,11 +2076,9 @@ class FileLedger(Ledger):
                 self.keys.pop(hashed, None)
                 self._lines.pop(hashed, None)
                 continue
-            self.keys[hashed] = record
-            self._lines[hashed] = self._line(hashed, record)
+            self.keys[hashed], account = record, record.account
+            self._lines[hashed], account.hashed = self._line(hashed, record), hashed
             self._retired.update(dict.fromkeys(record.retired, hashed))
-            account = record.account
-            account.hashed = hashed
             self._owners[record.owner] = hashed
             for kind, limit in (("requests", record.rpm_limit), ("tokens", record.tpm_limit)):
                 bucket = account.buckets.pop(kind, None) or Bucket(0, self._clock())
@@ -2174,6 +2098,7 @@ class FileLedger(Ledger):
     # Reading and writing
 
     async def reload(self) -> None:
+        """Read anew what keys may do. Where it raises SettingsError or APIError, all stays."""
         # A change that is being written would be read over; and where the last write failed, the
         # file may have one that was refused, since it was not known to be on disk.
         async with self._adding:
@@ -2184,74 +2109,71 @@ class FileLedger(Ledger):
     def notice_edit(self) -> None:
         """Take in what somebody has edited. Where it does not parse, that is said once, and nothing
         is written until it is mended."""
-        edit = self._edit()
-        if self._writing or self._next or self._adding.locked() or edit in (None, self._noticed):
-            return  # a write looks by itself
-        self._noticed = edit
+        edits = self._file.edit(), self._things_file.edit()
+        is_writing = self._writing or self._next or self._adding.locked()  # and looks by itself
+        if is_writing or not any(edits) or edits == self._noticed:
+            return
+        self._noticed = edits
         try:
             self._load()
             log.info("keys file was edited: read again, %d keys", len(self.keys))
         except Exception as error:  # noqa: BLE001 - whatever it is, what keys use is still written
             log.error("keys file was edited, and cannot be read: %s", error)
 
-    def _edit(self) -> FileMark:
-        """Of either file."""
-        return self._file.edit() or self._things_file.edit()
-
     def _load(self) -> None:
         """What keys may do is the file's; what they used is memory's, where it is known."""
         try:
-            keys = self._file.read(list(self._lines.values()))
+            keys = self._file.read(parse_store, list(self._lines.values()))
         except OSError as error:
             self._fail(error, self._file)
             return
-        if not self._things_file.path.exists():  # version 1.0 kept batches' owners with the keys
-            for key in keys.values():
-                made = {n: from_iso(b.day).timestamp() for n, b in key.account.batches.items()}
-                self.things.change({"key": key.owner, "kind": "batches", "made": made})
-        self._load_things()
+        self._load_things(keys.values())
         known = {hashed: key.account for hashed, key in self.keys.items()}
         for index in (self.keys, self._lines, self._retired, self.batches, self._owners):
             index.clear()
-        places, forgotten = self.things.places, now() - TOMBSTONE
-        heritage = {owner for owner, _ in places.values()}
+        heritage = {owner for (owner, _), made in self.things.made.items() if made}
+        forgotten = now() - TOMBSTONE
         for hashed, record in list(keys.items()):
+            record.account = known.get(hashed, record.account)
             gone = record.deleted_at is not None and record.deleted_at < forgotten
             if gone and not (record.team_id and record.owner in heritage):
                 del keys[hashed]
-                continue
-            record.account = known.get(hashed, record.account)
         self._apply(keys)
         self._touched |= known.keys() & keys.keys()
 
-    def _load_things(self) -> None:
+    def _load_things(self, keys: Iterable[VirtualKey]) -> None:
         file = self._things_file
-        if self._owners and file.edit() is None:
+        if not file.path.exists():  # version 1.0 kept batches' owners with the keys
+            for key in keys:
+                made = {n: from_iso(b.day).timestamp() for n, b in key.account.batches.items()}
+                self.things.change({"key": key.owner, "kind": "batches", "made": made})
+        elif file.edit() is None:
             return
         try:
-            things = file.read(self.things.lines())
+            self.things = things = file.read(parse_things, self.things.lines())
             for change in self._changes:
-                things.change(json.loads(change))
-            self.things = things
+                things.change(change)
             if things.is_untidy:
                 file.write(things.lines())
+                things.is_untidy = False
         except OSError as error:
-            failure = self._fail(error, file)
-            if self.things.is_cut:  # what is written behind that could not be read
-                raise SettingsError(failure.message) from None
+            self._fail(error, file)
 
     async def save(self) -> None:
+        """Make all that was changed before this call durable. Raises APIError 503."""
         if self._next is None:
             self._next = asyncio.create_task(self._write(self._writing))
         if failure := await asyncio.shield(self._next):
             raise failure
 
     async def run(self) -> None:
+        """Save once a second what keys used, until cancelled."""
         while True:
             await asyncio.sleep(FLUSH_INTERVAL)
             await self._flush()
 
     async def close(self) -> None:
+        """Save what keys used, and give up the store."""
         await self._flush()
         while under_way := self._next or self._writing:
             await asyncio.wait([under_way])
@@ -2286,19 +2208,18 @@ class FileLedger(Ledger):
             return self._fail(error, self._file)
         finally:
             self._writing = None
-        self._file.is_written()
         return None
 
-    def _fail(self, error: Exception, file: StoreFile[Any]) -> APIError:
+    def _fail(self, error: Exception, file: StoreFile, *headers: tuple[str, str]) -> APIError:
         """Say what is new of it. A client is told no path of the machine."""
         reason = getattr(error, "strerror", None) or "unexpected failure"
         message = f"The {file.what} cannot be written ({reason}); {file.then}."
         # An edit that was not read yet is no failure; it is in a moment.
-        is_unread = isinstance(error, FileExistsError) and self._edit() != self._noticed
+        is_unread = isinstance(error, FileExistsError) and file.edit() not in self._noticed
         if message != file.error and not is_unread:
-            file.error, is_odd = message, not isinstance(error, OSError)
-            log.error(message, exc_info=is_odd)
-        return APIError(503, message)
+            file.error = message
+            log.error(message, exc_info=not isinstance(error, OSError))
+        return APIError(503, message, headers=headers)
 
 
 def check_budget(
@@ -2313,9 +2234,7 @@ def check_budget(
         limit, duration = budget.budget_limit, budget.time_period
     if limit is None:
         return
-    start = window_start(duration, moment)
-    spent = used.spend if used.start == start else used.spent(start)
-    held = used.held if shares else ZERO
+    spent, held = key.spent(moment, pattern), used.held if shares else ZERO
     if spent < limit and (spent + held + cost <= limit if fit else spent + held < limit):
         return
     name = f"Budget{' for ' if pattern else ''}{pattern} of ${dollars(limit)}"
@@ -5923,7 +5842,7 @@ class HealthHandler(BaseHandler):
         if asked != "readiness":
             return self.send_json("I'm alive!")
         gateway, ledger = self.gateway, self.gateway.ledger
-        error = "" if ledger.is_writable() else ledger.last_error or "It cannot be written."
+        error = ledger.trouble()
         status = "shutting_down" if gateway.stopping else "unhealthy" if error else "healthy"
         prices = "loaded" if gateway.prices.loaded else "loading"
         told: dict[str, Any] = {"status": status, "store": error or "writable"}
