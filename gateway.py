@@ -3555,8 +3555,7 @@ class Meter(ResponseFilter):
             self.feed(b"\n")  # which ends the last line
         held, self._passed_over = self._take(), 0
         if self._whole and not self.measured.blind:
-            message = read_answer(held) if complete and held else None
-            self.measured = measured_message(message, size)
+            self.measured = measured_message(read_answer(held) if complete else None, size)
             if self._learn is not None and complete:
                 self._learn_of([held], self._learn)
         return b""
@@ -3636,9 +3635,8 @@ class Mask(ResponseFilter):
         return held
 
     def look(self, data: bytes) -> bytes:
-        """The end of these bytes, where the secret may begin. Raises UpstreamError where it stands
-        in them, since in a compressed body nothing can be masked."""
-        if self.secret in data:
+        """The end of these bytes, where the secret may begin. Raises UpstreamError."""
+        if self.secret in data:  # in a compressed body nothing can be masked
             raise UpstreamError("The upstream sent the gateway's own credential back.")
         return data[1 - len(self.secret) :]
 
@@ -3657,8 +3655,7 @@ MAX_WITHHELD = 1 * MIB  # of one whose reads all end as if the real key began th
 
 
 class Inside:
-    """Lets filters look at what a compressed answer holds, as its own bytes go on. A read may hold
-    a thousand times its size, so the loop does other things in between."""
+    """Lets filters look at what a compressed answer holds, as its own bytes go on."""
 
     def __init__(self, coding: str, filters: Sequence[ResponseFilter]) -> None:
         self._inflater: Inflater | None = Inflater(coding)
@@ -3671,7 +3668,7 @@ class Inside:
         mask, fresh, data, self._withheld = self._mask, data, self._withheld + data, b""
         try:
             for number, plain in enumerate(self._inflater.slices(fresh) if self._inflater else ()):
-                if number:
+                if number:  # a read may hold a thousand times its size
                     await asyncio.sleep(0)
                 if mask is not None:
                     self._looked_at = mask.look(self._looked_at + plain)
@@ -6000,8 +5997,8 @@ MOCK_KINDS = {402: "billing_error", 409: "conflict_error", 529: "overloaded_erro
 MOCK_COUNTS = dict.fromkeys(("processing", "succeeded", "errored", "canceled", "expired"), 0)
 JSONObject = dict[str, Any]
 MOCK_MODEL: JSONObject = {"type": "model", "created_at": "2026-01-01T00:00:00Z"}
-MOCK_SKILL: JSONObject = {"source": "anthropic", "latest_version_id": "1"} | MOCK_MODEL
-MOCK_SKILL |= {"type": "skill", "updated_at": MOCK_SKILL["created_at"]}
+MOCK_SKILL = MOCK_MODEL | {"type": "skill", "source": "anthropic", "latest_version_id": "1"}
+MOCK_SKILL["updated_at"] = MOCK_SKILL["created_at"]
 
 
 class MockAnthropic(web.RequestHandler):
@@ -6113,7 +6110,7 @@ class MockAnthropic(web.RequestHandler):
         if error := re.fullmatch("mock-error-([45][0-9]{2})", model):
             told = MOCK_KINDS.get(int(error[1]), "api_error")
             raise APIError(int(error[1]), "An error, as you asked.", kind=told)
-        content = messages[-1].get("content") if isinstance(messages[-1], dict) else None
+        content = dict_of(messages[-1]).get("content")
         blocks = content if isinstance(content, list) else [{"text": content}]
         said = [str(block.get("text") or "") for block in blocks if isinstance(block, dict)]
         words = f"You said: {' '.join(said)}".split(" ")[: min(limit, MOCK_MAX_TOKENS)]
