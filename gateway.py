@@ -771,7 +771,6 @@ SESSION_FIELD, AGENT_FIELD = "x-claude-code-session-id", "x-claude-code-agent-id
 TAGS_FIELD, METRICS_PATH = "x-litellm-tags", "/metrics"  # LiteLLM's
 WORKSPACE_FIELD = "anthropic-workspace-id"  # chooses a workspace of the real key's owner
 
-
 BILLED = ("/v1/messages", "/v1/messages/batches", "/v1/messages/cache_touch", "/v1/complete")
 FREE = re.compile(r"/v1/(?:messages/count_tokens|models(?:/[^/]*)?)/?")
 UPLOAD = re.compile(r"(?s)/v1/(?:files|skills)(?:/.*)?")
@@ -806,7 +805,6 @@ class Route:
             kind = name = self.below = ""
         self.kind, self.name = kind.rpartition("/")[2], name
         batches, billed = BATCHES.fullmatch(path) is not None, path.removesuffix("/") in BILLED
-        results = batches and self.below == "/results"
         # What orders something that its path does not tell is closed; a batch's own id does not.
         known = self.fetches or self.deletes or not (batches and name) or self.below == "/cancel"
         self.open = known and OPEN.fullmatch(path) is not None  # to any key, as its routes allow
@@ -814,13 +812,12 @@ class Route:
         # No budget stands against it: counting, models, fetching paid batches.
         self.free = (self.fetches and batches) or FREE.fullmatch(path) is not None
         # The gateway looks into its answer; no rule looks at its body.
-        bears = not (name and self.fetches) or self.kind in BEARERS
-        self.is_read = billed or (kind != "" and bears)
+        self.is_read = billed or self.kind in BEARERS or bool(kind and not (name and self.fetches))
         self.unread = self.fetches or UPLOAD.fullmatch(path) is not None
-        # It is answered with batch objects; it makes one; it fetches the results of this one.
-        self.batch = batches and method in ("GET", "POST") and not results
+        # It fetches the results of this batch; it is answered with batch objects; it makes one.
+        self.results_of = name if batches and method == "GET" and self.below == "/results" else ""
+        self.batch = batches and method in ("GET", "POST") and not self.results_of
         self.makes_batch = batches and not (self.fetches or name)
-        self.results_of = name if results and method == "GET" else ""
 
 
 KEPT_PATH = 200  # characters; routes of longer paths are not kept
@@ -857,13 +854,18 @@ def model_of(value: object) -> str:
 
 def count_of(members: object, name: str, default: int = 0) -> int:
     """A count out of an object; the default where there is none that can be believed."""
-    count = members.get(name) if isinstance(members, dict) else None
+    count = dict_of(members).get(name)
     return count if type(count) is int and 0 <= count <= MAX_COUNT else default
 
 
 def list_of(value: object) -> list[Any]:
     """A value, if it is a list."""
     return value if isinstance(value, list) else []
+
+
+def dict_of(value: object) -> dict[str, Any]:
+    """A value, if it is an object."""
+    return value if isinstance(value, dict) else {}
 
 
 def is_event_stream(head: Head) -> bool:
@@ -961,7 +963,7 @@ async def scan(body: bytes, names: set[str] | None, breathe: Breathe) -> object:
     while found := JSON_MARK.match(body, at):
         at, mark, marks = found.end(), found[1], marks + 1
         if marks % BREATH == 0:
-            rows = list_of(document[0].get("requests")) if isinstance(document[0], dict) else []
+            rows = list_of(dict_of(document[0]).get("requests"))
             if marks > MAX_MARKS + ROW_MARKS * min(MAX_ROWS, len(rows)):
                 raise APIError(400, "The body has more members than a model can read; send less.")
             await breathe()
@@ -1014,9 +1016,7 @@ async def read_string(body: bytes, start: int, kept: bool, breathe: Breathe) -> 
     return json.loads(body[start - 1 : end + 1]), end + 1
 
 
-async def read_body(
-    body: bytes, breathe: Breathe, *, strictly: bool, wholly: bool = False
-) -> object:
+async def read_body(body: bytes, breathe: Breathe, *, strictly: bool, wholly: bool = False) -> Any:
     """What rules look at of a body: what its price depends on, or ``wholly`` all of it; None where
     it cannot be read, or ``strictly`` APIError 400 for what is unclear or too much."""
     light = not strictly and len(body) <= LIGHT_BODY
@@ -1037,7 +1037,7 @@ async def read_body(
 
 def members_of(value: object) -> dict[str, Any]:
     """The members of a value, if it is an object. Raises APIError 400 where others may be read."""
-    members = value if isinstance(value, dict) else {}
+    members = dict_of(value)
     for name in members:  # to some readers capitals are alike, and what Unicode folds to k and s
         if name.casefold() in MODEL_PLACES and name not in MODEL_PLACES:
             raise APIError(400, f"{UNCLEAR} {printable(name)!r} is not written in lower case.")
@@ -1089,9 +1089,8 @@ async def check_models(models: list[str], route: Route, document: Any, breathe: 
                 raise APIError(403, f"This key may not use the model {model_of(model)!r}.")
 
 
-# Members whose values are ids, wherever they stand, and the kinds of what those name; and members
-# that are words of every day, by what they stand in (SDK: message_create_params, session_create_-
-# params, agent_create_params; types/container.py for answers, whose last three are).
+# Members that name things, and the kinds of those, wherever they stand; and words of every day, by
+# what they stand in (SDK: {message,session,agent}_create_params, types/container.py of answers).
 REFERENCES = {f"{kind[:-1]}_id{s}": kind for kind in KINDS if kind != "batches" for s in ("", "s")}
 REFERENCES["scope_id"] = "sessions"
 WORDS = {(place, "container"): "containers" for place in ("", "params", "message", "delta")}
@@ -1104,9 +1103,9 @@ IDENTITY_FIELDS = frozenset({"anthropic-organization-id", WORKSPACE_FIELD})  # w
 # What tells that such a member may be there: how names end, words, and letters that are escaped.
 NAME_END = re.compile(rb'(_ids?)"(?:\s{0,900}+:|\s{900})')  # with the spaces before its colon
 ESCAPED_LETTER = re.compile(rb"\\u00(?:5[fF]|6[1-9a-fA-F]|7[0-9aA])")
+Named = tuple[str, list[tuple[str, str]]]  # its object's type, and the (kind, id) of each thing
 NAMES = set(REFERENCES)
 LONGEST_NAME, MAX_NAMES = 1000, 1000
-EVERYDAY, EVERYDAY_IN_MESSAGES = {name for _, name in WORDS}, {"container"}
 NOT_FOUND = {"files": "File `{}` not found.", "environments": "Environment {} not found."}
 NOT_FOUND |= {"skills": "Skill not found: {}", "sessions": "Session not found: {}"}
 NOT_FOUND |= {"memory_stores": "memory store not found: {}"}
@@ -1120,14 +1119,13 @@ def not_found(kind: str, name: str) -> APIError:
 
 
 def everyday_on(route: Route) -> set[str]:
-    """Those of EVERYDAY that may name things in a body."""
-    return EVERYDAY_IN_MESSAGES if route.kind in ("", "batches") else EVERYDAY
+    """The words of every day that may name things in a body."""
+    return {"container"} if route.kind in ("", "batches") else {name for _, name in WORDS}
 
 
 def names_in(body: bytes, start: int, words: set[str]) -> int:
-    """How many members that name things may begin in LIGHT_BODY bytes from there on: a look that
-    takes a part of what reading does. Below 0 where it does not tell: letters are escaped, it is
-    UTF-16, which has zeros, or there are many."""
+    """How many members that name things may begin in LIGHT_BODY bytes from there on, by a look; -1
+    where that does not tell: letters are escaped, zeros stand in it as in UTF-16, or many ends."""
     stop = start + LIGHT_BODY
     if body.find(b"\0", start, stop) >= 0 or ESCAPED_LETTER.search(body, start, stop + 5):
         return -1
@@ -1141,17 +1139,16 @@ def names_in(body: bytes, start: int, words: set[str]) -> int:
     return count
 
 
-def named_in(
-    document: object, names: collections.abc.Set[str]
-) -> Iterator[tuple[str, list[tuple[str, str]]] | None]:
-    """What each member of these names in a JSON value names, as (its object's type, kinds and ids),
-    which is nothing in the user's own data; None where the loop may do something else."""
+def named_in(document: object, names: set[str]) -> Iterator[Named | None]:
+    """What each member of these names in a JSON value names, which is nothing in the user's own
+    data; None where the loop may do something else."""
     holders, looks = [("", document, False)], 0
     for place, holder, is_own in holders:  # which grows meanwhile
         if isinstance(holder, list):
             holders += [(place, each, is_own) for each in holder if isinstance(each, dict | list)]
-        kind_of = str(holder.get("type")) if isinstance(holder, dict) else ""
-        for name, value in holder.items() if isinstance(holder, dict) else ():
+        members = dict_of(holder)
+        kind_of = str(members.get("type"))
+        for name, value in members.items():
             looks += 1
             if looks % BREATH == 0:
                 yield None
@@ -1160,11 +1157,9 @@ def named_in(
                 holders.append((name, value, own))
             if name in names:
                 kind = "" if own else REFERENCES.get(name) or WORDS.get((place, name), "")
-                each = [
-                    one.get("id") if isinstance(one, dict) else one
-                    for one in (value if isinstance(value, list) else [value])
-                ]
-                ids = [one for one in each if isinstance(one, str)] if kind else []
+                listed = value if isinstance(value, list) else [value]
+                each = [dict_of(one).get("id", one) for one in listed if kind]
+                ids = [one for one in each if isinstance(one, str)]
                 if name == "skill_id" and kind_of == "anthropic":  # a built-in one's is a word
                     ids = [one for one in ids if one.startswith(KINDS["skills"])]
                 yield kind_of, [(kind, one) for one in ids]
@@ -1172,14 +1167,13 @@ def named_in(
 
 def parent_of(thing: Mapping[str, Any]) -> object:
     """The id of what made a session, a run of a deployment, or a file; None where nothing says."""
-    scope = thing.get("scope")
-    return thing.get("deployment_id") or (scope.get("id") if isinstance(scope, dict) else None)
+    return thing.get("deployment_id") or dict_of(thing.get("scope")).get("id")
 
 
 def products_of(thing: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(kind, id) of what a dream or a run of a deployment has made (SDK: beta_dream)."""
     if thing.get("type") in ("dream", "deployment_run"):
-        outputs = [each for each in list_of(thing.get("outputs")) if isinstance(each, dict)]
+        outputs = map(dict_of, list_of(thing.get("outputs")))
         made = [("sessions", thing.get("session_id"))]
         made += [("memory_stores", each.get("memory_store_id")) for each in outputs]
         yield from ((kind, name) for kind, name in made if isinstance(name, str))
@@ -1188,16 +1182,14 @@ def products_of(thing: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def is_published(thing: Mapping[str, Any]) -> bool:
     """Whether it is a skill of Anthropic's own, which is everybody's (SDK: types/skill.py)."""
     source = thing.get("source")
-    told = source.get("type") if isinstance(source, dict) else source
-    return told in ("anthropic", "anthropic_example")
+    return dict_of(source).get("type", source) in ("anthropic", "anthropic_example")
 
 
 def moment_in(thing: Mapping[str, Any]) -> float:
     """When a thing was made: Unix seconds, the present ones where it does not say."""
-    try:
+    with contextlib.suppress(KeyError, ValueError, TypeError):
         return from_iso(thing["created_at"]).timestamp()
-    except (KeyError, ValueError, TypeError):
-        return time.time()
+    return time.time()
 
 
 @dataclass(slots=True)
@@ -1217,17 +1209,16 @@ class Order:
 
     def add_message(self, params: Mapping[str, Any]) -> int:
         """Count in each attempt of a message (SDK: beta_*_param); how many tools and fallbacks."""
+        edits = list_of(dict_of(params.get("context_management")).get("edits"))
         summed_up = params.get("compaction") is not None
-        if isinstance(managed := params.get("context_management"), dict):
-            edits = [each for each in list_of(managed.get("edits")) if isinstance(each, dict)]
-            summed_up |= any(str(edit.get("type")).startswith("compact") for edit in edits)
+        summed_up |= any(str(dict_of(edit).get("type")).startswith("compact") for edit in edits)
         name = "max_tokens" if "max_tokens" in params else "max_tokens_to_sample"  # of old clients
         most = count_of(params, name, MAX_OUTPUT)
         speed, us, searches = params.get("speed"), params.get("inference_geo") == "us", 0
         fallbacks, tools = attempts_in(params)
         # How often each attempt is made: one that sums the conversation up goes before the message.
         attempts: list[tuple[Mapping[str, Any], int]] = [(params, 1 + summed_up)]
-        attempts += [(each if isinstance(each, dict) else {}, 1) for each in fallbacks]
+        attempts += [(dict_of(each), 1) for each in fallbacks]
         for tool in tools:
             kind, uses = str(tool.get("type")), count_of(tool, "max_uses", MAX_USES)
             if kind.startswith("advisor"):
@@ -1321,16 +1312,13 @@ class Measured:
         self.model = self.model or order.model
 
 
-def measured_message(message: object, size: int) -> Measured:
+def measured_message(said: object, size: int) -> Measured:
     """What a whole message of so many bytes says."""
-    if not isinstance(message, dict):
-        return Measured(seen=size)
-    measured = Measured(model_of(message.get("model")), stop_reason=message.get("stop_reason"))
-    measured.empty = not message.get("content")
-    usage, text = message.get("usage"), message.get("completion")
-    if usage and isinstance(usage, dict):
-        measured.usage, measured.final = usage, True
-    else:
+    message = dict_of(said)
+    measured = Measured(model_of(message.get("model")), dict_of(message.get("usage")))
+    measured.stop_reason, measured.empty = message.get("stop_reason"), not message.get("content")
+    measured.final, text = bool(measured.usage), message.get("completion")
+    if not measured.final:
         measured.seen = len(text.encode("utf-8", "replace")) if isinstance(text, str) else size
     return measured
 
@@ -3435,8 +3423,7 @@ def site_of(address: str) -> str:
 
 # ─── Filters ──────────────────────────────────────────────────────────────────────────────────────
 
-# Of a longer line of a stream or of batch results, or a longer message, only the size counts.
-MAX_LINE = 4 * MIB  # which takes `json` some 40 ms
+MAX_LINE = 4 * MIB  # of what is read at once, some 40 ms for `json`; of more the size counts
 UNASKED_LINE = 64 * KIB  # of it are held without being counted
 INFLATE_SLICE = 64 * KIB  # decompressed at a time, so that a small bomb stays small
 # The text of deltas; "completion" is that of POST /v1/complete.
@@ -3476,10 +3463,10 @@ class Inflater:
 
 class ResponseFilter:
     """Sees an answer's plain body as it passes, and may change it; of a compressed stream its own
-    bytes go on, so there a filter only looks. One that changes its length gets the body whole, in
-    `rewrite`, and the head waits for it; such answers are JSON of at most REWRITE_LIMIT bytes."""
+    bytes go on, so there a filter only looks. One with a `rewrite`, which may raise APIError, makes
+    another of the whole body, at most REWRITE_LIMIT bytes of JSON, and the head waits for it."""
 
-    changes_length = False
+    rewrite: Callable[[bytes], Awaitable[bytes]] | None = None
 
     def feed(self, data: bytes) -> bytes:
         """What goes on of these and of held-back bytes. Raises UpstreamError if nothing may."""
@@ -3488,10 +3475,6 @@ class ResponseFilter:
     def finish(self, complete: bool) -> bytes:
         """What goes on at the end; ``complete`` says that it is not cut short."""
         return b""
-
-    async def rewrite(self, body: bytes) -> bytes:
-        """The whole body as it goes on. Raises APIError."""
-        return body
 
 
 REWRITE_LIMIT = 16 * MIB  # a list of a thousand batches takes one, of a hundred agents ten
@@ -3508,11 +3491,10 @@ def through(filters: Iterable[ResponseFilter], data: bytes, complete: bool) -> b
 
 
 class Meter(ResponseFilter):
-    """Reads usage out of a response as it passes: SSE, a JSON message, or batch results (JSONL).
-    ``measured`` is the same however the body is split, and final after `finish`. Of a line or a
-    message MAX_LINE bytes are held at most; beyond UNASKED_LINE ``room`` is asked for so many, and
-    told (below 0) of those let go. ``on_result`` gets each line of batch results, counted from 1;
-    ``learn`` what a line or a message says that may name something new."""
+    """Reads usage out of a response as it passes, however split: SSE, a JSON message, or results of
+    a batch (JSONL). ``measured`` is final after `finish`. Of a line or a message MAX_LINE bytes are
+    held at most, for which beyond UNASKED_LINE ``room`` is asked, and told (below 0) of those let
+    go. ``on_result`` gets each result, from 1 on, ``learn`` what may name something new."""
 
     def __init__(
         self,
@@ -3541,12 +3523,8 @@ class Meter(ResponseFilter):
             return data
         # Most of a stream's lines are deltas, and only their text counts.
         for name, text in DELTA_TEXT.findall(lines):
-            size = len(text)
-            if b"\\" in text:
-                try:
-                    size = len(json.loads(b'"%b"' % text).encode("utf-8", "replace"))
-                except ValueError:  # it is not escaped as JSON is
-                    pass
+            said = read_json(b'"%b"' % text) if b"\\" in text else None
+            size = len(said.encode("utf-8", "replace")) if isinstance(said, str) else len(text)
             measured.seen += size
             if name == b"thinking":
                 measured.thought += size
@@ -3558,21 +3536,14 @@ class Meter(ResponseFilter):
         for line in lines.splitlines():
             if b'"usage"' not in line or not line.startswith(b"data:"):
                 continue
-            try:
-                event = json.loads(str(line[5:], "utf-8"))
-                message, delta = event.get("message"), event.get("delta")
-            except (ValueError, RecursionError, AttributeError):  # it is no object
-                continue
-            told = [event.get("usage")]
-            if isinstance(message, dict):
-                measured.model = model_of(message.get("model")) or measured.model
-                told.insert(0, message.get("usage"))
-            for usage in told:  # counts are cumulative; later ones may lack fields
-                for field_name, value in usage.items() if isinstance(usage, dict) else ():
-                    if value is not None:
-                        measured.usage[field_name] = value
-            if isinstance(delta, dict) and isinstance(delta.get("stop_reason"), str):
-                measured.stop_reason, measured.final = delta["stop_reason"], bool(measured.usage)
+            event = dict_of(read_json(line[5:]))
+            message, delta = dict_of(event.get("message")), dict_of(event.get("delta"))
+            measured.model = model_of(message.get("model")) or measured.model
+            # Counts are cumulative; later ones may lack fields.
+            for usage in dict_of(message.get("usage")), dict_of(event.get("usage")):
+                measured.usage |= {n: value for n, value in usage.items() if value is not None}
+            if isinstance(stop := delta.get("stop_reason"), str):
+                measured.stop_reason, measured.final = stop, bool(measured.usage)
         return data
 
     def finish(self, complete: bool) -> bytes:
@@ -3583,8 +3554,7 @@ class Meter(ResponseFilter):
             self.feed(b"\n")  # which ends the last line
         held, self._passed_over = self._take(), 0
         if self._whole and not self.measured.blind:
-            message = read_answer(held) if complete and held else None
-            self.measured = measured_message(message, size)
+            self.measured = measured_message(read_answer(held) if complete else None, size)
             if self._learn is not None and complete:
                 self._learn_of([held], self._learn)
         return b""
@@ -3595,8 +3565,7 @@ class Meter(ResponseFilter):
                 learn(read_json(text.removeprefix(b"data:"), Any))
 
     def _complete(self, data: bytes) -> bytes:
-        """The lines that end in these bytes. What stands behind them is held until its end comes;
-        of what is too long only the size counts."""
+        """The lines that end in these bytes; the rest is held, or only counted if too long."""
         end = 0 if self._whole else max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
         lines, rest = data[:end], data[end:]
         if end and self._passed_over:
@@ -3632,13 +3601,11 @@ class Meter(ResponseFilter):
 
     def _read_results(self, lines: bytes, on_result: Callable[[int, Measured], None]) -> None:
         for line in filter(bytes.strip, lines.splitlines()):
-            row = read_answer(line)
-            result = row.get("result") if isinstance(row, dict) else None
+            result = dict_of(read_answer(line)).get("result")
             if result is None:  # these are no results, or not in plain text
                 self.measured.blind = True
                 return
-            message = result.get("message") if isinstance(result, dict) else None
-            on_result(next(self._numbers), measured_message(message, 0))
+            on_result(next(self._numbers), measured_message(dict_of(result).get("message"), 0))
 
 
 MIN_SECRET_LENGTH = 16  # a shorter "key", of a test server, is a word that responses may hold
@@ -3667,9 +3634,8 @@ class Mask(ResponseFilter):
         return held
 
     def look(self, data: bytes) -> bytes:
-        """The end of these bytes, where the secret may begin. Raises UpstreamError where it stands
-        in them, since in a compressed body nothing can be masked."""
-        if self.secret in data:
+        """The end of these bytes, where the secret may begin. Raises UpstreamError."""
+        if self.secret in data:  # in a compressed body nothing can be masked
             raise UpstreamError("The upstream sent the gateway's own credential back.")
         return data[1 - len(self.secret) :]
 
@@ -3688,8 +3654,7 @@ MAX_WITHHELD = 1 * MIB  # of one whose reads all end as if the real key began th
 
 
 class Inside:
-    """Lets filters look at what a compressed answer holds, as its own bytes go on. A read may hold
-    a thousand times its size, so the loop does other things in between."""
+    """Lets filters look at what a compressed answer holds, as its own bytes go on."""
 
     def __init__(self, coding: str, filters: Sequence[ResponseFilter]) -> None:
         self._inflater: Inflater | None = Inflater(coding)
@@ -3702,7 +3667,7 @@ class Inside:
         mask, fresh, data, self._withheld = self._mask, data, self._withheld + data, b""
         try:
             for number, plain in enumerate(self._inflater.slices(fresh) if self._inflater else ()):
-                if number:
+                if number:  # a read may hold a thousand times its size
                     await asyncio.sleep(0)
                 if mask is not None:
                     self._looked_at = mask.look(self._looked_at + plain)
@@ -3728,13 +3693,11 @@ class Inside:
         return b""
 
 
+@dataclass(eq=False)
 class Rewritten(ResponseFilter):
-    """Has a whole answer made another by ``rewrite``, which may raise APIError."""
+    """Does nothing but rewrite."""
 
-    changes_length = True
-
-    def __init__(self, rewrite: Callable[[bytes], Awaitable[bytes]]) -> None:
-        self.rewrite = rewrite  # type: ignore[method-assign, assignment]
+    rewrite: Callable[[bytes], Awaitable[bytes]]
 
 
 def decompress(coding: str, data: bytes, limit: int) -> bytes:
@@ -5222,7 +5185,7 @@ class RelayHandler(BaseHandler):
         for make in gateway.rules.filters:
             filters += make(visit, head)
         self._filters, upstream = filters, self._upstream
-        changing = [each for each in filters if each.changes_length]
+        changing = [each for each in filters if each.rewrite is not None]
         if changing and upstream is not None and upstream.length != 0:
             self._gathered = bytearray()
         elif filters and "content-encoding" in head.values and (coding := head.coding):
@@ -5397,7 +5360,7 @@ class RelayHandler(BaseHandler):
             raise APIError(502, f"The upstream's answer cannot be read: {error}.") from None
         plain = body
         for each in self._filters:
-            body = await each.rewrite(body) if each.changes_length else through([each], body, True)
+            body = await each.rewrite(body) if each.rewrite else through([each], body, True)
         body = bytes(gathered) if body == plain else compress(head.coding, body)
         head.fields = [each for each in head.fields if each.lower != "content-length"]
         head.fields.append(parse_field(f"Content-Length: {len(body)}"))
@@ -5481,10 +5444,9 @@ class ManagementHandler(BaseHandler):
         self.gateway.ledger.notice_edit()
 
     def owner_of(self, named: Any) -> str:
-        """What the things of a key are kept under, by its alias, plain value or hash. Raises
-        APIError 400, 404."""
-        by_alias = self.gateway.ledger.find("", named) if isinstance(named, str) else None
-        return (by_alias[1] if by_alias else self.addressed({"key": named})).owner
+        """What a key's things are kept under, by its alias, plain value or hash; as `addressed`."""
+        alias = isinstance(named, str) and self.gateway.ledger.find("", named)
+        return self.addressed({"key_alias" if alias else "key": named}).owner
 
     def addressed(self, body: dict[str, Any]) -> VirtualKey:
         """Take ``key`` (plain or hash) or ``key_alias`` out of a body. Raises APIError 400, 404."""
@@ -5524,7 +5486,7 @@ def key_row(key: VirtualKey, *, full: bool = False) -> dict[str, Any]:
 
 def is_nested(value: object, levels: int) -> bool:
     """Whether a JSON value has more levels than that."""
-    within = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    within = (*dict_of(value).values(), *list_of(value))
     return levels < 0 or any(is_nested(entry, levels - 1) for entry in within)
 
 
@@ -5635,8 +5597,7 @@ class KeyHandler(ManagementHandler):
         return {"deleted_keys": keys + aliases}
 
     async def assign(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Give the things of these ``ids`` to a ``key``, to nobody (null) or to all to use ("*").
-        ``kind`` is needed for those whose ids do not tell it."""
+        """Give the things of ``ids`` to a ``key``, to nobody (null), or to all to use ("*")."""
         ids, kind, key = TEXTS.parse("ids", body.get("ids")), body.get("kind"), body.get("key")
         if not ids or "key" not in body or not (kind is None or isinstance(kind, str)):
             raise APIError(400, "'ids' must list things, and 'key' name a key, '*' or null.")
@@ -5678,6 +5639,7 @@ class InfoHandler(ManagementHandler):
 REPORT_GROUPS = ("api_key", "model", "team", "user", "day")
 REPORT_GROUP = Kind(f"one of {', '.join(REPORT_GROUPS)}", REPORT_GROUPS.index)
 ORDINAL = Kind("a whole number from 1", lambda text: int(read_amount(int(text) - 1)) + 1)
+PAGE_SIZE = ORDINAL._replace(read=lambda text: min(ORDINAL.read(text), MAX_PAGE_SIZE))
 DAY = Kind("a date like 2026-11-22", lambda text: day_of(datetime.strptime(text, "%Y-%m-%d")))
 
 
@@ -5688,10 +5650,8 @@ class ReportHandler(ManagementHandler):
         self.send_json(self.reports[self.request.path](self))
 
     def list_keys(self) -> dict[str, Any]:
-        """Pages of hashes, or of whole rows with ``return_full_object=true``. Filters: ``user_id``,
-        ``team_id``, ``key_alias``, ``key_hash``. ``page`` counts from 1; ``size`` is up to 100."""
-        page, size = self.query("page", ORDINAL, 1), self.query("size", ORDINAL, 10)
-        size = min(size, MAX_PAGE_SIZE)
+        """Pages of hashes, or of whole rows with ``return_full_object=true``."""
+        page, size = self.query("page", ORDINAL, 1), self.query("size", PAGE_SIZE, 10)
         rows = [key for _, key in self.gateway.ledger.live()]
         for name in ("key_hash", "user_id", "team_id", "key_alias"):
             if wanted := self.query(name):
@@ -5727,8 +5687,7 @@ class ReportHandler(ManagementHandler):
         return sorted(rows, key=lambda row: -row["spend"])
 
     def list_requests(self) -> list[dict[str, Any]]:
-        """The last --recent-requests, newest first, in LiteLLM's fields. Filters: ``request_id``
-        (either), ``api_key`` (plain or hash), ``user_id``, ``start_date``, ``end_date``."""
+        """The last --recent-requests, newest first, in LiteLLM's fields and with its filters."""
         first = self.query("start_date", DAY, "0001-01-01")
         last = self.query("end_date", DAY, "9999-12-31")
         wanted, user, shown = self.query("request_id"), self.query("user_id"), self.query("api_key")
@@ -5744,21 +5703,20 @@ class ReportHandler(ManagementHandler):
 
     def list_resources(self) -> dict[str, Any]:
         """Pages of what is whose, of a ``key`` or of a ``kind``."""
-        page, size = self.query("page", ORDINAL, 1), self.query("size", ORDINAL, MAX_PAGE_SIZE)
+        page, size = self.query("page", ORDINAL, 1), self.query("size", PAGE_SIZE, MAX_PAGE_SIZE)
         asked, kind, things = self.query("key"), self.query("kind"), self.gateway.ledger.things
-        owner, size = self.owner_of(asked) if asked else None, min(size, MAX_PAGE_SIZE)
+        owner = self.owner_of(asked) if asked else None
         keys = {key.owner: hashed for hashed, key in self.gateway.ledger.live()}
         chosen = [p for p in things.made if owner in (None, p[0]) and kind in ("", p[1])]
         total = sum(len(things.made[place]) for place in chosen)
         every = itertools.chain.from_iterable(things.made[place].items() for place in chosen)
-        rows = []
+        rows = list[dict[str, Any]]()
         for name, moment in itertools.islice(every, (page - 1) * size, page * size):
             owner, kind = things.places[name]
-            row: dict[str, Any] = {"id": name, "kind": kind, "key": keys.get(owner)}
-            row |= {"shared": name in things.shared, "created_at": moment_of(int(moment))}
-            rows.append(row)
-        told = {"resources": rows, "total_count": total, "current_page": page}
-        return told | {"total_pages": -(-total // size)}
+            told = {"shared": name in things.shared, "created_at": moment_of(int(moment))}
+            rows.append({"id": name, "kind": kind, "key": keys.get(owner)} | told)
+        pages = {"current_page": page, "total_pages": -(-total // size)}
+        return {"resources": rows, "total_count": total} | pages
 
     reports: ClassVar[dict[str, Any]] = {"/key/list": list_keys, "/spend/logs": list_requests}
     reports["/resources/list"] = list_resources
@@ -5959,14 +5917,13 @@ MOCK_KINDS = {402: "billing_error", 409: "conflict_error", 529: "overloaded_erro
 MOCK_COUNTS = dict.fromkeys(("processing", "succeeded", "errored", "canceled", "expired"), 0)
 JSONObject = dict[str, Any]
 MOCK_MODEL: JSONObject = {"type": "model", "created_at": "2026-01-01T00:00:00Z"}
-MOCK_SKILL: JSONObject = {"source": "anthropic", "latest_version_id": "1"} | MOCK_MODEL
-MOCK_SKILL |= {"type": "skill", "updated_at": MOCK_SKILL["created_at"]}
+MOCK_SKILL = MOCK_MODEL | {"type": "skill", "source": "anthropic", "latest_version_id": "1"}
+MOCK_SKILL["updated_at"] = MOCK_SKILL["created_at"]
 
 
 class MockAnthropic(web.RequestHandler):
-    """A stand-in for Anthropic's API, for trying the gateway without a key or a network. It echoes
-    what it was asked, counts four characters as a token, and takes no credential but this one, as
-    x-api-key. The model ``mock-error-429`` (or any other status) is answered with that error."""
+    """A stand-in for Anthropic's API, for trying the gateway without a key or a network: an echo.
+    The model ``mock-error-429`` (or of any other status) is answered with that error."""
 
     # What there is, by its kind and id, oldest first; by id the bytes of what has such.
     things: ClassVar[dict[str, dict[str, JSONObject]]] = {"batches": {}, "files": {}}
@@ -6073,7 +6030,7 @@ class MockAnthropic(web.RequestHandler):
         if error := re.fullmatch("mock-error-([45][0-9]{2})", model):
             told = MOCK_KINDS.get(int(error[1]), "api_error")
             raise APIError(int(error[1]), "An error, as you asked.", kind=told)
-        content = messages[-1].get("content") if isinstance(messages[-1], dict) else None
+        content = dict_of(messages[-1]).get("content")
         blocks = content if isinstance(content, list) else [{"text": content}]
         said = [str(block.get("text") or "") for block in blocks if isinstance(block, dict)]
         words = f"You said: {' '.join(said)}".split(" ")[: min(limit, MOCK_MAX_TOKENS)]

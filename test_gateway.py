@@ -3449,7 +3449,7 @@ class Toy(gateway.Rule, gateway.ResponseFilter):
             raise gateway.APIError(403, "No toys.")
 
     def filters(self, *_: Any) -> Any:
-        self.changes_length = self.told == "double"
+        self.rewrite = self.double if self.told == "double" else None
         return [self]
 
     def feed(self, data: bytes) -> bytes:
@@ -3458,7 +3458,7 @@ class Toy(gateway.Rule, gateway.ResponseFilter):
         self.seen += data
         return data.upper()
 
-    async def rewrite(self, body: bytes) -> bytes:
+    async def double(self, body: bytes) -> bytes:
         return json.dumps([json.loads(body)] * 2).encode()
 
     def fields(self, *_: Any) -> Any:
