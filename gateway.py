@@ -1106,6 +1106,9 @@ ESCAPED_LETTER = re.compile(rb"\\u00(?:5[fF]|6[1-9a-fA-F]|7[0-9aA])")
 Named = tuple[str, list[tuple[str, str]]]  # its object's type, and the (kind, id) of each thing
 NAMES = set(REFERENCES)
 LONGEST_NAME, MAX_NAMES = 1000, 1000
+EVERYDAY = {b'"%b"' % name.encode(): name for _, name in WORDS}
+EVERYDAY_IN_MESSAGES = {b'"container"': "container"}
+OTHER_CHARSET = re.compile(r"charset *= *\"?(?!utf-?8\b|us-ascii\b)", re.IGNORECASE)
 NOT_FOUND = {"files": "File `{}` not found.", "environments": "Environment {} not found."}
 NOT_FOUND |= {"skills": "Skill not found: {}", "sessions": "Session not found: {}"}
 NOT_FOUND |= {"memory_stores": "memory store not found: {}"}
@@ -1118,19 +1121,14 @@ def not_found(kind: str, name: str) -> APIError:
     return APIError(404, text.replace("{}", printable(name)))
 
 
-def everyday_on(route: Route) -> set[str]:
-    """The words of every day that may name things in a body."""
-    return {"container"} if route.kind in ("", "batches") else {name for _, name in WORDS}
-
-
-def names_in(body: bytes, start: int, words: set[str]) -> int:
+def names_in(body: bytes, start: int, words: Iterable[bytes]) -> int:
     """How many members that name things may begin in LIGHT_BODY bytes from there on, by a look; -1
     where that does not tell: letters are escaped, zeros stand in it as in UTF-16, or many ends."""
-    stop = start + LIGHT_BODY
+    stop, count = start + LIGHT_BODY, 0
     if body.find(b"\0", start, stop) >= 0 or ESCAPED_LETTER.search(body, start, stop + 5):
         return -1
-    quoted = (b'"%b"' % word.encode() for word in words)
-    count = sum(body.count(word, start, stop + len(word) - 1) for word in quoted)
+    for word in words:
+        count += body.count(word, start, stop + len(word) - 1)
     for number, found in enumerate(NAME_END.finditer(body, start, stop + LONGEST_NAME)):
         if number > MAX_NAMES:
             return -1
@@ -1146,10 +1144,13 @@ def named_in(document: object, names: set[str]) -> Iterator[Named | None]:
     for place, holder, is_own in holders:  # which grows meanwhile
         if isinstance(holder, list):
             holders += [(place, each, is_own) for each in holder if isinstance(each, dict | list)]
+            looks += len(holder)
         members = dict_of(holder)
-        kind_of = str(members.get("type"))
-        for name, value in members.items():
-            looks += 1
+        kind_of, looks = str(members.get("type")), looks + 1
+        if looks > BREATH:
+            looks = 0
+            yield None
+        for looks, (name, value) in enumerate(members.items(), start=looks):
             if looks % BREATH == 0:
                 yield None
             own = is_own or name in OWN_DATA or (name == "input" and kind_of.endswith("tool_use"))
@@ -1187,7 +1188,7 @@ def is_published(thing: Mapping[str, Any]) -> bool:
 
 def moment_in(thing: Mapping[str, Any]) -> float:
     """When a thing was made: Unix seconds, the present ones where it does not say."""
-    with contextlib.suppress(KeyError, ValueError, TypeError):
+    with contextlib.suppress(KeyError, ValueError, TypeError, OverflowError):
         return from_iso(thing["created_at"]).timestamp()
     return time.time()
 
@@ -1764,17 +1765,20 @@ class Things:
         return [json.dumps(change).encode() for change in changes]
 
 
-def parse_things(text: bytes, name: str) -> Things:
-    """Read a file of things. Raises SettingsError that says what is damaged."""
+def parse_things(text: bytes, name: str, running: bool = False) -> Things:
+    """Read a file of things; a crash may have cut the last line off, before anybody was told of it,
+    but not of a ``running`` gateway. Raises SettingsError that says what is damaged."""
     things, where = Things(), "its first line: "
     try:
-        first, *lines, cut = text.split(b"\n")  # off by a crash, before anybody was told
+        first, *lines, cut = text.split(b"\n")
         if json.loads(first) != {"version": STORE_VERSION}:
             raise ValueError("is not of a version for this gateway")
-        decode = decoder_of(Any) or json.loads
         for number, line in enumerate(lines, start=2):
             where = f"line {number}: "
-            things.change(decode(line))
+            things.change(exactly(dict, read_json(line, Any)))
+        where = "the last line: "
+        if cut and (running or read_json(cut)):
+            things.change(exactly(dict, read_json(cut, Any)))
     except Exception as error:  # noqa: BLE001 - whatever Python says of what it cannot read
         raise SettingsError(f"{name}: damaged, {where}{error}; mend it or restore a copy") from None
     things.is_untidy = bool(cut) or len(lines) > 2 * len(things.made) + UNTIDY_LINES
@@ -2005,11 +2009,12 @@ class FileLedger:
         key = self.keys.get(self._owners.get(owner, ""))
         return key.team_id if key else None
 
-    async def own(self, owner: str, kind: str, made: Mapping[str, float]) -> None:
-        """Remember whose these things are, durably, and when they were made; what has an owner
-        keeps him. Raises APIError 503, and tries it again each second."""
-        if fresh := {name: made[name] for name in made if name not in self.things.places}:
-            self._change({"key": owner, "kind": kind, "made": fresh})
+    async def own(self, born: Mapping[tuple[str, str], Mapping[str, float]]) -> None:
+        """Remember whose things are, durably: by (owner, kind) their ids, and when they were made;
+        what has an owner keeps him. Raises APIError 503, and tries it again each second."""
+        for (owner, kind), made in born.items():
+            if fresh := {name: made[name] for name in made if name not in self.things.places}:
+                self._change({"key": owner, "kind": kind, "made": fresh})
         await asyncio.shield(self._add())
 
     async def assign(self, kinds: Mapping[str, str], owner: str | None) -> None:
@@ -2142,14 +2147,16 @@ class FileLedger:
 
     def _load_things(self, keys: Iterable[VirtualKey]) -> None:
         file = self._things_file
-        if not file.path.exists():  # version 1.0 kept batches' owners with the keys
+        if not (self.things.places or file.path.exists()):
+            # Version 1.0 kept batches' owners with the keys.
             for key in keys:
                 made = {n: from_iso(b.day).timestamp() for n, b in key.account.batches.items()}
                 self.things.change({"key": key.owner, "kind": "batches", "made": made})
         elif file.edit() is None:
             return
         try:
-            self.things = things = file.read(parse_things, self.things.lines())
+            parse = functools.partial(parse_things, running=bool(self._owners))
+            self.things = things = file.read(parse, self.things.lines())
             for change in self._changes:
                 things.change(change)
             if things.is_untidy:
@@ -4060,10 +4067,10 @@ class Visit:
 
     async def keep(self) -> None:
         """Remember what is ``born``, before the client hears of it. Raises APIError."""
-        while self.born:
-            (owner, kind), made = self.born.popitem()
-            if owner:
-                await self.gateway.ledger.own(owner, kind, made)
+        born = {place: made for place, made in self.born.items() if place[0]}
+        self.born.clear()
+        if born:
+            await self.gateway.ledger.own(born)
 
 
 @dataclass(slots=True)
@@ -4078,8 +4085,10 @@ class Kept:
     def read_at_once(self) -> object:
         """What it says, but where names stand twice in an object; None where that takes long."""
         data, decode = self.data, decoder_of(Any)
-        is_light = len(data) <= LIGHT_CONTAINED and data.count(b"{") <= LIGHT_CONTAINERS // 4
-        return read_json(data, Any) if decode and is_light else None
+        is_light = len(data) <= LIGHT_CONTAINED and sum(map(data.count, b"[{,")) <= LIGHT_CONTAINERS
+        with contextlib.suppress(Exception):
+            return decode(data) if decode and is_light else None
+        return None
 
     async def read(self, *, strictly: bool, wholly: bool = False) -> object:
         """What it says: to the letter (APIError 400 where that is not clear), or what of it a price
@@ -4387,9 +4396,11 @@ class Batches(Rule):
             visit.gateway.ledger.finish_batch(visit.route.results_of)
 
 
+LIST_FIELDS = {"etag", "last-modified", "link", "x-total-count"}  # tell of all rows
 LIST_TIMEOUT = 60.0  # seconds for a further part of a list
 DEFAULT_LIMIT, MAX_ROWS_LISTED, IDS_A_CALL = 20, 1000, 100  # SDK: types/file_list_params.py
-MAX_PAGES = 100  # of a list that one request looks through
+MAX_PARAMETERS = 1000  # of a query, far more than any call has
+MAX_PAGES = 10  # of a list that one request looks through
 FILE_LIST = {"limit", "page", "after_id", "before_id", "beta"}  # what can be asked of ids as well
 CURSORS = ("after_id", "before_id")
 CURSOR = re.compile(r"page_own_([0-9]+[.][0-9]+)_([\w-]+)")  # the gateway's own: behind which file
@@ -4423,17 +4434,19 @@ class Walls(Rule):
             await self.judge_query(visit, key)
         if route.kind and not route.name and route.fetches:
             visit.listing = self.list_own
-            if head.method == "HEAD":
-                visit.hidden |= {"content-length"}
+            visit.hidden |= LIST_FIELDS | ({"content-length"} if head.method == "HEAD" else set())
             if route.kind == "files":
                 await self.ask_by_ids(visit, key)
         visit.refers = not route.unread
-        if visit.refers and head.coding:
-            text = "What this key sends is looked through: send it without Content-Encoding."
+        if visit.refers and (head.coding or OTHER_CHARSET.search(head.get("content-type"))):
+            text = (
+                "What this key sends is looked through: send it as UTF-8, without Content-Encoding."
+            )
             raise APIError(400, text)
 
     async def body(self, visit: Visit, body: Kept) -> None:
-        named, words = 0, everyday_on(visit.route)
+        named, is_message = 0, visit.route.kind in ("", "batches")
+        words = EVERYDAY_IN_MESSAGES if is_message else EVERYDAY
         for start in range(0, len(body.data) if visit.refers else 0, LIGHT_BODY):
             if start:
                 await body.breathe()
@@ -4441,10 +4454,12 @@ class Walls(Rule):
             named = -1 if count < 0 else named + count
             if named < 0:
                 break
-        document = body.read_at_once() if named > 0 else None
+        if not named:
+            return
+        document, names = body.read_at_once() if named > 0 else None, NAMES.union(words.values())
         for is_last in (False, True):
             things, found = dict[tuple[str, str], None](), 0
-            for each in named_in(document, words | NAMES):
+            for each in named_in(document, names):
                 if each is None:
                     await body.breathe()
                     continue
@@ -4454,8 +4469,10 @@ class Walls(Rule):
                 break
             # Some are hidden by others, or are none.
             document = await body.read(strictly=True, wholly=True)
-        for kind, name in things:
+        for number, (kind, name) in enumerate(things, start=1):
             await self.reach(visit, kind, name)
+            if number % BREATH == 0:
+                await body.breathe()
 
     async def reach(self, visit: Visit, kind: str, name: str, *, changes: bool = False) -> Thing:
         """A thing that the caller may read or refer to, or change. Raises APIError 404, and 403 for
@@ -4510,6 +4527,8 @@ class Walls(Rule):
         """Look at the ids of a query; others' in a list of ids become what upstream leaves out."""
         path, _, query = visit.target.partition("?")
         listed, parts = "" if visit.route.name else visit.route.kind, list[str]()
+        if query.count("&") > MAX_PARAMETERS:
+            raise APIError(400, f"The query has more than {MAX_PARAMETERS:,} parameters.")
         for part in query.split("&"):
             name, value = (urllib.parse.unquote_plus(text) for text in part.partition("=")[::2])
             name = name.partition("[")[0]
@@ -4560,18 +4579,19 @@ class Walls(Rule):
             raise APIError(502, "The upstream's list cannot be read.")
         rows = list_of(document.get("data"))
         if ids and set(map(id_of, rows)) <= set(ids):
-            return as_list(document, rows, cursor) if cursor else body
+            return as_list(body, document, rows, cursor)
         if ids:  # it does not know ``ids[]``, and has listed what it has
             visit.target = target
             return await self.list_own(visit, json.dumps(await self.ask(visit, target)).encode())
         if kind in DREAMT and len(await ledger.find_things(map(id_of, rows))) < len(rows):
             await self.ask_dreams(visit, cast(VirtualKey, visit.payer))
-        told = more = document.get("next_page", document.get("has_more"))
+        more = document.get("next_page")
         if "next_page" in document or "has_more" not in document:
             shown = await self.visible(visit, rows, kind)
         else:
             shown, more = await self.fill(visit, document)
-        return body if shown == rows and more == told else as_list(document, shown, more)
+        base_path = visit.gateway.base_path
+        return rewrite_results_url(as_list(body, document, shown, more), base_path)
 
     async def fill(self, visit: Visit, page: dict[str, Any]) -> tuple[list[Any], bool]:
         """A full page of the caller's rows, of as many as it takes, and whether there are more."""
@@ -4579,14 +4599,15 @@ class Walls(Rule):
         asked = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
         limit, backwards = rows_asked(asked) or DEFAULT_LIMIT, bool(asked.get("before_id"))
         cursor, kind = "before_id" if backwards else "after_id", visit.route.kind
-        shown = list[Any]()
+        shown, seen = list[Any](), set[str]()
         left = set(await visit.gateway.ledger.reached(cast(VirtualKey, visit.payer), kind))
         for _ in range(MAX_PAGES):
             rows = list_of(page.get("data"))
             found = await self.visible(visit, rows, kind)
             shown = found + shown if backwards else shown + found
-            left -= set(map(id_of, rows))
-            if len(shown) > limit or not (page.get("has_more") and left and rows):
+            names = set(map(id_of, rows))
+            is_new, seen, left = not names <= seen, seen | names, left - names
+            if len(shown) > limit or not (page.get("has_more") and left and is_new):
                 break
             asked |= {"limit": str(MAX_ROWS_LISTED), cursor: id_of(rows[0 if backwards else -1])}
             page = await self.ask(visit, f"{path}?{urllib.parse.urlencode(asked)}")
@@ -4633,6 +4654,8 @@ class Walls(Rule):
         made, route = read_json(body, Any), visit.route
         if not isinstance(made, dict) or route.deletes:
             return body
+        if "data" in made and not route.name and visit.refers:
+            return await self.list_own(visit, body)
         born, name, below = [*products_of(made)], id_of(made), route.below.strip("/").split("/")
         if name and name not in (route.name, *below) and not route.fetches:
             kind = "deployment_runs" if below[-1] == "run" else below[-1] or route.kind
@@ -4670,12 +4693,14 @@ def rows_asked(asked: Mapping[str, str]) -> int:
     return int(limit) if re.fullmatch("[1-9][0-9]{0,2}|1000", limit) else 0
 
 
-def as_list(document: dict[str, Any], rows: Sequence[Any], more: object) -> bytes:
+def as_list(body: bytes, document: dict[str, Any], rows: Sequence[Any], more: object) -> bytes:
     """A list with these rows, and whether there are more or the cursor that leads to them; without
-    members of kinds that may tell of others."""
+    members of kinds that may tell of others. Where that changes nothing it is as it came."""
     told: dict[str, Any] = {"data": rows, "has_more": bool(more), "next_page": more or None}
     told["first_id"], told["last_id"] = (id_of(rows[0]), id_of(rows[-1])) if rows else (None, None)
     kept = {n: told.get(n, v) for n, v in document.items() if n in told or type(v) not in TELLING}
+    if kept == document:
+        return body
     return json.dumps(kept, ensure_ascii=False, separators=(",", ":")).encode()
 
 
@@ -5067,6 +5092,7 @@ class RelayHandler(BaseHandler):
     _uploaded: asyncio.Future[None]  # done when all of a body that streams was handed on
     _filters: Sequence[ResponseFilter] = ()
     _inside: Inside | None = None  # where the filters look into a compressed answer
+    _sending: asyncio.Task[None] | None = None  # of a part that waits
     _gathered: bytearray | None = None  # an answer whose length a filter changes
 
     def initialize(self) -> None:
@@ -5199,12 +5225,13 @@ class RelayHandler(BaseHandler):
             self._hold(len(data))
             self._gathered += data
             if complete or len(self._gathered) > REWRITE_LIMIT:
-                return at_once(self._send_rewritten(complete))
-            return None
+                self._sending = at_once(self._send_rewritten(complete))
+            return self._sending
         if self._inside is None and (data or complete):
             data = through(self._filters, data, complete)
         if self._inside is not None or self._visit.born:
-            return at_once(self._send_later(data, complete))
+            self._sending = at_once(self._send_later(data, complete))
+            return self._sending
         if complete or self._visit.phase is not RequestPhase.BEGUN:
             return self._send(data, complete)
         self._visit.record.bytes_out += len(data)
@@ -5266,8 +5293,9 @@ class RelayHandler(BaseHandler):
                 upstream.end(None)
                 for each in self._filters:
                     each.finish(False)
-        if step is not None and step is not asyncio.current_task():
-            step.cancel()
+        for task in (step, self._sending):
+            if task is not None and task is not asyncio.current_task():
+                task.cancel()
         if self._held:
             self._free()
         for end in gateway.rules.end:
@@ -5327,8 +5355,8 @@ class RelayHandler(BaseHandler):
         if self._visit.refers:
             data = self._seen + data
             self._seen = data[-LONGEST_NAME:]
-            words = everyday_on(self._visit.route)
-            if any(names_in(data, start, words) for start in range(0, len(data), LIGHT_BODY)):
+            starts = range(0, len(data), LIGHT_BODY)
+            if any(names_in(data, start, EVERYDAY_IN_MESSAGES) for start in starts):
                 text = "This body names files or other things, so it is read, and may be"
                 raise APIError(413, f"{text} {JSON_BODY_LIMIT:,} bytes long. Send it in parts.")
 
