@@ -1150,8 +1150,10 @@ def named_in(document: object, names: set[str]) -> Iterator[Named | None]:
         if looks > BREATH:
             looks = 0
             yield None
-        for looks, (name, value) in enumerate(members.items(), start=looks):
-            if looks % BREATH == 0:
+        for name, value in members.items():
+            looks += 1
+            if looks > BREATH:
+                looks = 0
                 yield None
             own = is_own or name in OWN_DATA or (name == "input" and kind_of.endswith("tool_use"))
             if isinstance(value, dict | list):
