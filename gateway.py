@@ -2042,16 +2042,18 @@ class FileLedger:
     async def _add(self, changes: Sequence[Mapping[str, Any]] = ()) -> None:
         """Write what is not written of things, and changes that hold then. Raises APIError 503."""
         async with self._adding:
-            waiting, self._changes, file = self._changes, [], self._things_file
+            file = self._things_file
             try:
+                self._load_things(self.keys.values())  # where it was edited
+                waiting = list(self._changes)
                 if self.things.is_untidy or not file.path.exists():
                     await asyncio.to_thread(file.write, self.things.lines())
                     self.things.is_untidy = False
                 if lines := [json.dumps(change).encode() for change in (*waiting, *changes)]:
                     await asyncio.to_thread(file.append, lines)
             except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again
-                self._changes[:0] = waiting
                 raise self._fail(error, file, DO_NOT_RETRY) from None
+            del self._changes[: len(waiting)]
             for change in changes:
                 self.things.change(change)
 
@@ -2186,6 +2188,8 @@ class FileLedger:
         while under_way := self._next or self._writing:
             await asyncio.wait([under_way])
         async with self._adding:
+            if self._changes:
+                log.error("not written in the file of resources: %s", json.dumps(self._changes))
             self._file.close()
             self._things_file.close()
 
@@ -4363,7 +4367,7 @@ class Batches(Rule):
 
     async def head(self, visit: Visit) -> None:
         route, gateway = visit.route, visit.gateway
-        if route.deletes and gateway.ledger.unbooked(route.name):
+        if route.deletes and not visit.caller.own and gateway.ledger.unbooked(route.name):
             await gateway.batches.book(route.name)
 
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
@@ -4553,7 +4557,7 @@ class Walls(Rule):
         asked = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
         size, page = rows_asked(asked), CURSOR.fullmatch(asked.get("page", ""))
         ledger, is_odd = visit.gateway.ledger, asked.keys() - FILE_LIST or not size
-        if is_odd or (asked.get("page") and not page) or await ledger.reached(key, "sessions"):
+        if is_odd or not page and (asked.get("page") or await ledger.reached(key, "sessions")):
             return  # upstream says what is wrong, or knows another way, or files not seen here yet
         made, size = await ledger.reached(key, "files"), min(size, IDS_A_CALL)
         order = sorted(made, key=made.__getitem__)[::-1]
