@@ -1137,14 +1137,16 @@ def names_in(body: bytes, start: int, words: Iterable[bytes]) -> int:
     return count
 
 
-def named_in(document: object, names: set[str]) -> Iterator[Named | None]:
+def named_in(document: object, names: set[str], owns: bool = True) -> Iterator[Named | None]:
     """What each member of these names in a JSON value names, which is nothing in the user's own
-    data; None where the loop may do something else."""
+    data (that is passed over unless it ``owns``); None where the loop may do something else."""
     holders, looks = [("", document, False)], 0
     for place, holder, is_own in holders:  # which grows meanwhile
-        if isinstance(holder, list):
-            holders += [(place, each, is_own) for each in holder if isinstance(each, dict | list)]
-            looks += len(holder)
+        for start in range(0, len(list_of(holder)), BREATH):
+            part = holder[start : start + BREATH]
+            holders += [(place, each, is_own) for each in part if isinstance(each, dict | list)]
+            if start:
+                yield None
         members = dict_of(holder)
         kind_of, looks = str(members.get("type")), looks + 1
         if looks > BREATH:
@@ -1156,7 +1158,7 @@ def named_in(document: object, names: set[str]) -> Iterator[Named | None]:
                 looks = 0
                 yield None
             own = is_own or name in OWN_DATA or (name == "input" and kind_of.endswith("tool_use"))
-            if isinstance(value, dict | list):
+            if isinstance(value, dict | list) and (owns or not own):
                 holders.append((name, value, own))
             if name in names:
                 kind = "" if own else REFERENCES.get(name) or WORDS.get((place, name), "")
@@ -4413,7 +4415,7 @@ CURSOR = re.compile(r"page_own_([0-9]+[.][0-9]+)_([\w-]+)")  # the gateway's own
 # A session and a run are of a deployment, a file is of the session that wrote it.
 PARENTS = {"sessions": "deployments", "deployment_runs": "deployments", "files": "sessions"}
 DREAMT = ("memory_stores", "sessions")
-SAFE_ID = re.compile(r"[\w-]+")
+SAFE_ID = re.compile(r"[\w-]{1,200}")
 no_id = functools.partial(secrets.token_hex, 12)  # behind its prefix; that no thing has
 TELLING = (int, float, list)  # of a list's members: what rows that it does not show may change
 
@@ -4674,7 +4676,7 @@ class Walls(Rule):
     def learn(self, born: Born, owner: str, document: object) -> None:
         """An answer, or a part of one, may name what was made for the caller on the way: containers
         and files that code wrote (SDK: types/code_execution_output_block.py)."""
-        for holder, things in filter(None, named_in(document, {"container", "file_id"})):
+        for holder, things in filter(None, named_in(document, {"container", "file_id"}, False)):
             for kind, name in things:
                 if kind == "containers" or holder.endswith("code_execution_output"):
                     born.setdefault((owner, kind), {})[name] = time.time()

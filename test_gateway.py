@@ -5031,7 +5031,7 @@ async def test_a_list_of_files_is_his_in_upstreams_order(two: Neighbours, knows:
     gw, names, cursors = two.gw, [f"file_{n:03}" for n in range(140 if knows else 30)], set[str]()
     lists = Lists(*names)
     lists.knows_ids, mine = knows, [name for name in names if int(name[5:]) % 7]
-    await two.assign(None, "file_ann")
+    await two.assign(None, "file_ann", "sesn_ann")  # whose files would be looked for
     for name in reversed(names):  # which lists show the newest of first
         moment = WHEN - timedelta(seconds=int(name[5:]))
         gw.plays(answers({"id": name, "created_at": moment.isoformat()}))
