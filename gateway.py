@@ -1140,7 +1140,8 @@ def names_in(body: bytes, start: int, words: Iterable[bytes]) -> int:
 def named_in(document: object, names: set[str], owns: bool = True) -> Iterator[Named | None]:
     """What each member of these names in a JSON value names, which is nothing in the user's own
     data (that is passed over unless it ``owns``); None where the loop may do something else."""
-    holders, looks = [("", document, False)], 0
+    holders: list[tuple[str, Any, bool]] = [("", document, False)]
+    looks = 0
     for place, holder, is_own in holders:  # which grows meanwhile
         for start in range(0, len(list_of(holder)), BREATH):
             part = holder[start : start + BREATH]
