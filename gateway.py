@@ -1109,6 +1109,7 @@ LONGEST_NAME, MAX_NAMES = 1000, 1000
 EVERYDAY = {b'"%b"' % name.encode(): name for _, name in WORDS}
 EVERYDAY_IN_MESSAGES = {b'"container"': "container"}
 OTHER_CHARSET = re.compile(r"charset *= *\"?(?!utf-?8\b|us-ascii\b)", re.IGNORECASE)
+other_charset = functools.lru_cache(maxsize=256)(OTHER_CHARSET.search)
 NOT_FOUND = {"files": "File `{}` not found.", "environments": "Environment {} not found."}
 NOT_FOUND |= {"skills": "Skill not found: {}", "sessions": "Session not found: {}"}
 NOT_FOUND |= {"memory_stores": "memory store not found: {}"}
@@ -4446,11 +4447,11 @@ class Walls(Rule):
             visit.hidden |= LIST_FIELDS | ({"content-length"} if head.method == "HEAD" else set())
             if route.kind == "files":
                 await self.ask_by_ids(visit, key)
-        visit.refers = not route.unread
-        if visit.refers and (head.coding or OTHER_CHARSET.search(head.get("content-type"))):
-            text = (
-                "What this key sends is looked through: send it as UTF-8, without Content-Encoding."
-            )
+        if route.unread:
+            return
+        visit.refers, is_packed = True, "content-encoding" in head.values and head.coding
+        if is_packed or other_charset(head.get("content-type")):
+            text = "What this key sends is looked through: send it as UTF-8, uncompressed."
             raise APIError(400, text)
 
     async def body(self, visit: Visit, body: Kept) -> None:
@@ -6011,9 +6012,8 @@ class MockAnthropic(web.RequestHandler):
                 about = JSONObject(type="file", filename=file.filename, downloadable=True)
                 about |= {"mime_type": file.content_type, "size_bytes": len(file.body)}
                 if kind == "skills":
-                    title = self.get_argument("display_name", file.filename.split("/")[0])
+                    title = self.get_argument("display_name", file.filename)
                     about = MOCK_SKILL | {"source": "custom", "display_name": title}
-                    about |= {"latest_version_id": mock_id("skillver"), "updated_at": moment}
                 self.things[kind][name] = about | {"id": name, "created_at": moment}
                 self.contents[name] = file.body
                 return self.things[kind][name]
@@ -6037,14 +6037,11 @@ class MockAnthropic(web.RequestHandler):
                 page = names[: int(self.get_argument("limit", "100" if wanted else "20"))]
                 first, last = (page[0], page[-1]) if page else (None, None)
                 told = {"has_more": page != names, "first_id": first, "last_id": last}
-                told["next_page"] = f"page_{last}" if page != names else None
+                if kind in ("files", "skills"):
+                    told["next_page"] = f"page_{last}" if page != names else None
                 return told | {"data": [self.things[kind][name] for name in page]}
             case "GET", "v1", "models" | "batches" | "files" | "skills" as kind, name:
                 return self.things[kind][name]
-            case "GET", "v1", "skills", name, "versions":
-                skill, about = self.things["skills"][name], {"type": "skill_version", "name": name}
-                about |= {"id": skill["latest_version_id"], "skill_id": name, "description": ""}
-                return {"data": [skill | about], "next_page": None}
             case "GET", "v1", "batches" | "files" as kind, name, "results" | "content":
                 form = self.things[kind][name].get("mime_type", "application/x-jsonl")
                 self.set_header("Content-Type", form)
