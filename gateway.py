@@ -836,7 +836,7 @@ MAX_COUNT = 10**9  # tokens; whoever counts more is not believed
 MAX_OUTPUT = 128_000  # tokens that an answer may have where the request does not say
 MAX_MODEL_NAME = 100
 MAX_MODELS = 20  # of one request that are priced apart; beyond them the model is any
-MAX_ATTEMPTS = 10_000  # tools and fallbacks of one message
+MAX_ATTEMPTS = 10_000  # tools and fallbacks of one message, and things in one list
 MAX_USES = 10  # of a tool that the server runs, where the request does not say
 MAX_ITERATIONS = 1000  # that are read of one answer, so that a lying upstream holds nobody up
 UNSEEN_THINKING = 4  # the part of max_tokens that thinking unseen is taken for
@@ -1102,7 +1102,7 @@ PROFILE_FIELD = "anthropic-user-profile-id"
 IDENTITY_FIELDS = frozenset({"anthropic-organization-id", WORKSPACE_FIELD})  # whose key it is
 # What tells that such a member may be there: how names end, words, and letters that are escaped.
 NAME_END = re.compile(rb'(_ids?)"(?:\s{0,900}+:|\s{900})')  # with the spaces before its colon
-ESCAPED_LETTER = re.compile(rb"\\u00(?:5[fF]|6[1-9a-fA-F]|7[0-9aA])")
+ESCAPED_LETTER = re.compile(rb"0(?<=\\u0)0(?:5[fF]|6[1-9a-fA-F]|7[0-9aA])")
 Named = tuple[str, list[tuple[str, str]]]  # its object's type, and the (kind, id) of each thing
 NAMES = set(REFERENCES)
 LONGEST_NAME, MAX_NAMES = 1000, 1000
@@ -1123,9 +1123,9 @@ def not_found(kind: str, name: str) -> APIError:
 
 
 def names_in(body: bytes, start: int, words: Iterable[bytes]) -> int:
-    """How many members that name things may begin in LIGHT_BODY bytes from there on, by a look; -1
+    """How many members that name things may begin in a megabyte from there on, by a look; -1
     where that does not tell: letters are escaped, zeros stand in it as in UTF-16, or many ends."""
-    stop, count = start + LIGHT_BODY, 0
+    stop, count = start + MIB, 0
     if body.find(b"\0", start, stop) >= 0 or ESCAPED_LETTER.search(body, start, stop + 5):
         return -1
     for word in words:
@@ -1165,6 +1165,8 @@ def named_in(document: object, names: set[str], owns: bool = True) -> Iterator[N
             if name in names:
                 kind = "" if own else REFERENCES.get(name) or WORDS.get((place, name), "")
                 listed = value if isinstance(value, list) else [value]
+                if len(listed) > MAX_ATTEMPTS:
+                    raise APIError(400, f"{name!r} names more than {MAX_ATTEMPTS:,} things.")
                 each = [dict_of(one).get("id", one) for one in listed if kind]
                 ids = [one for one in each if isinstance(one, str)]
                 if name == "skill_id" and kind_of == "anthropic":  # a built-in one's is a word
@@ -4457,7 +4459,7 @@ class Walls(Rule):
     async def body(self, visit: Visit, body: Kept) -> None:
         named, is_message = 0, visit.route.kind in ("", "batches")
         words = EVERYDAY_IN_MESSAGES if is_message else EVERYDAY
-        for start in range(0, len(body.data) if visit.refers else 0, LIGHT_BODY):
+        for start in range(0, len(body.data) if visit.refers else 0, MIB):
             if start:
                 await body.breathe()
             count = names_in(body.data, start, words)
@@ -5365,7 +5367,7 @@ class RelayHandler(BaseHandler):
         if self._visit.refers:
             data = self._seen + data
             self._seen = data[-LONGEST_NAME:]
-            starts = range(0, len(data), LIGHT_BODY)
+            starts = range(0, len(data), MIB)
             if any(names_in(data, start, EVERYDAY_IN_MESSAGES) for start in starts):
                 text = "This body names files or other things, so it is read, and may be"
                 raise APIError(413, f"{text} {JSON_BODY_LIMIT:,} bytes long. Send it in parts.")
