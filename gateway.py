@@ -4412,6 +4412,7 @@ LIST_FIELDS = {"etag", "last-modified", "link", "x-total-count"}  # tell of all 
 LIST_TIMEOUT = 60.0  # seconds for a further part of a list
 DEFAULT_LIMIT, MAX_ROWS_LISTED, IDS_A_CALL = 20, 1000, 100  # SDK: types/file_list_params.py
 MAX_PARAMETERS = 1000  # of a query, far more than any call has
+CURSOR_TRIES = 3  # rows behind which a list is asked for, where it does not go on
 MAX_PAGES = 10  # of a list that one request looks through
 FILE_LIST = {"limit", "page", "after_id", "before_id", "beta"}  # what can be asked of ids as well
 CURSORS = ("after_id", "before_id")
@@ -4614,15 +4615,19 @@ class Walls(Rule):
         shown, seen = list[Any](), set[str]()
         left = set(await visit.gateway.ledger.reached(cast(VirtualKey, visit.payer), kind))
         for _ in range(MAX_PAGES):
-            rows = list_of(page.get("data"))
+            rows = [row for row in list_of(page.get("data")) if id_of(row) not in seen]
             found = await self.visible(visit, rows, kind)
             shown = found + shown if backwards else shown + found
-            names = set(map(id_of, rows))
-            is_new, seen, left = not names <= seen, seen | names, left - names
-            if len(shown) > limit or not (page.get("has_more") and left and is_new):
+            seen.update(map(id_of, rows))
+            if len(shown) > limit or not (page.get("has_more") and left - seen and rows):
                 break
-            asked |= {"limit": str(MAX_ROWS_LISTED), cursor: id_of(rows[0 if backwards else -1])}
-            page = await self.ask(visit, f"{path}?{urllib.parse.urlencode(asked)}")
+            for row in (rows if backwards else rows[::-1])[:CURSOR_TRIES]:  # some may be gone
+                asked |= {"limit": str(MAX_ROWS_LISTED), cursor: id_of(row)}
+                with contextlib.suppress(UpstreamError):
+                    page = await self.ask(visit, f"{path}?{urllib.parse.urlencode(asked)}")
+                    break
+            else:
+                raise UpstreamError("The upstream does not go on with this list.")
         return shown[-limit:] if backwards else shown[:limit], len(shown) > limit
 
     async def visible(self, visit: Visit, rows: Sequence[Any], of: str) -> list[Any]:
