@@ -2050,8 +2050,9 @@ class FileLedger:
         async with self._adding:
             file = self._things_file
             try:
-                self._load_things(self.keys.values())  # where it was edited
                 waiting = list(self._changes)
+                if waiting or changes:
+                    self._load_things(self.keys.values())  # where it was edited
                 if self.things.is_untidy or not file.path.exists():
                     await asyncio.to_thread(file.write, self.things.lines())
                     self.things.is_untidy = False
@@ -2236,7 +2237,7 @@ class FileLedger:
         is_unread = isinstance(error, FileExistsError) and file.edit() not in self._noticed
         if message != file.error and not is_unread:
             file.error = message
-            log.error(message, exc_info=not isinstance(error, OSError))
+            log.error(message, exc_info=not isinstance(error, OSError | SettingsError))
         return APIError(503, message, headers=headers)
 
 
@@ -4063,7 +4064,7 @@ class Visit:
     payer: VirtualKey | None = None
     owner: str = ""
     reads_body: bool = False
-    refers: bool = False  # its body may name things, and is looked through
+    refers: Mapping[bytes, str] | None = None  # its body is looked through, for these words too
     hidden: frozenset[str] = NO_OPTIONS
     listing: Callable[[Visit, bytes], Awaitable[bytes]] | None = None
     learn: Callable[[object], None] | None = None
@@ -4452,15 +4453,15 @@ class Walls(Rule):
                 await self.ask_by_ids(visit, key)
         if route.unread:
             return
-        visit.refers, is_packed = True, "content-encoding" in head.values and head.coding
+        visit.refers = EVERYDAY_IN_MESSAGES if route.kind in ("", "batches") else EVERYDAY
+        is_packed = "content-encoding" in head.values and head.coding
         if is_packed or other_charset(head.get("content-type")):
             text = "What this key sends is looked through: send it as UTF-8, uncompressed."
             raise APIError(400, text)
 
     async def body(self, visit: Visit, body: Kept) -> None:
-        named, is_message = 0, visit.route.kind in ("", "batches")
-        words = EVERYDAY_IN_MESSAGES if is_message else EVERYDAY
-        for start in range(0, len(body.data) if visit.refers else 0, MIB):
+        named, words = 0, visit.refers or {}
+        for start in range(0, len(body.data) if words else 0, MIB):
             if start:
                 await body.breathe()
             count = names_in(body.data, start, words)
@@ -4671,7 +4672,7 @@ class Walls(Rule):
         made, route = read_json(body, Any), visit.route
         if not isinstance(made, dict) or route.deletes:
             return body
-        if "data" in made and not route.name and visit.refers:
+        if "data" in made and not route.name and cast(VirtualKey, visit.payer).resources != "all":
             return await self.list_own(visit, body)
         born, name, below = [*products_of(made)], id_of(made), route.below.strip("/").split("/")
         if name and name not in (route.name, *below) and not route.fetches:
@@ -5137,7 +5138,7 @@ class RelayHandler(BaseHandler):
         visit.lines.insert(0, gateway.host_line)
         if visit.credential is not None:
             visit.lines.append(": ".join(visit.credential))
-        keeps = visit.reads_body or visit.refers or visit.route.billed
+        keeps = visit.reads_body or visit.refers is not None or visit.route.billed
         keeps = keeps or is_json(head.get("content-type"))
         if visit.length > JSON_BODY_LIMIT:
             self._go_unread(visit.length)
@@ -5369,11 +5370,10 @@ class RelayHandler(BaseHandler):
 
     def _look(self, data: bytes) -> None:
         """Look through a part of a body that is not kept. Raises APIError where it names things."""
-        if self._visit.refers:
+        if words := self._visit.refers:
             data = self._seen + data
             self._seen = data[-LONGEST_NAME:]
-            starts = range(0, len(data), MIB)
-            if any(names_in(data, start, EVERYDAY_IN_MESSAGES) for start in starts):
+            if any(names_in(data, start, words) for start in range(0, len(data), MIB)):
                 text = "This body names files or other things, so it is read, and may be"
                 raise APIError(413, f"{text} {JSON_BODY_LIMIT:,} bytes long. Send it in parts.")
 

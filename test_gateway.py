@@ -4941,6 +4941,19 @@ async def test_what_is_too_large_to_be_kept_is_looked_at_as_it_passes(two: Neigh
         assert not passes or whole.pop() == hashlib.sha256(body).digest()
 
 
+async def test_words_that_name_things_are_looked_for_as_a_large_body_passes(
+    two: Neighbours,
+) -> None:
+    body = b'{"a": "%b", "agent": "agent_bob"}' % (b"x" * 33 * MIB)
+    fields, arrived = (JSON_KIND, f"Content-Length: {len(body)}"), len(two.gw.up.arrived)
+    client = await two.gw.asking("POST /v1/sessions", *fields, key=two.ann)
+    with contextlib.suppress(ConnectionError):
+        for at in range(0, len(body), MIB):
+            await client.send_all(1, body[at : at + MIB])
+    assert (await client.response()).status == 413
+    assert not any(each.body for each in two.gw.up.arrived[arrived:])
+
+
 # Lists
 
 
