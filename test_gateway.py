@@ -4497,13 +4497,13 @@ async def test_edits_by_hand_are_noticed_and_the_file_has_one_user(two: Neighbou
     names = ["file_1x", "file_2x", "file_3x"]
     await two.make(two.ann, names[0])
     for old, new, told in zip(names, names[1:], (False, True), strict=False):
+        before = two.gw.log.count("was edited: read again")
         (changed := two.file.with_name("new")).write_text(two.file.read_text().replace(old, new))
         changed.replace(two.file)
         if told:
             two.gw.process.hang_up()
-        async with asyncio.timeout(PATIENCE):
-            while not told and not await two.reaches(two.ann, new, looks=1):
-                await asyncio.sleep(0.05)
+        else:
+            await until(lambda seen=before: two.gw.log.count("was edited: read again") > seen)
         assert await two.is_anns(new) and not await two.is_anns(old)
         await two.make(two.ann, f"file_{told:d}y")
         assert new in (text := two.file.read_text()) and f"file_{told:d}y" in text
