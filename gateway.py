@@ -2046,7 +2046,7 @@ class FileLedger:
         marks = [(limit * part, part) for part in self.parts] if limit is not None else []
         marks += [(soft, ZERO)] if soft is not None else []
         for mark, part in marks:
-            if mark > after or 0 < mark <= before:
+            if mark > after or (before and mark <= before):
                 continue
             event, what = "soft_budget_crossed", "its soft budget is"
             if part:
