@@ -103,7 +103,7 @@ MAX_BODY_SIZE = 512 * MIB  # Anthropic's limit on files is 500 MB (api/overview)
 MIN_MASTER_KEY_LENGTH = 16  # below this a key can be guessed
 GOOD_MASTER_KEY = "set GATEWAY_MASTER_KEY to 16 characters or more that nobody can guess"
 SENDABLE = re.compile(r"[\x21-\x7e]*")  # what a header or a URL can carry
-REAL_KEYS_APART, FIRST_REAL_KEY = re.compile(r"[\s,]+"), "default"
+REAL_KEYS_APART = re.compile(r"[\s,]+")
 REAL_KEY = re.compile(r"(?:([\w.-]{1,64})=)?(sk-[\x21-\x7e]+)", re.ASCII)  # with a name for it
 
 
@@ -158,8 +158,7 @@ class Settings:
             if known["least"] is not None and not known["least"] <= value < math.inf:
                 name = each.name.replace("_", "-")
                 raise SettingsError(f"--{name}: {value} is not a number from {known['least']} up")
-            parts = REAL_KEYS_APART.split(value) if each.name == "api_keys" else [value]
-            if not known["help"] and not all(map(SENDABLE.fullmatch, parts)):
+            if not (known["help"] or each.name == "api_keys" or SENDABLE.fullmatch(value)):
                 names = " or ".join(known["variables"])
                 raise SettingsError(f"{names} holds characters that a header cannot carry")
         if self.port > 65535:
@@ -189,30 +188,27 @@ def real_keys(settings: Settings) -> dict[str, tuple[str, str]]:
     shown under; the file's are read anew. Raises SettingsError."""
     headers, entries = dict[str, tuple[str, str]](), settings.api_keys
     if settings.api_key:
-        headers[FIRST_REAL_KEY] = "x-api-key", settings.api_key
+        headers["default"] = "x-api-key", settings.api_key
     elif settings.auth_token:
-        headers[FIRST_REAL_KEY] = "Authorization", f"Bearer {settings.auth_token}"
+        headers["default"] = "Authorization", f"Bearer {settings.auth_token}"
     if file := settings.api_keys_file:
-        wrong, mode, text = "holds no key", 0, ""
         try:
             with open(file, encoding="ascii") as opened:
-                mode, text = os.fstat(opened.fileno()).st_mode, opened.read()
+                if os.fstat(opened.fileno()).st_mode & 0o077:  # as ssh refuses the file of a key
+                    raise ValueError("others can read it; chmod 600 it")
+                if not (text := opened.read()).strip():
+                    raise ValueError("holds no key")
         except (OSError, ValueError) as error:
-            wrong = getattr(error, "strerror", "") or "holds characters that no key has"
-        if mode & 0o077:  # as ssh refuses the file of a key
-            wrong, text = "others can read it; chmod 600 it", ""
-        if not text.strip():
-            raise SettingsError(f"--api-keys-file: {file}: {wrong}")
+            reason = getattr(error, "strerror", "") or error
+            raise SettingsError(f"--api-keys-file: {file}: {reason}") from None
         entries += f",{text}"
     for number, entry in enumerate(filter(None, REAL_KEYS_APART.split(entries)), start=1):
-        found = REAL_KEY.fullmatch(entry)
-        name, key = (found[1] or f"key{number}", found[2]) if found else ("", "")
-        header = "x-api-key", key
-        if not name or name in headers or header in headers.values():
-            wrong = (
-                "has the name or the key of one before" if name else "is no 'sk-…' or 'name=sk-…'"
-            )
-            raise SettingsError(f"ANTHROPIC_API_KEYS, --api-keys-file: entry {number} {wrong}")
+        wrong = f"ANTHROPIC_API_KEYS, --api-keys-file: entry {number}"
+        if not (found := REAL_KEY.fullmatch(entry)):
+            raise SettingsError(f"{wrong} is no 'sk-…' or 'name=sk-…'")
+        name, header = found[1] or f"key{number}", ("x-api-key", found[2])
+        if name in headers or header in headers.values():
+            raise SettingsError(f"{wrong} has the name or the key of one before")
         headers[name] = header
     return headers
 
@@ -6321,6 +6317,7 @@ class HelloHandler(BaseHandler):
 
 
 SPEND_GROUPS = {"daily": "1d", "weekly": "7d", "monthly": "1mo"}
+SEVERITIES = ("normal", "warning", "critical")  # by how many of the marks are passed
 
 
 class UsageHandler(BaseHandler):
@@ -6329,32 +6326,27 @@ class UsageHandler(BaseHandler):
 
     async def get(self) -> None:
         key, moment = (await self.gateway.doors.authenticate(self.request.head.values)).key, now()
-        budgets = key.budgets(moment) if key is not None else []
-        limits = list[dict[str, Any]]()
+        budgets, limits = key.budgets(moment) if key else [], list[dict[str, Any]]()
         for each in budgets:
-            row: dict[str, Any]
             start, end = each.window or (EPOCH, None)
             days = (end - start).days if end else math.inf
-            marks = sum(each.part > part for part in self.gateway.settings.warned_parts[:-1])
-            row = {
-                "kind": "spend",
-                "group": [*SPEND_GROUPS][(days > 1) + (days > 7)],
-                "resets_at": end,
-            }
-            row |= {"percent": int(each.shown * 100), "is_active": each is budgets[0]}
-            severity = ("normal", "warning", "critical")[2 if each.part >= ONE else min(2, marks)]
-            limits.append(row | {"severity": severity})
-        usage: dict[str, Any] = {"is_enabled": True, "currency": "USD"}
+            passed = bisect.bisect_left(self.gateway.settings.warned_parts, each.part)
+            row = dict[str, Any](kind="spend", percent=int(each.shown * 100), resets_at=end)
+            row["group"] = [*SPEND_GROUPS][(days > 1) + (days > 7)]
+            row["severity"] = SEVERITIES[2 if each.part >= ONE else min(2, passed)]
+            limits.append(row | {"is_active": not limits})
+        usage = dict[str, Any](is_enabled=True, currency="USD", utilization=None)
         if budgets:
             cents = {"monthly_limit": budgets[0].limit, "used_credits": budgets[0].spent}
             usage |= {name: int(amount * 100) for name, amount in cents.items()}
             usage["utilization"] = limits[0]["percent"]
-        for group, duration in SPEND_GROUPS.items() if not budgets else ():
-            first = day_of(window(duration, moment)[0])
-            used = [tally.spend for _, _, tally in key.account.usage.days(first)] if key else []
-            row = {"used_credits": int(sum(used) * 100), "utilization": None}
-            usage |= row | {"monthly_limit": None} if group == "monthly" else {}
-            usage |= {group: row | {"limit": None}} if group != "monthly" else {}
+        else:
+            for group, duration in SPEND_GROUPS.items():
+                first = day_of(window(duration, moment)[0])
+                used = [tally.spend for _, _, tally in key.account.usage.days(first)] if key else []
+                row = dict[str, Any](limit=None, utilization=None)
+                usage[group] = row | {"used_credits": int(sum(used) * 100)}
+            usage |= {"monthly_limit": None, "used_credits": usage.pop("monthly")["used_credits"]}
         self.send_json({"extra_usage": usage, "limits": limits})
 
 
@@ -6815,8 +6807,8 @@ def start_mock(settings: Settings) -> Settings:
     app = web.Application([(".*", MockAnthropic)], credential=key, log_function=lambda _: None)
     HTTPServer(app, max_body_size=MAX_BODY_SIZE, max_buffer_size=MAX_BODY_SIZE).add_sockets(sockets)
     upstream = f"http://{LOOPBACK[0]}:{sockets[0].getsockname()[1]}"
-    no_others: Any = dict.fromkeys(("auth_token", "api_keys", "api_keys_file"), "")
-    return dataclasses.replace(settings, upstream=upstream, api_key=key, **no_others)
+    only: Any = {"api_key": key, "api_keys": "", "api_keys_file": ""}
+    return dataclasses.replace(settings, upstream=upstream, **only)
 
 
 def report_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -6904,25 +6896,15 @@ async def check(settings: Settings) -> bool:
     except SettingsError as error:
         findings.append((False, str(error)))
     try:
-        pool = RealKeys(settings, tell_nobody)
         with contextlib.closing(UpstreamClient(force_instance=True, settings=settings)) as client:
-            for key in pool.keys.values() or (None,):
+            for key in RealKeys(settings).keys.values() or (None,):
                 code = (await client.get("/v1/models?limit=1", CHECK_TIMEOUT, key)).code
-                named = f" {key.name}" if key and pool.several else ""
-                refused, fine = (
-                    code in (401, 403),
-                    f" and accepts the real key{named}" if key else "",
-                )
-                doubt = (
-                    f"real key{named} not accepted, set another"
-                    if refused
-                    else "is --upstream right?"
-                )
-                well = code < 400 or (key is None and code == 401)
+                name, well = f" {key.name}" if key else "", code < 400 or (not key and code == 401)
+                refused = f"real key{name} not accepted, set another"
+                doubt = refused if code in (401, 403) else "is --upstream right?"
+                fine = f" and accepts the real key{name}" if key else ""
                 said = fine if well else f" {code} to GET /v1/models: {doubt}"
                 findings.append((well, f"{upstream} answers{said}"))
-    except SettingsError as error:
-        findings.append((False, str(error)))
     except (UpstreamError, OSError) as error:
         findings.append((False, f"{upstream}: {error} See --upstream and the network."))
     for well, text in findings:
@@ -6935,8 +6917,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the gateway with these arguments, by default the command line's. Ends the process."""
     try:
         settings = read_settings(sys.argv[1:] if arguments is None else arguments, os.environ)
-        credentials = [value for _, value in real_keys(settings).values()]
-        masked = (settings.master_key, *(each.removeprefix("Bearer ") for each in credentials))
+        masked = settings.master_key, *(key.secret for key in RealKeys(settings).keys.values())
         for handler in logging.root.handlers:
             inner = None if settings.log_json else handler.formatter
             handler.setFormatter(LineFormatter(inner, *masked))
