@@ -184,8 +184,7 @@ class Settings:
 
 
 def real_keys(settings: Settings) -> dict[str, tuple[str, str]]:
-    """The header that carries a real key upstream, as (name, value), by the name that the key is
-    shown under; the file's are read anew. Raises SettingsError."""
+    """The header (name, value) that carries each real key, by its shown name. SettingsError."""
     headers, entries = dict[str, tuple[str, str]](), settings.api_keys
     if settings.api_key:
         headers["default"] = "x-api-key", settings.api_key
@@ -6020,15 +6019,14 @@ def key_row(key: VirtualKey, *, full: bool = False) -> dict[str, Any]:
     """A key as LiteLLM's answers describe it; in full with what it used, by day and model."""
     moment, hashed = now(), key.account.hashed
 
-    def spent(pattern: str, duration: str | None) -> dict[str, Any]:
-        reset = window(duration, moment)[1] if duration else None
+    def spent(pattern: str) -> dict[str, Any]:
+        reset = window(duration, moment)[1] if (duration := key.budget(pattern)[1]) else None
         return {"spend": key.spent(moment, pattern), "budget_reset_at": reset}
 
     row = {"token": hashed, "token_id": hashed, "status": key.status(moment)} | LITELLM_FIELDS
     row |= {name: getattr(key, name) for name in SHOWN}
-    budgets = key.model_max_budget.items()
-    row["model_max_budget_usage"] = {p: spent(p, budget.time_period) for p, budget in budgets}
-    row |= spent(ALL_MODELS, key.budget_duration) | {"last_active": key.account.last_active}
+    row["model_max_budget_usage"] = {pattern: spent(pattern) for pattern in key.model_max_budget}
+    row |= spent(ALL_MODELS) | {"last_active": key.account.last_active}
     if full:
         days = row["usage"] = dict[str, Any]()
         for day, model, tally in key.account.usage.days():
@@ -6065,9 +6063,8 @@ class KeyHandler(ManagementHandler):
         """A key that the caller chose, or a fresh one. Raises APIError 400."""
         is_for_claude_code = FLAG.parse("claude_code", for_claude_code)
         if value is None:
-            middle = f".{GATEWAY_CLAIM}.{secrets.token_urlsafe(KEY_BYTES)}"
-            made = KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES)
-            return made + middle if is_for_claude_code else made
+            more = (GATEWAY_CLAIM, secrets.token_urlsafe(KEY_BYTES)) if is_for_claude_code else ()
+            return ".".join((KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES), *more))
         if is_for_claude_code:
             raise APIError(400, "'claude_code' makes the key: leave yours out.")
         if not isinstance(value, str) or not CHOSEN_KEY.fullmatch(value):
@@ -6157,10 +6154,10 @@ class KeyHandler(ManagementHandler):
 
     async def assign(self, body: dict[str, Any]) -> dict[str, Any]:
         """Give the things of ``ids`` to a ``key``, to nobody (null), or to all to use ("*")."""
-        ids, kind, key = TEXTS.parse("ids", body.get("ids")), body.get("kind"), body.get("key")
-        if not ids or "key" not in body or not (kind is None or isinstance(kind, str)):
+        ids, kind = TEXTS.parse("ids", body.get("ids")), TEXT.parse("kind", body.get("kind"))
+        if not ids or "key" not in body:
             raise APIError(400, "'ids' must list things, and 'key' name a key, '*' or null.")
-        ledger = self.gateway.ledger
+        ledger, key = self.gateway.ledger, body["key"]
         owner = {"*": None, None: ""}[key] if key in ("*", None) else self.owner_of(key)
         known, names = await ledger.find_things(ids), dict[str, str]()
         for name in ids:
@@ -6269,13 +6266,12 @@ class ReportHandler(ManagementHandler):
         chosen = [p for p in things.made if owner in (None, p[0]) and kind in ("", p[1])]
         total = sum(len(things.made[place]) for place in chosen)
         every = itertools.chain.from_iterable(things.made[place].items() for place in chosen)
-        rows = list[dict[str, Any]]()
-        told: dict[str, Any]
+        rows = []
         for name, moment in itertools.islice(every, (page - 1) * size, page * size):
             owner, kind, home = things.places[name]
-            told = {"shared": name in things.shared, "created_at": moment_of(int(moment))}
-            told["home"] = home or None
-            rows.append({"id": name, "kind": kind, "key": keys.get(owner)} | told)
+            row = dict[str, Any](id=name, kind=kind, key=keys.get(owner), home=home or None)
+            made, shared = moment_of(int(moment)), name in things.shared
+            rows.append(row | {"created_at": made, "shared": shared})
         pages = {"current_page": page, "total_pages": -(-total // size)}
         return {"resources": rows, "total_count": total} | pages
 
@@ -6361,11 +6357,11 @@ class HealthHandler(BaseHandler):
         error = ledger.trouble()
         status = "shutting_down" if gateway.stopping else "unhealthy" if error else "healthy"
         prices = "loaded" if gateway.prices.loaded else "loading"
-        told: dict[str, Any] = {"status": status, "store": error or "writable"}
-        told |= {"version": __version__, "prices": prices if gateway.prices.available else "none"}
+        told = dict[str, Any](status=status, store=error or "writable", version=__version__)
+        told["prices"] = prices if gateway.prices.available else "none"
         told["uptime"] = round((now() - gateway.started).total_seconds())
+        told["upstreams"] = {each["name"]: each["state"] for each in gateway.real_keys.states()}
         self.set_status(200 if status == "healthy" else 503)
-        told["upstreams"] = {row["name"]: row["state"] for row in gateway.real_keys.states()}
         self.send_json(told | {"upstream": gateway.traffic.upstream})
 
 
@@ -6437,8 +6433,7 @@ class MetricsHandler(ManagementHandler):
             gone += count if outcome == "client_gone" else 0
         times, ends = dict[Any, Any](), (*map(str, LATENCY_BUCKETS), "+Inf")
         for model, each in traffic.timings.items():
-            sums = [list(zip(ends, itertools.accumulate(h.counts))) for h in each]
-            times[model,] = [(buckets, h.total) for buckets, h in zip(sums, each)]
+            times[model,] = [([*zip(ends, itertools.accumulate(h.counts))], h.total) for h in each]
         usage, budgets, moment = dict[Any, Any](), dict[Any, Any](), now()
         for label, used in traffic.used.items():
             prompt, output = used.input_tokens + used.cached, used.output_tokens
@@ -6450,10 +6445,9 @@ class MetricsHandler(ManagementHandler):
             left = None if limit is None else limit - spent
             hours = end and (end - moment) / timedelta(hours=1)
             budgets[record.shown_name,] = (spent, limit, left, hours)
-        keys, resting = dict[Any, Any](), dict[Any, Any]()
-        for state in gateway.real_keys.states():
-            keys[state["name"],] = state["requests"], state["errors"]
-            resting[state["name"],] = (state["state"] != "ok",)
+        states = gateway.real_keys.states()
+        keys = {(each["name"],): (each["requests"], each["errors"]) for each in states}
+        resting = {(each["name"],): (each["state"] != "ok",) for each in states}
         answers = [handler._visit.answer for handler in gateway.active]
         streams = sum(head is not None and is_event_stream(head) for head in answers)
         for kind, labels, names, rows in (
