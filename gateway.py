@@ -103,7 +103,6 @@ MAX_BODY_SIZE = 512 * MIB  # Anthropic's limit on files is 500 MB (api/overview)
 MIN_MASTER_KEY_LENGTH = 16  # below this a key can be guessed
 GOOD_MASTER_KEY = "set GATEWAY_MASTER_KEY to 16 characters or more that nobody can guess"
 SENDABLE = re.compile(r"[\x21-\x7e]*")  # what a header or a URL can carry
-REAL_KEYS_APART = re.compile(r"[\s,]+")
 REAL_KEY = re.compile(r"(?:([\w.-]{1,64})=)?(sk-[\x21-\x7e]+)", re.ASCII)  # with a name for it
 
 
@@ -201,7 +200,7 @@ def real_keys(settings: Settings) -> dict[str, tuple[str, str]]:
             reason = getattr(error, "strerror", "") or error
             raise SettingsError(f"--api-keys-file: {file}: {reason}") from None
         entries += f",{text}"
-    for number, entry in enumerate(filter(None, REAL_KEYS_APART.split(entries)), start=1):
+    for number, entry in enumerate(entries.replace(",", " ").split(), start=1):
         wrong = f"ANTHROPIC_API_KEYS, --api-keys-file: entry {number}"
         if not (found := REAL_KEY.fullmatch(entry)):
             raise SettingsError(f"{wrong} is no 'sk-…' or 'name=sk-…'")
@@ -701,19 +700,13 @@ class Fullness(NamedTuple):
     limit: Decimal
     window: tuple[datetime, datetime] | None
 
-    @property
-    def shown(self) -> Decimal:
-        """The part as Claude Code is told it: less than all for as long as anything is left."""
-        return min(self.part, ONE if self.spent >= self.limit else ONE - CENT).quantize(CENT)
-
 
 @dataclass(slots=True)
 class VirtualKey:
     """One line of keys.json: what a key is and may do; the names are LiteLLM's. Budgets are USD,
     None is no limit. ``unmetered_routes`` lets it spend where the gateway cannot count, ``retired``
-    has the hashes before it was regenerated, and until when they work, ``resources`` whose things
-    it reaches (REACHES), ``owner_id`` what its own are kept under, ``home`` the name of the real
-    key under which they are made."""
+    has its former hashes and until when they work, ``resources`` whose things it reaches (REACHES),
+    ``owner_id`` what its own are kept under, ``home`` the real key under which they are made."""
 
     key_name: str = kept(NAME, settable=False)
     key_alias: str | None = kept(TEXT)
@@ -4781,7 +4774,7 @@ def unified(budgets: Sequence[Fullness], parts: Sequence[Decimal]) -> list[tuple
     passed = [part for part in parts if ONE > part and fullest.part > part]
     status = "allowed_warning" if passed else "allowed"
     told = {"status": status, "representative-claim": "overage", "overage-status": status}
-    told["overage-utilization"] = f"{min(fullest.shown, ONE - CENT)}"
+    told["overage-utilization"] = f"{min(fullest.part, ONE - CENT):.2f}"
     if passed:
         told["overage-surpassed-threshold"] = f"{passed[-1]}"
     if fullest.window is not None:
@@ -6313,7 +6306,6 @@ class HelloHandler(BaseHandler):
 
 
 SPEND_GROUPS = {"daily": "1d", "weekly": "7d", "monthly": "1mo"}
-SEVERITIES = ("normal", "warning", "critical")  # by how many of the marks are passed
 
 
 class UsageHandler(BaseHandler):
@@ -6327,9 +6319,10 @@ class UsageHandler(BaseHandler):
             start, end = each.window or (EPOCH, None)
             days = (end - start).days if end else math.inf
             passed = bisect.bisect_left(self.gateway.settings.warned_parts, each.part)
-            row = dict[str, Any](kind="spend", percent=int(each.shown * 100), resets_at=end)
+            severity = ("normal", "warning", "critical")[2 if each.part >= ONE else min(2, passed)]
+            percent = 100 if each.part >= ONE else min(99, round(each.part * 100))
+            row = dict[str, Any](kind="spend", percent=percent, severity=severity, resets_at=end)
             row["group"] = [*SPEND_GROUPS][(days > 1) + (days > 7)]
-            row["severity"] = SEVERITIES[2 if each.part >= ONE else min(2, passed)]
             limits.append(row | {"is_active": not limits})
         usage = dict[str, Any](is_enabled=True, currency="USD", utilization=None)
         if budgets:
