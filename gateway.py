@@ -6326,15 +6326,15 @@ class UsageHandler(BaseHandler):
             limits.append(row | {"is_active": not limits})
         usage = dict[str, Any](is_enabled=True, currency="USD", utilization=None)
         if budgets:
-            cents = {"monthly_limit": budgets[0].limit, "used_credits": budgets[0].spent}
-            usage |= {name: int(amount * 100) for name, amount in cents.items()}
+            usage["monthly_limit"] = int(budgets[0].limit * 100)
+            usage["used_credits"] = int(budgets[0].spent * 100)
             usage["utilization"] = limits[0]["percent"]
         else:
             for group, duration in SPEND_GROUPS.items():
                 first = day_of(window(duration, moment)[0])
                 used = [tally.spend for _, _, tally in key.account.usage.days(first)] if key else []
-                row = dict[str, Any](limit=None, utilization=None)
-                usage[group] = row | {"used_credits": int(sum(used) * 100)}
+                cents = int(sum(used) * 100)
+                usage[group] = {"limit": None, "used_credits": cents, "utilization": None}
             usage |= {"monthly_limit": None, "used_credits": usage.pop("monthly")["used_credits"]}
         self.send_json({"extra_usage": usage, "limits": limits})
 
@@ -6793,9 +6793,8 @@ def start_mock(settings: Settings) -> Settings:
     key, sockets = MOCK_CREDENTIAL + mock_id("key"), netutil.bind_sockets(0, LOOPBACK[0])
     app = web.Application([(".*", MockAnthropic)], credential=key, log_function=lambda _: None)
     HTTPServer(app, max_body_size=MAX_BODY_SIZE, max_buffer_size=MAX_BODY_SIZE).add_sockets(sockets)
-    upstream = f"http://{LOOPBACK[0]}:{sockets[0].getsockname()[1]}"
-    only: Any = {"api_key": key, "api_keys": "", "api_keys_file": ""}
-    return dataclasses.replace(settings, upstream=upstream, **only)
+    url = f"http://{LOOPBACK[0]}:{sockets[0].getsockname()[1]}"
+    return dataclasses.replace(settings, upstream=url, api_key=key, api_keys="", api_keys_file="")
 
 
 def report_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
