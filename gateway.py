@@ -170,8 +170,10 @@ class Settings:
             raise SettingsError("--unix-socket: takes no --certfile; the proxy has it")
         if self.upstream != MOCK_UPSTREAM:
             parse_upstream(self.upstream)
-        if self.alert_webhook and not re.match("https?://.", self.alert_webhook):
-            raise SettingsError("--alert-webhook: is not an http or https URL")
+        try:
+            _ = self.alert_webhook and parse_upstream(self.alert_webhook.partition("?")[0])
+        except SettingsError:
+            raise SettingsError("--alert-webhook: is no http or https URL") from None
         _ = self.warned_parts
 
     @functools.cached_property
@@ -3349,7 +3351,7 @@ class Alerts:
 
     async def _send(self) -> None:
         options: Any = {"connect_timeout": ALERT_TIMEOUT, "request_timeout": ALERT_TIMEOUT}
-        options |= {"method": "POST", "follow_redirects": False}
+        options |= {"method": "POST", "follow_redirects": False, "streaming_callback": len}
         options["headers"] = {"Content-Type": "application/json"}
         while self._waiting:
             body, error = self._waiting.popleft(), None
@@ -4468,7 +4470,7 @@ class Visit:
         """Find the real keys that may carry it, the best one first, and take what does not rest.
         Raises APIError 400 for things of two workspaces."""
         pool, home, route = self.gateway.real_keys, self.home, self.route
-        self.group = route.kind or (model_class(self.order.model) if route.billed else self.path)
+        self.group = route.kind or (model_class(self.order.model) if route.billed else "other")
         if not pool.several:
             self.keys = [pool.first]
         elif self.homes or route.kind or not is_whole:
@@ -5474,13 +5476,15 @@ class BatchKeeper:
         path = f"/v1/messages/batches/{urllib.parse.quote(name, safe='')}"
         maker = self._ledger.keys.get(self._ledger.batches[name].hashed)
         thing = (await self._ledger.find_things([name])).get(name, Thing(""))
-        real = self._gateway.real_keys.at(thing.home or (maker.home if maker else ""))
+        pool, home = self._gateway.real_keys, thing.home or (maker.home if maker else "")
         try:
-            state = await self._gateway.client.get(path, BATCH_STATE_TIMEOUT, real)
+            if pool.several and home and home not in pool.keys:  # it may be there again tomorrow
+                raise UpstreamError(f"there is no real key {home}")
+            state = await self._gateway.client.get(path, BATCH_STATE_TIMEOUT, pool.at(home))
             batch, code = read_json(state.body), state.code
             ended = isinstance(batch, dict) and batch.get("processing_status") == BATCH_ENDED
             if code == 200 and ended:
-                code = await self._book_results(name, f"{path}/results", real)
+                code = await self._book_results(name, f"{path}/results", pool.at(home))
                 booked = code == 200
         except UpstreamError as error:
             log.info("a batch could not be looked at: %s", error)
