@@ -314,7 +314,7 @@ class APIError(Exception):
 DURATION = re.compile(r"\A([0-9]{1,9})(mo|s|m|h|d|w)\Z")
 UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 EPOCH, FIRST_MONDAY = datetime(1970, 1, 1, tzinfo=UTC), datetime(1970, 1, 5, tzinfo=UTC)
-ZERO, ONE, CENT = Decimal(0), Decimal(1), Decimal("0.01")
+ZERO, ALMOST, WHOLE = Decimal(0), Decimal("0.99"), Decimal(1)
 MAX_MODELS_A_DAY = 50  # names come from requests; beyond these they are counted together
 OTHER_MODELS, NO_MODEL = "other", "-"  # what stands in logs and sums for them, and for none
 
@@ -711,7 +711,7 @@ class Fullness(NamedTuple):
     @property
     def shown(self) -> Decimal:
         """The part as Claude Code is told it: less than all for as long as anything is left."""
-        return min(self.part, ONE if self.spent >= self.limit else ONE - CENT).quantize(CENT)
+        return min(self.part, WHOLE if self.spent >= self.limit else ALMOST)
 
 
 @dataclass(slots=True)
@@ -784,12 +784,15 @@ class VirtualKey:
         """How full its budgets are, the fullest first: all, or those that are for a model."""
         found = list[Fullness]()
         for pattern in (ALL_MODELS, *self.model_max_budget):
-            (limit, duration), spent = self.budget(pattern), self.spent(moment, pattern)
+            limit, duration = self.budget(pattern)
             is_for = model is None or not pattern or fnmatch.fnmatchcase(model, pattern)
             if limit is not None and is_for:
-                within = window(duration, moment) if duration else None
-                found.append(Fullness(spent / limit if limit else ONE, spent, limit, within))
-        return sorted(found, reverse=True, key=operator.itemgetter(0))
+                spent, within = self.spent(moment, pattern), duration and window(duration, moment)
+                found.append(
+                    Fullness(spent / limit if limit else WHOLE, spent, limit, within or None)
+                )
+        found.sort(reverse=True)
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """The line's object, as `written` writes it, without usage and what says nothing."""
@@ -849,8 +852,13 @@ CLAUDE_CODE = ("session_id", "agent_id", "request_class", "prompt_id", "agent_ty
 CLAUDE_FIELDS = {name: f"x-claude-code-{name.replace('_', '-')}" for name in CLAUDE_CODE}
 TAGS_FIELD, METRICS_PATH = "x-litellm-tags", "/metrics"  # LiteLLM's
 WORKSPACE_FIELD = "anthropic-workspace-id"  # chooses a workspace of the real key's owner
+CLAIM = ("representative-claim", "overage")
 ORGANIZATION_FIELD, UNIFIED = "anthropic-organization-id", "anthropic-ratelimit-unified-"
 # Its user then reads the message of a 429 as it is (Claude Code 2.1.331).
+UNIFIED_ALLOWED, UNIFIED_WARNED = (
+    [(f"{UNIFIED}{n}", v) for n, v in (("status", s), ("overage-status", s), CLAIM)]
+    for s in ("allowed", "allowed_warning")
+)
 SPENT_REASON = (f"{UNIFIED}overage-disabled-reason", "org_spend_cap_reached")
 
 BILLED = ("/v1/messages", "/v1/messages/batches", "/v1/messages/cache_touch", "/v1/complete")
@@ -1914,7 +1922,7 @@ class FileLedger:
         beside, then = f"{self._file.path}.resources", "what was made is there, and written later"
         self._things_file = StoreFile(Path(beside), THINGS_FRAME, "file of resources", then)
         self._usage_days, self._clock = usage_days, clock
-        self.parts, self.tell = list[Decimal](), tell_nobody
+        self.parts, self.tell = [WHOLE], tell_nobody
         self.keys: dict[str, VirtualKey] = {}
         self.things = Things()
         self.batches: dict[str, Account] = {}  # whose they are
@@ -2045,6 +2053,8 @@ class FileLedger:
         """Tell which marks of a budget, or of a model's, are passed as it goes from one to the
         other: once, whoever counts."""
         limit, soft = key.budget(pattern)[0], None if pattern else key.soft_budget
+        if (limit is None or after < limit * self.parts[0]) and (soft is None or after < soft):
+            return
         marks = [(limit * part, part) for part in self.parts] if limit is not None else []
         marks += [(soft, ZERO)] if soft is not None else []
         for mark, part in marks:
@@ -2052,7 +2062,7 @@ class FileLedger:
                 continue
             event, what = "soft_budget_crossed", "its soft budget is"
             if part:
-                event = "threshold_crossed" if part < ONE else "budget_crossed"
+                event = "threshold_crossed" if part < 1 else "budget_crossed"
                 what = f"{part:.0%} of its budget{f' for {pattern}' if pattern else ''} is"
             spent = f"key {key.shown_name} has spent ${dollars(after)}"
             text = f"{spent}, {what} ${dollars(mark)}"
@@ -3257,15 +3267,18 @@ class RealKeys:
 
     def choose(self, keys: Sequence[RealKey], group: str) -> RealKey:
         """The first that does not rest, else the one whose rest ends first."""
-        return min(keys, key=lambda key: self.rests_until(key, group)) if self.rests else keys[0]
+        return min(keys, key=lambda key: self.rests_until(key, group))
 
-    def heard(self, key: RealKey, head: ResponseHead, group: str, asked: float, pays: bool) -> None:
-        """Learn of an answer whose the key is. A success ends a rest that began before it was
-        asked, but what is spent is not there again where nothing is paid."""
+    def heard(self, key: RealKey, head: ResponseHead) -> None:
+        """Learn of an answer whose the key is."""
         key.organization = head.get(ORGANIZATION_FIELD) or key.organization
         key.workspace = head.get(WORKSPACE_FIELD) or key.workspace
         key.errors += head.status >= 400
-        for scope in key.scopes(group) if self.rests and head.status < 300 else ():
+
+    def succeeded(self, key: RealKey, group: str, asked: float, *, pays: bool) -> None:
+        """A success ends a rest that began before it was asked for, but what is spent is not there
+        again where nothing is paid."""
+        for scope in key.scopes(group):
             rest = self.rests.get(scope)
             if rest and rest.since < asked and (pays or rest.why == REFUSED):
                 del self.rests[scope]
@@ -4434,7 +4447,6 @@ class Visit:
     homes: dict[str, str] = field(default_factory=dict)
     keys: list[RealKey] = field(default_factory=list)
     real: RealKey | None = None
-    group: str = ""  # what it shares rate limits with
     hidden: frozenset[str] = NO_OPTIONS
     listing: Callable[[Visit, bytes], Awaitable[bytes]] | None = None
     learn: Callable[[object], None] | None = None
@@ -4466,11 +4478,15 @@ class Visit:
             self.gateway.ledger.settle(key, pool.choose(among, ALL).name)
         return pool.at(key.home) if key is not None else pool.first
 
+    @property
+    def group(self) -> str:
+        """What it shares rate limits with."""
+        return self.route.kind or model_class(self.order.model) or "other"
+
     def find_keys(self, *, is_whole: bool) -> None:
         """Find the real keys that may carry it, the best one first, and take what does not rest.
         Raises APIError 400 for things of two workspaces."""
         pool, home, route = self.gateway.real_keys, self.home, self.route
-        self.group = route.kind or (model_class(self.order.model) if route.billed else "other")
         if not pool.several:
             self.keys = [pool.first]
         elif self.homes or route.kind or not is_whole:
@@ -4483,7 +4499,7 @@ class Visit:
         else:
             session = self.head.get(CLAUDE_FIELDS["session_id"])[:SHOWN_LENGTH]
             self.keys = pool.ranked(f"{self.payer.owner if self.payer else ''}\0{session}")
-        self.take(pool.choose(self.keys, self.group))
+        self.take(pool.choose(self.keys, self.group) if pool.rests else self.keys[0])
 
     def take(self, key: RealKey) -> None:
         """Let a real key carry it; that never comes back."""
@@ -4728,8 +4744,8 @@ class Limits(Rule):
             fields.append(("x-litellm-response-cost", f"{visit.record.tally.spend:f}"))
         if head.status == 200 and visit.path == BILLED[0] and payer.has_budget:
             visit.hidden |= {name for name in head.values if name.startswith(UNIFIED)}
-            model, parts = visit.order.model, gateway.settings.warned_parts
-            fields += unified(payer.budgets(visit.record.started, model), parts)
+            budgets = payer.budgets(visit.record.started, visit.order.model)
+            fields += unified(budgets, gateway.settings.warned_parts[:-1])
         spent = payer.spent(visit.record.started)
         fields.append(("x-litellm-key-spend", f"{spent:f}"))
         if payer.max_budget is not None:
@@ -4785,15 +4801,15 @@ def unified(budgets: Sequence[Fullness], parts: Sequence[Decimal]) -> list[tuple
     if not budgets:
         return []
     fullest = budgets[0]
-    passed = [part for part in parts if ONE > part and fullest.part > part]
-    status = "allowed_warning" if passed else "allowed"
-    told = {"status": status, "representative-claim": "overage", "overage-status": status}
-    told["overage-utilization"] = f"{min(fullest.shown, ONE - CENT)}"
+    passed = [part for part in parts if part < fullest.part]
+    told = UNIFIED_WARNED if passed else UNIFIED_ALLOWED
+    told = [*told, (f"{UNIFIED}overage-utilization", f"{min(fullest.part, ALMOST):.2f}")]
     if passed:
-        told["overage-surpassed-threshold"] = f"{passed[-1]}"
+        told.append((f"{UNIFIED}overage-surpassed-threshold", f"{passed[-1]}"))
     if fullest.window is not None:
-        told["reset"] = told["overage-reset"] = f"{fullest.window[1].timestamp():.0f}"
-    return [(UNIFIED + name, value) for name, value in told.items()]
+        reset = str(int(fullest.window[1].timestamp()))
+        told += (f"{UNIFIED}reset", reset), (f"{UNIFIED}overage-reset", reset)
+    return told
 
 
 class Batches(Rule):
@@ -5694,8 +5710,10 @@ class RelayHandler(BaseHandler):
         else:
             gateway.traffic.failed(f"The upstream answered {head.status}.")
         if visit.real is not None:
-            asked, bills = cast(UpstreamRequest, self._upstream).begun, visit.route.billed
-            gateway.real_keys.heard(visit.real, head, visit.group, asked, bills)
+            pool, pays = gateway.real_keys, visit.route.billed
+            pool.heard(visit.real, head)
+            if pool.rests and head.status < 300 and self._upstream is not None:
+                pool.succeeded(visit.real, visit.group, self._upstream.begun, pays=pays)
             # Of a route that is not for every key it may be the request that is not let in.
             if head.status in OF_A_KEY and (visit.route.open or head.status != 401):
                 self._refusal = bytearray()
@@ -6345,8 +6363,8 @@ class UsageHandler(BaseHandler):
                 "group": [*SPEND_GROUPS][(days > 1) + (days > 7)],
                 "resets_at": end,
             }
-            row |= {"percent": int(each.shown * 100), "is_active": each is budgets[0]}
-            severity = ("normal", "warning", "critical")[2 if each.part >= ONE else min(2, marks)]
+            row |= {"percent": round(each.shown * 100), "is_active": each is budgets[0]}
+            severity = ("normal", "warning", "critical")[2 if each.part >= 1 else min(2, marks)]
             limits.append(row | {"severity": severity})
         usage: dict[str, Any] = {"is_enabled": True, "currency": "USD"}
         if budgets:
