@@ -3364,7 +3364,8 @@ class Alerts:
 
     async def _send(self) -> None:
         options: Any = {"connect_timeout": ALERT_TIMEOUT, "request_timeout": ALERT_TIMEOUT}
-        options |= {"method": "POST", "follow_redirects": False, "streaming_callback": len}
+        options |= {"method": "POST", "follow_redirects": False}
+        options["streaming_callback"] = lambda _: None  # of an answer nothing is kept
         options["headers"] = {"Content-Type": "application/json"}
         while self._waiting:
             body, error = self._waiting.popleft(), None
