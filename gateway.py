@@ -4116,6 +4116,7 @@ def compress(coding: str, data: bytes) -> bytes:
 # ─── Record ───────────────────────────────────────────────────────────────────────────────────────
 
 NO_KEY = "-"  # what stands in logs and sums for none
+NOTHING: Mapping[str, str] = types.MappingProxyType({})
 MASTER_NAME = "master"
 MAX_LABELS = 1000  # keys, and keys with their models, that /metrics tells apart
 # Seconds; LiteLLM's buckets of its latency metrics.
@@ -4152,9 +4153,9 @@ class Record:
     tally: Tally = field(default_factory=Tally)
     estimated: bool = False
     tags: Sequence[str] = ()
-    sent: Mapping[str, str] = field(default_factory=dict)  # of CLAUDE_FIELDS
+    sent: Mapping[str, str] = NOTHING  # of CLAUDE_FIELDS
     request_id: str = ""  # Anthropic's
-    upstream_keys: list[str] = field(default_factory=list)  # names of real keys, as they were asked
+    upstream_keys: tuple[str, ...] = ()  # names of real keys, as they were asked
     via: str = ""  # the same, where there are several
     bytes_in: int = 0
     bytes_out: int = 0
@@ -4445,8 +4446,8 @@ class Visit:
     has_walls: bool = False
     refers: Mapping[bytes, str] | None = None  # its body is looked through, for these words too
     is_pooled: bool = False
-    homes: dict[str, str] = field(default_factory=dict)
-    keys: list[RealKey] = field(default_factory=list)
+    homes: Mapping[str, str] = NOTHING
+    keys: Sequence[RealKey] = ()
     real: RealKey | None = None
     hidden: frozenset[str] = NO_OPTIONS
     listing: Callable[[Visit, bytes], Awaitable[bytes]] | None = None
@@ -4489,7 +4490,7 @@ class Visit:
         Raises APIError 400 for things of two workspaces."""
         pool, home, route = self.gateway.real_keys, self.home, self.route
         if not pool.several:
-            self.keys = [pool.first]
+            self.keys = (pool.first,)
         elif self.homes or route.kind or not is_whole:
             born = {place: name for name, place in self.homes.items() if place}
             self.keys = pool.beside(pool.at(next(iter(born))) if born else home)
@@ -4506,7 +4507,7 @@ class Visit:
         """Let a real key carry it; that never comes back."""
         key.requests += 1
         self.real, self.credential = key, key.header
-        self.record.upstream_keys.append(key.name)
+        self.record.upstream_keys += (key.name,)
         if len(key.secret) >= MIN_SECRET_LENGTH:
             self.mask = Mask(key.secret, key.secret_bytes)
 
@@ -4955,7 +4956,7 @@ class Walls(Rule):
             thing = thing or await self.trace(visit, key, kind, name)
         if thing is None or (key is not None and not thing.is_for(key)):
             raise not_found(kind, name)
-        visit.homes[name] = thing.home
+        visit.homes = {**visit.homes, name: thing.home}
         if key is not None and changes and not thing.belongs_to(key):
             text = f"{printable(name)} is shared: this key may use it, and its owner change it."
             raise APIError(403, text)
@@ -6876,7 +6877,8 @@ async def serve(settings: Settings) -> None:
             gateway.real_keys.reload()
             await gateway.ledger.reload()
             favour_the_loop()
-            log.info("keys read again: %d", sum(1 for _ in gateway.ledger.live()))
+            told = sum(1 for _ in gateway.ledger.live()), ", ".join(gateway.real_keys.names)
+            log.info("keys read again: %d; real keys: %s", *told)
         except Exception as error:  # noqa: BLE001 - whatever it is, it does not stop the gateway
             log.error("not read again: %s", error)
     for number in (signal.SIGTERM, signal.SIGINT):  # a second one hurries
