@@ -3200,8 +3200,11 @@ REFUSED, LIMITED, SPENT = "refused", "rate limit", "spending limit"  # why a key
 MAX_REFUSAL = 64 * KIB  # of an answer that may be of the real key, as those of these statuses
 OF_A_KEY = frozenset({400, 401, 402, 429})
 SPENDING_LIMIT = b"enforced_spend_limit_reached"
-# Not what echoes a request's own words: those stand before ": " or in backticks.
-USAGE_LIMIT = re.compile(r"You (?:(?!: )[^`])*\bspecified (?:API usage limits|(workspace)\b)")
+# To the letter: other messages of a 400 repeat what a request says, and a tenant may say this.
+USAGE_LIMIT = re.compile(
+    r"You have reached your specified (workspace )?(?:API )?usage limits\.?"
+    r"(?: You will regain access on \d{4}-\d\d-\d\d(?: at \d\d:\d\d UTC)?\.?)?"
+)
 ISO_DATE = re.compile(r"\d{4}-\d\d-\d\d")
 
 
@@ -3288,7 +3291,7 @@ class RealKeys:
         another may do better; then that rests of which it is."""
         message = dict_of(dict_of(read_json(body)).get("error")).get("message")
         said, status = message if isinstance(message, str) else "", head.status
-        limit = USAGE_LIMIT.match(said) if status == 400 and ": " not in said else None
+        limit = USAGE_LIMIT.fullmatch(said) if status == 400 else None
         scope, why, seconds = key.scopes(group)[0], REFUSED, REFUSED_REST
         if status == 429 and SPENDING_LIMIT not in body:
             told = re.match("[0-9]{1,9}", head.get("retry-after"))
@@ -4116,7 +4119,6 @@ def compress(coding: str, data: bytes) -> bytes:
 # ─── Record ───────────────────────────────────────────────────────────────────────────────────────
 
 NO_KEY = "-"  # what stands in logs and sums for none
-NOTHING: Mapping[str, str] = types.MappingProxyType({})
 MASTER_NAME = "master"
 MAX_LABELS = 1000  # keys, and keys with their models, that /metrics tells apart
 # Seconds; LiteLLM's buckets of its latency metrics.
@@ -4153,7 +4155,7 @@ class Record:
     tally: Tally = field(default_factory=Tally)
     estimated: bool = False
     tags: Sequence[str] = ()
-    sent: Mapping[str, str] = NOTHING  # of CLAUDE_FIELDS
+    sent: dict[str, str] | None = None  # of CLAUDE_FIELDS, where any came
     request_id: str = ""  # Anthropic's
     upstream_keys: tuple[str, ...] = ()  # names of real keys, as they were asked
     via: str = ""  # the same, where there are several
@@ -4179,8 +4181,8 @@ class Record:
         line += f" via={self.via}" if self.via else ""
         line += f" tags={shown_word(printable(','.join(self.tags)))}" if self.tags else ""
         for name in CLAUDE_CODE[:2] if self.sent else ():
-            if name in self.sent:
-                line += f" {name.removesuffix('_id')}={shown_word(self.sent[name])}"
+            if text := (self.sent or {}).get(name):
+                line += f" {name.removesuffix('_id')}={shown_word(text)}"
         return line
 
     def to_json(self) -> dict[str, Any]:
@@ -4190,7 +4192,7 @@ class Record:
         first = round(self.first - started, 4) if self.first else None
         row: dict[str, Any] = {"call_id": self.call_id, "request_id": self.request_id or None}
         row |= {"key_alias": alias, "key_name": key and key.key_name, "user": key and key.user_id}
-        row |= {"tags": self.tags, **{name: self.sent.get(name) for name in CLAUDE_CODE}}
+        row |= {"tags": self.tags} | dict.fromkeys(CLAUDE_CODE) | (self.sent or {})
         row |= {"upstream_keys": self.upstream_keys, "remote_ip": self.remote_ip}
         row |= {"method": self.method, "path": self.path, "status": self.status}
         row |= {"outcome": self.outcome, "model": self.model or None}
@@ -4214,7 +4216,7 @@ class Record:
         row |= {"total_tokens": prompt + output, "cache_read_input_tokens": tally.cache_read_tokens}
         row |= {"cache_creation_input_tokens": tally.written, "startTime": iso(self.started)}
         row |= {"endTime": iso(self.started + took), "status": status, "status_code": self.status}
-        row |= {"outcome": self.outcome, "estimated": self.estimated, **self.sent}
+        row |= {"outcome": self.outcome, "estimated": self.estimated} | (self.sent or {})
         row |= {"upstream_keys": self.upstream_keys}
         return row | {"request_tags": self.tags, "requester_ip_address": self.remote_ip}
 
@@ -4414,6 +4416,8 @@ class Doors:
         return False
 
 
+# What only the real key that gave it out can take back (SDK: message_create_params).
+BOUND = (b'"fallback_credit_token"', b'"previous_message_id"')
 NOBODY = Caller()
 UNREAD = Order()  # until the body is here
 Born = dict[tuple[str, str], dict[str, float]]  # by owner and kind: ids, and when they were made
@@ -4446,7 +4450,7 @@ class Visit:
     has_walls: bool = False
     refers: Mapping[bytes, str] | None = None  # its body is looked through, for these words too
     is_pooled: bool = False
-    homes: Mapping[str, str] = NOTHING
+    homes: dict[str, str] | None = None
     keys: Sequence[RealKey] = ()
     real: RealKey | None = None
     hidden: frozenset[str] = NO_OPTIONS
@@ -4485,14 +4489,14 @@ class Visit:
         """What it shares rate limits with."""
         return self.route.kind or model_class(self.order.model) or "other"
 
-    def find_keys(self, *, is_whole: bool) -> None:
-        """Find the real keys that may carry it, the best one first, and take what does not rest.
-        Raises APIError 400 for things of two workspaces."""
+    def find_keys(self, body: bytes | None) -> None:
+        """Find the real keys that may carry it, the best one first, and take what does not rest; a
+        body that is not kept is None. Raises APIError 400 for things of two workspaces."""
         pool, home, route = self.gateway.real_keys, self.home, self.route
         if not pool.several:
             self.keys = (pool.first,)
-        elif self.homes or route.kind or not is_whole:
-            born = {place: name for name, place in self.homes.items() if place}
+        elif self.homes or route.kind or body is None:
+            born = {place: name for name, place in (self.homes or {}).items() if place}
             self.keys = pool.beside(pool.at(next(iter(born))) if born else home)
             if away := [name for place, name in born.items() if pool.at(place) not in self.keys]:
                 several = f"{printable(next(iter(born.values())))} and {printable(away[0])}"
@@ -4501,6 +4505,8 @@ class Visit:
         else:
             session = self.head.get(CLAUDE_FIELDS["session_id"])[:SHOWN_LENGTH]
             self.keys = pool.ranked(f"{self.payer.owner if self.payer else ''}\0{session}")
+            if any(word in body for word in BOUND):
+                self.keys = self.keys[:1]
         self.take(pool.choose(self.keys, self.group) if pool.rests else self.keys[0])
 
     def take(self, key: RealKey) -> None:
@@ -4956,7 +4962,8 @@ class Walls(Rule):
             thing = thing or await self.trace(visit, key, kind, name)
         if thing is None or (key is not None and not thing.is_for(key)):
             raise not_found(kind, name)
-        visit.homes = {**visit.homes, name: thing.home}
+        visit.homes = visit.homes or {}
+        visit.homes[name] = thing.home
         if key is not None and changes and not thing.belongs_to(key):
             text = f"{printable(name)} is shared: this key may use it, and its owner change it."
             raise APIError(403, text)
@@ -5202,8 +5209,6 @@ MANY_PARTS = 1000  # of a body that is kept
 MAX_TAGS = 20  # of one request that are remembered
 HELD_SHARE = 4  # requests hold a quarter of the machine's memory at most, and one key's of that
 TRY_SOON = (("retry-after", "1"),)
-# What only the key that gave it out can take back (SDK: message_create_params).
-BOUND = (b'"fallback_credit_token"', b'"previous_message_id"')
 
 
 def rule_path(target: str) -> str:
@@ -5674,9 +5679,8 @@ class RelayHandler(BaseHandler):
         """Ask the upstream; `on_head`, `on_chunk` or `on_error` follow."""
         visit = self._visit
         if visit.is_pooled:
-            visit.find_keys(is_whole=not body)
-            may_change = len(visit.keys) > 1 and not any(word in data for word in BOUND)
-            self._again = data if may_change and not body else None
+            visit.find_keys(None if body else data)
+            self._again = data if len(visit.keys) > 1 and not body else None
         visit.phase = FOLLOWS[visit.phase][RequestPhase.FETCHED]
         self._ask(data, **body)
 
