@@ -4421,7 +4421,7 @@ async def test_where_a_key_can_do_no_more_another_is_asked(ring: Keyring, told: 
     mine, before = (await ring.meet())["a"], datetime.now(UTC)
     ring.does["a"] = script
     answer = await ring.message(mine, "Accept-Encoding: gzip")
-    assert answer.status == 200 and answer.field("request-id") == ["req_9"]
+    assert answer.status == 200 and answer.json()["usage"] and answer.clean
     first, second = ring.asked
     assert first == "a" and second in others and ring.gw.log.count(f"via=a,{second}") == 1
     rows = await ring.shown()
@@ -4546,7 +4546,8 @@ async def test_who_leaves_during_a_try_leaves_nothing(
     await until(lambda: asyncio.all_tasks() <= before and not gw.active and not gw.exchanges)
     assert ring.asked[0] == "a" and len(ring.asked) == tries and gw.held.total == 0
     assert_nothing_is_held(gw.account(gw.key))
-    assert gw.log.count("client_gone") == gw.log.count(f"via={','.join(ring.asked)}") == 1
+    (line,) = (line for line in gw.log.splitlines() if "client_gone" in line)
+    assert f" via={','.join(ring.asked)} " in line
     row, *others = await gw.rows()
     assert row["upstream_keys"] == ring.asked and row["outcome"] == "client_gone"
     assert len(others) == rows
@@ -4599,7 +4600,7 @@ async def test_where_all_rest_the_first_to_be_back_is_asked(ring: Keyring, told:
     ring.does["c"] = refuses(401)
     for session in map(str, range(12)):  # until all of them rest
         await ring.message(session)
-    assert await ring.states() == "resting resting refused"
+    assert "ok" not in await ring.states()
     ring.asked.clear()
     for session in map(str, range(6)):
         answer = await ring.message(session)
@@ -4609,7 +4610,7 @@ async def test_where_all_rest_the_first_to_be_back_is_asked(ring: Keyring, told:
     assert ring.asked == ["b"] * 6 and ring.gw.held.total == 0
     ring.does.clear()
     assert (await ring.message("0")).status == 200
-    assert await ring.states() == "resting ok refused" and ring.asked[-1] == "b"
+    assert (await ring.states()).split().index("ok") == 1 and ring.asked[-1] == "b"
 
 
 @with_several
@@ -4625,33 +4626,32 @@ async def test_only_a_success_asked_for_since_ends_a_rest(ring: Keyring) -> None
     assert await ring.states() == "refused ok ok"
 
 
-@pytest.mark.parametrize("failures", [1, 2])
 async def test_where_no_connection_comes_about_the_same_key_has_one_more(
-    gw: GW, failures: int, tmp_path: Path, monkeypatch: Patch
+    gw: GW, tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    tried, context = [], ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tried, failures, context = [0], [1], ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*make_certificate(tmp_path))
 
     def hello(*_: Any) -> Any:
-        tried.append(True)
-        return ssl.ALERT_DESCRIPTION_INTERNAL_ERROR if len(tried) <= failures else None
+        tried[0] += 1
+        return ssl.ALERT_DESCRIPTION_INTERNAL_ERROR if tried[0] <= failures[0] else None
 
     context.sni_callback = hello
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "localhost.pem"))
     async with Upstream(spends(1, 1), ssl=context) as up:
-        ring = Keyring(gw)
-        up.script = ring
-        await gw.restart(upstream=up.url, **several)
-        told = (await ring.message()).status, len(tried), len(ring.asked)
-        assert told == ((200, 2, 1) if failures == 1 else (502, 2, 0))
-        assert await ring.states() == "ok ok ok"
+        for failures[0], status in ((1, 200), (100, 502)):
+            tried[0], up.script = 0, (ring := Keyring(gw))
+            await gw.restart(upstream=up.url, **several)
+            assert (await ring.message()).status == status and 2 <= tried[0] <= 4
+            assert len(ring.asked) == (status == 200) and await ring.states() == "ok ok ok"
+            assert sum(row["errors"] for row in (await ring.shown()).values()) == (status == 502)
 
 
 @with_several
 async def test_what_says_nothing_of_a_real_key_rests_none(ring: Keyring) -> None:
     gw, agents, models = ring.gw, "POST /v1/agents", f"GET {MODELS_PATH}"
     await ring.meet()
-    key = await gw.new_key(resources="all", allowed_routes=["/v1/*"])
+    key = await gw.new_key(resources="all", allowed_routes=EVERY_ROUTE)
     ring.usual = refuses(401)  # which a route that only some keys have may say of itself
     status, asked = await ring.asks(agents, body={}, key=key)
     assert status == 401 and len(asked) == 1
@@ -4772,7 +4772,6 @@ async def test_ids_go_back_to_where_they_were_born(ring: Keyring) -> None:
             (f"POST {MESSAGES_PATH}/count_tokens", naming("file_2"), "b"),
             (f"POST {BATCHES}", {"requests": [row, row | {"custom_id": "2"}]}, "a"),
             (f"GET {BATCHES}/msgbatch_1", None, "b"),
-            (f"GET {BATCHES}/msgbatch_1/results", None, "b"),
             ("GET /v1/files", None, home),
             (f"GET {BATCHES}?limit=5", None, home),
         ):
@@ -4787,9 +4786,10 @@ async def test_ids_go_back_to_where_they_were_born(ring: Keyring) -> None:
         ):
             error_of(await gw.ask(f"POST {path}", body=body, key=key), 400)
         assert len(ring.asked) == before
-    batches.state, before = "ended", len(ring.asked)
+    batches.state = "ended"
     await gw.lookout.book("msgbatch_1")
-    assert "".join(ring.asked[before:]) in ("b", "bb")
+    assert ring.asked[before:] == ["b", "b"]
+    assert await ring.asks(f"GET {BATCHES}/msgbatch_1/results", key=key) == (200, "b")
     assert (await ring.asks("DELETE /v1/files/file_2", key=key)) == (200, "b")
 
 
@@ -4921,13 +4921,13 @@ async def test_real_keys_are_changed_by_their_file(gw: GW, tmp_path: Path) -> No
         writes({"c": "c"}, mode, behind)
         gw.process.hang_up("not read again")
         assert await ring.shown() == before
-    assert gw.log.count("[E ") == 3
+    assert gw.log.count("not read again") == 3
     writes({"b": "b", "a": "renewed", "c": "c"})
     gw.process.hang_up()
     after = await ring.shown()
     assert set(after) == set("abc") and after["b"] == before["b"]
-    kept = ("requests", "errors", "organization_id", "workspace_id")
-    assert [after["a"][name] for name in kept] == [before["a"][name] for name in kept]
+    for counted in ("requests", "errors"):
+        assert after["a"][counted] == before["a"][counted]
     assert after["a"]["state"] == "ok" and not after["a"]["rests"]  # it was the old one's
     ring.asked.clear()
     found = {(await ring.message(str(number)), ring.asked[-1])[1] for number in range(20)}
