@@ -2286,13 +2286,14 @@ class FileLedger:
             self._fail(error, self._file)
             return
         self._load_things(keys.values())
-        known = {hashed: key.account for hashed, key in self.keys.items()}
+        known = self.keys.copy()
         for index in (self.keys, self._lines, self._retired, self.batches, self._owners):
             index.clear()
         heritage = {owner for (owner, _), made in self.things.made.items() if made}
         forgotten = now() - TOMBSTONE
         for hashed, record in list(keys.items()):
-            record.account = known.get(hashed, record.account)
+            if old := known.get(hashed):
+                record.account, record.home = old.account, record.home or old.home
             gone = record.deleted_at is not None and record.deleted_at < forgotten
             if gone and not (record.team_id and record.owner in heritage):
                 del keys[hashed]
@@ -3205,6 +3206,7 @@ USAGE_LIMIT = re.compile(
     r"You have reached your specified (workspace )?(?:API )?usage limits\.?"
     r"(?: You will regain access on \d{4}-\d\d-\d\d(?: at \d\d:\d\d UTC)?\.?)?"
 )
+OF_THE_REQUEST = re.compile("CORS|OAuth authentication")  # 401s that an Origin, or no beta, brings
 ISO_DATE = re.compile(r"\d{4}-\d\d-\d\d")
 
 
@@ -3305,7 +3307,7 @@ class RealKeys:
             with contextlib.suppress(ValueError, IndexError):
                 left = (from_iso(ISO_DATE.findall(said)[0]) - now()).total_seconds()
                 seconds = min(left, LONGEST_SPENT) if left > 0 else SPENT_REST
-        elif status != 401:
+        elif status != 401 or OF_THE_REQUEST.search(said):
             return False
         moment, until = self.time(), iso(moment_of(int(time.time() + seconds)))
         self.rests = {s: rest for s, rest in self.rests.items() if rest.until > moment}
@@ -4468,21 +4470,15 @@ class Visit:
 
     async def keep(self) -> None:
         """Remember what is ``born``, before the client hears of it. Raises APIError."""
-        born = {place: made for place, made in self.born.items() if place[0]}
+        born = {p: made for p, made in self.born.items() if p[0] or self.payer is None}
         self.born.clear()
         if born:
             await self.gateway.ledger.own(born, (self.real or self.home).name)
 
     @property
     def home(self) -> RealKey:
-        """The real key for what stands in a workspace; a caller gets it at his first use."""
-        pool, key = self.gateway.real_keys, self.payer
-        if key is not None and not key.home:
-            sharing = key.team_id if key.resources == "team" else None
-            # Whoever was here before there were homes had the first.
-            among = [pool.first] if key.account.last_active else pool.ranked(sharing or key.owner)
-            self.gateway.ledger.settle(key, pool.choose(among, ALL).name)
-        return pool.at(key.home) if key is not None else pool.first
+        """The real key for what stands in a workspace."""
+        return self.gateway.real_keys.at(self.payer.home if self.payer else None)
 
     @property
     def group(self) -> str:
@@ -4600,6 +4596,11 @@ class Credentials(Rule):
         if visit.is_pooled and not gateway.real_keys.keys:
             text = "The gateway has no Anthropic credential to use. Whoever runs it must set"
             raise APIError(401, f"{text} ANTHROPIC_API_KEY or ANTHROPIC_AUTH_TOKEN.")
+        if (key := visit.payer) is not None and not key.home and visit.is_pooled:
+            pool, sharing = gateway.real_keys, key.team_id if key.resources == "team" else None
+            # Whoever was here before there were homes had the first.
+            among = [pool.first] if key.account.last_active else pool.ranked(sharing or key.owner)
+            gateway.ledger.settle(key, pool.choose(among, ALL).name)
 
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
         return () if visit.mask is None else (visit.mask,)
@@ -4893,9 +4894,8 @@ class Walls(Rule):
             reads = route.fetches and not route.below.startswith("/work")
             thing = await self.reach(visit, route.kind, route.name, changes=not reads)
             visit.owner = thing.owner if key else ""
-        if key is not None:
-            visit.learn = functools.partial(self.learn, visit.born, visit.owner)
-            visit.has_walls = key.resources != "all"
+        visit.learn = functools.partial(self.learn, visit.born, visit.owner)
+        visit.has_walls = key is not None and key.resources != "all"
         is_packed = "content-encoding" in head.values and head.coding != ""
         is_packed |= other_charset(head.get("content-type")) is not None
         if looks and not (route.unread or is_packed):
@@ -5777,7 +5777,8 @@ class RelayHandler(BaseHandler):
             fresh = [key for key in visit.keys if key.name not in tried]
             fresh = [key for key in fresh if not pool.rests_until(key, visit.group)]
             if fresh:
-                self._inside = self._gathered = None
+                self._inside = self._gathered = visit.answer = None
+                visit.record.status = 0
                 visit.take(fresh[0])
                 self._ask(cast(bytes, self._again))
                 return b"", True
