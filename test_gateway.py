@@ -5246,13 +5246,13 @@ async def test_the_fullest_budget_is_told(gw: GW) -> None:
 
 
 async def test_upstreams_own_limits_are_for_those_without_a_budget(gw: GW) -> None:
-    key, own = await filled_key(gw, max_budget=3), "Authorization: Bearer sk-ant-oat01-mine"
+    key, own = await filled_key(gw, max_budget=99), "Authorization: Bearer sk-ant-oat01-mine"
     gw.plays(spends(1, 0, *THEIR_FIELDS))
     for shown, fields in ((gw.key, ()), (MASTER_KEY, ()), (key, (own,))):
         answer = await gw.ask(f"POST {MESSAGES_PATH}", *fields, body=MESSAGE, key=shown)
         assert answer.status == 200 and unified(answer) == THEIRS
-    for path in (f"{MESSAGES_PATH}/count_tokens", BATCHES):
-        answer = await gw.ask(f"POST {path}", body={**MESSAGE, "requests": []}, key=key)
+    for path, body in ((f"{MESSAGES_PATH}/count_tokens", MESSAGE), (BATCHES, batch_of(1, 9))):
+        answer = await gw.ask(f"POST {path}", body=body, key=key)
         assert answer.status == 200 and "overage-utilization" not in unified(answer), path
     for status in ("400 X", "429 X", "529 X"):
         gw.plays(answers({"type": "error"}, status, *THEIR_FIELDS, "retry-after: 1"))
@@ -5432,7 +5432,7 @@ class Hook(Upstream):
 
 @pytest.fixture
 def hook(gw: GW, io_loop: Any, monkeypatch: Patch) -> Hook:
-    monkeypatch.setattr(gateway, "ALERT_BACKOFF", 0.01)
+    monkeypatch.setattr(gateway, "ALERT_BACKOFF", 0.01, raising=False)
 
     async def begin() -> Hook:
         hook = await gw.stack.enter_async_context(Hook(answers(b"ok")))
