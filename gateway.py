@@ -42,6 +42,7 @@ import calendar
 import collections.abc
 import contextlib
 import dataclasses
+import email.utils
 import enum
 import errno
 import fcntl
@@ -78,7 +79,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypedDict, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, Protocol, TypedDict, TypeVar, cast
 
 import tornado
 from tornado import httputil, netutil, web
@@ -103,6 +104,8 @@ MAX_BODY_SIZE = 512 * MIB  # Anthropic's limit on files is 500 MB (api/overview)
 MIN_MASTER_KEY_LENGTH = 16  # below this a key can be guessed
 GOOD_MASTER_KEY = "set GATEWAY_MASTER_KEY to 16 characters or more that nobody can guess"
 SENDABLE = re.compile(r"[\x21-\x7e]*")  # what a header or a URL can carry
+REAL_KEYS_APART, FIRST_REAL_KEY = re.compile(r"[\s,]+"), "default"
+REAL_KEY = re.compile(r"(?:([\w.-]{1,64})=)?(sk-[\x21-\x7e]+)", re.ASCII)  # with a name for it
 
 
 class SettingsError(Exception):
@@ -123,6 +126,7 @@ class Settings:
     port: int = option(4000, "port to listen on; 0 takes a free one", least=0)
     address: str = option("", "address to listen on; by default all, or loopback in open mode")
     upstream: str = option(ANTHROPIC_API, "URL to relay to, or 'mock'", "ANTHROPIC_API_BASE")
+    api_keys_file: str = option("", "file of more real keys; see README", "ANTHROPIC_API_KEYS_FILE")
     keys: Path = option(Path("keys.json"), "file that holds the virtual keys")
     connect_timeout: float = option(10.0, "seconds to wait for a connection upstream", least=0.001)
     idle_timeout: float = option(600.0, "seconds of silence that end a connection", least=0.001)
@@ -134,6 +138,8 @@ class Settings:
     prices: Path | None = option(None, "JSON of models' USD a million tokens, before genai-prices")
     usage_days: int = option(90, "days for which usage is kept", least=1)
     recent_requests: int = option(10_000, "requests that /spend/logs remembers", least=1)
+    budget_warnings: str = option("0.75,0.95", "parts of a budget whose passing is told")
+    alert_webhook: str = option("", "URL to POST alerts to, as JSON", "GATEWAY_ALERT_WEBHOOK")
     unix_socket: str = option("", "Unix socket, for a proxy on this machine, instead of a port")
     certfile: str = option("", "PEM file of certificates to serve TLS with; read again on SIGHUP")
     keyfile: str = option("", "its private key, where --certfile does not hold it")
@@ -143,6 +149,7 @@ class Settings:
     check: bool = option(False, "say whether all is well to start, and end: 0 if so, 1 if not")
     config: str = option("", "Python file with options, one name = value a line")
     api_key: str = option("", "", "ANTHROPIC_API_KEY")
+    api_keys: str = option("", "", "ANTHROPIC_API_KEYS")
     auth_token: str = option("", "", "ANTHROPIC_AUTH_TOKEN")
     master_key: str = option("", "", "GATEWAY_MASTER_KEY", "LITELLM_MASTER_KEY")
 
@@ -152,7 +159,8 @@ class Settings:
             if known["least"] is not None and not known["least"] <= value < math.inf:
                 name = each.name.replace("_", "-")
                 raise SettingsError(f"--{name}: {value} is not a number from {known['least']} up")
-            if not known["help"] and not SENDABLE.fullmatch(value):
+            parts = REAL_KEYS_APART.split(value) if each.name == "api_keys" else [value]
+            if not known["help"] and not all(map(SENDABLE.fullmatch, parts)):
                 names = " or ".join(known["variables"])
                 raise SettingsError(f"{names} holds characters that a header cannot carry")
         if self.port > 65535:
@@ -163,13 +171,51 @@ class Settings:
             raise SettingsError("--unix-socket: takes no --certfile; the proxy has it")
         if self.upstream != MOCK_UPSTREAM:
             parse_upstream(self.upstream)
+        if self.alert_webhook and not re.match("https?://.", self.alert_webhook):
+            raise SettingsError("--alert-webhook: is not an http or https URL")
+        _ = self.warned_parts
 
     @property
-    def real_credential(self) -> tuple[str, str] | None:
-        """The header that carries the real key upstream, as (name, value); None: no key is set."""
-        if self.api_key:
-            return "x-api-key", self.api_key
-        return ("Authorization", f"Bearer {self.auth_token}") if self.auth_token else None
+    def warned_parts(self) -> list[Decimal]:
+        """Parts of a budget, in their order, and all of it. Raises SettingsError."""
+        try:
+            parts = sorted(Decimal(part) for part in self.budget_warnings.split(",") if part)
+        except ArithmeticError:
+            parts = [Decimal(2)]
+        if not all(0 < part < 1 for part in parts):
+            raise SettingsError("--budget-warnings: are not parts between 0 and 1, as 0.75,0.95")
+        return [*parts, Decimal(1)]
+
+
+def real_keys(settings: Settings) -> dict[str, tuple[str, str]]:
+    """The header that carries a real key upstream, as (name, value), by the name that the key is
+    shown under; the file's are read anew. Raises SettingsError."""
+    headers, texts = dict[str, tuple[str, str]](), [settings.api_keys]
+    if settings.api_key:
+        headers[FIRST_REAL_KEY] = "x-api-key", settings.api_key
+    elif settings.auth_token:
+        headers[FIRST_REAL_KEY] = "Authorization", f"Bearer {settings.auth_token}"
+    if file := settings.api_keys_file:
+        try:
+            with open(file, encoding="ascii") as opened:
+                mode, text = os.fstat(opened.fileno()).st_mode, opened.read()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", "") or "holds characters that no key has"
+            raise SettingsError(f"--api-keys-file: {file}: {reason}") from None
+        if mode & 0o077:  # as ssh refuses the file of a key
+            raise SettingsError(f"--api-keys-file: {file}: others can read it; chmod 600 it")
+        texts.append(text)
+    for number, entry in enumerate(filter(None, REAL_KEYS_APART.split(" ".join(texts))), start=1):
+        where = f"ANTHROPIC_API_KEYS, --api-keys-file: entry {number}"
+        if not (match := REAL_KEY.fullmatch(entry)):
+            raise SettingsError(f"{where} is neither a key 'sk-…' nor 'name=sk-…'")
+        name, header = match[1] or f"key{number}", ("x-api-key", match[2])
+        if name in headers or header in headers.values():
+            raise SettingsError(f"{where} has the name or the key of one before it")
+        headers[name] = header
+    if settings.api_keys_file and not texts[-1].strip():
+        raise SettingsError(f"--api-keys-file: {file}: holds no key")
+    return headers
 
 
 def memory_size() -> int:
@@ -267,7 +313,7 @@ class APIError(Exception):
 DURATION = re.compile(r"\A([0-9]{1,9})(mo|s|m|h|d|w)\Z")
 UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 EPOCH, FIRST_MONDAY = datetime(1970, 1, 1, tzinfo=UTC), datetime(1970, 1, 5, tzinfo=UTC)
-ZERO = Decimal(0)
+ZERO, ONE, CENT = Decimal(0), Decimal(1), Decimal("0.01")
 MAX_MODELS_A_DAY = 50  # names come from requests; beyond these they are counted together
 OTHER_MODELS, NO_MODEL = "other", "-"  # what stands in logs and sums for them, and for none
 
@@ -554,7 +600,6 @@ class Account:
     hashed: str = ""
     running: int = 0
     buckets: dict[str, Bucket] = field(default_factory=dict)
-    warned_window: str | None = None
     turn: asyncio.Lock = field(default_factory=asyncio.Lock, compare=False)
 
 
@@ -654,18 +699,34 @@ def kept(kind: Kind, load: Any = None, *, settable: bool = True, shown: bool = T
     return field(default_factory=kind.empty, metadata=marks)
 
 
+class Fullness(NamedTuple):
+    """How full a budget is: the ``part`` of it, and USD, that is spent; None: it never resets."""
+
+    part: Decimal
+    spent: Decimal
+    limit: Decimal
+    resets: datetime | None
+
+    @property
+    def shown(self) -> Decimal:
+        """The part as Claude Code is told it: less than all for as long as anything is left."""
+        return min(self.part, ONE if self.spent >= self.limit else ONE - CENT).quantize(CENT)
+
+
 @dataclass(slots=True)
 class VirtualKey:
     """One line of keys.json: what a key is and may do; the names are LiteLLM's. Budgets are USD,
     None is no limit. ``unmetered_routes`` lets it spend where the gateway cannot count, ``retired``
     has the hashes before it was regenerated, and until when they work, ``resources`` whose things
-    it reaches (REACHES), ``owner_id`` what its own are kept under."""
+    it reaches (REACHES), ``owner_id`` what its own are kept under, ``home`` the name of the real
+    key under which they are made."""
 
     key_name: str = kept(NAME, settable=False)
     key_alias: str | None = kept(TEXT)
     user_id: str | None = kept(TEXT)
     team_id: str | None = kept(TEXT)
     resources: str = kept(REACH)
+    home: str | None = kept(TEXT)
     owner_id: str = kept(NAME, settable=False, shown=False)
     models: list[str] = kept(TEXTS)
     allowed_routes: list[str] = kept(ROUTES, read_texts)
@@ -708,10 +769,27 @@ class VirtualKey:
             return "deleted" if self.deleted_at else "revoked"
         return "expired" if self.expires and moment >= self.expires else "active"
 
+    def budget(self, pattern: str = ALL_MODELS) -> tuple[Decimal | None, str | None]:
+        """USD (None: any) and the window (None: for ever) of the key's budget, or of a model's."""
+        if not pattern:
+            return self.max_budget, self.budget_duration
+        return (budget := self.model_max_budget[pattern]).budget_limit, budget.time_period
+
     def spent(self, moment: datetime, pattern: str = ALL_MODELS) -> Decimal:
         """USD spent in the present window of the key's budget, or of a model's."""
-        duration = self.model_max_budget[pattern].time_period if pattern else self.budget_duration
-        return self.account.windows[pattern].spent(window_start(duration, moment))
+        return self.account.windows[pattern].spent(window_start(self.budget(pattern)[1], moment))
+
+    def budgets(self, moment: datetime, model: str | None = None) -> list[Fullness]:
+        """How full its budgets are, the fullest first: all, or those that are for a model."""
+        found = list[Fullness]()
+        for pattern in (ALL_MODELS, *self.model_max_budget):
+            limit, duration = self.budget(pattern)
+            is_for = model is None or not pattern or fnmatch.fnmatchcase(model, pattern)
+            if limit is not None and is_for:
+                spent = self.spent(moment, pattern)
+                end = window(duration, moment)[1] if duration else None
+                found.append(Fullness(spent / limit if limit else Decimal(1), spent, limit, end))
+        return sorted(found, key=operator.attrgetter("part"), reverse=True)
 
     def to_json(self) -> dict[str, Any]:
         """The line's object, as `written` writes it, without usage and what says nothing."""
@@ -766,10 +844,14 @@ ANTHROPIC_VERSION = "2023-06-01"  # platform.claude.com, api/versioning
 JSON_BODY_LIMIT = 32 * MIB  # Anthropic's limit on messages; larger ones are streamed
 BATCH_ENDED = "ended"  # types/messages/message_batch.py, processing_status
 EVENT_STREAM, SSE_ERROR = "text/event-stream", b"\nevent: error\ndata: %b\n\n"
-# Claude Code names its session and the agent within it (CCD llm-gateway, "Request headers").
-SESSION_FIELD, AGENT_FIELD = "x-claude-code-session-id", "x-claude-code-agent-id"
+# What Claude Code tells of a request (CCD llm-gateway, "Request headers"), by its name in the log.
+CLAUDE_CODE = ("session_id", "agent_id", "request_class", "prompt_id", "agent_type")
+CLAUDE_FIELDS = {name: f"x-claude-code-{name.replace('_', '-')}" for name in CLAUDE_CODE}
 TAGS_FIELD, METRICS_PATH = "x-litellm-tags", "/metrics"  # LiteLLM's
 WORKSPACE_FIELD = "anthropic-workspace-id"  # chooses a workspace of the real key's owner
+ORGANIZATION_FIELD, UNIFIED = "anthropic-organization-id", "anthropic-ratelimit-unified-"
+# Its user then reads the message of a 429 as it is (Claude Code 2.1.331).
+SPENT_REASON = (f"{UNIFIED}overage-disabled-reason", "org_spend_cap_reached")
 
 BILLED = ("/v1/messages", "/v1/messages/batches", "/v1/messages/cache_touch", "/v1/complete")
 FREE = re.compile(r"/v1/(?:messages/count_tokens|models(?:/[^/]*)?)/?")
@@ -850,6 +932,11 @@ def tokens_in(size: int) -> int:
 def model_of(value: object) -> str:
     """A model's name, printable and short enough for a log; empty for what is none."""
     return printable(value[:MAX_MODEL_NAME]) if isinstance(value, str) else ""
+
+
+def model_class(model: str) -> str:
+    """What a model shares its rate limits with (api/rate-limits): its family, as "opus"."""
+    return "".join(re.findall("[a-z]+", model.removeprefix("claude"))[:1])
 
 
 def count_of(members: object, name: str, default: int = 0) -> int:
@@ -1099,7 +1186,7 @@ WORDS |= {(place, "predefined_agents"): "agents" for place in ("subagents", "wor
 # What is the user's own in a body, and beside it the ``input`` of a tool's use.
 OWN_DATA = {"text", "metadata", "input_schema", "input_examples", "schema"}
 PROFILE_FIELD = "anthropic-user-profile-id"
-IDENTITY_FIELDS = frozenset({"anthropic-organization-id", WORKSPACE_FIELD})  # whose key it is
+IDENTITY_FIELDS = frozenset({ORGANIZATION_FIELD, WORKSPACE_FIELD})  # whose key it is
 # What tells that such a member may be there: how names end, words, and letters that are escaped.
 NAME_END = re.compile(rb'(_ids?)"(?:\s{0,900}+:|\s{900})')  # with the spaces before its colon
 ESCAPED_LETTER = re.compile(rb"0(?<=\\u0)0(?:5[fF]|6[1-9a-fA-F]|7[0-9aA])")
@@ -1566,12 +1653,14 @@ class Hold:
 
 class Thing(NamedTuple):
     """What stands in a workspace, as far as it is known here: of which kind, whose (the empty owner
-    is nobody), of which team he is, and whether all may read it and refer to it."""
+    is nobody), of which team he is, whether all may read it and refer to it, and the real key under
+    which it was made (the empty name: its owner's home)."""
 
     kind: str
     owner: str = ""
     team: str | None = None
     is_shared: bool = False
+    home: str = ""
 
     def belongs_to(self, key: VirtualKey) -> bool:
         """Whether a key reaches it and all that is its own."""
@@ -1734,14 +1823,16 @@ class Things:
     """Whose the things of a workspace are, as a file of changes tells it, one a line; the last word
     counts:
 
-        {"key": "<its owner_id; empty: nobody's>", "kind": "files", "made": {"file_…": 1764194000}}
+        {"key": "<its owner_id; empty: nobody's>", "kind": "files", "home": "<the real key's name>",
+         "made": {"file_…": 1764194000}}
         {"gone": ["file_…"]}
         {"shared": ["file_…"]}   until it is made or gone again
     """
 
     def __init__(self) -> None:
-        self.places: dict[str, tuple[str, str]] = {}  # by id: (owner, kind)
-        self.made = collections.defaultdict[tuple[str, str], dict[str, float]](dict)  # by place
+        self.places: dict[str, tuple[str, str, str]] = {}  # by id: (owner, kind, home)
+        # By (owner, kind): ids, and when they were made (Unix).
+        self.made = collections.defaultdict[tuple[str, str], dict[str, float]](dict)
         self.shared: set[str] = set()
         self.is_untidy = False  # its file is to be written anew before anything is added to it
 
@@ -1750,8 +1841,9 @@ class Things:
         if (made := change.get("made")) is not None:
             math.fsum(made.values())  # raises for what is no number
             self._drop(made.keys() & self.places.keys())
-            place = exactly(str, change["key"]), exactly(str, change["kind"])
-            self.made[place].update(made)
+            owner, kind = exactly(str, change["key"]), exactly(str, change["kind"])
+            self.made[owner, kind].update(made)
+            place = owner, kind, exactly(str, change.get("home", ""))
             self.places.update(dict.fromkeys(made, place))
         elif "gone" in change:
             self._drop(change["gone"])
@@ -1762,13 +1854,18 @@ class Things:
         self.shared.difference_update(names)
         for name in names:
             if place := self.places.pop(name, None):
-                del self.made[place][name]
+                del self.made[place[:2]][name]
 
     def lines(self) -> list[bytes]:
         """The fewest changes that say all of it."""
         changes = list[dict[str, Any]]()
         for (owner, kind), made in self.made.items():
-            changes += [{"key": owner, "kind": kind, "made": made}] if made else []
+            homes = collections.defaultdict[str, dict[str, float]](dict)
+            for name, moment in made.items():
+                homes[self.places[name][2]][name] = moment
+            changes += [
+                {"key": owner, "kind": kind, "home": h, "made": m} for h, m in homes.items()
+            ]
         changes += [{"shared": sorted(self.shared)}] if self.shared else []
         return [json.dumps(change).encode() for change in changes]
 
@@ -1793,19 +1890,36 @@ def parse_things(text: bytes, name: str, running: bool = False) -> Things:
     return things
 
 
+class Tell(Protocol):
+    """Tells the operator (``kind`` is LiteLLM's alert type), of one ``matter`` now and then."""
+
+    def __call__(self, kind: str, event: str, text: str, *, matter: str, **details: Any) -> None:
+        """Returns at once."""
+
+
+def tell_nobody(kind: str, event: str, text: str, **details: Any) -> None:
+    """Where there is no operator."""
+
+
 class FileLedger:
     """The keys and what they used, in memory and in a `StoreFile`; what is whose in another, beside
     it, named as it and ".resources". Nothing else changes a key's account. What is awaited may wait
-    in another store; where nothing must, no task and no future is made. Raises SettingsError where
-    a file cannot be used, and leaves it as it is."""
+    in another store; where nothing must, no task and no future is made. It will ``tell`` which of
+    these ``parts`` of a budget are passed. Raises SettingsError where a file cannot be used, and
+    leaves it as it is."""
 
     def __init__(
-        self, path: Path, usage_days: int = 90, clock: Callable[[], float] = time.monotonic
+        self,
+        path: Path,
+        usage_days: int = 90,
+        clock: Callable[[], float] = time.monotonic,
+        parts: Sequence[Decimal] = (ONE,),
+        tell: Tell = tell_nobody,
     ) -> None:
         self._file = StoreFile(path, KEYS_FRAME, "keys file", "nothing was changed")
         beside, then = f"{self._file.path}.resources", "what was made is there, and written later"
         self._things_file = StoreFile(Path(beside), THINGS_FRAME, "file of resources", then)
-        self._usage_days, self._clock = usage_days, clock
+        self._usage_days, self._clock, self._parts, self._tell = usage_days, clock, parts, tell
         self.keys: dict[str, VirtualKey] = {}
         self.things = Things()
         self.batches: dict[str, Account] = {}  # whose they are
@@ -1872,8 +1986,8 @@ class FileLedger:
         for kind, bucket in account.buckets.items():
             if not refused and (wait := bucket.seconds_until(1, clock)) > 0:
                 refused = f"{bucket.limit:,} {kind} a minute"
-        if refused:
-            seconds = max(1, math.ceil(wait))  # whole ones, RFC 9110 section 10.2.3
+        if refused:  # for more than a minute Claude Code would end the turn
+            seconds = min(60, max(1, math.ceil(wait)))  # whole ones, RFC 9110 section 10.2.3
             text = f"This key is limited to {refused}. Try again in {seconds} seconds."
             headers = [("retry-after", str(seconds)), *self.rates(key, {})]
             raise APIError(429, text, headers=headers)
@@ -1918,24 +2032,41 @@ class FileLedger:
         key = self.keys.get(account.hashed)
         if key is None:
             return None
-        present, day, soft = moment_of(int(time.time())), day_of(moment), key.soft_budget
+        present, day = moment_of(int(time.time())), day_of(moment)
         bucket = account.buckets.get("tokens")
         for model, tally in charges:
             account.usage.of(day, model or NO_MODEL).add(tally)
             for pattern in (ALL_MODELS, *key.model_max_budget) if tally.spend else ():
                 if not (model and pattern) or fnmatch.fnmatchcase(model, pattern):
-                    key.spent(present, pattern)  # a window that is over ends
-                    account.windows[pattern].spend += tally.spend
+                    before = key.spent(present, pattern)  # a window that is over ends
+                    account.windows[pattern].spend = after = before + tally.spend
+                    self._warn(key, pattern, before, after)
             if bucket is not None:
                 bucket.draw(tally.input_tokens + tally.written + tally.output_tokens, self._clock())
-        if soft is not None and (spent := key.spent(present)) >= soft:
-            start = window_start(key.budget_duration, present)
-            if account.warned_window != start:
-                account.warned_window = start
-                told = (key.shown_name, dollars(spent), dollars(soft))
-                log.warning("key %s has spent $%s, its soft budget is $%s", *told)
         self._touched.add(account.hashed)
         return key
+
+    def _warn(self, key: VirtualKey, pattern: str, before: Decimal, after: Decimal) -> None:
+        """Tell which marks of a budget, or of a model's, are passed as it goes from one to the
+        other: once, whoever counts."""
+        (limit, _), soft = key.budget(pattern), None if pattern else key.soft_budget
+        marks = [(soft, "soft_budget_crossed")] if soft is not None else []
+        if limit is not None:
+            events = ["threshold_crossed"] * (len(self._parts) - 1) + ["budget_crossed"]
+            marks += [(limit * part, event) for part, event in zip(self._parts, events)]
+        for mark, event in marks:
+            if not before < mark <= after:
+                continue
+            what = f"budget {f'for {pattern} ' if pattern else ''}is ${dollars(limit or ZERO)}"
+            what = f"soft budget is ${dollars(mark)}" if event.startswith("soft") else what
+            text = f"key {key.shown_name} has spent ${dollars(after)}, its {what}"
+            log.warning("%s", text)
+            told: dict[str, Any] = {
+                n: getattr(key, n) for n in ("key_alias", "key_name", "soft_budget")
+            }
+            told |= {"user_id": key.user_id, "team_id": key.team_id, "event_group": "key"}
+            told |= {"spend": after, "max_budget": limit, "matter": text}
+            self._tell("budget_alerts", event, text, **told)
 
     def rates(self, key: VirtualKey, theirs: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
         """anthropic-ratelimit-* of a key's own limits, where they are tighter than ``theirs``."""
@@ -1998,8 +2129,8 @@ class FileLedger:
         found, places, shared = dict[str, Thing](), self.things.places, self.things.shared
         for name in names:
             if isinstance(name, str) and (place := places.get(name)):
-                owner, kind = place
-                found[name] = Thing(kind, owner, self._team_of(owner), name in shared)
+                owner, kind, home = place
+                found[name] = Thing(kind, owner, self._team_of(owner), name in shared, home)
         return found
 
     async def reached(self, key: VirtualKey, kind: str) -> dict[str, float]:
@@ -2011,18 +2142,19 @@ class FileLedger:
         for place in places:
             made |= things.made.get(place, {})
         shared = [name for name in things.shared if things.places[name][1] == kind]
-        return made | {name: things.made[things.places[name]][name] for name in shared}
+        return made | {name: things.made[things.places[name][:2]][name] for name in shared}
 
     def _team_of(self, owner: str) -> str | None:
         key = self.keys.get(self._owners.get(owner, ""))
         return key.team_id if key else None
 
-    async def own(self, born: Mapping[tuple[str, str], Mapping[str, float]]) -> None:
-        """Remember whose things are, durably: by (owner, kind) their ids, and when they were made;
-        what has an owner keeps him. Raises APIError 503, and tries it again each second."""
+    async def own(self, born: Mapping[tuple[str, str], Mapping[str, float]], home: str) -> None:
+        """Remember whose things are that were made under a real key, durably: by (owner, kind)
+        their ids, and when they were made; what has an owner keeps him. Raises APIError 503, and
+        tries it again each second."""
         for (owner, kind), made in born.items():
             if fresh := {name: made[name] for name in made if name not in self.things.places}:
-                self._change({"key": owner, "kind": kind, "made": fresh})
+                self._change({"key": owner, "kind": kind, "home": home, "made": fresh})
         await asyncio.shield(self._add())
 
     async def assign(self, kinds: Mapping[str, str], owner: str | None) -> None:
@@ -2030,9 +2162,11 @@ class FileLedger:
         raises APIError 503 nothing is changed."""
         places, moment, changes = self.things.places, int(time.time()), list[dict[str, Any]]()
         for name in reversed(list(kinds)):  # lists begin with the newest
-            since = self.things.made[places[name]][name] if name in places else moment
+            before, of, home = places.get(name, ("", "", ""))
+            since = self.things.made[before, of][name] if name in places else moment
             if owner is not None or name not in places:
-                changes.append({"key": owner or "", "kind": kinds[name], "made": {name: since}})
+                place = {"key": owner or "", "kind": kinds[name], "home": home}
+                changes.append(place | {"made": {name: since}})
         changes += [{"shared": list(kinds)}] if owner is None else []
         await asyncio.shield(self._add(changes))
 
@@ -2065,6 +2199,12 @@ class FileLedger:
                 self.things.change(change)
 
     # Changing
+
+    def settle(self, key: VirtualKey, home: str) -> None:
+        """Remember the home of a key that has none, as what relaying changes is."""
+        newest = self.keys.get(key.account.hashed, key)
+        key.home = newest.home = newest.home or home
+        self._touched.add(key.account.hashed)
 
     async def change(self, changes: Mapping[str, VirtualKey | None]) -> None:
         """Put these records (None removes one), as `save` does; what fails is taken back."""
@@ -2238,6 +2378,7 @@ class FileLedger:
         if message != file.error and not is_unread:
             file.error = message
             log.error(message, exc_info=not isinstance(error, OSError | SettingsError))
+            self._tell("db_exceptions", "db_exceptions", message, matter=message)
         return APIError(503, message, headers=headers)
 
 
@@ -2247,10 +2388,7 @@ def check_budget(
     """Raise APIError 429 where a budget has no room for a request of that cost: a
     ``billing_error``, which nobody need try again, where it is spent or the cost will never fit; a
     ``rate_limit_error``, which goes by, where others' requests are only in the way."""
-    limit, duration, used = key.max_budget, key.budget_duration, key.account.windows[pattern]
-    if pattern:
-        budget = key.model_max_budget[pattern]
-        limit, duration = budget.budget_limit, budget.time_period
+    (limit, duration), used = key.budget(pattern), key.account.windows[pattern]
     if limit is None:
         return
     spent, held = key.spent(moment, pattern), used.held if shares else ZERO
@@ -2262,7 +2400,7 @@ def check_budget(
         text = f"{name}: {told}, and ${dollars(held)} is held for requests and batches under way."
         headers = [("retry-after", str(BUDGET_WAIT))]
         raise APIError(429, f"{text} Try again in {BUDGET_WAIT} seconds.", headers=headers)
-    resets, headers = "it does not reset by itself", [DO_NOT_RETRY]
+    resets, headers = "it does not reset by itself", [DO_NOT_RETRY, SPENT_REASON]
     if duration is not None:
         end = window(duration, moment)[1]
         resets = f"{duration}; resets {end:%Y-%m-%d %H:%M} UTC"
@@ -2926,14 +3064,19 @@ class UpstreamClient(SimpleAsyncHTTPClient):
         return fetched
 
     async def get(
-        self, path: str, timeout: float, fields: Mapping[str, str] = {}, **options: Any
+        self,
+        path: str,
+        timeout: float,
+        key: RealKey | None,
+        fields: Mapping[str, str] = {},
+        **options: Any,
     ) -> HTTPResponse:
-        """GET a path with the real key, by Tornado's own client, within so many seconds. Raises
+        """GET a path with a real key, by Tornado's own client, within so many seconds. Raises
         UpstreamError where no whole answer comes."""
         settings, limit = self.settings, self.settings.connect_timeout
         headers = {"anthropic-version": ANTHROPIC_VERSION, "Accept-Encoding": "identity", **fields}
-        if settings.real_credential:
-            headers |= [settings.real_credential]
+        if key is not None:
+            headers |= [key.header]
         options |= {"headers": headers, "connect_timeout": limit, "request_timeout": timeout}
         options |= {"follow_redirects": False, "decompress_response": False}
         try:
@@ -2952,17 +3095,27 @@ class UpstreamClient(SimpleAsyncHTTPClient):
         super().close()
 
     async def connect(self, request: UpstreamRequest) -> None:
-        """Send a request over a new connection, once that stands."""
+        """Send a request over a new connection, once that stands; a second try costs nothing, as
+        nothing was sent, but none follows on a timeout."""
         timeout = self.settings.connect_timeout
         try:
-            async with asyncio.timeout(timeout):
-                connection = await self.reach()
-            if connection.transport.is_closing():
-                raise ConnectionResetError
+            try:
+                connection = await self._reach_within(timeout)
+            except OSError as error:
+                if isinstance(error, TimeoutError):
+                    raise
+                connection = await self._reach_within(timeout)
             self.opened += 1
             connection.ask(request)
         except Exception as error:  # noqa: BLE001 - whatever it is, the caller must hear
             request.end(connect_failure(error, timeout))
+
+    async def _reach_within(self, timeout: float) -> UpstreamConnection:
+        async with asyncio.timeout(timeout):
+            connection = await self.reach()
+        if connection.transport.is_closing():
+            raise ConnectionResetError
+        return connection
 
     async def reach(self) -> UpstreamConnection:
         """Open a connection to the address that was reached lately, or to what Tornado's TCPClient
@@ -3011,6 +3164,256 @@ class UpstreamClient(SimpleAsyncHTTPClient):
             if moment - since > POOL_IDLE_TIMEOUT:
                 connection.abandon()
         self._sweeper = self.loop.call_later(min(SWEEP_INTERVAL, limit / 4), self._sweep)
+
+
+@dataclass(eq=False)
+class RealKey:
+    """A real key: the ``header`` (name, value) that carries it, and whose it is, as answers say."""
+
+    name: str
+    header: tuple[str, str]
+    organization: str = ""
+    workspace: str = ""
+    requests: int = 0
+    errors: int = 0  # answers from 400 up, and none
+
+    def __post_init__(self) -> None:
+        self.line, self.secret = ": ".join(self.header), self.header[1].removeprefix("Bearer ")
+        self.secret_bytes = self.secret.encode("latin-1")
+
+    def scopes(self, group: str) -> tuple[Scope, ...]:
+        """What may rest so that it does, for a group of requests."""
+        owner = self.organization or self.name
+        whole = ("key", self.name, ALL), ("organization", owner, ALL)
+        return *whole, ("organization", owner, group), ("workspace", self.workspace, ALL)
+
+
+Scope = tuple[str, str, str]  # a key, an organization or a workspace, and a group of requests of it
+ALL = "*"  # groups of requests
+SHORT_REST = 5.0  # seconds for which a conversation rather waits than leaves its prompt cache
+REST, LONGEST_REST = 30.0, 900.0  # seconds, where a 429 does not say, and at most
+REFUSED_REST, SPENT_REST, LONGEST_SPENT = 600.0, 3600.0, 32 * 86400.0  # "until the 1st"
+MAX_REFUSAL = 64 * KIB  # of an answer that may be of the real key
+OF_A_KEY, REFUSED = frozenset({400, 401, 402, 429}), "refused"  # statuses that may be
+SPENDING_LIMIT = b"enforced_spend_limit_reached"
+# Not what echoes a request's own words: those stand before ": " or in backticks.
+USAGE_LIMIT = re.compile(r"You (?:(?!: )[^`])*\bspecified (?:API usage limits|(workspace)\b)")
+ISO_DATE = re.compile(r"\d{4}-\d\d-\d\d")
+
+
+@dataclass(slots=True)
+class Rest:
+    """Why nothing is asked of what rests, and for how long (seconds of a clock without jumps)."""
+
+    since: float
+    until: float
+    why: str
+    is_refused: bool = False
+    is_short: bool = False
+
+
+@functools.lru_cache(maxsize=4096)
+def ranked(names: tuple[str, ...], text: str) -> tuple[str, ...]:
+    """Names in an order that a text gives them, the same everywhere; where one goes, the others
+    keep theirs (rendezvous hashing: Thaler and Ravishankar, 1998)."""
+    told = text.encode("utf-8", "replace")
+    return tuple(sorted(names, key=lambda n: hashlib.sha256(told + b"\0" + n.encode()).digest()))
+
+
+def seconds_told(text: str) -> float:
+    """What a retry-after says (RFC 9110 section 10.2.3); REST where it is none."""
+    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
+        return float(text)
+    try:
+        return max(0.0, (email.utils.parsedate_to_datetime(text) - now()).total_seconds())
+    except (ValueError, TypeError):
+        return REST
+
+
+class RealKeys:
+    """The real keys in their order, and what rests of them. The first is the master key's, and
+    stands in for those that are no more; one that has no name, that there is none."""
+
+    def __init__(self, settings: Settings, tell: Tell) -> None:
+        self._settings, self._tell, self.time = settings, tell, time.monotonic
+        self.keys: dict[str, RealKey] = {}
+        self.rests: dict[Scope, Rest] = {}
+        self.reload()
+
+    def reload(self) -> None:
+        """Read them again; one whose name stays goes on as it is. Raises SettingsError."""
+        before, self.keys = (
+            self.keys,
+            {name: RealKey(name, header) for name, header in real_keys(self._settings).items()},
+        )
+        for name, key in self.keys.items():
+            if (old := before.get(name)) and old.header == key.header:
+                self.keys[name] = old
+            elif old:
+                key.requests, key.errors = old.requests, old.errors
+                self.rests.pop(("key", name, ALL), None)
+        self.names, self.several = tuple(self.keys), len(self.keys) > 1
+        self.first = next(iter(self.keys.values()), RealKey("", ("", "")))
+
+    def at(self, name: str | None) -> RealKey:
+        """The key of a name, or what stands in for it."""
+        return self.keys.get(name or "", self.first)
+
+    def ranked(self, text: str) -> list[RealKey]:
+        """All keys, in the order in which a caller and his session take them."""
+        return [self.keys[name] for name in ranked(self.names, text)]
+
+    def beside(self, key: RealKey) -> list[RealKey]:
+        """A key, and those that reach the same things."""
+        place = key.organization, key.workspace
+        others = (each for each in self.keys.values() if all(place) and each is not key)
+        return [key, *(each for each in others if (each.organization, each.workspace) == place)]
+
+    def rests_until(self, key: RealKey, group: str) -> float:
+        """When a key rests no more for a group of requests; 0 where it does not."""
+        found = [rest for scope in key.scopes(group) if (rest := self.rests.get(scope))]
+        moment = self.time()
+        return max((r.until for r in found if not r.is_short and r.until > moment), default=0.0)
+
+    def choose(self, keys: Sequence[RealKey], group: str) -> RealKey:
+        """The first that does not rest, else the one whose rest ends first."""
+        return min(keys, key=lambda key: self.rests_until(key, group)) if self.rests else keys[0]
+
+    def heard(
+        self, key: RealKey, head: ResponseHead, group: str, asked: float, bills: bool
+    ) -> None:
+        """Learn of an answer whose the key is; a success ends a rest before which it was not asked,
+        but what is spent is not there again where nothing is billed."""
+        key.organization = head.get(ORGANIZATION_FIELD) or key.organization
+        key.workspace = head.get(WORKSPACE_FIELD) or key.workspace
+        key.errors += head.status >= 400
+        for scope in key.scopes(group) if self.rests and head.status < 300 else ():
+            rest = self.rests.get(scope)
+            if rest and rest.since < asked and (bills or rest.is_refused):
+                del self.rests[scope]
+
+    def weigh(self, key: RealKey, head: ResponseHead, body: bytes, group: str) -> bool:
+        """Whether a refusal, with its plain body, is of the key and not of the request, so that
+        another may do better; then that rests of which it is."""
+        message = dict_of(dict_of(read_json(body)).get("error")).get("message")
+        said = message if isinstance(message, str) else ""
+        limit = USAGE_LIMIT.match(said) if head.status == 400 and ": " not in said else None
+        owner, why, seconds = key.organization or key.name, REFUSED, REFUSED_REST
+        scope: Scope = ("key", key.name, ALL)
+        if head.status == 429 and SPENDING_LIMIT not in body:
+            scope, why = ("organization", owner, group), "rate limit"
+            seconds = min(seconds_told(head.get("retry-after")), LONGEST_REST)
+        elif head.status in (402, 429) or limit:
+            if not (limit and limit[1]):
+                scope = ("organization", owner, ALL)
+            elif key.workspace:
+                scope = ("workspace", key.workspace, ALL)
+            why, seconds = "spending limit", SPENT_REST
+            with contextlib.suppress(ValueError, IndexError):
+                told = (from_iso(ISO_DATE.findall(said)[0]) - now()).total_seconds()
+                seconds = min(told, LONGEST_SPENT) if told > 0 else SPENT_REST
+        elif head.status == 401:
+            why = REFUSED
+        else:
+            return False
+        self._rest(key, scope, seconds, why)
+        return seconds > SHORT_REST
+
+    def _rest(self, key: RealKey, scope: Scope, seconds: float, why: str) -> None:
+        moment = self.time()
+        self.rests = {s: rest for s, rest in self.rests.items() if rest.until > moment}
+        is_short, is_new = seconds <= SHORT_REST, scope not in self.rests
+        self.rests[scope] = Rest(moment, moment + seconds, why, why == REFUSED, is_short)
+        if is_short or not is_new:
+            return
+        until = iso(moment_of(int(time.time() + seconds)))
+        level = logging.WARNING if why == "rate limit" else logging.ERROR
+        text = f"real key {key.name}: {why}; it rests until {until}"
+        log.log(level, "%s", text)
+        told = {"upstream_key": key.name, "until": until, "matter": f"{key.name} {why}"}
+        self._tell("cooldown_deployment", "cooldown_deployment", text, **told)
+
+    def states(self) -> list[dict[str, Any]]:
+        """What is known of each key, but the key."""
+        moment, present, rows = self.time(), time.time(), list[dict[str, Any]]()
+        for key in self.keys.values():
+            places = {scope[:2] for scope in key.scopes(ALL)}
+            resting = [
+                (s, r) for s, r in self.rests.items() if s[:2] in places and r.until > moment
+            ]
+            rests = list[dict[str, Any]]()
+            row: dict[str, Any]
+            for (scope, _, group), rest in sorted(resting, key=lambda each: -each[1].until):
+                until = moment_of(int(present + rest.until - moment))
+                row = {"scope": scope, "model_class": None if group == ALL else group}
+                rests.append(row | {"until": until, "why": rest.why})
+            refused = any(rest.is_refused for _, rest in resting)
+            row = {
+                "name": key.name,
+                "state": "refused" if refused else "resting" if rests else "ok",
+            }
+            row |= {name: rests[0][name] if rests else None for name in ("until", "why")}
+            row |= {"rests": rests, "requests": key.requests, "errors": key.errors}
+            told = {"organization_id": key.organization, "workspace_id": key.workspace}
+            rows.append(row | {name: printable(text) or None for name, text in told.items()})
+        return rows
+
+
+ALERT_TIMEOUT = 10.0  # seconds
+ALERT_BACKOFF = (1.0, 5.0, 30.0, 120.0, 600.0)  # seconds until what failed is tried again
+ALERT_AGAIN = 600.0  # seconds until the same matter is told again
+MAX_ALERTS = 1000  # that wait, and matters that are remembered
+
+
+class Alerts:
+    """Tells the operator of what he should know: POSTs it to a URL, as JSON that Slack and what
+    reads LiteLLM's alerts take. What cannot be sent waits, and holds up nobody."""
+
+    def __init__(self, client: UpstreamClient, url: str) -> None:
+        self._client, self._url = client, url
+        self._waiting: collections.deque[bytes] = collections.deque(maxlen=MAX_ALERTS)
+        self._told: dict[str, float] = {}  # when each matter was
+        self._sending: asyncio.Task[None] | None = None
+
+    def tell(self, kind: str, event: str, text: str, *, matter: str, **details: Any) -> None:
+        """As `Tell`; of each matter once in ALERT_AGAIN seconds."""
+        moment = self._client.time()
+        if not self._url or moment - self._told.get(matter, -math.inf) < ALERT_AGAIN:
+            return
+        self._told.pop(matter, None)
+        self._told[matter] = moment
+        if len(self._told) > MAX_ALERTS:
+            del self._told[next(iter(self._told))]
+        told = {"text": text, "alert_type": kind, "event": event, "event_message": text}
+        told |= {"event_group": "proxy"} | details
+        self._waiting.append(json.dumps(told, default=shown).encode())
+        if self._sending is None or self._sending.done():
+            self._sending = self._client.loop.create_task(self._send())
+
+    async def _send(self) -> None:
+        headers, limit = {"Content-Type": "application/json"}, ALERT_TIMEOUT
+        options: Any = {"headers": headers, "connect_timeout": limit, "request_timeout": limit}
+        options["follow_redirects"] = False
+        while self._waiting:
+            body, why = self._waiting.popleft(), ""
+            for pause in (*ALERT_BACKOFF, None):
+                try:
+                    request = HTTPRequest(self._url, "POST", body=body, **options)
+                    await self._client.fetch(request)
+                    break
+                except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again
+                    why = type(error).__name__
+                if pause is not None:
+                    await asyncio.sleep(pause)
+            else:
+                log.error("an alert could not be sent (%s): %s", why, body.decode())
+
+    def close(self) -> None:
+        """Send nothing more."""
+        if self._sending is not None:
+            self._sending.cancel()
+        for body in self._waiting:
+            log.error("an alert was not sent: %s", body.decode())
 
 
 # ─── Server ───────────────────────────────────────────────────────────────────────────────────────
@@ -3780,9 +4183,10 @@ class Record:
     tally: Tally = field(default_factory=Tally)
     estimated: bool = False
     tags: Sequence[str] = ()
-    session: str = ""  # Claude Code's
-    agent: str = ""
+    sent: Mapping[str, str] = field(default_factory=dict)  # of CLAUDE_FIELDS
     request_id: str = ""  # Anthropic's
+    upstream_keys: list[str] = field(default_factory=list)  # names of real keys, as they were asked
+    via: str = ""  # the same, where there are several
     bytes_in: int = 0
     bytes_out: int = 0
 
@@ -3802,9 +4206,12 @@ class Record:
         if key is not None:
             line += f" key={key.key_name}" if key.key_alias else ""
             line += f" user={printable(key.user_id)}" if key.user_id else ""
+        line += f" via={self.via}" if self.via else ""
         line += f" tags={shown_word(printable(','.join(self.tags)))}" if self.tags else ""
-        line += f" session={shown_word(self.session)}" if self.session else ""
-        return line + (f" agent={shown_word(self.agent)}" if self.agent else "")
+        for name in CLAUDE_CODE[:2] if self.sent else ():
+            if name in self.sent:
+                line += f" {name.removesuffix('_id')}={shown_word(self.sent[name])}"
+        return line
 
     def to_json(self) -> dict[str, Any]:
         """As the JSON log has it; the README's "Log" describes it."""
@@ -3813,8 +4220,8 @@ class Record:
         first = round(self.first - started, 4) if self.first else None
         row: dict[str, Any] = {"call_id": self.call_id, "request_id": self.request_id or None}
         row |= {"key_alias": alias, "key_name": key and key.key_name, "user": key and key.user_id}
-        row |= {"tags": self.tags, "session_id": self.session or None}
-        row |= {"agent_id": self.agent or None, "remote_ip": self.remote_ip}
+        row |= {"tags": self.tags, **{name: self.sent.get(name) for name in CLAUDE_CODE}}
+        row |= {"upstream_keys": self.upstream_keys, "remote_ip": self.remote_ip}
         row |= {"method": self.method, "path": self.path, "status": self.status}
         row |= {"outcome": self.outcome, "model": self.model or None}
         row |= {"input_tokens": tally.input_tokens, "output_tokens": tally.output_tokens}
@@ -3837,7 +4244,8 @@ class Record:
         row |= {"total_tokens": prompt + output, "cache_read_input_tokens": tally.cache_read_tokens}
         row |= {"cache_creation_input_tokens": tally.written, "startTime": iso(self.started)}
         row |= {"endTime": iso(self.started + took), "status": status, "status_code": self.status}
-        row |= {"outcome": self.outcome, "estimated": self.estimated}
+        row |= {"outcome": self.outcome, "estimated": self.estimated, **self.sent}
+        row |= {"upstream_keys": self.upstream_keys}
         return row | {"request_tags": self.tags, "requester_ip_address": self.remote_ip}
 
 
@@ -4049,7 +4457,8 @@ class Visit:
     (name, value). ``meter`` reads what it used, ``results`` what a batch did. ``payer`` is the key
     that pays, and has walls; None where the caller does, or nobody counts. ``owner`` gets what is
     ``born`` of it, as ``learn`` finds; ``listing`` makes a list his; ``hidden`` fields stay here.
-    """
+    A ``real`` key carries it, unless its caller does: one of ``keys``, which `find_keys` found by
+    the ``homes`` of things that it names (by id); each is asked once at most."""
 
     gateway: Gateway
     head: RequestHead
@@ -4064,7 +4473,13 @@ class Visit:
     payer: VirtualKey | None = None
     owner: str = ""
     reads_body: bool = False
+    has_walls: bool = False
     refers: Mapping[bytes, str] | None = None  # its body is looked through, for these words too
+    is_pooled: bool = False
+    homes: dict[str, str] = field(default_factory=dict)
+    keys: list[RealKey] = field(default_factory=list)
+    real: RealKey | None = None
+    group: str = ""  # what it shares rate limits with
     hidden: frozenset[str] = NO_OPTIONS
     listing: Callable[[Visit, bytes], Awaitable[bytes]] | None = None
     learn: Callable[[object], None] | None = None
@@ -4083,7 +4498,47 @@ class Visit:
         born = {place: made for place, made in self.born.items() if place[0]}
         self.born.clear()
         if born:
-            await self.gateway.ledger.own(born)
+            await self.gateway.ledger.own(born, (self.real or self.home).name)
+
+    @property
+    def home(self) -> RealKey:
+        """The real key for what stands in a workspace; a caller gets it at his first use."""
+        pool, key = self.gateway.real_keys, self.payer
+        if key is not None and not key.home:
+            # Whoever was here before there were homes had the first.
+            text, used = key.owner, key.account.last_active is not None
+            if key.resources == "team":
+                text = key.team_id or text
+            made = pool.first if used or not pool.several else pool.choose(pool.ranked(text), ALL)
+            self.gateway.ledger.settle(key, made.name)
+        return pool.at(key.home) if key is not None else pool.first
+
+    def find_keys(self, *, is_whole: bool) -> None:
+        """Find the real keys that may carry it, the best one first, and take what does not rest.
+        Raises APIError 400 for things of two workspaces."""
+        pool, home, route = self.gateway.real_keys, self.home, self.route
+        self.group = route.kind or (model_class(self.order.model) if route.billed else self.path)
+        if not pool.several:
+            self.keys = [pool.first]
+        elif self.homes or route.kind or not is_whole:
+            born = {place: name for name, place in self.homes.items() if place}
+            self.keys = pool.beside(pool.at(next(iter(born))) if born else home)
+            if away := [name for place, name in born.items() if pool.at(place) not in self.keys]:
+                several = f"{printable(next(iter(born.values())))} and {printable(away[0])}"
+                text = f"{several} were made in different workspaces, and one request has one."
+                raise APIError(400, f"{text} Make one of them again, beside the other.")
+        else:
+            session = self.head.get(CLAUDE_FIELDS["session_id"])[:SHOWN_LENGTH]
+            self.keys = pool.ranked(f"{self.payer.owner if self.payer else ''}\0{session}")
+        self.take(pool.choose(self.keys, self.group))
+
+    def take(self, key: RealKey) -> None:
+        """Let a real key carry it; that never comes back."""
+        key.requests += 1
+        self.real, self.credential = key, key.header
+        self.record.upstream_keys.append(key.name)
+        if len(key.secret) >= MIN_SECRET_LENGTH:
+            self.mask = Mask(key.secret, key.secret_bytes)
 
 
 @dataclass(slots=True)
@@ -4149,7 +4604,7 @@ class Rules:
 
 
 class Credentials(Rule):
-    """Who it is, and whose key goes up in place of his; that key never comes back."""
+    """Who it is, and whether a real key goes up in place of his."""
 
     async def head(self, visit: Visit) -> None:
         gateway, head, record = visit.gateway, visit.head, visit.record
@@ -4164,12 +4619,10 @@ class Credentials(Rule):
             visit.payer = None if caller.own else caller.key
         elif caller.is_master:
             record.shown_key = MASTER_NAME
-        visit.credential = caller.own or gateway.credential
-        if visit.credential is None:
+        visit.credential, visit.is_pooled = caller.own, caller.own is None
+        if visit.is_pooled and not gateway.real_keys.keys:
             text = "The gateway has no Anthropic credential to use. Whoever runs it must set"
             raise APIError(401, f"{text} ANTHROPIC_API_KEY or ANTHROPIC_AUTH_TOKEN.")
-        if caller.own is None and len(gateway.secret) >= MIN_SECRET_LENGTH:
-            visit.mask = Mask(gateway.secret, gateway.secret_bytes)
 
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
         return () if visit.mask is None else (visit.mask,)
@@ -4320,6 +4773,10 @@ class Limits(Rule):
             return fields
         if visit.phase is RequestPhase.SETTLED and visit.meter is not None:
             fields.append(("x-litellm-response-cost", f"{visit.record.tally.spend:f}"))
+        if head.status == 200 and visit.path == BILLED[0] and payer.has_budget:
+            visit.hidden |= {name for name in head.values if name.startswith(UNIFIED)}
+            model, parts = visit.order.model, gateway.settings.warned_parts
+            fields += unified(payer.budgets(visit.record.started, model), parts)
         spent = payer.spent(visit.record.started)
         fields.append(("x-litellm-key-spend", f"{spent:f}"))
         if payer.max_budget is not None:
@@ -4367,6 +4824,23 @@ class Limits(Rule):
         if visit.order.streams:
             visit.order.thinking = 0
         return Measured()
+
+
+def unified(budgets: Sequence[Fullness], parts: Sequence[Decimal]) -> list[tuple[str, str]]:
+    """What tells Claude Code of the fullest budget, as Anthropic's own gateway does (Claude Code
+    2.1.331; it serves that itself at GET /protocol)."""
+    if not budgets:
+        return []
+    fullest = budgets[0]
+    passed = [part for part in parts if ONE > part and fullest.part > part]
+    status = "allowed_warning" if passed else "allowed"
+    told = {"status": status, "representative-claim": "overage", "overage-status": status}
+    told["overage-utilization"] = f"{min(fullest.shown, ONE - CENT)}"
+    if passed:
+        told["overage-surpassed-threshold"] = f"{passed[-1]}"
+    if fullest.resets is not None:
+        told["reset"] = told["overage-reset"] = f"{fullest.resets.timestamp():.0f}"
+    return [(UNIFIED + name, value) for name, value in told.items()]
 
 
 class Batches(Rule):
@@ -4432,15 +4906,24 @@ class Walls(Rule):
 
     async def head(self, visit: Visit) -> None:
         key, route, head = visit.payer, visit.route, visit.head
-        if key is None:
+        # Without walls, what a request names still tells where it has to go.
+        looks = visit.is_pooled and visit.gateway.real_keys.several
+        if key is None and not looks:
             return
-        visit.hidden, visit.owner = IDENTITY_FIELDS, key.owner
+        visit.hidden, visit.owner = (IDENTITY_FIELDS, key.owner) if key else (NO_OPTIONS, "")
         if route.name:
             # What workers of an environment do is not for all who may use it.
             reads = route.fetches and not route.below.startswith("/work")
-            visit.owner = (await self.reach(visit, route.kind, route.name, changes=not reads)).owner
-        visit.learn = functools.partial(self.learn, visit.born, visit.owner)
-        if key.resources == "all":
+            thing = await self.reach(visit, route.kind, route.name, changes=not reads)
+            visit.owner = thing.owner if key else ""
+        if key is not None:
+            visit.learn = functools.partial(self.learn, visit.born, visit.owner)
+            visit.has_walls = key.resources != "all"
+        is_packed = "content-encoding" in head.values and head.coding != ""
+        is_packed |= other_charset(head.get("content-type")) is not None
+        if looks and not (route.unread or is_packed):
+            visit.refers = EVERYDAY_IN_MESSAGES if route.kind in ("", "batches") else EVERYDAY
+        if key is None or not visit.has_walls:
             return
         for profile in head.values.get(PROFILE_FIELD, ()):
             await self.reach(visit, "user_profiles", profile)
@@ -4454,8 +4937,7 @@ class Walls(Rule):
         if route.unread:
             return
         visit.refers = EVERYDAY_IN_MESSAGES if route.kind in ("", "batches") else EVERYDAY
-        is_packed = "content-encoding" in head.values and head.coding
-        if is_packed or other_charset(head.get("content-type")):
+        if is_packed:
             text = "What this key sends is looked through: send it as UTF-8, uncompressed."
             raise APIError(400, text)
 
@@ -4482,7 +4964,11 @@ class Walls(Rule):
             if found == named or is_last:
                 break
             # Some are hidden by others, or are none.
-            document = await body.read(strictly=True, wholly=True)
+            try:
+                document = await body.read(strictly=True, wholly=True)
+            except APIError:
+                if visit.has_walls:
+                    raise
         for number, (kind, name) in enumerate(things, start=1):
             await self.reach(visit, kind, name)
             if number % BREATH == 0:
@@ -4491,14 +4977,16 @@ class Walls(Rule):
     async def reach(self, visit: Visit, kind: str, name: str, *, changes: bool = False) -> Thing:
         """A thing that the caller may read or refer to, or change. Raises APIError 404, and 403 for
         one that is shared and another's."""
-        key, ledger = cast(VirtualKey, visit.payer), visit.gateway.ledger
+        key, ledger = visit.payer, visit.gateway.ledger
         thing = (await ledger.find_things([name])).get(name)
-        if thing is None and key.resources == "all":
-            return Thing(kind)
-        thing = thing or await self.trace(visit, key, kind, name)
-        if thing is None or not thing.is_for(key):
+        if key is None or (thing is None and key.resources == "all"):
+            thing = thing or Thing(kind)
+        else:
+            thing = thing or await self.trace(visit, key, kind, name)
+        if thing is None or (key is not None and not thing.is_for(key)):
             raise not_found(kind, name)
-        if changes and not thing.belongs_to(key):
+        visit.homes[name] = thing.home
+        if key is not None and changes and not thing.belongs_to(key):
             text = f"{printable(name)} is shared: this key may use it, and its owner change it."
             raise APIError(403, text)
         return thing
@@ -4529,7 +5017,8 @@ class Walls(Rule):
         """An object of the upstream's. Raises UpstreamError."""
         told = ("anthropic-version", "anthropic-beta")
         fields = {name: visit.head.get(name) for name in told if name in visit.head.values}
-        answer = await visit.gateway.client.get(target, LIST_TIMEOUT, fields)
+        key = visit.real or visit.home
+        answer = await visit.gateway.client.get(target, LIST_TIMEOUT, key, fields)
         document = read_json(answer.body, Any) if answer.code == 200 else None
         if not isinstance(document, dict):
             raise UpstreamError(f"The upstream answered {answer.code} where a part was asked for.")
@@ -4568,6 +5057,9 @@ class Walls(Rule):
         if is_odd or not page and (asked.get("page") or await ledger.reached(key, "sessions")):
             return  # upstream says what is wrong, or knows another way, or files not seen here yet
         made, size = await ledger.reached(key, "files"), min(size, IDS_A_CALL)
+        if (pool := visit.gateway.real_keys).several:  # what is elsewhere is in no list here
+            things, here = await ledger.find_things(made), pool.beside(visit.home)
+            made = {n: m for n, m in made.items() if pool.at(things[n].home or key.home) in here}
         order = sorted(made, key=made.__getitem__)[::-1]
         after, before = page[2] if page else asked.get("after_id"), asked.get("before_id")
         if after in made:
@@ -4731,6 +5223,7 @@ RELAY_PREFIX, RELAYED = "/anthropic", "/anthropic/"
 BARE_PREFIX = "/v1/"
 # What Claude Code asks of its base URL to warm the connection up; answered here, cheaply.
 HELLO_PATHS = ("/", RELAY_PREFIX, RELAYED, f"{RELAYED}api/hello", "/api/hello")
+USAGE_PATHS = (f"{RELAYED}api/oauth/usage", "/api/oauth/usage")  # of Claude Code's /usage
 HELLOS = frozenset(itertools.product(("GET", "HEAD"), HELLO_PATHS))
 UNUSUAL_PATH = re.compile(r"[%\\#]|//|/\.")
 OWN_BODY_LIMIT = 1 * MIB  # of a request to the gateway itself
@@ -4738,6 +5231,8 @@ MANY_PARTS = 1000  # of a body that is kept
 MAX_TAGS = 20  # of one request that are remembered
 HELD_SHARE = 4  # requests hold a quarter of the machine's memory at most, and one key's of that
 TRY_SOON = (("retry-after", "1"),)
+# What only the key that gave it out can take back (SDK: message_create_params).
+BOUND = (b'"fallback_credit_token"', b'"previous_message_id"')
 
 
 def rule_path(target: str) -> str:
@@ -4806,6 +5301,9 @@ class Request(httputil.HTTPServerRequest):
             self.target = head.target
         elif head.target.startswith(RELAYED) and (head.method, self.path) not in HELLOS:
             self.target = head.target[len(RELAY_PREFIX) :]
+            # Whoever pays himself asks of his own account.
+            if self.path in USAGE_PATHS and OWN_CREDENTIAL_PREFIX not in str(head.values):
+                self.target = None
         self.remote_ip, self.protocol = connection.remote_ip, connection.protocol
         self.body: bytearray = bytearray()  # type: ignore[assignment]
 
@@ -5022,13 +5520,20 @@ class BatchKeeper:
         kept, code, booked = self._ledger.unbooked(name), NO_ANSWER, False
         if kept is None:
             return True
-        path = f"/v1/messages/batches/{urllib.parse.quote(name, safe='')}"
+        path, client = (
+            f"/v1/messages/batches/{urllib.parse.quote(name, safe='')}",
+            self._gateway.client,
+        )
+        thing = (await self._ledger.find_things([name])).get(name)
+        maker = self._ledger.keys.get(self._ledger.batches[name].hashed)
+        home = thing.home if thing else ""
+        real = self._gateway.real_keys.at(home or (maker.home if maker else ""))
         try:
-            state = await self._gateway.client.get(path, BATCH_STATE_TIMEOUT)
+            state = await client.get(path, BATCH_STATE_TIMEOUT, real)
             batch, code = read_json(state.body), state.code
             ended = isinstance(batch, dict) and batch.get("processing_status") == BATCH_ENDED
             if code == 200 and ended:
-                code = await self._book_results(name, f"{path}/results")
+                code = await self._book_results(name, f"{path}/results", real)
                 booked = code == 200
         except UpstreamError as error:
             log.info("a batch could not be looked at: %s", error)
@@ -5037,7 +5542,7 @@ class BatchKeeper:
             self._ledger.finish_batch(name, lost=lost)
         return booked or lost
 
-    async def _book_results(self, name: str, path: str) -> int:
+    async def _book_results(self, name: str, path: str, real: RealKey) -> int:
         """Book every line of a batch's results; their status, NO_ANSWER for what is none."""
         meter, head = Meter("", functools.partial(self.book_result, name)), list[str]()
 
@@ -5047,7 +5552,7 @@ class BatchKeeper:
             await asyncio.sleep(0)  # Tornado reads on at once for as long as there is something
 
         told: Any = {"header_callback": head.append, "streaming_callback": look}
-        results = await self._gateway.client.get(path, BATCH_RESULTS_TIMEOUT, **told)
+        results = await self._gateway.client.get(path, BATCH_RESULTS_TIMEOUT, real, **told)
         meter.finish(True)
         return NO_ANSWER if meter.measured.blind else results.code
 
@@ -5071,18 +5576,18 @@ class Gateway:
         self.settings = settings
         self.rules = Rules(rules)
         self.prices = Prices(settings.prices)
-        self.ledger = FileLedger(settings.keys, settings.usage_days)
-        self.doors = Doors(settings, self.ledger)
         self.client = UpstreamClient(force_instance=True, settings=settings)
+        self.alerts = Alerts(self.client, settings.alert_webhook)
+        told: Any = {"parts": settings.warned_parts, "tell": self.alerts.tell}
+        self.real_keys = RealKeys(settings, self.alerts.tell)
+        self.ledger = FileLedger(settings.keys, settings.usage_days, **told)
+        self.doors = Doors(settings, self.ledger)
         self.time = self.client.time
         self.batches = BatchKeeper(self)
         self.held = Held(settings.max_held_bytes or memory_size() // HELD_SHARE)
         self.turn = asyncio.Lock()
         self.origin, self.base_path = parse_upstream(settings.upstream)
         self.host_line = f"Host: {self.origin.authority}"
-        self.credential = settings.real_credential
-        self.secret = self.credential[1].removeprefix("Bearer ") if self.credential else ""
-        self.secret_bytes = self.secret.encode("latin-1")
         self.traffic = Traffic()
         self.recent: collections.deque[Record] = collections.deque(maxlen=settings.recent_requests)
         self.active: set[RelayHandler] = set()
@@ -5092,6 +5597,7 @@ class Gateway:
 
     async def close(self) -> None:
         """Write what is not written, and free all."""
+        self.alerts.close()
         self.client.close()
         await self.ledger.close()
 
@@ -5112,6 +5618,8 @@ class RelayHandler(BaseHandler):
     _inside: Inside | None = None  # where the filters look into a compressed answer
     _sending: asyncio.Task[None] | None = None  # of a part that waits
     _gathered: bytearray | None = None  # an answer whose length a filter changes
+    _again: bytes | None = None  # the body, for as long as another real key may be asked
+    _refusal: bytearray | None = None  # of one that may be of the real key
 
     def initialize(self) -> None:
         """Called by Tornado's constructor."""
@@ -5136,8 +5644,6 @@ class RelayHandler(BaseHandler):
         for judge in gateway.rules.head:
             await judge(visit)
         visit.lines.insert(0, gateway.host_line)
-        if visit.credential is not None:
-            visit.lines.append(": ".join(visit.credential))
         keeps = visit.reads_body or visit.refers is not None or visit.route.billed
         keeps = keeps or is_json(head.get("content-type"))
         if visit.length > JSON_BODY_LIMIT:
@@ -5197,12 +5703,23 @@ class RelayHandler(BaseHandler):
 
     def fetch(self, data: bytes = b"", **body: Any) -> None:
         """Ask the upstream; `on_head`, `on_chunk` or `on_error` follow."""
-        visit, gateway, method = self._visit, self.gateway, self._visit.head.method
+        visit = self._visit
+        if visit.is_pooled:
+            visit.find_keys(is_whole=not body)
+            may_change = len(visit.keys) > 1 and not any(word in data for word in BOUND)
+            self._again = data if may_change and not body else None
         visit.phase = FOLLOWS[visit.phase][RequestPhase.FETCHED]
-        head = head_bytes(f"{method} {gateway.base_path}{visit.target} HTTP/1.1", visit.lines)
+        self._ask(data, **body)
+
+    def _ask(self, data: bytes, **body: Any) -> None:
+        visit, gateway, method = self._visit, self.gateway, self._visit.head.method
+        lines = [*visit.lines, ": ".join(visit.credential)] if visit.credential else visit.lines
+        head = head_bytes(f"{method} {gateway.base_path}{visit.target} HTTP/1.1", lines)
         callbacks = self.on_head, self.on_chunk, self.on_error
         self._upstream = upstream = UpstreamRequest(method, head, data, *callbacks, **body)
         gateway.client.fetch(upstream)
+        if self._again is not None:
+            return
         if upstream.room is None:
             self._free()
         else:
@@ -5225,6 +5742,14 @@ class RelayHandler(BaseHandler):
             gateway.traffic.upstream["last_success"] = now()
         else:
             gateway.traffic.failed(f"The upstream answered {head.status}.")
+        if visit.real is not None:
+            asked, bills = cast(UpstreamRequest, self._upstream).begun, visit.route.billed
+            gateway.real_keys.heard(visit.real, head, visit.group, asked, bills)
+            # Of a route that is not for every key it may be the request that is not let in.
+            if head.status in OF_A_KEY and (visit.route.open or head.status != 401):
+                self._refusal = bytearray()
+            elif self._again is not None:
+                self._give_up_other_keys()
         filters: list[ResponseFilter] = []
         for make in gateway.rules.filters:
             filters += make(visit, head)
@@ -5239,6 +5764,10 @@ class RelayHandler(BaseHandler):
         """Send on what one read brought, as the filters let it; the future waits for room."""
         assert self._upstream is not None
         complete = self._upstream.complete
+        if self._refusal is not None:
+            data, is_held = self._weigh(data, complete)
+            if is_held:
+                return None
         if self._gathered is not None:
             self._hold(len(data))
             self._gathered += data
@@ -5255,8 +5784,38 @@ class RelayHandler(BaseHandler):
         self._visit.record.bytes_out += len(data)
         return self.request.connection.write(data)
 
+    def _weigh(self, data: bytes, complete: bool) -> tuple[bytes, bool]:
+        """Gather a refusal, and ask with another real key where that may do better; what is to be
+        sent on, and whether nothing is, yet. Where no other key may be asked it passes by."""
+        visit, refusal, head = self._visit, self._refusal, self._visit.answer
+        assert refusal is not None and head is not None and visit.real is not None
+        refusal += data
+        may_change = self._again is not None and visit.phase is RequestPhase.FETCHED
+        if not complete and len(refusal) <= MAX_REFUSAL:
+            return data, may_change
+        self._refusal, pool, plain = None, self.gateway.real_keys, b""
+        with contextlib.suppress(ValueError, zlib.error):
+            plain = decompress(head.coding, bytes(refusal), MAX_REFUSAL)
+        is_keys = pool.weigh(visit.real, head, plain, visit.group)
+        if is_keys and may_change and complete:
+            tried = visit.record.upstream_keys
+            fresh = [key for key in visit.keys if key.name not in tried]
+            fresh = [key for key in fresh if not pool.rests_until(key, visit.group)]
+            if fresh:
+                visit.take(fresh[0])
+                self._ask(cast(bytes, self._again))
+                return b"", True
+        self._give_up_other_keys()
+        return bytes(refusal) if may_change else data, False
+
+    def _give_up_other_keys(self) -> None:
+        self._again = None
+        self._free()
+
     def on_error(self, error: Exception) -> None:
         """The upstream did not answer to the end, or what is here failed with its answer."""
+        if self._visit.real is not None and isinstance(error, UpstreamError):
+            self._visit.real.errors += 1
         client_waits = self._upstream is None or not self._upstream.held_back
         if isinstance(error, UpstreamError) and client_waits:
             self.gateway.traffic.failed(str(error))
@@ -5321,10 +5880,11 @@ class RelayHandler(BaseHandler):
         record.path = shown_text(visit, visit.target.partition("?")[0])
         if answer is not None and "request-id" in answer.values:
             record.request_id = shown_text(visit, answer.values["request-id"][0])
-        if SESSION_FIELD in head.values:
-            record.session = shown_text(visit, head.values[SESSION_FIELD][0])
-        if AGENT_FIELD in head.values:
-            record.agent = shown_text(visit, head.values[AGENT_FIELD][0])
+        told = [(n, head.values[f][0]) for n, f in CLAUDE_FIELDS.items() if f in head.values]
+        if told:
+            record.sent = {name: shown_text(visit, text) for name, text in told if text}
+        if gateway.real_keys.several:
+            record.via = ",".join(record.upstream_keys)
         if record.key is not None:
             record.tags = record.key.tags
         if TAGS_FIELD in head.values:
@@ -5332,7 +5892,7 @@ class RelayHandler(BaseHandler):
             tags = (shown_text(visit, tag.strip()) for tag in sent)
             record.tags = [*record.tags, *(tag for tag in tags if tag)]
         # No cycle is left for the garbage collector.
-        self._upstream = self._inside = None
+        self._upstream = self._inside = self._again = None
         gateway.active.discard(self)
         if gateway.stopping and not gateway.active:
             gateway.drained.set()
@@ -5370,7 +5930,7 @@ class RelayHandler(BaseHandler):
 
     def _look(self, data: bytes) -> None:
         """Look through a part of a body that is not kept. Raises APIError where it names things."""
-        if words := self._visit.refers:
+        if (words := self._visit.refers) and self._visit.has_walls:
             data = self._seen + data
             self._seen = data[-LONGEST_NAME:]
             if any(names_in(data, start, words) for start in range(0, len(data), MIB)):
@@ -5472,6 +6032,9 @@ def shown_text(visit: Visit, text: str) -> str:
 
 MAX_PAGE_SIZE = 100  # LiteLLM's limit on /key/list
 MAX_OWN_DEPTH = 50  # of JSON in requests to the gateway itself
+# {"aud":"claude-gateway"}, in the second of three parts: Claude Code 2.1.331 takes such a token for
+# a gateway's, checks nothing else of it, and shows what it is told of the budget.
+GATEWAY_CLAIM = "eyJhdWQiOiJjbGF1ZGUtZ2F0ZXdheSJ9"
 
 
 class ManagementHandler(BaseHandler):
@@ -5554,10 +6117,15 @@ class KeyHandler(ManagementHandler):
             body["key"] = path[0]
         self.send_json(await self.deeds[path[-1]](self, body))
 
-    def chosen(self, value: Any) -> str:
+    def chosen(self, value: Any, for_claude_code: Any) -> str:
         """A key that the caller chose, or a fresh one. Raises APIError 400."""
+        is_for_claude_code = FLAG.parse("claude_code", for_claude_code)
         if value is None:
-            return KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES)
+            middle = f".{GATEWAY_CLAIM}.{secrets.token_urlsafe(KEY_BYTES)}"
+            made = KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES)
+            return made + middle if is_for_claude_code else made
+        if is_for_claude_code:
+            raise APIError(400, "'claude_code' makes the key: leave yours out.")
         if not isinstance(value, str) or not CHOSEN_KEY.fullmatch(value):
             rule = f"{MIN_KEY_LENGTH} to {MAX_KEY_LENGTH} ASCII characters, no quote or backslash"
             raise APIError(400, f"'key' must begin 'sk-', not as Anthropic's 'sk-ant-': {rule}.")
@@ -5574,6 +6142,8 @@ class KeyHandler(ManagementHandler):
             if changes.get(name) not in (None, {}) and not self.gateway.prices.available:
                 need = "install genai-prices where the gateway runs, or start it with --prices."
                 raise APIError(400, f"{name!r} cannot be enforced, as no prices are known: {need}")
+        if (home := changes.get("home")) and home not in (names := self.gateway.real_keys.names):
+            raise APIError(400, f"'home' must be a real key's name: {', '.join(names)}.")
         key = dataclasses.replace(record, **changes, **more, updated_at=now())
         taken = self.gateway.ledger.find("", changes.get("key_alias") or "")
         if taken is not None and taken[0] != record.account.hashed:
@@ -5594,7 +6164,7 @@ class KeyHandler(ManagementHandler):
 
     async def generate(self, body: dict[str, Any]) -> dict[str, Any]:
         """LiteLLM's request and response; no other answer has the plain key."""
-        key = self.chosen(body.pop("key", None))
+        key = self.chosen(body.pop("key", None), body.pop("claude_code", None))
         made = VirtualKey(key_name(key), created_at=now(), owner_id=secrets.token_hex(8))
         record = self.changed(made, body)
         return await self.keep({hash_key(key): record}, "made") | {"key": key}
@@ -5609,7 +6179,7 @@ class KeyHandler(ManagementHandler):
         """As `update`, and a new value, ``new_key`` or fresh; for a ``grace_period`` both work."""
         record = self.addressed(body)
         moment, grace = now(), LIFETIME.parse("grace_period", body.pop("grace_period", None))
-        value = self.chosen(body.pop("new_key", None))
+        value = self.chosen(body.pop("new_key", None), body.pop("claude_code", None))
         retired = {old: until for old, until in record.retired.items() if until > moment}
         retired[record.account.hashed] = grace or moment
         more = {"key_name": key_name(value), "retired": retired, "owner_id": record.owner}
@@ -5756,15 +6326,21 @@ class ReportHandler(ManagementHandler):
         total = sum(len(things.made[place]) for place in chosen)
         every = itertools.chain.from_iterable(things.made[place].items() for place in chosen)
         rows = list[dict[str, Any]]()
+        told: dict[str, Any]
         for name, moment in itertools.islice(every, (page - 1) * size, page * size):
-            owner, kind = things.places[name]
+            owner, kind, home = things.places[name]
             told = {"shared": name in things.shared, "created_at": moment_of(int(moment))}
+            told["home"] = home or None
             rows.append({"id": name, "kind": kind, "key": keys.get(owner)} | told)
         pages = {"current_page": page, "total_pages": -(-total // size)}
         return {"resources": rows, "total_count": total} | pages
 
+    def list_upstreams(self) -> dict[str, Any]:
+        """The real keys: how each is, and what it has answered; never the key."""
+        return {"upstreams": self.gateway.real_keys.states()}
+
     reports: ClassVar[dict[str, Any]] = {"/key/list": list_keys, "/spend/logs": list_requests}
-    reports["/resources/list"] = list_resources
+    reports |= {"/resources/list": list_resources, "/upstreams": list_upstreams}
     reports |= {"/spend/keys": list_spend, "/global/spend/report": sum_spend}
 
 
@@ -5796,6 +6372,55 @@ class HelloHandler(BaseHandler):
     head = get
 
 
+class UsageHandler(BaseHandler):
+    """GET of USAGE_PATHS: what a key's budgets have left, as Claude Code's /usage shows it and
+    Anthropic's own gateway answers; spend is in cents."""
+
+    async def get(self) -> None:
+        key, moment = (await self.gateway.doors.authenticate(self.request.head.values)).key, now()
+        budgets = key.budgets(moment) if key is not None else []
+        limits = list[dict[str, Any]]()
+        for each in budgets:
+            left = each.resets - moment if each.resets else timedelta.max
+            group = next((g for g, most in SPEND_GROUPS.items() if left <= most), "monthly")
+            marks = sum(each.part > part for part in self.gateway.settings.warned_parts[:-1])
+            row = {"kind": "spend", "group": group, "percent": int(each.shown * 100)}
+            row |= {"resets_at": each.resets, "is_active": each is budgets[0]}
+            severity = ("normal", "warning", "critical")[min(2, marks)]
+            limits.append(row | {"severity": "critical" if each.part >= 1 else severity})
+        usage: dict[str, Any] = {"is_enabled": True, "currency": "USD"}
+        if budgets:
+            usage |= {"monthly_limit": float(budgets[0].limit * 100)}
+            usage |= {
+                "used_credits": int(budgets[0].spent * 100),
+                "utilization": limits[0]["percent"],
+            }
+        else:
+            used = {g: spent_since(key, moment, d) for g, d in SPEND_WINDOWS.items()}
+            usage |= {
+                "monthly_limit": None,
+                "used_credits": used.pop("monthly"),
+                "utilization": None,
+            }
+            for group, cents in used.items():
+                usage[group] = {"limit": None, "used_credits": cents, "utilization": None}
+        self.send_json({"extra_usage": usage, "limits": limits})
+
+
+SPEND_GROUPS = {
+    "daily": timedelta(days=1),
+    "weekly": timedelta(days=7),
+}  # which resets are called so
+SPEND_WINDOWS = {"daily": "1d", "weekly": "7d", "monthly": "1mo"}
+
+
+def spent_since(key: VirtualKey | None, moment: datetime, duration: str) -> int:
+    """Cents that a key has spent in the present window of this length; None has spent nothing."""
+    first = day_of(window(duration, moment)[0])
+    days = key.account.usage.days(first) if key is not None else ()
+    return int(sum((tally.spend for _, _, tally in days), ZERO) * 100)
+
+
 class HealthHandler(BaseHandler):
     """GET /health/liveliness and liveness, as LiteLLM answers; and readiness: 200 where requests
     are taken and keys can be kept, else 503. ``upstream`` is what relayed requests have met."""
@@ -5811,6 +6436,7 @@ class HealthHandler(BaseHandler):
         told |= {"version": __version__, "prices": prices if gateway.prices.available else "none"}
         told["uptime"] = round((now() - gateway.started).total_seconds())
         self.set_status(200 if status == "healthy" else 503)
+        told["upstreams"] = {row["name"]: row["state"] for row in gateway.real_keys.states()}
         self.send_json(told | {"upstream": gateway.traffic.upstream})
 
 
@@ -5834,6 +6460,9 @@ PRESENT_METRICS["gateway_upstream_connections_idle"] = "Kept for the next reques
 EVENT_METRICS = {"gateway_upstream_connections_opened": "Connections opened to the upstream"}
 EVENT_METRICS["gateway_upstream_connections_reused"] = "Requests that went over a kept connection"
 EVENT_METRICS["gateway_client_disconnects"] = "Clients that left too early"
+KEY_METRICS = {"gateway_upstream_key_requests": "Requests that a real key carried"}
+KEY_METRICS["gateway_upstream_key_errors"] = "Errors and no answers that it got"
+REST_METRICS = {"gateway_upstream_key_resting": "Whether nothing is asked with it for a while"}
 KEYED = "api_key_alias model"  # labels
 
 
@@ -5892,6 +6521,10 @@ class MetricsHandler(ManagementHandler):
             left = None if limit is None else limit - spent
             hours = end and (end - moment) / timedelta(hours=1)
             budgets[record.shown_name,] = (spent, limit, left, hours)
+        keys, resting = dict[Any, Any](), dict[Any, Any]()
+        for state in gateway.real_keys.states():
+            keys[state["name"],] = state["requests"], state["errors"]
+            resting[state["name"],] = (state["state"] != "ok",)
         answers = [handler._visit.answer for handler in gateway.active]
         streams = sum(head is not None and is_event_stream(head) for head in answers)
         for kind, labels, names, rows in (
@@ -5902,6 +6535,8 @@ class MetricsHandler(ManagementHandler):
             ("Gauge", "api_key_alias", BUDGET_METRICS, budgets),
             ("Gauge", "", PRESENT_METRICS, {(): (len(gateway.active), streams, len(client.idle))}),
             ("Counter", "", EVENT_METRICS, {(): (client.opened, client.reused, gone)}),
+            ("Counter", "upstream_key", KEY_METRICS, keys),
+            ("Gauge", "upstream_key", REST_METRICS, resting),
         ):
             for index, (name, text) in enumerate(names.items()):
                 family = getattr(core, f"{kind}MetricFamily")(name, text, labels=labels.split())
@@ -6158,6 +6793,7 @@ def make_app(settings: Settings, rules: Sequence[Rule] = RULES) -> GatewayApplic
         (r"/key/([^/]+)/(regenerate|reset_spend)", KeyHandler),
         (r"/resources/(assign)", KeyHandler),
         (r"/key/info", InfoHandler),
+        *((re.escape(path), UsageHandler) for path in USAGE_PATHS),
         *((re.escape(path), ReportHandler) for path in ReportHandler.reports),
     ]
     told: dict[str, Any] = {"gateway": Gateway(settings, rules), "log_function": log_request}
@@ -6206,7 +6842,7 @@ def base_url(settings: Settings, port: int) -> str:
 
 def lacks(settings: Settings) -> Iterator[str]:
     """What the gateway can run without, but not well."""
-    if settings.real_credential is None:
+    if not (settings.api_key or settings.auth_token or settings.api_keys or settings.api_keys_file):
         yield "no ANTHROPIC_API_KEY is set: only callers with an sk-ant-… of their own get through"
     if not settings.master_key:
         yield f"no GATEWAY_MASTER_KEY is set: /key/* is closed; {GOOD_MASTER_KEY}"
@@ -6223,6 +6859,8 @@ def announce(gateway: Gateway, port: int) -> None:
     made = f"{keys} in {settings.keys}" if keys else "POST /key/generate makes one"
     print(f"gateway {__version__} listening on {settings.unix_socket or url + everywhere}")
     print("relaying to", "the built-in stand-in" if is_mock else settings.upstream)
+    if gateway.real_keys.several:
+        print("with the real keys", ", ".join(gateway.real_keys.names))
     print("! open to all who reach it" if is_open else f"virtual keys are required ({made})")
     for lack in lacks(settings):
         print("!", lack)
@@ -6240,7 +6878,8 @@ def start_mock(settings: Settings) -> Settings:
     app = web.Application([(".*", MockAnthropic)], credential=key, log_function=lambda _: None)
     HTTPServer(app, max_body_size=MAX_BODY_SIZE, max_buffer_size=MAX_BODY_SIZE).add_sockets(sockets)
     upstream = f"http://{LOOPBACK[0]}:{sockets[0].getsockname()[1]}"
-    return dataclasses.replace(settings, upstream=upstream, api_key=key, auth_token="")
+    no_others: Any = dict.fromkeys(("auth_token", "api_keys", "api_keys_file"), "")
+    return dataclasses.replace(settings, upstream=upstream, api_key=key, **no_others)
 
 
 def report_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -6274,6 +6913,7 @@ async def serve(settings: Settings) -> None:
         try:
             server.context = server_context(settings)  # of connections from now on
             gateway.prices.reload()
+            gateway.real_keys.reload()
             await gateway.ledger.reload()
             favour_the_loop()
             log.info("keys read again: %d", sum(1 for _ in gateway.ledger.live()))
@@ -6303,7 +6943,7 @@ async def serve(settings: Settings) -> None:
 async def check(settings: Settings) -> bool:
     """Print, a line each, what is well and what is not, and what to do about it (``--check``)."""
     settings = start_mock(settings)
-    path, upstream, credential = settings.keys, settings.upstream, settings.real_credential
+    path, upstream = settings.keys, settings.upstream
     findings = [(True, f"Python {sys.version.split()[0]}, Tornado {tornado.version}")]
     for package, loss in OPTIONAL_PACKAGES.items():
         is_there = importlib.util.find_spec(package.replace("-", "_"))
@@ -6327,13 +6967,25 @@ async def check(settings: Settings) -> bool:
     except SettingsError as error:
         findings.append((False, str(error)))
     try:
+        pool = RealKeys(settings, tell_nobody)
         with contextlib.closing(UpstreamClient(force_instance=True, settings=settings)) as client:
-            code = (await client.get("/v1/models?limit=1", CHECK_TIMEOUT)).code
-        refused, fine = code in (401, 403), " and accepts the real key" if credential else ""
-        doubt = "real key not accepted, set another" if refused else "is --upstream right?"
-        well = code < 400 or (credential is None and code == 401)
-        said = fine if well else f" {code} to GET /v1/models: {doubt}"
-        findings.append((well, f"{upstream} answers{said}"))
+            for key in pool.keys.values() or (None,):
+                code = (await client.get("/v1/models?limit=1", CHECK_TIMEOUT, key)).code
+                named = f" {key.name}" if key and pool.several else ""
+                refused, fine = (
+                    code in (401, 403),
+                    f" and accepts the real key{named}" if key else "",
+                )
+                doubt = (
+                    f"real key{named} not accepted, set another"
+                    if refused
+                    else "is --upstream right?"
+                )
+                well = code < 400 or (key is None and code == 401)
+                said = fine if well else f" {code} to GET /v1/models: {doubt}"
+                findings.append((well, f"{upstream} answers{said}"))
+    except SettingsError as error:
+        findings.append((False, str(error)))
     except (UpstreamError, OSError) as error:
         findings.append((False, f"{upstream}: {error} See --upstream and the network."))
     for well, text in findings:
@@ -6346,7 +6998,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the gateway with these arguments, by default the command line's. Ends the process."""
     try:
         settings = read_settings(sys.argv[1:] if arguments is None else arguments, os.environ)
-        masked = (settings.master_key, settings.api_key, settings.auth_token)
+        credentials = [value for _, value in real_keys(settings).values()]
+        masked = (settings.master_key, *(each.removeprefix("Bearer ") for each in credentials))
         for handler in logging.root.handlers:
             inner = None if settings.log_json else handler.formatter
             handler.setFormatter(LineFormatter(inner, *masked))

@@ -2258,7 +2258,7 @@ async def test_tls_upstream_is_verified(gw: GW, tmp_path: Path, monkeypatch: Pat
                 else:
                     assert "certificate" in error_of(answer, 502)
             assert (len(up.serving), len(up.arrived)) == ((1, 5) if well else (0, 0))
-            own = gw.app.settings["gateway"].client.get("/", 5)  # by Tornado's own means
+            own = gw.app.settings["gateway"].client.get("/", 5, None)  # by Tornado
             with contextlib.nullcontext() if well else pytest.raises(gateway.UpstreamError) as told:
                 assert (await own).code == 200
             assert well or "certificate" in str(told.value)
@@ -3925,6 +3925,7 @@ def test_results_url_becomes_relative() -> None:
 # ─── Record ───────────────────────────────────────────────────────────────────────────
 
 LOG_FIELDS = {*("time", "level", "call_id", "request_id", "key_alias", "key_name", "user", "tags")}
+LOG_FIELDS |= {"request_class", "prompt_id", "agent_type", "upstream_keys"}
 LOG_FIELDS |= {"session_id", "agent_id", "remote_ip", "method", "path", "status", "outcome"}
 LOG_FIELDS |= {"model", "input_tokens", "output_tokens", "cache_read_tokens", "cost", "estimated"}
 LOG_FIELDS |= {"cache_write_tokens", "time_to_first_byte", "duration", "bytes_in", "bytes_out"}
