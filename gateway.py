@@ -42,7 +42,6 @@ import calendar
 import collections.abc
 import contextlib
 import dataclasses
-import email.utils
 import enum
 import errno
 import fcntl
@@ -79,7 +78,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, TypedDict, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, TypedDict, TypeVar, cast
 
 import tornado
 from tornado import httputil, netutil, web
@@ -175,46 +174,46 @@ class Settings:
             raise SettingsError("--alert-webhook: is not an http or https URL")
         _ = self.warned_parts
 
-    @property
+    @functools.cached_property
     def warned_parts(self) -> list[Decimal]:
         """Parts of a budget, in their order, and all of it. Raises SettingsError."""
-        try:
-            parts = sorted(Decimal(part) for part in self.budget_warnings.split(",") if part)
-        except ArithmeticError:
-            parts = [Decimal(2)]
-        if not all(0 < part < 1 for part in parts):
-            raise SettingsError("--budget-warnings: are not parts between 0 and 1, as 0.75,0.95")
-        return [*parts, Decimal(1)]
+        with contextlib.suppress(ArithmeticError):
+            parts = sorted(Decimal(part) for part in filter(None, self.budget_warnings.split(",")))
+            if all(0 < part < 1 for part in parts):
+                return [*parts, Decimal(1)]
+        raise SettingsError("--budget-warnings: are not parts between 0 and 1, as 0.75,0.95")
 
 
 def real_keys(settings: Settings) -> dict[str, tuple[str, str]]:
     """The header that carries a real key upstream, as (name, value), by the name that the key is
     shown under; the file's are read anew. Raises SettingsError."""
-    headers, texts = dict[str, tuple[str, str]](), [settings.api_keys]
+    headers, entries = dict[str, tuple[str, str]](), settings.api_keys
     if settings.api_key:
         headers[FIRST_REAL_KEY] = "x-api-key", settings.api_key
     elif settings.auth_token:
         headers[FIRST_REAL_KEY] = "Authorization", f"Bearer {settings.auth_token}"
     if file := settings.api_keys_file:
+        wrong, mode, text = "holds no key", 0, ""
         try:
             with open(file, encoding="ascii") as opened:
                 mode, text = os.fstat(opened.fileno()).st_mode, opened.read()
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", "") or "holds characters that no key has"
-            raise SettingsError(f"--api-keys-file: {file}: {reason}") from None
+            wrong = getattr(error, "strerror", "") or "holds characters that no key has"
         if mode & 0o077:  # as ssh refuses the file of a key
-            raise SettingsError(f"--api-keys-file: {file}: others can read it; chmod 600 it")
-        texts.append(text)
-    for number, entry in enumerate(filter(None, REAL_KEYS_APART.split(" ".join(texts))), start=1):
-        where = f"ANTHROPIC_API_KEYS, --api-keys-file: entry {number}"
-        if not (match := REAL_KEY.fullmatch(entry)):
-            raise SettingsError(f"{where} is neither a key 'sk-…' nor 'name=sk-…'")
-        name, header = match[1] or f"key{number}", ("x-api-key", match[2])
-        if name in headers or header in headers.values():
-            raise SettingsError(f"{where} has the name or the key of one before it")
+            wrong, text = "others can read it; chmod 600 it", ""
+        if not text.strip():
+            raise SettingsError(f"--api-keys-file: {file}: {wrong}")
+        entries += f",{text}"
+    for number, entry in enumerate(filter(None, REAL_KEYS_APART.split(entries)), start=1):
+        found = REAL_KEY.fullmatch(entry)
+        name, key = (found[1] or f"key{number}", found[2]) if found else ("", "")
+        header = "x-api-key", key
+        if not name or name in headers or header in headers.values():
+            wrong = (
+                "has the name or the key of one before" if name else "is no 'sk-…' or 'name=sk-…'"
+            )
+            raise SettingsError(f"ANTHROPIC_API_KEYS, --api-keys-file: entry {number} {wrong}")
         headers[name] = header
-    if settings.api_keys_file and not texts[-1].strip():
-        raise SettingsError(f"--api-keys-file: {file}: holds no key")
     return headers
 
 
@@ -700,12 +699,12 @@ def kept(kind: Kind, load: Any = None, *, settable: bool = True, shown: bool = T
 
 
 class Fullness(NamedTuple):
-    """How full a budget is: the ``part`` of it, and USD, that is spent; None: it never resets."""
+    """How full a budget is: the ``part`` of it, and USD, that is spent in its ``window``."""
 
     part: Decimal
     spent: Decimal
     limit: Decimal
-    resets: datetime | None
+    window: tuple[datetime, datetime] | None
 
     @property
     def shown(self) -> Decimal:
@@ -783,13 +782,12 @@ class VirtualKey:
         """How full its budgets are, the fullest first: all, or those that are for a model."""
         found = list[Fullness]()
         for pattern in (ALL_MODELS, *self.model_max_budget):
-            limit, duration = self.budget(pattern)
+            (limit, duration), spent = self.budget(pattern), self.spent(moment, pattern)
             is_for = model is None or not pattern or fnmatch.fnmatchcase(model, pattern)
             if limit is not None and is_for:
-                spent = self.spent(moment, pattern)
-                end = window(duration, moment)[1] if duration else None
-                found.append(Fullness(spent / limit if limit else Decimal(1), spent, limit, end))
-        return sorted(found, key=operator.attrgetter("part"), reverse=True)
+                within = window(duration, moment) if duration else None
+                found.append(Fullness(spent / limit if limit else ONE, spent, limit, within))
+        return sorted(found, reverse=True, key=operator.itemgetter(0))
 
     def to_json(self) -> dict[str, Any]:
         """The line's object, as `written` writes it, without usage and what says nothing."""
@@ -934,6 +932,7 @@ def model_of(value: object) -> str:
     return printable(value[:MAX_MODEL_NAME]) if isinstance(value, str) else ""
 
 
+@functools.lru_cache(maxsize=1024)
 def model_class(model: str) -> str:
     """What a model shares its rate limits with (api/rate-limits): its family, as "opus"."""
     return "".join(re.findall("[a-z]+", model.removeprefix("claude"))[:1])
@@ -1890,36 +1889,30 @@ def parse_things(text: bytes, name: str, running: bool = False) -> Things:
     return things
 
 
-class Tell(Protocol):
-    """Tells the operator (``kind`` is LiteLLM's alert type), of one ``matter`` now and then."""
-
-    def __call__(self, kind: str, event: str, text: str, *, matter: str, **details: Any) -> None:
-        """Returns at once."""
+ALERTED = ("key_alias", "key_name", "user_id", "team_id", "soft_budget")  # of a key
+# Tells the operator, and returns at once: (LiteLLM's alert type and event, text, matter=, details).
+Tell = Callable[..., None]
 
 
-def tell_nobody(kind: str, event: str, text: str, **details: Any) -> None:
-    """Where there is no operator."""
+def tell_nobody(*_: Any, **__: Any) -> None:
+    """As `Tell`, where there is no operator."""
 
 
 class FileLedger:
     """The keys and what they used, in memory and in a `StoreFile`; what is whose in another, beside
     it, named as it and ".resources". Nothing else changes a key's account. What is awaited may wait
-    in another store; where nothing must, no task and no future is made. It will ``tell`` which of
-    these ``parts`` of a budget are passed. Raises SettingsError where a file cannot be used, and
+    in another store; where nothing must, no task and no future is made. It will ``tell`` (`Tell`)
+    which ``parts`` of a budget are passed. Raises SettingsError where a file cannot be used, and
     leaves it as it is."""
 
     def __init__(
-        self,
-        path: Path,
-        usage_days: int = 90,
-        clock: Callable[[], float] = time.monotonic,
-        parts: Sequence[Decimal] = (ONE,),
-        tell: Tell = tell_nobody,
+        self, path: Path, usage_days: int = 90, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._file = StoreFile(path, KEYS_FRAME, "keys file", "nothing was changed")
         beside, then = f"{self._file.path}.resources", "what was made is there, and written later"
         self._things_file = StoreFile(Path(beside), THINGS_FRAME, "file of resources", then)
-        self._usage_days, self._clock, self._parts, self._tell = usage_days, clock, parts, tell
+        self._usage_days, self._clock = usage_days, clock
+        self.parts, self.tell = list[Decimal](), tell_nobody
         self.keys: dict[str, VirtualKey] = {}
         self.things = Things()
         self.batches: dict[str, Account] = {}  # whose they are
@@ -2050,23 +2043,21 @@ class FileLedger:
         """Tell which marks of a budget, or of a model's, are passed as it goes from one to the
         other: once, whoever counts."""
         (limit, _), soft = key.budget(pattern), None if pattern else key.soft_budget
-        marks = [(soft, "soft_budget_crossed")] if soft is not None else []
+        name = f"budget for {pattern}" if pattern else "budget"
+        marks = [] if soft is None else [(soft, "soft_budget_crossed", "soft budget is", soft)]
         if limit is not None:
-            events = ["threshold_crossed"] * (len(self._parts) - 1) + ["budget_crossed"]
-            marks += [(limit * part, event) for part, event in zip(self._parts, events)]
-        for mark, event in marks:
-            if not before < mark <= after:
-                continue
-            what = f"budget {f'for {pattern} ' if pattern else ''}is ${dollars(limit or ZERO)}"
-            what = f"soft budget is ${dollars(mark)}" if event.startswith("soft") else what
-            text = f"key {key.shown_name} has spent ${dollars(after)}, its {what}"
-            log.warning("%s", text)
-            told: dict[str, Any] = {
-                n: getattr(key, n) for n in ("key_alias", "key_name", "soft_budget")
-            }
-            told |= {"user_id": key.user_id, "team_id": key.team_id, "event_group": "key"}
-            told |= {"spend": after, "max_budget": limit, "matter": text}
-            self._tell("budget_alerts", event, text, **told)
+            crossed = ["threshold_crossed"] * (len(self.parts) - 1) + ["budget_crossed"]
+            each = zip(self.parts, crossed)
+            marks += [(limit * part, event, f"{name} is", limit) for part, event in each]
+        for mark, event, what, of in marks:
+            if before < mark <= after:
+                text = (
+                    f"key {key.shown_name} has spent ${dollars(after)}, its {what} ${dollars(of)}"
+                )
+                log.warning("%s", text)
+                told = {n: getattr(key, n) for n in ALERTED} | {"event_group": "key"}
+                told |= {"spend": after, "max_budget": limit, "matter": f"{text} {mark}"}
+                self.tell("budget_alerts", event, text, **told)
 
     def rates(self, key: VirtualKey, theirs: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
         """anthropic-ratelimit-* of a key's own limits, where they are tighter than ``theirs``."""
@@ -2378,7 +2369,7 @@ class FileLedger:
         if message != file.error and not is_unread:
             file.error = message
             log.error(message, exc_info=not isinstance(error, OSError | SettingsError))
-            self._tell("db_exceptions", "db_exceptions", message, matter=message)
+            self.tell("db_exceptions", "db_exceptions", message, matter=message)
         return APIError(503, message, headers=headers)
 
 
@@ -3178,7 +3169,7 @@ class RealKey:
     errors: int = 0  # answers from 400 up, and none
 
     def __post_init__(self) -> None:
-        self.line, self.secret = ": ".join(self.header), self.header[1].removeprefix("Bearer ")
+        self.secret = self.header[1].removeprefix("Bearer ")
         self.secret_bytes = self.secret.encode("latin-1")
 
     def scopes(self, group: str) -> tuple[Scope, ...]:
@@ -3193,23 +3184,21 @@ ALL = "*"  # groups of requests
 SHORT_REST = 5.0  # seconds for which a conversation rather waits than leaves its prompt cache
 REST, LONGEST_REST = 30.0, 900.0  # seconds, where a 429 does not say, and at most
 REFUSED_REST, SPENT_REST, LONGEST_SPENT = 600.0, 3600.0, 32 * 86400.0  # "until the 1st"
-MAX_REFUSAL = 64 * KIB  # of an answer that may be of the real key
-OF_A_KEY, REFUSED = frozenset({400, 401, 402, 429}), "refused"  # statuses that may be
+REFUSED, LIMITED, SPENT = "refused", "rate limit", "spending limit"  # why a key rests
+MAX_REFUSAL = 64 * KIB  # of an answer that may be of the real key, as those of these statuses
+OF_A_KEY = frozenset({400, 401, 402, 429})
 SPENDING_LIMIT = b"enforced_spend_limit_reached"
 # Not what echoes a request's own words: those stand before ": " or in backticks.
 USAGE_LIMIT = re.compile(r"You (?:(?!: )[^`])*\bspecified (?:API usage limits|(workspace)\b)")
 ISO_DATE = re.compile(r"\d{4}-\d\d-\d\d")
 
 
-@dataclass(slots=True)
-class Rest:
-    """Why nothing is asked of what rests, and for how long (seconds of a clock without jumps)."""
+class Rest(NamedTuple):
+    """Since when and until when (seconds of a clock without jumps) nothing is asked, and why."""
 
     since: float
     until: float
     why: str
-    is_refused: bool = False
-    is_short: bool = False
 
 
 @functools.lru_cache(maxsize=4096)
@@ -3220,21 +3209,11 @@ def ranked(names: tuple[str, ...], text: str) -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda n: hashlib.sha256(told + b"\0" + n.encode()).digest()))
 
 
-def seconds_told(text: str) -> float:
-    """What a retry-after says (RFC 9110 section 10.2.3); REST where it is none."""
-    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
-        return float(text)
-    try:
-        return max(0.0, (email.utils.parsedate_to_datetime(text) - now()).total_seconds())
-    except (ValueError, TypeError):
-        return REST
-
-
 class RealKeys:
     """The real keys in their order, and what rests of them. The first is the master key's, and
-    stands in for those that are no more; one that has no name, that there is none."""
+    stands in for those that are no more; one without a name, where there is none."""
 
-    def __init__(self, settings: Settings, tell: Tell) -> None:
+    def __init__(self, settings: Settings, tell: Tell = tell_nobody) -> None:
         self._settings, self._tell, self.time = settings, tell, time.monotonic
         self.keys: dict[str, RealKey] = {}
         self.rests: dict[Scope, Rest] = {}
@@ -3242,17 +3221,14 @@ class RealKeys:
 
     def reload(self) -> None:
         """Read them again; one whose name stays goes on as it is. Raises SettingsError."""
-        before, self.keys = (
-            self.keys,
-            {name: RealKey(name, header) for name, header in real_keys(self._settings).items()},
-        )
-        for name, key in self.keys.items():
-            if (old := before.get(name)) and old.header == key.header:
+        headers, before = real_keys(self._settings), self.keys
+        self.keys = {name: RealKey(name, header) for name, header in headers.items()}
+        for name, old in before.items():
+            if headers.get(name) == old.header:
                 self.keys[name] = old
-            elif old:
-                key.requests, key.errors = old.requests, old.errors
+            else:
                 self.rests.pop(("key", name, ALL), None)
-        self.names, self.several = tuple(self.keys), len(self.keys) > 1
+        self.names, self.several = tuple(headers), len(headers) > 1
         self.first = next(iter(self.keys.values()), RealKey("", ("", "")))
 
     def at(self, name: str | None) -> RealKey:
@@ -3271,149 +3247,123 @@ class RealKeys:
 
     def rests_until(self, key: RealKey, group: str) -> float:
         """When a key rests no more for a group of requests; 0 where it does not."""
-        found = [rest for scope in key.scopes(group) if (rest := self.rests.get(scope))]
-        moment = self.time()
-        return max((r.until for r in found if not r.is_short and r.until > moment), default=0.0)
+        found, moment = map(self.rests.get, key.scopes(group)), self.time()
+        longer = (rest for rest in found if rest and rest.until - rest.since > SHORT_REST)
+        return max((rest.until for rest in longer if rest.until > moment), default=0.0)
 
     def choose(self, keys: Sequence[RealKey], group: str) -> RealKey:
         """The first that does not rest, else the one whose rest ends first."""
         return min(keys, key=lambda key: self.rests_until(key, group)) if self.rests else keys[0]
 
-    def heard(
-        self, key: RealKey, head: ResponseHead, group: str, asked: float, bills: bool
-    ) -> None:
-        """Learn of an answer whose the key is; a success ends a rest before which it was not asked,
-        but what is spent is not there again where nothing is billed."""
+    def heard(self, key: RealKey, head: ResponseHead, group: str, asked: float, pays: bool) -> None:
+        """Learn of an answer whose the key is. A success ends a rest that began before it was
+        asked, but what is spent is not there again where nothing is paid."""
         key.organization = head.get(ORGANIZATION_FIELD) or key.organization
         key.workspace = head.get(WORKSPACE_FIELD) or key.workspace
         key.errors += head.status >= 400
         for scope in key.scopes(group) if self.rests and head.status < 300 else ():
             rest = self.rests.get(scope)
-            if rest and rest.since < asked and (bills or rest.is_refused):
+            if rest and rest.since < asked and (pays or rest.why == REFUSED):
                 del self.rests[scope]
 
     def weigh(self, key: RealKey, head: ResponseHead, body: bytes, group: str) -> bool:
         """Whether a refusal, with its plain body, is of the key and not of the request, so that
         another may do better; then that rests of which it is."""
         message = dict_of(dict_of(read_json(body)).get("error")).get("message")
-        said = message if isinstance(message, str) else ""
-        limit = USAGE_LIMIT.match(said) if head.status == 400 and ": " not in said else None
-        owner, why, seconds = key.organization or key.name, REFUSED, REFUSED_REST
-        scope: Scope = ("key", key.name, ALL)
-        if head.status == 429 and SPENDING_LIMIT not in body:
-            scope, why = ("organization", owner, group), "rate limit"
-            seconds = min(seconds_told(head.get("retry-after")), LONGEST_REST)
-        elif head.status in (402, 429) or limit:
-            if not (limit and limit[1]):
-                scope = ("organization", owner, ALL)
-            elif key.workspace:
-                scope = ("workspace", key.workspace, ALL)
-            why, seconds = "spending limit", SPENT_REST
+        said, status = message if isinstance(message, str) else "", head.status
+        limit = USAGE_LIMIT.match(said) if status == 400 and ": " not in said else None
+        scope, why, seconds = key.scopes(group)[0], REFUSED, REFUSED_REST
+        if status == 429 and SPENDING_LIMIT not in body:
+            told = re.match("[0-9]{1,9}", head.get("retry-after"))
+            scope, why = key.scopes(group)[2], LIMITED
+            seconds = min(float(told[0]), LONGEST_REST) if told else REST
+        elif status in (402, 429) or limit:
+            is_workspaces = limit is not None and limit[1]
+            if not is_workspaces or key.workspace:  # else it is the key's own, which nobody shares
+                scope = key.scopes(group)[3 if is_workspaces else 1]
+            why, seconds = SPENT, SPENT_REST
             with contextlib.suppress(ValueError, IndexError):
-                told = (from_iso(ISO_DATE.findall(said)[0]) - now()).total_seconds()
-                seconds = min(told, LONGEST_SPENT) if told > 0 else SPENT_REST
-        elif head.status == 401:
-            why = REFUSED
-        else:
+                left = (from_iso(ISO_DATE.findall(said)[0]) - now()).total_seconds()
+                seconds = min(left, LONGEST_SPENT) if left > 0 else SPENT_REST
+        elif status != 401:
             return False
-        self._rest(key, scope, seconds, why)
-        return seconds > SHORT_REST
-
-    def _rest(self, key: RealKey, scope: Scope, seconds: float, why: str) -> None:
-        moment = self.time()
+        moment, until = self.time(), iso(moment_of(int(time.time() + seconds)))
         self.rests = {s: rest for s, rest in self.rests.items() if rest.until > moment}
-        is_short, is_new = seconds <= SHORT_REST, scope not in self.rests
-        self.rests[scope] = Rest(moment, moment + seconds, why, why == REFUSED, is_short)
-        if is_short or not is_new:
-            return
-        until = iso(moment_of(int(time.time() + seconds)))
-        level = logging.WARNING if why == "rate limit" else logging.ERROR
-        text = f"real key {key.name}: {why}; it rests until {until}"
-        log.log(level, "%s", text)
-        told = {"upstream_key": key.name, "until": until, "matter": f"{key.name} {why}"}
-        self._tell("cooldown_deployment", "cooldown_deployment", text, **told)
+        if scope not in self.rests and seconds > SHORT_REST:
+            text = f"real key {key.name}: {why}; it rests until {until}"
+            log.log(logging.WARNING if why == LIMITED else logging.ERROR, "%s", text)
+            more = {"upstream_key": key.name, "until": until, "matter": f"{key.name} {why}"}
+            self._tell("cooldown_deployment", "cooldown_deployment", text, **more)
+        self.rests[scope] = Rest(moment, moment + seconds, why)
+        return seconds > SHORT_REST
 
     def states(self) -> list[dict[str, Any]]:
         """What is known of each key, but the key."""
-        moment, present, rows = self.time(), time.time(), list[dict[str, Any]]()
+        moment, ahead, rows = self.time(), time.time() - self.time(), list[dict[str, Any]]()
+        present = sorted(self.rests.items(), key=lambda each: -each[1].until)
         for key in self.keys.values():
-            places = {scope[:2] for scope in key.scopes(ALL)}
-            resting = [
-                (s, r) for s, r in self.rests.items() if s[:2] in places and r.until > moment
-            ]
-            rests = list[dict[str, Any]]()
-            row: dict[str, Any]
-            for (scope, _, group), rest in sorted(resting, key=lambda each: -each[1].until):
-                until = moment_of(int(present + rest.until - moment))
-                row = {"scope": scope, "model_class": None if group == ALL else group}
-                rests.append(row | {"until": until, "why": rest.why})
-            refused = any(rest.is_refused for _, rest in resting)
-            row = {
-                "name": key.name,
-                "state": "refused" if refused else "resting" if rests else "ok",
-            }
-            row |= {name: rests[0][name] if rests else None for name in ("until", "why")}
-            row |= {"rests": rests, "requests": key.requests, "errors": key.errors}
-            told = {"organization_id": key.organization, "workspace_id": key.workspace}
-            rows.append(row | {name: printable(text) or None for name, text in told.items()})
+            places, rests = {scope[:2] for scope in key.scopes(ALL)}, list[dict[str, Any]]()
+            for (scope, of, group), (_, until, why) in present:
+                if (scope, of) in places and until > moment:
+                    rest = {"scope": scope, "model_class": None if group == ALL else group}
+                    rests.append(rest | {"until": moment_of(int(ahead + until)), "why": why})
+            row = {name: rests[0][name] if rests else None for name in ("until", "why")}
+            refused = any(rest["why"] == REFUSED for rest in rests)
+            row |= {"name": key.name, "rests": rests, "requests": key.requests}
+            row |= {"state": REFUSED if refused else "resting" if rests else "ok"}
+            row |= {"errors": key.errors, "organization_id": printable(key.organization) or None}
+            rows.append(row | {"workspace_id": printable(key.workspace) or None})
         return rows
 
 
 ALERT_TIMEOUT = 10.0  # seconds
 ALERT_BACKOFF = (1.0, 5.0, 30.0, 120.0, 600.0)  # seconds until what failed is tried again
 ALERT_AGAIN = 600.0  # seconds until the same matter is told again
-MAX_ALERTS = 1000  # that wait, and matters that are remembered
+MAX_ALERTS = 1000  # that wait
 
 
 class Alerts:
-    """Tells the operator of what he should know: POSTs it to a URL, as JSON that Slack and what
+    """Tells the operator of what is logged for him: POSTs it to a URL, as JSON that Slack and what
     reads LiteLLM's alerts take. What cannot be sent waits, and holds up nobody."""
 
     def __init__(self, client: UpstreamClient, url: str) -> None:
         self._client, self._url = client, url
         self._waiting: collections.deque[bytes] = collections.deque(maxlen=MAX_ALERTS)
         self._told: dict[str, float] = {}  # when each matter was
-        self._sending: asyncio.Task[None] | None = None
+        self._sending: asyncio.Future[None] = client.done
 
     def tell(self, kind: str, event: str, text: str, *, matter: str, **details: Any) -> None:
         """As `Tell`; of each matter once in ALERT_AGAIN seconds."""
         moment = self._client.time()
         if not self._url or moment - self._told.get(matter, -math.inf) < ALERT_AGAIN:
             return
-        self._told.pop(matter, None)
+        self._told = {m: then for m, then in self._told.items() if then > moment - ALERT_AGAIN}
         self._told[matter] = moment
-        if len(self._told) > MAX_ALERTS:
-            del self._told[next(iter(self._told))]
         told = {"text": text, "alert_type": kind, "event": event, "event_message": text}
         told |= {"event_group": "proxy"} | details
         self._waiting.append(json.dumps(told, default=shown).encode())
-        if self._sending is None or self._sending.done():
+        if self._sending.done():
             self._sending = self._client.loop.create_task(self._send())
 
     async def _send(self) -> None:
-        headers, limit = {"Content-Type": "application/json"}, ALERT_TIMEOUT
-        options: Any = {"headers": headers, "connect_timeout": limit, "request_timeout": limit}
-        options["follow_redirects"] = False
+        options: Any = {"connect_timeout": ALERT_TIMEOUT, "request_timeout": ALERT_TIMEOUT}
+        options |= {"method": "POST", "follow_redirects": False}
+        options["headers"] = {"Content-Type": "application/json"}
         while self._waiting:
-            body, why = self._waiting.popleft(), ""
-            for pause in (*ALERT_BACKOFF, None):
+            body, error = self._waiting.popleft(), None
+            for pause in (0.0, *ALERT_BACKOFF):
+                await asyncio.sleep(pause)
                 try:
-                    request = HTTPRequest(self._url, "POST", body=body, **options)
-                    await self._client.fetch(request)
+                    await self._client.fetch(HTTPRequest(self._url, body=body, **options))
                     break
-                except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again
-                    why = type(error).__name__
-                if pause is not None:
-                    await asyncio.sleep(pause)
+                except Exception as failure:  # noqa: BLE001 - whatever it is, it is tried again
+                    error = failure
             else:
-                log.error("an alert could not be sent (%s): %s", why, body.decode())
+                log.error("an alert could not be sent: %s", type(error).__name__)
 
     def close(self) -> None:
         """Send nothing more."""
-        if self._sending is not None:
-            self._sending.cancel()
-        for body in self._waiting:
-            log.error("an alert was not sent: %s", body.decode())
+        self._sending.cancel()
 
 
 # ─── Server ───────────────────────────────────────────────────────────────────────────────────────
@@ -3689,7 +3639,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         """Read unless the delegate waits or enough is here; but notice if the client leaves."""
         waits = self._waits_for is not None and not self._waits_for.done()
         pause = waits or len(self.unread) > PIPELINE_LIMIT
-        if pause == self._reading_paused or self.phase is ClientPhase.GONE:
+        if pause == self._reading_paused or self.transport.is_closing():
             return
         self._reading_paused = pause
         if pause:
@@ -3797,7 +3747,8 @@ class Server:
             self._epoll.register(connection.descriptor, select.EPOLLRDHUP | select.EPOLLONESHOT)
 
     def forget(self, connection: ServerConnection) -> None:
-        del self._watched[connection.descriptor]
+        if self._watched.get(connection.descriptor) is connection:  # over TLS another may have it
+            del self._watched[connection.descriptor]
         if self._epoll is not None:
             with contextlib.suppress(OSError):  # closing a socket takes it out of an epoll
                 self._epoll.unregister(connection.descriptor)
@@ -4505,12 +4456,10 @@ class Visit:
         """The real key for what stands in a workspace; a caller gets it at his first use."""
         pool, key = self.gateway.real_keys, self.payer
         if key is not None and not key.home:
+            sharing = key.team_id if key.resources == "team" else None
             # Whoever was here before there were homes had the first.
-            text, used = key.owner, key.account.last_active is not None
-            if key.resources == "team":
-                text = key.team_id or text
-            made = pool.first if used or not pool.several else pool.choose(pool.ranked(text), ALL)
-            self.gateway.ledger.settle(key, made.name)
+            among = [pool.first] if key.account.last_active else pool.ranked(sharing or key.owner)
+            self.gateway.ledger.settle(key, pool.choose(among, ALL).name)
         return pool.at(key.home) if key is not None else pool.first
 
     def find_keys(self, *, is_whole: bool) -> None:
@@ -4838,8 +4787,8 @@ def unified(budgets: Sequence[Fullness], parts: Sequence[Decimal]) -> list[tuple
     told["overage-utilization"] = f"{min(fullest.shown, ONE - CENT)}"
     if passed:
         told["overage-surpassed-threshold"] = f"{passed[-1]}"
-    if fullest.resets is not None:
-        told["reset"] = told["overage-reset"] = f"{fullest.resets.timestamp():.0f}"
+    if fullest.window is not None:
+        told["reset"] = told["overage-reset"] = f"{fullest.window[1].timestamp():.0f}"
     return [(UNIFIED + name, value) for name, value in told.items()]
 
 
@@ -5520,16 +5469,12 @@ class BatchKeeper:
         kept, code, booked = self._ledger.unbooked(name), NO_ANSWER, False
         if kept is None:
             return True
-        path, client = (
-            f"/v1/messages/batches/{urllib.parse.quote(name, safe='')}",
-            self._gateway.client,
-        )
-        thing = (await self._ledger.find_things([name])).get(name)
+        path = f"/v1/messages/batches/{urllib.parse.quote(name, safe='')}"
         maker = self._ledger.keys.get(self._ledger.batches[name].hashed)
-        home = thing.home if thing else ""
-        real = self._gateway.real_keys.at(home or (maker.home if maker else ""))
+        thing = (await self._ledger.find_things([name])).get(name, Thing(""))
+        real = self._gateway.real_keys.at(thing.home or (maker.home if maker else ""))
         try:
-            state = await client.get(path, BATCH_STATE_TIMEOUT, real)
+            state = await self._gateway.client.get(path, BATCH_STATE_TIMEOUT, real)
             batch, code = read_json(state.body), state.code
             ended = isinstance(batch, dict) and batch.get("processing_status") == BATCH_ENDED
             if code == 200 and ended:
@@ -5578,9 +5523,9 @@ class Gateway:
         self.prices = Prices(settings.prices)
         self.client = UpstreamClient(force_instance=True, settings=settings)
         self.alerts = Alerts(self.client, settings.alert_webhook)
-        told: Any = {"parts": settings.warned_parts, "tell": self.alerts.tell}
         self.real_keys = RealKeys(settings, self.alerts.tell)
-        self.ledger = FileLedger(settings.keys, settings.usage_days, **told)
+        self.ledger = FileLedger(settings.keys, settings.usage_days)
+        self.ledger.parts, self.ledger.tell = settings.warned_parts, self.alerts.tell
         self.doors = Doors(settings, self.ledger)
         self.time = self.client.time
         self.batches = BatchKeeper(self)
@@ -5802,6 +5747,7 @@ class RelayHandler(BaseHandler):
             fresh = [key for key in visit.keys if key.name not in tried]
             fresh = [key for key in fresh if not pool.rests_until(key, visit.group)]
             if fresh:
+                self._inside = None
                 visit.take(fresh[0])
                 self._ask(cast(bytes, self._again))
                 return b"", True
@@ -6372,6 +6318,9 @@ class HelloHandler(BaseHandler):
     head = get
 
 
+SPEND_GROUPS = {"daily": "1d", "weekly": "7d", "monthly": "1mo"}
+
+
 class UsageHandler(BaseHandler):
     """GET of USAGE_PATHS: what a key's budgets have left, as Claude Code's /usage shows it and
     Anthropic's own gateway answers; spend is in cents."""
@@ -6381,44 +6330,30 @@ class UsageHandler(BaseHandler):
         budgets = key.budgets(moment) if key is not None else []
         limits = list[dict[str, Any]]()
         for each in budgets:
-            left = each.resets - moment if each.resets else timedelta.max
-            group = next((g for g, most in SPEND_GROUPS.items() if left <= most), "monthly")
+            row: dict[str, Any]
+            start, end = each.window or (EPOCH, None)
+            days = (end - start).days if end else math.inf
             marks = sum(each.part > part for part in self.gateway.settings.warned_parts[:-1])
-            row = {"kind": "spend", "group": group, "percent": int(each.shown * 100)}
-            row |= {"resets_at": each.resets, "is_active": each is budgets[0]}
-            severity = ("normal", "warning", "critical")[min(2, marks)]
-            limits.append(row | {"severity": "critical" if each.part >= 1 else severity})
+            row = {
+                "kind": "spend",
+                "group": [*SPEND_GROUPS][(days > 1) + (days > 7)],
+                "resets_at": end,
+            }
+            row |= {"percent": int(each.shown * 100), "is_active": each is budgets[0]}
+            severity = ("normal", "warning", "critical")[2 if each.part >= ONE else min(2, marks)]
+            limits.append(row | {"severity": severity})
         usage: dict[str, Any] = {"is_enabled": True, "currency": "USD"}
         if budgets:
-            usage |= {"monthly_limit": float(budgets[0].limit * 100)}
-            usage |= {
-                "used_credits": int(budgets[0].spent * 100),
-                "utilization": limits[0]["percent"],
-            }
-        else:
-            used = {g: spent_since(key, moment, d) for g, d in SPEND_WINDOWS.items()}
-            usage |= {
-                "monthly_limit": None,
-                "used_credits": used.pop("monthly"),
-                "utilization": None,
-            }
-            for group, cents in used.items():
-                usage[group] = {"limit": None, "used_credits": cents, "utilization": None}
+            cents = {"monthly_limit": budgets[0].limit, "used_credits": budgets[0].spent}
+            usage |= {name: int(amount * 100) for name, amount in cents.items()}
+            usage["utilization"] = limits[0]["percent"]
+        for group, duration in SPEND_GROUPS.items() if not budgets else ():
+            first = day_of(window(duration, moment)[0])
+            used = [tally.spend for _, _, tally in key.account.usage.days(first)] if key else []
+            row = {"used_credits": int(sum(used) * 100), "utilization": None}
+            usage |= row | {"monthly_limit": None} if group == "monthly" else {}
+            usage |= {group: row | {"limit": None}} if group != "monthly" else {}
         self.send_json({"extra_usage": usage, "limits": limits})
-
-
-SPEND_GROUPS = {
-    "daily": timedelta(days=1),
-    "weekly": timedelta(days=7),
-}  # which resets are called so
-SPEND_WINDOWS = {"daily": "1d", "weekly": "7d", "monthly": "1mo"}
-
-
-def spent_since(key: VirtualKey | None, moment: datetime, duration: str) -> int:
-    """Cents that a key has spent in the present window of this length; None has spent nothing."""
-    first = day_of(window(duration, moment)[0])
-    days = key.account.usage.days(first) if key is not None else ()
-    return int(sum((tally.spend for _, _, tally in days), ZERO) * 100)
 
 
 class HealthHandler(BaseHandler):
