@@ -2042,22 +2042,22 @@ class FileLedger:
     def _warn(self, key: VirtualKey, pattern: str, before: Decimal, after: Decimal) -> None:
         """Tell which marks of a budget, or of a model's, are passed as it goes from one to the
         other: once, whoever counts."""
-        (limit, _), soft = key.budget(pattern), None if pattern else key.soft_budget
-        name = f"budget for {pattern}" if pattern else "budget"
-        marks = [] if soft is None else [(soft, "soft_budget_crossed", "soft budget is", soft)]
-        if limit is not None:
-            crossed = ["threshold_crossed"] * (len(self.parts) - 1) + ["budget_crossed"]
-            each = zip(self.parts, crossed)
-            marks += [(limit * part, event, f"{name} is", limit) for part, event in each]
-        for mark, event, what, of in marks:
-            if before < mark <= after:
-                text = (
-                    f"key {key.shown_name} has spent ${dollars(after)}, its {what} ${dollars(of)}"
-                )
-                log.warning("%s", text)
-                told = {n: getattr(key, n) for n in ALERTED} | {"event_group": "key"}
-                told |= {"spend": after, "max_budget": limit, "matter": f"{text} {mark}"}
-                self.tell("budget_alerts", event, text, **told)
+        limit, soft = key.budget(pattern)[0], None if pattern else key.soft_budget
+        marks = [(limit * part, part) for part in self.parts] if limit is not None else []
+        marks += [(soft, ZERO)] if soft is not None else []
+        for mark, part in marks:
+            if mark > after or (before and mark <= before):
+                continue
+            event, what = "soft_budget_crossed", "its soft budget is"
+            if part:
+                event = "threshold_crossed" if part < ONE else "budget_crossed"
+                what = f"{part:.0%} of its budget{f' for {pattern}' if pattern else ''} is"
+            spent = f"key {key.shown_name} has spent ${dollars(after)}"
+            text = f"{spent}, {what} ${dollars(mark)}"
+            log.warning("%s", text)
+            told = {n: getattr(key, n) for n in ALERTED} | {"event_group": "key", "spend": after}
+            told["matter"] = f"{key.account.hashed} {pattern} {part} {mark}"
+            self.tell("budget_alerts", event, text, **told, max_budget=limit)
 
     def rates(self, key: VirtualKey, theirs: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
         """anthropic-ratelimit-* of a key's own limits, where they are tighter than ``theirs``."""
@@ -3224,10 +3224,12 @@ class RealKeys:
         headers, before = real_keys(self._settings), self.keys
         self.keys = {name: RealKey(name, header) for name, header in headers.items()}
         for name, old in before.items():
-            if headers.get(name) == old.header:
+            if (key := self.keys.get(name)) and key.header == old.header:
                 self.keys[name] = old
-            else:
-                self.rests.pop(("key", name, ALL), None)
+                continue
+            self.rests.pop(("key", name, ALL), None)
+            if key:
+                key.requests, key.errors = old.requests, old.errors
         self.names, self.several = tuple(headers), len(headers) > 1
         self.first = next(iter(self.keys.values()), RealKey("", ("", "")))
 
@@ -5747,7 +5749,7 @@ class RelayHandler(BaseHandler):
             fresh = [key for key in visit.keys if key.name not in tried]
             fresh = [key for key in fresh if not pool.rests_until(key, visit.group)]
             if fresh:
-                self._inside = None
+                self._inside = self._gathered = None
                 visit.take(fresh[0])
                 self._ask(cast(bytes, self._again))
                 return b"", True
@@ -6721,6 +6723,7 @@ def make_app(settings: Settings, rules: Sequence[Rule] = RULES) -> GatewayApplic
     """The application with its "gateway", for a loop that runs already. Raises SettingsError."""
     routes: list[Any] = [
         *((re.escape(path), HelloHandler) for path in HELLO_PATHS),
+        *((re.escape(path), UsageHandler) for path in USAGE_PATHS),
         (rf"{RELAYED}.*|{BARE_PREFIX}.*", RelayHandler),
         (r"/health/(liveliness|liveness|readiness)", HealthHandler),
         (METRICS_PATH, MetricsHandler),
@@ -6728,7 +6731,6 @@ def make_app(settings: Settings, rules: Sequence[Rule] = RULES) -> GatewayApplic
         (r"/key/([^/]+)/(regenerate|reset_spend)", KeyHandler),
         (r"/resources/(assign)", KeyHandler),
         (r"/key/info", InfoHandler),
-        *((re.escape(path), UsageHandler) for path in USAGE_PATHS),
         *((re.escape(path), ReportHandler) for path in ReportHandler.reports),
     ]
     told: dict[str, Any] = {"gateway": Gateway(settings, rules), "log_function": log_request}
