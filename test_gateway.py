@@ -5292,15 +5292,13 @@ async def test_keys_in_the_form_of_a_claude_gateways(gw: GW) -> None:
         assert base64.urlsafe_b64decode(each.split(".")[1]) == b'{"aud":"claude-gateway"}'
     assert len(set(parts)) == 4, "what is random is"
     for shown in (f"x-api-key: {key}", f"Authorization: Bearer {key}", f"x-litellm-api-key: {key}"):
-        answer = await gw.ask("GET /v1/files/x", shown, key="")
-        assert answer.status == 200, shown
+        assert (await gw.ask("GET /v1/files/x", shown, key="")).status == 200, shown
         assert key.encode() not in gw.up.arrived[-1].head
     error_of(await gw.ask("GET /v1/models", f"X-Debug: {key}", key=plain), 400)
     assert (await gw.ask("GET /v1/models", key=plain)).status == 200  # the grace period
     assert (await gw.info(key))["key_name"] == made["key_name"]
-    assert made["token"] == gateway.hash_key(key)
-    for deed in ("block", "unblock", "update", "reset_spend"):
-        assert (await gw.manage(f"/key/{key}/{deed}", {})).status in (200, 404), deed
+    for path in ("/key/block", "/key/unblock", f"/key/{key}/reset_spend"):
+        assert (await gw.manage(path, {"key": key, "reset_to": 0})).status == 200, path
     new = (await gw.manage(f"/key/{key}/regenerate", {})).json()["key"]
     assert [(await gw.ask("GET /v1/models", key=k)).status for k in (key, new)] == [401, 200]
     for wrong in ({"claude_code": "yes"}, {"claude_code": True, "key": "sk-own-key-0123456789"}):
@@ -5315,10 +5313,9 @@ async def test_keys_in_the_form_of_a_claude_gateways(gw: GW) -> None:
 USAGE_PATHS = ("/anthropic/api/oauth/usage", "/api/oauth/usage")
 
 
-@pytest.mark.parametrize(
-    ("duration", "group"), [("1d", "daily"), ("7d", "weekly"), ("30d", "monthly")]
-)
-async def test_a_key_is_told_what_usage_shows(gw: GW, duration: str, group: str) -> None:
+@pytest.mark.parametrize("each", ["1d daily", "7d weekly", "30d monthly", "1w weekly"])
+async def test_a_key_is_told_what_usage_shows(gw: GW, each: str) -> None:
+    duration, group = each.split()
     key = await filled_key(gw, max_budget=3.75, budget_duration=duration)
     told = await budget_told(gw, key)
     for path in USAGE_PATHS:
@@ -5327,19 +5324,18 @@ async def test_a_key_is_told_what_usage_shows(gw: GW, duration: str, group: str)
         usage, (limit,) = answer.json()["extra_usage"], answer.json()["limits"]
         assert usage == {"is_enabled": True, "monthly_limit": 375, "currency": "USD"} | {
             "used_credits": pytest.approx(285, abs=1), "utilization": 76}  # fmt: skip
-        end = datetime.fromisoformat(limit["resets_at"])
+        end = datetime.fromisoformat(limit.pop("resets_at"))
         assert str(int(end.timestamp())) == told["overage-reset"]
         shown = {"kind": "spend", "group": group, "percent": 76, "severity": "warning"}
-        assert limit == {**shown, "resets_at": limit["resets_at"], "is_active": True}
+        assert limit == {**shown, "is_active": True}
     gw.plays(spends(FILLING, 0))
     await gw.message(key)
     usage = (await gw.ask(f"GET {USAGE_PATHS[0]}", key=key)).json()
     assert usage["extra_usage"]["used_credits"] == pytest.approx(570, abs=1)
     assert usage["limits"][0]["severity"] == "critical"
     await gw.manage("/key/block", {"key": key})
-    for shown in (key, UNKNOWN_KEY, ""):
-        for path in USAGE_PATHS:
-            error_of(await gw.ask(f"GET {path}", key=shown), 401)
+    for shown, path in itertools.product((key, UNKNOWN_KEY, ""), USAGE_PATHS):
+        error_of(await gw.ask(f"GET {path}", key=shown), 401)
 
 
 async def test_usage_without_a_budget_and_of_who_pays_himself(gw: GW) -> None:
@@ -5367,41 +5363,39 @@ async def test_a_rates_wait_is_none_that_ends_a_turn(gw: GW, limits: dict[str, i
 
 
 HINTS = ("request_class", "prompt_id", "agent_type")
-HOSTILE = ("main 200 ok user=root", '","status":200,"x":"', "\xff\x01\x1b[31m" + "x" * 5000)
+HOSTILE = ("main 200 ok user=root", '","status":500,"x":"', "\x85\xff" + "x" * 5000)
 
 
 @started(process=True, log_json=True)
 async def test_what_claude_code_tells_of_a_request_is_logged(gw: GW) -> None:
-    for told in ({}, dict.fromkeys(HINTS, "main"), dict(zip(HINTS, HOSTILE, strict=True))):
-        before = gw.log
+    for values in ((), ("main",) * 3, HOSTILE):
+        before, told = gw.log, dict(zip(HINTS, values))
         fields = [f"x-claude-code-{n.replace('_', '-')}: {value}" for n, value in told.items()]
-        answer = await gw.ask(f"POST {MESSAGES_PATH}", *fields, body=MESSAGE)
-        if answer.status == 400:  # no field may hold that
-            continue
+        assert (await gw.ask(f"POST {MESSAGES_PATH}", *fields, body=MESSAGE)).status == 200
         await until(lambda before=before: gw.log != before)
         line, row = json.loads(gw.log.removeprefix(before)), (await gw.rows())[0]
-        for name in HINTS:
-            logged = line[name]
-            assert logged == row.get(name) and (name in row) == (name in told)
-            assert logged is None if name not in told else len(logged) <= 200
-            assert logged is None or logged.isprintable()
-        if told and told[HINTS[0]] == "main":
-            assert {line[name] for name in HINTS} == {"main"}
-        assert line["status"] == 200 and len(gw.log.removeprefix(before)) < 4000
-    await gw.ask("GET /v1/models", *(f"x-claude-code-{n}: {gw.key}" for n in ("prompt-id",)))
+        assert {name: row[name] for name in HINTS if name in row} == {n: line[n] for n in told}
+        assert line["status"] == 200 and all(
+            (line[name] is None) != (name in told) for name in HINTS
+        )
+        for name, value in told.items():
+            assert line[name].isprintable() and len(line[name]) <= 200
+            assert line[name] == value or value == HOSTILE[2]
+    await gw.ask("GET /v1/models", f"x-claude-code-prompt-id: {gw.key}")
     await until(lambda: "/v1/models" in gw.log)
     assert gw.key not in gw.log and gw.key not in json.dumps(await gw.rows())
 
 
-WRONG_ALERTS = [f"--budget-warnings={value}" for value in ("x", "nan", "1.5", "-0.1", "0.7;0.9")]
-WRONG_ALERTS += [f"--alert-webhook={url}" for url in ("nonsense", "ftp://x/y", "http://", "//x")]
+WRONG_ALERTS = [("budget_warnings", v) for v in ("x", "nan", "inf", "1.5", "-0.1", "0.7;0.9")]
+WRONG_ALERTS += [("alert_webhook", url) for url in ("nonsense", "ftp://x/y", "http://", "//x")]
 
 
 def test_wrong_marks_and_webhooks_end_the_start(tmp_path: Path) -> None:
-    for option in WRONG_ALERTS:
-        assert option.split("=")[0] in failed_start(tmp_path, option), option
-    url = "ftp://x/T0-secret"
-    assert "T0-secret" not in failed_start(tmp_path, GATEWAY_ALERT_WEBHOOK=url)
+    for name, value in WRONG_ALERTS:
+        with pytest.raises(gateway.SettingsError, match=f"^--{name.replace('_', '-')}: "):
+            gateway.Settings(**{name: value})
+    said = failed_start(tmp_path, GATEWAY_ALERT_WEBHOOK="ftp://x/T0-secret")
+    assert "--alert-webhook" in said and "T0-secret" not in said
 
 
 class Hook(Upstream):
@@ -5415,13 +5409,10 @@ class Hook(Upstream):
             assert request.start_line == "POST /T0-secret?a=b HTTP/1.1"
             assert request.field("content-type")[0].startswith("application/json")
             assert not request.credentials
-            alert = json.loads(request.body)
+            assert not re.search(rb"[0-9a-f]{64}|sk-(?!\.\.\.)|T0-secret", request.body)
+            alerts.append(alert := json.loads(request.body))
             words = ("text", "alert_type", "event", "event_group", "event_message")
             assert all(isinstance(alert[word], str) and alert[word] for word in words), alert
-            for secret in (REAL_KEY, MASTER_KEY, "T0-secret", str(GATEWAY.parent)):
-                assert secret not in request.body.decode()
-            assert not re.search(r"[0-9a-f]{64}|sk-(?!\.\.\.)", request.body.decode())
-            alerts.append(alert)
         return alerts
 
     async def told(self, number: int) -> dict[str, Any]:
@@ -5478,9 +5469,8 @@ async def test_a_real_key_that_rests_or_is_refused_is_told(gw: GW, hook: Hook) -
             await gw.message(model=HAIKU)
         alert = await hook.told(number)
         expected = {"alert_type": "cooldown_deployment", "event_group": "proxy"}
-        assert (
-            alert == alert | expected | {"upstream_key": "default"} and "default" in alert["text"]
-        )
+        assert alert == alert | expected | {"upstream_key": "default"}
+        assert "default" in alert["text"]
         until_then = datetime.fromisoformat(alert["until"]) - datetime.now(UTC)
         assert abs(until_then.total_seconds() - wait) < PATIENCE / 2
 
@@ -5506,18 +5496,15 @@ async def test_a_webhook_that_fails_is_asked_again_and_its_url_kept(gw: GW, hook
     gw.plays(spends(1000, 500))
     assert (await gw.message(await gw.new_key(soft_budget=0.001))).status == 200
     await until(lambda: not scripts)
-    assert len(hook.alerts) == 4 and len({request.body for request in hook.arrived}) == 1
     await hook.told(4)
+    assert len({request.body for request in hook.arrived}) == 1
     assert "T0-secret" not in gw.log and "Traceback" not in gw.log
 
 
 async def test_a_webhook_that_hangs_holds_nobody_and_a_flood_is_bounded(gw: GW, hook: Hook) -> None:
     release, rounds = asyncio.Event(), 3 * gateway.MAX_ALERTS
 
-    async def script(request: Arrived) -> None:
-        await answers(b"ok", after=release)(request)
-
-    hook.script = script
+    hook.script = answers(b"ok", after=release)
     keys = {f"sk-flood-0123456789-{number}": number for number in range(rounds)}
     record = functools.partial(gateway.VirtualKey, soft_budget=Decimal("0.001"))
     made = {gateway.hash_key(key): record("sk-...", f"flood {n}") for key, n in keys.items()}
@@ -5525,8 +5512,7 @@ async def test_a_webhook_that_hangs_holds_nobody_and_a_flood_is_bounded(gw: GW, 
     gw.plays(spends(1000, 500))
     begun, client = time.monotonic(), await gw.client()
     for key in keys:
-        answer = await client.ask(f"POST {MESSAGES_PATH}", body=MESSAGE, key=key)
-        assert answer.status == 200
+        assert (await client.ask(f"POST {MESSAGES_PATH}", body=MESSAGE, key=key)).status == 200
     assert time.monotonic() - begun < 10
     await until(lambda: hook.arrived)
     release.set()
