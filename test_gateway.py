@@ -6,6 +6,7 @@ stand-in (`mocked`, `start`). What is tested apart from I/O stands at the end of
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import dataclasses
 import errno
@@ -5806,6 +5807,365 @@ async def test_whose_account_it_is_stays_here(two: Neighbours) -> None:
             for head in (got.head, *got.informational):
                 shown = re.findall(rb"(?i)anthropic-(organization|workspace)-id", head)
                 assert len(shown) == (2 if own or key == MASTER_KEY else 0), head
+
+
+# ─── Claude Code and alerts ───────────────────────────────────────────────────────────
+
+UNIFIED = "anthropic-ratelimit-unified-"
+THEIRS = {"status": "rejected", "reset": "1", "representative-claim": "five_hour"}
+THEIRS |= {"5h-utilization": "0.9", "overage-in-use": "true", "fallback": "available"}
+THEIR_FIELDS = [f"Anthropic-Ratelimit-Unified-{name}: {value}" for name, value in THEIRS.items()]
+FILLING = 712_500  # tokens that cost $2.85 of Opus
+# What is told of these budgets then: how full they are, and which mark they are above.
+TOLD_OF_BUDGETS = {5.7: (0.5, None), 3.8: (0.75, None), 3.75: (0.76, "0.75")}
+TOLD_OF_BUDGETS |= {3: (0.95, "0.75"), 2.97: (0.96, "0.95"), 2.8501: (0.99, "0.95")}
+
+
+def unified(answer: Response) -> dict[str, Any]:
+    """What an answer says to Claude Code of limits, each once."""
+    told = [(n.lower().removeprefix(UNIFIED), v) for n, v in answer.fields if UNIFIED in n.lower()]
+    assert len(dict(told)) == len(told), told
+    return dict(told)
+
+
+def told_of(utilization: float, mark: str | None, end: str | None) -> dict[str, Any]:
+    """What is told of a budget that ends then (ISO)."""
+    status = "allowed_warning" if mark else "allowed"
+    told = {"status": status, "overage-status": status, "representative-claim": "overage"}
+    told["overage-utilization"] = pytest.approx(utilization)
+    if end:
+        second = f"{datetime.fromisoformat(end).timestamp():.0f}"
+        told |= {"reset": second, "overage-reset": second}
+    return told | ({"overage-surpassed-threshold": mark} if mark else {})
+
+
+async def budget_told(gw: GW, key: str, **fields: Any) -> dict[str, Any]:
+    """What the answer to a message that costs nothing says of a key's budget."""
+    usage = {"type": "message_start", "message": {"model": OPUS, "usage": usage_of(0, 0)}}
+    stream = sse(usage, last_word(output_tokens=0), {"type": "message_stop"})
+    streamed = answers(stream, "200 OK", "Content-Type: text/event-stream", *THEIR_FIELDS)
+    gw.plays(streamed if fields.get("stream") else spends(0, 0, *THEIR_FIELDS))
+    answer = await gw.message(key, **fields)
+    assert answer.status == 200, answer.text
+    told = unified(answer)
+    if "overage-utilization" in told:
+        assert re.fullmatch(r"0(\.\d\d?)?", told["overage-utilization"])
+        told["overage-utilization"] = float(told["overage-utilization"])
+    return told
+
+
+async def filled_key(gw: GW, **fields: Any) -> str:
+    """A key that has spent $2.85 for Opus."""
+    key = await gw.new_key(**fields)
+    gw.plays(spends(FILLING, 0))
+    assert (await gw.message(key)).status == 200
+    return key
+
+
+async def test_a_budget_is_told_as_claude_code_reads_it(gw: GW) -> None:
+    key = await filled_key(gw, max_budget=9, budget_duration="1mo")
+    end = (await gw.info(key))["budget_reset_at"]
+    for budget, (utilization, mark) in TOLD_OF_BUDGETS.items():
+        await gw.manage("/key/update", {"key": key, "max_budget": budget})
+        for more in ({}, {"stream": True}, {"path": f"/anthropic{MESSAGES_PATH}?beta=true"}):
+            assert await budget_told(gw, key, **more) == told_of(utilization, mark, end), budget
+    await gw.manage("/key/update", {"key": key, "budget_duration": None, "max_budget": 3.75})
+    assert await budget_told(gw, key) == told_of(0.76, "0.75", None)
+    await gw.restart(budget_warnings="0.5,0.7")
+    assert (await budget_told(gw, key))["overage-surpassed-threshold"] == "0.7"
+
+
+async def test_the_fullest_budget_is_told(gw: GW) -> None:
+    of_opus = {"claude-opus-*": {"budget_limit": 3.75, "time_period": "1d"}}
+    budgets = {**of_opus, "claude-haiku-*": {"budget_limit": 1000}}
+    key = await filled_key(gw, max_budget=5.7, budget_duration="1mo", model_max_budget=budgets)
+    row = await gw.info(key)
+    month, day = row["budget_reset_at"], row["model_max_budget_usage"]["claude-opus-*"]
+    assert await budget_told(gw, key) == told_of(0.76, "0.75", day["budget_reset_at"])
+    assert await budget_told(gw, key, model=HAIKU) == told_of(0.5, None, month)
+    await gw.manage("/key/update", {"key": key, "max_budget": 2.97})
+    assert await budget_told(gw, key) == told_of(0.96, "0.95", month)
+    only = await filled_key(gw, model_max_budget=of_opus)
+    assert await budget_told(gw, only) == told_of(0.76, "0.75", day["budget_reset_at"])
+    assert "overage-utilization" not in await budget_told(gw, only, model=HAIKU)
+
+
+async def test_upstreams_own_limits_are_for_those_without_a_budget(gw: GW) -> None:
+    key, own = await filled_key(gw, max_budget=99), "Authorization: Bearer sk-ant-oat01-mine"
+    gw.plays(spends(0, 0, *THEIR_FIELDS))
+    for shown, fields in ((gw.key, ()), (MASTER_KEY, ()), (key, (own,))):
+        answer = await gw.ask(f"POST {MESSAGES_PATH}", *fields, body=MESSAGE, key=shown)
+        assert answer.status == 200 and unified(answer) == THEIRS
+    for path, body in ((f"{MESSAGES_PATH}/count_tokens", MESSAGE), (BATCHES, batch_of(1, 9))):
+        answer = await gw.ask(f"POST {path}", body=body, key=key)
+        assert answer.status == 200 and "overage-utilization" not in unified(answer), path
+    for status in ("400 X", "429 X", "529 X"):
+        gw.plays(answers({"type": "error"}, status, *THEIR_FIELDS, "retry-after: 1"))
+        answer = await gw.message(key)
+        assert str(answer.status) == status[:3] and "overage-utilization" not in unified(answer)
+
+
+async def test_a_refusal_lets_claude_code_show_its_sentence(gw: GW) -> None:
+    refusal = {"overage-disabled-reason": "org_spend_cap_reached"}
+    of_opus = {"claude-opus-*": {"budget_limit": 2}}
+    for fields in ({"max_budget": 2, "budget_duration": "1mo"}, {"model_max_budget": of_opus}):
+        answer = await gw.message(await filled_key(gw, **fields))
+        assert "$2.00 reached" in error_of(answer, 429, "billing_error")
+        assert unified(answer) == refusal and answer.field("x-should-retry") == ["false"]
+    release = asyncio.Event()
+    gw.plays(spends(1, 1, after=release))
+    busy = await gw.new_key(max_budget=0.01)  # of which all is held: that goes by
+    running = asyncio.create_task(gw.message(busy))
+    await until(lambda: gw.active)
+    answer = await gw.message(busy)
+    assert "held" in error_of(answer, 429) and unified(answer) == {}
+    release.set()
+    assert (await running).status == 200
+
+
+async def test_keys_in_the_form_of_a_claude_gateways(gw: GW) -> None:
+    made = (await gw.manage("/key/generate", {"claude_code": True, "resources": "all"})).json()
+    key, plain = made["key"], await gw.new_key(claude_code=False, resources="all")
+    assert made["key_name"] == gateway.key_name(key) and plain.count(".") == 0
+    again = {"key": plain, "claude_code": True, "grace_period": "1h"}
+    other = (await gw.manage("/key/regenerate", again)).json()["key"]
+    parts = []
+    for each in (key, other):
+        assert re.fullmatch(r"sk-[\w-]{16,}\.eyJhdWQiOiJjbGF1ZGUtZ2F0ZXdheSJ9\.[\w-]{16,}", each)
+        parts += each.split(".")[::2]
+        assert base64.urlsafe_b64decode(each.split(".")[1]) == b'{"aud":"claude-gateway"}'
+    assert len(set(parts)) == 4, "what is random is"
+    for shown in (f"x-api-key: {key}", f"Authorization: Bearer {key}", f"x-litellm-api-key: {key}"):
+        assert (await gw.ask("GET /v1/files/x", shown, key="")).status == 200, shown
+        assert key.encode() not in gw.up.arrived[-1].head
+    error_of(await gw.ask("GET /v1/models", f"X-Debug: {key}", key=plain), 400)
+    assert (await gw.ask("GET /v1/models", key=plain)).status == 200  # the grace period
+    assert (await gw.info(key))["key_name"] == made["key_name"]
+    for path in ("/key/block", "/key/unblock", f"/key/{key}/reset_spend"):
+        assert (await gw.manage(path, {"key": key, "reset_to": 0})).status == 200, path
+    new = (await gw.manage(f"/key/{key}/regenerate", {})).json()["key"]
+    assert [(await gw.ask("GET /v1/models", key=k)).status for k in (key, new)] == [401, 200]
+    for wrong in ({"claude_code": "yes"}, {"claude_code": True, "key": "sk-own-key-0123456789"}):
+        assert "claude_code" in error_of(await gw.manage("/key/generate", wrong), 400)
+    wrong = {"key": new, "claude_code": True, "new_key": "sk-own-key-0123456789"}
+    error_of(await gw.manage("/key/regenerate", wrong), 400)
+    await gw.ask(f"GET /v1/files/{key}", f"x-litellm-tags: {key}", key=key)
+    kept = gw.log + gw.keys.read_text() + json.dumps(await gw.rows())
+    assert not any(part in kept for part in parts)
+
+
+USAGE_PATHS = ("/anthropic/api/oauth/usage", "/api/oauth/usage")
+
+
+@pytest.mark.parametrize("each", ["1d daily", "7d weekly", "30d monthly", "1w weekly"])
+async def test_a_key_is_told_what_usage_shows(gw: GW, each: str) -> None:
+    duration, group = each.split()
+    key = await filled_key(gw, max_budget=3.75, budget_duration=duration)
+    told = await budget_told(gw, key)
+    for path in USAGE_PATHS:
+        answer = await gw.ask(f"GET {path}", f"Authorization: Bearer {key}", key="")
+        assert answer.status == 200 and answer.headers["content-type"].startswith(JSON_KIND[14:])
+        usage, (limit,) = answer.json()["extra_usage"], answer.json()["limits"]
+        assert usage == {"is_enabled": True, "monthly_limit": 375, "currency": "USD"} | {
+            "used_credits": pytest.approx(285, abs=1), "utilization": 76}  # fmt: skip
+        end = datetime.fromisoformat(limit.pop("resets_at"))
+        assert str(int(end.timestamp())) == told["overage-reset"]
+        shown = {"kind": "spend", "group": group, "percent": 76, "severity": "warning"}
+        assert limit == {**shown, "is_active": True}
+    gw.plays(spends(FILLING, 0))
+    await gw.message(key)
+    usage = (await gw.ask(f"GET {USAGE_PATHS[0]}", key=key)).json()
+    assert usage["extra_usage"]["used_credits"] == pytest.approx(570, abs=1)
+    assert usage["limits"][0]["severity"] == "critical"
+    await gw.manage("/key/block", {"key": key})
+    for shown, path in itertools.product((key, UNKNOWN_KEY, ""), USAGE_PATHS):
+        error_of(await gw.ask(f"GET {path}", key=shown), 401)
+
+
+async def test_usage_without_a_budget_and_of_who_pays_himself(gw: GW) -> None:
+    key = await filled_key(gw)
+    usage = (await gw.ask(f"GET {USAGE_PATHS[0]}", key=key)).json()["extra_usage"]
+    used = {"limit": None, "used_credits": pytest.approx(285, abs=1), "utilization": None}
+    assert usage == {"is_enabled": True, "monthly_limit": None, "currency": "USD"} | {
+        "used_credits": used["used_credits"], "utilization": None, "daily": used, "weekly": used
+    }  # fmt: skip
+    own, key = "Bearer sk-ant-oat01-mine", await gw.new_key(allowed_routes=["/api/oauth/usage"])
+    gw.plays(answers({"five_hour": None}))
+    answer = await gw.ask(f"GET {USAGE_PATHS[0]}", f"Authorization: {own}", key=key)
+    assert answer.json() == {"five_hour": None} and gw.up.arrived[-1].target == USAGE_PATHS[1]
+    assert gw.up.arrived[-1].credentials == [("authorization", own)]
+
+
+@pytest.mark.parametrize("limits", [{"rpm_limit": 1}, {"rpm_limit": 0}, {"tpm_limit": 10}])
+async def test_a_rates_wait_is_none_that_ends_a_turn(gw: GW, limits: dict[str, int]) -> None:
+    gw.plays(spends(9000, 300))  # which overdraw 10 a minute for hours
+    key = await gw.new_key(**limits)
+    refused = [await gw.message(key) for _ in range(2)][-1]
+    assert re.search(r"again in (60|5\d) seconds", error_of(refused, 429))
+    assert 50 < int(refused.field("retry-after")[0]) <= 60
+    assert not refused.field("x-should-retry") and unified(refused) == {}
+
+
+HINTS = ("request_class", "prompt_id", "agent_type")
+HOSTILE = ("main 200 ok user=root", '","status":500,"x":"', "\x85\xff" + "x" * 5000)
+
+
+@started(process=True, log_json=True)
+async def test_what_claude_code_tells_of_a_request_is_logged(gw: GW) -> None:
+    for values in ((), ("main",) * 3, HOSTILE):
+        before, told = gw.log, dict(zip(HINTS, values))
+        fields = [f"x-claude-code-{n.replace('_', '-')}: {value}" for n, value in told.items()]
+        assert (await gw.ask(f"POST {MESSAGES_PATH}", *fields, body=MESSAGE)).status == 200
+        await until(lambda before=before: gw.log != before)
+        line, row = json.loads(gw.log.removeprefix(before)), (await gw.rows())[0]
+        assert {name: row[name] for name in HINTS if name in row} == {n: line[n] for n in told}
+        assert line["status"] == 200 and all(
+            (line[name] is None) != (name in told) for name in HINTS
+        )
+        for name, value in told.items():
+            assert line[name].isprintable() and len(line[name]) <= 200
+            assert line[name] == value or value == HOSTILE[2]
+    await gw.ask("GET /v1/models", f"x-claude-code-prompt-id: {gw.key}")
+    await until(lambda: "/v1/models" in gw.log)
+    assert gw.key not in gw.log and gw.key not in json.dumps(await gw.rows())
+
+
+WRONG_ALERTS = [("budget_warnings", v) for v in ("x", "nan", "inf", "1.5", "-0.1", "0.7;0.9")]
+WRONG_ALERTS += [("alert_webhook", url) for url in ("nonsense", "ftp://x/y", "http://", "//x")]
+
+
+def test_wrong_marks_and_webhooks_end_the_start(tmp_path: Path) -> None:
+    for name, value in WRONG_ALERTS:
+        with pytest.raises(gateway.SettingsError, match=f"^--{name.replace('_', '-')}: "):
+            gateway.Settings(**{name: value})
+    said = failed_start(tmp_path, GATEWAY_ALERT_WEBHOOK="ftp://x/T0-secret")
+    assert "--alert-webhook" in said and "T0-secret" not in said
+
+
+class Hook(Upstream):
+    """A webhook, whose URL is a secret, as Slack's is."""
+
+    @property
+    def alerts(self) -> list[dict[str, Any]]:
+        """What it was told, each checked for what all have."""
+        alerts = []
+        for request in (request for request in self.arrived if request.body):
+            assert request.start_line == "POST /T0-secret?a=b HTTP/1.1"
+            assert request.field("content-type")[0].startswith("application/json")
+            assert not request.credentials
+            assert not re.search(rb"[0-9a-f]{64}|sk-(?!\.\.\.)|T0-secret", request.body)
+            alerts.append(alert := json.loads(request.body))
+            words = ("text", "alert_type", "event", "event_group", "event_message")
+            assert all(isinstance(alert[word], str) and alert[word] for word in words), alert
+        return alerts
+
+    async def told(self, number: int) -> dict[str, Any]:
+        """The last of so many alerts, once it is here."""
+        await until(lambda: len(self.alerts) >= number)
+        assert len(self.alerts) == number, self.alerts
+        return self.alerts[-1]
+
+
+@pytest.fixture
+def hook(gw: GW, io_loop: Any, monkeypatch: Patch) -> Hook:
+    monkeypatch.setattr(gateway, "ALERT_BACKOFF", (0.01, 0.02, 0.03))
+    monkeypatch.setattr(gateway, "MAX_ALERTS", 50)
+
+    async def begin() -> Hook:
+        hook = await gw.stack.enter_async_context(Hook(answers(b"ok")))
+        await gw.restart(alert_webhook=f"{hook.url}/T0-secret?a=b")
+        return hook
+
+    return io_loop.run_sync(begin)
+
+
+async def test_each_mark_of_a_budget_is_told_once(gw: GW, hook: Hook) -> None:
+    whose = {"key_alias": "ci", "user_id": "ann", "team_id": "web"}
+    amounts = {"soft_budget": 0.3, "max_budget": 1}
+    key = await gw.new_key(**whose, **amounts, budget_duration="1mo")
+    for number, (tokens, spend, event) in enumerate((
+        (100_000, 0.4, "soft_budget_crossed"), (100_000, 0.8, "threshold_crossed"),
+        (40_000, 0.96, "threshold_crossed"), (10_000, 1.0, "budget_crossed")), 1):  # fmt: skip
+        gw.plays(spends(tokens, 0))
+        assert (await gw.message(key)).status == 200
+        alert = await hook.told(number)
+        expected = {"alert_type": "budget_alerts", "event": event, "event_group": "key", **whose}
+        expected |= {"key_name": gateway.key_name(key), "spend": pytest.approx(spend), **amounts}
+        assert {name: alert[name] for name in expected} == expected
+        gw.plays(spends(0, 0))
+        assert (await gw.message(key)).status == (200 if spend < 1 else 429)
+        assert "ci" in alert["text"]
+    assert "75" in hook.alerts[1]["text"] and "95" in hook.alerts[2]["text"]
+    gw.plays(spends(500_000, 0))
+    other = await gw.new_key(max_budget=1)  # all at once
+    assert (await gw.message(other)).status == 200
+    await until(lambda: hook.alerts[-1]["event"] == "budget_crossed" and len(hook.alerts) > 4)
+    assert {alert["key_name"] for alert in hook.alerts[4:]} == {gateway.key_name(other)}
+
+
+async def test_a_real_key_that_rests_or_is_refused_is_told(gw: GW, hook: Hook) -> None:
+    error = {"type": "error", "error": {"type": "x", "message": f"{REAL_KEY} is wrong"}}
+    for number, (status, wait) in enumerate((("429 X", 30), ("401 X", 600)), 1):
+        for _ in range(2):
+            gw.plays(answers(error, status, f"retry-after: {wait}"))
+            assert (await gw.message()).status == int(status[:3])
+            gw.plays(answers(error, "429 X", "retry-after: 4"))  # of which nobody need hear
+            await gw.message(model=HAIKU)
+        alert = await hook.told(number)
+        expected = {"alert_type": "cooldown_deployment", "event_group": "proxy"}
+        assert alert == alert | expected | {"upstream_key": "default"}
+        assert "default" in alert["text"]
+        until_then = datetime.fromisoformat(alert["until"]) - datetime.now(UTC)
+        assert abs(until_then.total_seconds() - wait) < PATIENCE / 2
+
+
+async def test_a_store_that_is_not_written_is_told(gw: GW, hook: Hook, monkeypatch: Patch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device", str(gw.keys))
+
+    monkeypatch.setattr(os, "replace", fail)
+    for _ in range(2):
+        assert (await gw.manage("/key/generate", {})).status == 503
+    alert = await hook.told(1)
+    assert alert["alert_type"] == "db_exceptions" and str(gw.keys.parent) not in str(alert)
+
+
+async def test_a_webhook_that_fails_is_asked_again_and_its_url_kept(gw: GW, hook: Hook) -> None:
+    scripts = [answers(b"", "500 X"), says(then="close"), answers(b"", "429 X"), answers(b"ok")]
+
+    async def script(request: Arrived) -> None:
+        await scripts.pop(0)(request)
+
+    hook.script = script
+    gw.plays(spends(1000, 500))
+    assert (await gw.message(await gw.new_key(soft_budget=0.001))).status == 200
+    await until(lambda: not scripts)
+    await hook.told(4)
+    assert len({request.body for request in hook.arrived}) == 1
+    assert "T0-secret" not in gw.log and "Traceback" not in gw.log
+
+
+async def test_a_webhook_that_hangs_holds_nobody_and_a_flood_is_bounded(gw: GW, hook: Hook) -> None:
+    release, rounds = asyncio.Event(), 3 * gateway.MAX_ALERTS
+
+    hook.script = answers(b"ok", after=release)
+    keys = {f"sk-flood-0123456789-{number}": number for number in range(rounds)}
+    record = functools.partial(gateway.VirtualKey, soft_budget=Decimal("0.001"))
+    made = {gateway.hash_key(key): record("sk-...", f"flood {n}") for key, n in keys.items()}
+    await gw.store.change(made)
+    gw.plays(spends(1000, 500))
+    begun, client = time.monotonic(), await gw.client()
+    for key in keys:
+        assert (await client.ask(f"POST {MESSAGES_PATH}", body=MESSAGE, key=key)).status == 200
+    assert time.monotonic() - begun < 10
+    await until(lambda: hook.arrived)
+    release.set()
+    assert 1 < await settles(lambda: len(hook.alerts)) <= gateway.MAX_ALERTS + 1
+    release.clear()
+    assert (await gw.message(await gw.new_key(soft_budget=0.001))).status == 200
+    begun = time.monotonic()
+    await gw.restart()
+    assert time.monotonic() - begun < 10, "stopping does not wait for it"
 
 
 # ─── Management ───────────────────────────────────────────────────────────────────────
