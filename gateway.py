@@ -203,7 +203,7 @@ def real_keys(settings: Settings) -> dict[str, tuple[str, str]]:
             wrong = getattr(error, "strerror", "") or "holds characters that no key has"
         if mode & 0o077:  # as ssh refuses the file of a key
             wrong, text = "others can read it; chmod 600 it", ""
-        if not text.strip():
+        if not any(REAL_KEYS_APART.split(text)):
             raise SettingsError(f"--api-keys-file: {file}: {wrong}")
         entries += f",{text}"
     for number, entry in enumerate(filter(None, REAL_KEYS_APART.split(entries)), start=1):
@@ -1306,6 +1306,7 @@ class Order:
     max_tokens: int = MAX_OUTPUT
     thinking: int = 0  # tokens that may be thought unseen
     streams: bool = False
+    fast: bool = False  # which has rate limits of its own (fast-mode)
     # By (model, fast, US): tokens of prompt and of output, web searches. Empty: `model` has it all.
     parts: dict[tuple[str, bool, bool], list[int]] = field(default_factory=dict)
     prompts: int = 1  # messages that share the prompt
@@ -1341,7 +1342,7 @@ class Order:
             if attempt is params:
                 self.model, self.max_tokens = self.model or model, most
                 counts[2] += searches
-        self.streams = params.get("stream") is True
+        self.streams, self.fast = params.get("stream") is True, speed == "fast"
         self.thinking = thinking_of(params.get("thinking"), most)
         return len(fallbacks) + len(tools)
 
@@ -1374,7 +1375,7 @@ async def read_order(document: Any, body: bytes, *, batched: bool, breathe: Brea
 
 EDGE = 4 * KIB
 GLANCED = re.compile(
-    rb'"(model|max_tokens|stream|thinking)"\s*:\s*("[^"\\]*"(?=[,}\s])|\d{1,9}\b|true|\{[^{}]*\})'
+    rb'"(model|max_tokens|stream|thinking|speed)"\s*:\s*("[^"\\]*"(?=[,}\s])|\d{1,9}\b|true|\{[^{}]*\})'
 )
 
 
@@ -1388,6 +1389,7 @@ def glance(body: bytes) -> Order:
         order.thinking = thinking_of(read_json(thinking), order.max_tokens)
     order.model = model_of(str(members.get(b"model", b"")[1:-1], "utf-8", "replace"))
     order.streams = members.get(b"stream") == b"true"
+    order.fast = members.get(b"speed") == b'"fast"'
     return order
 
 
@@ -3206,7 +3208,8 @@ USAGE_LIMIT = re.compile(
     r"You have reached your specified (workspace )?(?:API )?usage limits\.?"
     r"(?: You will regain access on \d{4}-\d\d-\d\d(?: at \d\d:\d\d UTC)?\.?)?"
 )
-OF_THE_REQUEST = re.compile("CORS|OAuth authentication")  # 401s that an Origin, or no beta, brings
+# What an Origin, no beta, or a long prompt brings about, and no key.
+OF_THE_REQUEST = re.compile("CORS|OAuth authentication|long context")
 ISO_DATE = re.compile(r"\d{4}-\d\d-\d\d")
 
 
@@ -3295,6 +3298,8 @@ class RealKeys:
         said, status = message if isinstance(message, str) else "", head.status
         limit = USAGE_LIMIT.fullmatch(said) if status == 400 else None
         scope, why, seconds = key.scopes(group)[0], REFUSED, REFUSED_REST
+        if OF_THE_REQUEST.search(said):
+            return False
         if status == 429 and SPENDING_LIMIT not in body:
             told = re.match("[0-9]{1,9}", head.get("retry-after"))
             scope, why = key.scopes(group)[2], LIMITED
@@ -3307,7 +3312,7 @@ class RealKeys:
             with contextlib.suppress(ValueError, IndexError):
                 left = (from_iso(ISO_DATE.findall(said)[0]) - now()).total_seconds()
                 seconds = min(left, LONGEST_SPENT) if left > 0 else SPENT_REST
-        elif status != 401 or OF_THE_REQUEST.search(said):
+        elif status != 401:
             return False
         moment, until = self.time(), iso(moment_of(int(time.time() + seconds)))
         self.rests = {s: rest for s, rest in self.rests.items() if rest.until > moment}
@@ -4483,7 +4488,8 @@ class Visit:
     @property
     def group(self) -> str:
         """What it shares rate limits with."""
-        return self.route.kind or model_class(self.order.model) or "other"
+        group = self.route.kind or model_class(self.order.model) or "other"
+        return f"{group} fast" if self.order.fast else group
 
     def find_keys(self, body: bytes | None) -> None:
         """Find the real keys that may carry it, the best one first, and take what does not rest; a
@@ -5774,7 +5780,8 @@ class RelayHandler(BaseHandler):
         is_keys = pool.weigh(visit.real, head, plain, visit.group)
         if is_keys and may_change and complete:
             tried = visit.record.upstream_keys
-            fresh = [key for key in visit.keys if key.name not in tried]
+            present = [key for key in visit.keys if pool.keys.get(key.name) is key]
+            fresh = [key for key in present if key.name not in tried]
             fresh = [key for key in fresh if not pool.rests_until(key, visit.group)]
             if fresh:
                 self._inside = self._gathered = visit.answer = None
