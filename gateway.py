@@ -852,13 +852,8 @@ CLAUDE_CODE = ("session_id", "agent_id", "request_class", "prompt_id", "agent_ty
 CLAUDE_FIELDS = {name: f"x-claude-code-{name.replace('_', '-')}" for name in CLAUDE_CODE}
 TAGS_FIELD, METRICS_PATH = "x-litellm-tags", "/metrics"  # LiteLLM's
 WORKSPACE_FIELD = "anthropic-workspace-id"  # chooses a workspace of the real key's owner
-CLAIM = ("representative-claim", "overage")
 ORGANIZATION_FIELD, UNIFIED = "anthropic-organization-id", "anthropic-ratelimit-unified-"
 # Its user then reads the message of a 429 as it is (Claude Code 2.1.331).
-UNIFIED_ALLOWED, UNIFIED_WARNED = (
-    [(f"{UNIFIED}{n}", v) for n, v in (("status", s), ("overage-status", s), CLAIM)]
-    for s in ("allowed", "allowed_warning")
-)
 SPENT_REASON = (f"{UNIFIED}overage-disabled-reason", "org_spend_cap_reached")
 
 BILLED = ("/v1/messages", "/v1/messages/batches", "/v1/messages/cache_touch", "/v1/complete")
@@ -4817,14 +4812,14 @@ def unified(budgets: Sequence[Fullness], parts: Sequence[Decimal]) -> list[tuple
         return []
     fullest = budgets[0]
     passed = [part for part in parts if part < fullest.part]
-    told = UNIFIED_WARNED if passed else UNIFIED_ALLOWED
-    told = [*told, (f"{UNIFIED}overage-utilization", f"{min(fullest.part, ALMOST):.2f}")]
+    status = "allowed_warning" if passed else "allowed"
+    told = {"status": status, "representative-claim": "overage", "overage-status": status}
+    told["overage-utilization"] = f"{min(fullest.part, ALMOST):.2f}"
     if passed:
-        told.append((f"{UNIFIED}overage-surpassed-threshold", f"{passed[-1]}"))
+        told["overage-surpassed-threshold"] = f"{passed[-1]}"
     if fullest.window is not None:
-        reset = str(int(fullest.window[1].timestamp()))
-        told += (f"{UNIFIED}reset", reset), (f"{UNIFIED}overage-reset", reset)
-    return told
+        told["reset"] = told["overage-reset"] = str(int(fullest.window[1].timestamp()))
+    return [(UNIFIED + name, value) for name, value in told.items()]
 
 
 class Batches(Rule):
