@@ -791,7 +791,7 @@ class VirtualKey:
                 found.append(
                     Fullness(spent / limit if limit else WHOLE, spent, limit, within or None)
                 )
-        found.sort(reverse=True)
+        found.sort(key=operator.attrgetter("part"), reverse=True)
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -3341,7 +3341,7 @@ class RealKeys:
 ALERT_TIMEOUT = 10.0  # seconds
 ALERT_BACKOFF = (1.0, 5.0, 30.0, 120.0, 600.0)  # seconds until what failed is tried again
 ALERT_AGAIN = 600.0  # seconds until the same matter is told again
-MAX_ALERTS = 1000  # that wait
+MAX_ALERTS = 1000  # that wait, and matters that are remembered
 
 
 class Alerts:
@@ -3359,8 +3359,10 @@ class Alerts:
         moment = self._client.time()
         if not self._url or moment - self._told.get(matter, -math.inf) < ALERT_AGAIN:
             return
-        self._told = {m: then for m, then in self._told.items() if then > moment - ALERT_AGAIN}
+        self._told.pop(matter, None)  # so that the oldest stands first
         self._told[matter] = moment
+        if len(self._told) > MAX_ALERTS:
+            del self._told[next(iter(self._told))]
         told = {"text": text, "alert_type": kind, "event": event, "event_message": text}
         told |= {"event_group": "proxy"} | details
         self._waiting.append(json.dumps(told, default=shown).encode())
