@@ -170,8 +170,10 @@ class Settings:
             raise SettingsError("--unix-socket: takes no --certfile; the proxy has it")
         if self.upstream != MOCK_UPSTREAM:
             parse_upstream(self.upstream)
-        if self.alert_webhook and not re.match("https?://.", self.alert_webhook):
-            raise SettingsError("--alert-webhook: is not an http or https URL")
+        try:
+            _ = self.alert_webhook and parse_upstream(self.alert_webhook.partition("?")[0])
+        except SettingsError:
+            raise SettingsError("--alert-webhook: is no http or https URL") from None
         _ = self.warned_parts
 
     @functools.cached_property
@@ -312,7 +314,7 @@ class APIError(Exception):
 DURATION = re.compile(r"\A([0-9]{1,9})(mo|s|m|h|d|w)\Z")
 UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 EPOCH, FIRST_MONDAY = datetime(1970, 1, 1, tzinfo=UTC), datetime(1970, 1, 5, tzinfo=UTC)
-ZERO, ONE, CENT = Decimal(0), Decimal(1), Decimal("0.01")
+ZERO, ALMOST, WHOLE = Decimal(0), Decimal("0.99"), Decimal(1)
 MAX_MODELS_A_DAY = 50  # names come from requests; beyond these they are counted together
 OTHER_MODELS, NO_MODEL = "other", "-"  # what stands in logs and sums for them, and for none
 
@@ -709,7 +711,7 @@ class Fullness(NamedTuple):
     @property
     def shown(self) -> Decimal:
         """The part as Claude Code is told it: less than all for as long as anything is left."""
-        return min(self.part, ONE if self.spent >= self.limit else ONE - CENT).quantize(CENT)
+        return min(self.part, WHOLE if self.spent >= self.limit else ALMOST)
 
 
 @dataclass(slots=True)
@@ -782,12 +784,15 @@ class VirtualKey:
         """How full its budgets are, the fullest first: all, or those that are for a model."""
         found = list[Fullness]()
         for pattern in (ALL_MODELS, *self.model_max_budget):
-            (limit, duration), spent = self.budget(pattern), self.spent(moment, pattern)
+            limit, duration = self.budget(pattern)
             is_for = model is None or not pattern or fnmatch.fnmatchcase(model, pattern)
             if limit is not None and is_for:
-                within = window(duration, moment) if duration else None
-                found.append(Fullness(spent / limit if limit else ONE, spent, limit, within))
-        return sorted(found, reverse=True, key=operator.itemgetter(0))
+                spent, within = self.spent(moment, pattern), duration and window(duration, moment)
+                found.append(
+                    Fullness(spent / limit if limit else WHOLE, spent, limit, within or None)
+                )
+        found.sort(reverse=True)
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """The line's object, as `written` writes it, without usage and what says nothing."""
@@ -847,8 +852,13 @@ CLAUDE_CODE = ("session_id", "agent_id", "request_class", "prompt_id", "agent_ty
 CLAUDE_FIELDS = {name: f"x-claude-code-{name.replace('_', '-')}" for name in CLAUDE_CODE}
 TAGS_FIELD, METRICS_PATH = "x-litellm-tags", "/metrics"  # LiteLLM's
 WORKSPACE_FIELD = "anthropic-workspace-id"  # chooses a workspace of the real key's owner
+CLAIM = ("representative-claim", "overage")
 ORGANIZATION_FIELD, UNIFIED = "anthropic-organization-id", "anthropic-ratelimit-unified-"
 # Its user then reads the message of a 429 as it is (Claude Code 2.1.331).
+UNIFIED_ALLOWED, UNIFIED_WARNED = (
+    [(f"{UNIFIED}{n}", v) for n, v in (("status", s), ("overage-status", s), CLAIM)]
+    for s in ("allowed", "allowed_warning")
+)
 SPENT_REASON = (f"{UNIFIED}overage-disabled-reason", "org_spend_cap_reached")
 
 BILLED = ("/v1/messages", "/v1/messages/batches", "/v1/messages/cache_touch", "/v1/complete")
@@ -1912,7 +1922,7 @@ class FileLedger:
         beside, then = f"{self._file.path}.resources", "what was made is there, and written later"
         self._things_file = StoreFile(Path(beside), THINGS_FRAME, "file of resources", then)
         self._usage_days, self._clock = usage_days, clock
-        self.parts, self.tell = list[Decimal](), tell_nobody
+        self.parts, self.tell = [WHOLE], tell_nobody
         self.keys: dict[str, VirtualKey] = {}
         self.things = Things()
         self.batches: dict[str, Account] = {}  # whose they are
@@ -2043,6 +2053,8 @@ class FileLedger:
         """Tell which marks of a budget, or of a model's, are passed as it goes from one to the
         other: once, whoever counts."""
         limit, soft = key.budget(pattern)[0], None if pattern else key.soft_budget
+        if (limit is None or after < limit * self.parts[0]) and (soft is None or after < soft):
+            return
         marks = [(limit * part, part) for part in self.parts] if limit is not None else []
         marks += [(soft, ZERO)] if soft is not None else []
         for mark, part in marks:
@@ -2050,7 +2062,7 @@ class FileLedger:
                 continue
             event, what = "soft_budget_crossed", "its soft budget is"
             if part:
-                event = "threshold_crossed" if part < ONE else "budget_crossed"
+                event = "threshold_crossed" if part < 1 else "budget_crossed"
                 what = f"{part:.0%} of its budget{f' for {pattern}' if pattern else ''} is"
             spent = f"key {key.shown_name} has spent ${dollars(after)}"
             text = f"{spent}, {what} ${dollars(mark)}"
@@ -2274,13 +2286,14 @@ class FileLedger:
             self._fail(error, self._file)
             return
         self._load_things(keys.values())
-        known = {hashed: key.account for hashed, key in self.keys.items()}
+        known = self.keys.copy()
         for index in (self.keys, self._lines, self._retired, self.batches, self._owners):
             index.clear()
         heritage = {owner for (owner, _), made in self.things.made.items() if made}
         forgotten = now() - TOMBSTONE
         for hashed, record in list(keys.items()):
-            record.account = known.get(hashed, record.account)
+            if old := known.get(hashed):
+                record.account, record.home = old.account, record.home or old.home
             gone = record.deleted_at is not None and record.deleted_at < forgotten
             if gone and not (record.team_id and record.owner in heritage):
                 del keys[hashed]
@@ -3188,8 +3201,12 @@ REFUSED, LIMITED, SPENT = "refused", "rate limit", "spending limit"  # why a key
 MAX_REFUSAL = 64 * KIB  # of an answer that may be of the real key, as those of these statuses
 OF_A_KEY = frozenset({400, 401, 402, 429})
 SPENDING_LIMIT = b"enforced_spend_limit_reached"
-# Not what echoes a request's own words: those stand before ": " or in backticks.
-USAGE_LIMIT = re.compile(r"You (?:(?!: )[^`])*\bspecified (?:API usage limits|(workspace)\b)")
+# To the letter: other messages of a 400 repeat what a request says, and a tenant may say this.
+USAGE_LIMIT = re.compile(
+    r"You have reached your specified (workspace )?(?:API )?usage limits\.?"
+    r"(?: You will regain access on \d{4}-\d\d-\d\d(?: at \d\d:\d\d UTC)?\.?)?"
+)
+OF_THE_REQUEST = re.compile("CORS|OAuth authentication")  # 401s that an Origin, or no beta, brings
 ISO_DATE = re.compile(r"\d{4}-\d\d-\d\d")
 
 
@@ -3255,15 +3272,18 @@ class RealKeys:
 
     def choose(self, keys: Sequence[RealKey], group: str) -> RealKey:
         """The first that does not rest, else the one whose rest ends first."""
-        return min(keys, key=lambda key: self.rests_until(key, group)) if self.rests else keys[0]
+        return min(keys, key=lambda key: self.rests_until(key, group))
 
-    def heard(self, key: RealKey, head: ResponseHead, group: str, asked: float, pays: bool) -> None:
-        """Learn of an answer whose the key is. A success ends a rest that began before it was
-        asked, but what is spent is not there again where nothing is paid."""
+    def heard(self, key: RealKey, head: ResponseHead) -> None:
+        """Learn of an answer whose the key is."""
         key.organization = head.get(ORGANIZATION_FIELD) or key.organization
         key.workspace = head.get(WORKSPACE_FIELD) or key.workspace
         key.errors += head.status >= 400
-        for scope in key.scopes(group) if self.rests and head.status < 300 else ():
+
+    def succeeded(self, key: RealKey, group: str, asked: float, *, pays: bool) -> None:
+        """A success ends a rest that began before it was asked for, but what is spent is not there
+        again where nothing is paid."""
+        for scope in key.scopes(group):
             rest = self.rests.get(scope)
             if rest and rest.since < asked and (pays or rest.why == REFUSED):
                 del self.rests[scope]
@@ -3273,7 +3293,7 @@ class RealKeys:
         another may do better; then that rests of which it is."""
         message = dict_of(dict_of(read_json(body)).get("error")).get("message")
         said, status = message if isinstance(message, str) else "", head.status
-        limit = USAGE_LIMIT.match(said) if status == 400 and ": " not in said else None
+        limit = USAGE_LIMIT.fullmatch(said) if status == 400 else None
         scope, why, seconds = key.scopes(group)[0], REFUSED, REFUSED_REST
         if status == 429 and SPENDING_LIMIT not in body:
             told = re.match("[0-9]{1,9}", head.get("retry-after"))
@@ -3287,7 +3307,7 @@ class RealKeys:
             with contextlib.suppress(ValueError, IndexError):
                 left = (from_iso(ISO_DATE.findall(said)[0]) - now()).total_seconds()
                 seconds = min(left, LONGEST_SPENT) if left > 0 else SPENT_REST
-        elif status != 401:
+        elif status != 401 or OF_THE_REQUEST.search(said):
             return False
         moment, until = self.time(), iso(moment_of(int(time.time() + seconds)))
         self.rests = {s: rest for s, rest in self.rests.items() if rest.until > moment}
@@ -3350,6 +3370,7 @@ class Alerts:
     async def _send(self) -> None:
         options: Any = {"connect_timeout": ALERT_TIMEOUT, "request_timeout": ALERT_TIMEOUT}
         options |= {"method": "POST", "follow_redirects": False}
+        options["streaming_callback"] = lambda _: None  # of an answer nothing is kept
         options["headers"] = {"Content-Type": "application/json"}
         while self._waiting:
             body, error = self._waiting.popleft(), None
@@ -4136,9 +4157,9 @@ class Record:
     tally: Tally = field(default_factory=Tally)
     estimated: bool = False
     tags: Sequence[str] = ()
-    sent: Mapping[str, str] = field(default_factory=dict)  # of CLAUDE_FIELDS
+    sent: dict[str, str] | None = None  # of CLAUDE_FIELDS, where any came
     request_id: str = ""  # Anthropic's
-    upstream_keys: list[str] = field(default_factory=list)  # names of real keys, as they were asked
+    upstream_keys: tuple[str, ...] = ()  # names of real keys, as they were asked
     via: str = ""  # the same, where there are several
     bytes_in: int = 0
     bytes_out: int = 0
@@ -4162,8 +4183,8 @@ class Record:
         line += f" via={self.via}" if self.via else ""
         line += f" tags={shown_word(printable(','.join(self.tags)))}" if self.tags else ""
         for name in CLAUDE_CODE[:2] if self.sent else ():
-            if name in self.sent:
-                line += f" {name.removesuffix('_id')}={shown_word(self.sent[name])}"
+            if text := (self.sent or {}).get(name):
+                line += f" {name.removesuffix('_id')}={shown_word(text)}"
         return line
 
     def to_json(self) -> dict[str, Any]:
@@ -4173,7 +4194,7 @@ class Record:
         first = round(self.first - started, 4) if self.first else None
         row: dict[str, Any] = {"call_id": self.call_id, "request_id": self.request_id or None}
         row |= {"key_alias": alias, "key_name": key and key.key_name, "user": key and key.user_id}
-        row |= {"tags": self.tags, **{name: self.sent.get(name) for name in CLAUDE_CODE}}
+        row |= {"tags": self.tags} | dict.fromkeys(CLAUDE_CODE) | (self.sent or {})
         row |= {"upstream_keys": self.upstream_keys, "remote_ip": self.remote_ip}
         row |= {"method": self.method, "path": self.path, "status": self.status}
         row |= {"outcome": self.outcome, "model": self.model or None}
@@ -4197,7 +4218,7 @@ class Record:
         row |= {"total_tokens": prompt + output, "cache_read_input_tokens": tally.cache_read_tokens}
         row |= {"cache_creation_input_tokens": tally.written, "startTime": iso(self.started)}
         row |= {"endTime": iso(self.started + took), "status": status, "status_code": self.status}
-        row |= {"outcome": self.outcome, "estimated": self.estimated, **self.sent}
+        row |= {"outcome": self.outcome, "estimated": self.estimated} | (self.sent or {})
         row |= {"upstream_keys": self.upstream_keys}
         return row | {"request_tags": self.tags, "requester_ip_address": self.remote_ip}
 
@@ -4397,6 +4418,8 @@ class Doors:
         return False
 
 
+# What only the real key that gave it out can take back (SDK: message_create_params).
+BOUND = (b'"fallback_credit_token"', b'"previous_message_id"')
 NOBODY = Caller()
 UNREAD = Order()  # until the body is here
 Born = dict[tuple[str, str], dict[str, float]]  # by owner and kind: ids, and when they were made
@@ -4429,10 +4452,9 @@ class Visit:
     has_walls: bool = False
     refers: Mapping[bytes, str] | None = None  # its body is looked through, for these words too
     is_pooled: bool = False
-    homes: dict[str, str] = field(default_factory=dict)
-    keys: list[RealKey] = field(default_factory=list)
+    homes: dict[str, str] | None = None
+    keys: Sequence[RealKey] = ()
     real: RealKey | None = None
-    group: str = ""  # what it shares rate limits with
     hidden: frozenset[str] = NO_OPTIONS
     listing: Callable[[Visit, bytes], Awaitable[bytes]] | None = None
     learn: Callable[[object], None] | None = None
@@ -4448,31 +4470,29 @@ class Visit:
 
     async def keep(self) -> None:
         """Remember what is ``born``, before the client hears of it. Raises APIError."""
-        born = {place: made for place, made in self.born.items() if place[0]}
+        born = {p: made for p, made in self.born.items() if p[0] or self.payer is None}
         self.born.clear()
         if born:
             await self.gateway.ledger.own(born, (self.real or self.home).name)
 
     @property
     def home(self) -> RealKey:
-        """The real key for what stands in a workspace; a caller gets it at his first use."""
-        pool, key = self.gateway.real_keys, self.payer
-        if key is not None and not key.home:
-            sharing = key.team_id if key.resources == "team" else None
-            # Whoever was here before there were homes had the first.
-            among = [pool.first] if key.account.last_active else pool.ranked(sharing or key.owner)
-            self.gateway.ledger.settle(key, pool.choose(among, ALL).name)
-        return pool.at(key.home) if key is not None else pool.first
+        """The real key for what stands in a workspace."""
+        return self.gateway.real_keys.at(self.payer.home if self.payer else None)
 
-    def find_keys(self, *, is_whole: bool) -> None:
-        """Find the real keys that may carry it, the best one first, and take what does not rest.
-        Raises APIError 400 for things of two workspaces."""
+    @property
+    def group(self) -> str:
+        """What it shares rate limits with."""
+        return self.route.kind or model_class(self.order.model) or "other"
+
+    def find_keys(self, body: bytes | None) -> None:
+        """Find the real keys that may carry it, the best one first, and take what does not rest; a
+        body that is not kept is None. Raises APIError 400 for things of two workspaces."""
         pool, home, route = self.gateway.real_keys, self.home, self.route
-        self.group = route.kind or (model_class(self.order.model) if route.billed else self.path)
         if not pool.several:
-            self.keys = [pool.first]
-        elif self.homes or route.kind or not is_whole:
-            born = {place: name for name, place in self.homes.items() if place}
+            self.keys = (pool.first,)
+        elif self.homes or route.kind or body is None:
+            born = {place: name for name, place in (self.homes or {}).items() if place}
             self.keys = pool.beside(pool.at(next(iter(born))) if born else home)
             if away := [name for place, name in born.items() if pool.at(place) not in self.keys]:
                 several = f"{printable(next(iter(born.values())))} and {printable(away[0])}"
@@ -4481,13 +4501,15 @@ class Visit:
         else:
             session = self.head.get(CLAUDE_FIELDS["session_id"])[:SHOWN_LENGTH]
             self.keys = pool.ranked(f"{self.payer.owner if self.payer else ''}\0{session}")
-        self.take(pool.choose(self.keys, self.group))
+            if any(word in body for word in BOUND):
+                self.keys = self.keys[:1]
+        self.take(pool.choose(self.keys, self.group) if pool.rests else self.keys[0])
 
     def take(self, key: RealKey) -> None:
         """Let a real key carry it; that never comes back."""
         key.requests += 1
         self.real, self.credential = key, key.header
-        self.record.upstream_keys.append(key.name)
+        self.record.upstream_keys += (key.name,)
         if len(key.secret) >= MIN_SECRET_LENGTH:
             self.mask = Mask(key.secret, key.secret_bytes)
 
@@ -4574,6 +4596,11 @@ class Credentials(Rule):
         if visit.is_pooled and not gateway.real_keys.keys:
             text = "The gateway has no Anthropic credential to use. Whoever runs it must set"
             raise APIError(401, f"{text} ANTHROPIC_API_KEY or ANTHROPIC_AUTH_TOKEN.")
+        if (key := visit.payer) is not None and not key.home and visit.is_pooled:
+            pool, sharing = gateway.real_keys, key.team_id if key.resources == "team" else None
+            # Whoever was here before there were homes had the first.
+            among = [pool.first] if key.account.last_active else pool.ranked(sharing or key.owner)
+            gateway.ledger.settle(key, pool.choose(among, ALL).name)
 
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
         return () if visit.mask is None else (visit.mask,)
@@ -4726,8 +4753,8 @@ class Limits(Rule):
             fields.append(("x-litellm-response-cost", f"{visit.record.tally.spend:f}"))
         if head.status == 200 and visit.path == BILLED[0] and payer.has_budget:
             visit.hidden |= {name for name in head.values if name.startswith(UNIFIED)}
-            model, parts = visit.order.model, gateway.settings.warned_parts
-            fields += unified(payer.budgets(visit.record.started, model), parts)
+            budgets = payer.budgets(visit.record.started, visit.order.model)
+            fields += unified(budgets, gateway.settings.warned_parts[:-1])
         spent = payer.spent(visit.record.started)
         fields.append(("x-litellm-key-spend", f"{spent:f}"))
         if payer.max_budget is not None:
@@ -4783,15 +4810,15 @@ def unified(budgets: Sequence[Fullness], parts: Sequence[Decimal]) -> list[tuple
     if not budgets:
         return []
     fullest = budgets[0]
-    passed = [part for part in parts if ONE > part and fullest.part > part]
-    status = "allowed_warning" if passed else "allowed"
-    told = {"status": status, "representative-claim": "overage", "overage-status": status}
-    told["overage-utilization"] = f"{min(fullest.shown, ONE - CENT)}"
+    passed = [part for part in parts if part < fullest.part]
+    told = UNIFIED_WARNED if passed else UNIFIED_ALLOWED
+    told = [*told, (f"{UNIFIED}overage-utilization", f"{min(fullest.part, ALMOST):.2f}")]
     if passed:
-        told["overage-surpassed-threshold"] = f"{passed[-1]}"
+        told.append((f"{UNIFIED}overage-surpassed-threshold", f"{passed[-1]}"))
     if fullest.window is not None:
-        told["reset"] = told["overage-reset"] = f"{fullest.window[1].timestamp():.0f}"
-    return [(UNIFIED + name, value) for name, value in told.items()]
+        reset = str(int(fullest.window[1].timestamp()))
+        told += (f"{UNIFIED}reset", reset), (f"{UNIFIED}overage-reset", reset)
+    return told
 
 
 class Batches(Rule):
@@ -4867,9 +4894,8 @@ class Walls(Rule):
             reads = route.fetches and not route.below.startswith("/work")
             thing = await self.reach(visit, route.kind, route.name, changes=not reads)
             visit.owner = thing.owner if key else ""
-        if key is not None:
-            visit.learn = functools.partial(self.learn, visit.born, visit.owner)
-            visit.has_walls = key.resources != "all"
+        visit.learn = functools.partial(self.learn, visit.born, visit.owner)
+        visit.has_walls = key is not None and key.resources != "all"
         is_packed = "content-encoding" in head.values and head.coding != ""
         is_packed |= other_charset(head.get("content-type")) is not None
         if looks and not (route.unread or is_packed):
@@ -4936,6 +4962,7 @@ class Walls(Rule):
             thing = thing or await self.trace(visit, key, kind, name)
         if thing is None or (key is not None and not thing.is_for(key)):
             raise not_found(kind, name)
+        visit.homes = visit.homes or {}
         visit.homes[name] = thing.home
         if key is not None and changes and not thing.belongs_to(key):
             text = f"{printable(name)} is shared: this key may use it, and its owner change it."
@@ -5182,8 +5209,6 @@ MANY_PARTS = 1000  # of a body that is kept
 MAX_TAGS = 20  # of one request that are remembered
 HELD_SHARE = 4  # requests hold a quarter of the machine's memory at most, and one key's of that
 TRY_SOON = (("retry-after", "1"),)
-# What only the key that gave it out can take back (SDK: message_create_params).
-BOUND = (b'"fallback_credit_token"', b'"previous_message_id"')
 
 
 def rule_path(target: str) -> str:
@@ -5474,13 +5499,15 @@ class BatchKeeper:
         path = f"/v1/messages/batches/{urllib.parse.quote(name, safe='')}"
         maker = self._ledger.keys.get(self._ledger.batches[name].hashed)
         thing = (await self._ledger.find_things([name])).get(name, Thing(""))
-        real = self._gateway.real_keys.at(thing.home or (maker.home if maker else ""))
+        pool, home = self._gateway.real_keys, thing.home or (maker.home if maker else "")
         try:
-            state = await self._gateway.client.get(path, BATCH_STATE_TIMEOUT, real)
+            if pool.several and home and home not in pool.keys:  # it may be there again tomorrow
+                raise UpstreamError(f"there is no real key {home}")
+            state = await self._gateway.client.get(path, BATCH_STATE_TIMEOUT, pool.at(home))
             batch, code = read_json(state.body), state.code
             ended = isinstance(batch, dict) and batch.get("processing_status") == BATCH_ENDED
             if code == 200 and ended:
-                code = await self._book_results(name, f"{path}/results", real)
+                code = await self._book_results(name, f"{path}/results", pool.at(home))
                 booked = code == 200
         except UpstreamError as error:
             log.info("a batch could not be looked at: %s", error)
@@ -5652,9 +5679,8 @@ class RelayHandler(BaseHandler):
         """Ask the upstream; `on_head`, `on_chunk` or `on_error` follow."""
         visit = self._visit
         if visit.is_pooled:
-            visit.find_keys(is_whole=not body)
-            may_change = len(visit.keys) > 1 and not any(word in data for word in BOUND)
-            self._again = data if may_change and not body else None
+            visit.find_keys(None if body else data)
+            self._again = data if len(visit.keys) > 1 and not body else None
         visit.phase = FOLLOWS[visit.phase][RequestPhase.FETCHED]
         self._ask(data, **body)
 
@@ -5690,8 +5716,10 @@ class RelayHandler(BaseHandler):
         else:
             gateway.traffic.failed(f"The upstream answered {head.status}.")
         if visit.real is not None:
-            asked, bills = cast(UpstreamRequest, self._upstream).begun, visit.route.billed
-            gateway.real_keys.heard(visit.real, head, visit.group, asked, bills)
+            pool, pays = gateway.real_keys, visit.route.billed
+            pool.heard(visit.real, head)
+            if pool.rests and head.status < 300 and self._upstream is not None:
+                pool.succeeded(visit.real, visit.group, self._upstream.begun, pays=pays)
             # Of a route that is not for every key it may be the request that is not let in.
             if head.status in OF_A_KEY and (visit.route.open or head.status != 401):
                 self._refusal = bytearray()
@@ -5749,7 +5777,8 @@ class RelayHandler(BaseHandler):
             fresh = [key for key in visit.keys if key.name not in tried]
             fresh = [key for key in fresh if not pool.rests_until(key, visit.group)]
             if fresh:
-                self._inside = self._gathered = None
+                self._inside = self._gathered = visit.answer = None
+                visit.record.status = 0
                 visit.take(fresh[0])
                 self._ask(cast(bytes, self._again))
                 return b"", True
@@ -6341,8 +6370,8 @@ class UsageHandler(BaseHandler):
                 "group": [*SPEND_GROUPS][(days > 1) + (days > 7)],
                 "resets_at": end,
             }
-            row |= {"percent": int(each.shown * 100), "is_active": each is budgets[0]}
-            severity = ("normal", "warning", "critical")[2 if each.part >= ONE else min(2, marks)]
+            row |= {"percent": round(each.shown * 100), "is_active": each is budgets[0]}
+            severity = ("normal", "warning", "critical")[2 if each.part >= 1 else min(2, marks)]
             limits.append(row | {"severity": severity})
         usage: dict[str, Any] = {"is_enabled": True, "currency": "USD"}
         if budgets:
@@ -6853,7 +6882,8 @@ async def serve(settings: Settings) -> None:
             gateway.real_keys.reload()
             await gateway.ledger.reload()
             favour_the_loop()
-            log.info("keys read again: %d", sum(1 for _ in gateway.ledger.live()))
+            told = sum(1 for _ in gateway.ledger.live()), ", ".join(gateway.real_keys.names)
+            log.info("keys read again: %d; real keys: %s", *told)
         except Exception as error:  # noqa: BLE001 - whatever it is, it does not stop the gateway
             log.error("not read again: %s", error)
     for number in (signal.SIGTERM, signal.SIGINT):  # a second one hurries
