@@ -5888,6 +5888,8 @@ async def test_the_fullest_budget_is_told(gw: GW) -> None:
     only = await filled_key(gw, model_max_budget=of_opus)
     assert await budget_told(gw, only) == told_of(0.76, "0.75", day["budget_reset_at"])
     assert "overage-utilization" not in await budget_told(gw, only, model=HAIKU)
+    alike = {"claude-opus-*": {"budget_limit": 5, "time_period": "1d"}}
+    assert await budget_told(gw, await gw.new_key(max_budget=5, model_max_budget=alike))
 
 
 async def test_upstreams_own_limits_are_for_those_without_a_budget(gw: GW) -> None:
