@@ -168,8 +168,10 @@ class Settings:
             raise SettingsError("--unix-socket: takes no --certfile; the proxy has it")
         if self.upstream != MOCK_UPSTREAM:
             parse_upstream(self.upstream)
-        if self.alert_webhook and not re.match("https?://.", self.alert_webhook):
-            raise SettingsError("--alert-webhook: is not an http or https URL")
+        try:
+            _ = self.alert_webhook and parse_upstream(self.alert_webhook.partition("?")[0])
+        except SettingsError:
+            raise SettingsError("--alert-webhook: is no http or https URL") from None
         _ = self.warned_parts
 
     @functools.cached_property
@@ -194,12 +196,12 @@ def real_keys(settings: Settings) -> dict[str, tuple[str, str]]:
             with open(file, encoding="ascii") as opened:
                 if os.fstat(opened.fileno()).st_mode & 0o077:  # as ssh refuses the file of a key
                     raise ValueError("others can read it; chmod 600 it")
-                if not (text := opened.read()).strip():
+                if not (text := opened.read().replace(",", " ").strip()):
                     raise ValueError("holds no key")
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", "") or error
             raise SettingsError(f"--api-keys-file: {file}: {reason}") from None
-        entries += f",{text}"
+        entries += f" {text}"
     for number, entry in enumerate(entries.replace(",", " ").split(), start=1):
         wrong = f"ANTHROPIC_API_KEYS, --api-keys-file: entry {number}"
         if not (found := REAL_KEY.fullmatch(entry)):
@@ -306,7 +308,7 @@ class APIError(Exception):
 DURATION = re.compile(r"\A([0-9]{1,9})(mo|s|m|h|d|w)\Z")
 UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 EPOCH, FIRST_MONDAY = datetime(1970, 1, 1, tzinfo=UTC), datetime(1970, 1, 5, tzinfo=UTC)
-ZERO, ONE, CENT = Decimal(0), Decimal(1), Decimal("0.01")
+ZERO, ALMOST, WHOLE = Decimal(0), Decimal("0.99"), Decimal(1)
 MAX_MODELS_A_DAY = 50  # names come from requests; beyond these they are counted together
 OTHER_MODELS, NO_MODEL = "other", "-"  # what stands in logs and sums for them, and for none
 
@@ -770,12 +772,15 @@ class VirtualKey:
         """How full its budgets are, the fullest first: all, or those that are for a model."""
         found = list[Fullness]()
         for pattern in (ALL_MODELS, *self.model_max_budget):
-            (limit, duration), spent = self.budget(pattern), self.spent(moment, pattern)
+            limit, duration = self.budget(pattern)
             is_for = model is None or not pattern or fnmatch.fnmatchcase(model, pattern)
             if limit is not None and is_for:
-                within = window(duration, moment) if duration else None
-                found.append(Fullness(spent / limit if limit else ONE, spent, limit, within))
-        return sorted(found, reverse=True, key=operator.itemgetter(0))
+                spent, within = self.spent(moment, pattern), duration and window(duration, moment)
+                found.append(
+                    Fullness(spent / limit if limit else WHOLE, spent, limit, within or None)
+                )
+        found.sort(key=operator.attrgetter("part"), reverse=True)
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """The line's object, as `written` writes it, without usage and what says nothing."""
@@ -1284,6 +1289,7 @@ class Order:
     max_tokens: int = MAX_OUTPUT
     thinking: int = 0  # tokens that may be thought unseen
     streams: bool = False
+    fast: bool = False  # which has rate limits of its own (fast-mode)
     # By (model, fast, US): tokens of prompt and of output, web searches. Empty: `model` has it all.
     parts: dict[tuple[str, bool, bool], list[int]] = field(default_factory=dict)
     prompts: int = 1  # messages that share the prompt
@@ -1319,7 +1325,7 @@ class Order:
             if attempt is params:
                 self.model, self.max_tokens = self.model or model, most
                 counts[2] += searches
-        self.streams = params.get("stream") is True
+        self.streams, self.fast = params.get("stream") is True, speed == "fast"
         self.thinking = thinking_of(params.get("thinking"), most)
         return len(fallbacks) + len(tools)
 
@@ -1352,7 +1358,7 @@ async def read_order(document: Any, body: bytes, *, batched: bool, breathe: Brea
 
 EDGE = 4 * KIB
 GLANCED = re.compile(
-    rb'"(model|max_tokens|stream|thinking)"\s*:\s*("[^"\\]*"(?=[,}\s])|\d{1,9}\b|true|\{[^{}]*\})'
+    rb'"(model|max_tokens|stream|thinking|speed)"\s*:\s*("[^"\\]*"(?=[,}\s])|\d{1,9}\b|true|\{[^{}]*\})'
 )
 
 
@@ -1366,6 +1372,7 @@ def glance(body: bytes) -> Order:
         order.thinking = thinking_of(read_json(thinking), order.max_tokens)
     order.model = model_of(str(members.get(b"model", b"")[1:-1], "utf-8", "replace"))
     order.streams = members.get(b"stream") == b"true"
+    order.fast = members.get(b"speed") == b'"fast"'
     return order
 
 
@@ -1900,7 +1907,7 @@ class FileLedger:
         beside, then = f"{self._file.path}.resources", "what was made is there, and written later"
         self._things_file = StoreFile(Path(beside), THINGS_FRAME, "file of resources", then)
         self._usage_days, self._clock = usage_days, clock
-        self.parts, self.tell = list[Decimal](), tell_nobody
+        self.parts, self.tell = [WHOLE], tell_nobody
         self.keys: dict[str, VirtualKey] = {}
         self.things = Things()
         self.batches: dict[str, Account] = {}  # whose they are
@@ -2031,6 +2038,8 @@ class FileLedger:
         """Tell which marks of a budget, or of a model's, are passed as it goes from one to the
         other: once, whoever counts."""
         limit, soft = key.budget(pattern)[0], None if pattern else key.soft_budget
+        if (limit is None or after < limit * self.parts[0]) and (soft is None or after < soft):
+            return
         marks = [(limit * part, part) for part in self.parts] if limit is not None else []
         marks += [(soft, ZERO)] if soft is not None else []
         for mark, part in marks:
@@ -2038,7 +2047,7 @@ class FileLedger:
                 continue
             event, what = "soft_budget_crossed", "its soft budget is"
             if part:
-                event = "threshold_crossed" if part < ONE else "budget_crossed"
+                event = "threshold_crossed" if part < 1 else "budget_crossed"
                 what = f"{part:.0%} of its budget{f' for {pattern}' if pattern else ''} is"
             spent = f"key {key.shown_name} has spent ${dollars(after)}"
             text = f"{spent}, {what} ${dollars(mark)}"
@@ -2262,13 +2271,14 @@ class FileLedger:
             self._fail(error, self._file)
             return
         self._load_things(keys.values())
-        known = {hashed: key.account for hashed, key in self.keys.items()}
+        known = self.keys.copy()
         for index in (self.keys, self._lines, self._retired, self.batches, self._owners):
             index.clear()
         heritage = {owner for (owner, _), made in self.things.made.items() if made}
         forgotten = now() - TOMBSTONE
         for hashed, record in list(keys.items()):
-            record.account = known.get(hashed, record.account)
+            if old := known.get(hashed):
+                record.account, record.home = old.account, record.home or old.home
             gone = record.deleted_at is not None and record.deleted_at < forgotten
             if gone and not (record.team_id and record.owner in heritage):
                 del keys[hashed]
@@ -3176,8 +3186,13 @@ REFUSED, LIMITED, SPENT = "refused", "rate limit", "spending limit"  # why a key
 MAX_REFUSAL = 64 * KIB  # of an answer that may be of the real key, as those of these statuses
 OF_A_KEY = frozenset({400, 401, 402, 429})
 SPENDING_LIMIT = b"enforced_spend_limit_reached"
-# Not what echoes a request's own words: those stand before ": " or in backticks.
-USAGE_LIMIT = re.compile(r"You (?:(?!: )[^`])*\bspecified (?:API usage limits|(workspace)\b)")
+# To the letter: other messages of a 400 repeat what a request says, and a tenant may say this.
+USAGE_LIMIT = re.compile(
+    r"You have reached your specified (workspace )?(?:API )?usage limits\.?"
+    r"(?: You will regain access on \d{4}-\d\d-\d\d(?: at \d\d:\d\d UTC)?\.?)?"
+)
+# What an Origin, no beta, or a long prompt brings about, and no key.
+OF_THE_REQUEST = re.compile("CORS|OAuth authentication|long context")
 ISO_DATE = re.compile(r"\d{4}-\d\d-\d\d")
 
 
@@ -3243,15 +3258,18 @@ class RealKeys:
 
     def choose(self, keys: Sequence[RealKey], group: str) -> RealKey:
         """The first that does not rest, else the one whose rest ends first."""
-        return min(keys, key=lambda key: self.rests_until(key, group)) if self.rests else keys[0]
+        return min(keys, key=lambda key: self.rests_until(key, group))
 
-    def heard(self, key: RealKey, head: ResponseHead, group: str, asked: float, pays: bool) -> None:
-        """Learn of an answer whose the key is. A success ends a rest that began before it was
-        asked, but what is spent is not there again where nothing is paid."""
+    def heard(self, key: RealKey, head: ResponseHead) -> None:
+        """Learn of an answer whose the key is."""
         key.organization = head.get(ORGANIZATION_FIELD) or key.organization
         key.workspace = head.get(WORKSPACE_FIELD) or key.workspace
         key.errors += head.status >= 400
-        for scope in key.scopes(group) if self.rests and head.status < 300 else ():
+
+    def succeeded(self, key: RealKey, group: str, asked: float, *, pays: bool) -> None:
+        """A success ends a rest that began before it was asked for, but what is spent is not there
+        again where nothing is paid."""
+        for scope in key.scopes(group):
             rest = self.rests.get(scope)
             if rest and rest.since < asked and (pays or rest.why == REFUSED):
                 del self.rests[scope]
@@ -3261,8 +3279,10 @@ class RealKeys:
         another may do better; then that rests of which it is."""
         message = dict_of(dict_of(read_json(body)).get("error")).get("message")
         said, status = message if isinstance(message, str) else "", head.status
-        limit = USAGE_LIMIT.match(said) if status == 400 and ": " not in said else None
+        limit = USAGE_LIMIT.fullmatch(said) if status == 400 else None
         scope, why, seconds = key.scopes(group)[0], REFUSED, REFUSED_REST
+        if OF_THE_REQUEST.search(said):
+            return False
         if status == 429 and SPENDING_LIMIT not in body:
             told = re.match("[0-9]{1,9}", head.get("retry-after"))
             scope, why = key.scopes(group)[2], LIMITED
@@ -3309,7 +3329,7 @@ class RealKeys:
 ALERT_TIMEOUT = 10.0  # seconds
 ALERT_BACKOFF = (1.0, 5.0, 30.0, 120.0, 600.0)  # seconds until what failed is tried again
 ALERT_AGAIN = 600.0  # seconds until the same matter is told again
-MAX_ALERTS = 1000  # that wait
+MAX_ALERTS = 1000  # that wait, and matters that are remembered
 
 
 class Alerts:
@@ -3327,8 +3347,10 @@ class Alerts:
         moment = self._client.time()
         if not self._url or moment - self._told.get(matter, -math.inf) < ALERT_AGAIN:
             return
-        self._told = {m: then for m, then in self._told.items() if then > moment - ALERT_AGAIN}
+        self._told.pop(matter, None)  # so that the oldest stands first
         self._told[matter] = moment
+        if len(self._told) > MAX_ALERTS:
+            del self._told[next(iter(self._told))]
         told = {"text": text, "alert_type": kind, "event": event, "event_message": text}
         told |= {"event_group": "proxy"} | details
         self._waiting.append(json.dumps(told, default=shown).encode())
@@ -3338,6 +3360,7 @@ class Alerts:
     async def _send(self) -> None:
         options: Any = {"connect_timeout": ALERT_TIMEOUT, "request_timeout": ALERT_TIMEOUT}
         options |= {"method": "POST", "follow_redirects": False}
+        options["streaming_callback"] = lambda _: None  # of an answer nothing is kept
         options["headers"] = {"Content-Type": "application/json"}
         while self._waiting:
             body, error = self._waiting.popleft(), None
@@ -4124,9 +4147,9 @@ class Record:
     tally: Tally = field(default_factory=Tally)
     estimated: bool = False
     tags: Sequence[str] = ()
-    sent: Mapping[str, str] = field(default_factory=dict)  # of CLAUDE_FIELDS
+    sent: dict[str, str] | None = None  # of CLAUDE_FIELDS, where any came
     request_id: str = ""  # Anthropic's
-    upstream_keys: list[str] = field(default_factory=list)  # names of real keys, as they were asked
+    upstream_keys: tuple[str, ...] = ()  # names of real keys, as they were asked
     via: str = ""  # the same, where there are several
     bytes_in: int = 0
     bytes_out: int = 0
@@ -4150,8 +4173,8 @@ class Record:
         line += f" via={self.via}" if self.via else ""
         line += f" tags={shown_word(printable(','.join(self.tags)))}" if self.tags else ""
         for name in CLAUDE_CODE[:2] if self.sent else ():
-            if name in self.sent:
-                line += f" {name.removesuffix('_id')}={shown_word(self.sent[name])}"
+            if text := (self.sent or {}).get(name):
+                line += f" {name.removesuffix('_id')}={shown_word(text)}"
         return line
 
     def to_json(self) -> dict[str, Any]:
@@ -4161,7 +4184,7 @@ class Record:
         first = round(self.first - started, 4) if self.first else None
         row: dict[str, Any] = {"call_id": self.call_id, "request_id": self.request_id or None}
         row |= {"key_alias": alias, "key_name": key and key.key_name, "user": key and key.user_id}
-        row |= {"tags": self.tags, **{name: self.sent.get(name) for name in CLAUDE_CODE}}
+        row |= {"tags": self.tags} | dict.fromkeys(CLAUDE_CODE) | (self.sent or {})
         row |= {"upstream_keys": self.upstream_keys, "remote_ip": self.remote_ip}
         row |= {"method": self.method, "path": self.path, "status": self.status}
         row |= {"outcome": self.outcome, "model": self.model or None}
@@ -4185,7 +4208,7 @@ class Record:
         row |= {"total_tokens": prompt + output, "cache_read_input_tokens": tally.cache_read_tokens}
         row |= {"cache_creation_input_tokens": tally.written, "startTime": iso(self.started)}
         row |= {"endTime": iso(self.started + took), "status": status, "status_code": self.status}
-        row |= {"outcome": self.outcome, "estimated": self.estimated, **self.sent}
+        row |= {"outcome": self.outcome, "estimated": self.estimated} | (self.sent or {})
         row |= {"upstream_keys": self.upstream_keys}
         return row | {"request_tags": self.tags, "requester_ip_address": self.remote_ip}
 
@@ -4385,6 +4408,8 @@ class Doors:
         return False
 
 
+# What only the real key that gave it out can take back (SDK: message_create_params).
+BOUND = (b'"fallback_credit_token"', b'"previous_message_id"')
 NOBODY = Caller()
 UNREAD = Order()  # until the body is here
 Born = dict[tuple[str, str], dict[str, float]]  # by owner and kind: ids, and when they were made
@@ -4417,10 +4442,9 @@ class Visit:
     has_walls: bool = False
     refers: Mapping[bytes, str] | None = None  # its body is looked through, for these words too
     is_pooled: bool = False
-    homes: dict[str, str] = field(default_factory=dict)
-    keys: list[RealKey] = field(default_factory=list)
+    homes: dict[str, str] | None = None
+    keys: Sequence[RealKey] = ()
     real: RealKey | None = None
-    group: str = ""  # what it shares rate limits with
     hidden: frozenset[str] = NO_OPTIONS
     listing: Callable[[Visit, bytes], Awaitable[bytes]] | None = None
     learn: Callable[[object], None] | None = None
@@ -4436,31 +4460,30 @@ class Visit:
 
     async def keep(self) -> None:
         """Remember what is ``born``, before the client hears of it. Raises APIError."""
-        born = {place: made for place, made in self.born.items() if place[0]}
+        born = {p: made for p, made in self.born.items() if p[0] or self.payer is None}
         self.born.clear()
         if born:
             await self.gateway.ledger.own(born, (self.real or self.home).name)
 
     @property
     def home(self) -> RealKey:
-        """The real key for what stands in a workspace; a caller gets it at his first use."""
-        pool, key = self.gateway.real_keys, self.payer
-        if key is not None and not key.home:
-            sharing = key.team_id if key.resources == "team" else None
-            # Whoever was here before there were homes had the first.
-            among = [pool.first] if key.account.last_active else pool.ranked(sharing or key.owner)
-            self.gateway.ledger.settle(key, pool.choose(among, ALL).name)
-        return pool.at(key.home) if key is not None else pool.first
+        """The real key for what stands in a workspace."""
+        return self.gateway.real_keys.at(self.payer.home if self.payer else None)
 
-    def find_keys(self, *, is_whole: bool) -> None:
-        """Find the real keys that may carry it, the best one first, and take what does not rest.
-        Raises APIError 400 for things of two workspaces."""
+    @property
+    def group(self) -> str:
+        """What it shares rate limits with."""
+        group = self.route.kind or model_class(self.order.model) or "other"
+        return f"{group} fast" if self.order.fast else group
+
+    def find_keys(self, body: bytes | None) -> None:
+        """Find the real keys that may carry it, the best one first, and take what does not rest; a
+        body that is not kept is None. Raises APIError 400 for things of two workspaces."""
         pool, home, route = self.gateway.real_keys, self.home, self.route
-        self.group = route.kind or (model_class(self.order.model) if route.billed else self.path)
         if not pool.several:
-            self.keys = [pool.first]
-        elif self.homes or route.kind or not is_whole:
-            born = {place: name for name, place in self.homes.items() if place}
+            self.keys = (pool.first,)
+        elif self.homes or route.kind or body is None:
+            born = {place: name for name, place in (self.homes or {}).items() if place}
             self.keys = pool.beside(pool.at(next(iter(born))) if born else home)
             if away := [name for place, name in born.items() if pool.at(place) not in self.keys]:
                 several = f"{printable(next(iter(born.values())))} and {printable(away[0])}"
@@ -4469,13 +4492,15 @@ class Visit:
         else:
             session = self.head.get(CLAUDE_FIELDS["session_id"])[:SHOWN_LENGTH]
             self.keys = pool.ranked(f"{self.payer.owner if self.payer else ''}\0{session}")
-        self.take(pool.choose(self.keys, self.group))
+            if any(word in body for word in BOUND):
+                self.keys = self.keys[:1]
+        self.take(pool.choose(self.keys, self.group) if pool.rests else self.keys[0])
 
     def take(self, key: RealKey) -> None:
         """Let a real key carry it; that never comes back."""
         key.requests += 1
         self.real, self.credential = key, key.header
-        self.record.upstream_keys.append(key.name)
+        self.record.upstream_keys += (key.name,)
         if len(key.secret) >= MIN_SECRET_LENGTH:
             self.mask = Mask(key.secret, key.secret_bytes)
 
@@ -4562,6 +4587,11 @@ class Credentials(Rule):
         if visit.is_pooled and not gateway.real_keys.keys:
             text = "The gateway has no Anthropic credential to use. Whoever runs it must set"
             raise APIError(401, f"{text} ANTHROPIC_API_KEY or ANTHROPIC_AUTH_TOKEN.")
+        if (key := visit.payer) is not None and not key.home and visit.is_pooled:
+            pool, sharing = gateway.real_keys, key.team_id if key.resources == "team" else None
+            # Whoever was here before there were homes had the first.
+            among = [pool.first] if key.account.last_active else pool.ranked(sharing or key.owner)
+            gateway.ledger.settle(key, pool.choose(among, ALL).name)
 
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
         return () if visit.mask is None else (visit.mask,)
@@ -4714,8 +4744,8 @@ class Limits(Rule):
             fields.append(("x-litellm-response-cost", f"{visit.record.tally.spend:f}"))
         if head.status == 200 and visit.path == BILLED[0] and payer.has_budget:
             visit.hidden |= {name for name in head.values if name.startswith(UNIFIED)}
-            model, parts = visit.order.model, gateway.settings.warned_parts
-            fields += unified(payer.budgets(visit.record.started, model), parts)
+            budgets = payer.budgets(visit.record.started, visit.order.model)
+            fields += unified(budgets, gateway.settings.warned_parts[:-1])
         spent = payer.spent(visit.record.started)
         fields.append(("x-litellm-key-spend", f"{spent:f}"))
         if payer.max_budget is not None:
@@ -4771,14 +4801,14 @@ def unified(budgets: Sequence[Fullness], parts: Sequence[Decimal]) -> list[tuple
     if not budgets:
         return []
     fullest = budgets[0]
-    passed = [part for part in parts if ONE > part and fullest.part > part]
+    passed = [part for part in parts if part < fullest.part]
     status = "allowed_warning" if passed else "allowed"
     told = {"status": status, "representative-claim": "overage", "overage-status": status}
-    told["overage-utilization"] = f"{min(fullest.part, ONE - CENT):.2f}"
+    told["overage-utilization"] = f"{min(fullest.part, ALMOST):.2f}"
     if passed:
         told["overage-surpassed-threshold"] = f"{passed[-1]}"
     if fullest.window is not None:
-        told["reset"] = told["overage-reset"] = f"{fullest.window[1].timestamp():.0f}"
+        told["reset"] = told["overage-reset"] = str(int(fullest.window[1].timestamp()))
     return [(UNIFIED + name, value) for name, value in told.items()]
 
 
@@ -4855,9 +4885,8 @@ class Walls(Rule):
             reads = route.fetches and not route.below.startswith("/work")
             thing = await self.reach(visit, route.kind, route.name, changes=not reads)
             visit.owner = thing.owner if key else ""
-        if key is not None:
-            visit.learn = functools.partial(self.learn, visit.born, visit.owner)
-            visit.has_walls = key.resources != "all"
+        visit.learn = functools.partial(self.learn, visit.born, visit.owner)
+        visit.has_walls = key is not None and key.resources != "all"
         is_packed = "content-encoding" in head.values and head.coding != ""
         is_packed |= other_charset(head.get("content-type")) is not None
         if looks and not (route.unread or is_packed):
@@ -4924,6 +4953,7 @@ class Walls(Rule):
             thing = thing or await self.trace(visit, key, kind, name)
         if thing is None or (key is not None and not thing.is_for(key)):
             raise not_found(kind, name)
+        visit.homes = visit.homes or {}
         visit.homes[name] = thing.home
         if key is not None and changes and not thing.belongs_to(key):
             text = f"{printable(name)} is shared: this key may use it, and its owner change it."
@@ -5170,8 +5200,6 @@ MANY_PARTS = 1000  # of a body that is kept
 MAX_TAGS = 20  # of one request that are remembered
 HELD_SHARE = 4  # requests hold a quarter of the machine's memory at most, and one key's of that
 TRY_SOON = (("retry-after", "1"),)
-# What only the key that gave it out can take back (SDK: message_create_params).
-BOUND = (b'"fallback_credit_token"', b'"previous_message_id"')
 
 
 def rule_path(target: str) -> str:
@@ -5462,13 +5490,15 @@ class BatchKeeper:
         path = f"/v1/messages/batches/{urllib.parse.quote(name, safe='')}"
         maker = self._ledger.keys.get(self._ledger.batches[name].hashed)
         thing = (await self._ledger.find_things([name])).get(name, Thing(""))
-        real = self._gateway.real_keys.at(thing.home or (maker.home if maker else ""))
+        pool, home = self._gateway.real_keys, thing.home or (maker.home if maker else "")
         try:
-            state = await self._gateway.client.get(path, BATCH_STATE_TIMEOUT, real)
+            if pool.several and home and home not in pool.keys:  # it may be there again tomorrow
+                raise UpstreamError(f"there is no real key {home}")
+            state = await self._gateway.client.get(path, BATCH_STATE_TIMEOUT, pool.at(home))
             batch, code = read_json(state.body), state.code
             ended = isinstance(batch, dict) and batch.get("processing_status") == BATCH_ENDED
             if code == 200 and ended:
-                code = await self._book_results(name, f"{path}/results", real)
+                code = await self._book_results(name, f"{path}/results", pool.at(home))
                 booked = code == 200
         except UpstreamError as error:
             log.info("a batch could not be looked at: %s", error)
@@ -5640,9 +5670,8 @@ class RelayHandler(BaseHandler):
         """Ask the upstream; `on_head`, `on_chunk` or `on_error` follow."""
         visit = self._visit
         if visit.is_pooled:
-            visit.find_keys(is_whole=not body)
-            may_change = len(visit.keys) > 1 and not any(word in data for word in BOUND)
-            self._again = data if may_change and not body else None
+            visit.find_keys(None if body else data)
+            self._again = data if len(visit.keys) > 1 and not body else None
         visit.phase = FOLLOWS[visit.phase][RequestPhase.FETCHED]
         self._ask(data, **body)
 
@@ -5678,8 +5707,10 @@ class RelayHandler(BaseHandler):
         else:
             gateway.traffic.failed(f"The upstream answered {head.status}.")
         if visit.real is not None:
-            asked, bills = cast(UpstreamRequest, self._upstream).begun, visit.route.billed
-            gateway.real_keys.heard(visit.real, head, visit.group, asked, bills)
+            pool, pays = gateway.real_keys, visit.route.billed
+            pool.heard(visit.real, head)
+            if pool.rests and head.status < 300 and self._upstream is not None:
+                pool.succeeded(visit.real, visit.group, self._upstream.begun, pays=pays)
             # Of a route that is not for every key it may be the request that is not let in.
             if head.status in OF_A_KEY and (visit.route.open or head.status != 401):
                 self._refusal = bytearray()
@@ -5734,10 +5765,12 @@ class RelayHandler(BaseHandler):
         is_keys = pool.weigh(visit.real, head, plain, visit.group)
         if is_keys and may_change and complete:
             tried = visit.record.upstream_keys
-            fresh = [key for key in visit.keys if key.name not in tried]
+            present = [key for key in visit.keys if pool.keys.get(key.name) is key]
+            fresh = [key for key in present if key.name not in tried]
             fresh = [key for key in fresh if not pool.rests_until(key, visit.group)]
             if fresh:
-                self._inside = self._gathered = None
+                self._inside = self._gathered = visit.answer = None
+                visit.record.status = 0
                 visit.take(fresh[0])
                 self._ask(cast(bytes, self._again))
                 return b"", True
@@ -6319,8 +6352,9 @@ class UsageHandler(BaseHandler):
             start, end = each.window or (EPOCH, None)
             days = (end - start).days if end else math.inf
             passed = bisect.bisect_left(self.gateway.settings.warned_parts, each.part)
-            severity = ("normal", "warning", "critical")[2 if each.part >= ONE else min(2, passed)]
-            percent = 100 if each.part >= ONE else min(99, round(each.part * 100))
+            is_spent = each.part >= WHOLE
+            severity = ("normal", "warning", "critical")[2 if is_spent else min(2, passed)]
+            percent = 100 if is_spent else min(99, round(each.part * 100))
             row = dict[str, Any](kind="spend", percent=percent, severity=severity, resets_at=end)
             row["group"] = [*SPEND_GROUPS][(days > 1) + (days > 7)]
             limits.append(row | {"is_active": not limits})
@@ -6831,7 +6865,8 @@ async def serve(settings: Settings) -> None:
             gateway.real_keys.reload()
             await gateway.ledger.reload()
             favour_the_loop()
-            log.info("keys read again: %d", sum(1 for _ in gateway.ledger.live()))
+            told = sum(1 for _ in gateway.ledger.live()), ", ".join(gateway.real_keys.names)
+            log.info("keys read again: %d; real keys: %s", *told)
         except Exception as error:  # noqa: BLE001 - whatever it is, it does not stop the gateway
             log.error("not read again: %s", error)
     for number in (signal.SIGTERM, signal.SIGINT):  # a second one hurries

@@ -6,6 +6,7 @@ stand-in (`mocked`, `start`). What is tested apart from I/O stands at the end of
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import dataclasses
 import errno
@@ -4306,6 +4307,650 @@ async def test_one_batch_keeps_no_other_from_being_booked(gw: GW, batches: Batch
     assert not made["msgbatch_1"].booked
 
 
+# ─── Real keys ────────────────────────────────────────────────────────────────────────
+
+# Real keys by their names, and the organisation and workspace of each.
+KEY_PLACES = {"a": ("org_1", "wrkspc_1"), "b": ("org_2", "wrkspc_2"), "c": ("org_1", "wrkspc_3")}
+KEY_PLACES |= {"d": KEY_PLACES["a"], "renewed": KEY_PLACES["a"]}
+POOL = {name: f"sk-ant-{name}-0123456789-0123456789" for name in KEY_PLACES}
+IN_SESSION, UPSTREAMS = "x-claude-code-session-id: ", "/upstreams"
+MODELS_PATH, FILES_PATH = "/v1/models", "/v1/files"
+
+
+def pool(names: str) -> dict[str, str]:
+    """Options of `gw` for one that has these real keys."""
+    return {"api_key": "", "api_keys": ",".join(f"{name}={POOL[name]}" for name in names)}
+
+
+several = pool("abc")
+
+
+class Keyring:
+    """The upstream of `gw`, which does with a request what is set for the real key that it shows,
+    or the usual, and notes whose it was; `request.answer` names the key's organisation too."""
+
+    def __init__(self, gw: GW) -> None:
+        self.gw, self.usual = gw, spends(1000, 500)
+        self.does: dict[str, Script] = {}
+        self.asked: list[str] = []
+        gw.plays(self)
+
+    async def __call__(self, request: Arrived) -> None:
+        ((_, shown),) = request.credentials
+        name = {key: name for name, key in POOL.items()}.get(shown, "own")
+        self.asked.append(name)
+        plain, places = request.answer, KEY_PLACES.get(name, ("org_9", "wrkspc_9"))
+        told = [*map("anthropic-{}-id: {}".format, ("organization", "workspace"), places)]
+        request.answer = lambda body=b"{}", status="200 OK", *f: plain(body, status, *f, *told)
+        await self.does.get(name, self.usual)(request)
+
+    async def message(self, session: str = "", *fields: str, key: Any = None, **more: Any) -> Any:
+        told = (IN_SESSION + session, *fields)
+        return await self.gw.ask(f"POST {MESSAGES_PATH}", *told, body=MESSAGE | more, key=key)
+
+    async def asks(self, start: str, *fields: str, **kwargs: Any) -> tuple[int, str]:
+        """The status of a request's answer, and whose requests came of it."""
+        before = len(self.asked)
+        answer = await self.gw.ask(start, *fields, **kwargs)
+        return answer.status, "".join(self.asked[before:])
+
+    async def meet(self, names: str = "abc") -> dict[str, str]:
+        """Have each real key answer, so that its organisation is known; sessions that stay with
+        each. What was asked until then is forgotten."""
+        found = dict[str, str]()
+        for number in range(200):
+            if len(found) < len(names):
+                await self.message(f"session-{number}")
+                found.setdefault(self.asked[-1], f"session-{number}")
+        self.asked.clear()
+        return found
+
+    async def shown(self) -> dict[str, dict[str, Any]]:
+        rows = (await self.gw.manage(UPSTREAMS)).json()["upstreams"]
+        return {row["name"]: row for row in rows}
+
+    async def states(self) -> str:
+        """The states of all, in the pool's order."""
+        return " ".join(row["state"] for row in (await self.shown()).values())
+
+
+@pytest.fixture
+def ring(gw: GW) -> Keyring:
+    return Keyring(gw)
+
+
+with_several = started(**several)
+DAY = (datetime.now(UTC) + timedelta(days=3)).strftime("%Y-%m-%d")
+NO_MORE = f"API usage limits. You will regain access on {DAY} at 00:00 UTC."
+OF_ORGANISATION = f"You have reached your specified {NO_MORE}"
+OF_WORKSPACE = f"You have reached your specified workspace {NO_MORE}"
+WAIT, GZIPPED = "retry-after: ", "Content-Encoding: gzip"
+
+
+def refuses(status: int, message: str = "No.", *fields: str, **more: Any) -> Script:
+    document = {"type": "error", "error": {"type": "x", "message": message, **more}}
+    if GZIPPED in fields:
+        packed = gzip.compress(json.dumps(document).encode())
+        return answers(packed, f"{status} Oh", JSON_KIND, *fields)
+    return answers(document, f"{status} Oh", *fields)
+
+
+# What the real key `a` answers; who may be asked then, who rests, of which scope and models, and
+# how many seconds.
+SPENT = functools.partial(refuses, 429, details={"code": "enforced_spend_limit_reached"})
+MOVES: dict[str, tuple[Script, str]] = {
+    "429": (refuses(429, "Slow.", f"{WAIT}60"), "b ac organization sonnet 60"),
+    "429 without a time": (refuses(429), "b ac organization sonnet 30"),
+    "429 with an odd time": (refuses(429, "", f"{WAIT}soon"), "b ac organization sonnet 30"),
+    "429 for a week": (refuses(429, "", f"{WAIT}604800"), "b ac organization sonnet 900"),
+    "spend": (SPENT(), "b ac organization None 3600"),
+    "spend until": (SPENT(f"Until {DAY}."), "b ac organization None DAY"),
+    "402": (refuses(402), "b ac organization None 3600"),
+    "402 until": (refuses(402, f"Pay by {DAY}."), "b ac organization None DAY"),
+    "400": (refuses(400, OF_ORGANISATION), "b ac organization None DAY"),
+    "400 of a workspace": (refuses(400, OF_WORKSPACE), "bc a workspace None DAY"),
+    "400 packed": (refuses(400, OF_WORKSPACE, GZIPPED), "bc a workspace None DAY"),
+    "401": (refuses(401), "bc a key None 600"),
+}
+
+
+@pytest.mark.parametrize("told", MOVES)
+@with_several
+async def test_where_a_key_can_do_no_more_another_is_asked(ring: Keyring, told: str) -> None:
+    script, words = MOVES[told]
+    others, resting, scope, models, seconds = words.split()
+    mine, before = (await ring.meet())["a"], datetime.now(UTC)
+    ring.does["a"] = script
+    answer = await ring.message(mine, "Accept-Encoding: gzip")
+    assert answer.status == 200 and answer.field("x-litellm-response-cost") == ["0.007"]
+    first, second = ring.asked
+    assert first == "a" and second in others and ring.gw.log.count(f"via=a,{second}") == 1
+    rows = await ring.shown()
+    assert {name for name, row in rows.items() if row["state"] != "ok"} == set(resting)
+    for row in (rows[name] for name in resting):
+        (rest,) = row["rests"]
+        assert row["state"] == ("refused" if scope == "key" else "resting") and row["why"]
+        assert rest["scope"] == scope and str(rest["model_class"]) == models and rest["why"]
+        assert row["until"] == rest["until"]
+        if seconds == "DAY":
+            assert rest["until"] == f"{DAY}T00:00:00Z"
+        else:
+            lasts = (datetime.fromisoformat(rest["until"]) - before).total_seconds()
+            assert -1 <= lasts - int(seconds) <= SOON
+    assert (rows["a"]["errors"], rows[second]["errors"]) == (1, 0)
+    assert (await ring.message(mine)).status == 200 and ring.asked == [first, second, second]
+    ring.does.clear()
+    await ring.message(mine, model=HAIKU)  # whose limits are others
+    assert (ring.asked[-1] == "a") == (models != "None")
+
+
+ERROR_HEAD = b"HTTP/1.1 %d Oh\r\n" + JSON_KIND.encode() + b"\r\nContent-Length: 99\r\n\r\n{"
+HELD: dict[str, Script] = {
+    "429 for a moment": refuses(429, "Slow.", f"{WAIT}5"),
+    **{str(status): refuses(status, OF_WORKSPACE, f"{WAIT}60") for status in (403, 404, 413, 500)},
+    **{str(status): refuses(status, "No.", f"{WAIT}60") for status in (503, 529)},
+    "400": refuses(400, "messages: at least one message is required"),
+    "400 that names a field": refuses(400, f"{OF_ORGANISATION}: Extra inputs are not permitted"),
+    "400 that names a tool": refuses(400, f"tools.0.name: {OF_ORGANISATION}"),
+    "400 of lines": refuses(400, f"tools.0.name:\n{OF_WORKSPACE}\n"),
+    "400 elsewhere": refuses(400, "Odd.", details=OF_ORGANISATION),
+    "400 no error": answers({"message": OF_ORGANISATION}, "400 Oh"),
+    "400 no JSON": answers(OF_ORGANISATION.encode(), "400 Oh"),
+    "400 no object": answers([{"error": {"message": OF_ORGANISATION}}], "400 Oh"),
+    "200": answers({"type": "error", "error": {"message": OF_ORGANISATION}}),
+    # What came of the request is not known.
+    "504": stall,
+    "502": says(then="close"),
+    "502 of nonsense": says(b"nonsense\r\n\r\n", then="close"),
+    "400 cut off": says(ERROR_HEAD % 400, then="close"),
+    "429 cut off": says(ERROR_HEAD % 429, then="reset"),
+    "400 cut by silence": says(ERROR_HEAD % 400, then="wait"),
+}
+
+
+@pytest.mark.parametrize("told", HELD)
+@started(**several, idle_timeout=0.5)
+async def test_what_is_not_the_keys_fault_is_passed_on(ring: Keyring, told: str) -> None:
+    mine = (await ring.meet())["a"]
+    ring.does["a"] = HELD[told]
+    for count in (1, 2):
+        answer = await ring.message(mine)
+        assert ring.asked == ["a"] * count
+        if "cut" in told:
+            assert answer.status in (502, 504) or not answer.clean
+        else:
+            assert answer.status == int(told[:3]) and answer.clean
+    rests, states = (await ring.shown())["a"]["rests"], await ring.states()
+    if told == "429 for a moment":
+        assert [rest["model_class"] for rest in rests] == ["sonnet"]
+    else:
+        assert (rests, states) == ([], "ok ok ok")
+
+
+@with_several
+async def test_an_organisation_is_asked_once(ring: Keyring) -> None:
+    ring.usual = refuses(429, "Slow.", f"{WAIT}60")
+    status, asked = await ring.asks(f"POST {MESSAGES_PATH}", body=MESSAGE)
+    assert status == 429 and sorted(asked) == ["a", "b", "c"]  # whose places are not known yet
+    for name in "abc":
+        await ring.gw.restart()
+        ring.usual = spends(1, 1)
+        session = (await ring.meet())[name]
+        ring.usual = refuses(429, "Slow.", f"{WAIT}60")
+        assert (await ring.message(session)).status == 429
+        first, second = ring.asked
+        assert first == name and KEY_PLACES[first][0] != KEY_PLACES[second][0]
+
+
+LARGE, CREDIT = bytes(40 * MIB), {"fallback_credit_token": "token-1"}
+THREAD = {"thread": {"type": "continue", "previous_message_id": "msg_1"}}
+ONCE: dict[str, tuple[str, list[str], Any]] = {  # of path, fields and body
+    "credit": (MESSAGES_PATH, [], MESSAGE | CREDIT),
+    "thread": (MESSAGES_PATH, [], MESSAGE | THREAD),
+    "upload": (FILES_PATH, [f"Content-Type: {FORM}"], bytes(MIB)),
+    "large upload": (FILES_PATH, [f"Content-Type: {FORM}"], LARGE),
+    "large JSON": (MESSAGES_PATH, [JSON_KIND], LARGE),
+    "large JSON in chunks": (MESSAGES_PATH, [JSON_KIND, CHUNKED], None),
+}
+
+
+@pytest.mark.parametrize("told", ONCE)
+@started(**pool("ad"))
+async def test_what_is_not_kept_or_bound_to_a_key_goes_up_once(ring: Keyring, told: str) -> None:
+    path, fields, body = ONCE[told]
+    await ring.meet("ad")
+    ring.usual = refuses(401)
+    client = await ring.gw.asking(f"POST {path}", *fields, body=body)
+    if body is None:
+        await client.send_all(40, chunk(bytes(MIB)))
+        client.send(chunk(b""))
+    assert (await client.response()).status == 401 and len(ring.asked) == 1
+    arrived = ring.gw.up.arrived[-1].body
+    assert arrived == body or len(arrived) == 40 * MIB or b"_" in arrived
+    assert ring.gw.held.total == 0
+
+
+@pytest.mark.parametrize("leave", ["close", "reset"])
+@pytest.mark.parametrize("tries", [1, 2])
+@with_several
+async def test_who_leaves_during_a_try_leaves_nothing(
+    ring: Keyring, tries: int, leave: str
+) -> None:
+    gw, mine = ring.gw, (await ring.meet())["a"]
+    ring.does = {"a": refuses(401) if tries == 2 else says(ERROR_HEAD % 401, then="wait")}
+    ring.does |= dict.fromkeys("bc", stall)
+    rows, before = len(await gw.rows()), asyncio.all_tasks()
+    client = await gw.asking(f"POST {MESSAGES_PATH}", IN_SESSION + mine, body=MESSAGE)
+    await until(lambda: len(ring.asked) == tries)
+    client.reset() if leave == "reset" else client.close()
+    await until(lambda: gw.up.arrived[-1].closed_at, SOON)
+    await until(lambda: asyncio.all_tasks() <= before and not gw.active and not gw.exchanges)
+    assert ring.asked[0] == "a" and len(ring.asked) == tries and gw.held.total == 0
+    assert_nothing_is_held(gw.account(gw.key))
+    (line,) = (line for line in gw.log.splitlines() if "client_gone" in line)
+    assert f" via={','.join(ring.asked)} " in line
+    row, *others = await gw.rows()
+    assert row["upstream_keys"] == ring.asked and row["outcome"] == "client_gone"
+    assert len(others) == rows
+
+
+@started(**several, log_json=True)
+async def test_what_was_sent_twice_is_counted_once(ring: Keyring) -> None:
+    gw = ring.gw
+    key = await gw.new_key(max_budget=0.03, rpm_limit=2, max_parallel_requests=1)
+
+    async def second_time(request: Arrived) -> None:
+        await (refuses(401) if len(ring.asked) == 1 else spends(1000, 500))(request)
+
+    ring.usual = second_time
+    for _ in range(2):  # the first of which goes up twice
+        answer = await ring.message("session-1", key=key, model=OPUS)
+        assert answer.status == 200
+    first, second, third = ring.asked
+    assert first != second == third
+    assert await gw.spent(key) == 2 * Decimal("0.014")
+    error_of(await ring.message(key=key), 429)  # the third in this minute
+    assert_nothing_is_held(gw.account(key))
+    rows = [row for row in await gw.rows() if row["api_key"] == gateway.hash_key(key)]
+    assert [row.get("upstream_keys") for row in rows[-2:]] == [[second], [first, second]]
+    assert [row["spend"] for row in rows[-2:]] == [0.014, 0.014]
+    used, kinds = await metrics(gw), ("requests_total", "errors_total", "resting")
+    told = {n: [used[f"gateway_upstream_key_{kind}", n] for kind in kinds] for n in "abc"}
+    (idle,) = set("abc") - {first, second}
+    assert told == {first: [1, 1, 1], second: [2, 0, 0], idle: [0, 0, 0]}
+
+
+RAW_429 = b"HTTP/1.1 429 Much Too Much\r\nX-B: 1\r\nretry-after: %d\r\nX-A: odd\r\n%b\r\n\r\n"
+SPLIT = b'3\r\n{"a\r\n4\r\n" :1\r\n0\r\n\r\n'
+RAW_BODIES: dict[str, tuple[bytes, bytes, bytes]] = {
+    "length": (b"Content-Length: 7\r\nX-b: 2", b'{"a" :1', b'{"a" :1'),
+    "chunks": (b"Transfer-Encoding: chunked", SPLIT, b'{"a" :1'),
+    "to the end": (b"Connection: close", b'{"a" :1', b'{"a" :1'),
+    "large": (b"Content-Length: 3000000", bytes(3_000_000), bytes(3_000_000)),
+}
+
+
+@pytest.mark.parametrize("told", RAW_BODIES)
+@with_several
+async def test_where_all_rest_the_first_to_be_back_is_asked(ring: Keyring, told: str) -> None:
+    framing, sent, body = RAW_BODIES[told]
+    await ring.meet()
+    for name, wait in {"a": 600, "b": 60}.items():
+        wire = RAW_429 % (wait, framing) + sent
+        ring.does[name] = says(wire, then="close" if told == "to the end" else "")
+    ring.does["c"] = refuses(401)
+    for session in map(str, range(12)):  # until all of them rest
+        await ring.message(session)
+    assert "ok" not in await ring.states()
+    ring.asked.clear()
+    for session in map(str, range(6)):
+        answer = await ring.message(session)
+        assert answer.clean and answer.body == body
+        assert answer.head.startswith(RAW_429.partition(b"%b")[0] % 60)
+        assert told != "chunks" or answer.field("transfer-encoding") == ["chunked"]
+    assert ring.asked == ["b"] * 6 and ring.gw.held.total == 0
+    ring.does.clear()
+    assert (await ring.message("0")).status == 200
+    assert (await ring.states()).split().index("ok") == 1 and ring.asked[-1] == "b"
+
+
+@with_several
+async def test_only_a_success_asked_for_since_ends_a_rest(ring: Keyring) -> None:
+    gw, mine, going = ring.gw, (await ring.meet())["a"], asyncio.Event()
+    ring.does["a"] = answers({}, after=going)
+    client = await gw.asking(f"POST {MESSAGES_PATH}", IN_SESSION + mine, body=MESSAGE)
+    await until(lambda: ring.asked)
+    ring.does["a"] = refuses(401)
+    await ring.message(mine)
+    going.set()
+    assert (await client.response()).status == 200
+    assert await ring.states() == "refused ok ok"
+
+
+async def test_where_no_connection_comes_about_the_same_key_has_one_more(
+    gw: GW, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    tried, failures, context = [0], [1], ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*make_certificate(tmp_path))
+
+    def hello(*_: Any) -> Any:
+        tried[0] += 1
+        return ssl.ALERT_DESCRIPTION_INTERNAL_ERROR if tried[0] <= failures[0] else None
+
+    context.sni_callback = hello
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "localhost.pem"))
+    async with Upstream(spends(1, 1), ssl=context) as up:
+        for failures[0], status in ((1, 200), (100, 502)):
+            tried[0], up.script = 0, (ring := Keyring(gw))
+            await gw.restart(upstream=up.url, **several)
+            assert (await ring.message()).status == status and 2 <= tried[0] <= 4
+            assert len(ring.asked) == (status == 200) and await ring.states() == "ok ok ok"
+            assert sum(row["errors"] for row in (await ring.shown()).values()) == (status == 502)
+
+
+@with_several
+async def test_what_says_nothing_of_a_real_key_rests_none(ring: Keyring) -> None:
+    gw, agents, models = ring.gw, "POST /v1/agents", f"GET {MODELS_PATH}"
+    await ring.meet()
+    key = await gw.new_key(resources="all", allowed_routes=EVERY_ROUTE)
+    ring.usual = refuses(401)  # which a route that only some keys have may say of itself
+    status, asked = await ring.asks(agents, body={}, key=key)
+    assert status == 401 and len(asked) == 1
+    for ring.usual in (refuses(401), refuses(402), refuses(400, OF_WORKSPACE), refuses(429)):
+        assert (await ring.asks(models, OWN_ACCOUNT))[1] == "own"
+    assert await ring.states() == "ok ok ok"
+
+
+# Which one
+
+
+async def chosen(ring: Keyring, count: int, key: str | None = None) -> str:
+    """Whose requests come of so many sessions."""
+    client, before = await ring.gw.client(key), len(ring.asked)
+    for number in range(count):
+        await client.ask(f"GET {MODELS_PATH}", f"{IN_SESSION}session-{number}")
+    return "".join(ring.asked[before:])
+
+
+@with_several
+async def test_a_conversation_stays_with_its_key_for_as_long_as_that_is_well(ring: Keyring) -> None:
+    gw, other = ring.gw, await ring.gw.new_key(resources="all")
+    first, of_other = await chosen(ring, 1000), await chosen(ring, 100, other)
+    assert all(250 < first.count(name) < 420 for name in "abc")
+    assert of_other != first[:100] and set(of_other) == set("abc")
+    renewed = (await gw.manage("/key/regenerate", {"key": other})).json()["key"]
+    assert await chosen(ring, 100, renewed) == of_other
+    for number in range(10):
+        for path in (MESSAGES_PATH, f"{MESSAGES_PATH}/count_tokens"):
+            told = await ring.asks(f"POST {path}", f"{IN_SESSION}session-{number}", body=MESSAGE)
+            assert told == (200, first[number])
+    assert len({(await ring.asks(f"GET {MODELS_PATH}"))[1] for _ in range(5)}) == 1
+    await gw.restart(**pool("cba"))  # another process, another order
+    assert await chosen(ring, 1000) == first
+    ring.does["c"] = refuses(401)
+    without = await chosen(ring, 1000)
+    assert without.count("c") == 1  # which was refused
+    without = without.replace("c", "")
+    assert all(old in (new, "c") for old, new in zip(first, without, strict=True))
+    moved = [new for old, new in zip(first, without, strict=True) if old == "c"]
+    assert all(moved.count(name) > len(moved) / 3 for name in "ab")
+    await gw.restart(**pool("ab"))
+    assert await chosen(ring, 100) == without[:100]
+
+
+# Homes
+
+
+def naming(*names: str) -> dict[str, Any]:
+    sources = [{"type": "file", "file_id": name} for name in names]
+    content = [{"type": "document", "source": source} for source in sources]
+    return MESSAGE | {"messages": [{"role": "user", "content": content}]}
+
+
+@with_several
+async def test_a_home_is_made_at_the_first_use_and_kept(ring: Keyring) -> None:
+    gw, homes = ring.gw, dict[str, str]()
+    for _ in range(12):
+        key = await gw.new_key()
+        assert (await gw.info(key)).get("home") is None
+        _, homes[key] = await ring.asks(f"GET {FILES_PATH}", key=key)
+        assert (await gw.info(key))["home"] == homes[key]
+    assert len(set(homes.values())) > 1
+    await gw.restart(**pool("cba"))
+    for key, home in homes.items():
+        for start in ("GET /v1/files", f"GET {BATCHES}", "GET /v1/skills?source=custom"):
+            assert (await ring.asks(start, IN_SESSION + key[-9:], key=key))[1] == home
+    for wrong in ("nobody", 5):
+        told = await gw.manage("/key/update", {"key": key, "home": wrong})
+        assert "home" in error_of(told, 400)
+    for other in "abc":
+        told = await gw.manage("/key/update", {"key": key, "home": other})
+        assert told.status == 200 and await ring.asks("GET /v1/files", key=key) == (200, other)
+    assert (await ring.asks("GET /v1/files/x", key=MASTER_KEY))[1] == "c"
+    await gw.restart(**several, master_key="", keys=gw.keys.with_name("open.json"))
+    for session in "xyz":
+        assert (await ring.asks("GET /v1/files/x", IN_SESSION + session, host=LOCAL))[1] == "a"
+
+
+@with_several
+async def test_ids_go_back_to_where_they_were_born(ring: Keyring) -> None:
+    gw, batches = ring.gw, Batches()
+    key = await gw.new_key()
+
+    async def moves_to(home: str) -> None:
+        answer = await gw.manage("/key/update", {"key": key, "home": home})
+        assert answer.status == 200 and answer.json()["home"] == home
+
+    for name, home in {"file_1": "a", "file_2": "b"}.items():
+        await moves_to(home)
+        ring.usual = answers({"id": name})
+        assert await ring.asks(f"POST {FILES_PATH}", body={}, key=key) == (200, home)
+    ring.usual = batches
+    assert await ring.asks(f"POST {BATCHES}", body=batch_of(1), key=key) == (200, "b")
+    row = {"custom_id": "1", "params": naming("file_1")}
+    await moves_to("c")
+    assert (await gw.manage(ASSIGN, {"ids": ["file_3"], "key": key})).status == 200
+    for restarts in (False, True):
+        if restarts:
+            await gw.restart()
+            await moves_to("a")
+        home = "a" if restarts else "c"
+        for start, body, place in (
+            ("GET /v1/files/file_1", None, "a"),
+            ("GET /v1/files/file_2/content", None, "b"),
+            ("GET /v1/files/file_3", None, home),  # of which nobody knows
+            (f"POST {MESSAGES_PATH}", naming("file_1"), "a"),
+            (f"POST {MESSAGES_PATH}", naming("file_2", "file_2"), "b"),
+            (f"POST {MESSAGES_PATH}/count_tokens", naming("file_2"), "b"),
+            (f"POST {BATCHES}", {"requests": [row, row | {"custom_id": "2"}]}, "a"),
+            (f"GET {BATCHES}/msgbatch_1", None, "b"),
+            ("GET /v1/files", None, home),
+            (f"GET {BATCHES}?limit=5", None, home),
+        ):
+            asked = await ring.asks(start, IN_SESSION + "s", body=body, key=key)
+            assert asked == (200, place), start
+        both, before = naming("file_1", "file_2"), len(ring.asked)
+        other = {"requests": [row, {"custom_id": "2", "params": naming("file_2")}]}
+        for path, body in {
+            MESSAGES_PATH: both,
+            f"{MESSAGES_PATH}/count_tokens": both,
+            BATCHES: other,
+        }.items():
+            message = error_of(await gw.ask(f"POST {path}", body=body, key=key), 400)
+            assert "file_1" in message and "file_2" in message
+        assert len(ring.asked) == before
+    batches.state = "ended"
+    await gw.lookout.book("msgbatch_1")
+    assert ring.asked[before:] == ["b", "b"]
+    assert await ring.asks(f"GET {BATCHES}/msgbatch_1/results", key=key) == (200, "b")
+    assert (await ring.asks("DELETE /v1/files/file_2", key=key)) == (200, "b")
+
+
+@started(**pool("abcd"))
+async def test_what_stays_in_a_workspace_is_reached_by_its_keys_alone(ring: Keyring) -> None:
+    gw, thing = ring.gw, "GET /v1/files/file_1"
+    key = await gw.new_key(resources="all")
+    assert (await gw.manage("/key/update", {"key": key, "home": "a"})).status == 200
+    ring.usual = answers({"id": "file_1"})
+    assert await ring.asks(f"POST {FILES_PATH}", body={}, key=key) == (200, "a")
+    ring.does["a"] = refuses(401)
+    assert await ring.asks(thing, key=key) == (401, "a")  # nobody else is known to be there
+    await gw.restart()
+    ring.does, ring.usual = {}, spends(1, 1)
+    sessions = await ring.meet("abcd")
+    ring.does["a"] = refuses(402)  # of the organisation, which all that are there belong to
+    assert await ring.asks(thing, key=key) == (402, "a")
+    assert (await ring.message(sessions["a"])).status == 200 and ring.asked[-1] == "b"
+    await gw.restart()
+    ring.does.clear()
+    await ring.meet("abcd")
+    ring.does["a"] = refuses(401)
+    assert await ring.asks(thing, key=key) == (200, "ad")
+    assert await ring.asks(thing, key=key) == (200, "d")
+    assert await ring.asks(f"POST {MESSAGES_PATH}", body=naming("file_1"), key=key) == (200, "d")
+    ring.does["d"] = refuses(401)
+    assert await ring.asks(thing, key=key) == (401, "d")
+    assert await ring.asks(thing, key=key) == (401, "a")  # which is back first
+    assert (await ring.message(sessions["a"])).status == 200 and ring.asked[-1] in "bc"
+
+
+# Shown, set and changed
+
+
+async def test_no_real_key_is_shown(gw: GW) -> None:
+    variables = {"ANTHROPIC_API_KEYS": several["api_keys"], "ANTHROPIC_API_KEY": ""}
+    await gw.restart(process=True, variables=variables)
+    ring = Keyring(gw)
+    sessions, shown = await ring.meet(), ""
+
+    async def tells(request: Arrived) -> None:
+        (key,) = request.field("x-api-key")
+        status = 401 if ring.asked[-1] == "a" else 200
+        await refuses(status, f"It is {key}.", f"X-Key: {key}", f"request-id: {key}")(request)
+
+    ring.usual = tells
+    for name in "bac":
+        answer = await ring.message(sessions[name], f"x-a: {POOL['b']}")
+        assert answer.status == 200 and "*" * 20 in answer.text
+        shown += f"{answer.head}{answer.text}"
+    ring.does = dict.fromkeys("abc", refuses(401, f"{POOL['a']} {POOL['b']} {POOL['c']} are bad."))
+    for name in "abc":
+        await ring.message(sessions[name])
+        await gw.ask(f"GET /v1/files/{POOL[name]}", f"x-litellm-tags: {POOL[name]}")
+    assert await ring.states() == "refused refused refused"
+    for path in (UPSTREAMS, "/health/readiness", "/metrics", "/spend/logs", "/key/list"):
+        answer = await gw.manage(path)
+        assert answer.status == 200
+        shown += answer.text
+    ready = (await gw.ask("GET /health/readiness", key="")).json()
+    assert ready["upstreams"] == dict.fromkeys("abc", "refused")
+    error_of(await gw.manage(UPSTREAMS, key=gw.key), 403)
+    error_of(await gw.manage(UPSTREAMS, key=""), 401)
+    await until(lambda: gw.log.count("via=") > 5)
+    gw.process.stop()
+    for name in "abc":
+        assert POOL[name] not in shown and POOL[name] not in gw.log
+
+
+A, B = POOL["a"], POOL["b"]
+WRONG_POOLS = ["a={A},a={B}", "a={A},b={A}", "{A},{A}", "a={R}", "default={A}", "key2={A},{B}"]
+WRONG_POOLS += ["nonsense", "a=ant-1", "a=", "={A}", "a={A}\x01", "a={A}\u00e9", "a=b={A}"]
+WRONG_POOLS += ["a b={A}", "a\n={A}", "a,{B}"]
+
+
+async def test_real_keys_have_names(gw: GW, tmp_path: Path) -> None:
+    ring, file = Keyring(gw), tmp_path / "real"
+    alone = {"api_key": ""}
+    for text, before, names in (
+        (A, alone, "key1"),
+        (f" {A},\n b={B}\t{POOL['c']} ,", alone, "key1 b key3"),
+        (f"b={B}", {}, "default b"),
+        (f"b={B}", alone | {"auth_token": A}, "default b"),
+    ):
+        file.write_text(text)
+        file.chmod(0o600)
+        for way in ({"api_keys": text}, {"api_keys_file": file}):
+            await gw.restart(**before, **way)
+            assert list(await ring.shown()) == names.split()
+    await gw.restart(api_key="", auth_token=A, api_keys=f"b={B}")
+    seen = set()
+    for number in range(20):
+        await ring.message(str(number))
+        seen.update(gw.up.arrived[-1].credentials)
+    assert seen == {("authorization", f"Bearer {A}"), ("x-api-key", B)}
+    for form, in_file in itertools.product(WRONG_POOLS, (False, True)):
+        file.write_text(text := form.format(A=A, B=B, R=REAL_KEY), encoding="utf-8")
+        with pytest.raises(gateway.SettingsError) as wrong:
+            await gw.restart(**({"api_keys_file": file} if in_file else {"api_keys": text}))
+        assert not any(key[3:] in str(wrong.value) for key in (A, B, REAL_KEY)), text
+    for text, mode in (("", 0o600), (" \n", 0o600), (f"a={A}", 0o640), (f"a={A}", 0o604)):
+        file.write_text(text)
+        file.chmod(mode)
+        with pytest.raises(gateway.SettingsError, match=str(file)):
+            await gw.restart(api_keys_file=file)
+    with pytest.raises(gateway.SettingsError, match="nowhere"):
+        await gw.restart(api_keys_file=Path("nowhere"))
+
+
+async def test_real_keys_are_changed_by_their_file(gw: GW, tmp_path: Path) -> None:
+    ring, file = Keyring(gw), tmp_path / "real"
+
+    def writes(names: dict[str, str], mode: int = 0o600, behind: str = "") -> None:
+        file.write_text("\n".join(f"{name}={POOL[key]}" for name, key in names.items()) + behind)
+        file.chmod(mode)
+
+    writes({"a": "a", "b": "b"})
+    options = {"process": True, "api_keys_file": file, "variables": {"ANTHROPIC_API_KEY": ""}}
+    await gw.restart(**options)
+    sessions = await ring.meet("ab")
+    key = await gw.new_key(resources="all")
+    assert (await gw.manage("/key/update", {"key": key, "home": "b"})).status == 200
+    ring.does = {"a": refuses(401), "b": refuses(429, "Slow.", f"{WAIT}90")}
+    for name in "ab":
+        await ring.message(sessions[name])
+    before = await ring.shown()
+    assert await ring.states() == "refused resting"
+    for mode, behind in ((0o644, ""), (0o600, "\nc=sk-ant-another"), (0o600, "\nnonsense")):
+        writes({"c": "c"}, mode, behind)
+        gw.process.hang_up("not read again")
+        assert await ring.shown() == before
+    assert gw.log.count("not read again") == 3
+    writes({"b": "b", "a": "renewed", "c": "c"})
+    gw.process.hang_up()
+    after = await ring.shown()
+    assert set(after) == set("abc") and after["b"] == before["b"]
+    for counted in ("requests", "errors"):
+        assert after["a"][counted] == before["a"][counted]
+    assert after["a"]["state"] == "ok" and not after["a"]["rests"]  # it was the old one's
+    ring.asked.clear()
+    found = {(await ring.message(str(number)), ring.asked[-1])[1] for number in range(20)}
+    assert found == {"renewed", "c"}
+    writes({"a": "renewed", "c": "c"})
+    gw.process.hang_up()
+    assert list(await ring.shown()) == ["a", "c"]
+    ring.does.clear()
+    assert (await ring.asks("GET /v1/files/x", key=key))[1] in ("renewed", "c")  # its home is gone
+    gw.process.kill()
+    assert not any(POOL[name] in gw.log for name in ("a", "b", "c", "renewed"))
+    writes({"a": "a"}, 0o644)
+    line = failed_start(tmp_path, f"--api-keys-file={file}", GATEWAY_MASTER_KEY=MASTER_KEY)
+    assert str(file) in line and A not in line
+
+
+async def test_check_asks_each_real_key(gw: GW, tmp_path: Path) -> None:
+    ring, told = Keyring(gw), {"ANTHROPIC_API_KEYS": several["api_keys"]}
+    told |= {"GATEWAY_MASTER_KEY": MASTER_KEY}
+    options = (f"--upstream={gw.up.url}", "--keys=other.json")
+    for refused in ("", "b"):
+        ring.does, ring.asked = dict.fromkeys(refused, refuses(401)), []
+        text = await asyncio.to_thread(check, tmp_path, *options, status=len(refused), **told)
+        assert sorted(ring.asked) == ["a", "b", "c"]
+        lines = [line for line in text.splitlines() if "accept" in line]
+        for name, line in zip("abc", lines, strict=True):
+            assert re.search(rf"\b{name}\b", line) and line.startswith("FAIL") == (name == refused)
+        assert not any(key in text for key in POOL.values())
+
+
 # ─── Walls: what holds ────────────────────────────────────────────────────────────────
 
 # The groups of Anthropic's resources, and how the ids of each begin.
@@ -5162,6 +5807,371 @@ async def test_whose_account_it_is_stays_here(two: Neighbours) -> None:
             for head in (got.head, *got.informational):
                 shown = re.findall(rb"(?i)anthropic-(organization|workspace)-id", head)
                 assert len(shown) == (2 if own or key == MASTER_KEY else 0), head
+
+
+# ─── Claude Code and alerts ───────────────────────────────────────────────────────────
+
+UNIFIED = "anthropic-ratelimit-unified-"
+THEIRS = {"status": "rejected", "reset": "1", "representative-claim": "five_hour"}
+THEIRS |= {"5h-utilization": "0.9", "overage-in-use": "true", "fallback": "available"}
+THEIR_FIELDS = [f"Anthropic-Ratelimit-Unified-{name}: {value}" for name, value in THEIRS.items()]
+FILLING = 712_500  # tokens that cost $2.85 of Opus
+# What is told of these budgets then: how full they are, and which mark they are above.
+TOLD_OF_BUDGETS = {5.7: (0.5, None), 3.8: (0.75, None), 3.75: (0.76, "0.75")}
+TOLD_OF_BUDGETS |= {3: (0.95, "0.75"), 2.97: (0.96, "0.95"), 2.8501: (0.99, "0.95")}
+
+
+def unified(answer: Response) -> dict[str, Any]:
+    """What an answer says to Claude Code of limits, each once."""
+    told = [(n.lower().removeprefix(UNIFIED), v) for n, v in answer.fields if UNIFIED in n.lower()]
+    assert len(dict(told)) == len(told), told
+    return dict(told)
+
+
+def told_of(utilization: float, mark: str | None, end: str | None) -> dict[str, Any]:
+    """What is told of a budget that ends then (ISO)."""
+    status = "allowed_warning" if mark else "allowed"
+    told = {"status": status, "overage-status": status, "representative-claim": "overage"}
+    told["overage-utilization"] = pytest.approx(utilization)
+    if end:
+        second = f"{datetime.fromisoformat(end).timestamp():.0f}"
+        told |= {"reset": second, "overage-reset": second}
+    return told | ({"overage-surpassed-threshold": mark} if mark else {})
+
+
+async def budget_told(gw: GW, key: str, **fields: Any) -> dict[str, Any]:
+    """What the answer to a message that costs nothing says of a key's budget."""
+    usage = {"type": "message_start", "message": {"model": OPUS, "usage": usage_of(0, 0)}}
+    stream = sse(usage, last_word(output_tokens=0), {"type": "message_stop"})
+    streamed = answers(stream, "200 OK", "Content-Type: text/event-stream", *THEIR_FIELDS)
+    gw.plays(streamed if fields.get("stream") else spends(0, 0, *THEIR_FIELDS))
+    answer = await gw.message(key, **fields)
+    assert answer.status == 200, answer.text
+    told = unified(answer)
+    if "overage-utilization" in told:
+        assert re.fullmatch(r"0(\.\d\d?)?", told["overage-utilization"])
+        told["overage-utilization"] = float(told["overage-utilization"])
+    return told
+
+
+async def filled_key(gw: GW, **fields: Any) -> str:
+    """A key that has spent $2.85 for Opus."""
+    key = await gw.new_key(**fields)
+    gw.plays(spends(FILLING, 0))
+    assert (await gw.message(key)).status == 200
+    return key
+
+
+async def test_a_budget_is_told_as_claude_code_reads_it(gw: GW) -> None:
+    key = await filled_key(gw, max_budget=9, budget_duration="1mo")
+    end = (await gw.info(key))["budget_reset_at"]
+    for budget, (utilization, mark) in TOLD_OF_BUDGETS.items():
+        await gw.manage("/key/update", {"key": key, "max_budget": budget})
+        for more in ({}, {"stream": True}, {"path": f"/anthropic{MESSAGES_PATH}?beta=true"}):
+            assert await budget_told(gw, key, **more) == told_of(utilization, mark, end), budget
+    await gw.manage("/key/update", {"key": key, "budget_duration": None, "max_budget": 3.75})
+    assert await budget_told(gw, key) == told_of(0.76, "0.75", None)
+    await gw.restart(budget_warnings="0.5,0.7")
+    assert (await budget_told(gw, key))["overage-surpassed-threshold"] == "0.7"
+
+
+async def test_the_fullest_budget_is_told(gw: GW) -> None:
+    of_opus = {"claude-opus-*": {"budget_limit": 3.75, "time_period": "1d"}}
+    budgets = {**of_opus, "claude-haiku-*": {"budget_limit": 1000}}
+    key = await filled_key(gw, max_budget=5.7, budget_duration="1mo", model_max_budget=budgets)
+    row = await gw.info(key)
+    month, day = row["budget_reset_at"], row["model_max_budget_usage"]["claude-opus-*"]
+    assert await budget_told(gw, key) == told_of(0.76, "0.75", day["budget_reset_at"])
+    assert await budget_told(gw, key, model=HAIKU) == told_of(0.5, None, month)
+    await gw.manage("/key/update", {"key": key, "max_budget": 2.97})
+    assert await budget_told(gw, key) == told_of(0.96, "0.95", month)
+    only = await filled_key(gw, model_max_budget=of_opus)
+    assert await budget_told(gw, only) == told_of(0.76, "0.75", day["budget_reset_at"])
+    assert "overage-utilization" not in await budget_told(gw, only, model=HAIKU)
+    alike = {"claude-opus-*": {"budget_limit": 5, "time_period": "1d"}}
+    assert await budget_told(gw, await gw.new_key(max_budget=5, model_max_budget=alike))
+
+
+async def test_upstreams_own_limits_are_for_those_without_a_budget(gw: GW) -> None:
+    key, own = await filled_key(gw, max_budget=99), "Authorization: Bearer sk-ant-oat01-mine"
+    gw.plays(spends(0, 0, *THEIR_FIELDS))
+    for shown, fields in ((gw.key, ()), (MASTER_KEY, ()), (key, (own,))):
+        answer = await gw.ask(f"POST {MESSAGES_PATH}", *fields, body=MESSAGE, key=shown)
+        assert answer.status == 200 and unified(answer) == THEIRS
+    for path, body in ((f"{MESSAGES_PATH}/count_tokens", MESSAGE), (BATCHES, batch_of(1, 9))):
+        answer = await gw.ask(f"POST {path}", body=body, key=key)
+        assert answer.status == 200 and "overage-utilization" not in unified(answer), path
+    for status in ("400 X", "429 X", "529 X"):
+        gw.plays(answers({"type": "error"}, status, *THEIR_FIELDS, "retry-after: 1"))
+        answer = await gw.message(key)
+        assert str(answer.status) == status[:3] and "overage-utilization" not in unified(answer)
+
+
+async def test_a_refusal_lets_claude_code_show_its_sentence(gw: GW) -> None:
+    refusal = {"overage-disabled-reason": "org_spend_cap_reached"}
+    of_opus = {"claude-opus-*": {"budget_limit": 2}}
+    for fields in ({"max_budget": 2, "budget_duration": "1mo"}, {"model_max_budget": of_opus}):
+        answer = await gw.message(await filled_key(gw, **fields))
+        assert "$2.00 reached" in error_of(answer, 429, "billing_error")
+        assert unified(answer) == refusal and answer.field("x-should-retry") == ["false"]
+    release = asyncio.Event()
+    gw.plays(spends(1, 1, after=release))
+    busy = await gw.new_key(max_budget=0.01)  # of which all is held: that goes by
+    running = asyncio.create_task(gw.message(busy))
+    await until(lambda: gw.active)
+    answer = await gw.message(busy)
+    assert "held" in error_of(answer, 429) and unified(answer) == {}
+    release.set()
+    assert (await running).status == 200
+
+
+async def test_keys_in_the_form_of_a_claude_gateways(gw: GW) -> None:
+    made = (await gw.manage("/key/generate", {"claude_code": True, "resources": "all"})).json()
+    key, plain = made["key"], await gw.new_key(claude_code=False, resources="all")
+    assert made["key_name"] == gateway.key_name(key) and plain.count(".") == 0
+    again = {"key": plain, "claude_code": True, "grace_period": "1h"}
+    other = (await gw.manage("/key/regenerate", again)).json()["key"]
+    parts = []
+    for each in (key, other):
+        assert re.fullmatch(r"sk-[\w-]{16,}\.eyJhdWQiOiJjbGF1ZGUtZ2F0ZXdheSJ9\.[\w-]{16,}", each)
+        parts += each.split(".")[::2]
+        assert base64.urlsafe_b64decode(each.split(".")[1]) == b'{"aud":"claude-gateway"}'
+    assert len(set(parts)) == 4, "what is random is"
+    for shown in (f"x-api-key: {key}", f"Authorization: Bearer {key}", f"x-litellm-api-key: {key}"):
+        assert (await gw.ask("GET /v1/files/x", shown, key="")).status == 200, shown
+        assert key.encode() not in gw.up.arrived[-1].head
+    error_of(await gw.ask("GET /v1/models", f"X-Debug: {key}", key=plain), 400)
+    assert (await gw.ask("GET /v1/models", key=plain)).status == 200  # the grace period
+    assert (await gw.info(key))["key_name"] == made["key_name"]
+    for path in ("/key/block", "/key/unblock", f"/key/{key}/reset_spend"):
+        assert (await gw.manage(path, {"key": key, "reset_to": 0})).status == 200, path
+    new = (await gw.manage(f"/key/{key}/regenerate", {})).json()["key"]
+    assert [(await gw.ask("GET /v1/models", key=k)).status for k in (key, new)] == [401, 200]
+    for wrong in ({"claude_code": "yes"}, {"claude_code": True, "key": "sk-own-key-0123456789"}):
+        assert "claude_code" in error_of(await gw.manage("/key/generate", wrong), 400)
+    wrong = {"key": new, "claude_code": True, "new_key": "sk-own-key-0123456789"}
+    error_of(await gw.manage("/key/regenerate", wrong), 400)
+    await gw.ask(f"GET /v1/files/{key}", f"x-litellm-tags: {key}", key=key)
+    kept = gw.log + gw.keys.read_text() + json.dumps(await gw.rows())
+    assert not any(part in kept for part in parts)
+
+
+USAGE_PATHS = ("/anthropic/api/oauth/usage", "/api/oauth/usage")
+
+
+@pytest.mark.parametrize("each", ["1d daily", "7d weekly", "30d monthly", "1w weekly"])
+async def test_a_key_is_told_what_usage_shows(gw: GW, each: str) -> None:
+    duration, group = each.split()
+    key = await filled_key(gw, max_budget=3.75, budget_duration=duration)
+    told = await budget_told(gw, key)
+    for path in USAGE_PATHS:
+        answer = await gw.ask(f"GET {path}", f"Authorization: Bearer {key}", key="")
+        assert answer.status == 200 and answer.headers["content-type"].startswith(JSON_KIND[14:])
+        usage, (limit,) = answer.json()["extra_usage"], answer.json()["limits"]
+        assert usage == {"is_enabled": True, "monthly_limit": 375, "currency": "USD"} | {
+            "used_credits": pytest.approx(285, abs=1), "utilization": 76}  # fmt: skip
+        end = datetime.fromisoformat(limit.pop("resets_at"))
+        assert str(int(end.timestamp())) == told["overage-reset"]
+        shown = {"kind": "spend", "group": group, "percent": 76, "severity": "warning"}
+        assert limit == {**shown, "is_active": True}
+    gw.plays(spends(FILLING, 0))
+    await gw.message(key)
+    usage = (await gw.ask(f"GET {USAGE_PATHS[0]}", key=key)).json()
+    assert usage["extra_usage"]["used_credits"] == pytest.approx(570, abs=1)
+    assert usage["limits"][0]["severity"] == "critical"
+    await gw.manage("/key/block", {"key": key})
+    for shown, path in itertools.product((key, UNKNOWN_KEY, ""), USAGE_PATHS):
+        error_of(await gw.ask(f"GET {path}", key=shown), 401)
+
+
+async def test_usage_without_a_budget_and_of_who_pays_himself(gw: GW) -> None:
+    key = await filled_key(gw)
+    usage = (await gw.ask(f"GET {USAGE_PATHS[0]}", key=key)).json()["extra_usage"]
+    used = {"limit": None, "used_credits": pytest.approx(285, abs=1), "utilization": None}
+    assert usage == {"is_enabled": True, "monthly_limit": None, "currency": "USD"} | {
+        "used_credits": used["used_credits"], "utilization": None, "daily": used, "weekly": used
+    }  # fmt: skip
+    own, key = "Bearer sk-ant-oat01-mine", await gw.new_key(allowed_routes=["/api/oauth/usage"])
+    gw.plays(answers({"five_hour": None}))
+    answer = await gw.ask(f"GET {USAGE_PATHS[0]}", f"Authorization: {own}", key=key)
+    assert answer.json() == {"five_hour": None} and gw.up.arrived[-1].target == USAGE_PATHS[1]
+    assert gw.up.arrived[-1].credentials == [("authorization", own)]
+
+
+@pytest.mark.parametrize("limits", [{"rpm_limit": 1}, {"rpm_limit": 0}, {"tpm_limit": 10}])
+async def test_a_rates_wait_is_none_that_ends_a_turn(gw: GW, limits: dict[str, int]) -> None:
+    gw.plays(spends(9000, 300))  # which overdraw 10 a minute for hours
+    key = await gw.new_key(**limits)
+    refused = [await gw.message(key) for _ in range(2)][-1]
+    assert re.search(r"again in (60|5\d) seconds", error_of(refused, 429))
+    assert 50 < int(refused.field("retry-after")[0]) <= 60
+    assert not refused.field("x-should-retry") and unified(refused) == {}
+
+
+HINTS = ("request_class", "prompt_id", "agent_type")
+HOSTILE = ("main 200 ok user=root", '","status":500,"x":"', "\x85\xff" + "x" * 5000)
+
+
+@started(process=True, log_json=True)
+async def test_what_claude_code_tells_of_a_request_is_logged(gw: GW) -> None:
+    for values in ((), ("main",) * 3, HOSTILE):
+        before, told = gw.log, dict(zip(HINTS, values))
+        fields = [f"x-claude-code-{n.replace('_', '-')}: {value}" for n, value in told.items()]
+        assert (await gw.ask(f"POST {MESSAGES_PATH}", *fields, body=MESSAGE)).status == 200
+        await until(lambda before=before: gw.log != before)
+        line, row = json.loads(gw.log.removeprefix(before)), (await gw.rows())[0]
+        assert {name: row[name] for name in HINTS if name in row} == {n: line[n] for n in told}
+        assert line["status"] == 200 and all(
+            (line[name] is None) != (name in told) for name in HINTS
+        )
+        for name, value in told.items():
+            assert line[name].isprintable() and len(line[name]) <= 200
+            assert line[name] == value or value == HOSTILE[2]
+    await gw.ask("GET /v1/models", f"x-claude-code-prompt-id: {gw.key}")
+    await until(lambda: "/v1/models" in gw.log)
+    assert gw.key not in gw.log and gw.key not in json.dumps(await gw.rows())
+
+
+WRONG_ALERTS = [("budget_warnings", v) for v in ("x", "nan", "inf", "1.5", "-0.1", "0.7;0.9")]
+WRONG_ALERTS += [("alert_webhook", url) for url in ("nonsense", "ftp://x/y", "http://", "//x")]
+
+
+def test_wrong_marks_and_webhooks_end_the_start(tmp_path: Path) -> None:
+    for name, value in WRONG_ALERTS:
+        with pytest.raises(gateway.SettingsError, match=f"^--{name.replace('_', '-')}: "):
+            gateway.Settings(**{name: value})
+    said = failed_start(tmp_path, GATEWAY_ALERT_WEBHOOK="ftp://x/T0-secret")
+    assert "--alert-webhook" in said and "T0-secret" not in said
+
+
+class Hook(Upstream):
+    """A webhook, whose URL is a secret, as Slack's is."""
+
+    @property
+    def alerts(self) -> list[dict[str, Any]]:
+        """What it was told, each checked for what all have."""
+        alerts = []
+        for request in (request for request in self.arrived if request.body):
+            assert request.start_line == "POST /T0-secret?a=b HTTP/1.1"
+            assert request.field("content-type")[0].startswith("application/json")
+            assert not request.credentials
+            assert not re.search(rb"[0-9a-f]{64}|sk-(?!\.\.\.)|T0-secret", request.body)
+            alerts.append(alert := json.loads(request.body))
+            words = ("text", "alert_type", "event", "event_group", "event_message")
+            assert all(isinstance(alert[word], str) and alert[word] for word in words), alert
+        return alerts
+
+    async def told(self, number: int) -> dict[str, Any]:
+        """The last of so many alerts, once it is here."""
+        await until(lambda: len(self.alerts) >= number)
+        assert len(self.alerts) == number, self.alerts
+        return self.alerts[-1]
+
+
+@pytest.fixture
+def hook(gw: GW, io_loop: Any, monkeypatch: Patch) -> Hook:
+    monkeypatch.setattr(gateway, "ALERT_BACKOFF", (0.01, 0.02, 0.03))
+    monkeypatch.setattr(gateway, "MAX_ALERTS", 50)
+
+    async def begin() -> Hook:
+        hook = await gw.stack.enter_async_context(Hook(answers(b"ok")))
+        await gw.restart(alert_webhook=f"{hook.url}/T0-secret?a=b")
+        return hook
+
+    return io_loop.run_sync(begin)
+
+
+async def test_each_mark_of_a_budget_is_told_once(gw: GW, hook: Hook) -> None:
+    whose = {"key_alias": "ci", "user_id": "ann", "team_id": "web"}
+    amounts = {"soft_budget": 0.3, "max_budget": 1}
+    key = await gw.new_key(**whose, **amounts, budget_duration="1mo")
+    for number, (tokens, spend, event) in enumerate((
+        (100_000, 0.4, "soft_budget_crossed"), (100_000, 0.8, "threshold_crossed"),
+        (40_000, 0.96, "threshold_crossed"), (10_000, 1.0, "budget_crossed")), 1):  # fmt: skip
+        gw.plays(spends(tokens, 0))
+        assert (await gw.message(key)).status == 200
+        alert = await hook.told(number)
+        expected = {"alert_type": "budget_alerts", "event": event, "event_group": "key", **whose}
+        expected |= {
+            "key_name": gateway.key_name(key),
+            "spend": pytest.approx(spend, abs=0.001),
+        } | amounts
+        assert {name: alert[name] for name in expected} == expected
+        gw.plays(spends(1, 0))
+        assert (await gw.message(key)).status == (200 if spend < 1 else 429)
+        assert "ci" in alert["text"]
+    assert gw.log.count("key ci has spent") == 4
+    assert "75" in hook.alerts[1]["text"] and "95" in hook.alerts[2]["text"]
+    gw.plays(spends(500_000, 0))
+    other = await gw.new_key(max_budget=1)  # all at once
+    assert (await gw.message(other)).status == 200
+    await until(lambda: hook.alerts[-1]["event"] == "budget_crossed" and len(hook.alerts) > 4)
+    assert {alert["key_name"] for alert in hook.alerts[4:]} == {gateway.key_name(other)}
+
+
+async def test_a_real_key_that_rests_or_is_refused_is_told(gw: GW, hook: Hook) -> None:
+    error = {"type": "error", "error": {"type": "x", "message": f"{REAL_KEY} is wrong"}}
+    for number, (status, wait) in enumerate((("429 X", 30), ("401 X", 600)), 1):
+        for _ in range(2):
+            gw.plays(answers(error, status, f"retry-after: {wait}"))
+            assert (await gw.message()).status == int(status[:3])
+            gw.plays(answers(error, "429 X", "retry-after: 4"))  # of which nobody need hear
+            await gw.message(model=HAIKU)
+        alert = await hook.told(number)
+        expected = {"alert_type": "cooldown_deployment", "event_group": "proxy"}
+        assert alert == alert | expected | {"upstream_key": "default"}
+        assert "default" in alert["text"]
+        until_then = datetime.fromisoformat(alert["until"]) - datetime.now(UTC)
+        assert abs(until_then.total_seconds() - wait) < PATIENCE / 2
+
+
+async def test_a_store_that_is_not_written_is_told(gw: GW, hook: Hook, monkeypatch: Patch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device", str(gw.keys))
+
+    monkeypatch.setattr(os, "replace", fail)
+    for _ in range(2):
+        assert (await gw.manage("/key/generate", {})).status == 503
+    alert = await hook.told(1)
+    assert alert["alert_type"] == "db_exceptions" and str(gw.keys.parent) not in str(alert)
+
+
+async def test_a_webhook_that_fails_is_asked_again_and_its_url_kept(gw: GW, hook: Hook) -> None:
+    scripts = [answers(b"", "500 X"), says(then="close"), answers(b"", "429 X"), answers(b"ok")]
+
+    async def script(request: Arrived) -> None:
+        await scripts.pop(0)(request)
+
+    hook.script = script
+    gw.plays(spends(1000, 500))
+    assert (await gw.message(await gw.new_key(soft_budget=0.001))).status == 200
+    await until(lambda: not scripts)
+    await hook.told(4)
+    assert len({request.body for request in hook.arrived}) == 1
+    assert "T0-secret" not in gw.log and "Traceback" not in gw.log
+
+
+async def test_a_webhook_that_hangs_holds_nobody_and_a_flood_is_bounded(gw: GW, hook: Hook) -> None:
+    release, rounds = asyncio.Event(), 3 * gateway.MAX_ALERTS
+
+    hook.script = answers(b"ok", after=release)
+    keys = {f"sk-flood-0123456789-{number}": number for number in range(rounds)}
+    record = functools.partial(gateway.VirtualKey, soft_budget=Decimal("0.001"))
+    made = {gateway.hash_key(key): record("sk-...", f"flood {n}") for key, n in keys.items()}
+    await gw.store.change(made)
+    gw.plays(spends(1000, 500))
+    begun, client = time.monotonic(), await gw.client()
+    for key in keys:
+        assert (await client.ask(f"POST {MESSAGES_PATH}", body=MESSAGE, key=key)).status == 200
+    assert time.monotonic() - begun < 10
+    await until(lambda: hook.arrived)
+    release.set()
+    assert 1 < await settles(lambda: len(hook.alerts)) <= gateway.MAX_ALERTS + 1
+    release.clear()
+    assert (await gw.message(await gw.new_key(soft_budget=0.001))).status == 200
+    begun = time.monotonic()
+    await gw.restart()
+    assert time.monotonic() - begun < 10, "stopping does not wait for it"
 
 
 # ─── Management ───────────────────────────────────────────────────────────────────────

@@ -21,7 +21,12 @@ Afterwards nothing may be left: no request, exchange, slot, hold, connection, ta
 memory after the storm is where it was after a first part of all, and after the attacks where it was
 after the storm (within a tenth, over TLS a quarter); every acknowledged key is in the file as it
 was acknowledged; and every answer that a client got whole is in the log at its exact cost, the
-costs of the log being what the file says the keys have used. Ends with 1 where any of this fails.
+costs of the log being what the file says the keys have used.
+
+The real keys are three, two of which change as the gateway runs; now and then one is refused,
+limited, or out of credit. A request goes up again only for what tells of the key, and over another
+one; it is logged with the names of both, and costs what the last answer says. No real key stands in
+the log or an answer. Ends with 1 where any of this fails.
 """
 
 from __future__ import annotations
@@ -61,7 +66,8 @@ sys.path.insert(0, str(FOLDER))
 import gateway
 
 MASTER_KEY = "sk-chaos-0123456789abcdef"
-REAL_KEY = "sk-ant-chaos-0123456789abcdef"
+REAL_KEY = "sk-ant-chaos-"  # then its name, and a number that grows as it changes
+ORGANIZATIONS = {"default": 1, "a": 1, "b": 2}  # of the real keys
 # Those of other models are the package's, since an attack that names many must have them sought.
 PRICES = {"claude-chaos-*": {"input": 1, "output": 10}}
 INPUT_PRICE, OUTPUT_PRICE = Decimal("0.000001"), Decimal("0.00001")
@@ -247,9 +253,12 @@ def bomb() -> bytes:
 class Answering:
     """One request at the upstream; each method is a way to answer it. True: keep the connection."""
 
-    def __init__(self, rng: random.Random, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self, rng: random.Random, writer: asyncio.StreamWriter, key: str, name: str
+    ) -> None:
         self.rng = rng
         self.writer = writer
+        self.key, self.name = key, name
         self.given, self.taken = rng.randint(1, 5000), rng.randint(1, 900)
 
     async def send(self, *parts: bytes) -> None:
@@ -258,7 +267,9 @@ class Answering:
             await self.writer.drain()
 
     async def whole(self, body: bytes, *fields: str, status: str = "200 OK") -> bool:
-        await self.send(head(status, *fields, f"Content-Length: {len(body)}") + body)
+        fields += (f"anthropic-organization-id: {ORGANIZATIONS[self.name]}",)
+        fields += (f"anthropic-workspace-id: {self.name}", f"Content-Length: {len(body)}")
+        await self.send(head(status, *fields) + body)
         return True
 
     async def plain(self) -> bool:
@@ -404,14 +415,53 @@ UPSTREAM_FAULTS: list[Answer] = [
     *(Answering.structured, Answering.unfolds, Answering.tiny_chunks),
 ]
 ASKED = re.compile(rb"\r\nx-answer: (\w+)\r\n")
+SENT_KEY = re.compile(rf"\r\nx-api-key: ({REAL_KEY}(\w+)-\d+)\r\n", re.IGNORECASE)
+SESSION = re.compile(rb"\r\nx-claude-code-session-id: (\w+)\r\n", re.IGNORECASE)
+
+
+def refusing(name: str, status: str, text: str, *fields: str) -> Answer:
+    """An answer that tells of the real key, and shows it."""
+
+    async def answer(self: Answering) -> bool:
+        moment = time.gmtime(time.time() + self.rng.choice((-1, 1)) * 86_400)
+        said = {"type": text.split(" ")[0], "message": time.strftime(text, moment)}
+        body = json.dumps({"type": "error", "error": said, "key": self.key}).encode()
+        return await self.whole(body, JSON, f"x-key: {self.key}", *fields, status=status)
+
+    answer.__name__ = name
+    return answer
+
+
+LIMIT = "You have reached your specified %sAPI usage limits. You will regain access on "
+LIMIT += "%%Y-%%m-%%d at 00:00 UTC."
+LIMITED, BAD = "429 Too Many Requests", "400 Bad Request"
+SENT_AGAIN = [  # over another key
+    refusing("unauthorized", "401 Unauthorized", "authentication_error"),
+    refusing("unpaid", "402 Payment Required", "billing_error"),
+    refusing("limited", LIMITED, "rate_limit_error", "retry-after: 6"),
+    refusing("limited_for_days", LIMITED, "rate_limit_error", "retry-after: 90000"),
+    refusing("limited_unsaid", LIMITED, "rate_limit_error"),
+    refusing("spent", LIMITED, "enforced_spend_limit_reached until %Y-%m-%d"),
+    refusing("organization_spent", BAD, LIMIT % ""),
+    refusing("workspace_spent", BAD, LIMIT % "workspace "),
+]
+OF_A_KEY = [
+    *SENT_AGAIN,
+    refusing("limited_shortly", LIMITED, "rate_limit_error", "retry-after: 1"),
+    refusing("forbidden", "403 Forbidden", "permission_error"),
+    Answering.overloaded,
+]
 
 
 class Upstream:
-    """Answers as an attack asks it to, by x-answer; otherwise well as often as not."""
+    """Answers as an attack asks it to, by x-answer; or as it presently does to a real key; or else
+    well as often as not."""
 
     def __init__(self, seed: int, counts: collections.Counter[str]) -> None:
         self.rng = random.Random(seed)
         self.counts = counts
+        self.moods: dict[str, tuple[float, Answer | None]] = {}  # until when, by real key
+        self.answered: dict[str, list[tuple[Answering, Answer]]] = {}  # by the request's session
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         ends = (OSError, asyncio.IncompleteReadError, asyncio.CancelledError)
@@ -419,18 +469,38 @@ class Upstream:
             kept = True
             while kept:
                 request = await reader.readuntil(b"\r\n\r\n")
-                if REAL_KEY.encode() not in request:
+                sent = SENT_KEY.search(request.decode("latin-1"))
+                if sent is None or request.count(REAL_KEY.encode()) != 1:
                     self.counts["FAILED: a request without the real key"] += 1
+                    break
                 await self.read_body(reader, request.lower())
-                answer = self.choose(request)
+                answering = Answering(self.rng, writer, *sent.groups())
+                answer = self.choose(request, answering.key)
                 self.counts[f"upstream {answer.__name__}"] += 1
-                kept = await answer(Answering(self.rng, writer))
+                for session in SESSION.findall(request):
+                    self.note(session.decode(), answering, answer)
+                kept = await answer(answering)
         writer.close()
 
-    def choose(self, request: bytes) -> Answer:
+    def note(self, session: str, answering: Answering, answer: Answer) -> None:
+        """Each session asks once, so that what came before is the same request."""
+        before = self.answered.setdefault(session, [])
+        if before and before[-1][1] not in SENT_AGAIN:
+            self.counts["FAILED: sent again, but not for the key"] += 1
+        if answering.key in (earlier.key for earlier, _ in before):
+            self.counts["FAILED: sent again over the same key"] += 1
+        before.append((answering, answer))
+
+    def choose(self, request: bytes, key: str) -> Answer:
         if asked := ASKED.search(request):
             answer: Answer = getattr(Answering, asked[1].decode())
             return answer
+        until, mood = self.moods.get(key, (0.0, None))
+        if time.monotonic() > until:
+            mood = self.rng.choice(OF_A_KEY) if self.rng.random() < 0.3 else None
+            self.moods[key] = time.monotonic() + self.rng.random(), mood
+        if mood is not None:
+            return mood
         good = self.rng.random() < 0.5
         return self.rng.choice(GOOD_ANSWERS if good else UPSTREAM_FAULTS)
 
@@ -506,6 +576,9 @@ class Chaos:
         self.watched: dict[str, list[list[float]]] = collections.defaultdict(list)
         self.taken: collections.Counter[str] = collections.Counter()
         self.until = 0.0  # the present attack's end, by the monotonic clock
+        self.folder = Path()  # the gateway's
+        self.numbers = itertools.count()  # of sessions and real keys
+        self.answered: dict[str, list[tuple[Answering, Answer]]] = {}  # the upstream's
 
     @contextlib.asynccontextmanager
     async def connection(self) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
@@ -518,13 +591,13 @@ class Chaos:
     def key(self) -> str:
         return self.rng.choice(self.keys)
 
-    async def call(self, path: str, body: Any) -> tuple[int, Any]:
+    async def call(self, path: str, body: Any, method: str = "POST") -> tuple[int, Any]:
         """Call the gateway itself with the master key."""
         data = json.dumps(body).encode()
         async with self.connection() as (reader, writer):
             fields = (f"authorization: Bearer {MASTER_KEY}", "connection: close")
             length = f"content-length: {len(data)}"
-            writer.write(asking("POST", path, *fields, length) + data)
+            writer.write(asking(method, path, *fields, length) + data)
             answer = await asyncio.wait_for(reader.read(), 20)
         start, _, answered = answer.partition(b"\r\n\r\n")
         return int(start.split(b" ")[1]), json.loads(answered)
@@ -535,7 +608,8 @@ class Chaos:
         """Ask a few times over one connection, and remember what each whole answer must cost."""
         async with self.connection() as (reader, writer):
             for _ in range(self.rng.randint(1, 5)):
-                writer.write(request(self.key()))
+                session = f"x-claude-code-session-id: {next(self.numbers)}"
+                writer.write(request(self.key(), session))
                 status, start = await self.hear(reader)
                 self.counts[f"honest {status}"] += 1
                 if b"connection: close" in start.lower():
@@ -545,6 +619,8 @@ class Chaos:
         """Read an answer; its status and head."""
         start, body = await asyncio.wait_for(read_answer(reader), 30)
         status = int(start.split(b" ")[1])
+        if REAL_KEY.encode() in start + body:
+            self.counts["FAILED: a real key in an answer"] += 1
         if status == 200:
             self.expect(start, body)
         return status, start
@@ -846,6 +922,7 @@ class Chaos:
         before = resource.prlimit(self.pid, what)
         resource.prlimit(self.pid, what, (soft, before[1]))
         try:
+            await self.reloads()
             await asyncio.sleep(1.5)
         finally:
             resource.prlimit(self.pid, what, before)
@@ -854,7 +931,16 @@ class Chaos:
         os.kill(self.pid, signal.SIGUSR1)
 
     async def reloads(self) -> None:
+        self.write_real_keys()
         os.kill(self.pid, signal.SIGHUP)
+
+    def write_real_keys(self) -> None:
+        """Other ones than before; the first of the pool does not stand in the file."""
+        file, number = self.folder / "real-keys", next(self.numbers)
+        new = file.with_suffix(".new")
+        new.touch(0o600)
+        new.write_text("\n".join(f"{name}={REAL_KEY}{name}-{number:08d}" for name in "ab"))
+        new.replace(file)
 
     # The storm
 
@@ -868,8 +954,8 @@ class Chaos:
     async def client(self, deadline: float) -> None:
         while time.monotonic() < deadline:
             dice = self.rng.random()
-            if dice < 0.05:
-                act: Act = Chaos.manage
+            if dice < 0.05:  # new real keys end rests, without which nothing would be sent again
+                act: Act = Chaos.reloads if dice < 0.01 else Chaos.manage
             else:
                 act = Chaos.honest if dice < 0.6 else self.rng.choice(CLIENT_FAULTS)
             await self.attempt("client", act)
@@ -928,6 +1014,9 @@ class Chaos:
             cost = Decimal(str(entry["cost"]))
             self.spent[entry["key_name"] or ""] += cost
             whole = entry["outcome"] == "ok" and not entry["estimated"]
+            answered = self.answered.pop(entry["session_id"], None)
+            if answered and entry["outcome"] == "ok":
+                self.judge_way(entry, cost, answered)
             booked = self.logged[entry["call_id"]] = cost if whole else None
             expected = self.expected.pop(entry["call_id"], None)
             if expected is not None and expected != booked:
@@ -937,6 +1026,19 @@ class Chaos:
             print(entry["message"], entry["exception"], file=sys.stderr)
         elif entry["level"] != "info":
             self.counts[f"log: {PARTICULARS.sub('', entry['message'])[:60]}"] += 1
+
+    def judge_way(
+        self, entry: dict[str, Any], cost: Decimal, answered: list[tuple[Answering, Answer]]
+    ) -> None:
+        """Compare what the log says of a request with what the upstream has done."""
+        names, (last, answer) = [answering.name for answering, _ in answered], answered[-1]
+        if len(names) > 1:
+            self.counts["requests sent again over another key"] += 1
+        if entry["upstream_keys"] != names:
+            self.counts["FAILED: logged with other keys than it went over"] += 1
+        due = last.given * INPUT_PRICE + last.taken * OUTPUT_PRICE
+        if answer in GOOD_ANSWERS and cost != due:
+            self.counts["FAILED: not booked as the upstream answered at last"] += 1
 
     def match(self) -> None:
         """Compare answers with log lines that came before them."""
@@ -1334,13 +1436,14 @@ async def launch(
 async def run(seconds: float, seed: int, folder: Path, *, tls: bool) -> collections.Counter[str]:
     """The whole of it; what was counted, what failed among it."""
     counts: collections.Counter[str] = collections.Counter()
-    upstream = await asyncio.start_server(
-        *(Upstream(seed, counts).serve, "127.0.0.1", 0),
+    upstream = Upstream(seed, counts)
+    server = await asyncio.start_server(
+        *(upstream.serve, "127.0.0.1", 0),
         limit=2**20,
         backlog=1000,
         ssl=make_certificate(folder) if tls else None,
     )
-    upstream_port = upstream.sockets[0].getsockname()[1]
+    upstream_port = server.sockets[0].getsockname()[1]
     (folder / "prices.json").write_text(json.dumps(PRICES))
     options = ["--port=0", "--client-timeout=2", "--idle-timeout=3", "--log-json"]
     options += ["--connect-timeout=2", "--recent-requests=1000", "--usage-days=10000"]
@@ -1349,13 +1452,19 @@ async def run(seconds: float, seed: int, folder: Path, *, tls: bool) -> collecti
     options += [f"--upstream=http{'s' if tls else ''}://localhost:{upstream_port}"]
     options += ["--certfile=cert.pem", "--keyfile=key.pem"] if tls else []
     trusted = {"SSL_CERT_FILE": "cert.pem"} if tls else {}
-    process, port = await launch(folder, *options, ANTHROPIC_API_KEY=REAL_KEY, **trusted)
-    chaos = Chaos(seed, port, process.pid, tls=tls)
-    chaos.counts = counts
+    options += ["--api-keys-file=real-keys"]
+    chaos = Chaos(seed, 0, 0, tls=tls)
+    chaos.counts, chaos.folder, chaos.answered = counts, folder, upstream.answered
+    chaos.write_real_keys()
+    real_key = f"{REAL_KEY}default-{0:08d}"
+    process, chaos.port = await launch(folder, *options, ANTHROPIC_API_KEY=real_key, **trusted)
+    chaos.pid = process.pid
 
     async def read_log() -> None:
         assert process.stdout is not None
         async for line in process.stdout:
+            if REAL_KEY.encode() in line:
+                counts["FAILED: a real key in the log"] += 1
             if line.startswith(b"{"):
                 chaos.read_line(line.decode())
 
@@ -1371,16 +1480,21 @@ async def run(seconds: float, seed: int, folder: Path, *, tls: bool) -> collecti
         await chaos.mark("the storm")
         await attack_all(chaos, folder / "watch")
         await chaos.mark("the attacks")
+        shown = (await chaos.call("/upstreams", None, "GET"))[1]
         process.send_signal(signal.SIGTERM)
         status = await asyncio.wait_for(process.wait(), 30)
         await log
     finally:
         if process.returncode is None:
             process.kill()
-        upstream.close()
+        server.close()
     chaos.match()
     judge(chaos, first, chaos.censuses[-1], folder / "keys.json")
     judge_watch(chaos)
+    if [each["name"] for each in shown["upstreams"]] != [*ORGANIZATIONS] or REAL_KEY in str(shown):
+        counts["FAILED: not the real keys' names shown"] += 1
+    if not counts["requests sent again over another key"]:
+        counts["FAILED: nothing was sent again"] += 1
     compare(chaos, TLS_MEMORY_MARGIN if tls else MEMORY_MARGIN)
     if status != 0:
         counts[f"FAILED: the gateway ended with {status}"] += 1

@@ -11,7 +11,8 @@ by the kernel's nanosecond account. A figure is the mean of all rounds (least–
 Like is compared with like. No contestant writes a log but those named "with log", which write a
 line for each request to a file at once, and stand beside an nginx and a Caddy that do so too. All
 keep connections to the upstream, speak HTTP/1.1, hand on each piece as it comes, compress nothing.
-Only the gateway knows keys: here one with all limits; in the rows of 1 KB also one without.
+Only the gateway knows keys: here one with all limits; in the rows of 1 KB also one without; and for
+both also a gateway of three real keys, among which it parts the sessions, beside that of one.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ LIMITS = {
 }
 PATIENCE = 60  # seconds for a contestant to start
 LITELLM_TIMES = 4  # as long a turn, once: it answers some thirty requests a second
+SESSIONS = 30  # that take turns at a row
 FLAT_EVENTS = 1000
 SLOW_EVENTS = 100
 SLOW_INTERVAL = 0.2  # seconds between two events of a slow stream
@@ -73,6 +75,7 @@ SLOW_INTERVAL = 0.2  # seconds between two events of a slow stream
 # What stands behind a contestant's name where it is not as most are: beside those with TLS, one to
 # tell what TLS costs.
 NO_LIMITS, WITH_LOG, BESIDE_TLS = "no limits", "with log", "plain upstream"
+THREE_KEYS, NO_LIMITS_THREE_KEYS = "three real keys", "no limits, three real keys"
 VARIANTS: dict[str, tuple[str, ...]] = {"direct": ("",), "litellm": ("",)}
 VARIANTS |= {kind: ("", WITH_LOG, BESIDE_TLS) for kind in ("nginx", "caddy")}
 
@@ -171,6 +174,9 @@ http {
         local mode = string.match(string.sub(body, 1, 120), '"max_tokens": ?(%d+)')
         if mode == "$FLAT_MODE" then return stream($FLAT_EVENTS, 0) end
         if mode == "$SLOW_MODE" then return stream($SLOW_EVENTS, $SLOW_INTERVAL) end
+        local key = ngx.md5(ngx.var.http_x_api_key or "")
+        ngx.header["anthropic-organization-id"] = key
+        ngx.header["anthropic-workspace-id"] = key
         ngx.header["Content-Type"] = "application/json"
         ngx.header["Content-Length"] = #message
         ngx.print(message)
@@ -223,7 +229,8 @@ http://127.0.0.1:$PORT {
 }
 """
 
-# Sends one request over and over, and compares every response with what it must be.
+# Sends one request over and over, in turn for some sessions, and compares every response with what
+# it must be.
 WRK_SCRIPT = """
 wrk.method = "POST"
 for line in io.lines("$FIELDS") do
@@ -234,6 +241,17 @@ local function read(path)
   local f = io.open(path, "rb"); local s = f:read("*a"); f:close(); return s
 end
 wrk.body = read("$BODY")
+local sessions, last = {}, 0
+function init()
+  for number = 1, $SESSIONS do
+    wrk.headers["x-claude-code-session-id"] = string.format("%036d", number)
+    sessions[number] = wrk.format()
+  end
+end
+function request()
+  last = last % $SESSIONS + 1
+  return sessions[last]
+end
 local expected = read("$EXPECTED")
 local threads = {}
 bad = 0
@@ -271,9 +289,10 @@ class Row:
         return "request" if self.mode == PLAIN else "event"
 
 
-ALL = ("", WITH_LOG, NO_LIMITS)
+KEYS = ("", THREE_KEYS, NO_LIMITS, NO_LIMITS_THREE_KEYS)
+ALL = (*KEYS, WITH_LOG)
 ROWS = {
-    "1": Row("1 KB POST, 1 connection", PLAIN, 1000, 1, ("", NO_LIMITS)),
+    "1": Row("1 KB POST, 1 connection", PLAIN, 1000, 1, KEYS),
     "32": Row("1 KB POST, 32 connections", PLAIN, 1000, 32, ALL),
     "256": Row("1 KB POST, 256 connections", PLAIN, 1000, 256),
     "100k": Row("100 KB POST, 32 connections", PLAIN, 100_000, 32),
@@ -440,7 +459,7 @@ class Bench:
         wait_until(lambda: ask(f"http://127.0.0.1:{contestant.port}/health/liveliness"))
         contestant.started = time.perf_counter() - began
         if kind in self.gateways:
-            prepare_gateway(contestant, limits=variant != NO_LIMITS)
+            prepare_gateway(contestant, limits=NO_LIMITS not in variant)
         return contestant
 
     def start_nginx(self, contestant: Contestant, tls: bool, log: bool) -> Process:
@@ -463,9 +482,11 @@ class Bench:
         scheme, upstream = ("https", self.tls_port) if tls else ("http", self.plain_port)
         command = pinned(CONTESTANT_CORE, self.python, path, f"--port={port}")
         command += [f"--upstream={scheme}://localhost:{upstream}", f"--keys=keys-{port}.json"]
+        more = THREE_KEYS in contestant.name
         return self.spawn(
             [*command, "--address=127.0.0.1", f"--logging={'info' if log else 'warning'}"],
             ANTHROPIC_API_KEY="sk-ant-bench-0123456789",
+            ANTHROPIC_API_KEYS="sk-ant-bench-1234567890,sk-ant-bench-2345678901" if more else "",
             GATEWAY_MASTER_KEY=MASTER_KEY,
             SSL_CERT_FILE=str(self.folder / "cert.pem"),
         )
@@ -500,7 +521,8 @@ class Bench:
         (folder / "body").write_text(self.bodies[row.mode, row.size])
         (folder / "expected").write_text(MESSAGE if row.mode == PLAIN else stream_body(events))
         (folder / "fields").write_text("\n".join(request_fields(contestant.key)) + "\n")
-        values = {name.upper(): folder / name for name in ("body", "expected", "fields")}
+        values: dict[str, Any] = {"SESSIONS": SESSIONS}
+        values |= {name.upper(): folder / name for name in ("body", "expected", "fields")}
         script = folder / "load.lua"
         script.write_text(string.Template(WRK_SCRIPT).substitute(values))
         self.counts()
@@ -726,6 +748,10 @@ class Table:
         if variant == WITH_LOG:
             costs = (m.cpu - without.cpu for m, without in zip(taken, turns[kind], strict=True))
             besides.append(f"the log's line {spread(costs)} µs")
+        if variant in (THREE_KEYS, NO_LIMITS_THREE_KEYS):
+            one = turns[name.removesuffix(f", {THREE_KEYS}")]
+            ratios = (m.cpu / beside.cpu for m, beside in zip(taken, one, strict=True))
+            besides.append(f"× one real key {spread(ratios)}")
         for extra in taken[0].extra if kind != "direct" else []:
             besides.append(f"{extra} {spread(m.extra[extra] for m in taken)}")
         self.print(row.name, name, *cells, "; ".join(besides))
