@@ -775,12 +775,10 @@ class VirtualKey:
             limit, duration = self.budget(pattern)
             is_for = model is None or not pattern or fnmatch.fnmatchcase(model, pattern)
             if limit is not None and is_for:
-                spent, within = self.spent(moment, pattern), duration and window(duration, moment)
-                found.append(
-                    Fullness(spent / limit if limit else WHOLE, spent, limit, within or None)
-                )
-        found.sort(key=operator.attrgetter("part"), reverse=True)
-        return found
+                spent = self.spent(moment, pattern)
+                within = window(duration, moment) if duration else None
+                found.append(Fullness(spent / limit if limit else WHOLE, spent, limit, within))
+        return sorted(found, key=operator.attrgetter("part"), reverse=True)
 
     def to_json(self) -> dict[str, Any]:
         """The line's object, as `written` writes it, without usage and what says nothing."""
