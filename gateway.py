@@ -168,10 +168,8 @@ class Settings:
             raise SettingsError("--unix-socket: takes no --certfile; the proxy has it")
         if self.upstream != MOCK_UPSTREAM:
             parse_upstream(self.upstream)
-        try:
-            _ = self.alert_webhook and parse_upstream(self.alert_webhook.partition("?")[0])
-        except SettingsError:
-            raise SettingsError("--alert-webhook: is no http or https URL") from None
+        if self.alert_webhook:
+            parse_upstream(self.alert_webhook.partition("?")[0], "--alert-webhook")
         _ = self.warned_parts
 
     @functools.cached_property
@@ -231,15 +229,15 @@ class Origin(NamedTuple):
     authority: str
 
 
-def parse_upstream(url: str) -> tuple[Origin, str]:
-    """An upstream URL's origin and base path (no trailing slash). Raises SettingsError."""
+def parse_upstream(url: str, option: str = "--upstream (or 'mock')") -> tuple[Origin, str]:
+    """A URL's origin and base path (no trailing slash). Raises SettingsError."""
     with contextlib.suppress(ValueError, KeyError):
         parts = urllib.parse.urlsplit(url)
         port = parts.port or DEFAULT_PORTS[parts.scheme]
         more = parts.username is not None or parts.query or parts.fragment
         if parts.hostname and SENDABLE.fullmatch(url) and not more:
             return Origin(parts.scheme, parts.hostname, port, parts.netloc), parts.path.rstrip("/")
-    raise SettingsError("--upstream: neither an http or https URL of a host and a path, nor 'mock'")
+    raise SettingsError(f"{option}: is no http or https URL of a host and a path")
 
 
 def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
