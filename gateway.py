@@ -6376,8 +6376,7 @@ class HealthHandler(BaseHandler):
     def get(self, asked: str) -> None:
         if asked != "readiness":
             return self.send_json("I'm alive!")
-        gateway, ledger = self.gateway, self.gateway.ledger
-        error = ledger.trouble()
+        gateway, error = self.gateway, self.gateway.ledger.trouble()
         status = "shutting_down" if gateway.stopping else "unhealthy" if error else "healthy"
         prices = "loaded" if gateway.prices.loaded else "loading"
         told = dict[str, Any](status=status, store=error or "writable", version=__version__)
