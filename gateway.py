@@ -2114,7 +2114,9 @@ class FileLedger:
         for name in names:
             if isinstance(name, str) and (place := places.get(name)):
                 owner, kind, home = place
-                found[name] = Thing(kind, owner, self._team_of(owner), name in shared, home)
+                key = self.keys.get(self._owners.get(owner, ""))
+                home, team = home or (key and key.home) or "", key.team_id if key else None
+                found[name] = Thing(kind, owner, team, name in shared, home)
         return found
 
     async def reached(self, key: VirtualKey, kind: str) -> dict[str, float]:
@@ -3060,7 +3062,7 @@ class UpstreamClient(SimpleAsyncHTTPClient):
         UpstreamError where no whole answer comes."""
         settings, limit = self.settings, self.settings.connect_timeout
         headers = {"anthropic-version": ANTHROPIC_VERSION, "Accept-Encoding": "identity", **fields}
-        if key is not None:
+        if key is not None and key.name:
             headers |= [key.header]
         options |= {"headers": headers, "connect_timeout": limit, "request_timeout": timeout}
         options |= {"follow_redirects": False, "decompress_response": False}
@@ -3181,6 +3183,7 @@ REFUSED_REST, SPENT_REST, LONGEST_SPENT = 600.0, 3600.0, 32 * 86400.0  # "until 
 REFUSED, LIMITED, SPENT = "refused", "rate limit", "spending limit"  # why a key rests
 MAX_REFUSAL = 64 * KIB  # of an answer that may be of the real key, as those of these statuses
 OF_A_KEY = frozenset({400, 401, 402, 429})
+MAX_RESTS = 100  # names of models come from requests
 SPENDING_LIMIT = b"enforced_spend_limit_reached"
 # To the letter: other messages of a 400 repeat what a request says, and a tenant may say this.
 USAGE_LIMIT = re.compile(
@@ -3188,7 +3191,7 @@ USAGE_LIMIT = re.compile(
     r"(?: You will regain access on \d{4}-\d\d-\d\d(?: at \d\d:\d\d UTC)?\.?)?"
 )
 # What an Origin, no beta, or a long prompt brings about, and no key.
-OF_THE_REQUEST = re.compile("CORS|OAuth authentication|long context")
+OF_THE_REQUEST = re.compile("CORS|OAuth authentication|Extra usage is required for long context")
 ISO_DATE = re.compile(r"\d{4}-\d\d-\d\d")
 
 
@@ -3218,6 +3221,11 @@ class RealKeys:
     def reload(self) -> None:
         """Read them again; one whose name stays goes on as it is. Raises SettingsError."""
         headers, before = real_keys(self._settings), self.keys
+        names = {header: name for name, header in headers.items()}
+        for name, old in before.items():
+            if (other := names.get(old.header, name)) != name:
+                text = f"real key {name} is now {other}, and what was made with it would be lost"
+                raise SettingsError(f"{text}: let each have its name, as name=sk-…")
         self.keys = {name: RealKey(name, header) for name, header in headers.items()}
         for name, old in before.items():
             if (key := self.keys.get(name)) and key.header == old.header:
@@ -3296,6 +3304,8 @@ class RealKeys:
             return False
         moment, until = self.time(), iso(moment_of(int(time.time() + seconds)))
         self.rests = {s: rest for s, rest in self.rests.items() if rest.until > moment}
+        if len(self.rests) >= MAX_RESTS and scope not in self.rests:
+            scope = (*scope[:2], "other")
         rest, before = Rest(moment, moment + seconds, why), self.rests.get(scope)
         if rest.is_long and not (before and before.is_long and before.why == why):
             text = f"real key {key.name}: {why}; it rests until {until}"
@@ -4587,10 +4597,11 @@ class Credentials(Rule):
             text = "The gateway has no Anthropic credential to use. Whoever runs it must set"
             raise APIError(401, f"{text} ANTHROPIC_API_KEY or ANTHROPIC_AUTH_TOKEN.")
         if (key := visit.payer) is not None and not key.home and visit.is_pooled:
-            pool, sharing = gateway.real_keys, key.team_id if key.resources == "team" else None
-            # Whoever was here before there were homes had the first.
-            among = [pool.first] if key.account.last_active else pool.ranked(sharing or key.owner)
-            gateway.ledger.settle(key, pool.choose(among, ALL).name)
+            pool, mates = gateway.real_keys, list[VirtualKey]()
+            if key.resources == "team" and key.team_id:
+                mates = [k for _, k in gateway.ledger.live() if k.team_id == key.team_id and k.home]
+            made = pool.choose(pool.ranked(key.owner), ALL).name
+            gateway.ledger.settle(key, mates[0].home or made if mates else made)
 
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
         return () if visit.mask is None else (visit.mask,)
@@ -5545,6 +5556,9 @@ class Gateway:
         self.real_keys = RealKeys(settings, self.alerts.tell)
         self.ledger = FileLedger(settings.keys, settings.usage_days)
         self.ledger.parts, self.ledger.tell = settings.warned_parts, self.alerts.tell
+        for key in self.ledger.keys.values():
+            if key.account.last_active and not key.home:  # before there were homes it had the first
+                self.ledger.settle(key, self.real_keys.first.name)
         self.doors = Doors(settings, self.ledger)
         self.time = self.client.time
         self.batches = BatchKeeper(self)
@@ -5757,11 +5771,15 @@ class RelayHandler(BaseHandler):
         assert refusal is not None and head is not None and visit.real is not None
         refusal += data
         may_change = self._again is not None and visit.phase is RequestPhase.FETCHED
-        if not complete and len(refusal) <= MAX_REFUSAL:
+        drips = self.gateway.time() - visit.record.answered > SHORT_REST
+        if not (complete or drips or len(refusal) > MAX_REFUSAL):
             return data, may_change
         self._refusal, pool, plain = None, self.gateway.real_keys, b""
         with contextlib.suppress(ValueError, zlib.error):
             plain = decompress(head.coding, bytes(refusal), MAX_REFUSAL)
+        if head.status == 429 and self._again and len(self._again) <= LIGHT_BODY:
+            # What was glanced at may stand anywhere in the body, and be another model.
+            visit.order.model = model_of(dict_of(read_json(self._again, BodyMembers)).get("model"))
         is_keys = pool.weigh(visit.real, head, plain, visit.group)
         if is_keys and may_change and complete:
             tried = visit.record.upstream_keys
@@ -5769,6 +5787,8 @@ class RelayHandler(BaseHandler):
             fresh = [key for key in present if key.name not in tried]
             fresh = [key for key in fresh if not pool.rests_until(key, visit.group)]
             if fresh:
+                if (upstream := self._upstream) is not None and upstream.connection is not None:
+                    upstream.connection.abandon()  # it may be closed behind a refusal
                 self._inside = self._gathered = visit.answer = None
                 visit.record.status = 0
                 visit.take(fresh[0])
@@ -5780,10 +5800,10 @@ class RelayHandler(BaseHandler):
 
     def on_error(self, error: Exception) -> None:
         """The upstream did not answer to the end, or what is here failed with its answer."""
-        if self._visit.real is not None and isinstance(error, UpstreamError):
-            self._visit.real.errors += 1
         client_waits = self._upstream is None or not self._upstream.held_back
         if isinstance(error, UpstreamError) and client_waits:
+            if self._visit.real is not None:
+                self._visit.real.errors += 1
             self.gateway.traffic.failed(str(error))
         self.fail(error)
 
