@@ -764,7 +764,8 @@ class VirtualKey:
 
     def spent(self, moment: datetime, pattern: str = ALL_MODELS) -> Decimal:
         """USD spent in the present window of the key's budget, or of a model's."""
-        return self.account.windows[pattern].spent(window_start(self.budget(pattern)[1], moment))
+        duration = self.model_max_budget[pattern].time_period if pattern else self.budget_duration
+        return self.account.windows[pattern].spent(window_start(duration, moment))
 
     def budgets(self, moment: datetime, model: str | None = None) -> list[Fullness]:
         """How full its budgets are, the fullest first: all, or those that are for a model."""
@@ -833,7 +834,8 @@ BATCH_ENDED = "ended"  # types/messages/message_batch.py, processing_status
 EVENT_STREAM, SSE_ERROR = "text/event-stream", b"\nevent: error\ndata: %b\n\n"
 # What Claude Code tells of a request (CCD llm-gateway, "Request headers"), by its name in the log.
 CLAUDE_CODE = ("session_id", "agent_id", "request_class", "prompt_id", "agent_type")
-CLAUDE_FIELDS = {name: f"x-claude-code-{name.replace('_', '-')}" for name in CLAUDE_CODE}
+CLAUDE_FIELDS = {f"x-claude-code-{name.replace('_', '-')}": name for name in CLAUDE_CODE}
+SESSION_FIELD = "x-claude-code-session-id"
 TAGS_FIELD, METRICS_PATH = "x-litellm-tags", "/metrics"  # LiteLLM's
 WORKSPACE_FIELD = "anthropic-workspace-id"  # chooses a workspace of the real key's owner
 ORGANIZATION_FIELD, UNIFIED = "anthropic-organization-id", "anthropic-ratelimit-unified-"
@@ -3267,8 +3269,10 @@ class RealKeys:
 
     def heard(self, key: RealKey, head: ResponseHead) -> None:
         """Learn of an answer whose the key is."""
-        key.organization = head.get(ORGANIZATION_FIELD) or key.organization
-        key.workspace = head.get(WORKSPACE_FIELD) or key.workspace
+        if ORGANIZATION_FIELD in head.values:
+            key.organization = head.get(ORGANIZATION_FIELD)
+        if WORKSPACE_FIELD in head.values:
+            key.workspace = head.get(WORKSPACE_FIELD)
         key.errors += head.status >= 400
 
     def succeeded(self, key: RealKey, group: str, asked: float, *, pays: bool) -> None:
@@ -4488,18 +4492,18 @@ class Visit:
     def find_keys(self, body: bytes | None) -> None:
         """Find the real keys that may carry it, the best one first, and take what does not rest; a
         body that is not kept is None. Raises APIError 400 for things of two workspaces."""
-        pool, home, route = self.gateway.real_keys, self.home, self.route
+        pool, route = self.gateway.real_keys, self.route
         if not pool.several:
             self.keys = (pool.first,)
         elif self.homes or route.kind or body is None:
             born = {place: name for name, place in (self.homes or {}).items() if place}
-            self.keys = pool.beside(pool.at(next(iter(born))) if born else home)
+            self.keys = pool.beside(pool.at(next(iter(born))) if born else self.home)
             if away := [name for place, name in born.items() if pool.at(place) not in self.keys]:
                 several = f"{printable(next(iter(born.values())))} and {printable(away[0])}"
                 text = f"{several} were made in different workspaces, and one request has one."
                 raise APIError(400, f"{text} Make one of them again, beside the other.")
         else:
-            session = self.head.get(CLAUDE_FIELDS["session_id"])[:SHOWN_LENGTH]
+            session = self.head.get(SESSION_FIELD)[:SHOWN_LENGTH]
             self.keys = pool.ranked(self.payer.owner if self.payer else "", session)
             if BOUND[0] in body or BOUND[1] in body:
                 self.keys = self.keys[:1]
@@ -5866,9 +5870,8 @@ class RelayHandler(BaseHandler):
         record.path = shown_text(visit, visit.target.partition("?")[0])
         if answer is not None and "request-id" in answer.values:
             record.request_id = shown_text(visit, answer.values["request-id"][0])
-        told = [(n, head.values[f][0]) for n, f in CLAUDE_FIELDS.items() if f in head.values]
-        if told:
-            record.sent = {name: shown_text(visit, text) for name, text in told if text}
+        if told := CLAUDE_FIELDS.keys() & head.values.keys():
+            record.sent = {CLAUDE_FIELDS[n]: shown_text(visit, head.values[n][0]) for n in told}
         if gateway.real_keys.several:
             record.via = ",".join(record.upstream_keys)
         if record.key is not None:
