@@ -573,10 +573,10 @@ async def inside(url: str, folder: Path, rules: Any = gateway.RULES, **options: 
 
 
 @contextlib.contextmanager
-def logged(lines: io.StringIO) -> Iterator[None]:
+def logged(lines: io.StringIO, *, as_json: bool) -> Iterator[None]:
     """Collect what is logged in this process, as a process would write it."""
     handler, root = logging.StreamHandler(lines), logging.getLogger()
-    plain = logging.Formatter("%(levelname)s %(message)s")
+    plain = None if as_json else logging.Formatter("%(levelname)s %(message)s")
     handler.setFormatter(gateway.LineFormatter(plain, MASTER_KEY, REAL_KEY))
     root.addHandler(handler)
     root.setLevel(logging.INFO)
@@ -613,13 +613,15 @@ class GW:
             while (await self.ask("GET /health/readiness")).json()["prices"] != "loaded":
                 await asyncio.sleep(0.01)  # importing the prices keeps it busy for a moment
         else:
-            self.running.enter_context(logged(self.lines))
+            as_json = options.get("log_json", False)
+            self.running.enter_context(logged(self.lines, as_json=as_json))
             made = inside(url, self.start.folder, **options)
             self.app, self.port = await self.running.enter_async_context(made)
             # What tests look at of its inside
             relay = self.app.settings["gateway"]
             self.active, self.held, self.store = relay.active, relay.held, relay.ledger
             self.lookout, self.exchanges = relay.batches, relay.client.requests
+            self.pool = relay.real_keys
 
     async def restart(self, upstream: str = "", **options: Any) -> None:
         await self.running.aclose()
@@ -4414,39 +4416,46 @@ MOVES: dict[str, tuple[Script, str]] = {
 }
 
 
-@pytest.mark.parametrize("told", MOVES)
 @with_several
-async def test_where_a_key_can_do_no_more_another_is_asked(ring: Keyring, told: str) -> None:
-    script, words = MOVES[told]
-    others, resting, scope, models, seconds = words.split()
-    mine, before = (await ring.meet())["a"], datetime.now(UTC)
-    ring.does["a"] = script
-    answer = await ring.message(mine, "Accept-Encoding: gzip")
-    assert answer.status == 200 and answer.field("x-litellm-response-cost") == ["0.007"]
-    first, second = ring.asked
-    assert first == "a" and second in others and ring.gw.log.count(f"via=a,{second}") == 1
-    rows = await ring.shown()
-    assert {name for name, row in rows.items() if row["state"] != "ok"} == set(resting)
-    for row in (rows[name] for name in resting):
-        (rest,) = row["rests"]
-        assert row["state"] == ("refused" if scope == "key" else "resting") and row["why"]
-        assert rest["scope"] == scope and str(rest["model_class"]) == models and rest["why"]
-        assert row["until"] == rest["until"]
-        if seconds == "DAY":
-            assert rest["until"] == f"{DAY}T00:00:00Z"
-        else:
-            lasts = (datetime.fromisoformat(rest["until"]) - before).total_seconds()
-            assert -1 <= lasts - int(seconds) <= SOON
-    assert (rows["a"]["errors"], rows[second]["errors"]) == (1, 0)
-    assert (await ring.message(mine)).status == 200 and ring.asked == [first, second, second]
-    ring.does.clear()
-    await ring.message(mine, model=HAIKU)  # whose limits are others
-    assert (ring.asked[-1] == "a") == (models != "None")
+async def test_where_a_key_can_do_no_more_another_is_asked(ring: Keyring) -> None:
+    mine = (await ring.meet())["a"]
+    for number, (told, (script, words)) in enumerate(MOVES.items(), 1):
+        others, resting, scope, models, seconds = words.split()
+        before, ring.asked, ring.does = datetime.now(UTC), [], {"a": script}
+        ring.gw.pool.rests.clear()
+        answer = await ring.message(mine, "Accept-Encoding: gzip")
+        assert answer.status == 200 and answer.field("x-litellm-response-cost") == ["0.007"], told
+        first, second = ring.asked
+        assert first == "a" and second in others and ring.gw.log.count("via=a,") == number, told
+        rows = await ring.shown()
+        assert {n for n, row in rows.items() if row["state"] != "ok"} == set(resting), told
+        for row in (rows[name] for name in resting):
+            (rest,) = row["rests"]
+            assert row["state"] == ("refused" if scope == "key" else "resting") and row["why"]
+            assert (rest["scope"], str(rest["model_class"])) == (scope, models), told
+            assert rest["why"] and row["until"] == rest["until"]
+            if seconds == "DAY":
+                assert rest["until"] == f"{DAY}T00:00:00Z", told
+            else:
+                lasts = (datetime.fromisoformat(rest["until"]) - before).total_seconds()
+                assert -1 <= lasts - int(seconds) <= SOON, told
+        assert [rows[name]["errors"] for name in "abc"] == [number, 0, 0]
+        assert (await ring.message(mine)).status == 200 and ring.asked == [first, second, second]
+        ring.does.clear()
+        await ring.message(mine, model=HAIKU)  # whose limits are others
+        assert (ring.asked[-1] == "a") == (models != "None"), told
 
 
 ERROR_HEAD = b"HTTP/1.1 %d Oh\r\n" + JSON_KIND.encode() + b"\r\nContent-Length: 99\r\n\r\n{"
+NO_CORS = "CORS requests must set 'anthropic-dangerous-direct-browser-access' header"
 HELD: dict[str, Script] = {
-    "429 for a moment": refuses(429, "Slow.", f"{WAIT}5"),
+    "401 of a web page": refuses(401, NO_CORS),
+    "401 of its settings": refuses(401, "CORS requests are not allowed for this Organization"),
+    "401 of a beta": refuses(401, "OAuth authentication is currently not supported."),
+    "400 that goes on": refuses(400, f"{OF_ORGANISATION} is not a valid value"),
+    "400 that begins": refuses(400, f"You sent: {OF_WORKSPACE}"),
+    "400 of words": refuses(400, "You sent a tool whose specified API usage limits"),
+    "400 of a word": refuses(400, "You have specified workspace x"),
     **{str(status): refuses(status, OF_WORKSPACE, f"{WAIT}60") for status in (403, 404, 413, 500)},
     **{str(status): refuses(status, "No.", f"{WAIT}60") for status in (503, 529)},
     "400": refuses(400, "messages: at least one message is required"),
@@ -4468,90 +4477,101 @@ HELD: dict[str, Script] = {
 }
 
 
-@pytest.mark.parametrize("told", HELD)
 @started(**several, idle_timeout=0.5)
-async def test_what_is_not_the_keys_fault_is_passed_on(ring: Keyring, told: str) -> None:
+async def test_what_is_not_the_keys_fault_is_passed_on(ring: Keyring) -> None:
     mine = (await ring.meet())["a"]
-    ring.does["a"] = HELD[told]
-    for count in (1, 2):
+    for told, script in HELD.items():
+        ring.asked, ring.does["a"] = [], script
         answer = await ring.message(mine)
-        assert ring.asked == ["a"] * count
         if "cut" in told:
-            assert answer.status in (502, 504) or not answer.clean
+            assert answer.status in (502, 504) or not answer.clean, told
         else:
-            assert answer.status == int(told[:3]) and answer.clean
-    rests, states = (await ring.shown())["a"]["rests"], await ring.states()
-    if told == "429 for a moment":
-        assert [rest["model_class"] for rest in rests] == ["sonnet"]
-    else:
-        assert (rests, states) == ([], "ok ok ok")
+            assert answer.status == int(told[:3]) and answer.clean, told
+        rests, states = (await ring.shown())["a"]["rests"], await ring.states()
+        assert ring.asked == ["a"] and not rests and states == "ok ok ok", told
+    ring.does["a"] = refuses(429, "Slow.", f"{WAIT}5")
+    for _ in range(2):  # so short a rest moves nobody
+        assert (await ring.message(mine)).status == 429 and set(ring.asked) == {"a"}
+    assert [r["model_class"] for r in (await ring.shown())["a"]["rests"]] == ["sonnet"]
 
 
 @with_several
 async def test_an_organisation_is_asked_once(ring: Keyring) -> None:
-    ring.usual = refuses(429, "Slow.", f"{WAIT}60")
+    ring.usual = limited = refuses(429, "Slow.", f"{WAIT}60")
     status, asked = await ring.asks(f"POST {MESSAGES_PATH}", body=MESSAGE)
     assert status == 429 and sorted(asked) == ["a", "b", "c"]  # whose places are not known yet
-    for name in "abc":
-        await ring.gw.restart()
-        ring.usual = spends(1, 1)
-        session = (await ring.meet())[name]
-        ring.usual = refuses(429, "Slow.", f"{WAIT}60")
+    ring.gw.pool.rests.clear()
+    ring.usual = spends(1, 1)
+    sessions, ring.usual = await ring.meet(), limited
+    for name, session in sessions.items():
+        ring.gw.pool.rests.clear()
+        ring.asked.clear()
         assert (await ring.message(session)).status == 429
         first, second = ring.asked
         assert first == name and KEY_PLACES[first][0] != KEY_PLACES[second][0]
 
 
-LARGE, CREDIT = bytes(40 * MIB), {"fallback_credit_token": "token-1"}
+LARGE, CREDIT = bytes(2 * MIB), {"fallback_credit_token": "token-1"}
 THREAD = {"thread": {"type": "continue", "previous_message_id": "msg_1"}}
 ONCE: dict[str, tuple[str, list[str], Any]] = {  # of path, fields and body
     "credit": (MESSAGES_PATH, [], MESSAGE | CREDIT),
     "thread": (MESSAGES_PATH, [], MESSAGE | THREAD),
-    "upload": (FILES_PATH, [f"Content-Type: {FORM}"], bytes(MIB)),
-    "large upload": (FILES_PATH, [f"Content-Type: {FORM}"], LARGE),
+    "upload": (FILES_PATH, [f"Content-Type: {FORM}"], LARGE),
     "large JSON": (MESSAGES_PATH, [JSON_KIND], LARGE),
     "large JSON in chunks": (MESSAGES_PATH, [JSON_KIND, CHUNKED], None),
 }
 
 
-@pytest.mark.parametrize("told", ONCE)
 @started(**pool("ad"))
-async def test_what_is_not_kept_or_bound_to_a_key_goes_up_once(ring: Keyring, told: str) -> None:
-    path, fields, body = ONCE[told]
+async def test_what_is_not_kept_or_bound_to_a_key_goes_up_once(
+    ring: Keyring, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(gateway, "JSON_BODY_LIMIT", MIB)
     await ring.meet("ad")
     ring.usual = refuses(401)
-    client = await ring.gw.asking(f"POST {path}", *fields, body=body)
-    if body is None:
-        await client.send_all(40, chunk(bytes(MIB)))
-        client.send(chunk(b""))
-    assert (await client.response()).status == 401 and len(ring.asked) == 1
-    arrived = ring.gw.up.arrived[-1].body
-    assert arrived == body or len(arrived) == 40 * MIB or b"_" in arrived
-    assert ring.gw.held.total == 0
+    for told, (path, fields, body) in ONCE.items():
+        ring.gw.pool.rests.clear()
+        ring.asked.clear()
+        tries = 2 if isinstance(body, dict) else 1  # what is bound to a key does not leave it
+        for _ in range(tries):
+            client = await ring.gw.asking(f"POST {path}", *fields, body=body)
+            if body is None:
+                client.send(chunk(LARGE) + chunk(b""))
+            assert (await client.response()).status == 401, told
+            arrived = ring.gw.up.arrived[-1].body
+            assert arrived in (body, LARGE) or json.loads(arrived) == body, told
+        assert len(ring.asked) == tries and len({*ring.asked}) == 1, told
+        assert ring.gw.held.total == 0
 
 
-@pytest.mark.parametrize("leave", ["close", "reset"])
-@pytest.mark.parametrize("tries", [1, 2])
-@with_several
-async def test_who_leaves_during_a_try_leaves_nothing(
-    ring: Keyring, tries: int, leave: str
+@pytest.mark.parametrize("told", ["1 close", "1 reset", "2 close", "2 reset", "2 batch"])
+@started(**pool("ad"))
+async def test_who_leaves_or_is_broken_off_pays_for_what_is_under_way(
+    ring: Keyring, told: str
 ) -> None:
-    gw, mine = ring.gw, (await ring.meet())["a"]
-    ring.does = {"a": refuses(401) if tries == 2 else says(ERROR_HEAD % 401, then="wait")}
-    ring.does |= dict.fromkeys("bc", stall)
-    rows, before = len(await gw.rows()), asyncio.all_tasks()
-    client = await gw.asking(f"POST {MESSAGES_PATH}", IN_SESSION + mine, body=MESSAGE)
-    await until(lambda: len(ring.asked) == tries)
-    client.reset() if leave == "reset" else client.close()
-    await until(lambda: gw.up.arrived[-1].closed_at, SOON)
+    gw, mine, (tries, leave) = ring.gw, (await ring.meet("ad"))["a"], told.split()
+    await gw.manage("/key/update", {"key": gw.key, "home": "a", "max_budget": 9})
+    path, body = (BATCHES, batch_of(1)) if leave == "batch" else (MESSAGES_PATH, MESSAGE)
+    ring.does["a"] = refuses(401) if tries == "2" else says(ERROR_HEAD % 401, then="wait")
+    ring.does["d"] = says(then="close") if leave == "batch" else stall
+    rows, before, spent = len(await gw.rows()), asyncio.all_tasks(), await gw.spent()
+    client = await gw.asking(f"POST {path}", IN_SESSION + mine, body=body)
+    await until(lambda: len(ring.asked) == int(tries))
+    if leave == "batch":
+        assert (await client.response()).status == 502
+    else:
+        client.reset() if leave == "reset" else client.close()
+        await until(lambda: gw.up.arrived[-1].closed_at, SOON)
     await until(lambda: asyncio.all_tasks() <= before and not gw.active and not gw.exchanges)
-    assert ring.asked[0] == "a" and len(ring.asked) == tries and gw.held.total == 0
+    assert "".join(ring.asked) == "ad"[: int(tries)] and gw.held.total == 0
     assert_nothing_is_held(gw.account(gw.key))
-    (line,) = (line for line in gw.log.splitlines() if "client_gone" in line)
-    assert f" via={','.join(ring.asked)} " in line
     row, *others = await gw.rows()
-    assert row["upstream_keys"] == ring.asked and row["outcome"] == "client_gone"
-    assert len(others) == rows
+    outcome = "upstream_lost" if leave == "batch" else "client_gone"
+    assert row["upstream_keys"] == ring.asked and row["outcome"] == outcome
+    assert len(others) == rows and f" via={','.join(ring.asked)} " in gw.log.splitlines()[-1]
+    # A refusal costs nothing; what is under way, as if it had been asked for at first.
+    paid = await gw.spent() - spent
+    assert 0.00007 < paid < 0.009 and row["estimated"] if tries == "2" else paid == 0
 
 
 @started(**several, log_json=True)
@@ -4590,28 +4610,28 @@ RAW_BODIES: dict[str, tuple[bytes, bytes, bytes]] = {
 }
 
 
-@pytest.mark.parametrize("told", RAW_BODIES)
 @with_several
-async def test_where_all_rest_the_first_to_be_back_is_asked(ring: Keyring, told: str) -> None:
-    framing, sent, body = RAW_BODIES[told]
+async def test_where_all_rest_the_first_to_be_back_is_asked(ring: Keyring) -> None:
     await ring.meet()
-    for name, wait in {"a": 600, "b": 60}.items():
-        wire = RAW_429 % (wait, framing) + sent
-        ring.does[name] = says(wire, then="close" if told == "to the end" else "")
-    ring.does["c"] = refuses(401)
-    for session in map(str, range(12)):  # until all of them rest
-        await ring.message(session)
-    assert "ok" not in await ring.states()
-    ring.asked.clear()
-    for session in map(str, range(6)):
-        answer = await ring.message(session)
-        assert answer.clean and answer.body == body
-        assert answer.head.startswith(RAW_429.partition(b"%b")[0] % 60)
-        assert told != "chunks" or answer.field("transfer-encoding") == ["chunked"]
-    assert ring.asked == ["b"] * 6 and ring.gw.held.total == 0
-    ring.does.clear()
-    assert (await ring.message("0")).status == 200
-    assert (await ring.states()).split().index("ok") == 1 and ring.asked[-1] == "b"
+    for told, (framing, sent, body) in RAW_BODIES.items():
+        ring.gw.pool.rests.clear()
+        for name, wait in {"a": 600, "b": 60}.items():
+            wire = RAW_429 % (wait, framing) + sent
+            ring.does[name] = says(wire, then="close" if told == "to the end" else "")
+        ring.does["c"] = refuses(401)
+        for session in map(str, range(12)):  # until all of them rest
+            await ring.message(session)
+        assert "ok" not in await ring.states()
+        ring.asked.clear()
+        for session in map(str, range(4)):
+            answer = await ring.message(session)
+            assert answer.clean and answer.body == body, told
+            assert answer.head.startswith(RAW_429.partition(b"%b")[0] % 60)
+            assert told != "chunks" or answer.field("transfer-encoding") == ["chunked"]
+        assert ring.asked == ["b"] * 4 and ring.gw.held.total == 0
+        ring.does.clear()
+        assert (await ring.message("0")).status == 200 and ring.asked[-1] == "b"
+        assert (await ring.states()).split().index("ok") == 1, told
 
 
 @with_several
@@ -4675,27 +4695,27 @@ async def chosen(ring: Keyring, count: int, key: str | None = None) -> str:
 @with_several
 async def test_a_conversation_stays_with_its_key_for_as_long_as_that_is_well(ring: Keyring) -> None:
     gw, other = ring.gw, await ring.gw.new_key(resources="all")
-    first, of_other = await chosen(ring, 1000), await chosen(ring, 100, other)
-    assert all(250 < first.count(name) < 420 for name in "abc")
-    assert of_other != first[:100] and set(of_other) == set("abc")
+    first, of_other = await chosen(ring, 240), await chosen(ring, 60, other)
+    assert all(40 < first.count(name) < 120 for name in "abc")  # three in a million are without
+    assert of_other != first[:60] and set(of_other) == set("abc")
     renewed = (await gw.manage("/key/regenerate", {"key": other})).json()["key"]
-    assert await chosen(ring, 100, renewed) == of_other
-    for number in range(10):
+    assert await chosen(ring, 60, renewed) == of_other
+    for number in range(5):
         for path in (MESSAGES_PATH, f"{MESSAGES_PATH}/count_tokens"):
             told = await ring.asks(f"POST {path}", f"{IN_SESSION}session-{number}", body=MESSAGE)
             assert told == (200, first[number])
     assert len({(await ring.asks(f"GET {MODELS_PATH}"))[1] for _ in range(5)}) == 1
     await gw.restart(**pool("cba"))  # another process, another order
-    assert await chosen(ring, 1000) == first
+    assert await chosen(ring, 60) == first[:60]
     ring.does["c"] = refuses(401)
-    without = await chosen(ring, 1000)
+    without = await chosen(ring, 240)
     assert without.count("c") == 1  # which was refused
     without = without.replace("c", "")
     assert all(old in (new, "c") for old, new in zip(first, without, strict=True))
     moved = [new for old, new in zip(first, without, strict=True) if old == "c"]
-    assert all(moved.count(name) > len(moved) / 3 for name in "ab")
+    assert all(moved.count(name) > len(moved) / 9 for name in "ab")
     await gw.restart(**pool("ab"))
-    assert await chosen(ring, 100) == without[:100]
+    assert await chosen(ring, 60) == without[:60]
 
 
 # Homes
