@@ -411,6 +411,12 @@ def wait_for(condition: Callable[[], Any]) -> None:
         time.sleep(0.01)
 
 
+def memory_of(pid: int | str, what: str = "VmRSS") -> int:
+    """Resident memory, bytes; VmHWM is the highest so far."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(rf"{what}:\s+(\d+) kB", status)[1]) * 1024
+
+
 @dataclass
 class Process:
     popen: subprocess.Popen[str]
@@ -432,9 +438,7 @@ class Process:
         return self.log_path.read_text()
 
     def memory(self, what: str = "VmRSS") -> int:
-        """Resident memory, bytes; VmHWM is the highest so far."""
-        status = Path(f"/proc/{self.popen.pid}/status").read_text()
-        return int(re.search(rf"{what}:\s+(\d+) kB", status)[1]) * 1024
+        return memory_of(self.popen.pid, what)
 
     def manage(self, path: str, body: Any = None, key: str = MASTER_KEY) -> httpx2.Response:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -4730,14 +4734,17 @@ def naming(*names: str) -> dict[str, Any]:
 @with_several
 async def test_a_home_is_made_at_the_first_use_and_kept(ring: Keyring) -> None:
     gw, homes = ring.gw, dict[str, str]()
-    for _ in range(12):
-        key = await gw.new_key()
+    for number in range(24):
+        key = await gw.new_key(models=["claude-sonnet*"], unmetered_routes=True)
         assert (await gw.info(key)).get("home") is None
+        if number % 2:  # its first request goes nowhere
+            error_of(await ring.message(key=key, model=OPUS), 403)
         _, homes[key] = await ring.asks(f"GET {FILES_PATH}", key=key)
+        await gw.store.reload()  # before it is written
         assert (await gw.info(key))["home"] == homes[key]
-    assert len(set(homes.values())) > 1
+    assert all(len({*[*homes.values()][start::2]}) > 1 for start in (0, 1))
     await gw.restart(**pool("cba"))
-    for key, home in homes.items():
+    for key, home in [*homes.items()][:6]:
         for start in ("GET /v1/files", f"GET {BATCHES}", "GET /v1/skills?source=custom"):
             assert (await ring.asks(start, IN_SESSION + key[-9:], key=key))[1] == home
     for wrong in ("nobody", 5):
@@ -4746,10 +4753,31 @@ async def test_a_home_is_made_at_the_first_use_and_kept(ring: Keyring) -> None:
     for other in "abc":
         told = await gw.manage("/key/update", {"key": key, "home": other})
         assert told.status == 200 and await ring.asks("GET /v1/files", key=key) == (200, other)
-    assert (await ring.asks("GET /v1/files/x", key=MASTER_KEY))[1] == "c"
-    await gw.restart(**several, master_key="", keys=gw.keys.with_name("open.json"))
-    for session in "xyz":
-        assert (await ring.asks("GET /v1/files/x", IN_SESSION + session, host=LOCAL))[1] == "a"
+
+
+@with_several
+async def test_what_the_master_key_and_open_mode_made_is_found_again(ring: Keyring) -> None:
+    gw, is_open = ring.gw, {"master_key": "", "keys": ring.gw.keys.with_name("open.json")}
+    for options, shown in (({}, {"key": MASTER_KEY}), (is_open, {"host": LOCAL})):
+        await gw.restart(**options)
+        assert await ring.asks("GET /v1/files/x", f"{IN_SESSION}s", **shown) == (200, "a")
+        ring.asked.clear()
+        for session in "abcdefgh":
+            message = {
+                "id": "msg_1",
+                "type": "message",
+                "content": [made_by_code(f"file_{session}")],
+            }
+            ring.usual = answers(message | {"container": {"id": f"container_{session}"}})
+            start = f"POST {MESSAGES_PATH}", IN_SESSION + session
+            _, home = await ring.asks(*start, body=MESSAGE, **shown)
+            body = MESSAGE | {"container": f"container_{session}"}
+            for other in "xyz":
+                start = f"POST {MESSAGES_PATH}", IN_SESSION + other
+                assert await ring.asks(*start, body=body, **shown) == (200, home)
+            file = f"GET /v1/files/file_{session}/content"
+            assert await ring.asks(file, **shown) == (200, home)
+        assert len({*ring.asked}) > 1
 
 
 @with_several
@@ -4800,8 +4828,12 @@ async def test_ids_go_back_to_where_they_were_born(ring: Keyring) -> None:
             assert "file_1" in message and "file_2" in message
         assert len(ring.asked) == before
     batches.state = "ended"
+    await gw.restart(**pool("ac"))
+    await gw.lookout.book("msgbatch_1")  # whose real key is not there: it may come back
+    assert len(ring.asked) == before and gw.store.unbooked("msgbatch_1")
+    await gw.restart(**several)
     await gw.lookout.book("msgbatch_1")
-    assert ring.asked[before:] == ["b", "b"]
+    assert ring.asked[before:] == ["b", "b"] and not gw.store.unbooked("msgbatch_1")
     assert await ring.asks(f"GET {BATCHES}/msgbatch_1/results", key=key) == (200, "b")
     assert (await ring.asks("DELETE /v1/files/file_2", key=key)) == (200, "b")
 
@@ -4837,10 +4869,11 @@ async def test_what_stays_in_a_workspace_is_reached_by_its_keys_alone(ring: Keyr
 # Shown, set and changed
 
 
-async def test_no_real_key_is_shown(gw: GW) -> None:
-    variables = {"ANTHROPIC_API_KEYS": several["api_keys"], "ANTHROPIC_API_KEY": ""}
-    await gw.restart(process=True, variables=variables)
-    ring = Keyring(gw)
+async def test_no_real_key_is_shown_and_sighup_reads_them_again(gw: GW, tmp_path: Path) -> None:
+    ring, file, variables = Keyring(gw), tmp_path / "real", {"ANTHROPIC_API_KEY": ""}
+    file.write_text(several["api_keys"])
+    file.chmod(0o600)
+    await gw.restart(process=True, api_keys_file=file, variables=variables)
     sessions, shown = await ring.meet(), ""
 
     async def tells(request: Arrived) -> None:
@@ -4866,6 +4899,11 @@ async def test_no_real_key_is_shown(gw: GW) -> None:
     assert ready["upstreams"] == dict.fromkeys("abc", "refused")
     error_of(await gw.manage(UPSTREAMS, key=gw.key), 403)
     error_of(await gw.manage(UPSTREAMS, key=""), 401)
+    file.write_text(f"{several['api_keys']} nonsense")
+    gw.process.hang_up("not read again")
+    file.write_text(f"b={POOL['b']}")
+    gw.process.hang_up()
+    assert list(await ring.shown()) == ["b"]
     await until(lambda: gw.log.count("via=") > 5)
     gw.process.stop()
     for name in "abc":
@@ -4920,8 +4958,7 @@ async def test_real_keys_are_changed_by_their_file(gw: GW, tmp_path: Path) -> No
         file.chmod(mode)
 
     writes({"a": "a", "b": "b"})
-    options = {"process": True, "api_keys_file": file, "variables": {"ANTHROPIC_API_KEY": ""}}
-    await gw.restart(**options)
+    await gw.restart(api_key="", api_keys_file=file)
     sessions = await ring.meet("ab")
     key = await gw.new_key(resources="all")
     assert (await gw.manage("/key/update", {"key": key, "home": "b"})).status == 200
@@ -4932,11 +4969,11 @@ async def test_real_keys_are_changed_by_their_file(gw: GW, tmp_path: Path) -> No
     assert await ring.states() == "refused resting"
     for mode, behind in ((0o644, ""), (0o600, "\nc=sk-ant-another"), (0o600, "\nnonsense")):
         writes({"c": "c"}, mode, behind)
-        gw.process.hang_up("not read again")
+        with pytest.raises(gateway.SettingsError):
+            gw.pool.reload()
         assert await ring.shown() == before
-    assert gw.log.count("not read again") == 3
     writes({"b": "b", "a": "renewed", "c": "c"})
-    gw.process.hang_up()
+    gw.pool.reload()
     after = await ring.shown()
     assert set(after) == set("abc") and after["b"] == before["b"]
     for counted in ("requests", "errors"):
@@ -4946,29 +4983,22 @@ async def test_real_keys_are_changed_by_their_file(gw: GW, tmp_path: Path) -> No
     found = {(await ring.message(str(number)), ring.asked[-1])[1] for number in range(20)}
     assert found == {"renewed", "c"}
     writes({"a": "renewed", "c": "c"})
-    gw.process.hang_up()
+    gw.pool.reload()
     assert list(await ring.shown()) == ["a", "c"]
     ring.does.clear()
     assert (await ring.asks("GET /v1/files/x", key=key))[1] in ("renewed", "c")  # its home is gone
-    gw.process.kill()
-    assert not any(POOL[name] in gw.log for name in ("a", "b", "c", "renewed"))
-    writes({"a": "a"}, 0o644)
-    line = failed_start(tmp_path, f"--api-keys-file={file}", GATEWAY_MASTER_KEY=MASTER_KEY)
-    assert str(file) in line and A not in line
 
 
 async def test_check_asks_each_real_key(gw: GW, tmp_path: Path) -> None:
     ring, told = Keyring(gw), {"ANTHROPIC_API_KEYS": several["api_keys"]}
+    ring.does["b"] = refuses(401)
     told |= {"GATEWAY_MASTER_KEY": MASTER_KEY}
     options = (f"--upstream={gw.up.url}", "--keys=other.json")
-    for refused in ("", "b"):
-        ring.does, ring.asked = dict.fromkeys(refused, refuses(401)), []
-        text = await asyncio.to_thread(check, tmp_path, *options, status=len(refused), **told)
-        assert sorted(ring.asked) == ["a", "b", "c"]
-        lines = [line for line in text.splitlines() if "accept" in line]
-        for name, line in zip("abc", lines, strict=True):
-            assert re.search(rf"\b{name}\b", line) and line.startswith("FAIL") == (name == refused)
-        assert not any(key in text for key in POOL.values())
+    text = await asyncio.to_thread(check, tmp_path, *options, status=1, **told)
+    lines = [line for line in text.splitlines() if "accept" in line]
+    for name, line in zip("abc", lines, strict=True):
+        assert re.search(rf"\b{name}\b", line) and line.startswith("FAIL") == (name == "b")
+    assert sorted(ring.asked) == ["a", "b", "c"] and not any(key in text for key in POOL.values())
 
 
 # ─── Walls: what holds ────────────────────────────────────────────────────────────────
@@ -6030,7 +6060,7 @@ HINTS = ("request_class", "prompt_id", "agent_type")
 HOSTILE = ("main 200 ok user=root", '","status":500,"x":"', "\x85\xff" + "x" * 5000)
 
 
-@started(process=True, log_json=True)
+@started(log_json=True)
 async def test_what_claude_code_tells_of_a_request_is_logged(gw: GW) -> None:
     for values in ((), ("main",) * 3, HOSTILE):
         before, told = gw.log, dict(zip(HINTS, values))
@@ -6054,12 +6084,13 @@ WRONG_ALERTS = [("budget_warnings", v) for v in ("x", "nan", "inf", "1.5", "-0.1
 WRONG_ALERTS += [("alert_webhook", url) for url in ("nonsense", "ftp://x/y", "http://", "//x")]
 
 
-def test_wrong_marks_and_webhooks_end_the_start(tmp_path: Path) -> None:
+def test_wrong_marks_and_webhooks_end_the_start() -> None:
     for name, value in WRONG_ALERTS:
         with pytest.raises(gateway.SettingsError, match=f"^--{name.replace('_', '-')}: "):
             gateway.Settings(**{name: value})
-    said = failed_start(tmp_path, GATEWAY_ALERT_WEBHOOK="ftp://x/T0-secret")
-    assert "--alert-webhook" in said and "T0-secret" not in said
+    with pytest.raises(gateway.SettingsError, match="^--alert-webhook: ") as wrong:
+        gateway.read_settings([], {"GATEWAY_ALERT_WEBHOOK": "ftp://x/T0-secret"})
+    assert "T0-secret" not in str(wrong.value)
 
 
 class Hook(Upstream):
@@ -6089,7 +6120,7 @@ class Hook(Upstream):
 @pytest.fixture
 def hook(gw: GW, io_loop: Any, monkeypatch: Patch) -> Hook:
     monkeypatch.setattr(gateway, "ALERT_BACKOFF", (0.01, 0.02, 0.03))
-    monkeypatch.setattr(gateway, "MAX_ALERTS", 50)
+    monkeypatch.setattr(gateway, "MAX_ALERTS", 15)
 
     async def begin() -> Hook:
         hook = await gw.stack.enter_async_context(Hook(answers(b"ok")))
@@ -6151,7 +6182,14 @@ async def test_a_store_that_is_not_written_is_told(gw: GW, hook: Hook, monkeypat
 
 
 async def test_a_webhook_that_fails_is_asked_again_and_its_url_kept(gw: GW, hook: Hook) -> None:
-    scripts = [answers(b"", "500 X"), says(then="close"), answers(b"", "429 X"), answers(b"ok")]
+    long, before, grown = chunk(bytes(4 * MIB)), memory_of("self"), list[int]()
+
+    async def endless(request: Arrived) -> None:
+        await says(OK + CHUNKS, *[long] * 64)(request)
+        grown.append(memory_of("self") - before)
+        request.writer.close()
+
+    scripts = [answers(b"", "500 X"), endless, answers(b"", "429 X"), answers(b"ok")]
 
     async def script(request: Arrived) -> None:
         await scripts.pop(0)(request)
@@ -6163,6 +6201,7 @@ async def test_a_webhook_that_fails_is_asked_again_and_its_url_kept(gw: GW, hook
     await hook.told(4)
     assert len({request.body for request in hook.arrived}) == 1
     assert "T0-secret" not in gw.log and "Traceback" not in gw.log
+    assert grown[0] < 64 * MIB, "nobody reads what a webhook answers"
 
 
 async def test_a_webhook_that_hangs_holds_nobody_and_a_flood_is_bounded(gw: GW, hook: Hook) -> None:
@@ -6180,7 +6219,8 @@ async def test_a_webhook_that_hangs_holds_nobody_and_a_flood_is_bounded(gw: GW, 
     assert time.monotonic() - begun < 10
     await until(lambda: hook.arrived)
     release.set()
-    assert 1 < await settles(lambda: len(hook.alerts)) <= gateway.MAX_ALERTS + 1
+    await until(lambda: hook.alerts and f"flood {rounds - 1} " in hook.alerts[-1]["text"])
+    assert 1 < len(hook.alerts) <= gateway.MAX_ALERTS + 1
     release.clear()
     assert (await gw.message(await gw.new_key(soft_budget=0.001))).status == 200
     begun = time.monotonic()
