@@ -203,7 +203,7 @@ def real_keys(settings: Settings) -> dict[str, tuple[str, str]]:
             wrong = getattr(error, "strerror", "") or "holds characters that no key has"
         if mode & 0o077:  # as ssh refuses the file of a key
             wrong, text = "others can read it; chmod 600 it", ""
-        if not text.strip():
+        if not any(REAL_KEYS_APART.split(text)):
             raise SettingsError(f"--api-keys-file: {file}: {wrong}")
         entries += f",{text}"
     for number, entry in enumerate(filter(None, REAL_KEYS_APART.split(entries)), start=1):
@@ -791,7 +791,7 @@ class VirtualKey:
                 found.append(
                     Fullness(spent / limit if limit else WHOLE, spent, limit, within or None)
                 )
-        found.sort(reverse=True)
+        found.sort(key=operator.attrgetter("part"), reverse=True)
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -852,13 +852,8 @@ CLAUDE_CODE = ("session_id", "agent_id", "request_class", "prompt_id", "agent_ty
 CLAUDE_FIELDS = {name: f"x-claude-code-{name.replace('_', '-')}" for name in CLAUDE_CODE}
 TAGS_FIELD, METRICS_PATH = "x-litellm-tags", "/metrics"  # LiteLLM's
 WORKSPACE_FIELD = "anthropic-workspace-id"  # chooses a workspace of the real key's owner
-CLAIM = ("representative-claim", "overage")
 ORGANIZATION_FIELD, UNIFIED = "anthropic-organization-id", "anthropic-ratelimit-unified-"
 # Its user then reads the message of a 429 as it is (Claude Code 2.1.331).
-UNIFIED_ALLOWED, UNIFIED_WARNED = (
-    [(f"{UNIFIED}{n}", v) for n, v in (("status", s), ("overage-status", s), CLAIM)]
-    for s in ("allowed", "allowed_warning")
-)
 SPENT_REASON = (f"{UNIFIED}overage-disabled-reason", "org_spend_cap_reached")
 
 BILLED = ("/v1/messages", "/v1/messages/batches", "/v1/messages/cache_touch", "/v1/complete")
@@ -1306,6 +1301,7 @@ class Order:
     max_tokens: int = MAX_OUTPUT
     thinking: int = 0  # tokens that may be thought unseen
     streams: bool = False
+    fast: bool = False  # which has rate limits of its own (fast-mode)
     # By (model, fast, US): tokens of prompt and of output, web searches. Empty: `model` has it all.
     parts: dict[tuple[str, bool, bool], list[int]] = field(default_factory=dict)
     prompts: int = 1  # messages that share the prompt
@@ -1341,7 +1337,7 @@ class Order:
             if attempt is params:
                 self.model, self.max_tokens = self.model or model, most
                 counts[2] += searches
-        self.streams = params.get("stream") is True
+        self.streams, self.fast = params.get("stream") is True, speed == "fast"
         self.thinking = thinking_of(params.get("thinking"), most)
         return len(fallbacks) + len(tools)
 
@@ -1374,7 +1370,7 @@ async def read_order(document: Any, body: bytes, *, batched: bool, breathe: Brea
 
 EDGE = 4 * KIB
 GLANCED = re.compile(
-    rb'"(model|max_tokens|stream|thinking)"\s*:\s*("[^"\\]*"(?=[,}\s])|\d{1,9}\b|true|\{[^{}]*\})'
+    rb'"(model|max_tokens|stream|thinking|speed)"\s*:\s*("[^"\\]*"(?=[,}\s])|\d{1,9}\b|true|\{[^{}]*\})'
 )
 
 
@@ -1388,6 +1384,7 @@ def glance(body: bytes) -> Order:
         order.thinking = thinking_of(read_json(thinking), order.max_tokens)
     order.model = model_of(str(members.get(b"model", b"")[1:-1], "utf-8", "replace"))
     order.streams = members.get(b"stream") == b"true"
+    order.fast = members.get(b"speed") == b'"fast"'
     return order
 
 
@@ -3206,7 +3203,8 @@ USAGE_LIMIT = re.compile(
     r"You have reached your specified (workspace )?(?:API )?usage limits\.?"
     r"(?: You will regain access on \d{4}-\d\d-\d\d(?: at \d\d:\d\d UTC)?\.?)?"
 )
-OF_THE_REQUEST = re.compile("CORS|OAuth authentication")  # 401s that an Origin, or no beta, brings
+# What an Origin, no beta, or a long prompt brings about, and no key.
+OF_THE_REQUEST = re.compile("CORS|OAuth authentication|long context")
 ISO_DATE = re.compile(r"\d{4}-\d\d-\d\d")
 
 
@@ -3295,6 +3293,8 @@ class RealKeys:
         said, status = message if isinstance(message, str) else "", head.status
         limit = USAGE_LIMIT.fullmatch(said) if status == 400 else None
         scope, why, seconds = key.scopes(group)[0], REFUSED, REFUSED_REST
+        if OF_THE_REQUEST.search(said):
+            return False
         if status == 429 and SPENDING_LIMIT not in body:
             told = re.match("[0-9]{1,9}", head.get("retry-after"))
             scope, why = key.scopes(group)[2], LIMITED
@@ -3307,7 +3307,7 @@ class RealKeys:
             with contextlib.suppress(ValueError, IndexError):
                 left = (from_iso(ISO_DATE.findall(said)[0]) - now()).total_seconds()
                 seconds = min(left, LONGEST_SPENT) if left > 0 else SPENT_REST
-        elif status != 401 or OF_THE_REQUEST.search(said):
+        elif status != 401:
             return False
         moment, until = self.time(), iso(moment_of(int(time.time() + seconds)))
         self.rests = {s: rest for s, rest in self.rests.items() if rest.until > moment}
@@ -3341,7 +3341,7 @@ class RealKeys:
 ALERT_TIMEOUT = 10.0  # seconds
 ALERT_BACKOFF = (1.0, 5.0, 30.0, 120.0, 600.0)  # seconds until what failed is tried again
 ALERT_AGAIN = 600.0  # seconds until the same matter is told again
-MAX_ALERTS = 1000  # that wait
+MAX_ALERTS = 1000  # that wait, and matters that are remembered
 
 
 class Alerts:
@@ -3359,8 +3359,10 @@ class Alerts:
         moment = self._client.time()
         if not self._url or moment - self._told.get(matter, -math.inf) < ALERT_AGAIN:
             return
-        self._told = {m: then for m, then in self._told.items() if then > moment - ALERT_AGAIN}
+        self._told.pop(matter, None)  # so that the oldest stands first
         self._told[matter] = moment
+        if len(self._told) > MAX_ALERTS:
+            del self._told[next(iter(self._told))]
         told = {"text": text, "alert_type": kind, "event": event, "event_message": text}
         told |= {"event_group": "proxy"} | details
         self._waiting.append(json.dumps(told, default=shown).encode())
@@ -4483,7 +4485,8 @@ class Visit:
     @property
     def group(self) -> str:
         """What it shares rate limits with."""
-        return self.route.kind or model_class(self.order.model) or "other"
+        group = self.route.kind or model_class(self.order.model) or "other"
+        return f"{group} fast" if self.order.fast else group
 
     def find_keys(self, body: bytes | None) -> None:
         """Find the real keys that may carry it, the best one first, and take what does not rest; a
@@ -4811,14 +4814,14 @@ def unified(budgets: Sequence[Fullness], parts: Sequence[Decimal]) -> list[tuple
         return []
     fullest = budgets[0]
     passed = [part for part in parts if part < fullest.part]
-    told = UNIFIED_WARNED if passed else UNIFIED_ALLOWED
-    told = [*told, (f"{UNIFIED}overage-utilization", f"{min(fullest.part, ALMOST):.2f}")]
+    status = "allowed_warning" if passed else "allowed"
+    told = {"status": status, "representative-claim": "overage", "overage-status": status}
+    told["overage-utilization"] = f"{min(fullest.part, ALMOST):.2f}"
     if passed:
-        told.append((f"{UNIFIED}overage-surpassed-threshold", f"{passed[-1]}"))
+        told["overage-surpassed-threshold"] = f"{passed[-1]}"
     if fullest.window is not None:
-        reset = str(int(fullest.window[1].timestamp()))
-        told += (f"{UNIFIED}reset", reset), (f"{UNIFIED}overage-reset", reset)
-    return told
+        told["reset"] = told["overage-reset"] = str(int(fullest.window[1].timestamp()))
+    return [(UNIFIED + name, value) for name, value in told.items()]
 
 
 class Batches(Rule):
@@ -5774,7 +5777,8 @@ class RelayHandler(BaseHandler):
         is_keys = pool.weigh(visit.real, head, plain, visit.group)
         if is_keys and may_change and complete:
             tried = visit.record.upstream_keys
-            fresh = [key for key in visit.keys if key.name not in tried]
+            present = [key for key in visit.keys if pool.keys.get(key.name) is key]
+            fresh = [key for key in present if key.name not in tried]
             fresh = [key for key in fresh if not pool.rests_until(key, visit.group)]
             if fresh:
                 self._inside = self._gathered = visit.answer = None

@@ -5938,6 +5938,8 @@ async def test_the_fullest_budget_is_told(gw: GW) -> None:
     only = await filled_key(gw, model_max_budget=of_opus)
     assert await budget_told(gw, only) == told_of(0.76, "0.75", day["budget_reset_at"])
     assert "overage-utilization" not in await budget_told(gw, only, model=HAIKU)
+    alike = {"claude-opus-*": {"budget_limit": 5, "time_period": "1d"}}
+    assert await budget_told(gw, await gw.new_key(max_budget=5, model_max_budget=alike))
 
 
 async def test_upstreams_own_limits_are_for_those_without_a_budget(gw: GW) -> None:
@@ -6141,11 +6143,15 @@ async def test_each_mark_of_a_budget_is_told_once(gw: GW, hook: Hook) -> None:
         assert (await gw.message(key)).status == 200
         alert = await hook.told(number)
         expected = {"alert_type": "budget_alerts", "event": event, "event_group": "key", **whose}
-        expected |= {"key_name": gateway.key_name(key), "spend": pytest.approx(spend), **amounts}
+        expected |= {
+            "key_name": gateway.key_name(key),
+            "spend": pytest.approx(spend, abs=0.001),
+        } | amounts
         assert {name: alert[name] for name in expected} == expected
-        gw.plays(spends(0, 0))
+        gw.plays(spends(1, 0))
         assert (await gw.message(key)).status == (200 if spend < 1 else 429)
         assert "ci" in alert["text"]
+    assert gw.log.count("key ci has spent") == 4
     assert "75" in hook.alerts[1]["text"] and "95" in hook.alerts[2]["text"]
     gw.plays(spends(500_000, 0))
     other = await gw.new_key(max_budget=1)  # all at once
