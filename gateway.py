@@ -3215,13 +3215,10 @@ class Rest(NamedTuple):
     until: float
     why: str
 
-
-@functools.lru_cache(maxsize=4096)
-def ranked(names: tuple[str, ...], text: str) -> tuple[str, ...]:
-    """Names in an order that a text gives them, the same everywhere; where one goes, the others
-    keep theirs (rendezvous hashing: Thaler and Ravishankar, 1998)."""
-    told = text.encode("utf-8", "replace")
-    return tuple(sorted(names, key=lambda n: hashlib.sha256(told + b"\0" + n.encode()).digest()))
+    @property
+    def is_long(self) -> bool:
+        """Whether conversations leave what rests, and their prompt caches."""
+        return self.until - self.since > SHORT_REST
 
 
 class RealKeys:
@@ -3242,19 +3239,23 @@ class RealKeys:
             if (key := self.keys.get(name)) and key.header == old.header:
                 self.keys[name] = old
                 continue
-            self.rests.pop(("key", name, ALL), None)
+            self.rests = {scope: rest for scope, rest in self.rests.items() if scope[1] != name}
             if key:
                 key.requests, key.errors = old.requests, old.errors
         self.names, self.several = tuple(headers), len(headers) > 1
+        self.ranked = functools.lru_cache(maxsize=4096)(self._rank)
         self.first = next(iter(self.keys.values()), RealKey("", ("", "")))
 
     def at(self, name: str | None) -> RealKey:
         """The key of a name, or what stands in for it."""
         return self.keys.get(name or "", self.first)
 
-    def ranked(self, text: str) -> list[RealKey]:
-        """All keys, in the order in which a caller and his session take them."""
-        return [self.keys[name] for name in ranked(self.names, text)]
+    def _rank(self, caller: str, session: str = "") -> tuple[RealKey, ...]:
+        """All keys, in the order in which a caller and his session take them: the same everywhere,
+        and where one goes the others keep theirs (rendezvous hashing: Thaler and Ravishankar)."""
+        told = f"{caller}\0{session}\0".encode("utf-8", "replace")
+        order = sorted(self.names, key=lambda name: hashlib.sha256(told + name.encode()).digest())
+        return tuple(map(self.keys.__getitem__, order))
 
     def beside(self, key: RealKey) -> list[RealKey]:
         """A key, and those that reach the same things."""
@@ -3265,8 +3266,8 @@ class RealKeys:
     def rests_until(self, key: RealKey, group: str) -> float:
         """When a key rests no more for a group of requests; 0 where it does not."""
         found, moment = map(self.rests.get, key.scopes(group)), self.time()
-        longer = (rest for rest in found if rest and rest.until - rest.since > SHORT_REST)
-        return max((rest.until for rest in longer if rest.until > moment), default=0.0)
+        resting = (rest for rest in found if rest and rest.is_long and rest.until > moment)
+        return max((rest.until for rest in resting), default=0.0)
 
     def choose(self, keys: Sequence[RealKey], group: str) -> RealKey:
         """The first that does not rest, else the one whose rest ends first."""
@@ -3307,17 +3308,19 @@ class RealKeys:
             with contextlib.suppress(ValueError, IndexError):
                 left = (from_iso(ISO_DATE.findall(said)[0]) - now()).total_seconds()
                 seconds = min(left, LONGEST_SPENT) if left > 0 else SPENT_REST
-        elif status != 401:
+        elif status != 401 or not said:  # which may be of the request
             return False
         moment, until = self.time(), iso(moment_of(int(time.time() + seconds)))
         self.rests = {s: rest for s, rest in self.rests.items() if rest.until > moment}
-        if scope not in self.rests and seconds > SHORT_REST:
+        rest, before = Rest(moment, moment + seconds, why), self.rests.get(scope)
+        if rest.is_long and not (before and before.is_long and before.why == why):
             text = f"real key {key.name}: {why}; it rests until {until}"
             log.log(logging.WARNING if why == LIMITED else logging.ERROR, "%s", text)
             more = {"upstream_key": key.name, "until": until, "matter": f"{key.name} {why}"}
             self._tell("cooldown_deployment", "cooldown_deployment", text, **more)
-        self.rests[scope] = Rest(moment, moment + seconds, why)
-        return seconds > SHORT_REST
+        if before is None or before.until < rest.until:
+            self.rests[scope] = rest
+        return rest.is_long
 
     def states(self) -> list[dict[str, Any]]:
         """What is known of each key, but the key."""
@@ -4503,8 +4506,8 @@ class Visit:
                 raise APIError(400, f"{text} Make one of them again, beside the other.")
         else:
             session = self.head.get(CLAUDE_FIELDS["session_id"])[:SHOWN_LENGTH]
-            self.keys = pool.ranked(f"{self.payer.owner if self.payer else ''}\0{session}")
-            if any(word in body for word in BOUND):
+            self.keys = pool.ranked(self.payer.owner if self.payer else "", session)
+            if BOUND[0] in body or BOUND[1] in body:
                 self.keys = self.keys[:1]
         self.take(pool.choose(self.keys, self.group) if pool.rests else self.keys[0])
 
@@ -4756,8 +4759,12 @@ class Limits(Rule):
             fields.append(("x-litellm-response-cost", f"{visit.record.tally.spend:f}"))
         if head.status == 200 and visit.path == BILLED[0] and payer.has_budget:
             visit.hidden |= {name for name in head.values if name.startswith(UNIFIED)}
-            budgets = payer.budgets(visit.record.started, visit.order.model)
-            fields += unified(budgets, gateway.settings.warned_parts[:-1])
+            fullest = next(iter(payer.budgets(visit.record.started, visit.order.model)), None)
+            if fullest is not None:
+                passed = [p for p in gateway.settings.warned_parts[:-1] if p < fullest.part]
+                resets = fullest.window[1] if fullest.window else None
+                part = f"{min(fullest.part, ALMOST):.2f}"
+                fields += unified(part, str(passed[-1]) if passed else "", resets)
         spent = payer.spent(visit.record.started)
         fields.append(("x-litellm-key-spend", f"{spent:f}"))
         if payer.max_budget is not None:
@@ -4807,20 +4814,17 @@ class Limits(Rule):
         return Measured()
 
 
-def unified(budgets: Sequence[Fullness], parts: Sequence[Decimal]) -> list[tuple[str, str]]:
+@functools.lru_cache(maxsize=1024)
+def unified(part: str, passed: str, resets: datetime | None) -> list[tuple[str, str]]:
     """What tells Claude Code of the fullest budget, as Anthropic's own gateway does (Claude Code
     2.1.331; it serves that itself at GET /protocol)."""
-    if not budgets:
-        return []
-    fullest = budgets[0]
-    passed = [part for part in parts if part < fullest.part]
     status = "allowed_warning" if passed else "allowed"
     told = {"status": status, "representative-claim": "overage", "overage-status": status}
-    told["overage-utilization"] = f"{min(fullest.part, ALMOST):.2f}"
+    told["overage-utilization"] = part
     if passed:
-        told["overage-surpassed-threshold"] = f"{passed[-1]}"
-    if fullest.window is not None:
-        told["reset"] = told["overage-reset"] = str(int(fullest.window[1].timestamp()))
+        told["overage-surpassed-threshold"] = passed
+    if resets is not None:
+        told["reset"] = told["overage-reset"] = str(int(resets.timestamp()))
     return [(UNIFIED + name, value) for name, value in told.items()]
 
 
@@ -5504,8 +5508,6 @@ class BatchKeeper:
         thing = (await self._ledger.find_things([name])).get(name, Thing(""))
         pool, home = self._gateway.real_keys, thing.home or (maker.home if maker else "")
         try:
-            if pool.several and home and home not in pool.keys:  # it may be there again tomorrow
-                raise UpstreamError(f"there is no real key {home}")
             state = await self._gateway.client.get(path, BATCH_STATE_TIMEOUT, pool.at(home))
             batch, code = read_json(state.body), state.code
             ended = isinstance(batch, dict) and batch.get("processing_status") == BATCH_ENDED
@@ -5514,7 +5516,8 @@ class BatchKeeper:
                 booked = code == 200
         except UpstreamError as error:
             log.info("a batch could not be looked at: %s", error)
-        lost = not booked and (code in (404, 410) or now() - from_iso(kept.day) > BATCH_KEPT)
+        gone = code in (404, 410) and (not home or home in pool.keys)  # else elsewhere, perhaps
+        lost = not booked and (gone or now() - from_iso(kept.day) > BATCH_KEPT)
         if booked or lost:
             self._ledger.finish_batch(name, lost=lost)
         return booked or lost
@@ -5727,7 +5730,8 @@ class RelayHandler(BaseHandler):
             if head.status in OF_A_KEY and (visit.route.open or head.status != 401):
                 self._refusal = bytearray()
             elif self._again is not None:
-                self._give_up_other_keys()
+                self._again = None
+                self._free()
         filters: list[ResponseFilter] = []
         for make in gateway.rules.filters:
             filters += make(visit, head)
@@ -5786,12 +5790,9 @@ class RelayHandler(BaseHandler):
                 visit.take(fresh[0])
                 self._ask(cast(bytes, self._again))
                 return b"", True
-        self._give_up_other_keys()
-        return bytes(refusal) if may_change else data, False
-
-    def _give_up_other_keys(self) -> None:
         self._again = None
         self._free()
+        return bytes(refusal) if may_change else data, False
 
     def on_error(self, error: Exception) -> None:
         """The upstream did not answer to the end, or what is here failed with its answer."""
