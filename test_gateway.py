@@ -411,6 +411,12 @@ def wait_for(condition: Callable[[], Any]) -> None:
         time.sleep(0.01)
 
 
+def memory_of(pid: int | str, what: str = "VmRSS") -> int:
+    """Resident memory, bytes; VmHWM is the highest so far."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(rf"{what}:\s+(\d+) kB", status)[1]) * 1024
+
+
 @dataclass
 class Process:
     popen: subprocess.Popen[str]
@@ -432,9 +438,7 @@ class Process:
         return self.log_path.read_text()
 
     def memory(self, what: str = "VmRSS") -> int:
-        """Resident memory, bytes; VmHWM is the highest so far."""
-        status = Path(f"/proc/{self.popen.pid}/status").read_text()
-        return int(re.search(rf"{what}:\s+(\d+) kB", status)[1]) * 1024
+        return memory_of(self.popen.pid, what)
 
     def manage(self, path: str, body: Any = None, key: str = MASTER_KEY) -> httpx2.Response:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -573,10 +577,10 @@ async def inside(url: str, folder: Path, rules: Any = gateway.RULES, **options: 
 
 
 @contextlib.contextmanager
-def logged(lines: io.StringIO) -> Iterator[None]:
+def logged(lines: io.StringIO, *, as_json: bool) -> Iterator[None]:
     """Collect what is logged in this process, as a process would write it."""
     handler, root = logging.StreamHandler(lines), logging.getLogger()
-    plain = logging.Formatter("%(levelname)s %(message)s")
+    plain = None if as_json else logging.Formatter("%(levelname)s %(message)s")
     handler.setFormatter(gateway.LineFormatter(plain, MASTER_KEY, REAL_KEY))
     root.addHandler(handler)
     root.setLevel(logging.INFO)
@@ -613,13 +617,15 @@ class GW:
             while (await self.ask("GET /health/readiness")).json()["prices"] != "loaded":
                 await asyncio.sleep(0.01)  # importing the prices keeps it busy for a moment
         else:
-            self.running.enter_context(logged(self.lines))
+            as_json = options.get("log_json", False)
+            self.running.enter_context(logged(self.lines, as_json=as_json))
             made = inside(url, self.start.folder, **options)
             self.app, self.port = await self.running.enter_async_context(made)
             # What tests look at of its inside
             relay = self.app.settings["gateway"]
             self.active, self.held, self.store = relay.active, relay.held, relay.ledger
             self.lookout, self.exchanges = relay.batches, relay.client.requests
+            self.pool = relay.real_keys
 
     async def restart(self, upstream: str = "", **options: Any) -> None:
         await self.running.aclose()
@@ -4313,6 +4319,7 @@ async def test_one_batch_keeps_no_other_from_being_booked(gw: GW, batches: Batch
 KEY_PLACES = {"a": ("org_1", "wrkspc_1"), "b": ("org_2", "wrkspc_2"), "c": ("org_1", "wrkspc_3")}
 KEY_PLACES |= {"d": KEY_PLACES["a"], "renewed": KEY_PLACES["a"]}
 POOL = {name: f"sk-ant-{name}-0123456789-0123456789" for name in KEY_PLACES}
+A, B = POOL["a"], POOL["b"]
 IN_SESSION, UPSTREAMS = "x-claude-code-session-id: ", "/upstreams"
 MODELS_PATH, FILES_PATH = "/v1/models", "/v1/files"
 
@@ -4358,12 +4365,17 @@ class Keyring:
         """Have each real key answer, so that its organisation is known; sessions that stay with
         each. What was asked until then is forgotten."""
         found = dict[str, str]()
-        for number in range(200):
+        for session in map(str, range(200)):
             if len(found) < len(names):
-                await self.message(f"session-{number}")
-                found.setdefault(self.asked[-1], f"session-{number}")
+                await self.message(session)
+                found.setdefault(self.asked[-1], session)
         self.asked.clear()
         return found
+
+    async def moves(self, key: str, home: str) -> None:
+        """Give a virtual key another home."""
+        told = await self.gw.manage("/key/update", {"key": key, "home": home})
+        assert told.status == 200 and told.json()["home"] == home
 
     async def shown(self) -> dict[str, dict[str, Any]]:
         rows = (await self.gw.manage(UPSTREAMS)).json()["upstreams"]
@@ -4414,45 +4426,61 @@ MOVES: dict[str, tuple[Script, str]] = {
 }
 
 
-@pytest.mark.parametrize("told", MOVES)
 @with_several
-async def test_where_a_key_can_do_no_more_another_is_asked(ring: Keyring, told: str) -> None:
-    script, words = MOVES[told]
-    others, resting, scope, models, seconds = words.split()
-    mine, before = (await ring.meet())["a"], datetime.now(UTC)
-    ring.does["a"] = script
-    answer = await ring.message(mine, "Accept-Encoding: gzip")
-    assert answer.status == 200 and answer.field("x-litellm-response-cost") == ["0.007"]
-    first, second = ring.asked
-    assert first == "a" and second in others and ring.gw.log.count(f"via=a,{second}") == 1
-    rows = await ring.shown()
-    assert {name for name, row in rows.items() if row["state"] != "ok"} == set(resting)
-    for row in (rows[name] for name in resting):
-        (rest,) = row["rests"]
-        assert row["state"] == ("refused" if scope == "key" else "resting") and row["why"]
-        assert rest["scope"] == scope and str(rest["model_class"]) == models and rest["why"]
-        assert row["until"] == rest["until"]
-        if seconds == "DAY":
-            assert rest["until"] == f"{DAY}T00:00:00Z"
-        else:
-            lasts = (datetime.fromisoformat(rest["until"]) - before).total_seconds()
-            assert -1 <= lasts - int(seconds) <= SOON
-    assert (rows["a"]["errors"], rows[second]["errors"]) == (1, 0)
-    assert (await ring.message(mine)).status == 200 and ring.asked == [first, second, second]
-    ring.does.clear()
-    await ring.message(mine, model=HAIKU)  # whose limits are others
-    assert (ring.asked[-1] == "a") == (models != "None")
+async def test_where_a_key_can_do_no_more_another_is_asked(ring: Keyring) -> None:
+    usual, ring.usual = ring.usual, (limited := refuses(429, "Slow.", f"{WAIT}60"))
+    status, asked = await ring.asks(f"POST {MESSAGES_PATH}", body=MESSAGE)
+    assert status == 429 and sorted(asked) == ["a", "b", "c"]  # whose places are not known yet
+    ring.gw.pool.rests.clear()
+    ring.usual = usual
+    mine = (await ring.meet())["a"]
+    for number, (told, (script, words)) in enumerate(MOVES.items(), 1):
+        others, resting, scope, models, seconds = words.split()
+        before, ring.asked, ring.does = datetime.now(UTC), [], {"a": script}
+        ring.gw.pool.rests.clear()
+        answer = await ring.message(mine, "Accept-Encoding: gzip")
+        assert answer.status == 200 and answer.field("x-litellm-response-cost") == ["0.007"], told
+        first, second = ring.asked
+        assert first == "a" and second in others and f" via=a,{second} " in ring.gw.log[-500:], told
+        rows = await ring.shown()
+        assert {n for n, row in rows.items() if row["state"] != "ok"} == set(resting), told
+        for row in (rows[name] for name in resting):
+            (rest,) = row["rests"]
+            assert row["state"] == ("refused" if scope == "key" else "resting") and row["why"]
+            assert (rest["scope"], str(rest["model_class"])) == (scope, models), told
+            assert rest["why"] and row["until"] == rest["until"]
+            if seconds == "DAY":
+                assert rest["until"] == f"{DAY}T00:00:00Z", told
+            else:
+                lasts = (datetime.fromisoformat(rest["until"]) - before).total_seconds()
+                assert -1 <= lasts - int(seconds) <= SOON, told
+        assert [rows[name]["errors"] for name in "abc"] == [1 + number, 1, 1]
+        assert (await ring.message(mine)).status == 200 and ring.asked == [first, second, second]
+        ring.does.clear()
+        await ring.message(mine, model=HAIKU)  # whose limits are others
+        assert (ring.asked[-1] == "a") == (models != "None"), told
+    ring.gw.pool.rests.clear()
+    ring.asked, ring.does = [], dict.fromkeys("abc", limited)
+    assert (await ring.message(mine)).status == 429 and ring.asked == ["a", "b"]  # c's is a's
 
 
 ERROR_HEAD = b"HTTP/1.1 %d Oh\r\n" + JSON_KIND.encode() + b"\r\nContent-Length: 99\r\n\r\n{"
 HELD: dict[str, Script] = {
-    "429 for a moment": refuses(429, "Slow.", f"{WAIT}5"),
+    f"400 {text}": refuses(400, text)
+    for text in (
+        "messages: at least one message is required", f"{OF_ORGANISATION}: Extra inputs",
+        f"tools.0.name: {OF_ORGANISATION}", f"tools.0.name:\n{OF_WORKSPACE}\n",
+        f"{OF_ORGANISATION} is not a valid value", f"You sent: {OF_WORKSPACE}",
+        "You sent a tool whose specified API usage limits", "You have specified workspace x",
+    )
+}  # fmt: skip
+HELD |= {
+    "401 CORS": refuses(401, "CORS requests must set 'anthropic-dangerous-direct-browser-access'"),
+    "401 to HEAD": answers(b"", "401 Oh"),
+    "401 beta": refuses(401, "OAuth authentication is currently not supported."),
+    "429 long": refuses(429, "Extra usage is required for long context requests."),
     **{str(status): refuses(status, OF_WORKSPACE, f"{WAIT}60") for status in (403, 404, 413, 500)},
     **{str(status): refuses(status, "No.", f"{WAIT}60") for status in (503, 529)},
-    "400": refuses(400, "messages: at least one message is required"),
-    "400 that names a field": refuses(400, f"{OF_ORGANISATION}: Extra inputs are not permitted"),
-    "400 that names a tool": refuses(400, f"tools.0.name: {OF_ORGANISATION}"),
-    "400 of lines": refuses(400, f"tools.0.name:\n{OF_WORKSPACE}\n"),
     "400 elsewhere": refuses(400, "Odd.", details=OF_ORGANISATION),
     "400 no error": answers({"message": OF_ORGANISATION}, "400 Oh"),
     "400 no JSON": answers(OF_ORGANISATION.encode(), "400 Oh"),
@@ -4468,90 +4496,92 @@ HELD: dict[str, Script] = {
 }
 
 
-@pytest.mark.parametrize("told", HELD)
 @started(**several, idle_timeout=0.5)
-async def test_what_is_not_the_keys_fault_is_passed_on(ring: Keyring, told: str) -> None:
+async def test_what_is_not_the_keys_fault_is_passed_on(ring: Keyring) -> None:
     mine = (await ring.meet())["a"]
-    ring.does["a"] = HELD[told]
-    for count in (1, 2):
+    for told, script in HELD.items():
+        ring.asked, ring.does["a"] = [], script
         answer = await ring.message(mine)
-        assert ring.asked == ["a"] * count
         if "cut" in told:
-            assert answer.status in (502, 504) or not answer.clean
+            assert answer.status in (502, 504) or not answer.clean, told
         else:
-            assert answer.status == int(told[:3]) and answer.clean
-    rests, states = (await ring.shown())["a"]["rests"], await ring.states()
-    if told == "429 for a moment":
-        assert [rest["model_class"] for rest in rests] == ["sonnet"]
-    else:
-        assert (rests, states) == ([], "ok ok ok")
+            assert answer.status == int(told[:3]) and answer.clean, told
+        rests, states = (await ring.shown())["a"]["rests"], await ring.states()
+        assert ring.asked == ["a"] and not rests and states == "ok ok ok", told
+    key = await ring.gw.new_key(resources="all", allowed_routes=EVERY_ROUTE)
+    ring.does = dict.fromkeys("abc", refuses(401))  # which some routes may say of themselves
+    status, asked = await ring.asks("POST /v1/agents", body={}, key=key)
+    assert status == 401 and len(asked) == 1
+    for ring.usual in (refuses(401), refuses(402), refuses(400, OF_WORKSPACE), refuses(429)):
+        assert (await ring.asks(f"GET {MODELS_PATH}", OWN_ACCOUNT))[1] == "own"
+    assert await ring.states() == "ok ok ok"
+    ring.asked, ring.does["a"] = [], refuses(429, "Slow.", f"{WAIT}5")
+    for _ in range(2):  # so short a rest moves nobody
+        assert (await ring.message(mine)).status == 429 and set(ring.asked) == {"a"}
+    assert [r["model_class"] for r in (await ring.shown())["a"]["rests"]] == ["sonnet"]
 
 
-@with_several
-async def test_an_organisation_is_asked_once(ring: Keyring) -> None:
-    ring.usual = refuses(429, "Slow.", f"{WAIT}60")
-    status, asked = await ring.asks(f"POST {MESSAGES_PATH}", body=MESSAGE)
-    assert status == 429 and sorted(asked) == ["a", "b", "c"]  # whose places are not known yet
-    for name in "abc":
-        await ring.gw.restart()
-        ring.usual = spends(1, 1)
-        session = (await ring.meet())[name]
-        ring.usual = refuses(429, "Slow.", f"{WAIT}60")
-        assert (await ring.message(session)).status == 429
-        first, second = ring.asked
-        assert first == name and KEY_PLACES[first][0] != KEY_PLACES[second][0]
-
-
-LARGE, CREDIT = bytes(40 * MIB), {"fallback_credit_token": "token-1"}
+LARGE, CREDIT = bytes(2 * MIB), {"fallback_credit_token": "token-1"}
 THREAD = {"thread": {"type": "continue", "previous_message_id": "msg_1"}}
 ONCE: dict[str, tuple[str, list[str], Any]] = {  # of path, fields and body
     "credit": (MESSAGES_PATH, [], MESSAGE | CREDIT),
     "thread": (MESSAGES_PATH, [], MESSAGE | THREAD),
-    "upload": (FILES_PATH, [f"Content-Type: {FORM}"], bytes(MIB)),
-    "large upload": (FILES_PATH, [f"Content-Type: {FORM}"], LARGE),
+    "upload": (FILES_PATH, [f"Content-Type: {FORM}"], LARGE),
     "large JSON": (MESSAGES_PATH, [JSON_KIND], LARGE),
     "large JSON in chunks": (MESSAGES_PATH, [JSON_KIND, CHUNKED], None),
 }
 
 
-@pytest.mark.parametrize("told", ONCE)
 @started(**pool("ad"))
-async def test_what_is_not_kept_or_bound_to_a_key_goes_up_once(ring: Keyring, told: str) -> None:
-    path, fields, body = ONCE[told]
+async def test_what_is_not_kept_or_bound_to_a_key_goes_up_once(
+    ring: Keyring, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(gateway, "JSON_BODY_LIMIT", MIB)
     await ring.meet("ad")
     ring.usual = refuses(401)
-    client = await ring.gw.asking(f"POST {path}", *fields, body=body)
-    if body is None:
-        await client.send_all(40, chunk(bytes(MIB)))
-        client.send(chunk(b""))
-    assert (await client.response()).status == 401 and len(ring.asked) == 1
-    arrived = ring.gw.up.arrived[-1].body
-    assert arrived == body or len(arrived) == 40 * MIB or b"_" in arrived
-    assert ring.gw.held.total == 0
+    for told, (path, fields, body) in ONCE.items():
+        ring.gw.pool.rests.clear()
+        ring.asked.clear()
+        tries = 2 if isinstance(body, dict) else 1  # what is bound to a key does not leave it
+        for _ in range(tries):
+            client = await ring.gw.asking(f"POST {path}", *fields, body=body)
+            if body is None:
+                client.send(chunk(LARGE) + chunk(b""))
+            assert (await client.response()).status == 401, told
+            arrived = ring.gw.up.arrived[-1].body
+            assert arrived in (body, LARGE) or json.loads(arrived) == body, told
+        assert len(ring.asked) == tries and len({*ring.asked}) == 1, told
+        assert ring.gw.held.total == 0
 
 
-@pytest.mark.parametrize("leave", ["close", "reset"])
-@pytest.mark.parametrize("tries", [1, 2])
-@with_several
-async def test_who_leaves_during_a_try_leaves_nothing(
-    ring: Keyring, tries: int, leave: str
+@pytest.mark.parametrize("told", ["1 close", "1 reset", "2 close", "2 reset", "2 batch"])
+@started(**pool("ad"))
+async def test_who_leaves_or_is_broken_off_pays_for_what_is_under_way(
+    ring: Keyring, told: str
 ) -> None:
-    gw, mine = ring.gw, (await ring.meet())["a"]
-    ring.does = {"a": refuses(401) if tries == 2 else says(ERROR_HEAD % 401, then="wait")}
-    ring.does |= dict.fromkeys("bc", stall)
-    rows, before = len(await gw.rows()), asyncio.all_tasks()
-    client = await gw.asking(f"POST {MESSAGES_PATH}", IN_SESSION + mine, body=MESSAGE)
-    await until(lambda: len(ring.asked) == tries)
-    client.reset() if leave == "reset" else client.close()
-    await until(lambda: gw.up.arrived[-1].closed_at, SOON)
+    gw, mine, (tries, leave) = ring.gw, (await ring.meet("ad"))["a"], told.split()
+    await gw.manage("/key/update", {"key": gw.key, "home": "a", "max_budget": 9})
+    path, body = (BATCHES, batch_of(1)) if leave == "batch" else (MESSAGES_PATH, MESSAGE)
+    ring.does["a"] = refuses(401) if tries == "2" else says(ERROR_HEAD % 401, then="wait")
+    ring.does["d"] = says(then="close") if leave == "batch" else stall
+    rows, before, spent = len(await gw.rows()), asyncio.all_tasks(), await gw.spent()
+    client = await gw.asking(f"POST {path}", IN_SESSION + mine, body=body)
+    await until(lambda: len(ring.asked) == int(tries))
+    if leave == "batch":
+        assert (await client.response()).status == 502
+    else:
+        client.reset() if leave == "reset" else client.close()
+        await until(lambda: gw.up.arrived[-1].closed_at, SOON)
     await until(lambda: asyncio.all_tasks() <= before and not gw.active and not gw.exchanges)
-    assert ring.asked[0] == "a" and len(ring.asked) == tries and gw.held.total == 0
+    assert "".join(ring.asked) == "ad"[: int(tries)] and gw.held.total == 0
     assert_nothing_is_held(gw.account(gw.key))
-    (line,) = (line for line in gw.log.splitlines() if "client_gone" in line)
-    assert f" via={','.join(ring.asked)} " in line
     row, *others = await gw.rows()
-    assert row["upstream_keys"] == ring.asked and row["outcome"] == "client_gone"
-    assert len(others) == rows
+    outcome = "upstream_lost" if leave == "batch" else "client_gone"
+    assert row["upstream_keys"] == ring.asked and row["outcome"] == outcome
+    assert len(others) == rows and f" via={','.join(ring.asked)} " in gw.log.splitlines()[-1]
+    # A refusal costs nothing; what is under way, as if it had been asked for at first.
+    paid = await gw.spent() - spent
+    assert 0.00007 < paid < 0.009 and row["estimated"] if tries == "2" else paid == 0
 
 
 @started(**several, log_json=True)
@@ -4564,16 +4594,14 @@ async def test_what_was_sent_twice_is_counted_once(ring: Keyring) -> None:
 
     ring.usual = second_time
     for _ in range(2):  # the first of which goes up twice
-        answer = await ring.message("session-1", key=key, model=OPUS)
-        assert answer.status == 200
+        assert (await ring.message("session-1", key=key, model=OPUS)).status == 200
     first, second, third = ring.asked
-    assert first != second == third
-    assert await gw.spent(key) == 2 * Decimal("0.014")
+    assert first != second == third and await gw.spent(key) == 2 * Decimal("0.014")
     error_of(await ring.message(key=key), 429)  # the third in this minute
     assert_nothing_is_held(gw.account(key))
     rows = [row for row in await gw.rows() if row["api_key"] == gateway.hash_key(key)]
-    assert [row.get("upstream_keys") for row in rows[-2:]] == [[second], [first, second]]
-    assert [row["spend"] for row in rows[-2:]] == [0.014, 0.014]
+    told = [(row["upstream_keys"], row["spend"]) for row in rows[-2:]]
+    assert told == [([second], 0.014), ([first, second], 0.014)]
     used, kinds = await metrics(gw), ("requests_total", "errors_total", "resting")
     told = {n: [used[f"gateway_upstream_key_{kind}", n] for kind in kinds] for n in "abc"}
     (idle,) = set("abc") - {first, second}
@@ -4586,32 +4614,32 @@ RAW_BODIES: dict[str, tuple[bytes, bytes, bytes]] = {
     "length": (b"Content-Length: 7\r\nX-b: 2", b'{"a" :1', b'{"a" :1'),
     "chunks": (b"Transfer-Encoding: chunked", SPLIT, b'{"a" :1'),
     "to the end": (b"Connection: close", b'{"a" :1', b'{"a" :1'),
-    "large": (b"Content-Length: 3000000", bytes(3_000_000), bytes(3_000_000)),
+    "large": (b"Content-Length: 300000", bytes(300_000), bytes(300_000)),
 }
 
 
-@pytest.mark.parametrize("told", RAW_BODIES)
 @with_several
-async def test_where_all_rest_the_first_to_be_back_is_asked(ring: Keyring, told: str) -> None:
-    framing, sent, body = RAW_BODIES[told]
+async def test_where_all_rest_the_first_to_be_back_is_asked(ring: Keyring) -> None:
     await ring.meet()
-    for name, wait in {"a": 600, "b": 60}.items():
-        wire = RAW_429 % (wait, framing) + sent
-        ring.does[name] = says(wire, then="close" if told == "to the end" else "")
-    ring.does["c"] = refuses(401)
-    for session in map(str, range(12)):  # until all of them rest
-        await ring.message(session)
-    assert "ok" not in await ring.states()
-    ring.asked.clear()
-    for session in map(str, range(6)):
-        answer = await ring.message(session)
-        assert answer.clean and answer.body == body
-        assert answer.head.startswith(RAW_429.partition(b"%b")[0] % 60)
-        assert told != "chunks" or answer.field("transfer-encoding") == ["chunked"]
-    assert ring.asked == ["b"] * 6 and ring.gw.held.total == 0
-    ring.does.clear()
-    assert (await ring.message("0")).status == 200
-    assert (await ring.states()).split().index("ok") == 1 and ring.asked[-1] == "b"
+    for told, (framing, sent, body) in RAW_BODIES.items():
+        ring.gw.pool.rests.clear()
+        for name, wait in {"a": 600, "b": 60}.items():
+            wire = RAW_429 % (wait, framing) + sent
+            ring.does[name] = says(wire, then="close" if told == "to the end" else "")
+        ring.does["c"] = refuses(401)
+        for session in map(str, range(12)):  # until all of them rest
+            await ring.message(session)
+        assert "ok" not in await ring.states()
+        ring.asked.clear()
+        for session in map(str, range(4)):
+            answer = await ring.message(session)
+            assert answer.clean and answer.body == body, told
+            assert answer.head.startswith(RAW_429.partition(b"%b")[0] % 60)
+            assert told != "chunks" or answer.field("transfer-encoding") == ["chunked"]
+        assert ring.asked == ["b"] * 4 and ring.gw.held.total == 0
+        ring.does.clear()
+        assert (await ring.message("0")).status == 200 and ring.asked[-1] == "b"
+        assert (await ring.states()).split().index("ok") == 1, told
 
 
 @with_several
@@ -4648,19 +4676,6 @@ async def test_where_no_connection_comes_about_the_same_key_has_one_more(
             assert sum(row["errors"] for row in (await ring.shown()).values()) == (status == 502)
 
 
-@with_several
-async def test_what_says_nothing_of_a_real_key_rests_none(ring: Keyring) -> None:
-    gw, agents, models = ring.gw, "POST /v1/agents", f"GET {MODELS_PATH}"
-    await ring.meet()
-    key = await gw.new_key(resources="all", allowed_routes=EVERY_ROUTE)
-    ring.usual = refuses(401)  # which a route that only some keys have may say of itself
-    status, asked = await ring.asks(agents, body={}, key=key)
-    assert status == 401 and len(asked) == 1
-    for ring.usual in (refuses(401), refuses(402), refuses(400, OF_WORKSPACE), refuses(429)):
-        assert (await ring.asks(models, OWN_ACCOUNT))[1] == "own"
-    assert await ring.states() == "ok ok ok"
-
-
 # Which one
 
 
@@ -4675,27 +4690,27 @@ async def chosen(ring: Keyring, count: int, key: str | None = None) -> str:
 @with_several
 async def test_a_conversation_stays_with_its_key_for_as_long_as_that_is_well(ring: Keyring) -> None:
     gw, other = ring.gw, await ring.gw.new_key(resources="all")
-    first, of_other = await chosen(ring, 1000), await chosen(ring, 100, other)
-    assert all(250 < first.count(name) < 420 for name in "abc")
-    assert of_other != first[:100] and set(of_other) == set("abc")
+    first, of_other = await chosen(ring, 240), await chosen(ring, 60, other)
+    assert all(40 < first.count(name) < 120 for name in "abc")  # three in a million are without
+    assert of_other != first[:60] and set(of_other) == set("abc")
     renewed = (await gw.manage("/key/regenerate", {"key": other})).json()["key"]
-    assert await chosen(ring, 100, renewed) == of_other
-    for number in range(10):
+    assert await chosen(ring, 60, renewed) == of_other
+    for number in range(5):
         for path in (MESSAGES_PATH, f"{MESSAGES_PATH}/count_tokens"):
             told = await ring.asks(f"POST {path}", f"{IN_SESSION}session-{number}", body=MESSAGE)
             assert told == (200, first[number])
     assert len({(await ring.asks(f"GET {MODELS_PATH}"))[1] for _ in range(5)}) == 1
     await gw.restart(**pool("cba"))  # another process, another order
-    assert await chosen(ring, 1000) == first
+    assert await chosen(ring, 60) == first[:60]
     ring.does["c"] = refuses(401)
-    without = await chosen(ring, 1000)
+    without = await chosen(ring, 240)
     assert without.count("c") == 1  # which was refused
     without = without.replace("c", "")
     assert all(old in (new, "c") for old, new in zip(first, without, strict=True))
     moved = [new for old, new in zip(first, without, strict=True) if old == "c"]
-    assert all(moved.count(name) > len(moved) / 3 for name in "ab")
+    assert all(moved.count(name) > len(moved) / 9 for name in "ab")
     await gw.restart(**pool("ab"))
-    assert await chosen(ring, 100) == without[:100]
+    assert await chosen(ring, 60) == without[:60]
 
 
 # Homes
@@ -4710,51 +4725,62 @@ def naming(*names: str) -> dict[str, Any]:
 @with_several
 async def test_a_home_is_made_at_the_first_use_and_kept(ring: Keyring) -> None:
     gw, homes = ring.gw, dict[str, str]()
-    for _ in range(12):
-        key = await gw.new_key()
+    for number in range(24):
+        key = await gw.new_key(models=["claude-sonnet*"], unmetered_routes=True)
         assert (await gw.info(key)).get("home") is None
+        if number % 2:  # its first request goes nowhere
+            error_of(await ring.message(key=key, model=OPUS), 403)
         _, homes[key] = await ring.asks(f"GET {FILES_PATH}", key=key)
+        await gw.store.reload()  # before it is written
         assert (await gw.info(key))["home"] == homes[key]
-    assert len(set(homes.values())) > 1
+    assert all(len({*[*homes.values()][start::2]}) > 1 for start in (0, 1))
     await gw.restart(**pool("cba"))
-    for key, home in homes.items():
+    for key, home in [*homes.items()][:6]:
         for start in ("GET /v1/files", f"GET {BATCHES}", "GET /v1/skills?source=custom"):
             assert (await ring.asks(start, IN_SESSION + key[-9:], key=key))[1] == home
     for wrong in ("nobody", 5):
         told = await gw.manage("/key/update", {"key": key, "home": wrong})
         assert "home" in error_of(told, 400)
     for other in "abc":
-        told = await gw.manage("/key/update", {"key": key, "home": other})
-        assert told.status == 200 and await ring.asks("GET /v1/files", key=key) == (200, other)
-    assert (await ring.asks("GET /v1/files/x", key=MASTER_KEY))[1] == "c"
-    await gw.restart(**several, master_key="", keys=gw.keys.with_name("open.json"))
-    for session in "xyz":
-        assert (await ring.asks("GET /v1/files/x", IN_SESSION + session, host=LOCAL))[1] == "a"
+        await ring.moves(key, other)
+        assert await ring.asks("GET /v1/files", key=key) == (200, other)
+
+
+@with_several
+async def test_what_the_master_key_and_open_mode_made_is_found_again(ring: Keyring) -> None:
+    gw, is_open = ring.gw, {"master_key": "", "keys": ring.gw.keys.with_name("open.json")}
+    for options, shown in (({}, {"key": MASTER_KEY}), (is_open, {"host": LOCAL})):
+        await gw.restart(**options)
+        assert await ring.asks("GET /v1/files/x", f"{IN_SESSION}s", **shown) == (200, "a")
+        ring.asked.clear()
+        for session in "abcdefgh":
+            made = {"container": {"id": f"container_{session}"}, "id": "msg_1", "type": "message"}
+            ring.usual = answers(made | {"content": [made_by_code(f"file_{session}")]})
+            start, file = f"POST {MESSAGES_PATH}", f"GET /v1/files/file_{session}/content"
+            _, home = await ring.asks(start, IN_SESSION + session, body=MESSAGE, **shown)
+            body = MESSAGE | {"container": f"container_{session}"}
+            assert await ring.asks(start, f"{IN_SESSION}x", body=body, **shown) == (200, home)
+            assert await ring.asks(file, **shown) == (200, home)
+        assert len({*ring.asked}) > 1
 
 
 @with_several
 async def test_ids_go_back_to_where_they_were_born(ring: Keyring) -> None:
     gw, batches = ring.gw, Batches()
     key = await gw.new_key()
-
-    async def moves_to(home: str) -> None:
-        answer = await gw.manage("/key/update", {"key": key, "home": home})
-        assert answer.status == 200 and answer.json()["home"] == home
-
     for name, home in {"file_1": "a", "file_2": "b"}.items():
-        await moves_to(home)
+        await ring.moves(key, home)
         ring.usual = answers({"id": name})
         assert await ring.asks(f"POST {FILES_PATH}", body={}, key=key) == (200, home)
     ring.usual = batches
     assert await ring.asks(f"POST {BATCHES}", body=batch_of(1), key=key) == (200, "b")
     row = {"custom_id": "1", "params": naming("file_1")}
-    await moves_to("c")
+    await ring.moves(key, "c")
     assert (await gw.manage(ASSIGN, {"ids": ["file_3"], "key": key})).status == 200
-    for restarts in (False, True):
-        if restarts:
+    for home in ("c", "a"):
+        if home == "a":
             await gw.restart()
-            await moves_to("a")
-        home = "a" if restarts else "c"
+            await ring.moves(key, home)
         for start, body, place in (
             ("GET /v1/files/file_1", None, "a"),
             ("GET /v1/files/file_2/content", None, "b"),
@@ -4770,18 +4796,20 @@ async def test_ids_go_back_to_where_they_were_born(ring: Keyring) -> None:
             asked = await ring.asks(start, IN_SESSION + "s", body=body, key=key)
             assert asked == (200, place), start
         both, before = naming("file_1", "file_2"), len(ring.asked)
-        other = {"requests": [row, {"custom_id": "2", "params": naming("file_2")}]}
-        for path, body in {
-            MESSAGES_PATH: both,
-            f"{MESSAGES_PATH}/count_tokens": both,
-            BATCHES: other,
-        }.items():
+        rows = {"requests": [row, {"custom_id": "2", "params": naming("file_2")}]}
+        bodies = {MESSAGES_PATH: both, f"{MESSAGES_PATH}/count_tokens": both, BATCHES: rows}
+        for path, body in bodies.items():
             message = error_of(await gw.ask(f"POST {path}", body=body, key=key), 400)
             assert "file_1" in message and "file_2" in message
         assert len(ring.asked) == before
-    batches.state = "ended"
-    await gw.lookout.book("msgbatch_1")
-    assert ring.asked[before:] == ["b", "b"]
+    batches.state, batches.gone = "ended", True
+    for names in ("ac", "a", "abc"):  # its real key may come back
+        await gw.restart(**pool(names))
+        batches.gone = names != "abc"
+        ring.asked.clear()
+        await gw.lookout.book("msgbatch_1")
+        assert bool(gw.store.unbooked("msgbatch_1")) == batches.gone
+    assert ring.asked == ["b", "b"]
     assert await ring.asks(f"GET {BATCHES}/msgbatch_1/results", key=key) == (200, "b")
     assert (await ring.asks("DELETE /v1/files/file_2", key=key)) == (200, "b")
 
@@ -4790,7 +4818,7 @@ async def test_ids_go_back_to_where_they_were_born(ring: Keyring) -> None:
 async def test_what_stays_in_a_workspace_is_reached_by_its_keys_alone(ring: Keyring) -> None:
     gw, thing = ring.gw, "GET /v1/files/file_1"
     key = await gw.new_key(resources="all")
-    assert (await gw.manage("/key/update", {"key": key, "home": "a"})).status == 200
+    await ring.moves(key, "a")
     ring.usual = answers({"id": "file_1"})
     assert await ring.asks(f"POST {FILES_PATH}", body={}, key=key) == (200, "a")
     ring.does["a"] = refuses(401)
@@ -4801,9 +4829,7 @@ async def test_what_stays_in_a_workspace_is_reached_by_its_keys_alone(ring: Keyr
     ring.does["a"] = refuses(402)  # of the organisation, which all that are there belong to
     assert await ring.asks(thing, key=key) == (402, "a")
     assert (await ring.message(sessions["a"])).status == 200 and ring.asked[-1] == "b"
-    await gw.restart()
-    ring.does.clear()
-    await ring.meet("abcd")
+    gw.pool.rests.clear()
     ring.does["a"] = refuses(401)
     assert await ring.asks(thing, key=key) == (200, "ad")
     assert await ring.asks(thing, key=key) == (200, "d")
@@ -4817,10 +4843,11 @@ async def test_what_stays_in_a_workspace_is_reached_by_its_keys_alone(ring: Keyr
 # Shown, set and changed
 
 
-async def test_no_real_key_is_shown(gw: GW) -> None:
-    variables = {"ANTHROPIC_API_KEYS": several["api_keys"], "ANTHROPIC_API_KEY": ""}
-    await gw.restart(process=True, variables=variables)
-    ring = Keyring(gw)
+async def test_no_real_key_is_shown_and_sighup_reads_them_again(gw: GW, tmp_path: Path) -> None:
+    ring, file, variables = Keyring(gw), tmp_path / "real", {"ANTHROPIC_API_KEY": ""}
+    file.write_text(several["api_keys"])
+    file.chmod(0o600)
+    await gw.restart(process=True, api_keys_file=file, variables=variables)
     sessions, shown = await ring.meet(), ""
 
     async def tells(request: Arrived) -> None:
@@ -4830,10 +4857,10 @@ async def test_no_real_key_is_shown(gw: GW) -> None:
 
     ring.usual = tells
     for name in "bac":
-        answer = await ring.message(sessions[name], f"x-a: {POOL['b']}")
+        answer = await ring.message(sessions[name], f"x-a: {B}")
         assert answer.status == 200 and "*" * 20 in answer.text
         shown += f"{answer.head}{answer.text}"
-    ring.does = dict.fromkeys("abc", refuses(401, f"{POOL['a']} {POOL['b']} {POOL['c']} are bad."))
+    ring.does = dict.fromkeys("abc", refuses(401, f"{A} {B} {POOL['c']} are bad."))
     for name in "abc":
         await ring.message(sessions[name])
         await gw.ask(f"GET /v1/files/{POOL[name]}", f"x-litellm-tags: {POOL[name]}")
@@ -4844,111 +4871,100 @@ async def test_no_real_key_is_shown(gw: GW) -> None:
         shown += answer.text
     ready = (await gw.ask("GET /health/readiness", key="")).json()
     assert ready["upstreams"] == dict.fromkeys("abc", "refused")
-    error_of(await gw.manage(UPSTREAMS, key=gw.key), 403)
-    error_of(await gw.manage(UPSTREAMS, key=""), 401)
+    for key, status in ((gw.key, 403), ("", 401)):
+        error_of(await gw.manage(UPSTREAMS, key=key), status)
+    file.write_text(f"{several['api_keys']} nonsense")
+    gw.process.hang_up("not read again")
+    file.write_text(f"b={B}")
+    gw.process.hang_up()
+    assert list(await ring.shown()) == ["b"]
     await until(lambda: gw.log.count("via=") > 5)
     gw.process.stop()
-    for name in "abc":
-        assert POOL[name] not in shown and POOL[name] not in gw.log
+    assert not any(POOL[name] in shown + gw.log for name in "abc")
 
 
-A, B = POOL["a"], POOL["b"]
 WRONG_POOLS = ["a={A},a={B}", "a={A},b={A}", "{A},{A}", "a={R}", "default={A}", "key2={A},{B}"]
 WRONG_POOLS += ["nonsense", "a=ant-1", "a=", "={A}", "a={A}\x01", "a={A}\u00e9", "a=b={A}"]
 WRONG_POOLS += ["a b={A}", "a\n={A}", "a,{B}"]
 
 
-async def test_real_keys_have_names(gw: GW, tmp_path: Path) -> None:
-    ring, file = Keyring(gw), tmp_path / "real"
-    alone = {"api_key": ""}
-    for text, before, names in (
-        (A, alone, "key1"),
-        (f" {A},\n b={B}\t{POOL['c']} ,", alone, "key1 b key3"),
-        (f"b={B}", {}, "default b"),
-        (f"b={B}", alone | {"auth_token": A}, "default b"),
-    ):
+def test_real_keys_have_names(tmp_path: Path) -> None:
+    file, bearer = tmp_path / "real", ("Authorization", f"Bearer {A}")
+
+    def read(way: str = "api_keys_file", text: Any = file, **more: str) -> dict[str, Any]:
+        keys = gateway.RealKeys(gateway.Settings(**{way: text}, **more)).keys
+        return {name: key.header for name, key in keys.items()}
+
+    for text, more, names in (
+        (A, {}, "key1"), (f" {A},\n b={B}\t{POOL['c']} ,", {}, "key1 b key3"),
+        (f"b={B}", {"api_key": REAL_KEY}, "default b"), (f"b={B}", {"auth_token": A}, "default b"),
+    ):  # fmt: skip
         file.write_text(text)
         file.chmod(0o600)
-        for way in ({"api_keys": text}, {"api_keys_file": file}):
-            await gw.restart(**before, **way)
-            assert list(await ring.shown()) == names.split()
-    await gw.restart(api_key="", auth_token=A, api_keys=f"b={B}")
-    seen = set()
-    for number in range(20):
-        await ring.message(str(number))
-        seen.update(gw.up.arrived[-1].credentials)
-    assert seen == {("authorization", f"Bearer {A}"), ("x-api-key", B)}
-    for form, in_file in itertools.product(WRONG_POOLS, (False, True)):
-        file.write_text(text := form.format(A=A, B=B, R=REAL_KEY), encoding="utf-8")
-        with pytest.raises(gateway.SettingsError) as wrong:
-            await gw.restart(**({"api_keys_file": file} if in_file else {"api_keys": text}))
-        assert not any(key[3:] in str(wrong.value) for key in (A, B, REAL_KEY)), text
-    for text, mode in (("", 0o600), (" \n", 0o600), (f"a={A}", 0o640), (f"a={A}", 0o604)):
+        assert read("api_keys", text, **more) == (found := read(**more))
+        assert [*found] == names.split() and ((bearer in found.values()) == ("auth_token" in more))
+    for text in (form.format(A=A, B=B, R=REAL_KEY) for form in WRONG_POOLS):
+        file.write_text(text, encoding="utf-8")
+        for way in (("api_keys", text), ()):
+            with pytest.raises(gateway.SettingsError) as wrong:
+                read(*way, api_key=REAL_KEY)
+            assert not any(key[3:] in str(wrong.value) for key in (A, B, REAL_KEY)), text
+    for text, mode in (("", 0o600), (" ,\n", 0o600), (f"a={A}", 0o640), (f"a={A}", 0o604)):
         file.write_text(text)
         file.chmod(mode)
         with pytest.raises(gateway.SettingsError, match=str(file)):
-            await gw.restart(api_keys_file=file)
+            read()
     with pytest.raises(gateway.SettingsError, match="nowhere"):
-        await gw.restart(api_keys_file=Path("nowhere"))
+        read(text=Path("nowhere"))
 
 
 async def test_real_keys_are_changed_by_their_file(gw: GW, tmp_path: Path) -> None:
     ring, file = Keyring(gw), tmp_path / "real"
 
-    def writes(names: dict[str, str], mode: int = 0o600, behind: str = "") -> None:
-        file.write_text("\n".join(f"{name}={POOL[key]}" for name, key in names.items()) + behind)
+    def writes(mode: int = 0o600, behind: str = "", **keys: str) -> None:
+        file.write_text("\n".join(f"{name}={POOL[key]}" for name, key in keys.items()) + behind)
         file.chmod(mode)
 
-    writes({"a": "a", "b": "b"})
-    options = {"process": True, "api_keys_file": file, "variables": {"ANTHROPIC_API_KEY": ""}}
-    await gw.restart(**options)
-    sessions = await ring.meet("ab")
-    key = await gw.new_key(resources="all")
-    assert (await gw.manage("/key/update", {"key": key, "home": "b"})).status == 200
+    writes(a="a", b="b")
+    await gw.restart(api_key="", api_keys_file=file)
+    sessions, key = await ring.meet("ab"), await gw.new_key(resources="all")
+    await ring.moves(key, "b")
     ring.does = {"a": refuses(401), "b": refuses(429, "Slow.", f"{WAIT}90")}
     for name in "ab":
         await ring.message(sessions[name])
     before = await ring.shown()
     assert await ring.states() == "refused resting"
     for mode, behind in ((0o644, ""), (0o600, "\nc=sk-ant-another"), (0o600, "\nnonsense")):
-        writes({"c": "c"}, mode, behind)
-        gw.process.hang_up("not read again")
+        writes(mode, behind, c="c")
+        with pytest.raises(gateway.SettingsError):
+            gw.pool.reload()
         assert await ring.shown() == before
-    assert gw.log.count("not read again") == 3
-    writes({"b": "b", "a": "renewed", "c": "c"})
-    gw.process.hang_up()
+    writes(b="b", a="renewed", c="c")
+    gw.pool.reload()
     after = await ring.shown()
     assert set(after) == set("abc") and after["b"] == before["b"]
-    for counted in ("requests", "errors"):
-        assert after["a"][counted] == before["a"][counted]
+    assert all(after["a"][each] == before["a"][each] for each in ("requests", "errors"))
     assert after["a"]["state"] == "ok" and not after["a"]["rests"]  # it was the old one's
     ring.asked.clear()
-    found = {(await ring.message(str(number)), ring.asked[-1])[1] for number in range(20)}
-    assert found == {"renewed", "c"}
-    writes({"a": "renewed", "c": "c"})
-    gw.process.hang_up()
-    assert list(await ring.shown()) == ["a", "c"]
+    for session in map(str, range(20)):
+        await ring.message(session)
+    assert {*ring.asked} == {"renewed", "c"}
+    writes(a="renewed", c="c")
+    gw.pool.reload()
     ring.does.clear()
     assert (await ring.asks("GET /v1/files/x", key=key))[1] in ("renewed", "c")  # its home is gone
-    gw.process.kill()
-    assert not any(POOL[name] in gw.log for name in ("a", "b", "c", "renewed"))
-    writes({"a": "a"}, 0o644)
-    line = failed_start(tmp_path, f"--api-keys-file={file}", GATEWAY_MASTER_KEY=MASTER_KEY)
-    assert str(file) in line and A not in line
 
 
 async def test_check_asks_each_real_key(gw: GW, tmp_path: Path) -> None:
     ring, told = Keyring(gw), {"ANTHROPIC_API_KEYS": several["api_keys"]}
+    ring.does["b"] = refuses(401)
     told |= {"GATEWAY_MASTER_KEY": MASTER_KEY}
     options = (f"--upstream={gw.up.url}", "--keys=other.json")
-    for refused in ("", "b"):
-        ring.does, ring.asked = dict.fromkeys(refused, refuses(401)), []
-        text = await asyncio.to_thread(check, tmp_path, *options, status=len(refused), **told)
-        assert sorted(ring.asked) == ["a", "b", "c"]
-        lines = [line for line in text.splitlines() if "accept" in line]
-        for name, line in zip("abc", lines, strict=True):
-            assert re.search(rf"\b{name}\b", line) and line.startswith("FAIL") == (name == refused)
-        assert not any(key in text for key in POOL.values())
+    text = await asyncio.to_thread(check, tmp_path, *options, status=1, **told)
+    lines = [line for line in text.splitlines() if "accept" in line]
+    for name, line in zip("abc", lines, strict=True):
+        assert re.search(rf"\b{name}\b", line) and line.startswith("FAIL") == (name == "b")
+    assert sorted(ring.asked) == ["a", "b", "c"] and not any(key in text for key in POOL.values())
 
 
 # ─── Walls: what holds ────────────────────────────────────────────────────────────────
@@ -5942,9 +5958,6 @@ async def test_keys_in_the_form_of_a_claude_gateways(gw: GW) -> None:
         assert key.encode() not in gw.up.arrived[-1].head
     error_of(await gw.ask("GET /v1/models", f"X-Debug: {key}", key=plain), 400)
     assert (await gw.ask("GET /v1/models", key=plain)).status == 200  # the grace period
-    assert (await gw.info(key))["key_name"] == made["key_name"]
-    for path in ("/key/block", "/key/unblock", f"/key/{key}/reset_spend"):
-        assert (await gw.manage(path, {"key": key, "reset_to": 0})).status == 200, path
     new = (await gw.manage(f"/key/{key}/regenerate", {})).json()["key"]
     assert [(await gw.ask("GET /v1/models", key=k)).status for k in (key, new)] == [401, 200]
     for wrong in ({"claude_code": "yes"}, {"claude_code": True, "key": "sk-own-key-0123456789"}):
@@ -5959,29 +5972,32 @@ async def test_keys_in_the_form_of_a_claude_gateways(gw: GW) -> None:
 USAGE_PATHS = ("/anthropic/api/oauth/usage", "/api/oauth/usage")
 
 
-@pytest.mark.parametrize("each", ["1d daily", "7d weekly", "30d monthly", "1w weekly"])
-async def test_a_key_is_told_what_usage_shows(gw: GW, each: str) -> None:
-    duration, group = each.split()
-    key = await filled_key(gw, max_budget=3.75, budget_duration=duration)
-    told = await budget_told(gw, key)
-    for path in USAGE_PATHS:
-        answer = await gw.ask(f"GET {path}", f"Authorization: Bearer {key}", key="")
-        assert answer.status == 200 and answer.headers["content-type"].startswith(JSON_KIND[14:])
-        usage, (limit,) = answer.json()["extra_usage"], answer.json()["limits"]
-        assert usage == {"is_enabled": True, "monthly_limit": 375, "currency": "USD"} | {
-            "used_credits": pytest.approx(285, abs=1), "utilization": 76}  # fmt: skip
-        end = datetime.fromisoformat(limit.pop("resets_at"))
-        assert str(int(end.timestamp())) == told["overage-reset"]
-        shown = {"kind": "spend", "group": group, "percent": 76, "severity": "warning"}
-        assert limit == {**shown, "is_active": True}
+async def test_a_key_is_told_what_usage_shows(gw: GW) -> None:
+    told = {"is_enabled": True, "monthly_limit": 375, "currency": "USD", "utilization": 76}
+    shown = {"kind": "spend", "percent": 76, "severity": "warning", "is_active": True}
+    for duration, group in {
+        "1d": "daily",
+        "7d": "weekly",
+        "30d": "monthly",
+        "1w": "weekly",
+    }.items():
+        key = await filled_key(gw, max_budget=3.75, budget_duration=duration)
+        reset = (await budget_told(gw, key))["overage-reset"]
+        for path in USAGE_PATHS:
+            answer = await gw.ask(f"GET {path}", f"Authorization: Bearer {key}", key="")
+            assert answer.status == 200 and answer.field("content-type")[0] in JSON_KIND
+            usage, (limit,) = answer.json()["extra_usage"], answer.json()["limits"]
+            assert usage == told | {"used_credits": pytest.approx(285, abs=1)}
+            end = datetime.fromisoformat(limit.pop("resets_at"))
+            assert str(int(end.timestamp())) == reset and limit == shown | {"group": group}
     gw.plays(spends(FILLING, 0))
     await gw.message(key)
     usage = (await gw.ask(f"GET {USAGE_PATHS[0]}", key=key)).json()
     assert usage["extra_usage"]["used_credits"] == pytest.approx(570, abs=1)
     assert usage["limits"][0]["severity"] == "critical"
     await gw.manage("/key/block", {"key": key})
-    for shown, path in itertools.product((key, UNKNOWN_KEY, ""), USAGE_PATHS):
-        error_of(await gw.ask(f"GET {path}", key=shown), 401)
+    for wrong, path in itertools.product((key, UNKNOWN_KEY, ""), USAGE_PATHS):
+        error_of(await gw.ask(f"GET {path}", key=wrong), 401)
 
 
 async def test_usage_without_a_budget_and_of_who_pays_himself(gw: GW) -> None:
@@ -5998,21 +6014,21 @@ async def test_usage_without_a_budget_and_of_who_pays_himself(gw: GW) -> None:
     assert gw.up.arrived[-1].credentials == [("authorization", own)]
 
 
-@pytest.mark.parametrize("limits", [{"rpm_limit": 1}, {"rpm_limit": 0}, {"tpm_limit": 10}])
-async def test_a_rates_wait_is_none_that_ends_a_turn(gw: GW, limits: dict[str, int]) -> None:
+async def test_a_rates_wait_is_none_that_ends_a_turn(gw: GW) -> None:
     gw.plays(spends(9000, 300))  # which overdraw 10 a minute for hours
-    key = await gw.new_key(**limits)
-    refused = [await gw.message(key) for _ in range(2)][-1]
-    assert re.search(r"again in (60|5\d) seconds", error_of(refused, 429))
-    assert 50 < int(refused.field("retry-after")[0]) <= 60
-    assert not refused.field("x-should-retry") and unified(refused) == {}
+    for limits in ({"rpm_limit": 1}, {"rpm_limit": 0}, {"tpm_limit": 10}):
+        key = await gw.new_key(**limits)
+        refused = [await gw.message(key) for _ in range(2)][-1]
+        assert re.search(r"again in (60|5\d) seconds", error_of(refused, 429)), limits
+        assert 50 < int(refused.field("retry-after")[0]) <= 60
+        assert not refused.field("x-should-retry") and unified(refused) == {}
 
 
 HINTS = ("request_class", "prompt_id", "agent_type")
 HOSTILE = ("main 200 ok user=root", '","status":500,"x":"', "\x85\xff" + "x" * 5000)
 
 
-@started(process=True, log_json=True)
+@started(log_json=True)
 async def test_what_claude_code_tells_of_a_request_is_logged(gw: GW) -> None:
     for values in ((), ("main",) * 3, HOSTILE):
         before, told = gw.log, dict(zip(HINTS, values))
@@ -6021,9 +6037,7 @@ async def test_what_claude_code_tells_of_a_request_is_logged(gw: GW) -> None:
         await until(lambda before=before: gw.log != before)
         line, row = json.loads(gw.log.removeprefix(before)), (await gw.rows())[0]
         assert {name: row[name] for name in HINTS if name in row} == {n: line[n] for n in told}
-        assert line["status"] == 200 and all(
-            (line[name] is None) != (name in told) for name in HINTS
-        )
+        assert line["status"] == 200 and {n for n in HINTS if line[n] is not None} == {*told}
         for name, value in told.items():
             assert line[name].isprintable() and len(line[name]) <= 200
             assert line[name] == value or value == HOSTILE[2]
@@ -6036,12 +6050,13 @@ WRONG_ALERTS = [("budget_warnings", v) for v in ("x", "nan", "inf", "1.5", "-0.1
 WRONG_ALERTS += [("alert_webhook", url) for url in ("nonsense", "ftp://x/y", "http://", "//x")]
 
 
-def test_wrong_marks_and_webhooks_end_the_start(tmp_path: Path) -> None:
+def test_wrong_marks_and_webhooks_end_the_start() -> None:
     for name, value in WRONG_ALERTS:
         with pytest.raises(gateway.SettingsError, match=f"^--{name.replace('_', '-')}: "):
             gateway.Settings(**{name: value})
-    said = failed_start(tmp_path, GATEWAY_ALERT_WEBHOOK="ftp://x/T0-secret")
-    assert "--alert-webhook" in said and "T0-secret" not in said
+    with pytest.raises(gateway.SettingsError, match="^--alert-webhook: ") as wrong:
+        gateway.read_settings([], {"GATEWAY_ALERT_WEBHOOK": "ftp://x/T0-secret"})
+    assert "T0-secret" not in str(wrong.value)
 
 
 class Hook(Upstream):
@@ -6071,7 +6086,7 @@ class Hook(Upstream):
 @pytest.fixture
 def hook(gw: GW, io_loop: Any, monkeypatch: Patch) -> Hook:
     monkeypatch.setattr(gateway, "ALERT_BACKOFF", (0.01, 0.02, 0.03))
-    monkeypatch.setattr(gateway, "MAX_ALERTS", 50)
+    monkeypatch.setattr(gateway, "MAX_ALERTS", 15)
 
     async def begin() -> Hook:
         hook = await gw.stack.enter_async_context(Hook(answers(b"ok")))
@@ -6092,10 +6107,8 @@ async def test_each_mark_of_a_budget_is_told_once(gw: GW, hook: Hook) -> None:
         assert (await gw.message(key)).status == 200
         alert = await hook.told(number)
         expected = {"alert_type": "budget_alerts", "event": event, "event_group": "key", **whose}
-        expected |= {
-            "key_name": gateway.key_name(key),
-            "spend": pytest.approx(spend, abs=0.001),
-        } | amounts
+        expected |= amounts | {"key_name": gateway.key_name(key)}
+        expected["spend"] = pytest.approx(spend, abs=0.001)
         assert {name: alert[name] for name in expected} == expected
         gw.plays(spends(1, 0))
         assert (await gw.message(key)).status == (200 if spend < 1 else 429)
@@ -6112,11 +6125,11 @@ async def test_each_mark_of_a_budget_is_told_once(gw: GW, hook: Hook) -> None:
 async def test_a_real_key_that_rests_or_is_refused_is_told(gw: GW, hook: Hook) -> None:
     error = {"type": "error", "error": {"type": "x", "message": f"{REAL_KEY} is wrong"}}
     for number, (status, wait) in enumerate((("429 X", 30), ("401 X", 600)), 1):
-        for _ in range(2):
-            gw.plays(answers(error, status, f"retry-after: {wait}"))
-            assert (await gw.message()).status == int(status[:3])
+        for model in (OPUS, OPUS, HAIKU):
             gw.plays(answers(error, "429 X", "retry-after: 4"))  # of which nobody need hear
-            await gw.message(model=HAIKU)
+            await gw.message(model=model)
+            gw.plays(answers(error, status, f"retry-after: {wait}"))
+            assert model == HAIKU or (await gw.message()).status == int(status[:3])
         alert = await hook.told(number)
         expected = {"alert_type": "cooldown_deployment", "event_group": "proxy"}
         assert alert == alert | expected | {"upstream_key": "default"}
@@ -6137,23 +6150,26 @@ async def test_a_store_that_is_not_written_is_told(gw: GW, hook: Hook, monkeypat
 
 
 async def test_a_webhook_that_fails_is_asked_again_and_its_url_kept(gw: GW, hook: Hook) -> None:
-    scripts = [answers(b"", "500 X"), says(then="close"), answers(b"", "429 X"), answers(b"ok")]
+    before, grown = memory_of("self"), list[int]()
 
     async def script(request: Arrived) -> None:
         await scripts.pop(0)(request)
+        grown.append(memory_of("self") - before)
 
+    long = says(OK + CHUNKS, *[chunk(bytes(4 * MIB))] * 32, chunk(b""), then="close")
+    scripts = [answers(b"", "500 X"), says(then="close"), answers(b"", "429 X"), long]
     hook.script = script
     gw.plays(spends(1000, 500))
     assert (await gw.message(await gw.new_key(soft_budget=0.001))).status == 200
-    await until(lambda: not scripts)
+    await until(lambda: len(grown) == 4)
     await hook.told(4)
     assert len({request.body for request in hook.arrived}) == 1
     assert "T0-secret" not in gw.log and "Traceback" not in gw.log
+    assert grown[-1] < 64 * MIB, "nobody reads what a webhook answers"
 
 
 async def test_a_webhook_that_hangs_holds_nobody_and_a_flood_is_bounded(gw: GW, hook: Hook) -> None:
     release, rounds = asyncio.Event(), 3 * gateway.MAX_ALERTS
-
     hook.script = answers(b"ok", after=release)
     keys = {f"sk-flood-0123456789-{number}": number for number in range(rounds)}
     record = functools.partial(gateway.VirtualKey, soft_budget=Decimal("0.001"))
@@ -6166,7 +6182,8 @@ async def test_a_webhook_that_hangs_holds_nobody_and_a_flood_is_bounded(gw: GW, 
     assert time.monotonic() - begun < 10
     await until(lambda: hook.arrived)
     release.set()
-    assert 1 < await settles(lambda: len(hook.alerts)) <= gateway.MAX_ALERTS + 1
+    await until(lambda: hook.alerts and f"flood {rounds - 1} " in hook.alerts[-1]["text"])
+    assert 1 < len(hook.alerts) <= gateway.MAX_ALERTS + 1
     release.clear()
     assert (await gw.message(await gw.new_key(soft_budget=0.001))).status == 200
     begun = time.monotonic()
