@@ -1185,7 +1185,7 @@ NAMES = set(REFERENCES)
 LONGEST_NAME, MAX_NAMES = 1000, 1000
 EVERYDAY = {b'"%b"' % name.encode(): name for _, name in WORDS}
 EVERYDAY_IN_MESSAGES = {b'"container"': "container"}
-OTHER_CHARSET = re.compile(r"charset *= *\"?(?!utf-?8\b|us-ascii\b)", re.IGNORECASE)
+OTHER_CHARSET = re.compile(r"(?i)charset *= *\"?(?!utf-?8\b|us-ascii\b)")
 other_charset = functools.lru_cache(maxsize=256)(OTHER_CHARSET.search)
 NOT_FOUND = {"files": "File `{}` not found.", "environments": "Environment {} not found."}
 NOT_FOUND |= {"skills": "Skill not found: {}", "sessions": "Session not found: {}"}
@@ -1221,33 +1221,27 @@ def named_in(document: object, names: set[str], owns: bool = True) -> Iterator[N
     holders: list[tuple[str, Any, bool]] = [("", document, False)]
     looks = 0
     for place, holder, is_own in holders:  # which grows meanwhile
-        for start in range(0, len(list_of(holder)), BREATH):
-            part = holder[start : start + BREATH]
-            holders += [(place, each, is_own) for each in part if isinstance(each, dict | list)]
-            if start:
-                yield None
         members = dict_of(holder)
-        kind_of, looks = str(members.get("type")), looks + 1
-        if looks > BREATH:
-            looks = 0
-            yield None
-        for name, value in members.items():
+        kind_of = str(members.get("type"))
+        unnamed = ((None, each) for each in list_of(holder))  # it stands where its list does
+        pairs: Iterable[tuple[str | None, Any]] = members.items() or unnamed
+        for name, value in pairs:
             looks += 1
             if looks > BREATH:
                 looks = 0
                 yield None
             own = is_own or name in OWN_DATA or (name == "input" and kind_of.endswith("tool_use"))
-            if isinstance(value, dict | list) and (owns or not own):
-                holders.append((name, value, own))
+            if value and isinstance(value, dict | list) and (owns or not own):
+                holders.append((place if name is None else name, value, own))
             if name in names:
                 kind = "" if own else REFERENCES.get(name) or WORDS.get((place, name), "")
                 listed = value if isinstance(value, list) else [value]
                 if len(listed) > MAX_ATTEMPTS:
                     raise APIError(400, f"{name!r} names more than {MAX_ATTEMPTS:,} things.")
                 each = [dict_of(one).get("id", one) for one in listed if kind]
-                ids = [one for one in each if isinstance(one, str)]
-                if name == "skill_id" and kind_of == "anthropic":  # a built-in one's is a word
-                    ids = [one for one in ids if one.startswith(KINDS["skills"])]
+                # Of built-in skills the id is a word.
+                prefix = KINDS["skills"] if (name, kind_of) == ("skill_id", "anthropic") else ""
+                ids = [one for one in each if isinstance(one, str) and one.startswith(prefix)]
                 yield kind_of, [(kind, one) for one in ids]
 
 
@@ -1355,9 +1349,8 @@ async def read_order(document: Any, body: bytes, *, batched: bool, breathe: Brea
 
 
 EDGE = 4 * KIB
-GLANCED = re.compile(
-    rb'"(model|max_tokens|stream|thinking|speed)"\s*:\s*("[^"\\]*"(?=[,}\s])|\d{1,9}\b|true|\{[^{}]*\})'
-)
+GLANCED_VALUE = rb'"[^"\\]*"(?=[,}\s])|\d{1,9}\b|true|\{[^{}]*\}'
+GLANCED = re.compile(rb'"(model|max_tokens|stream|thinking|speed)"\s*:\s*(%b)' % GLANCED_VALUE)
 
 
 def glance(body: bytes) -> Order:
@@ -1413,14 +1406,13 @@ def measured_message(said: object, size: int) -> Measured:
 
 def tally_of(usage: Mapping[str, Any]) -> Tally:
     """The counts of a usage object, or of an entry of its ``iterations``."""
-    tally = Tally(0, 0, count_of(usage, "input_tokens"), count_of(usage, "output_tokens"))
-    tally.cache_read_tokens = count_of(usage, "cache_read_input_tokens")
     written = usage.get("cache_creation")
-    tally.cache_write_1h_tokens = hour = count_of(written, "ephemeral_1h_input_tokens")
+    hour = count_of(written, "ephemeral_1h_input_tokens")
     five = count_of(written, "ephemeral_5m_input_tokens")
     # Those whose length of life is not told are 5-minute ones, Anthropic's default.
-    tally.cache_write_5m_tokens = max(five, count_of(usage, "cache_creation_input_tokens") - hour)
-    return tally
+    five = max(five, count_of(usage, "cache_creation_input_tokens") - hour)
+    new, output = count_of(usage, "input_tokens"), count_of(usage, "output_tokens")
+    return Tally(0, 0, new, output, count_of(usage, "cache_read_input_tokens"), five, hour)
 
 
 def charged_entries(measured: Measured) -> list[tuple[str, Tally]]:
@@ -2517,10 +2509,9 @@ def parse_head(data: bytes, start: re.Pattern[str]) -> tuple[re.Match[str], Head
     fields = list(map(read_field if len(block) <= KEPT_HEAD else parse_field, lines))
     values = dict(map(NAME_AND_VALUES, fields))
     if len(values) < len(fields):
-        repeated: dict[str, list[str]] = {}
+        values = {}
         for each in fields:
-            repeated.setdefault(each.lower, []).extend(each.values)
-        values = {name: tuple(every) for name, every in repeated.items()}
+            values[each.lower] = values.get(each.lower, ()) + each.values
     options, keeps_alive, length = NO_OPTIONS, version == 1, None
     if "connection" in values:
         options = frozenset(map(str.strip, ",".join(values["connection"]).lower().split(",")))
@@ -2674,34 +2665,28 @@ ClientPhase = enum.StrEnum("ClientPhase", "WAITING READING ANSWERING DROPPING LI
 UpstreamPhase = enum.StrEnum("UpstreamPhase", "IDLE ASKED ANSWERED SHUT")
 RequestPhase = enum.StrEnum("RequestPhase", "JUDGED FETCHED BEGUN DESERTED SETTLED")
 C, U, R = ClientPhase, UpstreamPhase, RequestPhase
-
-
-def steps(*phases: enum.StrEnum) -> dict[Any, Any]:
-    """The phases that may follow on one, each under itself."""
-    return dict(zip(phases, phases))
-
-
-# ``phase = FOLLOWS[phase][next]`` is how one goes on; a KeyError is a mistake in this file.
-FOLLOWS: dict[str, dict[Any, Any]] = {
+STEPS: dict[str, tuple[enum.StrEnum, ...]] = {
     # A client's connection
-    C.WAITING: steps(C.READING, C.LINGERING, C.GONE),  # for a request's head
-    C.READING: steps(C.ANSWERING, C.DROPPING, C.LINGERING, C.GONE),  # whose answer is not over
-    C.ANSWERING: steps(C.WAITING, C.LINGERING, C.GONE),  # a request that is read whole
-    C.DROPPING: steps(C.WAITING, C.LINGERING, C.GONE),  # the rest of one that was answered
-    C.LINGERING: steps(C.GONE),  # so that the last answer arrives
-    C.GONE: steps(),
+    C.WAITING: (C.READING, C.LINGERING, C.GONE),  # for a request's head
+    C.READING: (C.ANSWERING, C.DROPPING, C.LINGERING, C.GONE),  # whose answer is not over
+    C.ANSWERING: (C.WAITING, C.LINGERING, C.GONE),  # a request that is read whole
+    C.DROPPING: (C.WAITING, C.LINGERING, C.GONE),  # the rest of one that was answered
+    C.LINGERING: (C.GONE,),  # so that the last answer arrives
+    C.GONE: (),
     # A connection to the upstream
-    U.IDLE: steps(U.ASKED, U.SHUT),
-    U.ASKED: steps(U.ANSWERED, U.SHUT),  # the request goes up, and no head came back
-    U.ANSWERED: steps(U.IDLE, U.SHUT),  # it came
-    U.SHUT: steps(),
+    U.IDLE: (U.ASKED, U.SHUT),
+    U.ASKED: (U.ANSWERED, U.SHUT),  # the request goes up, and no head came back
+    U.ANSWERED: (U.IDLE, U.SHUT),  # it came
+    U.SHUT: (),
     # A relayed request
-    R.JUDGED: steps(R.FETCHED, R.SETTLED),  # by its head, then by its body
-    R.FETCHED: steps(R.BEGUN, R.DESERTED, R.SETTLED),  # the upstream is asked
-    R.BEGUN: steps(R.DESERTED, R.SETTLED),  # its answer's head is sent
-    R.DESERTED: steps(R.SETTLED),  # the client left, and the answer is awaited all the same
-    R.SETTLED: steps(),  # booked and logged
+    R.JUDGED: (R.FETCHED, R.SETTLED),  # by its head, then by its body
+    R.FETCHED: (R.BEGUN, R.DESERTED, R.SETTLED),  # the upstream is asked
+    R.BEGUN: (R.DESERTED, R.SETTLED),  # its answer's head is sent
+    R.DESERTED: (R.SETTLED,),  # the client left, and the answer is awaited all the same
+    R.SETTLED: (),  # booked and logged
 }
+# ``phase = FOLLOWS[phase][next]`` is how one goes on; a KeyError is a mistake in this file.
+FOLLOWS: dict[str, dict[Any, Any]] = {each: dict(zip(then, then)) for each, then in STEPS.items()}
 
 
 # ─── Client ───────────────────────────────────────────────────────────────────────────────────────
@@ -3861,6 +3846,7 @@ class Inflater:
                 data, full, self.decoder = self.decoder.unused_data, False, None
 
 
+@dataclass(eq=False, kw_only=True)
 class ResponseFilter:
     """Sees an answer's plain body as it passes, and may change it; of a compressed stream its own
     bytes go on, so there a filter only looks. One with a `rewrite`, which may raise APIError, makes
@@ -4091,13 +4077,6 @@ class Inside:
             raise UpstreamError("The upstream's answer looks like the gateway's own credential.")
         self._withheld = data
         return b""
-
-
-@dataclass(eq=False)
-class Rewritten(ResponseFilter):
-    """Does nothing but rewrite."""
-
-    rewrite: Callable[[bytes], Awaitable[bytes]]
 
 
 def decompress(coding: str, data: bytes, limit: int) -> bytes:
@@ -4838,7 +4817,7 @@ class Batches(Rule):
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
         batch, gateway = visit.route.results_of, visit.gateway
         if head.status == 200 and visit.route.batch and is_json(head.get("content-type")):
-            return (Rewritten(functools.partial(self.look, visit)),)
+            return (ResponseFilter(rewrite=functools.partial(self.look, visit)),)
         if head.status != 200 or not batch or visit.caller.own is not None:
             return ()
         room = functools.partial(gateway.held.find_room, visit.record.hashed)
@@ -5135,12 +5114,12 @@ class Walls(Rule):
         if visit.payer is None or not (succeeds and route.kind) or route.results_of:
             return ()
         if visit.listing is not None:
-            return (Rewritten(functools.partial(visit.listing, visit)),)
+            return (ResponseFilter(rewrite=functools.partial(visit.listing, visit)),)
         if is_event_stream(head):
             return (Meter(EVENT_STREAM, learn=visit.learn),)
         bears = route.kind in BEARERS and route.name and not route.below
         if (bears or not route.fetches) and is_json(head.get("content-type")):
-            return (Rewritten(functools.partial(self.remember, visit)),)
+            return (ResponseFilter(rewrite=functools.partial(self.remember, visit)),)
         return ()
 
     async def remember(self, visit: Visit, body: bytes) -> bytes:
