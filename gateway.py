@@ -1185,8 +1185,7 @@ NAMES = set(REFERENCES)
 LONGEST_NAME, MAX_NAMES = 1000, 1000
 EVERYDAY = {b'"%b"' % name.encode(): name for _, name in WORDS}
 EVERYDAY_IN_MESSAGES = {b'"container"': "container"}
-OTHER_CHARSET = re.compile(r"(?i)charset *= *\"?(?!utf-?8\b|us-ascii\b)")
-other_charset = functools.lru_cache(maxsize=256)(OTHER_CHARSET.search)
+other_charset = functools.lru_cache(re.compile(r'(?i)charset *= *"?(?!utf-?8\b|us-ascii\b)').search)
 NOT_FOUND = {"files": "File `{}` not found.", "environments": "Environment {} not found."}
 NOT_FOUND |= {"skills": "Skill not found: {}", "sessions": "Session not found: {}"}
 NOT_FOUND |= {"memory_stores": "memory store not found: {}"}
@@ -1599,11 +1598,9 @@ def read_prices(path: Path) -> dict[str, Rates]:
             own = {name: own["input"] * Decimal(part) for name, part in CACHE_PARTS.items()} | own
             rates = {name: own[name] / MILLION for name in TOKEN_RATES}
             prices[model] = Rates(**rates, web_search=own.get("web_search", WEB_SEARCH_PRICE))
-    except KeyError as missing:
-        raise SettingsError(f"{where}: has no {missing}") from None
-    except (OSError, ValueError, TypeError, RecursionError, APIError) as error:
-        reason = getattr(error, "strerror", "") or error
-        raise SettingsError(f"{where}: {reason}") from None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, APIError) as error:
+        reason = f"has no {error}" if isinstance(error, KeyError) else error
+        raise SettingsError(f"{where}: {getattr(error, 'strerror', '') or reason}") from None
     return prices
 
 
@@ -2495,9 +2492,8 @@ class ResponseHead(Head):
 
 
 def parse_head(data: bytes, start: re.Pattern[str]) -> tuple[re.Match[str], HeadParts]:
-    """Read what stands before the empty line of a message: its start line, and the members of a
-    `Head`. Raises ProtocolError, also where RFC 9112 section 6 is lenient: two lengths, say, could
-    be understood differently by two readers."""
+    """The start line of a message, and the members of its `Head`. Raises ProtocolError, also where
+    RFC 9112 section 6 is lenient: two lengths, say, could be understood differently by readers."""
     line, _, block = data.decode("latin-1").partition("\r\n")
     match = start.fullmatch(line)
     if not match:
@@ -2555,12 +2551,6 @@ def parse_request_head(data: bytes) -> RequestHead:
         host, path = absolute[1].rpartition("@")[2], absolute[2]  # RFC 9112 section 3.2.2
         target = path if path.startswith("/") else f"/{path}"
     return RequestHead(*parts, method, target, host)
-
-
-def parse_response_head(data: bytes) -> ResponseHead:
-    """Read what stands before the empty line of a response. Raises ProtocolError."""
-    match, parts = parse_head(data, STATUS_LINE)
-    return ResponseHead(*parts, int(match[2]), match[3] or "")
 
 
 def end_of_head(data: bytes, seen: int) -> int:
@@ -2967,7 +2957,8 @@ class UpstreamConnection(asyncio.Protocol):
             self._buffer = data if end < 0 else b""
             if end < 0:
                 return b""
-            head, data = parse_response_head(data[:end]), data[end + 4 :]
+            found, parts = parse_head(data[:end], STATUS_LINE)
+            head, data = ResponseHead(*parts, int(found[2]), found[3] or ""), data[end + 4 :]
             if head.status >= 200:
                 break
             self._informational += 1
@@ -3550,8 +3541,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         self._linger()
 
     def check_patience(self, moment: float, client_timeout: float, idle_timeout: float) -> None:
-        """End what takes too long: a head must be whole ``client_timeout`` seconds after its first
-        byte; a body that is read may not stand still for so long, nor be below MIN_BODY_RATE."""
+        """End what takes too long, by the rules that the 408 tells (seconds, all of them)."""
         waited, limit, comes = moment - self._since, client_timeout, self._seen > 0
         if self.phase in READ_BODIES:
             waited, comes = waited - self._taken / MIN_BODY_RATE, True
@@ -3635,8 +3625,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             delegate.finish()
 
     def _wait_for(self, waits: asyncio.Future[None]) -> None:
-        """Read nothing more until this is done, and then in a turn of the loop of its own: one at a
-        time, or a client that sends much would have many."""
+        """Read nothing more until this is done, then in one turn of the loop, not in many."""
         if self._waits_for is None:
             self._waits_for = waits
             waits.add_done_callback(self._go_on)
@@ -3817,12 +3806,12 @@ THINKING_START = re.compile(rb'"content_block": ?\{"type": ?"(?:redacted_)?think
 GZIP_CODINGS = ("gzip", "x-gzip")
 
 
+@dataclass(eq=False)
 class Inflater:
     """Decompresses gzip, zlib and raw deflate bit by bit; at their end ``decoder`` is None."""
 
-    def __init__(self, coding: str) -> None:
-        self._coding = coding
-        self.decoder: Any = None
+    coding: str
+    decoder: Any = None
 
     def slices(self, data: bytes) -> Iterator[bytes]:
         """What these bytes hold, INFLATE_SLICE at a time, all to be taken. Raises zlib.error."""
@@ -3830,11 +3819,11 @@ class Inflater:
         while data or full:  # then more may be waiting inside
             if self.decoder is None:
                 bits = zlib.MAX_WBITS | 16
-                if self._coding == "deflate":  # with zlib's header or without (RFC 9110, 8.4.1.2)
+                if self.coding == "deflate":  # with zlib's header or without (RFC 9110, 8.4.1.2)
                     zlibs = data[0] & 0x0F == zlib.DEFLATED  # a raw block pads with zeros
                     bits = zlib.MAX_WBITS if zlibs else -zlib.MAX_WBITS  # RFC 1950, 2.2
-                elif self._coding not in GZIP_CODINGS:
-                    raise zlib.error(f"unknown coding {self._coding}")
+                elif self.coding not in GZIP_CODINGS:
+                    raise zlib.error(f"unknown coding {self.coding}")
                 elif not (data := data.lstrip(b"\0")):  # members may be padded (gzip's own manual)
                     return
                 self.decoder = zlib.decompressobj(bits)
@@ -3905,7 +3894,13 @@ class Meter(ResponseFilter):
         if self._learn is not None and (b'"container"' in lines or b'"file_id"' in lines):
             self._learn_of(lines.splitlines(), self._learn)
         if self._on_result is not None:
-            self._read_results(lines, self._on_result)
+            for line in filter(bytes.strip, lines.splitlines()):
+                result = dict_of(read_answer(line)).get("result")
+                if result is None:  # these are no results, or not in plain text
+                    measured.blind = True
+                    break
+                message = dict_of(result).get("message")
+                self._on_result(next(self._numbers), measured_message(message, 0))
             return data
         # Most of a stream's lines are deltas, and only their text counts.
         for name, text in DELTA_TEXT.findall(lines):
@@ -3984,14 +3979,6 @@ class Meter(ResponseFilter):
             self.measured.seen += size
         elif not self.measured.blind:
             self._on_result(next(self._numbers), Measured(seen=size))
-
-    def _read_results(self, lines: bytes, on_result: Callable[[int, Measured], None]) -> None:
-        for line in filter(bytes.strip, lines.splitlines()):
-            result = dict_of(read_answer(line)).get("result")
-            if result is None:  # these are no results, or not in plain text
-                self.measured.blind = True
-                return
-            on_result(next(self._numbers), measured_message(dict_of(result).get("message"), 0))
 
 
 MIN_SECRET_LENGTH = 16  # a shorter "key", of a test server, is a word that responses may hold
