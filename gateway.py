@@ -871,10 +871,9 @@ class Route:
         self.fetches, self.deletes = method in ("GET", "HEAD", "OPTIONS"), method == "DELETE"
         # The collection (one of KINDS, or none), the thing in it, and what of that, from "/" on.
         found = COLLECTION.fullmatch(path)
-        kind, name, self.below = found.groups("") if found else ("", "", "")
-        if kind in NO_COLLECTIONS:
-            kind = name = self.below = ""
-        self.kind, self.name = kind.rpartition("/")[2], name
+        parts = found.groups("") if found and found[1] not in NO_COLLECTIONS else ("", "", "")
+        kind, self.name, self.below = parts
+        self.kind, name = kind.rpartition("/")[2], self.name
         batches, billed = BATCHES.fullmatch(path) is not None, path.removesuffix("/") in BILLED
         # What orders something that its path does not tell is closed; a batch's own id does not.
         known = self.fetches or self.deletes or not (batches and name) or self.below == "/cancel"
@@ -1467,9 +1466,8 @@ MAX_UNKNOWN = 50  # models without a price that the log names
 
 
 class Prices:
-    """What tokens cost, as a price file says, else the package genai-prices (0.1 ms for each model,
-    hour, speed and tier). A model that nobody knows, or that may be any, costs what the dearest
-    does. `load` takes 0.3 seconds: call it in a thread; who needs a price before waits for it."""
+    """What tokens cost, as a price file says, else the package genai-prices; a model that nobody
+    knows, or that may be any, what the dearest does. `load` takes 0.3 s: call it in a thread."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path, self.loaded = path, False
@@ -2654,21 +2652,18 @@ def framed(data: bytes) -> bytes:
 ClientPhase = enum.StrEnum("ClientPhase", "WAITING READING ANSWERING DROPPING LINGERING GONE")
 UpstreamPhase = enum.StrEnum("UpstreamPhase", "IDLE ASKED ANSWERED SHUT")
 RequestPhase = enum.StrEnum("RequestPhase", "JUDGED FETCHED BEGUN DESERTED SETTLED")
-C, U, R = ClientPhase, UpstreamPhase, RequestPhase
+C, U, R = ClientPhase, UpstreamPhase, RequestPhase  # of either side's connections, of relayed ones
 STEPS: dict[str, tuple[enum.StrEnum, ...]] = {
-    # A client's connection
     C.WAITING: (C.READING, C.LINGERING, C.GONE),  # for a request's head
     C.READING: (C.ANSWERING, C.DROPPING, C.LINGERING, C.GONE),  # whose answer is not over
     C.ANSWERING: (C.WAITING, C.LINGERING, C.GONE),  # a request that is read whole
     C.DROPPING: (C.WAITING, C.LINGERING, C.GONE),  # the rest of one that was answered
     C.LINGERING: (C.GONE,),  # so that the last answer arrives
     C.GONE: (),
-    # A connection to the upstream
     U.IDLE: (U.ASKED, U.SHUT),
     U.ASKED: (U.ANSWERED, U.SHUT),  # the request goes up, and no head came back
     U.ANSWERED: (U.IDLE, U.SHUT),  # it came
     U.SHUT: (),
-    # A relayed request
     R.JUDGED: (R.FETCHED, R.SETTLED),  # by its head, then by its body
     R.FETCHED: (R.BEGUN, R.DESERTED, R.SETTLED),  # the upstream is asked
     R.BEGUN: (R.DESERTED, R.SETTLED),  # its answer's head is sent
@@ -3474,8 +3469,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
         return self.write_head(start, lines, 0, chunk or b"")
 
     def write_head(self, start: str, lines: list[str], length: int, data: bytes) -> Room:
-        """Begin an answer: its start line and field lines, as they are, the length of its body
-        (bytes, CHUNKED or UNTIL_CLOSE), and what is here of that."""
+        """Begin an answer, of a body of this length (bytes, CHUNKED, UNTIL_CLOSE) what is here."""
         if length < 0 and self.head.version == 1:
             self._chunked = True
             lines.append(CHUNKED_LINE)
@@ -3602,8 +3596,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
     def _read_body(self) -> None:
         """Hand on what is here of the present request's body, or drop it; go on if it is whole."""
         body, delegate = self._body, self._delegate
-        # Whoever is let in gets the word that he awaits before he sends a body (RFC 9110 section
-        # 10.1.1); whoever is refused may never send one.
+        # Who is let in is told to send his body (RFC 9110 section 10.1.1); who is refused may not.
         awaits = not self._taken and delegate is not None and self.head.version == 1
         if awaits and self.head.get("expect").lower() == "100-continue":
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
