@@ -4461,7 +4461,10 @@ async def test_where_a_key_can_do_no_more_another_is_asked(ring: Keyring) -> Non
         assert (ring.asked[-1] == "a") == (models != "None"), told
     ring.gw.pool.rests.clear()
     ring.asked, ring.does = [], dict.fromkeys("abc", limited)
-    assert (await ring.message(mine)).status == 429 and ring.asked == ["a", "b"]  # c's is a's
+    for more in ({}, {"speed": "fast"}):  # of which each has limits of its own
+        ring.asked.clear()
+        assert (await ring.message(mine, **more)).status == 429
+        assert ring.asked == ["a", "b"]  # whose organisation is not c's
 
 
 ERROR_HEAD = b"HTTP/1.1 %d Oh\r\n" + JSON_KIND.encode() + b"\r\nContent-Length: 99\r\n\r\n{"
@@ -4876,7 +4879,7 @@ async def test_no_real_key_is_shown_and_sighup_reads_them_again(gw: GW, tmp_path
     file.write_text(f"{several['api_keys']} nonsense")
     gw.process.hang_up("not read again")
     file.write_text(f"b={B}")
-    gw.process.hang_up()
+    gw.process.hang_up("real keys: b")
     assert list(await ring.shown()) == ["b"]
     await until(lambda: gw.log.count("via=") > 5)
     gw.process.stop()
@@ -6047,7 +6050,8 @@ async def test_what_claude_code_tells_of_a_request_is_logged(gw: GW) -> None:
 
 
 WRONG_ALERTS = [("budget_warnings", v) for v in ("x", "nan", "inf", "1.5", "-0.1", "0.7;0.9")]
-WRONG_ALERTS += [("alert_webhook", url) for url in ("nonsense", "ftp://x/y", "http://", "//x")]
+WRONG_URLS = ("nonsense", "ftp://x/y", "http://", "//x", "http://x:99999/y", "http://u:p@x/")
+WRONG_ALERTS += [("alert_webhook", url) for url in (*WRONG_URLS, "http://:80/", "http://x y/")]
 
 
 def test_wrong_marks_and_webhooks_end_the_start() -> None:
@@ -6120,6 +6124,10 @@ async def test_each_mark_of_a_budget_is_told_once(gw: GW, hook: Hook) -> None:
     assert (await gw.message(other)).status == 200
     await until(lambda: hook.alerts[-1]["event"] == "budget_crossed" and len(hook.alerts) > 4)
     assert {alert["key_name"] for alert in hook.alerts[4:]} == {gateway.key_name(other)}
+    nothing, number = await gw.new_key(soft_budget=0), len(hook.alerts)
+    for _ in range(2):
+        assert (await gw.message(nothing)).status == 200
+    assert (await hook.told(number + 1))["event"] == "soft_budget_crossed"
 
 
 async def test_a_real_key_that_rests_or_is_refused_is_told(gw: GW, hook: Hook) -> None:
