@@ -4499,7 +4499,7 @@ HELD |= {
 }
 
 
-@started(**several, idle_timeout=0.5)
+@started(**several, idle_timeout=0.3)
 async def test_what_is_not_the_keys_fault_is_passed_on(ring: Keyring) -> None:
     mine = (await ring.meet())["a"]
     for told, script in HELD.items():
