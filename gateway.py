@@ -103,7 +103,6 @@ MAX_BODY_SIZE = 512 * MIB  # Anthropic's limit on files is 500 MB (api/overview)
 MIN_MASTER_KEY_LENGTH = 16  # below this a key can be guessed
 GOOD_MASTER_KEY = "set GATEWAY_MASTER_KEY to 16 characters or more that nobody can guess"
 SENDABLE = re.compile(r"[\x21-\x7e]*")  # what a header or a URL can carry
-REAL_KEYS_APART, FIRST_REAL_KEY = re.compile(r"[\s,]+"), "default"
 REAL_KEY = re.compile(r"(?:([\w.-]{1,64})=)?(sk-[\x21-\x7e]+)", re.ASCII)  # with a name for it
 
 
@@ -158,8 +157,7 @@ class Settings:
             if known["least"] is not None and not known["least"] <= value < math.inf:
                 name = each.name.replace("_", "-")
                 raise SettingsError(f"--{name}: {value} is not a number from {known['least']} up")
-            parts = REAL_KEYS_APART.split(value) if each.name == "api_keys" else [value]
-            if not known["help"] and not all(map(SENDABLE.fullmatch, parts)):
+            if not (known["help"] or each.name == "api_keys" or SENDABLE.fullmatch(value)):
                 names = " or ".join(known["variables"])
                 raise SettingsError(f"{names} holds characters that a header cannot carry")
         if self.port > 65535:
@@ -170,10 +168,8 @@ class Settings:
             raise SettingsError("--unix-socket: takes no --certfile; the proxy has it")
         if self.upstream != MOCK_UPSTREAM:
             parse_upstream(self.upstream)
-        try:
-            _ = self.alert_webhook and parse_upstream(self.alert_webhook.partition("?")[0])
-        except SettingsError:
-            raise SettingsError("--alert-webhook: is no http or https URL") from None
+        if self.alert_webhook:
+            parse_upstream(self.alert_webhook.partition("?")[0], "--alert-webhook")
         _ = self.warned_parts
 
     @functools.cached_property
@@ -187,34 +183,30 @@ class Settings:
 
 
 def real_keys(settings: Settings) -> dict[str, tuple[str, str]]:
-    """The header that carries a real key upstream, as (name, value), by the name that the key is
-    shown under; the file's are read anew. Raises SettingsError."""
+    """The header (name, value) that carries each real key, by its shown name. SettingsError."""
     headers, entries = dict[str, tuple[str, str]](), settings.api_keys
     if settings.api_key:
-        headers[FIRST_REAL_KEY] = "x-api-key", settings.api_key
+        headers["default"] = "x-api-key", settings.api_key
     elif settings.auth_token:
-        headers[FIRST_REAL_KEY] = "Authorization", f"Bearer {settings.auth_token}"
+        headers["default"] = "Authorization", f"Bearer {settings.auth_token}"
     if file := settings.api_keys_file:
-        wrong, mode, text = "holds no key", 0, ""
         try:
             with open(file, encoding="ascii") as opened:
-                mode, text = os.fstat(opened.fileno()).st_mode, opened.read()
+                if os.fstat(opened.fileno()).st_mode & 0o077:  # as ssh refuses the file of a key
+                    raise ValueError("others can read it; chmod 600 it")
+                if not (text := opened.read().replace(",", " ").strip()):
+                    raise ValueError("holds no key")
         except (OSError, ValueError) as error:
-            wrong = getattr(error, "strerror", "") or "holds characters that no key has"
-        if mode & 0o077:  # as ssh refuses the file of a key
-            wrong, text = "others can read it; chmod 600 it", ""
-        if not any(REAL_KEYS_APART.split(text)):
-            raise SettingsError(f"--api-keys-file: {file}: {wrong}")
-        entries += f",{text}"
-    for number, entry in enumerate(filter(None, REAL_KEYS_APART.split(entries)), start=1):
-        found = REAL_KEY.fullmatch(entry)
-        name, key = (found[1] or f"key{number}", found[2]) if found else ("", "")
-        header = "x-api-key", key
-        if not name or name in headers or header in headers.values():
-            wrong = (
-                "has the name or the key of one before" if name else "is no 'sk-…' or 'name=sk-…'"
-            )
-            raise SettingsError(f"ANTHROPIC_API_KEYS, --api-keys-file: entry {number} {wrong}")
+            reason = getattr(error, "strerror", "") or error
+            raise SettingsError(f"--api-keys-file: {file}: {reason}") from None
+        entries += f" {text}"
+    for number, entry in enumerate(entries.replace(",", " ").split(), start=1):
+        wrong = f"ANTHROPIC_API_KEYS, --api-keys-file: entry {number}"
+        if not (found := REAL_KEY.fullmatch(entry)):
+            raise SettingsError(f"{wrong} is no 'sk-…' or 'name=sk-…'")
+        name, header = found[1] or f"key{number}", ("x-api-key", found[2])
+        if name in headers or header in headers.values():
+            raise SettingsError(f"{wrong} has the name or the key of one before")
         headers[name] = header
     return headers
 
@@ -237,15 +229,15 @@ class Origin(NamedTuple):
     authority: str
 
 
-def parse_upstream(url: str) -> tuple[Origin, str]:
-    """An upstream URL's origin and base path (no trailing slash). Raises SettingsError."""
+def parse_upstream(url: str, option: str = "--upstream (or 'mock')") -> tuple[Origin, str]:
+    """A URL's origin and base path (no trailing slash). Raises SettingsError."""
     with contextlib.suppress(ValueError, KeyError):
         parts = urllib.parse.urlsplit(url)
         port = parts.port or DEFAULT_PORTS[parts.scheme]
         more = parts.username is not None or parts.query or parts.fragment
         if parts.hostname and SENDABLE.fullmatch(url) and not more:
             return Origin(parts.scheme, parts.hostname, port, parts.netloc), parts.path.rstrip("/")
-    raise SettingsError("--upstream: neither an http or https URL of a host and a path, nor 'mock'")
+    raise SettingsError(f"{option}: is no http or https URL of a host and a path")
 
 
 def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
@@ -708,19 +700,13 @@ class Fullness(NamedTuple):
     limit: Decimal
     window: tuple[datetime, datetime] | None
 
-    @property
-    def shown(self) -> Decimal:
-        """The part as Claude Code is told it: less than all for as long as anything is left."""
-        return min(self.part, WHOLE if self.spent >= self.limit else ALMOST)
-
 
 @dataclass(slots=True)
 class VirtualKey:
     """One line of keys.json: what a key is and may do; the names are LiteLLM's. Budgets are USD,
     None is no limit. ``unmetered_routes`` lets it spend where the gateway cannot count, ``retired``
-    has the hashes before it was regenerated, and until when they work, ``resources`` whose things
-    it reaches (REACHES), ``owner_id`` what its own are kept under, ``home`` the name of the real
-    key under which they are made."""
+    has its former hashes and until when they work, ``resources`` whose things it reaches (REACHES),
+    ``owner_id`` what its own are kept under, ``home`` the real key under which they are made."""
 
     key_name: str = kept(NAME, settable=False)
     key_alias: str | None = kept(TEXT)
@@ -778,7 +764,8 @@ class VirtualKey:
 
     def spent(self, moment: datetime, pattern: str = ALL_MODELS) -> Decimal:
         """USD spent in the present window of the key's budget, or of a model's."""
-        return self.account.windows[pattern].spent(window_start(self.budget(pattern)[1], moment))
+        duration = self.model_max_budget[pattern].time_period if pattern else self.budget_duration
+        return self.account.windows[pattern].spent(window_start(duration, moment))
 
     def budgets(self, moment: datetime, model: str | None = None) -> list[Fullness]:
         """How full its budgets are, the fullest first: all, or those that are for a model."""
@@ -787,12 +774,10 @@ class VirtualKey:
             limit, duration = self.budget(pattern)
             is_for = model is None or not pattern or fnmatch.fnmatchcase(model, pattern)
             if limit is not None and is_for:
-                spent, within = self.spent(moment, pattern), duration and window(duration, moment)
-                found.append(
-                    Fullness(spent / limit if limit else WHOLE, spent, limit, within or None)
-                )
-        found.sort(key=operator.attrgetter("part"), reverse=True)
-        return found
+                spent = self.spent(moment, pattern)
+                within = window(duration, moment) if duration else None
+                found.append(Fullness(spent / limit if limit else WHOLE, spent, limit, within))
+        return sorted(found, key=operator.attrgetter("part"), reverse=True)
 
     def to_json(self) -> dict[str, Any]:
         """The line's object, as `written` writes it, without usage and what says nothing."""
@@ -849,7 +834,8 @@ BATCH_ENDED = "ended"  # types/messages/message_batch.py, processing_status
 EVENT_STREAM, SSE_ERROR = "text/event-stream", b"\nevent: error\ndata: %b\n\n"
 # What Claude Code tells of a request (CCD llm-gateway, "Request headers"), by its name in the log.
 CLAUDE_CODE = ("session_id", "agent_id", "request_class", "prompt_id", "agent_type")
-CLAUDE_FIELDS = {name: f"x-claude-code-{name.replace('_', '-')}" for name in CLAUDE_CODE}
+CLAUDE_FIELDS = {f"x-claude-code-{name.replace('_', '-')}": name for name in CLAUDE_CODE}
+SESSION_FIELD = "x-claude-code-session-id"
 TAGS_FIELD, METRICS_PATH = "x-litellm-tags", "/metrics"  # LiteLLM's
 WORKSPACE_FIELD = "anthropic-workspace-id"  # chooses a workspace of the real key's owner
 ORGANIZATION_FIELD, UNIFIED = "anthropic-organization-id", "anthropic-ratelimit-unified-"
@@ -2130,7 +2116,9 @@ class FileLedger:
         for name in names:
             if isinstance(name, str) and (place := places.get(name)):
                 owner, kind, home = place
-                found[name] = Thing(kind, owner, self._team_of(owner), name in shared, home)
+                key = self.keys.get(self._owners.get(owner, ""))
+                home, team = home or (key and key.home) or "", key.team_id if key else None
+                found[name] = Thing(kind, owner, team, name in shared, home)
         return found
 
     async def reached(self, key: VirtualKey, kind: str) -> dict[str, float]:
@@ -3076,7 +3064,7 @@ class UpstreamClient(SimpleAsyncHTTPClient):
         UpstreamError where no whole answer comes."""
         settings, limit = self.settings, self.settings.connect_timeout
         headers = {"anthropic-version": ANTHROPIC_VERSION, "Accept-Encoding": "identity", **fields}
-        if key is not None:
+        if key is not None and key.name:
             headers |= [key.header]
         options |= {"headers": headers, "connect_timeout": limit, "request_timeout": timeout}
         options |= {"follow_redirects": False, "decompress_response": False}
@@ -3197,6 +3185,7 @@ REFUSED_REST, SPENT_REST, LONGEST_SPENT = 600.0, 3600.0, 32 * 86400.0  # "until 
 REFUSED, LIMITED, SPENT = "refused", "rate limit", "spending limit"  # why a key rests
 MAX_REFUSAL = 64 * KIB  # of an answer that may be of the real key, as those of these statuses
 OF_A_KEY = frozenset({400, 401, 402, 429})
+MAX_RESTS = 100  # names of models come from requests
 SPENDING_LIMIT = b"enforced_spend_limit_reached"
 # To the letter: other messages of a 400 repeat what a request says, and a tenant may say this.
 USAGE_LIMIT = re.compile(
@@ -3204,7 +3193,7 @@ USAGE_LIMIT = re.compile(
     r"(?: You will regain access on \d{4}-\d\d-\d\d(?: at \d\d:\d\d UTC)?\.?)?"
 )
 # What an Origin, no beta, or a long prompt brings about, and no key.
-OF_THE_REQUEST = re.compile("CORS|OAuth authentication|long context")
+OF_THE_REQUEST = re.compile("CORS|OAuth authentication|Extra usage is required for long context")
 ISO_DATE = re.compile(r"\d{4}-\d\d-\d\d")
 
 
@@ -3234,6 +3223,11 @@ class RealKeys:
     def reload(self) -> None:
         """Read them again; one whose name stays goes on as it is. Raises SettingsError."""
         headers, before = real_keys(self._settings), self.keys
+        names = {header: name for name, header in headers.items()}
+        for name, old in before.items():
+            if (other := names.get(old.header, name)) != name:
+                text = f"real key {name} is now {other}, and what was made with it would be lost"
+                raise SettingsError(f"{text}: let each have its name, as name=sk-…")
         self.keys = {name: RealKey(name, header) for name, header in headers.items()}
         for name, old in before.items():
             if (key := self.keys.get(name)) and key.header == old.header:
@@ -3275,8 +3269,10 @@ class RealKeys:
 
     def heard(self, key: RealKey, head: ResponseHead) -> None:
         """Learn of an answer whose the key is."""
-        key.organization = head.get(ORGANIZATION_FIELD) or key.organization
-        key.workspace = head.get(WORKSPACE_FIELD) or key.workspace
+        if ORGANIZATION_FIELD in head.values:
+            key.organization = head.get(ORGANIZATION_FIELD)
+        if WORKSPACE_FIELD in head.values:
+            key.workspace = head.get(WORKSPACE_FIELD)
         key.errors += head.status >= 400
 
     def succeeded(self, key: RealKey, group: str, asked: float, *, pays: bool) -> None:
@@ -3312,6 +3308,8 @@ class RealKeys:
             return False
         moment, until = self.time(), iso(moment_of(int(time.time() + seconds)))
         self.rests = {s: rest for s, rest in self.rests.items() if rest.until > moment}
+        if len(self.rests) >= MAX_RESTS and scope not in self.rests:
+            scope = (*scope[:2], "other")
         rest, before = Rest(moment, moment + seconds, why), self.rests.get(scope)
         if rest.is_long and not (before and before.is_long and before.why == why):
             text = f"real key {key.name}: {why}; it rests until {until}"
@@ -4494,18 +4492,18 @@ class Visit:
     def find_keys(self, body: bytes | None) -> None:
         """Find the real keys that may carry it, the best one first, and take what does not rest; a
         body that is not kept is None. Raises APIError 400 for things of two workspaces."""
-        pool, home, route = self.gateway.real_keys, self.home, self.route
+        pool, route = self.gateway.real_keys, self.route
         if not pool.several:
             self.keys = (pool.first,)
         elif self.homes or route.kind or body is None:
             born = {place: name for name, place in (self.homes or {}).items() if place}
-            self.keys = pool.beside(pool.at(next(iter(born))) if born else home)
+            self.keys = pool.beside(pool.at(next(iter(born))) if born else self.home)
             if away := [name for place, name in born.items() if pool.at(place) not in self.keys]:
                 several = f"{printable(next(iter(born.values())))} and {printable(away[0])}"
                 text = f"{several} were made in different workspaces, and one request has one."
                 raise APIError(400, f"{text} Make one of them again, beside the other.")
         else:
-            session = self.head.get(CLAUDE_FIELDS["session_id"])[:SHOWN_LENGTH]
+            session = self.head.get(SESSION_FIELD)[:SHOWN_LENGTH]
             self.keys = pool.ranked(self.payer.owner if self.payer else "", session)
             if BOUND[0] in body or BOUND[1] in body:
                 self.keys = self.keys[:1]
@@ -4603,10 +4601,11 @@ class Credentials(Rule):
             text = "The gateway has no Anthropic credential to use. Whoever runs it must set"
             raise APIError(401, f"{text} ANTHROPIC_API_KEY or ANTHROPIC_AUTH_TOKEN.")
         if (key := visit.payer) is not None and not key.home and visit.is_pooled:
-            pool, sharing = gateway.real_keys, key.team_id if key.resources == "team" else None
-            # Whoever was here before there were homes had the first.
-            among = [pool.first] if key.account.last_active else pool.ranked(sharing or key.owner)
-            gateway.ledger.settle(key, pool.choose(among, ALL).name)
+            pool, mates = gateway.real_keys, list[VirtualKey]()
+            if key.resources == "team" and key.team_id:
+                mates = [k for _, k in gateway.ledger.live() if k.team_id == key.team_id and k.home]
+            made = pool.choose(pool.ranked(key.owner), ALL).name
+            gateway.ledger.settle(key, mates[0].home or made if mates else made)
 
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
         return () if visit.mask is None else (visit.mask,)
@@ -5561,6 +5560,9 @@ class Gateway:
         self.real_keys = RealKeys(settings, self.alerts.tell)
         self.ledger = FileLedger(settings.keys, settings.usage_days)
         self.ledger.parts, self.ledger.tell = settings.warned_parts, self.alerts.tell
+        for key in self.ledger.keys.values():
+            if key.account.last_active and not key.home:  # before there were homes it had the first
+                self.ledger.settle(key, self.real_keys.first.name)
         self.doors = Doors(settings, self.ledger)
         self.time = self.client.time
         self.batches = BatchKeeper(self)
@@ -5773,11 +5775,15 @@ class RelayHandler(BaseHandler):
         assert refusal is not None and head is not None and visit.real is not None
         refusal += data
         may_change = self._again is not None and visit.phase is RequestPhase.FETCHED
-        if not complete and len(refusal) <= MAX_REFUSAL:
+        drips = self.gateway.time() - visit.record.answered > SHORT_REST
+        if not (complete or drips or len(refusal) > MAX_REFUSAL):
             return data, may_change
         self._refusal, pool, plain = None, self.gateway.real_keys, b""
         with contextlib.suppress(ValueError, zlib.error):
             plain = decompress(head.coding, bytes(refusal), MAX_REFUSAL)
+        if head.status == 429 and self._again and len(self._again) <= LIGHT_BODY:
+            # What was glanced at may stand anywhere in the body, and be another model.
+            visit.order.model = model_of(dict_of(read_json(self._again, BodyMembers)).get("model"))
         is_keys = pool.weigh(visit.real, head, plain, visit.group)
         if is_keys and may_change and complete:
             tried = visit.record.upstream_keys
@@ -5785,6 +5791,8 @@ class RelayHandler(BaseHandler):
             fresh = [key for key in present if key.name not in tried]
             fresh = [key for key in fresh if not pool.rests_until(key, visit.group)]
             if fresh:
+                if (upstream := self._upstream) is not None and upstream.connection is not None:
+                    upstream.connection.abandon()  # it may be closed behind a refusal
                 self._inside = self._gathered = visit.answer = None
                 visit.record.status = 0
                 visit.take(fresh[0])
@@ -5796,10 +5804,10 @@ class RelayHandler(BaseHandler):
 
     def on_error(self, error: Exception) -> None:
         """The upstream did not answer to the end, or what is here failed with its answer."""
-        if self._visit.real is not None and isinstance(error, UpstreamError):
-            self._visit.real.errors += 1
         client_waits = self._upstream is None or not self._upstream.held_back
         if isinstance(error, UpstreamError) and client_waits:
+            if self._visit.real is not None:
+                self._visit.real.errors += 1
             self.gateway.traffic.failed(str(error))
         self.fail(error)
 
@@ -5862,9 +5870,8 @@ class RelayHandler(BaseHandler):
         record.path = shown_text(visit, visit.target.partition("?")[0])
         if answer is not None and "request-id" in answer.values:
             record.request_id = shown_text(visit, answer.values["request-id"][0])
-        told = [(n, head.values[f][0]) for n, f in CLAUDE_FIELDS.items() if f in head.values]
-        if told:
-            record.sent = {name: shown_text(visit, text) for name, text in told if text}
+        if told := CLAUDE_FIELDS.keys() & head.values.keys():
+            record.sent = {CLAUDE_FIELDS[n]: shown_text(visit, head.values[n][0]) for n in told}
         if gateway.real_keys.several:
             record.via = ",".join(record.upstream_keys)
         if record.key is not None:
@@ -6058,15 +6065,14 @@ def key_row(key: VirtualKey, *, full: bool = False) -> dict[str, Any]:
     """A key as LiteLLM's answers describe it; in full with what it used, by day and model."""
     moment, hashed = now(), key.account.hashed
 
-    def spent(pattern: str, duration: str | None) -> dict[str, Any]:
-        reset = window(duration, moment)[1] if duration else None
+    def spent(pattern: str) -> dict[str, Any]:
+        reset = window(duration, moment)[1] if (duration := key.budget(pattern)[1]) else None
         return {"spend": key.spent(moment, pattern), "budget_reset_at": reset}
 
     row = {"token": hashed, "token_id": hashed, "status": key.status(moment)} | LITELLM_FIELDS
     row |= {name: getattr(key, name) for name in SHOWN}
-    budgets = key.model_max_budget.items()
-    row["model_max_budget_usage"] = {p: spent(p, budget.time_period) for p, budget in budgets}
-    row |= spent(ALL_MODELS, key.budget_duration) | {"last_active": key.account.last_active}
+    row["model_max_budget_usage"] = {pattern: spent(pattern) for pattern in key.model_max_budget}
+    row |= spent(ALL_MODELS) | {"last_active": key.account.last_active}
     if full:
         days = row["usage"] = dict[str, Any]()
         for day, model, tally in key.account.usage.days():
@@ -6103,9 +6109,8 @@ class KeyHandler(ManagementHandler):
         """A key that the caller chose, or a fresh one. Raises APIError 400."""
         is_for_claude_code = FLAG.parse("claude_code", for_claude_code)
         if value is None:
-            middle = f".{GATEWAY_CLAIM}.{secrets.token_urlsafe(KEY_BYTES)}"
-            made = KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES)
-            return made + middle if is_for_claude_code else made
+            more = (GATEWAY_CLAIM, secrets.token_urlsafe(KEY_BYTES)) if is_for_claude_code else ()
+            return ".".join((KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES), *more))
         if is_for_claude_code:
             raise APIError(400, "'claude_code' makes the key: leave yours out.")
         if not isinstance(value, str) or not CHOSEN_KEY.fullmatch(value):
@@ -6195,10 +6200,10 @@ class KeyHandler(ManagementHandler):
 
     async def assign(self, body: dict[str, Any]) -> dict[str, Any]:
         """Give the things of ``ids`` to a ``key``, to nobody (null), or to all to use ("*")."""
-        ids, kind, key = TEXTS.parse("ids", body.get("ids")), body.get("kind"), body.get("key")
-        if not ids or "key" not in body or not (kind is None or isinstance(kind, str)):
+        ids, kind = TEXTS.parse("ids", body.get("ids")), TEXT.parse("kind", body.get("kind"))
+        if not ids or "key" not in body:
             raise APIError(400, "'ids' must list things, and 'key' name a key, '*' or null.")
-        ledger = self.gateway.ledger
+        ledger, key = self.gateway.ledger, body["key"]
         owner = {"*": None, None: ""}[key] if key in ("*", None) else self.owner_of(key)
         known, names = await ledger.find_things(ids), dict[str, str]()
         for name in ids:
@@ -6307,13 +6312,12 @@ class ReportHandler(ManagementHandler):
         chosen = [p for p in things.made if owner in (None, p[0]) and kind in ("", p[1])]
         total = sum(len(things.made[place]) for place in chosen)
         every = itertools.chain.from_iterable(things.made[place].items() for place in chosen)
-        rows = list[dict[str, Any]]()
-        told: dict[str, Any]
+        rows = []
         for name, moment in itertools.islice(every, (page - 1) * size, page * size):
             owner, kind, home = things.places[name]
-            told = {"shared": name in things.shared, "created_at": moment_of(int(moment))}
-            told["home"] = home or None
-            rows.append({"id": name, "kind": kind, "key": keys.get(owner)} | told)
+            row = dict[str, Any](id=name, kind=kind, key=keys.get(owner), home=home or None)
+            made, shared = moment_of(int(moment)), name in things.shared
+            rows.append(row | {"created_at": made, "shared": shared})
         pages = {"current_page": page, "total_pages": -(-total // size)}
         return {"resources": rows, "total_count": total} | pages
 
@@ -6363,32 +6367,29 @@ class UsageHandler(BaseHandler):
 
     async def get(self) -> None:
         key, moment = (await self.gateway.doors.authenticate(self.request.head.values)).key, now()
-        budgets = key.budgets(moment) if key is not None else []
-        limits = list[dict[str, Any]]()
+        budgets, limits = key.budgets(moment) if key else [], list[dict[str, Any]]()
         for each in budgets:
-            row: dict[str, Any]
             start, end = each.window or (EPOCH, None)
             days = (end - start).days if end else math.inf
-            marks = sum(each.part > part for part in self.gateway.settings.warned_parts[:-1])
-            row = {
-                "kind": "spend",
-                "group": [*SPEND_GROUPS][(days > 1) + (days > 7)],
-                "resets_at": end,
-            }
-            row |= {"percent": round(each.shown * 100), "is_active": each is budgets[0]}
-            severity = ("normal", "warning", "critical")[2 if each.part >= 1 else min(2, marks)]
-            limits.append(row | {"severity": severity})
-        usage: dict[str, Any] = {"is_enabled": True, "currency": "USD"}
+            passed = bisect.bisect_left(self.gateway.settings.warned_parts, each.part)
+            is_spent = each.part >= WHOLE
+            severity = ("normal", "warning", "critical")[2 if is_spent else min(2, passed)]
+            percent = 100 if is_spent else min(99, round(each.part * 100))
+            row = dict[str, Any](kind="spend", percent=percent, severity=severity, resets_at=end)
+            row["group"] = [*SPEND_GROUPS][(days > 1) + (days > 7)]
+            limits.append(row | {"is_active": not limits})
+        usage = dict[str, Any](is_enabled=True, currency="USD", utilization=None)
         if budgets:
-            cents = {"monthly_limit": budgets[0].limit, "used_credits": budgets[0].spent}
-            usage |= {name: int(amount * 100) for name, amount in cents.items()}
+            usage["monthly_limit"] = int(budgets[0].limit * 100)
+            usage["used_credits"] = int(budgets[0].spent * 100)
             usage["utilization"] = limits[0]["percent"]
-        for group, duration in SPEND_GROUPS.items() if not budgets else ():
-            first = day_of(window(duration, moment)[0])
-            used = [tally.spend for _, _, tally in key.account.usage.days(first)] if key else []
-            row = {"used_credits": int(sum(used) * 100), "utilization": None}
-            usage |= row | {"monthly_limit": None} if group == "monthly" else {}
-            usage |= {group: row | {"limit": None}} if group != "monthly" else {}
+        else:
+            for group, duration in SPEND_GROUPS.items():
+                first = day_of(window(duration, moment)[0])
+                used = [tally.spend for _, _, tally in key.account.usage.days(first)] if key else []
+                cents = int(sum(used) * 100)
+                usage[group] = {"limit": None, "used_credits": cents, "utilization": None}
+            usage |= {"monthly_limit": None, "used_credits": usage.pop("monthly")["used_credits"]}
         self.send_json({"extra_usage": usage, "limits": limits})
 
 
@@ -6399,15 +6400,14 @@ class HealthHandler(BaseHandler):
     def get(self, asked: str) -> None:
         if asked != "readiness":
             return self.send_json("I'm alive!")
-        gateway, ledger = self.gateway, self.gateway.ledger
-        error = ledger.trouble()
+        gateway, error = self.gateway, self.gateway.ledger.trouble()
         status = "shutting_down" if gateway.stopping else "unhealthy" if error else "healthy"
         prices = "loaded" if gateway.prices.loaded else "loading"
-        told: dict[str, Any] = {"status": status, "store": error or "writable"}
-        told |= {"version": __version__, "prices": prices if gateway.prices.available else "none"}
+        told = dict[str, Any](status=status, store=error or "writable", version=__version__)
+        told["prices"] = prices if gateway.prices.available else "none"
         told["uptime"] = round((now() - gateway.started).total_seconds())
+        told["upstreams"] = {each["name"]: each["state"] for each in gateway.real_keys.states()}
         self.set_status(200 if status == "healthy" else 503)
-        told["upstreams"] = {row["name"]: row["state"] for row in gateway.real_keys.states()}
         self.send_json(told | {"upstream": gateway.traffic.upstream})
 
 
@@ -6479,8 +6479,7 @@ class MetricsHandler(ManagementHandler):
             gone += count if outcome == "client_gone" else 0
         times, ends = dict[Any, Any](), (*map(str, LATENCY_BUCKETS), "+Inf")
         for model, each in traffic.timings.items():
-            sums = [list(zip(ends, itertools.accumulate(h.counts))) for h in each]
-            times[model,] = [(buckets, h.total) for buckets, h in zip(sums, each)]
+            times[model,] = [([*zip(ends, itertools.accumulate(h.counts))], h.total) for h in each]
         usage, budgets, moment = dict[Any, Any](), dict[Any, Any](), now()
         for label, used in traffic.used.items():
             prompt, output = used.input_tokens + used.cached, used.output_tokens
@@ -6492,10 +6491,9 @@ class MetricsHandler(ManagementHandler):
             left = None if limit is None else limit - spent
             hours = end and (end - moment) / timedelta(hours=1)
             budgets[record.shown_name,] = (spent, limit, left, hours)
-        keys, resting = dict[Any, Any](), dict[Any, Any]()
-        for state in gateway.real_keys.states():
-            keys[state["name"],] = state["requests"], state["errors"]
-            resting[state["name"],] = (state["state"] != "ok",)
+        states = gateway.real_keys.states()
+        keys = {(each["name"],): (each["requests"], each["errors"]) for each in states}
+        resting = {(each["name"],): (each["state"] != "ok",) for each in states}
         answers = [handler._visit.answer for handler in gateway.active]
         streams = sum(head is not None and is_event_stream(head) for head in answers)
         for kind, labels, names, rows in (
@@ -6848,9 +6846,8 @@ def start_mock(settings: Settings) -> Settings:
     key, sockets = MOCK_CREDENTIAL + mock_id("key"), netutil.bind_sockets(0, LOOPBACK[0])
     app = web.Application([(".*", MockAnthropic)], credential=key, log_function=lambda _: None)
     HTTPServer(app, max_body_size=MAX_BODY_SIZE, max_buffer_size=MAX_BODY_SIZE).add_sockets(sockets)
-    upstream = f"http://{LOOPBACK[0]}:{sockets[0].getsockname()[1]}"
-    no_others: Any = dict.fromkeys(("auth_token", "api_keys", "api_keys_file"), "")
-    return dataclasses.replace(settings, upstream=upstream, api_key=key, **no_others)
+    url = f"http://{LOOPBACK[0]}:{sockets[0].getsockname()[1]}"
+    return dataclasses.replace(settings, upstream=url, api_key=key, api_keys="", api_keys_file="")
 
 
 def report_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -6939,25 +6936,15 @@ async def check(settings: Settings) -> bool:
     except SettingsError as error:
         findings.append((False, str(error)))
     try:
-        pool = RealKeys(settings, tell_nobody)
         with contextlib.closing(UpstreamClient(force_instance=True, settings=settings)) as client:
-            for key in pool.keys.values() or (None,):
+            for key in RealKeys(settings).keys.values() or (None,):
                 code = (await client.get("/v1/models?limit=1", CHECK_TIMEOUT, key)).code
-                named = f" {key.name}" if key and pool.several else ""
-                refused, fine = (
-                    code in (401, 403),
-                    f" and accepts the real key{named}" if key else "",
-                )
-                doubt = (
-                    f"real key{named} not accepted, set another"
-                    if refused
-                    else "is --upstream right?"
-                )
-                well = code < 400 or (key is None and code == 401)
+                name, well = f" {key.name}" if key else "", code < 400 or (not key and code == 401)
+                refused = f"real key{name} not accepted, set another"
+                doubt = refused if code in (401, 403) else "is --upstream right?"
+                fine = f" and accepts the real key{name}" if key else ""
                 said = fine if well else f" {code} to GET /v1/models: {doubt}"
                 findings.append((well, f"{upstream} answers{said}"))
-    except SettingsError as error:
-        findings.append((False, str(error)))
     except (UpstreamError, OSError) as error:
         findings.append((False, f"{upstream}: {error} See --upstream and the network."))
     for well, text in findings:
@@ -6970,8 +6957,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the gateway with these arguments, by default the command line's. Ends the process."""
     try:
         settings = read_settings(sys.argv[1:] if arguments is None else arguments, os.environ)
-        credentials = [value for _, value in real_keys(settings).values()]
-        masked = (settings.master_key, *(each.removeprefix("Bearer ") for each in credentials))
+        masked = settings.master_key, *(key.secret for key in RealKeys(settings).keys.values())
         for handler in logging.root.handlers:
             inner = None if settings.log_json else handler.formatter
             handler.setFormatter(LineFormatter(inner, *masked))
