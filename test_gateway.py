@@ -4407,6 +4407,11 @@ def refuses(status: int, message: str = "No.", *fields: str, **more: Any) -> Scr
     return answers(document, f"{status} Oh", *fields)
 
 
+async def hangs_up(request: Arrived) -> None:
+    await refuses(401)(request)
+    request.writer.close()
+
+
 # What the real key `a` answers; who may be asked then, who rests, of which scope and models, and
 # how many seconds.
 SPENT = functools.partial(refuses, 429, details={"code": "enforced_spend_limit_reached"})
@@ -4423,6 +4428,7 @@ MOVES: dict[str, tuple[Script, str]] = {
     "400 of a workspace": (refuses(400, OF_WORKSPACE), "bc a workspace None DAY"),
     "400 packed": (refuses(400, OF_WORKSPACE, GZIPPED), "bc a workspace None DAY"),
     "401": (refuses(401), "bc a key None 600"),
+    "401 and the end": (hangs_up, "bc a key None 600"),
 }
 
 
@@ -4737,6 +4743,12 @@ async def test_a_home_is_made_at_the_first_use_and_kept(ring: Keyring) -> None:
         await gw.store.reload()  # before it is written
         assert (await gw.info(key))["home"] == homes[key]
     assert all(len({*[*homes.values()][start::2]}) > 1 for start in (0, 1))
+    first, *mates = [await gw.new_key(team_id="t", resources="team") for _ in range(3)]
+    _, home = await ring.asks(f"GET {FILES_PATH}", key=first)
+    ring.does[home] = refuses(401)
+    for mate in mates:  # who looks where the team's things are, though that rests
+        assert await ring.asks(f"GET {FILES_PATH}", key=mate) == (401, home)
+    ring.does.clear()
     await gw.restart(**pool("cba"))
     for key, home in [*homes.items()][:6]:
         for start in ("GET /v1/files", f"GET {BATCHES}", "GET /v1/skills?source=custom"):
@@ -4937,8 +4949,8 @@ async def test_real_keys_are_changed_by_their_file(gw: GW, tmp_path: Path) -> No
         await ring.message(sessions[name])
     before = await ring.shown()
     assert await ring.states() == "refused resting"
-    for mode, behind in ((0o644, ""), (0o600, "\nc=sk-ant-another"), (0o600, "\nnonsense")):
-        writes(mode, behind, c="c")
+    for behind in ("", "\nc=sk-ant-another", "\nnonsense", f"\na={B}"):  # b's, by another name
+        writes(0o600 if behind else 0o644, behind, c="c")
         with pytest.raises(gateway.SettingsError):
             gw.pool.reload()
         assert await ring.shown() == before
