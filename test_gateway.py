@@ -4409,6 +4409,7 @@ def refuses(status: int, message: str = "No.", *fields: str, **more: Any) -> Scr
 
 async def hangs_up(request: Arrived) -> None:
     await refuses(401)(request)
+    await request.reader.read(1)  # whatever comes next
     request.writer.close()
 
 
