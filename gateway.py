@@ -1503,8 +1503,7 @@ class Prices:
     def charge(self, measured: Measured, when: datetime) -> list[tuple[str, Tally]]:
         """What is billed of a response, as (model, counts and USD); see `charged_entries`."""
         entries, usage = charged_entries(measured), measured.usage
-        tools = usage.get("server_tool_use")
-        if entries and (searches := count_of(tools, "web_search_requests")):
+        if entries and (searches := count_of(usage.get("server_tool_use"), "web_search_requests")):
             entries.append((measured.model, Tally(web_searches=searches)))
         factor = US_INFERENCE if usage.get("inference_geo") == "us" else Decimal(1)
         factor *= BATCH_DISCOUNT if usage.get("service_tier") == "batch" else 1
