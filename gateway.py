@@ -3739,8 +3739,9 @@ class Server:
             self._epoll.register(connection.descriptor, select.EPOLLRDHUP | select.EPOLLONESHOT)
 
     def forget(self, connection: ServerConnection) -> None:
-        if self._watched.get(connection.descriptor) is connection:  # over TLS another may have it
-            del self._watched[connection.descriptor]
+        if self._watched.get(connection.descriptor) is not connection:
+            return  # over TLS another may have it by now
+        del self._watched[connection.descriptor]
         if self._epoll is not None:
             with contextlib.suppress(OSError):  # closing a socket takes it out of an epoll
                 self._epoll.unregister(connection.descriptor)
