@@ -2748,42 +2748,34 @@ def connect_failure(error: BaseException, timeout: float) -> UpstreamError:
     return UpstreamError("The upstream cannot be reached.")
 
 
-class UpstreamRequest(HTTPRequest):
+@dataclass(eq=False, slots=True)
+class UpstreamRequest:
     """What `UpstreamClient.fetch` takes: ``head`` goes up as it is, then ``data``, or the body that
     ``body_producer``, called with `write`, sends until the future that it returns is done.
-    ``header_callback`` gets each `ResponseHead`, 1xx ones too; then ``length`` is the body's
-    (bytes, CHUNKED or UNTIL_CLOSE). ``streaming_callback`` gets what one read brought of the body,
-    empty right after the head, with ``complete`` true at the last; no more is read before what it
-    returns is done. ``error_callback`` gets what went wrong, at once."""
+    ``on_head`` gets each `ResponseHead`, 1xx ones too; then ``length`` is the body's (bytes,
+    CHUNKED or UNTIL_CLOSE). ``on_chunk`` gets what one read brought of the body, empty right after
+    the head, with ``complete`` true at the last; no more is read before what it returns is done.
+    ``on_error`` gets what went wrong, at once."""
 
-    body_producer: Callable[..., asyncio.Future[Any]] | None
-    client: UpstreamClient
+    method: str
+    head: bytes
+    data: bytes
+    on_head: Callable[[ResponseHead], None]
+    on_chunk: Callable[[bytes], asyncio.Future[Any] | None]
+    on_error: Callable[[Exception], None]
+    body_producer: Callable[..., asyncio.Future[Any]] | None = None
+    client: UpstreamClient = field(init=False)
     connection: UpstreamConnection | None = None
     connecting: asyncio.Task[None] | None = None  # where none was kept
     fetched: asyncio.Future[Any] | None = None  # while it is under way
     room: asyncio.Future[None] | None = None  # done when the upstream takes more of the body
-    begun = 0.0  # when its head went up
-    touched = 0.0  # when something last moved
-    held_back = False  # its answer is not read
-    length = 0
-    complete = False
-
-    def __init__(
-        self,
-        method: str,
-        head: bytes,
-        data: bytes,
-        header_callback: Callable[[ResponseHead], None],
-        streaming_callback: Callable[[bytes], asyncio.Future[Any] | None],
-        error_callback: Callable[[Exception], None],
-        body_producer: Callable[..., asyncio.Future[Any]] | None = None,
-    ) -> None:
-        # Not Tornado's, which makes 27 attributes that say nothing here.
-        self.method, self.head, self.data, self.body_producer = method, head, data, body_producer
-        self.on_head, self.on_chunk = header_callback, streaming_callback
-        self.on_error = error_callback
-        self.sent = body_producer is None  # all of the body is here
-        self.repeatable = method in ("GET", "HEAD") and self.sent and not data
+    begun: float = 0.0  # when its head went up
+    touched: float = 0.0  # when something last moved
+    sent: bool = False  # all of the body is here
+    repeatable: bool = False
+    held_back: bool = False  # its answer is not read
+    length: int = 0
+    complete: bool = False
 
     def write(self, data: bytes) -> asyncio.Future[None]:
         """Send a part of the body; the future is done when the upstream takes more."""
@@ -3034,7 +3026,8 @@ class UpstreamClient(SimpleAsyncHTTPClient):
         """Send a request; an `UpstreamRequest` has callbacks, and its future only says "over"."""
         if not isinstance(request, UpstreamRequest):
             return super().fetch(request, *more, **options)
-        request.client = self
+        request.client, request.sent = self, request.body_producer is None
+        request.repeatable = request.sent and not request.data and request.method in ("GET", "HEAD")
         request.fetched = fetched = self.loop.create_future()
         self.requests.add(request)
         while self.idle:
@@ -3053,17 +3046,13 @@ class UpstreamClient(SimpleAsyncHTTPClient):
         return fetched
 
     async def get(
-        self,
-        path: str,
-        timeout: float,
-        key: RealKey | None,
-        fields: Mapping[str, str] = {},
-        **options: Any,
+        self, path: str, timeout: float, key: RealKey | None, **options: Any
     ) -> HTTPResponse:
         """GET a path with a real key, by Tornado's own client, within so many seconds. Raises
         UpstreamError where no whole answer comes."""
         settings, limit = self.settings, self.settings.connect_timeout
-        headers = {"anthropic-version": ANTHROPIC_VERSION, "Accept-Encoding": "identity", **fields}
+        headers = {"anthropic-version": ANTHROPIC_VERSION, "Accept-Encoding": "identity"}
+        headers |= options.get("headers", {})
         if key is not None and key.name:
             headers |= [key.header]
         options |= {"headers": headers, "connect_timeout": limit, "request_timeout": timeout}
@@ -3088,23 +3077,20 @@ class UpstreamClient(SimpleAsyncHTTPClient):
         nothing was sent, but none follows on a timeout."""
         timeout = self.settings.connect_timeout
         try:
-            try:
-                connection = await self._reach_within(timeout)
-            except OSError as error:
-                if isinstance(error, TimeoutError):
-                    raise
-                connection = await self._reach_within(timeout)
+            for is_last in (False, True):
+                try:
+                    async with asyncio.timeout(timeout):
+                        connection = await self.reach()
+                    if connection.transport.is_closing():
+                        raise ConnectionResetError
+                    break
+                except OSError as error:
+                    if is_last or isinstance(error, TimeoutError):
+                        raise
             self.opened += 1
             connection.ask(request)
         except Exception as error:  # noqa: BLE001 - whatever it is, the caller must hear
             request.end(connect_failure(error, timeout))
-
-    async def _reach_within(self, timeout: float) -> UpstreamConnection:
-        async with asyncio.timeout(timeout):
-            connection = await self.reach()
-        if connection.transport.is_closing():
-            raise ConnectionResetError
-        return connection
 
     async def reach(self) -> UpstreamConnection:
         """Open a connection to the address that was reached lately, or to what Tornado's TCPClient
@@ -5002,7 +4988,7 @@ class Walls(Rule):
         told = ("anthropic-version", "anthropic-beta")
         fields = {name: visit.head.get(name) for name in told if name in visit.head.values}
         key = visit.real or visit.home
-        answer = await visit.gateway.client.get(target, LIST_TIMEOUT, key, fields)
+        answer = await visit.gateway.client.get(target, LIST_TIMEOUT, key, headers=fields)
         document = read_json(answer.body, Any) if answer.code == 200 else None
         if not isinstance(document, dict):
             raise UpstreamError(f"The upstream answered {answer.code} where a part was asked for.")
