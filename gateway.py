@@ -82,7 +82,7 @@ from typing import Any, ClassVar, NamedTuple, TypedDict, TypeVar, cast
 
 import tornado
 from tornado import httputil, netutil, web
-from tornado.httpclient import HTTPClientError, HTTPRequest, HTTPResponse
+from tornado.httpclient import HTTPClientError, HTTPResponse
 from tornado.httpserver import HTTPServer
 from tornado.iostream import StreamClosedError
 from tornado.log import define_logging_options
@@ -1883,7 +1883,7 @@ def parse_things(text: bytes, name: str, running: bool = False) -> Things:
 
 
 ALERTED = ("key_alias", "key_name", "user_id", "team_id", "soft_budget")  # of a key
-# Tells the operator, and returns at once: (LiteLLM's alert type and event, text, matter=, details).
+# Tells the operator, and returns at once: (LiteLLM's event, text, matter=, details).
 Tell = Callable[..., None]
 
 
@@ -2040,19 +2040,19 @@ class FileLedger:
             return
         marks = [(limit * part, part) for part in self.parts] if limit is not None else []
         marks += [(soft, ZERO)] if soft is not None else []
+        told = {name: getattr(key, name) for name in ALERTED} | {"spend": after}
+        told |= {"alert_type": "budget_alerts", "event_group": "key", "max_budget": limit}
         for mark, part in marks:
             if mark > after or (before and mark <= before):
                 continue
-            event, what = "soft_budget_crossed", "its soft budget is"
-            if part:
-                event = "threshold_crossed" if part < 1 else "budget_crossed"
-                what = f"{part:.0%} of its budget{f' for {pattern}' if pattern else ''} is"
-            spent = f"key {key.shown_name} has spent ${dollars(after)}"
-            text = f"{spent}, {what} ${dollars(mark)}"
+            event = "threshold_crossed" if part < 1 else "budget_crossed"
+            what = f"{part:.0%} of its budget{f' for {pattern}' if pattern else ''}"
+            if part == ZERO:
+                event, what = "soft_budget_crossed", "its soft budget"
+            text = f"key {key.shown_name} has spent ${dollars(after)}, {what} is ${dollars(mark)}"
             log.warning("%s", text)
-            told = {n: getattr(key, n) for n in ALERTED} | {"event_group": "key", "spend": after}
-            told["matter"] = f"{key.account.hashed} {pattern} {part} {mark}"
-            self.tell("budget_alerts", event, text, **told, max_budget=limit)
+            matter = f"{key.account.hashed} {pattern} {part} {mark}"
+            self.tell(event, text, matter=matter, **told)
 
     def rates(self, key: VirtualKey, theirs: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
         """anthropic-ratelimit-* of a key's own limits, where they are tighter than ``theirs``."""
@@ -2367,7 +2367,7 @@ class FileLedger:
         if message != file.error and not is_unread:
             file.error = message
             log.error(message, exc_info=not isinstance(error, OSError | SettingsError))
-            self.tell("db_exceptions", "db_exceptions", message, matter=message)
+            self.tell("db_exceptions", message, matter=message)
         return APIError(503, message, headers=headers)
 
 
@@ -2767,7 +2767,6 @@ class UpstreamRequest:
     client: UpstreamClient = field(init=False)
     connection: UpstreamConnection | None = None
     connecting: asyncio.Task[None] | None = None  # where none was kept
-    fetched: asyncio.Future[Any] | None = None  # while it is under way
     room: asyncio.Future[None] | None = None  # done when the upstream takes more of the body
     begun: float = 0.0  # when its head went up
     touched: float = 0.0  # when something last moved
@@ -2782,7 +2781,7 @@ class UpstreamRequest:
         self.touched = self.client.time()
         if self.connection is not None:
             self.connection.transport.write(data)
-        elif self.fetched is not None:
+        elif self in self.client.requests:
             self.data += data
         return self.room or self.client.done
 
@@ -2799,8 +2798,7 @@ class UpstreamRequest:
 
     def end(self, error: Exception | None) -> None:
         """It is over, or given up: let go of all, and of a connection whose answer is not whole."""
-        fetched, self.fetched = self.fetched, None
-        if fetched is None:
+        if self not in self.client.requests:
             return
         self.client.requests.remove(self)
         connection, self.connection = self.connection, None
@@ -2810,7 +2808,6 @@ class UpstreamRequest:
             self.connecting.cancel()
         if self.room is not None:
             self.make_room()
-        fetched.set_result(None)
         tell = self.on_error
         # No cycle of the caller's and this is left for the garbage collector.
         del self.on_head, self.on_chunk, self.on_error
@@ -3023,12 +3020,11 @@ class UpstreamClient(SimpleAsyncHTTPClient):
         return context
 
     def fetch(self, request: Any, *more: Any, **options: Any) -> asyncio.Future[HTTPResponse]:
-        """Send a request; an `UpstreamRequest` has callbacks, and its future only says "over"."""
+        """Send a request; an `UpstreamRequest` has callbacks, and its future says nothing."""
         if not isinstance(request, UpstreamRequest):
             return super().fetch(request, *more, **options)
         request.client, request.sent = self, request.body_producer is None
         request.repeatable = request.sent and not request.data and request.method in ("GET", "HEAD")
-        request.fetched = fetched = self.loop.create_future()
         self.requests.add(request)
         while self.idle:
             connection, _ = self.idle.popitem()
@@ -3043,7 +3039,7 @@ class UpstreamClient(SimpleAsyncHTTPClient):
             request.connecting = self.loop.create_task(self.connect(request))
         if request.body_producer is not None:
             request.body_producer(request.write).add_done_callback(request.body_ended)
-        return fetched
+        return cast("asyncio.Future[HTTPResponse]", self.done)
 
     async def get(
         self, path: str, timeout: float, key: RealKey | None, **options: Any
@@ -3275,22 +3271,23 @@ class RealKeys:
         message = dict_of(dict_of(read_json(body)).get("error")).get("message")
         said, status = message if isinstance(message, str) else "", head.status
         limit = USAGE_LIMIT.fullmatch(said) if status == 400 else None
-        scope, why, seconds = key.scopes(group)[0], REFUSED, REFUSED_REST
+        the_key, organization, its_group, workspace = key.scopes(group)
         if OF_THE_REQUEST.search(said):
             return False
         if status == 429 and SPENDING_LIMIT not in body:
             told = re.match("[0-9]{1,9}", head.get("retry-after"))
-            scope, why = key.scopes(group)[2], LIMITED
+            scope, why = its_group, LIMITED
             seconds = min(float(told[0]), LONGEST_REST) if told else REST
         elif status in (402, 429) or limit:
-            is_workspaces = limit is not None and limit[1]
-            if not is_workspaces or key.workspace:  # else it is the key's own, which nobody shares
-                scope = key.scopes(group)[3 if is_workspaces else 1]
-            why, seconds = SPENT, SPENT_REST
+            scope, why, seconds = organization, SPENT, SPENT_REST
+            if limit and limit[1]:
+                scope = workspace if key.workspace else the_key  # which nobody shares
             with contextlib.suppress(ValueError, IndexError):
                 left = (from_iso(ISO_DATE.findall(said)[0]) - now()).total_seconds()
                 seconds = min(left, LONGEST_SPENT) if left > 0 else SPENT_REST
-        elif status != 401 or not said:  # which may be of the request
+        elif status == 401 and said:
+            scope, why, seconds = the_key, REFUSED, REFUSED_REST
+        else:  # which may be of the request
             return False
         moment, until = self.time(), iso(moment_of(int(time.time() + seconds)))
         self.rests = {s: rest for s, rest in self.rests.items() if rest.until > moment}
@@ -3300,8 +3297,8 @@ class RealKeys:
         if rest.is_long and not (before and before.is_long and before.why == why):
             text = f"real key {key.name}: {why}; it rests until {until}"
             log.log(logging.WARNING if why == LIMITED else logging.ERROR, "%s", text)
-            more = {"upstream_key": key.name, "until": until, "matter": f"{key.name} {why}"}
-            self._tell("cooldown_deployment", "cooldown_deployment", text, **more)
+            more = {"upstream_key": key.name, "until": until}
+            self._tell("cooldown_deployment", text, matter=f"{key.name} {why}", **more)
         if before is None or before.until < rest.until:
             self.rests[scope] = rest
         return rest.is_long
@@ -3318,8 +3315,8 @@ class RealKeys:
                     rests.append(rest | {"until": moment_of(int(ahead + until)), "why": why})
             row = {name: rests[0][name] if rests else None for name in ("until", "why")}
             refused = any(rest["why"] == REFUSED for rest in rests)
-            row |= {"name": key.name, "rests": rests, "requests": key.requests}
             row |= {"state": REFUSED if refused else "resting" if rests else "ok"}
+            row |= {"name": key.name, "rests": rests, "requests": key.requests}
             row |= {"errors": key.errors, "organization_id": printable(key.organization) or None}
             rows.append(row | {"workspace_id": printable(key.workspace) or None})
         return rows
@@ -3341,7 +3338,7 @@ class Alerts:
         self._told: dict[str, float] = {}  # when each matter was
         self._sending: asyncio.Future[None] = client.done
 
-    def tell(self, kind: str, event: str, text: str, *, matter: str, **details: Any) -> None:
+    def tell(self, event: str, text: str, *, matter: str, **details: Any) -> None:
         """As `Tell`; of each matter once in ALERT_AGAIN seconds."""
         moment = self._client.time()
         if not self._url or moment - self._told.get(matter, -math.inf) < ALERT_AGAIN:
@@ -3350,7 +3347,7 @@ class Alerts:
         self._told[matter] = moment
         if len(self._told) > MAX_ALERTS:
             del self._told[next(iter(self._told))]
-        told = {"text": text, "alert_type": kind, "event": event, "event_message": text}
+        told = {"text": text, "event": event, "event_message": text, "alert_type": event}
         told |= {"event_group": "proxy"} | details
         self._waiting.append(json.dumps(told, default=shown).encode())
         if self._sending.done():
@@ -3358,15 +3355,15 @@ class Alerts:
 
     async def _send(self) -> None:
         options: Any = {"connect_timeout": ALERT_TIMEOUT, "request_timeout": ALERT_TIMEOUT}
-        options |= {"method": "POST", "follow_redirects": False}
-        options["streaming_callback"] = lambda _: None  # of an answer nothing is kept
-        options["headers"] = {"Content-Type": "application/json"}
+        options |= {"method": "POST", "headers": {"Content-Type": "application/json"}}
+        # Of an answer nothing is kept.
+        options |= {"follow_redirects": False, "streaming_callback": lambda _: None}
         while self._waiting:
             body, error = self._waiting.popleft(), None
             for pause in (0.0, *ALERT_BACKOFF):
                 await asyncio.sleep(pause)
                 try:
-                    await self._client.fetch(HTTPRequest(self._url, body=body, **options))
+                    await self._client.fetch(self._url, body=body, **options)
                     break
                 except Exception as failure:  # noqa: BLE001 - whatever it is, it is tried again
                     error = failure
