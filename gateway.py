@@ -1703,8 +1703,8 @@ def mark_of(file: Path | int) -> FileMark:
 
 @dataclass(eq=False)
 class StoreFile:
-    """A file of lines that is whole at all times, and nobody else's while this object lives; a link
-    stays a link. ``frame`` is what stands before, between and behind lines; errors, the last of
+    """A file of lines, at no link, that is whole at all times, and nobody else's while this object
+    lives. ``frame`` is what stands before, between and behind lines; errors, the last of
     them in ``error``, say ``what`` it is, and what happens ``then`` where it cannot be written."""
 
     path: Path
@@ -1714,9 +1714,6 @@ class StoreFile:
     error: str = ""
     _mark: FileMark = None
     _lock: int = -1
-
-    def __post_init__(self) -> None:
-        self.path = Path(os.path.realpath(self.path))
 
     def read(self, parse: Callable[[bytes, str], Contents], lines: list[bytes]) -> Contents:
         """What is in the file (``parse`` gets its bytes and name), which is ours from then on; else
@@ -1850,14 +1847,13 @@ class Things:
 
     def lines(self) -> list[bytes]:
         """The fewest changes that say all of it."""
-        changes = list[dict[str, Any]]()
-        for (owner, kind), made in self.made.items():
-            homes = collections.defaultdict[str, dict[str, float]](dict)
-            for name, moment in made.items():
-                homes[self.places[name][2]][name] = moment
-            changes += [
-                {"key": owner, "kind": kind, "home": h, "made": m} for h, m in homes.items()
-            ]
+        alike = collections.defaultdict[tuple[str, str, str], dict[str, float]](dict)
+        for name, place in self.places.items():
+            alike[place][name] = self.made[place[:2]][name]
+        changes: list[dict[str, Any]] = [
+            {"key": owner, "kind": kind, "home": home, "made": made}
+            for (owner, kind, home), made in alike.items()
+        ]
         changes += [{"shared": sorted(self.shared)}] if self.shared else []
         return [json.dumps(change).encode() for change in changes]
 
@@ -1892,18 +1888,18 @@ def tell_nobody(*_: Any, **__: Any) -> None:
 
 
 class FileLedger:
-    """The keys and what they used, in memory and in a `StoreFile`; what is whose in another, beside
-    it, named as it and ".resources". Nothing else changes a key's account. What is awaited may wait
-    in another store; where nothing must, no task and no future is made. It will ``tell`` (`Tell`)
-    which ``parts`` of a budget are passed. Raises SettingsError where a file cannot be used, and
-    leaves it as it is."""
+    """The keys and what they used, in memory and in a `StoreFile`; whose things are in another, in
+    ".resources" beside it. Nothing else changes a key's account. What is awaited may wait in other
+    stores; where nothing must, no task and no future is made. It will ``tell`` which ``parts`` of a
+    budget are passed. Raises SettingsError where a file cannot be used, and leaves it as it is."""
 
     def __init__(
         self, path: Path, usage_days: int = 90, clock: Callable[[], float] = time.monotonic
     ) -> None:
+        path, then = Path(os.path.realpath(path)), "what was made is there, and written later"
+        beside = Path(os.path.realpath(f"{path}.resources"))
         self._file = StoreFile(path, KEYS_FRAME, "keys file", "nothing was changed")
-        beside, then = f"{self._file.path}.resources", "what was made is there, and written later"
-        self._things_file = StoreFile(Path(beside), THINGS_FRAME, "file of resources", then)
+        self._things_file = StoreFile(beside, THINGS_FRAME, "file of resources", then)
         self._usage_days, self._clock = usage_days, clock
         self.parts, self.tell = [WHOLE], tell_nobody
         self.keys: dict[str, VirtualKey] = {}
@@ -1955,8 +1951,7 @@ class FileLedger:
 
     def trouble(self) -> str:
         """Why the last write failed, or the next one would; empty where all is well."""
-        takes_files = os.access(self._file.path.parent, os.W_OK)
-        unwritable = "" if takes_files else "It cannot be written."
+        unwritable = "" if os.access(self._file.path.parent, os.W_OK) else "It cannot be written."
         return self._file.error or self._things_file.error or unwritable
 
     # What requests use
@@ -2033,8 +2028,7 @@ class FileLedger:
         return key
 
     def _warn(self, key: VirtualKey, pattern: str, before: Decimal, after: Decimal) -> None:
-        """Tell which marks of a budget, or of a model's, are passed as it goes from one to the
-        other: once, whoever counts."""
+        """Tell which marks of a budget, or of a model's, are passed: once, whoever counts."""
         limit, soft = key.budget(pattern)[0], None if pattern else key.soft_budget
         if (limit is None or after < limit * self.parts[0]) and (soft is None or after < soft):
             return
@@ -2137,9 +2131,8 @@ class FileLedger:
         return key.team_id if key else None
 
     async def own(self, born: Mapping[tuple[str, str], Mapping[str, float]], home: str) -> None:
-        """Remember whose things are that were made under a real key, durably: by (owner, kind)
-        their ids, and when they were made; what has an owner keeps him. Raises APIError 503, and
-        tries it again each second."""
+        """Remember durably whose things are: by (owner, kind) their ids, and when they were made;
+        what has an owner keeps him. Raises APIError 503, and tries it again each second."""
         for (owner, kind), made in born.items():
             if fresh := {name: made[name] for name in made if name not in self.things.places}:
                 self._change({"key": owner, "kind": kind, "home": home, "made": fresh})
@@ -2250,8 +2243,7 @@ class FileLedger:
             self._load()
 
     def notice_edit(self) -> None:
-        """Take in what somebody has edited. Where it does not parse, that is said once, and nothing
-        is written until it is mended."""
+        """Take in an edit; one that does not parse is said once, and never written over."""
         edits = self._file.edit(), self._things_file.edit()
         is_writing = self._writing or self._next or self._adding.locked()  # and looks by itself
         if is_writing or not any(edits) or edits == self._noticed:
@@ -2752,17 +2744,16 @@ def connect_failure(error: BaseException, timeout: float) -> UpstreamError:
 class UpstreamRequest:
     """What `UpstreamClient.fetch` takes: ``head`` goes up as it is, then ``data``, or the body that
     ``body_producer``, called with `write`, sends until the future that it returns is done.
-    ``on_head`` gets each `ResponseHead`, 1xx ones too; then ``length`` is the body's (bytes,
-    CHUNKED or UNTIL_CLOSE). ``on_chunk`` gets what one read brought of the body, empty right after
-    the head, with ``complete`` true at the last; no more is read before what it returns is done.
-    ``on_error`` gets what went wrong, at once."""
+    ``on_head`` gets each head, 1xx ones too; then ``length`` is the body's (bytes, CHUNKED or
+    UNTIL_CLOSE). ``on_chunk`` gets what one read brought of the body, empty right after the head,
+    with ``complete`` true at the last; no more is read before what it returns is done."""
 
     method: str
     head: bytes
     data: bytes
     on_head: Callable[[ResponseHead], None]
     on_chunk: Callable[[bytes], asyncio.Future[Any] | None]
-    on_error: Callable[[Exception], None]
+    on_error: Callable[[Exception], None]  # at once
     body_producer: Callable[..., asyncio.Future[Any]] | None = None
     client: UpstreamClient = field(init=False)
     connection: UpstreamConnection | None = None
@@ -3044,8 +3035,7 @@ class UpstreamClient(SimpleAsyncHTTPClient):
     async def get(
         self, path: str, timeout: float, key: RealKey | None, **options: Any
     ) -> HTTPResponse:
-        """GET a path with a real key, by Tornado's own client, within so many seconds. Raises
-        UpstreamError where no whole answer comes."""
+        """GET by Tornado's own client, within so many seconds; else raise UpstreamError."""
         settings, limit = self.settings, self.settings.connect_timeout
         headers = {"anthropic-version": ANTHROPIC_VERSION, "Accept-Encoding": "identity"}
         headers |= options.get("headers", {})
@@ -3154,9 +3144,9 @@ class RealKey:
 
     def scopes(self, group: str) -> tuple[Scope, ...]:
         """What may rest so that it does, for a group of requests."""
-        owner = self.organization or self.name
-        whole = ("key", self.name, ALL), ("organization", owner, ALL)
-        return *whole, ("organization", owner, group), ("workspace", self.workspace, ALL)
+        owner, itself = self.organization or self.name, ("key", self.name, ALL)
+        workspace = ("workspace", self.workspace, ALL) if self.workspace else itself
+        return itself, ("organization", owner, ALL), ("organization", owner, group), workspace
 
 
 Scope = tuple[str, str, str]  # a key, an organization or a workspace, and a group of requests of it
@@ -3204,20 +3194,20 @@ class RealKeys:
 
     def reload(self) -> None:
         """Read them again; one whose name stays goes on as it is. Raises SettingsError."""
-        headers, before = real_keys(self._settings), self.keys
+        headers, rests = real_keys(self._settings), self.rests
+        keys = {name: RealKey(name, header) for name, header in headers.items()}
         names = {header: name for name, header in headers.items()}
-        for name, old in before.items():
+        for name, old in self.keys.items():
             if (other := names.get(old.header, name)) != name:
                 text = f"real key {name} is now {other}, and what was made with it would be lost"
                 raise SettingsError(f"{text}: let each have its name, as name=sk-…")
-        self.keys = {name: RealKey(name, header) for name, header in headers.items()}
-        for name, old in before.items():
-            if (key := self.keys.get(name)) and key.header == old.header:
-                self.keys[name] = old
+            if (key := keys.get(name)) and key.header == old.header:
+                keys[name] = old
                 continue
-            self.rests = {scope: rest for scope, rest in self.rests.items() if scope[1] != name}
+            rests = {scope: rest for scope, rest in rests.items() if scope[1] != name}
             if key:
                 key.requests, key.errors = old.requests, old.errors
+        self.keys, self.rests = keys, rests
         self.names, self.several = tuple(headers), len(headers) > 1
         self.ranked = functools.lru_cache(maxsize=4096)(self._rank)
         self.first = next(iter(self.keys.values()), RealKey("", ("", "")))
@@ -3251,10 +3241,8 @@ class RealKeys:
 
     def heard(self, key: RealKey, head: ResponseHead) -> None:
         """Learn of an answer whose the key is."""
-        if ORGANIZATION_FIELD in head.values:
-            key.organization = head.get(ORGANIZATION_FIELD)
-        if WORKSPACE_FIELD in head.values:
-            key.workspace = head.get(WORKSPACE_FIELD)
+        key.organization = head.values.get(ORGANIZATION_FIELD, (key.organization,))[0]
+        key.workspace = head.values.get(WORKSPACE_FIELD, (key.workspace,))[0]
         key.errors += head.status >= 400
 
     def succeeded(self, key: RealKey, group: str, asked: float, *, pays: bool) -> None:
@@ -3279,9 +3267,8 @@ class RealKeys:
             scope, why = its_group, LIMITED
             seconds = min(float(told[0]), LONGEST_REST) if told else REST
         elif status in (402, 429) or limit:
-            scope, why, seconds = organization, SPENT, SPENT_REST
-            if limit and limit[1]:
-                scope = workspace if key.workspace else the_key  # which nobody shares
+            scope = workspace if limit and limit[1] else organization
+            why, seconds = SPENT, SPENT_REST
             with contextlib.suppress(ValueError, IndexError):
                 left = (from_iso(ISO_DATE.findall(said)[0]) - now()).total_seconds()
                 seconds = min(left, LONGEST_SPENT) if left > 0 else SPENT_REST
