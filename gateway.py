@@ -1812,8 +1812,7 @@ class Things:
     """Whose the things of a workspace are, as a file of changes tells it, one a line; the last word
     counts:
 
-        {"key": "<its owner_id; empty: nobody's>", "kind": "files", "home": "<the real key's name>",
-         "made": {"file_…": 1764194000}}
+        {"key": "<owner_id>", "kind": "files", "home": "<real key>", "made": {"file_…": 1764194000}}
         {"gone": ["file_…"]}
         {"shared": ["file_…"]}   until it is made or gone again
     """
@@ -2120,15 +2119,11 @@ class FileLedger:
         made, things, team = dict[str, float](), self.things, key.team_id
         places = [(key.owner, kind)]
         if team and key.resources == "team":
-            places = [p for p in things.made if p[1] == kind and self._team_of(p[0]) == team]
+            places = [(mate.owner, kind) for mate in self.keys.values() if mate.team_id == team]
         for place in places:
             made |= things.made.get(place, {})
         shared = [name for name in things.shared if things.places[name][1] == kind]
         return made | {name: things.made[things.places[name][:2]][name] for name in shared}
-
-    def _team_of(self, owner: str) -> str | None:
-        key = self.keys.get(self._owners.get(owner, ""))
-        return key.team_id if key else None
 
     async def own(self, born: Mapping[tuple[str, str], Mapping[str, float]], home: str) -> None:
         """Remember durably whose things are: by (owner, kind) their ids, and when they were made;
@@ -2291,9 +2286,6 @@ class FileLedger:
             self.things = things = file.read(parse, self.things.lines())
             for change in self._changes:
                 things.change(change)
-            if things.is_untidy:
-                file.write(things.lines())
-                things.is_untidy = False
         except OSError as error:
             self._fail(error, file)
 
@@ -4150,9 +4142,8 @@ class Record:
             line += f" ${shown_dollars(tally.spend)}"
         line += f"{' estimated' if self.estimated else ''} {self.call_id}"
         line += f" {shown_word(self.request_id)}" if self.request_id else ""
-        if key is not None:
-            line += f" key={key.key_name}" if key.key_alias else ""
-            line += f" user={printable(key.user_id)}" if key.user_id else ""
+        line += f" key={key.key_name}" if key and key.key_alias else ""
+        line += f" user={printable(key.user_id)}" if key and key.user_id else ""
         line += f" via={self.via}" if self.via else ""
         line += f" tags={shown_word(printable(','.join(self.tags)))}" if self.tags else ""
         for name in CLAUDE_CODE[:2] if self.sent else ():
