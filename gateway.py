@@ -1644,9 +1644,8 @@ class Hold:
 
 
 class Thing(NamedTuple):
-    """What stands in a workspace, as far as it is known here: of which kind, whose (the empty owner
-    is nobody), of which team he is, whether all may read it and refer to it, and the real key under
-    which it was made (the empty name: its owner's home)."""
+    """What stands in a workspace: its kind, whose it is (empty: nobody's), of which team he is, if
+    all may read it and refer to it, and the real key that made it (empty: its owner's home)."""
 
     kind: str
     owner: str = ""
@@ -1703,15 +1702,14 @@ def mark_of(file: Path | int) -> FileMark:
 
 @dataclass(eq=False)
 class StoreFile:
-    """A file of lines, at no link, that is whole at all times, and nobody else's while this object
-    lives. ``frame`` is what stands before, between and behind lines; errors, the last of
-    them in ``error``, say ``what`` it is, and what happens ``then`` where it cannot be written."""
+    """A file of lines, at no link, whole at all times, and nobody else's while this object lives.
+    ``frame`` is what stands before, between and behind them."""
 
     path: Path
     frame: tuple[bytes, bytes, bytes]
-    what: str
-    then: str
-    error: str = ""
+    what: str  # it is, as errors say
+    then: str  # if it cannot be written
+    error: str = ""  # the last, until it is written again
     _mark: FileMark = None
     _lock: int = -1
 
@@ -1740,8 +1738,7 @@ class StoreFile:
                     self.close()
 
     def write(self, lines: list[bytes]) -> None:
-        """Write, fsync, lock, rename, fsync the folder. Raises OSError; FileExistsError where there
-        is another file than was last read or written."""
+        """Write, fsync, lock, rename, fsync its folder. Raises OSError; FileExistsError: edited."""
         temporary = self.path.parent / f".{self.path.name}.{os.getpid()}.tmp"
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, STORE_MODE)
         before, between, behind = self.frame
@@ -1878,8 +1875,7 @@ def parse_things(text: bytes, name: str, running: bool = False) -> Things:
 
 
 ALERTED = ("key_alias", "key_name", "user_id", "team_id", "soft_budget")  # of a key
-# Tells the operator, and returns at once: (LiteLLM's event, text, matter=, details).
-Tell = Callable[..., None]
+Tell = Callable[..., None]  # of the operator, at once: (LiteLLM's event, text, matter=, details)
 
 
 def tell_nobody(*_: Any, **__: Any) -> None:
@@ -1906,9 +1902,8 @@ class FileLedger:
         self.batches: dict[str, Account] = {}  # whose they are
         self._lines: dict[str, bytes] = {}
         self._retired: dict[str, str] = {}  # and what is no more, which the record tells
-        # What the file lacks: keys that were used, and what changed, as it was before.
-        self._touched: set[str] = set()
-        self._undo: dict[str, VirtualKey | None] = {}
+        self._touched: set[str] = set()  # keys that were used since they were written
+        self._undo: dict[str, VirtualKey | None] = {}  # what changed since, as it was before
         self._changes: list[Mapping[str, Any]] = []  # of things
         self._owners: dict[str, str] = {}  # the hashes of keys by what their things are kept under
         self._writing: asyncio.Task[APIError | None] | None = None  # is under way …
@@ -1920,8 +1915,6 @@ class FileLedger:
         except SettingsError:
             self._file.close()
             raise
-
-    # Looking
 
     async def find_hash(self, hashed: str) -> tuple[VirtualKey, str] | None:
         """A key and its `VirtualKey.status`; by an old hash ``expired`` once its grace is over."""
@@ -2055,12 +2048,9 @@ class FileLedger:
             told = theirs.get(f"{name}remaining", ("",))[0]
             if not (told.isascii() and told.isdigit() and float(told) <= left):
                 wait = math.ceil(bucket.seconds_until(bucket.limit, clock))
-                reset = iso(moment_of(int(time.time()) + wait))
                 fields += [(f"{name}limit", str(bucket.limit)), (f"{name}remaining", str(left))]
-                fields.append((f"{name}reset", reset))
+                fields.append((f"{name}reset", iso(moment_of(int(time.time()) + wait))))
         return fields
-
-    # Batches
 
     def unbooked(self, name: str) -> Batch | None:
         """The batch of that name, where results of it are still to be booked to a key."""
@@ -2101,8 +2091,6 @@ class FileLedger:
             account.usage.of(day_of(moment), NO_MODEL).add(Tally(spend=total))
         self._touched.add(account.hashed)
 
-    # Things
-
     async def find_things(self, names: Iterable[object]) -> dict[str, Thing]:
         """Of these ids those that are known here."""
         found, places, shared = dict[str, Thing](), self.things.places, self.things.shared
@@ -2134,8 +2122,7 @@ class FileLedger:
         await asyncio.shield(self._add())
 
     async def assign(self, kinds: Mapping[str, str], owner: str | None) -> None:
-        """Give things (id: kind) to an owner ("": nobody), or share them with all (None). Where it
-        raises APIError 503 nothing is changed."""
+        """Give things (id: kind) to an owner ("": nobody) or to all (None), or raise APIError 503."""
         places, moment, changes = self.things.places, int(time.time()), list[dict[str, Any]]()
         for name in reversed(list(kinds)):  # lists begin with the newest
             before, of, home = places.get(name, ("", "", ""))
@@ -2286,6 +2273,9 @@ class FileLedger:
             self.things = things = file.read(parse, self.things.lines())
             for change in self._changes:
                 things.change(change)
+            if things.is_untidy:
+                file.write(things.lines())
+                things.is_untidy = False
         except OSError as error:
             self._fail(error, file)
 
@@ -2891,8 +2881,6 @@ class UpstreamConnection(asyncio.Protocol):
         if self.request is not None:
             self.request.make_room()
 
-    # Inside
-
     def _receive(self, request: UpstreamRequest, data: bytes) -> None:
         """Hand on what came, and hold back what follows until the caller has taken it."""
         try:
@@ -2985,7 +2973,7 @@ class UpstreamClient(SimpleAsyncHTTPClient):
         self.origin, _ = parse_upstream(settings.upstream)
         self.time = time.monotonic
         self.loop = asyncio.get_running_loop()
-        self.done: asyncio.Future[None] = self.loop.create_future()
+        self.done: asyncio.Future[Any] = self.loop.create_future()
         self.done.set_result(None)
         self.requests: set[UpstreamRequest] = set()
         self.opened = self.reused = 0
@@ -3022,24 +3010,22 @@ class UpstreamClient(SimpleAsyncHTTPClient):
             request.connecting = self.loop.create_task(self.connect(request))
         if request.body_producer is not None:
             request.body_producer(request.write).add_done_callback(request.body_ended)
-        return cast("asyncio.Future[HTTPResponse]", self.done)
+        return self.done
 
-    async def get(
-        self, path: str, timeout: float, key: RealKey | None, **options: Any
-    ) -> HTTPResponse:
-        """GET by Tornado's own client, within so many seconds; else raise UpstreamError."""
-        settings, limit = self.settings, self.settings.connect_timeout
+    async def get(self, path: str, limit: float, key: RealKey | None, **more: Any) -> HTTPResponse:
+        """GET by Tornado's own client, within ``limit`` seconds; else raise UpstreamError."""
+        settings, patience = self.settings, self.settings.connect_timeout
         headers = {"anthropic-version": ANTHROPIC_VERSION, "Accept-Encoding": "identity"}
-        headers |= options.get("headers", {})
+        headers |= more.get("headers", {})
         if key is not None and key.name:
             headers |= [key.header]
-        options |= {"headers": headers, "connect_timeout": limit, "request_timeout": timeout}
-        options |= {"follow_redirects": False, "decompress_response": False}
+        more |= {"headers": headers, "connect_timeout": patience, "request_timeout": limit}
+        more |= {"follow_redirects": False, "decompress_response": False}
         try:
-            url, options["ssl_options"] = settings.upstream.rstrip("/") + path, self.ssl_context
-            return await self.fetch(url, raise_error=False, **options)
+            url, more["ssl_options"] = settings.upstream.rstrip("/") + path, self.ssl_context
+            return await self.fetch(url, raise_error=False, **more)
         except Exception as error:  # noqa: BLE001 - Tornado's own, the system's, or OpenSSL's
-            raise connect_failure(error, limit) from None
+            raise connect_failure(error, patience) from None
 
     def close(self) -> None:
         """Close every connection; requests under way hear of no error."""
@@ -3158,7 +3144,6 @@ USAGE_LIMIT = re.compile(
 )
 # What an Origin, no beta, or a long prompt brings about, and no key.
 OF_THE_REQUEST = re.compile("CORS|OAuth authentication|Extra usage is required for long context")
-ISO_DATE = re.compile(r"\d{4}-\d\d-\d\d")
 
 
 class Rest(NamedTuple):
@@ -3238,8 +3223,7 @@ class RealKeys:
         key.errors += head.status >= 400
 
     def succeeded(self, key: RealKey, group: str, asked: float, *, pays: bool) -> None:
-        """A success ends a rest that began before it was asked for, but what is spent is not there
-        again where nothing is paid."""
+        """A success ends rests that began before it was asked for; unpaid, only of refusals."""
         for scope in key.scopes(group):
             rest = self.rests.get(scope)
             if rest and rest.since < asked and (pays or rest.why == REFUSED):
@@ -3262,7 +3246,7 @@ class RealKeys:
             scope = workspace if limit and limit[1] else organization
             why, seconds = SPENT, SPENT_REST
             with contextlib.suppress(ValueError, IndexError):
-                left = (from_iso(ISO_DATE.findall(said)[0]) - now()).total_seconds()
+                left = (from_iso(re.findall(r"\d{4}-\d\d-\d\d", said)[0]) - now()).total_seconds()
                 seconds = min(left, LONGEST_SPENT) if left > 0 else SPENT_REST
         elif status == 401 and said:
             scope, why, seconds = the_key, REFUSED, REFUSED_REST
@@ -3333,10 +3317,9 @@ class Alerts:
             self._sending = self._client.loop.create_task(self._send())
 
     async def _send(self) -> None:
-        options: Any = {"connect_timeout": ALERT_TIMEOUT, "request_timeout": ALERT_TIMEOUT}
+        options: Any = {"request_timeout": ALERT_TIMEOUT, "follow_redirects": False}
         options |= {"method": "POST", "headers": {"Content-Type": "application/json"}}
-        # Of an answer nothing is kept.
-        options |= {"follow_redirects": False, "streaming_callback": lambda _: None}
+        options["streaming_callback"] = lambda _: None  # of an answer nothing is kept
         while self._waiting:
             body, error = self._waiting.popleft(), None
             for pause in (0.0, *ALERT_BACKOFF):
@@ -4213,8 +4196,7 @@ class Traffic:
         self.timings = collections.defaultdict[str, list[Histogram]](
             lambda: [Histogram() for _ in TIMINGS]
         )
-        met = ("last_success", "last_failure", "last_error")  # as requests met it
-        self.upstream: dict[str, Any] = dict.fromkeys(met)
+        self.upstream = dict[str, Any].fromkeys(("last_success", "last_failure", "last_error"))
         self._pairs: set[tuple[str, str]] = set()
 
     def count(self, record: Record) -> None:
