@@ -2122,7 +2122,7 @@ class FileLedger:
         await asyncio.shield(self._add())
 
     async def assign(self, kinds: Mapping[str, str], owner: str | None) -> None:
-        """Give things (id: kind) to an owner ("": nobody) or to all (None), or raise APIError 503."""
+        """Give things (id: kind) to an owner ("": nobody) or all (None), or raise APIError 503."""
         places, moment, changes = self.things.places, int(time.time()), list[dict[str, Any]]()
         for name in reversed(list(kinds)):  # lists begin with the newest
             before, of, home = places.get(name, ("", "", ""))
@@ -3037,11 +3037,10 @@ class UpstreamClient(SimpleAsyncHTTPClient):
         super().close()
 
     async def connect(self, request: UpstreamRequest) -> None:
-        """Send a request over a new connection, once that stands; a second try costs nothing, as
-        nothing was sent, but none follows on a timeout."""
+        """Send a request over a new connection, which is tried twice, but not after a timeout."""
         timeout = self.settings.connect_timeout
         try:
-            for is_last in (False, True):
+            for is_last in (False, True):  # nothing was sent yet
                 try:
                     async with asyncio.timeout(timeout):
                         connection = await self.reach()
@@ -3194,8 +3193,7 @@ class RealKeys:
         return self.keys.get(name or "", self.first)
 
     def _rank(self, caller: str, session: str = "") -> tuple[RealKey, ...]:
-        """All keys, in the order in which a caller and his session take them: the same everywhere,
-        and where one goes the others keep theirs (rendezvous hashing: Thaler and Ravishankar)."""
+        """All keys as a caller and his session take them (rendezvous: Thaler and Ravishankar)."""
         told = f"{caller}\0{session}\0".encode("utf-8", "replace")
         order = sorted(self.names, key=lambda name: hashlib.sha256(told + name.encode()).digest())
         return tuple(map(self.keys.__getitem__, order))
@@ -4186,9 +4184,8 @@ class Histogram:
 
 
 class Traffic:
-    """What passed since the start: requests by (key, model, status, outcome), what was ``used`` by
-    (key, model), and for a model a Histogram for each of TIMINGS. Beyond MAX_LABELS pairs of key
-    and model, and MAX_MODELS_A_DAY models, all are counted as one."""
+    """Requests by (key, model, status, outcome), what was ``used`` by (key, model), a Histogram for
+    each of TIMINGS by model; beyond MAX_LABELS pairs, or MAX_MODELS_A_DAY, all are one."""
 
     def __init__(self) -> None:
         self.requests: collections.Counter[tuple[str, str, int, str]] = collections.Counter()
