@@ -82,7 +82,7 @@ from typing import Any, ClassVar, NamedTuple, TypedDict, TypeVar, cast
 
 import tornado
 from tornado import httputil, netutil, web
-from tornado.httpclient import HTTPClientError, HTTPRequest, HTTPResponse
+from tornado.httpclient import HTTPClientError, HTTPResponse
 from tornado.httpserver import HTTPServer
 from tornado.iostream import StreamClosedError
 from tornado.log import define_logging_options
@@ -1630,9 +1630,8 @@ class Hold:
 
 
 class Thing(NamedTuple):
-    """What stands in a workspace, as far as it is known here: of which kind, whose (the empty owner
-    is nobody), of which team he is, whether all may read it and refer to it, and the real key under
-    which it was made (the empty name: its owner's home)."""
+    """What stands in a workspace: its kind, whose it is (empty: nobody's), of which team he is, if
+    all may read it and refer to it, and the real key that made it (empty: its owner's home)."""
 
     kind: str
     owner: str = ""
@@ -1689,20 +1688,16 @@ def mark_of(file: Path | int) -> FileMark:
 
 @dataclass(eq=False)
 class StoreFile:
-    """A file of lines that is whole at all times, and nobody else's while this object lives; a link
-    stays a link. ``frame`` is what stands before, between and behind lines; errors, the last of
-    them in ``error``, say ``what`` it is, and what happens ``then`` where it cannot be written."""
+    """A file of lines, at no link, whole at all times, and nobody else's while this object lives.
+    ``frame`` is what stands before, between and behind them."""
 
     path: Path
     frame: tuple[bytes, bytes, bytes]
-    what: str
-    then: str
-    error: str = ""
+    what: str  # it is, as errors say
+    then: str  # if it cannot be written
+    error: str = ""  # the last, until it is written again
     _mark: FileMark = None
     _lock: int = -1
-
-    def __post_init__(self) -> None:
-        self.path = Path(os.path.realpath(self.path))
 
     def read(self, parse: Callable[[bytes, str], Contents], lines: list[bytes]) -> Contents:
         """What is in the file (``parse`` gets its bytes and name), which is ours from then on; else
@@ -1729,8 +1724,7 @@ class StoreFile:
                     self.close()
 
     def write(self, lines: list[bytes]) -> None:
-        """Write, fsync, lock, rename, fsync the folder. Raises OSError; FileExistsError where there
-        is another file than was last read or written."""
+        """Write, fsync, lock, rename, fsync its folder. Raises OSError; FileExistsError: edited."""
         temporary = self.path.parent / f".{self.path.name}.{os.getpid()}.tmp"
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, STORE_MODE)
         before, between, behind = self.frame
@@ -1801,8 +1795,7 @@ class Things:
     """Whose the things of a workspace are, as a file of changes tells it, one a line; the last word
     counts:
 
-        {"key": "<its owner_id; empty: nobody's>", "kind": "files", "home": "<the real key's name>",
-         "made": {"file_…": 1764194000}}
+        {"key": "<owner_id>", "kind": "files", "home": "<real key>", "made": {"file_…": 1764194000}}
         {"gone": ["file_…"]}
         {"shared": ["file_…"]}   until it is made or gone again
     """
@@ -1836,14 +1829,13 @@ class Things:
 
     def lines(self) -> list[bytes]:
         """The fewest changes that say all of it."""
-        changes = list[dict[str, Any]]()
-        for (owner, kind), made in self.made.items():
-            homes = collections.defaultdict[str, dict[str, float]](dict)
-            for name, moment in made.items():
-                homes[self.places[name][2]][name] = moment
-            changes += [
-                {"key": owner, "kind": kind, "home": h, "made": m} for h, m in homes.items()
-            ]
+        alike = collections.defaultdict[tuple[str, str, str], dict[str, float]](dict)
+        for name, place in self.places.items():
+            alike[place][name] = self.made[place[:2]][name]
+        changes: list[dict[str, Any]] = [
+            {"key": owner, "kind": kind, "home": home, "made": made}
+            for (owner, kind, home), made in alike.items()
+        ]
         changes += [{"shared": sorted(self.shared)}] if self.shared else []
         return [json.dumps(change).encode() for change in changes]
 
@@ -1869,8 +1861,7 @@ def parse_things(text: bytes, name: str, running: bool = False) -> Things:
 
 
 ALERTED = ("key_alias", "key_name", "user_id", "team_id", "soft_budget")  # of a key
-# Tells the operator, and returns at once: (LiteLLM's alert type and event, text, matter=, details).
-Tell = Callable[..., None]
+Tell = Callable[..., None]  # of the operator, at once: (LiteLLM's event, text, matter=, details)
 
 
 def tell_nobody(*_: Any, **__: Any) -> None:
@@ -1878,18 +1869,18 @@ def tell_nobody(*_: Any, **__: Any) -> None:
 
 
 class FileLedger:
-    """The keys and what they used, in memory and in a `StoreFile`; what is whose in another, beside
-    it, named as it and ".resources". Nothing else changes a key's account. What is awaited may wait
-    in another store; where nothing must, no task and no future is made. It will ``tell`` (`Tell`)
-    which ``parts`` of a budget are passed. Raises SettingsError where a file cannot be used, and
-    leaves it as it is."""
+    """The keys and what they used, in memory and in a `StoreFile`; whose things are in another, in
+    ".resources" beside it. Nothing else changes a key's account. What is awaited may wait in other
+    stores; where nothing must, no task and no future is made. It will ``tell`` which ``parts`` of a
+    budget are passed. Raises SettingsError where a file cannot be used, and leaves it as it is."""
 
     def __init__(
         self, path: Path, usage_days: int = 90, clock: Callable[[], float] = time.monotonic
     ) -> None:
+        path, then = Path(os.path.realpath(path)), "what was made is there, and written later"
+        beside = Path(os.path.realpath(f"{path}.resources"))
         self._file = StoreFile(path, KEYS_FRAME, "keys file", "nothing was changed")
-        beside, then = f"{self._file.path}.resources", "what was made is there, and written later"
-        self._things_file = StoreFile(Path(beside), THINGS_FRAME, "file of resources", then)
+        self._things_file = StoreFile(beside, THINGS_FRAME, "file of resources", then)
         self._usage_days, self._clock = usage_days, clock
         self.parts, self.tell = [WHOLE], tell_nobody
         self.keys: dict[str, VirtualKey] = {}
@@ -1897,9 +1888,8 @@ class FileLedger:
         self.batches: dict[str, Account] = {}  # whose they are
         self._lines: dict[str, bytes] = {}
         self._retired: dict[str, str] = {}  # and what is no more, which the record tells
-        # What the file lacks: keys that were used, and what changed, as it was before.
-        self._touched: set[str] = set()
-        self._undo: dict[str, VirtualKey | None] = {}
+        self._touched: set[str] = set()  # keys that were used since they were written
+        self._undo: dict[str, VirtualKey | None] = {}  # what changed since, as it was before
         self._changes: list[Mapping[str, Any]] = []  # of things
         self._owners: dict[str, str] = {}  # the hashes of keys by what their things are kept under
         self._writing: asyncio.Task[APIError | None] | None = None  # is under way …
@@ -1911,8 +1901,6 @@ class FileLedger:
         except SettingsError:
             self._file.close()
             raise
-
-    # Looking
 
     async def find_hash(self, hashed: str) -> tuple[VirtualKey, str] | None:
         """A key and its `VirtualKey.status`; by an old hash ``expired`` once its grace is over."""
@@ -1941,8 +1929,7 @@ class FileLedger:
 
     def trouble(self) -> str:
         """Why the last write failed, or the next one would; empty where all is well."""
-        takes_files = os.access(self._file.path.parent, os.W_OK)
-        unwritable = "" if takes_files else "It cannot be written."
+        unwritable = "" if os.access(self._file.path.parent, os.W_OK) else "It cannot be written."
         return self._file.error or self._things_file.error or unwritable
 
     # What requests use
@@ -2019,26 +2006,25 @@ class FileLedger:
         return key
 
     def _warn(self, key: VirtualKey, pattern: str, before: Decimal, after: Decimal) -> None:
-        """Tell which marks of a budget, or of a model's, are passed as it goes from one to the
-        other: once, whoever counts."""
+        """Tell which marks of a budget, or of a model's, are passed: once, whoever counts."""
         limit, soft = key.budget(pattern)[0], None if pattern else key.soft_budget
         if (limit is None or after < limit * self.parts[0]) and (soft is None or after < soft):
             return
         marks = [(limit * part, part) for part in self.parts] if limit is not None else []
         marks += [(soft, ZERO)] if soft is not None else []
+        told = {name: getattr(key, name) for name in ALERTED} | {"spend": after}
+        told |= {"alert_type": "budget_alerts", "event_group": "key", "max_budget": limit}
         for mark, part in marks:
             if mark > after or (before and mark <= before):
                 continue
-            event, what = "soft_budget_crossed", "its soft budget is"
-            if part:
-                event = "threshold_crossed" if part < 1 else "budget_crossed"
-                what = f"{part:.0%} of its budget{f' for {pattern}' if pattern else ''} is"
-            spent = f"key {key.shown_name} has spent ${dollars(after)}"
-            text = f"{spent}, {what} ${dollars(mark)}"
+            event = "threshold_crossed" if part < 1 else "budget_crossed"
+            what = f"{part:.0%} of its budget{f' for {pattern}' if pattern else ''}"
+            if part == ZERO:
+                event, what = "soft_budget_crossed", "its soft budget"
+            text = f"key {key.shown_name} has spent ${dollars(after)}, {what} is ${dollars(mark)}"
             log.warning("%s", text)
-            told = {n: getattr(key, n) for n in ALERTED} | {"event_group": "key", "spend": after}
-            told["matter"] = f"{key.account.hashed} {pattern} {part} {mark}"
-            self.tell("budget_alerts", event, text, **told, max_budget=limit)
+            matter = f"{key.account.hashed} {pattern} {part} {mark}"
+            self.tell(event, text, matter=matter, **told)
 
     def rates(self, key: VirtualKey, theirs: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
         """anthropic-ratelimit-* of a key's own limits, where they are tighter than ``theirs``."""
@@ -2048,12 +2034,9 @@ class FileLedger:
             told = theirs.get(f"{name}remaining", ("",))[0]
             if not (told.isascii() and told.isdigit() and float(told) <= left):
                 wait = math.ceil(bucket.seconds_until(bucket.limit, clock))
-                reset = iso(moment_of(int(time.time()) + wait))
                 fields += [(f"{name}limit", str(bucket.limit)), (f"{name}remaining", str(left))]
-                fields.append((f"{name}reset", reset))
+                fields.append((f"{name}reset", iso(moment_of(int(time.time()) + wait))))
         return fields
-
-    # Batches
 
     def unbooked(self, name: str) -> Batch | None:
         """The batch of that name, where results of it are still to be booked to a key."""
@@ -2094,8 +2077,6 @@ class FileLedger:
             account.usage.of(day_of(moment), NO_MODEL).add(Tally(spend=total))
         self._touched.add(account.hashed)
 
-    # Things
-
     async def find_things(self, names: Iterable[object]) -> dict[str, Thing]:
         """Of these ids those that are known here."""
         found, places, shared = dict[str, Thing](), self.things.places, self.things.shared
@@ -2112,28 +2093,22 @@ class FileLedger:
         made, things, team = dict[str, float](), self.things, key.team_id
         places = [(key.owner, kind)]
         if team and key.resources == "team":
-            places = [p for p in things.made if p[1] == kind and self._team_of(p[0]) == team]
+            places = [(mate.owner, kind) for mate in self.keys.values() if mate.team_id == team]
         for place in places:
             made |= things.made.get(place, {})
         shared = [name for name in things.shared if things.places[name][1] == kind]
         return made | {name: things.made[things.places[name][:2]][name] for name in shared}
 
-    def _team_of(self, owner: str) -> str | None:
-        key = self.keys.get(self._owners.get(owner, ""))
-        return key.team_id if key else None
-
     async def own(self, born: Mapping[tuple[str, str], Mapping[str, float]], home: str) -> None:
-        """Remember whose things are that were made under a real key, durably: by (owner, kind)
-        their ids, and when they were made; what has an owner keeps him. Raises APIError 503, and
-        tries it again each second."""
+        """Remember durably whose things are: by (owner, kind) their ids, and when they were made;
+        what has an owner keeps him. Raises APIError 503, and tries it again each second."""
         for (owner, kind), made in born.items():
             if fresh := {name: made[name] for name in made if name not in self.things.places}:
                 self._change({"key": owner, "kind": kind, "home": home, "made": fresh})
         await asyncio.shield(self._add())
 
     async def assign(self, kinds: Mapping[str, str], owner: str | None) -> None:
-        """Give things (id: kind) to an owner ("": nobody), or share them with all (None). Where it
-        raises APIError 503 nothing is changed."""
+        """Give things (id: kind) to an owner ("": nobody) or all (None), or raise APIError 503."""
         places, moment, changes = self.things.places, int(time.time()), list[dict[str, Any]]()
         for name in reversed(list(kinds)):  # lists begin with the newest
             before, of, home = places.get(name, ("", "", ""))
@@ -2236,8 +2211,7 @@ class FileLedger:
             self._load()
 
     def notice_edit(self) -> None:
-        """Take in what somebody has edited. Where it does not parse, that is said once, and nothing
-        is written until it is mended."""
+        """Take in an edit; one that does not parse is said once, and never written over."""
         edits = self._file.edit(), self._things_file.edit()
         is_writing = self._writing or self._next or self._adding.locked()  # and looks by itself
         if is_writing or not any(edits) or edits == self._noticed:
@@ -2353,7 +2327,7 @@ class FileLedger:
         if message != file.error and not is_unread:
             file.error = message
             log.error(message, exc_info=not isinstance(error, OSError | SettingsError))
-            self.tell("db_exceptions", "db_exceptions", message, matter=message)
+            self.tell("db_exceptions", message, matter=message)
         return APIError(503, message, headers=headers)
 
 
@@ -2717,49 +2691,39 @@ def connect_failure(error: BaseException, timeout: float) -> UpstreamError:
     return UpstreamError("The upstream cannot be reached.")
 
 
-class UpstreamRequest(HTTPRequest):
+@dataclass(eq=False, slots=True)
+class UpstreamRequest:
     """What `UpstreamClient.fetch` takes: ``head`` goes up as it is, then ``data``, or the body that
     ``body_producer``, called with `write`, sends until the future that it returns is done.
-    ``header_callback`` gets each `ResponseHead`, 1xx ones too; then ``length`` is the body's
-    (bytes, CHUNKED or UNTIL_CLOSE). ``streaming_callback`` gets what one read brought of the body,
-    empty right after the head, with ``complete`` true at the last; no more is read before what it
-    returns is done. ``error_callback`` gets what went wrong, at once."""
+    ``on_head`` gets each head, 1xx ones too; then ``length`` is the body's (bytes, CHUNKED or
+    UNTIL_CLOSE). ``on_chunk`` gets what one read brought of the body, empty right after the head,
+    with ``complete`` true at the last; no more is read before what it returns is done."""
 
-    body_producer: Callable[..., asyncio.Future[Any]] | None
-    client: UpstreamClient
+    method: str
+    head: bytes
+    data: bytes
+    on_head: Callable[[ResponseHead], None]
+    on_chunk: Callable[[bytes], asyncio.Future[Any] | None]
+    on_error: Callable[[Exception], None]  # at once
+    body_producer: Callable[..., asyncio.Future[Any]] | None = None
+    client: UpstreamClient = field(init=False)
     connection: UpstreamConnection | None = None
     connecting: asyncio.Task[None] | None = None  # where none was kept
-    fetched: asyncio.Future[Any] | None = None  # while it is under way
     room: asyncio.Future[None] | None = None  # done when the upstream takes more of the body
-    begun = 0.0  # when its head went up
-    touched = 0.0  # when something last moved
-    held_back = False  # its answer is not read
-    length = 0
-    complete = False
-
-    def __init__(
-        self,
-        method: str,
-        head: bytes,
-        data: bytes,
-        header_callback: Callable[[ResponseHead], None],
-        streaming_callback: Callable[[bytes], asyncio.Future[Any] | None],
-        error_callback: Callable[[Exception], None],
-        body_producer: Callable[..., asyncio.Future[Any]] | None = None,
-    ) -> None:
-        # Not Tornado's, which makes 27 attributes that say nothing here.
-        self.method, self.head, self.data, self.body_producer = method, head, data, body_producer
-        self.on_head, self.on_chunk = header_callback, streaming_callback
-        self.on_error = error_callback
-        self.sent = body_producer is None  # all of the body is here
-        self.repeatable = method in ("GET", "HEAD") and self.sent and not data
+    begun: float = 0.0  # when its head went up
+    touched: float = 0.0  # when something last moved
+    sent: bool = False  # all of the body is here
+    repeatable: bool = False
+    held_back: bool = False  # its answer is not read
+    length: int = 0
+    complete: bool = False
 
     def write(self, data: bytes) -> asyncio.Future[None]:
         """Send a part of the body; the future is done when the upstream takes more."""
         self.touched = self.client.time()
         if self.connection is not None:
             self.connection.transport.write(data)
-        elif self.fetched is not None:
+        elif self in self.client.requests:
             self.data += data
         return self.room or self.client.done
 
@@ -2776,8 +2740,7 @@ class UpstreamRequest(HTTPRequest):
 
     def end(self, error: Exception | None) -> None:
         """It is over, or given up: let go of all, and of a connection whose answer is not whole."""
-        fetched, self.fetched = self.fetched, None
-        if fetched is None:
+        if self not in self.client.requests:
             return
         self.client.requests.remove(self)
         connection, self.connection = self.connection, None
@@ -2787,7 +2750,6 @@ class UpstreamRequest(HTTPRequest):
             self.connecting.cancel()
         if self.room is not None:
             self.make_room()
-        fetched.set_result(None)
         tell = self.on_error
         # No cycle of the caller's and this is left for the garbage collector.
         del self.on_head, self.on_chunk, self.on_error
@@ -2888,8 +2850,6 @@ class UpstreamConnection(asyncio.Protocol):
         if self.request is not None:
             self.request.make_room()
 
-    # Inside
-
     def _receive(self, request: UpstreamRequest, data: bytes) -> None:
         """Hand on what came, and hold back what follows until the caller has taken it."""
         try:
@@ -2983,7 +2943,7 @@ class UpstreamClient(SimpleAsyncHTTPClient):
         self.origin, _ = parse_upstream(settings.upstream)
         self.time = time.monotonic
         self.loop = asyncio.get_running_loop()
-        self.done: asyncio.Future[None] = self.loop.create_future()
+        self.done: asyncio.Future[Any] = self.loop.create_future()
         self.done.set_result(None)
         self.requests: set[UpstreamRequest] = set()
         self.opened = self.reused = 0
@@ -3001,11 +2961,11 @@ class UpstreamClient(SimpleAsyncHTTPClient):
         return context
 
     def fetch(self, request: Any, *more: Any, **options: Any) -> asyncio.Future[HTTPResponse]:
-        """Send a request; an `UpstreamRequest` has callbacks, and its future only says "over"."""
+        """Send a request; an `UpstreamRequest` has callbacks, and its future says nothing."""
         if not isinstance(request, UpstreamRequest):
             return super().fetch(request, *more, **options)
-        request.client = self
-        request.fetched = fetched = self.loop.create_future()
+        request.client, request.sent = self, request.body_producer is None
+        request.repeatable = request.sent and not request.data and request.method in ("GET", "HEAD")
         self.requests.add(request)
         while self.idle:
             connection, _ = self.idle.popitem()
@@ -3020,29 +2980,22 @@ class UpstreamClient(SimpleAsyncHTTPClient):
             request.connecting = self.loop.create_task(self.connect(request))
         if request.body_producer is not None:
             request.body_producer(request.write).add_done_callback(request.body_ended)
-        return fetched
+        return self.done
 
-    async def get(
-        self,
-        path: str,
-        timeout: float,
-        key: RealKey | None,
-        fields: Mapping[str, str] = {},
-        **options: Any,
-    ) -> HTTPResponse:
-        """GET a path with a real key, by Tornado's own client, within so many seconds. Raises
-        UpstreamError where no whole answer comes."""
-        settings, limit = self.settings, self.settings.connect_timeout
-        headers = {"anthropic-version": ANTHROPIC_VERSION, "Accept-Encoding": "identity", **fields}
+    async def get(self, path: str, limit: float, key: RealKey | None, **more: Any) -> HTTPResponse:
+        """GET by Tornado's own client, within ``limit`` seconds; else raise UpstreamError."""
+        settings, patience = self.settings, self.settings.connect_timeout
+        headers = {"anthropic-version": ANTHROPIC_VERSION, "Accept-Encoding": "identity"}
+        headers |= more.get("headers", {})
         if key is not None and key.name:
             headers |= [key.header]
-        options |= {"headers": headers, "connect_timeout": limit, "request_timeout": timeout}
-        options |= {"follow_redirects": False, "decompress_response": False}
+        more |= {"headers": headers, "connect_timeout": patience, "request_timeout": limit}
+        more |= {"follow_redirects": False, "decompress_response": False}
         try:
-            url, options["ssl_options"] = settings.upstream.rstrip("/") + path, self.ssl_context
-            return await self.fetch(url, raise_error=False, **options)
+            url, more["ssl_options"] = settings.upstream.rstrip("/") + path, self.ssl_context
+            return await self.fetch(url, raise_error=False, **more)
         except Exception as error:  # noqa: BLE001 - Tornado's own, the system's, or OpenSSL's
-            raise connect_failure(error, limit) from None
+            raise connect_failure(error, patience) from None
 
     def close(self) -> None:
         """Close every connection; requests under way hear of no error."""
@@ -3054,27 +3007,23 @@ class UpstreamClient(SimpleAsyncHTTPClient):
         super().close()
 
     async def connect(self, request: UpstreamRequest) -> None:
-        """Send a request over a new connection, once that stands; a second try costs nothing, as
-        nothing was sent, but none follows on a timeout."""
+        """Send a request over a new connection, which is tried twice, but not after a timeout."""
         timeout = self.settings.connect_timeout
         try:
-            try:
-                connection = await self._reach_within(timeout)
-            except OSError as error:
-                if isinstance(error, TimeoutError):
-                    raise
-                connection = await self._reach_within(timeout)
+            for is_last in (False, True):  # nothing was sent yet
+                try:
+                    async with asyncio.timeout(timeout):
+                        connection = await self.reach()
+                    if connection.transport.is_closing():
+                        raise ConnectionResetError
+                    break
+                except OSError as error:
+                    if is_last or isinstance(error, TimeoutError):
+                        raise
             self.opened += 1
             connection.ask(request)
         except Exception as error:  # noqa: BLE001 - whatever it is, the caller must hear
             request.end(connect_failure(error, timeout))
-
-    async def _reach_within(self, timeout: float) -> UpstreamConnection:
-        async with asyncio.timeout(timeout):
-            connection = await self.reach()
-        if connection.transport.is_closing():
-            raise ConnectionResetError
-        return connection
 
     async def reach(self) -> UpstreamConnection:
         """Open a connection to the address that was reached lately, or to what Tornado's TCPClient
@@ -3142,9 +3091,9 @@ class RealKey:
 
     def scopes(self, group: str) -> tuple[Scope, ...]:
         """What may rest so that it does, for a group of requests."""
-        owner = self.organization or self.name
-        whole = ("key", self.name, ALL), ("organization", owner, ALL)
-        return *whole, ("organization", owner, group), ("workspace", self.workspace, ALL)
+        owner, itself = self.organization or self.name, ("key", self.name, ALL)
+        workspace = ("workspace", self.workspace, ALL) if self.workspace else itself
+        return itself, ("organization", owner, ALL), ("organization", owner, group), workspace
 
 
 Scope = tuple[str, str, str]  # a key, an organization or a workspace, and a group of requests of it
@@ -3164,7 +3113,6 @@ USAGE_LIMIT = re.compile(
 )
 # What an Origin, no beta, or a long prompt brings about, and no key.
 OF_THE_REQUEST = re.compile("CORS|OAuth authentication|Extra usage is required for long context")
-ISO_DATE = re.compile(r"\d{4}-\d\d-\d\d")
 
 
 class Rest(NamedTuple):
@@ -3192,20 +3140,20 @@ class RealKeys:
 
     def reload(self) -> None:
         """Read them again; one whose name stays goes on as it is. Raises SettingsError."""
-        headers, before = real_keys(self._settings), self.keys
+        headers, rests = real_keys(self._settings), self.rests
+        keys = {name: RealKey(name, header) for name, header in headers.items()}
         names = {header: name for name, header in headers.items()}
-        for name, old in before.items():
+        for name, old in self.keys.items():
             if (other := names.get(old.header, name)) != name:
                 text = f"real key {name} is now {other}, and what was made with it would be lost"
                 raise SettingsError(f"{text}: let each have its name, as name=sk-…")
-        self.keys = {name: RealKey(name, header) for name, header in headers.items()}
-        for name, old in before.items():
-            if (key := self.keys.get(name)) and key.header == old.header:
-                self.keys[name] = old
+            if (key := keys.get(name)) and key.header == old.header:
+                keys[name] = old
                 continue
-            self.rests = {scope: rest for scope, rest in self.rests.items() if scope[1] != name}
+            rests = {scope: rest for scope, rest in rests.items() if scope[1] != name}
             if key:
                 key.requests, key.errors = old.requests, old.errors
+        self.keys, self.rests = keys, rests
         self.names, self.several = tuple(headers), len(headers) > 1
         self.ranked = functools.lru_cache(maxsize=4096)(self._rank)
         self.first = next(iter(self.keys.values()), RealKey("", ("", "")))
@@ -3215,8 +3163,7 @@ class RealKeys:
         return self.keys.get(name or "", self.first)
 
     def _rank(self, caller: str, session: str = "") -> tuple[RealKey, ...]:
-        """All keys, in the order in which a caller and his session take them: the same everywhere,
-        and where one goes the others keep theirs (rendezvous hashing: Thaler and Ravishankar)."""
+        """All keys as a caller and his session take them (rendezvous: Thaler and Ravishankar)."""
         told = f"{caller}\0{session}\0".encode("utf-8", "replace")
         order = sorted(self.names, key=lambda name: hashlib.sha256(told + name.encode()).digest())
         return tuple(map(self.keys.__getitem__, order))
@@ -3239,15 +3186,12 @@ class RealKeys:
 
     def heard(self, key: RealKey, head: ResponseHead) -> None:
         """Learn of an answer whose the key is."""
-        if ORGANIZATION_FIELD in head.values:
-            key.organization = head.get(ORGANIZATION_FIELD)
-        if WORKSPACE_FIELD in head.values:
-            key.workspace = head.get(WORKSPACE_FIELD)
+        key.organization = head.values.get(ORGANIZATION_FIELD, (key.organization,))[0]
+        key.workspace = head.values.get(WORKSPACE_FIELD, (key.workspace,))[0]
         key.errors += head.status >= 400
 
     def succeeded(self, key: RealKey, group: str, asked: float, *, pays: bool) -> None:
-        """A success ends a rest that began before it was asked for, but what is spent is not there
-        again where nothing is paid."""
+        """A success ends rests that began before it was asked for; unpaid, only of refusals."""
         for scope in key.scopes(group):
             rest = self.rests.get(scope)
             if rest and rest.since < asked and (pays or rest.why == REFUSED):
@@ -3259,22 +3203,22 @@ class RealKeys:
         message = dict_of(dict_of(read_json(body)).get("error")).get("message")
         said, status = message if isinstance(message, str) else "", head.status
         limit = USAGE_LIMIT.fullmatch(said) if status == 400 else None
-        scope, why, seconds = key.scopes(group)[0], REFUSED, REFUSED_REST
+        the_key, organization, its_group, workspace = key.scopes(group)
         if OF_THE_REQUEST.search(said):
             return False
         if status == 429 and SPENDING_LIMIT not in body:
             told = re.match("[0-9]{1,9}", head.get("retry-after"))
-            scope, why = key.scopes(group)[2], LIMITED
+            scope, why = its_group, LIMITED
             seconds = min(float(told[0]), LONGEST_REST) if told else REST
         elif status in (402, 429) or limit:
-            is_workspaces = limit is not None and limit[1]
-            if not is_workspaces or key.workspace:  # else it is the key's own, which nobody shares
-                scope = key.scopes(group)[3 if is_workspaces else 1]
+            scope = workspace if limit and limit[1] else organization
             why, seconds = SPENT, SPENT_REST
             with contextlib.suppress(ValueError, IndexError):
-                left = (from_iso(ISO_DATE.findall(said)[0]) - now()).total_seconds()
+                left = (from_iso(re.findall(r"\d{4}-\d\d-\d\d", said)[0]) - now()).total_seconds()
                 seconds = min(left, LONGEST_SPENT) if left > 0 else SPENT_REST
-        elif status != 401 or not said:  # which may be of the request
+        elif status == 401 and said:
+            scope, why, seconds = the_key, REFUSED, REFUSED_REST
+        else:  # which may be of the request
             return False
         moment, until = self.time(), iso(moment_of(int(time.time() + seconds)))
         self.rests = {s: rest for s, rest in self.rests.items() if rest.until > moment}
@@ -3284,8 +3228,8 @@ class RealKeys:
         if rest.is_long and not (before and before.is_long and before.why == why):
             text = f"real key {key.name}: {why}; it rests until {until}"
             log.log(logging.WARNING if why == LIMITED else logging.ERROR, "%s", text)
-            more = {"upstream_key": key.name, "until": until, "matter": f"{key.name} {why}"}
-            self._tell("cooldown_deployment", "cooldown_deployment", text, **more)
+            more = {"upstream_key": key.name, "until": until}
+            self._tell("cooldown_deployment", text, matter=f"{key.name} {why}", **more)
         if before is None or before.until < rest.until:
             self.rests[scope] = rest
         return rest.is_long
@@ -3302,8 +3246,8 @@ class RealKeys:
                     rests.append(rest | {"until": moment_of(int(ahead + until)), "why": why})
             row = {name: rests[0][name] if rests else None for name in ("until", "why")}
             refused = any(rest["why"] == REFUSED for rest in rests)
-            row |= {"name": key.name, "rests": rests, "requests": key.requests}
             row |= {"state": REFUSED if refused else "resting" if rests else "ok"}
+            row |= {"name": key.name, "rests": rests, "requests": key.requests}
             row |= {"errors": key.errors, "organization_id": printable(key.organization) or None}
             rows.append(row | {"workspace_id": printable(key.workspace) or None})
         return rows
@@ -3325,7 +3269,7 @@ class Alerts:
         self._told: dict[str, float] = {}  # when each matter was
         self._sending: asyncio.Future[None] = client.done
 
-    def tell(self, kind: str, event: str, text: str, *, matter: str, **details: Any) -> None:
+    def tell(self, event: str, text: str, *, matter: str, **details: Any) -> None:
         """As `Tell`; of each matter once in ALERT_AGAIN seconds."""
         moment = self._client.time()
         if not self._url or moment - self._told.get(matter, -math.inf) < ALERT_AGAIN:
@@ -3334,23 +3278,22 @@ class Alerts:
         self._told[matter] = moment
         if len(self._told) > MAX_ALERTS:
             del self._told[next(iter(self._told))]
-        told = {"text": text, "alert_type": kind, "event": event, "event_message": text}
+        told = {"text": text, "event": event, "event_message": text, "alert_type": event}
         told |= {"event_group": "proxy"} | details
         self._waiting.append(json.dumps(told, default=shown).encode())
         if self._sending.done():
             self._sending = self._client.loop.create_task(self._send())
 
     async def _send(self) -> None:
-        options: Any = {"connect_timeout": ALERT_TIMEOUT, "request_timeout": ALERT_TIMEOUT}
-        options |= {"method": "POST", "follow_redirects": False}
+        options: Any = {"request_timeout": ALERT_TIMEOUT, "follow_redirects": False}
+        options |= {"method": "POST", "headers": {"Content-Type": "application/json"}}
         options["streaming_callback"] = lambda _: None  # of an answer nothing is kept
-        options["headers"] = {"Content-Type": "application/json"}
         while self._waiting:
             body, error = self._waiting.popleft(), None
             for pause in (0.0, *ALERT_BACKOFF):
                 await asyncio.sleep(pause)
                 try:
-                    await self._client.fetch(HTTPRequest(self._url, body=body, **options))
+                    await self._client.fetch(self._url, body=body, **options)
                     break
                 except Exception as failure:  # noqa: BLE001 - whatever it is, it is tried again
                     error = failure
@@ -4139,9 +4082,8 @@ class Record:
             line += f" ${shown_dollars(tally.spend)}"
         line += f"{' estimated' if self.estimated else ''} {self.call_id}"
         line += f" {shown_word(self.request_id)}" if self.request_id else ""
-        if key is not None:
-            line += f" key={key.key_name}" if key.key_alias else ""
-            line += f" user={printable(key.user_id)}" if key.user_id else ""
+        line += f" key={key.key_name}" if key and key.key_alias else ""
+        line += f" user={printable(key.user_id)}" if key and key.user_id else ""
         line += f" via={self.via}" if self.via else ""
         line += f" tags={shown_word(printable(','.join(self.tags)))}" if self.tags else ""
         for name in CLAUDE_CODE[:2] if self.sent else ():
@@ -4201,9 +4143,8 @@ class Histogram:
 
 
 class Traffic:
-    """What passed since the start: requests by (key, model, status, outcome), what was ``used`` by
-    (key, model), and for a model a Histogram for each of TIMINGS. Beyond MAX_LABELS pairs of key
-    and model, and MAX_MODELS_A_DAY models, all are counted as one."""
+    """Requests by (key, model, status, outcome), what was ``used`` by (key, model), a Histogram for
+    each of TIMINGS by model; beyond MAX_LABELS pairs, or MAX_MODELS_A_DAY, all are one."""
 
     def __init__(self) -> None:
         self.requests: collections.Counter[tuple[str, str, int, str]] = collections.Counter()
@@ -4211,8 +4152,7 @@ class Traffic:
         self.timings = collections.defaultdict[str, list[Histogram]](
             lambda: [Histogram() for _ in TIMINGS]
         )
-        met = ("last_success", "last_failure", "last_error")  # as requests met it
-        self.upstream: dict[str, Any] = dict.fromkeys(met)
+        self.upstream = dict[str, Any].fromkeys(("last_success", "last_failure", "last_error"))
         self._pairs: set[tuple[str, str]] = set()
 
     def count(self, record: Record) -> None:
@@ -4961,7 +4901,7 @@ class Walls(Rule):
         told = ("anthropic-version", "anthropic-beta")
         fields = {name: visit.head.get(name) for name in told if name in visit.head.values}
         key = visit.real or visit.home
-        answer = await visit.gateway.client.get(target, LIST_TIMEOUT, key, fields)
+        answer = await visit.gateway.client.get(target, LIST_TIMEOUT, key, headers=fields)
         document = read_json(answer.body, Any) if answer.code == 200 else None
         if not isinstance(document, dict):
             raise UpstreamError(f"The upstream answered {answer.code} where a part was asked for.")
