@@ -4424,6 +4424,7 @@ class Doors:
 # What only the real key that gave it out can take back (SDK: message_create_params).
 BOUND = (b'"fallback_credit_token"', b'"previous_message_id"')
 NOBODY = Caller()
+OPERATOR = VirtualKey(resources="all")  # the master key, and whoever comes in open mode
 UNREAD = Order()  # until the body is here
 Born = dict[tuple[str, str], dict[str, float]]  # by owner and kind: ids, and when they were made
 
@@ -4434,10 +4435,10 @@ class Visit:
     is the raw one behind the upstream's base path, ``path`` what rules look at, ``length`` the
     body's: bytes or CHUNKED. ``lines`` are the field lines that go up, with ``credential`` as
     (name, value). ``meter`` reads what it used, ``results`` what a batch did. ``payer`` is the key
-    that pays, and has walls; None where the caller does, or nobody counts. ``owner`` gets what is
-    ``born`` of it, as ``learn`` finds; ``listing`` makes a list his; ``hidden`` fields stay here.
-    A ``real`` key carries it, unless its caller does: one of ``keys``, which `find_keys` found by
-    the ``homes`` of things that it names (by id); each is asked once at most."""
+    that pays; None where the caller does, or nobody counts. It reaches what its ``tenant`` does;
+    what is ``born`` of it, as ``learn`` finds, is the ``owner``'s; ``listing`` makes a list his,
+    ``hidden`` fields stay here. A ``real`` key carries it, unless its caller does: one of ``keys``,
+    which `find_keys` found by the ``homes`` of things that it names; each is asked once at most."""
 
     gateway: Gateway
     head: RequestHead
@@ -4447,12 +4448,12 @@ class Visit:
     path: str
     route: Route
     caller: Caller
+    tenant: VirtualKey
     order: Order
     lines: list[str]
     payer: VirtualKey | None = None
     owner: str = ""
     reads_body: bool = False
-    has_walls: bool = False
     refers: Mapping[bytes, str] | None = None  # its body is looked through, for these words too
     is_pooled: bool = False
     homes: dict[str, str] | None = None
@@ -4481,7 +4482,7 @@ class Visit:
     @property
     def home(self) -> RealKey:
         """The real key for what stands in a workspace."""
-        return self.gateway.real_keys.at(self.payer.home if self.payer else None)
+        return self.gateway.real_keys.at(self.tenant.home)
 
     @property
     def group(self) -> str:
@@ -4504,7 +4505,7 @@ class Visit:
                 raise APIError(400, f"{text} Make one of them again, beside the other.")
         else:
             session = self.head.get(SESSION_FIELD)[:SHOWN_LENGTH]
-            self.keys = pool.ranked(self.payer.owner if self.payer else "", session)
+            self.keys = pool.ranked(self.tenant.owner, session)
             if BOUND[0] in body or BOUND[1] in body:
                 self.keys = self.keys[:1]
         self.take(pool.choose(self.keys, self.group) if pool.rests else self.keys[0])
@@ -4593,19 +4594,19 @@ class Credentials(Rule):
         if caller.key is not None:
             record.key, record.hashed = caller.key, caller.key.account.hashed
             record.shown_key = shown_name(caller.key.key_alias or caller.key.key_name)
-            visit.payer = None if caller.own else caller.key
+            if caller.own is None:
+                visit.payer = visit.tenant = caller.key
         elif caller.is_master:
             record.shown_key = MASTER_NAME
         visit.credential, visit.is_pooled = caller.own, caller.own is None
         if visit.is_pooled and not gateway.real_keys.keys:
             text = "The gateway has no Anthropic credential to use. Whoever runs it must set"
             raise APIError(401, f"{text} ANTHROPIC_API_KEY or ANTHROPIC_AUTH_TOKEN.")
-        if (key := visit.payer) is not None and not key.home and visit.is_pooled:
-            pool, mates = gateway.real_keys, list[VirtualKey]()
-            if key.resources == "team" and key.team_id:
-                mates = [k for _, k in gateway.ledger.live() if k.team_id == key.team_id and k.home]
+        if (key := visit.payer) is not None and not key.home:
+            pool, team = gateway.real_keys, key.team_id if key.resources == "team" else None
+            mates = (k.home for _, k in gateway.ledger.live() if team and k.team_id == team)
             made = pool.choose(pool.ranked(key.owner), ALL).name
-            gateway.ledger.settle(key, mates[0].home or made if mates else made)
+            gateway.ledger.settle(key, next(filter(None, mates), made))
 
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
         return () if visit.mask is None else (visit.mask,)
@@ -4758,12 +4759,10 @@ class Limits(Rule):
             fields.append(("x-litellm-response-cost", f"{visit.record.tally.spend:f}"))
         if head.status == 200 and visit.path == BILLED[0] and payer.has_budget:
             visit.hidden |= {name for name in head.values if name.startswith(UNIFIED)}
-            fullest = next(iter(payer.budgets(visit.record.started, visit.order.model)), None)
-            if fullest is not None:
+            for fullest in payer.budgets(visit.record.started, visit.order.model)[:1]:
                 passed = [p for p in gateway.settings.warned_parts[:-1] if p < fullest.part]
-                resets = fullest.window[1] if fullest.window else None
-                part = f"{min(fullest.part, ALMOST):.2f}"
-                fields += unified(part, str(passed[-1]) if passed else "", resets)
+                part, mark = f"{min(fullest.part, ALMOST):.2f}", str(passed[-1]) if passed else ""
+                fields += unified(part, mark, fullest.window and fullest.window[1])
         spent = payer.spent(visit.record.started)
         fields.append(("x-litellm-key-spend", f"{spent:f}"))
         if payer.max_budget is not None:
@@ -4849,10 +4848,9 @@ class Batches(Rule):
     async def look(self, visit: Visit, plain: bytes) -> bytes:
         """Look at a batch object: what it may cost is held on, if it was just made, before its
         maker is told; if it has ended, it is time to book it. Its results are then found here."""
-        gateway, payer, batch = visit.gateway, visit.payer, read_json(plain)
-        if not isinstance(batch, dict) or not (name := id_of(batch)):
-            pass
-        elif visit.route.makes_batch and payer is not None and visit.hold is not None:
+        gateway, payer, batch = visit.gateway, visit.payer, dict_of(read_json(plain))
+        name, makes = id_of(batch), visit.route.makes_batch
+        if name and makes and payer is not None and visit.hold is not None:
             gateway.ledger.own_batch(payer.account, name, visit.hold)
             gateway.batches.watch(name)
             with contextlib.suppress(APIError):  # which is said, and tried again each second
@@ -4889,40 +4887,37 @@ class Walls(Rule):
     what it would be told of what does not exist, and the upstream is not asked."""
 
     async def head(self, visit: Visit) -> None:
-        key, route, head = visit.payer, visit.route, visit.head
+        key, route, head = visit.tenant, visit.route, visit.head
         # Without walls, what a request names still tells where it has to go.
         looks = visit.is_pooled and visit.gateway.real_keys.several
-        if key is None and not looks:
+        if key is not OPERATOR:
+            visit.hidden, visit.owner = IDENTITY_FIELDS, key.owner
+        elif not looks:
             return
-        visit.hidden, visit.owner = (IDENTITY_FIELDS, key.owner) if key else (NO_OPTIONS, "")
+        has_walls = key.resources != "all"
         if route.name:
             # What workers of an environment do is not for all who may use it.
             reads = route.fetches and not route.below.startswith("/work")
-            thing = await self.reach(visit, route.kind, route.name, changes=not reads)
-            visit.owner = thing.owner if key else ""
+            visit.owner = (await self.reach(visit, route.kind, route.name, changes=not reads)).owner
         visit.learn = functools.partial(self.learn, visit.born, visit.owner)
-        visit.has_walls = key is not None and key.resources != "all"
-        is_packed = "content-encoding" in head.values and head.coding != ""
-        is_packed |= other_charset(head.get("content-type")) is not None
-        if looks and not (route.unread or is_packed):
-            visit.refers = EVERYDAY_IN_MESSAGES if route.kind in ("", "batches") else EVERYDAY
-        if key is None or not visit.has_walls:
+        if (looks or has_walls) and not route.unread:
+            is_packed = "content-encoding" in head.values and head.coding != ""
+            if not (is_packed or other_charset(head.get("content-type"))):
+                visit.refers = EVERYDAY_IN_MESSAGES if route.kind in ("", "batches") else EVERYDAY
+            elif has_walls:
+                text = "What this key sends is looked through: send it as UTF-8, uncompressed."
+                raise APIError(400, text)
+        if not has_walls:
             return
         for profile in head.values.get(PROFILE_FIELD, ()):
             await self.reach(visit, "user_profiles", profile)
         if "?" in visit.target:
-            await self.judge_query(visit, key)
+            await self.judge_query(visit)
         if route.kind and not route.name and route.fetches:
             visit.listing = self.list_own
             visit.hidden |= LIST_FIELDS | ({"content-length"} if head.method == "HEAD" else set())
             if route.kind == "files":
-                await self.ask_by_ids(visit, key)
-        if route.unread:
-            return
-        visit.refers = EVERYDAY_IN_MESSAGES if route.kind in ("", "batches") else EVERYDAY
-        if is_packed:
-            text = "What this key sends is looked through: send it as UTF-8, uncompressed."
-            raise APIError(400, text)
+                await self.ask_by_ids(visit)
 
     async def body(self, visit: Visit, body: Kept) -> None:
         named, words = 0, visit.refers or {}
@@ -4950,7 +4945,7 @@ class Walls(Rule):
             try:
                 document = await body.read(strictly=True, wholly=True)
             except APIError:
-                if visit.has_walls:
+                if visit.tenant.resources != "all":
                     raise
         for number, (kind, name) in enumerate(things, start=1):
             await self.reach(visit, kind, name)
@@ -4960,29 +4955,26 @@ class Walls(Rule):
     async def reach(self, visit: Visit, kind: str, name: str, *, changes: bool = False) -> Thing:
         """A thing that the caller may read or refer to, or change. Raises APIError 404, and 403 for
         one that is shared and another's."""
-        key, ledger = visit.payer, visit.gateway.ledger
-        thing = (await ledger.find_things([name])).get(name)
-        if key is None or (thing is None and key.resources == "all"):
-            thing = thing or Thing(kind)
-        else:
-            thing = thing or await self.trace(visit, key, kind, name)
-        if thing is None or (key is not None and not thing.is_for(key)):
+        key, found = visit.tenant, await visit.gateway.ledger.find_things([name])
+        thing = found.get(name) or (Thing(kind) if key.resources == "all" else None)
+        thing = thing or await self.trace(visit, kind, name)
+        if thing is None or not thing.is_for(key):
             raise not_found(kind, name)
         visit.homes = visit.homes or {}
         visit.homes[name] = thing.home
-        if key is not None and changes and not thing.belongs_to(key):
+        if changes and not thing.belongs_to(key):
             text = f"{printable(name)} is shared: this key may use it, and its owner change it."
             raise APIError(403, text)
         return thing
 
-    async def trace(self, visit: Visit, key: VirtualKey, kind: str, name: str) -> Thing | None:
+    async def trace(self, visit: Visit, kind: str, name: str) -> Thing | None:
         """What is not known here, if the upstream says that Anthropic made it for all, or that it
         came of something that the caller reaches. It is asked only where that may be."""
-        ledger = visit.gateway.ledger
+        key, ledger = visit.tenant, visit.gateway.ledger
         is_built_in = kind == "skills" and not name.startswith(KINDS["skills"])
         may_be = await ledger.reached(key, PARENTS[kind]) if kind in PARENTS else is_built_in
         if kind == "memory_stores":
-            await self.ask_dreams(visit, key)
+            await self.ask_dreams(visit)
         elif may_be and SAFE_ID.fullmatch(name):
             with contextlib.suppress(UpstreamError):
                 row = await self.ask(visit, f"/v1/{kind}/{name}")
@@ -4990,9 +4982,9 @@ class Walls(Rule):
                     return Thing(kind, is_shared=True)
         return (await ledger.find_things([name])).get(name)
 
-    async def ask_dreams(self, visit: Visit, key: VirtualKey) -> None:
+    async def ask_dreams(self, visit: Visit) -> None:
         """Dreams make memory stores and sessions, and tell so themselves alone."""
-        if await visit.gateway.ledger.reached(key, "dreams"):
+        if await visit.gateway.ledger.reached(visit.tenant, "dreams"):
             with contextlib.suppress(UpstreamError):
                 page = await self.ask(visit, "/v1/dreams?limit=100")
                 await self.visible(visit, list_of(page.get("data")), "dreams")
@@ -5010,7 +5002,7 @@ class Walls(Rule):
 
     # Lists
 
-    async def judge_query(self, visit: Visit, key: VirtualKey) -> None:
+    async def judge_query(self, visit: Visit) -> None:
         """Look at the ids of a query; others' in a list of ids become what upstream leaves out."""
         path, _, query = visit.target.partition("?")
         listed, parts = "" if visit.route.name else visit.route.kind, list[str]()
@@ -5021,7 +5013,7 @@ class Walls(Rule):
             name = name.partition("[")[0]
             if listed and name == "ids":
                 thing = (await visit.gateway.ledger.find_things([value])).get(value)
-                if thing is not None and not thing.is_for(key):
+                if thing is not None and not thing.is_for(visit.tenant):
                     part = f"ids[]={KINDS.get(listed, '')}{no_id()}"
             named = listed if name in CURSORS else REFERENCES.get(name)
             try:
@@ -5032,13 +5024,18 @@ class Walls(Rule):
             parts.append(part)
         visit.target = f"{path}?{'&'.join(parts)}"
 
-    async def ask_by_ids(self, visit: Visit, key: VirtualKey) -> None:
+    async def ask_by_ids(self, visit: Visit) -> None:
         """Have a page of files asked for by the ids that the caller reaches, the newest first."""
         path, _, query = visit.target.partition("?")
         asked = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
         size, page = rows_asked(asked), CURSOR.fullmatch(asked.get("page", ""))
-        ledger, is_odd = visit.gateway.ledger, asked.keys() - FILE_LIST or not size
-        if is_odd or not page and (asked.get("page") or await ledger.reached(key, "sessions")):
+        key, ledger, is_odd = visit.tenant, visit.gateway.ledger, asked.keys() - FILE_LIST
+        if (
+            is_odd
+            or not size
+            or not page
+            and (asked.get("page") or await ledger.reached(key, "sessions"))
+        ):
             return  # upstream says what is wrong, or knows another way, or files not seen here yet
         made, size = await ledger.reached(key, "files"), min(size, IDS_A_CALL)
         if (pool := visit.gateway.real_keys).several:  # what is elsewhere is in no list here
@@ -5074,7 +5071,7 @@ class Walls(Rule):
             visit.target = target
             return await self.list_own(visit, json.dumps(await self.ask(visit, target)).encode())
         if kind in DREAMT and len(await ledger.find_things(map(id_of, rows))) < len(rows):
-            await self.ask_dreams(visit, cast(VirtualKey, visit.payer))
+            await self.ask_dreams(visit)
         more = document.get("next_page")
         if "next_page" in document or "has_more" not in document:
             shown = await self.visible(visit, rows, kind)
@@ -5090,7 +5087,7 @@ class Walls(Rule):
         limit, backwards = rows_asked(asked) or DEFAULT_LIMIT, bool(asked.get("before_id"))
         cursor, kind = "before_id" if backwards else "after_id", visit.route.kind
         shown, seen = list[Any](), set[str]()
-        left = set(await visit.gateway.ledger.reached(cast(VirtualKey, visit.payer), kind))
+        left = set(await visit.gateway.ledger.reached(visit.tenant, kind))
         for _ in range(MAX_PAGES):
             rows = [row for row in list_of(page.get("data")) if id_of(row) not in seen]
             found = await self.visible(visit, rows, kind)
@@ -5109,7 +5106,7 @@ class Walls(Rule):
 
     async def visible(self, visit: Visit, rows: Sequence[Any], of: str) -> list[Any]:
         """The rows of a kind that the caller reaches; what came of his own is his."""
-        key, shown = cast(VirtualKey, visit.payer), list[Any]()
+        key, shown = visit.tenant, list[Any]()
         objects = [row for row in rows if isinstance(row, dict)]
         names = [*map(id_of, objects), *map(parent_of, objects)]
         known = await visit.gateway.ledger.find_things(names)
@@ -5148,7 +5145,7 @@ class Walls(Rule):
         made, route = read_json(body, Any), visit.route
         if not isinstance(made, dict) or route.deletes:
             return body
-        if "data" in made and not route.name and cast(VirtualKey, visit.payer).resources != "all":
+        if "data" in made and not route.name and visit.tenant.resources != "all":
             return await self.list_own(visit, body)
         born, name, below = [*products_of(made)], id_of(made), route.below.strip("/").split("/")
         if name and name not in (route.name, *below) and not route.fetches:
@@ -5608,9 +5605,8 @@ class RelayHandler(BaseHandler):
         gateway, request, head = self.gateway, self.request, self.request.head
         record = Record(self.call_id, head.method, request.remote_ip or "", gateway.time(), now())
         target, length = request.target or "", request.connection.length
-        self._visit = Visit(
-            gateway, head, target, length, record, "", OTHER_ROUTE, NOBODY, UNREAD, []
-        )
+        found = "", OTHER_ROUTE, NOBODY, OPERATOR, UNREAD, list[str]()  # until it is looked at
+        self._visit = Visit(gateway, head, target, length, record, *found)
         gateway.active.add(self)
 
     # The request
@@ -5919,7 +5915,7 @@ class RelayHandler(BaseHandler):
 
     def _look(self, data: bytes) -> None:
         """Look through a part of a body that is not kept. Raises APIError where it names things."""
-        if (words := self._visit.refers) and self._visit.has_walls:
+        if (words := self._visit.refers) and self._visit.tenant.resources != "all":
             data = self._seen + data
             self._seen = data[-LONGEST_NAME:]
             if any(names_in(data, start, words) for start in range(0, len(data), MIB)):
@@ -5983,10 +5979,9 @@ class RelayHandler(BaseHandler):
             room = connection.write_head(start, lines, upstream.length, data)
         elif data:
             room = connection.write(data)
-        if not complete:
-            return room
-        connection.finish()
-        return None
+        if complete:
+            connection.finish()
+        return None if complete else room
 
     def _answer_head(
         self, head: ResponseHead, own: Sequence[tuple[str, str]]
