@@ -4590,11 +4590,11 @@ class Credentials(Rule):
         elif head.method == "OPTIONS" and not visit.length and is_preflight(head):
             return
         visit.caller = caller = await gateway.doors.authenticate(head.values)
-        if caller.key is not None:
-            record.key, record.hashed = caller.key, caller.key.account.hashed
-            record.shown_key = shown_name(caller.key.key_alias or caller.key.key_name)
+        if (key := caller.key) is not None:
+            record.key, record.hashed, record.tags = key, key.account.hashed, key.tags
+            record.shown_key = shown_name(key.key_alias or key.key_name)
             if caller.own is None:
-                visit.payer = visit.tenant = caller.key
+                visit.payer = visit.tenant = key
         elif caller.is_master:
             record.shown_key = MASTER_NAME
         visit.credential, visit.is_pooled = caller.own, caller.own is None
@@ -4631,10 +4631,8 @@ class Routes(Rule):
 def check_route(key: VirtualKey, route: Route, path: str, *, pays: bool) -> None:
     """Raise APIError 403 for a path that the key may not call. ``pays``: at the gateway's cost."""
     patterns = [pattern.removeprefix("/anthropic") for pattern in key.allowed_routes or ["*"]]
-    matching = [pattern for pattern in patterns if fnmatch.fnmatchcase(path, pattern)]
-    if not route.open:
-        group = cast("re.Match[str]", GROUP.match(path))[0]
-        matching = [pattern for pattern in matching if pattern.startswith(group)]
+    group = "" if route.open else cast("re.Match[str]", GROUP.match(path))[0]
+    matching = [p for p in patterns if p.startswith(group) and fnmatch.fnmatchcase(path, p)]
     shown = printable(path)
     if not matching:
         beyond = "must name it; without, keys reach messages, batches, models, files and skills"
@@ -5275,13 +5273,12 @@ class Request(httputil.HTTPServerRequest):
         self.method, self.uri, self.host = head.method, head.target, head.host
         self.path, _, self.query = head.target.partition("?")
         self.target: str | None = None
+        # Whoever pays himself asks of his own account.
+        ours = self.path in USAGE_PATHS and OWN_CREDENTIAL_PREFIX not in str(head.values)
         if head.target.startswith(BARE_PREFIX):
             self.target = head.target
-        elif head.target.startswith(RELAYED) and (head.method, self.path) not in HELLOS:
+        elif head.target.startswith(RELAYED) and not (ours or (head.method, self.path) in HELLOS):
             self.target = head.target[len(RELAY_PREFIX) :]
-            # Whoever pays himself asks of his own account.
-            if self.path in USAGE_PATHS and OWN_CREDENTIAL_PREFIX not in str(head.values):
-                self.target = None
         self.remote_ip, self.protocol = connection.remote_ip, connection.protocol
         self.body: bytearray = bytearray()  # type: ignore[assignment]
 
@@ -5483,14 +5480,13 @@ class BatchKeeper:
         if kept is None:
             return True
         path = f"/v1/messages/batches/{urllib.parse.quote(name, safe='')}"
-        maker = self._ledger.keys.get(self._ledger.batches[name].hashed)
+        maker = self._ledger.keys.get(self._ledger.batches[name].hashed, OPERATOR)
         thing = (await self._ledger.find_things([name])).get(name, Thing(""))
-        pool, home = self._gateway.real_keys, thing.home or (maker.home if maker else "")
+        pool, home = self._gateway.real_keys, thing.home or maker.home
         try:
             state = await self._gateway.client.get(path, BATCH_STATE_TIMEOUT, pool.at(home))
-            batch, code = read_json(state.body), state.code
-            ended = isinstance(batch, dict) and batch.get("processing_status") == BATCH_ENDED
-            if code == 200 and ended:
+            batch, code = dict_of(read_json(state.body)), state.code
+            if code == 200 and batch.get("processing_status") == BATCH_ENDED:
                 code = await self._book_results(name, f"{path}/results", pool.at(home))
                 booked = code == 200
         except UpstreamError as error:
@@ -5725,7 +5721,7 @@ class RelayHandler(BaseHandler):
         assert self._upstream is not None
         complete = self._upstream.complete
         if self._refusal is not None:
-            data, is_held = self._weigh(data, complete)
+            data, is_held = self._weigh(self._upstream, data)
             if is_held:
                 return None
         if self._gathered is not None:
@@ -5744,7 +5740,7 @@ class RelayHandler(BaseHandler):
         self._visit.record.bytes_out += len(data)
         return self.request.connection.write(data)
 
-    def _weigh(self, data: bytes, complete: bool) -> tuple[bytes, bool]:
+    def _weigh(self, upstream: UpstreamRequest, data: bytes) -> tuple[bytes, bool]:
         """Gather a refusal, and ask with another real key where that may do better; what is to be
         sent on, and whether nothing is, yet. Where no other key may be asked it passes by."""
         visit, refusal, head = self._visit, self._refusal, self._visit.answer
@@ -5752,7 +5748,7 @@ class RelayHandler(BaseHandler):
         refusal += data
         may_change = self._again is not None and visit.phase is RequestPhase.FETCHED
         drips = self.gateway.time() - visit.record.answered > SHORT_REST
-        if not (complete or drips or len(refusal) > MAX_REFUSAL):
+        if not (upstream.complete or drips or len(refusal) > MAX_REFUSAL):
             return data, may_change
         self._refusal, pool, plain = None, self.gateway.real_keys, b""
         with contextlib.suppress(ValueError, zlib.error):
@@ -5760,14 +5756,12 @@ class RelayHandler(BaseHandler):
         if head.status == 429 and self._again and len(self._again) <= LIGHT_BODY:
             # What was glanced at may stand anywhere in the body, and be another model.
             visit.order.model = model_of(dict_of(read_json(self._again, BodyMembers)).get("model"))
-        is_keys = pool.weigh(visit.real, head, plain, visit.group)
-        if is_keys and may_change and complete:
-            tried = visit.record.upstream_keys
-            present = [key for key in visit.keys if pool.keys.get(key.name) is key]
-            fresh = [key for key in present if key.name not in tried]
+        if pool.weigh(visit.real, head, plain, visit.group) and may_change and upstream.complete:
+            untried = [key for key in visit.keys if key.name not in visit.record.upstream_keys]
+            fresh = [key for key in untried if pool.keys.get(key.name) is key]  # and not taken out
             fresh = [key for key in fresh if not pool.rests_until(key, visit.group)]
             if fresh:
-                if (upstream := self._upstream) is not None and upstream.connection is not None:
+                if upstream.connection is not None:
                     upstream.connection.abandon()  # it may be closed behind a refusal
                 self._inside = self._gathered = visit.answer = None
                 visit.record.status = 0
@@ -5850,12 +5844,10 @@ class RelayHandler(BaseHandler):
             record.sent = {CLAUDE_FIELDS[n]: shown_text(visit, head.values[n][0]) for n in told}
         if gateway.real_keys.several:
             record.via = ",".join(record.upstream_keys)
-        if record.key is not None:
-            record.tags = record.key.tags
         if TAGS_FIELD in head.values:
             sent = head.values[TAGS_FIELD][0].split(",", MAX_TAGS)[:MAX_TAGS]
             tags = (shown_text(visit, tag.strip()) for tag in sent)
-            record.tags = [*record.tags, *(tag for tag in tags if tag)]
+            record.tags = [*record.tags, *filter(None, tags)]
         # No cycle is left for the garbage collector.
         self._upstream = self._inside = self._again = None
         gateway.active.discard(self)
