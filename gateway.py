@@ -4434,10 +4434,10 @@ class Visit:
     is the raw one behind the upstream's base path, ``path`` what rules look at, ``length`` the
     body's: bytes or CHUNKED. ``lines`` are the field lines that go up, with ``credential`` as
     (name, value). ``meter`` reads what it used, ``results`` what a batch did. ``payer`` is the key
-    that pays; None where the caller does, or nobody counts. It reaches what its ``tenant`` does;
-    what is ``born`` of it, as ``learn`` finds, is the ``owner``'s; ``listing`` makes a list his,
-    ``hidden`` fields stay here. A ``real`` key carries it, unless its caller does: one of ``keys``,
-    which `find_keys` found by the ``homes`` of things that it names; each is asked once at most."""
+    that pays, and has walls; OPERATOR where the caller does, or nobody counts. ``owner`` gets what
+    is ``born`` of it, as ``learn`` finds; ``listing`` makes a list his, ``hidden`` fields stay. A
+    ``real`` key carries it, unless its caller does: one of ``keys``, which `find_keys` found by the
+    ``homes`` of things that it names (by id); each is asked once at most."""
 
     gateway: Gateway
     head: RequestHead
@@ -4447,14 +4447,13 @@ class Visit:
     path: str
     route: Route
     caller: Caller
-    tenant: VirtualKey
+    payer: VirtualKey
     order: Order
     lines: list[str]
-    payer: VirtualKey | None = None
     owner: str = ""
     reads_body: bool = False
     refers: Mapping[bytes, str] | None = None  # its body is looked through, for these words too
-    is_pooled: bool = False
+    is_pooled: bool = False  # a real key carries it
     homes: dict[str, str] | None = None
     keys: Sequence[RealKey] = ()
     real: RealKey | None = None
@@ -4473,7 +4472,7 @@ class Visit:
 
     async def keep(self) -> None:
         """Remember what is ``born``, before the client hears of it. Raises APIError."""
-        born = {p: made for p, made in self.born.items() if p[0] or self.payer is None}
+        born = {p: made for p, made in self.born.items() if p[0] or self.payer is OPERATOR}
         self.born.clear()
         if born:
             await self.gateway.ledger.own(born, (self.real or self.home).name)
@@ -4481,7 +4480,7 @@ class Visit:
     @property
     def home(self) -> RealKey:
         """The real key for what stands in a workspace."""
-        return self.gateway.real_keys.at(self.tenant.home)
+        return self.gateway.real_keys.at(self.payer.home)
 
     @property
     def group(self) -> str:
@@ -4504,7 +4503,7 @@ class Visit:
                 raise APIError(400, f"{text} Make one of them again, beside the other.")
         else:
             session = self.head.get(SESSION_FIELD)[:SHOWN_LENGTH]
-            self.keys = pool.ranked(self.tenant.owner, session)
+            self.keys = pool.ranked(self.payer.owner, session)
             if BOUND[0] in body or BOUND[1] in body:
                 self.keys = self.keys[:1]
         self.take(pool.choose(self.keys, self.group) if pool.rests else self.keys[0])
@@ -4594,14 +4593,14 @@ class Credentials(Rule):
             record.key, record.hashed, record.tags = key, key.account.hashed, key.tags
             record.shown_key = shown_name(key.key_alias or key.key_name)
             if caller.own is None:
-                visit.payer = visit.tenant = key
+                visit.payer = key
         elif caller.is_master:
             record.shown_key = MASTER_NAME
         visit.credential, visit.is_pooled = caller.own, caller.own is None
         if visit.is_pooled and not gateway.real_keys.keys:
             text = "The gateway has no Anthropic credential to use. Whoever runs it must set"
             raise APIError(401, f"{text} ANTHROPIC_API_KEY or ANTHROPIC_AUTH_TOKEN.")
-        if (key := visit.payer) is not None and not key.home:
+        if (key := visit.payer) is not OPERATOR and not key.home:
             pool, team = gateway.real_keys, key.team_id if key.resources == "team" else None
             mates = (k.home for _, k in gateway.ledger.live() if team and k.team_id == team)
             made = pool.choose(pool.ranked(key.owner), ALL).name
@@ -4625,7 +4624,7 @@ class Routes(Rule):
             raise too_large(limit)
         key, route = visit.caller.key, visit.route
         if key is not None and (key.allowed_routes or not route.open):
-            check_route(key, route, visit.path, pays=visit.payer is not None)
+            check_route(key, route, visit.path, pays=visit.payer is key)
 
 
 def check_route(key: VirtualKey, route: Route, path: str, *, pays: bool) -> None:
@@ -4710,15 +4709,14 @@ class Limits(Rule):
 
     async def head(self, visit: Visit) -> None:
         key, payer, route = visit.caller.key, visit.payer, visit.route
-        hold = Hold(key, visit.record.started, payer is not None or key is None)
+        hold = Hold(key, visit.record.started, key is None or payer is key)
         if key is not None:
-            has_budget = payer is not None and payer.has_budget
-            pays = has_budget and not route.free
+            pays = payer.has_budget and not route.free
             if pays and not visit.gateway.prices.available:
                 text = "This key has a budget, and it is not known here what tokens cost. Whoever"
                 raise APIError(503, f"{text} runs it must install genai-prices, or set --prices.")
             await visit.gateway.ledger.admit(hold, pays=pays, shares=route.billed)
-            visit.reads_body |= has_budget and route.billed
+            visit.reads_body |= pays and route.billed
         visit.hold = hold
 
     async def body(self, visit: Visit, body: Kept) -> None:
@@ -4731,7 +4729,7 @@ class Limits(Rule):
         document = await body.read(strictly=False)
         batched = route.makes_batch
         visit.order = await read_order(document, body.data, batched=batched, breathe=body.breathe)
-        if hold is not None and payer is not None and payer.has_budget:
+        if hold is not None and payer.has_budget:
             charges = visit.gateway.prices.worst(visit.order, hold.started)
             await visit.gateway.ledger.hold(hold, charges, fit=batched)
 
@@ -4750,7 +4748,7 @@ class Limits(Rule):
             return ()
         is_limited = key.rpm_limit is not None or key.tpm_limit is not None
         fields = gateway.ledger.rates(key, head.values) if is_limited else []
-        if payer is None or not gateway.prices.available:
+        if payer is OPERATOR or not gateway.prices.available:
             return fields
         if visit.phase is RequestPhase.SETTLED and visit.meter is not None:
             fields.append(("x-litellm-response-cost", f"{visit.record.tally.spend:f}"))
@@ -4811,8 +4809,7 @@ class Limits(Rule):
 
 @functools.lru_cache(maxsize=1024)
 def unified(part: str, passed: str, resets: datetime | None) -> list[tuple[str, str]]:
-    """What tells Claude Code of the fullest budget, as Anthropic's own gateway does (Claude Code
-    2.1.331; it serves that itself at GET /protocol)."""
+    """What tells Claude Code 2.1.331 of the fullest budget, as Anthropic's own gateway does."""
     status = "allowed_warning" if passed else "allowed"
     told = {"status": status, "representative-claim": "overage", "overage-status": status}
     told["overage-utilization"] = part
@@ -4847,7 +4844,7 @@ class Batches(Rule):
         maker is told; if it has ended, it is time to book it. Its results are then found here."""
         gateway, payer, batch = visit.gateway, visit.payer, dict_of(read_json(plain))
         name, makes = id_of(batch), visit.route.makes_batch
-        if name and makes and payer is not None and visit.hold is not None:
+        if name and makes and payer is not OPERATOR and visit.hold is not None:
             gateway.ledger.own_batch(payer.account, name, visit.hold)
             gateway.batches.watch(name)
             with contextlib.suppress(APIError):  # which is said, and tried again each second
@@ -4884,7 +4881,7 @@ class Walls(Rule):
     what it would be told of what does not exist, and the upstream is not asked."""
 
     async def head(self, visit: Visit) -> None:
-        key, route, head = visit.tenant, visit.route, visit.head
+        key, route, head = visit.payer, visit.route, visit.head
         # Without walls, what a request names still tells where it has to go.
         looks = visit.is_pooled and visit.gateway.real_keys.several
         if key is not OPERATOR:
@@ -4942,7 +4939,7 @@ class Walls(Rule):
             try:
                 document = await body.read(strictly=True, wholly=True)
             except APIError:
-                if visit.tenant.resources != "all":
+                if visit.payer.resources != "all":
                     raise
         for number, (kind, name) in enumerate(things, start=1):
             await self.reach(visit, kind, name)
@@ -4950,9 +4947,8 @@ class Walls(Rule):
                 await body.breathe()
 
     async def reach(self, visit: Visit, kind: str, name: str, *, changes: bool = False) -> Thing:
-        """A thing that the caller may read or refer to, or change. Raises APIError 404, and 403 for
-        one that is shared and another's."""
-        key, found = visit.tenant, await visit.gateway.ledger.find_things([name])
+        """A thing that the caller may refer to, or change. Raises APIError 404 or 403."""
+        key, found = visit.payer, await visit.gateway.ledger.find_things([name])
         thing = found.get(name) or (Thing(kind) if key.resources == "all" else None)
         thing = thing or await self.trace(visit, kind, name)
         if thing is None or not thing.is_for(key):
@@ -4967,7 +4963,7 @@ class Walls(Rule):
     async def trace(self, visit: Visit, kind: str, name: str) -> Thing | None:
         """What is not known here, if the upstream says that Anthropic made it for all, or that it
         came of something that the caller reaches. It is asked only where that may be."""
-        key, ledger = visit.tenant, visit.gateway.ledger
+        key, ledger = visit.payer, visit.gateway.ledger
         is_built_in = kind == "skills" and not name.startswith(KINDS["skills"])
         may_be = await ledger.reached(key, PARENTS[kind]) if kind in PARENTS else is_built_in
         if kind == "memory_stores":
@@ -4981,7 +4977,7 @@ class Walls(Rule):
 
     async def ask_dreams(self, visit: Visit) -> None:
         """Dreams make memory stores and sessions, and tell so themselves alone."""
-        if await visit.gateway.ledger.reached(visit.tenant, "dreams"):
+        if await visit.gateway.ledger.reached(visit.payer, "dreams"):
             with contextlib.suppress(UpstreamError):
                 page = await self.ask(visit, "/v1/dreams?limit=100")
                 await self.visible(visit, list_of(page.get("data")), "dreams")
@@ -5010,7 +5006,7 @@ class Walls(Rule):
             name = name.partition("[")[0]
             if listed and name == "ids":
                 thing = (await visit.gateway.ledger.find_things([value])).get(value)
-                if thing is not None and not thing.is_for(visit.tenant):
+                if thing is not None and not thing.is_for(visit.payer):
                     part = f"ids[]={KINDS.get(listed, '')}{no_id()}"
             named = listed if name in CURSORS else REFERENCES.get(name)
             try:
@@ -5026,7 +5022,7 @@ class Walls(Rule):
         path, _, query = visit.target.partition("?")
         asked = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
         size, page = rows_asked(asked), CURSOR.fullmatch(asked.get("page", ""))
-        key, ledger, is_odd = visit.tenant, visit.gateway.ledger, asked.keys() - FILE_LIST
+        key, ledger, is_odd = visit.payer, visit.gateway.ledger, asked.keys() - FILE_LIST
         if (
             is_odd
             or not size
@@ -5084,7 +5080,7 @@ class Walls(Rule):
         limit, backwards = rows_asked(asked) or DEFAULT_LIMIT, bool(asked.get("before_id"))
         cursor, kind = "before_id" if backwards else "after_id", visit.route.kind
         shown, seen = list[Any](), set[str]()
-        left = set(await visit.gateway.ledger.reached(visit.tenant, kind))
+        left = set(await visit.gateway.ledger.reached(visit.payer, kind))
         for _ in range(MAX_PAGES):
             rows = [row for row in list_of(page.get("data")) if id_of(row) not in seen]
             found = await self.visible(visit, rows, kind)
@@ -5103,7 +5099,7 @@ class Walls(Rule):
 
     async def visible(self, visit: Visit, rows: Sequence[Any], of: str) -> list[Any]:
         """The rows of a kind that the caller reaches; what came of his own is his."""
-        key, shown = visit.tenant, list[Any]()
+        key, shown = visit.payer, list[Any]()
         objects = [row for row in rows if isinstance(row, dict)]
         names = [*map(id_of, objects), *map(parent_of, objects)]
         known = await visit.gateway.ledger.find_things(names)
@@ -5126,7 +5122,7 @@ class Walls(Rule):
 
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
         route, succeeds = visit.route, 200 <= head.status < 300
-        if visit.payer is None or not (succeeds and route.kind) or route.results_of:
+        if visit.payer is OPERATOR or not (succeeds and route.kind) or route.results_of:
             return ()
         if visit.listing is not None:
             return (Rewritten(functools.partial(visit.listing, visit)),)
@@ -5142,7 +5138,7 @@ class Walls(Rule):
         made, route = read_json(body, Any), visit.route
         if not isinstance(made, dict) or route.deletes:
             return body
-        if "data" in made and not route.name and visit.tenant.resources != "all":
+        if "data" in made and not route.name and visit.payer.resources != "all":
             return await self.list_own(visit, body)
         born, name, below = [*products_of(made)], id_of(made), route.below.strip("/").split("/")
         if name and name not in (route.name, *below) and not route.fetches:
@@ -5154,8 +5150,7 @@ class Walls(Rule):
         return body
 
     def learn(self, born: Born, owner: str, document: object) -> None:
-        """An answer, or a part of one, may name what was made for the caller on the way: containers
-        and files that code wrote (SDK: types/code_execution_output_block.py)."""
+        """Containers and files that code wrote are his for whom it ran (code_execution_output)."""
         for holder, things in filter(None, named_in(document, {"container", "file_id"}, False)):
             for kind, name in things:
                 if kind == "containers" or holder.endswith("code_execution_output"):
@@ -5166,7 +5161,7 @@ class Walls(Rule):
         deleted = route.name and route.deletes and visit.caller.own is None
         if deleted and answer is not None and answer.status == 200:
             name = (route.name + route.below).strip("/").split("/")[-1]
-            visit.gateway.ledger.forget(name, visit.owner if visit.payer else None)
+            visit.gateway.ledger.forget(name, None if visit.payer is OPERATOR else visit.owner)
 
 
 def id_of(row: object) -> str:
@@ -5349,8 +5344,7 @@ class BaseHandler(web.RequestHandler):
         return getattr(self, method.lower())(*self.path_args)
 
     def run(self, step: Callable[..., Any], *arguments: Any) -> Any:
-        """Take a step; what it returns is to be awaited. Where nothing waits this makes no task, as
-        Tornado does, and no future."""
+        """Take a step; what is returned is to be awaited. Where nothing waits that is no task."""
         try:
             waits = step(*arguments)
             if not isinstance(waits, types.CoroutineType):
@@ -5562,8 +5556,7 @@ class Gateway:
 
 class RelayHandler(BaseHandler):
     """Anthropic's API, any method, any path: judged by its head, then by its body, sent on with the
-    real key, and streamed back. The way of a request: `prepare` → `data_received`… → `respond` →
-    `fetch` → `on_head` → `on_chunk`…. Every way out passes `settle` once."""
+    real key, and streamed back. Every way out passes `settle` once."""
 
     _visit: Visit
     _kept: list[bytes] | None = None  # of its body
@@ -5887,7 +5880,7 @@ class RelayHandler(BaseHandler):
 
     def _look(self, data: bytes) -> None:
         """Look through a part of a body that is not kept. Raises APIError where it names things."""
-        if (words := self._visit.refers) and self._visit.tenant.resources != "all":
+        if (words := self._visit.refers) and self._visit.payer.resources != "all":
             data = self._seen + data
             self._seen = data[-LONGEST_NAME:]
             if any(names_in(data, start, words) for start in range(0, len(data), MIB)):
