@@ -4824,9 +4824,8 @@ class Batches(Rule):
     """A batch is its maker's: held until it is booked, booked once, before it is deleted."""
 
     async def head(self, visit: Visit) -> None:
-        route, gateway = visit.route, visit.gateway
-        if route.deletes and not visit.caller.own and gateway.ledger.unbooked(route.name):
-            await gateway.batches.book(route.name)
+        if visit.route.deletes and not visit.caller.own:
+            await visit.gateway.batches.book(visit.route.name)
 
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
         batch, gateway = visit.route.results_of, visit.gateway
@@ -4936,11 +4935,9 @@ class Walls(Rule):
             if found == named or is_last:
                 break
             # Some are hidden by others, or are none.
-            try:
+            passed_by = [APIError] if visit.payer.resources == "all" else []
+            with contextlib.suppress(*passed_by):
                 document = await body.read(strictly=True, wholly=True)
-            except APIError:
-                if visit.payer.resources != "all":
-                    raise
         for number, (kind, name) in enumerate(things, start=1):
             await self.reach(visit, kind, name)
             if number % BREATH == 0:
@@ -4988,8 +4985,8 @@ class Walls(Rule):
         fields = {name: visit.head.get(name) for name in told if name in visit.head.values}
         key = visit.real or visit.home
         answer = await visit.gateway.client.get(target, LIST_TIMEOUT, key, fields)
-        document = read_json(answer.body, Any) if answer.code == 200 else None
-        if not isinstance(document, dict):
+        document = read_json(answer.body, Any)
+        if answer.code != 200 or not isinstance(document, dict):
             raise UpstreamError(f"The upstream answered {answer.code} where a part was asked for.")
         return document
 
@@ -5399,14 +5396,10 @@ class BaseHandler(web.RequestHandler):
 class GatewayApplication(web.Application):
     """The routes; relayed requests go straight to theirs. ``settings["gateway"]`` is `Gateway`."""
 
-    def start_request(  # type: ignore[override]
-        self, server_conn: object, request_conn: Any
-    ) -> BaseHandler:
-        """Called by `ServerConnection`."""
+    def start_request(self, server_conn: object, request_conn: Any) -> Any:
+        """The handler of a request; called by `ServerConnection`."""
         request = Request(request_conn)
-        if request.target is not None:
-            return RelayHandler(self, request)
-        return cast(BaseHandler, self.find_handler(request))
+        return self.find_handler(request) if request.target is None else RelayHandler(self, request)
 
     def get_handler_delegate(  # type: ignore[override]
         self, request: Request, target_class: type[BaseHandler], *_: Any, **found: Any
