@@ -4407,6 +4407,12 @@ def refuses(status: int, message: str = "No.", *fields: str, **more: Any) -> Scr
     return answers(document, f"{status} Oh", *fields)
 
 
+async def hangs_up(request: Arrived) -> None:
+    await refuses(401)(request)
+    await request.reader.read(1)  # whatever comes next
+    request.writer.close()
+
+
 # What the real key `a` answers; who may be asked then, who rests, of which scope and models, and
 # how many seconds.
 SPENT = functools.partial(refuses, 429, details={"code": "enforced_spend_limit_reached"})
@@ -4423,6 +4429,7 @@ MOVES: dict[str, tuple[Script, str]] = {
     "400 of a workspace": (refuses(400, OF_WORKSPACE), "bc a workspace None DAY"),
     "400 packed": (refuses(400, OF_WORKSPACE, GZIPPED), "bc a workspace None DAY"),
     "401": (refuses(401), "bc a key None 600"),
+    "401 and the end": (hangs_up, "bc a key None 600"),
 }
 
 
@@ -4461,7 +4468,10 @@ async def test_where_a_key_can_do_no_more_another_is_asked(ring: Keyring) -> Non
         assert (ring.asked[-1] == "a") == (models != "None"), told
     ring.gw.pool.rests.clear()
     ring.asked, ring.does = [], dict.fromkeys("abc", limited)
-    assert (await ring.message(mine)).status == 429 and ring.asked == ["a", "b"]  # c's is a's
+    for more in ({}, {"speed": "fast"}):  # of which each has limits of its own
+        ring.asked.clear()
+        assert (await ring.message(mine, **more)).status == 429
+        assert ring.asked == ["a", "b"]  # whose organisation is not c's
 
 
 ERROR_HEAD = b"HTTP/1.1 %d Oh\r\n" + JSON_KIND.encode() + b"\r\nContent-Length: 99\r\n\r\n{"
@@ -4496,7 +4506,7 @@ HELD |= {
 }
 
 
-@started(**several, idle_timeout=0.5)
+@started(**several, idle_timeout=0.3)
 async def test_what_is_not_the_keys_fault_is_passed_on(ring: Keyring) -> None:
     mine = (await ring.meet())["a"]
     for told, script in HELD.items():
@@ -4734,6 +4744,12 @@ async def test_a_home_is_made_at_the_first_use_and_kept(ring: Keyring) -> None:
         await gw.store.reload()  # before it is written
         assert (await gw.info(key))["home"] == homes[key]
     assert all(len({*[*homes.values()][start::2]}) > 1 for start in (0, 1))
+    first, *mates = [await gw.new_key(team_id="t", resources="team") for _ in range(3)]
+    _, home = await ring.asks(f"GET {FILES_PATH}", key=first)
+    ring.does[home] = refuses(401)
+    for mate in mates:  # who looks where the team's things are, though that rests
+        assert await ring.asks(f"GET {FILES_PATH}", key=mate) == (401, home)
+    ring.does.clear()
     await gw.restart(**pool("cba"))
     for key, home in [*homes.items()][:6]:
         for start in ("GET /v1/files", f"GET {BATCHES}", "GET /v1/skills?source=custom"):
@@ -4876,7 +4892,7 @@ async def test_no_real_key_is_shown_and_sighup_reads_them_again(gw: GW, tmp_path
     file.write_text(f"{several['api_keys']} nonsense")
     gw.process.hang_up("not read again")
     file.write_text(f"b={B}")
-    gw.process.hang_up()
+    gw.process.hang_up("real keys: b")
     assert list(await ring.shown()) == ["b"]
     await until(lambda: gw.log.count("via=") > 5)
     gw.process.stop()
@@ -4934,8 +4950,8 @@ async def test_real_keys_are_changed_by_their_file(gw: GW, tmp_path: Path) -> No
         await ring.message(sessions[name])
     before = await ring.shown()
     assert await ring.states() == "refused resting"
-    for mode, behind in ((0o644, ""), (0o600, "\nc=sk-ant-another"), (0o600, "\nnonsense")):
-        writes(mode, behind, c="c")
+    for behind in ("", "\nc=sk-ant-another", "\nnonsense", f"\na={B}"):  # b's, by another name
+        writes(0o600 if behind else 0o644, behind, c="c")
         with pytest.raises(gateway.SettingsError):
             gw.pool.reload()
         assert await ring.shown() == before
@@ -6047,7 +6063,8 @@ async def test_what_claude_code_tells_of_a_request_is_logged(gw: GW) -> None:
 
 
 WRONG_ALERTS = [("budget_warnings", v) for v in ("x", "nan", "inf", "1.5", "-0.1", "0.7;0.9")]
-WRONG_ALERTS += [("alert_webhook", url) for url in ("nonsense", "ftp://x/y", "http://", "//x")]
+WRONG_URLS = ("nonsense", "ftp://x/y", "http://", "//x", "http://x:99999/y", "http://u:p@x/")
+WRONG_ALERTS += [("alert_webhook", url) for url in (*WRONG_URLS, "http://:80/", "http://x y/")]
 
 
 def test_wrong_marks_and_webhooks_end_the_start() -> None:
@@ -6120,6 +6137,10 @@ async def test_each_mark_of_a_budget_is_told_once(gw: GW, hook: Hook) -> None:
     assert (await gw.message(other)).status == 200
     await until(lambda: hook.alerts[-1]["event"] == "budget_crossed" and len(hook.alerts) > 4)
     assert {alert["key_name"] for alert in hook.alerts[4:]} == {gateway.key_name(other)}
+    nothing, number = await gw.new_key(soft_budget=0), len(hook.alerts)
+    for _ in range(2):
+        assert (await gw.message(nothing)).status == 200
+    assert (await hook.told(number + 1))["event"] == "soft_budget_crossed"
 
 
 async def test_a_real_key_that_rests_or_is_refused_is_told(gw: GW, hook: Hook) -> None:
