@@ -4549,8 +4549,7 @@ class Rule:
     it is; `head` and `body` may raise APIError, which is the answer then."""
 
     async def head(self, visit: Visit) -> None:
-        """Judge by the head, before any of the body is read. One that sets ``visit.reads_body``
-        sees every body, and none of more than JSON_BODY_LIMIT bytes is let in."""
+        """Judge by the head. With ``visit.reads_body`` its body is kept, or refused as too large."""
 
     async def body(self, visit: Visit, body: Kept) -> None:
         """Judge the whole request, if its body was kept: of JSON, and of what is billed."""
@@ -5302,14 +5301,13 @@ def at_once(coroutine: collections.abc.Coroutine[Any, Any, None]) -> asyncio.Tas
 
 
 class BaseHandler(web.RequestHandler):
-    """Answers in JSON, errors in Anthropic's envelope, and logs no query (keys stand there). Its
-    steps, which `run` runs, are `prepare`, `data_received` and `respond`: each may raise APIError,
-    and be a coroutine, which is `step` for as long as it must wait."""
+    """Answers in JSON, errors in Anthropic's envelope, and logs no query (keys stand there).
+    `run` takes its steps `prepare`, `data_received` and `respond`; each may raise APIError."""
 
     request: Request
     gateway: Gateway
     call_id: str
-    step: asyncio.Task[None] | None = None
+    step: asyncio.Task[None] | None = None  # that waits
     received = 0
 
     def clear(self) -> None:
@@ -5356,8 +5354,7 @@ class BaseHandler(web.RequestHandler):
 
     def _ended(self, step: asyncio.Task[None]) -> None:
         self.step = None
-        error = None if step.cancelled() else step.exception()
-        if isinstance(error, Exception):
+        if not step.cancelled() and isinstance(error := step.exception(), Exception):
             self.fail(error)
 
     def query(self, name: str, kind: Kind = TEXT, default: Any = "") -> Any:
@@ -5657,18 +5654,15 @@ class RelayHandler(BaseHandler):
         callbacks = self.on_head, self.on_chunk, self.on_error
         self._upstream = upstream = UpstreamRequest(method, head, data, *callbacks, **body)
         gateway.client.fetch(upstream)
-        if self._again is not None:
-            return
-        if upstream.room is None:
-            self._free()
-        else:
+        if upstream.room is not None and self._again is None:
             upstream.room.add_done_callback(self._free)
+        elif self._again is None:
+            self._free()
 
     # The answer
 
     def on_head(self, head: ResponseHead) -> None:
-        """The upstream's head; it goes out with the first bytes. A 1xx one goes at once, but not to
-        HTTP/1.0 (RFC 9110 section 15.2)."""
+        """The upstream's head. A 1xx one goes at once, not to HTTP/1.0 (RFC 9110 section 15.2)."""
         visit, gateway = self._visit, self.gateway
         if head.status < 200:
             if visit.head.version == 1 and visit.phase is RequestPhase.FETCHED:
@@ -6709,7 +6703,6 @@ def make_app(settings: Settings, rules: Sequence[Rule] = RULES) -> GatewayApplic
     routes: list[Any] = [
         *((re.escape(path), HelloHandler) for path in HELLO_PATHS),
         *((re.escape(path), UsageHandler) for path in USAGE_PATHS),
-        (rf"{RELAYED}.*|{BARE_PREFIX}.*", RelayHandler),
         (r"/health/(liveliness|liveness|readiness)", HealthHandler),
         (METRICS_PATH, MetricsHandler),
         (r"/key/(generate|update|delete|block|unblock|regenerate)", KeyHandler),
