@@ -4549,7 +4549,7 @@ class Rule:
     it is; `head` and `body` may raise APIError, which is the answer then."""
 
     async def head(self, visit: Visit) -> None:
-        """Judge by the head. With ``visit.reads_body`` its body is kept, or refused as too large."""
+        """Judge by the head. With ``visit.reads_body`` the body is kept whole, or refused (413)."""
 
     async def body(self, visit: Visit, body: Kept) -> None:
         """Judge the whole request, if its body was kept: of JSON, and of what is billed."""
