@@ -13,10 +13,10 @@ one, and keeps the virtual keys in a JSON file. Only Tornado is required.
 The way of a request:
 
     `ServerConnection.data_received`    reads its head strictly, by `parse_request_head`
-    `GatewayApplication.start_request`  gives it to a handler, run by a `HandlerDelegate`
+    `GatewayApplication.start_request`  gives it to a handler, whose steps `BaseHandler.run` runs
     `RelayHandler.prepare`              each of RULES looks at the head (`Rule.head`)
     `RelayHandler.data_received`        a small JSON body is kept, all else goes on as it comes
-    `RelayHandler.post`                 each rule looks at the body (`Rule.body`)
+    `RelayHandler.respond`              each rule looks at the body (`Rule.body`)
     `FileLedger.hold`                   holds what it may cost
     `RelayHandler.fetch`                by `UpstreamClient.fetch`, over an `UpstreamConnection`
     `RelayHandler.on_head`              the answer's head came; rules choose a `ResponseFilter`
@@ -3311,7 +3311,6 @@ LINGER_TIMEOUT = 5.0  # seconds for a client to read its answer before the socke
 DISCARD_LIMIT = 32 * MIB  # of a refused request's body are read, so that its answer arrives
 MIN_BODY_RATE = 500  # bytes a second, once --client-timeout has passed (Apache's mod_reqtimeout)
 PIPELINE_LIMIT = 64 * KIB  # bytes of further requests that wait for the present one's end
-NO_HEADERS = httputil.HTTPHeaders()  # a delegate has the connection's ``head``
 NO_REQUEST = RequestHead(1, [], {}, NO_OPTIONS, False, None, "-", "-", "")
 READ_BODIES = (ClientPhase.READING, ClientPhase.DROPPING)
 Room = asyncio.Future[None]  # done when the client has taken what was written
@@ -3324,8 +3323,8 @@ def new_call_id() -> str:
 
 
 class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
-    """A client's connection: hands one request after the other to a delegate, reads on when what
-    that returns is done, frames the answer. ``head``, ``length`` (bytes or CHUNKED) and ``call_id``
+    """A client's connection: hands one request after the other to a handler, reads on when a
+    step of that is done, frames the answer. ``head``, ``length`` (bytes or CHUNKED) and ``call_id``
     are the present request's, ``unread`` came behind it; ``site`` is who is at the other end."""
 
     head = NO_REQUEST
@@ -3335,7 +3334,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
     unread = b""
     _seen = 0  # bytes of that which belong to a head that is not whole
     _empty_lines = 0  # before it
-    _delegate: HandlerDelegate | None = None  # until it has answered
+    _delegate: BaseHandler | None = None  # until it has answered
     _waits_for: asyncio.Future[None] | None = None  # before more is read
     _drained: Room | None = None
     _reading_paused = False
@@ -3473,7 +3472,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             self.head, self.call_id = NO_REQUEST, new_call_id()
             self._delegate = self.server.application.start_request(self.server, self)
         if self._delegate is not None:
-            self._delegate.handler.fail(error)
+            self._delegate.fail(error)
         self._linger()
 
     def check_patience(self, moment: float, client_timeout: float, idle_timeout: float) -> None:
@@ -3523,15 +3522,15 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             self.protocol = scheme if scheme in DEFAULT_PORTS else self._own_protocol
         self.phase = FOLLOWS[self.phase][ClientPhase.READING]
         self._delegate = delegate = self.server.application.start_request(self.server, self)
-        waits = delegate.headers_received(None, NO_HEADERS)
+        waits = delegate.run(delegate.prepare)
         if waits is not None:
             self._wait_for(waits)
         elif len(rest) == self.length and self.phase is ClientPhase.READING:  # as it mostly is
             self.phase = FOLLOWS[self.phase][ClientPhase.ANSWERING]
             if rest:
-                delegate.data_received(rest)
+                delegate.run(delegate.data_received, rest)
             if self._delegate is delegate:  # it was not refused
-                delegate.finish()
+                delegate.run(delegate.respond)
             return
         self._body, self.unread = Body(self.length), rest
 
@@ -3544,7 +3543,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         payload, self.unread = body.feed(self.unread)
         if payload and delegate is not None:
-            waits = delegate.data_received(payload)
+            waits = delegate.run(delegate.data_received, payload)
             if waits is not None and not waits.done():
                 self._wait_for(waits)
                 return
@@ -3557,7 +3556,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             self.finish()
         elif self.phase is ClientPhase.READING and delegate is not None:
             self.phase = FOLLOWS[self.phase][ClientPhase.ANSWERING]
-            delegate.finish()
+            delegate.run(delegate.respond)
 
     def _wait_for(self, waits: asyncio.Future[None]) -> None:
         """Read nothing more until this is done, then in one turn of the loop, not in many."""
@@ -4323,6 +4322,7 @@ class Doors:
 # What only the real key that gave it out can take back (SDK: message_create_params).
 BOUND = (b'"fallback_credit_token"', b'"previous_message_id"')
 NOBODY = Caller()
+OPERATOR = VirtualKey(resources="all")  # the master key, and whoever comes in open mode
 UNREAD = Order()  # until the body is here
 Born = dict[tuple[str, str], dict[str, float]]  # by owner and kind: ids, and when they were made
 
@@ -4333,10 +4333,10 @@ class Visit:
     is the raw one behind the upstream's base path, ``path`` what rules look at, ``length`` the
     body's: bytes or CHUNKED. ``lines`` are the field lines that go up, with ``credential`` as
     (name, value). ``meter`` reads what it used, ``results`` what a batch did. ``payer`` is the key
-    that pays, and has walls; None where the caller does, or nobody counts. ``owner`` gets what is
-    ``born`` of it, as ``learn`` finds; ``listing`` makes a list his; ``hidden`` fields stay here.
-    A ``real`` key carries it, unless its caller does: one of ``keys``, which `find_keys` found by
-    the ``homes`` of things that it names (by id); each is asked once at most."""
+    that pays, and has walls; OPERATOR where the caller does, or nobody counts. ``owner`` gets what
+    is ``born`` of it, as ``learn`` finds; ``listing`` makes a list his, ``hidden`` fields stay. A
+    ``real`` key carries it, unless its caller does: one of ``keys``, which `find_keys` found by the
+    ``homes`` of things that it names (by id); each is asked once at most."""
 
     gateway: Gateway
     head: RequestHead
@@ -4346,14 +4346,13 @@ class Visit:
     path: str
     route: Route
     caller: Caller
+    payer: VirtualKey
     order: Order
     lines: list[str]
-    payer: VirtualKey | None = None
     owner: str = ""
     reads_body: bool = False
-    has_walls: bool = False
     refers: Mapping[bytes, str] | None = None  # its body is looked through, for these words too
-    is_pooled: bool = False
+    is_pooled: bool = False  # a real key carries it
     homes: dict[str, str] | None = None
     keys: Sequence[RealKey] = ()
     real: RealKey | None = None
@@ -4372,7 +4371,7 @@ class Visit:
 
     async def keep(self) -> None:
         """Remember what is ``born``, before the client hears of it. Raises APIError."""
-        born = {p: made for p, made in self.born.items() if p[0] or self.payer is None}
+        born = {p: made for p, made in self.born.items() if p[0] or self.payer is OPERATOR}
         self.born.clear()
         if born:
             await self.gateway.ledger.own(born, (self.real or self.home).name)
@@ -4380,7 +4379,7 @@ class Visit:
     @property
     def home(self) -> RealKey:
         """The real key for what stands in a workspace."""
-        return self.gateway.real_keys.at(self.payer.home if self.payer else None)
+        return self.gateway.real_keys.at(self.payer.home)
 
     @property
     def group(self) -> str:
@@ -4403,7 +4402,7 @@ class Visit:
                 raise APIError(400, f"{text} Make one of them again, beside the other.")
         else:
             session = self.head.get(SESSION_FIELD)[:SHOWN_LENGTH]
-            self.keys = pool.ranked(self.payer.owner if self.payer else "", session)
+            self.keys = pool.ranked(self.payer.owner, session)
             if BOUND[0] in body or BOUND[1] in body:
                 self.keys = self.keys[:1]
         self.take(pool.choose(self.keys, self.group) if pool.rests else self.keys[0])
@@ -4449,8 +4448,7 @@ class Rule:
     it is; `head` and `body` may raise APIError, which is the answer then."""
 
     async def head(self, visit: Visit) -> None:
-        """Judge by the head, before any of the body is read. One that sets ``visit.reads_body``
-        sees every body, and none of more than JSON_BODY_LIMIT bytes is let in."""
+        """Judge by the head. With ``visit.reads_body`` the body is kept whole, or refused (413)."""
 
     async def body(self, visit: Visit, body: Kept) -> None:
         """Judge the whole request, if its body was kept: of JSON, and of what is billed."""
@@ -4489,22 +4487,22 @@ class Credentials(Rule):
         elif head.method == "OPTIONS" and not visit.length and is_preflight(head):
             return
         visit.caller = caller = await gateway.doors.authenticate(head.values)
-        if caller.key is not None:
-            record.key, record.hashed = caller.key, caller.key.account.hashed
-            record.shown_key = shown_name(caller.key.key_alias or caller.key.key_name)
-            visit.payer = None if caller.own else caller.key
+        if (key := caller.key) is not None:
+            record.key, record.hashed, record.tags = key, key.account.hashed, key.tags
+            record.shown_key = shown_name(key.key_alias or key.key_name)
+            if caller.own is None:
+                visit.payer = key
         elif caller.is_master:
             record.shown_key = MASTER_NAME
         visit.credential, visit.is_pooled = caller.own, caller.own is None
         if visit.is_pooled and not gateway.real_keys.keys:
             text = "The gateway has no Anthropic credential to use. Whoever runs it must set"
             raise APIError(401, f"{text} ANTHROPIC_API_KEY or ANTHROPIC_AUTH_TOKEN.")
-        if (key := visit.payer) is not None and not key.home and visit.is_pooled:
-            pool, mates = gateway.real_keys, list[VirtualKey]()
-            if key.resources == "team" and key.team_id:
-                mates = [k for _, k in gateway.ledger.live() if k.team_id == key.team_id and k.home]
+        if (key := visit.payer) is not OPERATOR and not key.home:
+            pool, team = gateway.real_keys, key.team_id if key.resources == "team" else None
+            mates = (k.home for _, k in gateway.ledger.live() if team and k.team_id == team)
             made = pool.choose(pool.ranked(key.owner), ALL).name
-            gateway.ledger.settle(key, mates[0].home or made if mates else made)
+            gateway.ledger.settle(key, next(filter(None, mates), made))
 
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
         return () if visit.mask is None else (visit.mask,)
@@ -4524,16 +4522,14 @@ class Routes(Rule):
             raise too_large(limit)
         key, route = visit.caller.key, visit.route
         if key is not None and (key.allowed_routes or not route.open):
-            check_route(key, route, visit.path, pays=visit.payer is not None)
+            check_route(key, route, visit.path, pays=visit.payer is key)
 
 
 def check_route(key: VirtualKey, route: Route, path: str, *, pays: bool) -> None:
     """Raise APIError 403 for a path that the key may not call. ``pays``: at the gateway's cost."""
     patterns = [pattern.removeprefix("/anthropic") for pattern in key.allowed_routes or ["*"]]
-    matching = [pattern for pattern in patterns if fnmatch.fnmatchcase(path, pattern)]
-    if not route.open:
-        group = cast("re.Match[str]", GROUP.match(path))[0]
-        matching = [pattern for pattern in matching if pattern.startswith(group)]
+    group = "" if route.open else cast("re.Match[str]", GROUP.match(path))[0]
+    matching = [p for p in patterns if p.startswith(group) and fnmatch.fnmatchcase(path, p)]
     shown = printable(path)
     if not matching:
         beyond = "must name it; without, keys reach messages, batches, models, files and skills"
@@ -4611,15 +4607,14 @@ class Limits(Rule):
 
     async def head(self, visit: Visit) -> None:
         key, payer, route = visit.caller.key, visit.payer, visit.route
-        hold = Hold(key, visit.record.started, payer is not None or key is None)
+        hold = Hold(key, visit.record.started, key is None or payer is key)
         if key is not None:
-            has_budget = payer is not None and payer.has_budget
-            pays = has_budget and not route.free
+            pays = payer.has_budget and not route.free
             if pays and not visit.gateway.prices.available:
                 text = "This key has a budget, and it is not known here what tokens cost. Whoever"
                 raise APIError(503, f"{text} runs it must install genai-prices, or set --prices.")
             await visit.gateway.ledger.admit(hold, pays=pays, shares=route.billed)
-            visit.reads_body |= has_budget and route.billed
+            visit.reads_body |= pays and route.billed
         visit.hold = hold
 
     async def body(self, visit: Visit, body: Kept) -> None:
@@ -4632,7 +4627,7 @@ class Limits(Rule):
         document = await body.read(strictly=False)
         batched = route.makes_batch
         visit.order = await read_order(document, body.data, batched=batched, breathe=body.breathe)
-        if hold is not None and payer is not None and payer.has_budget:
+        if hold is not None and payer.has_budget:
             charges = visit.gateway.prices.worst(visit.order, hold.started)
             await visit.gateway.ledger.hold(hold, charges, fit=batched)
 
@@ -4651,18 +4646,16 @@ class Limits(Rule):
             return ()
         is_limited = key.rpm_limit is not None or key.tpm_limit is not None
         fields = gateway.ledger.rates(key, head.values) if is_limited else []
-        if payer is None or not gateway.prices.available:
+        if payer is OPERATOR or not gateway.prices.available:
             return fields
         if visit.phase is RequestPhase.SETTLED and visit.meter is not None:
             fields.append(("x-litellm-response-cost", f"{visit.record.tally.spend:f}"))
         if head.status == 200 and visit.path == BILLED[0] and payer.has_budget:
             visit.hidden |= {name for name in head.values if name.startswith(UNIFIED)}
-            fullest = next(iter(payer.budgets(visit.record.started, visit.order.model)), None)
-            if fullest is not None:
+            for fullest in payer.budgets(visit.record.started, visit.order.model)[:1]:
                 passed = [p for p in gateway.settings.warned_parts[:-1] if p < fullest.part]
-                resets = fullest.window[1] if fullest.window else None
-                part = f"{min(fullest.part, ALMOST):.2f}"
-                fields += unified(part, str(passed[-1]) if passed else "", resets)
+                part, mark = f"{min(fullest.part, ALMOST):.2f}", str(passed[-1]) if passed else ""
+                fields += unified(part, mark, fullest.window and fullest.window[1])
         spent = payer.spent(visit.record.started)
         fields.append(("x-litellm-key-spend", f"{spent:f}"))
         if payer.max_budget is not None:
@@ -4714,8 +4707,7 @@ class Limits(Rule):
 
 @functools.lru_cache(maxsize=1024)
 def unified(part: str, passed: str, resets: datetime | None) -> list[tuple[str, str]]:
-    """What tells Claude Code of the fullest budget, as Anthropic's own gateway does (Claude Code
-    2.1.331; it serves that itself at GET /protocol)."""
+    """What tells Claude Code 2.1.331 of the fullest budget, as Anthropic's own gateway does."""
     status = "allowed_warning" if passed else "allowed"
     told = {"status": status, "representative-claim": "overage", "overage-status": status}
     told["overage-utilization"] = part
@@ -4730,9 +4722,8 @@ class Batches(Rule):
     """A batch is its maker's: held until it is booked, booked once, before it is deleted."""
 
     async def head(self, visit: Visit) -> None:
-        route, gateway = visit.route, visit.gateway
-        if route.deletes and not visit.caller.own and gateway.ledger.unbooked(route.name):
-            await gateway.batches.book(route.name)
+        if visit.route.deletes and not visit.caller.own:
+            await visit.gateway.batches.book(visit.route.name)
 
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
         batch, gateway = visit.route.results_of, visit.gateway
@@ -4748,10 +4739,9 @@ class Batches(Rule):
     async def look(self, visit: Visit, plain: bytes) -> bytes:
         """Look at a batch object: what it may cost is held on, if it was just made, before its
         maker is told; if it has ended, it is time to book it. Its results are then found here."""
-        gateway, payer, batch = visit.gateway, visit.payer, read_json(plain)
-        if not isinstance(batch, dict) or not (name := id_of(batch)):
-            pass
-        elif visit.route.makes_batch and payer is not None and visit.hold is not None:
+        gateway, payer, batch = visit.gateway, visit.payer, dict_of(read_json(plain))
+        name, makes = id_of(batch), visit.route.makes_batch
+        if name and makes and payer is not OPERATOR and visit.hold is not None:
             gateway.ledger.own_batch(payer.account, name, visit.hold)
             gateway.batches.watch(name)
             with contextlib.suppress(APIError):  # which is said, and tried again each second
@@ -4791,37 +4781,34 @@ class Walls(Rule):
         key, route, head = visit.payer, visit.route, visit.head
         # Without walls, what a request names still tells where it has to go.
         looks = visit.is_pooled and visit.gateway.real_keys.several
-        if key is None and not looks:
+        if key is not OPERATOR:
+            visit.hidden, visit.owner = IDENTITY_FIELDS, key.owner
+        elif not looks:
             return
-        visit.hidden, visit.owner = (IDENTITY_FIELDS, key.owner) if key else (NO_OPTIONS, "")
+        has_walls = key.resources != "all"
         if route.name:
             # What workers of an environment do is not for all who may use it.
             reads = route.fetches and not route.below.startswith("/work")
-            thing = await self.reach(visit, route.kind, route.name, changes=not reads)
-            visit.owner = thing.owner if key else ""
+            visit.owner = (await self.reach(visit, route.kind, route.name, changes=not reads)).owner
         visit.learn = functools.partial(self.learn, visit.born, visit.owner)
-        visit.has_walls = key is not None and key.resources != "all"
-        is_packed = "content-encoding" in head.values and head.coding != ""
-        is_packed |= other_charset(head.get("content-type")) is not None
-        if looks and not (route.unread or is_packed):
-            visit.refers = EVERYDAY_IN_MESSAGES if route.kind in ("", "batches") else EVERYDAY
-        if key is None or not visit.has_walls:
+        if (looks or has_walls) and not route.unread:
+            is_packed = "content-encoding" in head.values and head.coding != ""
+            if not (is_packed or other_charset(head.get("content-type"))):
+                visit.refers = EVERYDAY_IN_MESSAGES if route.kind in ("", "batches") else EVERYDAY
+            elif has_walls:
+                text = "What this key sends is looked through: send it as UTF-8, uncompressed."
+                raise APIError(400, text)
+        if not has_walls:
             return
         for profile in head.values.get(PROFILE_FIELD, ()):
             await self.reach(visit, "user_profiles", profile)
         if "?" in visit.target:
-            await self.judge_query(visit, key)
+            await self.judge_query(visit)
         if route.kind and not route.name and route.fetches:
             visit.listing = self.list_own
             visit.hidden |= LIST_FIELDS | ({"content-length"} if head.method == "HEAD" else set())
             if route.kind == "files":
-                await self.ask_by_ids(visit, key)
-        if route.unread:
-            return
-        visit.refers = EVERYDAY_IN_MESSAGES if route.kind in ("", "batches") else EVERYDAY
-        if is_packed:
-            text = "What this key sends is looked through: send it as UTF-8, uncompressed."
-            raise APIError(400, text)
+                await self.ask_by_ids(visit)
 
     async def body(self, visit: Visit, body: Kept) -> None:
         named, words = 0, visit.refers or {}
@@ -4846,42 +4833,36 @@ class Walls(Rule):
             if found == named or is_last:
                 break
             # Some are hidden by others, or are none.
-            try:
+            passed_by = [APIError] if visit.payer.resources == "all" else []
+            with contextlib.suppress(*passed_by):
                 document = await body.read(strictly=True, wholly=True)
-            except APIError:
-                if visit.has_walls:
-                    raise
         for number, (kind, name) in enumerate(things, start=1):
             await self.reach(visit, kind, name)
             if number % BREATH == 0:
                 await body.breathe()
 
     async def reach(self, visit: Visit, kind: str, name: str, *, changes: bool = False) -> Thing:
-        """A thing that the caller may read or refer to, or change. Raises APIError 404, and 403 for
-        one that is shared and another's."""
-        key, ledger = visit.payer, visit.gateway.ledger
-        thing = (await ledger.find_things([name])).get(name)
-        if key is None or (thing is None and key.resources == "all"):
-            thing = thing or Thing(kind)
-        else:
-            thing = thing or await self.trace(visit, key, kind, name)
-        if thing is None or (key is not None and not thing.is_for(key)):
+        """A thing that the caller may refer to, or change. Raises APIError 404 or 403."""
+        key, found = visit.payer, await visit.gateway.ledger.find_things([name])
+        thing = found.get(name) or (Thing(kind) if key.resources == "all" else None)
+        thing = thing or await self.trace(visit, kind, name)
+        if thing is None or not thing.is_for(key):
             raise not_found(kind, name)
         visit.homes = visit.homes or {}
         visit.homes[name] = thing.home
-        if key is not None and changes and not thing.belongs_to(key):
+        if changes and not thing.belongs_to(key):
             text = f"{printable(name)} is shared: this key may use it, and its owner change it."
             raise APIError(403, text)
         return thing
 
-    async def trace(self, visit: Visit, key: VirtualKey, kind: str, name: str) -> Thing | None:
+    async def trace(self, visit: Visit, kind: str, name: str) -> Thing | None:
         """What is not known here, if the upstream says that Anthropic made it for all, or that it
         came of something that the caller reaches. It is asked only where that may be."""
-        ledger = visit.gateway.ledger
+        key, ledger = visit.payer, visit.gateway.ledger
         is_built_in = kind == "skills" and not name.startswith(KINDS["skills"])
         may_be = await ledger.reached(key, PARENTS[kind]) if kind in PARENTS else is_built_in
         if kind == "memory_stores":
-            await self.ask_dreams(visit, key)
+            await self.ask_dreams(visit)
         elif may_be and SAFE_ID.fullmatch(name):
             with contextlib.suppress(UpstreamError):
                 row = await self.ask(visit, f"/v1/{kind}/{name}")
@@ -4889,9 +4870,9 @@ class Walls(Rule):
                     return Thing(kind, is_shared=True)
         return (await ledger.find_things([name])).get(name)
 
-    async def ask_dreams(self, visit: Visit, key: VirtualKey) -> None:
+    async def ask_dreams(self, visit: Visit) -> None:
         """Dreams make memory stores and sessions, and tell so themselves alone."""
-        if await visit.gateway.ledger.reached(key, "dreams"):
+        if await visit.gateway.ledger.reached(visit.payer, "dreams"):
             with contextlib.suppress(UpstreamError):
                 page = await self.ask(visit, "/v1/dreams?limit=100")
                 await self.visible(visit, list_of(page.get("data")), "dreams")
@@ -4909,7 +4890,7 @@ class Walls(Rule):
 
     # Lists
 
-    async def judge_query(self, visit: Visit, key: VirtualKey) -> None:
+    async def judge_query(self, visit: Visit) -> None:
         """Look at the ids of a query; others' in a list of ids become what upstream leaves out."""
         path, _, query = visit.target.partition("?")
         listed, parts = "" if visit.route.name else visit.route.kind, list[str]()
@@ -4920,7 +4901,7 @@ class Walls(Rule):
             name = name.partition("[")[0]
             if listed and name == "ids":
                 thing = (await visit.gateway.ledger.find_things([value])).get(value)
-                if thing is not None and not thing.is_for(key):
+                if thing is not None and not thing.is_for(visit.payer):
                     part = f"ids[]={KINDS.get(listed, '')}{no_id()}"
             named = listed if name in CURSORS else REFERENCES.get(name)
             try:
@@ -4931,13 +4912,18 @@ class Walls(Rule):
             parts.append(part)
         visit.target = f"{path}?{'&'.join(parts)}"
 
-    async def ask_by_ids(self, visit: Visit, key: VirtualKey) -> None:
+    async def ask_by_ids(self, visit: Visit) -> None:
         """Have a page of files asked for by the ids that the caller reaches, the newest first."""
         path, _, query = visit.target.partition("?")
         asked = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
         size, page = rows_asked(asked), CURSOR.fullmatch(asked.get("page", ""))
-        ledger, is_odd = visit.gateway.ledger, asked.keys() - FILE_LIST or not size
-        if is_odd or not page and (asked.get("page") or await ledger.reached(key, "sessions")):
+        key, ledger, is_odd = visit.payer, visit.gateway.ledger, asked.keys() - FILE_LIST
+        if (
+            is_odd
+            or not size
+            or not page
+            and (asked.get("page") or await ledger.reached(key, "sessions"))
+        ):
             return  # upstream says what is wrong, or knows another way, or files not seen here yet
         made, size = await ledger.reached(key, "files"), min(size, IDS_A_CALL)
         if (pool := visit.gateway.real_keys).several:  # what is elsewhere is in no list here
@@ -4973,7 +4959,7 @@ class Walls(Rule):
             visit.target = target
             return await self.list_own(visit, json.dumps(await self.ask(visit, target)).encode())
         if kind in DREAMT and len(await ledger.find_things(map(id_of, rows))) < len(rows):
-            await self.ask_dreams(visit, cast(VirtualKey, visit.payer))
+            await self.ask_dreams(visit)
         more = document.get("next_page")
         if "next_page" in document or "has_more" not in document:
             shown = await self.visible(visit, rows, kind)
@@ -4989,7 +4975,7 @@ class Walls(Rule):
         limit, backwards = rows_asked(asked) or DEFAULT_LIMIT, bool(asked.get("before_id"))
         cursor, kind = "before_id" if backwards else "after_id", visit.route.kind
         shown, seen = list[Any](), set[str]()
-        left = set(await visit.gateway.ledger.reached(cast(VirtualKey, visit.payer), kind))
+        left = set(await visit.gateway.ledger.reached(visit.payer, kind))
         for _ in range(MAX_PAGES):
             rows = [row for row in list_of(page.get("data")) if id_of(row) not in seen]
             found = await self.visible(visit, rows, kind)
@@ -5008,7 +4994,7 @@ class Walls(Rule):
 
     async def visible(self, visit: Visit, rows: Sequence[Any], of: str) -> list[Any]:
         """The rows of a kind that the caller reaches; what came of his own is his."""
-        key, shown = cast(VirtualKey, visit.payer), list[Any]()
+        key, shown = visit.payer, list[Any]()
         objects = [row for row in rows if isinstance(row, dict)]
         names = [*map(id_of, objects), *map(parent_of, objects)]
         known = await visit.gateway.ledger.find_things(names)
@@ -5031,7 +5017,7 @@ class Walls(Rule):
 
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
         route, succeeds = visit.route, 200 <= head.status < 300
-        if visit.payer is None or not (succeeds and route.kind) or route.results_of:
+        if visit.payer is OPERATOR or not (succeeds and route.kind) or route.results_of:
             return ()
         if visit.listing is not None:
             return (ResponseFilter(rewrite=functools.partial(visit.listing, visit)),)
@@ -5047,7 +5033,7 @@ class Walls(Rule):
         made, route = read_json(body, Any), visit.route
         if not isinstance(made, dict) or route.deletes:
             return body
-        if "data" in made and not route.name and cast(VirtualKey, visit.payer).resources != "all":
+        if "data" in made and not route.name and visit.payer.resources != "all":
             return await self.list_own(visit, body)
         born, name, below = [*products_of(made)], id_of(made), route.below.strip("/").split("/")
         if name and name not in (route.name, *below) and not route.fetches:
@@ -5059,8 +5045,7 @@ class Walls(Rule):
         return body
 
     def learn(self, born: Born, owner: str, document: object) -> None:
-        """An answer, or a part of one, may name what was made for the caller on the way: containers
-        and files that code wrote (SDK: types/code_execution_output_block.py)."""
+        """Containers and files that code wrote are his for whom it ran (code_execution_output)."""
         for holder, things in filter(None, named_in(document, {"container", "file_id"}, False)):
             for kind, name in things:
                 if kind == "containers" or holder.endswith("code_execution_output"):
@@ -5071,7 +5056,7 @@ class Walls(Rule):
         deleted = route.name and route.deletes and visit.caller.own is None
         if deleted and answer is not None and answer.status == 200:
             name = (route.name + route.below).strip("/").split("/")[-1]
-            visit.gateway.ledger.forget(name, visit.owner if visit.payer else None)
+            visit.gateway.ledger.forget(name, None if visit.payer is OPERATOR else visit.owner)
 
 
 def id_of(row: object) -> str:
@@ -5178,13 +5163,12 @@ class Request(httputil.HTTPServerRequest):
         self.method, self.uri, self.host = head.method, head.target, head.host
         self.path, _, self.query = head.target.partition("?")
         self.target: str | None = None
+        # Whoever pays himself asks of his own account.
+        ours = self.path in USAGE_PATHS and OWN_CREDENTIAL_PREFIX not in str(head.values)
         if head.target.startswith(BARE_PREFIX):
             self.target = head.target
-        elif head.target.startswith(RELAYED) and (head.method, self.path) not in HELLOS:
+        elif head.target.startswith(RELAYED) and not (ours or (head.method, self.path) in HELLOS):
             self.target = head.target[len(RELAY_PREFIX) :]
-            # Whoever pays himself asks of his own account.
-            if self.path in USAGE_PATHS and OWN_CREDENTIAL_PREFIX not in str(head.values):
-                self.target = None
         self.remote_ip, self.protocol = connection.remote_ip, connection.protocol
         self.body: bytearray = bytearray()  # type: ignore[assignment]
 
@@ -5196,15 +5180,33 @@ class Request(httputil.HTTPServerRequest):
         return headers
 
 
+def at_once(coroutine: collections.abc.Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
+    """Run a coroutine until it must wait: None if it never had to, else the task that goes on with
+    it. What it raises before is raised here, and in no task (asyncio.timeout needs one)."""
+    try:
+        first = coroutine.send(None)
+    except StopIteration:
+        return None
+
+    @types.coroutine
+    def rest() -> Iterator[Any]:
+        yield first
+        yield from coroutine.__await__()
+
+    async def go_on() -> None:  # of generators, Python 3.12 and later make no task
+        await rest()
+
+    return asyncio.get_running_loop().create_task(go_on())
+
+
 class BaseHandler(web.RequestHandler):
-    """Answers in JSON, errors in Anthropic's envelope, and logs no query (keys stand there). A
-    `HandlerDelegate` calls `prepare`, `data_received` and `respond`; each may return what is to be
-    awaited, which then is `step`, and may raise APIError."""
+    """Answers in JSON, errors in Anthropic's envelope, and logs no query (keys stand there).
+    `run` takes its steps `prepare`, `data_received` and `respond`; each may raise APIError."""
 
     request: Request
     gateway: Gateway
     call_id: str
-    step: asyncio.Task[None] | None = None
+    step: asyncio.Task[None] | None = None  # that waits
     received = 0
 
     def clear(self) -> None:
@@ -5229,11 +5231,30 @@ class BaseHandler(web.RequestHandler):
         if self.received > OWN_BODY_LIMIT:
             raise too_large(OWN_BODY_LIMIT)
 
-    def respond(self, *path: str) -> Any:
+    def respond(self) -> Any:
         """The request is whole: answer it, by the method of its name."""
         if (method := self.request.head.method) not in self.SUPPORTED_METHODS:
             raise web.HTTPError(405)
-        return getattr(self, method.lower())(*path)
+        return getattr(self, method.lower())(*self.path_args)
+
+    def run(self, step: Callable[..., Any], *arguments: Any) -> Any:
+        """Take a step; what is returned is to be awaited. Where nothing waits that is no task."""
+        try:
+            waits = step(*arguments)
+            if not isinstance(waits, types.CoroutineType):
+                return waits
+            task = self.step = at_once(waits)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is answered
+            self.fail(error)
+            return None
+        if task is not None:
+            task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, step: asyncio.Task[None]) -> None:
+        self.step = None
+        if not step.cancelled() and isinstance(error := step.exception(), Exception):
+            self.fail(error)
 
     def query(self, name: str, kind: Kind = TEXT, default: Any = "") -> Any:
         """A parameter of the query; an empty one is the default. Raises APIError 400."""
@@ -5268,81 +5289,21 @@ class BaseHandler(web.RequestHandler):
         return APIError(500, "The gateway failed on this request; its log says why.")
 
 
-def at_once(coroutine: collections.abc.Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
-    """Run a coroutine until it must wait: None if it never had to, else the task that goes on with
-    it. What it raises before is raised here, and in no task (asyncio.timeout needs one)."""
-    try:
-        first = coroutine.send(None)
-    except StopIteration:
-        return None
-
-    @types.coroutine
-    def rest() -> Iterator[Any]:
-        yield first
-        yield from coroutine.__await__()
-
-    async def go_on() -> None:  # of generators, Python 3.12 and later make no task
-        await rest()
-
-    return asyncio.get_running_loop().create_task(go_on())
-
-
-@dataclass(eq=False)
-class HandlerDelegate(httputil.HTTPMessageDelegate):
-    """Runs a handler's steps as a request comes. Where nothing waits it makes no task, as Tornado's
-    own does, and no future; where something does, the connection waits for what is returned."""
-
-    handler: BaseHandler
-    path: Sequence[str] = ()
-
-    def headers_received(self, start_line: Any, headers: httputil.HTTPHeaders) -> Any:
-        return self._run(self.handler.prepare)
-
-    def data_received(self, chunk: bytes) -> Any:
-        return self._run(self.handler.data_received, chunk)
-
-    def finish(self) -> None:
-        self._run(self.handler.respond, *self.path)
-
-    def on_connection_close(self) -> None:
-        self.handler.on_connection_close()
-
-    def _run(self, step: Callable[..., Any], *arguments: Any) -> Any:
-        try:
-            waits = step(*arguments)
-            if not isinstance(waits, types.CoroutineType):
-                return waits
-            task = self.handler.step = at_once(waits)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is answered
-            self.handler.fail(error)
-            return None
-        if task is not None:
-            task.add_done_callback(self._ended)
-        return task
-
-    def _ended(self, step: asyncio.Task[None]) -> None:
-        self.handler.step = None
-        error = None if step.cancelled() else step.exception()
-        if isinstance(error, Exception):
-            self.handler.fail(error)
-
-
 class GatewayApplication(web.Application):
     """The routes; relayed requests go straight to theirs. ``settings["gateway"]`` is `Gateway`."""
 
-    def start_request(self, server_conn: object, request_conn: Any) -> HandlerDelegate:
-        """Called by `ServerConnection`, as by Tornado's own server."""
+    def start_request(self, server_conn: object, request_conn: Any) -> Any:
+        """The handler of a request; called by `ServerConnection`."""
         request = Request(request_conn)
-        if request.target is not None:
-            return HandlerDelegate(RelayHandler(self, request))
-        return cast(HandlerDelegate, self.find_handler(request))
+        return self.find_handler(request) if request.target is None else RelayHandler(self, request)
 
     def get_handler_delegate(  # type: ignore[override]
         self, request: Request, target_class: type[BaseHandler], *_: Any, **found: Any
-    ) -> HandlerDelegate:
+    ) -> BaseHandler:
         """Called by Tornado's router."""
-        path = [part.decode("latin-1") for part in found.get("path_args", ())]
-        return HandlerDelegate(target_class(self, request), path)
+        handler = target_class(self, request)
+        handler.path_args = [part.decode("latin-1") for part in found.get("path_args", ())]
+        return handler
 
 
 BATCH_LOOK = 60.0  # seconds from the making of a batch to the first look at it
@@ -5402,14 +5363,13 @@ class BatchKeeper:
         if kept is None:
             return True
         path = f"/v1/messages/batches/{urllib.parse.quote(name, safe='')}"
-        maker = self._ledger.keys.get(self._ledger.batches[name].hashed)
+        maker = self._ledger.keys.get(self._ledger.batches[name].hashed, OPERATOR)
         thing = (await self._ledger.find_things([name])).get(name, Thing(""))
-        pool, home = self._gateway.real_keys, thing.home or (maker.home if maker else "")
+        pool, home = self._gateway.real_keys, thing.home or maker.home
         try:
             state = await self._gateway.client.get(path, BATCH_STATE_TIMEOUT, pool.at(home))
-            batch, code = read_json(state.body), state.code
-            ended = isinstance(batch, dict) and batch.get("processing_status") == BATCH_ENDED
-            if code == 200 and ended:
+            batch, code = dict_of(read_json(state.body)), state.code
+            if code == 200 and batch.get("processing_status") == BATCH_ENDED:
                 code = await self._book_results(name, f"{path}/results", pool.at(home))
                 booked = code == 200
         except UpstreamError as error:
@@ -5483,11 +5443,9 @@ class Gateway:
         await self.ledger.close()
 
 
-@web.stream_request_body
 class RelayHandler(BaseHandler):
     """Anthropic's API, any method, any path: judged by its head, then by its body, sent on with the
-    real key, and streamed back. The way of a request: `prepare` → `data_received`… → `post` →
-    `fetch` → `on_head` → `on_chunk`…. Every way out passes `settle` once."""
+    real key, and streamed back. Every way out passes `settle` once."""
 
     _visit: Visit
     _kept: list[bytes] | None = None  # of its body
@@ -5507,9 +5465,8 @@ class RelayHandler(BaseHandler):
         gateway, request, head = self.gateway, self.request, self.request.head
         record = Record(self.call_id, head.method, request.remote_ip or "", gateway.time(), now())
         target, length = request.target or "", request.connection.length
-        self._visit = Visit(
-            gateway, head, target, length, record, "", OTHER_ROUTE, NOBODY, UNREAD, []
-        )
+        found = "", OTHER_ROUTE, NOBODY, OPERATOR, UNREAD, list[str]()  # until it is looked at
+        self._visit = Visit(gateway, head, target, length, record, *found)
         gateway.active.add(self)
 
     # The request
@@ -5557,8 +5514,8 @@ class RelayHandler(BaseHandler):
         self._stream(CHUNKED, framed(b"".join(kept)))
         return self._upstream.room if self._upstream is not None else None
 
-    async def post(self, *_: str) -> None:
-        """The request is whole: judge its body, and send it. Every method is this one."""
+    async def respond(self) -> None:
+        """The request is whole: judge its body, and send it."""
         visit, kept = self._visit, self._kept
         if kept is None:
             if visit.length == CHUNKED and self._upstream is not None:
@@ -5580,8 +5537,6 @@ class RelayHandler(BaseHandler):
             visit.lines.append(f"Content-Length: {len(data)}")
         self.fetch(data)
 
-    respond = post
-
     def fetch(self, data: bytes = b"", **body: Any) -> None:
         """Ask the upstream; `on_head`, `on_chunk` or `on_error` follow."""
         visit = self._visit
@@ -5598,18 +5553,15 @@ class RelayHandler(BaseHandler):
         callbacks = self.on_head, self.on_chunk, self.on_error
         self._upstream = upstream = UpstreamRequest(method, head, data, *callbacks, **body)
         gateway.client.fetch(upstream)
-        if self._again is not None:
-            return
-        if upstream.room is None:
-            self._free()
-        else:
+        if upstream.room is not None and self._again is None:
             upstream.room.add_done_callback(self._free)
+        elif self._again is None:
+            self._free()
 
     # The answer
 
     def on_head(self, head: ResponseHead) -> None:
-        """The upstream's head; it goes out with the first bytes. A 1xx one goes at once, but not to
-        HTTP/1.0 (RFC 9110 section 15.2)."""
+        """The upstream's head. A 1xx one goes at once, not to HTTP/1.0 (RFC 9110 section 15.2)."""
         visit, gateway = self._visit, self.gateway
         if head.status < 200:
             if visit.head.version == 1 and visit.phase is RequestPhase.FETCHED:
@@ -5648,7 +5600,7 @@ class RelayHandler(BaseHandler):
         assert self._upstream is not None
         complete = self._upstream.complete
         if self._refusal is not None:
-            data, is_held = self._weigh(data, complete)
+            data, is_held = self._weigh(self._upstream, data)
             if is_held:
                 return None
         if self._gathered is not None:
@@ -5667,7 +5619,7 @@ class RelayHandler(BaseHandler):
         self._visit.record.bytes_out += len(data)
         return self.request.connection.write(data)
 
-    def _weigh(self, data: bytes, complete: bool) -> tuple[bytes, bool]:
+    def _weigh(self, upstream: UpstreamRequest, data: bytes) -> tuple[bytes, bool]:
         """Gather a refusal, and ask with another real key where that may do better; what is to be
         sent on, and whether nothing is, yet. Where no other key may be asked it passes by."""
         visit, refusal, head = self._visit, self._refusal, self._visit.answer
@@ -5675,7 +5627,7 @@ class RelayHandler(BaseHandler):
         refusal += data
         may_change = self._again is not None and visit.phase is RequestPhase.FETCHED
         drips = self.gateway.time() - visit.record.answered > SHORT_REST
-        if not (complete or drips or len(refusal) > MAX_REFUSAL):
+        if not (upstream.complete or drips or len(refusal) > MAX_REFUSAL):
             return data, may_change
         self._refusal, pool, plain = None, self.gateway.real_keys, b""
         with contextlib.suppress(ValueError, zlib.error):
@@ -5683,14 +5635,12 @@ class RelayHandler(BaseHandler):
         if head.status == 429 and self._again and len(self._again) <= LIGHT_BODY:
             # What was glanced at may stand anywhere in the body, and be another model.
             visit.order.model = model_of(dict_of(read_json(self._again, BodyMembers)).get("model"))
-        is_keys = pool.weigh(visit.real, head, plain, visit.group)
-        if is_keys and may_change and complete:
-            tried = visit.record.upstream_keys
-            present = [key for key in visit.keys if pool.keys.get(key.name) is key]
-            fresh = [key for key in present if key.name not in tried]
+        if pool.weigh(visit.real, head, plain, visit.group) and may_change and upstream.complete:
+            untried = [key for key in visit.keys if key.name not in visit.record.upstream_keys]
+            fresh = [key for key in untried if pool.keys.get(key.name) is key]  # and not taken out
             fresh = [key for key in fresh if not pool.rests_until(key, visit.group)]
             if fresh:
-                if (upstream := self._upstream) is not None and upstream.connection is not None:
+                if upstream.connection is not None:
                     upstream.connection.abandon()  # it may be closed behind a refusal
                 self._inside = self._gathered = visit.answer = None
                 visit.record.status = 0
@@ -5773,12 +5723,10 @@ class RelayHandler(BaseHandler):
             record.sent = {CLAUDE_FIELDS[n]: shown_text(visit, head.values[n][0]) for n in told}
         if gateway.real_keys.several:
             record.via = ",".join(record.upstream_keys)
-        if record.key is not None:
-            record.tags = record.key.tags
         if TAGS_FIELD in head.values:
             sent = head.values[TAGS_FIELD][0].split(",", MAX_TAGS)[:MAX_TAGS]
             tags = (shown_text(visit, tag.strip()) for tag in sent)
-            record.tags = [*record.tags, *(tag for tag in tags if tag)]
+            record.tags = [*record.tags, *filter(None, tags)]
         # No cycle is left for the garbage collector.
         self._upstream = self._inside = self._again = None
         gateway.active.discard(self)
@@ -5818,7 +5766,7 @@ class RelayHandler(BaseHandler):
 
     def _look(self, data: bytes) -> None:
         """Look through a part of a body that is not kept. Raises APIError where it names things."""
-        if (words := self._visit.refers) and self._visit.has_walls:
+        if (words := self._visit.refers) and self._visit.payer.resources != "all":
             data = self._seen + data
             self._seen = data[-LONGEST_NAME:]
             if any(names_in(data, start, words) for start in range(0, len(data), MIB)):
@@ -5826,7 +5774,7 @@ class RelayHandler(BaseHandler):
                 raise APIError(413, f"{text} {JSON_BODY_LIMIT:,} bytes long. Send it in parts.")
 
     def _stream(self, length: int, kept: bytes = b"") -> None:
-        """Open the upstream: what is kept, then what `data_received` writes, until `post`."""
+        """Open the upstream: what is kept, then what `data_received` writes, until `respond`."""
         self._visit.lines.append(CHUNKED_LINE if length == CHUNKED else f"Content-Length: {length}")
         self._uploaded = asyncio.get_running_loop().create_future()
         self.fetch(kept, body_producer=lambda write: self._uploaded)
@@ -5882,10 +5830,9 @@ class RelayHandler(BaseHandler):
             room = connection.write_head(start, lines, upstream.length, data)
         elif data:
             room = connection.write(data)
-        if not complete:
-            return room
-        connection.finish()
-        return None
+        if complete:
+            connection.finish()
+        return None if complete else room
 
     def _answer_head(
         self, head: ResponseHead, own: Sequence[tuple[str, str]]
@@ -6655,7 +6602,6 @@ def make_app(settings: Settings, rules: Sequence[Rule] = RULES) -> GatewayApplic
     routes: list[Any] = [
         *((re.escape(path), HelloHandler) for path in HELLO_PATHS),
         *((re.escape(path), UsageHandler) for path in USAGE_PATHS),
-        (rf"{RELAYED}.*|{BARE_PREFIX}.*", RelayHandler),
         (r"/health/(liveliness|liveness|readiness)", HealthHandler),
         (METRICS_PATH, MetricsHandler),
         (r"/key/(generate|update|delete|block|unblock|regenerate)", KeyHandler),
