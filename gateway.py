@@ -13,10 +13,10 @@ one, and keeps the virtual keys in a JSON file. Only Tornado is required.
 The way of a request:
 
     `ServerConnection.data_received`    reads its head strictly, by `parse_request_head`
-    `GatewayApplication.start_request`  gives it to a handler, whose steps `BaseHandler.run` runs
+    `GatewayApplication.start_request`  gives it to a handler, run by a `HandlerDelegate`
     `RelayHandler.prepare`              each of RULES looks at the head (`Rule.head`)
     `RelayHandler.data_received`        a small JSON body is kept, all else goes on as it comes
-    `RelayHandler.respond`              each rule looks at the body (`Rule.body`)
+    `RelayHandler.post`                 each rule looks at the body (`Rule.body`)
     `FileLedger.hold`                   holds what it may cost
     `RelayHandler.fetch`                by `UpstreamClient.fetch`, over an `UpstreamConnection`
     `RelayHandler.on_head`              the answer's head came; rules choose a `ResponseFilter`
@@ -3311,6 +3311,7 @@ LINGER_TIMEOUT = 5.0  # seconds for a client to read its answer before the socke
 DISCARD_LIMIT = 32 * MIB  # of a refused request's body are read, so that its answer arrives
 MIN_BODY_RATE = 500  # bytes a second, once --client-timeout has passed (Apache's mod_reqtimeout)
 PIPELINE_LIMIT = 64 * KIB  # bytes of further requests that wait for the present one's end
+NO_HEADERS = httputil.HTTPHeaders()  # a delegate has the connection's ``head``
 NO_REQUEST = RequestHead(1, [], {}, NO_OPTIONS, False, None, "-", "-", "")
 READ_BODIES = (ClientPhase.READING, ClientPhase.DROPPING)
 Room = asyncio.Future[None]  # done when the client has taken what was written
@@ -3323,8 +3324,8 @@ def new_call_id() -> str:
 
 
 class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
-    """A client's connection: hands one request after the other to a handler, reads on when a
-    step of that is done, frames the answer. ``head``, ``length`` (bytes or CHUNKED) and ``call_id``
+    """A client's connection: hands one request after the other to a delegate, reads on when what
+    that returns is done, frames the answer. ``head``, ``length`` (bytes or CHUNKED) and ``call_id``
     are the present request's, ``unread`` came behind it; ``site`` is who is at the other end."""
 
     head = NO_REQUEST
@@ -3334,7 +3335,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
     unread = b""
     _seen = 0  # bytes of that which belong to a head that is not whole
     _empty_lines = 0  # before it
-    _delegate: BaseHandler | None = None  # until it has answered
+    _delegate: HandlerDelegate | None = None  # until it has answered
     _waits_for: asyncio.Future[None] | None = None  # before more is read
     _drained: Room | None = None
     _reading_paused = False
@@ -3472,7 +3473,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             self.head, self.call_id = NO_REQUEST, new_call_id()
             self._delegate = self.server.application.start_request(self.server, self)
         if self._delegate is not None:
-            self._delegate.fail(error)
+            self._delegate.handler.fail(error)
         self._linger()
 
     def check_patience(self, moment: float, client_timeout: float, idle_timeout: float) -> None:
@@ -3522,15 +3523,15 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             self.protocol = scheme if scheme in DEFAULT_PORTS else self._own_protocol
         self.phase = FOLLOWS[self.phase][ClientPhase.READING]
         self._delegate = delegate = self.server.application.start_request(self.server, self)
-        waits = delegate.run(delegate.prepare)
+        waits = delegate.headers_received(None, NO_HEADERS)
         if waits is not None:
             self._wait_for(waits)
         elif len(rest) == self.length and self.phase is ClientPhase.READING:  # as it mostly is
             self.phase = FOLLOWS[self.phase][ClientPhase.ANSWERING]
             if rest:
-                delegate.run(delegate.data_received, rest)
+                delegate.data_received(rest)
             if self._delegate is delegate:  # it was not refused
-                delegate.run(delegate.respond)
+                delegate.finish()
             return
         self._body, self.unread = Body(self.length), rest
 
@@ -3543,7 +3544,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         payload, self.unread = body.feed(self.unread)
         if payload and delegate is not None:
-            waits = delegate.run(delegate.data_received, payload)
+            waits = delegate.data_received(payload)
             if waits is not None and not waits.done():
                 self._wait_for(waits)
                 return
@@ -3556,7 +3557,7 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             self.finish()
         elif self.phase is ClientPhase.READING and delegate is not None:
             self.phase = FOLLOWS[self.phase][ClientPhase.ANSWERING]
-            delegate.run(delegate.respond)
+            delegate.finish()
 
     def _wait_for(self, waits: asyncio.Future[None]) -> None:
         """Read nothing more until this is done, then in one turn of the loop, not in many."""
@@ -5180,28 +5181,10 @@ class Request(httputil.HTTPServerRequest):
         return headers
 
 
-def at_once(coroutine: collections.abc.Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
-    """Run a coroutine until it must wait: None if it never had to, else the task that goes on with
-    it. What it raises before is raised here, and in no task (asyncio.timeout needs one)."""
-    try:
-        first = coroutine.send(None)
-    except StopIteration:
-        return None
-
-    @types.coroutine
-    def rest() -> Iterator[Any]:
-        yield first
-        yield from coroutine.__await__()
-
-    async def go_on() -> None:  # of generators, Python 3.12 and later make no task
-        await rest()
-
-    return asyncio.get_running_loop().create_task(go_on())
-
-
 class BaseHandler(web.RequestHandler):
-    """Answers in JSON, errors in Anthropic's envelope, and logs no query (keys stand there).
-    `run` takes its steps `prepare`, `data_received` and `respond`; each may raise APIError."""
+    """Answers in JSON, errors in Anthropic's envelope, and logs no query (keys stand there). A
+    `HandlerDelegate` calls `prepare`, `data_received` and `respond`; each may return what is to be
+    awaited, which then is `step`, and may raise APIError."""
 
     request: Request
     gateway: Gateway
@@ -5231,30 +5214,11 @@ class BaseHandler(web.RequestHandler):
         if self.received > OWN_BODY_LIMIT:
             raise too_large(OWN_BODY_LIMIT)
 
-    def respond(self) -> Any:
+    def respond(self, *path: str) -> Any:
         """The request is whole: answer it, by the method of its name."""
         if (method := self.request.head.method) not in self.SUPPORTED_METHODS:
             raise web.HTTPError(405)
-        return getattr(self, method.lower())(*self.path_args)
-
-    def run(self, step: Callable[..., Any], *arguments: Any) -> Any:
-        """Take a step; what is returned is to be awaited. Where nothing waits that is no task."""
-        try:
-            waits = step(*arguments)
-            if not isinstance(waits, types.CoroutineType):
-                return waits
-            task = self.step = at_once(waits)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is answered
-            self.fail(error)
-            return None
-        if task is not None:
-            task.add_done_callback(self._ended)
-        return task
-
-    def _ended(self, step: asyncio.Task[None]) -> None:
-        self.step = None
-        if not step.cancelled() and isinstance(error := step.exception(), Exception):
-            self.fail(error)
+        return getattr(self, method.lower())(*path)
 
     def query(self, name: str, kind: Kind = TEXT, default: Any = "") -> Any:
         """A parameter of the query; an empty one is the default. Raises APIError 400."""
@@ -5289,21 +5253,81 @@ class BaseHandler(web.RequestHandler):
         return APIError(500, "The gateway failed on this request; its log says why.")
 
 
+def at_once(coroutine: collections.abc.Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
+    """Run a coroutine until it must wait: None if it never had to, else the task that goes on with
+    it. What it raises before is raised here, and in no task (asyncio.timeout needs one)."""
+    try:
+        first = coroutine.send(None)
+    except StopIteration:
+        return None
+
+    @types.coroutine
+    def rest() -> Iterator[Any]:
+        yield first
+        yield from coroutine.__await__()
+
+    async def go_on() -> None:  # of generators, Python 3.12 and later make no task
+        await rest()
+
+    return asyncio.get_running_loop().create_task(go_on())
+
+
+@dataclass(eq=False)
+class HandlerDelegate(httputil.HTTPMessageDelegate):
+    """Runs a handler's steps as a request comes. Where nothing waits it makes no task, as Tornado's
+    own does, and no future; where something does, the connection waits for what is returned."""
+
+    handler: BaseHandler
+    path: Sequence[str] = ()
+
+    def headers_received(self, start_line: Any, headers: httputil.HTTPHeaders) -> Any:
+        return self._run(self.handler.prepare)
+
+    def data_received(self, chunk: bytes) -> Any:
+        return self._run(self.handler.data_received, chunk)
+
+    def finish(self) -> None:
+        self._run(self.handler.respond, *self.path)
+
+    def on_connection_close(self) -> None:
+        self.handler.on_connection_close()
+
+    def _run(self, step: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            waits = step(*arguments)
+            if not isinstance(waits, types.CoroutineType):
+                return waits
+            task = self.handler.step = at_once(waits)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is answered
+            self.handler.fail(error)
+            return None
+        if task is not None:
+            task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, step: asyncio.Task[None]) -> None:
+        self.handler.step = None
+        error = None if step.cancelled() else step.exception()
+        if isinstance(error, Exception):
+            self.handler.fail(error)
+
+
 class GatewayApplication(web.Application):
     """The routes; relayed requests go straight to theirs. ``settings["gateway"]`` is `Gateway`."""
 
-    def start_request(self, server_conn: object, request_conn: Any) -> Any:
-        """The handler of a request; called by `ServerConnection`."""
+    def start_request(self, server_conn: object, request_conn: Any) -> HandlerDelegate:
+        """Called by `ServerConnection`, as by Tornado's own server."""
         request = Request(request_conn)
-        return self.find_handler(request) if request.target is None else RelayHandler(self, request)
+        if request.target is not None:
+            return HandlerDelegate(RelayHandler(self, request))
+        return cast(HandlerDelegate, self.find_handler(request))
 
     def get_handler_delegate(  # type: ignore[override]
         self, request: Request, target_class: type[BaseHandler], *_: Any, **found: Any
-    ) -> BaseHandler:
+    ) -> HandlerDelegate:
         """Called by Tornado's router."""
-        handler = target_class(self, request)
-        handler.path_args = [part.decode("latin-1") for part in found.get("path_args", ())]
-        return handler
+        path = [part.decode("latin-1") for part in found.get("path_args", ())]
+        return HandlerDelegate(target_class(self, request), path)
 
 
 BATCH_LOOK = 60.0  # seconds from the making of a batch to the first look at it
@@ -5443,9 +5467,11 @@ class Gateway:
         await self.ledger.close()
 
 
+@web.stream_request_body
 class RelayHandler(BaseHandler):
     """Anthropic's API, any method, any path: judged by its head, then by its body, sent on with the
-    real key, and streamed back. Every way out passes `settle` once."""
+    real key, and streamed back. The way of a request: `prepare` → `data_received`… → `post` →
+    `fetch` → `on_head` → `on_chunk`…. Every way out passes `settle` once."""
 
     _visit: Visit
     _kept: list[bytes] | None = None  # of its body
@@ -5514,8 +5540,8 @@ class RelayHandler(BaseHandler):
         self._stream(CHUNKED, framed(b"".join(kept)))
         return self._upstream.room if self._upstream is not None else None
 
-    async def respond(self) -> None:
-        """The request is whole: judge its body, and send it."""
+    async def post(self, *_: str) -> None:
+        """The request is whole: judge its body, and send it. Every method is this one."""
         visit, kept = self._visit, self._kept
         if kept is None:
             if visit.length == CHUNKED and self._upstream is not None:
@@ -5536,6 +5562,8 @@ class RelayHandler(BaseHandler):
         if data or visit.head.length is not None:
             visit.lines.append(f"Content-Length: {len(data)}")
         self.fetch(data)
+
+    respond = post
 
     def fetch(self, data: bytes = b"", **body: Any) -> None:
         """Ask the upstream; `on_head`, `on_chunk` or `on_error` follow."""
@@ -5774,7 +5802,7 @@ class RelayHandler(BaseHandler):
                 raise APIError(413, f"{text} {JSON_BODY_LIMIT:,} bytes long. Send it in parts.")
 
     def _stream(self, length: int, kept: bytes = b"") -> None:
-        """Open the upstream: what is kept, then what `data_received` writes, until `respond`."""
+        """Open the upstream: what is kept, then what `data_received` writes, until `post`."""
         self._visit.lines.append(CHUNKED_LINE if length == CHUNKED else f"Content-Length: {length}")
         self._uploaded = asyncio.get_running_loop().create_future()
         self.fetch(kept, body_producer=lambda write: self._uploaded)
