@@ -82,7 +82,7 @@ from typing import Any, ClassVar, NamedTuple, TypedDict, TypeVar, cast
 
 import tornado
 from tornado import httputil, netutil, web
-from tornado.httpclient import HTTPClientError, HTTPResponse
+from tornado.httpclient import HTTPClientError, HTTPRequest, HTTPResponse
 from tornado.httpserver import HTTPServer
 from tornado.iostream import StreamClosedError
 from tornado.log import define_logging_options
@@ -2691,39 +2691,49 @@ def connect_failure(error: BaseException, timeout: float) -> UpstreamError:
     return UpstreamError("The upstream cannot be reached.")
 
 
-@dataclass(eq=False, slots=True)
-class UpstreamRequest:
+class UpstreamRequest(HTTPRequest):
     """What `UpstreamClient.fetch` takes: ``head`` goes up as it is, then ``data``, or the body that
     ``body_producer``, called with `write`, sends until the future that it returns is done.
-    ``on_head`` gets each head, 1xx ones too; then ``length`` is the body's (bytes, CHUNKED or
-    UNTIL_CLOSE). ``on_chunk`` gets what one read brought of the body, empty right after the head,
-    with ``complete`` true at the last; no more is read before what it returns is done."""
+    ``header_callback`` gets each `ResponseHead`, 1xx ones too; then ``length`` is the body's
+    (bytes, CHUNKED or UNTIL_CLOSE). ``streaming_callback`` gets what one read brought of the body,
+    empty right after the head, with ``complete`` true at the last; no more is read before what it
+    returns is done. ``error_callback`` gets what went wrong, at once."""
 
-    method: str
-    head: bytes
-    data: bytes
-    on_head: Callable[[ResponseHead], None]
-    on_chunk: Callable[[bytes], asyncio.Future[Any] | None]
-    on_error: Callable[[Exception], None]  # at once
-    body_producer: Callable[..., asyncio.Future[Any]] | None = None
-    client: UpstreamClient = field(init=False)
+    body_producer: Callable[..., asyncio.Future[Any]] | None
+    client: UpstreamClient
     connection: UpstreamConnection | None = None
     connecting: asyncio.Task[None] | None = None  # where none was kept
+    fetched: asyncio.Future[Any] | None = None  # while it is under way
     room: asyncio.Future[None] | None = None  # done when the upstream takes more of the body
-    begun: float = 0.0  # when its head went up
-    touched: float = 0.0  # when something last moved
-    sent: bool = False  # all of the body is here
-    repeatable: bool = False
-    held_back: bool = False  # its answer is not read
-    length: int = 0
-    complete: bool = False
+    begun = 0.0  # when its head went up
+    touched = 0.0  # when something last moved
+    held_back = False  # its answer is not read
+    length = 0
+    complete = False
+
+    def __init__(
+        self,
+        method: str,
+        head: bytes,
+        data: bytes,
+        header_callback: Callable[[ResponseHead], None],
+        streaming_callback: Callable[[bytes], asyncio.Future[Any] | None],
+        error_callback: Callable[[Exception], None],
+        body_producer: Callable[..., asyncio.Future[Any]] | None = None,
+    ) -> None:
+        # Not Tornado's, which makes 27 attributes that say nothing here.
+        self.method, self.head, self.data, self.body_producer = method, head, data, body_producer
+        self.on_head, self.on_chunk = header_callback, streaming_callback
+        self.on_error = error_callback
+        self.sent = body_producer is None  # all of the body is here
+        self.repeatable = method in ("GET", "HEAD") and self.sent and not data
 
     def write(self, data: bytes) -> asyncio.Future[None]:
         """Send a part of the body; the future is done when the upstream takes more."""
         self.touched = self.client.time()
         if self.connection is not None:
             self.connection.transport.write(data)
-        elif self in self.client.requests:
+        elif self.fetched is not None:
             self.data += data
         return self.room or self.client.done
 
@@ -2740,7 +2750,8 @@ class UpstreamRequest:
 
     def end(self, error: Exception | None) -> None:
         """It is over, or given up: let go of all, and of a connection whose answer is not whole."""
-        if self not in self.client.requests:
+        fetched, self.fetched = self.fetched, None
+        if fetched is None:
             return
         self.client.requests.remove(self)
         connection, self.connection = self.connection, None
@@ -2750,6 +2761,7 @@ class UpstreamRequest:
             self.connecting.cancel()
         if self.room is not None:
             self.make_room()
+        fetched.set_result(None)
         tell = self.on_error
         # No cycle of the caller's and this is left for the garbage collector.
         del self.on_head, self.on_chunk, self.on_error
@@ -2961,11 +2973,11 @@ class UpstreamClient(SimpleAsyncHTTPClient):
         return context
 
     def fetch(self, request: Any, *more: Any, **options: Any) -> asyncio.Future[HTTPResponse]:
-        """Send a request; an `UpstreamRequest` has callbacks, and its future says nothing."""
+        """Send a request; an `UpstreamRequest` has callbacks, and its future only says "over"."""
         if not isinstance(request, UpstreamRequest):
             return super().fetch(request, *more, **options)
-        request.client, request.sent = self, request.body_producer is None
-        request.repeatable = request.sent and not request.data and request.method in ("GET", "HEAD")
+        request.client = self
+        request.fetched = fetched = self.loop.create_future()
         self.requests.add(request)
         while self.idle:
             connection, _ = self.idle.popitem()
@@ -2980,7 +2992,7 @@ class UpstreamClient(SimpleAsyncHTTPClient):
             request.connecting = self.loop.create_task(self.connect(request))
         if request.body_producer is not None:
             request.body_producer(request.write).add_done_callback(request.body_ended)
-        return self.done
+        return fetched
 
     async def get(self, path: str, limit: float, key: RealKey | None, **more: Any) -> HTTPResponse:
         """GET by Tornado's own client, within ``limit`` seconds; else raise UpstreamError."""
