@@ -6642,6 +6642,7 @@ def make_app(settings: Settings, rules: Sequence[Rule] = RULES) -> GatewayApplic
     routes: list[Any] = [
         *((re.escape(path), HelloHandler) for path in HELLO_PATHS),
         *((re.escape(path), UsageHandler) for path in USAGE_PATHS),
+        (rf"{RELAYED}.*|{BARE_PREFIX}.*", RelayHandler),
         (r"/health/(liveliness|liveness|readiness)", HealthHandler),
         (METRICS_PATH, MetricsHandler),
         (r"/key/(generate|update|delete|block|unblock|regenerate)", KeyHandler),
