@@ -4332,8 +4332,6 @@ class Doors:
         return False
 
 
-# What only the real key that gave it out can take back (SDK: message_create_params).
-BOUND = (b'"fallback_credit_token"', b'"previous_message_id"')
 NOBODY = Caller()
 OPERATOR = VirtualKey(resources="all")  # the master key, and whoever comes in open mode
 UNREAD = Order()  # until the body is here
@@ -4414,9 +4412,9 @@ class Visit:
                 text = f"{several} were made in different workspaces, and one request has one."
                 raise APIError(400, f"{text} Make one of them again, beside the other.")
         else:
-            session = self.head.get(SESSION_FIELD)[:SHOWN_LENGTH]
-            self.keys = pool.ranked(self.payer.owner, session)
-            if BOUND[0] in body or BOUND[1] in body:
+            told = self.head.values.get(SESSION_FIELD)
+            self.keys = pool.ranked(self.payer.owner, told[0][:SHOWN_LENGTH] if told else "")
+            if pool.rests and is_bound(body):
                 self.keys = self.keys[:1]
         self.take(pool.choose(self.keys, self.group) if pool.rests else self.keys[0])
 
@@ -4427,6 +4425,11 @@ class Visit:
         self.record.upstream_keys += (key.name,)
         if len(key.secret) >= MIN_SECRET_LENGTH:
             self.mask = Mask(key.secret, key.secret_bytes)
+
+
+def is_bound(body: bytes) -> bool:
+    """Whether only the real key that gave out what stands in it can take that."""
+    return b'"fallback_credit_token"' in body or b'"previous_message_id"' in body
 
 
 @dataclass(slots=True)
@@ -5666,6 +5669,7 @@ class RelayHandler(BaseHandler):
         assert refusal is not None and head is not None and visit.real is not None
         refusal += data
         may_change = self._again is not None and visit.phase is RequestPhase.FETCHED
+        may_change &= not is_bound(self._again or b"")
         drips = self.gateway.time() - visit.record.answered > SHORT_REST
         if not (upstream.complete or drips or len(refusal) > MAX_REFUSAL):
             return data, may_change
