@@ -1092,13 +1092,17 @@ async def read_string(body: bytes, start: int, kept: bool, breathe: Breathe) -> 
     return json.loads(body[start - 1 : end + 1]), end + 1
 
 
+def is_light(body: bytes) -> bool:
+    """Whether what a price depends on is read out of it at once."""
+    if len(body) <= LIGHT_BODY or len(body) > LIGHT_CONTAINED or not decoder_of(BodyMembers):
+        return len(body) <= LIGHT_BODY
+    return body.count(b"[") + body.count(b"{") <= LIGHT_CONTAINERS
+
+
 async def read_body(body: bytes, breathe: Breathe, *, strictly: bool, wholly: bool = False) -> Any:
     """What rules look at of a body: what its price depends on, or ``wholly`` all of it; None where
     it cannot be read, or ``strictly`` APIError 400 for what is unclear or too much."""
-    light = not strictly and len(body) <= LIGHT_BODY
-    if not (light or strictly) and len(body) <= LIGHT_CONTAINED:
-        light = body.count(b"[") + body.count(b"{") <= LIGHT_CONTAINERS
-    if light and (decode := decoder_of(BodyMembers)):
+    if not strictly and is_light(body) and (decode := decoder_of(BodyMembers)):
         with contextlib.suppress(Exception):  # what msgspec cannot read, json may
             return decode(body)
     try:
@@ -4395,7 +4399,11 @@ class Visit:
     @property
     def group(self) -> str:
         """What it shares rate limits with."""
-        group = self.route.kind or model_class(self.order.model) or "other"
+        return self.group_of(self.order.model)
+
+    def group_of(self, model: str) -> str:
+        """The same, where it is for this model."""
+        group = self.route.kind or model_class(model) or "other"
         return f"{group} fast" if self.order.fast else group
 
     def find_keys(self, body: bytes | None) -> None:
@@ -5623,9 +5631,9 @@ class RelayHandler(BaseHandler):
             if pool.rests and head.status < 300 and self._upstream is not None:
                 pool.succeeded(visit.real, visit.group, self._upstream.begun, pays=pays)
             # Of a route that is not for every key it may be the request that is not let in.
-            if head.status in OF_A_KEY and (visit.route.open or head.status != 401):
-                self._refusal = bytearray()
-            elif self._again is not None:
+            may_be_keys = head.status in OF_A_KEY and (visit.route.open or head.status != 401)
+            self._refusal = bytearray() if may_be_keys else None
+            if self._again is not None and (not may_be_keys or is_bound(self._again)):
                 self._again = None
                 self._free()
         filters: list[ResponseFilter] = []
@@ -5669,27 +5677,28 @@ class RelayHandler(BaseHandler):
         assert refusal is not None and head is not None and visit.real is not None
         refusal += data
         may_change = self._again is not None and visit.phase is RequestPhase.FETCHED
-        may_change &= not is_bound(self._again or b"")
         drips = self.gateway.time() - visit.record.answered > SHORT_REST
         if not (upstream.complete or drips or len(refusal) > MAX_REFUSAL):
             return data, may_change
         self._refusal, pool, plain = None, self.gateway.real_keys, b""
         with contextlib.suppress(ValueError, zlib.error):
             plain = decompress(head.coding, bytes(refusal), MAX_REFUSAL)
-        if head.status == 429 and self._again and len(self._again) <= LIGHT_BODY:
-            # What was glanced at may stand anywhere in the body, and be another model.
-            visit.order.model = model_of(dict_of(read_json(self._again, BodyMembers)).get("model"))
-        if pool.weigh(visit.real, head, plain, visit.group) and may_change and upstream.complete:
+        group, body = visit.group, self._again or b""
+        if head.status == 429 and not visit.order.parts:
+            # It was glanced at, which may have found any model; one that is not known is "other".
+            document = read_json(body, BodyMembers) if is_light(body) else None
+            group = visit.group_of(model_of(dict_of(document).get("model")))
+        if pool.weigh(visit.real, head, plain, group) and may_change and upstream.complete:
             untried = [key for key in visit.keys if key.name not in visit.record.upstream_keys]
             fresh = [key for key in untried if pool.keys.get(key.name) is key]  # and not taken out
-            fresh = [key for key in fresh if not pool.rests_until(key, visit.group)]
+            fresh = [key for key in fresh if not pool.rests_until(key, group)]
             if fresh:
                 if upstream.connection is not None:
                     upstream.connection.abandon()  # it may be closed behind a refusal
                 self._inside = self._gathered = visit.answer = None
                 visit.record.status = 0
                 visit.take(fresh[0])
-                self._ask(cast(bytes, self._again))
+                self._ask(body)
                 return b"", True
         self._again = None
         self._free()
