@@ -4629,6 +4629,22 @@ RAW_BODIES: dict[str, tuple[bytes, bytes, bytes]] = {
 
 
 @with_several
+async def test_a_429_rests_the_class_of_the_model_that_was_asked(gw: GW, ring: Keyring) -> None:
+    session = (await ring.meet())["a"]
+    named = {"type": "tool_use", "id": "t", "name": "n", "input": {"model": OPUS}}
+    other = [{"role": "assistant", "content": [named]}]  # which a look at the body's ends finds
+    for bound, rests in (({}, "haiku"), ({"thread": {"previous_message_id": "msg_1"}}, "other")):
+        gw.app.settings["gateway"].real_keys.rests.clear()
+        ring.does["a"] = refuses(429, "slower", "retry-after: 60")
+        await ring.message(session, model=HAIKU, **bound, messages=other)
+        (rest,) = (await ring.shown())["a"]["rests"]
+        assert rest["model_class"] == rests
+        ring.does.clear()
+        ring.asked.clear()
+        assert (await ring.message(session, model=OPUS)).status == 200 and ring.asked == ["a"]
+
+
+@with_several
 async def test_where_all_rest_the_first_to_be_back_is_asked(ring: Keyring) -> None:
     await ring.meet()
     for told, (framing, sent, body) in RAW_BODIES.items():
