@@ -1779,7 +1779,7 @@ def store_line(name: str, record: Limited, today: str = "", keep_from: str = "")
     line = json.dumps(record.to_json(), default=written)
     usage = record.account.usage.to_json(today, keep_from)
     if usage != "{}":
-        line = f'{line[:-1]}, "usage": {usage}}}'
+        line = f'{line[:-1]}{", " if len(line) > 2 else ""}"usage": {usage}}}'
     return f"{json.dumps(name)}: {line}".encode()
 
 
@@ -4895,9 +4895,10 @@ class Fields(Rule):
 
 
 class Limits(Rule):
-    """How much a key, its team, its user and all may use: requests and tokens a minute, requests at a time, USD. The worst case
-    of what is under way is held, and a request is let in while what is spent and held is below the
-    budget: one answer at most passes it, and near its edge a key works one request at a time."""
+    """How much a key, its team, its user and all may use: requests and tokens a minute, requests at
+    a time, USD. The worst case of what is under way is held, and a request is let in while what is
+    spent and held is below the budget: one answer at most passes it, and near its edge a key works
+    one request at a time."""
 
     async def head(self, visit: Visit) -> None:
         key, payer, route = visit.caller.key, visit.payer, visit.route
@@ -6561,10 +6562,10 @@ def one_of(words: Sequence[str]) -> Kind:
     return Kind(f"one of {', '.join(words)}", lambda text: words[words.index(text)])
 
 
-GROUPING = one_of(REPORT_GROUPS)
+GROUP_NAME = one_of(REPORT_GROUPS)
 GROUPING = Kind(
-    "one or two, with a comma, o" + GROUPING.words[4:],
-    lambda text: [GROUPING.read(t) for t in text.split(",", 1)],
+    f"one or two, with a comma, {GROUP_NAME.words[4:]}",
+    lambda text: [GROUP_NAME.read(name) for name in text.split(",", 1)],
 )
 ORDINAL = Kind("a whole number from 1", lambda text: int(read_amount(int(text) - 1)) + 1)
 PAGE_SIZE = ORDINAL._replace(read=lambda text: min(ORDINAL.read(text), MAX_PAGE_SIZE))

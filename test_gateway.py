@@ -1054,7 +1054,9 @@ FIELDS_OF_KEYS: dict[str, st.SearchStrategy[Any]] = {
 def test_what_is_taken_of_a_key_is_read_again(fields: Any) -> None:
     """Every field and value that /key/generate takes goes through the file unchanged."""
     try:
-        changes = gateway.read_fields(json.loads(json.dumps(fields)), gateway.SETTABLE)
+        changes = gateway.read_fields(
+            json.loads(json.dumps(fields)), gateway.MARKED["key", "settable"]
+        )
     except (gateway.APIError, ValueError):
         return
     if "duration" in changes:
@@ -3261,7 +3263,8 @@ class Admissions:
     async def ask(self, amount: int, *, batch: bool) -> None:
         params = {"model": OPUS, "max_tokens": amount}
         body = {"requests": [{"custom_id": "a", "params": params}] * 2} if batch else params
-        hold = gateway.Hold(self.store.keys[self.hashed], gateway.now())
+        accounts = self.store.limited(self.store.keys[self.hashed])
+        hold = gateway.Hold(accounts, gateway.now())
         try:
             await self.store.admit(hold, pays=True, shares=True)
         except gateway.APIError as refused:
@@ -6291,7 +6294,9 @@ async def test_what_was_spent_is_reported(gw: GW) -> None:
     assert [row["key_alias"] for row in of_bob] == ["bob"]
     by_id = await gw.manage(f"/spend/logs?request_id={row['litellm_call_id']}")
     assert by_id.json() == [row] and "tags=t1,t2,t3" in gw.log
-    for path in ("/spend/keys", "/spend/logs", "/global/spend/report"):
+    own = (await gw.manage("/spend/logs", key=ann)).json()
+    assert {row["key_alias"] for row in own} == {"ann"} and len(own) == 3
+    for path in ("/spend/keys", "/global/spend/report"):
         error_of(await gw.manage(path, key=ann), 403)
 
 
