@@ -2629,6 +2629,7 @@ def framed(data: bytes) -> bytes:
 ClientPhase = enum.StrEnum("ClientPhase", "WAITING READING ANSWERING DROPPING LINGERING GONE")
 UpstreamPhase = enum.StrEnum("UpstreamPhase", "IDLE ASKED ANSWERED SHUT")
 RequestPhase = enum.StrEnum("RequestPhase", "JUDGED FETCHED BEGUN DESERTED SETTLED")
+GatewayPhase = enum.StrEnum("GatewayPhase", "SERVING DRAINING STOPPED")
 C, U, R = ClientPhase, UpstreamPhase, RequestPhase  # of either side's connections, of relayed ones
 STEPS: dict[str, tuple[enum.StrEnum, ...]] = {
     C.WAITING: (C.READING, C.LINGERING, C.GONE),  # for a request's head
@@ -3433,7 +3434,8 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             lines.append(CHUNKED_LINE)
         # RFC 9112 section 9.3; an answer whose end does not show ends with the connection.
         endless = length < 0 and not self._chunked
-        self._close_after |= endless or not self.head.keeps_alive or self.server.gateway.stopping
+        self._close_after |= endless or not self.head.keeps_alive
+        self._close_after |= self.server.gateway.phase is not GatewayPhase.SERVING
         if self._close_after:
             lines.append("Connection: close")
         elif self.head.version == 0:
@@ -4128,7 +4130,7 @@ class Record:
         """As a row of LiteLLM's SpendLogs; fields of those that mean nothing here are left out."""
         key, tally, took = self.key, self.tally, timedelta(seconds=self.over - self.arrived)
         prompt, output = tally.input_tokens + tally.cached, tally.output_tokens
-        status = "success" if self.status < 400 and self.outcome == "ok" else "failure"
+        status = "success" if self.outcome == "ok" else "failure"
         row: dict[str, Any] = {"request_id": self.request_id or self.call_id}
         row |= {"litellm_call_id": self.call_id, "call_type": "pass_through_endpoint"}
         row |= {"custom_llm_provider": "anthropic", "api_base": self.path, "api_key": self.hashed}
@@ -4722,7 +4724,7 @@ class Limits(Rule):
             made = answer is None or answer.status < 300
             return Measured(blind=True) if made and hold is not None and hold.amounts else None
         # Whoever leaves before the head pays what was under way; without it no stream has begun.
-        if answer is not None or outcome not in ("client_gone", "timeout"):
+        if answer is not None or outcome not in ("client_gone", "stopped", "timeout"):
             return None
         if visit.order.streams:
             visit.order.thinking = 0
@@ -5480,7 +5482,7 @@ class Gateway:
         self.recent: collections.deque[Record] = collections.deque(maxlen=settings.recent_requests)
         self.active: set[RelayHandler] = set()
         self.started = now()
-        self.stopping = False
+        self.phase = GatewayPhase.SERVING
         self.drained = asyncio.Event()
 
     async def close(self) -> None:
@@ -5523,7 +5525,7 @@ class RelayHandler(BaseHandler):
     async def prepare(self) -> None:
         """Decide by the head alone; then keep a small JSON body, or let the rest stream."""
         visit, gateway, head = self._visit, self.gateway, self._visit.head
-        if gateway.stopping:
+        if gateway.phase is not GatewayPhase.SERVING:
             raise APIError(503, "The gateway stops. Try again.", headers=[("retry-after", "5")])
         visit.path = path = rule_path(visit.target)
         route = Route if len(path) > KEPT_PATH else read_route
@@ -5755,10 +5757,15 @@ class RelayHandler(BaseHandler):
             return
         visit.phase = FOLLOWS[visit.phase][RequestPhase.SETTLED]
         record, head, answer = visit.record, visit.head, visit.answer
-        record.outcome, record.over = outcome, gateway.time()
+        is_whole, record.over = outcome == "ok", gateway.time()
+        if is_whole and record.status >= 400:
+            outcome = "upstream_error"
+        elif outcome == "client_gone" and gateway.phase is GatewayPhase.STOPPED:
+            outcome = "stopped"
+        record.outcome = outcome
         if upstream is not None:
             record.asked, visit.began = upstream.begun, upstream.begun > 0 and upstream.sent
-            if outcome != "ok":
+            if not is_whole:
                 upstream.end(None)
                 for each in self._filters:
                     each.finish(False)
@@ -5783,7 +5790,7 @@ class RelayHandler(BaseHandler):
         # No cycle is left for the garbage collector.
         self._upstream = self._inside = self._again = None
         gateway.active.discard(self)
-        if gateway.stopping and not gateway.active:
+        if gateway.phase is GatewayPhase.DRAINING and not gateway.active:
             gateway.drained.set()
         if visit.hold is not None:
             gateway.recent.append(record)
@@ -6300,7 +6307,13 @@ class HealthHandler(BaseHandler):
         if asked != "readiness":
             return self.send_json("I'm alive!")
         gateway, error = self.gateway, self.gateway.ledger.trouble()
-        status = "shutting_down" if gateway.stopping else "unhealthy" if error else "healthy"
+        status = (
+            "shutting_down"
+            if gateway.phase is not GatewayPhase.SERVING
+            else "unhealthy"
+            if error
+            else "healthy"
+        )
         prices = "loaded" if gateway.prices.loaded else "loading"
         told = dict[str, Any](status=status, store=error or "writable", version=__version__)
         told["prices"] = prices if gateway.prices.available else "none"
@@ -6372,9 +6385,8 @@ class MetricsHandler(ManagementHandler):
         requests, failed, gone = dict[Any, list[int]](), dict[Any, list[int]](), 0
         for (key, model, status, outcome), count in traffic.requests.items():
             requests.setdefault((key, model, str(status)), [0])[0] += count
-            if outcome != "ok" or status >= 400:
-                failure = "upstream_error" if outcome == "ok" else outcome
-                failed[key, model, str(status), failure] = [count]
+            if outcome != "ok":
+                failed[key, model, str(status), outcome] = [count]
             gone += count if outcome == "client_gone" else 0
         times, ends = dict[Any, Any](), (*map(str, LATENCY_BUCKETS), "+Inf")
         for model, each in traffic.timings.items():
@@ -6790,13 +6802,14 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):  # a second one hurries
         loop.add_signal_handler(number, drained.set)
     booking.cancel()
-    gateway.stopping = True
+    gateway.phase = GatewayPhase.DRAINING
     server.stop()
     deadline = gateway.time() + settings.drain_timeout
     while gateway.active and not drained.is_set() and (left := deadline - gateway.time()) > 0:
         log.info("stopping: %d requests under way, %.0f s left", len(gateway.active), left)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(drained.wait(), min(left, DRAIN_PROGRESS))
+    gateway.phase = GatewayPhase.STOPPED
     server.close()
     await asyncio.sleep(0)  # the connections' ends reach their handlers
     for handler in list(gateway.active):  # which wait for the names of batches
