@@ -1154,6 +1154,9 @@ def models_in(document: object, route: Route) -> Iterator[object]:
             yield members_of(attempt).get("model") if isinstance(attempt, dict) else attempt
 
 
+MAX_NAMED = 20  # patterns that a refusal tells
+
+
 async def check_models(models: list[str], route: Route, document: Any, breathe: Breathe) -> None:
     """Raise APIError 403 unless every model that a body may reach is one of these patterns'."""
     checked: set[str] = set()
@@ -1166,7 +1169,9 @@ async def check_models(models: list[str], route: Route, document: Any, breathe: 
         if value is not None and model not in checked:
             checked.add(model)
             if not any(fnmatch.fnmatchcase(model, pattern) for pattern in models):
-                raise APIError(403, f"This key may not use the model {model_of(model)!r}.")
+                text = f"This key may not use the model {model_of(model)!r}; it may use"
+                allowed = printable(", ".join(models[:MAX_NAMED]))
+                raise APIError(403, f"{text} {allowed}{', …' if models[MAX_NAMED:] else ''}.")
 
 
 # Members that name things, and the kinds of those, wherever they stand; and words of every day, by
@@ -3119,6 +3124,7 @@ SHORT_REST = 5.0  # seconds for which a conversation rather waits than leaves it
 REST, LONGEST_REST = 30.0, 900.0  # seconds, where a 429 does not say, and at most
 REFUSED_REST, SPENT_REST, LONGEST_SPENT = 600.0, 3600.0, 32 * 86400.0  # "until the 1st"
 REFUSED, LIMITED, SPENT = "refused", "rate limit", "spending limit"  # why a key rests
+SET_ANOTHER = "upstream does not accept it: set another, and send SIGHUP or restart"
 MAX_REFUSAL = 64 * KIB  # of an answer that may be of the real key, as those of these statuses
 OF_A_KEY = frozenset({400, 401, 402, 429})
 MAX_RESTS = 100  # names of models come from requests
@@ -3244,6 +3250,7 @@ class RealKeys:
         rest, before = Rest(moment, moment + seconds, why), self.rests.get(scope)
         if rest.is_long and not (before and before.is_long and before.why == why):
             text = f"real key {key.name}: {why}; it rests until {until}"
+            text += f" ({SET_ANOTHER})" if why == REFUSED else ""
             log.log(logging.WARNING if why == LIMITED else logging.ERROR, "%s", text)
             more = {"upstream_key": key.name, "until": until}
             self._tell("cooldown_deployment", text, matter=f"{key.name} {why}", **more)
@@ -4052,6 +4059,7 @@ LATENCY_BUCKETS += [2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0]
 TIMINGS = ("total", "first_byte", "upstream", "overhead")
 LOG_LINE = log.makeRecord(log.name, logging.INFO, "relay", 0, "", (), None)
 shown_word = functools.lru_cache(maxsize=1024)(word)  # most lines have the same
+shown_name = functools.lru_cache(maxsize=1024)(printable)
 shown_dollars = functools.lru_cache(maxsize=1024)(dollars)
 
 
@@ -4086,6 +4094,12 @@ class Record:
     via: str = ""  # the same, where there are several
     bytes_in: int = 0
     bytes_out: int = 0
+    error: str = ""  # what was said of it here
+
+    def belongs_to(self, key: VirtualKey) -> None:
+        """Name whose it is, also where that key is refused."""
+        self.key, self.hashed, self.tags = key, key.account.hashed, key.tags
+        self.shown_key = shown_name(key.key_alias or key.key_name)
 
     def __str__(self) -> str:
         """The line for a terminal. No key, hash, body or query stands in it."""
@@ -4119,7 +4133,7 @@ class Record:
         row |= {"tags": self.tags} | dict.fromkeys(CLAUDE_CODE) | (self.sent or {})
         row |= {"upstream_keys": self.upstream_keys, "remote_ip": self.remote_ip}
         row |= {"method": self.method, "path": self.path, "status": self.status}
-        row |= {"outcome": self.outcome, "model": self.model or None}
+        row |= {"outcome": self.outcome, "error": self.error or None, "model": self.model or None}
         row |= {"input_tokens": tally.input_tokens, "output_tokens": tally.output_tokens}
         row |= {"cache_read_tokens": tally.cache_read_tokens, "cache_write_tokens": tally.written}
         row |= {"cost": float(tally.spend), "estimated": self.estimated}
@@ -4141,7 +4155,9 @@ class Record:
         row |= {"cache_creation_input_tokens": tally.written, "startTime": iso(self.started)}
         row |= {"endTime": iso(self.started + took), "status": status, "status_code": self.status}
         row |= {"outcome": self.outcome, "estimated": self.estimated} | (self.sent or {})
-        row |= {"upstream_keys": self.upstream_keys}
+        row |= {"upstream_keys": self.upstream_keys} | ({"error": self.error} if self.error else {})
+        first = round(self.first - self.arrived, 4) if self.first else None
+        row |= {"time_to_first_byte": first, "duration": round(self.over - self.arrived, 4)}
         return row | {"request_tags": self.tags, "requester_ip_address": self.remote_ip}
 
 
@@ -4216,7 +4232,6 @@ CREDENTIAL_HEADERS = ("x-litellm-api-key", "authorization", "x-api-key")
 OWN_CREDENTIALS = {"authorization": ("Authorization", "Bearer "), "x-api-key": ("x-api-key", "")}
 MAX_KEY_STARTS = 50  # of what may be a key, in one text; no client's fields have so many
 OFFERED_CODINGS = ("gzip", "identity")  # of answers that are metered
-shown_name = functools.lru_cache(maxsize=1024)(printable)
 
 
 @dataclass(slots=True)
@@ -4289,8 +4304,11 @@ class Doors:
         # An address that is typed as such cannot have been led here by a name.
         return address.is_loopback or bool(self._address)
 
-    async def authenticate(self, headers: Mapping[str, Sequence[str]]) -> Caller:
-        """Find the caller in request headers (lower-case name → values). Raises APIError 401."""
+    async def authenticate(
+        self, headers: Mapping[str, Sequence[str]], record: Record | None = None
+    ) -> Caller:
+        """Find the caller in request headers (lower-case name → values). Raises APIError 401; whose
+        key is refused then stands in the ``record``."""
         caller, refused, shown = Caller(), "", candidates(headers)
         for header, credential in shown:
             hashed = hashlib.sha256(credential.encode("latin-1", "replace")).hexdigest()
@@ -4299,6 +4317,8 @@ class Doors:
             elif found := await self._ledger.find_hash(hashed):
                 key, status = found
                 if status != "active":
+                    if record is not None and not refused:
+                        record.belongs_to(key)
                     refused = refused or ("blocked" if status == "revoked" else status)
                 elif caller.key is None and not caller.is_master:
                     caller.key = key
@@ -4512,14 +4532,14 @@ class Credentials(Rule):
             gateway.doors.refuse_foreign(head)
         elif head.method == "OPTIONS" and not visit.length and is_preflight(head):
             return
-        visit.caller = caller = await gateway.doors.authenticate(head.values)
+        visit.caller = caller = await gateway.doors.authenticate(head.values, record)
         if (key := caller.key) is not None:
-            record.key, record.hashed, record.tags = key, key.account.hashed, key.tags
-            record.shown_key = shown_name(key.key_alias or key.key_name)
+            record.belongs_to(key)
             if caller.own is None:
                 visit.payer = key
-        elif caller.is_master:
-            record.shown_key = MASTER_NAME
+        elif caller.is_master or record.key is not None:  # another's, beside what is let in
+            record.key, record.hashed, record.tags = None, "", ()
+            record.shown_key = MASTER_NAME if caller.is_master else NO_KEY
         visit.credential, visit.is_pooled = caller.own, caller.own is None
         if visit.is_pooled and not gateway.real_keys.keys:
             text = "The gateway has no Anthropic credential to use. Whoever runs it must set"
@@ -5733,6 +5753,7 @@ class RelayHandler(BaseHandler):
             return
         refusal = self.refusal_of(error)
         outcome = "upstream_lost" if isinstance(error, UpstreamError) else f"refused:{refusal.kind}"
+        record.error = mask_keys(refusal.message)
         if refusal.status in (408, 504):
             outcome = "timeout"
         if visit.phase is RequestPhase.DESERTED:
@@ -5792,7 +5813,7 @@ class RelayHandler(BaseHandler):
         gateway.active.discard(self)
         if gateway.phase is GatewayPhase.DRAINING and not gateway.active:
             gateway.drained.set()
-        if visit.hold is not None:
+        if record.shown_key != NO_KEY or gateway.doors.is_open:
             gateway.recent.append(record)
         gateway.traffic.count(record)
         if log.isEnabledFor(logging.INFO):
@@ -6307,18 +6328,19 @@ class HealthHandler(BaseHandler):
         if asked != "readiness":
             return self.send_json("I'm alive!")
         gateway, error = self.gateway, self.gateway.ledger.trouble()
-        status = (
-            "shutting_down"
-            if gateway.phase is not GatewayPhase.SERVING
-            else "unhealthy"
-            if error
-            else "healthy"
-        )
+        upstreams = {each["name"]: each["state"] for each in gateway.real_keys.states()}
+        refused = [name for name, state in upstreams.items() if state == REFUSED]
+        is_well = not error and not (refused and len(refused) == len(upstreams))
+        status = "healthy" if is_well else "unhealthy"
+        if gateway.phase is not GatewayPhase.SERVING:
+            status = "shutting_down"
         prices = "loaded" if gateway.prices.loaded else "loading"
         told = dict[str, Any](status=status, store=error or "writable", version=__version__)
         told["prices"] = prices if gateway.prices.available else "none"
         told["uptime"] = round((now() - gateway.started).total_seconds())
-        told["upstreams"] = {each["name"]: each["state"] for each in gateway.real_keys.states()}
+        told["upstreams"] = upstreams
+        if refused:
+            told["error"] = f"real key {', '.join(refused)}: {SET_ANOTHER}"
         self.set_status(200 if status == "healthy" else 503)
         self.send_json(told | {"upstream": gateway.traffic.upstream})
 
