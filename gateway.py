@@ -1249,6 +1249,9 @@ def models_in(document: object, route: Route) -> Iterator[object]:
             yield members_of(attempt).get("model") if isinstance(attempt, dict) else attempt
 
 
+MAX_NAMED = 20  # patterns that a refusal tells
+
+
 async def check_models(models: list[str], route: Route, document: Any, breathe: Breathe) -> None:
     """Raise APIError 403 unless every model that a body may reach is one of these patterns'."""
     checked: set[str] = set()
@@ -1261,7 +1264,9 @@ async def check_models(models: list[str], route: Route, document: Any, breathe: 
         if value is not None and model not in checked:
             checked.add(model)
             if not any(fnmatch.fnmatchcase(model, pattern) for pattern in models):
-                raise APIError(403, f"This key may not use the model {model_of(model)!r}.")
+                text = f"This key may not use the model {model_of(model)!r}; it may use"
+                allowed = printable(", ".join(models[:MAX_NAMED]))
+                raise APIError(403, f"{text} {allowed}{', …' if models[MAX_NAMED:] else ''}.")
 
 
 # Members that name things, and the kinds of those, wherever they stand; and words of every day, by
@@ -2826,6 +2831,7 @@ def framed(data: bytes) -> bytes:
 ClientPhase = enum.StrEnum("ClientPhase", "WAITING READING ANSWERING DROPPING LINGERING GONE")
 UpstreamPhase = enum.StrEnum("UpstreamPhase", "IDLE ASKED ANSWERED SHUT")
 RequestPhase = enum.StrEnum("RequestPhase", "JUDGED FETCHED BEGUN DESERTED SETTLED")
+GatewayPhase = enum.StrEnum("GatewayPhase", "SERVING DRAINING STOPPED")
 C, U, R = ClientPhase, UpstreamPhase, RequestPhase  # of either side's connections, of relayed ones
 STEPS: dict[str, tuple[enum.StrEnum, ...]] = {
     C.WAITING: (C.READING, C.LINGERING, C.GONE),  # for a request's head
@@ -3315,6 +3321,7 @@ SHORT_REST = 5.0  # seconds for which a conversation rather waits than leaves it
 REST, LONGEST_REST = 30.0, 900.0  # seconds, where a 429 does not say, and at most
 REFUSED_REST, SPENT_REST, LONGEST_SPENT = 600.0, 3600.0, 32 * 86400.0  # "until the 1st"
 REFUSED, LIMITED, SPENT = "refused", "rate limit", "spending limit"  # why a key rests
+SET_ANOTHER = "upstream does not accept it: set another, and send SIGHUP or restart"
 MAX_REFUSAL = 64 * KIB  # of an answer that may be of the real key, as those of these statuses
 OF_A_KEY = frozenset({400, 401, 402, 429})
 MAX_RESTS = 100  # names of models come from requests
@@ -3440,6 +3447,7 @@ class RealKeys:
         rest, before = Rest(moment, moment + seconds, why), self.rests.get(scope)
         if rest.is_long and not (before and before.is_long and before.why == why):
             text = f"real key {key.name}: {why}; it rests until {until}"
+            text += f" ({SET_ANOTHER})" if why == REFUSED else ""
             log.log(logging.WARNING if why == LIMITED else logging.ERROR, "%s", text)
             more = {"upstream_key": key.name, "until": until}
             self._tell("cooldown_deployment", text, matter=f"{key.name} {why}", **more)
@@ -3630,7 +3638,8 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             lines.append(CHUNKED_LINE)
         # RFC 9112 section 9.3; an answer whose end does not show ends with the connection.
         endless = length < 0 and not self._chunked
-        self._close_after |= endless or not self.head.keeps_alive or self.server.gateway.stopping
+        self._close_after |= endless or not self.head.keeps_alive
+        self._close_after |= self.server.gateway.phase is not GatewayPhase.SERVING
         if self._close_after:
             lines.append("Connection: close")
         elif self.head.version == 0:
@@ -4247,6 +4256,7 @@ LATENCY_BUCKETS += [2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0]
 TIMINGS = ("total", "first_byte", "upstream", "overhead")
 LOG_LINE = log.makeRecord(log.name, logging.INFO, "relay", 0, "", (), None)
 shown_word = functools.lru_cache(maxsize=1024)(word)  # most lines have the same
+shown_name = functools.lru_cache(maxsize=1024)(printable)
 shown_dollars = functools.lru_cache(maxsize=1024)(dollars)
 
 
@@ -4281,6 +4291,12 @@ class Record:
     via: str = ""  # the same, where there are several
     bytes_in: int = 0
     bytes_out: int = 0
+    error: str = ""  # what was said of it here
+
+    def belongs_to(self, key: VirtualKey) -> None:
+        """Name whose it is, also where that key is refused."""
+        self.key, self.hashed, self.tags = key, key.account.hashed, key.tags
+        self.shown_key = shown_name(key.key_alias or key.key_name)
 
     def __str__(self) -> str:
         """The line for a terminal. No key, hash, body or query stands in it."""
@@ -4314,7 +4330,7 @@ class Record:
         row |= {"tags": self.tags} | dict.fromkeys(CLAUDE_CODE) | (self.sent or {})
         row |= {"upstream_keys": self.upstream_keys, "remote_ip": self.remote_ip}
         row |= {"method": self.method, "path": self.path, "status": self.status}
-        row |= {"outcome": self.outcome, "model": self.model or None}
+        row |= {"outcome": self.outcome, "error": self.error or None, "model": self.model or None}
         row |= {"input_tokens": tally.input_tokens, "output_tokens": tally.output_tokens}
         row |= {"cache_read_tokens": tally.cache_read_tokens, "cache_write_tokens": tally.written}
         row |= {"cost": float(tally.spend), "estimated": self.estimated}
@@ -4325,7 +4341,7 @@ class Record:
         """As a row of LiteLLM's SpendLogs; fields of those that mean nothing here are left out."""
         key, tally, took = self.key, self.tally, timedelta(seconds=self.over - self.arrived)
         prompt, output = tally.input_tokens + tally.cached, tally.output_tokens
-        status = "success" if self.status < 400 and self.outcome == "ok" else "failure"
+        status = "success" if self.outcome == "ok" else "failure"
         row: dict[str, Any] = {"request_id": self.request_id or self.call_id}
         row |= {"litellm_call_id": self.call_id, "call_type": "pass_through_endpoint"}
         row |= {"custom_llm_provider": "anthropic", "api_base": self.path, "api_key": self.hashed}
@@ -4336,7 +4352,9 @@ class Record:
         row |= {"cache_creation_input_tokens": tally.written, "startTime": iso(self.started)}
         row |= {"endTime": iso(self.started + took), "status": status, "status_code": self.status}
         row |= {"outcome": self.outcome, "estimated": self.estimated} | (self.sent or {})
-        row |= {"upstream_keys": self.upstream_keys}
+        row |= {"upstream_keys": self.upstream_keys} | ({"error": self.error} if self.error else {})
+        first = round(self.first - self.arrived, 4) if self.first else None
+        row |= {"time_to_first_byte": first, "duration": round(self.over - self.arrived, 4)}
         return row | {"request_tags": self.tags, "requester_ip_address": self.remote_ip}
 
 
@@ -4411,7 +4429,6 @@ CREDENTIAL_HEADERS = ("x-litellm-api-key", "authorization", "x-api-key")
 OWN_CREDENTIALS = {"authorization": ("Authorization", "Bearer "), "x-api-key": ("x-api-key", "")}
 MAX_KEY_STARTS = 50  # of what may be a key, in one text; no client's fields have so many
 OFFERED_CODINGS = ("gzip", "identity")  # of answers that are metered
-shown_name = functools.lru_cache(maxsize=1024)(printable)
 
 
 @dataclass(slots=True)
@@ -4484,8 +4501,11 @@ class Doors:
         # An address that is typed as such cannot have been led here by a name.
         return address.is_loopback or bool(self._address)
 
-    async def authenticate(self, headers: Mapping[str, Sequence[str]]) -> Caller:
-        """Find the caller in request headers (lower-case name → values). Raises APIError 401."""
+    async def authenticate(
+        self, headers: Mapping[str, Sequence[str]], record: Record | None = None
+    ) -> Caller:
+        """Find the caller in request headers (lower-case name → values). Raises APIError 401; whose
+        key is refused then stands in the ``record``."""
         caller, refused, shown = Caller(), "", candidates(headers)
         for header, credential in shown:
             hashed = hashlib.sha256(credential.encode("latin-1", "replace")).hexdigest()
@@ -4494,6 +4514,8 @@ class Doors:
             elif found := await self._ledger.find_hash(hashed):
                 key, status = found
                 if status != "active":
+                    if record is not None and not refused:
+                        record.belongs_to(key)
                     refused = refused or ("blocked" if status == "revoked" else status)
                 elif caller.key is None and not caller.is_master:
                     caller.key = key
@@ -4777,14 +4799,14 @@ class Credentials(Rule):
             gateway.doors.refuse_foreign(head)
         elif head.method == "OPTIONS" and not visit.length and is_preflight(head):
             return
-        visit.caller = caller = await gateway.doors.authenticate(head.values)
+        visit.caller = caller = await gateway.doors.authenticate(head.values, record)
         if (key := caller.key) is not None:
-            record.key, record.hashed, record.tags = key, key.account.hashed, key.tags
-            record.shown_key = shown_name(key.key_alias or key.key_name)
+            record.belongs_to(key)
             if caller.own is None:
                 visit.payer = key
-        elif caller.is_master:
-            record.shown_key = MASTER_NAME
+        elif caller.is_master or record.key is not None:  # another's, beside what is let in
+            record.key, record.hashed, record.tags = None, "", ()
+            record.shown_key = MASTER_NAME if caller.is_master else NO_KEY
         visit.credential, visit.is_pooled = caller.own, caller.own is None
         if visit.is_pooled or caller.key is not None:
             visit.accounts = gateway.ledger.limited(caller.key)
@@ -4995,7 +5017,7 @@ class Limits(Rule):
             made = answer is None or answer.status < 300
             return Measured(blind=True) if made and hold is not None and hold.amounts else None
         # Whoever leaves before the head pays what was under way; without it no stream has begun.
-        if answer is not None or outcome not in ("client_gone", "timeout"):
+        if answer is not None or outcome not in ("client_gone", "stopped", "timeout"):
             return None
         if visit.order.streams:
             visit.order.thinking = 0
@@ -5792,7 +5814,7 @@ class Gateway:
         self.started = now()
         self.sessions = Sessions()
         self.audit: collections.deque[dict[str, Any]] = collections.deque(maxlen=MAX_AUDITED)
-        self.stopping = False
+        self.phase = GatewayPhase.SERVING
         self.drained = asyncio.Event()
 
     async def close(self) -> None:
@@ -5835,7 +5857,7 @@ class RelayHandler(BaseHandler):
     async def prepare(self) -> None:
         """Decide by the head alone; then keep a small JSON body, or let the rest stream."""
         visit, gateway, head = self._visit, self.gateway, self._visit.head
-        if gateway.stopping:
+        if gateway.phase is not GatewayPhase.SERVING:
             raise APIError(503, "The gateway stops. Try again.", headers=[("retry-after", "5")])
         visit.path = path = rule_path(visit.target)
         route = Route if len(path) > KEPT_PATH else read_route
@@ -6043,6 +6065,7 @@ class RelayHandler(BaseHandler):
             return
         refusal = self.refusal_of(error)
         outcome = "upstream_lost" if isinstance(error, UpstreamError) else f"refused:{refusal.kind}"
+        record.error = mask_keys(refusal.message)
         if refusal.status in (408, 504):
             outcome = "timeout"
         if visit.phase is RequestPhase.DESERTED:
@@ -6067,10 +6090,15 @@ class RelayHandler(BaseHandler):
             return
         visit.phase = FOLLOWS[visit.phase][RequestPhase.SETTLED]
         record, head, answer = visit.record, visit.head, visit.answer
-        record.outcome, record.over = outcome, gateway.time()
+        is_whole, record.over = outcome == "ok", gateway.time()
+        if is_whole and record.status >= 400:
+            outcome = "upstream_error"
+        elif outcome == "client_gone" and gateway.phase is GatewayPhase.STOPPED:
+            outcome = "stopped"
+        record.outcome = outcome
         if upstream is not None:
             record.asked, visit.began = upstream.begun, upstream.begun > 0 and upstream.sent
-            if outcome != "ok":
+            if not is_whole:
                 upstream.end(None)
                 for each in self._filters:
                     each.finish(False)
@@ -6095,9 +6123,9 @@ class RelayHandler(BaseHandler):
         # No cycle is left for the garbage collector.
         self._upstream = self._inside = self._again = None
         gateway.active.discard(self)
-        if gateway.stopping and not gateway.active:
+        if gateway.phase is GatewayPhase.DRAINING and not gateway.active:
             gateway.drained.set()
-        if visit.hold is not None:
+        if record.shown_key != NO_KEY or gateway.doors.is_open:
             gateway.recent.append(record)
         gateway.traffic.count(record)
         if log.isEnabledFor(logging.INFO):
@@ -6937,12 +6965,19 @@ class HealthHandler(BaseHandler):
         if asked != "readiness":
             return self.send_json("I'm alive!")
         gateway, error = self.gateway, self.gateway.ledger.trouble()
-        status = "shutting_down" if gateway.stopping else "unhealthy" if error else "healthy"
+        upstreams = {each["name"]: each["state"] for each in gateway.real_keys.states()}
+        refused = [name for name, state in upstreams.items() if state == REFUSED]
+        is_well = not error and not (refused and len(refused) == len(upstreams))
+        status = "healthy" if is_well else "unhealthy"
+        if gateway.phase is not GatewayPhase.SERVING:
+            status = "shutting_down"
         prices = "loaded" if gateway.prices.loaded else "loading"
         told = dict[str, Any](status=status, store=error or "writable", version=__version__)
         told["prices"] = prices if gateway.prices.available else "none"
         told["uptime"] = round((now() - gateway.started).total_seconds())
-        told["upstreams"] = {each["name"]: each["state"] for each in gateway.real_keys.states()}
+        told["upstreams"] = upstreams
+        if refused:
+            told["error"] = f"real key {', '.join(refused)}: {SET_ANOTHER}"
         self.set_status(200 if status == "healthy" else 503)
         self.send_json(told | {"upstream": gateway.traffic.upstream})
 
@@ -7009,9 +7044,8 @@ class MetricsHandler(ManagementHandler):
         requests, failed, gone = dict[Any, list[int]](), dict[Any, list[int]](), 0
         for (key, model, status, outcome), count in traffic.requests.items():
             requests.setdefault((key, model, str(status)), [0])[0] += count
-            if outcome != "ok" or status >= 400:
-                failure = "upstream_error" if outcome == "ok" else outcome
-                failed[key, model, str(status), failure] = [count]
+            if outcome != "ok":
+                failed[key, model, str(status), outcome] = [count]
             gone += count if outcome == "client_gone" else 0
         times, ends = dict[Any, Any](), (*map(str, LATENCY_BUCKETS), "+Inf")
         for model, each in traffic.timings.items():
@@ -7446,13 +7480,14 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):  # a second one hurries
         loop.add_signal_handler(number, drained.set)
     booking.cancel()
-    gateway.stopping = True
+    gateway.phase = GatewayPhase.DRAINING
     server.stop()
     deadline = gateway.time() + settings.drain_timeout
     while gateway.active and not drained.is_set() and (left := deadline - gateway.time()) > 0:
         log.info("stopping: %d requests under way, %.0f s left", len(gateway.active), left)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(drained.wait(), min(left, DRAIN_PROGRESS))
+    gateway.phase = GatewayPhase.STOPPED
     server.close()
     await asyncio.sleep(0)  # the connections' ends reach their handlers
     for handler in list(gateway.active):  # which wait for the names of batches
