@@ -724,10 +724,13 @@ def test_a_wrong_value_ends_the_start(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         named = {"--keys=folder": "", "--address=999.1.1.1": "listen"}
-        named[f"--port={taken.getsockname()[1]}"] = "in use"
-        for option in (*WRONG, *named):
-            name = named.get(option, option.split("=")[0])
+        named |= {f"--port={taken.getsockname()[1]}": "in use", "--nonsense=1": "--nonsense"}
+        for option, name in named.items():
             assert name in failed_start(tmp_path, option), option
+    for option in WRONG:  # which all end it in the same way
+        with pytest.raises(gateway.SettingsError) as wrong:
+            gateway.read_settings([option], {})
+        assert option.split("=")[0] in str(wrong.value) and "\n" not in str(wrong.value), option
 
 
 def test_a_config_file_is_read_and_the_command_line_wins(tmp_path: Path, start: Starter) -> None:
@@ -775,12 +778,11 @@ def test_open_mode_listens_on_loopback_only(start: Starter) -> None:
     assert listening_addresses(told) == {"00000000"}
 
 
-def test_the_upstream_is_not_read_from_anthropic_base_url(start: Starter) -> None:
+def test_the_upstream_is_not_read_from_anthropic_base_url() -> None:
     url = "http://localhost:9/x"
-    for more, said in (({}, "https://api.anthropic.com"), ({"ANTHROPIC_API_BASE": url}, url)):
+    for more, read in (({}, "https://api.anthropic.com"), ({"ANTHROPIC_API_BASE": url}, url)):
         variables = {**DEFAULT_VARIABLES, "ANTHROPIC_BASE_URL": "http://localhost:4000", **more}
-        process = start("", variables=variables)
-        assert f"relaying to {said}\n" in process.banner and process.stop() == 0
+        assert gateway.read_settings(["--logging=none"], variables).upstream == read
 
 
 def test_one_file_and_tornado_suffice(start: Starter, tmp_path: Path) -> None:
@@ -1049,7 +1051,7 @@ FIELDS_OF_KEYS: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(fields=st.fixed_dictionaries({}, optional=FIELDS_OF_KEYS))
 def test_what_is_taken_of_a_key_is_read_again(fields: Any) -> None:
     """Every field and value that /key/generate takes goes through the file unchanged."""
@@ -1538,7 +1540,7 @@ async def test_no_acknowledged_key_is_lost_to_sigkill(start: Starter) -> None:
                     made = await client.ask("POST /key/generate", body=b"{}")
                     answered.append(made.json()["key"])
 
-    for round_number in range(1, 21):
+    for round_number in range(1, 7):
         process = start()
         goal = max(len(answered) + 1, 50 * round_number)
         callers = [asyncio.create_task(generate(process, goal + 500)) for _ in range(50)]
@@ -1549,7 +1551,7 @@ async def test_no_acknowledged_key_is_lost_to_sigkill(start: Starter) -> None:
         document = json.loads(process.keys.read_text())
         lost = [key for key in answered if gateway.hash_key(key) not in document["keys"]]
         assert not lost, f"round {round_number}"
-    assert len(answered) >= 1000
+    assert len(answered) >= 300
 
 
 DAMAGED = {'{"version": 1, "keys": {': "not JSON", "": "not JSON", "[]": "damaged"}
@@ -1584,7 +1586,7 @@ def test_of_two_gateways_on_the_same_file_one_runs(start: Starter, tmp_path: Pat
     start()
     command = [*PROGRAM, "--port=0", "--upstream=mock"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    for number in range(4):  # that start at once
+    for number in range(2):  # that start at once
         folder = tmp_path / str(number)
         folder.mkdir()
         told = {"cwd": folder, "env": environment(**DEFAULT_VARIABLES), **pipes}
@@ -2629,29 +2631,30 @@ async def test_slow_heads_and_bodies_are_timed_out(gw: GW) -> None:
     own = b"POST /key/info HTTP/1.1\r\nHost: x\r\n"  # for the gateway
     cut = [head, in_json + b"content-length: 9\r\n\r\n{", own + b"content-length: 9\r\n\r\n{"]
     cut += [in_json + CHUNKS + b"1\r\n{", file + b"content-length: 9\r\n\r\nx"]
-    for data in cut:
-        client = await gw.client()
+    async def sent(data: bytes) -> None:
+        client, began = await gw.client(), time.monotonic()
         client.send(data)
-        began = time.monotonic()
         error_of(await client.response(), 408)
         assert await client.is_closed() and time.monotonic() - began > 0.3, data
+
+    await asyncio.gather(*map(sent, cut))
     # The upload had begun upstream; it is broken off there.
     assert [arrived.target for arrived in gw.up.arrived] == ["/v1/files"]
     await gw.up.arrived[0].gone()
     await until(lambda: gw.log.count("408 timeout") == 3)
 
 
-@started(client_timeout=0.4, idle_timeout=2)
+@started(client_timeout=0.2, idle_timeout=0.8)
 async def test_silent_connections_are_closed_without_a_word(gw: GW) -> None:
     silent, served = await gw.client(), await gw.client()
     assert (await served.ask("GET /v1/models")).status == 200
     began = time.monotonic()
     ends = [asyncio.create_task(client.is_closed()) for client in (silent, served)]
     assert await ends[0] and not ends[1].done(), "one that never asked is closed sooner"
-    assert await ends[1] and time.monotonic() - began > 1.5
+    assert await ends[1] and time.monotonic() - began > 0.6
 
 
-@started(client_timeout=1)
+@started(client_timeout=0.5)
 async def test_a_steady_body_and_a_slow_upstream_are_put_up_with(gw: GW) -> None:
     release = asyncio.Event()
     gw.plays(deaf(release))
@@ -2661,9 +2664,9 @@ async def test_a_steady_body_and_a_slow_upstream_are_put_up_with(gw: GW) -> None
     await until(lambda: gw.up.arrived)
     gw.plays(echo)
     steady.request("POST /v1/files/steady", "content-length: 3000")
-    for _ in range(10):  # 300 bytes each 0.25 s: for more than twice the client timeout
+    for _ in range(10):  # 300 bytes each 0.12 s: for more than twice the client timeout
         steady.send(b"x" * 300)
-        await asyncio.sleep(0.25)
+        await asyncio.sleep(0.12)
     assert (await steady.response()).json()["size"] == 3000
     release.set()
     assert (await waiting.response()).json()["size"] == size
@@ -3162,7 +3165,7 @@ async def test_100_callers_at_once_keep_within_the_budget(gw: GW) -> None:
 
 
 @pytest.mark.gen_test(timeout=120)
-@started(idle_timeout=1)
+@started(idle_timeout=0.5)
 async def test_no_hold_is_left_behind_by_a_storm(gw: GW) -> None:
     chance = random.Random(7)
     # One is silent until the gateway gives up, or its client does.
@@ -3185,10 +3188,10 @@ async def test_no_hold_is_left_behind_by_a_storm(gw: GW) -> None:
                     client.reset()
                     return
                 client.request("POST /v1/messages", body=body)
-                async with asyncio.timeout(chance.choice([0.01, 0.1, 3])):
+                async with asyncio.timeout(chance.choice([0.01, 0.1, 2])):
                     await client.response()
 
-    for _ in range(6):
+    for _ in range(3):
         await asyncio.gather(*(visit(number) for number in range(100)))
     await until(lambda: not gw.active)
     assert len(gw.up.arrived) > 100
