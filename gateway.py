@@ -7129,8 +7129,719 @@ def log_request(handler: web.RequestHandler) -> None:
 
 # ─── Page ─────────────────────────────────────────────────────────────────────────────────────────
 
-PAGE = r"""<!doctype html><title>gateway</title><style>
-</style><script>
+PAGE = r"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Gateway</title><link rel="icon" href="data:,">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+:root { color-scheme: light dark; --paper: light-dark(#f5f6f8, #121419); --card: light-dark(#fff,
+  #1b1e25); --ink: light-dark(#1a1f29, #e6e9ee); --soft: light-dark(#5b6473, #9ca5b4);
+  --line: light-dark(#dfe3e9, #31363f); --accent: light-dark(#2356c5, #8fb2ff);
+  --good: light-dark(#2a8052, #4cc38a); --warn: light-dark(#9a6400, #e5b53f);
+  --bad: light-dark(#c0271e, #ff7f76); background: var(--paper); color: var(--ink);
+  font: 14px/1.45 system-ui, sans-serif }
+.c0 { --x: #4e79a7 } .c1 { --x: #f28e2b } .c2 { --x: #59a14f } .c3 { --x: #e15759 }
+.c4 { --x: #76b7b2 } .c5 { --x: #d4af2a } .c6 { --x: #b07aa1 } .c7 { --x: #ff9da7 }
+.c8 { --x: #9c755f } .c9 { --x: #99a1ac }
+* { box-sizing: border-box } body { margin: 0 } [hidden] { display: none !important }
+h1 { font-size: 16px; margin: 0 } h2 { font-size: 14px; margin: 0 } a { color: var(--accent) }
+header, .bar { display: flex; flex-wrap: wrap; gap: 6px 8px; align-items: center }
+header { padding: 8px 20px; background: var(--card); border-bottom: 1px solid var(--line) }
+nav { display: flex; flex: 1; overflow-x: auto } .bar { margin-bottom: 8px }
+nav a { padding: 5px 10px; border-radius: 6px; color: var(--soft); text-decoration: none }
+nav a[aria-current] { background: var(--paper); color: var(--ink); font-weight: 600 }
+.bar h2 { margin-right: auto } #views { max-width: 1440px; margin: auto; padding: 14px 20px }
+footer { padding: 0 20px 20px } footer, small, dt, #who, #spans small { color: var(--soft) }
+small { font-size: 12px } .grid, .column, section { display: grid; gap: 14px; min-width: 0 }
+.column, section { grid-template-columns: minmax(0, 1fr); align-content: start }
+.grid { grid-template-columns: minmax(0, 7fr) minmax(0, 3fr) }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; min-width: 0;
+  padding: 12px 14px } .list { list-style: none; margin: 0; padding: 0 }
+button, input, select, textarea { font: inherit; color: inherit; background: var(--card);
+  border: 1px solid var(--line); border-radius: 6px; padding: 4px 9px; max-width: 100% }
+button { cursor: pointer } button:hover { border-color: var(--soft) }
+.main { background: light-dark(#2356c5, #3b6fdc); border-color: #0000; color: #fff }
+.link { border: 0; padding: 0; color: var(--accent); background: none }
+.bad, .error, #message.error { color: var(--bad) } .good { color: var(--good) } .warn { color: var(--warn) }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
+#spans { display: grid; grid-template-columns: repeat(5, minmax(0, 1fr)); gap: 10px }
+#spans button { text-align: left; border-radius: 10px; padding: 8px 14px }
+#spans [aria-pressed=true] { border-color: var(--accent); box-shadow: 0 0 0 1px var(--accent) }
+#spans b { display: block; font-size: 22px; line-height: 1.3 }
+#chart { height: 220px } #chart svg { display: block; width: 100%; height: 100% }
+#chart text { fill: var(--soft); font-size: 11px } #chart line { stroke: var(--line) }
+#chart rect, .dot { fill: var(--x); background: var(--x) } #chart rect:hover { opacity: .75 }
+.dot { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 6px }
+#legend { display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: 12px }
+.scroll { overflow: auto; max-height: 70vh } .column .scroll { max-height: 372px }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
+td, th button { padding: 4px 7px; white-space: nowrap } .number { text-align: right }
+td { border-bottom: 1px solid var(--line); max-width: 300px; overflow: hidden;
+  text-overflow: ellipsis } .wide { white-space: normal; min-width: 190px; overflow-wrap: anywhere }
+th { position: sticky; top: 0; background: var(--card); padding: 0; text-align: left; z-index: 1 }
+th button { border: 0; font-weight: 600; color: var(--soft); background: none }
+[aria-sort=ascending] button::after { content: " ↑" }
+[aria-sort=descending] button::after { content: " ↓" }
+tfoot td { font-weight: 600; position: sticky; bottom: 0; background: var(--card) }
+.budget { padding: 4px 0; min-width: 240px; white-space: normal; text-align: left }
+.budget > span { display: flex; justify-content: space-between; gap: 10px; overflow-wrap: anywhere }
+[role=meter] { height: 6px; border-radius: 3px; background: var(--line); margin: 3px 0 }
+[role=meter] i { display: block; height: 100%; border-radius: 3px; background: currentColor }
+dialog { border: 1px solid var(--line); border-radius: 12px; background: var(--card); width: 680px;
+  color: inherit; max-width: calc(100vw - 20px) } dialog::backdrop { background: #0007 }
+label { display: block; margin: 8px 0 } label small { display: block }
+label > :not([type=checkbox], small, select) { display: block; width: 100% }
+.fields { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: 0 16px }
+pre, #made-key { background: var(--paper); padding: 8px 10px; border-radius: 6px; margin: 4px 0;
+  white-space: pre-wrap; overflow-wrap: anywhere } dl { margin: 0 }
+dd { margin: 0 0 6px; overflow-wrap: anywhere } #login { max-width: 380px; margin: 12vh auto }
+#login input, #login button { width: 100%; padding: 8px 10px; margin: 4px 0 }
+#message { inset: auto auto 14px 50%; transform: translateX(-50%); margin: 0; color: var(--ink);
+  background: var(--card); border: 1px solid; border-radius: 8px; padding: 8px 14px }
+@media (max-width: 900px) { .grid { grid-template-columns: minmax(0, 1fr) } nav { order: 9;
+  flex-basis: 100% } #spans { grid-template-columns: 1fr 1fr } #views, header { padding: 8px } }
+</style>
+<form id="login" class="card" method="post" action="/ui/login" hidden>
+  <h1>Gateway</h1>
+  <p>Sign in with a virtual key to see what it has left, or with the master key to see all.</p>
+  <label for="key">Master key or virtual key</label>
+  <input id="key" type="password" autocomplete="current-password" required>
+  <button class="main">Sign in</button>
+  <p id="login-error" class="error" role="alert"></p>
+</form>
+<div id="app" hidden>
+  <header><h1>Gateway</h1><nav id="tabs" aria-label="Views"></nav><a id="health"
+    href="#gateway"></a><span id="who"></span><button id="logout">Sign out</button></header>
+  <main id="views"></main>
+  <footer><small id="utc"></small></footer>
+</div>
+<dialog id="dialog" aria-labelledby="heading"></dialog>
+<dialog id="ask" aria-labelledby="ask-text"><p id="ask-text"></p><button data-do="no" value="no"
+  >No</button> <button data-do="yes" value="yes" class="main">Yes</button></dialog>
+<p id="message" role="status" popover="manual"></p>
+<script>
+"use strict";
+const $ = (id) => document.getElementById(id), DAY = 86400000;
+const NEAR = 80, IDLE_DAYS = 7, ROWS = 100, LOGS = 2000;  // percent, days, rows
+const SVG = new Set(["svg", "rect", "line", "text", "title"]);
+const data = {};  // what the API has told
+let session = null;
+
+// An element. Its children are texts or elements, never HTML, whatever somebody called his key.
+function h(tag, props, ...children) {
+  const node = SVG.has(tag) ? document.createElementNS("http://www.w3.org/2000/svg", tag)
+    : document.createElement(tag);
+  for (const [name, value] of Object.entries(props ?? {})) {
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (name === "value" && tag !== "option") node.value = value;
+    else if (value != null && value !== false) node.setAttribute(name, value === true ? "" : value);
+  }
+  node.append(...children.flat(9).filter((child) => child != null && child !== false));
+  return node;
+}
+
+// Give an element these children; what looks as before stays, with its focus and selection.
+function put(parent, nodes) {
+  const old = new Map([...parent.children].map((node) => [node.dataset.id, node]));
+  const now = nodes.map((node) => {
+    const was = old.get(node.dataset.id);
+    old.delete(node.dataset.id);
+    if (!was || was.isEqualNode(node)) return was ?? node;
+    const place = [...was.querySelectorAll("button")].indexOf(document.activeElement);
+    was.replaceWith(node);
+    node.querySelectorAll("button")[place]?.focus();
+    return node;
+  });
+  old.forEach((node) => node.remove());
+  const move = (node, i) => parent.insertBefore(node, parent.children[i] ?? null);
+  now.forEach((node, i) => parent.children[i] === node || move(node, i));
+}
+
+async function api(path, body) {
+  const headers = {"content-type": "application/json"};
+  const posted = body && {method: "POST", headers, body: JSON.stringify(body)};
+  const answer = await fetch(path, posted).catch(() => null);
+  const told = await answer?.json().catch(() => null);
+  if (told && (answer.ok || !told.error)) return told;
+  const text = told?.error?.message ?? (answer ? `HTTP ${answer.status}` : "No answer.");
+  if (answer?.status === 401 && session) leave(text);
+  throw new Error(text);
+}
+
+async function everyPage(path, name, size = "size") {
+  const page = (n) => api(`${path}${size}=100&page=${n}`), first = await page(1);
+  const others = Array.from({length: Math.max(0, first.total_pages - 1)}, (_, i) => page(i + 2));
+  return [first, ...await Promise.all(others)].flatMap((each) => each[name]);
+}
+
+function say(text, isError = false) {
+  if (isError && $("form-error")) $("form-error").textContent = text;
+  else {
+    const message = $("message");
+    message.hidePopover();  // and shown again, above a dialog
+    message.textContent = text;
+    message.classList.toggle("error", isError);
+    message.showPopover();
+    clearTimeout(say.timer);
+    say.timer = setTimeout(() => message.hidePopover(), 8000);
+  }
+}
+const orSay = (promise, otherwise) => promise.catch((e) => (say(e.message, true), otherwise));
+
+// Texts of amounts and moments
+const exact = new Intl.NumberFormat("en"), ages = new Intl.RelativeTimeFormat("en");
+const compact = new Intl.NumberFormat("en", {notation: "compact", maximumFractionDigits: 1});
+const order = new Intl.Collator("en", {numeric: true}).compare;
+const usd = (n) => `$${n > 0 && n < 0.01 ? n.toFixed(6).replace(/[.]?0+$/, "")
+  : n.toLocaleString("en", {minimumFractionDigits: 2, maximumFractionDigits: 2})}`;
+const dayOf = (moment) => new Date(moment).toISOString().slice(0, 10);
+const ago = (days) => dayOf(Date.now() - days * DAY);
+const words = (name) => (name[0].toUpperCase() + name.slice(1)).replaceAll("_", " ");
+const dot = (n) => h("span", {class: `dot c${Math.min(n, 9)}`});
+function age(text) {
+  if (!text) return "never";
+  const s = (new Date(text) - Date.now()) / 1000, units = [[86400, "day"], [3600, "hour"]];
+  const [n, unit] = units.find((each) => Math.abs(s) >= 1.5 * each[0]) ?? [60, "minute"];
+  return h("time", {title: `${text} (UTC)`}, ages.format(Math.round(s / n), unit));
+}
+
+// Kinds of columns; those with a unit are summed in whole units, so that no cent is lost.
+const TEXT = {show: (text) => String(text ?? "")}, AGE = {show: age}, WIDE = {...TEXT, is: "wide"};
+const CLOCK = {show: (text) => h("time", {title: `${text} (UTC)`}, text.slice(11, 19))};
+const USD = {is: "number", unit: 1e9, show: usd}, NUMBER = {is: "number", show: TEXT.show};
+const COUNT = {is: "number", unit: 1, show: (n) =>
+  h("span", {title: exact.format(n)}, compact.format(n))};
+const SECONDS = {is: "number", show: (n) => n == null ? "" : `${n.toFixed(2)} s`};
+const PERCENT = {is: "number", show: (n) => `${n.toFixed(1)}%`};
+const WORD = {show: (text) => h("span", {class: GOOD.test(text) ? "good" : "bad"}, text ?? "")};
+const GOOD = /^(ok|active|under way)$/;
+const summed = (rows, unit, of) =>
+  rows.reduce((sum, row) => sum + Math.round(of(row) * unit), 0) / unit;
+
+// A table that sorts, filters, turns pages, downloads. Columns: [name, label, kind, value of row].
+function table(name, title, columns, id, sorted = [], more = null) {
+  let rows = [], [by, way] = sorted, page = 0;
+  const valueOf = ([field, , , of], row) => of ? of(row) : row[field];
+  const compare = (a, b) =>
+    Number.isFinite(a) && Number.isFinite(b) ? a - b : order(a ?? "", b ?? "");
+  const chosen = () => {
+    const wanted = find.value.toLowerCase(), column = columns.find((each) => each[0] === by);
+    const found = rows.filter((row) => !wanted || columns.some((each) =>
+      String(valueOf(each, row) ?? "").toLowerCase().includes(wanted)));
+    const value = (row) => valueOf(column, row);
+    return column ? found.sort((a, b) => way * compare(value(a), value(b))) : found;
+  };
+  const cell = ([field, , kind], value, row) => h("td", {class: kind.is, "data-column": field,
+    "data-value": value, title: kind === TEXT && value}, kind.show(value, row));
+  const draw = () => {
+    const found = chosen(), pages = Math.ceil(found.length / ROWS) || 1;
+    page = Math.min(page, pages - 1);
+    heads.forEach((head, i) => head.setAttribute("aria-sort", columns[i][0] !== by ? "none"
+      : way < 0 ? "descending" : "ascending"));
+    put(body, found.slice(page * ROWS, (page + 1) * ROWS).map((row) => h("tr", {"data-id": id(row)},
+      columns.map((each) => cell(each, valueOf(each, row), row)))));
+    foot.replaceChildren(h("tr", null, columns.map((each, i) => each[2].unit && found.length ?
+      cell(each, summed(found, each[2].unit, (row) => valueOf(each, row)))
+      : h("td", null, i || !found.length || !columns.some((one) => one[2].unit) ? "" : "Sum"))));
+    count.textContent = `${exact.format(found.length)} row${found.length === 1 ? "" : "s"}`
+      + (pages > 1 ? ` · page ${page + 1} of ${pages}` : "");
+    count.dataset.rows = found.length;
+    turns.forEach((button) => { button.hidden = pages < 2; });
+  };
+  const save = (ending, text) => h("button", {type: "button", "data-do": ending, onclick: () => {
+    const href = URL.createObjectURL(new Blob([text(chosen())]));
+    h("a", {href, download: `${name}-${ago(0)}.${ending}`}).click();
+    setTimeout(URL.revokeObjectURL, 60000, href);
+  }}, ending.toUpperCase());
+  const quoted = (value) => {  // no spreadsheet may take a text for a formula
+    const apostrophe = typeof value === "string" && /^[-=+@\t\r]/.test(value) ? "'" : "";
+    return `"${apostrophe}${String(value ?? "").replaceAll('"', '""')}"`;
+  };
+  const csv = (found) => [named.map((each) => quoted(each[0])), ...found.map((row) =>
+    named.map((each) => quoted(valueOf(each, row))))].map((line) => `${line}\r\n`).join("");
+  const named = columns.filter((each) => each[1]);
+  const turns = [["previous", "‹", -1], ["next", "›", 1]].map(([deed, text, step]) => h(
+    "button", {type: "button", "data-do": deed, "aria-label": `${words(deed)} page`,
+    onclick: () => { page = Math.max(0, page + step); draw(); }}, text));
+  const find = h("input", {type: "search", placeholder: "Filter", "aria-label": `Filter ${title}`,
+    size: 10, oninput: () => { page = 0; draw(); }});
+  const heads = columns.map(([field, label, kind]) => h("th", {scope: "col", class: kind.is}, h(
+    "button", {type: "button", onclick: () => {
+      [by, way] = [field, by === field ? -way : kind.is === "number" ? -1 : 1];
+      draw();
+    }}, label)));
+  const body = h("tbody"), foot = h("tfoot"), count = h("small", {role: "status", "data-rows": 0});
+  const node = h("div", {class: "card", "data-table": name},
+    h("div", {class: "bar"}, h("h2", null, title), more, count, turns, find,
+      save("csv", csv), save("json", (found) => JSON.stringify(found, null, 1))),
+    h("div", {class: "scroll", tabindex: 0, role: "region", "aria-label": title},
+      h("table", {"aria-label": title}, h("thead", null, h("tr", null, heads)), body, foot)));
+  return {node, update: (now) => { rows = [...now]; draw(); }};
+}
+
+// Bars by day, stacked, of {days, series: [{name, values by day, sum}], show: text of an amount}.
+function chart(box, legend) {
+  let told = null, drawn = "";
+  const draw = () => {
+    const width = box.clientWidth, left = 52, low = 200, bars = [];
+    if (!told || !width || drawn === (drawn = width + JSON.stringify(told))) return;
+    const {days, series, show} = told, step = (width - left) / days.length;
+    const totals = days.map((_, i) => series.reduce((sum, each) => sum + each.values[i], 0));
+    const most = Math.max(...totals);
+    const power = 10 ** Math.floor(Math.log10(most || 1)), height = (n) => n / top * (low - 8);
+    const top = [1, 2, 3, 4, 5, 6, 8, 10].map((n) => n * power).find((n) => n >= most);
+    for (const y of [0, 0.5, 1].map((part) => low - height(part * top))) bars.push(
+      h("line", {x1: left, x2: width, y1: y, y2: y}), h("text", {x: left - 6, y: y + 4,
+        "text-anchor": "end"}, show((low - y) / (low - 8) * top)));
+    days.forEach((day, i) => {
+      let y = low;
+      const x = left + i * step;
+      if (i % Math.ceil(days.length * 60 / width) === 0) {
+        bars.push(h("text", {x, y: 216}, day.slice(5)));
+      }
+      series.forEach(({name, values}, n) => values[i] && bars.push(h("rect", {x: x + step * 0.1,
+        y: y -= height(values[i]), width: Math.min(step * 0.8, 60), height: height(values[i]),
+        class: `c${Math.min(n, 9)}`, "data-day": day, "data-name": name, "data-value": values[i]},
+      h("title", null, `${day} · ${name}: ${show(values[i])}`))));
+    });
+    const label = `By day from ${days[0]} to ${days.at(-1)}; the tables have the numbers`;
+    box.replaceChildren(h("svg", {role: "img", "aria-label": label}, bars));
+    legend.replaceChildren(...series.map(({name, sum}, n) => h("li", {"data-name": name,
+      "data-value": sum}, dot(n), `${name} ${show(sum)}`)));
+  };
+  new ResizeObserver(draw).observe(box);
+  return (next) => { told = next; draw(); };
+}
+
+// Money and tokens of a span: tiles, bars by day, tables, of ``source(first, last, groups, top)``.
+const SUMS = [["spend", "Spend", USD], ...["Tokens", "Requests", "Errors", "Input tokens",
+  "Output tokens", "Cache read tokens", "Cache written tokens"].map(
+  (label) => [label.toLowerCase().replaceAll(" ", "_"), label.replace(" tokens", ""), COUNT])];
+const PARTS = {cache_written_tokens: ["cache_write_5m_tokens", "cache_write_1h_tokens"],
+  tokens: ["input_tokens", "output_tokens", "cache_read_tokens", "cache_written_tokens"]};
+const counted = (row, name) => row[name]
+  ?? PARTS[name]?.reduce((sum, part) => sum + counted(row, part), 0) ?? 0;
+const SPANS = {today: "Today", 7: "7 days", 30: "30 days", month: "This month", free: "Free span"};
+
+function merged(rows, field) {  // one row for each value of the field, with its sums
+  const groups = Map.groupBy(rows, (row) => row[field]);
+  return [...groups.values()].map((group) => ({...group[0], ...Object.fromEntries(SUMS.map(
+    ([name, , {unit}]) => [name, summed(group, unit, (row) => counted(row, name))]))}));
+}
+
+function nameOf(field, row) {
+  const thing = THINGS[field], known = thing && data[thing.list].find((each) =>
+    each[thing.id] === row[field]);
+  return row.key_alias || row.key_name || (known ? thing.named(known) : row[field]) || "(none)";
+}
+
+function usage(source, groups) {
+  let span = "30", asked = 0;
+  const select = (id, label, options) => h("select", {id, "aria-label": label, onchange: () =>
+    show()}, options.map(([value, text]) => h("option", {value}, text)));
+  const legend = h("ul", {id: "legend", class: "list"}), group = select("group", "By", groups);
+  const measure = select("measure", "Measure", SUMS.slice(0, 3)), box = h("div", {id: "chart"});
+  const [from, to] = ["from", "to"].map((id) => h("input", {type: "date", id, "aria-label": words(id),
+    onchange: () => { span = "free"; show(); }})), draw = chart(box, legend);
+  const tiles = ["today", "7", "30", "month", "free"].map((name) => h("button", {"data-span": name,
+    onclick: () => { span = name; show(); }}, SPANS[name], h("b", {"data-sum": "spend"}), h("small",
+    null, h("span", {"data-sum": "tokens"}), " tokens · ", h("span", {"data-sum": "requests"}),
+    " requests")));
+  const spent = table("spent", "Who spent what", [["name", "Name", TEXT], SUMS[0], ["share", "Share",
+    PERCENT], ...SUMS.slice(1)], (row) => row.id, ["spend", -1]);
+  const daily = table("days", "By day", [["day", "Day (UTC)", TEXT], ...SUMS], (row) => row.day,
+    ["day", -1]);
+  async function load() {
+    const today = ago(0), month = `${today.slice(0, 8)}01`, by = group.value, turn = ++asked;
+    const since = {today, 7: ago(6), 30: ago(29), month, free: from.value || today};
+    const first = since[span], last = span === "free" && to.value || today;
+    if (![from, to].includes(document.activeElement)) [from.value, to.value] = [first, last];
+    tiles.forEach((tile) => tile.setAttribute("aria-pressed", tile.dataset.span === span));
+    const [recent, free, stacked, sums] = await Promise.all([source(ago(30), today, "day"),
+      source(first, last, "day"), source(first, last, `day,${by}`, 9), source(first, last, by)]);
+    if (turn !== asked) return;
+    const past = merged(recent, "day"), days = merged(free, "day"), kind = SUMS.find((each) =>
+      each[0] === measure.value)[2];
+    for (const tile of tiles) for (const [field, , {unit, show: text}] of SUMS.slice(0, 3)) {
+      const rows = tile.dataset.span === "free" ? days
+        : past.filter((row) => row.day >= since[tile.dataset.span]);
+      const place = tile.querySelector(`[data-sum=${field}]`);
+      place.replaceChildren(text(place.dataset.value = summed(rows, unit, (row) => row[field])));
+    }
+    const whole = summed(days, 1e9, (row) => row.spend) || 1;
+    spent.update(merged(sums, by).map((row) => ({name: nameOf(by, row), id: row[by], ...row,
+      share: row.spend / whole * 100})));
+    daily.update(days);
+    const dates = [], rank = (each) => each.name === "(others)" ? -1 : each.sum;
+    for (let day = Date.parse(first); day <= Date.parse(last); day += DAY) dates.push(dayOf(day));
+    const series = [...Map.groupBy(stacked, (row) => row[by]).values()].map((rows) => {
+      const values = new Map(merged(rows, "day").map((row) => [row.day, row[measure.value]]));
+      return {name: nameOf(by, rows[0]), values: dates.map((day) => values.get(day) ?? 0),
+        sum: summed([...values.values()], kind.unit, (n) => n)};
+    });
+    draw({days: dates, series: series.sort((a, b) => rank(b) - rank(a)),
+      show: kind === USD ? usd : (n) => compact.format(n)});
+  }
+  const show = () => orSay(load());
+  return {tiles: h("div", {id: "spans"}, tiles), show, nodes: [h("div", {class: "card"}, h("div",
+    {class: "bar"}, h("h2", null, "By day"), measure, "by", group, from, "–", to), box, legend),
+  spent.node, daily.node]};
+}
+
+// Budgets
+const fullness = ({max_budget: most, spend}) => most ? spend / most : 1;
+const fullest = (budgets) => [...budgets].sort((a, b) => fullness(b) - fullness(a));
+const own = (kind, row) => fullest((row.budgets ?? []).filter((each) => each.of === kind));
+function meter(budget, name, id) {
+  const {max_budget: most, spend, budget_duration: length, budget_reset_at: ends} = budget;
+  const part = fullness(budget) * 100, fill = h("i"), title = [name, budget.for].filter(Boolean);
+  fill.style.width = `${Math.min(100, part)}%`;
+  return h("li", {class: "budget", "data-id": [id, budget.for, length], "data-budget": id},
+    h("span", null, h("b", null, title.join(" · ")), `${usd(Math.max(0, most - spend))} of ${usd(most)} left`),
+    h("div", {role: "meter", class: part >= 100 ? "bad" : part >= NEAR ? "warn" : "good",
+      "aria-valuemin": 0, "aria-valuemax": 100, "aria-valuenow": Math.min(100, Math.floor(part)),
+      "aria-label": `Percent spent of a budget of ${title.join(", ")}`}, fill),
+    h("small", null, `${Math.floor(part)}% spent`, length && ` · ${length}`,
+      ends ? [" · resets ", age(ends), `, ${ends.slice(5, 16).replace("T", " ")}`] : " · for ever"));
+}
+
+// Requests
+const callOf = (row) => row.litellm_call_id, keyOf = (row) => row.key_alias || row.api_key?.slice(0, 8);
+const REQUEST = [["startTime", "Time", CLOCK], ["key", "Key", TEXT, keyOf], ["model", "Model", TEXT],
+  ["outcome", "Outcome", WORD, (row) => row.outcome || "under way"], ["status_code", "Status", NUMBER],
+  ["prompt_tokens", "In", COUNT], ["completion_tokens", "Out", COUNT], ["spend", "Cost", USD],
+  ["time_to_first_byte", "First byte", SECONDS], ["duration", "Took", SECONDS],
+  ["error", "Why", WIDE]];
+function requests() {
+  const under = table("underway", "Under way", REQUEST.filter((each) => !each[2].unit), callOf);
+  const recent = table("recent", "Most recent", REQUEST, callOf), refused = table("refused",
+    "Refused, and why", [["times", "Times", NUMBER], ["key", "Key", TEXT], ["why", "Why", WIDE],
+      ["last", "Last", AGE]], (row) => row.id, ["times", -1]);
+  data.draws.push(() => {
+    under.update(data.under);
+    recent.update(data.logs);
+    const rows = data.logs.filter((row) => row.outcome?.startsWith("refused"));
+    const alike = Map.groupBy(rows, (row) => `${keyOf(row)} ${row.error || row.outcome}`);
+    refused.update([...alike].map(([id, [row, ...more]]) => ({id, times: more.length + 1,
+      key: keyOf(row), why: row.error || row.outcome, last: row.startTime})));
+  });
+  return {under, recent, refused};
+}
+async function poll() {
+  const path = "/spend/logs?limit=", asked = session;
+  if (session && !document.hidden) await orSay((async () => {
+    let rows = await api(`${path}100`);
+    const known = new Set(data.logs.map(callOf)), isNew = (row) => !known.has(callOf(row));
+    if (rows.length && rows.every(isNew)) rows = await api(path + LOGS);
+    const under = await api("/spend/logs?status=under_way");
+    if (asked !== session) return;
+    data.under = under;
+    data.logs = [...rows.filter(isNew), ...data.logs].slice(0, LOGS);
+    data.draws.forEach((draw) => draw());
+  })());
+  setTimeout(poll, 2000);
+}
+
+// Keys, teams and users: what differs between them
+const THINGS = {
+  key: {id: "token", list: "keys", make: "generate", named: (row) => row.key_alias || row.key_name},
+  team: {id: "team_id", list: "teams", make: "new", named: (row) => row.team_alias || row.team_id},
+  user: {id: "user_id", list: "users", make: "new", named: (row) =>
+    row.user_alias || row.user_email || row.user_id}};
+THINGS.api_key = THINGS.key;  // in reports
+const USUAL = new Set(["key_alias", "team_id", "team_alias", "user_id", "user_email", "models",
+  "max_budget", "budget_duration", "rpm_limit", "max_parallel_requests", "duration"]);
+const address = (kind, row) => ({[kind === "key" ? "key" : `${kind}_id`]: row[THINGS[kind].id]});
+
+function ask(text) {
+  const dialog = $("ask");
+  $("ask-text").textContent = text;
+  dialog.returnValue = "";
+  dialog.showModal();
+  return new Promise((done) => dialog.addEventListener("close", () =>
+    done(dialog.returnValue === "yes"), {once: true}));
+}
+
+async function act(kind, row, deed, more) {
+  const {id, named} = THINGS[kind], name = named(row), what = `${kind} “${name}”`;
+  const sure = {delete: `Delete ${what}${kind === "team" ? " and its keys" : ""} for good?`,
+    reset_spend: `Set what ${what} spent in its present windows to $0?`, regenerate:
+    `Make a new value for ${what}? The old one works ${more?.grace_period ?? "no longer"}.`}[deed];
+  if (sure && !await ask(sure)) return;
+  let path = `/${kind}/${deed}`, body = {...address(kind, row), ...more};
+  if (deed === "delete") body = {[kind === "key" ? "keys" : `${kind}_ids`]: [row[id]]};
+  if (deed === "reset_spend") path = `/${kind}/${encodeURIComponent(row[id])}/${deed}`;
+  if (kind === "user" && deed.endsWith("block")) {
+    [path, body] = ["/user/update", {...body, blocked: deed === "block"}];
+  }
+  await orSay(api(path, body).then(async (answer) => {
+    if (deed === "regenerate") made(name, [answer]); else $("dialog").close();
+    say(`${words(deed)}: ${name}`);
+    await refresh();
+  }));
+}
+
+function copyable(text, tag = "pre", props = {}) {
+  const node = h(tag, props, text);
+  return [node, h("button", {type: "button", "data-do": "copy", onclick: () => {
+    getSelection().selectAllChildren(node);  // which works without TLS too
+    say(document.execCommand("copy") ? "Copied." : "Select it, and copy it by hand.");
+  }}, "Copy")];
+}
+const connect = (key, at = `${session.base}/anthropic`) => h("div", {id: "connect"},
+  h("h2", null, "Claude Code"), copyable(
+    `export ANTHROPIC_BASE_URL=${at}\nexport ANTHROPIC_AUTH_TOKEN=${key}`), h("h2", null, "Python"),
+  copyable(`anthropic.Anthropic(base_url="${at}", api_key="${key}")`), h("h2", null, "JavaScript"),
+  copyable(`new Anthropic({ baseURL: "${at}", apiKey: "${key}" })`));
+
+function open(title, ...nodes) {
+  $("dialog").replaceChildren(h("div", {class: "bar"}, h("h2", {id: "heading"}, title), h("button",
+    {"data-do": "close", "aria-label": "Close", onclick: () => $("dialog").close()}, "✕")),
+  h("div", null, nodes));
+  if (!$("dialog").open) $("dialog").showModal();
+}
+
+function made(name, rows) {  // the only time that keys are shown: of one, or of many as a table
+  const warned = rows.flatMap((row) => row.warnings ?? []).map((text) => h("p", {class: "warn"}, text));
+  const once = h("p", null, "Shown this once; it is kept nowhere."), [{key}] = rows;
+  if (name) {
+    return open(`Key of ${name}`, once, warned, copyable(key, "code", {id: "made-key"}), connect(key));
+  }
+  const list = table("made", "Names and keys", [["key_alias", "Name", TEXT], ["key", "Key", WIDE],
+    ["error", "Error", WIDE]], (row) => row.key_alias);
+  list.update(rows);
+  return open(`${rows.filter((row) => row.key).length} keys made`, once, warned, list.node);
+}
+
+// A field's control, after what the API says that its value must be.
+function control(name, must, value) {
+  if (must === "true or false") return h("input", {type: "checkbox", name, checked: value === true});
+  const choices = must.startsWith("'") && [...must.matchAll(/'(\w+)'/g)].map((match) => match[1]);
+  if (choices) {
+    return h("select", {name}, choices.map((one) => h("option", {selected: one === value}, one)));
+  }
+  const isList = Array.isArray(value) && value.every((each) => typeof each === "string");
+  const text = isList ? value.join("\n") : value === null || `${value}` === "" ? ""
+    : typeof value !== "object" ? value : Object.keys(value).length ? JSON.stringify(value) : "";
+  return /list|paths|object|[{[]/.test(must) ? h("textarea", {name, rows: 2, placeholder: must,
+    value: text}) : h("input", {name, placeholder: must, value: text, autocomplete: "off",
+    list: {team_id: "teams", user_id: "users"}[name]});
+}
+const textOf = (node) => node.type === "checkbox" ? node.checked : node.value.trim();
+function valueOf(must, text) {
+  const lines = (by) => text.split(by).map((each) => each.trim()).filter(Boolean);
+  if (text === "") return null;
+  if (must === "a string" || text === !!text) return text;
+  if (/^a list of strings|^paths/.test(must)) return lines(/[\n,]/);
+  try { return JSON.parse(text); } catch { return text; }  // and the API says what is wrong with it
+}
+
+function edit(kind, row, many) {
+  const {id, make, named} = THINGS[kind], usual = [], rare = [], controls = [];
+  for (const [name, {help, must_be: must}] of Object.entries(session.fields[kind])) {
+    const has = !row || (name !== id && (name in row || name === "duration"));
+    if (!has || (many && name === "key_alias")) continue;
+    const node = control(name, must, row?.[name] ?? (name === "auto_create_key" || null));
+    controls.push({name, node, must, was: textOf(node)});
+    const label = h("label", null, words(name), " ", node, h("small", null, help));
+    (USUAL.has(name) ? usual : rare).push(label);
+  }
+  const names = many && h("textarea", {name: "names", rows: 6, required: true});
+  const deed = (name, more) => h("button", {type: "button", "data-do": name, onclick: () =>
+    act(kind, row, name, more?.())}, words(name));
+  const grace = h("input", {name: "grace_period", size: 16, placeholder: "grace, like 1d",
+    "aria-label": "Grace period, for which the old key works too"});
+  const submit = async (event) => {
+    event.preventDefault();
+    $("form-error").textContent = "";
+    const body = row ? address(kind, row) : {}, post = (more) =>
+      api(`/${kind}/${row ? "update" : make}`, {...body, ...more}), answers = [];
+    for (const {name, node, must, was} of controls) {
+      if (textOf(node) !== was) body[name] = valueOf(must, textOf(node));
+    }
+    const aliases = new Set(many && valueOf("a list of strings", names.value.trim()));
+    for (const key_alias of aliases) answers.push(await post({key_alias}).catch((error) =>
+      ({key_alias, error: error.message})));
+    if (!many) answers.push(await post());
+    if (many || (!row && answers[0].key)) made(!many && named(answers[0]), answers);
+    else $("dialog").close();
+    if (!many) say([`Saved ${named(answers[0])}.`, ...answers[0].warnings ?? []].join(" "));
+    await refresh();
+  };
+  const lists = ["team", "user"].map((each) => h("datalist", {id: THINGS[each].list},
+    data[THINGS[each].list].map((one) => h("option", {value: one[THINGS[each].id]}))));
+  const told = row && Object.entries({"": row.status, made: row.created_at, by: row.created_by,
+    changed: row.updated_at, "by ": row.updated_by, until: row.expires}).filter((each) => each[1]);
+  open(row ? `${words(kind)} ${named(row)}` : many ? "Many keys" : `New ${kind}`,
+    row && [h("small", null, told.flat().join(" ")), h("ul", {class: "list"}, own(kind, row).map(
+      (each) => meter(each, "", kind)))],
+    h("form", {id: "form", onsubmit: (event) => orSay(submit(event))}, lists,
+      many && h("label", null, "Names, one a line", names), h("div", {class: "fields"}, usual),
+      h("details", {id: "more"}, h("summary", null, "More"), h("div", {class: "fields"}, rare)),
+      h("p", {id: "form-error", class: "error", role: "alert"}), h("div", {class: "bar"},
+        h("button", {class: "main", "data-do": "save"}, row ? "Save" : "Make"),
+        row && [deed(row.blocked ? "unblock" : "block"), deed("reset_spend"), deed("delete")],
+        row && kind === "key" && [deed("regenerate", () =>
+          grace.value.trim() && {grace_period: grace.value.trim()}), grace])));
+}
+
+function things(kind) {
+  const {id, list, named} = THINGS[kind];
+  const button = (row, deed, text, does) => !session.can_change ? text : h("button", {"data-do": deed,
+    class: deed === "change" && "link", onclick: () =>
+      does(data[list].find((each) => each[id] === row[id]))}, text);
+  const make = (name, text, ...how) => h("button", {id: name, onclick: () => edit(kind, ...how)}, text);
+  return table(list, words(list), [
+    ["name", "Name", {show: (name, row) => button(row, "change", name, (now) => edit(kind, now))}, named],
+    ["status", "Status", WORD], ...kind === "key" ? [["team_id", "Team", TEXT], ["user_id", "User",
+      TEXT]] : [[id, "Id", TEXT], ["keys_count", "Keys", NUMBER]],
+    ["budget", "Budget", {is: "number", show: (_, row) => h("ul", {class: "list"}, own(kind, row).map(
+      (each) => meter(each, "", `${kind}:${row[id]}`)))}, (row) => own(kind, row).map(fullness)[0]],
+    ["spend", "Spent", {...USD, unit: 0}], ["last_active", "Last used", AGE],
+    ["deeds", "", {show: (deed, row) => session.can_change && button(row, deed, words(deed), (now) =>
+      act(kind, now, deed))}, (row) => row.blocked ? "unblock" : "block"]], (row) => row[id], [],
+  session.can_change && [make(`new-${kind}`, `New ${kind}`), kind === "key" && make("many-keys",
+    "Many keys", null, true)]);
+}
+
+async function refresh() {
+  const asked = session, isOperator = session.role === "operator", parts = isOperator ? {
+    keys: everyPage("/key/list?return_full_object=true&usage=false&", "keys"),
+    users: everyPage("/user/list?", "users", "page_size"), teams: api("/team/list"),
+    upstreams: api("/upstreams"), health: api("/health/readiness"),
+    audit: api("/audit?page_size=100")} : {info: api("/key/info")};
+  if (isOperator) data.reload();
+  for (const [name, part] of Object.entries(parts)) {
+    const told = await orSay(part);
+    if (asked !== session) return;  // it is another's by now
+    data[name] = told ?? data[name];
+  }
+  data.draws.forEach((draw) => draw());
+  if (!isOperator) data.reload();
+}
+
+const column = (...nodes) => h("div", {class: "column"}, nodes);
+const card = (title, ...nodes) => h("div", {class: "card"}, h("h2", null, title), nodes);
+const meters = (of) => h("ul", {class: "list scroll", "data-list": of, tabindex: 0, "aria-label": of});
+const tell = (place, facts) => place.replaceChildren(...Object.entries(facts).flatMap(
+  ([name, value]) => [h("dt", null, words(name)), h("dd", {"data-field": name}, value ===
+    Object(value) ? JSON.stringify(value) : String(value ?? "–"))]));
+
+function operatorViews() {
+  const spend = usage((first, last, groups, top) => api(`/global/spend/report?start_date=${first}`
+    + `&end_date=${last}&group_by=${groups}${top ? `&top=${top}` : ""}`), [["model", "Model"],
+    ["api_key", "Key"], ["team", "Team"], ["user", "User"], ["tag", "Tag"]]);
+  const [chosen, spent, daily] = spend.nodes, live = requests(), edge = meters("edge"), state = h("dl", {id: "state"});
+  const lists = ["key", "team", "user"].map(things), idle = table("idle", `Idle ${IDLE_DAYS} days`,
+    [["name", "Key", TEXT, THINGS.key.named], ["last_active", "Last used", AGE]], (row) => row.token);
+  const texts = (columns) => columns.map((name) => [name, words(name), TEXT]);
+  const upstreams = table("upstreams", "Real keys", [["name", "Name", TEXT], ["state", "State", WORD],
+    ["until", "Until", {show: (text) => text && age(text)}], ...texts(["why", "requests", "errors",
+      "organization_id", "workspace_id"])], (row) => row.name);
+  const audit = table("audit", "Changes", [["updated_at", "When", AGE], ...texts(["action",
+    "table_name", "name", "changed_by", "changed_by_api_key", "remote_ip"]), ["updated_values",
+    "Values", WIDE, (row) => JSON.stringify(row.updated_values)]], (row) => row.id);
+  data.reload = spend.show;
+  data.draws.push(() => {
+    const all = new Map(), {status = "unknown", upstream, ...more} = data.health ?? {};
+    for (const kind of ["key", "team", "user"]) for (const row of data[THINGS[kind].list]) {
+      for (const each of row.budgets ?? []) if (each.of === kind || each.of === "gateway") {
+        const [id, name] = each.of === kind ? [row[THINGS[kind].id], THINGS[kind].named(row)]
+          : ["", "The gateway"];
+        all.set([each.of, id, each.for, each.budget_duration].join(), [each, name, `${each.of}:${id}`]);
+      }
+    }
+    const part = ([budget]) => fullness(budget) * 100, sorted = [...all.values()].sort((a, b) =>
+      part(b) - part(a)), near = sorted.filter((each) => part(each) >= NEAR);
+    put(edge, (near.length ? near.slice(0, ROWS) : sorted.slice(0, 5)).map((each) => meter(...each)));
+    idle.update(data.keys.filter((row) => row.status === "active"
+      && (row.last_active ?? "") < new Date(Date.now() - IDLE_DAYS * DAY).toISOString()));
+    lists.forEach((list, i) => list.update(data[["keys", "teams", "users"][i]]));
+    upstreams.update(data.upstreams?.upstreams ?? []);
+    audit.update(data.audit?.audit_logs ?? []);
+    const bad = (data.upstreams?.upstreams ?? []).filter((each) => each.state !== "ok");
+    $("health").textContent = ["●", status, ...bad.map((each) => `· ${each.name} ${each.state}`)].join(" ");
+    $("health").className = status !== "healthy" ? "bad" : bad.length ? "warn" : "good";
+    $("health").dataset.status = status;
+    tell(state, {status, ...more, ...upstream});
+  });
+  return {overview: [spend.tiles, h("div", {class: "grid"}, column(chosen, spent,
+    live.refused.node, daily), column(card("Near the edge", edge), idle.node))], requests: [live.under.node,
+    live.recent.node], keys: lists[0].node, teams: lists[1].node, users: lists[2].node,
+  gateway: [upstreams.node, card("Store and upstream", state), audit.node]};
+}
+
+function holderView() {
+  const rows = (first, last) => Object.entries(data.info?.info.usage ?? {}).filter(([day]) => day >= first
+    && day <= last).flatMap(([day, models]) => Object.entries(models).map(([model, row]) =>
+    ({...row, day, model})));
+  const spend = usage(async (first, last) => rows(first, last), [["model", "Model"]]);
+  const live = requests(), left = meters("left"), limits = h("dl", {id: "limits"});
+  const whose = {key: "This key", team: "Its team", user: "Its user", gateway: "The gateway"};
+  data.reload = spend.show;
+  data.draws.push(() => {
+    const info = data.info?.info ?? {}, names = ["status", "expires", ...Object.keys(session.fields.key)];
+    put(left, (info.budgets ?? []).map((each) => meter(each, whose[each.of], `${each.of}:`)));
+    if (!left.children.length) left.append(h("li", null, "No budget limits this key."));
+    const facts = names.map((name) => [name, info[name]]).filter(([name, value]) => !/budget/.test(name)
+      && value && Object.keys(Object(value)).length);
+    tell(limits, {models: "all", ...Object.fromEntries(facts)});
+  });
+  return {mine: [spend.tiles, h("div", {class: "grid"}, column(spend.nodes), column(card("Left", left,
+    session.contact && h("p", null, `Ask ${session.contact} for more.`)), card("Limits", limits),
+  card("Connect", connect("<your key>")))), live.under.node, live.recent.node]};
+}
+
+function route() {
+  const views = [...$("views").children], chosen = views.find((view) =>
+    `#${view.dataset.view}` === location.hash) ?? views[0];
+  views.forEach((view) => { view.hidden = view !== chosen; });
+  [...$("tabs").children].forEach((link, i) => views[i] === chosen
+    ? link.setAttribute("aria-current", "page") : link.removeAttribute("aria-current"));
+}
+
+function leave(text) {
+  session = null;
+  for (const name in data) delete data[name];
+  Object.assign(data, {keys: [], teams: [], users: [], logs: [], under: [], draws: []});
+  [$("dialog"), $("ask")].forEach((dialog) => dialog.close());
+  [$("views"), $("tabs"), $("health")].forEach((node) => node.replaceChildren());
+  $("app").hidden = !($("login").hidden = false);
+  $("login-error").textContent = text;
+  $("key").focus();
+}
+
+async function enter() {
+  session = await api("/ui/session").catch(() => null);
+  if (!session) return leave("");
+  $("login").hidden = !($("app").hidden = false);
+  $("logout").hidden = session.open;
+  $("health").hidden = session.role !== "operator";
+  $("who").textContent = session.name;
+  $("utc").textContent = `Days and times are UTC. Gateway ${session.version}.`
+    + (session.prices ? "" : " No prices are known here, so that all is $0.");
+  const views = Object.entries(session.role === "operator" ? operatorViews() : holderView());
+  $("tabs").replaceChildren(...views.map(([name]) => h("a", {href: `#${name}`}, words(name))));
+  $("tabs").hidden = views.length < 2;
+  $("views").replaceChildren(...views.map(([name, ...nodes]) => h("section", {"data-view": name,
+    "aria-label": words(name)}, nodes)));
+  route();
+  await refresh();
+}
+
+$("login").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const key = $("key").value.trim();
+  api("/ui/login", {key}).then(enter).then(() => { $("key").value = ""; }).catch((error) => {
+    $("login-error").textContent = error.message;
+  });
+});
+$("logout").addEventListener("click", () => orSay(api("/ui/logout", {}).then(() => leave(""))));
+$("ask").addEventListener("click", ({target}) => target.value && $("ask").close(target.value));
+$("dialog").addEventListener("close", () => $("dialog").replaceChildren());  // and keys with it
+addEventListener("hashchange", route);
+setInterval(() => session && !document.hidden && refresh(), 30000);
+Object.assign(data, {keys: [], teams: [], users: [], logs: [], under: [], draws: []});
+enter().then(poll);
 </script>
 """
 PAGE_POLICY = "default-src 'none'; connect-src 'self'; img-src data:; form-action 'self'; "
