@@ -5556,7 +5556,7 @@ class BaseHandler(web.RequestHandler):
     def refuse_unknown(self) -> None:
         """Raise APIError 400 for a parameter that was not asked for, so that none is ignored."""
         for name in self._asked.keys() - self._known:
-            text = f"{printable(name)!r} is not known here: it may be {', '.join(self._known)}."
+            text = f"{printable(name)!r} is not known here: it may be {', '.join(sorted(self._known))}."
             raise APIError(400, text + nearest(name, self._known))
 
     def shown_hashes(self) -> list[str]:
@@ -6107,6 +6107,10 @@ class RelayHandler(BaseHandler):
                 task.cancel()
         if self._held:
             self._free()
+        if TAGS_FIELD in head.values:
+            sent = head.values[TAGS_FIELD][0].split(",", MAX_TAGS)[:MAX_TAGS]
+            tags = (shown_text(visit, tag.strip()) for tag in sent)
+            record.tags = [*record.tags, *filter(None, tags)]
         for end in gateway.rules.end:
             end(visit)
         record.path = shown_text(visit, visit.target.partition("?")[0])
@@ -6116,10 +6120,6 @@ class RelayHandler(BaseHandler):
             record.sent = {CLAUDE_FIELDS[n]: shown_text(visit, head.values[n][0]) for n in told}
         if gateway.real_keys.several:
             record.via = ",".join(record.upstream_keys)
-        if TAGS_FIELD in head.values:
-            sent = head.values[TAGS_FIELD][0].split(",", MAX_TAGS)[:MAX_TAGS]
-            tags = (shown_text(visit, tag.strip()) for tag in sent)
-            record.tags = [*record.tags, *filter(None, tags)]
         # No cycle is left for the garbage collector.
         self._upstream = self._inside = self._again = None
         gateway.active.discard(self)
@@ -6756,7 +6756,8 @@ class ReportHandler(ManagementHandler):
         merged = collections.defaultdict[Any, Tally](Tally)
         for names, tally in sums.items():
             merged[(*names[:-1], names[-1] if names[-1] in shown else OTHERS)].add(tally)
-        rows = [dict(zip(groups, n)) | dataclasses.asdict(tally) for n, tally in merged.items()]
+        used = [(names, tally) for names, tally in merged.items() if tally != Tally()]
+        rows = [dict(zip(groups, names)) | dataclasses.asdict(tally) for names, tally in used]
         for row in rows if "api_key" in groups else ():
             if key_found := ledger.keys.get(row["api_key"]):
                 row |= {"key_alias": key_found.key_alias, "key_name": key_found.key_name}
