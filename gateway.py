@@ -1576,7 +1576,6 @@ class Prices:
     def __init__(self, path: Path | None = None) -> None:
         self.path, self.loaded = path, False
         self._own, self._unknown = dict[str, Rates](), set[str]()
-        self.names: list[str] = []  # of the models that the package knows
         self._models, self._tiers = list[Any](), [0]  # tokens of a prompt above which rates differ
         self._found = functools.lru_cache(maxsize=1000)(self._find)
         self.reload()
@@ -1599,12 +1598,24 @@ class Prices:
             rates = [rate for each in models for rate in vars(each.get_prices(when)).values()]
             tiers = [tier.start for rate in rates for tier in getattr(rate, "tiers", ())]
             self._tiers, self._models = sorted({0, *tiers}), models
-            self.names = [each.id for each in models]
         except Exception as error:
             if not isinstance(error, ImportError):
                 log.exception("genai-prices cannot be used")
             self.available = bool(self._own)
         self.loaded = self.available
+
+    @property
+    def names(self) -> list[str]:
+        """The models that are known here."""
+        if self.available and not self.loaded:
+            self.load()
+        return [*self._own, *(each.id for each in self._models)]
+
+    def knows(self, pattern: str) -> bool:
+        """Whether a pattern may match a model that is known here."""
+        if any(fnmatch.fnmatchcase(name, pattern) for name in self.names):
+            return True
+        return any(each.is_match(pattern.partition("*")[0]) for each in self._models)
 
     def charge(self, measured: Measured, when: datetime) -> list[tuple[str, Tally]]:
         """What is billed of a response, as (model, counts and USD); see `charged_entries`."""
@@ -1807,6 +1818,8 @@ def parse_store(text: bytes, name: str) -> dict[str, Limited]:
                     raise ValueError("does not stand under a SHA-256")
             records[at] = kind.from_json(record)
             records[at].account.hashed = at
+            if kind.of in GROUPS and at != f"{kind.of}:{getattr(records[at], f'{kind.of}_id')}":
+                raise ValueError("stands under the name of another")
     except Exception as error:  # noqa: BLE001 - whatever Python says of what it cannot read
         raise SettingsError(f"{name}: damaged, {wrong}{error}; mend it or restore a copy") from None
     return records
@@ -6387,7 +6400,7 @@ class DeedHandler(ManagementHandler):
         await self.gateway.ledger.change(changes)
         kept = [record for record in changes.values() if record is not None]
         for record in kept:
-            self.note(record, action, body)
+            self.note(record, action, body if record is kept[-1] else {})
         row = key_row(kept[-1]) if isinstance(kept[-1], VirtualKey) else row_of(kept[-1])
         warnings = list(self.doubts(kept[-1], body))
         return row | ({"warnings": warnings} if warnings else {})
@@ -6405,11 +6418,11 @@ class DeedHandler(ManagementHandler):
 
     def doubts(self, record: Limited, body: Mapping[str, Any]) -> Iterator[str]:
         """What of a change is allowed, but hardly meant."""
-        known = self.gateway.prices.names
-        for pattern in {**dict.fromkeys(record.models), **record.model_max_budget} if known else ():
-            if pattern != ALL_TEAM_MODELS and not fnmatch.filter(known, pattern):
+        prices = self.gateway.prices
+        for pattern in {**dict.fromkeys(record.models), **record.model_max_budget}:
+            if prices.available and pattern != ALL_TEAM_MODELS and not prices.knows(pattern):
                 text = f"{printable(pattern)!r} matches no model that is known here."
-                yield text + nearest(pattern, known)
+                yield text + nearest(pattern, prices.names)
         most, soft = record.max_budget, record.soft_budget
         if most is not None and soft is not None and soft > most:
             yield "'soft_budget' is above 'max_budget', so it is never reached."
@@ -6434,6 +6447,11 @@ class DeedHandler(ManagementHandler):
 
     deeds: ClassVar[dict[str, Any]] = {"block": block, "reset_spend": reset_spend}
     deeds |= {"unblock": functools.partial(block, blocked=False)}
+
+
+# Where one of these is set, it is looked whether a key's routes and budgets go together.
+ROUTE_FIELDS = {"allowed_routes", "unmetered_routes", "max_budget", "model_max_budget"}
+ROUTE_FIELDS |= {"budget_limits", "team_id", "user_id"}
 
 
 class KeyHandler(DeedHandler):
@@ -6463,7 +6481,7 @@ class KeyHandler(DeedHandler):
                 raise APIError(400, "'key_alias' is taken by another key.")
             named = [pattern for pattern in key.allowed_routes if unmetered(pattern)]
             limited = any(of.has_budget for of in ledger.limited(key))
-            if named and limited and not key.unmetered_routes:
+            if named and limited and not key.unmetered_routes and ROUTE_FIELDS & body.keys():
                 what = f"'allowed_routes' names {named[0]}, whose cost a budget cannot count"
                 raise APIError(400, f"{what}: leave it out, or add 'unmetered_routes': true.")
         return cast(AnyLimited, key)
@@ -6548,7 +6566,7 @@ class GroupHandler(KeyHandler):
         name = NAME.parse(f"{kind}_id", body.pop(f"{kind}_id", None)) or secrets.token_hex(8)
         if (at := f"{kind}:{name}") in self.gateway.ledger.groups:
             raise APIError(400, f"'{kind}_id' is taken by another {kind}.")
-        makes_key = FLAG.parse("auto_create_key", body.pop("auto_create_key", kind == "user"))
+        makes_key = kind == "user" and FLAG.parse("", body.pop("auto_create_key", True))
         changes: dict[str, Limited | None] = {at: self.changed(GROUPS[kind](name), body)}
         key = self.chosen(None, None)
         if makes_key:
@@ -6564,7 +6582,7 @@ class GroupHandler(KeyHandler):
 
     async def delete_groups(self, body: dict[str, Any], kind: str) -> dict[str, Any]:
         """Delete ``team_ids`` or ``user_ids`` and their keys, which would be without limits."""
-        names = TEXTS.parse(f"{kind}_ids", body.get(f"{kind}_ids"))
+        names = list(dict.fromkeys(TEXTS.parse(f"{kind}_ids", body.get(f"{kind}_ids"))))
         found = [self.named({f"{kind}_id": name}, kind) for name in names]
         if not found:
             raise APIError(400, f"Name those to delete in '{kind}_ids'.")
@@ -6639,7 +6657,7 @@ class InfoHandler(ManagementHandler):
         if mine is not None and record is not mine:
             raise APIError(403, "A virtual key may ask about itself only.")
         if record is None:
-            record = self.addressed({"key": asked, "key_alias": alias})
+            record = self.addressed({"key": asked or None, "key_alias": alias})
         info = full_row(record, ledger)
         if hashed in record.retired:
             info["retired_until"] = record.retired[hashed]
