@@ -625,7 +625,7 @@ class GW:
             relay = self.app.settings["gateway"]
             self.active, self.held, self.store = relay.active, relay.held, relay.ledger
             self.lookout, self.exchanges = relay.batches, relay.client.requests
-            self.pool = relay.real_keys
+            self.pool, self.settings = relay.real_keys, relay.settings
 
     async def restart(self, upstream: str = "", **options: Any) -> None:
         await self.running.aclose()
@@ -709,47 +709,82 @@ as_process = started(process=True)
 # ─── Settings ─────────────────────────────────────────────────────────────────────────
 
 WRONG = ["--port=x", "--port=70000", "--idle-timeout=-1", "--idle-timeout=nan", "stray"]
-WRONG += [
-    "--logging=x",
-    "--connect-timeout=soon",
-    "--max-body-size=0",
-    "--upstream=ftp://x",
-    "--nonsense=1",
-]
-WRONG += ["--upstream=http://x:99999", "--upstream=https://user:pw@host"]
-WRONG += ["--upstream=api.anthropic.com", "--config=/nonexistent.conf"]
+WRONG += ["--logging=x", "--logging=basic_format", "--log-file-prefix=/nonexistent/log"]
+WRONG += ["--connect-timeout=soon", "--max-body-size=0", "--max-budget=nan", "--nonsense=1"]
+WRONG += ["--upstream=ftp://x", "--upstream=http://x:99999", "--upstream=https://user:pw@host"]
+WRONG += ["--upstream=api.anthropic.com", "--config=/nonexistent.conf", "--log-json=maybe"]
+WRONG += ["--budget-duration=1d", "--port"]
+
+
+def read(*options: str, **variables: str) -> gateway.Settings:
+    return gateway.read_settings(options, variables)
+
+
+def read_wrong(*options: str, **variables: str) -> str:
+    with pytest.raises(gateway.SettingsError) as wrong:
+        read(*options, **variables)
+    return str(wrong.value)
 
 
 def test_a_wrong_value_ends_the_start(tmp_path: Path) -> None:
+    for option in WRONG:
+        assert option.split("=")[0] in read_wrong(option)
+    for wrong in ("0d", "1y", "soon"):
+        assert wrong in read_wrong("--max-budget=5", f"--budget-duration={wrong}")
     (tmp_path / "folder").mkdir()
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        named = {"--keys=folder": "", "--address=999.1.1.1": "listen"}
-        named |= {f"--port={taken.getsockname()[1]}": "in use", "--nonsense=1": "--nonsense"}
-        for option, name in named.items():
-            assert name in failed_start(tmp_path, option), option
-    for option in WRONG:  # which all end it in the same way
-        with pytest.raises(gateway.SettingsError) as wrong:
-            gateway.read_settings([option], {})
-        assert option.split("=")[0] in str(wrong.value) and "\n" not in str(wrong.value), option
+        named = {"--keys=folder": "", "--address=999.1.1.1": "listen", "--log-json=maybe": "true"}
+        named |= {"--port=" + str(taken.getsockname()[1]): "in use", "--keys=none/k": "its folder"}
+        for option, said in named.items():
+            assert said in failed_start(tmp_path, option), option
 
 
-def test_a_config_file_is_read_and_the_command_line_wins(tmp_path: Path, start: Starter) -> None:
-    config = tmp_path / "gateway.conf"
-    config.write_text('keys = "other.json"\nidle_timeout = "nonsense"\n')
-    assert "config" in failed_start(tmp_path, f"--config={config}")
-    config.write_text('keys = "other.json"\nmax_body_size = 5\n')
-    process = start("mock", f"--config={config}", "--max-body-size=100")
-    assert (tmp_path / "other.json").exists()
-    key = process.new_key(resources="all")
-    for size, status in ((50, 405), (101, 413)):
-        answer = process.ask("POST", "/v1/files/x", key, content=b"x" * size)
-        assert answer.status_code == status
+def test_a_config_file_is_toml_between_the_command_line_and_variables(tmp_path: Path) -> None:
+    config = tmp_path / "gateway.toml"
+    lines = 'keys = "other.json"', "max-body-size = 5", "idle_timeout = 7", "xheaders = true"
+    config.write_text("\n".join([*lines, 'upstream = "http://b"', "log-file-num-backups = 2"]))
+    variables = {"ANTHROPIC_API_BASE": "http://c"}
+    for options, size in (([], 5), (["--max-body-size=100"], 100)):
+        chosen = read(*options, f"--config={config}", **variables)
+        assert (chosen.keys, chosen.xheaders) == (Path("other.json"), True)
+        assert (chosen.max_body_size, chosen.idle_timeout) == (size, 7)
+        assert chosen.upstream == "http://b", "the file wins over a variable"
+    wrong = {"idel_timeout = 1": "did you mean --idle-timeout?", "config = 'x'": "not an option"}
+    wrong |= {"port = '4000'": "port: is not a whole number", "xheaders = 1": "not a boolean"}
+    wrong |= {"keys = 3": "keys: is not a string", "port = true": "port", "port = ": "Invalid"}
+    wrong |= {"idle-timeout = -1": "--idle-timeout", "[port]": "port", "master_key = 'x'": "not an"}
+    for text, said in wrong.items():
+        config.write_text(text)
+        assert said in read_wrong(f"--config={config}"), text
+    assert "(did you mean --max-body-size?)" in read_wrong("--max-body-sise=1")
+    assert UNKNOWN_KEY not in read_wrong(f"--api-key={UNKNOWN_KEY}")
 
 
-def test_help_lists_the_options_and_the_first_lines_say_what_matters(start: Starter) -> None:
-    text = run(start.folder, "--help").stderr
-    for option in ("port", "upstream", "keys", "idle-timeout", "max-body-size"):
-        assert f"--{option}" in text
+def test_secrets_come_from_files_too(tmp_path: Path) -> None:
+    file, other = tmp_path / "secret", tmp_path / "other"
+    file.write_text(f" {MASTER_KEY}\n")
+    names = {"GATEWAY_MASTER_KEY": "master_key", "LITELLM_MASTER_KEY": "master_key"}
+    names |= {"ANTHROPIC_API_KEY": "api_key", "ANTHROPIC_AUTH_TOKEN": "auth_token"}
+    for name, field_name in names.items():
+        assert getattr(read(**{f"{name}_FILE": str(file)}), field_name) == MASTER_KEY
+        assert "leave one" in read_wrong(**{f"{name}_FILE": str(file), name: "sk-x"})
+    both = read(GATEWAY_MASTER_KEY="sk-1", GATEWAY_MASTER_KEY_NEXT_FILE=str(file))
+    assert both.master_key_next == MASTER_KEY and MASTER_KEY not in repr(both)
+    assert "No such file" in read_wrong(GATEWAY_MASTER_KEY_FILE=str(other))
+    for content, said in ((b" \n", "is empty"), (b"a b", "cannot carry"), (b"\xff", "decode")):
+        other.write_bytes(content)
+        assert said in read_wrong(GATEWAY_MASTER_KEY_FILE=str(other))
+    assert "needs GATEWAY_MASTER_KEY" in read_wrong(GATEWAY_MASTER_KEY_NEXT="sk-1")
+
+
+def test_help_and_version_go_to_stdout_and_the_first_lines_say_what_matters(start: Starter) -> None:
+    done = run(start.folder, "--port=1", "--help")
+    for name in ("port", "upstream", "keys", "idle-timeout", "max-body-size"):
+        assert f"--{name}" in done.stdout and not done.stderr
+    for each in dataclasses.fields(gateway.Settings):
+        for variable in each.metadata["variables"]:
+            assert variable in done.stdout
+    assert run(start.folder, "--version").stdout == f"gateway {gateway.__version__}\n"
     closed = start("https://api.anthropic.com/base")
     connect = f"export ANTHROPIC_BASE_URL={closed.url}/anthropic"
     for said in ("https://api.anthropic.com/base", "virtual keys are required", connect):
@@ -758,9 +793,106 @@ def test_help_lists_the_options_and_the_first_lines_say_what_matters(start: Star
     bare = start("http://localhost:1", "--keys=bare.json", variables={})
     for said in ("ANTHROPIC_API_KEY is set", "open to all", "no GATEWAY_MASTER_KEY is set"):
         assert said in bare.banner
-    for weak in ("sk-1234", "sk-short"):
-        weakly = {"LITELLM_MASTER_KEY": weak}
-        assert "weak" in start("mock", f"--keys={weak}.json", variables=weakly).banner
+    weakly = {"LITELLM_MASTER_KEY": "sk-1234", "GATEWAY_MASTER_KEY_NEXT": "sk-short"}
+    banner = start("mock", "--keys=weak.json", variables=weakly).banner
+    assert "the master key is weak" in banner and "the master key next is weak" in banner
+
+
+def test_with_log_json_every_line_is_json(start: Starter, tmp_path: Path) -> None:
+    process = start("mock", "--log-json")
+    assert process.stop() == 0
+    for line in (process.banner + process.popen.stdout.read() + process.log).splitlines():
+        assert json.loads(line).keys() == {"time", "level", "message"}
+    (tmp_path / "c.toml").write_text("log-json = true\nusage-days = 0")
+    for options in (["--log-json", "--port=x"], ["--config=c.toml"], ["--log-json", "--keys=x/y"]):
+        assert json.loads(failed_start(tmp_path, *options))["level"] == "critical"
+    (tmp_path / "keys.json").write_text("{broken")
+    assert "damaged" in json.loads(failed_start(tmp_path, "--log-json"))["message"]
+
+
+def test_without_tornado_one_line_says_so(tmp_path: Path) -> None:
+    told = {"capture_output": True, "text": True, "cwd": tmp_path}
+    done = subprocess.run([sys.executable, "-S", str(GATEWAY)], check=False, **told)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Tornado" in done.stderr
+
+
+def test_the_start_of_a_checkout_leaves_it_clean(start: Starter, tmp_path: Path) -> None:
+    git = functools.partial(subprocess.run, cwd=tmp_path, check=True, capture_output=True)
+    for name in (".gitignore", "keys.json", "gateway.py"):
+        shutil.copy(GATEWAY.parent / name, tmp_path)
+    git(["git", "init", "-q"])
+    (tmp_path / ".git/info/exclude").write_text("log-*.txt\n")  # this test's own
+    git(["git", "add", "."])
+    git(["git", "-c", "user.name=x", "-c", "user.email=x@x", "commit", "-qm", "x"])
+    process = start(program=[sys.executable, "gateway.py"])
+    assert "(0 in keys.local.json; POST /key/generate makes one)" in process.banner
+    assert process.lets_in(process.new_key()) and process.stop() == 0
+    assert git(["git", "status", "--porcelain"]).stdout == b""
+    assert len(json.loads((tmp_path / "keys.local.json").read_bytes())["keys"]) == 1
+    named = start("mock", "--keys=keys.json")
+    assert named.new_key() and named.stop() == 0, "where it is named it is used"
+    assert (tmp_path / "keys.json").read_bytes() != gateway.SHIPPED_KEYS
+
+
+NEXT_KEY, THIRD_KEY = "sk-next-0123456789abcdef", "sk-third-0123456789abcdef"
+
+
+async def test_sighup_reads_the_files_of_secrets_again(gw: GW, tmp_path: Path) -> None:
+    names = ("GATEWAY_MASTER_KEY", "GATEWAY_MASTER_KEY_NEXT", "ANTHROPIC_API_KEY")
+    variables = dict.fromkeys(DEFAULT_VARIABLES, "")
+    variables |= {f"{name}_FILE": str(tmp_path / name) for name in names}
+
+    def rewrite(*secrets: str) -> None:
+        for name, value in zip(names, secrets, strict=True):
+            (tmp_path / name).write_text(value)
+
+    async def masters() -> list[str]:
+        keys = (MASTER_KEY, NEXT_KEY, THIRD_KEY)
+        return [key for key in keys if (await gw.manage("/key/list", key=key)).status == 200]
+
+    rewrite(MASTER_KEY, NEXT_KEY, REAL_KEY)
+    await gw.restart(process=True, variables=variables)
+    assert await masters() == [MASTER_KEY, NEXT_KEY]
+    rewrite(NEXT_KEY, THIRD_KEY, REAL_KEY + "-2")
+    await asyncio.to_thread(gw.process.hang_up)
+    assert await masters() == [NEXT_KEY, THIRD_KEY]
+    assert (await gw.ask("GET /v1/models", key=NEXT_KEY)).status == 200
+    assert gw.up.arrived[-1].field("x-api-key") == [REAL_KEY + "-2"]
+    for wrong in ("", "a b"):
+        rewrite(MASTER_KEY, wrong, REAL_KEY)
+        await asyncio.to_thread(gw.process.hang_up, "not read again: ")
+        assert await masters() == [NEXT_KEY, THIRD_KEY]
+    assert gw.log.count("not read again") == 2 and "Traceback" not in gw.log
+
+
+async def test_master_keys_are_told_apart_masked_and_kept_from_upstream(tmp_path: Path) -> None:
+    chosen = gateway.Settings(master_key=MASTER_KEY, master_key_next="next-0123456789abcdef")
+    doors = gateway.Doors(chosen, gateway.FileLedger(tmp_path / "keys.json"))
+    told = {"": UNKNOWN_KEY, "master": MASTER_KEY, "master_next": chosen.master_key_next}
+    for name, key in told.items():
+        assert doors.is_master(gateway.hash_key(key)) == name
+        assert await doors.holds_key(f"/v1/{key}", ()) == bool(name)
+    doors.take_secrets(gateway.Settings(master_key=UNKNOWN_KEY))
+    assert [doors.is_master(gateway.hash_key(key)) for key in told.values()] == ["master", "", ""]
+    lines = gateway.LineFormatter(logging.Formatter())
+    lines.mask([chosen.master_key_next])
+    line = logging.makeLogRecord({"msg": f"it is {chosen.master_key_next}"})
+    assert lines.format(line) == "it is ********"
+
+
+@started(contact="Ann \\1, ann@example.org", api_key="")
+async def test_messages_name_whom_to_ask(gw: GW) -> None:
+    whom = gw.options["contact"]
+    assert f"{whom} must set" in error_of(await gw.ask("GET /v1/models", key=MASTER_KEY), 401)
+    await gw.manage("/key/block", {"key": gw.key})
+    assert f"Ask {whom} for another." in error_of(await gw.ask("GET /v1/models"), 401)
+    assert f"Ask {whom} for a key" in (await gw.ask("GET /")).text
+
+
+async def test_a_wrong_master_key_is_told_from_a_missing_one(gw: GW) -> None:
+    assert "No key was sent" in error_of(await gw.manage("/key/list", key=""), 401)
+    wrong = error_of(await gw.manage("/key/list", key=UNKNOWN_KEY), 401)
+    assert "is not the master key" in wrong and UNKNOWN_KEY not in wrong
 
 
 def listening_addresses(process: Process) -> set[str]:
@@ -813,7 +945,7 @@ def test_what_stands_beside_it_agrees() -> None:
     show = ["git", "show", "HEAD:keys.json"]
     shown = subprocess.run(show, cwd=GATEWAY.parent, capture_output=True, text=True, check=False)
     text = shown.stdout if shown.returncode == 0 else (GATEWAY.parent / "keys.json").read_text()
-    assert json.loads(text) == {"version": 1, "keys": {}}, "the committed file is an empty store"
+    assert text.encode() == gateway.SHIPPED_KEYS, "the committed file is an empty store"
 
 
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
@@ -5013,10 +5145,10 @@ async def test_real_keys_are_changed_by_their_file(gw: GW, tmp_path: Path) -> No
     for behind in ("", "\nc=sk-ant-another", "\nnonsense", f"\na={B}"):  # b's, by another name
         writes(0o600 if behind else 0o644, behind, c="c")
         with pytest.raises(gateway.SettingsError):
-            gw.pool.reload()
+            gw.pool.reload(gw.settings)
         assert await ring.shown() == before
     writes(b="b", a="renewed", c="c")
-    gw.pool.reload()
+    gw.pool.reload(gw.settings)
     after = await ring.shown()
     assert set(after) == set("abc") and after["b"] == before["b"]
     assert all(after["a"][each] == before["a"][each] for each in ("requests", "errors"))
@@ -5026,7 +5158,7 @@ async def test_real_keys_are_changed_by_their_file(gw: GW, tmp_path: Path) -> No
         await ring.message(session)
     assert {*ring.asked} == {"renewed", "c"}
     writes(a="renewed", c="c")
-    gw.pool.reload()
+    gw.pool.reload(gw.settings)
     ring.does.clear()
     assert (await ring.asks("GET /v1/files/x", key=key))[1] in ("renewed", "c")  # its home is gone
 
@@ -5035,7 +5167,7 @@ async def test_check_asks_each_real_key(gw: GW, tmp_path: Path) -> None:
     ring, told = Keyring(gw), {"ANTHROPIC_API_KEYS": several["api_keys"]}
     ring.does["b"] = refuses(401)
     told |= {"GATEWAY_MASTER_KEY": MASTER_KEY}
-    options = (f"--upstream={gw.up.url}", "--keys=other.json")
+    options = (f"--upstream={gw.up.url}", "--keys=other.json", "--port=0")
     text = await asyncio.to_thread(check, tmp_path, *options, status=1, **told)
     lines = [line for line in text.splitlines() if "accept" in line]
     for name, line in zip("abc", lines, strict=True):
@@ -6425,8 +6557,10 @@ async def test_stopping_lets_running_requests_end(gw: GW) -> None:
     assert await gw.is_alive()  # both parts are there
     gw.process.popen.send_signal(signal.SIGTERM)
     assert await idle.is_closed(), "an idle connection is closed at once"
-    with pytest.raises(OSError):
-        await asyncio.open_connection("127.0.0.1", gw.port)
+    error_of(refused := await gw.message(), 503)
+    assert refused.field("retry-after") and refused.field("connection") == ["close"]
+    assert (await gw.ask("GET /health/readiness")).json()["status"] == "shutting_down"
+    assert await gw.new_key(), "keys are managed until the end"
     probe.send(b"Host: x\r\n\r\n")
     answer = await probe.response()
     assert answer.status == 503 and answer.json()["status"] == "shutting_down"
@@ -6437,6 +6571,8 @@ async def test_stopping_lets_running_requests_end(gw: GW) -> None:
     release.set()
     assert await read_chunked(client.reader) == b"a\n\nb\n\n"
     assert gw.process.popen.wait(PATIENCE) == 0
+    with pytest.raises(OSError):
+        await asyncio.open_connection("127.0.0.1", gw.port)
 
 
 @started({"process": True, "drain_timeout": 0.2}, {"process": True, "drain_timeout": 600})
@@ -7393,9 +7529,11 @@ def check(folder: Path, *options: str, status: int, **variables: str) -> str:
 
 
 def test_check_tells_a_newcomer_what_is_well_and_what_is_not(tmp_path: Path) -> None:
-    options = ("--upstream=mock", "--port=4321")
+    with socket.create_server(("", 0)) as free:
+        port = free.getsockname()[1]
+    options = ("--upstream=mock", f"--port={port}")
     text = check(tmp_path, *options, status=0, **DEFAULT_VARIABLES)
-    url = "http://127.0.0.1:4321/anthropic"
+    url = f"http://127.0.0.1:{port}/anthropic"
     connect = (f"export ANTHROPIC_BASE_URL={url}", f'anthropic.Anthropic(base_url="{url}"')
     for said in ("accepts the real key", "genai-prices is installed", *connect):
         assert said in text
@@ -7403,16 +7541,29 @@ def test_check_tells_a_newcomer_what_is_well_and_what_is_not(tmp_path: Path) -> 
     (tmp_path / "keys.json").write_text("{broken")
     variables = {"GATEWAY_MASTER_KEY": "sk-1234", "ANTHROPIC_API_KEY": REAL_KEY}
     options = ("--upstream=http://127.0.0.1:9", "--certfile=none.pem")
-    text = check(tmp_path, *options, status=1, **variables)
+    text = check(tmp_path, "--port=0", *options, status=1, **variables)
     assert sum(line.startswith("FAIL") for line in text.splitlines()) == 4, text
     for said in ("damaged, not JSON", "weak", "--certfile", "refused the connection"):
         assert said in text
     assert REAL_KEY not in text
-    assert "set GATEWAY_MASTER_KEY" in check(tmp_path, "--upstream=mock", status=1)
+    assert "set GATEWAY_MASTER_KEY" in check(tmp_path, "--upstream=mock", "--port=0", status=1)
+
+
+def test_check_tells_of_another_gateway_and_of_a_port_that_is_taken(mocked: Process) -> None:
+    options = (f"--port={mocked.port}", "--upstream=mock")
+    text = check(mocked.folder, *options, status=1, **DEFAULT_VARIABLES)
+    assert f"cannot listen on port {mocked.port}: Address already in use; stop" in text
+    assert "keys.json: another gateway uses it; stop that one" in text
+    assert text.count("FAIL") == 2 and mocked.ask("GET", "/").status_code == 200
+    for path, status in ((f"{mocked.folder}/s", 0), (f"{mocked.folder}/none/s", 1)):
+        told = (f"--unix-socket={path}", "--upstream=mock", "--keys=new.json")
+        assert path in check(mocked.folder, *told, status=status, **DEFAULT_VARIABLES)
 
 
 async def test_check_asks_the_upstream_once(gw: GW, tmp_path: Path) -> None:
-    told = functools.partial(check, tmp_path, f"--upstream={gw.up.url}", "--keys=other.json")
+    told = functools.partial(
+        check, tmp_path, f"--upstream={gw.up.url}", "--keys=other.json", "--port=0"
+    )
     rows = {"200 OK": "accepts the real key", "401 Unauthorized": "not accepted"}
     for answer, said in {**rows, "404 Not Found": "is --upstream right?"}.items():
         gw.plays(answers(b"{}", answer))
