@@ -3976,7 +3976,7 @@ def test_results_url_becomes_relative() -> None:
 # ─── Record ───────────────────────────────────────────────────────────────────────────
 
 LOG_FIELDS = {*("time", "level", "call_id", "request_id", "key_alias", "key_name", "user", "tags")}
-LOG_FIELDS |= {"request_class", "prompt_id", "agent_type", "upstream_keys"}
+LOG_FIELDS |= {"request_class", "prompt_id", "agent_type", "upstream_keys", "error"}
 LOG_FIELDS |= {"session_id", "agent_id", "remote_ip", "method", "path", "status", "outcome"}
 LOG_FIELDS |= {"model", "input_tokens", "output_tokens", "cache_read_tokens", "cost", "estimated"}
 LOG_FIELDS |= {"cache_write_tokens", "time_to_first_byte", "duration", "bytes_in", "bytes_out"}
@@ -4009,9 +4009,44 @@ async def test_the_log_as_json_has_one_schema(gw: GW) -> None:
     assert 0 < served["time_to_first_byte"] <= served["duration"]
     assert datetime.fromisoformat(served["time"]).tzinfo
     assert refused["outcome"] == "refused:authentication_error"
-    assert refused["model"] is refused["key_name"] is None
+    assert refused["model"] is refused["key_name"] is served["error"] is None
+    assert refused["error"].startswith("Unknown API key.")
     for secret in (key, gateway.hash_key(key), "secret", "Hello, world"):
         assert secret not in gw.log
+
+
+async def test_who_is_refused_is_named_and_strangers_are_not_kept(gw: GW) -> None:
+    key, blocked = await gw.new_key(models=[HAIKU]), await gw.new_key(key_alias="left")
+    await gw.manage("/key/block", {"key": blocked})
+    error_of(await gw.message(blocked), 401)
+    line = gw.log.splitlines()[-1]
+    assert "left POST" in line and gateway.key_name(blocked) in line
+    error_of(await gw.message(UNKNOWN_KEY), 401)
+    assert HAIKU in error_of(await gw.message(key), 403)
+    gw.plays(answers({}, "404 Not Found"))
+    await gw.message()
+    answered, limited, named = await gw.rows()
+    assert answered["outcome"] == "upstream_error" and "error" not in answered
+    assert 0 < answered["time_to_first_byte"] <= answered["duration"]
+    assert limited["api_key"] == gateway.hash_key(key) and HAIKU in limited["error"]
+    assert named["key_alias"] == "left" and "blocked" in named["error"]
+    assert_nothing_is_held(gw.account(blocked))
+    assert (await gw.info(blocked))["last_active"] is None
+
+
+async def test_a_real_key_that_upstream_refuses_is_the_operators_business(gw: GW) -> None:
+    refusal = {"type": "error", "error": {"type": "authentication_error", "message": "invalid"}}
+    gw.plays(answers(refusal, "401 Unauthorized"))
+    await gw.message()
+    ready = await gw.ask("GET /health/readiness")
+    assert ready.status == 503 and ready.json()["status"] == "unhealthy"
+    assert ready.json()["upstreams"] == {"default": "refused"}
+    assert "real key default" in ready.json()["error"]
+    assert "ERROR real key default: refused" in gw.log and "set another" in gw.log
+    assert (await gw.rows())[0]["outcome"] == "upstream_error"
+    gw.plays(spends(1, 1))
+    await gw.message()
+    assert (await gw.ask("GET /health/readiness")).status == 200
 
 
 def test_the_log_goes_to_files_that_are_rotated(start: Starter) -> None:
@@ -6995,6 +7030,8 @@ async def test_what_was_spent_is_reported(gw: GW) -> None:
     assert [row["key_alias"] for row in of_bob] == ["bob"]
     by_id = await gw.manage(f"/spend/logs?request_id={row['litellm_call_id']}")
     assert by_id.json() == [row] and "tags=t1,t2,t3" in gw.log
+    own = (await gw.manage("/spend/logs", key=ann)).json()
+    assert {row["key_alias"] for row in own} == {"ann"} and len(own) == 3
     for path in ("/spend/keys", "/global/spend/report"):
         error_of(await gw.manage(path, key=ann), 403)
 
@@ -7108,6 +7145,7 @@ async def test_stopping_breaks_what_does_not_end_or_what_a_second_signal_hurries
         gw.process.popen.send_signal(signal.SIGINT)
     await until(lambda: gw.up.arrived[0].closed_at)
     assert gw.process.popen.wait(PATIENCE) == 0
+    assert " 200 stopped " in gw.log and "client_gone" not in gw.log
     json.loads(gw.keys.read_text())
 
 
