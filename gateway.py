@@ -4388,7 +4388,7 @@ MAX_LABELS = 1000  # keys, and keys with their models, that /metrics tells apart
 # Seconds; LiteLLM's buckets of its latency metrics.
 LATENCY_BUCKETS = [0.0005, 0.001, 0.0025, 0.005, 0.0125, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0]
 LATENCY_BUCKETS += [2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0]
-LOG_SIZE = 64 * MIB
+LOG_SIZE, LOG_FLAGS = 64 * MIB, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
 FILTERED = {"litellm_call_id", "request_id", "api_key", "user", "status", "startTime"}
 TIMINGS = ("total", "first_byte", "upstream", "overhead")
 LOG_LINE = log.makeRecord(log.name, logging.INFO, "relay", 0, "", (), None)
@@ -4511,11 +4511,8 @@ class RequestLog:
         self._recent = collections.deque[Record | bytes](maxlen=most)
         self._waiting = collections.deque[Record](maxlen=most)
         for name in (f"{path}.1", path) if path else ():
-            try:
-                with contextlib.suppress(FileNotFoundError), open(name, "rb") as file:
-                    self._recent.extend(file)
-            except OSError as error:
-                raise SettingsError(f"--request-log: {name}: {error.strerror}") from None
+            with contextlib.suppress(OSError), open(name, "rb") as file:
+                self._recent.extend(file)
 
     def append(self, record: Record) -> None:
         """Remember a request that is over."""
@@ -4542,27 +4539,23 @@ class RequestLog:
             rows, self._waiting = self._waiting, collections.deque(maxlen=self._waiting.maxlen)
             try:
                 await asyncio.to_thread(self._write, rows) if rows else None
-                self._error = "" if rows else self._error
+                self._error = ""
             except Exception as error:  # noqa: BLE001 - whatever it is, requests go on
                 rows.extend(self._waiting)
-                before, self._waiting, self._error = self._error, rows, str(error)
-                if self._error != before:
+                if str(error) != self._error:
                     log.error("the request log cannot be written: %s", error)
+                self._waiting, self._error = rows, str(error)
 
     def _write(self, rows: Iterable[Record]) -> None:
         data = b"".join(json.dumps(row.to_spend_log()).encode() + b"\n" for row in rows)
-        with open(self._path, "ab+", buffering=0, opener=open_private) as file:
-            if size := file.seek(0, os.SEEK_END):
+        descriptor = os.open(self._path, LOG_FLAGS, STORE_MODE)
+        with open(descriptor, "ab+", buffering=0) as file:
+            if size := file.tell():
                 file.seek(size - 1)
                 data = data if file.read(1) == b"\n" else b"\n" + data  # it was cut
             append_whole(file, data)
         if size + len(data) > LOG_SIZE:
             os.replace(self._path, f"{self._path}.1")
-
-
-def open_private(name: str, flags: int) -> int:
-    """An opener of files that the gateway's user alone may read; at no link."""
-    return os.open(name, flags | os.O_NOFOLLOW, STORE_MODE)
 
 
 @dataclass(slots=True)
@@ -8414,8 +8407,9 @@ def take_secrets(gateway: Gateway) -> None:
 async def serve(settings: Settings) -> None:
     """Run until SIGTERM or SIGINT; then refuse requests, let those under way end until all are
     `drained`, and break the rest. Raises SettingsError where it cannot start."""
-    if not settings.keys.absolute().parent.is_dir():
-        raise SettingsError(f"--keys={settings.keys}: its folder does not exist")
+    for name, file in (("keys", settings.keys), ("request-log", Path(settings.request_log))):
+        if not file.absolute().parent.is_dir():
+            raise SettingsError(f"--{name}={file}: its folder does not exist")
     application = make_app(start_mock(settings))
     gateway: Gateway = application.settings["gateway"]
     settings, server, drained = gateway.settings, Server(gateway, application), gateway.drained
