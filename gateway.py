@@ -8072,6 +8072,9 @@ PAGE_HEADERS |= {"Cache-Control": "no-cache", "X-Frame-Options": "DENY"}
 # ─── Stand-in ─────────────────────────────────────────────────────────────────────────────────────
 
 MOCK_MODELS = ("claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5")
+# Of names that Anthropic has given; and what Claude Code says of itself, not of its user.
+MOCK_KNOWN = re.compile(r"claude-(opus|sonnet|haiku|fable|mythos|3|instant)-.")
+MOCK_FRAME = re.compile(r"\s*(<(system-reminder|command-|local-command-)|$)")
 MOCK_TOKEN_INTERVAL = 0.02  # seconds between two deltas, about what a model does
 MOCK_MAX_TOKENS = 200  # what an echo is cut down to
 MOCK_KINDS = {402: "billing_error", 409: "conflict_error", 529: "overloaded_error"} | ERROR_TYPES
@@ -8146,6 +8149,7 @@ class MockAnthropic(web.RequestHandler):
                 message = self._reply(sent)
                 return mock_events(message) if sent.get("stream") is True else message
             case "POST", "v1", "messages", "count_tokens":
+                mock_check(str(sent.get("model")))
                 return {"input_tokens": mock_tokens(sent.get("messages"))}
             case "POST", "v1", "batches":
                 return self._make_batch(sent)
@@ -8184,13 +8188,9 @@ class MockAnthropic(web.RequestHandler):
         text = json.dumps(params)
         for name in re.findall('"file_id": "([^"]*)"', text):
             _ = self.things["files"][name]
-        if error := re.fullmatch("mock-error-([45][0-9]{2})", model):
-            told = MOCK_KINDS.get(int(error[1]), "api_error")
-            raise APIError(int(error[1]), "An error, as you asked.", kind=told)
-        content = dict_of(messages[-1]).get("content")
-        blocks = content if isinstance(content, list) else [{"text": content}]
-        said = [str(block.get("text") or "") for block in blocks if isinstance(block, dict)]
-        words = f"You said: {' '.join(said)}".split(" ")[: min(limit, MOCK_MAX_TOKENS)]
+        mock_check(model)
+        said = next(filter(None, map(mock_said, messages[::-1])), "")
+        words = f"You said: {said}".split(" ")[: min(limit, MOCK_MAX_TOKENS)]
         usage = JSONObject(input_tokens=mock_tokens(messages), output_tokens=len(words))
         cache = {"creation": 0, "read": 0}
         if "cache_control" in text:  # it is written the first time, then read
@@ -8231,6 +8231,24 @@ class MockAnthropic(web.RequestHandler):
 def mock_id(prefix: str) -> str:
     """An id that looks like Anthropic's."""
     return f"{prefix}_01{secrets.token_hex(11)}"
+
+
+def mock_check(model: str) -> None:
+    """Raise the APIError that a model's name asks for, or 404."""
+    if error := re.fullmatch("mock-error-([45][0-9]{2})", model):
+        told = MOCK_KINDS.get(int(error[1]), "api_error")
+        raise APIError(int(error[1]), "An error, as you asked.", kind=told)
+    if not MOCK_KNOWN.match(model):
+        raise APIError(404, f"model: {model}")
+
+
+def mock_said(message: object) -> str:
+    """What a user says in a message."""
+    content = dict_of(message).get("content")
+    blocks = content if isinstance(content, list) else [{"text": content}]
+    texts = [str(dict_of(block).get("text") or "") for block in blocks]
+    is_his = dict_of(message).get("role") == "user"
+    return " ".join(text for text in texts if is_his and not MOCK_FRAME.match(text))
 
 
 def mock_tokens(value: object) -> int:

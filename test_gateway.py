@@ -7414,6 +7414,28 @@ RAISED |= {409: "Conflict", 413: "APIStatus", 429: "RateLimit"}
 RAISED |= dict.fromkeys((500, 504, 529), "InternalServer")
 
 
+def test_the_stand_in_answers_the_user_not_his_tool(client: anthropic.Anthropic) -> None:
+    frame = "<system-reminder>\nAs it is.</system-reminder>"
+    commands = "<command-name>/x</command-name>", " <local-command-stdout>y</local-command-stdout>"
+    his = [{"type": "text", "text": text} for text in (frame, "say", *commands, "hi")]
+    result = {"type": "tool_result", "tool_use_id": "t", "content": "done"}
+    told: list[Any] = [{"role": "user", "content": "before"}, {"role": "user", "content": his}]
+    told += [{"role": "assistant", "content": "so"}, {"role": "user", "content": [result]}]
+    told += [{"role": "user", "content": frame}, {"role": "system", "content": "# Environment"}]
+    answer = client.messages.create(**MESSAGE | {"messages": told})
+    assert answer.content[0].text == "You said: say hi"
+    for model in ("claude-haiku-4-5", "claude-3-5-haiku-latest", "claude-opus-5-5[1m]"):
+        assert client.messages.create(**MESSAGE | {"model": model}).model == model
+    for model in ("gpt-5", "claude-opus", "xclaude-opus-5", "mock-error-200"):
+        for call in (client.messages.create, client.messages.count_tokens):
+            params = {"model": model, "messages": told}
+            params |= {"max_tokens": 9} if call == client.messages.create else {}
+            with pytest.raises(anthropic.NotFoundError) as caught:
+                call(**params)
+            error: Any = caught.value.body
+            assert error["error"] == {"type": "not_found_error", "message": f"model: {model}"}
+
+
 def test_sdk_errors(mocked: Process, virtual_key: str) -> None:
     for status, name in RAISED.items():
         with pytest.raises(getattr(anthropic, f"{name}Error")) as raised:
