@@ -1367,7 +1367,9 @@ def models_in(document: object, route: Route) -> Iterator[object]:
 MAX_NAMED = 20  # patterns that a refusal tells
 
 
-async def check_models(models: list[str], route: Route, document: Any, breathe: Breathe) -> None:
+async def check_models(
+    models: list[str], route: Route, document: Any, breathe: Breathe, of: str = "key"
+) -> None:
     """Raise APIError 403 unless every model that a body may reach is one of these patterns'."""
     checked: set[str] = set()
     for number, value in enumerate(models_in(document, route), start=1):
@@ -1379,7 +1381,7 @@ async def check_models(models: list[str], route: Route, document: Any, breathe: 
         if value is not None and model not in checked:
             checked.add(model)
             if not any(fnmatch.fnmatchcase(model, pattern) for pattern in models):
-                text = f"This key may not use the model {model_of(model)!r}; it may use"
+                text = f"This {of} may not use the model {model_of(model)!r}; it may use"
                 allowed = printable(", ".join(models[:MAX_NAMED]))
                 raise APIError(403, f"{text} {allowed}{', …' if models[MAX_NAMED:] else ''}.")
 
@@ -5061,21 +5063,49 @@ def too_large(limit: int) -> APIError:
 
 
 class Models(Rule):
-    """Which models a key may use."""
+    """Which models a key, its team and its user may use; the list of models has no others."""
 
     async def head(self, visit: Visit) -> None:
-        key = visit.caller.key
-        if key is not None and key.models and not visit.route.unread:
-            visit.reads_body = True
+        if not any(models_of(visit)):
+            return
+        visit.reads_body = visit.reads_body or not visit.route.unread
+        if visit.is_pooled and visit.route.fetches and visit.path.rstrip("/") == "/v1/models":
+            path, _, query = visit.target.partition("?")
+            asked = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+            if most := rows_asked(asked):  # else the upstream says what is wrong
+                told = urllib.parse.urlencode(asked | {"limit": MAX_ROWS_LISTED})
+                visit.target, backwards = f"{path}?{told}", bool(asked.get("before_id"))
+                visit.listing = functools.partial(self.list_usable, most=most, backwards=backwards)
+                visit.hidden |= hidden_of_list(visit.head)
 
     async def body(self, visit: Visit, body: Kept) -> None:
-        key, route = visit.caller.key, visit.route
-        if key is None or not key.models or route.unread:
-            return
-        document = await body.read(strictly=True, wholly=not route.open)
-        if not document and not (route.open or route.deletes):
-            raise APIError(403, "This key is limited to some models, and this request names none.")
-        await check_models(key.models, route, document, body.breathe)
+        route = visit.route
+        for of, models in () if route.unread else models_of(visit):
+            document = await body.read(strictly=True, wholly=not route.open)
+            if not document and not (route.open or route.deletes):
+                text = "is limited to some models, and this request names none."
+                raise APIError(403, f"This {of} {text}")
+            await check_models(models, route, document, body.breathe, of)
+
+    def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
+        if visit.listing is None or visit.route.kind or head.status != 200:
+            return ()
+        return (ResponseFilter(rewrite=functools.partial(visit.listing, visit)),)
+
+    async def list_usable(self, visit: Visit, body: bytes, *, most: int, backwards: bool) -> bytes:
+        """A page of those that may be used, of all."""
+        document = dict_of(read_json(body, Any))
+        rows = list_of(document.get("data"))
+        for _, models in models_of(visit):
+            rows = [r for r in rows if any(fnmatch.fnmatchcase(id_of(r), m) for m in models)]
+        shown = rows[-most:] if backwards else rows[:most]
+        return as_list(body, document, shown, len(rows) > most or document.get("has_more"))
+
+
+def models_of(visit: Visit) -> Iterator[tuple[str, list[str]]]:
+    """What limits its caller to some models, and to which."""
+    limited = (of for of in visit.accounts if of.models and ALL_TEAM_MODELS not in of.models)
+    return ((of.of, of.models) for of in limited)
 
 
 @functools.lru_cache(maxsize=256)
@@ -5095,9 +5125,11 @@ class Fields(Rule):
         unwanted = head.options
         if caller.own is None:
             unwanted |= {WORKSPACE_FIELD}
-            if visit.route.results_of or (visit.route.kind and not visit.route.name):
+            is_list = visit.listing or (visit.route.kind and not visit.route.name)
+            if visit.route.results_of or is_list:
                 unwanted |= {"range", "if-range"}  # of a part nobody can tell what it is
-        offered = head.values.get("accept-encoding") if visit.route.is_read else None
+        is_read = visit.route.is_read or visit.listing
+        offered = head.values.get("accept-encoding") if is_read else None
         for lower, _, name, line, goes_up, _ in head.fields:
             if not goes_up or lower in unwanted:
                 continue
@@ -5325,7 +5357,7 @@ class Walls(Rule):
             await self.judge_query(visit)
         if route.kind and not route.name and route.fetches:
             visit.listing = self.list_own
-            visit.hidden |= LIST_FIELDS | ({"content-length"} if head.method == "HEAD" else set())
+            visit.hidden |= hidden_of_list(head)
             if route.kind == "files":
                 await self.ask_by_ids(visit)
 
@@ -5582,6 +5614,11 @@ def id_of(row: object) -> str:
     """The id of an object; empty where it has none."""
     name = row.get("id") if isinstance(row, dict) else None
     return name if isinstance(name, str) else ""
+
+
+def hidden_of_list(head: RequestHead) -> set[str]:
+    """Fields of a list that tell of all rows."""
+    return LIST_FIELDS | ({"content-length"} if head.method == "HEAD" else set())
 
 
 def rows_asked(asked: Mapping[str, str]) -> int:
