@@ -5333,7 +5333,7 @@ class Walls(Rule):
         # Without walls, what a request names still tells where it has to go.
         looks = visit.is_pooled and visit.gateway.real_keys.several
         if key is not OPERATOR:
-            visit.hidden, visit.owner = IDENTITY_FIELDS, key.owner
+            visit.hidden, visit.owner = visit.hidden | IDENTITY_FIELDS, key.owner
         elif not looks:
             return
         has_walls = key.resources != "all"

@@ -6670,6 +6670,54 @@ async def test_models_of_a_team_and_a_key_both_hold(gw: GW) -> None:
     assert blind.status in (400, 403)
 
 
+async def test_the_list_of_models_has_those_that_may_be_used(gw: GW) -> None:
+    names = [f"claude-{kind}-{n}" for n in range(9) for kind in ("opus", "haiku", "sonnet")]
+    rows = [{"id": name, "type": "model", "max_tokens": 1.50} for name in names]
+
+    @gw.plays
+    async def lists(request: Arrived) -> None:
+        told = dict(urllib.parse.parse_qsl(request.target.partition("?")[2]))
+        body, coding = json.dumps(page_of(rows, told)).encode(), list[str]()
+        if "gzip" in "".join(request.field("accept-encoding")):
+            body, coding = gzip.compress(body), ["Content-Encoding: gzip"]
+        await request.answer(body, "200 OK", JSON_KIND, "ETag: x", *coding)
+
+    await grouped(gw, "team", models=["claude-haiku-*", "claude-opus-*"])
+    fields = ("Accept-Encoding: gzip, br", "Range: bytes=0-9", "If-Range: x")
+    for limits, kinds in (
+        ({"models": ["claude-haiku-*"]}, "haiku"),
+        ({"team_id": "g", "models": ["all-team-models"]}, "opus haiku"),
+        ({"team_id": "g", "models": ["claude-[os]*"]}, "opus"),
+        ({"models": ["gpt-*"]}, ""),
+    ):
+        client = await gw.client(await gw.new_key(**limits))
+        mine = [row for row in rows if row["id"].split("-")[1] in kinds.split()]
+        last = mine[-1]["id"] if mine else names[-1]
+        for told in ({}, {"limit": "4"}, {"limit": "4", "before_id": last}):
+            backwards, more = "before_id" in told, True
+            way, end = ("before_id", "first_id") if backwards else ("after_id", "last_id")
+            while more:
+                got = await client.ask(f"GET /v1/models?{urllib.parse.urlencode(told)}", *fields)
+                shown = json.loads(gzip.decompress(got.body))
+                assert shown == page_of(mine, told if mine else {}), (limits, told)
+                told[way], more = shown[end], shown["has_more"]
+        assert not got.field("etag")
+        (coding,), ranges = gw.up.arrived[-1].field("accept-encoding"), gw.up.arrived[-1]
+        assert coding == "gzip" and not ranges.field("range") + ranges.field("if-range")
+    head = await client.ask("HEAD /v1/models")
+    assert head.status == 200 and not head.field("etag") + head.field("content-length")
+    await client.ask("GET /v1/models/claude-opus-1?limit=4")
+    assert gw.up.arrived[-1].target == "/v1/models/claude-opus-1?limit=4"
+    own = (f"x-litellm-api-key: {client.key}", "x-api-key: sk-ant-own-0123456789")
+    for key, more in (("", own), (await gw.new_key(), ()), (MASTER_KEY, ())):
+        answer = await gw.ask("GET /v1/models?limit=4", *more, key=key)
+        assert answer.json() == page_of(rows, {"limit": "4"}) and answer.field("etag") == ["x"]
+    gw.plays(answers({"type": "error"}, "400 Bad Request"))
+    assert (await client.ask("GET /v1/models?limit=x")).json() == {"type": "error"}
+    gw.plays(says(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]"))
+    assert (await client.ask("GET /v1/models")).body == b"[]", "what is no list is left as it is"
+
+
 async def test_several_windows_count_and_end_by_themselves(gw: GW) -> None:
     gw.plays(PRICED)
     limits = [{"budget_duration": d, "max_budget": m} for d, m in (("1d", 0.02), ("1mo", 0.05))]
