@@ -5076,7 +5076,8 @@ class Models(Rule):
                 told = urllib.parse.urlencode(asked | {"limit": MAX_ROWS_LISTED})
                 visit.target, backwards = f"{path}?{told}", bool(asked.get("before_id"))
                 visit.listing = functools.partial(self.list_usable, most=most, backwards=backwards)
-                visit.hidden |= hidden_of_list(visit.head)
+                is_empty = visit.head.method == "HEAD"
+                visit.hidden |= LIST_FIELDS | ({"content-length"} if is_empty else set())
 
     async def body(self, visit: Visit, body: Kept) -> None:
         route = visit.route
@@ -5125,7 +5126,7 @@ class Fields(Rule):
         unwanted = head.options
         if caller.own is None:
             unwanted |= {WORKSPACE_FIELD}
-            is_list = visit.listing or (visit.route.kind and not visit.route.name)
+            is_list = visit.listing or visit.route.kind and not visit.route.name
             if visit.route.results_of or is_list:
                 unwanted |= {"range", "if-range"}  # of a part nobody can tell what it is
         is_read = visit.route.is_read or visit.listing
@@ -5357,7 +5358,7 @@ class Walls(Rule):
             await self.judge_query(visit)
         if route.kind and not route.name and route.fetches:
             visit.listing = self.list_own
-            visit.hidden |= hidden_of_list(head)
+            visit.hidden |= LIST_FIELDS | ({"content-length"} if head.method == "HEAD" else set())
             if route.kind == "files":
                 await self.ask_by_ids(visit)
 
@@ -5614,11 +5615,6 @@ def id_of(row: object) -> str:
     """The id of an object; empty where it has none."""
     name = row.get("id") if isinstance(row, dict) else None
     return name if isinstance(name, str) else ""
-
-
-def hidden_of_list(head: RequestHead) -> set[str]:
-    """Fields of a list that tell of all rows."""
-    return LIST_FIELDS | ({"content-length"} if head.method == "HEAD" else set())
 
 
 def rows_asked(asked: Mapping[str, str]) -> int:
@@ -8109,7 +8105,7 @@ PAGE_HEADERS |= {"Cache-Control": "no-cache", "X-Frame-Options": "DENY"}
 # ─── Stand-in ─────────────────────────────────────────────────────────────────────────────────────
 
 MOCK_MODELS = ("claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5")
-# Of names that Anthropic has given; and what Claude Code says of itself, not of its user.
+# Names as Anthropic's; what in a user's message is Claude Code's own, or nothing.
 MOCK_KNOWN = re.compile(r"claude-(opus|sonnet|haiku|fable|mythos|3|instant)-.")
 MOCK_FRAME = re.compile(r"\s*(<(system-reminder|command-|local-command-)|$)")
 MOCK_TOKEN_INTERVAL = 0.02  # seconds between two deltas, about what a model does
