@@ -2960,6 +2960,7 @@ UpstreamPhase = enum.StrEnum("UpstreamPhase", "IDLE ASKED ANSWERED SHUT")
 RequestPhase = enum.StrEnum("RequestPhase", "JUDGED FETCHED BEGUN DESERTED SETTLED")
 GatewayPhase = enum.StrEnum("GatewayPhase", "SERVING DRAINING STOPPED")
 C, U, R = ClientPhase, UpstreamPhase, RequestPhase  # of either side's connections, of relayed ones
+G = GatewayPhase
 STEPS: dict[str, tuple[enum.StrEnum, ...]] = {
     C.WAITING: (C.READING, C.LINGERING, C.GONE),  # for a request's head
     C.READING: (C.ANSWERING, C.DROPPING, C.LINGERING, C.GONE),  # whose answer is not over
@@ -2976,6 +2977,9 @@ STEPS: dict[str, tuple[enum.StrEnum, ...]] = {
     R.BEGUN: (R.DESERTED, R.SETTLED),  # its answer's head is sent
     R.DESERTED: (R.SETTLED,),  # the client left, and the answer is awaited all the same
     R.SETTLED: (),  # booked and logged
+    G.SERVING: (G.DRAINING,),
+    G.DRAINING: (G.STOPPED,),  # requests under way have some time to end
+    G.STOPPED: (),  # what has not ended is broken off
 }
 # ``phase = FOLLOWS[phase][next]`` is how one goes on; a KeyError is a mistake in this file.
 FOLLOWS: dict[str, dict[Any, Any]] = {each: dict(zip(then, then)) for each, then in STEPS.items()}
@@ -5923,6 +5927,8 @@ class BatchKeeper:
 class Gateway:
     """What all requests share; ``turn`` is whose large body is judged."""
 
+    phase = GatewayPhase.SERVING
+
     def __init__(self, settings: Settings, rules: Sequence[Rule] = RULES) -> None:
         self.settings = settings
         self.rules = Rules(rules)
@@ -5951,7 +5957,6 @@ class Gateway:
         self.started = now()
         self.sessions = Sessions()
         self.audit: collections.deque[dict[str, Any]] = collections.deque(maxlen=MAX_AUDITED)
-        self.phase = GatewayPhase.SERVING
         self.drained = asyncio.Event()
 
     async def close(self) -> None:
@@ -8373,14 +8378,14 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):  # a second one hurries
         loop.add_signal_handler(number, drained.set)
     booking.cancel()
-    gateway.phase = GatewayPhase.DRAINING
+    gateway.phase = FOLLOWS[gateway.phase][GatewayPhase.DRAINING]
     server.stop()
     deadline = gateway.time() + settings.drain_timeout
     while gateway.active and not drained.is_set() and (left := deadline - gateway.time()) > 0:
         log.info("stopping: %d requests under way, %.0f s left", len(gateway.active), left)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(drained.wait(), min(left, DRAIN_PROGRESS))
-    gateway.phase = GatewayPhase.STOPPED
+    gateway.phase = FOLLOWS[gateway.phase][GatewayPhase.STOPPED]
     server.close()
     await asyncio.sleep(0)  # the connections' ends reach their handlers
     for handler in list(gateway.active):  # which wait for the names of batches
