@@ -58,6 +58,7 @@ import gc
 import gzip
 import hashlib
 import hmac
+import io
 import ipaddress
 import itertools
 import json
@@ -2019,14 +2020,8 @@ class StoreFile:
         """Add lines and fsync, or leave the file as it was. Raises OSError as `write` does."""
         self._refuse_edit()
         with open(self.path, "ab", buffering=0) as file:
-            size, data = file.tell(), b"".join(line + b"\n" for line in lines)
             try:
-                while data:
-                    data = data[file.write(data) :]
-                os.fsync(file.fileno())
-            except BaseException:
-                file.truncate(size)
-                raise
+                append_whole(file, b"".join(line + b"\n" for line in lines))
             finally:
                 self._mark = mark_of(file.fileno())
         self._recover()
@@ -2050,6 +2045,18 @@ class StoreFile:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+
+def append_whole(file: io.FileIO, data: bytes) -> None:
+    """Write behind what a file has, and fsync, or leave it as it was."""
+    size = file.seek(0, os.SEEK_END)
+    try:
+        while data:
+            data = data[file.write(data) :]
+        os.fsync(file.fileno())
+    except BaseException:
+        file.truncate(size)
+        raise
 
 
 class Things:
@@ -4385,6 +4392,8 @@ MAX_LABELS = 1000  # keys, and keys with their models, that /metrics tells apart
 # Seconds; LiteLLM's buckets of its latency metrics.
 LATENCY_BUCKETS = [0.0005, 0.001, 0.0025, 0.005, 0.0125, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0]
 LATENCY_BUCKETS += [2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0]
+LOG_SIZE, LOG_FLAGS = 64 * MIB, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+FILTERED = {"litellm_call_id", "request_id", "api_key", "user", "status", "startTime"}
 TIMINGS = ("total", "first_byte", "upstream", "overhead")
 LOG_LINE = log.makeRecord(log.name, logging.INFO, "relay", 0, "", (), None)
 shown_word = functools.lru_cache(maxsize=1024)(word)  # most lines have the same
@@ -4495,6 +4504,62 @@ def log_record(record: Record) -> None:
     LOG_LINE.msg, LOG_LINE.created = record, time.time()
     for handler in logging.root.handlers:
         handler.handle(LOG_LINE)
+
+
+class RequestLog:
+    """The last ``most`` requests, and a file of all (empty: none), as rows of /spend/logs: read at
+    the start, written each second. At LOG_SIZE it becomes ".1", and what was ".1" is gone."""
+
+    def __init__(self, path: str, most: int) -> None:
+        self._path, self._error, self._saving = path, "", asyncio.Lock()
+        self._recent = collections.deque[Record | bytes](maxlen=most)
+        self._waiting = collections.deque[Record](maxlen=most)
+        for name in (f"{path}.1", path) if path else ():
+            with contextlib.suppress(OSError), open(name, "rb") as file:
+                self._recent.extend(file)
+
+    def append(self, record: Record) -> None:
+        """Remember a request that is over."""
+        self._recent.append(record)
+        if self._path:
+            self._waiting.append(record)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The newest first; a line that is damaged is passed over."""
+        for each in reversed(self._recent):
+            row = dict_of(read_json(each)) if isinstance(each, bytes) else each.to_spend_log()
+            if row.keys() >= FILTERED and isinstance(row["startTime"], str):
+                yield row
+
+    async def run(self) -> None:
+        """Save once a second, until cancelled."""
+        while True:
+            await asyncio.sleep(FLUSH_INTERVAL)
+            await self.save()
+
+    async def save(self) -> None:
+        """Write what is not written; what cannot be is tried again, as far as it is remembered."""
+        async with self._saving:
+            rows, self._waiting = self._waiting, collections.deque(maxlen=self._waiting.maxlen)
+            try:
+                await asyncio.to_thread(self._write, rows) if rows else None
+                self._error = ""
+            except Exception as error:  # noqa: BLE001 - whatever it is, requests go on
+                rows.extend(self._waiting)
+                if str(error) != self._error:
+                    log.error("the request log cannot be written: %s", error)
+                self._waiting, self._error = rows, str(error)
+
+    def _write(self, rows: Iterable[Record]) -> None:
+        data = b"".join(json.dumps(row.to_spend_log()).encode() + b"\n" for row in rows)
+        descriptor = os.open(self._path, LOG_FLAGS, STORE_MODE)
+        with open(descriptor, "ab+", buffering=0) as file:
+            if size := file.tell():
+                file.seek(size - 1)
+                data = data if file.read(1) == b"\n" else b"\n" + data  # it was cut
+            append_whole(file, data)
+        if size + len(data) > LOG_SIZE:
+            os.replace(self._path, f"{self._path}.1")
 
 
 @dataclass(slots=True)
@@ -5952,7 +6017,8 @@ class Gateway:
         self.origin, self.base_path = parse_upstream(settings.upstream)
         self.host_line = f"Host: {self.origin.authority}"
         self.traffic = Traffic()
-        self.recent: collections.deque[Record] = collections.deque(maxlen=settings.recent_requests)
+        path = settings.request_log or f"{os.path.realpath(settings.keys)}.requests"
+        self.recent = RequestLog("" if path == "none" else path, settings.recent_requests)
         self.active: set[RelayHandler] = set()
         self.started = now()
         self.sessions = Sessions()
@@ -5963,6 +6029,7 @@ class Gateway:
         """Write what is not written, and free all."""
         self.alerts.close()
         self.client.close()
+        await self.recent.save()
         await self.ledger.close()
 
 
@@ -6804,9 +6871,7 @@ class InfoHandler(ManagementHandler):
         self.refuse_unknown()
         hashed = shown if not shown or HASH.fullmatch(shown) else hash_key(shown)
         gateway, owned = self.gateway, {mine.account.hashed, *mine.retired} if mine else set()
-        rows: Iterable[dict[str, Any]] = (
-            record.to_spend_log() for record in reversed(gateway.recent)
-        )
+        rows: Iterable[dict[str, Any]] = gateway.recent.rows()
         if status == UNDER_WAY:
             rows = [handler._visit.record.to_spend_log() for handler in gateway.active]
         found = (
@@ -8337,8 +8402,9 @@ def take_secrets(gateway: Gateway) -> None:
 async def serve(settings: Settings) -> None:
     """Run until SIGTERM or SIGINT; then refuse requests, let those under way end until all are
     `drained`, and break the rest. Raises SettingsError where it cannot start."""
-    if not settings.keys.absolute().parent.is_dir():
-        raise SettingsError(f"--keys={settings.keys}: its folder does not exist")
+    for name, file in (("keys", settings.keys), ("request-log", Path(settings.request_log))):
+        if not file.absolute().parent.is_dir():
+            raise SettingsError(f"--{name}={file}: its folder does not exist")
     application = make_app(start_mock(settings))
     gateway: Gateway = application.settings["gateway"]
     settings, server, drained = gateway.settings, Server(gateway, application), gateway.drained
@@ -8349,7 +8415,7 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, signals.put_nowait, number)
     booking = asyncio.create_task(gateway.batches.run())
-    saving = asyncio.create_task(gateway.ledger.run())
+    saving = [asyncio.create_task(each.run()) for each in (gateway.ledger, gateway.recent)]
     announce(gateway, 0 if settings.unix_socket else sockets[0].getsockname()[1])
     await loop.run_in_executor(None, gateway.prices.load)
     favour_the_loop()
@@ -8382,7 +8448,8 @@ async def serve(settings: Settings) -> None:
         handler.settle("client_gone")
     await gateway.close()
     log.info("stopped")
-    saving.cancel()
+    for task in saving:
+        task.cancel()
     if settings.unix_socket:
         Path(settings.unix_socket).unlink(missing_ok=True)
 

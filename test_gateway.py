@@ -736,6 +736,7 @@ def test_a_wrong_value_ends_the_start(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         named = {"--keys=folder": "", "--address=999.1.1.1": "listen", "--log-json=maybe": "true"}
         named |= {"--port=" + str(taken.getsockname()[1]): "in use", "--keys=none/k": "its folder"}
+        named |= {"--request-log=none/k": "its folder"}
         for option, said in named.items():
             assert said in failed_start(tmp_path, option), option
 
@@ -7166,6 +7167,66 @@ async def test_what_was_spent_is_reported(gw: GW) -> None:
     assert {row["key_alias"] for row in own} == {"ann"} and len(own) == 3
     for path in ("/spend/keys", "/global/spend/report"):
         error_of(await gw.manage(path, key=ann), 403)
+
+
+@as_process
+async def test_what_was_asked_is_told_after_a_kill_and_a_full_disk(gw: GW) -> None:
+    file, gone = gw.keys.with_name("keys.json.requests"), gw.keys.with_name("keys.json.requests.1")
+    gw.plays(spends(1000, 500))
+    for tag in ("first", "second\ud800".encode("utf-8", "replace").decode()):
+        assert (await gw.ask("POST /v1/messages", f"x-litellm-tags: {tag}", body=MESSAGE)).status
+    await until(lambda: file.exists() and file.read_bytes().count(b"\n") == 2)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600 and "Hello" not in file.read_text()
+    limit(gw.process, resource.RLIMIT_FSIZE, before := file.stat().st_size + 9)  # a part of a line
+    await gw.ask("POST /v1/messages", "x-litellm-tags: third", body=MESSAGE)
+    await until(lambda: "the request log cannot be written" in gw.log)
+    assert file.stat().st_size == before - 9
+    limit(gw.process, resource.RLIMIT_FSIZE, resource.RLIM_INFINITY)
+    await until(lambda: file.read_bytes().count(b"\n") == 3)
+    rows = await gw.rows()
+    assert [row["request_tags"][0][:6] for row in rows] == ["third", "second", "first"]
+    gw.process.kill()
+    gone.write_bytes(file.read_bytes().replace(b'"first"', b'"older"'))
+    with file.open("ab") as opened:
+        opened.write(b'{}\n[1]\n\xff\n{"startTime": 1}\n' + gone.read_bytes()[:99])  # it was cut
+    await gw.restart()
+    assert await gw.rows() == rows + [*rows[:2], rows[2] | {"request_tags": ["older"]}]
+    mine = (await gw.manage("/spend/logs?limit=9", key=gw.key)).json()
+    assert mine[:3] == rows, "a key's holder is told of it too"
+    await gw.ask("POST /v1/messages", "x-litellm-tags: last", body=MESSAGE)
+    assert gw.process.stop() == 0
+    last = json.loads(file.read_bytes().splitlines()[-1])
+    assert last["request_tags"] == ["last"], (
+        "what waits is written at the end, in a line of its own"
+    )
+
+
+async def test_the_request_log_is_rotated_and_no_link(
+    gw: GW, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, gone = gw.keys.with_name("log"), gw.keys.with_name("log.1")
+    for path in ("none", str(file)):
+        await gw.restart(request_log=path)
+        await gw.ask("GET /v1/models")
+        await gw.app.settings["gateway"].recent.save()
+        assert file.exists() == (path != "none"), path
+    assert not gw.keys.with_name("keys.json.requests").exists() and len(await gw.rows()) == 1
+    monkeypatch.setattr(gateway, "LOG_SIZE", 10)
+    await gw.ask("GET /v1/models/a")
+    await gw.restart(request_log=str(file))
+    assert not file.exists() and gone.read_bytes().count(b"\n") == 2
+    paths = [row["api_base"] for row in await gw.rows()]
+    assert paths == ["/v1/models/a", "/v1/models"]
+    file.symlink_to(gone)
+    await gw.ask("GET /v1/models/b")
+    for _ in range(2):
+        await gw.app.settings["gateway"].recent.save()
+    assert gw.log.count("the request log cannot be written") == 1 and len(await gw.rows()) == 3
+    file.unlink()
+    await gw.app.settings["gateway"].recent.save()
+    assert b"/v1/models/b" in gone.read_bytes()
+    await gw.restart(request_log=str(file), recent_requests=1)
+    assert [row["api_base"] for row in await gw.rows()] == ["/v1/models/b"]
 
 
 async def test_a_flood_of_wrong_keys_or_of_tags_leaves_little(gw: GW) -> None:
