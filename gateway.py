@@ -37,6 +37,7 @@ if __name__ == "__main__":  # until the files can be read again, SIGHUP must not
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 import asyncio
+import base64
 import bisect
 import calendar
 import collections.abc
@@ -78,7 +79,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypedDict, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, Self, TypedDict, TypeVar, cast
 
 import tornado
 from tornado import httputil, netutil, web
@@ -137,6 +138,9 @@ class Settings:
     usage_days: int = option(90, "days for which usage is kept", least=1)
     recent_requests: int = option(10_000, "requests that /spend/logs remembers", least=1)
     budget_warnings: str = option("0.75,0.95", "parts of a budget whose passing is told")
+    max_budget: float = option(0.0, "USD that all may spend together; 0: any", least=0)
+    contact: str = option("whoever runs the gateway", "whom messages tell to ask")
+    budget_duration: str = option("", "its window, as 1d or 1mo; by default it is for ever")
     alert_webhook: str = option("", "URL to POST alerts to, as JSON", "GATEWAY_ALERT_WEBHOOK")
     unix_socket: str = option("", "Unix socket, for a proxy on this machine, instead of a port")
     certfile: str = option("", "PEM file of certificates to serve TLS with; read again on SIGHUP")
@@ -419,6 +423,11 @@ class Tally:
         self.web_searches += other.web_searches
         self.spend += other.spend
 
+    def subtract(self, other: Tally) -> None:
+        """Take another tally out."""
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) - getattr(other, name))
+
     @property
     def written(self) -> int:
         """Tokens written to the cache."""
@@ -566,25 +575,28 @@ def word(text: str) -> str:
 
 @dataclass(slots=True)
 class Batch:
-    """A batch that a key made: its UTC day, ``lines`` booked, USD held for the rest, by budget."""
+    """A batch that a key made: its UTC day, ``lines`` booked, USD held for the rest, by budget; of
+    its key's team, user and gateway ``beside``, by what these are kept under."""
 
     day: str
     lines: int = 0
     held: dict[str, Decimal] = field(default_factory=dict)
     booked: bool = False
+    beside: dict[str, dict[str, Decimal]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         datetime.fromisoformat(self.day)
         exactly(int, self.lines)
         exactly(bool, self.booked)
-        self.held = {pattern: read_decimal(amount) for pattern, amount in self.held.items()}
+        for amounts in (self.held, *self.beside.values()):
+            amounts |= {name: read_decimal(amount) for name, amount in amounts.items()}
 
 
 @dataclass(slots=True)
 class Account:
     """What a key has used and has under way, one for all versions of its record. ``windows`` are by
-    a budget's pattern, ``buckets`` its limits a minute of "requests" and "tokens"; ``hashed`` is
-    what the key is kept under now. Of its large bodies one at a time is judged: it has the turn."""
+    a budget's name, ``buckets`` its limits a minute of "requests" and "tokens"; ``hashed`` is what
+    the record is kept under now. Of its large bodies one at a time is judged: it has the turn."""
 
     windows: dict[str, Window] = field(default_factory=lambda: collections.defaultdict(Window))
     usage: Usage = field(default_factory=Usage)
@@ -602,6 +614,32 @@ class ModelBudget:
 
     budget_limit: Decimal
     time_period: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class WindowBudget:
+    """One of several budgets for all models: USD in each window."""
+
+    budget_duration: str
+    max_budget: Decimal
+
+
+class Budget(NamedTuple):
+    """A budget as it is counted: the name of its `Window`, what models it is for (ALL_MODELS, or a
+    pattern), USD (None: any) and the window (None: for ever)."""
+
+    name: str
+    pattern: str
+    limit: Decimal | None
+    duration: str | None
+
+    def is_for(self, model: str) -> bool:
+        """Whether what a model costs counts; of one that is not known all does."""
+        return not (model and self.pattern) or fnmatch.fnmatchcase(model, self.pattern)
+
+    def end(self, moment: datetime) -> datetime | None:
+        """When its present window ends."""
+        return window(self.duration, moment)[1] if self.duration else None
 
 
 def shown(value: Any, amount: Callable[[Decimal], float | str] = float) -> Any:
@@ -667,7 +705,19 @@ def read_budgets(value: Any, amount: Callable[[Any], Decimal] = read_amount) -> 
     return budgets
 
 
+def read_windows(value: Any, amount: Callable[[Any], Decimal] = read_amount) -> list[Any]:
+    """LiteLLM's ``[{"budget_duration": "1d", "max_budget": USD}]``, each window once."""
+    budgets = [
+        WindowBudget(**row | {"max_budget": amount(row["max_budget"])})
+        for row in exactly(list, value)
+    ]
+    if len({window(budget.budget_duration, EPOCH)[1] for budget in budgets}) < len(budgets):
+        raise ValueError
+    return budgets
+
+
 load_budgets = functools.partial(read_budgets, amount=read_decimal)  # as the file has them
+load_windows = functools.partial(read_windows, amount=read_decimal)
 NAME = Kind("a string", functools.partial(exactly, str), str)
 TEXT = Kind("a string", lambda value: exactly(str, value) or None)
 FLAG = Kind("true or false", functools.partial(exactly, bool), bool)
@@ -679,76 +729,132 @@ ROUTES = Kind("paths from '/', with '*' for any text", lambda value: read_texts(
 LIMIT = Kind("a whole number from 0 up", lambda value: int(read_amount(exactly(int, value))))
 AMOUNT = Kind("a number of USD from 0 up", read_amount)
 BUDGETS = Kind("{model: {'budget_limit': USD, 'time_period': '30d'}}", read_budgets, dict)
+WINDOWS = Kind("[{'budget_duration': '1d', 'max_budget': USD}]", read_windows, list)
 WINDOW = Kind("a length of time above zero, like '30d'", read_window)
 MOMENT = Kind("a time", from_iso)
 LIFETIME = Kind("a length of time like '30d', ending by 9999", lambda value: later(now(), value))
 RETIRED = Kind("times", lambda row: {old: from_iso(end) for old, end in row.items()}, dict)
 
 
-def kept(kind: Kind, load: Any = None, *, settable: bool = True, shown: bool = True) -> Any:
-    """A field of a key: what reads it of the file; whether callers set it, and answers show it."""
+def kept(kind: Kind, help: str = "", load: Any = None, *, shown: bool = True) -> Any:
+    """A field of a record: what reads it of the file; callers set what has a ``help`` for them, and
+    answers show it."""
     filed = kind._replace(read=load or kind.read)
-    marks = {"kept": filed, "settable": settable and kind, "shown": shown and kind}
+    marks = {"kept": filed, "settable": help and kind, "shown": shown and kind, "help": help}
     return field(default_factory=kind.empty, metadata=marks)
 
 
-class Fullness(NamedTuple):
-    """How full a budget is: the ``part`` of it, and USD, that is spent in its ``window``."""
+EVERY = "every "  # begins the names of the windows of `WindowBudget`
 
-    part: Decimal
-    spent: Decimal
-    limit: Decimal
-    window: tuple[datetime, datetime] | None
+
+@dataclass(slots=True, kw_only=True)
+class Limited:
+    """What limits a key, and a team, a user or the whole gateway over all keys of theirs; the names
+    of fields are LiteLLM's. Budgets are USD, None is no limit."""
+
+    of: ClassVar[str] = "gateway"
+    named_by: ClassVar[tuple[str, ...]] = ()  # the last is always there
+
+    models: list[str] = kept(TEXTS, "models it may use, '*' for any text; none: all")
+    rpm_limit: int | None = kept(LIMIT, "requests a minute")
+    tpm_limit: int | None = kept(LIMIT, "tokens a minute")
+    max_parallel_requests: int | None = kept(LIMIT, "requests at a time")
+    max_budget: Decimal | None = kept(AMOUNT, "USD it may spend", read_decimal)
+    budget_duration: str | None = kept(WINDOW, "window of max_budget, as 1d, 7d, 1mo; none: ever")
+    budget_limits: list[WindowBudget] = kept(WINDOWS, "more budgets, a window each", load_windows)
+    soft_budget: Decimal | None = kept(AMOUNT, "USD at which the operator is told", read_decimal)
+    model_max_budget: dict[str, ModelBudget] = kept(BUDGETS, "budgets of models", load_budgets)
+    metadata: dict[str, Any] = kept(OBJECT, "whatever you like to note")
+    blocked: bool = kept(FLAG, "refuse it")
+    created_at: datetime | None = kept(MOMENT)
+    updated_at: datetime | None = kept(MOMENT)
+    created_by: str | None = kept(TEXT)
+    updated_by: str | None = kept(TEXT)
+    account: Account = field(default_factory=Account)
+    budgets: tuple[Budget, ...] = field(init=False, compare=False)  # that of the spend first
+    has_budget: bool = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        budgets = [Budget(ALL_MODELS, ALL_MODELS, self.max_budget, self.budget_duration)]
+        for each in self.budget_limits:
+            length = each.budget_duration
+            budgets.append(Budget(EVERY + length, ALL_MODELS, each.max_budget, length))
+        for pattern, row in self.model_max_budget.items():
+            budgets.append(Budget(pattern, pattern, row.budget_limit, row.time_period))
+        self.budgets = tuple(budgets)
+        self.has_budget = any(budget.limit is not None for budget in budgets)
+
+    @property
+    def shown_name(self) -> str:
+        """What it is called in a log line."""
+        names = (getattr(self, name) for name in self.named_by)
+        return printable(next(filter(None, names), self.of))
+
+    def status(self, moment: datetime) -> str:
+        """LiteLLM's word: ``revoked`` (blocked) or ``active``."""
+        return "revoked" if self.blocked else "active"
+
+    def spent(self, moment: datetime, budget: Budget | None = None) -> Decimal:
+        """USD spent in the present window of a budget, by default that of ``max_budget``."""
+        name, _, _, duration = budget or self.budgets[0]
+        return self.account.windows[name].spent(window_start(duration, moment))
+
+    def to_json(self) -> dict[str, Any]:
+        """The line's object, as `written` writes it, without usage and what says nothing."""
+        used, record = self.account, {n: getattr(self, n) for n in MARKED[self.of, "kept"]}
+        spent = {p: [w.start, w.spend] for p, w in used.windows.items() if w.spend}
+        record["spend_window"], record["spend"] = spent.pop(ALL_MODELS, (None, None))
+        record |= {"model_spend": spent, "last_active": used.last_active, "batches": used.batches}
+        said = {n: value for n, value in record.items() if value or type(value) in (int, Decimal)}
+        return {name: record[name] for name in self.named_by[-1:]} | said
+
+    @classmethod
+    def from_json(cls, record: Any) -> Self:
+        """Read it back, which uses the object up. Raises APIError, or whatever Python does."""
+        if not isinstance(record, dict) or not record.keys() >= {*cls.named_by[-1:]}:
+            raise ValueError(f"is not an object with a {cls.named_by[-1:]}")
+        take = record.pop
+        take("mean_output", None)  # version 1.0 wrote it
+        used = Account(usage=Usage(take("usage", {})))
+        used.last_active = MOMENT.parse("last_active", take("last_active", None))
+        spent = {ALL_MODELS: [take("spend_window", ""), take("spend", 0)]}
+        for name, (start, spend) in (spent | take("model_spend", {})).items():
+            used.windows[name] = Window(exactly(str, start), read_decimal(spend))
+        for name, row in take("batches", {}).items():  # version 1.0 wrote ``[day, lines]``
+            batch = used.batches[name] = Batch(*row) if isinstance(row, list) else Batch(**row)
+            for budget, amount in batch.held.items():
+                used.windows[budget].held += amount
+        return cls(**read_fields(record, MARKED[cls.of, "kept"]), account=used)
 
 
 @dataclass(slots=True)
-class VirtualKey:
-    """One line of keys.json: what a key is and may do; the names are LiteLLM's. Budgets are USD,
-    None is no limit. ``unmetered_routes`` lets it spend where the gateway cannot count, ``retired``
-    has its former hashes and until when they work, ``resources`` whose things it reaches (REACHES),
-    ``owner_id`` what its own are kept under, ``home`` the real key under which they are made."""
+class VirtualKey(Limited):
+    """One line of keys.json: what a key is and may do. ``unmetered_routes`` lets it spend where the
+    gateway cannot count, ``retired`` has its former hashes and until when they work, ``resources``
+    whose things it reaches (REACHES), ``owner_id`` what its own are kept under, ``home`` the real
+    key under which they are made."""
 
-    key_name: str = kept(NAME, settable=False)
-    key_alias: str | None = kept(TEXT)
-    user_id: str | None = kept(TEXT)
-    team_id: str | None = kept(TEXT)
-    resources: str = kept(REACH)
-    home: str | None = kept(TEXT)
-    owner_id: str = kept(NAME, settable=False, shown=False)
-    models: list[str] = kept(TEXTS)
-    allowed_routes: list[str] = kept(ROUTES, read_texts)
-    unmetered_routes: bool = kept(FLAG)
-    rpm_limit: int | None = kept(LIMIT)
-    tpm_limit: int | None = kept(LIMIT)
-    max_parallel_requests: int | None = kept(LIMIT)
-    max_budget: Decimal | None = kept(AMOUNT, read_decimal)
-    soft_budget: Decimal | None = kept(AMOUNT, read_decimal)
-    budget_duration: str | None = kept(WINDOW)
-    model_max_budget: dict[str, ModelBudget] = kept(BUDGETS, load_budgets)
-    metadata: dict[str, Any] = kept(OBJECT)
-    tags: list[str] = kept(TEXTS)
-    blocked: bool = kept(FLAG)
-    expires: datetime | None = kept(MOMENT, settable=False)
-    created_at: datetime | None = kept(MOMENT, settable=False)
-    updated_at: datetime | None = kept(MOMENT, settable=False)
-    deleted_at: datetime | None = kept(MOMENT, settable=False, shown=False)
-    retired: dict[str, datetime] = kept(RETIRED, settable=False, shown=False)
-    account: Account = field(default_factory=Account)
+    of = "key"
+    named_by = ("key_alias", "key_name")
+
+    key_name: str = kept(NAME)
+    key_alias: str | None = kept(TEXT, "a name, which no other key has")
+    user_id: str | None = kept(TEXT, "whose it is")
+    team_id: str | None = kept(TEXT, "of which team")
+    resources: str = kept(REACH, "whose files, batches … it reaches: own, team or all")
+    home: str | None = kept(TEXT, "the real key for what it makes; given by itself")
+    owner_id: str = kept(NAME, shown=False)
+    allowed_routes: list[str] = kept(ROUTES, "paths it may call, '*' for any text", read_texts)
+    unmetered_routes: bool = kept(FLAG, "call what cannot be counted, though it has a budget")
+    tags: list[str] = kept(TEXTS, "what its requests are counted under, too")
+    expires: datetime | None = kept(MOMENT)
+    deleted_at: datetime | None = kept(MOMENT, shown=False)
+    retired: dict[str, datetime] = kept(RETIRED, shown=False)
 
     @property
     def owner(self) -> str:
         """The name under which its things are kept; it stays when the key is regenerated."""
         return self.owner_id or self.account.hashed
-
-    @property
-    def has_budget(self) -> bool:
-        """Whether money limits it."""
-        return self.max_budget is not None or bool(self.model_max_budget)
-
-    @property
-    def shown_name(self) -> str:
-        """What the key is called in a log line."""
-        return printable(self.key_alias or self.key_name)
 
     def status(self, moment: datetime) -> str:
         """LiteLLM's word: ``deleted``, ``revoked`` (blocked), ``expired`` or ``active``."""
@@ -756,72 +862,61 @@ class VirtualKey:
             return "deleted" if self.deleted_at else "revoked"
         return "expired" if self.expires and moment >= self.expires else "active"
 
-    def budget(self, pattern: str = ALL_MODELS) -> tuple[Decimal | None, str | None]:
-        """USD (None: any) and the window (None: for ever) of the key's budget, or of a model's."""
-        if not pattern:
-            return self.max_budget, self.budget_duration
-        return (budget := self.model_max_budget[pattern]).budget_limit, budget.time_period
 
-    def spent(self, moment: datetime, pattern: str = ALL_MODELS) -> Decimal:
-        """USD spent in the present window of the key's budget, or of a model's."""
-        duration = self.model_max_budget[pattern].time_period if pattern else self.budget_duration
-        return self.account.windows[pattern].spent(window_start(duration, moment))
+@dataclass(slots=True)
+class Team(Limited):
+    """A team, whose limits hold over all keys that name it."""
 
-    def budgets(self, moment: datetime, model: str | None = None) -> list[Fullness]:
-        """How full its budgets are, the fullest first: all, or those that are for a model."""
-        found = list[Fullness]()
-        for pattern in (ALL_MODELS, *self.model_max_budget):
-            limit, duration = self.budget(pattern)
-            is_for = model is None or not pattern or fnmatch.fnmatchcase(model, pattern)
-            if limit is not None and is_for:
-                spent = self.spent(moment, pattern)
-                within = window(duration, moment) if duration else None
-                found.append(Fullness(spent / limit if limit else WHOLE, spent, limit, within))
-        return sorted(found, key=operator.attrgetter("part"), reverse=True)
+    of = "team"
+    named_by = ("team_alias", "team_id")
 
-    def to_json(self) -> dict[str, Any]:
-        """The line's object, as `written` writes it, without usage and what says nothing."""
-        used, record = self.account, {name: getattr(self, name) for name in KEPT}
-        spent = {p: [w.start, w.spend] for p, w in used.windows.items() if w.spend}
-        record["spend_window"], record["spend"] = spent.pop(ALL_MODELS, (None, None))
-        record |= {"model_spend": spent, "last_active": used.last_active, "batches": used.batches}
-        said = {n: value for n, value in record.items() if value or type(value) in (int, Decimal)}
-        return {"key_name": self.key_name} | said
-
-    @classmethod
-    def from_json(cls, record: Any) -> VirtualKey:
-        """Read it back, which uses the object up. Raises APIError, or whatever Python does."""
-        if not isinstance(record, dict) or "key_name" not in record:
-            raise ValueError("is not an object with a 'key_name'")
-        take = record.pop
-        take("mean_output", None)  # version 1.0 wrote it
-        used = Account(usage=Usage(take("usage", {})))
-        used.last_active = MOMENT.parse("last_active", take("last_active", None))
-        spent = {ALL_MODELS: [take("spend_window", ""), take("spend", 0)]}
-        for pattern, (start, spend) in (spent | take("model_spend", {})).items():
-            used.windows[pattern] = Window(exactly(str, start), read_decimal(spend))
-        for name, row in take("batches", {}).items():  # version 1.0 wrote ``[day, lines]``
-            batch = used.batches[name] = Batch(*row) if isinstance(row, list) else Batch(**row)
-            for pattern, amount in batch.held.items():
-                used.windows[pattern].held += amount
-        return cls(**read_fields(record, KEPT), account=used)
+    team_id: str = kept(NAME)
+    team_alias: str | None = kept(TEXT, "a name")
 
 
-KEPT, SHOWN, SETTABLE = (
-    {f.name: f.metadata[mark] for f in dataclasses.fields(VirtualKey) if f.metadata.get(mark)}
-    for mark in ("kept", "shown", "settable")
-)
-SETTABLE["duration"] = LIFETIME
+@dataclass(slots=True)
+class User(Limited):
+    """A user, whose limits hold over all keys that name him."""
+
+    of = "user"
+    named_by = ("user_alias", "user_email", "user_id")
+
+    user_id: str = kept(NAME)
+    user_email: str | None = kept(TEXT, "his address")
+    user_alias: str | None = kept(TEXT, "a name")
+
+
+GROUPS: dict[str, type[Team | User]] = {"team": Team, "user": User}
+# The fields of a record, by what it is of, that are "kept", "settable" or "shown".
+MARKED = {
+    (kind.of, mark): {
+        f.name: f.metadata[mark] for f in dataclasses.fields(kind) if f.metadata.get(mark)
+    }
+    for kind in (VirtualKey, Team, User, Limited)
+    for mark in ("kept", "settable", "shown")
+}
+MARKED["key", "settable"]["duration"] = LIFETIME
+AnyLimited = TypeVar("AnyLimited", bound=Limited)
+ALL_TEAM_MODELS = "all-team-models"  # LiteLLM's: what the team may use
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A question whether another name is meant, where one is like it."""
+    import difflib
+
+    found = difflib.get_close_matches(name, list(names), 1)
+    return f" Did you mean {found[0]!r}?" if found else ""
 
 
 def read_fields(record: Mapping[str, Any], kinds: Mapping[str, Kind]) -> dict[str, Any]:
-    """A JSON object as fields of a key. Raises APIError 400 that names the field that is wrong."""
+    """A JSON object as fields of a record. Raises APIError 400 that names what is wrong."""
     fields = {}
     for name, value in record.items():
         if name in kinds:
             fields[name] = kinds[name].parse(name, value)
         elif value is not None:
-            raise APIError(400, f"{printable(name)!r} is not supported: it would not be enforced.")
+            text = f"{printable(name)!r} is not supported: it would not be enforced."
+            raise APIError(400, text + nearest(name, kinds))
     return fields
 
 
@@ -1154,6 +1249,9 @@ def models_in(document: object, route: Route) -> Iterator[object]:
             yield members_of(attempt).get("model") if isinstance(attempt, dict) else attempt
 
 
+MAX_NAMED = 20  # patterns that a refusal tells
+
+
 async def check_models(models: list[str], route: Route, document: Any, breathe: Breathe) -> None:
     """Raise APIError 403 unless every model that a body may reach is one of these patterns'."""
     checked: set[str] = set()
@@ -1166,7 +1264,9 @@ async def check_models(models: list[str], route: Route, document: Any, breathe: 
         if value is not None and model not in checked:
             checked.add(model)
             if not any(fnmatch.fnmatchcase(model, pattern) for pattern in models):
-                raise APIError(403, f"This key may not use the model {model_of(model)!r}.")
+                text = f"This key may not use the model {model_of(model)!r}; it may use"
+                allowed = printable(", ".join(models[:MAX_NAMED]))
+                raise APIError(403, f"{text} {allowed}{', …' if models[MAX_NAMED:] else ''}.")
 
 
 # Members that name things, and the kinds of those, wherever they stand; and words of every day, by
@@ -1476,6 +1576,7 @@ class Prices:
     def __init__(self, path: Path | None = None) -> None:
         self.path, self.loaded = path, False
         self._own, self._unknown = dict[str, Rates](), set[str]()
+        self.names: list[str] = []  # of the models that the package knows
         self._models, self._tiers = list[Any](), [0]  # tokens of a prompt above which rates differ
         self._found = functools.lru_cache(maxsize=1000)(self._find)
         self.reload()
@@ -1498,6 +1599,7 @@ class Prices:
             rates = [rate for each in models for rate in vars(each.get_prices(when)).values()]
             tiers = [tier.start for rate in rates for tier in getattr(rate, "tiers", ())]
             self._tiers, self._models = sorted({0, *tiers}), models
+            self.names = [each.id for each in models]
         except Exception as error:
             if not isinstance(error, ImportError):
                 log.exception("genai-prices cannot be used")
@@ -1617,6 +1719,8 @@ FileMark = tuple[int, ...] | None
 Contents = TypeVar("Contents")
 KEYS_FRAME = (b'{"version": %d, "keys": {' % STORE_VERSION, b",\n", b"\n}}\n")
 THINGS_FRAME = (b'{"version": %d}' % STORE_VERSION, b"\n", b"\n")
+GATEWAY = "gateway:"  # what the whole gateway's account is kept under
+EVERY_TAG = ""  # among its tags: whatever had any
 UNTIDY_LINES = 1000  # of changes, beyond twice the fewest, until a file of them is written anew
 Charges = Sequence[tuple[str, Tally]]  # what was used, by model
 written = functools.partial(shown, amount="{:f}".format)  # in the file amounts lose no digit
@@ -1624,13 +1728,35 @@ written = functools.partial(shown, amount="{:f}".format)  # in the file amounts 
 
 @dataclass(slots=True)
 class Hold:
-    """What a request under way holds of its key until it is booked: a slot, and USD of budgets, by
-    their patterns. It ``pays`` unless its caller does; without a key it holds nothing."""
+    """What a request under way holds until it is booked: of each of its ``accounts``, of which the
+    key's is the first, a slot, and USD of budgets by their names. It ``pays`` unless its caller
+    does; the master key's, and whoever comes in open mode, hold the whole gateway's alone."""
 
-    key: VirtualKey | None
+    accounts: Sequence[Limited]
     started: datetime
     pays: bool = True
-    amounts: dict[str, Decimal] = field(default_factory=dict)
+    amounts: Sequence[dict[str, Decimal]] = ()  # of each account
+
+
+class Fullness(NamedTuple):
+    """How full a budget of a record is: the ``part`` of it, and USD, spent in its window."""
+
+    part: Decimal
+    spent: Decimal
+    limit: Decimal
+    budget: Budget
+    record: Limited
+
+
+def fullness(accounts: Sequence[Limited], moment: datetime, model: str = "") -> list[Fullness]:
+    """How full their budgets are, the fullest first: all, or those that are for a model."""
+    found = list[Fullness]()
+    for of in accounts:
+        for budget in of.budgets:
+            if (limit := budget.limit) is not None and budget.is_for(model):
+                spent = of.spent(moment, budget)
+                found.append(Fullness(spent / limit if limit else WHOLE, spent, limit, budget, of))
+    return sorted(found, key=operator.attrgetter("part"), reverse=True)
 
 
 class Thing(NamedTuple):
@@ -1653,33 +1779,37 @@ class Thing(NamedTuple):
         return self.is_shared or self.belongs_to(key)
 
 
-def store_line(hashed: str, record: VirtualKey, today: str = "", keep_from: str = "") -> bytes:
+def store_line(name: str, record: Limited, today: str = "", keep_from: str = "") -> bytes:
     """One line of keys.json; usage of days before ``keep_from`` is left out."""
     line = json.dumps(record.to_json(), default=written)
     usage = record.account.usage.to_json(today, keep_from)
     if usage != "{}":
-        line = f'{line[:-1]}, "usage": {usage}}}'
-    return f'"{hashed}": {line}'.encode()
+        line = f'{line[:-1]}{", " if len(line) > 2 else ""}"usage": {usage}}}'
+    return f"{json.dumps(name)}: {line}".encode()
 
 
-def parse_store(text: bytes, name: str) -> dict[str, VirtualKey]:
-    """Read a keys file. Raises SettingsError that says what is damaged."""
-    keys = dict[str, VirtualKey]()
+def parse_store(text: bytes, name: str) -> dict[str, Limited]:
+    """Read a keys file: keys by their hashes, teams and users as "team:<id>" and "user:<id>", the
+    gateway as GATEWAY. Raises SettingsError that says what is damaged."""
+    records = dict[str, Limited]()
     wrong = "not JSON: "
     try:
         document = json.loads(text)
         wrong = f'not {{"version": {STORE_VERSION}, "keys": {{…}}}}: '
         if (version := exactly(dict, document)["version"]) != STORE_VERSION:
             raise ValueError(f"version {version!r} is not for this gateway")
-        for number, (hashed, record) in enumerate(document["keys"].items(), start=1):
+        for number, (at, record) in enumerate(document["keys"].items(), start=1):
             wrong = f"key number {number} "
-            if not HASH.fullmatch(hashed):
-                raise ValueError("does not stand under a SHA-256")
-            keys[hashed] = VirtualKey.from_json(record)
-            keys[hashed].account.hashed = hashed
+            kind: type[Limited] = VirtualKey
+            if not HASH.fullmatch(at):
+                kind = Limited if at == GATEWAY else GROUPS.get(at.partition(":")[0], VirtualKey)
+                if kind is VirtualKey:
+                    raise ValueError("does not stand under a SHA-256")
+            records[at] = kind.from_json(record)
+            records[at].account.hashed = at
     except Exception as error:  # noqa: BLE001 - whatever Python says of what it cannot read
         raise SettingsError(f"{name}: damaged, {wrong}{error}; mend it or restore a copy") from None
-    return keys
+    return records
 
 
 def mark_of(file: Path | int) -> FileMark:
@@ -1864,7 +1994,10 @@ def parse_things(text: bytes, name: str, running: bool = False) -> Things:
     return things
 
 
-ALERTED = ("key_alias", "key_name", "user_id", "team_id", "soft_budget")  # of a key
+ALERTED = ("key_alias", "key_name", "team_alias", "user_email", "user_id", "team_id")
+ALERT_GROUPS = {"gateway": "proxy"}  # LiteLLM's word
+WHOSE_BUDGET = {"key": "Budget", "team": "Team's budget", "user": "User's budget"}
+WHOSE_BUDGET["gateway"] = "The gateway's budget"
 Tell = Callable[..., None]  # of the operator, at once: (LiteLLM's event, text, matter=, details)
 
 
@@ -1873,13 +2006,18 @@ def tell_nobody(*_: Any, **__: Any) -> None:
 
 
 class FileLedger:
-    """The keys and what they used, in memory and in a `StoreFile`; whose things are in another, in
-    ".resources" beside it. Nothing else changes a key's account. What is awaited may wait in other
+    """The keys, ``groups`` (teams, users and, as GATEWAY, the whole gateway with ``limits`` of its
+    own), and what they used, in memory and in a `StoreFile`; whose things are in another, in
+    ".resources" beside it. Nothing else changes an account. What is awaited may wait in other
     stores; where nothing must, no task and no future is made. It will ``tell`` which ``parts`` of a
     budget are passed. Raises SettingsError where a file cannot be used, and leaves it as it is."""
 
     def __init__(
-        self, path: Path, usage_days: int = 90, clock: Callable[[], float] = time.monotonic
+        self,
+        path: Path,
+        usage_days: int = 90,
+        clock: Callable[[], float] = time.monotonic,
+        limits: Limited | None = None,
     ) -> None:
         path, then = Path(os.path.realpath(path)), "what was made is there, and written later"
         beside = Path(os.path.realpath(f"{path}.resources"))
@@ -1888,12 +2026,14 @@ class FileLedger:
         self._usage_days, self._clock = usage_days, clock
         self.parts, self.tell = [WHOLE], tell_nobody
         self.keys: dict[str, VirtualKey] = {}
+        self.groups: dict[str, Limited] = {GATEWAY: limits or Limited()}
+        self.groups[GATEWAY].account.hashed = GATEWAY
         self.things = Things()
         self.batches: dict[str, Account] = {}  # whose they are
         self._lines: dict[str, bytes] = {}
         self._retired: dict[str, str] = {}  # and what is no more, which the record tells
         self._touched: set[str] = set()  # keys that were used since they were written
-        self._undo: dict[str, VirtualKey | None] = {}  # what changed since, as it was before
+        self._undo: dict[str, Limited | None] = {}  # what changed since, as it was before
         self._changes: list[Mapping[str, Any]] = []  # of things
         self._owners: dict[str, str] = {}  # the hashes of keys by what their things are kept under
         self._writing: asyncio.Task[APIError | None] | None = None  # is under way …
@@ -1912,12 +2052,32 @@ class FileLedger:
 
     def lookup(self, hashed: str) -> tuple[VirtualKey, str] | None:
         """What `find_hash` finds, at once."""
-        if record := self.keys.get(hashed):
-            return record, record.status(now())
-        record = self.keys.get(self._retired.get(hashed, ""))
-        if record is None or hashed not in record.retired:
-            return None
-        return record, "expired" if now() >= record.retired[hashed] else record.status(now())
+        moment, record = now(), self.keys.get(hashed)
+        if record is None:
+            record = self.keys.get(self._retired.get(hashed, ""))
+            if record is None or hashed not in record.retired:
+                return None
+            if moment >= record.retired[hashed]:
+                return record, "expired"
+        status = record.status(moment)
+        if status == "active" and len(self.groups) > 1:
+            blocked = (of for of in self.limited(record) if of.blocked)
+            status = next((f"its {of.of} is blocked" for of in blocked), status)
+        return record, status
+
+    def record(self, name: str) -> Limited | None:
+        """What is kept under a name."""
+        return self.keys.get(name) or self.groups.get(name)
+
+    def limited(self, key: VirtualKey | None) -> Sequence[Limited]:
+        """Whose limits its requests are held against: its own, its team's, its user's, and the
+        gateway's, where these have records and the gateway limits. Without a key, the last."""
+        whole, found = self.groups[GATEWAY], list[Limited]([key] if key else [])
+        if key and len(self.groups) > 1:
+            for name in (f"team:{key.team_id}", f"user:{key.user_id}"):
+                if group := self.groups.get(name):
+                    found.append(group)
+        return [*found, whole] if whole.has_budget else found
 
     def find(self, key_or_hash: str, alias: str = "") -> tuple[str, VirtualKey] | None:
         """A key that is not deleted: by its alias where one is given, else by plain key or hash."""
@@ -1941,99 +2101,119 @@ class FileLedger:
     async def admit(self, hold: Hold, *, pays: bool, shares: bool) -> None:
         """Take a slot and one request of the key's rates; where it ``pays``, its budget must have
         room, beside what others hold where it ``shares`` it. Else raise APIError 429."""
-        key, clock = hold.key, self._clock()
-        assert key is not None
-        account, most, refused, wait = key.account, key.max_parallel_requests, "", 1.0
-        if most is not None and account.running >= most:
-            refused = f"{most} requests at a time"
-        for kind, bucket in account.buckets.items():
-            if not refused and (wait := bucket.seconds_until(1, clock)) > 0:
-                refused = f"{bucket.limit:,} {kind} a minute"
-        if refused:  # for more than a minute Claude Code would end the turn
-            seconds = min(60, max(1, math.ceil(wait)))  # whole ones, RFC 9110 section 10.2.3
-            text = f"This key is limited to {refused}. Try again in {seconds} seconds."
-            headers = [("retry-after", str(seconds)), *self.rates(key, {})]
-            raise APIError(429, text, headers=headers)
-        if pays:
-            check_budget(key, ALL_MODELS, ZERO, hold.started, shares=shares, fit=True)
-        account.running += 1
-        if "requests" in account.buckets:
-            account.buckets["requests"].draw(1, clock)
+        clock = self._clock()
+        for of in hold.accounts:
+            account, most, refused, wait = of.account, of.max_parallel_requests, "", 1.0
+            if most is not None and account.running >= most:
+                refused = f"{most} requests at a time"
+            for kind, bucket in account.buckets.items():
+                if not refused and (wait := bucket.seconds_until(1, clock)) > 0:
+                    refused = f"{bucket.limit:,} {kind} a minute"
+            if refused:  # for more than a minute Claude Code would end the turn
+                seconds = min(60, max(1, math.ceil(wait)))  # whole ones, RFC 9110 section 10.2.3
+                text = f"This {of.of} is limited to {refused}. Try again in {seconds} seconds."
+                headers = [("retry-after", str(seconds)), *self.rates(hold.accounts, {})]
+                raise APIError(429, text, headers=headers)
+            for budget in of.budgets if pays else ():
+                if not budget.pattern:
+                    check_budget(of, budget, ZERO, hold.started, shares=shares, fit=True)
+        for of in hold.accounts:
+            of.account.running += 1
+            if "requests" in of.account.buckets:
+                of.account.buckets["requests"].draw(1, clock)
 
     async def hold(self, hold: Hold, worst: Charges, *, fit: bool) -> None:
         """Hold what a request may cost of all budgets that it falls under; all of it must ``fit``,
         or else only a part. Else raise APIError 429 and hold nothing."""
-        key, amounts = hold.key, dict[str, Decimal]()
-        assert key is not None
-        for pattern in (ALL_MODELS, *key.model_max_budget):
-            for name, tally in worst:
-                if not (name and pattern) or fnmatch.fnmatchcase(name, pattern):
-                    amounts[pattern] = amounts.get(pattern, ZERO) + tally.spend
-            if (cost := amounts.get(pattern)) is not None:
-                check_budget(key, pattern, cost, hold.started, shares=True, fit=fit or not cost)
-        for pattern, cost in amounts.items():
-            key.account.windows[pattern].held += cost
-        hold.amounts = amounts
+        held = list[dict[str, Decimal]]()
+        for of in hold.accounts:
+            held.append(amounts := {})
+            for budget in of.budgets:
+                costs = [tally.spend for name, tally in worst if budget.is_for(name)]
+                if costs:
+                    amounts[budget.name] = cost = sum(costs, ZERO)
+                    fits = fit or not cost
+                    check_budget(of, budget, cost, hold.started, shares=True, fit=fits)
+        for of, amounts in zip(hold.accounts, held, strict=True):
+            for name, cost in amounts.items():
+                of.account.windows[name].held += cost
+        hold.amounts = held
 
-    def book(self, hold: Hold, charges: Charges, *, model: str, failed: bool) -> None:
-        """Give back what a request held, and count it and what it used, once."""
-        if hold.key is None:
-            return
-        account = hold.key.account
-        account.running -= 1
-        for pattern, amount in hold.amounts.items():
-            account.windows[pattern].held -= amount
-        if hold.pays:
-            account.last_active = moment_of(int(time.time()))
+    def book(
+        self, hold: Hold, charges: Charges, *, model: str, failed: bool, tags: Sequence[str] = ()
+    ) -> None:
+        """Give back what a request held; count it and what it used, once, and under its tags."""
+        for of in hold.accounts:
+            of.account.running -= 1
+        for of, amounts in zip(hold.accounts, hold.amounts, strict=False):
+            for name, amount in amounts.items():
+                of.account.windows[name].held -= amount
+        if hold.pays and hold.accounts:
+            hold.accounts[0].account.last_active = moment_of(int(time.time()))
             if not charges or charges[0][0] != model:
                 charges = [(model, Tally()), *charges]
             charges[0][1].requests, charges[0][1].errors = 1, int(failed)
-            self.charge(account, charges, hold.started)
+            self.charge(hold.accounts, charges, hold.started, tags)
 
-    def charge(self, account: Account, charges: Charges, moment: datetime) -> VirtualKey | None:
-        """Count what an account used; its key's newest record, None where it is gone."""
-        key = self.keys.get(account.hashed)
-        if key is None:
-            return None
+    def charge(
+        self, accounts: Sequence[Limited], charges: Charges, moment: datetime, tags: Sequence[str]
+    ) -> None:
+        """Count what was used to these accounts, by the newest records of those that are not gone;
+        a key's by day and model, and under its ``tags``."""
         present, day = moment_of(int(time.time())), day_of(moment)
-        bucket = account.buckets.get("tokens")
-        for model, tally in charges:
-            account.usage.of(day, model or NO_MODEL).add(tally)
-            for pattern in (ALL_MODELS, *key.model_max_budget) if tally.spend else ():
-                if not (model and pattern) or fnmatch.fnmatchcase(model, pattern):
-                    before = key.spent(present, pattern)  # a window that is over ends
-                    account.windows[pattern].spend = after = before + tally.spend
-                    self._warn(key, pattern, before, after)
-            if bucket is not None:
-                bucket.draw(tally.input_tokens + tally.written + tally.output_tokens, self._clock())
-        self._touched.add(account.hashed)
-        return key
+        for each in accounts:
+            account = each.account
+            if (of := self.record(account.hashed)) is None:
+                continue
+            bucket, is_key = account.buckets.get("tokens"), of.of == "key"
+            for model, tally in charges:
+                if is_key:
+                    account.usage.of(day, model or NO_MODEL).add(tally)
+                for budget in of.budgets if tally.spend else ():
+                    if budget.is_for(model):
+                        before = of.spent(present, budget)  # a window that is over ends
+                        account.windows[budget.name].spend = after = before + tally.spend
+                        self._warn(of, budget, before, after)
+                if bucket is not None:
+                    spent = tally.input_tokens + tally.written + tally.output_tokens
+                    bucket.draw(spent, self._clock())
+                if is_key and tags:
+                    for tag in {*tags, EVERY_TAG}:
+                        self.groups[GATEWAY].account.usage.of(day, tag).add(tally)
+                    self._touched.add(GATEWAY)
+            self._touched.add(account.hashed)
 
-    def _warn(self, key: VirtualKey, pattern: str, before: Decimal, after: Decimal) -> None:
-        """Tell which marks of a budget, or of a model's, are passed: once, whoever counts."""
-        limit, soft = key.budget(pattern)[0], None if pattern else key.soft_budget
+    def _warn(self, of: Limited, budget: Budget, before: Decimal, after: Decimal) -> None:
+        """Tell which marks of a budget are passed: once, whoever counts."""
+        limit, soft = budget.limit, None if budget.name else of.soft_budget
         if (limit is None or after < limit * self.parts[0]) and (soft is None or after < soft):
             return
         marks = [(limit * part, part) for part in self.parts] if limit is not None else []
         marks += [(soft, ZERO)] if soft is not None else []
-        told = {name: getattr(key, name) for name in ALERTED} | {"spend": after}
-        told |= {"alert_type": "budget_alerts", "event_group": "key", "max_budget": limit}
+        told = {name: getattr(of, name, None) for name in ALERTED} | {"spend": after}
+        told |= {"event_group": ALERT_GROUPS.get(of.of, of.of), "soft_budget": of.soft_budget}
+        told |= {"alert_type": "budget_alerts", "max_budget": limit}
         for mark, part in marks:
             if mark > after or (before and mark <= before):
                 continue
             event = "threshold_crossed" if part < 1 else "budget_crossed"
-            what = f"{part:.0%} of its budget{f' for {pattern}' if pattern else ''}"
+            what = f"{part:.0%} of its budget{f' for {budget.pattern}' if budget.pattern else ''}"
             if part == ZERO:
                 event, what = "soft_budget_crossed", "its soft budget"
-            text = f"key {key.shown_name} has spent ${dollars(after)}, {what} is ${dollars(mark)}"
-            log.warning("%s", text)
-            matter = f"{key.account.hashed} {pattern} {part} {mark}"
+            text = f"{of.of} {of.shown_name} has spent ${dollars(after)}, {what} is"
+            log.warning(text := f"{text} ${dollars(mark)}")
+            matter = f"{of.account.hashed} {budget.name} {part} {mark}"
             self.tell(event, text, matter=matter, **told)
 
-    def rates(self, key: VirtualKey, theirs: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
-        """anthropic-ratelimit-* of a key's own limits, where they are tighter than ``theirs``."""
-        fields, clock = [], self._clock()
-        for kind, bucket in key.account.buckets.items():
+    def rates(
+        self, accounts: Sequence[Limited], theirs: Mapping[str, Sequence[str]]
+    ) -> list[tuple[str, str]]:
+        """anthropic-ratelimit-* of the tightest of these limits, where it is so than ``theirs``."""
+        fields, clock, tightest = [], self._clock(), dict[str, Bucket]()
+        for kind, bucket in itertools.chain(*(of.account.buckets.items() for of in accounts)):
+            if kind not in tightest or bucket.level(clock) < tightest[kind].level(clock):
+                tightest[kind] = bucket
+        for kind, bucket in tightest.items():
             name, left = f"anthropic-ratelimit-{kind}-", max(0, math.floor(bucket.level(clock)))
             told = theirs.get(f"{name}remaining", ("",))[0]
             if not (told.isascii() and told.isdigit() and float(told) <= left):
@@ -2050,8 +2230,11 @@ class FileLedger:
     def own_batch(self, account: Account, name: str, hold: Hold) -> None:
         """A key made a batch: what is held for it stays until it is booked."""
         self.finish_batch(name)  # an upstream that gives an id twice frees what was held for it
-        account.batches[name] = Batch(day_of(now()), held=hold.amounts)
-        self.batches[name], hold.amounts = account, {}
+        held, *rest = hold.amounts or [{}]
+        names = [of.account.hashed for of in hold.accounts[1:]]
+        beside = dict(zip(names, rest, strict=False))
+        account.batches[name] = Batch(day_of(now()), held=held, beside=beside)
+        self.batches[name], hold.amounts = account, ()
         self._touched.add(account.hashed)
 
     def batch_line(self, name: str, line: int) -> Account | None:
@@ -2067,19 +2250,22 @@ class FileLedger:
         batch = self.unbooked(name)
         if batch is None:
             return
-        account, held = self.batches[name], batch.held
-        key, batch.held, batch.booked = self.keys.get(account.hashed), {}, True
-        for pattern, amount in held.items():
-            account.windows[pattern].held -= amount
-        if lost and held and key is not None:
-            told, moment = (key.shown_name, printable(name)), now()
+        account, moment = self.batches[name], now()
+        held, batch.held, batch.booked = {account.hashed: batch.held, **batch.beside}, {}, True
+        batch.beside, total = {}, max([*held[account.hashed].values(), ZERO])
+        for at, amounts in held.items():
+            if (of := self.record(at)) is None:
+                continue
+            for budget in of.budgets:
+                if amount := amounts.get(budget.name):
+                    spent, kept = of.spent(moment, budget), of.account.windows[budget.name]
+                    kept.held = max(ZERO, kept.held - amount)  # a team may have been made anew
+                    kept.spend = spent + amount if lost else spent
+            self._touched.add(at)
+        if lost and total and (key := self.keys.get(account.hashed)):
+            told = key.shown_name, printable(name)
             log.warning("key %s: batch %s is gone, so its worst case is booked", *told)
-            for pattern in (ALL_MODELS, *key.model_max_budget):
-                key.spent(moment, pattern)
-                account.windows[pattern].spend += held.get(pattern, ZERO)
-            total = held.get(ALL_MODELS, max(held.values()))
             account.usage.of(day_of(moment), NO_MODEL).add(Tally(spend=total))
-        self._touched.add(account.hashed)
 
     async def find_things(self, names: Iterable[object]) -> dict[str, Thing]:
         """Of these ids those that are known here."""
@@ -2159,35 +2345,38 @@ class FileLedger:
         key.home = newest.home = newest.home or home
         self._touched.add(key.account.hashed)
 
-    async def change(self, changes: Mapping[str, VirtualKey | None]) -> None:
+    async def change(self, changes: Mapping[str, Limited | None]) -> None:
         """Put these records (None removes one), as `save` does; what fails is taken back."""
-        for hashed in changes:
-            self._undo.setdefault(hashed, self.keys.get(hashed))
+        for name in changes:
+            self._undo.setdefault(name, self.record(name))
         self._apply(changes)  # in memory at once
         await self.save()
 
-    async def reset_spend(self, hashed: str, amount: Decimal) -> None:
-        """Set what a key has spent in its present window, as `change` does."""
-        record, window = self.keys[hashed], self.keys[hashed].account.windows[ALL_MODELS]
+    async def reset_spend(self, record: Limited, amount: Decimal) -> None:
+        """Set what it has spent in its present window, as `change` does."""
+        window = record.account.windows[ALL_MODELS]
         less = record.spent(now()) - amount
         start, window.spend = window.start, amount
-        self._touched.add(hashed)
+        self._touched.add(record.account.hashed)
         try:
             await self.save()
         except APIError:
             window.spend += less if window.start == start else 0
             raise
 
-    def _apply(self, changes: Mapping[str, VirtualKey | None]) -> None:
-        for hashed, record in changes.items():
+    def _apply(self, changes: Mapping[str, Limited | None]) -> None:
+        for name, record in changes.items():
             if record is None:
-                self.keys.pop(hashed, None)
-                self._lines.pop(hashed, None)
+                for index in (self.keys, self.groups, self._lines):
+                    index.pop(name, None)
                 continue
-            self.keys[hashed], account = record, record.account
-            self._lines[hashed], account.hashed = self._line(hashed, record), hashed
-            self._retired.update(dict.fromkeys(record.retired, hashed))
-            self._owners[record.owner] = hashed
+            account = record.account
+            self._lines[name], account.hashed = self._line(name, record), name
+            if isinstance(record, VirtualKey):
+                self.keys[name], self._owners[record.owner] = record, name
+                self._retired.update(dict.fromkeys(record.retired, name))
+            else:
+                self.groups[name] = record
             for kind, limit in (("requests", record.rpm_limit), ("tokens", record.tpm_limit)):
                 bucket = account.buckets.pop(kind, None) or Bucket(0, self._clock())
                 if limit is not None:
@@ -2195,7 +2384,7 @@ class FileLedger:
                     account.buckets[kind] = bucket
             self.batches.update(dict.fromkeys(account.batches, account))
 
-    def _line(self, hashed: str, record: VirtualKey) -> bytes:
+    def _line(self, hashed: str, record: Limited) -> bytes:
         moment, batches = now(), record.account.batches
         oldest = day_of(moment - timedelta(days=self._usage_days))
         for name in [n for n, b in batches.items() if b.booked and b.day < oldest]:
@@ -2230,24 +2419,35 @@ class FileLedger:
     def _load(self) -> None:
         """What keys may do is the file's; what they used is memory's, where it is known."""
         try:
-            keys = self._file.read(parse_store, list(self._lines.values()))
+            records = self._file.read(parse_store, list(self._lines.values()))
         except OSError as error:
             self._fail(error, self._file)
             return
+        keys = {n: record for n, record in records.items() if isinstance(record, VirtualKey)}
         self._load_things(keys.values())
-        known = self.keys.copy()
+        whole, is_first = self.groups[GATEWAY], not self._owners
+        known: dict[str, Limited] = self.keys | self.groups if not is_first else {}
         for index in (self.keys, self._lines, self._retired, self.batches, self._owners):
             index.clear()
         heritage = {owner for (owner, _), made in self.things.made.items() if made}
         forgotten = now() - TOMBSTONE
-        for hashed, record in list(keys.items()):
-            if old := known.get(hashed):
-                record.account, record.home = old.account, record.home or old.home
-            gone = record.deleted_at is not None and record.deleted_at < forgotten
-            if gone and not (record.team_id and record.owner in heritage):
-                del keys[hashed]
-        self._apply(keys)
-        self._touched |= known.keys() & keys.keys()
+        for hashed, key in keys.items():
+            key.home = key.home or getattr(known.get(hashed), "home", None)
+            gone = key.deleted_at is not None and key.deleted_at < forgotten
+            if gone and not (key.team_id and key.owner in heritage):
+                del records[hashed]
+        for name in known.keys() & records.keys():
+            records[name].account = known[name].account
+        told = records.pop(GATEWAY, None)
+        whole.account = told.account if told else whole.account
+        self.groups = {GATEWAY: whole}
+        self._apply(records | ({GATEWAY: whole} if told else {}))
+        for name in keys.keys() & records.keys() - known.keys():
+            for batch in keys[name].account.batches.values():
+                for at in batch.beside.keys() & self.groups.keys():
+                    for budget, amount in batch.beside[at].items():
+                        self.groups[at].account.windows[budget].held += amount
+        self._touched |= known.keys() & records.keys()
 
     def _load_things(self, keys: Iterable[VirtualKey]) -> None:
         file = self._things_file
@@ -2310,8 +2510,9 @@ class FileLedger:
         undo, self._undo = self._undo, {}
         touched, self._touched = self._touched, set()
         try:
-            for hashed in touched & self.keys.keys():
-                self._lines[hashed] = self._line(hashed, self.keys[hashed])
+            for name in touched:
+                if record := self.record(name):
+                    self._lines[name] = self._line(name, record)
             await asyncio.to_thread(self._file.write, list(self._lines.values()))
         except Exception as error:  # noqa: BLE001 - whatever it is, it is taken back
             undo, self._undo, self._next = self._undo | undo, {}, None
@@ -2336,27 +2537,28 @@ class FileLedger:
 
 
 def check_budget(
-    key: VirtualKey, pattern: str, cost: Decimal, moment: datetime, *, shares: bool, fit: bool
+    of: Limited, budget: Budget, cost: Decimal, moment: datetime, *, shares: bool, fit: bool
 ) -> None:
     """Raise APIError 429 where a budget has no room for a request of that cost: a
     ``billing_error``, which nobody need try again, where it is spent or the cost will never fit; a
     ``rate_limit_error``, which goes by, where others' requests are only in the way."""
-    (limit, duration), used = key.budget(pattern), key.account.windows[pattern]
-    if limit is None:
+    if (limit := budget.limit) is None:
         return
-    spent, held = key.spent(moment, pattern), used.held if shares else ZERO
+    spent = of.spent(moment, budget)
+    held = of.account.windows[budget.name].held if shares else ZERO
     if spent < limit and (spent + held + cost <= limit if fit else spent + held < limit):
         return
-    name = f"Budget{' for ' if pattern else ''}{pattern} of ${dollars(limit)}"
+    name = (
+        f"{WHOSE_BUDGET[of.of]}{budget.pattern and f' for {budget.pattern}'} of ${dollars(limit)}"
+    )
     told = f"${dollars(spent)} is spent"
     if spent < limit and not (fit and spent + cost > limit):
         text = f"{name}: {told}, and ${dollars(held)} is held for requests and batches under way."
         headers = [("retry-after", str(BUDGET_WAIT))]
         raise APIError(429, f"{text} Try again in {BUDGET_WAIT} seconds.", headers=headers)
     resets, headers = "it does not reset by itself", [DO_NOT_RETRY, SPENT_REASON]
-    if duration is not None:
-        end = window(duration, moment)[1]
-        resets = f"{duration}; resets {end:%Y-%m-%d %H:%M} UTC"
+    if end := budget.end(moment):
+        resets = f"{budget.duration}; resets {end:%Y-%m-%d %H:%M} UTC"
         headers.append(("retry-after", f"{(end - moment).total_seconds():.0f}"))
     text = f"{name} reached ({resets}): {told}."
     if spent < limit:
@@ -2629,6 +2831,7 @@ def framed(data: bytes) -> bytes:
 ClientPhase = enum.StrEnum("ClientPhase", "WAITING READING ANSWERING DROPPING LINGERING GONE")
 UpstreamPhase = enum.StrEnum("UpstreamPhase", "IDLE ASKED ANSWERED SHUT")
 RequestPhase = enum.StrEnum("RequestPhase", "JUDGED FETCHED BEGUN DESERTED SETTLED")
+GatewayPhase = enum.StrEnum("GatewayPhase", "SERVING DRAINING STOPPED")
 C, U, R = ClientPhase, UpstreamPhase, RequestPhase  # of either side's connections, of relayed ones
 STEPS: dict[str, tuple[enum.StrEnum, ...]] = {
     C.WAITING: (C.READING, C.LINGERING, C.GONE),  # for a request's head
@@ -3118,6 +3321,7 @@ SHORT_REST = 5.0  # seconds for which a conversation rather waits than leaves it
 REST, LONGEST_REST = 30.0, 900.0  # seconds, where a 429 does not say, and at most
 REFUSED_REST, SPENT_REST, LONGEST_SPENT = 600.0, 3600.0, 32 * 86400.0  # "until the 1st"
 REFUSED, LIMITED, SPENT = "refused", "rate limit", "spending limit"  # why a key rests
+SET_ANOTHER = "upstream does not accept it: set another, and send SIGHUP or restart"
 MAX_REFUSAL = 64 * KIB  # of an answer that may be of the real key, as those of these statuses
 OF_A_KEY = frozenset({400, 401, 402, 429})
 MAX_RESTS = 100  # names of models come from requests
@@ -3243,6 +3447,7 @@ class RealKeys:
         rest, before = Rest(moment, moment + seconds, why), self.rests.get(scope)
         if rest.is_long and not (before and before.is_long and before.why == why):
             text = f"real key {key.name}: {why}; it rests until {until}"
+            text += f" ({SET_ANOTHER})" if why == REFUSED else ""
             log.log(logging.WARNING if why == LIMITED else logging.ERROR, "%s", text)
             more = {"upstream_key": key.name, "until": until}
             self._tell("cooldown_deployment", text, matter=f"{key.name} {why}", **more)
@@ -3433,7 +3638,8 @@ class ServerConnection(asyncio.Protocol, httputil.HTTPConnection):
             lines.append(CHUNKED_LINE)
         # RFC 9112 section 9.3; an answer whose end does not show ends with the connection.
         endless = length < 0 and not self._chunked
-        self._close_after |= endless or not self.head.keeps_alive or self.server.gateway.stopping
+        self._close_after |= endless or not self.head.keeps_alive
+        self._close_after |= self.server.gateway.phase is not GatewayPhase.SERVING
         if self._close_after:
             lines.append("Connection: close")
         elif self.head.version == 0:
@@ -4050,6 +4256,7 @@ LATENCY_BUCKETS += [2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0]
 TIMINGS = ("total", "first_byte", "upstream", "overhead")
 LOG_LINE = log.makeRecord(log.name, logging.INFO, "relay", 0, "", (), None)
 shown_word = functools.lru_cache(maxsize=1024)(word)  # most lines have the same
+shown_name = functools.lru_cache(maxsize=1024)(printable)
 shown_dollars = functools.lru_cache(maxsize=1024)(dollars)
 
 
@@ -4084,6 +4291,12 @@ class Record:
     via: str = ""  # the same, where there are several
     bytes_in: int = 0
     bytes_out: int = 0
+    error: str = ""  # what was said of it here
+
+    def belongs_to(self, key: VirtualKey) -> None:
+        """Name whose it is, also where that key is refused."""
+        self.key, self.hashed, self.tags = key, key.account.hashed, key.tags
+        self.shown_key = shown_name(key.key_alias or key.key_name)
 
     def __str__(self) -> str:
         """The line for a terminal. No key, hash, body or query stands in it."""
@@ -4117,7 +4330,7 @@ class Record:
         row |= {"tags": self.tags} | dict.fromkeys(CLAUDE_CODE) | (self.sent or {})
         row |= {"upstream_keys": self.upstream_keys, "remote_ip": self.remote_ip}
         row |= {"method": self.method, "path": self.path, "status": self.status}
-        row |= {"outcome": self.outcome, "model": self.model or None}
+        row |= {"outcome": self.outcome, "error": self.error or None, "model": self.model or None}
         row |= {"input_tokens": tally.input_tokens, "output_tokens": tally.output_tokens}
         row |= {"cache_read_tokens": tally.cache_read_tokens, "cache_write_tokens": tally.written}
         row |= {"cost": float(tally.spend), "estimated": self.estimated}
@@ -4128,7 +4341,7 @@ class Record:
         """As a row of LiteLLM's SpendLogs; fields of those that mean nothing here are left out."""
         key, tally, took = self.key, self.tally, timedelta(seconds=self.over - self.arrived)
         prompt, output = tally.input_tokens + tally.cached, tally.output_tokens
-        status = "success" if self.status < 400 and self.outcome == "ok" else "failure"
+        status = "success" if self.outcome == "ok" else "failure"
         row: dict[str, Any] = {"request_id": self.request_id or self.call_id}
         row |= {"litellm_call_id": self.call_id, "call_type": "pass_through_endpoint"}
         row |= {"custom_llm_provider": "anthropic", "api_base": self.path, "api_key": self.hashed}
@@ -4139,7 +4352,9 @@ class Record:
         row |= {"cache_creation_input_tokens": tally.written, "startTime": iso(self.started)}
         row |= {"endTime": iso(self.started + took), "status": status, "status_code": self.status}
         row |= {"outcome": self.outcome, "estimated": self.estimated} | (self.sent or {})
-        row |= {"upstream_keys": self.upstream_keys}
+        row |= {"upstream_keys": self.upstream_keys} | ({"error": self.error} if self.error else {})
+        first = round(self.first - self.arrived, 4) if self.first else None
+        row |= {"time_to_first_byte": first, "duration": round(self.over - self.arrived, 4)}
         return row | {"request_tags": self.tags, "requester_ip_address": self.remote_ip}
 
 
@@ -4214,7 +4429,6 @@ CREDENTIAL_HEADERS = ("x-litellm-api-key", "authorization", "x-api-key")
 OWN_CREDENTIALS = {"authorization": ("Authorization", "Bearer "), "x-api-key": ("x-api-key", "")}
 MAX_KEY_STARTS = 50  # of what may be a key, in one text; no client's fields have so many
 OFFERED_CODINGS = ("gzip", "identity")  # of answers that are metered
-shown_name = functools.lru_cache(maxsize=1024)(printable)
 
 
 @dataclass(slots=True)
@@ -4287,8 +4501,11 @@ class Doors:
         # An address that is typed as such cannot have been led here by a name.
         return address.is_loopback or bool(self._address)
 
-    async def authenticate(self, headers: Mapping[str, Sequence[str]]) -> Caller:
-        """Find the caller in request headers (lower-case name → values). Raises APIError 401."""
+    async def authenticate(
+        self, headers: Mapping[str, Sequence[str]], record: Record | None = None
+    ) -> Caller:
+        """Find the caller in request headers (lower-case name → values). Raises APIError 401; whose
+        key is refused then stands in the ``record``."""
         caller, refused, shown = Caller(), "", candidates(headers)
         for header, credential in shown:
             hashed = hashlib.sha256(credential.encode("latin-1", "replace")).hexdigest()
@@ -4297,6 +4514,8 @@ class Doors:
             elif found := await self._ledger.find_hash(hashed):
                 key, status = found
                 if status != "active":
+                    if record is not None and not refused:
+                        record.belongs_to(key)
                     refused = refused or ("blocked" if status == "revoked" else status)
                 elif caller.key is None and not caller.is_master:
                     caller.key = key
@@ -4314,6 +4533,13 @@ class Doors:
         elif shown:
             text = "Unknown API key. Use a virtual key that this gateway gave out."
         raise APIError(401, text)
+
+    async def admit(self, hashed: str) -> Caller:
+        """The caller whose session a key with this hash opened. Raises APIError 401."""
+        found = await self._ledger.find_hash(hashed)
+        if self.is_master(hashed) or (found and found[1] == "active"):
+            return Caller(key=found[0] if found else None, is_master=not found)
+        raise APIError(401, "The key of this session is not good any more. Log in with another.")
 
     async def holds_key(self, text: str, shown: Sequence[str]) -> bool:
         """Whether a key of this gateway stands in a text: one that was ``shown``, or any other."""
@@ -4338,6 +4564,67 @@ class Doors:
 
 NOBODY = Caller()
 OPERATOR = VirtualKey(resources="all")  # the master key, and whoever comes in open mode
+MAX_AUDITED = 10_000  # changes that are remembered
+SESSION_COOKIE, SESSION_HOURS, MAX_SESSIONS = "gateway_session", 12, 1000
+WRONG_TRIES = 10  # a minute, of an address (of IPv6: a site), to log in
+MAX_ADDRESSES = 10_000  # whose wrong tries are counted
+
+
+class Sessions:
+    """Who is logged in at the page: a random id stands for the hash of the key that opened it, and
+    is good for as long as that is. A page elsewhere can change nothing with it."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, tuple[str, float]] = {}  # by the hash of its id
+        self._wrong = collections.OrderedDict[str, Bucket]()
+
+    def open(self, hashed: str) -> str:
+        """Begin one; its id."""
+        self._open = {s: row for s, row in self._open.items() if row[1] > time.monotonic()}
+        if len(self._open) >= MAX_SESSIONS:
+            del self._open[next(iter(self._open))]
+        name = secrets.token_urlsafe(32)
+        self._open[hash_key(name)] = hashed, time.monotonic() + SESSION_HOURS * 3600
+        return name
+
+    def close(self, request: Request) -> None:
+        """End a request's session."""
+        self._open.pop(self._shown(request), None)
+
+    def find(self, request: Request) -> str:
+        """The hash of the key that opened a request's session; none: empty. Raises APIError 403."""
+        hashed, end = self._open.get(self._shown(request), ("", 0.0))
+        if end <= time.monotonic():
+            return ""
+        told, head = request.head.values, request.head
+        site, origin = told.get("sec-fetch-site", ()), told.get("origin", ())
+        same = all(each == "same-origin" for each in site)
+        same = same and all(each.partition("://")[2] == head.host for each in origin)
+        if head.method not in ("GET", "HEAD") and not (same and (site or origin)):
+            raise APIError(403, "Only the page itself may change anything with its session.")
+        return hashed
+
+    def _shown(self, request: Request) -> str:
+        for line in request.head.values.get("cookie", ()):
+            for each in line.split(";"):
+                name, _, value = each.strip().partition("=")
+                if name == SESSION_COOKIE:
+                    return hash_key(value)
+        return ""
+
+    def slow_down(self, address: str, *, wrong: bool = False) -> None:
+        """Count a ``wrong`` try. Raises APIError 429 where an address has had too many."""
+        bucket = self._wrong.pop(address, None) or Bucket(WRONG_TRIES, time.monotonic())
+        if wrong:
+            bucket.draw(1, time.monotonic())
+        self._wrong[address] = bucket
+        if len(self._wrong) > MAX_ADDRESSES:
+            self._wrong.popitem(last=False)
+        if wait := math.ceil(bucket.seconds_until(1, time.monotonic())):
+            headers = [("retry-after", str(wait))]
+            raise APIError(429, f"Too many wrong tries. Wait {wait} seconds.", headers=headers)
+
+
 UNREAD = Order()  # until the body is here
 Born = dict[tuple[str, str], dict[str, float]]  # by owner and kind: ids, and when they were made
 
@@ -4376,6 +4663,8 @@ class Visit:
     learn: Callable[[object], None] | None = None
     born: Born = field(default_factory=dict)
     credential: tuple[str, str] | None = None
+    accounts: Sequence[Limited] = ()  # whose limits it is held against
+    has_budget: bool = False  # one of them, and he does not pay himself
     hold: Hold | None = None
     meter: Meter | None = None
     results: Meter | None = None
@@ -4510,15 +4799,18 @@ class Credentials(Rule):
             gateway.doors.refuse_foreign(head)
         elif head.method == "OPTIONS" and not visit.length and is_preflight(head):
             return
-        visit.caller = caller = await gateway.doors.authenticate(head.values)
+        visit.caller = caller = await gateway.doors.authenticate(head.values, record)
         if (key := caller.key) is not None:
-            record.key, record.hashed, record.tags = key, key.account.hashed, key.tags
-            record.shown_key = shown_name(key.key_alias or key.key_name)
+            record.belongs_to(key)
             if caller.own is None:
                 visit.payer = key
-        elif caller.is_master:
-            record.shown_key = MASTER_NAME
+        elif caller.is_master or record.key is not None:  # another's, beside what is let in
+            record.key, record.hashed, record.tags = None, "", ()
+            record.shown_key = MASTER_NAME if caller.is_master else NO_KEY
         visit.credential, visit.is_pooled = caller.own, caller.own is None
+        if visit.is_pooled or caller.key is not None:
+            visit.accounts = gateway.ledger.limited(caller.key)
+            visit.has_budget = visit.is_pooled and any(of.has_budget for of in visit.accounts)
         if visit.is_pooled and not gateway.real_keys.keys:
             text = "The gateway has no Anthropic credential to use. Whoever runs it must set"
             raise APIError(401, f"{text} ANTHROPIC_API_KEY or ANTHROPIC_AUTH_TOKEN.")
@@ -4546,11 +4838,11 @@ class Routes(Rule):
             raise too_large(limit)
         key, route = visit.caller.key, visit.route
         if key is not None and (key.allowed_routes or not route.open):
-            check_route(key, route, visit.path, pays=visit.payer is key)
+            check_route(key, route, visit.path, counts=visit.has_budget)
 
 
-def check_route(key: VirtualKey, route: Route, path: str, *, pays: bool) -> None:
-    """Raise APIError 403 for a path that the key may not call. ``pays``: at the gateway's cost."""
+def check_route(key: VirtualKey, route: Route, path: str, *, counts: bool) -> None:
+    """Raise APIError 403 for a path that the key may not call, as where its cost ``counts``."""
     patterns = [pattern.removeprefix("/anthropic") for pattern in key.allowed_routes or ["*"]]
     group = "" if route.open else cast("re.Match[str]", GROUP.match(path))[0]
     matching = [p for p in patterns if p.startswith(group) and fnmatch.fnmatchcase(path, p)]
@@ -4559,7 +4851,7 @@ def check_route(key: VirtualKey, route: Route, path: str, *, pays: bool) -> None
         beyond = "must name it; without, keys reach messages, batches, models, files and skills"
         why = "leave it out" if route.open else beyond
         raise APIError(403, f"This key may not call {shown}; its 'allowed_routes' {why}.")
-    if not route.open and pays and key.has_budget and not key.unmetered_routes:
+    if not route.open and counts and not key.unmetered_routes:
         text = f"This key has a budget, and what {shown} costs cannot be counted. Whoever runs the"
         raise APIError(403, f"{text} gateway may give the key 'unmetered_routes': true.")
 
@@ -4625,15 +4917,16 @@ class Fields(Rule):
 
 
 class Limits(Rule):
-    """How much a key may use: requests and tokens a minute, requests at a time, USD. The worst case
-    of what is under way is held, and a request is let in while what is spent and held is below the
-    budget: one answer at most passes it, and near its edge a key works one request at a time."""
+    """How much a key, its team, its user and all may use: requests and tokens a minute, requests at
+    a time, USD. The worst case of what is under way is held, and a request is let in while what is
+    spent and held is below the budget: one answer at most passes it, and near its edge a key works
+    one request at a time."""
 
     async def head(self, visit: Visit) -> None:
         key, payer, route = visit.caller.key, visit.payer, visit.route
-        hold = Hold(key, visit.record.started, key is None or payer is key)
-        if key is not None:
-            pays = payer.has_budget and not route.free
+        hold = Hold(visit.accounts, visit.record.started, key is None or payer is key)
+        if visit.accounts:
+            pays = visit.has_budget and not route.free
             if pays and not visit.gateway.prices.available:
                 text = "This key has a budget, and it is not known here what tokens cost. Whoever"
                 raise APIError(503, f"{text} runs it must install genai-prices, or set --prices.")
@@ -4642,7 +4935,7 @@ class Limits(Rule):
         visit.hold = hold
 
     async def body(self, visit: Visit, body: Kept) -> None:
-        route, payer, hold = visit.route, visit.payer, visit.hold
+        route, hold = visit.route, visit.hold
         if not route.billed:
             return
         if not visit.reads_body:
@@ -4651,7 +4944,7 @@ class Limits(Rule):
         document = await body.read(strictly=False)
         batched = route.makes_batch
         visit.order = await read_order(document, body.data, batched=batched, breathe=body.breathe)
-        if hold is not None and payer.has_budget:
+        if hold is not None and visit.has_budget:
             charges = visit.gateway.prices.worst(visit.order, hold.started)
             await visit.gateway.ledger.hold(hold, charges, fit=batched)
 
@@ -4668,19 +4961,20 @@ class Limits(Rule):
         key, payer, gateway = visit.caller.key, visit.payer, visit.gateway
         if key is None:
             return ()
-        is_limited = key.rpm_limit is not None or key.tpm_limit is not None
-        fields = gateway.ledger.rates(key, head.values) if is_limited else []
+        is_limited = any(of.account.buckets for of in visit.accounts)
+        fields = gateway.ledger.rates(visit.accounts, head.values) if is_limited else []
         if payer is OPERATOR or not gateway.prices.available:
             return fields
         if visit.phase is RequestPhase.SETTLED and visit.meter is not None:
             fields.append(("x-litellm-response-cost", f"{visit.record.tally.spend:f}"))
-        if head.status == 200 and visit.path == BILLED[0] and payer.has_budget:
+        moment = visit.record.started
+        if head.status == 200 and visit.path == BILLED[0] and visit.has_budget:
             visit.hidden |= {name for name in head.values if name.startswith(UNIFIED)}
-            for fullest in payer.budgets(visit.record.started, visit.order.model)[:1]:
+            for fullest in fullness(visit.accounts, moment, visit.order.model)[:1]:
                 passed = [p for p in gateway.settings.warned_parts[:-1] if p < fullest.part]
                 part, mark = f"{min(fullest.part, ALMOST):.2f}", str(passed[-1]) if passed else ""
-                fields += unified(part, mark, fullest.window and fullest.window[1])
-        spent = payer.spent(visit.record.started)
+                fields += unified(part, mark, fullest.budget.end(moment))
+        spent = payer.spent(moment)
         fields.append(("x-litellm-key-spend", f"{spent:f}"))
         if payer.max_budget is not None:
             left = max(ZERO, payer.max_budget - spent)
@@ -4710,7 +5004,8 @@ class Limits(Rule):
             for _, tally in charges if len(charges) > 1 else ():
                 record.tally.add(tally)
             gateway.traffic.book(record.shown_key, charges)
-        gateway.ledger.book(hold, charges, model=record.model, failed=record.status >= 400)
+        failed, tags = record.status >= 400, record.tags
+        gateway.ledger.book(hold, charges, model=record.model, failed=failed, tags=tags)
 
     def measured(self, visit: Visit) -> Measured | None:
         """What a response without a meter used; None where it is nothing that this request pays."""
@@ -4722,7 +5017,7 @@ class Limits(Rule):
             made = answer is None or answer.status < 300
             return Measured(blind=True) if made and hold is not None and hold.amounts else None
         # Whoever leaves before the head pays what was under way; without it no stream has begun.
-        if answer is not None or outcome not in ("client_gone", "timeout"):
+        if answer is not None or outcome not in ("client_gone", "stopped", "timeout"):
             return None
         if visit.order.streams:
             visit.order.thinking = 0
@@ -5243,10 +5538,44 @@ class BaseHandler(web.RequestHandler):
             raise web.HTTPError(405)
         return getattr(self, method.lower())(*path)
 
+    @functools.cached_property
+    def _asked(self) -> dict[str, str]:
+        parts = urllib.parse.parse_qs(self.request.query, keep_blank_values=True)
+        return {name: texts[-1].strip() for name, texts in parts.items()}
+
+    @functools.cached_property
+    def _known(self) -> set[str]:
+        return set()
+
     def query(self, name: str, kind: Kind = TEXT, default: Any = "") -> Any:
         """A parameter of the query; an empty one is the default. Raises APIError 400."""
-        text = urllib.parse.parse_qs(self.request.query).get(name, [""])[-1].strip()
+        self._known.add(name)
+        text = self._asked.get(name, "")
         return kind.parse(name, text) if text else default
+
+    def refuse_unknown(self) -> None:
+        """Raise APIError 400 for a parameter that was not asked for, so that none is ignored."""
+        for name in self._asked.keys() - self._known:
+            text = f"{printable(name)!r} is not known here: it may be {', '.join(sorted(self._known))}."
+            raise APIError(400, text + nearest(name, self._known))
+
+    def shown_hashes(self) -> list[str]:
+        """The hashes of the credentials that are shown; or of that which opened the session."""
+        shown = [hash_key(credential) for _, credential in candidates(self.request.head.values)]
+        return shown or list(filter(None, [self.gateway.sessions.find(self.request)]))
+
+    async def find_caller(self) -> Caller:
+        """Who asks, by what he shows or his session. Raises APIError 401."""
+        hashed = self.gateway.sessions.find(self.request)
+        if candidates(self.request.head.values) or not hashed:
+            return await self.gateway.doors.authenticate(self.request.head.values)
+        return await self.gateway.doors.admit(hashed)
+
+    @property
+    def is_here_and_open(self) -> bool:
+        """Whether it comes from this machine, in open mode."""
+        ip = ipaddress.ip_address(self.request.remote_ip or "0.0.0.0")
+        return self.gateway.doors.is_open and ip.is_loopback
 
     def send_json(self, value: object) -> None:
         """Answer with a JSON value."""
@@ -5450,7 +5779,8 @@ class BatchKeeper:
         if measured.usage or measured.beyond is not None:
             measured.usage["service_tier"] = "batch"
             charges = self._gateway.prices.charge(measured, now())
-            if key := self._ledger.charge(account, charges, now()):
+            if key := self._ledger.keys.get(account.hashed):
+                self._ledger.charge(self._ledger.limited(key), charges, now(), key.tags)
                 self._gateway.traffic.book(key.shown_name, charges)
 
 
@@ -5464,7 +5794,9 @@ class Gateway:
         self.client = UpstreamClient(force_instance=True, settings=settings)
         self.alerts = Alerts(self.client, settings.alert_webhook)
         self.real_keys = RealKeys(settings, self.alerts.tell)
-        self.ledger = FileLedger(settings.keys, settings.usage_days)
+        most, length = Decimal(str(settings.max_budget)), settings.budget_duration
+        limits = Limited(max_budget=most or None, budget_duration=length or None)
+        self.ledger = FileLedger(settings.keys, settings.usage_days, limits=limits)
         self.ledger.parts, self.ledger.tell = settings.warned_parts, self.alerts.tell
         for key in self.ledger.keys.values():
             if key.account.last_active and not key.home:  # before there were homes it had the first
@@ -5480,7 +5812,9 @@ class Gateway:
         self.recent: collections.deque[Record] = collections.deque(maxlen=settings.recent_requests)
         self.active: set[RelayHandler] = set()
         self.started = now()
-        self.stopping = False
+        self.sessions = Sessions()
+        self.audit: collections.deque[dict[str, Any]] = collections.deque(maxlen=MAX_AUDITED)
+        self.phase = GatewayPhase.SERVING
         self.drained = asyncio.Event()
 
     async def close(self) -> None:
@@ -5523,7 +5857,7 @@ class RelayHandler(BaseHandler):
     async def prepare(self) -> None:
         """Decide by the head alone; then keep a small JSON body, or let the rest stream."""
         visit, gateway, head = self._visit, self.gateway, self._visit.head
-        if gateway.stopping:
+        if gateway.phase is not GatewayPhase.SERVING:
             raise APIError(503, "The gateway stops. Try again.", headers=[("retry-after", "5")])
         visit.path = path = rule_path(visit.target)
         route = Route if len(path) > KEPT_PATH else read_route
@@ -5731,6 +6065,7 @@ class RelayHandler(BaseHandler):
             return
         refusal = self.refusal_of(error)
         outcome = "upstream_lost" if isinstance(error, UpstreamError) else f"refused:{refusal.kind}"
+        record.error = mask_keys(refusal.message)
         if refusal.status in (408, 504):
             outcome = "timeout"
         if visit.phase is RequestPhase.DESERTED:
@@ -5755,10 +6090,15 @@ class RelayHandler(BaseHandler):
             return
         visit.phase = FOLLOWS[visit.phase][RequestPhase.SETTLED]
         record, head, answer = visit.record, visit.head, visit.answer
-        record.outcome, record.over = outcome, gateway.time()
+        is_whole, record.over = outcome == "ok", gateway.time()
+        if is_whole and record.status >= 400:
+            outcome = "upstream_error"
+        elif outcome == "client_gone" and gateway.phase is GatewayPhase.STOPPED:
+            outcome = "stopped"
+        record.outcome = outcome
         if upstream is not None:
             record.asked, visit.began = upstream.begun, upstream.begun > 0 and upstream.sent
-            if outcome != "ok":
+            if not is_whole:
                 upstream.end(None)
                 for each in self._filters:
                     each.finish(False)
@@ -5767,6 +6107,10 @@ class RelayHandler(BaseHandler):
                 task.cancel()
         if self._held:
             self._free()
+        if TAGS_FIELD in head.values:
+            sent = head.values[TAGS_FIELD][0].split(",", MAX_TAGS)[:MAX_TAGS]
+            tags = (shown_text(visit, tag.strip()) for tag in sent)
+            record.tags = [*record.tags, *filter(None, tags)]
         for end in gateway.rules.end:
             end(visit)
         record.path = shown_text(visit, visit.target.partition("?")[0])
@@ -5776,16 +6120,12 @@ class RelayHandler(BaseHandler):
             record.sent = {CLAUDE_FIELDS[n]: shown_text(visit, head.values[n][0]) for n in told}
         if gateway.real_keys.several:
             record.via = ",".join(record.upstream_keys)
-        if TAGS_FIELD in head.values:
-            sent = head.values[TAGS_FIELD][0].split(",", MAX_TAGS)[:MAX_TAGS]
-            tags = (shown_text(visit, tag.strip()) for tag in sent)
-            record.tags = [*record.tags, *filter(None, tags)]
         # No cycle is left for the garbage collector.
         self._upstream = self._inside = self._again = None
         gateway.active.discard(self)
-        if gateway.stopping and not gateway.active:
+        if gateway.phase is GatewayPhase.DRAINING and not gateway.active:
             gateway.drained.set()
-        if visit.hold is not None:
+        if record.shown_key != NO_KEY or gateway.doors.is_open:
             gateway.recent.append(record)
         gateway.traffic.count(record)
         if log.isEnabledFor(logging.INFO):
@@ -5926,18 +6266,25 @@ GATEWAY_CLAIM = "eyJhdWQiOiJjbGF1ZGUtZ2F0ZXdheSJ9"
 
 
 class ManagementHandler(BaseHandler):
-    """What only the master key may do. Raises 401 without a key, 403 with any other."""
+    """What only a master key may do, or a session that one opened; ``master`` says whose it is.
+    Raises 401 without a key, 403 with any other. In open mode this machine may look."""
+
+    master = ""
 
     def prepare(self) -> None:
         super().prepare()
-        if not self.gateway.settings.master_key:
-            raise APIError(403, "No master key is set: start with GATEWAY_MASTER_KEY to have one.")
-        shown = [hash_key(credential) for _, credential in candidates(self.request.head.values)]
-        if not any(map(self.gateway.doors.is_master, shown)):
-            if any(map(self.gateway.ledger.lookup, shown)):
+        doors, ledger, shown = self.gateway.doors, self.gateway.ledger, self.shown_hashes()
+        self.master = "master" if any(map(doors.is_master, shown)) else ""
+        if not (self.master or (self.request.method == "GET" and self.is_here_and_open)):
+            if not self.gateway.settings.master_key:
+                text = "No master key is set: start with GATEWAY_MASTER_KEY to have one."
+                raise APIError(403, text)
+            if any(map(ledger.lookup, shown)):
                 raise APIError(403, "Only the master key may do this; a virtual key was sent.")
-            raise APIError(401, "Send the master key as 'Authorization: Bearer' or 'x-api-key'.")
-        self.gateway.ledger.notice_edit()
+            wrong = "This is not the master key. " if shown else ""
+            text = "Send the master key as 'Authorization: Bearer' or 'x-api-key'."
+            raise APIError(401, wrong + text)
+        ledger.notice_edit()
 
     def owner_of(self, named: Any) -> str:
         """What a key's things are kept under, by its alias, plain value or hash; as `addressed`."""
@@ -5956,27 +6303,38 @@ class ManagementHandler(BaseHandler):
 
 
 # What LiteLLM says of a key and means nothing here.
-LITELLM_FIELDS: dict[str, Any] = {"created_by": "master", "updated_by": "master"}
-LITELLM_FIELDS |= {"key_type": "default", "budget_id": None, "litellm_budget_table": None}
+LITELLM_FIELDS = {"key_type": "default", "budget_id": None, "litellm_budget_table": None}
 
 
-def key_row(key: VirtualKey, *, full: bool = False) -> dict[str, Any]:
-    """A key as LiteLLM's answers describe it; in full with what it used, by day and model."""
-    moment, hashed = now(), key.account.hashed
+def row_of(of: Limited) -> dict[str, Any]:
+    """A record as LiteLLM's answers describe it."""
+    moment = now()
 
-    def spent(pattern: str) -> dict[str, Any]:
-        reset = window(duration, moment)[1] if (duration := key.budget(pattern)[1]) else None
-        return {"spend": key.spent(moment, pattern), "budget_reset_at": reset}
+    def told(budget: Budget) -> dict[str, Any]:
+        return {"spend": of.spent(moment, budget), "budget_reset_at": budget.end(moment)}
 
-    row = {"token": hashed, "token_id": hashed, "status": key.status(moment)} | LITELLM_FIELDS
-    row |= {name: getattr(key, name) for name in SHOWN}
-    row["model_max_budget_usage"] = {pattern: spent(pattern) for pattern in key.model_max_budget}
-    row |= spent(ALL_MODELS) | {"last_active": key.account.last_active}
-    if full:
-        days = row["usage"] = dict[str, Any]()
-        for day, model, tally in key.account.usage.days():
-            days.setdefault(day, {})[model] = tally
-    return row
+    row = {name: getattr(of, name) for name in MARKED[of.of, "shown"]}
+    row |= {"status": of.status(moment), "last_active": of.account.last_active}
+    row["model_max_budget_usage"] = {b.pattern: told(b) for b in of.budgets if b.pattern}
+    windows = {b.duration: told(b) for b in of.budgets if b.name.startswith(EVERY)}
+    return row | told(of.budgets[0]) | {"budget_limits_usage": windows}
+
+
+def key_row(key: VirtualKey) -> dict[str, Any]:
+    """The same of a key, as LiteLLM names it."""
+    return (
+        {"token": key.account.hashed, "token_id": key.account.hashed} | LITELLM_FIELDS | row_of(key)
+    )
+
+
+def budget_rows(accounts: Sequence[Limited], moment: datetime) -> list[dict[str, Any]]:
+    """All that limits them, for bars."""
+    rows = []
+    for each in fullness(accounts, moment):
+        row = {"of": each.record.of, "for": each.budget.pattern or None, "max_budget": each.limit}
+        row |= {"spend": each.spent, "budget_duration": each.budget.duration}
+        rows.append(row | {"budget_reset_at": each.budget.end(moment)})
+    return rows
 
 
 def is_nested(value: object, levels: int) -> bool:
@@ -5985,14 +6343,18 @@ def is_nested(value: object, levels: int) -> bool:
     return levels < 0 or any(is_nested(entry, levels - 1) for entry in within)
 
 
-class KeyHandler(ManagementHandler):
-    """POST /key/{deed} and /key/{key}/{deed}, as `deeds` lists them. Null clears a field."""
+class DeedHandler(ManagementHandler):
+    """POST of what changes records, as `deeds` lists them. Null clears a field."""
 
     def data_received(self, chunk: bytes) -> None:
         super().data_received(chunk)
         self.request.body += chunk
 
     async def post(self, *path: str) -> None:
+        self.send_json(await self.deeds[path[-1]](self, self.read_body(), *path[:-1]))
+
+    def read_body(self) -> dict[str, Any]:
+        """The body's object; none is an empty one. Raises APIError 400."""
         try:
             body = json.loads(self.request.body or b"{}")
             json.dumps(body, allow_nan=False)  # nor what is too large for a float
@@ -6000,9 +6362,82 @@ class KeyHandler(ManagementHandler):
             raise APIError(400, f"The body is not JSON: {error}.") from None
         if not isinstance(body, dict) or is_nested(body, MAX_OWN_DEPTH):
             raise APIError(400, f"The body is not a JSON object of up to {MAX_OWN_DEPTH} levels.")
-        if len(path) > 1:
-            body["key"] = path[0]
-        self.send_json(await self.deeds[path[-1]](self, body))
+        return body
+
+    def changed(self, record: AnyLimited, body: Mapping[str, Any], **more: Any) -> AnyLimited:
+        """A record with these fields. Raises APIError 400."""
+        changes = read_fields(body, MARKED[record.of, "settable"])
+        if "duration" in changes:
+            changes["expires"] = changes.pop("duration")
+        for name in ("max_budget", "soft_budget", "model_max_budget", "budget_limits"):
+            if changes.get(name) not in (None, {}, []) and not self.gateway.prices.available:
+                need = "install genai-prices where the gateway runs, or start it with --prices."
+                raise APIError(400, f"{name!r} cannot be enforced, as no prices are known: {need}")
+        if (home := changes.get("home")) and home not in (names := self.gateway.real_keys.names):
+            raise APIError(400, f"'home' must be a real key's name: {', '.join(names)}.")
+        by: dict[str, Any] = {"updated_at": now(), "updated_by": self.master}
+        by |= {} if record.created_at else {"created_at": now(), "created_by": self.master}
+        return dataclasses.replace(record, **changes, **more, **by)
+
+    async def keep(
+        self, changes: Mapping[str, Limited | None], action: str, body: Mapping[str, Any] = {}
+    ) -> dict[str, Any]:
+        """Keep these records, note in the log and the audit what was done (LiteLLM's ``action``),
+        with the fields of ``body``; answer with the last one's row, and with warnings."""
+        await self.gateway.ledger.change(changes)
+        kept = [record for record in changes.values() if record is not None]
+        for record in kept:
+            self.note(record, action, body)
+        row = key_row(kept[-1]) if isinstance(kept[-1], VirtualKey) else row_of(kept[-1])
+        warnings = list(self.doubts(kept[-1], body))
+        return row | ({"warnings": warnings} if warnings else {})
+
+    def note(self, record: Limited, action: str, body: Mapping[str, Any] = {}) -> None:
+        """Remember and log what was done to a record."""
+        by = printable(self.request.headers.get("litellm-changed-by", self.master))
+        row = {"id": mock_id("audit"), "updated_at": now(), "changed_by": mask_keys(by)}
+        row |= {"changed_by_api_key": self.master, "action": action, "table_name": record.of}
+        row |= {"object_id": record.account.hashed.removeprefix(f"{record.of}:")}
+        row |= {"name": record.shown_name, "updated_values": dict(body)}
+        self.gateway.audit.append(row | {"remote_ip": self.request.remote_ip})
+        fields = f": {', '.join(body)}" if body and action == "updated" else ""
+        log.info("%s %s %s%s by %s", record.of, record.shown_name, action, fields, word(by))
+
+    def doubts(self, record: Limited, body: Mapping[str, Any]) -> Iterator[str]:
+        """What of a change is allowed, but hardly meant."""
+        known = self.gateway.prices.names
+        for pattern in {**dict.fromkeys(record.models), **record.model_max_budget} if known else ():
+            if pattern != ALL_TEAM_MODELS and not fnmatch.filter(known, pattern):
+                text = f"{printable(pattern)!r} matches no model that is known here."
+                yield text + nearest(pattern, known)
+        most, soft = record.max_budget, record.soft_budget
+        if most is not None and soft is not None and soft > most:
+            yield "'soft_budget' is above 'max_budget', so it is never reached."
+
+    async def block(self, body: dict[str, Any], *path: str, blocked: bool = True) -> dict[str, Any]:
+        """Refuse a key, a team or a user, or take it again."""
+        record = self.changed(self.named(body, *path), {"blocked": blocked})
+        action = "blocked" if blocked else "unblocked"
+        return await self.keep({record.account.hashed: record}, action)
+
+    async def reset_spend(self, body: dict[str, Any], *path: str) -> dict[str, Any]:
+        """Set what was spent in the present window to ``reset_to`` USD (0)."""
+        record = self.named(body, *path)
+        amount = AMOUNT.parse("reset_to", body.get("reset_to")) or ZERO
+        await self.gateway.ledger.reset_spend(record, amount)
+        self.note(record, "reset_spend", {"spend": amount})
+        return row_of(record)
+
+    def named(self, body: dict[str, Any], *path: str) -> Limited:
+        """The record that a body, or the path, names. Raises APIError 400, 404."""
+        return self.addressed(body | dict(zip(("key",), path, strict=False)))
+
+    deeds: ClassVar[dict[str, Any]] = {"block": block, "reset_spend": reset_spend}
+    deeds |= {"unblock": functools.partial(block, blocked=False)}
+
+
+class KeyHandler(DeedHandler):
+    """POST /key/{deed} and /key/{key}/{deed}."""
 
     def chosen(self, value: Any, for_claude_code: Any) -> str:
         """A key that the caller chose, or a fresh one. Raises APIError 400."""
@@ -6019,51 +6454,38 @@ class KeyHandler(ManagementHandler):
             raise APIError(400, "'key' exists already; choose another, or leave it out.")
         return value
 
-    def changed(self, record: VirtualKey, body: Mapping[str, Any], **more: Any) -> VirtualKey:
-        """A key's record with these fields. Raises APIError 400."""
-        changes = read_fields(body, SETTABLE)
-        if "duration" in changes:
-            changes["expires"] = changes.pop("duration")
-        for name in ("max_budget", "soft_budget", "model_max_budget"):
-            if changes.get(name) not in (None, {}) and not self.gateway.prices.available:
-                need = "install genai-prices where the gateway runs, or start it with --prices."
-                raise APIError(400, f"{name!r} cannot be enforced, as no prices are known: {need}")
-        if (home := changes.get("home")) and home not in (names := self.gateway.real_keys.names):
-            raise APIError(400, f"'home' must be a real key's name: {', '.join(names)}.")
-        key = dataclasses.replace(record, **changes, **more, updated_at=now())
-        taken = self.gateway.ledger.find("", changes.get("key_alias") or "")
-        if taken is not None and taken[0] != record.account.hashed:
-            raise APIError(400, "'key_alias' is taken by another key.")
-        named = [pattern for pattern in key.allowed_routes if unmetered(pattern)]
-        if named and key.has_budget and not key.unmetered_routes:
-            what = f"'allowed_routes' names {named[0]}, whose cost a budget cannot count"
-            raise APIError(400, f"{what}: leave it out, or add 'unmetered_routes': true.")
-        return key
-
-    async def keep(self, changes: Mapping[str, VirtualKey | None], what: str) -> dict[str, Any]:
-        """Keep these records, log ``what`` was done, and answer with the last one's row."""
-        await self.gateway.ledger.change(changes)
-        kept = [record for record in changes.values() if record is not None]
-        for record in kept:
-            log.info("key %s %s", record.shown_name, what)
-        return key_row(kept[-1])
+    def changed(self, record: AnyLimited, body: Mapping[str, Any], **more: Any) -> AnyLimited:
+        key: Any = super().changed(record, body, **more)
+        ledger = self.gateway.ledger
+        if isinstance(key, VirtualKey):
+            taken = ledger.find("", key.key_alias or "")
+            if taken is not None and taken[0] != record.account.hashed:
+                raise APIError(400, "'key_alias' is taken by another key.")
+            named = [pattern for pattern in key.allowed_routes if unmetered(pattern)]
+            limited = any(of.has_budget for of in ledger.limited(key))
+            if named and limited and not key.unmetered_routes:
+                what = f"'allowed_routes' names {named[0]}, whose cost a budget cannot count"
+                raise APIError(400, f"{what}: leave it out, or add 'unmetered_routes': true.")
+        return cast(AnyLimited, key)
 
     async def generate(self, body: dict[str, Any]) -> dict[str, Any]:
         """LiteLLM's request and response; no other answer has the plain key."""
         key = self.chosen(body.pop("key", None), body.pop("claude_code", None))
-        made = VirtualKey(key_name(key), created_at=now(), owner_id=secrets.token_hex(8))
+        made = VirtualKey(key_name(key), owner_id=secrets.token_hex(8))
         record = self.changed(made, body)
-        return await self.keep({hash_key(key): record}, "made") | {"key": key}
+        return await self.keep({hash_key(key): record}, "created", body) | {"key": key}
 
     async def update(self, body: dict[str, Any]) -> dict[str, Any]:
         """Change the fields that the body has."""
-        record, names = self.addressed(body), ", ".join(n for n in SETTABLE if n in body)
-        changes = {record.account.hashed: self.changed(record, body)}
-        return await self.keep(changes, f"updated: {names}") | {"key": record.account.hashed}
-
-    async def regenerate(self, body: dict[str, Any]) -> dict[str, Any]:
-        """As `update`, and a new value, ``new_key`` or fresh; for a ``grace_period`` both work."""
         record = self.addressed(body)
+        changes = {record.account.hashed: self.changed(record, body)}
+        return await self.keep(changes, "updated", body) | {"key": record.account.hashed}
+
+    async def regenerate(self, body: dict[str, Any], *path: str) -> dict[str, Any]:
+        """As `update`, and a new value, ``new_key`` or fresh; for a ``grace_period`` both work."""
+        record = self.addressed(body | dict(zip(("key",), path, strict=False)))
+        for name in ("key", "key_alias") if not path and "key" not in body else ("key",):
+            body.pop(name, None)
         moment, grace = now(), LIFETIME.parse("grace_period", body.pop("grace_period", None))
         value = self.chosen(body.pop("new_key", None), body.pop("claude_code", None))
         retired = {old: until for old, until in record.retired.items() if until > moment}
@@ -6071,20 +6493,7 @@ class KeyHandler(ManagementHandler):
         more = {"key_name": key_name(value), "retired": retired, "owner_id": record.owner}
         changed = self.changed(record, body, **more)
         changes = {record.account.hashed: None, hash_key(value): changed}
-        return await self.keep(changes, "regenerated") | {"key": value}
-
-    async def block(self, body: dict[str, Any], blocked: bool = True) -> dict[str, Any]:
-        """Refuse a key, or take it again."""
-        key = dataclasses.replace(self.addressed(body), blocked=blocked, updated_at=now())
-        return await self.keep({key.account.hashed: key}, "blocked" if blocked else "unblocked")
-
-    async def reset_spend(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Set what was spent in the present window to ``reset_to`` USD (0)."""
-        record = self.addressed(body)
-        amount = AMOUNT.parse("reset_to", body.get("reset_to")) or ZERO
-        await self.gateway.ledger.reset_spend(record.account.hashed, amount)
-        log.info("key %s: spend set to $%s", record.shown_name, dollars(amount))
-        return key_row(record)
+        return await self.keep(changes, "rotated", body) | {"key": value}
 
     async def delete_keys(self, body: dict[str, Any]) -> dict[str, Any]:
         """Delete ``keys`` (plain or hashes) or ``key_aliases``; all of them or none."""
@@ -6092,8 +6501,7 @@ class KeyHandler(ManagementHandler):
         named = [{"key": key} for key in keys] + [{"key_alias": alias} for alias in aliases]
         if not named:
             raise APIError(400, "Name the keys to delete in 'keys' or 'key_aliases'.")
-        gone: dict[str, Any] = {"deleted_at": now(), "retired": {}}
-        found = [dataclasses.replace(self.addressed(each), **gone) for each in named]
+        found = [deleted(self.addressed(each)) for each in named]
         await self.keep({record.account.hashed: record for record in found}, "deleted")
         return {"deleted_keys": keys + aliases}
 
@@ -6114,55 +6522,201 @@ class KeyHandler(ManagementHandler):
         log.info("%d things assigned", len(ids))
         return {"ids": ids, "key": key}
 
-    deeds: ClassVar[dict[str, Any]] = {"generate": generate, "update": update, "block": block}
-    deeds |= {"unblock": functools.partial(block, blocked=False), "reset_spend": reset_spend}
+    deeds: ClassVar[dict[str, Any]] = DeedHandler.deeds | {"generate": generate, "update": update}
     deeds |= {"regenerate": regenerate, "delete": delete_keys, "assign": assign}
 
 
-class InfoHandler(ManagementHandler):
-    """GET /key/info?key=: LiteLLM's ``{"key", "info"}``. A virtual key may ask about itself."""
-
-    prepare = BaseHandler.prepare  # `get` decides
-
-    async def get(self) -> None:
-        asked = self.query("key")
-        record = (await self.gateway.doors.authenticate(self.request.head.values)).key
-        if record is None:
-            super().prepare()
-            record = self.addressed({"key": asked})
-        elif asked and self.gateway.ledger.find(asked) != (record.account.hashed, record):
-            raise APIError(403, "A virtual key may ask about itself only.")
-        info = key_row(record, full=True)
-        del info["token"], info["token_id"]
-        self.send_json({"key": asked or record.account.hashed, "info": info})
+def deleted(key: VirtualKey) -> VirtualKey:
+    """A key that is no more; its record tells what it used."""
+    return dataclasses.replace(key, deleted_at=now(), retired={})
 
 
-REPORT_GROUPS = ("api_key", "model", "team", "user", "day")
-REPORT_GROUP = Kind(f"one of {', '.join(REPORT_GROUPS)}", REPORT_GROUPS.index)
+class GroupHandler(KeyHandler):
+    """POST /team/{deed}, /user/{deed} and, of both, /{id}/{deed}."""
+
+    def named(self, body: dict[str, Any], *path: str) -> Team | User:
+        kind, *named = path
+        name = named[0] if named else body.pop(f"{kind}_id", None)
+        if not isinstance(name, str) or not name:
+            raise APIError(400, f"'{kind}_id' must name a {kind}.")
+        if (found := self.gateway.ledger.groups.get(f"{kind}:{name}")) is None:
+            raise APIError(404, f"{kind.capitalize()} not found.")
+        return cast(Team | User, found)
+
+    async def new(self, body: dict[str, Any], kind: str) -> dict[str, Any]:
+        """LiteLLM's: a user gets a key of his own, unless ``auto_create_key`` is false."""
+        name = NAME.parse(f"{kind}_id", body.pop(f"{kind}_id", None)) or secrets.token_hex(8)
+        if (at := f"{kind}:{name}") in self.gateway.ledger.groups:
+            raise APIError(400, f"'{kind}_id' is taken by another {kind}.")
+        makes_key = FLAG.parse("auto_create_key", body.pop("auto_create_key", kind == "user"))
+        changes: dict[str, Limited | None] = {at: self.changed(GROUPS[kind](name), body)}
+        key = self.chosen(None, None)
+        if makes_key:
+            made = VirtualKey(key_name(key), owner_id=secrets.token_hex(8), user_id=name)
+            changes = {hash_key(key): self.changed(made, {})} | changes
+        return await self.keep(changes, "created", body) | ({"key": key} if makes_key else {})
+
+    async def update_group(self, body: dict[str, Any], kind: str) -> dict[str, Any]:
+        """Change the fields that the body has."""
+        record = self.named(body, kind)
+        row = await self.keep({record.account.hashed: self.changed(record, body)}, "updated", body)
+        return row | {"data": row}
+
+    async def delete_groups(self, body: dict[str, Any], kind: str) -> dict[str, Any]:
+        """Delete ``team_ids`` or ``user_ids`` and their keys, which would be without limits."""
+        names = TEXTS.parse(f"{kind}_ids", body.get(f"{kind}_ids"))
+        found = [self.named({f"{kind}_id": name}, kind) for name in names]
+        if not found:
+            raise APIError(400, f"Name those to delete in '{kind}_ids'.")
+        changes: dict[str, Limited | None] = {of.account.hashed: None for of in found}
+        for hashed, key in self.gateway.ledger.live():
+            if getattr(key, f"{kind}_id") in names:
+                changes[hashed] = deleted(key)
+        await self.gateway.ledger.change(changes)
+        for record in (*found, *filter(None, changes.values())):
+            self.note(record, "deleted")
+        return {f"deleted_{kind}s": names}
+
+    deeds: ClassVar[dict[str, Any]] = DeedHandler.deeds | {"new": new, "update": update_group}
+    deeds |= {"delete": delete_groups}
+
+
+REPORT_GROUPS = ("api_key", "model", "team", "user", "day", "tag")
+STATUSES, ORDERS = ("active", "revoked", "expired"), ("asc", "desc")
+
+
+def one_of(words: Sequence[str]) -> Kind:
+    """A field or parameter that is one of these words."""
+    return Kind(f"one of {', '.join(words)}", lambda text: words[words.index(text)])
+
+
+GROUP_NAME = one_of(REPORT_GROUPS)
+GROUPING = Kind(
+    f"one or two, with a comma, {GROUP_NAME.words[4:]}",
+    lambda text: [GROUP_NAME.read(name) for name in text.split(",", 1)],
+)
 ORDINAL = Kind("a whole number from 1", lambda text: int(read_amount(int(text) - 1)) + 1)
 PAGE_SIZE = ORDINAL._replace(read=lambda text: min(ORDINAL.read(text), MAX_PAGE_SIZE))
 DAY = Kind("a date like 2026-11-22", lambda text: day_of(datetime.strptime(text, "%Y-%m-%d")))
+WORD = Kind("true or false", lambda text: ("false", "true").index(text.lower()) > 0)
+UNDER_WAY, OTHERS, MAX_LISTED = "under_way", "(others)", 10_000
+KEY_FILTERS = ("key_hash", "user_id", "team_id", "key_alias")
+SEARCHED = operator.attrgetter("key_alias", "key_name", "user_id", "team_id")
+
+
+def full_row(key: VirtualKey, ledger: FileLedger, *, usage: bool = True) -> dict[str, Any]:
+    """A key with all that limits it, and what it used by day and model."""
+    row, days = key_row(key), dict[str, Any]()
+    for day, model, tally in key.account.usage.days() if usage else ():
+        days.setdefault(day, {})[model] = tally
+    return row | {"usage": days, "budgets": budget_rows(ledger.limited(key), now())}
+
+
+class InfoHandler(ManagementHandler):
+    """GET /key/info, LiteLLM's ``{"key", "info"}``, and /spend/logs: a virtual key may ask about
+    itself. A former key is answered for, too, until its grace is over."""
+
+    prepare = BaseHandler.prepare  # `get` decides
+
+    async def get(self, path: str) -> None:
+        caller = await self.find_caller()
+        if caller.key is None:
+            super().prepare()
+        told = self.describe if path == "/key/info" else self.list_requests
+        self.send_json(told(caller.key))
+
+    def describe(self, mine: VirtualKey | None) -> dict[str, Any]:
+        """A key with what it used, by day and model, and all that limits it."""
+        asked, alias, ledger = self.query("key"), self.query("key_alias"), self.gateway.ledger
+        self.refuse_unknown()
+        own = self.shown_hashes()[0] if mine and not (asked or alias) else ""
+        hashed = own or (asked if HASH.fullmatch(asked) else hash_key(asked))
+        known = ledger.lookup(hashed) if own or asked else None
+        record = known[0] if known else None
+        if record is None or record.retired.get(hashed, now()) < now() or record.deleted_at:
+            found = ledger.find(asked, alias)
+            record = found and found[1]
+        if mine is not None and record is not mine:
+            raise APIError(403, "A virtual key may ask about itself only.")
+        if record is None:
+            record = self.addressed({"key": asked, "key_alias": alias})
+        info = full_row(record, ledger)
+        if hashed in record.retired:
+            info["retired_until"] = record.retired[hashed]
+        del info["token"], info["token_id"]
+        return {"key": asked or record.account.hashed, "info": info}
+
+    def list_requests(self, mine: VirtualKey | None) -> list[dict[str, Any]]:
+        """The last --recent-requests, newest first, in LiteLLM's fields and with its filters; or
+        those with ``status=under_way``. No more than ``limit``."""
+        first = self.query("start_date", DAY, "0001-01-01")
+        last = self.query("end_date", DAY, "9999-12-31")
+        wanted, user, shown = self.query("request_id"), self.query("user_id"), self.query("api_key")
+        limit, status = self.query("limit", ORDINAL, MAX_LISTED), self.query("status")
+        self.refuse_unknown()
+        hashed = shown if not shown or HASH.fullmatch(shown) else hash_key(shown)
+        gateway, owned = self.gateway, {mine.account.hashed, *mine.retired} if mine else set()
+        rows: Iterable[dict[str, Any]] = (
+            record.to_spend_log() for record in reversed(gateway.recent)
+        )
+        if status == UNDER_WAY:
+            rows = [handler._visit.record.to_spend_log() for handler in gateway.active]
+        found = (
+            row
+            for row in rows
+            if (wanted in ("", row["litellm_call_id"], row["request_id"]))
+            and (hashed in ("", row["api_key"]) and user in ("", row["user"]))
+            and (status in ("", UNDER_WAY, row["status"]))
+            and (first <= row["startTime"][:10] <= last)
+            and (mine is None or row["api_key"] in owned)
+        )
+        return list(itertools.islice(found, limit))
+
+
+def order_of(row: Mapping[str, Any], name: str) -> tuple[bool, Any]:
+    """What a row is sorted by; nothing stands first."""
+    value = row[name]
+    return value is not None, value if isinstance(value, int | Decimal) else str(value)
 
 
 class ReportHandler(ManagementHandler):
-    """GET of the paths in `reports`: what keys there are, and what was used."""
+    """GET of the paths in `reports`: what there is, and what was used. Each reads what it knows of
+    the query, and `refuse_unknown` the rest."""
 
     def get(self) -> None:
         self.send_json(self.reports[self.request.path](self))
 
+    def page_of(self, rows: Sequence[Any], size: str = "size", most: int = 10) -> tuple[Any, ...]:
+        """Of rows those of the page that is asked for; and which it is, its size, and how many."""
+        page, length = self.query("page", ORDINAL, 1), self.query(size, PAGE_SIZE, most)
+        self.refuse_unknown()
+        return rows[(page - 1) * length : page * length], page, length, -(-len(rows) // length)
+
     def list_keys(self) -> dict[str, Any]:
         """Pages of hashes, or of whole rows with ``return_full_object=true``."""
-        page, size = self.query("page", ORDINAL, 1), self.query("size", PAGE_SIZE, 10)
-        rows = [key for _, key in self.gateway.ledger.live()]
-        for name in ("key_hash", "user_id", "team_id", "key_alias"):
-            if wanted := self.query(name):
+        keys, wanted = [key for _, key in self.gateway.ledger.live()], self.query("search").lower()
+        for name in KEY_FILTERS:
+            if value := self.query(name):
                 read = operator.attrgetter("account.hashed" if name == "key_hash" else name)
-                rows = [key for key in rows if read(key) == wanted]
-        shown = rows[(page - 1) * size : page * size]
-        full = self.query("return_full_object").lower() == "true"
-        keys = [key_row(key, full=True) if full else key.account.hashed for key in shown]
-        pages = {"current_page": page, "total_pages": -(-len(rows) // size)}
-        return {"keys": keys, "total_count": len(rows)} | pages
+                keys = [key for key in keys if read(key) == value]
+        if status := self.query("status", one_of(STATUSES)):
+            keys = [key for key in keys if key.status(now()) == status]
+        if wanted:
+            keys = [k for k in keys if any(wanted in (text or "").lower() for text in SEARCHED(k))]
+        full = self.query("return_full_object", WORD, False)
+        usage = self.query("usage", WORD, True)
+        if by := self.query("sort_by"):
+            sortable = key_row(OPERATOR)
+            if by not in sortable:
+                raise APIError(400, f"'sort_by' must be a field of a key.{nearest(by, sortable)}")
+            keys.sort(key=lambda key: order_of(key_row(key), by))
+        if self.query("sort_order", one_of(ORDERS)) == "desc":
+            keys.reverse()
+        found, page, _, pages = self.page_of(keys)
+        ledger = self.gateway.ledger
+        shown = [full_row(k, ledger, usage=usage) if full else k.account.hashed for k in found]
+        told = {"total_count": len(keys), "current_page": page, "total_pages": pages}
+        return {"keys": shown} | told
 
     def list_spend(self) -> list[dict[str, Any]]:
         """Every key's row, those that spent most first."""
@@ -6171,41 +6725,88 @@ class ReportHandler(ManagementHandler):
 
     def sum_spend(self) -> list[dict[str, Any]]:
         """``start_date``, ``end_date``: UTC days, both included, by default the last 30. One row a
-        group (``group_by`` one of REPORT_GROUPS): its name under that name, and every count."""
+        group, of one or two of REPORT_GROUPS (``group_by``): its names under theirs, and every
+        count. Of the last, all but the ``top`` that spent most are one. With a tag there is what
+        had several under each, and under none what had none."""
         first = self.query("start_date", DAY, day_of(now() - timedelta(days=29)))
         last = self.query("end_date", DAY, day_of(now()))
-        group, keys = self.query("group_by", REPORT_GROUP, 0), self.gateway.ledger.keys
-        sums: dict[str, Tally] = collections.defaultdict(Tally)
-        for hashed, key in keys.items():
+        groups, top = self.query("group_by", GROUPING, ["api_key"]), self.query("top", ORDINAL, 0)
+        self.refuse_unknown()
+        ledger, sums = self.gateway.ledger, collections.defaultdict[Any, Tally](Tally)
+        totals = collections.defaultdict[str, Decimal](Decimal)
+        tags = ledger.groups[GATEWAY].account.usage
+        if "tag" in groups:
+            if not {"tag", "day"} >= {*groups}:
+                raise APIError(400, "'tag' goes with 'day' alone.")
+            for day, tag, tally in tags.days(first, last):
+                if tag != EVERY_TAG:
+                    sums[tuple({"tag": tag, "day": day}[g] for g in groups)].add(tally)
+        for hashed, key in ledger.keys.items():
             for day, model, tally in key.account.usage.days(first, last):
-                names = (hashed, model, key.team_id or "", key.user_id or "", day)
-                sums[names[group]].add(tally)
-        kind = REPORT_GROUPS[group]
-        rows = [{kind: name, **dataclasses.asdict(tally)} for name, tally in sums.items()]
-        for row in rows if kind == "api_key" else ():
-            key = keys[row["api_key"]]
-            row |= {"key_alias": key.key_alias, "key_name": key.key_name}
+                names = {"api_key": hashed, "model": model, "day": day, "tag": ""}
+                names |= {"team": key.team_id or "", "user": key.user_id or ""}
+                sums[tuple(names[group] for group in groups)].add(tally)
+        if "tag" in groups:
+            for day, tag, tally in tags.days(first, last):
+                if tag == EVERY_TAG:
+                    sums[tuple({"tag": "", "day": day}[g] for g in groups)].subtract(tally)
+        for names, tally in sums.items():
+            totals[names[-1]] += tally.spend
+        shown = {*sorted(totals, key=lambda name: -totals[name])[: top or None]}
+        merged = collections.defaultdict[Any, Tally](Tally)
+        for names, tally in sums.items():
+            merged[(*names[:-1], names[-1] if names[-1] in shown else OTHERS)].add(tally)
+        used = [(names, tally) for names, tally in merged.items() if tally != Tally()]
+        rows = [dict(zip(groups, names)) | dataclasses.asdict(tally) for names, tally in used]
+        for row in rows if "api_key" in groups else ():
+            if key_found := ledger.keys.get(row["api_key"]):
+                row |= {"key_alias": key_found.key_alias, "key_name": key_found.key_name}
         return sorted(rows, key=lambda row: -row["spend"])
 
-    def list_requests(self) -> list[dict[str, Any]]:
-        """The last --recent-requests, newest first, in LiteLLM's fields and with its filters."""
-        first = self.query("start_date", DAY, "0001-01-01")
-        last = self.query("end_date", DAY, "9999-12-31")
-        wanted, user, shown = self.query("request_id"), self.query("user_id"), self.query("api_key")
-        hashed = shown if not shown or HASH.fullmatch(shown) else hash_key(shown)
-        return [
-            finished.to_spend_log()
-            for finished in reversed(self.gateway.recent)
-            if wanted in ("", finished.call_id, finished.request_id)
-            and hashed in ("", finished.hashed)
-            and (not user or (finished.key is not None and finished.key.user_id == user))
-            and first <= day_of(finished.started) <= last
-        ]
+    def list_teams(self) -> list[dict[str, Any]]:
+        """Every team's row, with how many keys it has."""
+        return self.group_rows("team")
+
+    def list_users(self) -> dict[str, Any]:
+        """Pages of users' rows."""
+        rows = self.group_rows("user")
+        shown, page, size, pages = self.page_of(rows, "page_size", MAX_PAGE_SIZE)
+        told = {"total": len(rows), "page": page, "page_size": size, "total_pages": pages}
+        return {"users": shown} | told
+
+    def group_rows(self, kind: str) -> list[dict[str, Any]]:
+        """The rows of all teams, or all users."""
+        ledger = self.gateway.ledger
+        counts = collections.Counter(getattr(key, f"{kind}_id") for _, key in ledger.live())
+        groups = [of for of in ledger.groups.values() if of.of == kind]
+        rows = [row_of(of) | {"budgets": budget_rows([of], now())} for of in groups]
+        return [row | {"keys_count": counts[row[f"{kind}_id"]]} for row in rows]
+
+    def describe_group(self) -> dict[str, Any]:
+        """A team or a user, and the keys of it."""
+        kind = self.request.path.split("/")[1]
+        name, more = self.query(f"{kind}_id"), {"team": "team_memberships", "user": "teams"}[kind]
+        self.refuse_unknown()
+        found = [row for row in self.group_rows(kind) if row[f"{kind}_id"] == name]
+        if not found:
+            raise APIError(404, f"{kind.capitalize()} not found: name one in '{kind}_id'.")
+        live = self.gateway.ledger.live()
+        keys = [key_row(key) for _, key in live if getattr(key, f"{kind}_id") == name]
+        return {f"{kind}_id": name, f"{kind}_info": found[0], "keys": keys, more: []}
+
+    def list_changes(self) -> dict[str, Any]:
+        """Pages of what was changed, newest first; of one ``object_id``."""
+        wanted, rows = self.query("object_id"), list(reversed(self.gateway.audit))
+        rows = [row for row in rows if wanted in ("", row["object_id"], row["name"])]
+        shown, page, size, pages = self.page_of(rows, "page_size", 50)
+        told = {"total": len(rows), "page": page, "page_size": size, "total_pages": pages}
+        return {"audit_logs": shown} | told
 
     def list_resources(self) -> dict[str, Any]:
         """Pages of what is whose, of a ``key`` or of a ``kind``."""
         page, size = self.query("page", ORDINAL, 1), self.query("size", PAGE_SIZE, MAX_PAGE_SIZE)
         asked, kind, things = self.query("key"), self.query("kind"), self.gateway.ledger.things
+        self.refuse_unknown()
         owner = self.owner_of(asked) if asked else None
         keys = {key.owner: hashed for hashed, key in self.gateway.ledger.live()}
         chosen = [p for p in things.made if owner in (None, p[0]) and kind in ("", p[1])]
@@ -6224,7 +6825,9 @@ class ReportHandler(ManagementHandler):
         """The real keys: how each is, and what it has answered; never the key."""
         return {"upstreams": self.gateway.real_keys.states()}
 
-    reports: ClassVar[dict[str, Any]] = {"/key/list": list_keys, "/spend/logs": list_requests}
+    reports: ClassVar[dict[str, Any]] = {"/key/list": list_keys, "/audit": list_changes}
+    reports |= {"/team/list": list_teams, "/user/list": list_users}
+    reports |= {"/team/info": describe_group, "/user/info": describe_group}
     reports |= {"/resources/list": list_resources, "/upstreams": list_upstreams}
     reports |= {"/spend/keys": list_spend, "/global/spend/report": sum_spend}
 
@@ -6257,6 +6860,67 @@ class HelloHandler(BaseHandler):
     head = get
 
 
+class SessionHandler(DeedHandler):
+    """The page's session: GET /ui/session, POST /ui/login ``{"key"}`` and /ui/logout."""
+
+    prepare = BaseHandler.prepare
+
+    async def post(self, *path: str) -> None:
+        gateway, body = self.gateway, self.read_body()
+        if path == ("logout",):
+            gateway.sessions.close(self.request)
+            self.clear_cookie(SESSION_COOKIE, path="/")
+            return self.send_json({})
+        hashed, address = hash_key(str(body.get("key"))), site_of(self.request.remote_ip or "")
+        gateway.sessions.slow_down(address)
+        try:
+            caller = await gateway.doors.admit(hashed)
+        except APIError:
+            gateway.sessions.slow_down(address, wrong=True)
+            raise APIError(
+                401, "This is neither the master key nor a virtual key that may be used."
+            ) from None
+        secure = self.request.protocol == "https"
+        more: Any = {"httponly": True, "samesite": "Strict", "secure": secure}
+        age = SESSION_HOURS * 3600
+        self.set_cookie(
+            SESSION_COOKIE, gateway.sessions.open(hashed), path="/", max_age=age, **more
+        )
+        self.send_json({"role": "operator" if caller.is_master else "holder"})
+
+    async def get(self, deed: str) -> None:
+        gateway, is_open = self.gateway, self.is_here_and_open
+        hashed = gateway.sessions.find(self.request)
+        if not (hashed or is_open) or deed != "session":
+            raise APIError(401, "Log in with the master key or a virtual key.")
+        caller = Caller(is_master=True) if is_open else await gateway.doors.admit(hashed)
+        key, settings = caller.key, gateway.settings
+        row: dict[str, Any] = {"role": "holder" if key else "operator", "open": is_open}
+        row |= {"can_change": not is_open and not key, "version": __version__}
+        row |= {"name": key.shown_name if key else MASTER_NAME, "contact": settings.contact}
+        row |= {"base": f"{self.request.protocol}://{self.request.host}"}
+        row |= {"prices": gateway.prices.available, "models": gateway.prices.names, "fields": {}}
+        for kind in (VirtualKey, Team, User):
+            texts = {f.name: f.metadata.get("help") for f in dataclasses.fields(kind)}
+            texts["duration"] = "how long it works"
+            row["fields"][kind.of] = {
+                name: {"help": texts[name], "must_be": field.words}
+                for name, field in MARKED[kind.of, "settable"].items()
+            }
+        self.send_json(row)
+
+
+class PageHandler(BaseHandler):
+    """GET /ui: the page. It may run and show what stands in it, and ask this gateway, alone."""
+
+    def get(self) -> None:
+        self.set_header("Content-Type", "text/html; charset=utf-8")
+        self.set_header("Content-Security-Policy", PAGE_POLICY)
+        for name, value in PAGE_HEADERS.items():
+            self.set_header(name, value)
+        self.finish(PAGE)
+
+
 SPEND_GROUPS = {"daily": "1d", "weekly": "7d", "monthly": "1mo"}
 
 
@@ -6266,9 +6930,11 @@ class UsageHandler(BaseHandler):
 
     async def get(self) -> None:
         key, moment = (await self.gateway.doors.authenticate(self.request.head.values)).key, now()
-        budgets, limits = key.budgets(moment) if key else [], list[dict[str, Any]]()
+        budgets = fullness(self.gateway.ledger.limited(key), moment) if key else []
+        limits = list[dict[str, Any]]()
         for each in budgets:
-            start, end = each.window or (EPOCH, None)
+            duration = each.budget.duration
+            start, end = window(duration, moment) if duration else (EPOCH, None)
             days = (end - start).days if end else math.inf
             passed = bisect.bisect_left(self.gateway.settings.warned_parts, each.part)
             is_spent = each.part >= WHOLE
@@ -6300,12 +6966,19 @@ class HealthHandler(BaseHandler):
         if asked != "readiness":
             return self.send_json("I'm alive!")
         gateway, error = self.gateway, self.gateway.ledger.trouble()
-        status = "shutting_down" if gateway.stopping else "unhealthy" if error else "healthy"
+        upstreams = {each["name"]: each["state"] for each in gateway.real_keys.states()}
+        refused = [name for name, state in upstreams.items() if state == REFUSED]
+        is_well = not error and not (refused and len(refused) == len(upstreams))
+        status = "healthy" if is_well else "unhealthy"
+        if gateway.phase is not GatewayPhase.SERVING:
+            status = "shutting_down"
         prices = "loaded" if gateway.prices.loaded else "loading"
         told = dict[str, Any](status=status, store=error or "writable", version=__version__)
         told["prices"] = prices if gateway.prices.available else "none"
         told["uptime"] = round((now() - gateway.started).total_seconds())
-        told["upstreams"] = {each["name"]: each["state"] for each in gateway.real_keys.states()}
+        told["upstreams"] = upstreams
+        if refused:
+            told["error"] = f"real key {', '.join(refused)}: {SET_ANOTHER}"
         self.set_status(200 if status == "healthy" else 503)
         self.send_json(told | {"upstream": gateway.traffic.upstream})
 
@@ -6372,9 +7045,8 @@ class MetricsHandler(ManagementHandler):
         requests, failed, gone = dict[Any, list[int]](), dict[Any, list[int]](), 0
         for (key, model, status, outcome), count in traffic.requests.items():
             requests.setdefault((key, model, str(status)), [0])[0] += count
-            if outcome != "ok" or status >= 400:
-                failure = "upstream_error" if outcome == "ok" else outcome
-                failed[key, model, str(status), failure] = [count]
+            if outcome != "ok":
+                failed[key, model, str(status), outcome] = [count]
             gone += count if outcome == "client_gone" else 0
         times, ends = dict[Any, Any](), (*map(str, LATENCY_BUCKETS), "+Inf")
         for model, each in traffic.timings.items():
@@ -6454,6 +7126,732 @@ def log_request(handler: web.RequestHandler) -> None:
     method, status = printable(handler.request.method or ""), handler.get_status()
     path = word(printable(urllib.parse.unquote(handler.request.path, "latin-1")))
     log.log(logging.DEBUG if status < 400 else logging.INFO, "- %s %s %d", method, path, status)
+
+
+# ─── Page ─────────────────────────────────────────────────────────────────────────────────────────
+
+PAGE = r"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Gateway</title><link rel="icon" href="data:,">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+:root { color-scheme: light dark; --paper: light-dark(#f5f6f8, #121419); --card: light-dark(#fff,
+  #1b1e25); --ink: light-dark(#1a1f29, #e6e9ee); --soft: light-dark(#5b6473, #9ca5b4);
+  --line: light-dark(#dfe3e9, #31363f); --accent: light-dark(#2356c5, #8fb2ff);
+  --good: light-dark(#2a8052, #4cc38a); --warn: light-dark(#9a6400, #e5b53f);
+  --bad: light-dark(#c0271e, #ff7f76); background: var(--paper); color: var(--ink);
+  font: 14px/1.45 system-ui, sans-serif }
+.c0 { --x: #4e79a7 } .c1 { --x: #f28e2b } .c2 { --x: #59a14f } .c3 { --x: #e15759 }
+.c4 { --x: #76b7b2 } .c5 { --x: #d4af2a } .c6 { --x: #b07aa1 } .c7 { --x: #ff9da7 }
+.c8 { --x: #9c755f } .c9 { --x: #99a1ac }
+* { box-sizing: border-box } body { margin: 0 } [hidden] { display: none !important }
+h1 { font-size: 16px; margin: 0 } h2 { font-size: 14px; margin: 0 } a { color: var(--accent) }
+header, .bar { display: flex; flex-wrap: wrap; gap: 6px 8px; align-items: center }
+header { padding: 8px 20px; background: var(--card); border-bottom: 1px solid var(--line) }
+nav { display: flex; flex: 1; overflow-x: auto } .bar { margin-bottom: 8px }
+nav a { padding: 5px 10px; border-radius: 6px; color: var(--soft); text-decoration: none }
+nav a[aria-current] { background: var(--paper); color: var(--ink); font-weight: 600 }
+.bar h2 { margin-right: auto } #views { max-width: 1440px; margin: auto; padding: 14px 20px }
+footer { padding: 0 20px 20px } footer, small, dt, #who, #spans small { color: var(--soft) }
+small { font-size: 12px } .grid, .column, section { display: grid; gap: 14px; min-width: 0 }
+.column, section { grid-template-columns: minmax(0, 1fr); align-content: start }
+.grid { grid-template-columns: minmax(0, 7fr) minmax(0, 3fr) }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; min-width: 0;
+  padding: 12px 14px } .list { list-style: none; margin: 0; padding: 0 }
+button, input, select, textarea { font: inherit; color: inherit; background: var(--card);
+  border: 1px solid var(--line); border-radius: 6px; padding: 4px 9px; max-width: 100% }
+button { cursor: pointer } button:hover { border-color: var(--soft) }
+.main { background: light-dark(#2356c5, #3b6fdc); border-color: #0000; color: #fff }
+.link { border: 0; padding: 0; color: var(--accent); background: none }
+.bad, .error, #message.error { color: var(--bad) } .good { color: var(--good) } .warn { color: var(--warn) }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
+#spans { display: grid; grid-template-columns: repeat(5, minmax(0, 1fr)); gap: 10px }
+#spans button { text-align: left; border-radius: 10px; padding: 8px 14px }
+#spans [aria-pressed=true] { border-color: var(--accent); box-shadow: 0 0 0 1px var(--accent) }
+#spans b { display: block; font-size: 22px; line-height: 1.3 }
+#chart { height: 220px } #chart svg { display: block; width: 100%; height: 100% }
+#chart text { fill: var(--soft); font-size: 11px } #chart line { stroke: var(--line) }
+#chart rect, .dot { fill: var(--x); background: var(--x) } #chart rect:hover { opacity: .75 }
+.dot { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 6px }
+#legend { display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: 12px }
+.scroll { overflow: auto; max-height: 70vh } .column .scroll { max-height: 372px }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
+td, th button { padding: 4px 7px; white-space: nowrap } .number { text-align: right }
+td { border-bottom: 1px solid var(--line); max-width: 300px; overflow: hidden;
+  text-overflow: ellipsis } .wide { white-space: normal; min-width: 190px; overflow-wrap: anywhere }
+th { position: sticky; top: 0; background: var(--card); padding: 0; text-align: left; z-index: 1 }
+th button { border: 0; font-weight: 600; color: var(--soft); background: none }
+[aria-sort=ascending] button::after { content: " ↑" }
+[aria-sort=descending] button::after { content: " ↓" }
+tfoot td { font-weight: 600; position: sticky; bottom: 0; background: var(--card) }
+.budget { padding: 4px 0; min-width: 240px; white-space: normal; text-align: left }
+.budget > span { display: flex; justify-content: space-between; gap: 10px; overflow-wrap: anywhere }
+[role=meter] { height: 6px; border-radius: 3px; background: var(--line); margin: 3px 0 }
+[role=meter] i { display: block; height: 100%; border-radius: 3px; background: currentColor }
+dialog { border: 1px solid var(--line); border-radius: 12px; background: var(--card); width: 680px;
+  color: inherit; max-width: calc(100vw - 20px) } dialog::backdrop { background: #0007 }
+label { display: block; margin: 8px 0 } label small { display: block }
+label > :not([type=checkbox], small, select) { display: block; width: 100% }
+.fields { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: 0 16px }
+pre, #made-key { background: var(--paper); padding: 8px 10px; border-radius: 6px; margin: 4px 0;
+  white-space: pre-wrap; overflow-wrap: anywhere } dl { margin: 0 }
+dd { margin: 0 0 6px; overflow-wrap: anywhere } #login { max-width: 380px; margin: 12vh auto }
+#login input, #login button { width: 100%; padding: 8px 10px; margin: 4px 0 }
+#message { inset: auto auto 14px 50%; transform: translateX(-50%); margin: 0; color: var(--ink);
+  background: var(--card); border: 1px solid; border-radius: 8px; padding: 8px 14px }
+@media (max-width: 900px) { .grid { grid-template-columns: minmax(0, 1fr) } nav { order: 9;
+  flex-basis: 100% } #spans { grid-template-columns: 1fr 1fr } #views, header { padding: 8px } }
+</style>
+<form id="login" class="card" method="post" action="/ui/login" hidden>
+  <h1>Gateway</h1>
+  <p>Sign in with a virtual key to see what it has left, or with the master key to see all.</p>
+  <label for="key">Master key or virtual key</label>
+  <input id="key" type="password" autocomplete="current-password" required>
+  <button class="main">Sign in</button>
+  <p id="login-error" class="error" role="alert"></p>
+</form>
+<div id="app" hidden>
+  <header><h1>Gateway</h1><nav id="tabs" aria-label="Views"></nav><a id="health"
+    href="#gateway"></a><span id="who"></span><button id="logout">Sign out</button></header>
+  <main id="views"></main>
+  <footer><small id="utc"></small></footer>
+</div>
+<dialog id="dialog" aria-labelledby="heading"></dialog>
+<dialog id="ask" aria-labelledby="ask-text"><p id="ask-text"></p><button data-do="no" value="no"
+  >No</button> <button data-do="yes" value="yes" class="main">Yes</button></dialog>
+<p id="message" role="status" popover="manual"></p>
+<script>
+"use strict";
+const $ = (id) => document.getElementById(id), DAY = 86400000;
+const NEAR = 80, IDLE_DAYS = 7, ROWS = 100, LOGS = 2000;  // percent, days, rows
+const SVG = new Set(["svg", "rect", "line", "text", "title"]);
+const data = {};  // what the API has told
+let session = null;
+
+// An element. Its children are texts or elements, never HTML, whatever somebody called his key.
+function h(tag, props, ...children) {
+  const node = SVG.has(tag) ? document.createElementNS("http://www.w3.org/2000/svg", tag)
+    : document.createElement(tag);
+  for (const [name, value] of Object.entries(props ?? {})) {
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (name === "value" && tag !== "option") node.value = value;
+    else if (value != null && value !== false) node.setAttribute(name, value === true ? "" : value);
+  }
+  node.append(...children.flat(9).filter((child) => child != null && child !== false));
+  return node;
+}
+
+// Give an element these children; what looks as before stays, with its focus and selection.
+function put(parent, nodes) {
+  const old = new Map([...parent.children].map((node) => [node.dataset.id, node]));
+  const now = nodes.map((node) => {
+    const was = old.get(node.dataset.id);
+    old.delete(node.dataset.id);
+    if (!was || was.isEqualNode(node)) return was ?? node;
+    const place = [...was.querySelectorAll("button")].indexOf(document.activeElement);
+    was.replaceWith(node);
+    node.querySelectorAll("button")[place]?.focus();
+    return node;
+  });
+  old.forEach((node) => node.remove());
+  const move = (node, i) => parent.insertBefore(node, parent.children[i] ?? null);
+  now.forEach((node, i) => parent.children[i] === node || move(node, i));
+}
+
+async function api(path, body) {
+  const headers = {"content-type": "application/json"};
+  const posted = body && {method: "POST", headers, body: JSON.stringify(body)};
+  const answer = await fetch(path, posted).catch(() => null);
+  const told = await answer?.json().catch(() => null);
+  if (told && (answer.ok || !told.error)) return told;
+  const text = told?.error?.message ?? (answer ? `HTTP ${answer.status}` : "No answer.");
+  if (answer?.status === 401 && session) leave(text);
+  throw new Error(text);
+}
+
+async function everyPage(path, name, size = "size") {
+  const page = (n) => api(`${path}${size}=100&page=${n}`), first = await page(1);
+  const others = Array.from({length: Math.max(0, first.total_pages - 1)}, (_, i) => page(i + 2));
+  return [first, ...await Promise.all(others)].flatMap((each) => each[name]);
+}
+
+function say(text, isError = false) {
+  if (isError && $("form-error")) $("form-error").textContent = text;
+  else {
+    const message = $("message");
+    message.hidePopover();  // and shown again, above a dialog
+    message.textContent = text;
+    message.classList.toggle("error", isError);
+    message.showPopover();
+    clearTimeout(say.timer);
+    say.timer = setTimeout(() => message.hidePopover(), 8000);
+  }
+}
+const orSay = (promise, otherwise) => promise.catch((e) => (say(e.message, true), otherwise));
+
+// Texts of amounts and moments
+const exact = new Intl.NumberFormat("en"), ages = new Intl.RelativeTimeFormat("en");
+const compact = new Intl.NumberFormat("en", {notation: "compact", maximumFractionDigits: 1});
+const order = new Intl.Collator("en", {numeric: true}).compare;
+const usd = (n) => `$${n > 0 && n < 0.01 ? n.toFixed(6).replace(/[.]?0+$/, "")
+  : n.toLocaleString("en", {minimumFractionDigits: 2, maximumFractionDigits: 2})}`;
+const dayOf = (moment) => new Date(moment).toISOString().slice(0, 10);
+const ago = (days) => dayOf(Date.now() - days * DAY);
+const words = (name) => (name[0].toUpperCase() + name.slice(1)).replaceAll("_", " ");
+const dot = (n) => h("span", {class: `dot c${Math.min(n, 9)}`});
+function age(text) {
+  if (!text) return "never";
+  const s = (new Date(text) - Date.now()) / 1000, units = [[86400, "day"], [3600, "hour"]];
+  const [n, unit] = units.find((each) => Math.abs(s) >= 1.5 * each[0]) ?? [60, "minute"];
+  return h("time", {title: `${text} (UTC)`}, ages.format(Math.round(s / n), unit));
+}
+
+// Kinds of columns; those with a unit are summed in whole units, so that no cent is lost.
+const TEXT = {show: (text) => String(text ?? "")}, AGE = {show: age}, WIDE = {...TEXT, is: "wide"};
+const CLOCK = {show: (text) => h("time", {title: `${text} (UTC)`}, text.slice(11, 19))};
+const USD = {is: "number", unit: 1e9, show: usd}, NUMBER = {is: "number", show: TEXT.show};
+const COUNT = {is: "number", unit: 1, show: (n) =>
+  h("span", {title: exact.format(n)}, compact.format(n))};
+const SECONDS = {is: "number", show: (n) => n == null ? "" : `${n.toFixed(2)} s`};
+const PERCENT = {is: "number", show: (n) => `${n.toFixed(1)}%`};
+const WORD = {show: (text) => h("span", {class: GOOD.test(text) ? "good" : "bad"}, text ?? "")};
+const GOOD = /^(ok|active|under way)$/;
+const summed = (rows, unit, of) =>
+  rows.reduce((sum, row) => sum + Math.round(of(row) * unit), 0) / unit;
+
+// A table that sorts, filters, turns pages, downloads. Columns: [name, label, kind, value of row].
+function table(name, title, columns, id, sorted = [], more = null) {
+  let rows = [], [by, way] = sorted, page = 0;
+  const valueOf = ([field, , , of], row) => of ? of(row) : row[field];
+  const compare = (a, b) =>
+    Number.isFinite(a) && Number.isFinite(b) ? a - b : order(a ?? "", b ?? "");
+  const chosen = () => {
+    const wanted = find.value.toLowerCase(), column = columns.find((each) => each[0] === by);
+    const found = rows.filter((row) => !wanted || columns.some((each) =>
+      String(valueOf(each, row) ?? "").toLowerCase().includes(wanted)));
+    const value = (row) => valueOf(column, row);
+    return column ? found.sort((a, b) => way * compare(value(a), value(b))) : found;
+  };
+  const cell = ([field, , kind], value, row) => h("td", {class: kind.is, "data-column": field,
+    "data-value": value, title: kind === TEXT && value}, kind.show(value, row));
+  const draw = () => {
+    const found = chosen(), pages = Math.ceil(found.length / ROWS) || 1;
+    page = Math.min(page, pages - 1);
+    heads.forEach((head, i) => head.setAttribute("aria-sort", columns[i][0] !== by ? "none"
+      : way < 0 ? "descending" : "ascending"));
+    put(body, found.slice(page * ROWS, (page + 1) * ROWS).map((row) => h("tr", {"data-id": id(row)},
+      columns.map((each) => cell(each, valueOf(each, row), row)))));
+    foot.replaceChildren(h("tr", null, columns.map((each, i) => each[2].unit && found.length ?
+      cell(each, summed(found, each[2].unit, (row) => valueOf(each, row)))
+      : h("td", null, i || !found.length || !columns.some((one) => one[2].unit) ? "" : "Sum"))));
+    count.textContent = `${exact.format(found.length)} row${found.length === 1 ? "" : "s"}`
+      + (pages > 1 ? ` · page ${page + 1} of ${pages}` : "");
+    count.dataset.rows = found.length;
+    turns.forEach((button) => { button.hidden = pages < 2; });
+  };
+  const save = (ending, text) => h("button", {type: "button", "data-do": ending, onclick: () => {
+    const href = URL.createObjectURL(new Blob([text(chosen())]));
+    h("a", {href, download: `${name}-${ago(0)}.${ending}`}).click();
+    setTimeout(URL.revokeObjectURL, 60000, href);
+  }}, ending.toUpperCase());
+  const quoted = (value) => {  // no spreadsheet may take a text for a formula
+    const apostrophe = typeof value === "string" && /^[-=+@\t\r]/.test(value) ? "'" : "";
+    return `"${apostrophe}${String(value ?? "").replaceAll('"', '""')}"`;
+  };
+  const csv = (found) => [named.map((each) => quoted(each[0])), ...found.map((row) =>
+    named.map((each) => quoted(valueOf(each, row))))].map((line) => `${line}\r\n`).join("");
+  const named = columns.filter((each) => each[1]);
+  const turns = [["previous", "‹", -1], ["next", "›", 1]].map(([deed, text, step]) => h(
+    "button", {type: "button", "data-do": deed, "aria-label": `${words(deed)} page`,
+    onclick: () => { page = Math.max(0, page + step); draw(); }}, text));
+  const find = h("input", {type: "search", placeholder: "Filter", "aria-label": `Filter ${title}`,
+    size: 10, oninput: () => { page = 0; draw(); }});
+  const heads = columns.map(([field, label, kind]) => h("th", {scope: "col", class: kind.is}, h(
+    "button", {type: "button", onclick: () => {
+      [by, way] = [field, by === field ? -way : kind.is === "number" ? -1 : 1];
+      draw();
+    }}, label)));
+  const body = h("tbody"), foot = h("tfoot"), count = h("small", {role: "status", "data-rows": 0});
+  const node = h("div", {class: "card", "data-table": name},
+    h("div", {class: "bar"}, h("h2", null, title), more, count, turns, find,
+      save("csv", csv), save("json", (found) => JSON.stringify(found, null, 1))),
+    h("div", {class: "scroll", tabindex: 0, role: "region", "aria-label": title},
+      h("table", {"aria-label": title}, h("thead", null, h("tr", null, heads)), body, foot)));
+  return {node, update: (now) => { rows = [...now]; draw(); }};
+}
+
+// Bars by day, stacked, of {days, series: [{name, values by day, sum}], show: text of an amount}.
+function chart(box, legend) {
+  let told = null, drawn = "";
+  const draw = () => {
+    const width = box.clientWidth, left = 52, low = 200, bars = [];
+    if (!told || !width || drawn === (drawn = width + JSON.stringify(told))) return;
+    const {days, series, show} = told, step = (width - left) / days.length;
+    const totals = days.map((_, i) => series.reduce((sum, each) => sum + each.values[i], 0));
+    const most = Math.max(...totals);
+    const power = 10 ** Math.floor(Math.log10(most || 1)), height = (n) => n / top * (low - 8);
+    const top = [1, 2, 3, 4, 5, 6, 8, 10].map((n) => n * power).find((n) => n >= most);
+    for (const y of [0, 0.5, 1].map((part) => low - height(part * top))) bars.push(
+      h("line", {x1: left, x2: width, y1: y, y2: y}), h("text", {x: left - 6, y: y + 4,
+        "text-anchor": "end"}, show((low - y) / (low - 8) * top)));
+    days.forEach((day, i) => {
+      let y = low;
+      const x = left + i * step;
+      if (i % Math.ceil(days.length * 60 / width) === 0) {
+        bars.push(h("text", {x, y: 216}, day.slice(5)));
+      }
+      series.forEach(({name, values}, n) => values[i] && bars.push(h("rect", {x: x + step * 0.1,
+        y: y -= height(values[i]), width: Math.min(step * 0.8, 60), height: height(values[i]),
+        class: `c${Math.min(n, 9)}`, "data-day": day, "data-name": name, "data-value": values[i]},
+      h("title", null, `${day} · ${name}: ${show(values[i])}`))));
+    });
+    const label = `By day from ${days[0]} to ${days.at(-1)}; the tables have the numbers`;
+    box.replaceChildren(h("svg", {role: "img", "aria-label": label}, bars));
+    legend.replaceChildren(...series.map(({name, sum}, n) => h("li", {"data-name": name,
+      "data-value": sum}, dot(n), `${name} ${show(sum)}`)));
+  };
+  new ResizeObserver(draw).observe(box);
+  return (next) => { told = next; draw(); };
+}
+
+// Money and tokens of a span: tiles, bars by day, tables, of ``source(first, last, groups, top)``.
+const SUMS = [["spend", "Spend", USD], ...["Tokens", "Requests", "Errors", "Input tokens",
+  "Output tokens", "Cache read tokens", "Cache written tokens"].map(
+  (label) => [label.toLowerCase().replaceAll(" ", "_"), label.replace(" tokens", ""), COUNT])];
+const PARTS = {cache_written_tokens: ["cache_write_5m_tokens", "cache_write_1h_tokens"],
+  tokens: ["input_tokens", "output_tokens", "cache_read_tokens", "cache_written_tokens"]};
+const counted = (row, name) => row[name]
+  ?? PARTS[name]?.reduce((sum, part) => sum + counted(row, part), 0) ?? 0;
+const SPANS = {today: "Today", 7: "7 days", 30: "30 days", month: "This month", free: "Free span"};
+
+function merged(rows, field) {  // one row for each value of the field, with its sums
+  const groups = Map.groupBy(rows, (row) => row[field]);
+  return [...groups.values()].map((group) => ({...group[0], ...Object.fromEntries(SUMS.map(
+    ([name, , {unit}]) => [name, summed(group, unit, (row) => counted(row, name))]))}));
+}
+
+function nameOf(field, row) {
+  const thing = THINGS[field], known = thing && data[thing.list].find((each) =>
+    each[thing.id] === row[field]);
+  return row.key_alias || row.key_name || (known ? thing.named(known) : row[field]) || "(none)";
+}
+
+function usage(source, groups) {
+  let span = "30", asked = 0;
+  const select = (id, label, options) => h("select", {id, "aria-label": label, onchange: () =>
+    show()}, options.map(([value, text]) => h("option", {value}, text)));
+  const legend = h("ul", {id: "legend", class: "list"}), group = select("group", "By", groups);
+  const measure = select("measure", "Measure", SUMS.slice(0, 3)), box = h("div", {id: "chart"});
+  const [from, to] = ["from", "to"].map((id) => h("input", {type: "date", id, "aria-label": words(id),
+    onchange: () => { span = "free"; show(); }})), draw = chart(box, legend);
+  const tiles = ["today", "7", "30", "month", "free"].map((name) => h("button", {"data-span": name,
+    onclick: () => { span = name; show(); }}, SPANS[name], h("b", {"data-sum": "spend"}), h("small",
+    null, h("span", {"data-sum": "tokens"}), " tokens · ", h("span", {"data-sum": "requests"}),
+    " requests")));
+  const spent = table("spent", "Who spent what", [["name", "Name", TEXT], SUMS[0], ["share", "Share",
+    PERCENT], ...SUMS.slice(1)], (row) => row.id, ["spend", -1]);
+  const daily = table("days", "By day", [["day", "Day (UTC)", TEXT], ...SUMS], (row) => row.day,
+    ["day", -1]);
+  async function load() {
+    const today = ago(0), month = `${today.slice(0, 8)}01`, by = group.value, turn = ++asked;
+    const since = {today, 7: ago(6), 30: ago(29), month, free: from.value || today};
+    const first = since[span], last = span === "free" && to.value || today;
+    if (![from, to].includes(document.activeElement)) [from.value, to.value] = [first, last];
+    tiles.forEach((tile) => tile.setAttribute("aria-pressed", tile.dataset.span === span));
+    const [recent, free, stacked, sums] = await Promise.all([source(ago(30), today, "day"),
+      source(first, last, "day"), source(first, last, `day,${by}`, 9), source(first, last, by)]);
+    if (turn !== asked) return;
+    const past = merged(recent, "day"), days = merged(free, "day"), kind = SUMS.find((each) =>
+      each[0] === measure.value)[2];
+    for (const tile of tiles) for (const [field, , {unit, show: text}] of SUMS.slice(0, 3)) {
+      const rows = tile.dataset.span === "free" ? days
+        : past.filter((row) => row.day >= since[tile.dataset.span]);
+      const place = tile.querySelector(`[data-sum=${field}]`);
+      place.replaceChildren(text(place.dataset.value = summed(rows, unit, (row) => row[field])));
+    }
+    const whole = summed(days, 1e9, (row) => row.spend) || 1;
+    spent.update(merged(sums, by).map((row) => ({name: nameOf(by, row), id: row[by], ...row,
+      share: row.spend / whole * 100})));
+    daily.update(days);
+    const dates = [], rank = (each) => each.name === "(others)" ? -1 : each.sum;
+    for (let day = Date.parse(first); day <= Date.parse(last); day += DAY) dates.push(dayOf(day));
+    const series = [...Map.groupBy(stacked, (row) => row[by]).values()].map((rows) => {
+      const values = new Map(merged(rows, "day").map((row) => [row.day, row[measure.value]]));
+      return {name: nameOf(by, rows[0]), values: dates.map((day) => values.get(day) ?? 0),
+        sum: summed([...values.values()], kind.unit, (n) => n)};
+    });
+    draw({days: dates, series: series.sort((a, b) => rank(b) - rank(a)),
+      show: kind === USD ? usd : (n) => compact.format(n)});
+  }
+  const show = () => orSay(load());
+  return {tiles: h("div", {id: "spans"}, tiles), show, nodes: [h("div", {class: "card"}, h("div",
+    {class: "bar"}, h("h2", null, "By day"), measure, "by", group, from, "–", to), box, legend),
+  spent.node, daily.node]};
+}
+
+// Budgets
+const fullness = ({max_budget: most, spend}) => most ? spend / most : 1;
+const fullest = (budgets) => [...budgets].sort((a, b) => fullness(b) - fullness(a));
+const own = (kind, row) => fullest((row.budgets ?? []).filter((each) => each.of === kind));
+function meter(budget, name, id) {
+  const {max_budget: most, spend, budget_duration: length, budget_reset_at: ends} = budget;
+  const part = fullness(budget) * 100, fill = h("i"), title = [name, budget.for].filter(Boolean);
+  fill.style.width = `${Math.min(100, part)}%`;
+  return h("li", {class: "budget", "data-id": [id, budget.for, length], "data-budget": id},
+    h("span", null, h("b", null, title.join(" · ")), `${usd(Math.max(0, most - spend))} of ${usd(most)} left`),
+    h("div", {role: "meter", class: part >= 100 ? "bad" : part >= NEAR ? "warn" : "good",
+      "aria-valuemin": 0, "aria-valuemax": 100, "aria-valuenow": Math.min(100, Math.floor(part)),
+      "aria-label": `Percent spent of a budget of ${title.join(", ")}`}, fill),
+    h("small", null, `${Math.floor(part)}% spent`, length && ` · ${length}`,
+      ends ? [" · resets ", age(ends), `, ${ends.slice(5, 16).replace("T", " ")}`] : " · for ever"));
+}
+
+// Requests
+const callOf = (row) => row.litellm_call_id, keyOf = (row) => row.key_alias || row.api_key?.slice(0, 8);
+const REQUEST = [["startTime", "Time", CLOCK], ["key", "Key", TEXT, keyOf], ["model", "Model", TEXT],
+  ["outcome", "Outcome", WORD, (row) => row.outcome || "under way"], ["status_code", "Status", NUMBER],
+  ["prompt_tokens", "In", COUNT], ["completion_tokens", "Out", COUNT], ["spend", "Cost", USD],
+  ["time_to_first_byte", "First byte", SECONDS], ["duration", "Took", SECONDS],
+  ["error", "Why", WIDE]];
+function requests() {
+  const under = table("underway", "Under way", REQUEST.filter((each) => !each[2].unit), callOf);
+  const recent = table("recent", "Most recent", REQUEST, callOf), refused = table("refused",
+    "Refused, and why", [["times", "Times", NUMBER], ["key", "Key", TEXT], ["why", "Why", WIDE],
+      ["last", "Last", AGE]], (row) => row.id, ["times", -1]);
+  data.draws.push(() => {
+    under.update(data.under);
+    recent.update(data.logs);
+    const rows = data.logs.filter((row) => row.outcome?.startsWith("refused"));
+    const alike = Map.groupBy(rows, (row) => `${keyOf(row)} ${row.error || row.outcome}`);
+    refused.update([...alike].map(([id, [row, ...more]]) => ({id, times: more.length + 1,
+      key: keyOf(row), why: row.error || row.outcome, last: row.startTime})));
+  });
+  return {under, recent, refused};
+}
+async function poll() {
+  const path = "/spend/logs?limit=", asked = session;
+  if (session && !document.hidden) await orSay((async () => {
+    let rows = await api(`${path}100`);
+    const known = new Set(data.logs.map(callOf)), isNew = (row) => !known.has(callOf(row));
+    if (rows.length && rows.every(isNew)) rows = await api(path + LOGS);
+    const under = await api("/spend/logs?status=under_way");
+    if (asked !== session) return;
+    data.under = under;
+    data.logs = [...rows.filter(isNew), ...data.logs].slice(0, LOGS);
+    data.draws.forEach((draw) => draw());
+  })());
+  setTimeout(poll, 2000);
+}
+
+// Keys, teams and users: what differs between them
+const THINGS = {
+  key: {id: "token", list: "keys", make: "generate", named: (row) => row.key_alias || row.key_name},
+  team: {id: "team_id", list: "teams", make: "new", named: (row) => row.team_alias || row.team_id},
+  user: {id: "user_id", list: "users", make: "new", named: (row) =>
+    row.user_alias || row.user_email || row.user_id}};
+THINGS.api_key = THINGS.key;  // in reports
+const USUAL = new Set(["key_alias", "team_id", "team_alias", "user_id", "user_email", "models",
+  "max_budget", "budget_duration", "rpm_limit", "max_parallel_requests", "duration"]);
+const address = (kind, row) => ({[kind === "key" ? "key" : `${kind}_id`]: row[THINGS[kind].id]});
+
+function ask(text) {
+  const dialog = $("ask");
+  $("ask-text").textContent = text;
+  dialog.returnValue = "";
+  dialog.showModal();
+  return new Promise((done) => dialog.addEventListener("close", () =>
+    done(dialog.returnValue === "yes"), {once: true}));
+}
+
+async function act(kind, row, deed, more) {
+  const {id, named} = THINGS[kind], name = named(row), what = `${kind} “${name}”`;
+  const sure = {delete: `Delete ${what}${kind === "team" ? " and its keys" : ""} for good?`,
+    reset_spend: `Set what ${what} spent in its present windows to $0?`, regenerate:
+    `Make a new value for ${what}? The old one works ${more?.grace_period ?? "no longer"}.`}[deed];
+  if (sure && !await ask(sure)) return;
+  let path = `/${kind}/${deed}`, body = {...address(kind, row), ...more};
+  if (deed === "delete") body = {[kind === "key" ? "keys" : `${kind}_ids`]: [row[id]]};
+  if (deed === "reset_spend") path = `/${kind}/${encodeURIComponent(row[id])}/${deed}`;
+  if (kind === "user" && deed.endsWith("block")) {
+    [path, body] = ["/user/update", {...body, blocked: deed === "block"}];
+  }
+  await orSay(api(path, body).then(async (answer) => {
+    if (deed === "regenerate") made(name, [answer]); else $("dialog").close();
+    say(`${words(deed)}: ${name}`);
+    await refresh();
+  }));
+}
+
+function copyable(text, tag = "pre", props = {}) {
+  const node = h(tag, props, text);
+  return [node, h("button", {type: "button", "data-do": "copy", onclick: () => {
+    getSelection().selectAllChildren(node);  // which works without TLS too
+    say(document.execCommand("copy") ? "Copied." : "Select it, and copy it by hand.");
+  }}, "Copy")];
+}
+const connect = (key, at = `${session.base}/anthropic`) => h("div", {id: "connect"},
+  h("h2", null, "Claude Code"), copyable(
+    `export ANTHROPIC_BASE_URL=${at}\nexport ANTHROPIC_AUTH_TOKEN=${key}`), h("h2", null, "Python"),
+  copyable(`anthropic.Anthropic(base_url="${at}", api_key="${key}")`), h("h2", null, "JavaScript"),
+  copyable(`new Anthropic({ baseURL: "${at}", apiKey: "${key}" })`));
+
+function open(title, ...nodes) {
+  $("dialog").replaceChildren(h("div", {class: "bar"}, h("h2", {id: "heading"}, title), h("button",
+    {"data-do": "close", "aria-label": "Close", onclick: () => $("dialog").close()}, "✕")),
+  h("div", null, nodes));
+  if (!$("dialog").open) $("dialog").showModal();
+}
+
+function made(name, rows) {  // the only time that keys are shown: of one, or of many as a table
+  const warned = rows.flatMap((row) => row.warnings ?? []).map((text) => h("p", {class: "warn"}, text));
+  const once = h("p", null, "Shown this once; it is kept nowhere."), [{key}] = rows;
+  if (name) {
+    return open(`Key of ${name}`, once, warned, copyable(key, "code", {id: "made-key"}), connect(key));
+  }
+  const list = table("made", "Names and keys", [["key_alias", "Name", TEXT], ["key", "Key", WIDE],
+    ["error", "Error", WIDE]], (row) => row.key_alias);
+  list.update(rows);
+  return open(`${rows.filter((row) => row.key).length} keys made`, once, warned, list.node);
+}
+
+// A field's control, after what the API says that its value must be.
+function control(name, must, value) {
+  if (must === "true or false") return h("input", {type: "checkbox", name, checked: value === true});
+  const choices = must.startsWith("'") && [...must.matchAll(/'(\w+)'/g)].map((match) => match[1]);
+  if (choices) {
+    return h("select", {name}, choices.map((one) => h("option", {selected: one === value}, one)));
+  }
+  const isList = Array.isArray(value) && value.every((each) => typeof each === "string");
+  const text = isList ? value.join("\n") : value === null || `${value}` === "" ? ""
+    : typeof value !== "object" ? value : Object.keys(value).length ? JSON.stringify(value) : "";
+  return /list|paths|object|[{[]/.test(must) ? h("textarea", {name, rows: 2, placeholder: must,
+    value: text}) : h("input", {name, placeholder: must, value: text, autocomplete: "off",
+    list: {team_id: "teams", user_id: "users"}[name]});
+}
+const textOf = (node) => node.type === "checkbox" ? node.checked : node.value.trim();
+function valueOf(must, text) {
+  const lines = (by) => text.split(by).map((each) => each.trim()).filter(Boolean);
+  if (text === "") return null;
+  if (must === "a string" || text === !!text) return text;
+  if (/^a list of strings|^paths/.test(must)) return lines(/[\n,]/);
+  try { return JSON.parse(text); } catch { return text; }  // and the API says what is wrong with it
+}
+
+function edit(kind, row, many) {
+  const {id, make, named} = THINGS[kind], usual = [], rare = [], controls = [];
+  for (const [name, {help, must_be: must}] of Object.entries(session.fields[kind])) {
+    const has = !row || (name !== id && (name in row || name === "duration"));
+    if (!has || (many && name === "key_alias")) continue;
+    const node = control(name, must, row?.[name] ?? (name === "auto_create_key" || null));
+    controls.push({name, node, must, was: textOf(node)});
+    const label = h("label", null, words(name), " ", node, h("small", null, help));
+    (USUAL.has(name) ? usual : rare).push(label);
+  }
+  const names = many && h("textarea", {name: "names", rows: 6, required: true});
+  const deed = (name, more) => h("button", {type: "button", "data-do": name, onclick: () =>
+    act(kind, row, name, more?.())}, words(name));
+  const grace = h("input", {name: "grace_period", size: 16, placeholder: "grace, like 1d",
+    "aria-label": "Grace period, for which the old key works too"});
+  const submit = async (event) => {
+    event.preventDefault();
+    $("form-error").textContent = "";
+    const body = row ? address(kind, row) : {}, post = (more) =>
+      api(`/${kind}/${row ? "update" : make}`, {...body, ...more}), answers = [];
+    for (const {name, node, must, was} of controls) {
+      if (textOf(node) !== was) body[name] = valueOf(must, textOf(node));
+    }
+    const aliases = new Set(many && valueOf("a list of strings", names.value.trim()));
+    for (const key_alias of aliases) answers.push(await post({key_alias}).catch((error) =>
+      ({key_alias, error: error.message})));
+    if (!many) answers.push(await post());
+    if (many || (!row && answers[0].key)) made(!many && named(answers[0]), answers);
+    else $("dialog").close();
+    if (!many) say([`Saved ${named(answers[0])}.`, ...answers[0].warnings ?? []].join(" "));
+    await refresh();
+  };
+  const lists = ["team", "user"].map((each) => h("datalist", {id: THINGS[each].list},
+    data[THINGS[each].list].map((one) => h("option", {value: one[THINGS[each].id]}))));
+  const told = row && Object.entries({"": row.status, made: row.created_at, by: row.created_by,
+    changed: row.updated_at, "by ": row.updated_by, until: row.expires}).filter((each) => each[1]);
+  open(row ? `${words(kind)} ${named(row)}` : many ? "Many keys" : `New ${kind}`,
+    row && [h("small", null, told.flat().join(" ")), h("ul", {class: "list"}, own(kind, row).map(
+      (each) => meter(each, "", kind)))],
+    h("form", {id: "form", onsubmit: (event) => orSay(submit(event))}, lists,
+      many && h("label", null, "Names, one a line", names), h("div", {class: "fields"}, usual),
+      h("details", {id: "more"}, h("summary", null, "More"), h("div", {class: "fields"}, rare)),
+      h("p", {id: "form-error", class: "error", role: "alert"}), h("div", {class: "bar"},
+        h("button", {class: "main", "data-do": "save"}, row ? "Save" : "Make"),
+        row && [deed(row.blocked ? "unblock" : "block"), deed("reset_spend"), deed("delete")],
+        row && kind === "key" && [deed("regenerate", () =>
+          grace.value.trim() && {grace_period: grace.value.trim()}), grace])));
+}
+
+function things(kind) {
+  const {id, list, named} = THINGS[kind];
+  const button = (row, deed, text, does) => !session.can_change ? text : h("button", {"data-do": deed,
+    class: deed === "change" && "link", onclick: () =>
+      does(data[list].find((each) => each[id] === row[id]))}, text);
+  const make = (name, text, ...how) => h("button", {id: name, onclick: () => edit(kind, ...how)}, text);
+  return table(list, words(list), [
+    ["name", "Name", {show: (name, row) => button(row, "change", name, (now) => edit(kind, now))}, named],
+    ["status", "Status", WORD], ...kind === "key" ? [["team_id", "Team", TEXT], ["user_id", "User",
+      TEXT]] : [[id, "Id", TEXT], ["keys_count", "Keys", NUMBER]],
+    ["budget", "Budget", {is: "number", show: (_, row) => h("ul", {class: "list"}, own(kind, row).map(
+      (each) => meter(each, "", `${kind}:${row[id]}`)))}, (row) => own(kind, row).map(fullness)[0]],
+    ["spend", "Spent", {...USD, unit: 0}], ["last_active", "Last used", AGE],
+    ["deeds", "", {show: (deed, row) => session.can_change && button(row, deed, words(deed), (now) =>
+      act(kind, now, deed))}, (row) => row.blocked ? "unblock" : "block"]], (row) => row[id], [],
+  session.can_change && [make(`new-${kind}`, `New ${kind}`), kind === "key" && make("many-keys",
+    "Many keys", null, true)]);
+}
+
+async function refresh() {
+  const asked = session, isOperator = session.role === "operator", parts = isOperator ? {
+    keys: everyPage("/key/list?return_full_object=true&usage=false&", "keys"),
+    users: everyPage("/user/list?", "users", "page_size"), teams: api("/team/list"),
+    upstreams: api("/upstreams"), health: api("/health/readiness"),
+    audit: api("/audit?page_size=100")} : {info: api("/key/info")};
+  if (isOperator) data.reload();
+  for (const [name, part] of Object.entries(parts)) {
+    const told = await orSay(part);
+    if (asked !== session) return;  // it is another's by now
+    data[name] = told ?? data[name];
+  }
+  data.draws.forEach((draw) => draw());
+  if (!isOperator) data.reload();
+}
+
+const column = (...nodes) => h("div", {class: "column"}, nodes);
+const card = (title, ...nodes) => h("div", {class: "card"}, h("h2", null, title), nodes);
+const meters = (of) => h("ul", {class: "list scroll", "data-list": of, tabindex: 0, "aria-label": of});
+const tell = (place, facts) => place.replaceChildren(...Object.entries(facts).flatMap(
+  ([name, value]) => [h("dt", null, words(name)), h("dd", {"data-field": name}, value ===
+    Object(value) ? JSON.stringify(value) : String(value ?? "–"))]));
+
+function operatorViews() {
+  const spend = usage((first, last, groups, top) => api(`/global/spend/report?start_date=${first}`
+    + `&end_date=${last}&group_by=${groups}${top ? `&top=${top}` : ""}`), [["model", "Model"],
+    ["api_key", "Key"], ["team", "Team"], ["user", "User"], ["tag", "Tag"]]);
+  const [chosen, spent, daily] = spend.nodes, live = requests(), edge = meters("edge"), state = h("dl", {id: "state"});
+  const lists = ["key", "team", "user"].map(things), idle = table("idle", `Idle ${IDLE_DAYS} days`,
+    [["name", "Key", TEXT, THINGS.key.named], ["last_active", "Last used", AGE]], (row) => row.token);
+  const texts = (columns) => columns.map((name) => [name, words(name), TEXT]);
+  const upstreams = table("upstreams", "Real keys", [["name", "Name", TEXT], ["state", "State", WORD],
+    ["until", "Until", {show: (text) => text && age(text)}], ...texts(["why", "requests", "errors",
+      "organization_id", "workspace_id"])], (row) => row.name);
+  const audit = table("audit", "Changes", [["updated_at", "When", AGE], ...texts(["action",
+    "table_name", "name", "changed_by", "changed_by_api_key", "remote_ip"]), ["updated_values",
+    "Values", WIDE, (row) => JSON.stringify(row.updated_values)]], (row) => row.id);
+  data.reload = spend.show;
+  data.draws.push(() => {
+    const all = new Map(), {status = "unknown", upstream, ...more} = data.health ?? {};
+    for (const kind of ["key", "team", "user"]) for (const row of data[THINGS[kind].list]) {
+      for (const each of row.budgets ?? []) if (each.of === kind || each.of === "gateway") {
+        const [id, name] = each.of === kind ? [row[THINGS[kind].id], THINGS[kind].named(row)]
+          : ["", "The gateway"];
+        all.set([each.of, id, each.for, each.budget_duration].join(), [each, name, `${each.of}:${id}`]);
+      }
+    }
+    const part = ([budget]) => fullness(budget) * 100, sorted = [...all.values()].sort((a, b) =>
+      part(b) - part(a)), near = sorted.filter((each) => part(each) >= NEAR);
+    put(edge, (near.length ? near.slice(0, ROWS) : sorted.slice(0, 5)).map((each) => meter(...each)));
+    idle.update(data.keys.filter((row) => row.status === "active"
+      && (row.last_active ?? "") < new Date(Date.now() - IDLE_DAYS * DAY).toISOString()));
+    lists.forEach((list, i) => list.update(data[["keys", "teams", "users"][i]]));
+    upstreams.update(data.upstreams?.upstreams ?? []);
+    audit.update(data.audit?.audit_logs ?? []);
+    const bad = (data.upstreams?.upstreams ?? []).filter((each) => each.state !== "ok");
+    $("health").textContent = ["●", status, ...bad.map((each) => `· ${each.name} ${each.state}`)].join(" ");
+    $("health").className = status !== "healthy" ? "bad" : bad.length ? "warn" : "good";
+    $("health").dataset.status = status;
+    tell(state, {status, ...more, ...upstream});
+  });
+  return {overview: [spend.tiles, h("div", {class: "grid"}, column(chosen, spent,
+    live.refused.node, daily), column(card("Near the edge", edge), idle.node))], requests: [live.under.node,
+    live.recent.node], keys: lists[0].node, teams: lists[1].node, users: lists[2].node,
+  gateway: [upstreams.node, card("Store and upstream", state), audit.node]};
+}
+
+function holderView() {
+  const rows = (first, last) => Object.entries(data.info?.info.usage ?? {}).filter(([day]) => day >= first
+    && day <= last).flatMap(([day, models]) => Object.entries(models).map(([model, row]) =>
+    ({...row, day, model})));
+  const spend = usage(async (first, last) => rows(first, last), [["model", "Model"]]);
+  const live = requests(), left = meters("left"), limits = h("dl", {id: "limits"});
+  const whose = {key: "This key", team: "Its team", user: "Its user", gateway: "The gateway"};
+  data.reload = spend.show;
+  data.draws.push(() => {
+    const info = data.info?.info ?? {}, names = ["status", "expires", ...Object.keys(session.fields.key)];
+    put(left, (info.budgets ?? []).map((each) => meter(each, whose[each.of], `${each.of}:`)));
+    if (!left.children.length) left.append(h("li", null, "No budget limits this key."));
+    const facts = names.map((name) => [name, info[name]]).filter(([name, value]) => !/budget/.test(name)
+      && value && Object.keys(Object(value)).length);
+    tell(limits, {models: "all", ...Object.fromEntries(facts)});
+  });
+  return {mine: [spend.tiles, h("div", {class: "grid"}, column(spend.nodes), column(card("Left", left,
+    session.contact && h("p", null, `Ask ${session.contact} for more.`)), card("Limits", limits),
+  card("Connect", connect("<your key>")))), live.under.node, live.recent.node]};
+}
+
+function route() {
+  const views = [...$("views").children], chosen = views.find((view) =>
+    `#${view.dataset.view}` === location.hash) ?? views[0];
+  views.forEach((view) => { view.hidden = view !== chosen; });
+  [...$("tabs").children].forEach((link, i) => views[i] === chosen
+    ? link.setAttribute("aria-current", "page") : link.removeAttribute("aria-current"));
+}
+
+function leave(text) {
+  session = null;
+  for (const name in data) delete data[name];
+  Object.assign(data, {keys: [], teams: [], users: [], logs: [], under: [], draws: []});
+  [$("dialog"), $("ask")].forEach((dialog) => dialog.close());
+  [$("views"), $("tabs"), $("health")].forEach((node) => node.replaceChildren());
+  $("app").hidden = !($("login").hidden = false);
+  $("login-error").textContent = text;
+  $("key").focus();
+}
+
+async function enter() {
+  session = await api("/ui/session").catch(() => null);
+  if (!session) return leave("");
+  $("login").hidden = !($("app").hidden = false);
+  $("logout").hidden = session.open;
+  $("health").hidden = session.role !== "operator";
+  $("who").textContent = session.name;
+  $("utc").textContent = `Days and times are UTC. Gateway ${session.version}.`
+    + (session.prices ? "" : " No prices are known here, so that all is $0.");
+  const views = Object.entries(session.role === "operator" ? operatorViews() : holderView());
+  $("tabs").replaceChildren(...views.map(([name]) => h("a", {href: `#${name}`}, words(name))));
+  $("tabs").hidden = views.length < 2;
+  $("views").replaceChildren(...views.map(([name, ...nodes]) => h("section", {"data-view": name,
+    "aria-label": words(name)}, nodes)));
+  route();
+  await refresh();
+}
+
+$("login").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const key = $("key").value.trim();
+  api("/ui/login", {key}).then(enter).then(() => { $("key").value = ""; }).catch((error) => {
+    $("login-error").textContent = error.message;
+  });
+});
+$("logout").addEventListener("click", () => orSay(api("/ui/logout", {}).then(() => leave(""))));
+$("ask").addEventListener("click", ({target}) => target.value && $("ask").close(target.value));
+$("dialog").addEventListener("close", () => $("dialog").replaceChildren());  // and keys with it
+addEventListener("hashchange", route);
+setInterval(() => session && !document.hidden && refresh(), 30000);
+Object.assign(data, {keys: [], teams: [], users: [], logs: [], under: [], draws: []});
+enter().then(poll);
+</script>
+"""
+PAGE_POLICY = "default-src 'none'; connect-src 'self'; img-src data:; form-action 'self'; "
+PAGE_POLICY += "frame-ancestors 'none'; base-uri 'none'"
+for tag in ("script", "style"):
+    digest = hashlib.sha256(PAGE.split(f"<{tag}>")[1].split(f"</{tag}>")[0].encode()).digest()
+    PAGE_POLICY += f"; {tag}-src 'sha256-{base64.b64encode(digest).decode()}'"
+PAGE_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+PAGE_HEADERS |= {"Cache-Control": "no-cache", "X-Frame-Options": "DENY"}
 
 
 # ─── Stand-in ─────────────────────────────────────────────────────────────────────────────────────
@@ -6660,8 +8058,12 @@ def make_app(settings: Settings, rules: Sequence[Rule] = RULES) -> GatewayApplic
         (METRICS_PATH, MetricsHandler),
         (r"/key/(generate|update|delete|block|unblock|regenerate)", KeyHandler),
         (r"/key/([^/]+)/(regenerate|reset_spend)", KeyHandler),
+        (r"/(team|user)/(new|update|delete|block|unblock)", GroupHandler),
+        (r"/(team|user)/([^/]+)/(reset_spend)", GroupHandler),
         (r"/resources/(assign)", KeyHandler),
-        (r"/key/info", InfoHandler),
+        (r"(/key/info|/spend/logs)", InfoHandler),
+        (r"/ui", PageHandler),
+        (r"/ui/(session|login|logout)", SessionHandler),
         *((re.escape(path), ReportHandler) for path in ReportHandler.reports),
     ]
     told: dict[str, Any] = {"gateway": Gateway(settings, rules), "log_function": log_request}
@@ -6790,13 +8192,14 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):  # a second one hurries
         loop.add_signal_handler(number, drained.set)
     booking.cancel()
-    gateway.stopping = True
+    gateway.phase = GatewayPhase.DRAINING
     server.stop()
     deadline = gateway.time() + settings.drain_timeout
     while gateway.active and not drained.is_set() and (left := deadline - gateway.time()) > 0:
         log.info("stopping: %d requests under way, %.0f s left", len(gateway.active), left)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(drained.wait(), min(left, DRAIN_PROGRESS))
+    gateway.phase = GatewayPhase.STOPPED
     server.close()
     await asyncio.sleep(0)  # the connections' ends reach their handlers
     for handler in list(gateway.active):  # which wait for the names of batches

@@ -145,12 +145,12 @@ class Arrived(Head):
 
 
 async def read_chunked(reader: asyncio.StreamReader) -> bytes:
-    body = b""
+    body = bytearray()
     while size := int((await reader.readuntil(b"\r\n")).split(b";")[0], 16):
         body += await reader.readexactly(size)
         assert await reader.readexactly(2) == b"\r\n"
     assert await reader.readuntil(b"\r\n") == b"\r\n"
-    return body
+    return bytes(body)
 
 
 def chunk(data: bytes) -> bytes:
@@ -725,10 +725,13 @@ def test_a_wrong_value_ends_the_start(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         named = {"--keys=folder": "", "--address=999.1.1.1": "listen"}
-        named[f"--port={taken.getsockname()[1]}"] = "in use"
-        for option in (*WRONG, *named):
-            name = named.get(option, option.split("=")[0])
+        named |= {f"--port={taken.getsockname()[1]}": "in use", "--nonsense=1": "--nonsense"}
+        for option, name in named.items():
             assert name in failed_start(tmp_path, option), option
+    for option in WRONG:  # which all end it in the same way
+        with pytest.raises(gateway.SettingsError) as wrong:
+            gateway.read_settings([option], {})
+        assert option.split("=")[0] in str(wrong.value) and "\n" not in str(wrong.value), option
 
 
 def test_a_config_file_is_read_and_the_command_line_wins(tmp_path: Path, start: Starter) -> None:
@@ -776,12 +779,11 @@ def test_open_mode_listens_on_loopback_only(start: Starter) -> None:
     assert listening_addresses(told) == {"00000000"}
 
 
-def test_the_upstream_is_not_read_from_anthropic_base_url(start: Starter) -> None:
+def test_the_upstream_is_not_read_from_anthropic_base_url() -> None:
     url = "http://localhost:9/x"
-    for more, said in (({}, "https://api.anthropic.com"), ({"ANTHROPIC_API_BASE": url}, url)):
+    for more, read in (({}, "https://api.anthropic.com"), ({"ANTHROPIC_API_BASE": url}, url)):
         variables = {**DEFAULT_VARIABLES, "ANTHROPIC_BASE_URL": "http://localhost:4000", **more}
-        process = start("", variables=variables)
-        assert f"relaying to {said}\n" in process.banner and process.stop() == 0
+        assert gateway.read_settings(["--logging=none"], variables).upstream == read
 
 
 def test_one_file_and_tornado_suffice(start: Starter, tmp_path: Path) -> None:
@@ -1050,12 +1052,14 @@ FIELDS_OF_KEYS: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(fields=st.fixed_dictionaries({}, optional=FIELDS_OF_KEYS))
 def test_what_is_taken_of_a_key_is_read_again(fields: Any) -> None:
     """Every field and value that /key/generate takes goes through the file unchanged."""
     try:
-        changes = gateway.read_fields(json.loads(json.dumps(fields)), gateway.SETTABLE)
+        changes = gateway.read_fields(
+            json.loads(json.dumps(fields)), gateway.MARKED["key", "settable"]
+        )
     except (gateway.APIError, ValueError):
         return
     if "duration" in changes:
@@ -1193,7 +1197,7 @@ COSTLY = {
 @pytest.mark.parametrize("name", COSTLY)
 def test_bodies_that_no_client_sends_are_refused(name: str, monkeypatch: Patch) -> None:
     monkeypatch.setattr(gateway, "decoder_of", lambda members: None)  # which is faster
-    for path, strictly in itertools.product((MESSAGES_PATH, BATCHES), (True, False)):
+    for path, strictly in ((MESSAGES_PATH, True), (BATCHES, False)):
         route = gateway.read_route("POST", path)
         with pytest.raises(gateway.APIError) as refused:
             document = at_once(gateway.read_body(COSTLY[name], breathe, strictly=strictly))
@@ -1205,17 +1209,18 @@ def test_bodies_that_no_client_sends_are_refused(name: str, monkeypatch: Patch) 
 
 
 def test_bodies_that_clients_send_are_read() -> None:
-    rows = [{"custom_id": f"r{n}", "params": MESSAGE} for n in range(100_000)]
+    number = 25_000  # whose members are more than those of any message
+    rows = [{"custom_id": f"r{n}", "params": MESSAGE} for n in range(number)]
     text = '{"a": [1, 2], "b": {}}, \\ "model": "x"\n' * 80_000  # JSON as a prompt's text
     message = {**MESSAGE, "messages": [{"role": "user", "content": text}]}
     for path, document in ((BATCHES, {"requests": rows}), (MESSAGES_PATH, message)):
         body, route = json.dumps(document).encode(), gateway.read_route("POST", path)
-        for strictly in (True, False):
+        for strictly in (True,) if route.makes_batch else (True, False):
             document = at_once(gateway.read_body(body, breathe, strictly=strictly))
             order = order_of(document, body, batched=route.makes_batch)
             assert order.model == MESSAGE["model"]
             (part,) = order.parts.values()
-            assert part[1] == 64 * (100_000 if route.makes_batch else 1)
+            assert part[1] == 64 * (number if route.makes_batch else 1)
 
 
 def test_both_readers_read_the_same_of_a_body(monkeypatch: Patch) -> None:
@@ -1538,7 +1543,7 @@ async def test_no_acknowledged_key_is_lost_to_sigkill(start: Starter) -> None:
                     made = await client.ask("POST /key/generate", body=b"{}")
                     answered.append(made.json()["key"])
 
-    for round_number in range(1, 21):
+    for round_number in range(1, 7):
         process = start()
         goal = max(len(answered) + 1, 50 * round_number)
         callers = [asyncio.create_task(generate(process, goal + 500)) for _ in range(50)]
@@ -1549,7 +1554,7 @@ async def test_no_acknowledged_key_is_lost_to_sigkill(start: Starter) -> None:
         document = json.loads(process.keys.read_text())
         lost = [key for key in answered if gateway.hash_key(key) not in document["keys"]]
         assert not lost, f"round {round_number}"
-    assert len(answered) >= 1000
+    assert len(answered) >= 300
 
 
 DAMAGED = {'{"version": 1, "keys": {': "not JSON", "": "not JSON", "[]": "damaged"}
@@ -1584,7 +1589,7 @@ def test_of_two_gateways_on_the_same_file_one_runs(start: Starter, tmp_path: Pat
     start()
     command = [*PROGRAM, "--port=0", "--upstream=mock"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    for number in range(4):  # that start at once
+    for number in range(2):  # that start at once
         folder = tmp_path / str(number)
         folder.mkdir()
         told = {"cwd": folder, "env": environment(**DEFAULT_VARIABLES), **pipes}
@@ -2305,7 +2310,7 @@ async def test_each_way_not_to_reach_the_upstream_is_told_apart(gw: GW) -> None:
         busy.close()
 
 
-@started(idle_timeout=0.3)
+@started(idle_timeout=0.2)
 async def test_a_silent_upstream_times_out_and_a_slow_uploader_does_not(gw: GW) -> None:
     gw.plays(stall)
     error_of(await gw.ask("POST /v1/files/silent", body=b"{}"), 504)
@@ -2317,7 +2322,7 @@ async def test_a_silent_upstream_times_out_and_a_slow_uploader_does_not(gw: GW) 
     client = await gw.asking(FILES, "Content-Length: 10")
     for _ in range(5):
         client.send(b"ab")
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.1)
     assert (await client.response()).json()["size"] == 10
 
 
@@ -2463,21 +2468,21 @@ async def test_a_slow_reader_slows_the_upstream(gw: GW) -> None:
 
 @pytest.mark.gen_test(timeout=120)
 @as_process
-async def test_200_slow_readers_cost_no_more_than_their_buffers(gw: GW) -> None:
+async def test_80_slow_readers_cost_no_more_than_their_buffers(gw: GW) -> None:
     gw.plays(pour(200, []))
-    before, clients = gw.process.memory(), [Client(gw.port, gw.key) for _ in range(200)]
+    before, clients = gw.process.memory(), [Client(gw.port, gw.key) for _ in range(80)]
     for client in clients:
         await client.__aenter__(limit=4096)
         client.request("GET /v1/files/x/content")
         await client.head()
-    await until(lambda: len(gw.up.arrived) == 200)
+    await until(lambda: len(gw.up.arrived) == 80)
     # per reader: what one read brings (256 KiB), the write buffer (64 KiB), and 192 KiB for both
     # connections, the request and what the allocator loses
-    assert await settles(gw.process.memory, 0.5) - before < 200 * 512 * 1024
+    assert await settles(gw.process.memory, 0.4) - before < 80 * 512 * 1024
     assert "client_gone" not in gw.log
     for client in clients:
         client.writer.transport.abort()
-    await until(lambda: gw.log.count("client_gone") == 200)
+    await until(lambda: gw.log.count("client_gone") == 80)
 
 
 @pytest.mark.parametrize("leave", ["close", "reset"])
@@ -2629,29 +2634,31 @@ async def test_slow_heads_and_bodies_are_timed_out(gw: GW) -> None:
     own = b"POST /key/info HTTP/1.1\r\nHost: x\r\n"  # for the gateway
     cut = [head, in_json + b"content-length: 9\r\n\r\n{", own + b"content-length: 9\r\n\r\n{"]
     cut += [in_json + CHUNKS + b"1\r\n{", file + b"content-length: 9\r\n\r\nx"]
-    for data in cut:
-        client = await gw.client()
+
+    async def sent(data: bytes) -> None:
+        client, began = await gw.client(), time.monotonic()
         client.send(data)
-        began = time.monotonic()
         error_of(await client.response(), 408)
         assert await client.is_closed() and time.monotonic() - began > 0.3, data
+
+    await asyncio.gather(*map(sent, cut))
     # The upload had begun upstream; it is broken off there.
     assert [arrived.target for arrived in gw.up.arrived] == ["/v1/files"]
     await gw.up.arrived[0].gone()
     await until(lambda: gw.log.count("408 timeout") == 3)
 
 
-@started(client_timeout=0.4, idle_timeout=2)
+@started(client_timeout=0.2, idle_timeout=0.8)
 async def test_silent_connections_are_closed_without_a_word(gw: GW) -> None:
     silent, served = await gw.client(), await gw.client()
     assert (await served.ask("GET /v1/models")).status == 200
     began = time.monotonic()
     ends = [asyncio.create_task(client.is_closed()) for client in (silent, served)]
     assert await ends[0] and not ends[1].done(), "one that never asked is closed sooner"
-    assert await ends[1] and time.monotonic() - began > 1.5
+    assert await ends[1] and time.monotonic() - began > 0.6
 
 
-@started(client_timeout=1)
+@started(client_timeout=0.5)
 async def test_a_steady_body_and_a_slow_upstream_are_put_up_with(gw: GW) -> None:
     release = asyncio.Event()
     gw.plays(deaf(release))
@@ -2661,9 +2668,9 @@ async def test_a_steady_body_and_a_slow_upstream_are_put_up_with(gw: GW) -> None
     await until(lambda: gw.up.arrived)
     gw.plays(echo)
     steady.request("POST /v1/files/steady", "content-length: 3000")
-    for _ in range(10):  # 300 bytes each 0.25 s: for more than twice the client timeout
+    for _ in range(10):  # 300 bytes each 0.12 s: for more than twice the client timeout
         steady.send(b"x" * 300)
-        await asyncio.sleep(0.25)
+        await asyncio.sleep(0.12)
     assert (await steady.response()).json()["size"] == 3000
     release.set()
     assert (await waiting.response()).json()["size"] == size
@@ -3162,7 +3169,7 @@ async def test_100_callers_at_once_keep_within_the_budget(gw: GW) -> None:
 
 
 @pytest.mark.gen_test(timeout=120)
-@started(idle_timeout=1)
+@started(idle_timeout=0.5)
 async def test_no_hold_is_left_behind_by_a_storm(gw: GW) -> None:
     chance = random.Random(7)
     # One is silent until the gateway gives up, or its client does.
@@ -3185,10 +3192,10 @@ async def test_no_hold_is_left_behind_by_a_storm(gw: GW) -> None:
                     client.reset()
                     return
                 client.request("POST /v1/messages", body=body)
-                async with asyncio.timeout(chance.choice([0.01, 0.1, 3])):
+                async with asyncio.timeout(chance.choice([0.01, 0.1, 2])):
                     await client.response()
 
-    for _ in range(6):
+    for _ in range(3):
         await asyncio.gather(*(visit(number) for number in range(100)))
     await until(lambda: not gw.active)
     assert len(gw.up.arrived) > 100
@@ -3262,7 +3269,8 @@ class Admissions:
     async def ask(self, amount: int, *, batch: bool) -> None:
         params = {"model": OPUS, "max_tokens": amount}
         body = {"requests": [{"custom_id": "a", "params": params}] * 2} if batch else params
-        hold = gateway.Hold(self.store.keys[self.hashed], gateway.now())
+        accounts = self.store.limited(self.store.keys[self.hashed])
+        hold = gateway.Hold(accounts, gateway.now())
         try:
             await self.store.admit(hold, pays=True, shares=True)
         except gateway.APIError as refused:
@@ -3278,7 +3286,7 @@ class Admissions:
             assert ("reached" in refused.message) == reached
             self.store.book(hold, [], model="", failed=True)
             return
-        held = sum(hold.amounts.values(), Decimal(0))
+        held = sum(hold.amounts[0].values(), Decimal(0))
         self.worst = max(self.worst, held)
         if not batch:
             self.running.append((hold, order))
@@ -3306,12 +3314,13 @@ class Admissions:
             used = usage_of(0, each, service_tier="batch")
             row = gateway.Measured(OPUS, used, empty=False, final=True)
             if account := self.store.batch_line(name, line):
-                self.store.charge(account, self.prices.charge(row, WHEN), WHEN)
+                accounts = self.store.limited(self.store.keys[account.hashed])
+                self.store.charge(accounts, self.prices.charge(row, WHEN), WHEN, ())
         self.store.finish_batch(name, lost=lost)
 
     def check(self) -> None:
         account = self.account
-        held = sum((sum(h.amounts.values()) for h, _ in self.running), Decimal(0))
+        held = sum((sum(h.amounts[0].values()) for h, _ in self.running), Decimal(0))
         held += sum(sum(b.held.values()) for b in account.batches.values())
         assert account.windows[""].held == held >= 0
         assert 0 <= account.running == len(self.running) <= 4
@@ -3932,7 +3941,7 @@ def test_results_url_becomes_relative() -> None:
 # ─── Record ───────────────────────────────────────────────────────────────────────────
 
 LOG_FIELDS = {*("time", "level", "call_id", "request_id", "key_alias", "key_name", "user", "tags")}
-LOG_FIELDS |= {"request_class", "prompt_id", "agent_type", "upstream_keys"}
+LOG_FIELDS |= {"request_class", "prompt_id", "agent_type", "upstream_keys", "error"}
 LOG_FIELDS |= {"session_id", "agent_id", "remote_ip", "method", "path", "status", "outcome"}
 LOG_FIELDS |= {"model", "input_tokens", "output_tokens", "cache_read_tokens", "cost", "estimated"}
 LOG_FIELDS |= {"cache_write_tokens", "time_to_first_byte", "duration", "bytes_in", "bytes_out"}
@@ -3965,9 +3974,44 @@ async def test_the_log_as_json_has_one_schema(gw: GW) -> None:
     assert 0 < served["time_to_first_byte"] <= served["duration"]
     assert datetime.fromisoformat(served["time"]).tzinfo
     assert refused["outcome"] == "refused:authentication_error"
-    assert refused["model"] is refused["key_name"] is None
+    assert refused["model"] is refused["key_name"] is served["error"] is None
+    assert refused["error"].startswith("Unknown API key.")
     for secret in (key, gateway.hash_key(key), "secret", "Hello, world"):
         assert secret not in gw.log
+
+
+async def test_who_is_refused_is_named_and_strangers_are_not_kept(gw: GW) -> None:
+    key, blocked = await gw.new_key(models=[HAIKU]), await gw.new_key(key_alias="left")
+    await gw.manage("/key/block", {"key": blocked})
+    error_of(await gw.message(blocked), 401)
+    line = gw.log.splitlines()[-1]
+    assert "left POST" in line and gateway.key_name(blocked) in line
+    error_of(await gw.message(UNKNOWN_KEY), 401)
+    assert HAIKU in error_of(await gw.message(key), 403)
+    gw.plays(answers({}, "404 Not Found"))
+    await gw.message()
+    answered, limited, named = await gw.rows()
+    assert answered["outcome"] == "upstream_error" and "error" not in answered
+    assert 0 < answered["time_to_first_byte"] <= answered["duration"]
+    assert limited["api_key"] == gateway.hash_key(key) and HAIKU in limited["error"]
+    assert named["key_alias"] == "left" and "blocked" in named["error"]
+    assert_nothing_is_held(gw.account(blocked))
+    assert (await gw.info(blocked))["last_active"] is None
+
+
+async def test_a_real_key_that_upstream_refuses_is_the_operators_business(gw: GW) -> None:
+    refusal = {"type": "error", "error": {"type": "authentication_error", "message": "invalid"}}
+    gw.plays(answers(refusal, "401 Unauthorized"))
+    await gw.message()
+    ready = await gw.ask("GET /health/readiness")
+    assert ready.status == 503 and ready.json()["status"] == "unhealthy"
+    assert ready.json()["upstreams"] == {"default": "refused"}
+    assert "real key default" in ready.json()["error"]
+    assert "ERROR real key default: refused" in gw.log and "set another" in gw.log
+    assert (await gw.rows())[0]["outcome"] == "upstream_error"
+    gw.plays(spends(1, 1))
+    await gw.message()
+    assert (await gw.ask("GET /health/readiness")).status == 200
 
 
 def test_the_log_goes_to_files_that_are_rotated(start: Starter) -> None:
@@ -6292,7 +6336,9 @@ async def test_what_was_spent_is_reported(gw: GW) -> None:
     assert [row["key_alias"] for row in of_bob] == ["bob"]
     by_id = await gw.manage(f"/spend/logs?request_id={row['litellm_call_id']}")
     assert by_id.json() == [row] and "tags=t1,t2,t3" in gw.log
-    for path in ("/spend/keys", "/spend/logs", "/global/spend/report"):
+    own = (await gw.manage("/spend/logs", key=ann)).json()
+    assert {row["key_alias"] for row in own} == {"ann"} and len(own) == 3
+    for path in ("/spend/keys", "/global/spend/report"):
         error_of(await gw.manage(path, key=ann), 403)
 
 
@@ -6405,6 +6451,7 @@ async def test_stopping_breaks_what_does_not_end_or_what_a_second_signal_hurries
         gw.process.popen.send_signal(signal.SIGINT)
     await until(lambda: gw.up.arrived[0].closed_at)
     assert gw.process.popen.wait(PATIENCE) == 0
+    assert " 200 stopped " in gw.log and "client_gone" not in gw.log
     json.loads(gw.keys.read_text())
 
 

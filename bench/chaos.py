@@ -1013,9 +1013,10 @@ class Chaos:
             self.counts[f"outcome {entry['outcome']}"] += 1
             cost = Decimal(str(entry["cost"]))
             self.spent[entry["key_name"] or ""] += cost
-            whole = entry["outcome"] == "ok" and not entry["estimated"]
+            is_whole = entry["outcome"] in ("ok", "upstream_error")
+            whole = is_whole and not entry["estimated"]
             answered = self.answered.pop(entry["session_id"], None)
-            if answered and entry["outcome"] == "ok":
+            if answered and is_whole:
                 self.judge_way(entry, cost, answered)
             booked = self.logged[entry["call_id"]] = cost if whole else None
             expected = self.expected.pop(entry["call_id"], None)
@@ -1529,7 +1530,7 @@ def judge(chaos: Chaos, first: dict[str, Any], last: dict[str, Any], file: Path)
         chaos.counts["FAILED: there was room for all bodies"] += 1
     chaos.counts["keys acknowledged"] = len(chaos.acknowledged)
     total = sum(chaos.spent.values(), Decimal(0))
-    print(f"spent: ${total} in {chaos.counts['outcome ok']:,} whole answers and others")
+    print(f"spent: ${total} in {chaos.counts['outcome ok']:,} good answers and others")
 
 
 def compare(chaos: Chaos, memory_margin: float) -> None:
