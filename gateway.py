@@ -31,10 +31,15 @@ Main, uses only what stands above it.
 
 from __future__ import annotations
 
+import importlib.util
 import signal
+import sys
 
 if __name__ == "__main__":  # until the files can be read again, SIGHUP must not end it
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if importlib.util.find_spec("tornado") is None:
+        sys.stderr.write("gateway: Tornado is not installed: python3 -m pip install tornado\n")
+        sys.exit(2)
 
 import asyncio
 import base64
@@ -43,6 +48,7 @@ import calendar
 import collections.abc
 import contextlib
 import dataclasses
+import difflib
 import enum
 import errno
 import fcntl
@@ -52,7 +58,6 @@ import gc
 import gzip
 import hashlib
 import hmac
-import importlib.util
 import ipaddress
 import itertools
 import json
@@ -68,9 +73,9 @@ import select
 import socket
 import ssl
 import struct
-import sys
 import tempfile
 import time
+import tomllib
 import types
 import urllib.parse
 import zlib
@@ -105,17 +110,35 @@ MIN_MASTER_KEY_LENGTH = 16  # below this a key can be guessed
 GOOD_MASTER_KEY = "set GATEWAY_MASTER_KEY to 16 characters or more that nobody can guess"
 SENDABLE = re.compile(r"[\x21-\x7e]*")  # what a header or a URL can carry
 REAL_KEY = re.compile(r"(?:([\w.-]{1,64})=)?(sk-[\x21-\x7e]+)", re.ASCII)  # with a name for it
+DURATION = re.compile(r"\A([0-9]{1,9})(mo|s|m|h|d|w)\Z")
+SHIPPED_KEYS = (
+    b'{"version": 1, "keys": {}}\n'  # the keys file of a checkout, as no gateway writes it
+)
+LOG_LEVELS = ("debug", "info", "warning", "error", "none")
+TOML_KINDS = {str: "string", bool: "boolean", int: "whole number", float: "number", Path: "string"}
+LOCAL_KEYS = Path("keys.local.json")  # stands in for that one, which is only read
 
 
 class SettingsError(Exception):
     """A wrong option, variable or keys file; the message is one line for who starts it."""
 
+    as_json = False  # whether --log-json was read by then
 
-def option(default: Any, help: str, *variables: str, least: float | None = None) -> Any:
-    """A field that is an option too, ``least`` its lower bound; empty or not given, it is the first
-    of these variables that is set, or the default. Without help it is a secret, and never shown."""
-    known = {"help": help, "least": least, "variables": variables}
-    return field(default=default, repr=bool(help), metadata=known)
+
+def option(
+    default: Any, help: str, *variables: str, least: float | None = None, kind: Any = None
+) -> Any:
+    """A field that is an option, ``least`` its lower bound; empty or not given, it is the first
+    of these variables that is set, or the default."""
+    kind = kind or (Path if isinstance(default, Path) else type(default))
+    known = {"help": help, "least": least, "variables": variables, "kind": kind}
+    return field(default=default, metadata=known)
+
+
+def secret(help: str, *variables: str) -> Any:
+    """A field that is no option and never shown; its variables' twins ``…_FILE`` name files."""
+    known = {"help": help, "least": None, "variables": variables, "kind": None}
+    return field(default="", repr=False, metadata=known)
 
 
 @dataclass(frozen=True)
@@ -134,13 +157,16 @@ class Settings:
     max_body_size: int = option(MAX_BODY_SIZE, "largest request body, in bytes", least=1)
     max_connections_per_address: int = option(4096, "connections one address may have", least=1)
     max_held_bytes: int = option(0, "bytes of bodies held (a key: 1/4); 0: 1/4 of memory", least=0)
-    prices: Path | None = option(None, "JSON of models' USD a million tokens, before genai-prices")
+    prices: Path | None = option(
+        None, "JSON of models' USD a million tokens, before genai-prices", kind=Path
+    )
+    max_budget: float | None = option(None, "USD for all keys together", least=0, kind=float)
+    budget_duration: str = option("", "what --max-budget is for: 1h, 1d, 7d, 30d or 1mo")
+    contact: str = option("", "whom messages tell to ask, as 'Ann, ann@example.org'")
     usage_days: int = option(90, "days for which usage is kept", least=1)
     recent_requests: int = option(10_000, "requests that /spend/logs remembers", least=1)
+    request_log: str = option("", "file of relayed requests, by default beside --keys, or 'none'")
     budget_warnings: str = option("0.75,0.95", "parts of a budget whose passing is told")
-    max_budget: float = option(0.0, "USD that all may spend together; 0: any", least=0)
-    contact: str = option("whoever runs the gateway", "whom messages tell to ask")
-    budget_duration: str = option("", "its window, as 1d or 1mo; by default it is for ever")
     alert_webhook: str = option("", "URL to POST alerts to, as JSON", "GATEWAY_ALERT_WEBHOOK")
     unix_socket: str = option("", "Unix socket, for a proxy on this machine, instead of a port")
     certfile: str = option("", "PEM file of certificates to serve TLS with; read again on SIGHUP")
@@ -149,19 +175,22 @@ class Settings:
     open_metrics: bool = option(False, "let everybody read /metrics")
     log_json: bool = option(False, "write the log as JSON, a line each")
     check: bool = option(False, "say whether all is well to start, and end: 0 if so, 1 if not")
-    config: str = option("", "Python file with options, one name = value a line")
-    api_key: str = option("", "", "ANTHROPIC_API_KEY")
-    api_keys: str = option("", "", "ANTHROPIC_API_KEYS")
-    auth_token: str = option("", "", "ANTHROPIC_AUTH_TOKEN")
-    master_key: str = option("", "", "GATEWAY_MASTER_KEY", "LITELLM_MASTER_KEY")
+    version: bool = option(False, "print the version, and end")
+    config: str = option("", "TOML file of options, by their names; the command line wins over it")
+    api_key: str = secret("the real key", "ANTHROPIC_API_KEY")
+    api_keys: str = secret("more of them, as name=sk-…", "ANTHROPIC_API_KEYS")
+    auth_token: str = secret("a real credential, sent as Bearer", "ANTHROPIC_AUTH_TOKEN")
+    master_key: str = secret("the master key", "GATEWAY_MASTER_KEY", "LITELLM_MASTER_KEY")
+    master_key_next: str = secret("a second one, to change it", "GATEWAY_MASTER_KEY_NEXT")
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
             value, known = getattr(self, each.name), each.metadata
-            if known["least"] is not None and not known["least"] <= value < math.inf:
+            least = known["least"] if value is not None else None
+            if least is not None and not least <= value < math.inf:
                 name = each.name.replace("_", "-")
-                raise SettingsError(f"--{name}: {value} is not a number from {known['least']} up")
-            if not (known["help"] or each.name == "api_keys" or SENDABLE.fullmatch(value)):
+                raise SettingsError(f"--{name}: {value} is not a number from {least} up")
+            if not known["kind"] and each.name != "api_keys" and not SENDABLE.fullmatch(value):
                 names = " or ".join(known["variables"])
                 raise SettingsError(f"{names} holds characters that a header cannot carry")
         if self.port > 65535:
@@ -170,6 +199,13 @@ class Settings:
             raise SettingsError("--keyfile: needs --certfile")
         if self.unix_socket and self.certfile:
             raise SettingsError("--unix-socket: takes no --certfile; the proxy has it")
+        if self.master_key_next and not self.master_key:
+            raise SettingsError("GATEWAY_MASTER_KEY_NEXT: needs GATEWAY_MASTER_KEY")
+        if duration := self.budget_duration:
+            if not (found := DURATION.match(duration)) or not int(found[1]):
+                raise SettingsError(f"--budget-duration: {duration} is no length of time, as 1d")
+            if self.max_budget is None:
+                raise SettingsError("--budget-duration: needs --max-budget")
         if self.upstream != MOCK_UPSTREAM:
             parse_upstream(self.upstream)
         if self.alert_webhook:
@@ -244,37 +280,112 @@ def parse_upstream(url: str, option: str = "--upstream (or 'mock')") -> tuple[Or
     raise SettingsError(f"{option}: is no http or https URL of a host and a path")
 
 
+def read_secrets(environment: Mapping[str, str]) -> dict[str, Any]:
+    """The secrets, by their fields: of variables, or of files that these name. SettingsError."""
+    found = dict[str, Any]()
+    for each in dataclasses.fields(Settings):
+        for name in () if each.metadata["kind"] else each.metadata["variables"]:
+            value, file = environment.get(name, "").strip(), environment.get(f"{name}_FILE", "")
+            if file and each.name != "api_keys":  # whose file is an option
+                try:
+                    if value:
+                        raise ValueError(f"{name} is set too; leave one of them out")
+                    if not (value := Path(file).read_text("utf-8").strip()):
+                        raise ValueError("is empty")
+                except (OSError, ValueError) as error:
+                    reason = getattr(error, "strerror", "") or error
+                    raise SettingsError(f"{name}_FILE: {file}: {reason}") from None
+            if value:
+                found.setdefault(each.name, value)
+    return found
+
+
+def read_options(
+    parser: OptionParser, kinds: Mapping[str, type], arguments: Iterable[str], where: str = ""
+) -> set[str]:
+    """Take options in, ``--config`` before those that win over it; the names of them all. Each is
+    parsed alone, so that an error has its name. Raises SettingsError."""
+    known, given = kinds.keys() - ({"help", "version", "config"} if where else set()), set[str]()
+    for argument in sorted(arguments, key=lambda text: not text.lstrip("-").startswith("config=")):
+        shown, equals, text = argument.partition("=")
+        name = shown.lstrip("-").replace("_", "-")
+        if not shown.startswith("-") or name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean --{near[0]}?" if near else "--help lists them"
+            raise SettingsError(f"{where}{shown}: not an option ({hint})")
+        if name in ("help", "version"):
+            tell_usage(parser) if name == "help" else print("gateway", __version__)
+            sys.exit(0)
+        kind = kinds[name]
+        if kind is bool and equals and text.lower() not in ("true", "false", "1", "0"):
+            raise SettingsError(f"{where}{argument}: is not true or false")
+        try:
+            parser.parse_command_line(["", argument], final=False)
+        except Exception as error:  # noqa: BLE001 - whatever Tornado says of it
+            wrong = error if kind not in (int, float) or not text else "is not a number"
+            raise SettingsError(f"{where}{argument}: {wrong}") from None
+        given.add(name)
+        if name == "config" and text:
+            given |= read_options(parser, kinds, read_config(text, kinds), f"--config={text}: ")
+    return given
+
+
+def read_config(file: str, kinds: Mapping[str, type]) -> Iterator[str]:
+    """The options of a TOML file, as on a command line. Raises SettingsError."""
+    try:
+        told = tomllib.loads(Path(file).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", "") or error
+        raise SettingsError(f"--config={file}: {reason}") from None
+    for name in sorted(told, key=lambda name: name not in ("log-json", "log_json")):
+        kind, value = kinds.get(name.replace("_", "-"), type(told[name])), told[name]
+        if type(value) not in {float: (int, float), Path: (str,)}.get(kind, (kind,)):
+            raise SettingsError(f"--config={file}: {name}: is not a {TOML_KINDS[kind]}")
+        yield f"--{name}={value}"
+
+
+def tell_usage(parser: OptionParser) -> None:
+    """What ``--help`` prints."""
+    parser.print_help(sys.stdout)
+    print("Variables; the secrets among them also as …_FILE, the name of a file that holds it:\n")
+    for each in dataclasses.fields(Settings):
+        for name in each.metadata["variables"]:
+            print(f"  {name:<32} {each.metadata['help']}")
+    print(f"  {'SSL_CERT_FILE':<32} further certificates to trust upstream")
+
+
 def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
     """Read the command line (without the program's name), ``--config`` and the environment; but not
     ANTHROPIC_BASE_URL, which names this very gateway on a user's machine. Raises SettingsError."""
     parser, values = OptionParser(), dict[str, Any]()
+    define_logging_options(parser)
+    kinds = {name.replace("_", "-"): type(value or "") for name, value in parser.items()}
+    kinds |= {"help": bool, "log-to-stderr": bool}
     for each in dataclasses.fields(Settings):
         found = (environment.get(name, "").strip() for name in each.metadata["variables"])
-        value = values[each.name] = next(filter(None, found), each.default)
-        if each.metadata["help"]:
-            kind = Path if value is None else type(value)
+        if kind := each.metadata["kind"]:
+            value = values[each.name] = next(filter(None, found), each.default)
             told = "; else $".join((each.metadata["help"], *each.metadata["variables"]))
             parser.define(each.name, value, kind, told, group="Gateway")
-    define_logging_options(parser)
-    # The file first, since the command line wins over it; one by one, so that an error has a name.
-    for argument in sorted(arguments, key=lambda text: not text.lstrip("-").startswith("config=")):
-        name = argument.lstrip("-").partition("=")[0]
-        if not argument.startswith("-") or name not in parser:
-            raise SettingsError(f"{argument}: not an option (--help lists them)")
-        try:
-            parser.parse_command_line(["gateway.py", argument], final=False)
-            if name == "config" and parser.config:
-                parser.parse_config_file(parser.config, final=False)
-        except Exception as error:  # noqa: BLE001 - the file is Python, it can fail in any way
-            wrong = "is not a number" if type(error) is ValueError else error
-            raise SettingsError(f"{argument}: {wrong}") from None
+            kinds[each.name.replace("_", "-")] = kind
     try:
-        parser.run_parse_callbacks()
-    except AttributeError:
-        known = "debug, info, warning, error or none"
-        raise SettingsError(f"--logging={parser.logging}: is not {known}") from None
-    given = parser.group_dict("Gateway").items()
-    return Settings(**values | {name: value for name, value in given if value not in ("", Path())})
+        given = read_options(parser, kinds, arguments)
+        if parser.logging.lower() not in LOG_LEVELS:
+            raise SettingsError(f"--logging={parser.logging}: is not {', '.join(LOG_LEVELS)}")
+        if "keys" not in given:
+            with contextlib.suppress(OSError):
+                if parser.keys.read_bytes() == SHIPPED_KEYS:
+                    parser.keys = LOCAL_KEYS
+        try:
+            parser.run_parse_callbacks()  # which open the log
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"--log-file-prefix, --log-rotate-…: {error}") from None
+        chosen = parser.group_dict("Gateway").items()
+        values |= {name: value for name, value in chosen if value not in ("", Path())}
+        return Settings(**values, **read_secrets(environment))
+    except SettingsError as error:
+        error.as_json = parser.log_json or bool({"--log-json", "--log-json=true"} & {*arguments})
+        raise
 
 
 # ─── Errors ───────────────────────────────────────────────────────────────────────────────────────
@@ -288,6 +399,9 @@ ERROR_TYPES |= {413: "request_too_large", 429: "rate_limit_error", 503: "overloa
 DO_NOT_RETRY = ("x-should-retry", "false")
 
 
+WHOM_TO_ASK = re.compile("whoever runs the gateway", re.IGNORECASE)  # where --contact says no more
+
+
 class APIError(Exception):
     """The only way to say no: Anthropic's error envelope, sent with this status and these headers.
     ``kind`` is ``error.type``. The message never holds a key, a hash or a path of the machine."""
@@ -299,15 +413,15 @@ class APIError(Exception):
         self.status, self.message, self.kind = status, message, kind or ERROR_TYPES[status]
         self.headers = (*headers, DO_NOT_RETRY) if status == 401 else tuple(headers)
 
-    def body(self, request_id: str) -> bytes:
+    def body(self, request_id: str, contact: str = "") -> bytes:
         """The envelope as JSON (platform.claude.com, api/errors, "Error shapes")."""
-        error = {"type": self.kind, "message": self.message}
+        message = WHOM_TO_ASK.sub(lambda text: contact or text[0], self.message)
+        error = {"type": self.kind, "message": message}
         return json.dumps({"type": "error", "error": error, "request_id": request_id}).encode()
 
 
 # ─── Time and money ───────────────────────────────────────────────────────────────────────────────
 
-DURATION = re.compile(r"\A([0-9]{1,9})(mo|s|m|h|d|w)\Z")
 UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 EPOCH, FIRST_MONDAY = datetime(1970, 1, 1, tzinfo=UTC), datetime(1970, 1, 5, tzinfo=UTC)
 ZERO, ALMOST, WHOLE = Decimal(0), Decimal("0.99"), Decimal(1)
@@ -1576,7 +1690,6 @@ class Prices:
     def __init__(self, path: Path | None = None) -> None:
         self.path, self.loaded = path, False
         self._own, self._unknown = dict[str, Rates](), set[str]()
-        self.names: list[str] = []  # of the models that the package knows
         self._models, self._tiers = list[Any](), [0]  # tokens of a prompt above which rates differ
         self._found = functools.lru_cache(maxsize=1000)(self._find)
         self.reload()
@@ -1599,12 +1712,24 @@ class Prices:
             rates = [rate for each in models for rate in vars(each.get_prices(when)).values()]
             tiers = [tier.start for rate in rates for tier in getattr(rate, "tiers", ())]
             self._tiers, self._models = sorted({0, *tiers}), models
-            self.names = [each.id for each in models]
         except Exception as error:
             if not isinstance(error, ImportError):
                 log.exception("genai-prices cannot be used")
             self.available = bool(self._own)
         self.loaded = self.available
+
+    @property
+    def names(self) -> list[str]:
+        """The models that are known here."""
+        if self.available and not self.loaded:
+            self.load()
+        return [*self._own, *(each.id for each in self._models)]
+
+    def knows(self, pattern: str) -> bool:
+        """Whether a pattern may match a model that is known here."""
+        if any(fnmatch.fnmatchcase(name, pattern) for name in self.names):
+            return True
+        return any(each.is_match(pattern.partition("*")[0]) for each in self._models)
 
     def charge(self, measured: Measured, when: datetime) -> list[tuple[str, Tally]]:
         """What is billed of a response, as (model, counts and USD); see `charged_entries`."""
@@ -1807,6 +1932,8 @@ def parse_store(text: bytes, name: str) -> dict[str, Limited]:
                     raise ValueError("does not stand under a SHA-256")
             records[at] = kind.from_json(record)
             records[at].account.hashed = at
+            if kind.of in GROUPS and at != f"{kind.of}:{getattr(records[at], f'{kind.of}_id')}":
+                raise ValueError("stands under the name of another")
     except Exception as error:  # noqa: BLE001 - whatever Python says of what it cannot read
         raise SettingsError(f"{name}: damaged, {wrong}{error}; mend it or restore a copy") from None
     return records
@@ -2833,6 +2960,7 @@ UpstreamPhase = enum.StrEnum("UpstreamPhase", "IDLE ASKED ANSWERED SHUT")
 RequestPhase = enum.StrEnum("RequestPhase", "JUDGED FETCHED BEGUN DESERTED SETTLED")
 GatewayPhase = enum.StrEnum("GatewayPhase", "SERVING DRAINING STOPPED")
 C, U, R = ClientPhase, UpstreamPhase, RequestPhase  # of either side's connections, of relayed ones
+G = GatewayPhase
 STEPS: dict[str, tuple[enum.StrEnum, ...]] = {
     C.WAITING: (C.READING, C.LINGERING, C.GONE),  # for a request's head
     C.READING: (C.ANSWERING, C.DROPPING, C.LINGERING, C.GONE),  # whose answer is not over
@@ -2849,6 +2977,9 @@ STEPS: dict[str, tuple[enum.StrEnum, ...]] = {
     R.BEGUN: (R.DESERTED, R.SETTLED),  # its answer's head is sent
     R.DESERTED: (R.SETTLED,),  # the client left, and the answer is awaited all the same
     R.SETTLED: (),  # booked and logged
+    G.SERVING: (G.DRAINING,),
+    G.DRAINING: (G.STOPPED,),  # requests under way have some time to end
+    G.STOPPED: (),  # what has not ended is broken off
 }
 # ``phase = FOLLOWS[phase][next]`` is how one goes on; a KeyError is a mistake in this file.
 FOLLOWS: dict[str, dict[Any, Any]] = {each: dict(zip(then, then)) for each, then in STEPS.items()}
@@ -3353,14 +3484,14 @@ class RealKeys:
     stands in for those that are no more; one without a name, where there is none."""
 
     def __init__(self, settings: Settings, tell: Tell = tell_nobody) -> None:
-        self._settings, self._tell, self.time = settings, tell, time.monotonic
+        self._tell, self.time = tell, time.monotonic
         self.keys: dict[str, RealKey] = {}
         self.rests: dict[Scope, Rest] = {}
-        self.reload()
+        self.reload(settings)
 
-    def reload(self) -> None:
+    def reload(self, settings: Settings) -> None:
         """Read them again; one whose name stays goes on as it is. Raises SettingsError."""
-        headers, rests = real_keys(self._settings), self.rests
+        headers, rests = real_keys(settings), self.rests
         keys = {name: RealKey(name, header) for name, header in headers.items()}
         names = {header: name for name, header in headers.items()}
         for name, old in self.keys.items():
@@ -3924,15 +4055,16 @@ class Server:
             del self._sites[connection.site]
 
     def stop(self) -> None:
-        """Take no further connections, and close those that are not just sending a request."""
-        for task in self._accepting:
-            task.cancel()
+        """Close the connections that are not just sending a request; others still come in, and are
+        told that the gateway stops."""
         for connection in list(self.connections):
             if connection.phase is ClientPhase.WAITING and not connection.unread:
                 connection.transport.close()
 
     def close(self) -> None:
-        """Break what is left, and free all."""
+        """Take no further connections, break what is left, and free all."""
+        for task in self._accepting:
+            task.cancel()
         for connection in list(self.connections):
             connection.transport.abort()
         self._sweeper.cancel()
@@ -4463,18 +4595,24 @@ class Doors:
     def __init__(self, settings: Settings, ledger: FileLedger) -> None:
         self._ledger = ledger
         self._address = settings.address.lower()
-        self._master_key = settings.master_key
-        self._master = hash_key(settings.master_key) if settings.master_key else ""
+        self.take_secrets(settings)
         self.started_open = not settings.master_key and not ledger.keys
+
+    def take_secrets(self, settings: Settings) -> None:
+        """Let these master keys in from now on, and no others."""
+        named = {"master": settings.master_key, "master_next": settings.master_key_next}
+        self._master_keys = {name: key for name, key in named.items() if key}
+        self._masters = {name: hash_key(key) for name, key in self._master_keys.items()}
 
     @property
     def is_open(self) -> bool:
         """Whether any or no credential is let in."""
         return self.started_open and not self._ledger.keys
 
-    def is_master(self, hashed: str) -> bool:
-        """Whether this is the master key's hash; takes the same time whatever the answer."""
-        return hmac.compare_digest(hashed, self._master)
+    def is_master(self, hashed: str) -> str:
+        """Whose this hash is: "master", "master_next", or empty; takes the same time for all."""
+        found = [name * hmac.compare_digest(hashed, own) for name, own in self._masters.items()]
+        return next(filter(None, found), "")
 
     def refuse_foreign(self, head: RequestHead) -> None:
         """In open mode nothing but where a request comes from tells a program on this machine from
@@ -4543,7 +4681,7 @@ class Doors:
 
     async def holds_key(self, text: str, shown: Sequence[str]) -> bool:
         """Whether a key of this gateway stands in a text: one that was ``shown``, or any other."""
-        for key in filter(None, (*shown, self._master_key)):
+        for key in filter(None, (*shown, *self._master_keys.values())):
             if key in text:
                 return True
         if KEY_PREFIX not in text:
@@ -4812,8 +4950,8 @@ class Credentials(Rule):
             visit.accounts = gateway.ledger.limited(caller.key)
             visit.has_budget = visit.is_pooled and any(of.has_budget for of in visit.accounts)
         if visit.is_pooled and not gateway.real_keys.keys:
-            text = "The gateway has no Anthropic credential to use. Whoever runs it must set"
-            raise APIError(401, f"{text} ANTHROPIC_API_KEY or ANTHROPIC_AUTH_TOKEN.")
+            text = "The gateway has no Anthropic credential to use. Whoever runs the gateway"
+            raise APIError(401, f"{text} must set ANTHROPIC_API_KEY or ANTHROPIC_AUTH_TOKEN.")
         if (key := visit.payer) is not OPERATOR and not key.home:
             pool, team = gateway.real_keys, key.team_id if key.resources == "team" else None
             mates = (k.home for _, k in gateway.ledger.live() if team and k.team_id == team)
@@ -4928,8 +5066,9 @@ class Limits(Rule):
         if visit.accounts:
             pays = visit.has_budget and not route.free
             if pays and not visit.gateway.prices.available:
-                text = "This key has a budget, and it is not known here what tokens cost. Whoever"
-                raise APIError(503, f"{text} runs it must install genai-prices, or set --prices.")
+                text = "This key has a budget, and it is not known here what tokens cost."
+                advice = "Whoever runs the gateway must install genai-prices, or set --prices."
+                raise APIError(503, f"{text} {advice}")
             await visit.gateway.ledger.admit(hold, pays=pays, shares=route.billed)
             visit.reads_body |= pays and route.billed
         visit.hold = hold
@@ -5450,7 +5589,8 @@ class Held:
         most, mine = self.share if key else self.limit, self._shares.get(key, 0) + size
         if size > most:
             text = f"The gateway holds at most {most:,} bytes of a request. Send a smaller one, or"
-            raise APIError(413, f"{text} ask whoever runs it for more --max-held-bytes.")
+            advice = "ask whoever runs the gateway for more --max-held-bytes."
+            raise APIError(413, f"{text} {advice}")
         if size > 0 and self.total + size > self.limit:
             text = "The gateway holds as much as it can for requests under way. Try again."
             raise APIError(503, text, headers=TRY_SOON)
@@ -5592,7 +5732,7 @@ class BaseHandler(web.RequestHandler):
         for name, value in (*refusal.headers, ("request-id", self.call_id)):
             self.set_header(name, value)
         self.set_header("Content-Type", "application/json")
-        self.finish(refusal.body(self.call_id))
+        self.finish(refusal.body(self.call_id, self.gateway.settings.contact))
 
     def refusal_of(self, error: Exception) -> APIError:
         """What a client is told of what went wrong."""
@@ -5787,6 +5927,8 @@ class BatchKeeper:
 class Gateway:
     """What all requests share; ``turn`` is whose large body is judged."""
 
+    phase = GatewayPhase.SERVING
+
     def __init__(self, settings: Settings, rules: Sequence[Rule] = RULES) -> None:
         self.settings = settings
         self.rules = Rules(rules)
@@ -5794,8 +5936,9 @@ class Gateway:
         self.client = UpstreamClient(force_instance=True, settings=settings)
         self.alerts = Alerts(self.client, settings.alert_webhook)
         self.real_keys = RealKeys(settings, self.alerts.tell)
-        most, length = Decimal(str(settings.max_budget)), settings.budget_duration
-        limits = Limited(max_budget=most or None, budget_duration=length or None)
+        most, length = settings.max_budget, settings.budget_duration or None
+        whole = None if most is None else Decimal(str(most))
+        limits = Limited(max_budget=whole, budget_duration=length)
         self.ledger = FileLedger(settings.keys, settings.usage_days, limits=limits)
         self.ledger.parts, self.ledger.tell = settings.warned_parts, self.alerts.tell
         for key in self.ledger.keys.values():
@@ -5814,7 +5957,6 @@ class Gateway:
         self.started = now()
         self.sessions = Sessions()
         self.audit: collections.deque[dict[str, Any]] = collections.deque(maxlen=MAX_AUDITED)
-        self.phase = GatewayPhase.SERVING
         self.drained = asyncio.Event()
 
     async def close(self) -> None:
@@ -6073,12 +6215,13 @@ class RelayHandler(BaseHandler):
         elif visit.phase is RequestPhase.BEGUN:
             head, event = visit.answer, b""
             if head and is_event_stream(head) and not (head.coding or head.get("content-length")):
-                event = SSE_ERROR % refusal.body(self.call_id)
+                event = SSE_ERROR % refusal.body(self.call_id, self.gateway.settings.contact)
             record.bytes_out += len(event)
             self.request.connection.break_off(event)
             self.settle(outcome)
         else:
-            record.status, record.bytes_out = refusal.status, len(refusal.body(self.call_id))
+            record.status = refusal.status
+            record.bytes_out = len(refusal.body(self.call_id, self.gateway.settings.contact))
             record.first = self.gateway.time()
             self.settle(outcome)
             super().fail(refusal)
@@ -6274,16 +6417,16 @@ class ManagementHandler(BaseHandler):
     def prepare(self) -> None:
         super().prepare()
         doors, ledger, shown = self.gateway.doors, self.gateway.ledger, self.shown_hashes()
-        self.master = "master" if any(map(doors.is_master, shown)) else ""
+        self.master = next(filter(None, map(doors.is_master, shown)), "")
         if not (self.master or (self.request.method == "GET" and self.is_here_and_open)):
             if not self.gateway.settings.master_key:
                 text = "No master key is set: start with GATEWAY_MASTER_KEY to have one."
                 raise APIError(403, text)
             if any(map(ledger.lookup, shown)):
                 raise APIError(403, "Only the master key may do this; a virtual key was sent.")
-            wrong = "This is not the master key. " if shown else ""
-            text = "Send the master key as 'Authorization: Bearer' or 'x-api-key'."
-            raise APIError(401, wrong + text)
+            text = "This is not the master key." if shown else "No key was sent."
+            advice = "Send the master key as 'Authorization: Bearer' or 'x-api-key'."
+            raise APIError(401, f"{text} {advice}")
         ledger.notice_edit()
 
     def owner_of(self, named: Any) -> str:
@@ -6387,7 +6530,7 @@ class DeedHandler(ManagementHandler):
         await self.gateway.ledger.change(changes)
         kept = [record for record in changes.values() if record is not None]
         for record in kept:
-            self.note(record, action, body)
+            self.note(record, action, body if record is kept[-1] else {})
         row = key_row(kept[-1]) if isinstance(kept[-1], VirtualKey) else row_of(kept[-1])
         warnings = list(self.doubts(kept[-1], body))
         return row | ({"warnings": warnings} if warnings else {})
@@ -6405,11 +6548,11 @@ class DeedHandler(ManagementHandler):
 
     def doubts(self, record: Limited, body: Mapping[str, Any]) -> Iterator[str]:
         """What of a change is allowed, but hardly meant."""
-        known = self.gateway.prices.names
-        for pattern in {**dict.fromkeys(record.models), **record.model_max_budget} if known else ():
-            if pattern != ALL_TEAM_MODELS and not fnmatch.filter(known, pattern):
+        prices = self.gateway.prices
+        for pattern in {**dict.fromkeys(record.models), **record.model_max_budget}:
+            if prices.available and pattern != ALL_TEAM_MODELS and not prices.knows(pattern):
                 text = f"{printable(pattern)!r} matches no model that is known here."
-                yield text + nearest(pattern, known)
+                yield text + nearest(pattern, prices.names)
         most, soft = record.max_budget, record.soft_budget
         if most is not None and soft is not None and soft > most:
             yield "'soft_budget' is above 'max_budget', so it is never reached."
@@ -6434,6 +6577,11 @@ class DeedHandler(ManagementHandler):
 
     deeds: ClassVar[dict[str, Any]] = {"block": block, "reset_spend": reset_spend}
     deeds |= {"unblock": functools.partial(block, blocked=False)}
+
+
+# Where one of these is set, it is looked whether a key's routes and budgets go together.
+ROUTE_FIELDS = {"allowed_routes", "unmetered_routes", "max_budget", "model_max_budget"}
+ROUTE_FIELDS |= {"budget_limits", "team_id", "user_id"}
 
 
 class KeyHandler(DeedHandler):
@@ -6463,7 +6611,7 @@ class KeyHandler(DeedHandler):
                 raise APIError(400, "'key_alias' is taken by another key.")
             named = [pattern for pattern in key.allowed_routes if unmetered(pattern)]
             limited = any(of.has_budget for of in ledger.limited(key))
-            if named and limited and not key.unmetered_routes:
+            if named and limited and not key.unmetered_routes and ROUTE_FIELDS & body.keys():
                 what = f"'allowed_routes' names {named[0]}, whose cost a budget cannot count"
                 raise APIError(400, f"{what}: leave it out, or add 'unmetered_routes': true.")
         return cast(AnyLimited, key)
@@ -6548,7 +6696,7 @@ class GroupHandler(KeyHandler):
         name = NAME.parse(f"{kind}_id", body.pop(f"{kind}_id", None)) or secrets.token_hex(8)
         if (at := f"{kind}:{name}") in self.gateway.ledger.groups:
             raise APIError(400, f"'{kind}_id' is taken by another {kind}.")
-        makes_key = FLAG.parse("auto_create_key", body.pop("auto_create_key", kind == "user"))
+        makes_key = kind == "user" and FLAG.parse("", body.pop("auto_create_key", True))
         changes: dict[str, Limited | None] = {at: self.changed(GROUPS[kind](name), body)}
         key = self.chosen(None, None)
         if makes_key:
@@ -6564,7 +6712,7 @@ class GroupHandler(KeyHandler):
 
     async def delete_groups(self, body: dict[str, Any], kind: str) -> dict[str, Any]:
         """Delete ``team_ids`` or ``user_ids`` and their keys, which would be without limits."""
-        names = TEXTS.parse(f"{kind}_ids", body.get(f"{kind}_ids"))
+        names = list(dict.fromkeys(TEXTS.parse(f"{kind}_ids", body.get(f"{kind}_ids"))))
         found = [self.named({f"{kind}_id": name}, kind) for name in names]
         if not found:
             raise APIError(400, f"Name those to delete in '{kind}_ids'.")
@@ -6639,7 +6787,7 @@ class InfoHandler(ManagementHandler):
         if mine is not None and record is not mine:
             raise APIError(403, "A virtual key may ask about itself only.")
         if record is None:
-            record = self.addressed({"key": asked, "key_alias": alias})
+            record = self.addressed({"key": asked or None, "key_alias": alias})
         info = full_row(record, ledger)
         if hashed in record.retired:
             info["retired_until"] = record.retired[hashed]
@@ -6855,7 +7003,8 @@ class HelloHandler(BaseHandler):
         self.set_header("Content-Type", "text/plain; charset=utf-8")
         base = f"{self.request.protocol}://{self.request.host}"
         told = CONNECT.format(base=base, key="<a virtual key>")
-        self.finish(f"A gateway to Anthropic's API. Ask whoever runs it for a key, and {told}\n")
+        whom = self.gateway.settings.contact or "whoever runs it"
+        self.finish(f"A gateway to Anthropic's API. Ask {whom} for a key, and {told}\n")
 
     head = get
 
@@ -7094,8 +7243,14 @@ class LineFormatter(logging.Formatter):
     def __init__(self, inner: logging.Formatter | None, *secrets: str) -> None:
         super().__init__()
         self._inner = inner
-        self._secrets = [secret for secret in secrets if len(secret) >= MIN_SECRET_LENGTH]
+        self._secrets = list[str]()
+        self.mask(secrets)
         self._second, self._before, self._after = 0, "", ""
+
+    def mask(self, secrets: Iterable[str]) -> None:
+        """Mask these too from now on."""
+        new = (each for each in secrets if len(each) >= MIN_SECRET_LENGTH)
+        self._secrets += [each for each in new if each not in self._secrets]
 
     def format(self, line: logging.LogRecord) -> str:
         record = line.msg
@@ -8116,8 +8271,16 @@ def lacks(settings: Settings) -> Iterator[str]:
         yield "no ANTHROPIC_API_KEY is set: only callers with an sk-ant-… of their own get through"
     if not settings.master_key:
         yield f"no GATEWAY_MASTER_KEY is set: /key/* is closed; {GOOD_MASTER_KEY}"
-    elif len(settings.master_key) < MIN_MASTER_KEY_LENGTH:
-        yield f"the master key is weak; {GOOD_MASTER_KEY}"
+    for name in ("master_key", "master_key_next"):
+        if 0 < len(getattr(settings, name)) < MIN_MASTER_KEY_LENGTH:
+            yield f"the {name.replace('_', ' ')} is weak; {GOOD_MASTER_KEY}"
+
+
+def say(text: str, *, as_json: bool, level: int = logging.INFO, to: Any = None) -> None:
+    """Print lines, by default to stdout; as JSON as the log's are, if so told."""
+    for line in text.splitlines():
+        record = log.makeRecord(log.name, level, "", 0, line, (), None)
+        print(LineFormatter(None).format(record) if as_json else line, file=to, flush=True)
 
 
 def announce(gateway: Gateway, port: int) -> None:
@@ -8126,18 +8289,18 @@ def announce(gateway: Gateway, port: int) -> None:
     url, keys = base_url(settings, port), sum(1 for _ in gateway.ledger.live())
     everywhere = "" if settings.address or is_open else " and every other address"
     is_mock = settings.api_key.startswith(MOCK_CREDENTIAL)
-    made = f"{keys} in {settings.keys}" if keys else "POST /key/generate makes one"
-    print(f"gateway {__version__} listening on {settings.unix_socket or url + everywhere}")
-    print("relaying to", "the built-in stand-in" if is_mock else settings.upstream)
+    made = "" if keys else "; POST /key/generate makes one"
+    required = f"virtual keys are required ({keys} in {settings.keys}{made})"
+    lines = [f"gateway {__version__} listening on {settings.unix_socket or url + everywhere}"]
+    lines.append(f"relaying to {'the built-in stand-in' if is_mock else settings.upstream}")
     if gateway.real_keys.several:
-        print("with the real keys", ", ".join(gateway.real_keys.names))
-    print("! open to all who reach it" if is_open else f"virtual keys are required ({made})")
-    for lack in lacks(settings):
-        print("!", lack)
+        lines.append(f"with the real keys {', '.join(gateway.real_keys.names)}")
+    lines.append(f"! open to all who reach it (keys: {settings.keys})" if is_open else required)
+    lines += [f"! {lack}" for lack in lacks(settings)]
     if not gateway.prices.available:
-        print("! genai-prices is not installed: tokens are counted, money is not")
+        lines.append("! genai-prices is not installed: tokens are counted, money is not")
     key = "anything" if is_open else "<a virtual key>"
-    print(CONNECT.format(base=url, key=key), flush=True)
+    say("\n".join([*lines, CONNECT.format(base=url, key=key)]), as_json=settings.log_json)
 
 
 def start_mock(settings: Settings) -> Settings:
@@ -8161,9 +8324,31 @@ def report_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) 
         loop.default_exception_handler(context)
 
 
+def mask_secrets(settings: Settings, keys: RealKeys) -> None:
+    """Have the log mask these secrets, beside those that it masks already."""
+    masked = settings.master_key, settings.master_key_next
+    for handler in logging.root.handlers:
+        if isinstance(line := handler.formatter, LineFormatter):
+            line.mask([*masked, *(key.secret for key in keys.keys.values())])
+
+
+def take_secrets(gateway: Gateway) -> None:
+    """Read the secrets again, where they come from files. Raises SettingsError, changes nothing."""
+    secrets, settings = read_secrets(os.environ), gateway.settings
+    if settings.api_key.startswith(MOCK_CREDENTIAL):  # which the stand-in alone knows
+        secrets = {name: secret for name, secret in secrets.items() if name.startswith("master")}
+    settings = dataclasses.replace(settings, **secrets)
+    gateway.real_keys.reload(settings)
+    gateway.doors.take_secrets(settings)
+    gateway.settings = settings
+    mask_secrets(settings, gateway.real_keys)
+
+
 async def serve(settings: Settings) -> None:
-    """Run until SIGTERM or SIGINT; then take no more requests, let those under way end until all
-    are `drained`, and break the rest. Raises SettingsError where it cannot start."""
+    """Run until SIGTERM or SIGINT; then refuse requests, let those under way end until all are
+    `drained`, and break the rest. Raises SettingsError where it cannot start."""
+    if not settings.keys.absolute().parent.is_dir():
+        raise SettingsError(f"--keys={settings.keys}: its folder does not exist")
     application = make_app(start_mock(settings))
     gateway: Gateway = application.settings["gateway"]
     settings, server, drained = gateway.settings, Server(gateway, application), gateway.drained
@@ -8180,9 +8365,10 @@ async def serve(settings: Settings) -> None:
     favour_the_loop()
     while await signals.get() == signal.SIGHUP:  # read all again; what is wrong changes nothing
         try:
-            server.context = server_context(settings)  # of connections from now on
+            context = server_context(settings)
             gateway.prices.reload()
-            gateway.real_keys.reload()
+            take_secrets(gateway)
+            server.context = context  # of connections from now on
             await gateway.ledger.reload()
             favour_the_loop()
             told = sum(1 for _ in gateway.ledger.live()), ", ".join(gateway.real_keys.names)
@@ -8192,14 +8378,14 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):  # a second one hurries
         loop.add_signal_handler(number, drained.set)
     booking.cancel()
-    gateway.phase = GatewayPhase.DRAINING
+    gateway.phase = FOLLOWS[gateway.phase][GatewayPhase.DRAINING]
     server.stop()
     deadline = gateway.time() + settings.drain_timeout
     while gateway.active and not drained.is_set() and (left := deadline - gateway.time()) > 0:
         log.info("stopping: %d requests under way, %.0f s left", len(gateway.active), left)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(drained.wait(), min(left, DRAIN_PROGRESS))
-    gateway.phase = GatewayPhase.STOPPED
+    gateway.phase = FOLLOWS[gateway.phase][GatewayPhase.STOPPED]
     server.close()
     await asyncio.sleep(0)  # the connections' ends reach their handlers
     for handler in list(gateway.active):  # which wait for the names of batches
@@ -8213,7 +8399,7 @@ async def serve(settings: Settings) -> None:
 
 async def check(settings: Settings) -> bool:
     """Print, a line each, what is well and what is not, and what to do about it (``--check``)."""
-    settings = start_mock(settings)
+    settings, found = start_mock(settings), None
     path, upstream = settings.keys, settings.upstream
     findings = [(True, f"Python {sys.version.split()[0]}, Tornado {tornado.version}")]
     for package, loss in OPTIONAL_PACKAGES.items():
@@ -8225,12 +8411,29 @@ async def check(settings: Settings) -> bool:
         found = parse_store(path.read_bytes(), str(path)) if path.exists() else None
         with tempfile.TemporaryFile(dir=path.parent):  # as each change makes one
             keys = "will be made" if found is None else f"{len(found)} keys"
+        if found is not None:
+            with path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         findings.append((True, f"{path}: {keys}"))
     except SettingsError as error:
         findings.append((False, str(error)))
+    except BlockingIOError:
+        used = "another gateway uses it; stop that one, or give this one its own with --keys"
+        findings.append((False, f"{path}: {used}"))
     except OSError as error:
         advice = "let the gateway's user read it, and write in its folder, or set --keys"
         findings.append((False, f"{path}: {error.strerror} ({advice})"))
+    try:
+        where, is_open = settings.unix_socket, not (found or settings.master_key)
+        if where and not os.access(Path(where).absolute().parent, os.W_OK):
+            raise SettingsError(f"{where}: its folder cannot be written")
+        if not where:  # to bind a Unix socket would take it from a gateway that runs
+            for each in bind(settings, loopback=is_open):
+                each.close()
+            where = f"port {settings.port} of {settings.address or ('loopback' * is_open or 'all')}"
+        findings.append((True, f"{where} is free to listen on"))
+    except SettingsError as error:
+        findings.append((False, f"{error}; stop what listens there, or choose another --port"))
     try:
         unserved = "not served: right behind a proxy, or on loopback"
         served = f"served with {settings.certfile}" if server_context(settings) else unserved
@@ -8249,20 +8452,21 @@ async def check(settings: Settings) -> bool:
                 findings.append((well, f"{upstream} answers{said}"))
     except (UpstreamError, OSError) as error:
         findings.append((False, f"{upstream}: {error} See --upstream and the network."))
-    for well, text in findings:
-        print("ok  " if well else "FAIL", text)
-    print(CONNECT.format(base=base_url(settings, settings.port), key="<a virtual key>"))
+    lines = [f"{'ok  ' if well else 'FAIL'} {text}" for well, text in findings]
+    lines.append(CONNECT.format(base=base_url(settings, settings.port), key="<a virtual key>"))
+    say("\n".join(lines), as_json=settings.log_json)
     return all(well for well, _ in findings)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the gateway with these arguments, by default the command line's. Ends the process."""
+    as_json = False
     try:
         settings = read_settings(sys.argv[1:] if arguments is None else arguments, os.environ)
-        masked = settings.master_key, *(key.secret for key in RealKeys(settings).keys.values())
+        as_json = settings.log_json
         for handler in logging.root.handlers:
-            inner = None if settings.log_json else handler.formatter
-            handler.setFormatter(LineFormatter(inner, *masked))
+            handler.setFormatter(LineFormatter(None if as_json else handler.formatter))
+        mask_secrets(settings, RealKeys(settings))
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # as many as the system allows
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
@@ -8276,8 +8480,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 sys.exit(0 if runner.run(check(settings)) else 1)
             runner.run(serve(settings))
     except SettingsError as error:
-        sys.stderr.write(f"gateway: {error}\n")
+        text = " ".join(f"gateway: {error}".split())
+        say(text, as_json=as_json or error.as_json, level=logging.CRITICAL, to=sys.stderr)
         sys.exit(2)
+    except Exception:  # a mistake in this file: its lines are the log's too
+        log.critical("ended", exc_info=True)
+        sys.exit(1)
 
 
 def favour_the_loop() -> None:
