@@ -9,6 +9,7 @@ import asyncio
 import base64
 import collections
 import contextlib
+import csv
 import dataclasses
 import errno
 import functools
@@ -1307,10 +1308,10 @@ def test_routes() -> None:
     for pattern, allowed, closed in ROUTES:
         key = gateway.VirtualKey("sk-...test", allowed_routes=[pattern] if pattern else [])
         for path in allowed:
-            gateway.check_route(key, gateway.read_route("POST", path), path, pays=True)
+            gateway.check_route(key, gateway.read_route("POST", path), path, counts=False)
         for path in closed:
             with pytest.raises(gateway.APIError) as refused:
-                gateway.check_route(key, gateway.read_route("POST", path), path, pays=True)
+                gateway.check_route(key, gateway.read_route("POST", path), path, counts=False)
             assert refused.value.status == 403, (pattern, path)
     # Patterns that open what cannot be counted, and such that do not
     known = ["/v1/messages*", "/anthropic/v1/files/*", "/*", "/v1/*", "/v1/mess*", "/metrics"]
@@ -1923,7 +1924,7 @@ async def test_a_change_during_a_reload_or_the_close_is_kept(tmp_path: Path) -> 
         kept = json.loads((tmp_path / f"{early}-{late}.json").read_bytes())["keys"]
         hashes = set(map(gateway.hash_key, ("first", "second")))
         assert hashes == set(kept) == set(store.keys), (early, late)
-        store.charge(store.keys[gateway.hash_key("first")].account, [], WHEN)
+        store.charge([store.keys[gateway.hash_key("first")]], [], WHEN, ())
         closing = asyncio.create_task(store.close())
         await ticks(late)
         await asyncio.gather(closing, make(store, "third"))
@@ -3568,7 +3569,7 @@ async def test_a_body_is_held_until_it_is_on_its_way(gw: GW) -> None:
     assert held.total == 0 and not any(request.data for request in gw.exchanges)
 
 
-PHASES = (gateway.ClientPhase, gateway.UpstreamPhase, gateway.RequestPhase)
+PHASES = (gateway.ClientPhase, gateway.UpstreamPhase, gateway.RequestPhase, gateway.GatewayPhase)
 
 
 def test_an_impossible_step_is_a_mistake() -> None:
@@ -5112,7 +5113,7 @@ async def test_no_real_key_is_shown_and_sighup_reads_them_again(gw: GW, tmp_path
     assert await ring.states() == "refused refused refused"
     for path in (UPSTREAMS, "/health/readiness", "/metrics", "/spend/logs", "/key/list"):
         answer = await gw.manage(path)
-        assert answer.status == 200
+        assert answer.status == (503 if "readiness" in path else 200)
         shown += answer.text
     ready = (await gw.ask("GET /health/readiness", key="")).json()
     assert ready["upstreams"] == dict.fromkeys("abc", "refused")
@@ -6444,7 +6445,7 @@ async def test_a_webhook_that_hangs_holds_nobody_and_a_flood_is_bounded(gw: GW, 
 # ─── Teams, users and the whole gateway ───────────────────────────────────────────────
 
 OF_OPUS = Decimal("0.014")  # what 1,000 tokens of a prompt and 500 of an answer cost
-PRICED = spends(1000, 500)
+SPENDING = spends(1000, 500)
 AN_OPUS = {"rpm_limit": 100, "max_parallel_requests": 5, "max_budget": 1}
 
 
@@ -6509,7 +6510,7 @@ ROOMY = {"rpm_limit": 100, "tpm_limit": 10**6, "max_parallel_requests": 9, "max_
 
 @pytest.mark.parametrize("full", ["key", "team", "user"])
 async def test_who_is_refused_by_one_takes_nothing_of_the_others(gw: GW, full: str) -> None:
-    gw.plays(PRICED)
+    gw.plays(SPENDING)
     for limit, said in FULL.items():
         fields = {kind: dict(ROOMY) for kind in ("key", "team", "user")}
         fields[full][limit] = 0
@@ -6527,7 +6528,7 @@ async def test_who_is_refused_by_one_takes_nothing_of_the_others(gw: GW, full: s
 
 
 async def test_what_no_budget_of_a_model_has_room_for_is_held_by_none(gw: GW) -> None:
-    gw.plays(PRICED)
+    gw.plays(SPENDING)
     of_opus = {"claude-opus-*": {"budget_limit": 0}}
     await grouped(gw, "team", model_max_budget=of_opus)
     key = await gw.new_key(team_id="g", max_budget=9)
@@ -6588,7 +6589,7 @@ async def test_a_group_goes_or_is_blocked_while_requests_are_under_way(gw: GW, k
 
 
 async def test_a_teams_budget_lowered_and_reset_and_kept(gw: GW) -> None:
-    gw.plays(PRICED)
+    gw.plays(SPENDING)
     await grouped(gw, "team", max_budget=1, team_alias="web", budget_duration="1mo")
     key = await gw.new_key(team_id="g")
     assert (await gw.message(key)).status == 200
@@ -6610,7 +6611,7 @@ async def test_a_teams_budget_lowered_and_reset_and_kept(gw: GW) -> None:
 
 async def test_a_label_without_a_record_limits_nothing(gw: GW) -> None:
     """Also what a gateway without teams wrote."""
-    gw.plays(PRICED)
+    gw.plays(SPENDING)
     key = await gw.new_key(team_id="t", user_id="u", max_budget=1)
     await gw.restart()
     assert not any(f'"{kind}:' in gw.keys.read_text() for kind in ("team", "user"))
@@ -6626,7 +6627,7 @@ async def test_a_label_without_a_record_limits_nothing(gw: GW) -> None:
 
 
 async def test_a_team_is_edited_by_hand(gw: GW) -> None:
-    gw.plays(PRICED)
+    gw.plays(SPENDING)
     await grouped(gw, "team", max_budget=1)
     key = await gw.new_key(team_id="g")
     assert (await gw.message(key)).status == 200
@@ -6649,7 +6650,7 @@ async def test_a_team_is_edited_by_hand(gw: GW) -> None:
 
 
 async def test_models_of_a_team_and_a_key_both_hold(gw: GW) -> None:
-    gw.plays(PRICED)
+    gw.plays(SPENDING)
     await grouped(gw, "team", models=["claude-haiku-*", "claude-opus-*"])
     await grouped(gw, "user", models=["claude-opus-*", "claude-sonnet-*"])
     label = {"team_id": "g", "user_id": "g"}
@@ -6719,7 +6720,7 @@ async def test_the_list_of_models_has_those_that_may_be_used(gw: GW) -> None:
 
 
 async def test_several_windows_count_and_end_by_themselves(gw: GW) -> None:
-    gw.plays(PRICED)
+    gw.plays(SPENDING)
     limits = [{"budget_duration": d, "max_budget": m} for d, m in (("1d", 0.02), ("1mo", 0.05))]
     for kind, said in (("key", "Budget of $0.02"), ("team", "Team's budget of $0.02")):
         if kind == "team":
@@ -6787,7 +6788,7 @@ async def test_a_batch_is_held_of_a_team_too_and_found_after_a_restart(gw: GW) -
 
 
 async def test_the_gateways_budget_holds_for_the_master_key_too(gw: GW) -> None:
-    gw.plays(PRICED)
+    gw.plays(SPENDING)
     await gw.restart(max_budget=0.02, budget_duration="1d")
     assert [(await gw.message(MASTER_KEY)).status for _ in range(3)] == [200, 200, 429]
     for key in (gw.key, MASTER_KEY):
@@ -6796,7 +6797,7 @@ async def test_the_gateways_budget_holds_for_the_master_key_too(gw: GW) -> None:
     await gw.restart(max_budget=0.02, budget_duration="1d")
     error_of(await gw.message(), 429, "billing_error")
     assert (await gw.message("sk-wrong-0123456789")).status == 401
-    await gw.restart(max_budget=0)  # any
+    await gw.restart(max_budget=None)  # any
     assert (await gw.message()).status == 200
 
 
@@ -6939,7 +6940,7 @@ async def test_what_is_done_to_keys_teams_and_users_is_audited(gw: GW) -> None:
 
 
 async def test_keys_are_sorted_searched_and_told_apart(gw: GW) -> None:
-    gw.plays(PRICED)
+    gw.plays(SPENDING)
     await gw.manage("/key/delete", {"keys": [gw.key]})
     told = [("Beta", {"user_id": "ann"}), ("alpha", {"team_id": "web"}), ("gamma", {})]
     keys = {name: await gw.new_key(key_alias=name, **fields) for name, fields in told}
@@ -7045,7 +7046,7 @@ SUMMED = ("requests", "errors", "input_tokens", "output_tokens", "spend")
 
 
 async def test_reports_by_two_groups_by_tags_and_of_the_top(gw: GW) -> None:
-    gw.plays(PRICED)
+    gw.plays(SPENDING)
     ann = await gw.new_key(key_alias="ann", user_id="ann", team_id="web", tags=["t1"])
     bob = await gw.new_key(key_alias="bob", user_id="bob", team_id="ops")
     for key, model, tags in (
@@ -7095,7 +7096,7 @@ async def test_reports_by_two_groups_by_tags_and_of_the_top(gw: GW) -> None:
 
 async def test_a_virtual_key_sees_its_own_requests_alone(gw: GW) -> None:
     release = asyncio.Event()
-    gw.plays(PRICED)
+    gw.plays(SPENDING)
     told: dict[str, Any] = {"user_id": "u", "models": ["claude-*"]}
     mine, other = await gw.new_key(**told), await gw.new_key(**told)
     for key in (mine, other, mine):
@@ -8343,6 +8344,851 @@ class Tenants:
             answer = await self.ask("POST /resources/assign", body=told)
             assert answer.status == 200, answer.text
             self.shared.add(name)
+
+
+# ─── The page ─────────────────────────────────────────────────────────────────────────
+
+SESSION = "gateway_session"
+
+
+async def sign_in(gw: GW, key: str = MASTER_KEY, *fields: str) -> tuple[str, str]:
+    """Sign in at the page; the request's field with the cookie, and what the answer set."""
+    answer = await gw.ask("POST /ui/login", *fields, body={"key": key}, key="")
+    assert answer.status == 200, answer.text
+    (told,) = answer.field("set-cookie")
+    return f"Cookie: {told.split(';')[0]}", told
+
+
+async def is_signed_in(gw: GW, cookie: str) -> bool:
+    answer = await gw.ask("GET /ui/session", cookie, key="")
+    if answer.status != 200:
+        error_of(answer, 401)
+    return answer.status == 200
+
+
+async def test_the_page_is_one_small_document_that_loads_nothing(gw: GW) -> None:
+    answer = await gw.ask("GET /ui", key="")
+    assert answer.status == 200 and len(answer.body) < 60_000
+    assert answer.headers["content-type"].lower() == "text/html; charset=utf-8"
+    told = answer.headers["content-security-policy"].split(";")
+    policy = dict(part.strip().split(" ", 1) for part in told)
+    for name in ("default-src", "frame-ancestors", "base-uri"):
+        assert policy[name] == "'none'"
+    for tag in ("script", "style"):
+        (inner,) = re.findall(rf"<{tag}\b[^>]*>(.*?)</{tag}>", answer.text, re.DOTALL)
+        hashed = base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()
+        assert policy[f"{tag}-src"] == f"'sha256-{hashed}'"
+    elsewhere = re.findall(r"(?:https?:)?//[a-z][\w.]+", answer.text.split("<script>")[0])
+    assert elsewhere == [] and "innerHTML" not in answer.text
+    assert (await gw.ask("HEAD /ui", key="")).status == 200
+
+
+@started({}, {"xheaders": True})
+async def test_the_cookie_is_for_this_site_alone_and_hidden_from_scripts(gw: GW) -> None:
+    behind_tls = gw.options.get("xheaders", False)
+    _, told = await sign_in(gw, MASTER_KEY, "X-Forwarded-Proto: https")
+    named, *flags = told.lower().split("; ")
+    assert re.fullmatch(rf"{SESSION}=[\w~.-]{{22,}}", named) and MASTER_KEY not in told
+    assert {"httponly", "samesite=strict"} <= {*flags} and ("secure" in flags) is behind_tls
+    assert f"max-age={12 * 3600}" in flags or any(flag.startswith("expires=") for flag in flags)
+    assert (await sign_in(gw))[1] != told, "each session has an id of its own"
+    for key in ("sk-wrong-0123456789", ""):
+        error_of(await gw.ask("POST /ui/login", body={"key": key}, key=""), 401)
+    for body in (b"{", b"[]", b'{"key": 5}', b"{}"):
+        assert (await gw.ask("POST /ui/login", JSON_KIND, body=body, key="")).status in (400, 401)
+
+
+async def test_a_session_manages_from_the_page_and_opens_nothing_else(gw: GW) -> None:
+    cookie, _ = await sign_in(gw)
+    assert (await gw.ask("GET /key/list", cookie, key="")).status == 200
+    error_of(await gw.ask("GET /key/list", f"Cookie: {SESSION}=0123456789abcdef", key=""), 401)
+
+    async def make(*fields: str) -> Response:
+        return await gw.ask("POST /key/generate", cookie, *fields, body={}, key="")
+
+    for said in ("Origin: http://x", "Sec-Fetch-Site: same-origin"):
+        assert (await make(said)).status == 200, said
+    count = (await gw.manage("/key/list")).json()["total_count"]
+    foreign = ("Origin: http://evil.example", "Origin: null", "Origin: https://x.evil.example")
+    foreign += ("Sec-Fetch-Site: cross-site", "Sec-Fetch-Site: same-site", "X-Nothing: said")
+    foreign += ("Origin: http://x\r\nSec-Fetch-Site: cross-site", "Origin: http://x:81")
+    for said in foreign:
+        error_of(await make(said), 403)
+    assert (await gw.manage("/key/list")).json()["total_count"] == count
+    for start in ("GET /v1/models", "GET /anthropic/v1/models", "POST /v1/messages"):
+        body = MESSAGE if start.startswith("POST") else None
+        error_of(await gw.ask(start, cookie, "Origin: http://x", body=body, key=""), 401)
+    assert not gw.up.arrived
+
+
+async def test_a_holders_session_is_no_more_than_his_key(gw: GW) -> None:
+    gw.plays(spends(1000, 500))
+    ann, bob = [await gw.new_key(key_alias=name) for name in ("ann", "bob")]
+    for key in (ann, bob):
+        await gw.message(key)
+    cookie, _ = await sign_in(gw, ann)
+    session = (await gw.ask("GET /ui/session", cookie, key="")).json()
+    assert session["role"] == "holder" and session["name"] == "ann"
+    assert (await gw.ask("GET /key/info", cookie, key="")).json()["info"]["key_alias"] == "ann"
+    rows = (await gw.ask("GET /spend/logs", cookie, key="")).json()
+    assert [row["key_alias"] for row in rows] == ["ann"]
+    hashed = gateway.hash_key(bob)
+    for path in ("/key/list", "/spend/keys", "/global/spend/report", "/audit", "/team/list"):
+        error_of(await gw.ask(f"GET {path}", cookie, key=""), 403)
+    for query in (f"/key/info?key={hashed}", f"/spend/logs?api_key={hashed}"):
+        assert "bob" not in (await gw.ask(f"GET {query}", cookie, key="")).text
+    for path in ("/key/generate", "/key/update", "/key/delete", "/team/new"):
+        error_of(await gw.ask(f"POST {path}", cookie, "Origin: http://x", body={}, key=""), 403)
+
+
+async def test_a_session_ends_with_its_key_and_by_logout(gw: GW) -> None:
+    for deed in ("block", "delete", "regenerate", "update", "logout", "expire"):
+        key = await gw.new_key()
+        cookie, _ = await sign_in(gw, key)
+        assert await is_signed_in(gw, cookie)
+        told: dict[str, Any] = {"key": key}
+        if deed == "logout":
+            answer = await gw.ask("POST /ui/logout", cookie, "Origin: http://x", body={}, key="")
+        elif deed == "delete":
+            answer = await gw.manage("/key/delete", {"keys": [key]})
+        elif deed in ("update", "expire"):
+            told |= {"blocked": True} if deed == "update" else {"duration": "0s"}
+            answer = await gw.manage("/key/update", told)
+        else:
+            answer = await gw.manage(f"/key/{deed}", told)
+        assert answer.status == 200, (deed, answer.text)
+        await until(lambda: True)
+        assert not await is_signed_in(gw, cookie), deed
+    cookie, _ = await sign_in(gw)
+    await gw.restart(master_key="sk-another-0123456789")
+    assert not await is_signed_in(gw, cookie)
+
+
+async def test_wrong_tries_to_sign_in_are_slowed_down(gw: GW) -> None:
+    async def tries(key: str) -> Response:
+        return await gw.ask("POST /ui/login", body={"key": key}, key="")
+
+    statuses = []
+    while 429 not in statuses and len(statuses) < 100:
+        statuses.append((await tries(f"sk-wrong-{len(statuses):016}")).status)
+    assert 3 < len(statuses) < 100 and {*statuses[:-1]} == {401}
+    answer = await tries(MASTER_KEY)
+    error_of(answer, 429)
+    assert 0 < int(answer.headers["retry-after"]) <= 3600
+
+    def elsewhere() -> int:
+        transport = httpx2.HTTPTransport(local_address="127.0.0.2")
+        with httpx2.Client(transport=transport) as client:
+            url = f"http://127.0.0.1:{gw.port}/ui/login"
+            return client.post(url, json={"key": MASTER_KEY}).status_code
+
+    assert await asyncio.to_thread(elsewhere) == 200
+    assert (await gw.manage("/key/list")).status == 200, "the API is not slowed down"
+
+
+@started(master_key="", xheaders=True)
+async def test_an_open_gateway_shows_its_page_on_loopback_only(gw: GW) -> None:
+    session = (await gw.ask("GET /ui/session", host=LOCAL)).json()
+    assert session["role"] == "operator" and session["open"] and not session["can_change"]
+    assert (await gw.ask("GET /spend/logs", host=LOCAL)).status == 200
+    far = await gw.ask("GET /ui/session", "X-Forwarded-For: 203.0.113.5", host=LOCAL)
+    assert far.status in (401, 403), far.text
+
+
+# In a real browser
+
+DAYS_KEPT = 90
+HTML = "<img src=x onerror=\"window.ran='yes'\"><b>bold</b>"
+OTHERS = [f"key {n}" for n in range(10)]
+EDGE = 300 * PATIENCE  # milliseconds until the browser's driver gives up a wait
+FAILED = "Failed to load resource: the server responded with a status of 4"  # the API's answers
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Debian's Chromium, one for all tests."""
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    shell = "chromium-headless-shell"  # which takes a third of the other's time
+    if not (binary := shutil.which(shell) or shutil.which("chromium")):
+        pytest.skip(f"there is no browser here: apt-get install {shell}")
+    with api.sync_playwright() as driver:
+        launched = driver.chromium.launch(executable_path=binary, args=["--disable-gpu"])
+        # The driver stays in its loop, which is asleep between two tests: other tests have theirs.
+        loop = asyncio._get_running_loop()
+        asyncio._set_running_loop(None)
+        yield launched, loop
+        asyncio._set_running_loop(loop)
+        launched.close()
+
+
+class Visits:
+    """Visits to a gateway's page, each with a profile of its own, in which nothing goes wrong."""
+
+    def __init__(self, browser: Any) -> None:
+        self.browser, self.pages = browser, list[Any]()
+        self.wrong, self.asked = list[str](), list[str]()
+        self.answers = list[Any]()
+
+    def __call__(self, process: Process, key: str = "", **options: Any) -> Any:
+        context = self.browser.new_context(base_url=process.url, **options)
+        context.set_default_timeout(EDGE)
+        context.add_init_script("""addEventListener("securitypolicyviolation",
+            (e) => console.error("violation", e.violatedDirective, e.blockedURI))""")
+        page = context.new_page()
+        self.pages.append(page)
+        page.on("console", self.note)
+        page.on("pageerror", lambda error: self.wrong.append(str(error)))
+        page.on("request", lambda request: self.asked.append(request.url))
+        page.on("response", lambda answer: self.answers.append(answer))
+        page.goto("/ui")
+        if key:
+            page.fill("#key", key)
+            page.press("#key", "Enter")
+            page.wait_for_selector("#app:not([hidden])")
+        return page
+
+    def note(self, message: Any) -> None:
+        if message.type in ("error", "warning") and not message.text.startswith(FAILED):
+            self.wrong.append(f"{message.text} {message.location['url']}")
+
+    def close(self) -> None:
+        stored = "[localStorage.length, sessionStorage.length, document.cookie, window.ran ?? '']"
+        for page in self.pages:
+            self.asked.append(page.url)
+            assert page.evaluate(stored) == [0, 0, "", ""], "something is kept, or HTML ran"
+            page.context.close()
+        assert self.wrong == []
+        assert not [url for url in self.asked if "sk-" in url or MASTER_KEY in url]
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Visits]:
+    launched, loop = browser
+    asyncio._set_running_loop(loop)
+    visits = Visits(launched)
+    yield visits
+    try:
+        visits.close()
+    finally:
+        asyncio._set_running_loop(None)
+
+
+def write_keys(path: Path, lines: dict[str, dict[str, Any]]) -> None:
+    made = {"created_at": gateway.iso(gateway.now() - timedelta(days=DAYS_KEPT))}
+    path.write_text(json.dumps({"version": 1, "keys": {k: made | v for k, v in lines.items()}}))
+
+
+def days_past(count: int = DAYS_KEPT) -> list[str]:
+    today = gateway.now()
+    return [gateway.day_of(today - timedelta(days=n)) for n in range(count)][::-1]
+
+
+def used(chance: random.Random, models: tuple[str, ...], days: list[str]) -> dict[str, Any]:
+    """What a key used, by day and model, with amounts that no float adds up."""
+
+    def tally() -> dict[str, Any]:
+        counted = {name: chance.randrange(1, 50_000) for name in ("input_tokens", "output_tokens")}
+        counted |= {f"cache_{name}_tokens": chance.randrange(9_000) for name in CACHE_NAMES}
+        spend = f"{chance.randrange(1, 30_000_000)}e-7"
+        return counted | {"requests": chance.randrange(2, 40), "errors": 1, "spend": spend}
+
+    return {day: {model: tally() for model in models} for day in days}
+
+
+CACHE_NAMES = ("read", "write_5m", "write_1h")
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory, browser: Any) -> Iterator[Process]:
+    """A gateway with 90 days of usage, with teams and users, and one key whose name is HTML."""
+    folder, chance, lines = tmp_path_factory.mktemp("shown"), random.Random(1), {}
+    for n, alias in enumerate((HTML, *OTHERS)):
+        lines[gateway.hash_key(plain(n))] = {
+            "key_name": gateway.key_name(plain(n)),
+            "key_alias": alias,
+            "team_id": ("web", "lab")[n % 2],
+            "user_id": f"user-{n % 3}",
+            "usage": used(chance, (OPUS, HAIKU) if n else (HTML, OPUS), days_past()),
+        }
+    write_keys(folder / "keys.json", lines)
+    with contextlib.closing(Starter(folder)) as starter:
+        process = starter("mock")
+        for path, told in (
+            ("/team/new", {"team_id": "web", "team_alias": HTML, "max_budget": 5000}),
+            ("/team/new", {"team_id": "lab", "team_alias": "Lab", "max_budget": 0.5}),
+            ("/user/new", {"user_id": "user-1", "user_alias": HTML, "auto_create_key": False}),
+            ("/key/update", {"key": plain(1), "max_budget": 2, "budget_duration": "1d"}),
+        ):
+            answer = process.manage(path, told)
+            assert answer.status_code == 200, answer.text
+        wait_for(lambda: process.manage("/health/readiness").json()["prices"] == "loaded")
+        for tags in ("a,b", "b", f"{HTML.replace(',', '')}", ""):
+            headers = {"x-api-key": plain(0), "x-litellm-tags": tags}
+            told = MESSAGE | {"model": OPUS}
+            answer = HTTP.post(process.url + MESSAGES_PATH, json=told, headers=headers)
+            assert answer.status_code == 200, answer.text
+        yield process
+
+
+def plain(number: int) -> str:
+    return f"sk-plain-{number:016}"
+
+
+def settled(page: Any, value: Callable[[], Any], expected: Any) -> None:
+    """Wait until a value in the page is what it must be."""
+    deadline = time.monotonic() + EDGE / 1000
+    while (found := value()) != expected and time.monotonic() < deadline:
+        page.wait_for_timeout(20)
+    assert found == expected
+
+
+def cells(page: Any, name: str) -> list[dict[str, Any]]:
+    """The rows of a table as they stand in the page: their ids, raw values and texts."""
+    script = """(rows) => rows.map((row) => Object.fromEntries([["id", row.dataset.id],
+        ...[...row.cells].flatMap((cell) => [[cell.dataset.column, cell.dataset.value],
+            [cell.dataset.column + ":text", cell.innerText]])]))"""
+    return page.eval_on_selector_all(f"[data-table={name}] tbody tr", script)
+
+
+def report(process: Process, groups: str, first: str, last: str) -> list[dict[str, Any]]:
+    query = f"start_date={first}&end_date={last}&group_by={groups}"
+    answer = process.manage(f"/global/spend/report?{query}")
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def nano(value: Any) -> int:
+    """An amount in billionths, so that two of them can be compared and summed."""
+    return round(Decimal(str(value)) * 10**9)
+
+
+def total(rows: list[dict[str, Any]], name: str = "spend") -> int:
+    return sum(nano(row[name]) for row in rows)
+
+
+def reads(text: str, amount: int) -> bool:
+    """Whether a text in the page is that amount of billionths, to the cent."""
+    return abs(nano(text.strip("$").replace(",", "")) - amount) <= 10**9 // 200
+
+
+def go(page: Any, view: str) -> None:
+    page.click(f'#tabs a[href="#{view}"]')
+    page.wait_for_selector(f'section[data-view="{view}"]')
+
+
+def test_signing_in_and_out(shown: Process, visit: Visits) -> None:
+    page = visit(shown)
+    page.fill("#key", UNKNOWN_KEY)
+    page.click("#login button")
+    refused = HTTP.post(f"{shown.url}/ui/login", json={"key": UNKNOWN_KEY})
+    said = refused.json()["error"]["message"]
+    settled(page, lambda: page.inner_text("#login-error"), said)
+    assert page.is_hidden("#app") and page.is_visible("#login")
+    page.fill("#key", MASTER_KEY)
+    page.click("#login button")
+    page.wait_for_selector("#app")
+    assert page.inner_text("#who") == "master" and "UTC" in page.inner_text("#utc")
+    assert page.is_hidden("#login")
+    settled(page, lambda: page.input_value("#key"), "")
+    (cookie,) = page.context.cookies()
+    assert cookie["httpOnly"] and cookie["sameSite"] == "Strict" and not cookie["secure"]
+    assert 0 < cookie["expires"] - time.time() <= 12 * 3600 + 60
+    page.reload()
+    page.wait_for_selector("#app")
+    page.click("#logout")
+    page.wait_for_selector("#login")
+    assert page.is_hidden("#app") and HTML not in page.content() and "Lab" not in page.content()
+    page.reload()
+    page.wait_for_selector("#login")
+    page.fill("#key", plain(2))
+    page.press("#key", "Enter")
+    page.wait_for_selector("#app")
+    assert page.inner_text("#who") == OTHERS[1] and page.is_hidden("#tabs")
+    assert plain(2) not in page.content()
+
+
+def test_a_session_that_ended_elsewhere_asks_for_the_key_again(
+    shown: Process, visit: Visits
+) -> None:
+    page = visit(shown, MASTER_KEY)
+    go(page, "keys")
+    page.wait_for_selector("[data-table=keys] tbody tr")
+    page.evaluate("fetch('/ui/logout', {method: 'POST', body: '{}'})")
+    page.click("[data-table=keys] [data-do=block]")
+    page.wait_for_selector("#login")
+    assert page.inner_text("#login-error") and HTML not in page.inner_text("body")
+
+
+GROUPS = {"model": "model", "api_key": "api_key", "team": "team", "user": "user", "tag": "tag"}
+SUMMED = ("spend", "requests", "errors", "input_tokens", "output_tokens", "cache_read_tokens")
+NAMED_HERE = {"web": HTML, "lab": "Lab", "user-1": HTML, "": "(none)"}
+
+
+def test_every_chart_and_table_says_what_the_report_says(shown: Process, visit: Visits) -> None:
+    page = visit(shown, MASTER_KEY)
+    days = days_past()
+    spans = {"today": days[-1:], "7": days[-7:], "30": days[-30:]}
+    spans["month"] = [day for day in days if day >= f"{days[-1][:8]}01"]
+    sums = {name: report(shown, "day", of[0], of[-1]) for name, of in spans.items()}
+
+    def tile(span: str) -> tuple[int, int, str]:
+        part = page.locator(f'#spans [data-span="{span}"]')
+        spend, requests = [part.locator(f"[data-sum={n}]") for n in ("spend", "requests")]
+        values = [nano(each.get_attribute("data-value") or -1) for each in (spend, requests)]
+        return values[0], values[1], spend.inner_text()
+
+    page.wait_for_selector("[data-table=days] tbody tr")
+    for span, rows in sums.items():
+        spend, requests, text = tile(span)
+        assert (spend, requests) == (total(rows), total(rows, "requests")), span
+        assert reads(text, spend), (span, text)
+    # A free span, all that is kept, by each group and measure
+    page.fill("#from", days[0])
+    page.fill("#to", days[-1])
+    for group in GROUPS:
+        page.select_option("#group", group)
+        by_name = report(shown, group, days[0], days[-1])
+        by_day = report(shown, f"day,{group}", days[0], days[-1])
+        names = {row[group]: called(group, row) for row in by_name}
+        expected = {
+            (names[row[group]], nano(row["spend"]), row["requests"], row["cache_read_tokens"])
+            for row in by_name
+        }
+
+        def rows_shown() -> Any:
+            return {
+                (row["name"], nano(row["spend"]), *map(int, (row["requests"], row[CACHE_READ])))
+                for row in cells(page, "spent")
+            }
+
+        settled(page, rows_shown, expected)
+        sums_shown = page.eval_on_selector_all(
+            "[data-table=spent] tfoot td[data-value]",
+            "(all) => all.map((cell) => [cell.dataset.column, cell.dataset.value])",
+        )
+        for name in SUMMED:
+            assert nano(dict(sums_shown)[name]) == total(by_name, name), (group, name)
+        for row in cells(page, "spent"):
+            assert reads(row["spend:text"], nano(row["spend"])), row
+        bars = stacked(page)
+        for day in days:
+            height = sum(n for (at, _), n in bars.items() if at == day)
+            assert height == total([row for row in by_day if row["day"] == day]), (group, day)
+        for row in by_day:
+            at = (row["day"], names[row[group]])
+            if at in bars and "(others)" not in at:
+                same = [r for r in by_day if (r["day"], names[r[group]]) == at]
+                assert bars[at] == total(same), (group, at)
+        legend = page.eval_on_selector_all(
+            "#legend li", "(all) => all.map((item) => item.dataset.value)"
+        )
+        assert sum(map(nano, legend)) == total(by_name)
+    page.select_option("#group", "model")
+    page.select_option("#measure", "requests")
+    whole = report(shown, "day", days[0], days[-1])
+    settled(page, lambda: sum(stacked(page).values()), total(whole, "requests"))
+    by_table = {row["id"]: nano(row["spend"]) for row in cells(page, "days")}
+    assert by_table == {row["day"]: nano(row["spend"]) for row in whole}
+    page.click('[data-span="7"]')
+    settled(page, lambda: len(cells(page, "days")), 7)
+    assert page.get_attribute('[data-span="7"]', "aria-pressed") == "true"
+
+
+CACHE_READ = "cache_read_tokens"
+
+
+def called(group: str, row: dict[str, Any]) -> str:
+    """How the page calls a group of the report."""
+    return row.get("key_alias") or NAMED_HERE.get(row[group], row[group])
+
+
+def stacked(page: Any) -> dict[tuple[str, str], int]:
+    """The chart's bars, by day and name."""
+    script = "(all) => all.map((bar) => [bar.dataset.day, bar.dataset.name, bar.dataset.value])"
+    found: dict[tuple[str, str], int] = {}
+    for day, name, value in page.eval_on_selector_all("#chart svg rect[data-value]", script):
+        found[day, name] = found.get((day, name), 0) + nano(value)
+    return found
+
+
+def test_a_key_is_made_copied_used_seen_and_blocked(shown: Process, visit: Visits) -> None:
+    page = visit(shown, MASTER_KEY, permissions=["clipboard-read", "clipboard-write"])
+    page.evaluate("window.loaded = 'once'")
+    go(page, "keys")
+    page.click("#new-key")
+    page.fill("#form [name=key_alias]", "made here")
+    page.fill("#form [name=max_budget]", "3")
+    page.fill("#form [name=budget_duration]", "1d")
+    page.click("#form [data-do=save]")
+    key = page.inner_text("#made-key")
+    assert shown.info(key)["max_budget"] == 3 and shown.info(key)["created_by"] == "master"
+    lines = page.locator("#connect").inner_text()
+    page.locator("#connect [data-do=copy]").first.click()
+    settled(page, lambda: "ANTHROPIC" in page.evaluate("navigator.clipboard.readText()"), True)
+    copied = page.evaluate("navigator.clipboard.readText()")
+    exported = dict(re.findall(r"^export (\w+)=(\S+)$", copied, re.MULTILINE))
+    assert exported["ANTHROPIC_AUTH_TOKEN"] == key and key in lines
+    page.click("#dialog [data-do=close]")
+    assert key not in page.content(), "it is shown once"
+    # Used, and seen without a reload
+    client = anthropic.Anthropic(
+        base_url=exported["ANTHROPIC_BASE_URL"], auth_token=key, max_retries=0
+    )
+    go(page, "requests")
+    text = [{"role": "user", "content": "slow " * 2000}]
+    with client.messages.stream(**MESSAGE | {"messages": text, "max_tokens": 9999}) as stream:
+        next(iter(stream))
+        page.wait_for_selector("[data-table=underway] tbody tr:has-text('made here')")
+    client.messages.create(**MESSAGE)
+    of_it = "[data-table=recent] tbody tr:has-text('made here')"
+    settled(page, lambda: page.locator(of_it).count(), 2)
+    settled(page, lambda: page.locator("[data-table=underway] tbody tr").count(), 0)
+    logs = {row["litellm_call_id"]: row for row in shown.manage("/spend/logs").json()}
+    for row in cells(page, "recent"):
+        logged = logs[row["id"]]
+        assert nano(row["spend"]) == nano(logged["spend"])
+        assert row["outcome"] == logged["outcome"] and row["model"] == logged["model"]
+        assert int(row["completion_tokens"]) == logged["completion_tokens"]
+        assert float(row["duration"]) == logged["duration"]
+    # Blocked, and refused
+    go(page, "keys")
+    row = page.locator(f"[data-table=keys] tr[data-id='{gateway.hash_key(key)}']")
+    row.locator("[data-do=block]").click()
+    row.locator("[data-do=unblock]").wait_for()
+    with pytest.raises(anthropic.AuthenticationError, match="blocked"):
+        client.messages.create(**MESSAGE)
+    go(page, "overview")
+    page.wait_for_selector("[data-table=refused] tbody tr:has-text('made here')")
+    assert any("blocked" in row["why"] for row in cells(page, "refused"))
+    go(page, "keys")
+    row.locator("[data-do=unblock]").click()
+    row.locator("[data-do=block]").wait_for()
+    assert client.messages.create(**MESSAGE).content
+    assert page.evaluate("window.loaded") == "once"
+
+
+def test_many_keys_are_made_of_pasted_names(shown: Process, visit: Visits) -> None:
+    page = visit(shown, MASTER_KEY)
+    go(page, "keys")
+    page.click("#many-keys")
+    page.fill("#form [name=names]", "Ann Aal\r\n  Bob, B. \n\n=1+1\nAnn Aal\nkey 3\n")
+    page.fill("#form [name=max_budget]", "2")
+    page.click("#form [data-do=save]")
+    page.wait_for_selector("[data-table=made]")
+    rows = {row["key_alias"]: row for row in cells(page, "made")}
+    assert list(rows) == ["Ann Aal", "Bob, B.", "=1+1", "key 3"]
+    taken = shown.manage("/key/generate", {"key_alias": "key 3"})
+    assert rows["key 3"]["error"] == error_of(taken, 400)
+    with page.expect_download() as told:
+        page.click("[data-table=made] [data-do=csv]")
+    text = Path(told.value.path()).read_bytes().decode()
+    head, *lines = csv.reader(io.StringIO(text))
+    saved = {line[0].removeprefix("'"): dict(zip(head, line, strict=True)) for line in lines}
+    for alias in ("Ann Aal", "Bob, B.", "=1+1"):
+        assert shown.lets_in(saved[alias]["key"]) and rows[alias]["key"] == saved[alias]["key"]
+        info = shown.info(saved[alias]["key"])
+        assert info["key_alias"] == alias and info["max_budget"] == 2
+    assert not any(cell.startswith("=") for line in lines for cell in line), "no formula"
+    page.click("#dialog [data-do=close]")
+    assert saved["Ann Aal"]["key"] not in page.content()
+    settled(page, lambda: {"Ann Aal", "=1+1"} <= {row["name"] for row in cells(page, "keys")}, True)
+
+
+def test_what_an_operator_does_to_a_key_and_a_team(shown: Process, visit: Visits) -> None:
+    key = shown.new_key(key_alias="to change", models=[OPUS], tpm_limit=9999)
+    page = visit(shown, MASTER_KEY)
+    go(page, "keys")
+    row = page.locator(f"[data-table=keys] tr[data-id='{gateway.hash_key(key)}']")
+    row.locator("[data-do=change]").click()
+    # What is wrong is said as the API says it
+    page.fill("#form [name=max_budget]", "much")
+    page.click("#form [data-do=save]")
+    said = shown.manage("/key/update", {"key": key, "max_budget": "much"})
+    settled(page, lambda: page.inner_text("#form-error"), error_of(said, 400))
+    page.fill("#form [name=max_budget]", "0.5")
+    page.fill("#form [name=models]", f"{OPUS}\n{HAIKU}")
+    page.click("#form [data-do=save]")
+    page.wait_for_selector("#dialog", state="hidden")
+    info = shown.info(key)
+    assert (info["max_budget"], info["models"]) == (0.5, [OPUS, HAIKU])
+    assert info["tpm_limit"] == 9999, "what was not touched stays"
+    # Asked before it is done, and not done if one says no
+    sdk(shown, key).messages.create(**MESSAGE | {"model": OPUS})
+    assert shown.info(key)["spend"] > 0
+    for deed, answers in (("reset_spend", "yes"), ("delete", "no"), ("regenerate", "yes")):
+        row.locator("[data-do=change]").click()
+        if deed == "regenerate":
+            page.fill("[name=grace_period]", "1h")
+        page.click(f"#dialog [data-do={deed}]")
+        page.wait_for_selector("#ask")
+        assert "to change" in page.inner_text("#ask-text")
+        page.click(f"#ask [data-do={answers}]")
+        page.wait_for_selector("#ask", state="hidden")
+        if deed == "reset_spend":
+            wait_for(lambda: shown.info(key)["spend"] == 0)
+            page.wait_for_selector("#dialog", state="hidden")
+        elif deed == "delete":
+            assert shown.lets_in(key)
+            page.click("#dialog [data-do=close]")
+    new = page.inner_text("#made-key")
+    assert new != key and shown.lets_in(key) and shown.lets_in(new), "the old one has its grace"
+    page.click("#dialog [data-do=close]")
+    row = page.locator(f"[data-table=keys] tr[data-id='{gateway.hash_key(new)}']")
+    row.locator("[data-do=change]").click()
+    page.click("#dialog [data-do=delete]")
+    page.click("#ask [data-do=yes]")
+    row.wait_for(state="detached")
+    assert not shown.lets_in(new)
+    # A team likewise
+    go(page, "teams")
+    page.click("#new-team")
+    page.fill("#form [name=team_alias]", "A team")
+    page.fill("#form [name=max_budget]", "7")
+    page.click("#form [data-do=save]")
+    team = page.locator("[data-table=teams] tr:has-text('A team')")
+    team.wait_for()
+    name = team.get_attribute("data-id")
+    member = shown.new_key(team_id=name)
+    team.locator("[data-do=block]").click()
+    team.locator("[data-do=unblock]").wait_for()
+    assert not shown.lets_in(member)
+    team.locator("[data-do=unblock]").click()
+    team.locator("[data-do=block]").wait_for()
+    assert shown.lets_in(member)
+    team.locator("[data-do=change]").click()
+    page.click("#dialog [data-do=delete]")
+    page.click("#ask [data-do=yes]")
+    team.wait_for(state="detached")
+    assert not shown.lets_in(member)
+
+
+VIEWS = ("overview", "requests", "keys", "teams", "users", "gateway")
+
+
+def test_a_phone_needs_no_scrolling_sideways(shown: Process, visit: Visits) -> None:
+    small = {"viewport": {"width": 375, "height": 700}, "is_mobile": True, "has_touch": True}
+    page = visit(shown, MASTER_KEY, **small)
+    wide = "document.documentElement.scrollWidth"
+    page.wait_for_selector("#chart svg rect")
+    for view in VIEWS:
+        go(page, view)
+        assert page.evaluate(wide) == 375, view
+    go(page, "keys")
+    page.click("#new-key")
+    page.click("#more summary")
+    box = page.locator("#dialog").bounding_box()
+    assert box["x"] >= 0 and box["x"] + box["width"] <= 375 and page.evaluate(wide) == 375
+    assert page.evaluate("document.getElementById('dialog').scrollWidth") <= box["width"]
+    for key in (plain(1), plain(0)):
+        page = visit(shown, key, **small)
+        page.wait_for_selector("#chart svg rect")
+        assert page.evaluate(wide) == 375
+
+
+def test_a_name_that_is_html_stays_text(shown: Process, visit: Visits) -> None:
+    page = visit(shown, MASTER_KEY)
+    page.wait_for_selector("#chart svg rect")
+    for view in VIEWS:
+        go(page, view)
+        inside = page.locator(f'section[data-view="{view}"]')
+        if view in ("requests", "keys", "teams", "users"):
+            inside.get_by_text(HTML).first.wait_for()
+        assert page.locator("img, #app b b").count() == 0
+    for view in ("keys", "teams"):
+        go(page, view)
+        page.locator(f"[data-table={view}] [data-do=change]", has_text=HTML).click()
+        assert HTML in page.inner_text("#heading")
+        page.click("#dialog [data-do=reset_spend]")
+        assert HTML in page.inner_text("#ask-text")
+        page.click("#ask [data-do=no]")
+        page.click("#dialog [data-do=close]")
+    go(page, "overview")
+    for group in GROUPS:
+        page.select_option("#group", group)
+        page.locator("#legend").get_by_text(HTML).wait_for()
+        title = page.locator("#chart rect[data-name^='<img'] title").first
+        assert HTML in title.text_content()
+    assert page.evaluate("window.ran") is None and page.locator("img").count() == 0
+
+
+def test_the_holder_sees_his_own_and_nothing_of_others(shown: Process, visit: Visits) -> None:
+    key = shown.new_key(
+        key_alias="own", team_id="lab", max_budget=1, budget_duration="1d", rpm_limit=33
+    )
+    client = sdk(shown, key)
+    client.messages.create(**MESSAGE | {"model": OPUS})
+    with pytest.raises(anthropic.BadRequestError):
+        client.messages.create(**MESSAGE | {"model": "mock-error-400"})
+    page = visit(shown, key)
+    page.wait_for_selector("[data-table=recent] tbody tr")
+    info = shown.info(key)
+    spend = total(info["usage"][days_past(1)[0]].values())
+    assert spend > 0
+
+    def today() -> int:
+        found = page.get_attribute('[data-span="today"] [data-sum=spend]', "data-value")
+        return nano(found or -1)
+
+    settled(page, today, spend)
+    settled(page, lambda: {name for _, name in stacked(page)}, {OPUS})
+    assert {row["id"]: nano(row["spend"]) for row in cells(page, "spent")}[OPUS] == spend
+    outcomes = [row["outcome"] for row in cells(page, "recent")]
+    logs = shown.ask("GET", "/spend/logs", key).json()
+    assert outcomes == [row["outcome"] for row in logs] and len(outcomes) == 2
+    budgets = page.eval_on_selector_all(
+        "[data-list=left] [data-budget]", "(all) => all.map((each) => each.innerText)"
+    )
+    assert len(budgets) == len(info["budgets"]) >= 2 and any("of $1.00" in b for b in budgets)
+    assert page.inner_text("#limits [data-field=rpm_limit]") == "33"
+    # Nothing of others in the document or in what came over the wire
+    said = page.evaluate("document.documentElement.outerHTML")
+    for answer in visit.answers:
+        said += answer.text()
+    others = [HTML, *OTHERS, "user-0", "user-2", "web"]
+    hashes = [gateway.hash_key(plain(n)) for n in range(len(OTHERS) + 1)]
+    for name in (*others, *hashes, *(each[:12] for each in hashes)):
+        assert name not in re.sub(r"<script>.*</script>", "", said, flags=re.DOTALL), name
+    assert {urllib.parse.urlsplit(url).path for url in visit.asked} <= {
+        *("/ui", "/ui/session", "/ui/login", "/key/info", "/spend/logs")
+    }
+
+
+def test_everything_is_reached_by_keyboard_and_has_a_name(shown: Process, visit: Visits) -> None:
+    page = visit(shown)
+    page.wait_for_selector("#login")
+    page.keyboard.type(MASTER_KEY)  # the field has the focus
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#chart svg rect")
+    tree = page.context.new_cdp_session(page)
+
+    def nameless() -> list[Any]:
+        nodes = tree.send("Accessibility.getFullAXTree")["nodes"]
+        asked = [node for node in nodes if not node["ignored"] and can_focus(node)]
+        assert len(asked) > 5
+        plain = ("RootWebArea", "generic")
+        return [
+            node
+            for node in asked
+            if not node["name"].get("value") and node["role"]["value"] not in plain
+        ]
+
+    def can_focus(node: dict[str, Any]) -> bool:
+        told = {each["name"]: each["value"].get("value") for each in node["properties"]}
+        return bool(told.get("focusable"))
+
+    for view in VIEWS:
+        page.focus("#logout")
+        for _ in range(len(VIEWS) + 3):  # backwards to the view's link
+            page.keyboard.press("Shift+Tab")
+            if page.evaluate("document.activeElement.hash") == f"#{view}":
+                break
+        page.keyboard.press("Enter")
+        page.wait_for_selector(f'section[data-view="{view}"]')
+        assert nameless() == [], view
+        assert untabbed(page) == [], view
+    page.click('#tabs a[href="#keys"]')
+    page.focus("#new-key")
+    page.keyboard.press("Enter")
+    page.focus("#more summary")
+    page.keyboard.press("Enter")
+    assert nameless() == [] and untabbed(page, "#dialog ") == []
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#dialog", state="hidden")
+    assert page.evaluate("document.activeElement.id") == "new-key", "the focus comes back"
+
+
+def untabbed(page: Any, within: str = "") -> list[str]:
+    """What can be seen and used, but is not reached by Tab."""
+    script = """(within) => {
+        const kinds = ["button", "a[href]", "input", "select", "textarea", "summary"];
+        const all = [...document.querySelectorAll(kinds.map((kind) => within + kind).join())];
+        window.left = new Set(all.filter((node) => !node.disabled && node.checkVisibility()));
+        return window.left.size; }"""
+    count = page.evaluate(script, within)
+    reached = """() => { window.left.delete(document.activeElement); return window.left.size; }"""
+    for _ in range(count * 2 + 40):  # a date has several stops
+        page.keyboard.press("Tab")
+        if not page.evaluate(reached):
+            break
+    return page.evaluate("[...window.left].map((node) => node.outerHTML.slice(0, 200))")
+
+
+def test_a_thousand_keys_with_90_days_of_usage(
+    start: Starter, visit: Visits, tmp_path: Path
+) -> None:
+    lines, days, chance = {}, days_past(), random.Random(2)
+    usage = used(chance, (OPUS,), days)
+    for n in range(1000):
+        lines[gateway.hash_key(f"sk-many-{n:016}")] = {
+            "key_name": f"sk-...{n:04}",
+            "key_alias": f"student {n:03}",
+            "usage": usage,
+        }
+    write_keys(tmp_path / "keys.json", lines)
+    process = start()
+    page = visit(process, MASTER_KEY)
+    page.wait_for_selector("#chart svg rect")
+    go(page, "keys")
+    table = page.locator("[data-table=keys]")
+    settled(page, lambda: table.locator("[data-rows]").get_attribute("data-rows"), "1000")
+    assert table.locator("tbody tr").count() <= 1000
+    table.locator("input[type=search]").fill("student 777")
+    settled(page, lambda: table.locator("[data-rows]").get_attribute("data-rows"), "1")
+    assert [row["name"] for row in cells(page, "keys")] == ["student 777"]
+    table.locator("input[type=search]").fill("")
+    table.locator("th button", has_text="Name").click()
+    assert cells(page, "keys")[0]["name"] == "student 000"
+    table.locator("th button", has_text="Name").click()
+    assert cells(page, "keys")[0]["name"] == "student 999"
+    assert table.locator("th[aria-sort=descending]").count() == 1
+    table.locator("[data-do=next]").click()
+    assert cells(page, "keys")[0]["name"] < "student 999"
+    with page.expect_download() as told:
+        table.locator("[data-do=json]").click()
+    assert len(json.loads(Path(told.value.path()).read_text())) == 1000
+    go(page, "overview")
+    page.fill("#from", days[0])
+    page.select_option("#group", "api_key")
+    expected = total(report(process, "day", days[0], days[-1]))
+    legend = "(all) => all.map((item) => item.dataset.value)"
+    settled(page, lambda: sum(map(nano, page.eval_on_selector_all("#legend li", legend))), expected)
+    page.click("#logout")
+    page.wait_for_selector("#login")
+    # Wrong tries are slowed down, and the page says so as the API does
+    statuses = [401]
+    while statuses[-1] == 401 and len(statuses) < 100:
+        told = HTTP.post(f"{process.url}/ui/login", json={"key": UNKNOWN_KEY})
+        statuses.append(told.status_code)
+    page.fill("#key", MASTER_KEY)
+    with page.expect_response("**/ui/login") as answer:
+        page.press("#key", "Enter")
+    assert answer.value.status == 429
+    settled(page, lambda: page.inner_text("#login-error"), answer.value.json()["error"]["message"])
+
+
+SAVE_ALL = """async () => {
+    const blobs = [], make = URL.createObjectURL, all = [];
+    URL.createObjectURL = (blob) => { blobs.push(blob); return make(blob); };
+    for (const table of document.querySelectorAll("[data-table]")) {
+        for (const kind of ["csv", "json"]) table.querySelector(`[data-do=${kind}]`).click();
+        const texts = await Promise.all(blobs.splice(0).map((blob) => blob.text()));
+        const count = Number(table.querySelector("[data-rows]").dataset.rows);
+        all.push([table.dataset.table, count, ...texts]);
+    }
+    return all; }"""
+
+
+def test_every_table_is_downloaded_as_it_is_shown(shown: Process, visit: Visits) -> None:
+    page = visit(shown, MASTER_KEY)
+    for name in ("days", "recent", "keys"):
+        page.wait_for_selector(f"[data-table={name}] tbody tr", state="attached")
+    saved = page.evaluate(SAVE_ALL)
+    names = {"spent", "days", "idle", "refused", "underway", "recent", "keys", "teams", "users"}
+    assert {name for name, *_ in saved} == names | {"upstreams", "audit"}
+    for name, count, as_csv, as_json in saved:
+        head, *lines = csv.reader(io.StringIO(as_csv))
+        assert len(lines) == count == len(json.loads(as_json)), name
+        assert {len(line) for line in lines} <= {len(head)}, name
 
 
 # ─── Main ─────────────────────────────────────────────────────────────────────────────
