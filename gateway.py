@@ -58,6 +58,7 @@ import gc
 import gzip
 import hashlib
 import hmac
+import io
 import ipaddress
 import itertools
 import json
@@ -2019,14 +2020,8 @@ class StoreFile:
         """Add lines and fsync, or leave the file as it was. Raises OSError as `write` does."""
         self._refuse_edit()
         with open(self.path, "ab", buffering=0) as file:
-            size, data = file.tell(), b"".join(line + b"\n" for line in lines)
             try:
-                while data:
-                    data = data[file.write(data) :]
-                os.fsync(file.fileno())
-            except BaseException:
-                file.truncate(size)
-                raise
+                append_whole(file, b"".join(line + b"\n" for line in lines))
             finally:
                 self._mark = mark_of(file.fileno())
         self._recover()
@@ -2050,6 +2045,18 @@ class StoreFile:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+
+def append_whole(file: io.FileIO, data: bytes) -> None:
+    """Write behind what a file has, and fsync, or leave it as it was."""
+    size = file.seek(0, os.SEEK_END)
+    try:
+        while data:
+            data = data[file.write(data) :]
+        os.fsync(file.fileno())
+    except BaseException:
+        file.truncate(size)
+        raise
 
 
 class Things:
@@ -4385,6 +4392,8 @@ MAX_LABELS = 1000  # keys, and keys with their models, that /metrics tells apart
 # Seconds; LiteLLM's buckets of its latency metrics.
 LATENCY_BUCKETS = [0.0005, 0.001, 0.0025, 0.005, 0.0125, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0]
 LATENCY_BUCKETS += [2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0]
+LOG_SIZE, LOG_FLAGS = 64 * MIB, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+FILTERED = {"litellm_call_id", "request_id", "api_key", "user", "status", "startTime"}
 TIMINGS = ("total", "first_byte", "upstream", "overhead")
 LOG_LINE = log.makeRecord(log.name, logging.INFO, "relay", 0, "", (), None)
 shown_word = functools.lru_cache(maxsize=1024)(word)  # most lines have the same
@@ -4495,6 +4504,62 @@ def log_record(record: Record) -> None:
     LOG_LINE.msg, LOG_LINE.created = record, time.time()
     for handler in logging.root.handlers:
         handler.handle(LOG_LINE)
+
+
+class RequestLog:
+    """The last ``most`` requests, and a file of all (empty: none), as rows of /spend/logs: read at
+    the start, written each second. At LOG_SIZE it becomes ".1", and what was ".1" is gone."""
+
+    def __init__(self, path: str, most: int) -> None:
+        self._path, self._error, self._saving = path, "", asyncio.Lock()
+        self._recent = collections.deque[Record | bytes](maxlen=most)
+        self._waiting = collections.deque[Record](maxlen=most)
+        for name in (f"{path}.1", path) if path else ():
+            with contextlib.suppress(OSError), open(name, "rb") as file:
+                self._recent.extend(file)
+
+    def append(self, record: Record) -> None:
+        """Remember a request that is over."""
+        self._recent.append(record)
+        if self._path:
+            self._waiting.append(record)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The newest first; a line that is damaged is passed over."""
+        for each in reversed(self._recent):
+            row = dict_of(read_json(each)) if isinstance(each, bytes) else each.to_spend_log()
+            if row.keys() >= FILTERED and isinstance(row["startTime"], str):
+                yield row
+
+    async def run(self) -> None:
+        """Save once a second, until cancelled."""
+        while True:
+            await asyncio.sleep(FLUSH_INTERVAL)
+            await self.save()
+
+    async def save(self) -> None:
+        """Write what is not written; what cannot be is tried again, as far as it is remembered."""
+        async with self._saving:
+            rows, self._waiting = self._waiting, collections.deque(maxlen=self._waiting.maxlen)
+            try:
+                await asyncio.to_thread(self._write, rows) if rows else None
+                self._error = ""
+            except Exception as error:  # noqa: BLE001 - whatever it is, requests go on
+                rows.extend(self._waiting)
+                if str(error) != self._error:
+                    log.error("the request log cannot be written: %s", error)
+                self._waiting, self._error = rows, str(error)
+
+    def _write(self, rows: Iterable[Record]) -> None:
+        data = b"".join(json.dumps(row.to_spend_log()).encode() + b"\n" for row in rows)
+        descriptor = os.open(self._path, LOG_FLAGS, STORE_MODE)
+        with open(descriptor, "ab+", buffering=0) as file:
+            if size := file.tell():
+                file.seek(size - 1)
+                data = data if file.read(1) == b"\n" else b"\n" + data  # it was cut
+            append_whole(file, data)
+        if size + len(data) > LOG_SIZE:
+            os.replace(self._path, f"{self._path}.1")
 
 
 @dataclass(slots=True)
@@ -5952,7 +6017,8 @@ class Gateway:
         self.origin, self.base_path = parse_upstream(settings.upstream)
         self.host_line = f"Host: {self.origin.authority}"
         self.traffic = Traffic()
-        self.recent: collections.deque[Record] = collections.deque(maxlen=settings.recent_requests)
+        path = settings.request_log or f"{os.path.realpath(settings.keys)}.requests"
+        self.recent = RequestLog("" if path == "none" else path, settings.recent_requests)
         self.active: set[RelayHandler] = set()
         self.started = now()
         self.sessions = Sessions()
@@ -5963,6 +6029,7 @@ class Gateway:
         """Write what is not written, and free all."""
         self.alerts.close()
         self.client.close()
+        await self.recent.save()
         await self.ledger.close()
 
 
@@ -6804,9 +6871,7 @@ class InfoHandler(ManagementHandler):
         self.refuse_unknown()
         hashed = shown if not shown or HASH.fullmatch(shown) else hash_key(shown)
         gateway, owned = self.gateway, {mine.account.hashed, *mine.retired} if mine else set()
-        rows: Iterable[dict[str, Any]] = (
-            record.to_spend_log() for record in reversed(gateway.recent)
-        )
+        rows: Iterable[dict[str, Any]] = gateway.recent.rows()
         if status == UNDER_WAY:
             rows = [handler._visit.record.to_spend_log() for handler in gateway.active]
         found = (
@@ -7004,7 +7069,8 @@ class HelloHandler(BaseHandler):
         base = f"{self.request.protocol}://{self.request.host}"
         told = CONNECT.format(base=base, key="<a virtual key>")
         whom = self.gateway.settings.contact or "whoever runs it"
-        self.finish(f"A gateway to Anthropic's API. Ask {whom} for a key, and {told}\n")
+        own = f"What a key has left: {base}/ui, or GET {base}/key/info with it."
+        self.finish(f"A gateway to Anthropic's API. Ask {whom} for a key, and {told}\n\n{own}\n")
 
     head = get
 
@@ -7290,71 +7356,64 @@ PAGE = r"""<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
 :root { color-scheme: light dark; --paper: light-dark(#f5f6f8, #121419); --card: light-dark(#fff,
-  #1b1e25); --ink: light-dark(#1a1f29, #e6e9ee); --soft: light-dark(#5b6473, #9ca5b4);
-  --line: light-dark(#dfe3e9, #31363f); --accent: light-dark(#2356c5, #8fb2ff);
-  --good: light-dark(#2a8052, #4cc38a); --warn: light-dark(#9a6400, #e5b53f);
-  --bad: light-dark(#c0271e, #ff7f76); background: var(--paper); color: var(--ink);
-  font: 14px/1.45 system-ui, sans-serif }
-.c0 { --x: #4e79a7 } .c1 { --x: #f28e2b } .c2 { --x: #59a14f } .c3 { --x: #e15759 }
-.c4 { --x: #76b7b2 } .c5 { --x: #d4af2a } .c6 { --x: #b07aa1 } .c7 { --x: #ff9da7 }
-.c8 { --x: #9c755f } .c9 { --x: #99a1ac }
-* { box-sizing: border-box } body { margin: 0 } [hidden] { display: none !important }
-h1 { font-size: 16px; margin: 0 } h2 { font-size: 14px; margin: 0 } a { color: var(--accent) }
-header, .bar { display: flex; flex-wrap: wrap; gap: 6px 8px; align-items: center }
-header { padding: 8px 20px; background: var(--card); border-bottom: 1px solid var(--line) }
-nav { display: flex; flex: 1; overflow-x: auto } .bar { margin-bottom: 8px }
-nav a { padding: 5px 10px; border-radius: 6px; color: var(--soft); text-decoration: none }
-nav a[aria-current] { background: var(--paper); color: var(--ink); font-weight: 600 }
-.bar h2 { margin-right: auto } #views { max-width: 1440px; margin: auto; padding: 14px 20px }
-footer { padding: 0 20px 20px } footer, small, dt, #who, #spans small { color: var(--soft) }
-small { font-size: 12px } .grid, .column, section { display: grid; gap: 14px; min-width: 0 }
-.column, section { grid-template-columns: minmax(0, 1fr); align-content: start }
-.grid { grid-template-columns: minmax(0, 7fr) minmax(0, 3fr) }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; min-width: 0;
-  padding: 12px 14px } .list { list-style: none; margin: 0; padding: 0 }
-button, input, select, textarea { font: inherit; color: inherit; background: var(--card);
-  border: 1px solid var(--line); border-radius: 6px; padding: 4px 9px; max-width: 100% }
-button { cursor: pointer } button:hover { border-color: var(--soft) }
-.main { background: light-dark(#2356c5, #3b6fdc); border-color: #0000; color: #fff }
-.link { border: 0; padding: 0; color: var(--accent); background: none }
-.bad, .error, #message.error { color: var(--bad) } .good { color: var(--good) } .warn { color: var(--warn) }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
-#spans { display: grid; grid-template-columns: repeat(5, minmax(0, 1fr)); gap: 10px }
-#spans button { text-align: left; border-radius: 10px; padding: 8px 14px }
-#spans [aria-pressed=true] { border-color: var(--accent); box-shadow: 0 0 0 1px var(--accent) }
-#spans b { display: block; font-size: 22px; line-height: 1.3 }
-#chart { height: 220px } #chart svg { display: block; width: 100%; height: 100% }
-#chart text { fill: var(--soft); font-size: 11px } #chart line { stroke: var(--line) }
-#chart rect, .dot { fill: var(--x); background: var(--x) } #chart rect:hover { opacity: .75 }
-.dot { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 6px }
-#legend { display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: 12px }
-.scroll { overflow: auto; max-height: 70vh } .column .scroll { max-height: 372px }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-td, th button { padding: 4px 7px; white-space: nowrap } .number { text-align: right }
-td { border-bottom: 1px solid var(--line); max-width: 300px; overflow: hidden;
-  text-overflow: ellipsis } .wide { white-space: normal; min-width: 190px; overflow-wrap: anywhere }
-th { position: sticky; top: 0; background: var(--card); padding: 0; text-align: left; z-index: 1 }
-th button { border: 0; font-weight: 600; color: var(--soft); background: none }
-[aria-sort=ascending] button::after { content: " ↑" }
-[aria-sort=descending] button::after { content: " ↓" }
-tfoot td { font-weight: 600; position: sticky; bottom: 0; background: var(--card) }
-.budget { padding: 4px 0; min-width: 240px; white-space: normal; text-align: left }
-.budget > span { display: flex; justify-content: space-between; gap: 10px; overflow-wrap: anywhere }
-[role=meter] { height: 6px; border-radius: 3px; background: var(--line); margin: 3px 0 }
-[role=meter] i { display: block; height: 100%; border-radius: 3px; background: currentColor }
-dialog { border: 1px solid var(--line); border-radius: 12px; background: var(--card); width: 680px;
-  color: inherit; max-width: calc(100vw - 20px) } dialog::backdrop { background: #0007 }
-label { display: block; margin: 8px 0 } label small { display: block }
-label > :not([type=checkbox], small, select) { display: block; width: 100% }
-.fields { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: 0 16px }
-pre, #made-key { background: var(--paper); padding: 8px 10px; border-radius: 6px; margin: 4px 0;
-  white-space: pre-wrap; overflow-wrap: anywhere } dl { margin: 0 }
-dd { margin: 0 0 6px; overflow-wrap: anywhere } #login { max-width: 380px; margin: 12vh auto }
-#login input, #login button { width: 100%; padding: 8px 10px; margin: 4px 0 }
-#message { inset: auto auto 14px 50%; transform: translateX(-50%); margin: 0; color: var(--ink);
-  background: var(--card); border: 1px solid; border-radius: 8px; padding: 8px 14px }
-@media (max-width: 900px) { .grid { grid-template-columns: minmax(0, 1fr) } nav { order: 9;
-  flex-basis: 100% } #spans { grid-template-columns: 1fr 1fr } #views, header { padding: 8px } }
+  #1b1e25); --ink: light-dark(#1a1f29, #e6e9ee); --soft: light-dark(#5b6473, #9ca5b4); --line:
+  light-dark(#dfe3e9, #31363f); --accent: light-dark(#2356c5, #8fb2ff); --good: light-dark(#2a8052,
+  #4cc38a); --warn: light-dark(#9a6400, #e5b53f); --bad: light-dark(#c0271e, #ff7f76); background:
+  var(--paper); color: var(--ink); font: 14px/1.45 system-ui, sans-serif } .c0 { --x: #4e79a7 } .c1
+  { --x: #f28e2b } .c2 { --x: #59a14f } .c3 { --x: #e15759 } .c4 { --x: #76b7b2 } .c5 { --x: #d4af2a
+  } .c6 { --x: #b07aa1 } .c7 { --x: #ff9da7 } .c8 { --x: #9c755f } .c9 { --x: #99a1ac } * {
+  box-sizing: border-box } body { margin: 0 } [hidden] { display: none !important } h1 { font-size:
+  16px; margin: 0 } h2 { font-size: 14px; margin: 0 } a { color: var(--accent) } header, .bar {
+  display: flex; flex-wrap: wrap; gap: 6px 8px; align-items: center } header { padding: 8px 20px;
+  background: var(--card); border-bottom: 1px solid var(--line) } nav { display: flex; flex: 1;
+  overflow-x: auto } .bar { margin-bottom: 8px } nav a { padding: 5px 10px; border-radius: 6px;
+  color: var(--soft); text-decoration: none } nav a[aria-current] { background: var(--paper); color:
+  var(--ink); font-weight: 600 } .bar h2 { margin-right: auto } #views { max-width: 1440px; margin:
+  auto; padding: 14px 20px } #who { margin-left: auto } footer { padding: 0 20px 20px } footer,
+  small, dt, #who, #spans small { color: var(--soft) } small { font-size: 12px } .grid, .column,
+  section { display: grid; gap: 14px; min-width: 0 } .column, section { grid-template-columns:
+  minmax(0, 1fr); align-content: start } .grid { grid-template-columns: minmax(0, 7fr) minmax(0,
+  3fr) } .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+  min-width: 0; padding: 12px 14px } .list { list-style: none; margin: 0; padding: 0 } button,
+  input, select, textarea { font: inherit; color: inherit; background: var(--card); border: 1px
+  solid var(--line); border-radius: 6px; padding: 4px 9px; max-width: 100% } button { cursor:
+  pointer } button:hover { border-color: var(--soft) } .main { background: light-dark(#2356c5,
+  #3b6fdc); border-color: #0000; color: #fff } .link { border: 0; padding: 0; color: var(--accent);
+  background: none } .bad, .error, #message.error { color: var(--bad) } .good { color: var(--good) }
+  .warn { color: var(--warn) } :focus-visible { outline: 2px solid var(--accent); outline-offset:
+  1px } #spans { display: grid; grid-template-columns: repeat(5, minmax(0, 1fr)); gap: 10px } #spans
+  button { text-align: left; border-radius: 10px; padding: 8px 14px } #spans [aria-pressed=true] {
+  border-color: var(--accent); box-shadow: 0 0 0 1px var(--accent) } #spans b { display: block;
+  font-size: 22px; line-height: 1.3 } #chart { height: 220px } #chart svg { display: block; width:
+  100%; height: 100% } #chart text { fill: var(--soft); font-size: 11px } #chart line { stroke:
+  var(--line) } #chart rect, .dot { fill: var(--x); background: var(--x) } #chart rect:hover {
+  opacity: .75 } .dot { display: inline-block; width: 10px; height: 10px; border-radius: 3px;
+  margin-right: 6px } #legend { display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: 12px }
+  .scroll { overflow: auto; max-height: 70vh } .column .scroll { max-height: 372px } table {
+  border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums } td, th button {
+  padding: 4px 5px; white-space: nowrap } .number { text-align: right } td { border-bottom: 1px
+  solid var(--line); max-width: 300px; overflow: hidden; text-overflow: ellipsis } .wide {
+  white-space: normal; min-width: 240px; overflow-wrap: anywhere } th { position: sticky; top: 0;
+  background: var(--card); padding: 0; text-align: left; z-index: 1 } th button { border: 0;
+  font-weight: 600; color: var(--soft); background: none } [aria-sort=ascending] button::after {
+  content: " ↑" } [aria-sort=descending] button::after { content: " ↓" } tfoot td { font-weight:
+  600; position: sticky; bottom: 0; background: var(--card) } .budget { padding: 4px 0; min-width:
+  240px; white-space: normal; text-align: left } .budget > span { display: flex; justify-content:
+  space-between; gap: 10px; overflow-wrap: anywhere } [role=meter] { height: 6px; border-radius:
+  3px; background: var(--line); margin: 3px 0 } [role=meter] i { display: block; height: 100%;
+  border-radius: 3px; background: currentColor } dialog { border: 1px solid var(--line);
+  border-radius: 12px; background: var(--card); width: 680px; color: inherit; max-width: calc(100vw
+  - 20px) } dialog::backdrop { background: #0007 } label { display: block; margin: 8px 0 } label
+  small { display: block } label > :not([type=checkbox], small, select) { display: block; width:
+  100% } .fields { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap:
+  0 16px } pre, #made-key { background: var(--paper); padding: 8px 10px; border-radius: 6px; margin:
+  4px 0; white-space: pre-wrap; overflow-wrap: anywhere } dl { margin: 0 } dd { margin: 0 0 6px;
+  overflow-wrap: anywhere } #login { max-width: 380px; margin: 12vh auto } #login input, #login
+  button { width: 100%; padding: 8px 10px; margin: 4px 0 } #message { inset: auto auto 14px 50%;
+  transform: translateX(-50%); margin: 0; color: var(--ink); background: var(--card); border: 1px
+  solid; border-radius: 8px; padding: 8px 14px } @media (max-width: 900px) { header h1 { display:
+  none } .grid { grid-template-columns: minmax(0, 1fr) } nav { order: 9; flex-basis: 100% } #spans {
+  grid-template-columns: 1fr 1fr } #views, header { padding: 8px } }
 </style>
 <form id="login" class="card" method="post" action="/ui/login" hidden>
   <h1>Gateway</h1>
@@ -7394,6 +7453,8 @@ function h(tag, props, ...children) {
   node.append(...children.flat(9).filter((child) => child != null && child !== false));
   return node;
 }
+const button = (deed, text, onclick, more) =>
+  h("button", {type: "button", "data-do": deed, onclick, ...more}, text);
 
 // Give an element these children; what looks as before stays, with its focus and selection.
 function put(parent, nodes) {
@@ -7403,8 +7464,7 @@ function put(parent, nodes) {
     old.delete(node.dataset.id);
     if (!was || was.isEqualNode(node)) return was ?? node;
     const place = [...was.querySelectorAll("button")].indexOf(document.activeElement);
-    was.replaceWith(node);
-    node.querySelectorAll("button")[place]?.focus();
+    was.replaceWith(node); node.querySelectorAll("button")[place]?.focus();
     return node;
   });
   old.forEach((node) => node.remove());
@@ -7434,11 +7494,8 @@ function say(text, isError = false) {
   else {
     const message = $("message");
     message.hidePopover();  // and shown again, above a dialog
-    message.textContent = text;
-    message.classList.toggle("error", isError);
-    message.showPopover();
-    clearTimeout(say.timer);
-    say.timer = setTimeout(() => message.hidePopover(), 8000);
+    message.textContent = text; message.classList.toggle("error", isError); message.showPopover();
+    clearTimeout(say.timer); say.timer = setTimeout(() => message.hidePopover(), 8000);
   }
 }
 const orSay = (promise, otherwise) => promise.catch((e) => (say(e.message, true), otherwise));
@@ -7495,19 +7552,18 @@ function table(name, title, columns, id, sorted = [], more = null) {
       : way < 0 ? "descending" : "ascending"));
     put(body, found.slice(page * ROWS, (page + 1) * ROWS).map((row) => h("tr", {"data-id": id(row)},
       columns.map((each) => cell(each, valueOf(each, row), row)))));
-    foot.replaceChildren(h("tr", null, columns.map((each, i) => each[2].unit && found.length ?
-      cell(each, summed(found, each[2].unit, (row) => valueOf(each, row)))
-      : h("td", null, i || !found.length || !columns.some((one) => one[2].unit) ? "" : "Sum"))));
+    const sums = columns.map((each, i) => each[2].unit ? cell(each, summed(found, each[2].unit,
+      (row) => valueOf(each, row))) : h("td", null, i ? "" : "Sum"));
+    foot.replaceChildren(columns.some((each) => each[2].unit) ? h("tr", null, sums) : "");
     count.textContent = `${exact.format(found.length)} row${found.length === 1 ? "" : "s"}`
       + (pages > 1 ? ` · page ${page + 1} of ${pages}` : "");
-    count.dataset.rows = found.length;
-    turns.forEach((button) => { button.hidden = pages < 2; });
+    count.dataset.rows = found.length; turns.forEach((button) => { button.hidden = pages < 2; });
   };
-  const save = (ending, text) => h("button", {type: "button", "data-do": ending, onclick: () => {
+  const save = (ending, text) => button(ending, ending.toUpperCase(), () => {
     const href = URL.createObjectURL(new Blob([text(chosen())]));
     h("a", {href, download: `${name}-${ago(0)}.${ending}`}).click();
     setTimeout(URL.revokeObjectURL, 60000, href);
-  }}, ending.toUpperCase());
+  });
   const quoted = (value) => {  // no spreadsheet may take a text for a formula
     const apostrophe = typeof value === "string" && /^[-=+@\t\r]/.test(value) ? "'" : "";
     return `"${apostrophe}${String(value ?? "").replaceAll('"', '""')}"`;
@@ -7515,15 +7571,13 @@ function table(name, title, columns, id, sorted = [], more = null) {
   const csv = (found) => [named.map((each) => quoted(each[0])), ...found.map((row) =>
     named.map((each) => quoted(valueOf(each, row))))].map((line) => `${line}\r\n`).join("");
   const named = columns.filter((each) => each[1]);
-  const turns = [["previous", "‹", -1], ["next", "›", 1]].map(([deed, text, step]) => h(
-    "button", {type: "button", "data-do": deed, "aria-label": `${words(deed)} page`,
-    onclick: () => { page = Math.max(0, page + step); draw(); }}, text));
+  const turns = [["previous", "‹", -1], ["next", "›", 1]].map(([deed, text, step]) => button(
+    deed, text, () => { page = Math.max(0, page + step); draw(); }, {"aria-label": words(deed)}));
   const find = h("input", {type: "search", placeholder: "Filter", "aria-label": `Filter ${title}`,
     size: 10, oninput: () => { page = 0; draw(); }});
-  const heads = columns.map(([field, label, kind]) => h("th", {scope: "col", class: kind.is}, h(
-    "button", {type: "button", onclick: () => {
-      [by, way] = [field, by === field ? -way : kind.is === "number" ? -1 : 1];
-      draw();
+  const heads = columns.map(([field, label, kind]) => h("th", {scope: "col", class: kind.is},
+    label && h("button", {type: "button", onclick: () => {
+      [by, way] = [field, by === field ? -way : kind.is === "number" ? -1 : 1]; draw();
     }}, label)));
   const body = h("tbody"), foot = h("tfoot"), count = h("small", {role: "status", "data-rows": 0});
   const node = h("div", {class: "card", "data-table": name},
@@ -7590,19 +7644,19 @@ function nameOf(field, row) {
   return row.key_alias || row.key_name || (known ? thing.named(known) : row[field]) || "(none)";
 }
 
-function usage(source, groups) {
+function usage(source, groups, title) {
   let span = "30", asked = 0;
   const select = (id, label, options) => h("select", {id, "aria-label": label, onchange: () =>
     show()}, options.map(([value, text]) => h("option", {value}, text)));
   const legend = h("ul", {id: "legend", class: "list"}), group = select("group", "By", groups);
   const measure = select("measure", "Measure", SUMS.slice(0, 3)), box = h("div", {id: "chart"});
-  const [from, to] = ["from", "to"].map((id) => h("input", {type: "date", id, "aria-label": words(id),
-    onchange: () => { span = "free"; show(); }})), draw = chart(box, legend);
+  const [from, to] = ["from", "to"].map((id) => h("input", {type: "date", id, "aria-label":
+    words(id), onchange: () => { span = "free"; show(); }})), draw = chart(box, legend);
   const tiles = ["today", "7", "30", "month", "free"].map((name) => h("button", {"data-span": name,
     onclick: () => { span = name; show(); }}, SPANS[name], h("b", {"data-sum": "spend"}), h("small",
     null, h("span", {"data-sum": "tokens"}), " tokens · ", h("span", {"data-sum": "requests"}),
     " requests")));
-  const spent = table("spent", "Who spent what", [["name", "Name", TEXT], SUMS[0], ["share", "Share",
+  const spent = table("spent", title, [["name", "Name", TEXT], SUMS[0], ["share", "Share",
     PERCENT], ...SUMS.slice(1)], (row) => row.id, ["spend", -1]);
   const daily = table("days", "By day", [["day", "Day (UTC)", TEXT], ...SUMS], (row) => row.day,
     ["day", -1]);
@@ -7650,9 +7704,10 @@ const own = (kind, row) => fullest((row.budgets ?? []).filter((each) => each.of 
 function meter(budget, name, id) {
   const {max_budget: most, spend, budget_duration: length, budget_reset_at: ends} = budget;
   const part = fullness(budget) * 100, fill = h("i"), title = [name, budget.for].filter(Boolean);
+  const left = `${usd(Math.max(0, most - spend))} of ${usd(most)} left`;
   fill.style.width = `${Math.min(100, part)}%`;
   return h("li", {class: "budget", "data-id": [id, budget.for, length], "data-budget": id},
-    h("span", null, h("b", null, title.join(" · ")), `${usd(Math.max(0, most - spend))} of ${usd(most)} left`),
+    h("span", null, h("b", null, title.join(" · ")), left),
     h("div", {role: "meter", class: part >= 100 ? "bad" : part >= NEAR ? "warn" : "good",
       "aria-valuemin": 0, "aria-valuemax": 100, "aria-valuenow": Math.min(100, Math.floor(part)),
       "aria-label": `Percent spent of a budget of ${title.join(", ")}`}, fill),
@@ -7661,9 +7716,11 @@ function meter(budget, name, id) {
 }
 
 // Requests
-const callOf = (row) => row.litellm_call_id, keyOf = (row) => row.key_alias || row.api_key?.slice(0, 8);
+const callOf = (row) => row.litellm_call_id;
+const keyOf = (row) => row.key_alias || row.api_key?.slice(0, 8);
 const REQUEST = [["startTime", "Time", CLOCK], ["key", "Key", TEXT, keyOf], ["model", "Model", TEXT],
-  ["outcome", "Outcome", WORD, (row) => row.outcome || "under way"], ["status_code", "Status", NUMBER],
+  ["outcome", "Outcome", WORD, (row) => row.outcome || "under way"],
+  ["status_code", "Status", NUMBER],
   ["prompt_tokens", "In", COUNT], ["completion_tokens", "Out", COUNT], ["spend", "Cost", USD],
   ["time_to_first_byte", "First byte", SECONDS], ["duration", "Took", SECONDS],
   ["error", "Why", WIDE]];
@@ -7673,8 +7730,7 @@ function requests() {
     "Refused, and why", [["times", "Times", NUMBER], ["key", "Key", TEXT], ["why", "Why", WIDE],
       ["last", "Last", AGE]], (row) => row.id, ["times", -1]);
   data.draws.push(() => {
-    under.update(data.under);
-    recent.update(data.logs);
+    under.update(data.under); recent.update(data.logs);
     const rows = data.logs.filter((row) => row.outcome?.startsWith("refused"));
     const alike = Map.groupBy(rows, (row) => `${keyOf(row)} ${row.error || row.outcome}`);
     refused.update([...alike].map(([id, [row, ...more]]) => ({id, times: more.length + 1,
@@ -7690,8 +7746,7 @@ async function poll() {
     if (rows.length && rows.every(isNew)) rows = await api(path + LOGS);
     const under = await api("/spend/logs?status=under_way");
     if (asked !== session) return;
-    data.under = under;
-    data.logs = [...rows.filter(isNew), ...data.logs].slice(0, LOGS);
+    data.under = under; data.logs = [...rows.filter(isNew), ...data.logs].slice(0, LOGS);
     data.draws.forEach((draw) => draw());
   })());
   setTimeout(poll, 2000);
@@ -7704,15 +7759,13 @@ const THINGS = {
   user: {id: "user_id", list: "users", make: "new", named: (row) =>
     row.user_alias || row.user_email || row.user_id}};
 THINGS.api_key = THINGS.key;  // in reports
-const USUAL = new Set(["key_alias", "team_id", "team_alias", "user_id", "user_email", "models",
-  "max_budget", "budget_duration", "rpm_limit", "max_parallel_requests", "duration"]);
+const USUAL = ["key_alias", "team_id", "team_alias", "user_id", "user_email", "models",
+  "max_budget", "budget_duration", "rpm_limit", "max_parallel_requests", "duration"];
 const address = (kind, row) => ({[kind === "key" ? "key" : `${kind}_id`]: row[THINGS[kind].id]});
 
 function ask(text) {
   const dialog = $("ask");
-  $("ask-text").textContent = text;
-  dialog.returnValue = "";
-  dialog.showModal();
+  $("ask-text").textContent = text; dialog.returnValue = ""; dialog.showModal();
   return new Promise((done) => dialog.addEventListener("close", () =>
     done(dialog.returnValue === "yes"), {once: true}));
 }
@@ -7721,7 +7774,8 @@ async function act(kind, row, deed, more) {
   const {id, named} = THINGS[kind], name = named(row), what = `${kind} “${name}”`;
   const sure = {delete: `Delete ${what}${kind === "team" ? " and its keys" : ""} for good?`,
     reset_spend: `Set what ${what} spent in its present windows to $0?`, regenerate:
-    `Make a new value for ${what}? The old one works ${more?.grace_period ?? "no longer"}.`}[deed];
+    `Make a new value for ${what}? The old one works ${more?.grace_period
+      ? `for ${more.grace_period} more` : "no longer"}.`}[deed];
   if (sure && !await ask(sure)) return;
   let path = `/${kind}/${deed}`, body = {...address(kind, row), ...more};
   if (deed === "delete") body = {[kind === "key" ? "keys" : `${kind}_ids`]: [row[id]]};
@@ -7731,17 +7785,16 @@ async function act(kind, row, deed, more) {
   }
   await orSay(api(path, body).then(async (answer) => {
     if (deed === "regenerate") made(name, [answer]); else $("dialog").close();
-    say(`${words(deed)}: ${name}`);
-    await refresh();
+    say(`${words(deed)}: ${name}`); await refresh();
   }));
 }
 
 function copyable(text, tag = "pre", props = {}) {
   const node = h(tag, props, text);
-  return [node, h("button", {type: "button", "data-do": "copy", onclick: () => {
+  return [node, button("copy", "Copy", () => {
     getSelection().selectAllChildren(node);  // which works without TLS too
     say(document.execCommand("copy") ? "Copied." : "Select it, and copy it by hand.");
-  }}, "Copy")];
+  })];
 }
 const connect = (key, at = `${session.base}/anthropic`) => h("div", {id: "connect"},
   h("h2", null, "Claude Code"), copyable(
@@ -7750,18 +7803,18 @@ const connect = (key, at = `${session.base}/anthropic`) => h("div", {id: "connec
   copyable(`new Anthropic({ baseURL: "${at}", apiKey: "${key}" })`));
 
 function open(title, ...nodes) {
-  $("dialog").replaceChildren(h("div", {class: "bar"}, h("h2", {id: "heading"}, title), h("button",
-    {"data-do": "close", "aria-label": "Close", onclick: () => $("dialog").close()}, "✕")),
-  h("div", null, nodes));
+  const close = button("close", "✕", () => $("dialog").close(), {"aria-label": "Close"});
+  $("dialog").replaceChildren(h("div", {class: "bar"}, h("h2", {id: "heading"}, title), close),
+    h("div", null, nodes));
   if (!$("dialog").open) $("dialog").showModal();
 }
 
 function made(name, rows) {  // the only time that keys are shown: of one, or of many as a table
-  const warned = rows.flatMap((row) => row.warnings ?? []).map((text) => h("p", {class: "warn"}, text));
+  const warned = rows.flatMap((row) => row.warnings ?? []).map((text) =>
+    h("p", {class: "warn"}, text));
   const once = h("p", null, "Shown this once; it is kept nowhere."), [{key}] = rows;
-  if (name) {
-    return open(`Key of ${name}`, once, warned, copyable(key, "code", {id: "made-key"}), connect(key));
-  }
+  const shown = key && copyable(key, "code", {id: "made-key"});
+  if (name) return open(`Key of ${name}`, once, warned, shown, connect(key));
   const list = table("made", "Names and keys", [["key_alias", "Name", TEXT], ["key", "Key", WIDE],
     ["error", "Error", WIDE]], (row) => row.key_alias);
   list.update(rows);
@@ -7770,51 +7823,52 @@ function made(name, rows) {  // the only time that keys are shown: of one, or of
 
 // A field's control, after what the API says that its value must be.
 function control(name, must, value) {
-  if (must === "true or false") return h("input", {type: "checkbox", name, checked: value === true});
+  if (must === "true or false") return h("input", {type: "checkbox", name, checked: value});
   const choices = must.startsWith("'") && [...must.matchAll(/'(\w+)'/g)].map((match) => match[1]);
   if (choices) {
     return h("select", {name}, choices.map((one) => h("option", {selected: one === value}, one)));
   }
   const isList = Array.isArray(value) && value.every((each) => typeof each === "string");
+  const placeholder = must.replaceAll("'", '"');
   const text = isList ? value.join("\n") : value === null || `${value}` === "" ? ""
     : typeof value !== "object" ? value : Object.keys(value).length ? JSON.stringify(value) : "";
-  return /list|paths|object|[{[]/.test(must) ? h("textarea", {name, rows: 2, placeholder: must,
-    value: text}) : h("input", {name, placeholder: must, value: text, autocomplete: "off",
+  return /list|paths|object|[{[]/.test(must) ? h("textarea", {name, rows: 2, placeholder, value:
+    text}) : h("input", {name, placeholder, value: text, autocomplete: "off",
     list: {team_id: "teams", user_id: "users"}[name]});
 }
+const linesOf = (text, by) => text.split(by).map((each) => each.trim()).filter(Boolean);
 const textOf = (node) => node.type === "checkbox" ? node.checked : node.value.trim();
 function valueOf(must, text) {
-  const lines = (by) => text.split(by).map((each) => each.trim()).filter(Boolean);
   if (text === "") return null;
   if (must === "a string" || text === !!text) return text;
-  if (/^a list of strings|^paths/.test(must)) return lines(/[\n,]/);
+  if (/^a list of strings|^paths/.test(must)) return linesOf(text, /[\n,]/);
   try { return JSON.parse(text); } catch { return text; }  // and the API says what is wrong with it
 }
 
 function edit(kind, row, many) {
   const {id, make, named} = THINGS[kind], usual = [], rare = [], controls = [];
-  for (const [name, {help, must_be: must}] of Object.entries(session.fields[kind])) {
-    const has = !row || (name !== id && (name in row || name === "duration"));
-    if (!has || (many && name === "key_alias")) continue;
-    const node = control(name, must, row?.[name] ?? (name === "auto_create_key" || null));
+  const itsId = {[id]: {help: "left out, one is made", must_be: "a string"}};
+  const fields = {...!row && kind !== "key" && itsId, ...session.fields[kind]};
+  for (const name of new Set([...USUAL, ...Object.keys(fields)])) if (fields[name]) {
+    const {help, must_be: must} = fields[name];
+    if ((row && !(name in row || name === "duration")) || (many && name === "key_alias")) continue;
+    const node = control(name, must, row?.[name] ?? null);
     controls.push({name, node, must, was: textOf(node)});
     const label = h("label", null, words(name), " ", node, h("small", null, help));
-    (USUAL.has(name) ? usual : rare).push(label);
+    (USUAL.includes(name) ? usual : rare).push(label);
   }
   const names = many && h("textarea", {name: "names", rows: 6, required: true});
-  const deed = (name, more) => h("button", {type: "button", "data-do": name, onclick: () =>
-    act(kind, row, name, more?.())}, words(name));
+  const deed = (name, more) => button(name, words(name), () => act(kind, row, name, more?.()));
   const grace = h("input", {name: "grace_period", size: 16, placeholder: "grace, like 1d",
     "aria-label": "Grace period, for which the old key works too"});
   const submit = async (event) => {
-    event.preventDefault();
-    $("form-error").textContent = "";
+    event.preventDefault(); $("form-error").textContent = "";
     const body = row ? address(kind, row) : {}, post = (more) =>
       api(`/${kind}/${row ? "update" : make}`, {...body, ...more}), answers = [];
     for (const {name, node, must, was} of controls) {
       if (textOf(node) !== was) body[name] = valueOf(must, textOf(node));
     }
-    const aliases = new Set(many && valueOf("a list of strings", names.value.trim()));
+    const aliases = new Set(many ? linesOf(names.value, "\n") : []);
     for (const key_alias of aliases) answers.push(await post({key_alias}).catch((error) =>
       ({key_alias, error: error.message})));
     if (!many) answers.push(await post());
@@ -7842,19 +7896,20 @@ function edit(kind, row, many) {
 
 function things(kind) {
   const {id, list, named} = THINGS[kind];
-  const button = (row, deed, text, does) => !session.can_change ? text : h("button", {"data-do": deed,
-    class: deed === "change" && "link", onclick: () =>
-      does(data[list].find((each) => each[id] === row[id]))}, text);
-  const make = (name, text, ...how) => h("button", {id: name, onclick: () => edit(kind, ...how)}, text);
+  const deed = (row, name, text, does) => !session.can_change ? text : button(name, text, () =>
+    does(data[list].find((each) => each[id] === row[id])), {class: name === "change" && "link"});
+  const make = (id, text, ...how) => button("make", text, () => edit(kind, ...how), {id});
   return table(list, words(list), [
-    ["name", "Name", {show: (name, row) => button(row, "change", name, (now) => edit(kind, now))}, named],
+    ["name", "Name", {show: (name, row) => deed(row, "change", name, (now) => edit(kind, now))},
+      named],
     ["status", "Status", WORD], ...kind === "key" ? [["team_id", "Team", TEXT], ["user_id", "User",
       TEXT]] : [[id, "Id", TEXT], ["keys_count", "Keys", NUMBER]],
-    ["budget", "Budget", {is: "number", show: (_, row) => h("ul", {class: "list"}, own(kind, row).map(
-      (each) => meter(each, "", `${kind}:${row[id]}`)))}, (row) => own(kind, row).map(fullness)[0]],
-    ["spend", "Spent", {...USD, unit: 0}], ["last_active", "Last used", AGE],
-    ["deeds", "", {show: (deed, row) => session.can_change && button(row, deed, words(deed), (now) =>
-      act(kind, now, deed))}, (row) => row.blocked ? "unblock" : "block"]], (row) => row[id], [],
+    ["budget", "Budget", {is: "number", show: (_, row) => h("ul", {class: "list"},
+      own(kind, row).map((each) => meter(each, "", `${kind}:${row[id]}`)))}, (row) => own(kind, row).map(fullness)[0]],
+    ["spend", "Spent", {...USD, unit: 0}],
+    ...kind === "key" ? [["last_active", "Last used", AGE]] : [],
+    ["deeds", "", {show: (name, row) => session.can_change && deed(row, name, words(name), (now) =>
+      act(kind, now, name))}, (row) => row.blocked ? "unblock" : "block"]], (row) => row[id], [],
   session.can_change && [make(`new-${kind}`, `New ${kind}`), kind === "key" && make("many-keys",
     "Many keys", null, true)]);
 }
@@ -7877,21 +7932,24 @@ async function refresh() {
 
 const column = (...nodes) => h("div", {class: "column"}, nodes);
 const card = (title, ...nodes) => h("div", {class: "card"}, h("h2", null, title), nodes);
-const meters = (of) => h("ul", {class: "list scroll", "data-list": of, tabindex: 0, "aria-label": of});
+const meters = (of) => h("ul", {class: "list scroll", "data-list": of, tabindex: 0,
+  "aria-label": of});
 const tell = (place, facts) => place.replaceChildren(...Object.entries(facts).flatMap(
   ([name, value]) => [h("dt", null, words(name)), h("dd", {"data-field": name}, value ===
     Object(value) ? JSON.stringify(value) : String(value ?? "–"))]));
 
 function operatorViews() {
   const spend = usage((first, last, groups, top) => api(`/global/spend/report?start_date=${first}`
-    + `&end_date=${last}&group_by=${groups}${top ? `&top=${top}` : ""}`), [["model", "Model"],
-    ["api_key", "Key"], ["team", "Team"], ["user", "User"], ["tag", "Tag"]]);
-  const [chosen, spent, daily] = spend.nodes, live = requests(), edge = meters("edge"), state = h("dl", {id: "state"});
+    + `&end_date=${last}&group_by=${groups}${top ? `&top=${top}` : ""}`), [["api_key", "Key"],
+    ["model", "Model"], ["team", "Team"], ["user", "User"], ["tag", "Tag"]], "Who spent what");
+  const [chosen, spent, daily] = spend.nodes, live = requests(), edge = meters("edge");
+  const state = h("dl", {id: "state"});
   const lists = ["key", "team", "user"].map(things), idle = table("idle", `Idle ${IDLE_DAYS} days`,
-    [["name", "Key", TEXT, THINGS.key.named], ["last_active", "Last used", AGE]], (row) => row.token);
+    [["name", "Key", TEXT, THINGS.key.named], ["last_active", "Last used", AGE]],
+    (row) => row.token);
   const texts = (columns) => columns.map((name) => [name, words(name), TEXT]);
-  const upstreams = table("upstreams", "Real keys", [["name", "Name", TEXT], ["state", "State", WORD],
-    ["until", "Until", {show: (text) => text && age(text)}], ...texts(["why", "requests", "errors",
+  const upstreams = table("upstreams", "Real keys", [["name", "Name", TEXT],
+    ["state", "State", WORD], ["until", "Until", {show: (text) => text && age(text)}], ...texts(["why", "requests", "errors",
       "organization_id", "workspace_id"])], (row) => row.name);
   const audit = table("audit", "Changes", [["updated_at", "When", AGE], ...texts(["action",
     "table_name", "name", "changed_by", "changed_by_api_key", "remote_ip"]), ["updated_values",
@@ -7903,22 +7961,23 @@ function operatorViews() {
       for (const each of row.budgets ?? []) if (each.of === kind || each.of === "gateway") {
         const [id, name] = each.of === kind ? [row[THINGS[kind].id], THINGS[kind].named(row)]
           : ["", "The gateway"];
-        all.set([each.of, id, each.for, each.budget_duration].join(), [each, name, `${each.of}:${id}`]);
+        const key = `${each.of}:${id}`;
+        all.set([key, each.for, each.budget_duration].join(), [each, name, key]);
       }
     }
     const part = ([budget]) => fullness(budget) * 100, sorted = [...all.values()].sort((a, b) =>
       part(b) - part(a)), near = sorted.filter((each) => part(each) >= NEAR);
-    put(edge, (near.length ? near.slice(0, ROWS) : sorted.slice(0, 5)).map((each) => meter(...each)));
+    const shown = near.length ? near.slice(0, ROWS) : sorted.slice(0, 5);
+    put(edge, shown.map((each) => meter(...each)));
     idle.update(data.keys.filter((row) => row.status === "active"
       && (row.last_active ?? "") < new Date(Date.now() - IDLE_DAYS * DAY).toISOString()));
     lists.forEach((list, i) => list.update(data[["keys", "teams", "users"][i]]));
-    upstreams.update(data.upstreams?.upstreams ?? []);
-    audit.update(data.audit?.audit_logs ?? []);
+    upstreams.update(data.upstreams?.upstreams ?? []); audit.update(data.audit?.audit_logs ?? []);
     const bad = (data.upstreams?.upstreams ?? []).filter((each) => each.state !== "ok");
-    $("health").textContent = ["●", status, ...bad.map((each) => `· ${each.name} ${each.state}`)].join(" ");
+    const others = bad.map((each) => `· ${each.name} ${each.state}`);
+    $("health").textContent = ["●", status, ...others].join(" ");
     $("health").className = status !== "healthy" ? "bad" : bad.length ? "warn" : "good";
-    $("health").dataset.status = status;
-    tell(state, {status, ...more, ...upstream});
+    $("health").dataset.status = status; tell(state, {status, ...more, ...upstream});
   });
   return {overview: [spend.tiles, h("div", {class: "grid"}, column(chosen, spent,
     live.refused.node, daily), column(card("Near the edge", edge), idle.node))], requests: [live.under.node,
@@ -7927,10 +7986,10 @@ function operatorViews() {
 }
 
 function holderView() {
-  const rows = (first, last) => Object.entries(data.info?.info.usage ?? {}).filter(([day]) => day >= first
-    && day <= last).flatMap(([day, models]) => Object.entries(models).map(([model, row]) =>
+  const rows = (first, last) => Object.entries(data.info?.info.usage ?? {}).filter(([day]) =>
+    day >= first && day <= last).flatMap(([day, models]) => Object.entries(models).map(([model, row]) =>
     ({...row, day, model})));
-  const spend = usage(async (first, last) => rows(first, last), [["model", "Model"]]);
+  const spend = usage(async (first, last) => rows(first, last), [["model", "Model"]], "By model");
   const live = requests(), left = meters("left"), limits = h("dl", {id: "limits"});
   const whose = {key: "This key", team: "Its team", user: "Its user", gateway: "The gateway"};
   data.reload = spend.show;
@@ -7939,7 +7998,7 @@ function holderView() {
     put(left, (info.budgets ?? []).map((each) => meter(each, whose[each.of], `${each.of}:`)));
     if (!left.children.length) left.append(h("li", null, "No budget limits this key."));
     const facts = names.map((name) => [name, info[name]]).filter(([name, value]) => !/budget/.test(name)
-      && value && Object.keys(Object(value)).length);
+      && value != null && value !== false && !['""', "[]", "{}"].includes(JSON.stringify(value)));
     tell(limits, {models: "all", ...Object.fromEntries(facts)});
   });
   return {mine: [spend.tiles, h("div", {class: "grid"}, column(spend.nodes), column(card("Left", left,
@@ -7961,18 +8020,15 @@ function leave(text) {
   Object.assign(data, {keys: [], teams: [], users: [], logs: [], under: [], draws: []});
   [$("dialog"), $("ask")].forEach((dialog) => dialog.close());
   [$("views"), $("tabs"), $("health")].forEach((node) => node.replaceChildren());
-  $("app").hidden = !($("login").hidden = false);
-  $("login-error").textContent = text;
+  $("app").hidden = !($("login").hidden = false); $("login-error").textContent = text;
   $("key").focus();
 }
 
 async function enter() {
   session = await api("/ui/session").catch(() => null);
   if (!session) return leave("");
-  $("login").hidden = !($("app").hidden = false);
-  $("logout").hidden = session.open;
-  $("health").hidden = session.role !== "operator";
-  $("who").textContent = session.name;
+  $("login").hidden = !($("app").hidden = false); $("logout").hidden = session.open;
+  $("health").hidden = session.role !== "operator"; $("who").textContent = session.name;
   $("utc").textContent = `Days and times are UTC. Gateway ${session.version}.`
     + (session.prices ? "" : " No prices are known here, so that all is $0.");
   const views = Object.entries(session.role === "operator" ? operatorViews() : holderView());
@@ -7980,14 +8036,13 @@ async function enter() {
   $("tabs").hidden = views.length < 2;
   $("views").replaceChildren(...views.map(([name, ...nodes]) => h("section", {"data-view": name,
     "aria-label": words(name)}, nodes)));
-  route();
-  await refresh();
+  route(); await refresh();
 }
 
 $("login").addEventListener("submit", (event) => {
   event.preventDefault();
   const key = $("key").value.trim();
-  api("/ui/login", {key}).then(enter).then(() => { $("key").value = ""; }).catch((error) => {
+  api("/ui/login", {key}).then(() => { $("key").value = ""; return enter(); }).catch((error) => {
     $("login-error").textContent = error.message;
   });
 });
@@ -8347,8 +8402,9 @@ def take_secrets(gateway: Gateway) -> None:
 async def serve(settings: Settings) -> None:
     """Run until SIGTERM or SIGINT; then refuse requests, let those under way end until all are
     `drained`, and break the rest. Raises SettingsError where it cannot start."""
-    if not settings.keys.absolute().parent.is_dir():
-        raise SettingsError(f"--keys={settings.keys}: its folder does not exist")
+    for name, file in (("keys", settings.keys), ("request-log", Path(settings.request_log))):
+        if not file.absolute().parent.is_dir():
+            raise SettingsError(f"--{name}={file}: its folder does not exist")
     application = make_app(start_mock(settings))
     gateway: Gateway = application.settings["gateway"]
     settings, server, drained = gateway.settings, Server(gateway, application), gateway.drained
@@ -8359,7 +8415,7 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, signals.put_nowait, number)
     booking = asyncio.create_task(gateway.batches.run())
-    saving = asyncio.create_task(gateway.ledger.run())
+    saving = [asyncio.create_task(each.run()) for each in (gateway.ledger, gateway.recent)]
     announce(gateway, 0 if settings.unix_socket else sockets[0].getsockname()[1])
     await loop.run_in_executor(None, gateway.prices.load)
     favour_the_loop()
@@ -8392,7 +8448,8 @@ async def serve(settings: Settings) -> None:
         handler.settle("client_gone")
     await gateway.close()
     log.info("stopped")
-    saving.cancel()
+    for task in saving:
+        task.cancel()
     if settings.unix_socket:
         Path(settings.unix_socket).unlink(missing_ok=True)
 

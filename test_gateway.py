@@ -737,6 +737,7 @@ def test_a_wrong_value_ends_the_start(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         named = {"--keys=folder": "", "--address=999.1.1.1": "listen", "--log-json=maybe": "true"}
         named |= {"--port=" + str(taken.getsockname()[1]): "in use", "--keys=none/k": "its folder"}
+        named |= {"--request-log=none/k": "its folder"}
         for option, said in named.items():
             assert said in failed_start(tmp_path, option), option
 
@@ -1307,10 +1308,10 @@ def test_routes() -> None:
     for pattern, allowed, closed in ROUTES:
         key = gateway.VirtualKey("sk-...test", allowed_routes=[pattern] if pattern else [])
         for path in allowed:
-            gateway.check_route(key, gateway.read_route("POST", path), path, counts=True)
+            gateway.check_route(key, gateway.read_route("POST", path), path, counts=False)
         for path in closed:
             with pytest.raises(gateway.APIError) as refused:
-                gateway.check_route(key, gateway.read_route("POST", path), path, counts=True)
+                gateway.check_route(key, gateway.read_route("POST", path), path, counts=False)
             assert refused.value.status == 403, (pattern, path)
     # Patterns that open what cannot be counted, and such that do not
     known = ["/v1/messages*", "/anthropic/v1/files/*", "/*", "/v1/*", "/v1/mess*", "/metrics"]
@@ -6444,7 +6445,7 @@ async def test_a_webhook_that_hangs_holds_nobody_and_a_flood_is_bounded(gw: GW, 
 # ─── Teams, users and the whole gateway ───────────────────────────────────────────────
 
 OF_OPUS = Decimal("0.014")  # what 1,000 tokens of a prompt and 500 of an answer cost
-PRICED = spends(1000, 500)
+SPENDING = spends(1000, 500)
 AN_OPUS = {"rpm_limit": 100, "max_parallel_requests": 5, "max_budget": 1}
 
 
@@ -6509,7 +6510,7 @@ ROOMY = {"rpm_limit": 100, "tpm_limit": 10**6, "max_parallel_requests": 9, "max_
 
 @pytest.mark.parametrize("full", ["key", "team", "user"])
 async def test_who_is_refused_by_one_takes_nothing_of_the_others(gw: GW, full: str) -> None:
-    gw.plays(PRICED)
+    gw.plays(SPENDING)
     for limit, said in FULL.items():
         fields = {kind: dict(ROOMY) for kind in ("key", "team", "user")}
         fields[full][limit] = 0
@@ -6527,7 +6528,7 @@ async def test_who_is_refused_by_one_takes_nothing_of_the_others(gw: GW, full: s
 
 
 async def test_what_no_budget_of_a_model_has_room_for_is_held_by_none(gw: GW) -> None:
-    gw.plays(PRICED)
+    gw.plays(SPENDING)
     of_opus = {"claude-opus-*": {"budget_limit": 0}}
     await grouped(gw, "team", model_max_budget=of_opus)
     key = await gw.new_key(team_id="g", max_budget=9)
@@ -6588,7 +6589,7 @@ async def test_a_group_goes_or_is_blocked_while_requests_are_under_way(gw: GW, k
 
 
 async def test_a_teams_budget_lowered_and_reset_and_kept(gw: GW) -> None:
-    gw.plays(PRICED)
+    gw.plays(SPENDING)
     await grouped(gw, "team", max_budget=1, team_alias="web", budget_duration="1mo")
     key = await gw.new_key(team_id="g")
     assert (await gw.message(key)).status == 200
@@ -6610,7 +6611,7 @@ async def test_a_teams_budget_lowered_and_reset_and_kept(gw: GW) -> None:
 
 async def test_a_label_without_a_record_limits_nothing(gw: GW) -> None:
     """Also what a gateway without teams wrote."""
-    gw.plays(PRICED)
+    gw.plays(SPENDING)
     key = await gw.new_key(team_id="t", user_id="u", max_budget=1)
     await gw.restart()
     assert not any(f'"{kind}:' in gw.keys.read_text() for kind in ("team", "user"))
@@ -6626,7 +6627,7 @@ async def test_a_label_without_a_record_limits_nothing(gw: GW) -> None:
 
 
 async def test_a_team_is_edited_by_hand(gw: GW) -> None:
-    gw.plays(PRICED)
+    gw.plays(SPENDING)
     await grouped(gw, "team", max_budget=1)
     key = await gw.new_key(team_id="g")
     assert (await gw.message(key)).status == 200
@@ -6649,7 +6650,7 @@ async def test_a_team_is_edited_by_hand(gw: GW) -> None:
 
 
 async def test_models_of_a_team_and_a_key_both_hold(gw: GW) -> None:
-    gw.plays(PRICED)
+    gw.plays(SPENDING)
     await grouped(gw, "team", models=["claude-haiku-*", "claude-opus-*"])
     await grouped(gw, "user", models=["claude-opus-*", "claude-sonnet-*"])
     label = {"team_id": "g", "user_id": "g"}
@@ -6671,7 +6672,7 @@ async def test_models_of_a_team_and_a_key_both_hold(gw: GW) -> None:
 
 
 async def test_several_windows_count_and_end_by_themselves(gw: GW) -> None:
-    gw.plays(PRICED)
+    gw.plays(SPENDING)
     limits = [{"budget_duration": d, "max_budget": m} for d, m in (("1d", 0.02), ("1mo", 0.05))]
     for kind, said in (("key", "Budget of $0.02"), ("team", "Team's budget of $0.02")):
         if kind == "team":
@@ -6739,7 +6740,7 @@ async def test_a_batch_is_held_of_a_team_too_and_found_after_a_restart(gw: GW) -
 
 
 async def test_the_gateways_budget_holds_for_the_master_key_too(gw: GW) -> None:
-    gw.plays(PRICED)
+    gw.plays(SPENDING)
     await gw.restart(max_budget=0.02, budget_duration="1d")
     assert [(await gw.message(MASTER_KEY)).status for _ in range(3)] == [200, 200, 429]
     for key in (gw.key, MASTER_KEY):
@@ -6748,7 +6749,7 @@ async def test_the_gateways_budget_holds_for_the_master_key_too(gw: GW) -> None:
     await gw.restart(max_budget=0.02, budget_duration="1d")
     error_of(await gw.message(), 429, "billing_error")
     assert (await gw.message("sk-wrong-0123456789")).status == 401
-    await gw.restart(max_budget=0)  # any
+    await gw.restart(max_budget=None)  # any
     assert (await gw.message()).status == 200
 
 
@@ -6891,7 +6892,7 @@ async def test_what_is_done_to_keys_teams_and_users_is_audited(gw: GW) -> None:
 
 
 async def test_keys_are_sorted_searched_and_told_apart(gw: GW) -> None:
-    gw.plays(PRICED)
+    gw.plays(SPENDING)
     await gw.manage("/key/delete", {"keys": [gw.key]})
     told = [("Beta", {"user_id": "ann"}), ("alpha", {"team_id": "web"}), ("gamma", {})]
     keys = {name: await gw.new_key(key_alias=name, **fields) for name, fields in told}
@@ -6997,7 +6998,7 @@ SUMMED = ("requests", "errors", "input_tokens", "output_tokens", "spend")
 
 
 async def test_reports_by_two_groups_by_tags_and_of_the_top(gw: GW) -> None:
-    gw.plays(PRICED)
+    gw.plays(SPENDING)
     ann = await gw.new_key(key_alias="ann", user_id="ann", team_id="web", tags=["t1"])
     bob = await gw.new_key(key_alias="bob", user_id="bob", team_id="ops")
     for key, model, tags in (
@@ -7047,7 +7048,7 @@ async def test_reports_by_two_groups_by_tags_and_of_the_top(gw: GW) -> None:
 
 async def test_a_virtual_key_sees_its_own_requests_alone(gw: GW) -> None:
     release = asyncio.Event()
-    gw.plays(PRICED)
+    gw.plays(SPENDING)
     told: dict[str, Any] = {"user_id": "u", "models": ["claude-*"]}
     mine, other = await gw.new_key(**told), await gw.new_key(**told)
     for key in (mine, other, mine):
@@ -7167,6 +7168,66 @@ async def test_what_was_spent_is_reported(gw: GW) -> None:
     assert {row["key_alias"] for row in own} == {"ann"} and len(own) == 3
     for path in ("/spend/keys", "/global/spend/report"):
         error_of(await gw.manage(path, key=ann), 403)
+
+
+@as_process
+async def test_what_was_asked_is_told_after_a_kill_and_a_full_disk(gw: GW) -> None:
+    file, gone = gw.keys.with_name("keys.json.requests"), gw.keys.with_name("keys.json.requests.1")
+    gw.plays(spends(1000, 500))
+    for tag in ("first", "second\ud800".encode("utf-8", "replace").decode()):
+        assert (await gw.ask("POST /v1/messages", f"x-litellm-tags: {tag}", body=MESSAGE)).status
+    await until(lambda: file.exists() and file.read_bytes().count(b"\n") == 2)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600 and "Hello" not in file.read_text()
+    limit(gw.process, resource.RLIMIT_FSIZE, before := file.stat().st_size + 9)  # a part of a line
+    await gw.ask("POST /v1/messages", "x-litellm-tags: third", body=MESSAGE)
+    await until(lambda: "the request log cannot be written" in gw.log)
+    assert file.stat().st_size == before - 9
+    limit(gw.process, resource.RLIMIT_FSIZE, resource.RLIM_INFINITY)
+    await until(lambda: file.read_bytes().count(b"\n") == 3)
+    rows = await gw.rows()
+    assert [row["request_tags"][0][:6] for row in rows] == ["third", "second", "first"]
+    gw.process.kill()
+    gone.write_bytes(file.read_bytes().replace(b'"first"', b'"older"'))
+    with file.open("ab") as opened:
+        opened.write(b'{}\n[1]\n\xff\n{"startTime": 1}\n' + gone.read_bytes()[:99])  # it was cut
+    await gw.restart()
+    assert await gw.rows() == rows + [*rows[:2], rows[2] | {"request_tags": ["older"]}]
+    mine = (await gw.manage("/spend/logs?limit=9", key=gw.key)).json()
+    assert mine[:3] == rows, "a key's holder is told of it too"
+    await gw.ask("POST /v1/messages", "x-litellm-tags: last", body=MESSAGE)
+    assert gw.process.stop() == 0
+    last = json.loads(file.read_bytes().splitlines()[-1])
+    assert last["request_tags"] == ["last"], (
+        "what waits is written at the end, in a line of its own"
+    )
+
+
+async def test_the_request_log_is_rotated_and_no_link(
+    gw: GW, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, gone = gw.keys.with_name("log"), gw.keys.with_name("log.1")
+    for path in ("none", str(file)):
+        await gw.restart(request_log=path)
+        await gw.ask("GET /v1/models")
+        await gw.app.settings["gateway"].recent.save()
+        assert file.exists() == (path != "none"), path
+    assert not gw.keys.with_name("keys.json.requests").exists() and len(await gw.rows()) == 1
+    monkeypatch.setattr(gateway, "LOG_SIZE", 10)
+    await gw.ask("GET /v1/models/a")
+    await gw.restart(request_log=str(file))
+    assert not file.exists() and gone.read_bytes().count(b"\n") == 2
+    paths = [row["api_base"] for row in await gw.rows()]
+    assert paths == ["/v1/models/a", "/v1/models"]
+    file.symlink_to(gone)
+    await gw.ask("GET /v1/models/b")
+    for _ in range(2):
+        await gw.app.settings["gateway"].recent.save()
+    assert gw.log.count("the request log cannot be written") == 1 and len(await gw.rows()) == 3
+    file.unlink()
+    await gw.app.settings["gateway"].recent.save()
+    assert b"/v1/models/b" in gone.read_bytes()
+    await gw.restart(request_log=str(file), recent_requests=1)
+    assert [row["api_base"] for row in await gw.rows()] == ["/v1/models/b"]
 
 
 async def test_a_flood_of_wrong_keys_or_of_tags_leaves_little(gw: GW) -> None:
