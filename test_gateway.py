@@ -8544,7 +8544,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory, browser: Any) -> Iterator[Pr
         lines[gateway.hash_key(plain(n))] = {
             "key_name": gateway.key_name(plain(n)),
             "key_alias": alias,
-            "team_id": ("web", "lab")[n % 2],
+            "team_id": ("weavers", "lab")[n % 2],
             "user_id": f"user-{n % 3}",
             "usage": used(chance, (OPUS, HAIKU) if n else (HTML, OPUS), days_past()),
         }
@@ -8552,7 +8552,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory, browser: Any) -> Iterator[Pr
     with contextlib.closing(Starter(folder)) as starter:
         process = starter("mock")
         for path, told in (
-            ("/team/new", {"team_id": "web", "team_alias": HTML, "max_budget": 5000}),
+            ("/team/new", {"team_id": "weavers", "team_alias": HTML, "max_budget": 5000}),
             ("/team/new", {"team_id": "lab", "team_alias": "Lab", "max_budget": 0.5}),
             ("/user/new", {"user_id": "user-1", "user_alias": HTML, "auto_create_key": False}),
             ("/key/update", {"key": plain(1), "max_budget": 2, "budget_duration": "1d"}),
@@ -8661,7 +8661,7 @@ def test_a_session_that_ended_elsewhere_asks_for_the_key_again(
 
 GROUPS = {"model": "model", "api_key": "api_key", "team": "team", "user": "user", "tag": "tag"}
 SUMMED = ("spend", "requests", "errors", "input_tokens", "output_tokens", "cache_read_tokens")
-NAMED_HERE = {"web": HTML, "lab": "Lab", "user-1": HTML, "": "(none)"}
+NAMED_HERE = {"weavers": HTML, "lab": "Lab", "user-1": HTML, "": "(none)"}
 
 
 def test_every_chart_and_table_says_what_the_report_says(shown: Process, visit: Visits) -> None:
@@ -8989,7 +8989,7 @@ def test_the_holder_sees_his_own_and_nothing_of_others(shown: Process, visit: Vi
     said = page.evaluate("document.documentElement.outerHTML")
     for answer in visit.answers:
         said += answer.text()
-    others = [HTML, *OTHERS, "user-0", "user-2", "web"]
+    others = [HTML, *OTHERS, "user-0", "user-2", "weavers"]
     hashes = [gateway.hash_key(plain(n)) for n in range(len(OTHERS) + 1)]
     for name in (*others, *hashes, *(each[:12] for each in hashes)):
         assert name not in re.sub(r"<script>.*</script>", "", said, flags=re.DOTALL), name
