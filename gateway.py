@@ -4529,7 +4529,7 @@ class RequestLog:
     def rows(self) -> Iterator[dict[str, Any]]:
         """The newest first; a line that is damaged is passed over."""
         for each in reversed(self._recent):
-            row = dict_of(read_json(each)) if isinstance(each, bytes) else each.to_spend_log()
+            row = dict_of(read_json(each, Any)) if isinstance(each, bytes) else each.to_spend_log()
             if row.keys() >= FILTERED and isinstance(row["startTime"], str):
                 yield row
 
