@@ -7471,7 +7471,8 @@ PAGE = r"""<!doctype html>
 const $ = (id) => document.getElementById(id), DAY = 86400000;
 const NEAR = 80, IDLE_DAYS = 7, ROWS = 100, LOGS = 2000;  // percent, days, rows
 const SVG = new Set(["svg", "rect", "line", "text", "title"]);
-const data = {};  // what the API has told
+const nothing = () => ({keys: [], teams: [], users: [], logs: [], under: [], draws: [], lives: []});
+const data = nothing();  // what the API has told, and what draws it
 let session = null;
 
 // An element. Its children are texts or elements, never HTML, whatever somebody called his key.
@@ -7699,14 +7700,18 @@ function usage(source, groups, title) {
     const first = since[span], last = span === "free" && to.value || today;
     if (![from, to].includes(document.activeElement)) [from.value, to.value] = [first, last];
     tiles.forEach((tile) => tile.setAttribute("aria-pressed", tile.dataset.span === span));
-    const [recent, free, stacked, sums] = await Promise.all([source(ago(30), today, "day"),
-      source(first, last, "day"), source(first, last, `day,${by}`, 9), source(first, last, by)]);
-    if (turn !== asked) return;
-    const past = merged(recent, "day"), days = merged(free, "day"), kind = SUMS.find((each) =>
-      each[0] === measure.value)[2];
+    const told = [];  // one after the other, as far as they are still wanted
+    for (const what of [[first < ago(30) ? first : ago(30), last > today ? last : today, "day"],
+      [first, last, `day,${by}`, 9], [first, last, by]]) {
+      told.push(await source(...what));
+      if (turn !== asked) return;
+    }
+    const [all, stacked, sums] = told;
+    const past = merged(all, "day"), kind = SUMS.find((each) => each[0] === measure.value)[2];
+    const days = past.filter(({day}) => day >= first && day <= last);
     for (const tile of tiles) for (const [field, , {unit, show: text}] of SUMS.slice(0, 3)) {
       const rows = tile.dataset.span === "free" ? days
-        : past.filter((row) => row.day >= since[tile.dataset.span]);
+        : past.filter(({day}) => day >= since[tile.dataset.span] && day <= today);
       const place = tile.querySelector(`[data-sum=${field}]`);
       place.replaceChildren(text(place.dataset.value = summed(rows, unit, (row) => row[field])));
     }
@@ -7745,14 +7750,14 @@ function meter(budget, name, id) {
       "aria-valuemin": 0, "aria-valuemax": 100, "aria-valuenow": Math.min(100, Math.floor(part)),
       "aria-label": `Percent spent of a budget of ${title.join(", ")}`}, fill),
     h("small", null, `${Math.floor(part)}% spent`, length && ` · ${length}`,
-      ends ? [" · resets ", age(ends), `, ${ends.slice(5, 16).replace("T", " ")}`] : " · for ever"));
+      ends ? [" · resets ", age(ends), ", ", ends.slice(5, 16).replace("T", " ")] : " · for ever"));
 }
 
 // Requests
 const callOf = (row) => row.litellm_call_id;
 const keyOf = (row) => row.key_alias || row.api_key?.slice(0, 8);
-const REQUEST = [["startTime", "Time", CLOCK], ["key", "Key", TEXT, keyOf], ["model", "Model", TEXT],
-  ["outcome", "Outcome", WORD, (row) => row.outcome || "under way"],
+const REQUEST = [["startTime", "Time", CLOCK], ["key", "Key", TEXT, keyOf],
+  ["model", "Model", TEXT], ["outcome", "Outcome", WORD, (row) => row.outcome || "under way"],
   ["status_code", "Status", NUMBER],
   ["prompt_tokens", "In", COUNT], ["completion_tokens", "Out", COUNT], ["spend", "Cost", USD],
   ["time_to_first_byte", "First byte", SECONDS], ["duration", "Took", SECONDS],
@@ -7762,7 +7767,7 @@ function requests() {
   const recent = table("recent", "Most recent", REQUEST, callOf), refused = table("refused",
     "Refused, and why", [["times", "Times", NUMBER], ["key", "Key", TEXT], ["why", "Why", WIDE],
       ["last", "Last", AGE]], (row) => row.id, ["times", -1]);
-  data.draws.push(() => {
+  data.lives.push(() => {
     under.update(data.under); recent.update(data.logs);
     const rows = data.logs.filter((row) => row.outcome?.startsWith("refused"));
     const alike = Map.groupBy(rows, (row) => `${keyOf(row)} ${row.error || row.outcome}`);
@@ -7780,7 +7785,7 @@ async function poll() {
     const under = await api("/spend/logs?status=under_way");
     if (asked !== session) return;
     data.under = under; data.logs = [...rows.filter(isNew), ...data.logs].slice(0, LOGS);
-    data.draws.forEach((draw) => draw());
+    data.lives.forEach((draw) => draw());
   })());
   setTimeout(poll, 2000);
 }
@@ -7938,7 +7943,8 @@ function things(kind) {
     ["status", "Status", WORD], ...kind === "key" ? [["team_id", "Team", TEXT], ["user_id", "User",
       TEXT]] : [[id, "Id", TEXT], ["keys_count", "Keys", NUMBER]],
     ["budget", "Budget", {is: "number", show: (_, row) => h("ul", {class: "list"},
-      own(kind, row).map((each) => meter(each, "", `${kind}:${row[id]}`)))}, (row) => own(kind, row).map(fullness)[0]],
+      own(kind, row).map((each) => meter(each, "", `${kind}:${row[id]}`)))}, 
+    (row) => own(kind, row).map(fullness)[0]],
     ["spend", "Spent", {...USD, unit: 0}],
     ...kind === "key" ? [["last_active", "Last used", AGE]] : [],
     ["deeds", "", {show: (name, row) => session.can_change && deed(row, name, words(name), (now) =>
@@ -7982,8 +7988,8 @@ function operatorViews() {
     (row) => row.token);
   const texts = (columns) => columns.map((name) => [name, words(name), TEXT]);
   const upstreams = table("upstreams", "Real keys", [["name", "Name", TEXT],
-    ["state", "State", WORD], ["until", "Until", {show: (text) => text && age(text)}], ...texts(["why", "requests", "errors",
-      "organization_id", "workspace_id"])], (row) => row.name);
+    ["state", "State", WORD], ["until", "Until", {show: (text) => text && age(text)}],
+    ...texts(["why", "requests", "errors", "organization_id", "workspace_id"])], (row) => row.name);
   const audit = table("audit", "Changes", [["updated_at", "When", AGE], ...texts(["action",
     "table_name", "name", "changed_by", "changed_by_api_key", "remote_ip"]), ["updated_values",
     "Values", WIDE, (row) => JSON.stringify(row.updated_values)]], (row) => row.id);
@@ -8013,30 +8019,32 @@ function operatorViews() {
     $("health").dataset.status = status; tell(state, {status, ...more, ...upstream});
   });
   return {overview: [spend.tiles, h("div", {class: "grid"}, column(chosen, spent,
-    live.refused.node, daily), column(card("Near the edge", edge), idle.node))], requests: [live.under.node,
-    live.recent.node], keys: lists[0].node, teams: lists[1].node, users: lists[2].node,
-  gateway: [upstreams.node, card("Store and upstream", state), audit.node]};
+    live.refused.node, daily), column(card("Near the edge", edge), idle.node))],
+  requests: [live.under.node, live.recent.node], keys: lists[0].node, teams: lists[1].node,
+  users: lists[2].node, gateway: [upstreams.node, card("Store and upstream", state), audit.node]};
 }
 
 function holderView() {
-  const rows = (first, last) => Object.entries(data.info?.info.usage ?? {}).filter(([day]) =>
-    day >= first && day <= last).flatMap(([day, models]) => Object.entries(models).map(([model, row]) =>
-    ({...row, day, model})));
-  const spend = usage(async (first, last) => rows(first, last), [["model", "Model"]], "By model");
+  const days = () => Object.entries(data.info?.info.usage ?? {}).flatMap(([day, models]) =>
+    Object.entries(models).map(([model, row]) => ({...row, day, model})));
+  const spend = usage(async (first, last) => days().filter(({day}) => day >= first && day <= last),
+    [["model", "Model"]], "By model");
   const live = requests(), left = meters("left"), limits = h("dl", {id: "limits"});
   const whose = {key: "This key", team: "Its team", user: "Its user", gateway: "The gateway"};
+  const unsaid = ["null", "false", '""', "[]", "{}", undefined];
   data.reload = spend.show;
   data.draws.push(() => {
-    const info = data.info?.info ?? {}, names = ["status", "expires", ...Object.keys(session.fields.key)];
-    put(left, (info.budgets ?? []).map((each) => meter(each, whose[each.of], `${each.of}:`)));
-    if (!left.children.length) left.append(h("li", null, "No budget limits this key."));
-    const facts = names.map((name) => [name, info[name]]).filter(([name, value]) => !/budget/.test(name)
-      && value != null && value !== false && !['""', "[]", "{}"].includes(JSON.stringify(value)));
-    tell(limits, {models: "all", ...Object.fromEntries(facts)});
+    const info = data.info?.info ?? {}, budgets = info.budgets ?? [];
+    put(left, budgets.map((each) => meter(each, whose[each.of], `${each.of}:`)));
+    if (!budgets.length) left.append(h("li", null, "No budget limits this key."));
+    const names = ["status", "expires", ...Object.keys(session.fields.key)].filter((name) =>
+      !name.includes("budget") && !unsaid.includes(JSON.stringify(info[name])));
+    tell(limits, {models: "all", ...Object.fromEntries(names.map((name) => [name, info[name]]))});
   });
-  return {mine: [spend.tiles, h("div", {class: "grid"}, column(spend.nodes), column(card("Left", left,
-    session.contact && h("p", null, `Ask ${session.contact} for more.`)), card("Limits", limits),
-  card("Connect", connect("<your key>")))), live.under.node, live.recent.node]};
+  const asks = session.contact && h("p", null, `Ask ${session.contact} for more.`);
+  return {mine: [spend.tiles, h("div", {class: "grid"}, column(spend.nodes), column(
+    card("Left", left, asks), card("Limits", limits), card("Connect", connect("<your key>")))),
+  live.under.node, live.recent.node]};
 }
 
 function route() {
@@ -8050,7 +8058,7 @@ function route() {
 function leave(text) {
   session = null;
   for (const name in data) delete data[name];
-  Object.assign(data, {keys: [], teams: [], users: [], logs: [], under: [], draws: []});
+  Object.assign(data, nothing());
   [$("dialog"), $("ask")].forEach((dialog) => dialog.close());
   [$("views"), $("tabs"), $("health")].forEach((node) => node.replaceChildren());
   $("app").hidden = !($("login").hidden = false); $("login-error").textContent = text;
@@ -8083,8 +8091,7 @@ $("logout").addEventListener("click", () => orSay(api("/ui/logout", {}).then(() 
 $("ask").addEventListener("click", ({target}) => target.value && $("ask").close(target.value));
 $("dialog").addEventListener("close", () => $("dialog").replaceChildren());  // and keys with it
 addEventListener("hashchange", route);
-setInterval(() => session && !document.hidden && refresh(), 30000);
-Object.assign(data, {keys: [], teams: [], users: [], logs: [], under: [], draws: []});
+setInterval(() => session && !document.hidden && refresh(), 60000);
 enter().then(poll);
 </script>
 """
