@@ -1367,7 +1367,9 @@ def models_in(document: object, route: Route) -> Iterator[object]:
 MAX_NAMED = 20  # patterns that a refusal tells
 
 
-async def check_models(models: list[str], route: Route, document: Any, breathe: Breathe) -> None:
+async def check_models(
+    models: list[str], route: Route, document: Any, breathe: Breathe, of: str = "key"
+) -> None:
     """Raise APIError 403 unless every model that a body may reach is one of these patterns'."""
     checked: set[str] = set()
     for number, value in enumerate(models_in(document, route), start=1):
@@ -1379,7 +1381,7 @@ async def check_models(models: list[str], route: Route, document: Any, breathe: 
         if value is not None and model not in checked:
             checked.add(model)
             if not any(fnmatch.fnmatchcase(model, pattern) for pattern in models):
-                text = f"This key may not use the model {model_of(model)!r}; it may use"
+                text = f"This {of} may not use the model {model_of(model)!r}; it may use"
                 allowed = printable(", ".join(models[:MAX_NAMED]))
                 raise APIError(403, f"{text} {allowed}{', …' if models[MAX_NAMED:] else ''}.")
 
@@ -5065,21 +5067,50 @@ def too_large(limit: int) -> APIError:
 
 
 class Models(Rule):
-    """Which models a key may use."""
+    """Which models a key, its team and its user may use; the list of models has no others."""
 
     async def head(self, visit: Visit) -> None:
-        key = visit.caller.key
-        if key is not None and key.models and not visit.route.unread:
-            visit.reads_body = True
+        if not any(models_of(visit)):
+            return
+        visit.reads_body = visit.reads_body or not visit.route.unread
+        if visit.is_pooled and visit.route.fetches and visit.path.rstrip("/") == "/v1/models":
+            path, _, query = visit.target.partition("?")
+            asked = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+            if most := rows_asked(asked):  # else the upstream says what is wrong
+                told = urllib.parse.urlencode(asked | {"limit": MAX_ROWS_LISTED})
+                visit.target, backwards = f"{path}?{told}", bool(asked.get("before_id"))
+                visit.listing = functools.partial(self.list_usable, most=most, backwards=backwards)
+                is_empty = visit.head.method == "HEAD"
+                visit.hidden |= LIST_FIELDS | ({"content-length"} if is_empty else set())
 
     async def body(self, visit: Visit, body: Kept) -> None:
-        key, route = visit.caller.key, visit.route
-        if key is None or not key.models or route.unread:
-            return
-        document = await body.read(strictly=True, wholly=not route.open)
-        if not document and not (route.open or route.deletes):
-            raise APIError(403, "This key is limited to some models, and this request names none.")
-        await check_models(key.models, route, document, body.breathe)
+        route = visit.route
+        for of, models in () if route.unread else models_of(visit):
+            document = await body.read(strictly=True, wholly=not route.open)
+            if not document and not (route.open or route.deletes):
+                text = "is limited to some models, and this request names none."
+                raise APIError(403, f"This {of} {text}")
+            await check_models(models, route, document, body.breathe, of)
+
+    def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
+        if visit.listing is None or visit.route.kind or head.status != 200:
+            return ()
+        return (ResponseFilter(rewrite=functools.partial(visit.listing, visit)),)
+
+    async def list_usable(self, visit: Visit, body: bytes, *, most: int, backwards: bool) -> bytes:
+        """A page of those that may be used, of all."""
+        document = dict_of(read_json(body, Any))
+        rows = list_of(document.get("data"))
+        for _, models in models_of(visit):
+            rows = [r for r in rows if any(fnmatch.fnmatchcase(id_of(r), m) for m in models)]
+        shown = rows[-most:] if backwards else rows[:most]
+        return as_list(body, document, shown, len(rows) > most or document.get("has_more"))
+
+
+def models_of(visit: Visit) -> Iterator[tuple[str, list[str]]]:
+    """What limits its caller to some models, and to which."""
+    limited = (of for of in visit.accounts if of.models and ALL_TEAM_MODELS not in of.models)
+    return ((of.of, of.models) for of in limited)
 
 
 @functools.lru_cache(maxsize=256)
@@ -5099,9 +5130,11 @@ class Fields(Rule):
         unwanted = head.options
         if caller.own is None:
             unwanted |= {WORKSPACE_FIELD}
-            if visit.route.results_of or (visit.route.kind and not visit.route.name):
+            is_list = visit.listing or visit.route.kind and not visit.route.name
+            if visit.route.results_of or is_list:
                 unwanted |= {"range", "if-range"}  # of a part nobody can tell what it is
-        offered = head.values.get("accept-encoding") if visit.route.is_read else None
+        is_read = visit.route.is_read or visit.listing
+        offered = head.values.get("accept-encoding") if is_read else None
         for lower, _, name, line, goes_up, _ in head.fields:
             if not goes_up or lower in unwanted:
                 continue
@@ -5305,7 +5338,7 @@ class Walls(Rule):
         # Without walls, what a request names still tells where it has to go.
         looks = visit.is_pooled and visit.gateway.real_keys.several
         if key is not OPERATOR:
-            visit.hidden, visit.owner = IDENTITY_FIELDS, key.owner
+            visit.hidden, visit.owner = visit.hidden | IDENTITY_FIELDS, key.owner
         elif not looks:
             return
         has_walls = key.resources != "all"
@@ -8067,6 +8100,9 @@ PAGE_HEADERS |= {"Cache-Control": "no-cache", "X-Frame-Options": "DENY"}
 # ─── Stand-in ─────────────────────────────────────────────────────────────────────────────────────
 
 MOCK_MODELS = ("claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5")
+# Names as Anthropic's; what in a user's message is Claude Code's own, or nothing.
+MOCK_KNOWN = re.compile(r"claude-(opus|sonnet|haiku|fable|mythos|3|instant)-.")
+MOCK_FRAME = re.compile(r"\s*(<(system-reminder|command-|local-command-)|$)")
 MOCK_TOKEN_INTERVAL = 0.02  # seconds between two deltas, about what a model does
 MOCK_MAX_TOKENS = 200  # what an echo is cut down to
 MOCK_KINDS = {402: "billing_error", 409: "conflict_error", 529: "overloaded_error"} | ERROR_TYPES
@@ -8141,6 +8177,7 @@ class MockAnthropic(web.RequestHandler):
                 message = self._reply(sent)
                 return mock_events(message) if sent.get("stream") is True else message
             case "POST", "v1", "messages", "count_tokens":
+                mock_check(str(sent.get("model")))
                 return {"input_tokens": mock_tokens(sent.get("messages"))}
             case "POST", "v1", "batches":
                 return self._make_batch(sent)
@@ -8179,13 +8216,9 @@ class MockAnthropic(web.RequestHandler):
         text = json.dumps(params)
         for name in re.findall('"file_id": "([^"]*)"', text):
             _ = self.things["files"][name]
-        if error := re.fullmatch("mock-error-([45][0-9]{2})", model):
-            told = MOCK_KINDS.get(int(error[1]), "api_error")
-            raise APIError(int(error[1]), "An error, as you asked.", kind=told)
-        content = dict_of(messages[-1]).get("content")
-        blocks = content if isinstance(content, list) else [{"text": content}]
-        said = [str(block.get("text") or "") for block in blocks if isinstance(block, dict)]
-        words = f"You said: {' '.join(said)}".split(" ")[: min(limit, MOCK_MAX_TOKENS)]
+        mock_check(model)
+        said = next(filter(None, map(mock_said, messages[::-1])), "")
+        words = f"You said: {said}".split(" ")[: min(limit, MOCK_MAX_TOKENS)]
         usage = JSONObject(input_tokens=mock_tokens(messages), output_tokens=len(words))
         cache = {"creation": 0, "read": 0}
         if "cache_control" in text:  # it is written the first time, then read
@@ -8226,6 +8259,24 @@ class MockAnthropic(web.RequestHandler):
 def mock_id(prefix: str) -> str:
     """An id that looks like Anthropic's."""
     return f"{prefix}_01{secrets.token_hex(11)}"
+
+
+def mock_check(model: str) -> None:
+    """Raise the APIError that a model's name asks for, or 404."""
+    if error := re.fullmatch("mock-error-([45][0-9]{2})", model):
+        told = MOCK_KINDS.get(int(error[1]), "api_error")
+        raise APIError(int(error[1]), "An error, as you asked.", kind=told)
+    if not MOCK_KNOWN.match(model):
+        raise APIError(404, f"model: {model}")
+
+
+def mock_said(message: object) -> str:
+    """What a user says in a message."""
+    content = dict_of(message).get("content")
+    blocks = content if isinstance(content, list) else [{"text": content}]
+    texts = [str(dict_of(block).get("text") or "") for block in blocks]
+    is_his = dict_of(message).get("role") == "user"
+    return " ".join(text for text in texts if is_his and not MOCK_FRAME.match(text))
 
 
 def mock_tokens(value: object) -> int:

@@ -6678,6 +6678,54 @@ async def test_models_of_a_team_and_a_key_both_hold(gw: GW) -> None:
     assert blind.status in (400, 403)
 
 
+async def test_the_list_of_models_has_those_that_may_be_used(gw: GW) -> None:
+    names = [f"claude-{kind}-{n}" for n in range(9) for kind in ("opus", "haiku", "sonnet")]
+    rows = [{"id": name, "type": "model", "max_tokens": 1.50} for name in names]
+
+    @gw.plays
+    async def lists(request: Arrived) -> None:
+        told = dict(urllib.parse.parse_qsl(request.target.partition("?")[2]))
+        body, coding = json.dumps(page_of(rows, told)).encode(), list[str]()
+        if "gzip" in "".join(request.field("accept-encoding")):
+            body, coding = gzip.compress(body), ["Content-Encoding: gzip"]
+        await request.answer(body, "200 OK", JSON_KIND, "ETag: x", *coding)
+
+    await grouped(gw, "team", models=["claude-haiku-*", "claude-opus-*"])
+    fields = ("Accept-Encoding: gzip, br", "Range: bytes=0-9", "If-Range: x")
+    for limits, kinds in (
+        ({"models": ["claude-haiku-*"]}, "haiku"),
+        ({"team_id": "g", "models": ["all-team-models"]}, "opus haiku"),
+        ({"team_id": "g", "models": ["claude-[os]*"]}, "opus"),
+        ({"models": ["gpt-*"]}, ""),
+    ):
+        client = await gw.client(await gw.new_key(**limits))
+        mine = [row for row in rows if row["id"].split("-")[1] in kinds.split()]
+        last = mine[-1]["id"] if mine else names[-1]
+        for told in ({}, {"limit": "4"}, {"limit": "4", "before_id": last}):
+            backwards, more = "before_id" in told, True
+            way, end = ("before_id", "first_id") if backwards else ("after_id", "last_id")
+            while more:
+                got = await client.ask(f"GET /v1/models?{urllib.parse.urlencode(told)}", *fields)
+                shown = json.loads(gzip.decompress(got.body))
+                assert shown == page_of(mine, told if mine else {}), (limits, told)
+                told[way], more = shown[end], shown["has_more"]
+        assert not got.field("etag")
+        (coding,), ranges = gw.up.arrived[-1].field("accept-encoding"), gw.up.arrived[-1]
+        assert coding == "gzip" and not ranges.field("range") + ranges.field("if-range")
+    head = await client.ask("HEAD /v1/models")
+    assert head.status == 200 and not head.field("etag") + head.field("content-length")
+    await client.ask("GET /v1/models/claude-opus-1?limit=4")
+    assert gw.up.arrived[-1].target == "/v1/models/claude-opus-1?limit=4"
+    own = (f"x-litellm-api-key: {client.key}", "x-api-key: sk-ant-own-0123456789")
+    for key, more in (("", own), (await gw.new_key(), ()), (MASTER_KEY, ())):
+        answer = await gw.ask("GET /v1/models?limit=4", *more, key=key)
+        assert answer.json() == page_of(rows, {"limit": "4"}) and answer.field("etag") == ["x"]
+    gw.plays(answers({"type": "error"}, "400 Bad Request"))
+    assert (await client.ask("GET /v1/models?limit=x")).json() == {"type": "error"}
+    gw.plays(says(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]"))
+    assert (await client.ask("GET /v1/models")).body == b"[]", "what is no list is left as it is"
+
+
 async def test_several_windows_count_and_end_by_themselves(gw: GW) -> None:
     gw.plays(SPENDING)
     limits = [{"budget_duration": d, "max_budget": m} for d, m in (("1d", 0.02), ("1mo", 0.05))]
@@ -7420,6 +7468,28 @@ def test_sdk_files(client: anthropic.Anthropic) -> None:
 RAISED = {400: "BadRequest", 401: "Authentication", 403: "PermissionDenied", 404: "NotFound"}
 RAISED |= {409: "Conflict", 413: "APIStatus", 429: "RateLimit"}
 RAISED |= dict.fromkeys((500, 504, 529), "InternalServer")
+
+
+def test_the_stand_in_answers_the_user_not_his_tool(client: anthropic.Anthropic) -> None:
+    frame = "<system-reminder>\nAs it is.</system-reminder>"
+    commands = "<command-name>/x</command-name>", " <local-command-stdout>y</local-command-stdout>"
+    his = [{"type": "text", "text": text} for text in (frame, "say", *commands, "hi")]
+    result = {"type": "tool_result", "tool_use_id": "t", "content": "done"}
+    told: list[Any] = [{"role": "user", "content": "before"}, {"role": "user", "content": his}]
+    told += [{"role": "assistant", "content": "so"}, {"role": "user", "content": [result]}]
+    told += [{"role": "user", "content": frame}, {"role": "system", "content": "# Environment"}]
+    answer = client.messages.create(**MESSAGE | {"messages": told})
+    assert answer.content[0].text == "You said: say hi"
+    for model in ("claude-haiku-4-5", "claude-3-5-haiku-latest", "claude-opus-5-5[1m]"):
+        assert client.messages.create(**MESSAGE | {"model": model}).model == model
+    for model in ("gpt-5", "claude-opus", "xclaude-opus-5", "mock-error-200"):
+        for call in (client.messages.create, client.messages.count_tokens):
+            params = {"model": model, "messages": told}
+            params |= {"max_tokens": 9} if call == client.messages.create else {}
+            with pytest.raises(anthropic.NotFoundError) as caught:
+                call(**params)
+            error: Any = caught.value.body
+            assert error["error"] == {"type": "not_found_error", "message": f"model: {model}"}
 
 
 def test_sdk_errors(mocked: Process, virtual_key: str) -> None:
@@ -8437,7 +8507,8 @@ async def test_an_open_gateway_shows_its_page_on_loopback_only(gw: GW) -> None:
 DAYS_KEPT = 90
 HTML = "<img src=x onerror=\"window.ran='yes'\"><b>bold</b>"
 OTHERS = [f"key {n}" for n in range(10)]
-EDGE = 300 * PATIENCE  # milliseconds until the browser's driver gives up a wait
+EDGE = 300 * PATIENCE  # milliseconds until a wait for the page is given up
+POLL = 2000  # milliseconds between two looks of the page for new requests
 FAILED = "Failed to load resource: the server responded with a status of 4"  # the API's answers
 
 
@@ -8466,22 +8537,29 @@ class Visits:
         self.wrong, self.asked = list[str](), list[str]()
         self.answers = list[Any]()
 
-    def __call__(self, process: Process, key: str = "", **options: Any) -> Any:
+    def __call__(
+        self, process: Process, key: str = "", hurried: bool = False, **options: Any
+    ) -> Any:
+        """Open the page, signed in with a key if one is given; ``hurried``, time can be skipped."""
         context = self.browser.new_context(base_url=process.url, **options)
         context.set_default_timeout(EDGE)
         context.add_init_script("""addEventListener("securitypolicyviolation",
             (e) => console.error("violation", e.violatedDirective, e.blockedURI))""")
+        if key:
+            answer = HTTP.post(f"{process.url}/ui/login", json={"key": key})
+            value = answer.cookies[SESSION]
+            cookie = {"name": SESSION, "value": value, "url": process.url}
+            context.add_cookies([cookie | {"httpOnly": True, "sameSite": "Strict"}])
         page = context.new_page()
         self.pages.append(page)
+        if hurried:
+            page.clock.install()
         page.on("console", self.note)
         page.on("pageerror", lambda error: self.wrong.append(str(error)))
         page.on("request", lambda request: self.asked.append(request.url))
         page.on("response", lambda answer: self.answers.append(answer))
         page.goto("/ui")
-        if key:
-            page.fill("#key", key)
-            page.press("#key", "Enter")
-            page.wait_for_selector("#app:not([hidden])")
+        page.wait_for_selector("#app" if key else "#login")
         return page
 
     def note(self, message: Any) -> None:
@@ -8489,10 +8567,12 @@ class Visits:
             self.wrong.append(f"{message.text} {message.location['url']}")
 
     def close(self) -> None:
-        stored = "[localStorage.length, sessionStorage.length, document.cookie, window.ran ?? '']"
+        stored = "[localStorage.length, sessionStorage.length, document.cookie]"
+        ran = "[window.ran ?? '', document.querySelectorAll('img, iframe, b b').length]"
         for page in self.pages:
             self.asked.append(page.url)
-            assert page.evaluate(stored) == [0, 0, "", ""], "something is kept, or HTML ran"
+            assert page.evaluate(stored) == [0, 0, ""], "something is kept"
+            assert page.evaluate(ran) == ["", 0], "what should be text is HTML"
             page.context.close()
         assert self.wrong == []
         assert not [url for url in self.asked if "sk-" in url or MASTER_KEY in url]
@@ -8543,7 +8623,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory, browser: Any) -> Iterator[Pr
         lines[gateway.hash_key(plain(n))] = {
             "key_name": gateway.key_name(plain(n)),
             "key_alias": alias,
-            "team_id": ("web", "lab")[n % 2],
+            "team_id": ("weavers", "lab")[n % 2],
             "user_id": f"user-{n % 3}",
             "usage": used(chance, (OPUS, HAIKU) if n else (HTML, OPUS), days_past()),
         }
@@ -8551,7 +8631,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory, browser: Any) -> Iterator[Pr
     with contextlib.closing(Starter(folder)) as starter:
         process = starter("mock")
         for path, told in (
-            ("/team/new", {"team_id": "web", "team_alias": HTML, "max_budget": 5000}),
+            ("/team/new", {"team_id": "weavers", "team_alias": HTML, "max_budget": 5000}),
             ("/team/new", {"team_id": "lab", "team_alias": "Lab", "max_budget": 0.5}),
             ("/user/new", {"user_id": "user-1", "user_alias": HTML, "auto_create_key": False}),
             ("/key/update", {"key": plain(1), "max_budget": 2, "budget_duration": "1d"}),
@@ -8571,10 +8651,12 @@ def plain(number: int) -> str:
     return f"sk-plain-{number:016}"
 
 
-def settled(page: Any, value: Callable[[], Any], expected: Any) -> None:
-    """Wait until a value in the page is what it must be."""
+def settled(page: Any, value: Callable[[], Any], expected: Any, skipped: int = 0) -> None:
+    """Wait until a value in the page is what it must be; time in it is skipped if so told."""
     deadline = time.monotonic() + EDGE / 1000
     while (found := value()) != expected and time.monotonic() < deadline:
+        if skipped:
+            page.clock.fast_forward(skipped)
         page.wait_for_timeout(20)
     assert found == expected
 
@@ -8637,6 +8719,14 @@ def test_signing_in_and_out(shown: Process, visit: Visits) -> None:
     assert page.is_hidden("#app") and HTML not in page.content() and "Lab" not in page.content()
     page.reload()
     page.wait_for_selector("#login")
+    page.fill("#key", MASTER_KEY)
+    page.press("#key", "Enter")
+    go(page, "keys")
+    page.wait_for_selector("[data-table=keys] tbody tr")
+    page.evaluate("fetch('/ui/logout', {method: 'POST', body: '{}'})")  # as another tab does it
+    page.click("[data-table=keys] [data-do=block]")
+    page.wait_for_selector("#login")
+    assert page.inner_text("#login-error") and HTML not in page.inner_text("body")
     page.fill("#key", plain(2))
     page.press("#key", "Enter")
     page.wait_for_selector("#app")
@@ -8644,21 +8734,9 @@ def test_signing_in_and_out(shown: Process, visit: Visits) -> None:
     assert plain(2) not in page.content()
 
 
-def test_a_session_that_ended_elsewhere_asks_for_the_key_again(
-    shown: Process, visit: Visits
-) -> None:
-    page = visit(shown, MASTER_KEY)
-    go(page, "keys")
-    page.wait_for_selector("[data-table=keys] tbody tr")
-    page.evaluate("fetch('/ui/logout', {method: 'POST', body: '{}'})")
-    page.click("[data-table=keys] [data-do=block]")
-    page.wait_for_selector("#login")
-    assert page.inner_text("#login-error") and HTML not in page.inner_text("body")
-
-
 GROUPS = {"model": "model", "api_key": "api_key", "team": "team", "user": "user", "tag": "tag"}
 SUMMED = ("spend", "requests", "errors", "input_tokens", "output_tokens", "cache_read_tokens")
-NAMED_HERE = {"web": HTML, "lab": "Lab", "user-1": HTML, "": "(none)"}
+NAMED_HERE = {"weavers": HTML, "lab": "Lab", "user-1": HTML, "": "(none)"}
 
 
 def test_every_chart_and_table_says_what_the_report_says(shown: Process, visit: Visits) -> None:
@@ -8730,8 +8808,28 @@ def test_every_chart_and_table_says_what_the_report_says(shown: Process, visit: 
     settled(page, lambda: len(cells(page, "days")), 7)
     assert page.get_attribute('[data-span="7"]', "aria-pressed") == "true"
 
+    # Each table as it is saved
+    page.wait_for_selector("[data-table=recent] tbody tr", state="attached")
+    saved = page.evaluate(SAVE_ALL)
+    tables = {"spent", "days", "idle", "refused", "underway", "recent", "keys", "teams", "users"}
+    assert {name for name, *_ in saved} == tables | {"upstreams", "audit"}
+    for name, count, as_csv, as_json in saved:
+        head, *lines = csv.reader(io.StringIO(as_csv))
+        assert len(lines) == count == len(json.loads(as_json)), name
+        assert {len(line) for line in lines} <= {len(head)}, name
+
 
 CACHE_READ = "cache_read_tokens"
+SAVE_ALL = """async () => {
+    const blobs = [], make = URL.createObjectURL, all = [];
+    URL.createObjectURL = (blob) => { blobs.push(blob); return make(blob); };
+    for (const table of document.querySelectorAll("[data-table]")) {
+        for (const kind of ["csv", "json"]) table.querySelector(`[data-do=${kind}]`).click();
+        const texts = await Promise.all(blobs.splice(0).map((blob) => blob.text()));
+        const count = Number(table.querySelector("[data-rows]").dataset.rows);
+        all.push([table.dataset.table, count, ...texts]);
+    }
+    return all; }"""
 
 
 def called(group: str, row: dict[str, Any]) -> str:
@@ -8749,7 +8847,13 @@ def stacked(page: Any) -> dict[tuple[str, str], int]:
 
 
 def test_a_key_is_made_copied_used_seen_and_blocked(shown: Process, visit: Visits) -> None:
-    page = visit(shown, MASTER_KEY, permissions=["clipboard-read", "clipboard-write"])
+    allowed = ["clipboard-read", "clipboard-write"]
+    page = visit(shown, MASTER_KEY, hurried=True, permissions=allowed)
+
+    def wait_for_row(table: str, count: int = 1) -> None:
+        rows = page.locator(f"[data-table={table}] tbody tr:has-text('made here')")
+        settled(page, rows.count, count, skipped=POLL)
+
     page.evaluate("window.loaded = 'once'")
     go(page, "keys")
     page.click("#new-key")
@@ -8775,11 +8879,10 @@ def test_a_key_is_made_copied_used_seen_and_blocked(shown: Process, visit: Visit
     text = [{"role": "user", "content": "slow " * 2000}]
     with client.messages.stream(**MESSAGE | {"messages": text, "max_tokens": 9999}) as stream:
         next(iter(stream))
-        page.wait_for_selector("[data-table=underway] tbody tr:has-text('made here')")
+        wait_for_row("underway")
     client.messages.create(**MESSAGE)
-    of_it = "[data-table=recent] tbody tr:has-text('made here')"
-    settled(page, lambda: page.locator(of_it).count(), 2)
-    settled(page, lambda: page.locator("[data-table=underway] tbody tr").count(), 0)
+    wait_for_row("recent", 2)
+    wait_for_row("underway", 0)
     logs = {row["litellm_call_id"]: row for row in shown.manage("/spend/logs").json()}
     for row in cells(page, "recent"):
         logged = logs[row["id"]]
@@ -8795,7 +8898,7 @@ def test_a_key_is_made_copied_used_seen_and_blocked(shown: Process, visit: Visit
     with pytest.raises(anthropic.AuthenticationError, match="blocked"):
         client.messages.create(**MESSAGE)
     go(page, "overview")
-    page.wait_for_selector("[data-table=refused] tbody tr:has-text('made here')")
+    wait_for_row("refused")
     assert any("blocked" in row["why"] for row in cells(page, "refused"))
     go(page, "keys")
     row.locator("[data-do=unblock]").click()
@@ -8916,21 +9019,14 @@ def test_a_phone_needs_no_scrolling_sideways(shown: Process, visit: Visits) -> N
     box = page.locator("#dialog").bounding_box()
     assert box["x"] >= 0 and box["x"] + box["width"] <= 375 and page.evaluate(wide) == 375
     assert page.evaluate("document.getElementById('dialog').scrollWidth") <= box["width"]
-    for key in (plain(1), plain(0)):
-        page = visit(shown, key, **small)
-        page.wait_for_selector("#chart svg rect")
-        assert page.evaluate(wide) == 375
+    page = visit(shown, plain(0), **small)
+    page.wait_for_selector("#chart svg rect")
+    assert page.evaluate(wide) == 375
 
 
 def test_a_name_that_is_html_stays_text(shown: Process, visit: Visits) -> None:
     page = visit(shown, MASTER_KEY)
     page.wait_for_selector("#chart svg rect")
-    for view in VIEWS:
-        go(page, view)
-        inside = page.locator(f'section[data-view="{view}"]')
-        if view in ("requests", "keys", "teams", "users"):
-            inside.get_by_text(HTML).first.wait_for()
-        assert page.locator("img, #app b b").count() == 0
     for view in ("keys", "teams"):
         go(page, view)
         page.locator(f"[data-table={view}] [data-do=change]", has_text=HTML).click()
@@ -8945,7 +9041,9 @@ def test_a_name_that_is_html_stays_text(shown: Process, visit: Visits) -> None:
         page.locator("#legend").get_by_text(HTML).wait_for()
         title = page.locator("#chart rect[data-name^='<img'] title").first
         assert HTML in title.text_content()
-    assert page.evaluate("window.ran") is None and page.locator("img").count() == 0
+    for view in ("requests", "users"):
+        go(page, view)
+        page.locator(f'section[data-view="{view}"]').get_by_text(HTML).first.wait_for()
 
 
 def test_the_holder_sees_his_own_and_nothing_of_others(shown: Process, visit: Visits) -> None:
@@ -8981,7 +9079,7 @@ def test_the_holder_sees_his_own_and_nothing_of_others(shown: Process, visit: Vi
     said = page.evaluate("document.documentElement.outerHTML")
     for answer in visit.answers:
         said += answer.text()
-    others = [HTML, *OTHERS, "user-0", "user-2", "web"]
+    others = [HTML, *OTHERS, "user-0", "user-2", "weavers"]
     hashes = [gateway.hash_key(plain(n)) for n in range(len(OTHERS) + 1)]
     for name in (*others, *hashes, *(each[:12] for each in hashes)):
         assert name not in re.sub(r"<script>.*</script>", "", said, flags=re.DOTALL), name
@@ -9002,18 +9100,19 @@ def test_everything_is_reached_by_keyboard_and_has_a_name(shown: Process, visit:
         nodes = tree.send("Accessibility.getFullAXTree")["nodes"]
         asked = [node for node in nodes if not node["ignored"] and can_focus(node)]
         assert len(asked) > 5
-        plain = ("RootWebArea", "generic")
+        bare = ("RootWebArea", "generic")
         return [
             node
             for node in asked
-            if not node["name"].get("value") and node["role"]["value"] not in plain
+            if not node["name"].get("value") and node["role"]["value"] not in bare
         ]
 
     def can_focus(node: dict[str, Any]) -> bool:
         told = {each["name"]: each["value"].get("value") for each in node["properties"]}
         return bool(told.get("focusable"))
 
-    for view in VIEWS:
+    page.click('[data-span="today"]')
+    for view in ("overview", "requests", "keys", "gateway"):  # teams and users are as keys
         page.focus("#logout")
         for _ in range(len(VIEWS) + 3):  # backwards to the view's link
             page.keyboard.press("Shift+Tab")
@@ -9021,17 +9120,19 @@ def test_everything_is_reached_by_keyboard_and_has_a_name(shown: Process, visit:
                 break
         page.keyboard.press("Enter")
         page.wait_for_selector(f'section[data-view="{view}"]')
-        assert nameless() == [], view
         assert untabbed(page) == [], view
-    page.click('#tabs a[href="#keys"]')
+    go(page, "keys")
     page.focus("#new-key")
     page.keyboard.press("Enter")
     page.focus("#more summary")
     page.keyboard.press("Enter")
-    assert nameless() == [] and untabbed(page, "#dialog ") == []
+    assert untabbed(page, "#dialog ") == [] and nameless() == []
     page.keyboard.press("Escape")
     page.wait_for_selector("#dialog", state="hidden")
     assert page.evaluate("document.activeElement.id") == "new-key", "the focus comes back"
+    for view in VIEWS:
+        go(page, view)
+        assert nameless() == [], view
 
 
 def untabbed(page: Any, within: str = "") -> list[str]:
@@ -9040,21 +9141,19 @@ def untabbed(page: Any, within: str = "") -> list[str]:
         const kinds = ["button", "a[href]", "input", "select", "textarea", "summary"];
         const all = [...document.querySelectorAll(kinds.map((kind) => within + kind).join())];
         window.left = new Set(all.filter((node) => !node.disabled && node.checkVisibility()));
+        document.addEventListener("focusin", (event) => window.left.delete(event.target));
         return window.left.size; }"""
-    count = page.evaluate(script, within)
-    reached = """() => { window.left.delete(document.activeElement); return window.left.size; }"""
-    for _ in range(count * 2 + 40):  # a date has several stops
+    left = page.evaluate(script, within)
+    for _ in range(left * 2 + 40):  # a date has several stops
         page.keyboard.press("Tab")
-        if not page.evaluate(reached):
+        if (left := left - 1) <= 0 and not (left := page.evaluate("window.left.size")):
             break
     return page.evaluate("[...window.left].map((node) => node.outerHTML.slice(0, 200))")
 
 
-def test_a_thousand_keys_with_90_days_of_usage(
-    start: Starter, visit: Visits, tmp_path: Path
-) -> None:
-    lines, days, chance = {}, days_past(), random.Random(2)
-    usage = used(chance, (OPUS,), days)
+def test_a_thousand_keys(start: Starter, visit: Visits, tmp_path: Path) -> None:
+    lines, days = {}, days_past(2)
+    usage = used(random.Random(2), (OPUS,), days)
     for n in range(1000):
         lines[gateway.hash_key(f"sk-many-{n:016}")] = {
             "key_name": f"sk-...{n:04}",
@@ -9101,31 +9200,6 @@ def test_a_thousand_keys_with_90_days_of_usage(
         page.press("#key", "Enter")
     assert answer.value.status == 429
     settled(page, lambda: page.inner_text("#login-error"), answer.value.json()["error"]["message"])
-
-
-SAVE_ALL = """async () => {
-    const blobs = [], make = URL.createObjectURL, all = [];
-    URL.createObjectURL = (blob) => { blobs.push(blob); return make(blob); };
-    for (const table of document.querySelectorAll("[data-table]")) {
-        for (const kind of ["csv", "json"]) table.querySelector(`[data-do=${kind}]`).click();
-        const texts = await Promise.all(blobs.splice(0).map((blob) => blob.text()));
-        const count = Number(table.querySelector("[data-rows]").dataset.rows);
-        all.push([table.dataset.table, count, ...texts]);
-    }
-    return all; }"""
-
-
-def test_every_table_is_downloaded_as_it_is_shown(shown: Process, visit: Visits) -> None:
-    page = visit(shown, MASTER_KEY)
-    for name in ("days", "recent", "keys"):
-        page.wait_for_selector(f"[data-table={name}] tbody tr", state="attached")
-    saved = page.evaluate(SAVE_ALL)
-    names = {"spent", "days", "idle", "refused", "underway", "recent", "keys", "teams", "users"}
-    assert {name for name, *_ in saved} == names | {"upstreams", "audit"}
-    for name, count, as_csv, as_json in saved:
-        head, *lines = csv.reader(io.StringIO(as_csv))
-        assert len(lines) == count == len(json.loads(as_json)), name
-        assert {len(line) for line in lines} <= {len(head)}, name
 
 
 # ─── Main ─────────────────────────────────────────────────────────────────────────────

@@ -1431,7 +1431,9 @@ async def launch(
     )
     assert process.stdout is not None
     banner = (await process.stdout.readline()).decode()
-    return process, int(banner.split(":")[2].split(" ")[0])
+    listening = re.search(r"listening on https?://\S+:([0-9]+)", banner)
+    assert listening, banner
+    return process, int(listening[1])
 
 
 async def run(seconds: float, seed: int, folder: Path, *, tls: bool) -> collections.Counter[str]:
