@@ -949,6 +949,13 @@ def test_what_stands_beside_it_agrees() -> None:
     shown = subprocess.run(show, cwd=GATEWAY.parent, capture_output=True, text=True, check=False)
     text = shown.stdout if shown.returncode == 0 else (GATEWAY.parent / "keys.json").read_text()
     assert text.encode() == gateway.SHIPPED_KEYS, "the committed file is an empty store"
+    readme = (GATEWAY.parent / "README.md").read_text()
+    for each in dataclasses.fields(gateway.VirtualKey):
+        if help := each.metadata.get("help"):
+            assert f"| `{each.name}` | {help} |" in readme
+    for each in dataclasses.fields(gateway.Settings):
+        name = f"--{each.name.replace('_', '-')}"
+        assert not each.metadata["kind"] or f"`{name}`" in readme, name
 
 
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
