@@ -384,8 +384,6 @@ ERROR_TYPES |= {401: "authentication_error", 403: "permission_error", 404: "not_
 ERROR_TYPES |= {413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}
 # Else the SDKs (anthropic/_base_client.py, _should_retry) and Claude Code try again for minutes.
 DO_NOT_RETRY = ("x-should-retry", "false")
-
-
 WHOM_TO_ASK = re.compile("whoever runs the gateway", re.IGNORECASE)  # where --contact says no more
 
 
@@ -7013,15 +7011,11 @@ class SessionHandler(DeedHandler):
             caller = await gateway.doors.admit(hashed)
         except APIError:
             gateway.sessions.slow_down(address, wrong=True)
-            raise APIError(
-                401, "This is neither the master key nor a virtual key that may be used."
-            ) from None
-        secure = self.request.protocol == "https"
-        more: Any = {"httponly": True, "samesite": "Strict", "secure": secure}
-        age = SESSION_HOURS * 3600
-        self.set_cookie(
-            SESSION_COOKIE, gateway.sessions.open(hashed), path="/", max_age=age, **more
-        )
+            text = "This is neither the master key nor a virtual key that may be used."
+            raise APIError(401, text) from None
+        about: Any = {"path": "/", "httponly": True, "samesite": "Strict"}
+        about |= {"secure": self.request.protocol == "https", "max_age": SESSION_HOURS * 3600}
+        self.set_cookie(SESSION_COOKIE, gateway.sessions.open(hashed), **about)
         self.send_json({"role": "operator" if caller.is_master else "holder"})
 
     async def get(self, deed: str) -> None:
@@ -7105,9 +7099,8 @@ class HealthHandler(BaseHandler):
         upstreams = {each["name"]: each["state"] for each in gateway.real_keys.states()}
         refused = [name for name, state in upstreams.items() if state == REFUSED]
         is_well = not error and not (refused and len(refused) == len(upstreams))
-        status = "healthy" if is_well else "unhealthy"
-        if gateway.phase is not GatewayPhase.SERVING:
-            status = "shutting_down"
+        is_here = gateway.phase is GatewayPhase.SERVING
+        status = ("healthy" if is_well else "unhealthy") if is_here else "shutting_down"
         prices = "loaded" if gateway.prices.loaded else "loading"
         told = dict[str, Any](status=status, store=error or "writable", version=__version__)
         told["prices"] = prices if gateway.prices.available else "none"
