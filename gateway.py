@@ -2183,7 +2183,7 @@ class FileLedger:
         status = record.status(moment)
         if status == "active" and len(self.groups) > 1:
             blocked = (of for of in self.limited(record) if of.blocked)
-            status = next((f"its {of.of} is blocked" for of in blocked), status)
+            status = next((f"its {of.of}" for of in blocked), status)
         return record, status
 
     def record(self, name: str) -> Limited | None:
@@ -2270,7 +2270,8 @@ class FileLedger:
             for name, amount in amounts.items():
                 of.account.windows[name].held -= amount
         if hold.pays and hold.accounts:
-            hold.accounts[0].account.last_active = moment_of(int(time.time()))
+            for of in hold.accounts:
+                of.account.last_active = moment_of(int(time.time()))
             if not charges or charges[0][0] != model:
                 charges = [(model, Tally()), *charges]
             charges[0][1].requests, charges[0][1].errors = 1, int(failed)
@@ -4706,7 +4707,9 @@ class Doors:
                 if status != "active":
                     if record is not None and not refused:
                         record.belongs_to(key)
-                    refused = refused or ("blocked" if status == "revoked" else status)
+                    its = f"'s {status[4:]} is blocked" if status.startswith("its ") else ""
+                    status = "blocked" if status == "revoked" else status
+                    refused = refused or its or f" is {status}"
                 elif caller.key is None and not caller.is_master:
                     caller.key = key
             else:
@@ -4719,7 +4722,7 @@ class Doors:
             return caller
         text = "No API key was sent. Send a virtual key as 'x-api-key' or 'Authorization: Bearer'."
         if refused:
-            text = f"This virtual key is {refused}. Ask whoever runs the gateway for another."
+            text = f"This virtual key{refused}. Ask whoever runs the gateway for another."
         elif shown:
             text = "Unknown API key. Use a virtual key that this gateway gave out."
         raise APIError(401, text)
@@ -7148,6 +7151,8 @@ class PageHandler(BaseHandler):
         for name, value in PAGE_HEADERS.items():
             self.set_header(name, value)
         self.finish(PAGE)
+
+    head = get
 
 
 SPEND_GROUPS = {"daily": "1d", "weekly": "7d", "monthly": "1mo"}

@@ -8734,7 +8734,7 @@ def test_signing_in_and_out(shown: Process, visit: Visits) -> None:
     assert plain(2) not in page.content()
 
 
-GROUPS = {"model": "model", "api_key": "api_key", "team": "team", "user": "user", "tag": "tag"}
+STACKED = {"model": "model", "api_key": "api_key", "team": "team", "user": "user", "tag": "tag"}
 SUMMED = ("spend", "requests", "errors", "input_tokens", "output_tokens", "cache_read_tokens")
 NAMED_HERE = {"weavers": HTML, "lab": "Lab", "user-1": HTML, "": "(none)"}
 
@@ -8760,7 +8760,7 @@ def test_every_chart_and_table_says_what_the_report_says(shown: Process, visit: 
     # A free span, all that is kept, by each group and measure
     page.fill("#from", days[0])
     page.fill("#to", days[-1])
-    for group in GROUPS:
+    for group in STACKED:
         page.select_option("#group", group)
         by_name = report(shown, group, days[0], days[-1])
         by_day = report(shown, f"day,{group}", days[0], days[-1])
@@ -9036,7 +9036,7 @@ def test_a_name_that_is_html_stays_text(shown: Process, visit: Visits) -> None:
         page.click("#ask [data-do=no]")
         page.click("#dialog [data-do=close]")
     go(page, "overview")
-    for group in GROUPS:
+    for group in STACKED:
         page.select_option("#group", group)
         page.locator("#legend").get_by_text(HTML).wait_for()
         title = page.locator("#chart rect[data-name^='<img'] title").first

@@ -1518,7 +1518,7 @@ def judge(chaos: Chaos, first: dict[str, Any], last: dict[str, Any], file: Path)
     for record in kept.values():
         for models in record.get("usage", {}).values():
             for tally in models.values():
-                spent[record["key_name"]] += Decimal(tally["spend"])
+                spent[record.get("key_name", "")] += Decimal(tally["spend"])
     for name, amount in chaos.spent.items():
         if amount != spent[name]:
             chaos.counts["FAILED: a key whose spend is not the log's"] += 1
