@@ -372,7 +372,7 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
         values |= {name: value for name, value in chosen if value not in ("", Path())}
         return Settings(**values, **read_secrets(environment))
     except SettingsError as error:
-        error.as_json = parser.log_json or "--log-json" in arguments
+        error.as_json = parser.log_json or bool({"--log-json", "--log-json=true"} & {*arguments})
         raise
 
 
