@@ -58,6 +58,7 @@ import gc
 import gzip
 import hashlib
 import hmac
+import io
 import ipaddress
 import itertools
 import json
@@ -111,18 +112,29 @@ GOOD_MASTER_KEY = "set GATEWAY_MASTER_KEY to 16 characters or more that nobody c
 SENDABLE = re.compile(r"[\x21-\x7e]*")  # what a header or a URL can carry
 REAL_KEY = re.compile(r"(?:([\w.-]{1,64})=)?(sk-[\x21-\x7e]+)", re.ASCII)  # with a name for it
 DURATION = re.compile(r"\A([0-9]{1,9})(mo|s|m|h|d|w)\Z")
-SHIPPED_KEYS = (
-    b'{"version": 1, "keys": {}}\n'  # the keys file of a checkout, as no gateway writes it
-)
-LOG_LEVELS = ("debug", "info", "warning", "error", "none")
-TOML_KINDS = {str: "string", bool: "boolean", int: "whole number", float: "number", Path: "string"}
+SHIPPED_KEYS = b'{"version": 1, "keys": {}}\n'  # a checkout's keys file, as no gateway writes it
 LOCAL_KEYS = Path("keys.local.json")  # stands in for that one, which is only read
+LOG_LEVELS = ("debug", "info", "warning", "error", "none")
+OPTION_KINDS = {str: "string", Path: "string", int: "whole number", float: "number"}
+OPTION_KINDS[bool] = "boolean (true or false)"
+BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+FROM_TEXT: dict[Any, Callable[[str], Any]] = {bool: BOOLEANS.__getitem__, int: int, float: float}
 
 
 class SettingsError(Exception):
     """A wrong option, variable or keys file; the message is one line for who starts it."""
 
     as_json = False  # whether --log-json was read by then
+
+
+@contextlib.contextmanager
+def blaming(what: str, advice: str = "") -> Iterator[None]:
+    """What fails or is wrong within is a SettingsError that begins and ends with these."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", "") or error
+        raise SettingsError(f"{what}: {reason}{advice}") from None
 
 
 def option(
@@ -157,9 +169,7 @@ class Settings:
     max_body_size: int = option(MAX_BODY_SIZE, "largest request body, in bytes", least=1)
     max_connections_per_address: int = option(4096, "connections one address may have", least=1)
     max_held_bytes: int = option(0, "bytes of bodies held (a key: 1/4); 0: 1/4 of memory", least=0)
-    prices: Path | None = option(
-        None, "JSON of models' USD a million tokens, before genai-prices", kind=Path
-    )
+    prices: Path | None = option(None, "JSON of prices, before genai-prices; see README", kind=Path)
     max_budget: float | None = option(None, "USD for all keys together", least=0, kind=float)
     budget_duration: str = option("", "what --max-budget is for: 1h, 1d, 7d, 30d or 1mo")
     contact: str = option("", "whom messages tell to ask, as 'Ann, ann@example.org'")
@@ -193,19 +203,19 @@ class Settings:
             if not known["kind"] and each.name != "api_keys" and not SENDABLE.fullmatch(value):
                 names = " or ".join(known["variables"])
                 raise SettingsError(f"{names} holds characters that a header cannot carry")
-        if self.port > 65535:
-            raise SettingsError(f"--port: {self.port} is not a port number (0 to 65535)")
-        if self.keyfile and not self.certfile:
-            raise SettingsError("--keyfile: needs --certfile")
-        if self.unix_socket and self.certfile:
-            raise SettingsError("--unix-socket: takes no --certfile; the proxy has it")
-        if self.master_key_next and not self.master_key:
-            raise SettingsError("GATEWAY_MASTER_KEY_NEXT: needs GATEWAY_MASTER_KEY")
-        if duration := self.budget_duration:
-            if not (found := DURATION.match(duration)) or not int(found[1]):
-                raise SettingsError(f"--budget-duration: {duration} is no length of time, as 1d")
-            if self.max_budget is None:
-                raise SettingsError("--budget-duration: needs --max-budget")
+        alone, duration = not self.master_key, self.budget_duration
+        length = DURATION.match(duration)
+        is_odd = duration and not (length and int(length[1]))
+        wrong = {
+            f"--port: {self.port} is not a port number (0 to 65535)": self.port > 65535,
+            "--keyfile: needs --certfile": self.keyfile and not self.certfile,
+            "--unix-socket: takes no --certfile": self.unix_socket and self.certfile,
+            "GATEWAY_MASTER_KEY_NEXT: needs GATEWAY_MASTER_KEY": alone and self.master_key_next,
+            f"--budget-duration: {duration} is no length of time, as 1d": is_odd,
+            "--budget-duration: needs --max-budget": duration and self.max_budget is None,
+        }
+        for text in filter(wrong.get, wrong):
+            raise SettingsError(text)
         if self.upstream != MOCK_UPSTREAM:
             parse_upstream(self.upstream)
         if self.alert_webhook:
@@ -230,15 +240,11 @@ def real_keys(settings: Settings) -> dict[str, tuple[str, str]]:
     elif settings.auth_token:
         headers["default"] = "Authorization", f"Bearer {settings.auth_token}"
     if file := settings.api_keys_file:
-        try:
-            with open(file, encoding="ascii") as opened:
-                if os.fstat(opened.fileno()).st_mode & 0o077:  # as ssh refuses the file of a key
-                    raise ValueError("others can read it; chmod 600 it")
-                if not (text := opened.read().replace(",", " ").strip()):
-                    raise ValueError("holds no key")
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", "") or error
-            raise SettingsError(f"--api-keys-file: {file}: {reason}") from None
+        with blaming(f"--api-keys-file: {file}"):
+            if os.stat(file).st_mode & 0o077:  # as ssh refuses the file of a key
+                raise ValueError("others can read it; chmod 600 it")
+            if not (text := Path(file).read_text("ascii").replace(",", " ").strip()):
+                raise ValueError("holds no key")
         entries += f" {text}"
     for number, entry in enumerate(entries.replace(",", " ").split(), start=1):
         wrong = f"ANTHROPIC_API_KEYS, --api-keys-file: entry {number}"
@@ -287,77 +293,59 @@ def read_secrets(environment: Mapping[str, str]) -> dict[str, Any]:
         for name in () if each.metadata["kind"] else each.metadata["variables"]:
             value, file = environment.get(name, "").strip(), environment.get(f"{name}_FILE", "")
             if file and each.name != "api_keys":  # whose file is an option
-                try:
+                with blaming(f"{name}_FILE: {file}"):
                     if value:
                         raise ValueError(f"{name} is set too; leave one of them out")
                     if not (value := Path(file).read_text("utf-8").strip()):
                         raise ValueError("is empty")
-                except (OSError, ValueError) as error:
-                    reason = getattr(error, "strerror", "") or error
-                    raise SettingsError(f"{name}_FILE: {file}: {reason}") from None
             if value:
                 found.setdefault(each.name, value)
     return found
 
 
-def read_options(
-    parser: OptionParser, kinds: Mapping[str, type], arguments: Iterable[str], where: str = ""
-) -> set[str]:
-    """Take options in, ``--config`` before those that win over it; the names of them all. Each is
-    parsed alone, so that an error has its name. Raises SettingsError."""
-    known, given = kinds.keys() - ({"help", "version", "config"} if where else set()), set[str]()
-    for argument in sorted(arguments, key=lambda text: not text.lstrip("-").startswith("config=")):
+class Options(OptionParser):
+    """Tornado's, with the environment's variables in what ``--help`` prints."""
+
+    def print_help(self, file: Any = None) -> None:
+        super().print_help(sys.stdout)
+        print("Variables; the secrets among them also as …_FILE, the name of their file:\n")
+        for each in dataclasses.fields(Settings):
+            for name in each.metadata["variables"]:
+                print(f"  {name:<32} {each.metadata['help']}")
+        print(f"  {'SSL_CERT_FILE':<32} further certificates to trust upstream")
+
+
+def read_options(parser: OptionParser, kinds: Mapping[str, Any], arguments: Sequence[str]) -> None:
+    """Take options in, those of ``--config`` before those of the command line, which win over them.
+    The SettingsError that it raises says no value: that may be a secret."""
+    told = list[tuple[str, str, Any]]()  # what is shown of each, its name and its value
+    for argument in arguments:
         shown, equals, text = argument.partition("=")
-        name = shown.lstrip("-").replace("_", "-")
-        if not shown.startswith("-") or name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean --{near[0]}?" if near else "--help lists them"
-            raise SettingsError(f"{where}{shown}: not an option ({hint})")
-        if name in ("help", "version"):
-            tell_usage(parser) if name == "help" else print("gateway", __version__)
-            sys.exit(0)
-        kind = kinds[name]
-        if kind is bool and equals and text.lower() not in ("true", "false", "1", "0"):
-            raise SettingsError(f"{where}{argument}: is not true or false")
-        try:
-            parser.parse_command_line(["", argument], final=False)
-        except Exception as error:  # noqa: BLE001 - whatever Tornado says of it
-            wrong = error if kind not in (int, float) or not text else "is not a number"
-            raise SettingsError(f"{where}{argument}: {wrong}") from None
-        given.add(name)
+        name = shown.lstrip("-").replace("_", "-") if shown.startswith("-") else ""
+        value: Any = text if equals else True
+        with contextlib.suppress(ValueError, KeyError):  # else its type is wrong
+            value = FROM_TEXT[kinds[name]](text.lower())
+        told.append((shown, name, value))
         if name == "config" and text:
-            given |= read_options(parser, kinds, read_config(text, kinds), f"--config={text}: ")
-    return given
-
-
-def read_config(file: str, kinds: Mapping[str, type]) -> Iterator[str]:
-    """The options of a TOML file, as on a command line. Raises SettingsError."""
-    try:
-        told = tomllib.loads(Path(file).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", "") or error
-        raise SettingsError(f"--config={file}: {reason}") from None
-    for name in sorted(told, key=lambda name: name not in ("log-json", "log_json")):
-        kind, value = kinds.get(name.replace("_", "-"), type(told[name])), told[name]
+            with blaming(argument):
+                table = tomllib.loads(Path(text).read_text("utf-8"))
+            rows = ((key.replace("_", "-"), table[key]) for key in table)
+            told[:0] = ((f"{argument}: {key}", key, value) for key, value in rows)
+    for shown, name, value in sorted(told, key=lambda each: each[1] != "log-json"):
+        kind = kinds.get(name)
+        if kind is None or (name == "config" and "=" in shown):
+            near = difflib.get_close_matches(name, kinds, 1)
+            hint = f"did you mean --{near[0]}?" if near else "--help lists them"
+            raise SettingsError(f"{shown}: not an option ({hint})")
         if type(value) not in {float: (int, float), Path: (str,)}.get(kind, (kind,)):
-            raise SettingsError(f"--config={file}: {name}: is not a {TOML_KINDS[kind]}")
-        yield f"--{name}={value}"
-
-
-def tell_usage(parser: OptionParser) -> None:
-    """What ``--help`` prints."""
-    parser.print_help(sys.stdout)
-    print("Variables; the secrets among them also as …_FILE, the name of a file that holds it:\n")
-    for each in dataclasses.fields(Settings):
-        for name in each.metadata["variables"]:
-            print(f"  {name:<32} {each.metadata['help']}")
-    print(f"  {'SSL_CERT_FILE':<32} further certificates to trust upstream")
+            raise SettingsError(f"{shown}: is not a {OPTION_KINDS[kind]}")
+        setattr(parser, name, kind(value))
 
 
 def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
     """Read the command line (without the program's name), ``--config`` and the environment; but not
     ANTHROPIC_BASE_URL, which names this very gateway on a user's machine. Raises SettingsError."""
-    parser, values = OptionParser(), dict[str, Any]()
+    parser, values = Options(), dict[str, Any]()
     define_logging_options(parser)
     kinds = {name.replace("_", "-"): type(value or "") for name, value in parser.items()}
     kinds |= {"help": bool, "log-to-stderr": bool}
@@ -369,22 +357,22 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
             parser.define(each.name, value, kind, told, group="Gateway")
             kinds[each.name.replace("_", "-")] = kind
     try:
-        given = read_options(parser, kinds, arguments)
+        read_options(parser, kinds, arguments)
+        if parser.version:
+            print("gateway", __version__)
+            sys.exit(0)
         if parser.logging.lower() not in LOG_LEVELS:
             raise SettingsError(f"--logging={parser.logging}: is not {', '.join(LOG_LEVELS)}")
-        if "keys" not in given:
-            with contextlib.suppress(OSError):
-                if parser.keys.read_bytes() == SHIPPED_KEYS:
-                    parser.keys = LOCAL_KEYS
-        try:
+        with contextlib.suppress(OSError):
+            if parser.keys is Settings.keys and parser.keys.read_bytes() == SHIPPED_KEYS:
+                parser.keys = LOCAL_KEYS  # as no other was named
+        with blaming("--log-file-prefix, --log-rotate-…"):
             parser.run_parse_callbacks()  # which open the log
-        except (OSError, ValueError) as error:
-            raise SettingsError(f"--log-file-prefix, --log-rotate-…: {error}") from None
         chosen = parser.group_dict("Gateway").items()
         values |= {name: value for name, value in chosen if value not in ("", Path())}
         return Settings(**values, **read_secrets(environment))
     except SettingsError as error:
-        error.as_json = parser.log_json or bool({"--log-json", "--log-json=true"} & {*arguments})
+        error.as_json = parser.log_json or "--log-json" in arguments
         raise
 
 
@@ -397,8 +385,6 @@ ERROR_TYPES |= {401: "authentication_error", 403: "permission_error", 404: "not_
 ERROR_TYPES |= {413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}
 # Else the SDKs (anthropic/_base_client.py, _should_retry) and Claude Code try again for minutes.
 DO_NOT_RETRY = ("x-should-retry", "false")
-
-
 WHOM_TO_ASK = re.compile("whoever runs the gateway", re.IGNORECASE)  # where --contact says no more
 
 
@@ -1365,7 +1351,9 @@ def models_in(document: object, route: Route) -> Iterator[object]:
 MAX_NAMED = 20  # patterns that a refusal tells
 
 
-async def check_models(models: list[str], route: Route, document: Any, breathe: Breathe) -> None:
+async def check_models(
+    models: list[str], route: Route, document: Any, breathe: Breathe, of: str = "key"
+) -> None:
     """Raise APIError 403 unless every model that a body may reach is one of these patterns'."""
     checked: set[str] = set()
     for number, value in enumerate(models_in(document, route), start=1):
@@ -1377,7 +1365,7 @@ async def check_models(models: list[str], route: Route, document: Any, breathe: 
         if value is not None and model not in checked:
             checked.add(model)
             if not any(fnmatch.fnmatchcase(model, pattern) for pattern in models):
-                text = f"This key may not use the model {model_of(model)!r}; it may use"
+                text = f"This {of} may not use the model {model_of(model)!r}; it may use"
                 allowed = printable(", ".join(models[:MAX_NAMED]))
                 raise APIError(403, f"{text} {allowed}{', …' if models[MAX_NAMED:] else ''}.")
 
@@ -2018,14 +2006,8 @@ class StoreFile:
         """Add lines and fsync, or leave the file as it was. Raises OSError as `write` does."""
         self._refuse_edit()
         with open(self.path, "ab", buffering=0) as file:
-            size, data = file.tell(), b"".join(line + b"\n" for line in lines)
             try:
-                while data:
-                    data = data[file.write(data) :]
-                os.fsync(file.fileno())
-            except BaseException:
-                file.truncate(size)
-                raise
+                append_whole(file, b"".join(line + b"\n" for line in lines))
             finally:
                 self._mark = mark_of(file.fileno())
         self._recover()
@@ -2049,6 +2031,18 @@ class StoreFile:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+
+def append_whole(file: io.FileIO, data: bytes) -> None:
+    """Write behind what a file has, and fsync, or leave it as it was."""
+    size = file.seek(0, os.SEEK_END)
+    try:
+        while data:
+            data = data[file.write(data) :]
+        os.fsync(file.fileno())
+    except BaseException:
+        file.truncate(size)
+        raise
 
 
 class Things:
@@ -2188,7 +2182,7 @@ class FileLedger:
         status = record.status(moment)
         if status == "active" and len(self.groups) > 1:
             blocked = (of for of in self.limited(record) if of.blocked)
-            status = next((f"its {of.of} is blocked" for of in blocked), status)
+            status = next((f"its {of.of}" for of in blocked), status)
         return record, status
 
     def record(self, name: str) -> Limited | None:
@@ -2280,7 +2274,8 @@ class FileLedger:
             for name, amount in amounts.items():
                 of.account.windows[name].held -= amount
         if hold.pays and hold.accounts:
-            hold.accounts[0].account.last_active = moment_of(int(time.time()))
+            for of in hold.accounts:
+                of.account.last_active = moment_of(int(time.time()))
             if not charges or charges[0][0] != model:
                 charges = [(model, Tally()), *charges]
             charges[0][1].requests, charges[0][1].errors = 1, int(failed)
@@ -4392,6 +4387,8 @@ MAX_LABELS = 1000  # keys, and keys with their models, that /metrics tells apart
 # Seconds; LiteLLM's buckets of its latency metrics.
 LATENCY_BUCKETS = [0.0005, 0.001, 0.0025, 0.005, 0.0125, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0]
 LATENCY_BUCKETS += [2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0]
+LOG_SIZE, LOG_FLAGS = 64 * MIB, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+FILTERED = {"litellm_call_id", "request_id", "api_key", "user", "status", "startTime"}
 TIMINGS = ("total", "first_byte", "upstream", "overhead")
 LOG_LINE = log.makeRecord(log.name, logging.INFO, "relay", 0, "", (), None)
 shown_word = functools.lru_cache(maxsize=1024)(word)  # most lines have the same
@@ -4502,6 +4499,62 @@ def log_record(record: Record) -> None:
     LOG_LINE.msg, LOG_LINE.created = record, time.time()
     for handler in logging.root.handlers:
         handler.handle(LOG_LINE)
+
+
+class RequestLog:
+    """The last ``most`` requests, and a file of all (empty: none), as rows of /spend/logs: read at
+    the start, written each second. At LOG_SIZE it becomes ".1", and what was ".1" is gone."""
+
+    def __init__(self, path: str, most: int) -> None:
+        self._path, self._error, self._saving = path, "", asyncio.Lock()
+        self._recent = collections.deque[Record | bytes](maxlen=most)
+        self._waiting = collections.deque[Record](maxlen=most)
+        for name in (f"{path}.1", path) if path else ():
+            with contextlib.suppress(OSError), open(name, "rb") as file:
+                self._recent.extend(file)
+
+    def append(self, record: Record) -> None:
+        """Remember a request that is over."""
+        self._recent.append(record)
+        if self._path:
+            self._waiting.append(record)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The newest first; a line that is damaged is passed over."""
+        for each in reversed(self._recent):
+            row = dict_of(read_json(each, Any)) if isinstance(each, bytes) else each.to_spend_log()
+            if row.keys() >= FILTERED and isinstance(row["startTime"], str):
+                yield row
+
+    async def run(self) -> None:
+        """Save once a second, until cancelled."""
+        while True:
+            await asyncio.sleep(FLUSH_INTERVAL)
+            await self.save()
+
+    async def save(self) -> None:
+        """Write what is not written; what cannot be is tried again, as far as it is remembered."""
+        async with self._saving:
+            rows, self._waiting = self._waiting, collections.deque(maxlen=self._waiting.maxlen)
+            try:
+                await asyncio.to_thread(self._write, rows) if rows else None
+                self._error = ""
+            except Exception as error:  # noqa: BLE001 - whatever it is, requests go on
+                rows.extend(self._waiting)
+                if str(error) != self._error:
+                    log.error("the request log cannot be written: %s", error)
+                self._waiting, self._error = rows, str(error)
+
+    def _write(self, rows: Iterable[Record]) -> None:
+        data = b"".join(json.dumps(row.to_spend_log()).encode() + b"\n" for row in rows)
+        descriptor = os.open(self._path, LOG_FLAGS, STORE_MODE)
+        with open(descriptor, "ab+", buffering=0) as file:
+            if size := file.tell():
+                file.seek(size - 1)
+                data = data if file.read(1) == b"\n" else b"\n" + data  # it was cut
+            append_whole(file, data)
+        if size + len(data) > LOG_SIZE:
+            os.replace(self._path, f"{self._path}.1")
 
 
 @dataclass(slots=True)
@@ -4661,7 +4714,9 @@ class Doors:
                 if status != "active":
                     if record is not None and not refused:
                         record.belongs_to(key)
-                    refused = refused or ("blocked" if status == "revoked" else status)
+                    its = f"'s {status[4:]} is blocked" if status.startswith("its ") else ""
+                    status = "blocked" if status == "revoked" else status
+                    refused = refused or its or f" is {status}"
                 elif caller.key is None and not caller.is_master:
                     caller.key = key
             else:
@@ -4674,7 +4729,7 @@ class Doors:
             return caller
         text = "No API key was sent. Send a virtual key as 'x-api-key' or 'Authorization: Bearer'."
         if refused:
-            text = f"This virtual key is {refused}. Ask whoever runs the gateway for another."
+            text = f"This virtual key{refused}. Ask whoever runs the gateway for another."
         elif shown:
             text = "Unknown API key. Use a virtual key that this gateway gave out."
         raise APIError(401, text)
@@ -5009,21 +5064,50 @@ def too_large(limit: int) -> APIError:
 
 
 class Models(Rule):
-    """Which models a key may use."""
+    """Which models a key, its team and its user may use; the list of models has no others."""
 
     async def head(self, visit: Visit) -> None:
-        key = visit.caller.key
-        if key is not None and key.models and not visit.route.unread:
-            visit.reads_body = True
+        if not any(models_of(visit)):
+            return
+        visit.reads_body = visit.reads_body or not visit.route.unread
+        if visit.is_pooled and visit.route.fetches and visit.path.rstrip("/") == "/v1/models":
+            path, _, query = visit.target.partition("?")
+            asked = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+            if most := rows_asked(asked):  # else the upstream says what is wrong
+                told = urllib.parse.urlencode(asked | {"limit": MAX_ROWS_LISTED})
+                visit.target, backwards = f"{path}?{told}", bool(asked.get("before_id"))
+                visit.listing = functools.partial(self.list_usable, most=most, backwards=backwards)
+                is_empty = visit.head.method == "HEAD"
+                visit.hidden |= LIST_FIELDS | ({"content-length"} if is_empty else set())
 
     async def body(self, visit: Visit, body: Kept) -> None:
-        key, route = visit.caller.key, visit.route
-        if key is None or not key.models or route.unread:
-            return
-        document = await body.read(strictly=True, wholly=not route.open)
-        if not document and not (route.open or route.deletes):
-            raise APIError(403, "This key is limited to some models, and this request names none.")
-        await check_models(key.models, route, document, body.breathe)
+        route = visit.route
+        for of, models in () if route.unread else models_of(visit):
+            document = await body.read(strictly=True, wholly=not route.open)
+            if not document and not (route.open or route.deletes):
+                text = "is limited to some models, and this request names none."
+                raise APIError(403, f"This {of} {text}")
+            await check_models(models, route, document, body.breathe, of)
+
+    def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
+        if visit.listing is None or visit.route.kind or head.status != 200:
+            return ()
+        return (ResponseFilter(rewrite=functools.partial(visit.listing, visit)),)
+
+    async def list_usable(self, visit: Visit, body: bytes, *, most: int, backwards: bool) -> bytes:
+        """A page of those that may be used, of all."""
+        document = dict_of(read_json(body, Any))
+        rows = list_of(document.get("data"))
+        for _, models in models_of(visit):
+            rows = [r for r in rows if any(fnmatch.fnmatchcase(id_of(r), m) for m in models)]
+        shown = rows[-most:] if backwards else rows[:most]
+        return as_list(body, document, shown, len(rows) > most or document.get("has_more"))
+
+
+def models_of(visit: Visit) -> Iterator[tuple[str, list[str]]]:
+    """What limits its caller to some models, and to which."""
+    limited = (of for of in visit.accounts if of.models and ALL_TEAM_MODELS not in of.models)
+    return ((of.of, of.models) for of in limited)
 
 
 @functools.lru_cache(maxsize=256)
@@ -5043,9 +5127,11 @@ class Fields(Rule):
         unwanted = head.options
         if caller.own is None:
             unwanted |= {WORKSPACE_FIELD}
-            if visit.route.results_of or (visit.route.kind and not visit.route.name):
+            is_list = visit.listing or visit.route.kind and not visit.route.name
+            if visit.route.results_of or is_list:
                 unwanted |= {"range", "if-range"}  # of a part nobody can tell what it is
-        offered = head.values.get("accept-encoding") if visit.route.is_read else None
+        is_read = visit.route.is_read or visit.listing
+        offered = head.values.get("accept-encoding") if is_read else None
         for lower, _, name, line, goes_up, _ in head.fields:
             if not goes_up or lower in unwanted:
                 continue
@@ -5249,7 +5335,7 @@ class Walls(Rule):
         # Without walls, what a request names still tells where it has to go.
         looks = visit.is_pooled and visit.gateway.real_keys.several
         if key is not OPERATOR:
-            visit.hidden, visit.owner = IDENTITY_FIELDS, key.owner
+            visit.hidden, visit.owner = visit.hidden | IDENTITY_FIELDS, key.owner
         elif not looks:
             return
         has_walls = key.resources != "all"
@@ -5961,7 +6047,8 @@ class Gateway:
         self.origin, self.base_path = parse_upstream(settings.upstream)
         self.host_line = f"Host: {self.origin.authority}"
         self.traffic = Traffic()
-        self.recent: collections.deque[Record] = collections.deque(maxlen=settings.recent_requests)
+        path = settings.request_log or f"{os.path.realpath(settings.keys)}.requests"
+        self.recent = RequestLog("" if path == "none" else path, settings.recent_requests)
         self.active: set[RelayHandler] = set()
         self.started = now()
         self.sessions = Sessions()
@@ -5972,6 +6059,7 @@ class Gateway:
         """Write what is not written, and free all."""
         self.alerts.close()
         self.client.close()
+        await self.recent.save()
         await self.ledger.close()
 
 
@@ -6835,12 +6923,12 @@ class ReportHandler(ManagementHandler):
         hashed = shown if not shown or HASH.fullmatch(shown) else hash_key(shown)
         gateway, mine = self.gateway, self.mine
         owned = {mine.account.hashed, *mine.retired} if mine else set()
-        records: Iterable[Record] = reversed(gateway.recent)
+        rows: Iterable[dict[str, Any]] = gateway.recent.rows()
         if status == UNDER_WAY:
-            records = [handler._visit.record for handler in gateway.active]
+            rows = [handler._visit.record.to_spend_log() for handler in gateway.active]
         found = (
             row
-            for row in (record.to_spend_log() for record in records)
+            for row in rows
             if (wanted in ("", row["litellm_call_id"], row["request_id"]))
             and (hashed in ("", row["api_key"]) and user in ("", row["user"]))
             and (status in ("", UNDER_WAY, row["status"]))
@@ -6975,7 +7063,8 @@ class HelloHandler(BaseHandler):
         base = f"{self.request.protocol}://{self.request.host}"
         told = CONNECT.format(base=base, key="<a virtual key>")
         whom = self.gateway.settings.contact or "whoever runs it"
-        self.finish(f"A gateway to Anthropic's API. Ask {whom} for a key, and {told}\n")
+        own = f"What a key has left: {base}/ui, or GET {base}/key/info with it."
+        self.finish(f"A gateway to Anthropic's API. Ask {whom} for a key, and {told}\n\n{own}\n")
 
     head = get
 
@@ -7038,6 +7127,8 @@ class PageHandler(BaseHandler):
             self.set_header(name, value)
         self.finish(PAGE)
 
+    head = get
+
 
 SPEND_GROUPS = {"daily": "1d", "weekly": "7d", "monthly": "1mo"}
 
@@ -7087,9 +7178,8 @@ class HealthHandler(BaseHandler):
         upstreams = {each["name"]: each["state"] for each in gateway.real_keys.states()}
         refused = [name for name, state in upstreams.items() if state == REFUSED]
         is_well = not error and not (refused and len(refused) == len(upstreams))
-        status = "healthy" if is_well else "unhealthy"
-        if gateway.phase is not GatewayPhase.SERVING:
-            status = "shutting_down"
+        is_here = gateway.phase is GatewayPhase.SERVING
+        status = ("healthy" if is_well else "unhealthy") if is_here else "shutting_down"
         prices = "loaded" if gateway.prices.loaded else "loading"
         told = dict[str, Any](status=status, store=error or "writable", version=__version__)
         told["prices"] = prices if gateway.prices.available else "none"
@@ -7243,6 +7333,14 @@ class LineFormatter(logging.Formatter):
         return mask_keys(text) if KEY_LIKE.search(text) else text
 
 
+def mask_secrets(settings: Settings) -> None:
+    """Have the log mask these secrets, beside those that it masks already."""
+    real = [value.removeprefix("Bearer ") for _, value in real_keys(settings).values()]
+    for handler in logging.root.handlers:
+        if isinstance(line := handler.formatter, LineFormatter):
+            line.mask([settings.master_key, settings.master_key_next, *real])
+
+
 def log_request(handler: web.RequestHandler) -> None:
     """Tornado's access log for what is not relayed: without the query, where keys may stand."""
     if isinstance(handler, RelayHandler):  # which has a line of its own
@@ -7259,71 +7357,64 @@ PAGE = r"""<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
 :root { color-scheme: light dark; --paper: light-dark(#f5f6f8, #121419); --card: light-dark(#fff,
-  #1b1e25); --ink: light-dark(#1a1f29, #e6e9ee); --soft: light-dark(#5b6473, #9ca5b4);
-  --line: light-dark(#dfe3e9, #31363f); --accent: light-dark(#2356c5, #8fb2ff);
-  --good: light-dark(#2a8052, #4cc38a); --warn: light-dark(#9a6400, #e5b53f);
-  --bad: light-dark(#c0271e, #ff7f76); background: var(--paper); color: var(--ink);
-  font: 14px/1.45 system-ui, sans-serif }
-.c0 { --x: #4e79a7 } .c1 { --x: #f28e2b } .c2 { --x: #59a14f } .c3 { --x: #e15759 }
-.c4 { --x: #76b7b2 } .c5 { --x: #d4af2a } .c6 { --x: #b07aa1 } .c7 { --x: #ff9da7 }
-.c8 { --x: #9c755f } .c9 { --x: #99a1ac }
-* { box-sizing: border-box } body { margin: 0 } [hidden] { display: none !important }
-h1 { font-size: 16px; margin: 0 } h2 { font-size: 14px; margin: 0 } a { color: var(--accent) }
-header, .bar { display: flex; flex-wrap: wrap; gap: 6px 8px; align-items: center }
-header { padding: 8px 20px; background: var(--card); border-bottom: 1px solid var(--line) }
-nav { display: flex; flex: 1; overflow-x: auto } .bar { margin-bottom: 8px }
-nav a { padding: 5px 10px; border-radius: 6px; color: var(--soft); text-decoration: none }
-nav a[aria-current] { background: var(--paper); color: var(--ink); font-weight: 600 }
-.bar h2 { margin-right: auto } #views { max-width: 1440px; margin: auto; padding: 14px 20px }
-footer { padding: 0 20px 20px } footer, small, dt, #who, #spans small { color: var(--soft) }
-small { font-size: 12px } .grid, .column, section { display: grid; gap: 14px; min-width: 0 }
-.column, section { grid-template-columns: minmax(0, 1fr); align-content: start }
-.grid { grid-template-columns: minmax(0, 7fr) minmax(0, 3fr) }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; min-width: 0;
-  padding: 12px 14px } .list { list-style: none; margin: 0; padding: 0 }
-button, input, select, textarea { font: inherit; color: inherit; background: var(--card);
-  border: 1px solid var(--line); border-radius: 6px; padding: 4px 9px; max-width: 100% }
-button { cursor: pointer } button:hover { border-color: var(--soft) }
-.main { background: light-dark(#2356c5, #3b6fdc); border-color: #0000; color: #fff }
-.link { border: 0; padding: 0; color: var(--accent); background: none }
-.bad, .error, #message.error { color: var(--bad) } .good { color: var(--good) } .warn { color: var(--warn) }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
-#spans { display: grid; grid-template-columns: repeat(5, minmax(0, 1fr)); gap: 10px }
-#spans button { text-align: left; border-radius: 10px; padding: 8px 14px }
-#spans [aria-pressed=true] { border-color: var(--accent); box-shadow: 0 0 0 1px var(--accent) }
-#spans b { display: block; font-size: 22px; line-height: 1.3 }
-#chart { height: 220px } #chart svg { display: block; width: 100%; height: 100% }
-#chart text { fill: var(--soft); font-size: 11px } #chart line { stroke: var(--line) }
-#chart rect, .dot { fill: var(--x); background: var(--x) } #chart rect:hover { opacity: .75 }
-.dot { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 6px }
-#legend { display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: 12px }
-.scroll { overflow: auto; max-height: 70vh } .column .scroll { max-height: 372px }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-td, th button { padding: 4px 7px; white-space: nowrap } .number { text-align: right }
-td { border-bottom: 1px solid var(--line); max-width: 300px; overflow: hidden;
-  text-overflow: ellipsis } .wide { white-space: normal; min-width: 190px; overflow-wrap: anywhere }
-th { position: sticky; top: 0; background: var(--card); padding: 0; text-align: left; z-index: 1 }
-th button { border: 0; font-weight: 600; color: var(--soft); background: none }
-[aria-sort=ascending] button::after { content: " ↑" }
-[aria-sort=descending] button::after { content: " ↓" }
-tfoot td { font-weight: 600; position: sticky; bottom: 0; background: var(--card) }
-.budget { padding: 4px 0; min-width: 240px; white-space: normal; text-align: left }
-.budget > span { display: flex; justify-content: space-between; gap: 10px; overflow-wrap: anywhere }
-[role=meter] { height: 6px; border-radius: 3px; background: var(--line); margin: 3px 0 }
-[role=meter] i { display: block; height: 100%; border-radius: 3px; background: currentColor }
-dialog { border: 1px solid var(--line); border-radius: 12px; background: var(--card); width: 680px;
-  color: inherit; max-width: calc(100vw - 20px) } dialog::backdrop { background: #0007 }
-label { display: block; margin: 8px 0 } label small { display: block }
-label > :not([type=checkbox], small, select) { display: block; width: 100% }
-.fields { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: 0 16px }
-pre, #made-key { background: var(--paper); padding: 8px 10px; border-radius: 6px; margin: 4px 0;
-  white-space: pre-wrap; overflow-wrap: anywhere } dl { margin: 0 }
-dd { margin: 0 0 6px; overflow-wrap: anywhere } #login { max-width: 380px; margin: 12vh auto }
-#login input, #login button { width: 100%; padding: 8px 10px; margin: 4px 0 }
-#message { inset: auto auto 14px 50%; transform: translateX(-50%); margin: 0; color: var(--ink);
-  background: var(--card); border: 1px solid; border-radius: 8px; padding: 8px 14px }
-@media (max-width: 900px) { .grid { grid-template-columns: minmax(0, 1fr) } nav { order: 9;
-  flex-basis: 100% } #spans { grid-template-columns: 1fr 1fr } #views, header { padding: 8px } }
+  #1b1e25); --ink: light-dark(#1a1f29, #e6e9ee); --soft: light-dark(#5b6473, #9ca5b4); --line:
+  light-dark(#dfe3e9, #31363f); --accent: light-dark(#2356c5, #8fb2ff); --good: light-dark(#2a8052,
+  #4cc38a); --warn: light-dark(#9a6400, #e5b53f); --bad: light-dark(#c0271e, #ff7f76); background:
+  var(--paper); color: var(--ink); font: 14px/1.45 system-ui, sans-serif } .c0 { --x: #4e79a7 } .c1
+  { --x: #f28e2b } .c2 { --x: #59a14f } .c3 { --x: #e15759 } .c4 { --x: #76b7b2 } .c5 { --x: #d4af2a
+  } .c6 { --x: #b07aa1 } .c7 { --x: #ff9da7 } .c8 { --x: #9c755f } .c9 { --x: #99a1ac } * {
+  box-sizing: border-box } body { margin: 0 } [hidden] { display: none !important } h1 { font-size:
+  16px; margin: 0 } h2 { font-size: 14px; margin: 0 } a { color: var(--accent) } header, .bar {
+  display: flex; flex-wrap: wrap; gap: 6px 8px; align-items: center } header { padding: 8px 20px;
+  background: var(--card); border-bottom: 1px solid var(--line) } nav { display: flex; flex: 1;
+  overflow-x: auto } .bar { margin-bottom: 8px } nav a { padding: 5px 10px; border-radius: 6px;
+  color: var(--soft); text-decoration: none } nav a[aria-current] { background: var(--paper); color:
+  var(--ink); font-weight: 600 } .bar h2 { margin-right: auto } #views { max-width: 1440px; margin:
+  auto; padding: 14px 20px } #who { margin-left: auto } footer { padding: 0 20px 20px } footer,
+  small, dt, #who, #spans small { color: var(--soft) } small { font-size: 12px } .grid, .column,
+  section { display: grid; gap: 14px; min-width: 0 } .column, section { grid-template-columns:
+  minmax(0, 1fr); align-content: start } .grid { grid-template-columns: minmax(0, 7fr) minmax(0,
+  3fr) } .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+  min-width: 0; padding: 12px 14px } .list { list-style: none; margin: 0; padding: 0 } button,
+  input, select, textarea { font: inherit; color: inherit; background: var(--card); border: 1px
+  solid var(--line); border-radius: 6px; padding: 4px 9px; max-width: 100% } button { cursor:
+  pointer } button:hover { border-color: var(--soft) } .main { background: light-dark(#2356c5,
+  #3b6fdc); border-color: #0000; color: #fff } .link { border: 0; padding: 0; color: var(--accent);
+  background: none } .bad, .error, #message.error { color: var(--bad) } .good { color: var(--good) }
+  .warn { color: var(--warn) } :focus-visible { outline: 2px solid var(--accent); outline-offset:
+  1px } #spans { display: grid; grid-template-columns: repeat(5, minmax(0, 1fr)); gap: 10px } #spans
+  button { text-align: left; border-radius: 10px; padding: 8px 14px } #spans [aria-pressed=true] {
+  border-color: var(--accent); box-shadow: 0 0 0 1px var(--accent) } #spans b { display: block;
+  font-size: 22px; line-height: 1.3 } #chart { height: 220px } #chart svg { display: block; width:
+  100%; height: 100% } #chart text { fill: var(--soft); font-size: 11px } #chart line { stroke:
+  var(--line) } #chart rect, .dot { fill: var(--x); background: var(--x) } #chart rect:hover {
+  opacity: .75 } .dot { display: inline-block; width: 10px; height: 10px; border-radius: 3px;
+  margin-right: 6px } #legend { display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: 12px }
+  .scroll { overflow: auto; max-height: 70vh } .column .scroll { max-height: 372px } table {
+  border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums } td, th button {
+  padding: 4px 5px; white-space: nowrap } .number { text-align: right } td { border-bottom: 1px
+  solid var(--line); max-width: 300px; overflow: hidden; text-overflow: ellipsis } .wide {
+  white-space: normal; min-width: 240px; overflow-wrap: anywhere } th { position: sticky; top: 0;
+  background: var(--card); padding: 0; text-align: left; z-index: 1 } th button { border: 0;
+  font-weight: 600; color: var(--soft); background: none } [aria-sort=ascending] button::after {
+  content: " ↑" } [aria-sort=descending] button::after { content: " ↓" } tfoot td { font-weight:
+  600; position: sticky; bottom: 0; background: var(--card) } .budget { padding: 4px 0; min-width:
+  240px; white-space: normal; text-align: left } .budget > span { display: flex; justify-content:
+  space-between; gap: 10px; overflow-wrap: anywhere } [role=meter] { height: 6px; border-radius:
+  3px; background: var(--line); margin: 3px 0 } [role=meter] i { display: block; height: 100%;
+  border-radius: 3px; background: currentColor } dialog { border: 1px solid var(--line);
+  border-radius: 12px; background: var(--card); width: 680px; color: inherit; max-width: calc(100vw
+  - 20px) } dialog::backdrop { background: #0007 } label { display: block; margin: 8px 0 } label
+  small { display: block } label > :not([type=checkbox], small, select) { display: block; width:
+  100% } .fields { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap:
+  0 16px } pre, #made-key { background: var(--paper); padding: 8px 10px; border-radius: 6px; margin:
+  4px 0; white-space: pre-wrap; overflow-wrap: anywhere } dl { margin: 0 } dd { margin: 0 0 6px;
+  overflow-wrap: anywhere } #login { max-width: 380px; margin: 12vh auto } #login input, #login
+  button { width: 100%; padding: 8px 10px; margin: 4px 0 } #message { inset: auto auto 14px 50%;
+  transform: translateX(-50%); margin: 0; color: var(--ink); background: var(--card); border: 1px
+  solid; border-radius: 8px; padding: 8px 14px } @media (max-width: 900px) { header h1 { display:
+  none } .grid { grid-template-columns: minmax(0, 1fr) } nav { order: 9; flex-basis: 100% } #spans {
+  grid-template-columns: 1fr 1fr } #views, header { padding: 8px } }
 </style>
 <form id="login" class="card" method="post" action="/ui/login" hidden>
   <h1>Gateway</h1>
@@ -7348,7 +7439,8 @@ dd { margin: 0 0 6px; overflow-wrap: anywhere } #login { max-width: 380px; margi
 const $ = (id) => document.getElementById(id), DAY = 86400000;
 const NEAR = 80, IDLE_DAYS = 7, ROWS = 100, LOGS = 2000;  // percent, days, rows
 const SVG = new Set(["svg", "rect", "line", "text", "title"]);
-const data = {};  // what the API has told
+const nothing = () => ({keys: [], teams: [], users: [], logs: [], under: [], draws: [], lives: []});
+const data = nothing();  // what the API has told, and what draws it
 let session = null;
 
 // An element. Its children are texts or elements, never HTML, whatever somebody called his key.
@@ -7363,6 +7455,8 @@ function h(tag, props, ...children) {
   node.append(...children.flat(9).filter((child) => child != null && child !== false));
   return node;
 }
+const button = (deed, text, onclick, more) =>
+  h("button", {type: "button", "data-do": deed, onclick, ...more}, text);
 
 // Give an element these children; what looks as before stays, with its focus and selection.
 function put(parent, nodes) {
@@ -7372,8 +7466,7 @@ function put(parent, nodes) {
     old.delete(node.dataset.id);
     if (!was || was.isEqualNode(node)) return was ?? node;
     const place = [...was.querySelectorAll("button")].indexOf(document.activeElement);
-    was.replaceWith(node);
-    node.querySelectorAll("button")[place]?.focus();
+    was.replaceWith(node); node.querySelectorAll("button")[place]?.focus();
     return node;
   });
   old.forEach((node) => node.remove());
@@ -7403,11 +7496,8 @@ function say(text, isError = false) {
   else {
     const message = $("message");
     message.hidePopover();  // and shown again, above a dialog
-    message.textContent = text;
-    message.classList.toggle("error", isError);
-    message.showPopover();
-    clearTimeout(say.timer);
-    say.timer = setTimeout(() => message.hidePopover(), 8000);
+    message.textContent = text; message.classList.toggle("error", isError); message.showPopover();
+    clearTimeout(say.timer); say.timer = setTimeout(() => message.hidePopover(), 8000);
   }
 }
 const orSay = (promise, otherwise) => promise.catch((e) => (say(e.message, true), otherwise));
@@ -7464,19 +7554,18 @@ function table(name, title, columns, id, sorted = [], more = null) {
       : way < 0 ? "descending" : "ascending"));
     put(body, found.slice(page * ROWS, (page + 1) * ROWS).map((row) => h("tr", {"data-id": id(row)},
       columns.map((each) => cell(each, valueOf(each, row), row)))));
-    foot.replaceChildren(h("tr", null, columns.map((each, i) => each[2].unit && found.length ?
-      cell(each, summed(found, each[2].unit, (row) => valueOf(each, row)))
-      : h("td", null, i || !found.length || !columns.some((one) => one[2].unit) ? "" : "Sum"))));
+    const sums = columns.map((each, i) => each[2].unit ? cell(each, summed(found, each[2].unit,
+      (row) => valueOf(each, row))) : h("td", null, i ? "" : "Sum"));
+    foot.replaceChildren(columns.some((each) => each[2].unit) ? h("tr", null, sums) : "");
     count.textContent = `${exact.format(found.length)} row${found.length === 1 ? "" : "s"}`
       + (pages > 1 ? ` · page ${page + 1} of ${pages}` : "");
-    count.dataset.rows = found.length;
-    turns.forEach((button) => { button.hidden = pages < 2; });
+    count.dataset.rows = found.length; turns.forEach((button) => { button.hidden = pages < 2; });
   };
-  const save = (ending, text) => h("button", {type: "button", "data-do": ending, onclick: () => {
+  const save = (ending, text) => button(ending, ending.toUpperCase(), () => {
     const href = URL.createObjectURL(new Blob([text(chosen())]));
     h("a", {href, download: `${name}-${ago(0)}.${ending}`}).click();
     setTimeout(URL.revokeObjectURL, 60000, href);
-  }}, ending.toUpperCase());
+  });
   const quoted = (value) => {  // no spreadsheet may take a text for a formula
     const apostrophe = typeof value === "string" && /^[-=+@\t\r]/.test(value) ? "'" : "";
     return `"${apostrophe}${String(value ?? "").replaceAll('"', '""')}"`;
@@ -7484,15 +7573,13 @@ function table(name, title, columns, id, sorted = [], more = null) {
   const csv = (found) => [named.map((each) => quoted(each[0])), ...found.map((row) =>
     named.map((each) => quoted(valueOf(each, row))))].map((line) => `${line}\r\n`).join("");
   const named = columns.filter((each) => each[1]);
-  const turns = [["previous", "‹", -1], ["next", "›", 1]].map(([deed, text, step]) => h(
-    "button", {type: "button", "data-do": deed, "aria-label": `${words(deed)} page`,
-    onclick: () => { page = Math.max(0, page + step); draw(); }}, text));
+  const turns = [["previous", "‹", -1], ["next", "›", 1]].map(([deed, text, step]) => button(
+    deed, text, () => { page = Math.max(0, page + step); draw(); }, {"aria-label": words(deed)}));
   const find = h("input", {type: "search", placeholder: "Filter", "aria-label": `Filter ${title}`,
     size: 10, oninput: () => { page = 0; draw(); }});
-  const heads = columns.map(([field, label, kind]) => h("th", {scope: "col", class: kind.is}, h(
-    "button", {type: "button", onclick: () => {
-      [by, way] = [field, by === field ? -way : kind.is === "number" ? -1 : 1];
-      draw();
+  const heads = columns.map(([field, label, kind]) => h("th", {scope: "col", class: kind.is},
+    label && h("button", {type: "button", onclick: () => {
+      [by, way] = [field, by === field ? -way : kind.is === "number" ? -1 : 1]; draw();
     }}, label)));
   const body = h("tbody"), foot = h("tfoot"), count = h("small", {role: "status", "data-rows": 0});
   const node = h("div", {class: "card", "data-table": name},
@@ -7559,19 +7646,19 @@ function nameOf(field, row) {
   return row.key_alias || row.key_name || (known ? thing.named(known) : row[field]) || "(none)";
 }
 
-function usage(source, groups) {
+function usage(source, groups, title) {
   let span = "30", asked = 0;
   const select = (id, label, options) => h("select", {id, "aria-label": label, onchange: () =>
     show()}, options.map(([value, text]) => h("option", {value}, text)));
   const legend = h("ul", {id: "legend", class: "list"}), group = select("group", "By", groups);
   const measure = select("measure", "Measure", SUMS.slice(0, 3)), box = h("div", {id: "chart"});
-  const [from, to] = ["from", "to"].map((id) => h("input", {type: "date", id, "aria-label": words(id),
-    onchange: () => { span = "free"; show(); }})), draw = chart(box, legend);
+  const [from, to] = ["from", "to"].map((id) => h("input", {type: "date", id, "aria-label":
+    words(id), onchange: () => { span = "free"; show(); }})), draw = chart(box, legend);
   const tiles = ["today", "7", "30", "month", "free"].map((name) => h("button", {"data-span": name,
     onclick: () => { span = name; show(); }}, SPANS[name], h("b", {"data-sum": "spend"}), h("small",
     null, h("span", {"data-sum": "tokens"}), " tokens · ", h("span", {"data-sum": "requests"}),
     " requests")));
-  const spent = table("spent", "Who spent what", [["name", "Name", TEXT], SUMS[0], ["share", "Share",
+  const spent = table("spent", title, [["name", "Name", TEXT], SUMS[0], ["share", "Share",
     PERCENT], ...SUMS.slice(1)], (row) => row.id, ["spend", -1]);
   const daily = table("days", "By day", [["day", "Day (UTC)", TEXT], ...SUMS], (row) => row.day,
     ["day", -1]);
@@ -7581,14 +7668,18 @@ function usage(source, groups) {
     const first = since[span], last = span === "free" && to.value || today;
     if (![from, to].includes(document.activeElement)) [from.value, to.value] = [first, last];
     tiles.forEach((tile) => tile.setAttribute("aria-pressed", tile.dataset.span === span));
-    const [recent, free, stacked, sums] = await Promise.all([source(ago(30), today, "day"),
-      source(first, last, "day"), source(first, last, `day,${by}`, 9), source(first, last, by)]);
-    if (turn !== asked) return;
-    const past = merged(recent, "day"), days = merged(free, "day"), kind = SUMS.find((each) =>
-      each[0] === measure.value)[2];
+    const told = [];  // one after the other, as far as they are still wanted
+    for (const what of [[first < ago(30) ? first : ago(30), last > today ? last : today, "day"],
+      [first, last, `day,${by}`, 9], [first, last, by]]) {
+      told.push(await source(...what));
+      if (turn !== asked) return;
+    }
+    const [all, stacked, sums] = told;
+    const past = merged(all, "day"), kind = SUMS.find((each) => each[0] === measure.value)[2];
+    const days = past.filter(({day}) => day >= first && day <= last);
     for (const tile of tiles) for (const [field, , {unit, show: text}] of SUMS.slice(0, 3)) {
       const rows = tile.dataset.span === "free" ? days
-        : past.filter((row) => row.day >= since[tile.dataset.span]);
+        : past.filter(({day}) => day >= since[tile.dataset.span] && day <= today);
       const place = tile.querySelector(`[data-sum=${field}]`);
       place.replaceChildren(text(place.dataset.value = summed(rows, unit, (row) => row[field])));
     }
@@ -7619,20 +7710,23 @@ const own = (kind, row) => fullest((row.budgets ?? []).filter((each) => each.of 
 function meter(budget, name, id) {
   const {max_budget: most, spend, budget_duration: length, budget_reset_at: ends} = budget;
   const part = fullness(budget) * 100, fill = h("i"), title = [name, budget.for].filter(Boolean);
+  const left = `${usd(Math.max(0, most - spend))} of ${usd(most)} left`;
   fill.style.width = `${Math.min(100, part)}%`;
   return h("li", {class: "budget", "data-id": [id, budget.for, length], "data-budget": id},
-    h("span", null, h("b", null, title.join(" · ")), `${usd(Math.max(0, most - spend))} of ${usd(most)} left`),
+    h("span", null, h("b", null, title.join(" · ")), left),
     h("div", {role: "meter", class: part >= 100 ? "bad" : part >= NEAR ? "warn" : "good",
       "aria-valuemin": 0, "aria-valuemax": 100, "aria-valuenow": Math.min(100, Math.floor(part)),
       "aria-label": `Percent spent of a budget of ${title.join(", ")}`}, fill),
     h("small", null, `${Math.floor(part)}% spent`, length && ` · ${length}`,
-      ends ? [" · resets ", age(ends), `, ${ends.slice(5, 16).replace("T", " ")}`] : " · for ever"));
+      ends ? [" · resets ", age(ends), ", ", ends.slice(5, 16).replace("T", " ")] : " · for ever"));
 }
 
 // Requests
-const callOf = (row) => row.litellm_call_id, keyOf = (row) => row.key_alias || row.api_key?.slice(0, 8);
-const REQUEST = [["startTime", "Time", CLOCK], ["key", "Key", TEXT, keyOf], ["model", "Model", TEXT],
-  ["outcome", "Outcome", WORD, (row) => row.outcome || "under way"], ["status_code", "Status", NUMBER],
+const callOf = (row) => row.litellm_call_id;
+const keyOf = (row) => row.key_alias || row.api_key?.slice(0, 8);
+const REQUEST = [["startTime", "Time", CLOCK], ["key", "Key", TEXT, keyOf],
+  ["model", "Model", TEXT], ["outcome", "Outcome", WORD, (row) => row.outcome || "under way"],
+  ["status_code", "Status", NUMBER],
   ["prompt_tokens", "In", COUNT], ["completion_tokens", "Out", COUNT], ["spend", "Cost", USD],
   ["time_to_first_byte", "First byte", SECONDS], ["duration", "Took", SECONDS],
   ["error", "Why", WIDE]];
@@ -7641,9 +7735,8 @@ function requests() {
   const recent = table("recent", "Most recent", REQUEST, callOf), refused = table("refused",
     "Refused, and why", [["times", "Times", NUMBER], ["key", "Key", TEXT], ["why", "Why", WIDE],
       ["last", "Last", AGE]], (row) => row.id, ["times", -1]);
-  data.draws.push(() => {
-    under.update(data.under);
-    recent.update(data.logs);
+  data.lives.push(() => {
+    under.update(data.under); recent.update(data.logs);
     const rows = data.logs.filter((row) => row.outcome?.startsWith("refused"));
     const alike = Map.groupBy(rows, (row) => `${keyOf(row)} ${row.error || row.outcome}`);
     refused.update([...alike].map(([id, [row, ...more]]) => ({id, times: more.length + 1,
@@ -7659,9 +7752,8 @@ async function poll() {
     if (rows.length && rows.every(isNew)) rows = await api(path + LOGS);
     const under = await api("/spend/logs?status=under_way");
     if (asked !== session) return;
-    data.under = under;
-    data.logs = [...rows.filter(isNew), ...data.logs].slice(0, LOGS);
-    data.draws.forEach((draw) => draw());
+    data.under = under; data.logs = [...rows.filter(isNew), ...data.logs].slice(0, LOGS);
+    data.lives.forEach((draw) => draw());
   })());
   setTimeout(poll, 2000);
 }
@@ -7673,15 +7765,13 @@ const THINGS = {
   user: {id: "user_id", list: "users", make: "new", named: (row) =>
     row.user_alias || row.user_email || row.user_id}};
 THINGS.api_key = THINGS.key;  // in reports
-const USUAL = new Set(["key_alias", "team_id", "team_alias", "user_id", "user_email", "models",
-  "max_budget", "budget_duration", "rpm_limit", "max_parallel_requests", "duration"]);
+const USUAL = ["key_alias", "team_id", "team_alias", "user_id", "user_email", "models",
+  "max_budget", "budget_duration", "rpm_limit", "max_parallel_requests", "duration"];
 const address = (kind, row) => ({[kind === "key" ? "key" : `${kind}_id`]: row[THINGS[kind].id]});
 
 function ask(text) {
   const dialog = $("ask");
-  $("ask-text").textContent = text;
-  dialog.returnValue = "";
-  dialog.showModal();
+  $("ask-text").textContent = text; dialog.returnValue = ""; dialog.showModal();
   return new Promise((done) => dialog.addEventListener("close", () =>
     done(dialog.returnValue === "yes"), {once: true}));
 }
@@ -7690,7 +7780,8 @@ async function act(kind, row, deed, more) {
   const {id, named} = THINGS[kind], name = named(row), what = `${kind} “${name}”`;
   const sure = {delete: `Delete ${what}${kind === "team" ? " and its keys" : ""} for good?`,
     reset_spend: `Set what ${what} spent in its present windows to $0?`, regenerate:
-    `Make a new value for ${what}? The old one works ${more?.grace_period ?? "no longer"}.`}[deed];
+    `Make a new value for ${what}? The old one works ${more?.grace_period
+      ? `for ${more.grace_period} more` : "no longer"}.`}[deed];
   if (sure && !await ask(sure)) return;
   let path = `/${kind}/${deed}`, body = {...address(kind, row), ...more};
   if (deed === "delete") body = {[kind === "key" ? "keys" : `${kind}_ids`]: [row[id]]};
@@ -7700,17 +7791,16 @@ async function act(kind, row, deed, more) {
   }
   await orSay(api(path, body).then(async (answer) => {
     if (deed === "regenerate") made(name, [answer]); else $("dialog").close();
-    say(`${words(deed)}: ${name}`);
-    await refresh();
+    say(`${words(deed)}: ${name}`); await refresh();
   }));
 }
 
 function copyable(text, tag = "pre", props = {}) {
   const node = h(tag, props, text);
-  return [node, h("button", {type: "button", "data-do": "copy", onclick: () => {
+  return [node, button("copy", "Copy", () => {
     getSelection().selectAllChildren(node);  // which works without TLS too
     say(document.execCommand("copy") ? "Copied." : "Select it, and copy it by hand.");
-  }}, "Copy")];
+  })];
 }
 const connect = (key, at = `${session.base}/anthropic`) => h("div", {id: "connect"},
   h("h2", null, "Claude Code"), copyable(
@@ -7719,18 +7809,18 @@ const connect = (key, at = `${session.base}/anthropic`) => h("div", {id: "connec
   copyable(`new Anthropic({ baseURL: "${at}", apiKey: "${key}" })`));
 
 function open(title, ...nodes) {
-  $("dialog").replaceChildren(h("div", {class: "bar"}, h("h2", {id: "heading"}, title), h("button",
-    {"data-do": "close", "aria-label": "Close", onclick: () => $("dialog").close()}, "✕")),
-  h("div", null, nodes));
+  const close = button("close", "✕", () => $("dialog").close(), {"aria-label": "Close"});
+  $("dialog").replaceChildren(h("div", {class: "bar"}, h("h2", {id: "heading"}, title), close),
+    h("div", null, nodes));
   if (!$("dialog").open) $("dialog").showModal();
 }
 
 function made(name, rows) {  // the only time that keys are shown: of one, or of many as a table
-  const warned = rows.flatMap((row) => row.warnings ?? []).map((text) => h("p", {class: "warn"}, text));
+  const warned = rows.flatMap((row) => row.warnings ?? []).map((text) =>
+    h("p", {class: "warn"}, text));
   const once = h("p", null, "Shown this once; it is kept nowhere."), [{key}] = rows;
-  if (name) {
-    return open(`Key of ${name}`, once, warned, copyable(key, "code", {id: "made-key"}), connect(key));
-  }
+  const shown = key && copyable(key, "code", {id: "made-key"});
+  if (name) return open(`Key of ${name}`, once, warned, shown, connect(key));
   const list = table("made", "Names and keys", [["key_alias", "Name", TEXT], ["key", "Key", WIDE],
     ["error", "Error", WIDE]], (row) => row.key_alias);
   list.update(rows);
@@ -7739,51 +7829,52 @@ function made(name, rows) {  // the only time that keys are shown: of one, or of
 
 // A field's control, after what the API says that its value must be.
 function control(name, must, value) {
-  if (must === "true or false") return h("input", {type: "checkbox", name, checked: value === true});
+  if (must === "true or false") return h("input", {type: "checkbox", name, checked: value});
   const choices = must.startsWith("'") && [...must.matchAll(/'(\w+)'/g)].map((match) => match[1]);
   if (choices) {
     return h("select", {name}, choices.map((one) => h("option", {selected: one === value}, one)));
   }
   const isList = Array.isArray(value) && value.every((each) => typeof each === "string");
+  const placeholder = must.replaceAll("'", '"');
   const text = isList ? value.join("\n") : value === null || `${value}` === "" ? ""
     : typeof value !== "object" ? value : Object.keys(value).length ? JSON.stringify(value) : "";
-  return /list|paths|object|[{[]/.test(must) ? h("textarea", {name, rows: 2, placeholder: must,
-    value: text}) : h("input", {name, placeholder: must, value: text, autocomplete: "off",
+  return /list|paths|object|[{[]/.test(must) ? h("textarea", {name, rows: 2, placeholder, value:
+    text}) : h("input", {name, placeholder, value: text, autocomplete: "off",
     list: {team_id: "teams", user_id: "users"}[name]});
 }
+const linesOf = (text, by) => text.split(by).map((each) => each.trim()).filter(Boolean);
 const textOf = (node) => node.type === "checkbox" ? node.checked : node.value.trim();
 function valueOf(must, text) {
-  const lines = (by) => text.split(by).map((each) => each.trim()).filter(Boolean);
   if (text === "") return null;
   if (must === "a string" || text === !!text) return text;
-  if (/^a list of strings|^paths/.test(must)) return lines(/[\n,]/);
+  if (/^a list of strings|^paths/.test(must)) return linesOf(text, /[\n,]/);
   try { return JSON.parse(text); } catch { return text; }  // and the API says what is wrong with it
 }
 
 function edit(kind, row, many) {
   const {id, make, named} = THINGS[kind], usual = [], rare = [], controls = [];
-  for (const [name, {help, must_be: must}] of Object.entries(session.fields[kind])) {
-    const has = !row || (name !== id && (name in row || name === "duration"));
-    if (!has || (many && name === "key_alias")) continue;
-    const node = control(name, must, row?.[name] ?? (name === "auto_create_key" || null));
+  const itsId = {[id]: {help: "left out, one is made", must_be: "a string"}};
+  const fields = {...!row && kind !== "key" && itsId, ...session.fields[kind]};
+  for (const name of new Set([...USUAL, ...Object.keys(fields)])) if (fields[name]) {
+    const {help, must_be: must} = fields[name];
+    if ((row && !(name in row || name === "duration")) || (many && name === "key_alias")) continue;
+    const node = control(name, must, row?.[name] ?? null);
     controls.push({name, node, must, was: textOf(node)});
     const label = h("label", null, words(name), " ", node, h("small", null, help));
-    (USUAL.has(name) ? usual : rare).push(label);
+    (USUAL.includes(name) ? usual : rare).push(label);
   }
   const names = many && h("textarea", {name: "names", rows: 6, required: true});
-  const deed = (name, more) => h("button", {type: "button", "data-do": name, onclick: () =>
-    act(kind, row, name, more?.())}, words(name));
+  const deed = (name, more) => button(name, words(name), () => act(kind, row, name, more?.()));
   const grace = h("input", {name: "grace_period", size: 16, placeholder: "grace, like 1d",
     "aria-label": "Grace period, for which the old key works too"});
   const submit = async (event) => {
-    event.preventDefault();
-    $("form-error").textContent = "";
+    event.preventDefault(); $("form-error").textContent = "";
     const body = row ? address(kind, row) : {}, post = (more) =>
       api(`/${kind}/${row ? "update" : make}`, {...body, ...more}), answers = [];
     for (const {name, node, must, was} of controls) {
       if (textOf(node) !== was) body[name] = valueOf(must, textOf(node));
     }
-    const aliases = new Set(many && valueOf("a list of strings", names.value.trim()));
+    const aliases = new Set(many ? linesOf(names.value, "\n") : []);
     for (const key_alias of aliases) answers.push(await post({key_alias}).catch((error) =>
       ({key_alias, error: error.message})));
     if (!many) answers.push(await post());
@@ -7811,19 +7902,21 @@ function edit(kind, row, many) {
 
 function things(kind) {
   const {id, list, named} = THINGS[kind];
-  const button = (row, deed, text, does) => !session.can_change ? text : h("button", {"data-do": deed,
-    class: deed === "change" && "link", onclick: () =>
-      does(data[list].find((each) => each[id] === row[id]))}, text);
-  const make = (name, text, ...how) => h("button", {id: name, onclick: () => edit(kind, ...how)}, text);
+  const deed = (row, name, text, does) => !session.can_change ? text : button(name, text, () =>
+    does(data[list].find((each) => each[id] === row[id])), {class: name === "change" && "link"});
+  const make = (id, text, ...how) => button("make", text, () => edit(kind, ...how), {id});
   return table(list, words(list), [
-    ["name", "Name", {show: (name, row) => button(row, "change", name, (now) => edit(kind, now))}, named],
+    ["name", "Name", {show: (name, row) => deed(row, "change", name, (now) => edit(kind, now))},
+      named],
     ["status", "Status", WORD], ...kind === "key" ? [["team_id", "Team", TEXT], ["user_id", "User",
       TEXT]] : [[id, "Id", TEXT], ["keys_count", "Keys", NUMBER]],
-    ["budget", "Budget", {is: "number", show: (_, row) => h("ul", {class: "list"}, own(kind, row).map(
-      (each) => meter(each, "", `${kind}:${row[id]}`)))}, (row) => own(kind, row).map(fullness)[0]],
-    ["spend", "Spent", {...USD, unit: 0}], ["last_active", "Last used", AGE],
-    ["deeds", "", {show: (deed, row) => session.can_change && button(row, deed, words(deed), (now) =>
-      act(kind, now, deed))}, (row) => row.blocked ? "unblock" : "block"]], (row) => row[id], [],
+    ["budget", "Budget", {is: "number", show: (_, row) => h("ul", {class: "list"},
+      own(kind, row).map((each) => meter(each, "", `${kind}:${row[id]}`)))}, 
+    (row) => own(kind, row).map(fullness)[0]],
+    ["spend", "Spent", {...USD, unit: 0}],
+    ...kind === "key" ? [["last_active", "Last used", AGE]] : [],
+    ["deeds", "", {show: (name, row) => session.can_change && deed(row, name, words(name), (now) =>
+      act(kind, now, name))}, (row) => row.blocked ? "unblock" : "block"]], (row) => row[id], [],
   session.can_change && [make(`new-${kind}`, `New ${kind}`), kind === "key" && make("many-keys",
     "Many keys", null, true)]);
 }
@@ -7846,22 +7939,25 @@ async function refresh() {
 
 const column = (...nodes) => h("div", {class: "column"}, nodes);
 const card = (title, ...nodes) => h("div", {class: "card"}, h("h2", null, title), nodes);
-const meters = (of) => h("ul", {class: "list scroll", "data-list": of, tabindex: 0, "aria-label": of});
+const meters = (of) => h("ul", {class: "list scroll", "data-list": of, tabindex: 0,
+  "aria-label": of});
 const tell = (place, facts) => place.replaceChildren(...Object.entries(facts).flatMap(
   ([name, value]) => [h("dt", null, words(name)), h("dd", {"data-field": name}, value ===
     Object(value) ? JSON.stringify(value) : String(value ?? "–"))]));
 
 function operatorViews() {
   const spend = usage((first, last, groups, top) => api(`/global/spend/report?start_date=${first}`
-    + `&end_date=${last}&group_by=${groups}${top ? `&top=${top}` : ""}`), [["model", "Model"],
-    ["api_key", "Key"], ["team", "Team"], ["user", "User"], ["tag", "Tag"]]);
-  const [chosen, spent, daily] = spend.nodes, live = requests(), edge = meters("edge"), state = h("dl", {id: "state"});
+    + `&end_date=${last}&group_by=${groups}${top ? `&top=${top}` : ""}`), [["api_key", "Key"],
+    ["model", "Model"], ["team", "Team"], ["user", "User"], ["tag", "Tag"]], "Who spent what");
+  const [chosen, spent, daily] = spend.nodes, live = requests(), edge = meters("edge");
+  const state = h("dl", {id: "state"});
   const lists = ["key", "team", "user"].map(things), idle = table("idle", `Idle ${IDLE_DAYS} days`,
-    [["name", "Key", TEXT, THINGS.key.named], ["last_active", "Last used", AGE]], (row) => row.token);
+    [["name", "Key", TEXT, THINGS.key.named], ["last_active", "Last used", AGE]],
+    (row) => row.token);
   const texts = (columns) => columns.map((name) => [name, words(name), TEXT]);
-  const upstreams = table("upstreams", "Real keys", [["name", "Name", TEXT], ["state", "State", WORD],
-    ["until", "Until", {show: (text) => text && age(text)}], ...texts(["why", "requests", "errors",
-      "organization_id", "workspace_id"])], (row) => row.name);
+  const upstreams = table("upstreams", "Real keys", [["name", "Name", TEXT],
+    ["state", "State", WORD], ["until", "Until", {show: (text) => text && age(text)}],
+    ...texts(["why", "requests", "errors", "organization_id", "workspace_id"])], (row) => row.name);
   const audit = table("audit", "Changes", [["updated_at", "When", AGE], ...texts(["action",
     "table_name", "name", "changed_by", "changed_by_api_key", "remote_ip"]), ["updated_values",
     "Values", WIDE, (row) => JSON.stringify(row.updated_values)]], (row) => row.id);
@@ -7872,48 +7968,51 @@ function operatorViews() {
       for (const each of row.budgets ?? []) if (each.of === kind || each.of === "gateway") {
         const [id, name] = each.of === kind ? [row[THINGS[kind].id], THINGS[kind].named(row)]
           : ["", "The gateway"];
-        all.set([each.of, id, each.for, each.budget_duration].join(), [each, name, `${each.of}:${id}`]);
+        const key = `${each.of}:${id}`;
+        all.set([key, each.for, each.budget_duration].join(), [each, name, key]);
       }
     }
     const part = ([budget]) => fullness(budget) * 100, sorted = [...all.values()].sort((a, b) =>
       part(b) - part(a)), near = sorted.filter((each) => part(each) >= NEAR);
-    put(edge, (near.length ? near.slice(0, ROWS) : sorted.slice(0, 5)).map((each) => meter(...each)));
+    const shown = near.length ? near.slice(0, ROWS) : sorted.slice(0, 5);
+    put(edge, shown.map((each) => meter(...each)));
     idle.update(data.keys.filter((row) => row.status === "active"
       && (row.last_active ?? "") < new Date(Date.now() - IDLE_DAYS * DAY).toISOString()));
     lists.forEach((list, i) => list.update(data[["keys", "teams", "users"][i]]));
-    upstreams.update(data.upstreams?.upstreams ?? []);
-    audit.update(data.audit?.audit_logs ?? []);
+    upstreams.update(data.upstreams?.upstreams ?? []); audit.update(data.audit?.audit_logs ?? []);
     const bad = (data.upstreams?.upstreams ?? []).filter((each) => each.state !== "ok");
-    $("health").textContent = ["●", status, ...bad.map((each) => `· ${each.name} ${each.state}`)].join(" ");
+    const others = bad.map((each) => `· ${each.name} ${each.state}`);
+    $("health").textContent = ["●", status, ...others].join(" ");
     $("health").className = status !== "healthy" ? "bad" : bad.length ? "warn" : "good";
-    $("health").dataset.status = status;
-    tell(state, {status, ...more, ...upstream});
+    $("health").dataset.status = status; tell(state, {status, ...more, ...upstream});
   });
   return {overview: [spend.tiles, h("div", {class: "grid"}, column(chosen, spent,
-    live.refused.node, daily), column(card("Near the edge", edge), idle.node))], requests: [live.under.node,
-    live.recent.node], keys: lists[0].node, teams: lists[1].node, users: lists[2].node,
-  gateway: [upstreams.node, card("Store and upstream", state), audit.node]};
+    live.refused.node, daily), column(card("Near the edge", edge), idle.node))],
+  requests: [live.under.node, live.recent.node], keys: lists[0].node, teams: lists[1].node,
+  users: lists[2].node, gateway: [upstreams.node, card("Store and upstream", state), audit.node]};
 }
 
 function holderView() {
-  const rows = (first, last) => Object.entries(data.info?.info.usage ?? {}).filter(([day]) => day >= first
-    && day <= last).flatMap(([day, models]) => Object.entries(models).map(([model, row]) =>
-    ({...row, day, model})));
-  const spend = usage(async (first, last) => rows(first, last), [["model", "Model"]]);
+  const days = () => Object.entries(data.info?.info.usage ?? {}).flatMap(([day, models]) =>
+    Object.entries(models).map(([model, row]) => ({...row, day, model})));
+  const spend = usage(async (first, last) => days().filter(({day}) => day >= first && day <= last),
+    [["model", "Model"]], "By model");
   const live = requests(), left = meters("left"), limits = h("dl", {id: "limits"});
   const whose = {key: "This key", team: "Its team", user: "Its user", gateway: "The gateway"};
+  const unsaid = ["null", "false", '""', "[]", "{}", undefined];
   data.reload = spend.show;
   data.draws.push(() => {
-    const info = data.info?.info ?? {}, names = ["status", "expires", ...Object.keys(session.fields.key)];
-    put(left, (info.budgets ?? []).map((each) => meter(each, whose[each.of], `${each.of}:`)));
-    if (!left.children.length) left.append(h("li", null, "No budget limits this key."));
-    const facts = names.map((name) => [name, info[name]]).filter(([name, value]) => !/budget/.test(name)
-      && value && Object.keys(Object(value)).length);
-    tell(limits, {models: "all", ...Object.fromEntries(facts)});
+    const info = data.info?.info ?? {}, budgets = info.budgets ?? [];
+    put(left, budgets.map((each) => meter(each, whose[each.of], `${each.of}:`)));
+    if (!budgets.length) left.append(h("li", null, "No budget limits this key."));
+    const names = ["status", "expires", ...Object.keys(session.fields.key)].filter((name) =>
+      !name.includes("budget") && !unsaid.includes(JSON.stringify(info[name])));
+    tell(limits, {models: "all", ...Object.fromEntries(names.map((name) => [name, info[name]]))});
   });
-  return {mine: [spend.tiles, h("div", {class: "grid"}, column(spend.nodes), column(card("Left", left,
-    session.contact && h("p", null, `Ask ${session.contact} for more.`)), card("Limits", limits),
-  card("Connect", connect("<your key>")))), live.under.node, live.recent.node]};
+  const asks = session.contact && h("p", null, `Ask ${session.contact} for more.`);
+  return {mine: [spend.tiles, h("div", {class: "grid"}, column(spend.nodes), column(
+    card("Left", left, asks), card("Limits", limits), card("Connect", connect("<your key>")))),
+  live.under.node, live.recent.node]};
 }
 
 function route() {
@@ -7927,21 +8026,18 @@ function route() {
 function leave(text) {
   session = null;
   for (const name in data) delete data[name];
-  Object.assign(data, {keys: [], teams: [], users: [], logs: [], under: [], draws: []});
+  Object.assign(data, nothing());
   [$("dialog"), $("ask")].forEach((dialog) => dialog.close());
   [$("views"), $("tabs"), $("health")].forEach((node) => node.replaceChildren());
-  $("app").hidden = !($("login").hidden = false);
-  $("login-error").textContent = text;
+  $("app").hidden = !($("login").hidden = false); $("login-error").textContent = text;
   $("key").focus();
 }
 
 async function enter() {
   session = await api("/ui/session").catch(() => null);
   if (!session) return leave("");
-  $("login").hidden = !($("app").hidden = false);
-  $("logout").hidden = session.open;
-  $("health").hidden = session.role !== "operator";
-  $("who").textContent = session.name;
+  $("login").hidden = !($("app").hidden = false); $("logout").hidden = session.open;
+  $("health").hidden = session.role !== "operator"; $("who").textContent = session.name;
   $("utc").textContent = `Days and times are UTC. Gateway ${session.version}.`
     + (session.prices ? "" : " No prices are known here, so that all is $0.");
   const views = Object.entries(session.role === "operator" ? operatorViews() : holderView());
@@ -7949,14 +8045,13 @@ async function enter() {
   $("tabs").hidden = views.length < 2;
   $("views").replaceChildren(...views.map(([name, ...nodes]) => h("section", {"data-view": name,
     "aria-label": words(name)}, nodes)));
-  route();
-  await refresh();
+  route(); await refresh();
 }
 
 $("login").addEventListener("submit", (event) => {
   event.preventDefault();
   const key = $("key").value.trim();
-  api("/ui/login", {key}).then(enter).then(() => { $("key").value = ""; }).catch((error) => {
+  api("/ui/login", {key}).then(() => { $("key").value = ""; return enter(); }).catch((error) => {
     $("login-error").textContent = error.message;
   });
 });
@@ -7964,8 +8059,7 @@ $("logout").addEventListener("click", () => orSay(api("/ui/logout", {}).then(() 
 $("ask").addEventListener("click", ({target}) => target.value && $("ask").close(target.value));
 $("dialog").addEventListener("close", () => $("dialog").replaceChildren());  // and keys with it
 addEventListener("hashchange", route);
-setInterval(() => session && !document.hidden && refresh(), 30000);
-Object.assign(data, {keys: [], teams: [], users: [], logs: [], under: [], draws: []});
+setInterval(() => session && !document.hidden && refresh(), 60000);
 enter().then(poll);
 </script>
 """
@@ -7981,6 +8075,9 @@ PAGE_HEADERS |= {"Cache-Control": "no-cache", "X-Frame-Options": "DENY"}
 # ─── Stand-in ─────────────────────────────────────────────────────────────────────────────────────
 
 MOCK_MODELS = ("claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5")
+# Names as Anthropic's; what in a user's message is Claude Code's own, or nothing.
+MOCK_KNOWN = re.compile(r"claude-(opus|sonnet|haiku|fable|mythos|3|instant)-.")
+MOCK_FRAME = re.compile(r"\s*(<(system-reminder|command-|local-command-)|$)")
 MOCK_TOKEN_INTERVAL = 0.02  # seconds between two deltas, about what a model does
 MOCK_MAX_TOKENS = 200  # what an echo is cut down to
 MOCK_KINDS = {402: "billing_error", 409: "conflict_error", 529: "overloaded_error"} | ERROR_TYPES
@@ -8055,6 +8152,7 @@ class MockAnthropic(web.RequestHandler):
                 message = self._reply(sent)
                 return mock_events(message) if sent.get("stream") is True else message
             case "POST", "v1", "messages", "count_tokens":
+                mock_check(str(sent.get("model")))
                 return {"input_tokens": mock_tokens(sent.get("messages"))}
             case "POST", "v1", "batches":
                 return self._make_batch(sent)
@@ -8093,13 +8191,9 @@ class MockAnthropic(web.RequestHandler):
         text = json.dumps(params)
         for name in re.findall('"file_id": "([^"]*)"', text):
             _ = self.things["files"][name]
-        if error := re.fullmatch("mock-error-([45][0-9]{2})", model):
-            told = MOCK_KINDS.get(int(error[1]), "api_error")
-            raise APIError(int(error[1]), "An error, as you asked.", kind=told)
-        content = dict_of(messages[-1]).get("content")
-        blocks = content if isinstance(content, list) else [{"text": content}]
-        said = [str(block.get("text") or "") for block in blocks if isinstance(block, dict)]
-        words = f"You said: {' '.join(said)}".split(" ")[: min(limit, MOCK_MAX_TOKENS)]
+        mock_check(model)
+        said = next(filter(None, map(mock_said, messages[::-1])), "")
+        words = f"You said: {said}".split(" ")[: min(limit, MOCK_MAX_TOKENS)]
         usage = JSONObject(input_tokens=mock_tokens(messages), output_tokens=len(words))
         cache = {"creation": 0, "read": 0}
         if "cache_control" in text:  # it is written the first time, then read
@@ -8140,6 +8234,24 @@ class MockAnthropic(web.RequestHandler):
 def mock_id(prefix: str) -> str:
     """An id that looks like Anthropic's."""
     return f"{prefix}_01{secrets.token_hex(11)}"
+
+
+def mock_check(model: str) -> None:
+    """Raise the APIError that a model's name asks for, or 404."""
+    if error := re.fullmatch("mock-error-([45][0-9]{2})", model):
+        told = MOCK_KINDS.get(int(error[1]), "api_error")
+        raise APIError(int(error[1]), "An error, as you asked.", kind=told)
+    if not MOCK_KNOWN.match(model):
+        raise APIError(404, f"model: {model}")
+
+
+def mock_said(message: object) -> str:
+    """What a user says in a message."""
+    content = dict_of(message).get("content")
+    blocks = content if isinstance(content, list) else [{"text": content}]
+    texts = [str(dict_of(block).get("text") or "") for block in blocks]
+    is_his = dict_of(message).get("role") == "user"
+    return " ".join(text for text in texts if is_his and not MOCK_FRAME.match(text))
 
 
 def mock_tokens(value: object) -> int:
@@ -8196,7 +8308,9 @@ def make_app(settings: Settings, rules: Sequence[Rule] = RULES) -> GatewayApplic
 def bind(settings: Settings, *, loopback: bool) -> list[socket.socket]:
     """Listening sockets, on ``loopback`` where no option says otherwise. Raises SettingsError."""
     where = settings.unix_socket or f"{settings.address or 'port'} {settings.port}"
-    try:
+    with blaming(
+        f"cannot listen on {where}", "; stop what listens there, or choose another --port"
+    ):
         if settings.unix_socket:  # for the owner's group too, such as the proxy's
             return [netutil.bind_unix_socket(settings.unix_socket, 0o660)]
         if settings.address or not loopback:
@@ -8205,9 +8319,6 @@ def bind(settings: Settings, *, loopback: bool) -> list[socket.socket]:
         with contextlib.suppress(OSError):  # a machine without IPv6
             sockets += netutil.bind_sockets(sockets[0].getsockname()[1], LOOPBACK[1])
         return sockets
-    except (OSError, ValueError) as error:  # ValueError: what stands there is a file, but no socket
-        reason = getattr(error, "strerror", "") or error
-        raise SettingsError(f"cannot listen on {where}: {reason}") from None
 
 
 def server_context(settings: Settings) -> ssl.SSLContext | None:
@@ -8216,11 +8327,8 @@ def server_context(settings: Settings) -> ssl.SSLContext | None:
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.set_alpn_protocols(["http/1.1"])
-    try:
+    with blaming("--certfile, --keyfile", "; give PEM files that the gateway's user can read"):
         context.load_cert_chain(settings.certfile, settings.keyfile or None, "")
-    except OSError as error:  # ssl.SSLError is one
-        text = f"--certfile, --keyfile: {error.strerror or error.__class__.__name__}"
-        raise SettingsError(f"{text}; give PEM files that the gateway's user can read") from None
     return context
 
 
@@ -8292,14 +8400,6 @@ def report_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) 
         loop.default_exception_handler(context)
 
 
-def mask_secrets(settings: Settings, keys: RealKeys) -> None:
-    """Have the log mask these secrets, beside those that it masks already."""
-    masked = settings.master_key, settings.master_key_next
-    for handler in logging.root.handlers:
-        if isinstance(line := handler.formatter, LineFormatter):
-            line.mask([*masked, *(key.secret for key in keys.keys.values())])
-
-
 def take_secrets(gateway: Gateway) -> None:
     """Read the secrets again, where they come from files. Raises SettingsError, changes nothing."""
     secrets, settings = read_secrets(os.environ), gateway.settings
@@ -8309,14 +8409,15 @@ def take_secrets(gateway: Gateway) -> None:
     gateway.real_keys.reload(settings)
     gateway.doors.take_secrets(settings)
     gateway.settings = settings
-    mask_secrets(settings, gateway.real_keys)
+    mask_secrets(settings)
 
 
 async def serve(settings: Settings) -> None:
     """Run until SIGTERM or SIGINT; then refuse requests, let those under way end until all are
     `drained`, and break the rest. Raises SettingsError where it cannot start."""
-    if not settings.keys.absolute().parent.is_dir():
-        raise SettingsError(f"--keys={settings.keys}: its folder does not exist")
+    for name, file in (("keys", settings.keys), ("request-log", Path(settings.request_log))):
+        if not file.absolute().parent.is_dir():
+            raise SettingsError(f"--{name}={file}: its folder does not exist")
     application = make_app(start_mock(settings))
     gateway: Gateway = application.settings["gateway"]
     settings, server, drained = gateway.settings, Server(gateway, application), gateway.drained
@@ -8327,7 +8428,7 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, signals.put_nowait, number)
     booking = asyncio.create_task(gateway.batches.run())
-    saving = asyncio.create_task(gateway.ledger.run())
+    saving = [asyncio.create_task(each.run()) for each in (gateway.ledger, gateway.recent)]
     announce(gateway, 0 if settings.unix_socket else sockets[0].getsockname()[1])
     await loop.run_in_executor(None, gateway.prices.load)
     favour_the_loop()
@@ -8360,7 +8461,8 @@ async def serve(settings: Settings) -> None:
         handler.settle("client_gone")
     await gateway.close()
     log.info("stopped")
-    saving.cancel()
+    for task in saving:
+        task.cancel()
     if settings.unix_socket:
         Path(settings.unix_socket).unlink(missing_ok=True)
 
@@ -8368,31 +8470,39 @@ async def serve(settings: Settings) -> None:
 async def check(settings: Settings) -> bool:
     """Print, a line each, what is well and what is not, and what to do about it (``--check``)."""
     settings, found = start_mock(settings), None
-    path, upstream = settings.keys, settings.upstream
+    path, upstream, where = settings.keys, settings.upstream, settings.unix_socket
     findings = [(True, f"Python {sys.version.split()[0]}, Tornado {tornado.version}")]
+
+    @contextlib.contextmanager
+    def looking() -> Iterator[None]:
+        try:
+            yield
+        except SettingsError as error:
+            findings.append((False, str(error)))
+
     for package, loss in OPTIONAL_PACKAGES.items():
         is_there = importlib.util.find_spec(package.replace("-", "_"))
         missing = f"is not installed: {loss} (pip install {package})"
         findings.append((True, f"{package} {'is installed' if is_there else missing}"))
     findings += [(False, lack) for lack in lacks(settings)] or [(True, "both secrets are set")]
-    try:
-        found = parse_store(path.read_bytes(), str(path)) if path.exists() else None
+    rights = "; let the gateway's user read it, and write in its folder, or set --keys"
+    with looking(), blaming(str(path), rights):
         with tempfile.TemporaryFile(dir=path.parent):  # as each change makes one
-            keys = "will be made" if found is None else f"{len(found)} keys"
-        if found is not None:
-            with path.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            keys = "will be made"
+        if path.exists():
+            found = parse_store(path.read_bytes(), str(path))
+            keys = f"{len(found)} keys"
+            try:
+                with path.open("rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                used = (
+                    "another gateway uses it; stop that one, or give this one its own with --keys"
+                )
+                raise SettingsError(f"{path}: {used}") from None
         findings.append((True, f"{path}: {keys}"))
-    except SettingsError as error:
-        findings.append((False, str(error)))
-    except BlockingIOError:
-        used = "another gateway uses it; stop that one, or give this one its own with --keys"
-        findings.append((False, f"{path}: {used}"))
-    except OSError as error:
-        advice = "let the gateway's user read it, and write in its folder, or set --keys"
-        findings.append((False, f"{path}: {error.strerror} ({advice})"))
-    try:
-        where, is_open = settings.unix_socket, not (found or settings.master_key)
+    with looking():
+        is_open = not (found or settings.master_key)
         if where and not os.access(Path(where).absolute().parent, os.W_OK):
             raise SettingsError(f"{where}: its folder cannot be written")
         if not where:  # to bind a Unix socket would take it from a gateway that runs
@@ -8400,22 +8510,20 @@ async def check(settings: Settings) -> bool:
                 each.close()
             where = f"port {settings.port} of {settings.address or ('loopback' * is_open or 'all')}"
         findings.append((True, f"{where} is free to listen on"))
-    except SettingsError as error:
-        findings.append((False, f"{error}; stop what listens there, or choose another --port"))
-    try:
+    with looking():
         unserved = "not served: right behind a proxy, or on loopback"
         served = f"served with {settings.certfile}" if server_context(settings) else unserved
         findings.append((True, f"TLS is {served}"))
-    except SettingsError as error:
-        findings.append((False, str(error)))
     try:
         with contextlib.closing(UpstreamClient(force_instance=True, settings=settings)) as client:
             for key in RealKeys(settings).keys.values() or (None,):
                 code = (await client.get("/v1/models?limit=1", CHECK_TIMEOUT, key)).code
-                name, well = f" {key.name}" if key else "", code < 400 or (not key and code == 401)
-                refused = f"real key{name} not accepted, set another"
-                doubt = refused if code in (401, 403) else "is --upstream right?"
-                fine = f" and accepts the real key{name}" if key else ""
+                name, is_refused = f"real key {key.name}" if key else "real key", code in (401, 403)
+                well = code < 400 or (not key and code == 401)
+                doubt = (
+                    f"{name} not accepted, set another" if is_refused else "is --upstream right?"
+                )
+                fine = f" and accepts the {name}" if key else ""
                 said = fine if well else f" {code} to GET /v1/models: {doubt}"
                 findings.append((well, f"{upstream} answers{said}"))
     except (UpstreamError, OSError) as error:
@@ -8428,13 +8536,12 @@ async def check(settings: Settings) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the gateway with these arguments, by default the command line's. Ends the process."""
-    as_json = False
+    settings = Settings()
     try:
         settings = read_settings(sys.argv[1:] if arguments is None else arguments, os.environ)
-        as_json = settings.log_json
         for handler in logging.root.handlers:
-            handler.setFormatter(LineFormatter(None if as_json else handler.formatter))
-        mask_secrets(settings, RealKeys(settings))
+            handler.setFormatter(LineFormatter(None if settings.log_json else handler.formatter))
+        mask_secrets(settings)
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # as many as the system allows
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
@@ -8448,8 +8555,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 sys.exit(0 if runner.run(check(settings)) else 1)
             runner.run(serve(settings))
     except SettingsError as error:
-        text = " ".join(f"gateway: {error}".split())
-        say(text, as_json=as_json or error.as_json, level=logging.CRITICAL, to=sys.stderr)
+        text, as_json = " ".join(f"gateway: {error}".split()), error.as_json or settings.log_json
+        say(text, as_json=as_json, level=logging.CRITICAL, to=sys.stderr)
         sys.exit(2)
     except Exception:  # a mistake in this file: its lines are the log's too
         log.critical("ended", exc_info=True)

@@ -9,6 +9,7 @@ import asyncio
 import base64
 import collections
 import contextlib
+import csv
 import dataclasses
 import errno
 import functools
@@ -736,6 +737,7 @@ def test_a_wrong_value_ends_the_start(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         named = {"--keys=folder": "", "--address=999.1.1.1": "listen", "--log-json=maybe": "true"}
         named |= {"--port=" + str(taken.getsockname()[1]): "in use", "--keys=none/k": "its folder"}
+        named |= {"--request-log=none/k": "its folder"}
         for option, said in named.items():
             assert said in failed_start(tmp_path, option), option
 
@@ -947,6 +949,13 @@ def test_what_stands_beside_it_agrees() -> None:
     shown = subprocess.run(show, cwd=GATEWAY.parent, capture_output=True, text=True, check=False)
     text = shown.stdout if shown.returncode == 0 else (GATEWAY.parent / "keys.json").read_text()
     assert text.encode() == gateway.SHIPPED_KEYS, "the committed file is an empty store"
+    readme = (GATEWAY.parent / "README.md").read_text()
+    for each in dataclasses.fields(gateway.VirtualKey):
+        if help := each.metadata.get("help"):
+            assert f"| `{each.name}` | {help} |" in readme
+    for each in dataclasses.fields(gateway.Settings):
+        name = f"--{each.name.replace('_', '-')}"
+        assert not each.metadata["kind"] or f"`{name}`" in readme, name
 
 
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
@@ -6669,6 +6678,54 @@ async def test_models_of_a_team_and_a_key_both_hold(gw: GW) -> None:
     assert blind.status in (400, 403)
 
 
+async def test_the_list_of_models_has_those_that_may_be_used(gw: GW) -> None:
+    names = [f"claude-{kind}-{n}" for n in range(9) for kind in ("opus", "haiku", "sonnet")]
+    rows = [{"id": name, "type": "model", "max_tokens": 1.50} for name in names]
+
+    @gw.plays
+    async def lists(request: Arrived) -> None:
+        told = dict(urllib.parse.parse_qsl(request.target.partition("?")[2]))
+        body, coding = json.dumps(page_of(rows, told)).encode(), list[str]()
+        if "gzip" in "".join(request.field("accept-encoding")):
+            body, coding = gzip.compress(body), ["Content-Encoding: gzip"]
+        await request.answer(body, "200 OK", JSON_KIND, "ETag: x", *coding)
+
+    await grouped(gw, "team", models=["claude-haiku-*", "claude-opus-*"])
+    fields = ("Accept-Encoding: gzip, br", "Range: bytes=0-9", "If-Range: x")
+    for limits, kinds in (
+        ({"models": ["claude-haiku-*"]}, "haiku"),
+        ({"team_id": "g", "models": ["all-team-models"]}, "opus haiku"),
+        ({"team_id": "g", "models": ["claude-[os]*"]}, "opus"),
+        ({"models": ["gpt-*"]}, ""),
+    ):
+        client = await gw.client(await gw.new_key(**limits))
+        mine = [row for row in rows if row["id"].split("-")[1] in kinds.split()]
+        last = mine[-1]["id"] if mine else names[-1]
+        for told in ({}, {"limit": "4"}, {"limit": "4", "before_id": last}):
+            backwards, more = "before_id" in told, True
+            way, end = ("before_id", "first_id") if backwards else ("after_id", "last_id")
+            while more:
+                got = await client.ask(f"GET /v1/models?{urllib.parse.urlencode(told)}", *fields)
+                shown = json.loads(gzip.decompress(got.body))
+                assert shown == page_of(mine, told if mine else {}), (limits, told)
+                told[way], more = shown[end], shown["has_more"]
+        assert not got.field("etag")
+        (coding,), ranges = gw.up.arrived[-1].field("accept-encoding"), gw.up.arrived[-1]
+        assert coding == "gzip" and not ranges.field("range") + ranges.field("if-range")
+    head = await client.ask("HEAD /v1/models")
+    assert head.status == 200 and not head.field("etag") + head.field("content-length")
+    await client.ask("GET /v1/models/claude-opus-1?limit=4")
+    assert gw.up.arrived[-1].target == "/v1/models/claude-opus-1?limit=4"
+    own = (f"x-litellm-api-key: {client.key}", "x-api-key: sk-ant-own-0123456789")
+    for key, more in (("", own), (await gw.new_key(), ()), (MASTER_KEY, ())):
+        answer = await gw.ask("GET /v1/models?limit=4", *more, key=key)
+        assert answer.json() == page_of(rows, {"limit": "4"}) and answer.field("etag") == ["x"]
+    gw.plays(answers({"type": "error"}, "400 Bad Request"))
+    assert (await client.ask("GET /v1/models?limit=x")).json() == {"type": "error"}
+    gw.plays(says(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]"))
+    assert (await client.ask("GET /v1/models")).body == b"[]", "what is no list is left as it is"
+
+
 async def test_several_windows_count_and_end_by_themselves(gw: GW) -> None:
     gw.plays(SPENDING)
     limits = [{"budget_duration": d, "max_budget": m} for d, m in (("1d", 0.02), ("1mo", 0.05))]
@@ -7208,6 +7265,66 @@ async def test_what_was_spent_is_reported(gw: GW) -> None:
         error_of(await gw.manage(path, key=ann), 403)
 
 
+@as_process
+async def test_what_was_asked_is_told_after_a_kill_and_a_full_disk(gw: GW) -> None:
+    file, gone = gw.keys.with_name("keys.json.requests"), gw.keys.with_name("keys.json.requests.1")
+    gw.plays(spends(1000, 500))
+    for tag in ("first", "second\ud800".encode("utf-8", "replace").decode()):
+        assert (await gw.ask("POST /v1/messages", f"x-litellm-tags: {tag}", body=MESSAGE)).status
+    await until(lambda: file.exists() and file.read_bytes().count(b"\n") == 2)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600 and "Hello" not in file.read_text()
+    limit(gw.process, resource.RLIMIT_FSIZE, before := file.stat().st_size + 9)  # a part of a line
+    await gw.ask("POST /v1/messages", "x-litellm-tags: third", body=MESSAGE)
+    await until(lambda: "the request log cannot be written" in gw.log)
+    assert file.stat().st_size == before - 9
+    limit(gw.process, resource.RLIMIT_FSIZE, resource.RLIM_INFINITY)
+    await until(lambda: file.read_bytes().count(b"\n") == 3)
+    rows = await gw.rows()
+    assert [row["request_tags"][0][:6] for row in rows] == ["third", "second", "first"]
+    gw.process.kill()
+    gone.write_bytes(file.read_bytes().replace(b'"first"', b'"older"'))
+    with file.open("ab") as opened:
+        opened.write(b'{}\n[1]\n\xff\n{"startTime": 1}\n' + gone.read_bytes()[:99])  # it was cut
+    await gw.restart()
+    assert await gw.rows() == rows + [*rows[:2], rows[2] | {"request_tags": ["older"]}]
+    mine = (await gw.manage("/spend/logs?limit=9", key=gw.key)).json()
+    assert mine[:3] == rows, "a key's holder is told of it too"
+    await gw.ask("POST /v1/messages", "x-litellm-tags: last", body=MESSAGE)
+    assert gw.process.stop() == 0
+    last = json.loads(file.read_bytes().splitlines()[-1])
+    assert last["request_tags"] == ["last"], (
+        "what waits is written at the end, in a line of its own"
+    )
+
+
+async def test_the_request_log_is_rotated_and_no_link(
+    gw: GW, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, gone = gw.keys.with_name("log"), gw.keys.with_name("log.1")
+    for path in ("none", str(file)):
+        await gw.restart(request_log=path)
+        await gw.ask("GET /v1/models")
+        await gw.app.settings["gateway"].recent.save()
+        assert file.exists() == (path != "none"), path
+    assert not gw.keys.with_name("keys.json.requests").exists() and len(await gw.rows()) == 1
+    monkeypatch.setattr(gateway, "LOG_SIZE", 10)
+    await gw.ask("GET /v1/models/a")
+    await gw.restart(request_log=str(file))
+    assert not file.exists() and gone.read_bytes().count(b"\n") == 2
+    paths = [row["api_base"] for row in await gw.rows()]
+    assert paths == ["/v1/models/a", "/v1/models"]
+    file.symlink_to(gone)
+    await gw.ask("GET /v1/models/b")
+    for _ in range(2):
+        await gw.app.settings["gateway"].recent.save()
+    assert gw.log.count("the request log cannot be written") == 1 and len(await gw.rows()) == 3
+    file.unlink()
+    await gw.app.settings["gateway"].recent.save()
+    assert b"/v1/models/b" in gone.read_bytes()
+    await gw.restart(request_log=str(file), recent_requests=1)
+    assert [row["api_base"] for row in await gw.rows()] == ["/v1/models/b"]
+
+
 async def test_a_flood_of_wrong_keys_or_of_tags_leaves_little(gw: GW) -> None:
     client, written = await gw.client(), gw.keys.stat().st_ino
     for number in range(500):
@@ -7391,6 +7508,28 @@ def test_sdk_files(client: anthropic.Anthropic) -> None:
 RAISED = {400: "BadRequest", 401: "Authentication", 403: "PermissionDenied", 404: "NotFound"}
 RAISED |= {409: "Conflict", 413: "APIStatus", 429: "RateLimit"}
 RAISED |= dict.fromkeys((500, 504, 529), "InternalServer")
+
+
+def test_the_stand_in_answers_the_user_not_his_tool(client: anthropic.Anthropic) -> None:
+    frame = "<system-reminder>\nAs it is.</system-reminder>"
+    commands = "<command-name>/x</command-name>", " <local-command-stdout>y</local-command-stdout>"
+    his = [{"type": "text", "text": text} for text in (frame, "say", *commands, "hi")]
+    result = {"type": "tool_result", "tool_use_id": "t", "content": "done"}
+    told: list[Any] = [{"role": "user", "content": "before"}, {"role": "user", "content": his}]
+    told += [{"role": "assistant", "content": "so"}, {"role": "user", "content": [result]}]
+    told += [{"role": "user", "content": frame}, {"role": "system", "content": "# Environment"}]
+    answer = client.messages.create(**MESSAGE | {"messages": told})
+    assert answer.content[0].text == "You said: say hi"
+    for model in ("claude-haiku-4-5", "claude-3-5-haiku-latest", "claude-opus-5-5[1m]"):
+        assert client.messages.create(**MESSAGE | {"model": model}).model == model
+    for model in ("gpt-5", "claude-opus", "xclaude-opus-5", "mock-error-200"):
+        for call in (client.messages.create, client.messages.count_tokens):
+            params = {"model": model, "messages": told}
+            params |= {"max_tokens": 9} if call == client.messages.create else {}
+            with pytest.raises(anthropic.NotFoundError) as caught:
+                call(**params)
+            error: Any = caught.value.body
+            assert error["error"] == {"type": "not_found_error", "message": f"model: {model}"}
 
 
 def test_sdk_errors(mocked: Process, virtual_key: str) -> None:
@@ -8252,6 +8391,855 @@ class Tenants:
             answer = await self.ask("POST /resources/assign", body=told)
             assert answer.status == 200, answer.text
             self.shared.add(name)
+
+
+# ─── The page ─────────────────────────────────────────────────────────────────────────
+
+SESSION = "gateway_session"
+
+
+async def sign_in(gw: GW, key: str = MASTER_KEY, *fields: str) -> tuple[str, str]:
+    """Sign in at the page; the request's field with the cookie, and what the answer set."""
+    answer = await gw.ask("POST /ui/login", *fields, body={"key": key}, key="")
+    assert answer.status == 200, answer.text
+    (told,) = answer.field("set-cookie")
+    return f"Cookie: {told.split(';')[0]}", told
+
+
+async def is_signed_in(gw: GW, cookie: str) -> bool:
+    answer = await gw.ask("GET /ui/session", cookie, key="")
+    if answer.status != 200:
+        error_of(answer, 401)
+    return answer.status == 200
+
+
+async def test_the_page_is_one_small_document_that_loads_nothing(gw: GW) -> None:
+    answer = await gw.ask("GET /ui", key="")
+    assert answer.status == 200 and len(answer.body) < 60_000
+    assert answer.headers["content-type"].lower() == "text/html; charset=utf-8"
+    told = answer.headers["content-security-policy"].split(";")
+    policy = dict(part.strip().split(" ", 1) for part in told)
+    for name in ("default-src", "frame-ancestors", "base-uri"):
+        assert policy[name] == "'none'"
+    for tag in ("script", "style"):
+        (inner,) = re.findall(rf"<{tag}\b[^>]*>(.*?)</{tag}>", answer.text, re.DOTALL)
+        hashed = base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()
+        assert policy[f"{tag}-src"] == f"'sha256-{hashed}'"
+    elsewhere = re.findall(r"(?:https?:)?//[a-z][\w.]+", answer.text.split("<script>")[0])
+    assert elsewhere == [] and "innerHTML" not in answer.text
+    assert (await gw.ask("HEAD /ui", key="")).status == 200
+
+
+@started({}, {"xheaders": True})
+async def test_the_cookie_is_for_this_site_alone_and_hidden_from_scripts(gw: GW) -> None:
+    behind_tls = gw.options.get("xheaders", False)
+    _, told = await sign_in(gw, MASTER_KEY, "X-Forwarded-Proto: https")
+    named, *flags = told.lower().split("; ")
+    assert re.fullmatch(rf"{SESSION}=[\w~.-]{{22,}}", named) and MASTER_KEY not in told
+    assert {"httponly", "samesite=strict"} <= {*flags} and ("secure" in flags) is behind_tls
+    assert f"max-age={12 * 3600}" in flags or any(flag.startswith("expires=") for flag in flags)
+    assert (await sign_in(gw))[1] != told, "each session has an id of its own"
+    for key in ("sk-wrong-0123456789", ""):
+        error_of(await gw.ask("POST /ui/login", body={"key": key}, key=""), 401)
+    for body in (b"{", b"[]", b'{"key": 5}', b"{}"):
+        assert (await gw.ask("POST /ui/login", JSON_KIND, body=body, key="")).status in (400, 401)
+
+
+async def test_a_session_manages_from_the_page_and_opens_nothing_else(gw: GW) -> None:
+    cookie, _ = await sign_in(gw)
+    assert (await gw.ask("GET /key/list", cookie, key="")).status == 200
+    error_of(await gw.ask("GET /key/list", f"Cookie: {SESSION}=0123456789abcdef", key=""), 401)
+
+    async def make(*fields: str) -> Response:
+        return await gw.ask("POST /key/generate", cookie, *fields, body={}, key="")
+
+    for said in ("Origin: http://x", "Sec-Fetch-Site: same-origin"):
+        assert (await make(said)).status == 200, said
+    count = (await gw.manage("/key/list")).json()["total_count"]
+    foreign = ("Origin: http://evil.example", "Origin: null", "Origin: https://x.evil.example")
+    foreign += ("Sec-Fetch-Site: cross-site", "Sec-Fetch-Site: same-site", "X-Nothing: said")
+    foreign += ("Origin: http://x\r\nSec-Fetch-Site: cross-site", "Origin: http://x:81")
+    for said in foreign:
+        error_of(await make(said), 403)
+    assert (await gw.manage("/key/list")).json()["total_count"] == count
+    for start in ("GET /v1/models", "GET /anthropic/v1/models", "POST /v1/messages"):
+        body = MESSAGE if start.startswith("POST") else None
+        error_of(await gw.ask(start, cookie, "Origin: http://x", body=body, key=""), 401)
+    assert not gw.up.arrived
+
+
+async def test_a_holders_session_is_no_more_than_his_key(gw: GW) -> None:
+    gw.plays(spends(1000, 500))
+    ann, bob = [await gw.new_key(key_alias=name) for name in ("ann", "bob")]
+    for key in (ann, bob):
+        await gw.message(key)
+    cookie, _ = await sign_in(gw, ann)
+    session = (await gw.ask("GET /ui/session", cookie, key="")).json()
+    assert session["role"] == "holder" and session["name"] == "ann"
+    assert (await gw.ask("GET /key/info", cookie, key="")).json()["info"]["key_alias"] == "ann"
+    rows = (await gw.ask("GET /spend/logs", cookie, key="")).json()
+    assert [row["key_alias"] for row in rows] == ["ann"]
+    hashed = gateway.hash_key(bob)
+    for path in ("/key/list", "/spend/keys", "/global/spend/report", "/audit", "/team/list"):
+        error_of(await gw.ask(f"GET {path}", cookie, key=""), 403)
+    for query in (f"/key/info?key={hashed}", f"/spend/logs?api_key={hashed}"):
+        assert "bob" not in (await gw.ask(f"GET {query}", cookie, key="")).text
+    for path in ("/key/generate", "/key/update", "/key/delete", "/team/new"):
+        error_of(await gw.ask(f"POST {path}", cookie, "Origin: http://x", body={}, key=""), 403)
+
+
+async def test_a_session_ends_with_its_key_and_by_logout(gw: GW) -> None:
+    for deed in ("block", "delete", "regenerate", "update", "logout", "expire"):
+        key = await gw.new_key()
+        cookie, _ = await sign_in(gw, key)
+        assert await is_signed_in(gw, cookie)
+        told: dict[str, Any] = {"key": key}
+        if deed == "logout":
+            answer = await gw.ask("POST /ui/logout", cookie, "Origin: http://x", body={}, key="")
+        elif deed == "delete":
+            answer = await gw.manage("/key/delete", {"keys": [key]})
+        elif deed in ("update", "expire"):
+            told |= {"blocked": True} if deed == "update" else {"duration": "0s"}
+            answer = await gw.manage("/key/update", told)
+        else:
+            answer = await gw.manage(f"/key/{deed}", told)
+        assert answer.status == 200, (deed, answer.text)
+        await until(lambda: True)
+        assert not await is_signed_in(gw, cookie), deed
+    cookie, _ = await sign_in(gw)
+    await gw.restart(master_key="sk-another-0123456789")
+    assert not await is_signed_in(gw, cookie)
+
+
+async def test_wrong_tries_to_sign_in_are_slowed_down(gw: GW) -> None:
+    async def tries(key: str) -> Response:
+        return await gw.ask("POST /ui/login", body={"key": key}, key="")
+
+    statuses = []
+    while 429 not in statuses and len(statuses) < 100:
+        statuses.append((await tries(f"sk-wrong-{len(statuses):016}")).status)
+    assert 3 < len(statuses) < 100 and {*statuses[:-1]} == {401}
+    answer = await tries(MASTER_KEY)
+    error_of(answer, 429)
+    assert 0 < int(answer.headers["retry-after"]) <= 3600
+
+    def elsewhere() -> int:
+        transport = httpx2.HTTPTransport(local_address="127.0.0.2")
+        with httpx2.Client(transport=transport) as client:
+            url = f"http://127.0.0.1:{gw.port}/ui/login"
+            return client.post(url, json={"key": MASTER_KEY}).status_code
+
+    assert await asyncio.to_thread(elsewhere) == 200
+    assert (await gw.manage("/key/list")).status == 200, "the API is not slowed down"
+
+
+@started(master_key="", xheaders=True)
+async def test_an_open_gateway_shows_its_page_on_loopback_only(gw: GW) -> None:
+    session = (await gw.ask("GET /ui/session", host=LOCAL)).json()
+    assert session["role"] == "operator" and session["open"] and not session["can_change"]
+    assert (await gw.ask("GET /spend/logs", host=LOCAL)).status == 200
+    far = await gw.ask("GET /ui/session", "X-Forwarded-For: 203.0.113.5", host=LOCAL)
+    assert far.status in (401, 403), far.text
+
+
+# In a real browser
+
+DAYS_KEPT = 90
+HTML = "<img src=x onerror=\"window.ran='yes'\"><b>bold</b>"
+OTHERS = [f"key {n}" for n in range(10)]
+EDGE = 300 * PATIENCE  # milliseconds until a wait for the page is given up
+POLL = 2000  # milliseconds between two looks of the page for new requests
+FAILED = "Failed to load resource: the server responded with a status of 4"  # the API's answers
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Debian's Chromium, one for all tests."""
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    shell = "chromium-headless-shell"  # which takes a third of the other's time
+    if not (binary := shutil.which(shell) or shutil.which("chromium")):
+        pytest.skip(f"there is no browser here: apt-get install {shell}")
+    with api.sync_playwright() as driver:
+        launched = driver.chromium.launch(executable_path=binary, args=["--disable-gpu"])
+        # The driver stays in its loop, which is asleep between two tests: other tests have theirs.
+        loop = asyncio._get_running_loop()
+        asyncio._set_running_loop(None)
+        yield launched, loop
+        asyncio._set_running_loop(loop)
+        launched.close()
+
+
+class Visits:
+    """Visits to a gateway's page, each with a profile of its own, in which nothing goes wrong."""
+
+    def __init__(self, browser: Any) -> None:
+        self.browser, self.pages = browser, list[Any]()
+        self.wrong, self.asked = list[str](), list[str]()
+        self.answers = list[Any]()
+
+    def __call__(
+        self, process: Process, key: str = "", hurried: bool = False, **options: Any
+    ) -> Any:
+        """Open the page, signed in with a key if one is given; ``hurried``, time can be skipped."""
+        context = self.browser.new_context(base_url=process.url, **options)
+        context.set_default_timeout(EDGE)
+        context.add_init_script("""addEventListener("securitypolicyviolation",
+            (e) => console.error("violation", e.violatedDirective, e.blockedURI))""")
+        if key:
+            answer = HTTP.post(f"{process.url}/ui/login", json={"key": key})
+            value = answer.cookies[SESSION]
+            cookie = {"name": SESSION, "value": value, "url": process.url}
+            context.add_cookies([cookie | {"httpOnly": True, "sameSite": "Strict"}])
+        page = context.new_page()
+        self.pages.append(page)
+        if hurried:
+            page.clock.install()
+        page.on("console", self.note)
+        page.on("pageerror", lambda error: self.wrong.append(str(error)))
+        page.on("request", lambda request: self.asked.append(request.url))
+        page.on("response", lambda answer: self.answers.append(answer))
+        page.goto("/ui")
+        page.wait_for_selector("#app" if key else "#login")
+        return page
+
+    def note(self, message: Any) -> None:
+        if message.type in ("error", "warning") and not message.text.startswith(FAILED):
+            self.wrong.append(f"{message.text} {message.location['url']}")
+
+    def close(self) -> None:
+        stored = "[localStorage.length, sessionStorage.length, document.cookie]"
+        ran = "[window.ran ?? '', document.querySelectorAll('img, iframe, b b').length]"
+        for page in self.pages:
+            self.asked.append(page.url)
+            assert page.evaluate(stored) == [0, 0, ""], "something is kept"
+            assert page.evaluate(ran) == ["", 0], "what should be text is HTML"
+            page.context.close()
+        assert self.wrong == []
+        assert not [url for url in self.asked if "sk-" in url or MASTER_KEY in url]
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Visits]:
+    launched, loop = browser
+    asyncio._set_running_loop(loop)
+    visits = Visits(launched)
+    yield visits
+    try:
+        visits.close()
+    finally:
+        asyncio._set_running_loop(None)
+
+
+def write_keys(path: Path, lines: dict[str, dict[str, Any]]) -> None:
+    made = {"created_at": gateway.iso(gateway.now() - timedelta(days=DAYS_KEPT))}
+    path.write_text(json.dumps({"version": 1, "keys": {k: made | v for k, v in lines.items()}}))
+
+
+def days_past(count: int = DAYS_KEPT) -> list[str]:
+    today = gateway.now()
+    return [gateway.day_of(today - timedelta(days=n)) for n in range(count)][::-1]
+
+
+def used(chance: random.Random, models: tuple[str, ...], days: list[str]) -> dict[str, Any]:
+    """What a key used, by day and model, with amounts that no float adds up."""
+
+    def tally() -> dict[str, Any]:
+        counted = {name: chance.randrange(1, 50_000) for name in ("input_tokens", "output_tokens")}
+        counted |= {f"cache_{name}_tokens": chance.randrange(9_000) for name in CACHE_NAMES}
+        spend = f"{chance.randrange(1, 30_000_000)}e-7"
+        return counted | {"requests": chance.randrange(2, 40), "errors": 1, "spend": spend}
+
+    return {day: {model: tally() for model in models} for day in days}
+
+
+CACHE_NAMES = ("read", "write_5m", "write_1h")
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory, browser: Any) -> Iterator[Process]:
+    """A gateway with 90 days of usage, with teams and users, and one key whose name is HTML."""
+    folder, chance, lines = tmp_path_factory.mktemp("shown"), random.Random(1), {}
+    for n, alias in enumerate((HTML, *OTHERS)):
+        lines[gateway.hash_key(plain(n))] = {
+            "key_name": gateway.key_name(plain(n)),
+            "key_alias": alias,
+            "team_id": ("weavers", "lab")[n % 2],
+            "user_id": f"user-{n % 3}",
+            "usage": used(chance, (OPUS, HAIKU) if n else (HTML, OPUS), days_past()),
+        }
+    write_keys(folder / "keys.json", lines)
+    with contextlib.closing(Starter(folder)) as starter:
+        process = starter("mock")
+        for path, told in (
+            ("/team/new", {"team_id": "weavers", "team_alias": HTML, "max_budget": 5000}),
+            ("/team/new", {"team_id": "lab", "team_alias": "Lab", "max_budget": 0.5}),
+            ("/user/new", {"user_id": "user-1", "user_alias": HTML, "auto_create_key": False}),
+            ("/key/update", {"key": plain(1), "max_budget": 2, "budget_duration": "1d"}),
+        ):
+            answer = process.manage(path, told)
+            assert answer.status_code == 200, answer.text
+        wait_for(lambda: process.manage("/health/readiness").json()["prices"] == "loaded")
+        for tags in ("a,b", "b", f"{HTML.replace(',', '')}", ""):
+            headers = {"x-api-key": plain(0), "x-litellm-tags": tags}
+            told = MESSAGE | {"model": OPUS}
+            answer = HTTP.post(process.url + MESSAGES_PATH, json=told, headers=headers)
+            assert answer.status_code == 200, answer.text
+        yield process
+
+
+def plain(number: int) -> str:
+    return f"sk-plain-{number:016}"
+
+
+def settled(page: Any, value: Callable[[], Any], expected: Any, skipped: int = 0) -> None:
+    """Wait until a value in the page is what it must be; time in it is skipped if so told."""
+    deadline = time.monotonic() + EDGE / 1000
+    while (found := value()) != expected and time.monotonic() < deadline:
+        if skipped:
+            page.clock.fast_forward(skipped)
+        page.wait_for_timeout(20)
+    assert found == expected
+
+
+def cells(page: Any, name: str) -> list[dict[str, Any]]:
+    """The rows of a table as they stand in the page: their ids, raw values and texts."""
+    script = """(rows) => rows.map((row) => Object.fromEntries([["id", row.dataset.id],
+        ...[...row.cells].flatMap((cell) => [[cell.dataset.column, cell.dataset.value],
+            [cell.dataset.column + ":text", cell.innerText]])]))"""
+    return page.eval_on_selector_all(f"[data-table={name}] tbody tr", script)
+
+
+def report(process: Process, groups: str, first: str, last: str) -> list[dict[str, Any]]:
+    query = f"start_date={first}&end_date={last}&group_by={groups}"
+    answer = process.manage(f"/global/spend/report?{query}")
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def nano(value: Any) -> int:
+    """An amount in billionths, so that two of them can be compared and summed."""
+    return round(Decimal(str(value)) * 10**9)
+
+
+def total(rows: list[dict[str, Any]], name: str = "spend") -> int:
+    return sum(nano(row[name]) for row in rows)
+
+
+def reads(text: str, amount: int) -> bool:
+    """Whether a text in the page is that amount of billionths, to the cent."""
+    return abs(nano(text.strip("$").replace(",", "")) - amount) <= 10**9 // 200
+
+
+def go(page: Any, view: str) -> None:
+    page.click(f'#tabs a[href="#{view}"]')
+    page.wait_for_selector(f'section[data-view="{view}"]')
+
+
+def test_signing_in_and_out(shown: Process, visit: Visits) -> None:
+    page = visit(shown)
+    page.fill("#key", UNKNOWN_KEY)
+    page.click("#login button")
+    refused = HTTP.post(f"{shown.url}/ui/login", json={"key": UNKNOWN_KEY})
+    said = refused.json()["error"]["message"]
+    settled(page, lambda: page.inner_text("#login-error"), said)
+    assert page.is_hidden("#app") and page.is_visible("#login")
+    page.fill("#key", MASTER_KEY)
+    page.click("#login button")
+    page.wait_for_selector("#app")
+    assert page.inner_text("#who") == "master" and "UTC" in page.inner_text("#utc")
+    assert page.is_hidden("#login")
+    settled(page, lambda: page.input_value("#key"), "")
+    (cookie,) = page.context.cookies()
+    assert cookie["httpOnly"] and cookie["sameSite"] == "Strict" and not cookie["secure"]
+    assert 0 < cookie["expires"] - time.time() <= 12 * 3600 + 60
+    page.reload()
+    page.wait_for_selector("#app")
+    page.click("#logout")
+    page.wait_for_selector("#login")
+    assert page.is_hidden("#app") and HTML not in page.content() and "Lab" not in page.content()
+    page.reload()
+    page.wait_for_selector("#login")
+    page.fill("#key", MASTER_KEY)
+    page.press("#key", "Enter")
+    go(page, "keys")
+    page.wait_for_selector("[data-table=keys] tbody tr")
+    page.evaluate("fetch('/ui/logout', {method: 'POST', body: '{}'})")  # as another tab does it
+    page.click("[data-table=keys] [data-do=block]")
+    page.wait_for_selector("#login")
+    assert page.inner_text("#login-error") and HTML not in page.inner_text("body")
+    page.fill("#key", plain(2))
+    page.press("#key", "Enter")
+    page.wait_for_selector("#app")
+    assert page.inner_text("#who") == OTHERS[1] and page.is_hidden("#tabs")
+    assert plain(2) not in page.content()
+
+
+STACKED = {"model": "model", "api_key": "api_key", "team": "team", "user": "user", "tag": "tag"}
+SUMMED = ("spend", "requests", "errors", "input_tokens", "output_tokens", "cache_read_tokens")
+NAMED_HERE = {"weavers": HTML, "lab": "Lab", "user-1": HTML, "": "(none)"}
+
+
+def test_every_chart_and_table_says_what_the_report_says(shown: Process, visit: Visits) -> None:
+    page = visit(shown, MASTER_KEY)
+    days = days_past()
+    spans = {"today": days[-1:], "7": days[-7:], "30": days[-30:]}
+    spans["month"] = [day for day in days if day >= f"{days[-1][:8]}01"]
+    sums = {name: report(shown, "day", of[0], of[-1]) for name, of in spans.items()}
+
+    def tile(span: str) -> tuple[int, int, str]:
+        part = page.locator(f'#spans [data-span="{span}"]')
+        spend, requests = [part.locator(f"[data-sum={n}]") for n in ("spend", "requests")]
+        values = [nano(each.get_attribute("data-value") or -1) for each in (spend, requests)]
+        return values[0], values[1], spend.inner_text()
+
+    page.wait_for_selector("[data-table=days] tbody tr")
+    for span, rows in sums.items():
+        spend, requests, text = tile(span)
+        assert (spend, requests) == (total(rows), total(rows, "requests")), span
+        assert reads(text, spend), (span, text)
+    # A free span, all that is kept, by each group and measure
+    page.fill("#from", days[0])
+    page.fill("#to", days[-1])
+    for group in STACKED:
+        page.select_option("#group", group)
+        by_name = report(shown, group, days[0], days[-1])
+        by_day = report(shown, f"day,{group}", days[0], days[-1])
+        names = {row[group]: called(group, row) for row in by_name}
+        expected = {
+            (names[row[group]], nano(row["spend"]), row["requests"], row["cache_read_tokens"])
+            for row in by_name
+        }
+
+        def rows_shown() -> Any:
+            return {
+                (row["name"], nano(row["spend"]), *map(int, (row["requests"], row[CACHE_READ])))
+                for row in cells(page, "spent")
+            }
+
+        settled(page, rows_shown, expected)
+        sums_shown = page.eval_on_selector_all(
+            "[data-table=spent] tfoot td[data-value]",
+            "(all) => all.map((cell) => [cell.dataset.column, cell.dataset.value])",
+        )
+        for name in SUMMED:
+            assert nano(dict(sums_shown)[name]) == total(by_name, name), (group, name)
+        for row in cells(page, "spent"):
+            assert reads(row["spend:text"], nano(row["spend"])), row
+        bars = stacked(page)
+        for day in days:
+            height = sum(n for (at, _), n in bars.items() if at == day)
+            assert height == total([row for row in by_day if row["day"] == day]), (group, day)
+        for row in by_day:
+            at = (row["day"], names[row[group]])
+            if at in bars and "(others)" not in at:
+                same = [r for r in by_day if (r["day"], names[r[group]]) == at]
+                assert bars[at] == total(same), (group, at)
+        legend = page.eval_on_selector_all(
+            "#legend li", "(all) => all.map((item) => item.dataset.value)"
+        )
+        assert sum(map(nano, legend)) == total(by_name)
+    page.select_option("#group", "model")
+    page.select_option("#measure", "requests")
+    whole = report(shown, "day", days[0], days[-1])
+    settled(page, lambda: sum(stacked(page).values()), total(whole, "requests"))
+    by_table = {row["id"]: nano(row["spend"]) for row in cells(page, "days")}
+    assert by_table == {row["day"]: nano(row["spend"]) for row in whole}
+    page.click('[data-span="7"]')
+    settled(page, lambda: len(cells(page, "days")), 7)
+    assert page.get_attribute('[data-span="7"]', "aria-pressed") == "true"
+
+    # Each table as it is saved
+    page.wait_for_selector("[data-table=recent] tbody tr", state="attached")
+    saved = page.evaluate(SAVE_ALL)
+    tables = {"spent", "days", "idle", "refused", "underway", "recent", "keys", "teams", "users"}
+    assert {name for name, *_ in saved} == tables | {"upstreams", "audit"}
+    for name, count, as_csv, as_json in saved:
+        head, *lines = csv.reader(io.StringIO(as_csv))
+        assert len(lines) == count == len(json.loads(as_json)), name
+        assert {len(line) for line in lines} <= {len(head)}, name
+
+
+CACHE_READ = "cache_read_tokens"
+SAVE_ALL = """async () => {
+    const blobs = [], make = URL.createObjectURL, all = [];
+    URL.createObjectURL = (blob) => { blobs.push(blob); return make(blob); };
+    for (const table of document.querySelectorAll("[data-table]")) {
+        for (const kind of ["csv", "json"]) table.querySelector(`[data-do=${kind}]`).click();
+        const texts = await Promise.all(blobs.splice(0).map((blob) => blob.text()));
+        const count = Number(table.querySelector("[data-rows]").dataset.rows);
+        all.push([table.dataset.table, count, ...texts]);
+    }
+    return all; }"""
+
+
+def called(group: str, row: dict[str, Any]) -> str:
+    """How the page calls a group of the report."""
+    return row.get("key_alias") or NAMED_HERE.get(row[group], row[group])
+
+
+def stacked(page: Any) -> dict[tuple[str, str], int]:
+    """The chart's bars, by day and name."""
+    script = "(all) => all.map((bar) => [bar.dataset.day, bar.dataset.name, bar.dataset.value])"
+    found: dict[tuple[str, str], int] = {}
+    for day, name, value in page.eval_on_selector_all("#chart svg rect[data-value]", script):
+        found[day, name] = found.get((day, name), 0) + nano(value)
+    return found
+
+
+def test_a_key_is_made_copied_used_seen_and_blocked(shown: Process, visit: Visits) -> None:
+    allowed = ["clipboard-read", "clipboard-write"]
+    page = visit(shown, MASTER_KEY, hurried=True, permissions=allowed)
+
+    def wait_for_row(table: str, count: int = 1) -> None:
+        rows = page.locator(f"[data-table={table}] tbody tr:has-text('made here')")
+        settled(page, rows.count, count, skipped=POLL)
+
+    page.evaluate("window.loaded = 'once'")
+    go(page, "keys")
+    page.click("#new-key")
+    page.fill("#form [name=key_alias]", "made here")
+    page.fill("#form [name=max_budget]", "3")
+    page.fill("#form [name=budget_duration]", "1d")
+    page.click("#form [data-do=save]")
+    key = page.inner_text("#made-key")
+    assert shown.info(key)["max_budget"] == 3 and shown.info(key)["created_by"] == "master"
+    lines = page.locator("#connect").inner_text()
+    page.locator("#connect [data-do=copy]").first.click()
+    settled(page, lambda: "ANTHROPIC" in page.evaluate("navigator.clipboard.readText()"), True)
+    copied = page.evaluate("navigator.clipboard.readText()")
+    exported = dict(re.findall(r"^export (\w+)=(\S+)$", copied, re.MULTILINE))
+    assert exported["ANTHROPIC_AUTH_TOKEN"] == key and key in lines
+    page.click("#dialog [data-do=close]")
+    assert key not in page.content(), "it is shown once"
+    # Used, and seen without a reload
+    client = anthropic.Anthropic(
+        base_url=exported["ANTHROPIC_BASE_URL"], auth_token=key, max_retries=0
+    )
+    go(page, "requests")
+    text = [{"role": "user", "content": "slow " * 2000}]
+    with client.messages.stream(**MESSAGE | {"messages": text, "max_tokens": 9999}) as stream:
+        next(iter(stream))
+        wait_for_row("underway")
+    client.messages.create(**MESSAGE)
+    wait_for_row("recent", 2)
+    wait_for_row("underway", 0)
+    logs = {row["litellm_call_id"]: row for row in shown.manage("/spend/logs").json()}
+    for row in cells(page, "recent"):
+        logged = logs[row["id"]]
+        assert nano(row["spend"]) == nano(logged["spend"])
+        assert row["outcome"] == logged["outcome"] and row["model"] == logged["model"]
+        assert int(row["completion_tokens"]) == logged["completion_tokens"]
+        assert float(row["duration"]) == logged["duration"]
+    # Blocked, and refused
+    go(page, "keys")
+    row = page.locator(f"[data-table=keys] tr[data-id='{gateway.hash_key(key)}']")
+    row.locator("[data-do=block]").click()
+    row.locator("[data-do=unblock]").wait_for()
+    with pytest.raises(anthropic.AuthenticationError, match="blocked"):
+        client.messages.create(**MESSAGE)
+    go(page, "overview")
+    wait_for_row("refused")
+    assert any("blocked" in row["why"] for row in cells(page, "refused"))
+    go(page, "keys")
+    row.locator("[data-do=unblock]").click()
+    row.locator("[data-do=block]").wait_for()
+    assert client.messages.create(**MESSAGE).content
+    assert page.evaluate("window.loaded") == "once"
+
+
+def test_many_keys_are_made_of_pasted_names(shown: Process, visit: Visits) -> None:
+    page = visit(shown, MASTER_KEY)
+    go(page, "keys")
+    page.click("#many-keys")
+    page.fill("#form [name=names]", "Ann Aal\r\n  Bob, B. \n\n=1+1\nAnn Aal\nkey 3\n")
+    page.fill("#form [name=max_budget]", "2")
+    page.click("#form [data-do=save]")
+    page.wait_for_selector("[data-table=made]")
+    rows = {row["key_alias"]: row for row in cells(page, "made")}
+    assert list(rows) == ["Ann Aal", "Bob, B.", "=1+1", "key 3"]
+    taken = shown.manage("/key/generate", {"key_alias": "key 3"})
+    assert rows["key 3"]["error"] == error_of(taken, 400)
+    with page.expect_download() as told:
+        page.click("[data-table=made] [data-do=csv]")
+    text = Path(told.value.path()).read_bytes().decode()
+    head, *lines = csv.reader(io.StringIO(text))
+    saved = {line[0].removeprefix("'"): dict(zip(head, line, strict=True)) for line in lines}
+    for alias in ("Ann Aal", "Bob, B.", "=1+1"):
+        assert shown.lets_in(saved[alias]["key"]) and rows[alias]["key"] == saved[alias]["key"]
+        info = shown.info(saved[alias]["key"])
+        assert info["key_alias"] == alias and info["max_budget"] == 2
+    assert not any(cell.startswith("=") for line in lines for cell in line), "no formula"
+    page.click("#dialog [data-do=close]")
+    assert saved["Ann Aal"]["key"] not in page.content()
+    settled(page, lambda: {"Ann Aal", "=1+1"} <= {row["name"] for row in cells(page, "keys")}, True)
+
+
+def test_what_an_operator_does_to_a_key_and_a_team(shown: Process, visit: Visits) -> None:
+    key = shown.new_key(key_alias="to change", models=[OPUS], tpm_limit=9999)
+    page = visit(shown, MASTER_KEY)
+    go(page, "keys")
+    row = page.locator(f"[data-table=keys] tr[data-id='{gateway.hash_key(key)}']")
+    row.locator("[data-do=change]").click()
+    # What is wrong is said as the API says it
+    page.fill("#form [name=max_budget]", "much")
+    page.click("#form [data-do=save]")
+    said = shown.manage("/key/update", {"key": key, "max_budget": "much"})
+    settled(page, lambda: page.inner_text("#form-error"), error_of(said, 400))
+    page.fill("#form [name=max_budget]", "0.5")
+    page.fill("#form [name=models]", f"{OPUS}\n{HAIKU}")
+    page.click("#form [data-do=save]")
+    page.wait_for_selector("#dialog", state="hidden")
+    info = shown.info(key)
+    assert (info["max_budget"], info["models"]) == (0.5, [OPUS, HAIKU])
+    assert info["tpm_limit"] == 9999, "what was not touched stays"
+    # Asked before it is done, and not done if one says no
+    sdk(shown, key).messages.create(**MESSAGE | {"model": OPUS})
+    assert shown.info(key)["spend"] > 0
+    for deed, answers in (("reset_spend", "yes"), ("delete", "no"), ("regenerate", "yes")):
+        row.locator("[data-do=change]").click()
+        if deed == "regenerate":
+            page.fill("[name=grace_period]", "1h")
+        page.click(f"#dialog [data-do={deed}]")
+        page.wait_for_selector("#ask")
+        assert "to change" in page.inner_text("#ask-text")
+        page.click(f"#ask [data-do={answers}]")
+        page.wait_for_selector("#ask", state="hidden")
+        if deed == "reset_spend":
+            wait_for(lambda: shown.info(key)["spend"] == 0)
+            page.wait_for_selector("#dialog", state="hidden")
+        elif deed == "delete":
+            assert shown.lets_in(key)
+            page.click("#dialog [data-do=close]")
+    new = page.inner_text("#made-key")
+    assert new != key and shown.lets_in(key) and shown.lets_in(new), "the old one has its grace"
+    page.click("#dialog [data-do=close]")
+    row = page.locator(f"[data-table=keys] tr[data-id='{gateway.hash_key(new)}']")
+    row.locator("[data-do=change]").click()
+    page.click("#dialog [data-do=delete]")
+    page.click("#ask [data-do=yes]")
+    row.wait_for(state="detached")
+    assert not shown.lets_in(new)
+    # A team likewise
+    go(page, "teams")
+    page.click("#new-team")
+    page.fill("#form [name=team_alias]", "A team")
+    page.fill("#form [name=max_budget]", "7")
+    page.click("#form [data-do=save]")
+    team = page.locator("[data-table=teams] tr:has-text('A team')")
+    team.wait_for()
+    name = team.get_attribute("data-id")
+    member = shown.new_key(team_id=name)
+    team.locator("[data-do=block]").click()
+    team.locator("[data-do=unblock]").wait_for()
+    assert not shown.lets_in(member)
+    team.locator("[data-do=unblock]").click()
+    team.locator("[data-do=block]").wait_for()
+    assert shown.lets_in(member)
+    team.locator("[data-do=change]").click()
+    page.click("#dialog [data-do=delete]")
+    page.click("#ask [data-do=yes]")
+    team.wait_for(state="detached")
+    assert not shown.lets_in(member)
+
+
+VIEWS = ("overview", "requests", "keys", "teams", "users", "gateway")
+
+
+def test_a_phone_needs_no_scrolling_sideways(shown: Process, visit: Visits) -> None:
+    small = {"viewport": {"width": 375, "height": 700}, "is_mobile": True, "has_touch": True}
+    page = visit(shown, MASTER_KEY, **small)
+    wide = "document.documentElement.scrollWidth"
+    page.wait_for_selector("#chart svg rect")
+    for view in VIEWS:
+        go(page, view)
+        assert page.evaluate(wide) == 375, view
+    go(page, "keys")
+    page.click("#new-key")
+    page.click("#more summary")
+    box = page.locator("#dialog").bounding_box()
+    assert box["x"] >= 0 and box["x"] + box["width"] <= 375 and page.evaluate(wide) == 375
+    assert page.evaluate("document.getElementById('dialog').scrollWidth") <= box["width"]
+    page = visit(shown, plain(0), **small)
+    page.wait_for_selector("#chart svg rect")
+    assert page.evaluate(wide) == 375
+
+
+def test_a_name_that_is_html_stays_text(shown: Process, visit: Visits) -> None:
+    page = visit(shown, MASTER_KEY)
+    page.wait_for_selector("#chart svg rect")
+    for view in ("keys", "teams"):
+        go(page, view)
+        page.locator(f"[data-table={view}] [data-do=change]", has_text=HTML).click()
+        assert HTML in page.inner_text("#heading")
+        page.click("#dialog [data-do=reset_spend]")
+        assert HTML in page.inner_text("#ask-text")
+        page.click("#ask [data-do=no]")
+        page.click("#dialog [data-do=close]")
+    go(page, "overview")
+    for group in STACKED:
+        page.select_option("#group", group)
+        page.locator("#legend").get_by_text(HTML).wait_for()
+        title = page.locator("#chart rect[data-name^='<img'] title").first
+        assert HTML in title.text_content()
+    for view in ("requests", "users"):
+        go(page, view)
+        page.locator(f'section[data-view="{view}"]').get_by_text(HTML).first.wait_for()
+
+
+def test_the_holder_sees_his_own_and_nothing_of_others(shown: Process, visit: Visits) -> None:
+    key = shown.new_key(
+        key_alias="own", team_id="lab", max_budget=1, budget_duration="1d", rpm_limit=33
+    )
+    client = sdk(shown, key)
+    client.messages.create(**MESSAGE | {"model": OPUS})
+    with pytest.raises(anthropic.BadRequestError):
+        client.messages.create(**MESSAGE | {"model": "mock-error-400"})
+    page = visit(shown, key)
+    page.wait_for_selector("[data-table=recent] tbody tr")
+    info = shown.info(key)
+    spend = total(info["usage"][days_past(1)[0]].values())
+    assert spend > 0
+
+    def today() -> int:
+        found = page.get_attribute('[data-span="today"] [data-sum=spend]', "data-value")
+        return nano(found or -1)
+
+    settled(page, today, spend)
+    settled(page, lambda: {name for _, name in stacked(page)}, {OPUS})
+    assert {row["id"]: nano(row["spend"]) for row in cells(page, "spent")}[OPUS] == spend
+    outcomes = [row["outcome"] for row in cells(page, "recent")]
+    logs = shown.ask("GET", "/spend/logs", key).json()
+    assert outcomes == [row["outcome"] for row in logs] and len(outcomes) == 2
+    budgets = page.eval_on_selector_all(
+        "[data-list=left] [data-budget]", "(all) => all.map((each) => each.innerText)"
+    )
+    assert len(budgets) == len(info["budgets"]) >= 2 and any("of $1.00" in b for b in budgets)
+    assert page.inner_text("#limits [data-field=rpm_limit]") == "33"
+    # Nothing of others in the document or in what came over the wire
+    said = page.evaluate("document.documentElement.outerHTML")
+    for answer in visit.answers:
+        said += answer.text()
+    others = [HTML, *OTHERS, "user-0", "user-2", "weavers"]
+    hashes = [gateway.hash_key(plain(n)) for n in range(len(OTHERS) + 1)]
+    for name in (*others, *hashes, *(each[:12] for each in hashes)):
+        assert name not in re.sub(r"<script>.*</script>", "", said, flags=re.DOTALL), name
+    assert {urllib.parse.urlsplit(url).path for url in visit.asked} <= {
+        *("/ui", "/ui/session", "/ui/login", "/key/info", "/spend/logs")
+    }
+
+
+def test_everything_is_reached_by_keyboard_and_has_a_name(shown: Process, visit: Visits) -> None:
+    page = visit(shown)
+    page.wait_for_selector("#login")
+    page.keyboard.type(MASTER_KEY)  # the field has the focus
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#chart svg rect")
+    tree = page.context.new_cdp_session(page)
+
+    def nameless() -> list[Any]:
+        nodes = tree.send("Accessibility.getFullAXTree")["nodes"]
+        asked = [node for node in nodes if not node["ignored"] and can_focus(node)]
+        assert len(asked) > 5
+        bare = ("RootWebArea", "generic")
+        return [
+            node
+            for node in asked
+            if not node["name"].get("value") and node["role"]["value"] not in bare
+        ]
+
+    def can_focus(node: dict[str, Any]) -> bool:
+        told = {each["name"]: each["value"].get("value") for each in node["properties"]}
+        return bool(told.get("focusable"))
+
+    page.click('[data-span="today"]')
+    for view in ("overview", "requests", "keys", "gateway"):  # teams and users are as keys
+        page.focus("#logout")
+        for _ in range(len(VIEWS) + 3):  # backwards to the view's link
+            page.keyboard.press("Shift+Tab")
+            if page.evaluate("document.activeElement.hash") == f"#{view}":
+                break
+        page.keyboard.press("Enter")
+        page.wait_for_selector(f'section[data-view="{view}"]')
+        assert untabbed(page) == [], view
+    go(page, "keys")
+    page.focus("#new-key")
+    page.keyboard.press("Enter")
+    page.focus("#more summary")
+    page.keyboard.press("Enter")
+    assert untabbed(page, "#dialog ") == [] and nameless() == []
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#dialog", state="hidden")
+    assert page.evaluate("document.activeElement.id") == "new-key", "the focus comes back"
+    for view in VIEWS:
+        go(page, view)
+        assert nameless() == [], view
+
+
+def untabbed(page: Any, within: str = "") -> list[str]:
+    """What can be seen and used, but is not reached by Tab."""
+    script = """(within) => {
+        const kinds = ["button", "a[href]", "input", "select", "textarea", "summary"];
+        const all = [...document.querySelectorAll(kinds.map((kind) => within + kind).join())];
+        window.left = new Set(all.filter((node) => !node.disabled && node.checkVisibility()));
+        document.addEventListener("focusin", (event) => window.left.delete(event.target));
+        return window.left.size; }"""
+    left = page.evaluate(script, within)
+    for _ in range(left * 2 + 40):  # a date has several stops
+        page.keyboard.press("Tab")
+        if (left := left - 1) <= 0 and not (left := page.evaluate("window.left.size")):
+            break
+    return page.evaluate("[...window.left].map((node) => node.outerHTML.slice(0, 200))")
+
+
+def test_a_thousand_keys(start: Starter, visit: Visits, tmp_path: Path) -> None:
+    lines, days = {}, days_past(2)
+    usage = used(random.Random(2), (OPUS,), days)
+    for n in range(1000):
+        lines[gateway.hash_key(f"sk-many-{n:016}")] = {
+            "key_name": f"sk-...{n:04}",
+            "key_alias": f"student {n:03}",
+            "usage": usage,
+        }
+    write_keys(tmp_path / "keys.json", lines)
+    process = start()
+    page = visit(process, MASTER_KEY)
+    page.wait_for_selector("#chart svg rect")
+    go(page, "keys")
+    table = page.locator("[data-table=keys]")
+    settled(page, lambda: table.locator("[data-rows]").get_attribute("data-rows"), "1000")
+    assert table.locator("tbody tr").count() <= 1000
+    table.locator("input[type=search]").fill("student 777")
+    settled(page, lambda: table.locator("[data-rows]").get_attribute("data-rows"), "1")
+    assert [row["name"] for row in cells(page, "keys")] == ["student 777"]
+    table.locator("input[type=search]").fill("")
+    table.locator("th button", has_text="Name").click()
+    assert cells(page, "keys")[0]["name"] == "student 000"
+    table.locator("th button", has_text="Name").click()
+    assert cells(page, "keys")[0]["name"] == "student 999"
+    assert table.locator("th[aria-sort=descending]").count() == 1
+    table.locator("[data-do=next]").click()
+    assert cells(page, "keys")[0]["name"] < "student 999"
+    with page.expect_download() as told:
+        table.locator("[data-do=json]").click()
+    assert len(json.loads(Path(told.value.path()).read_text())) == 1000
+    go(page, "overview")
+    page.fill("#from", days[0])
+    page.select_option("#group", "api_key")
+    expected = total(report(process, "day", days[0], days[-1]))
+    legend = "(all) => all.map((item) => item.dataset.value)"
+    settled(page, lambda: sum(map(nano, page.eval_on_selector_all("#legend li", legend))), expected)
+    page.click("#logout")
+    page.wait_for_selector("#login")
+    # Wrong tries are slowed down, and the page says so as the API does
+    statuses = [401]
+    while statuses[-1] == 401 and len(statuses) < 100:
+        told = HTTP.post(f"{process.url}/ui/login", json={"key": UNKNOWN_KEY})
+        statuses.append(told.status_code)
+    page.fill("#key", MASTER_KEY)
+    with page.expect_response("**/ui/login") as answer:
+        page.press("#key", "Enter")
+    assert answer.value.status == 429
+    settled(page, lambda: page.inner_text("#login-error"), answer.value.json()["error"]["message"])
 
 
 # ─── Main ─────────────────────────────────────────────────────────────────────────────
