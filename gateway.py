@@ -5794,7 +5794,8 @@ class BaseHandler(web.RequestHandler):
     def refuse_unknown(self) -> None:
         """Raise APIError 400 for a parameter that was not asked for, so that none is ignored."""
         for name in self._asked.keys() - self._known:
-            text = f"{printable(name)!r} is not known here: it may be {', '.join(sorted(self._known))}."
+            known = ", ".join(sorted(self._known))
+            text = f"{printable(name)!r} is not known here: it may be {known}."
             raise APIError(400, text + nearest(name, self._known))
 
     def shown_hashes(self) -> list[str]:
