@@ -8018,8 +8018,8 @@ function holderView() {
     tell(limits, {models: "all", ...Object.fromEntries(names.map((name) => [name, info[name]]))});
   });
   const asks = session.contact && h("p", null, `Ask ${session.contact} for more.`);
-  return {mine: [spend.tiles, h("div", {class: "grid"}, column(spend.nodes), column(
-    card("Left", left, asks), card("Limits", limits), card("Connect", connect("<your key>")))),
+  return {mine: [card("Left", left, asks), spend.tiles, h("div", {class: "grid"},
+    column(spend.nodes), column(card("Limits", limits), card("Connect", connect("<your key>")))),
   live.under.node, live.recent.node]};
 }
 
