@@ -112,18 +112,29 @@ GOOD_MASTER_KEY = "set GATEWAY_MASTER_KEY to 16 characters or more that nobody c
 SENDABLE = re.compile(r"[\x21-\x7e]*")  # what a header or a URL can carry
 REAL_KEY = re.compile(r"(?:([\w.-]{1,64})=)?(sk-[\x21-\x7e]+)", re.ASCII)  # with a name for it
 DURATION = re.compile(r"\A([0-9]{1,9})(mo|s|m|h|d|w)\Z")
-SHIPPED_KEYS = (
-    b'{"version": 1, "keys": {}}\n'  # the keys file of a checkout, as no gateway writes it
-)
-LOG_LEVELS = ("debug", "info", "warning", "error", "none")
-TOML_KINDS = {str: "string", bool: "boolean", int: "whole number", float: "number", Path: "string"}
+SHIPPED_KEYS = b'{"version": 1, "keys": {}}\n'  # a checkout's keys file, as no gateway writes it
 LOCAL_KEYS = Path("keys.local.json")  # stands in for that one, which is only read
+LOG_LEVELS = ("debug", "info", "warning", "error", "none")
+OPTION_KINDS = {str: "string", Path: "string", int: "whole number", float: "number"}
+OPTION_KINDS[bool] = "boolean (true or false)"
+BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+FROM_TEXT: dict[Any, Callable[[str], Any]] = {bool: BOOLEANS.__getitem__, int: int, float: float}
 
 
 class SettingsError(Exception):
     """A wrong option, variable or keys file; the message is one line for who starts it."""
 
     as_json = False  # whether --log-json was read by then
+
+
+@contextlib.contextmanager
+def blaming(what: str, advice: str = "") -> Iterator[None]:
+    """What fails or is wrong within is a SettingsError that begins and ends with these."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", "") or error
+        raise SettingsError(f"{what}: {reason}{advice}") from None
 
 
 def option(
@@ -158,9 +169,7 @@ class Settings:
     max_body_size: int = option(MAX_BODY_SIZE, "largest request body, in bytes", least=1)
     max_connections_per_address: int = option(4096, "connections one address may have", least=1)
     max_held_bytes: int = option(0, "bytes of bodies held (a key: 1/4); 0: 1/4 of memory", least=0)
-    prices: Path | None = option(
-        None, "JSON of models' USD a million tokens, before genai-prices", kind=Path
-    )
+    prices: Path | None = option(None, "JSON of prices, before genai-prices; see README", kind=Path)
     max_budget: float | None = option(None, "USD for all keys together", least=0, kind=float)
     budget_duration: str = option("", "what --max-budget is for: 1h, 1d, 7d, 30d or 1mo")
     contact: str = option("", "whom messages tell to ask, as 'Ann, ann@example.org'")
@@ -194,19 +203,19 @@ class Settings:
             if not known["kind"] and each.name != "api_keys" and not SENDABLE.fullmatch(value):
                 names = " or ".join(known["variables"])
                 raise SettingsError(f"{names} holds characters that a header cannot carry")
-        if self.port > 65535:
-            raise SettingsError(f"--port: {self.port} is not a port number (0 to 65535)")
-        if self.keyfile and not self.certfile:
-            raise SettingsError("--keyfile: needs --certfile")
-        if self.unix_socket and self.certfile:
-            raise SettingsError("--unix-socket: takes no --certfile; the proxy has it")
-        if self.master_key_next and not self.master_key:
-            raise SettingsError("GATEWAY_MASTER_KEY_NEXT: needs GATEWAY_MASTER_KEY")
-        if duration := self.budget_duration:
-            if not (found := DURATION.match(duration)) or not int(found[1]):
-                raise SettingsError(f"--budget-duration: {duration} is no length of time, as 1d")
-            if self.max_budget is None:
-                raise SettingsError("--budget-duration: needs --max-budget")
+        alone, duration = not self.master_key, self.budget_duration
+        length = DURATION.match(duration)
+        is_odd = duration and not (length and int(length[1]))
+        wrong = {
+            f"--port: {self.port} is not a port number (0 to 65535)": self.port > 65535,
+            "--keyfile: needs --certfile": self.keyfile and not self.certfile,
+            "--unix-socket: takes no --certfile": self.unix_socket and self.certfile,
+            "GATEWAY_MASTER_KEY_NEXT: needs GATEWAY_MASTER_KEY": alone and self.master_key_next,
+            f"--budget-duration: {duration} is no length of time, as 1d": is_odd,
+            "--budget-duration: needs --max-budget": duration and self.max_budget is None,
+        }
+        for text in filter(wrong.get, wrong):
+            raise SettingsError(text)
         if self.upstream != MOCK_UPSTREAM:
             parse_upstream(self.upstream)
         if self.alert_webhook:
@@ -231,15 +240,11 @@ def real_keys(settings: Settings) -> dict[str, tuple[str, str]]:
     elif settings.auth_token:
         headers["default"] = "Authorization", f"Bearer {settings.auth_token}"
     if file := settings.api_keys_file:
-        try:
-            with open(file, encoding="ascii") as opened:
-                if os.fstat(opened.fileno()).st_mode & 0o077:  # as ssh refuses the file of a key
-                    raise ValueError("others can read it; chmod 600 it")
-                if not (text := opened.read().replace(",", " ").strip()):
-                    raise ValueError("holds no key")
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", "") or error
-            raise SettingsError(f"--api-keys-file: {file}: {reason}") from None
+        with blaming(f"--api-keys-file: {file}"):
+            if os.stat(file).st_mode & 0o077:  # as ssh refuses the file of a key
+                raise ValueError("others can read it; chmod 600 it")
+            if not (text := Path(file).read_text("ascii").replace(",", " ").strip()):
+                raise ValueError("holds no key")
         entries += f" {text}"
     for number, entry in enumerate(entries.replace(",", " ").split(), start=1):
         wrong = f"ANTHROPIC_API_KEYS, --api-keys-file: entry {number}"
@@ -288,77 +293,59 @@ def read_secrets(environment: Mapping[str, str]) -> dict[str, Any]:
         for name in () if each.metadata["kind"] else each.metadata["variables"]:
             value, file = environment.get(name, "").strip(), environment.get(f"{name}_FILE", "")
             if file and each.name != "api_keys":  # whose file is an option
-                try:
+                with blaming(f"{name}_FILE: {file}"):
                     if value:
                         raise ValueError(f"{name} is set too; leave one of them out")
                     if not (value := Path(file).read_text("utf-8").strip()):
                         raise ValueError("is empty")
-                except (OSError, ValueError) as error:
-                    reason = getattr(error, "strerror", "") or error
-                    raise SettingsError(f"{name}_FILE: {file}: {reason}") from None
             if value:
                 found.setdefault(each.name, value)
     return found
 
 
-def read_options(
-    parser: OptionParser, kinds: Mapping[str, type], arguments: Iterable[str], where: str = ""
-) -> set[str]:
-    """Take options in, ``--config`` before those that win over it; the names of them all. Each is
-    parsed alone, so that an error has its name. Raises SettingsError."""
-    known, given = kinds.keys() - ({"help", "version", "config"} if where else set()), set[str]()
-    for argument in sorted(arguments, key=lambda text: not text.lstrip("-").startswith("config=")):
+class Options(OptionParser):
+    """Tornado's, with the environment's variables in what ``--help`` prints."""
+
+    def print_help(self, file: Any = None) -> None:
+        super().print_help(sys.stdout)
+        print("Variables; the secrets among them also as …_FILE, the name of their file:\n")
+        for each in dataclasses.fields(Settings):
+            for name in each.metadata["variables"]:
+                print(f"  {name:<32} {each.metadata['help']}")
+        print(f"  {'SSL_CERT_FILE':<32} further certificates to trust upstream")
+
+
+def read_options(parser: OptionParser, kinds: Mapping[str, Any], arguments: Sequence[str]) -> None:
+    """Take options in, those of ``--config`` before those of the command line, which win over them.
+    The SettingsError that it raises says no value: that may be a secret."""
+    told = list[tuple[str, str, Any]]()  # what is shown of each, its name and its value
+    for argument in arguments:
         shown, equals, text = argument.partition("=")
-        name = shown.lstrip("-").replace("_", "-")
-        if not shown.startswith("-") or name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean --{near[0]}?" if near else "--help lists them"
-            raise SettingsError(f"{where}{shown}: not an option ({hint})")
-        if name in ("help", "version"):
-            tell_usage(parser) if name == "help" else print("gateway", __version__)
-            sys.exit(0)
-        kind = kinds[name]
-        if kind is bool and equals and text.lower() not in ("true", "false", "1", "0"):
-            raise SettingsError(f"{where}{argument}: is not true or false")
-        try:
-            parser.parse_command_line(["", argument], final=False)
-        except Exception as error:  # noqa: BLE001 - whatever Tornado says of it
-            wrong = error if kind not in (int, float) or not text else "is not a number"
-            raise SettingsError(f"{where}{argument}: {wrong}") from None
-        given.add(name)
+        name = shown.lstrip("-").replace("_", "-") if shown.startswith("-") else ""
+        value: Any = text if equals else True
+        with contextlib.suppress(ValueError, KeyError):  # else its type is wrong
+            value = FROM_TEXT[kinds[name]](text.lower())
+        told.append((shown, name, value))
         if name == "config" and text:
-            given |= read_options(parser, kinds, read_config(text, kinds), f"--config={text}: ")
-    return given
-
-
-def read_config(file: str, kinds: Mapping[str, type]) -> Iterator[str]:
-    """The options of a TOML file, as on a command line. Raises SettingsError."""
-    try:
-        told = tomllib.loads(Path(file).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", "") or error
-        raise SettingsError(f"--config={file}: {reason}") from None
-    for name in sorted(told, key=lambda name: name not in ("log-json", "log_json")):
-        kind, value = kinds.get(name.replace("_", "-"), type(told[name])), told[name]
+            with blaming(argument):
+                table = tomllib.loads(Path(text).read_text("utf-8"))
+            rows = ((key.replace("_", "-"), table[key]) for key in table)
+            told[:0] = ((f"{argument}: {key}", key, value) for key, value in rows)
+    for shown, name, value in sorted(told, key=lambda each: each[1] != "log-json"):
+        kind = kinds.get(name)
+        if kind is None or (name == "config" and "=" in shown):
+            near = difflib.get_close_matches(name, kinds, 1)
+            hint = f"did you mean --{near[0]}?" if near else "--help lists them"
+            raise SettingsError(f"{shown}: not an option ({hint})")
         if type(value) not in {float: (int, float), Path: (str,)}.get(kind, (kind,)):
-            raise SettingsError(f"--config={file}: {name}: is not a {TOML_KINDS[kind]}")
-        yield f"--{name}={value}"
-
-
-def tell_usage(parser: OptionParser) -> None:
-    """What ``--help`` prints."""
-    parser.print_help(sys.stdout)
-    print("Variables; the secrets among them also as …_FILE, the name of a file that holds it:\n")
-    for each in dataclasses.fields(Settings):
-        for name in each.metadata["variables"]:
-            print(f"  {name:<32} {each.metadata['help']}")
-    print(f"  {'SSL_CERT_FILE':<32} further certificates to trust upstream")
+            raise SettingsError(f"{shown}: is not a {OPTION_KINDS[kind]}")
+        setattr(parser, name, kind(value))
 
 
 def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
     """Read the command line (without the program's name), ``--config`` and the environment; but not
     ANTHROPIC_BASE_URL, which names this very gateway on a user's machine. Raises SettingsError."""
-    parser, values = OptionParser(), dict[str, Any]()
+    parser, values = Options(), dict[str, Any]()
     define_logging_options(parser)
     kinds = {name.replace("_", "-"): type(value or "") for name, value in parser.items()}
     kinds |= {"help": bool, "log-to-stderr": bool}
@@ -370,22 +357,22 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
             parser.define(each.name, value, kind, told, group="Gateway")
             kinds[each.name.replace("_", "-")] = kind
     try:
-        given = read_options(parser, kinds, arguments)
+        read_options(parser, kinds, arguments)
+        if parser.version:
+            print("gateway", __version__)
+            sys.exit(0)
         if parser.logging.lower() not in LOG_LEVELS:
             raise SettingsError(f"--logging={parser.logging}: is not {', '.join(LOG_LEVELS)}")
-        if "keys" not in given:
-            with contextlib.suppress(OSError):
-                if parser.keys.read_bytes() == SHIPPED_KEYS:
-                    parser.keys = LOCAL_KEYS
-        try:
+        with contextlib.suppress(OSError):
+            if parser.keys is Settings.keys and parser.keys.read_bytes() == SHIPPED_KEYS:
+                parser.keys = LOCAL_KEYS  # as no other was named
+        with blaming("--log-file-prefix, --log-rotate-…"):
             parser.run_parse_callbacks()  # which open the log
-        except (OSError, ValueError) as error:
-            raise SettingsError(f"--log-file-prefix, --log-rotate-…: {error}") from None
         chosen = parser.group_dict("Gateway").items()
         values |= {name: value for name, value in chosen if value not in ("", Path())}
         return Settings(**values, **read_secrets(environment))
     except SettingsError as error:
-        error.as_json = parser.log_json or bool({"--log-json", "--log-json=true"} & {*arguments})
+        error.as_json = parser.log_json or "--log-json" in arguments
         raise
 
 
@@ -398,8 +385,6 @@ ERROR_TYPES |= {401: "authentication_error", 403: "permission_error", 404: "not_
 ERROR_TYPES |= {413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}
 # Else the SDKs (anthropic/_base_client.py, _should_retry) and Claude Code try again for minutes.
 DO_NOT_RETRY = ("x-should-retry", "false")
-
-
 WHOM_TO_ASK = re.compile("whoever runs the gateway", re.IGNORECASE)  # where --contact says no more
 
 
@@ -1367,7 +1352,9 @@ def models_in(document: object, route: Route) -> Iterator[object]:
 MAX_NAMED = 20  # patterns that a refusal tells
 
 
-async def check_models(models: list[str], route: Route, document: Any, breathe: Breathe) -> None:
+async def check_models(
+    models: list[str], route: Route, document: Any, breathe: Breathe, of: str = "key"
+) -> None:
     """Raise APIError 403 unless every model that a body may reach is one of these patterns'."""
     checked: set[str] = set()
     for number, value in enumerate(models_in(document, route), start=1):
@@ -1379,7 +1366,7 @@ async def check_models(models: list[str], route: Route, document: Any, breathe: 
         if value is not None and model not in checked:
             checked.add(model)
             if not any(fnmatch.fnmatchcase(model, pattern) for pattern in models):
-                text = f"This key may not use the model {model_of(model)!r}; it may use"
+                text = f"This {of} may not use the model {model_of(model)!r}; it may use"
                 allowed = printable(", ".join(models[:MAX_NAMED]))
                 raise APIError(403, f"{text} {allowed}{', …' if models[MAX_NAMED:] else ''}.")
 
@@ -2196,7 +2183,7 @@ class FileLedger:
         status = record.status(moment)
         if status == "active" and len(self.groups) > 1:
             blocked = (of for of in self.limited(record) if of.blocked)
-            status = next((f"its {of.of} is blocked" for of in blocked), status)
+            status = next((f"its {of.of}" for of in blocked), status)
         return record, status
 
     def record(self, name: str) -> Limited | None:
@@ -2283,7 +2270,8 @@ class FileLedger:
             for name, amount in amounts.items():
                 of.account.windows[name].held -= amount
         if hold.pays and hold.accounts:
-            hold.accounts[0].account.last_active = moment_of(int(time.time()))
+            for of in hold.accounts:
+                of.account.last_active = moment_of(int(time.time()))
             if not charges or charges[0][0] != model:
                 charges = [(model, Tally()), *charges]
             charges[0][1].requests, charges[0][1].errors = 1, int(failed)
@@ -4527,7 +4515,7 @@ class RequestLog:
     def rows(self) -> Iterator[dict[str, Any]]:
         """The newest first; a line that is damaged is passed over."""
         for each in reversed(self._recent):
-            row = dict_of(read_json(each)) if isinstance(each, bytes) else each.to_spend_log()
+            row = dict_of(read_json(each, Any)) if isinstance(each, bytes) else each.to_spend_log()
             if row.keys() >= FILTERED and isinstance(row["startTime"], str):
                 yield row
 
@@ -4719,7 +4707,9 @@ class Doors:
                 if status != "active":
                     if record is not None and not refused:
                         record.belongs_to(key)
-                    refused = refused or ("blocked" if status == "revoked" else status)
+                    its = f"'s {status[4:]} is blocked" if status.startswith("its ") else ""
+                    status = "blocked" if status == "revoked" else status
+                    refused = refused or its or f" is {status}"
                 elif caller.key is None and not caller.is_master:
                     caller.key = key
             else:
@@ -4732,7 +4722,7 @@ class Doors:
             return caller
         text = "No API key was sent. Send a virtual key as 'x-api-key' or 'Authorization: Bearer'."
         if refused:
-            text = f"This virtual key is {refused}. Ask whoever runs the gateway for another."
+            text = f"This virtual key{refused}. Ask whoever runs the gateway for another."
         elif shown:
             text = "Unknown API key. Use a virtual key that this gateway gave out."
         raise APIError(401, text)
@@ -5065,21 +5055,50 @@ def too_large(limit: int) -> APIError:
 
 
 class Models(Rule):
-    """Which models a key may use."""
+    """Which models a key, its team and its user may use; the list of models has no others."""
 
     async def head(self, visit: Visit) -> None:
-        key = visit.caller.key
-        if key is not None and key.models and not visit.route.unread:
-            visit.reads_body = True
+        if not any(models_of(visit)):
+            return
+        visit.reads_body = visit.reads_body or not visit.route.unread
+        if visit.is_pooled and visit.route.fetches and visit.path.rstrip("/") == "/v1/models":
+            path, _, query = visit.target.partition("?")
+            asked = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+            if most := rows_asked(asked):  # else the upstream says what is wrong
+                told = urllib.parse.urlencode(asked | {"limit": MAX_ROWS_LISTED})
+                visit.target, backwards = f"{path}?{told}", bool(asked.get("before_id"))
+                visit.listing = functools.partial(self.list_usable, most=most, backwards=backwards)
+                is_empty = visit.head.method == "HEAD"
+                visit.hidden |= LIST_FIELDS | ({"content-length"} if is_empty else set())
 
     async def body(self, visit: Visit, body: Kept) -> None:
-        key, route = visit.caller.key, visit.route
-        if key is None or not key.models or route.unread:
-            return
-        document = await body.read(strictly=True, wholly=not route.open)
-        if not document and not (route.open or route.deletes):
-            raise APIError(403, "This key is limited to some models, and this request names none.")
-        await check_models(key.models, route, document, body.breathe)
+        route = visit.route
+        for of, models in () if route.unread else models_of(visit):
+            document = await body.read(strictly=True, wholly=not route.open)
+            if not document and not (route.open or route.deletes):
+                text = "is limited to some models, and this request names none."
+                raise APIError(403, f"This {of} {text}")
+            await check_models(models, route, document, body.breathe, of)
+
+    def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
+        if visit.listing is None or visit.route.kind or head.status != 200:
+            return ()
+        return (ResponseFilter(rewrite=functools.partial(visit.listing, visit)),)
+
+    async def list_usable(self, visit: Visit, body: bytes, *, most: int, backwards: bool) -> bytes:
+        """A page of those that may be used, of all."""
+        document = dict_of(read_json(body, Any))
+        rows = list_of(document.get("data"))
+        for _, models in models_of(visit):
+            rows = [r for r in rows if any(fnmatch.fnmatchcase(id_of(r), m) for m in models)]
+        shown = rows[-most:] if backwards else rows[:most]
+        return as_list(body, document, shown, len(rows) > most or document.get("has_more"))
+
+
+def models_of(visit: Visit) -> Iterator[tuple[str, list[str]]]:
+    """What limits its caller to some models, and to which."""
+    limited = (of for of in visit.accounts if of.models and ALL_TEAM_MODELS not in of.models)
+    return ((of.of, of.models) for of in limited)
 
 
 @functools.lru_cache(maxsize=256)
@@ -5099,9 +5118,11 @@ class Fields(Rule):
         unwanted = head.options
         if caller.own is None:
             unwanted |= {WORKSPACE_FIELD}
-            if visit.route.results_of or (visit.route.kind and not visit.route.name):
+            is_list = visit.listing or visit.route.kind and not visit.route.name
+            if visit.route.results_of or is_list:
                 unwanted |= {"range", "if-range"}  # of a part nobody can tell what it is
-        offered = head.values.get("accept-encoding") if visit.route.is_read else None
+        is_read = visit.route.is_read or visit.listing
+        offered = head.values.get("accept-encoding") if is_read else None
         for lower, _, name, line, goes_up, _ in head.fields:
             if not goes_up or lower in unwanted:
                 continue
@@ -5305,7 +5326,7 @@ class Walls(Rule):
         # Without walls, what a request names still tells where it has to go.
         looks = visit.is_pooled and visit.gateway.real_keys.several
         if key is not OPERATOR:
-            visit.hidden, visit.owner = IDENTITY_FIELDS, key.owner
+            visit.hidden, visit.owner = visit.hidden | IDENTITY_FIELDS, key.owner
         elif not looks:
             return
         has_walls = key.resources != "all"
@@ -7092,15 +7113,11 @@ class SessionHandler(DeedHandler):
             caller = await gateway.doors.admit(hashed)
         except APIError:
             gateway.sessions.slow_down(address, wrong=True)
-            raise APIError(
-                401, "This is neither the master key nor a virtual key that may be used."
-            ) from None
-        secure = self.request.protocol == "https"
-        more: Any = {"httponly": True, "samesite": "Strict", "secure": secure}
-        age = SESSION_HOURS * 3600
-        self.set_cookie(
-            SESSION_COOKIE, gateway.sessions.open(hashed), path="/", max_age=age, **more
-        )
+            text = "This is neither the master key nor a virtual key that may be used."
+            raise APIError(401, text) from None
+        about: Any = {"path": "/", "httponly": True, "samesite": "Strict"}
+        about |= {"secure": self.request.protocol == "https", "max_age": SESSION_HOURS * 3600}
+        self.set_cookie(SESSION_COOKIE, gateway.sessions.open(hashed), **about)
         self.send_json({"role": "operator" if caller.is_master else "holder"})
 
     async def get(self, deed: str) -> None:
@@ -7134,6 +7151,8 @@ class PageHandler(BaseHandler):
         for name, value in PAGE_HEADERS.items():
             self.set_header(name, value)
         self.finish(PAGE)
+
+    head = get
 
 
 SPEND_GROUPS = {"daily": "1d", "weekly": "7d", "monthly": "1mo"}
@@ -7184,9 +7203,8 @@ class HealthHandler(BaseHandler):
         upstreams = {each["name"]: each["state"] for each in gateway.real_keys.states()}
         refused = [name for name, state in upstreams.items() if state == REFUSED]
         is_well = not error and not (refused and len(refused) == len(upstreams))
-        status = "healthy" if is_well else "unhealthy"
-        if gateway.phase is not GatewayPhase.SERVING:
-            status = "shutting_down"
+        is_here = gateway.phase is GatewayPhase.SERVING
+        status = ("healthy" if is_well else "unhealthy") if is_here else "shutting_down"
         prices = "loaded" if gateway.prices.loaded else "loading"
         told = dict[str, Any](status=status, store=error or "writable", version=__version__)
         told["prices"] = prices if gateway.prices.available else "none"
@@ -7340,6 +7358,14 @@ class LineFormatter(logging.Formatter):
         return mask_keys(text) if KEY_LIKE.search(text) else text
 
 
+def mask_secrets(settings: Settings) -> None:
+    """Have the log mask these secrets, beside those that it masks already."""
+    real = [value.removeprefix("Bearer ") for _, value in real_keys(settings).values()]
+    for handler in logging.root.handlers:
+        if isinstance(line := handler.formatter, LineFormatter):
+            line.mask([settings.master_key, settings.master_key_next, *real])
+
+
 def log_request(handler: web.RequestHandler) -> None:
     """Tornado's access log for what is not relayed: without the query, where keys may stand."""
     if isinstance(handler, RelayHandler):  # which has a line of its own
@@ -7438,7 +7464,8 @@ PAGE = r"""<!doctype html>
 const $ = (id) => document.getElementById(id), DAY = 86400000;
 const NEAR = 80, IDLE_DAYS = 7, ROWS = 100, LOGS = 2000;  // percent, days, rows
 const SVG = new Set(["svg", "rect", "line", "text", "title"]);
-const data = {};  // what the API has told
+const nothing = () => ({keys: [], teams: [], users: [], logs: [], under: [], draws: [], lives: []});
+const data = nothing();  // what the API has told, and what draws it
 let session = null;
 
 // An element. Its children are texts or elements, never HTML, whatever somebody called his key.
@@ -7666,14 +7693,18 @@ function usage(source, groups, title) {
     const first = since[span], last = span === "free" && to.value || today;
     if (![from, to].includes(document.activeElement)) [from.value, to.value] = [first, last];
     tiles.forEach((tile) => tile.setAttribute("aria-pressed", tile.dataset.span === span));
-    const [recent, free, stacked, sums] = await Promise.all([source(ago(30), today, "day"),
-      source(first, last, "day"), source(first, last, `day,${by}`, 9), source(first, last, by)]);
-    if (turn !== asked) return;
-    const past = merged(recent, "day"), days = merged(free, "day"), kind = SUMS.find((each) =>
-      each[0] === measure.value)[2];
+    const told = [];  // one after the other, as far as they are still wanted
+    for (const what of [[first < ago(30) ? first : ago(30), last > today ? last : today, "day"],
+      [first, last, `day,${by}`, 9], [first, last, by]]) {
+      told.push(await source(...what));
+      if (turn !== asked) return;
+    }
+    const [all, stacked, sums] = told;
+    const past = merged(all, "day"), kind = SUMS.find((each) => each[0] === measure.value)[2];
+    const days = past.filter(({day}) => day >= first && day <= last);
     for (const tile of tiles) for (const [field, , {unit, show: text}] of SUMS.slice(0, 3)) {
       const rows = tile.dataset.span === "free" ? days
-        : past.filter((row) => row.day >= since[tile.dataset.span]);
+        : past.filter(({day}) => day >= since[tile.dataset.span] && day <= today);
       const place = tile.querySelector(`[data-sum=${field}]`);
       place.replaceChildren(text(place.dataset.value = summed(rows, unit, (row) => row[field])));
     }
@@ -7712,14 +7743,14 @@ function meter(budget, name, id) {
       "aria-valuemin": 0, "aria-valuemax": 100, "aria-valuenow": Math.min(100, Math.floor(part)),
       "aria-label": `Percent spent of a budget of ${title.join(", ")}`}, fill),
     h("small", null, `${Math.floor(part)}% spent`, length && ` · ${length}`,
-      ends ? [" · resets ", age(ends), `, ${ends.slice(5, 16).replace("T", " ")}`] : " · for ever"));
+      ends ? [" · resets ", age(ends), ", ", ends.slice(5, 16).replace("T", " ")] : " · for ever"));
 }
 
 // Requests
 const callOf = (row) => row.litellm_call_id;
 const keyOf = (row) => row.key_alias || row.api_key?.slice(0, 8);
-const REQUEST = [["startTime", "Time", CLOCK], ["key", "Key", TEXT, keyOf], ["model", "Model", TEXT],
-  ["outcome", "Outcome", WORD, (row) => row.outcome || "under way"],
+const REQUEST = [["startTime", "Time", CLOCK], ["key", "Key", TEXT, keyOf],
+  ["model", "Model", TEXT], ["outcome", "Outcome", WORD, (row) => row.outcome || "under way"],
   ["status_code", "Status", NUMBER],
   ["prompt_tokens", "In", COUNT], ["completion_tokens", "Out", COUNT], ["spend", "Cost", USD],
   ["time_to_first_byte", "First byte", SECONDS], ["duration", "Took", SECONDS],
@@ -7729,7 +7760,7 @@ function requests() {
   const recent = table("recent", "Most recent", REQUEST, callOf), refused = table("refused",
     "Refused, and why", [["times", "Times", NUMBER], ["key", "Key", TEXT], ["why", "Why", WIDE],
       ["last", "Last", AGE]], (row) => row.id, ["times", -1]);
-  data.draws.push(() => {
+  data.lives.push(() => {
     under.update(data.under); recent.update(data.logs);
     const rows = data.logs.filter((row) => row.outcome?.startsWith("refused"));
     const alike = Map.groupBy(rows, (row) => `${keyOf(row)} ${row.error || row.outcome}`);
@@ -7747,7 +7778,7 @@ async function poll() {
     const under = await api("/spend/logs?status=under_way");
     if (asked !== session) return;
     data.under = under; data.logs = [...rows.filter(isNew), ...data.logs].slice(0, LOGS);
-    data.draws.forEach((draw) => draw());
+    data.lives.forEach((draw) => draw());
   })());
   setTimeout(poll, 2000);
 }
@@ -7905,7 +7936,8 @@ function things(kind) {
     ["status", "Status", WORD], ...kind === "key" ? [["team_id", "Team", TEXT], ["user_id", "User",
       TEXT]] : [[id, "Id", TEXT], ["keys_count", "Keys", NUMBER]],
     ["budget", "Budget", {is: "number", show: (_, row) => h("ul", {class: "list"},
-      own(kind, row).map((each) => meter(each, "", `${kind}:${row[id]}`)))}, (row) => own(kind, row).map(fullness)[0]],
+      own(kind, row).map((each) => meter(each, "", `${kind}:${row[id]}`)))}, 
+    (row) => own(kind, row).map(fullness)[0]],
     ["spend", "Spent", {...USD, unit: 0}],
     ...kind === "key" ? [["last_active", "Last used", AGE]] : [],
     ["deeds", "", {show: (name, row) => session.can_change && deed(row, name, words(name), (now) =>
@@ -7949,8 +7981,8 @@ function operatorViews() {
     (row) => row.token);
   const texts = (columns) => columns.map((name) => [name, words(name), TEXT]);
   const upstreams = table("upstreams", "Real keys", [["name", "Name", TEXT],
-    ["state", "State", WORD], ["until", "Until", {show: (text) => text && age(text)}], ...texts(["why", "requests", "errors",
-      "organization_id", "workspace_id"])], (row) => row.name);
+    ["state", "State", WORD], ["until", "Until", {show: (text) => text && age(text)}],
+    ...texts(["why", "requests", "errors", "organization_id", "workspace_id"])], (row) => row.name);
   const audit = table("audit", "Changes", [["updated_at", "When", AGE], ...texts(["action",
     "table_name", "name", "changed_by", "changed_by_api_key", "remote_ip"]), ["updated_values",
     "Values", WIDE, (row) => JSON.stringify(row.updated_values)]], (row) => row.id);
@@ -7980,30 +8012,32 @@ function operatorViews() {
     $("health").dataset.status = status; tell(state, {status, ...more, ...upstream});
   });
   return {overview: [spend.tiles, h("div", {class: "grid"}, column(chosen, spent,
-    live.refused.node, daily), column(card("Near the edge", edge), idle.node))], requests: [live.under.node,
-    live.recent.node], keys: lists[0].node, teams: lists[1].node, users: lists[2].node,
-  gateway: [upstreams.node, card("Store and upstream", state), audit.node]};
+    live.refused.node, daily), column(card("Near the edge", edge), idle.node))],
+  requests: [live.under.node, live.recent.node], keys: lists[0].node, teams: lists[1].node,
+  users: lists[2].node, gateway: [upstreams.node, card("Store and upstream", state), audit.node]};
 }
 
 function holderView() {
-  const rows = (first, last) => Object.entries(data.info?.info.usage ?? {}).filter(([day]) =>
-    day >= first && day <= last).flatMap(([day, models]) => Object.entries(models).map(([model, row]) =>
-    ({...row, day, model})));
-  const spend = usage(async (first, last) => rows(first, last), [["model", "Model"]], "By model");
+  const days = () => Object.entries(data.info?.info.usage ?? {}).flatMap(([day, models]) =>
+    Object.entries(models).map(([model, row]) => ({...row, day, model})));
+  const spend = usage(async (first, last) => days().filter(({day}) => day >= first && day <= last),
+    [["model", "Model"]], "By model");
   const live = requests(), left = meters("left"), limits = h("dl", {id: "limits"});
   const whose = {key: "This key", team: "Its team", user: "Its user", gateway: "The gateway"};
+  const unsaid = ["null", "false", '""', "[]", "{}", undefined];
   data.reload = spend.show;
   data.draws.push(() => {
-    const info = data.info?.info ?? {}, names = ["status", "expires", ...Object.keys(session.fields.key)];
-    put(left, (info.budgets ?? []).map((each) => meter(each, whose[each.of], `${each.of}:`)));
-    if (!left.children.length) left.append(h("li", null, "No budget limits this key."));
-    const facts = names.map((name) => [name, info[name]]).filter(([name, value]) => !/budget/.test(name)
-      && value != null && value !== false && !['""', "[]", "{}"].includes(JSON.stringify(value)));
-    tell(limits, {models: "all", ...Object.fromEntries(facts)});
+    const info = data.info?.info ?? {}, budgets = info.budgets ?? [];
+    put(left, budgets.map((each) => meter(each, whose[each.of], `${each.of}:`)));
+    if (!budgets.length) left.append(h("li", null, "No budget limits this key."));
+    const names = ["status", "expires", ...Object.keys(session.fields.key)].filter((name) =>
+      !name.includes("budget") && !unsaid.includes(JSON.stringify(info[name])));
+    tell(limits, {models: "all", ...Object.fromEntries(names.map((name) => [name, info[name]]))});
   });
-  return {mine: [spend.tiles, h("div", {class: "grid"}, column(spend.nodes), column(card("Left", left,
-    session.contact && h("p", null, `Ask ${session.contact} for more.`)), card("Limits", limits),
-  card("Connect", connect("<your key>")))), live.under.node, live.recent.node]};
+  const asks = session.contact && h("p", null, `Ask ${session.contact} for more.`);
+  return {mine: [spend.tiles, h("div", {class: "grid"}, column(spend.nodes), column(
+    card("Left", left, asks), card("Limits", limits), card("Connect", connect("<your key>")))),
+  live.under.node, live.recent.node]};
 }
 
 function route() {
@@ -8017,7 +8051,7 @@ function route() {
 function leave(text) {
   session = null;
   for (const name in data) delete data[name];
-  Object.assign(data, {keys: [], teams: [], users: [], logs: [], under: [], draws: []});
+  Object.assign(data, nothing());
   [$("dialog"), $("ask")].forEach((dialog) => dialog.close());
   [$("views"), $("tabs"), $("health")].forEach((node) => node.replaceChildren());
   $("app").hidden = !($("login").hidden = false); $("login-error").textContent = text;
@@ -8050,8 +8084,7 @@ $("logout").addEventListener("click", () => orSay(api("/ui/logout", {}).then(() 
 $("ask").addEventListener("click", ({target}) => target.value && $("ask").close(target.value));
 $("dialog").addEventListener("close", () => $("dialog").replaceChildren());  // and keys with it
 addEventListener("hashchange", route);
-setInterval(() => session && !document.hidden && refresh(), 30000);
-Object.assign(data, {keys: [], teams: [], users: [], logs: [], under: [], draws: []});
+setInterval(() => session && !document.hidden && refresh(), 60000);
 enter().then(poll);
 </script>
 """
@@ -8067,6 +8100,9 @@ PAGE_HEADERS |= {"Cache-Control": "no-cache", "X-Frame-Options": "DENY"}
 # ─── Stand-in ─────────────────────────────────────────────────────────────────────────────────────
 
 MOCK_MODELS = ("claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5")
+# Names as Anthropic's; what in a user's message is Claude Code's own, or nothing.
+MOCK_KNOWN = re.compile(r"claude-(opus|sonnet|haiku|fable|mythos|3|instant)-.")
+MOCK_FRAME = re.compile(r"\s*(<(system-reminder|command-|local-command-)|$)")
 MOCK_TOKEN_INTERVAL = 0.02  # seconds between two deltas, about what a model does
 MOCK_MAX_TOKENS = 200  # what an echo is cut down to
 MOCK_KINDS = {402: "billing_error", 409: "conflict_error", 529: "overloaded_error"} | ERROR_TYPES
@@ -8141,6 +8177,7 @@ class MockAnthropic(web.RequestHandler):
                 message = self._reply(sent)
                 return mock_events(message) if sent.get("stream") is True else message
             case "POST", "v1", "messages", "count_tokens":
+                mock_check(str(sent.get("model")))
                 return {"input_tokens": mock_tokens(sent.get("messages"))}
             case "POST", "v1", "batches":
                 return self._make_batch(sent)
@@ -8179,13 +8216,9 @@ class MockAnthropic(web.RequestHandler):
         text = json.dumps(params)
         for name in re.findall('"file_id": "([^"]*)"', text):
             _ = self.things["files"][name]
-        if error := re.fullmatch("mock-error-([45][0-9]{2})", model):
-            told = MOCK_KINDS.get(int(error[1]), "api_error")
-            raise APIError(int(error[1]), "An error, as you asked.", kind=told)
-        content = dict_of(messages[-1]).get("content")
-        blocks = content if isinstance(content, list) else [{"text": content}]
-        said = [str(block.get("text") or "") for block in blocks if isinstance(block, dict)]
-        words = f"You said: {' '.join(said)}".split(" ")[: min(limit, MOCK_MAX_TOKENS)]
+        mock_check(model)
+        said = next(filter(None, map(mock_said, messages[::-1])), "")
+        words = f"You said: {said}".split(" ")[: min(limit, MOCK_MAX_TOKENS)]
         usage = JSONObject(input_tokens=mock_tokens(messages), output_tokens=len(words))
         cache = {"creation": 0, "read": 0}
         if "cache_control" in text:  # it is written the first time, then read
@@ -8226,6 +8259,24 @@ class MockAnthropic(web.RequestHandler):
 def mock_id(prefix: str) -> str:
     """An id that looks like Anthropic's."""
     return f"{prefix}_01{secrets.token_hex(11)}"
+
+
+def mock_check(model: str) -> None:
+    """Raise the APIError that a model's name asks for, or 404."""
+    if error := re.fullmatch("mock-error-([45][0-9]{2})", model):
+        told = MOCK_KINDS.get(int(error[1]), "api_error")
+        raise APIError(int(error[1]), "An error, as you asked.", kind=told)
+    if not MOCK_KNOWN.match(model):
+        raise APIError(404, f"model: {model}")
+
+
+def mock_said(message: object) -> str:
+    """What a user says in a message."""
+    content = dict_of(message).get("content")
+    blocks = content if isinstance(content, list) else [{"text": content}]
+    texts = [str(dict_of(block).get("text") or "") for block in blocks]
+    is_his = dict_of(message).get("role") == "user"
+    return " ".join(text for text in texts if is_his and not MOCK_FRAME.match(text))
 
 
 def mock_tokens(value: object) -> int:
@@ -8283,7 +8334,9 @@ def make_app(settings: Settings, rules: Sequence[Rule] = RULES) -> GatewayApplic
 def bind(settings: Settings, *, loopback: bool) -> list[socket.socket]:
     """Listening sockets, on ``loopback`` where no option says otherwise. Raises SettingsError."""
     where = settings.unix_socket or f"{settings.address or 'port'} {settings.port}"
-    try:
+    with blaming(
+        f"cannot listen on {where}", "; stop what listens there, or choose another --port"
+    ):
         if settings.unix_socket:  # for the owner's group too, such as the proxy's
             return [netutil.bind_unix_socket(settings.unix_socket, 0o660)]
         if settings.address or not loopback:
@@ -8292,9 +8345,6 @@ def bind(settings: Settings, *, loopback: bool) -> list[socket.socket]:
         with contextlib.suppress(OSError):  # a machine without IPv6
             sockets += netutil.bind_sockets(sockets[0].getsockname()[1], LOOPBACK[1])
         return sockets
-    except (OSError, ValueError) as error:  # ValueError: what stands there is a file, but no socket
-        reason = getattr(error, "strerror", "") or error
-        raise SettingsError(f"cannot listen on {where}: {reason}") from None
 
 
 def server_context(settings: Settings) -> ssl.SSLContext | None:
@@ -8303,11 +8353,8 @@ def server_context(settings: Settings) -> ssl.SSLContext | None:
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.set_alpn_protocols(["http/1.1"])
-    try:
+    with blaming("--certfile, --keyfile", "; give PEM files that the gateway's user can read"):
         context.load_cert_chain(settings.certfile, settings.keyfile or None, "")
-    except OSError as error:  # ssl.SSLError is one
-        text = f"--certfile, --keyfile: {error.strerror or error.__class__.__name__}"
-        raise SettingsError(f"{text}; give PEM files that the gateway's user can read") from None
     return context
 
 
@@ -8379,14 +8426,6 @@ def report_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) 
         loop.default_exception_handler(context)
 
 
-def mask_secrets(settings: Settings, keys: RealKeys) -> None:
-    """Have the log mask these secrets, beside those that it masks already."""
-    masked = settings.master_key, settings.master_key_next
-    for handler in logging.root.handlers:
-        if isinstance(line := handler.formatter, LineFormatter):
-            line.mask([*masked, *(key.secret for key in keys.keys.values())])
-
-
 def take_secrets(gateway: Gateway) -> None:
     """Read the secrets again, where they come from files. Raises SettingsError, changes nothing."""
     secrets, settings = read_secrets(os.environ), gateway.settings
@@ -8396,7 +8435,7 @@ def take_secrets(gateway: Gateway) -> None:
     gateway.real_keys.reload(settings)
     gateway.doors.take_secrets(settings)
     gateway.settings = settings
-    mask_secrets(settings, gateway.real_keys)
+    mask_secrets(settings)
 
 
 async def serve(settings: Settings) -> None:
@@ -8457,31 +8496,39 @@ async def serve(settings: Settings) -> None:
 async def check(settings: Settings) -> bool:
     """Print, a line each, what is well and what is not, and what to do about it (``--check``)."""
     settings, found = start_mock(settings), None
-    path, upstream = settings.keys, settings.upstream
+    path, upstream, where = settings.keys, settings.upstream, settings.unix_socket
     findings = [(True, f"Python {sys.version.split()[0]}, Tornado {tornado.version}")]
+
+    @contextlib.contextmanager
+    def looking() -> Iterator[None]:
+        try:
+            yield
+        except SettingsError as error:
+            findings.append((False, str(error)))
+
     for package, loss in OPTIONAL_PACKAGES.items():
         is_there = importlib.util.find_spec(package.replace("-", "_"))
         missing = f"is not installed: {loss} (pip install {package})"
         findings.append((True, f"{package} {'is installed' if is_there else missing}"))
     findings += [(False, lack) for lack in lacks(settings)] or [(True, "both secrets are set")]
-    try:
-        found = parse_store(path.read_bytes(), str(path)) if path.exists() else None
+    rights = "; let the gateway's user read it, and write in its folder, or set --keys"
+    with looking(), blaming(str(path), rights):
         with tempfile.TemporaryFile(dir=path.parent):  # as each change makes one
-            keys = "will be made" if found is None else f"{len(found)} keys"
-        if found is not None:
-            with path.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            keys = "will be made"
+        if path.exists():
+            found = parse_store(path.read_bytes(), str(path))
+            keys = f"{len(found)} keys"
+            try:
+                with path.open("rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                used = (
+                    "another gateway uses it; stop that one, or give this one its own with --keys"
+                )
+                raise SettingsError(f"{path}: {used}") from None
         findings.append((True, f"{path}: {keys}"))
-    except SettingsError as error:
-        findings.append((False, str(error)))
-    except BlockingIOError:
-        used = "another gateway uses it; stop that one, or give this one its own with --keys"
-        findings.append((False, f"{path}: {used}"))
-    except OSError as error:
-        advice = "let the gateway's user read it, and write in its folder, or set --keys"
-        findings.append((False, f"{path}: {error.strerror} ({advice})"))
-    try:
-        where, is_open = settings.unix_socket, not (found or settings.master_key)
+    with looking():
+        is_open = not (found or settings.master_key)
         if where and not os.access(Path(where).absolute().parent, os.W_OK):
             raise SettingsError(f"{where}: its folder cannot be written")
         if not where:  # to bind a Unix socket would take it from a gateway that runs
@@ -8489,22 +8536,20 @@ async def check(settings: Settings) -> bool:
                 each.close()
             where = f"port {settings.port} of {settings.address or ('loopback' * is_open or 'all')}"
         findings.append((True, f"{where} is free to listen on"))
-    except SettingsError as error:
-        findings.append((False, f"{error}; stop what listens there, or choose another --port"))
-    try:
+    with looking():
         unserved = "not served: right behind a proxy, or on loopback"
         served = f"served with {settings.certfile}" if server_context(settings) else unserved
         findings.append((True, f"TLS is {served}"))
-    except SettingsError as error:
-        findings.append((False, str(error)))
     try:
         with contextlib.closing(UpstreamClient(force_instance=True, settings=settings)) as client:
             for key in RealKeys(settings).keys.values() or (None,):
                 code = (await client.get("/v1/models?limit=1", CHECK_TIMEOUT, key)).code
-                name, well = f" {key.name}" if key else "", code < 400 or (not key and code == 401)
-                refused = f"real key{name} not accepted, set another"
-                doubt = refused if code in (401, 403) else "is --upstream right?"
-                fine = f" and accepts the real key{name}" if key else ""
+                name, is_refused = f"real key {key.name}" if key else "real key", code in (401, 403)
+                well = code < 400 or (not key and code == 401)
+                doubt = (
+                    f"{name} not accepted, set another" if is_refused else "is --upstream right?"
+                )
+                fine = f" and accepts the {name}" if key else ""
                 said = fine if well else f" {code} to GET /v1/models: {doubt}"
                 findings.append((well, f"{upstream} answers{said}"))
     except (UpstreamError, OSError) as error:
@@ -8517,13 +8562,12 @@ async def check(settings: Settings) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the gateway with these arguments, by default the command line's. Ends the process."""
-    as_json = False
+    settings = Settings()
     try:
         settings = read_settings(sys.argv[1:] if arguments is None else arguments, os.environ)
-        as_json = settings.log_json
         for handler in logging.root.handlers:
-            handler.setFormatter(LineFormatter(None if as_json else handler.formatter))
-        mask_secrets(settings, RealKeys(settings))
+            handler.setFormatter(LineFormatter(None if settings.log_json else handler.formatter))
+        mask_secrets(settings)
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # as many as the system allows
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
@@ -8537,8 +8581,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 sys.exit(0 if runner.run(check(settings)) else 1)
             runner.run(serve(settings))
     except SettingsError as error:
-        text = " ".join(f"gateway: {error}".split())
-        say(text, as_json=as_json or error.as_json, level=logging.CRITICAL, to=sys.stderr)
+        text, as_json = " ".join(f"gateway: {error}".split()), error.as_json or settings.log_json
+        say(text, as_json=as_json, level=logging.CRITICAL, to=sys.stderr)
         sys.exit(2)
     except Exception:  # a mistake in this file: its lines are the log's too
         log.critical("ended", exc_info=True)

@@ -949,6 +949,13 @@ def test_what_stands_beside_it_agrees() -> None:
     shown = subprocess.run(show, cwd=GATEWAY.parent, capture_output=True, text=True, check=False)
     text = shown.stdout if shown.returncode == 0 else (GATEWAY.parent / "keys.json").read_text()
     assert text.encode() == gateway.SHIPPED_KEYS, "the committed file is an empty store"
+    readme = (GATEWAY.parent / "README.md").read_text()
+    for each in dataclasses.fields(gateway.VirtualKey):
+        if help := each.metadata.get("help"):
+            assert f"| `{each.name}` | {help} |" in readme
+    for each in dataclasses.fields(gateway.Settings):
+        name = f"--{each.name.replace('_', '-')}"
+        assert not each.metadata["kind"] or f"`{name}`" in readme, name
 
 
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
@@ -6671,6 +6678,54 @@ async def test_models_of_a_team_and_a_key_both_hold(gw: GW) -> None:
     assert blind.status in (400, 403)
 
 
+async def test_the_list_of_models_has_those_that_may_be_used(gw: GW) -> None:
+    names = [f"claude-{kind}-{n}" for n in range(9) for kind in ("opus", "haiku", "sonnet")]
+    rows = [{"id": name, "type": "model", "max_tokens": 1.50} for name in names]
+
+    @gw.plays
+    async def lists(request: Arrived) -> None:
+        told = dict(urllib.parse.parse_qsl(request.target.partition("?")[2]))
+        body, coding = json.dumps(page_of(rows, told)).encode(), list[str]()
+        if "gzip" in "".join(request.field("accept-encoding")):
+            body, coding = gzip.compress(body), ["Content-Encoding: gzip"]
+        await request.answer(body, "200 OK", JSON_KIND, "ETag: x", *coding)
+
+    await grouped(gw, "team", models=["claude-haiku-*", "claude-opus-*"])
+    fields = ("Accept-Encoding: gzip, br", "Range: bytes=0-9", "If-Range: x")
+    for limits, kinds in (
+        ({"models": ["claude-haiku-*"]}, "haiku"),
+        ({"team_id": "g", "models": ["all-team-models"]}, "opus haiku"),
+        ({"team_id": "g", "models": ["claude-[os]*"]}, "opus"),
+        ({"models": ["gpt-*"]}, ""),
+    ):
+        client = await gw.client(await gw.new_key(**limits))
+        mine = [row for row in rows if row["id"].split("-")[1] in kinds.split()]
+        last = mine[-1]["id"] if mine else names[-1]
+        for told in ({}, {"limit": "4"}, {"limit": "4", "before_id": last}):
+            backwards, more = "before_id" in told, True
+            way, end = ("before_id", "first_id") if backwards else ("after_id", "last_id")
+            while more:
+                got = await client.ask(f"GET /v1/models?{urllib.parse.urlencode(told)}", *fields)
+                shown = json.loads(gzip.decompress(got.body))
+                assert shown == page_of(mine, told if mine else {}), (limits, told)
+                told[way], more = shown[end], shown["has_more"]
+        assert not got.field("etag")
+        (coding,), ranges = gw.up.arrived[-1].field("accept-encoding"), gw.up.arrived[-1]
+        assert coding == "gzip" and not ranges.field("range") + ranges.field("if-range")
+    head = await client.ask("HEAD /v1/models")
+    assert head.status == 200 and not head.field("etag") + head.field("content-length")
+    await client.ask("GET /v1/models/claude-opus-1?limit=4")
+    assert gw.up.arrived[-1].target == "/v1/models/claude-opus-1?limit=4"
+    own = (f"x-litellm-api-key: {client.key}", "x-api-key: sk-ant-own-0123456789")
+    for key, more in (("", own), (await gw.new_key(), ()), (MASTER_KEY, ())):
+        answer = await gw.ask("GET /v1/models?limit=4", *more, key=key)
+        assert answer.json() == page_of(rows, {"limit": "4"}) and answer.field("etag") == ["x"]
+    gw.plays(answers({"type": "error"}, "400 Bad Request"))
+    assert (await client.ask("GET /v1/models?limit=x")).json() == {"type": "error"}
+    gw.plays(says(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]"))
+    assert (await client.ask("GET /v1/models")).body == b"[]", "what is no list is left as it is"
+
+
 async def test_several_windows_count_and_end_by_themselves(gw: GW) -> None:
     gw.plays(SPENDING)
     limits = [{"budget_duration": d, "max_budget": m} for d, m in (("1d", 0.02), ("1mo", 0.05))]
@@ -7413,6 +7468,28 @@ def test_sdk_files(client: anthropic.Anthropic) -> None:
 RAISED = {400: "BadRequest", 401: "Authentication", 403: "PermissionDenied", 404: "NotFound"}
 RAISED |= {409: "Conflict", 413: "APIStatus", 429: "RateLimit"}
 RAISED |= dict.fromkeys((500, 504, 529), "InternalServer")
+
+
+def test_the_stand_in_answers_the_user_not_his_tool(client: anthropic.Anthropic) -> None:
+    frame = "<system-reminder>\nAs it is.</system-reminder>"
+    commands = "<command-name>/x</command-name>", " <local-command-stdout>y</local-command-stdout>"
+    his = [{"type": "text", "text": text} for text in (frame, "say", *commands, "hi")]
+    result = {"type": "tool_result", "tool_use_id": "t", "content": "done"}
+    told: list[Any] = [{"role": "user", "content": "before"}, {"role": "user", "content": his}]
+    told += [{"role": "assistant", "content": "so"}, {"role": "user", "content": [result]}]
+    told += [{"role": "user", "content": frame}, {"role": "system", "content": "# Environment"}]
+    answer = client.messages.create(**MESSAGE | {"messages": told})
+    assert answer.content[0].text == "You said: say hi"
+    for model in ("claude-haiku-4-5", "claude-3-5-haiku-latest", "claude-opus-5-5[1m]"):
+        assert client.messages.create(**MESSAGE | {"model": model}).model == model
+    for model in ("gpt-5", "claude-opus", "xclaude-opus-5", "mock-error-200"):
+        for call in (client.messages.create, client.messages.count_tokens):
+            params = {"model": model, "messages": told}
+            params |= {"max_tokens": 9} if call == client.messages.create else {}
+            with pytest.raises(anthropic.NotFoundError) as caught:
+                call(**params)
+            error: Any = caught.value.body
+            assert error["error"] == {"type": "not_found_error", "message": f"model: {model}"}
 
 
 def test_sdk_errors(mocked: Process, virtual_key: str) -> None:
@@ -8657,7 +8734,7 @@ def test_signing_in_and_out(shown: Process, visit: Visits) -> None:
     assert plain(2) not in page.content()
 
 
-GROUPS = {"model": "model", "api_key": "api_key", "team": "team", "user": "user", "tag": "tag"}
+STACKED = {"model": "model", "api_key": "api_key", "team": "team", "user": "user", "tag": "tag"}
 SUMMED = ("spend", "requests", "errors", "input_tokens", "output_tokens", "cache_read_tokens")
 NAMED_HERE = {"weavers": HTML, "lab": "Lab", "user-1": HTML, "": "(none)"}
 
@@ -8683,7 +8760,7 @@ def test_every_chart_and_table_says_what_the_report_says(shown: Process, visit: 
     # A free span, all that is kept, by each group and measure
     page.fill("#from", days[0])
     page.fill("#to", days[-1])
-    for group in GROUPS:
+    for group in STACKED:
         page.select_option("#group", group)
         by_name = report(shown, group, days[0], days[-1])
         by_day = report(shown, f"day,{group}", days[0], days[-1])
@@ -8959,7 +9036,7 @@ def test_a_name_that_is_html_stays_text(shown: Process, visit: Visits) -> None:
         page.click("#ask [data-do=no]")
         page.click("#dialog [data-do=close]")
     go(page, "overview")
-    for group in GROUPS:
+    for group in STACKED:
         page.select_option("#group", group)
         page.locator("#legend").get_by_text(HTML).wait_for()
         title = page.locator("#chart rect[data-name^='<img'] title").first

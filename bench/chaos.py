@@ -1431,7 +1431,9 @@ async def launch(
     )
     assert process.stdout is not None
     banner = (await process.stdout.readline()).decode()
-    return process, int(banner.split(":")[2].split(" ")[0])
+    listening = re.search(r"listening on https?://\S+:([0-9]+)", banner)
+    assert listening, banner
+    return process, int(listening[1])
 
 
 async def run(seconds: float, seed: int, folder: Path, *, tls: bool) -> collections.Counter[str]:
@@ -1516,7 +1518,7 @@ def judge(chaos: Chaos, first: dict[str, Any], last: dict[str, Any], file: Path)
     for record in kept.values():
         for models in record.get("usage", {}).values():
             for tally in models.values():
-                spent[record["key_name"]] += Decimal(tally["spend"])
+                spent[record.get("key_name", "")] += Decimal(tally["spend"])
     for name, amount in chaos.spent.items():
         if amount != spent[name]:
             chaos.counts["FAILED: a key whose spend is not the log's"] += 1
