@@ -8355,7 +8355,7 @@ class Tenants:
 
 # ─── The page ─────────────────────────────────────────────────────────────────────────
 
-SESSION = "gateway_session"
+COOKIE = "gateway_session"
 
 
 async def sign_in(gw: GW, key: str = MASTER_KEY, *fields: str) -> tuple[str, str]:
@@ -8395,7 +8395,7 @@ async def test_the_cookie_is_for_this_site_alone_and_hidden_from_scripts(gw: GW)
     behind_tls = gw.options.get("xheaders", False)
     _, told = await sign_in(gw, MASTER_KEY, "X-Forwarded-Proto: https")
     named, *flags = told.lower().split("; ")
-    assert re.fullmatch(rf"{SESSION}=[\w~.-]{{22,}}", named) and MASTER_KEY not in told
+    assert re.fullmatch(rf"{COOKIE}=[\w~.-]{{22,}}", named) and MASTER_KEY not in told
     assert {"httponly", "samesite=strict"} <= {*flags} and ("secure" in flags) is behind_tls
     assert f"max-age={12 * 3600}" in flags or any(flag.startswith("expires=") for flag in flags)
     assert (await sign_in(gw))[1] != told, "each session has an id of its own"
@@ -8408,7 +8408,7 @@ async def test_the_cookie_is_for_this_site_alone_and_hidden_from_scripts(gw: GW)
 async def test_a_session_manages_from_the_page_and_opens_nothing_else(gw: GW) -> None:
     cookie, _ = await sign_in(gw)
     assert (await gw.ask("GET /key/list", cookie, key="")).status == 200
-    error_of(await gw.ask("GET /key/list", f"Cookie: {SESSION}=0123456789abcdef", key=""), 401)
+    error_of(await gw.ask("GET /key/list", f"Cookie: {COOKIE}=0123456789abcdef", key=""), 401)
 
     async def make(*fields: str) -> Response:
         return await gw.ask("POST /key/generate", cookie, *fields, body={}, key="")
@@ -8546,8 +8546,8 @@ class Visits:
             (e) => console.error("violation", e.violatedDirective, e.blockedURI))""")
         if key:
             answer = HTTP.post(f"{process.url}/ui/login", json={"key": key})
-            value = answer.cookies[SESSION]
-            cookie = {"name": SESSION, "value": value, "url": process.url}
+            value = answer.cookies[COOKIE]
+            cookie = {"name": COOKIE, "value": value, "url": process.url}
             context.add_cookies([cookie | {"httpOnly": True, "sameSite": "Strict"}])
         page = context.new_page()
         self.pages.append(page)
@@ -8599,7 +8599,7 @@ def days_past(count: int = DAYS_KEPT) -> list[str]:
     return [gateway.day_of(today - timedelta(days=n)) for n in range(count)][::-1]
 
 
-def used(chance: random.Random, models: tuple[str, ...], days: list[str]) -> dict[str, Any]:
+def usage_by_day(chance: random.Random, models: tuple[str, ...], days: list[str]) -> dict[str, Any]:
     """What a key used, by day and model, with amounts that no float adds up."""
 
     def tally() -> dict[str, Any]:
@@ -8624,7 +8624,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory, browser: Any) -> Iterator[Pr
             "key_alias": alias,
             "team_id": ("weavers", "lab")[n % 2],
             "user_id": f"user-{n % 3}",
-            "usage": used(chance, (OPUS, HAIKU) if n else (HTML, OPUS), days_past()),
+            "usage": usage_by_day(chance, (OPUS, HAIKU) if n else (HTML, OPUS), days_past()),
         }
     write_keys(folder / "keys.json", lines)
     with contextlib.closing(Starter(folder)) as starter:
@@ -8734,7 +8734,7 @@ def test_signing_in_and_out(shown: Process, visit: Visits) -> None:
 
 
 STACKED = {"model": "model", "api_key": "api_key", "team": "team", "user": "user", "tag": "tag"}
-SUMMED = ("spend", "requests", "errors", "input_tokens", "output_tokens", "cache_read_tokens")
+ADDED = ("spend", "requests", "errors", "input_tokens", "output_tokens", "cache_read_tokens")
 NAMED_HERE = {"weavers": HTML, "lab": "Lab", "user-1": HTML, "": "(none)"}
 
 
@@ -8780,7 +8780,7 @@ def test_every_chart_and_table_says_what_the_report_says(shown: Process, visit: 
             "[data-table=spent] tfoot td[data-value]",
             "(all) => all.map((cell) => [cell.dataset.column, cell.dataset.value])",
         )
-        for name in SUMMED:
+        for name in ADDED:
             assert nano(dict(sums_shown)[name]) == total(by_name, name), (group, name)
         for row in cells(page, "spent"):
             assert reads(row["spend:text"], nano(row["spend"])), row
@@ -9153,7 +9153,7 @@ def untabbed(page: Any, within: str = "") -> list[str]:
 
 def test_a_thousand_keys(start: Starter, visit: Visits, tmp_path: Path) -> None:
     lines, days = {}, days_past(1)
-    usage = used(random.Random(2), (OPUS,), days)
+    usage = usage_by_day(random.Random(2), (OPUS,), days)
     for n in range(1000):
         lines[gateway.hash_key(f"sk-many-{n:016}")] = {
             "key_name": f"sk-...{n:04}",
