@@ -372,7 +372,7 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
         values |= {name: value for name, value in chosen if value not in ("", Path())}
         return Settings(**values, **read_secrets(environment))
     except SettingsError as error:
-        error.as_json = parser.log_json or "--log-json" in arguments
+        error.as_json = parser.log_json or bool({"--log-json", "--log-json=true"} & {*arguments})
         raise
 
 
@@ -557,9 +557,10 @@ class Usage:
     def __init__(self, days: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         self._counted: dict[str, dict[str, Tally]] = {}  # the days that are not past
         self._texts = {day: json.dumps(models) for day, models in (days or {}).items()}
-        for day in self._texts:  # so that what is wrong is said now
+        for day, models in (days or {}).items():  # so that what is wrong is said now
             datetime.fromisoformat(day)
-            self._read(day)
+            for tally in models.values():
+                Tally.from_json(tally)
 
     def of(self, day: str, model: str) -> Tally:
         """The tally of a model on a day, to be counted up."""
@@ -584,8 +585,10 @@ class Usage:
         return "{" + ", ".join(f'"{day}": {text}' for day, text in self._texts.items()) + "}"
 
     def _read(self, day: str) -> dict[str, Tally]:
-        models = json.loads(self._texts.get(day, "{}"))
-        return {model: Tally.from_json(tally) for model, tally in models.items()}
+        models = json.loads(self._texts[day]) if day in self._texts else {}
+        return {
+            name: Tally(**row | {"spend": Decimal(row["spend"])}) for name, row in models.items()
+        }
 
 
 @dataclass(slots=True)
@@ -987,23 +990,22 @@ class User(Limited):
 
 
 GROUPS: dict[str, type[Team | User]] = {"team": Team, "user": User}
-# The fields of a record, by what it is of, that are "kept", "settable" or "shown".
-MARKED = {
+# The fields of a record, by what it is of, that are "kept", "settable", "shown" or have a "help".
+MARKED: dict[tuple[str, str], dict[str, Any]] = {
     (kind.of, mark): {
         f.name: f.metadata[mark] for f in dataclasses.fields(kind) if f.metadata.get(mark)
     }
     for kind in (VirtualKey, Team, User, Limited)
-    for mark in ("kept", "settable", "shown")
+    for mark in ("kept", "settable", "shown", "help")
 }
 MARKED["key", "settable"]["duration"] = LIFETIME
+MARKED["key", "help"]["duration"] = "how long it works"
 AnyLimited = TypeVar("AnyLimited", bound=Limited)
 ALL_TEAM_MODELS = "all-team-models"  # LiteLLM's: what the team may use
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """A question whether another name is meant, where one is like it."""
-    import difflib
-
     found = difflib.get_close_matches(name, list(names), 1)
     return f" Did you mean {found[0]!r}?" if found else ""
 
@@ -2162,7 +2164,7 @@ class FileLedger:
         self._adding = asyncio.Lock()  # changes of things
         self._noticed: tuple[FileMark, ...] = ()  # the last edits that were read, or could not be
         try:
-            self._load()
+            self._load(is_first=True)
         except SettingsError:
             self._file.close()
             raise
@@ -2200,13 +2202,18 @@ class FileLedger:
                     found.append(group)
         return [*found, whole] if whole.has_budget else found
 
-    def find(self, key_or_hash: str, alias: str = "") -> tuple[str, VirtualKey] | None:
-        """A key that is not deleted: by its alias where one is given, else by plain key or hash."""
-        if alias:
-            return next((row for row in self.live() if row[1].key_alias == alias), None)
-        hashed = key_or_hash if HASH.fullmatch(key_or_hash) else hash_key(key_or_hash)
-        record = self.keys.get(hashed)
-        return None if record is None or record.deleted_at else (hashed, record)
+    def find(self, by: str, name: str, *, former: bool = False) -> Limited | None:
+        """The record that is not deleted and that a field names: ``key`` (plain or hash, also a
+        ``former`` one until its grace is over), ``key_alias``, ``team_id`` or ``user_id``."""
+        if by == "key_alias":
+            return next((key for _, key in self.live() if key.key_alias == name), None)
+        if by != "key":
+            return self.groups.get(f"{by.removesuffix('_id')}:{name}")
+        hashed = name if HASH.fullmatch(name) else hash_key(name)
+        key = self.keys.get(hashed)
+        if key is None and former and (found := self.keys.get(self._retired.get(hashed, ""))):
+            key = found if found.retired.get(hashed, EPOCH) > now() else None
+        return None if key is None or key.deleted_at else key
 
     def live(self) -> Iterator[tuple[str, VirtualKey]]:
         """Every key that is not deleted, oldest first."""
@@ -2300,7 +2307,7 @@ class FileLedger:
                     spent = tally.input_tokens + tally.written + tally.output_tokens
                     bucket.draw(spent, self._clock())
                 if is_key and tags:
-                    for tag in {*tags, EVERY_TAG}:
+                    for tag in (EVERY_TAG, *{*tags}):  # it is never one too many
                         self.groups[GATEWAY].account.usage.of(day, tag).add(tally)
                     self._touched.add(GATEWAY)
             self._touched.add(account.hashed)
@@ -2378,11 +2385,11 @@ class FileLedger:
         for at, amounts in held.items():
             if (of := self.record(at)) is None:
                 continue
-            for budget in of.budgets:
-                if amount := amounts.get(budget.name):
-                    spent, kept = of.spent(moment, budget), of.account.windows[budget.name]
-                    kept.held = max(ZERO, kept.held - amount)  # a team may have been made anew
-                    kept.spend = spent + amount if lost else spent
+            windows = of.account.windows
+            for budget, amount in amounts.items():  # a team may have been made anew
+                windows[budget].held = max(ZERO, windows[budget].held - amount)
+            for each in of.budgets if lost else ():
+                windows[each.name].spend = of.spent(moment, each) + amounts.get(each.name, ZERO)
             self._touched.add(at)
         if lost and total and (key := self.keys.get(account.hashed)):
             told = key.shown_name, printable(name)
@@ -2538,7 +2545,7 @@ class FileLedger:
         except Exception as error:  # noqa: BLE001 - whatever it is, what keys use is still written
             log.error("keys file was edited, and cannot be read: %s", error)
 
-    def _load(self) -> None:
+    def _load(self, is_first: bool = False) -> None:
         """What keys may do is the file's; what they used is memory's, where it is known."""
         try:
             records = self._file.read(parse_store, list(self._lines.values()))
@@ -2547,8 +2554,8 @@ class FileLedger:
             return
         keys = {n: record for n, record in records.items() if isinstance(record, VirtualKey)}
         self._load_things(keys.values())
-        whole, is_first = self.groups[GATEWAY], not self._owners
-        known: dict[str, Limited] = self.keys | self.groups if not is_first else {}
+        whole = self.groups[GATEWAY]
+        known: dict[str, Limited] = {} if is_first else {**self.keys, **self.groups}
         for index in (self.keys, self._lines, self._retired, self.batches, self._owners):
             index.clear()
         heritage = {owner for (owner, _), made in self.things.made.items() if made}
@@ -2564,11 +2571,14 @@ class FileLedger:
         whole.account = told.account if told else whole.account
         self.groups = {GATEWAY: whole}
         self._apply(records | ({GATEWAY: whole} if told else {}))
-        for name in keys.keys() & records.keys() - known.keys():
-            for batch in keys[name].account.batches.values():
+        for name in (
+            known.keys() ^ records.keys()
+        ):  # what is new of batches, or gone, is held of all
+            sign = 1 if name in records else -1
+            for batch in (known | records)[name].account.batches.values():
                 for at in batch.beside.keys() & self.groups.keys():
                     for budget, amount in batch.beside[at].items():
-                        self.groups[at].account.windows[budget].held += amount
+                        self.groups[at].account.windows[budget].held += sign * amount
         self._touched |= known.keys() & records.keys()
 
     def _load_things(self, keys: Iterable[VirtualKey]) -> None:
@@ -4758,7 +4768,8 @@ class Doors:
 NOBODY = Caller()
 OPERATOR = VirtualKey(resources="all")  # the master key, and whoever comes in open mode
 MAX_AUDITED = 10_000  # changes that are remembered
-SESSION_COOKIE, SESSION_HOURS, MAX_SESSIONS = "gateway_session", 12, 1000
+SESSION_COOKIE, SESSION_HOURS = "gateway_session", 12
+MAX_SESSIONS = 20  # of a key; the oldest goes
 WRONG_TRIES = 10  # a minute, of an address (of IPv6: a site), to log in
 MAX_ADDRESSES = 10_000  # whose wrong tries are counted
 
@@ -4774,8 +4785,9 @@ class Sessions:
     def open(self, hashed: str) -> str:
         """Begin one; its id."""
         self._open = {s: row for s, row in self._open.items() if row[1] > time.monotonic()}
-        if len(self._open) >= MAX_SESSIONS:
-            del self._open[next(iter(self._open))]
+        own = [session for session, row in self._open.items() if row[0] == hashed]
+        for session in own[: 1 - MAX_SESSIONS]:
+            del self._open[session]
         name = secrets.token_urlsafe(32)
         self._open[hash_key(name)] = hashed, time.monotonic() + SESSION_HOURS * 3600
         return name
@@ -4789,21 +4801,21 @@ class Sessions:
         hashed, end = self._open.get(self._shown(request), ("", 0.0))
         if end <= time.monotonic():
             return ""
-        told, head = request.head.values, request.head
-        site, origin = told.get("sec-fetch-site", ()), told.get("origin", ())
-        same = all(each == "same-origin" for each in site)
-        same = same and all(each.partition("://")[2] == head.host for each in origin)
-        if head.method not in ("GET", "HEAD") and not (same and (site or origin)):
-            raise APIError(403, "Only the page itself may change anything with its session.")
+        if request.head.method not in ("GET", "HEAD"):
+            self.refuse_foreign(request.head, must_say=True)
         return hashed
 
+    def refuse_foreign(self, head: RequestHead, *, must_say: bool) -> None:
+        """Raise APIError 403 where a browser says that not the page itself sends a request; or,
+        where it ``must_say`` so, is silent."""
+        same = [each == "same-origin" for each in head.values.get("sec-fetch-site", ())]
+        same += [o.partition("://")[2] == head.host for o in head.values.get("origin", ())]
+        if not all(same) or (must_say and not same):
+            raise APIError(403, "Only the page itself may change anything with its session.")
+
     def _shown(self, request: Request) -> str:
-        for line in request.head.values.get("cookie", ()):
-            for each in line.split(";"):
-                name, _, value = each.strip().partition("=")
-                if name == SESSION_COOKIE:
-                    return hash_key(value)
-        return ""
+        cookie = request.cookies.get(SESSION_COOKIE)
+        return hash_key(cookie.value) if cookie else ""
 
     def slow_down(self, address: str, *, wrong: bool = False) -> None:
         """Count a ``wrong`` try. Raises APIError 429 where an address has had too many."""
@@ -5782,7 +5794,8 @@ class BaseHandler(web.RequestHandler):
     def refuse_unknown(self) -> None:
         """Raise APIError 400 for a parameter that was not asked for, so that none is ignored."""
         for name in self._asked.keys() - self._known:
-            text = f"{printable(name)!r} is not known here: it may be {', '.join(sorted(self._known))}."
+            known = ", ".join(sorted(self._known))
+            text = f"{printable(name)!r} is not known here: it may be {known}."
             raise APIError(400, text + nearest(name, self._known))
 
     def shown_hashes(self) -> list[str]:
@@ -6502,7 +6515,7 @@ class ManagementHandler(BaseHandler):
 
     master = ""
 
-    def prepare(self) -> None:
+    def prepare(self) -> Any:
         super().prepare()
         doors, ledger, shown = self.gateway.doors, self.gateway.ledger, self.shown_hashes()
         self.master = next(filter(None, map(doors.is_master, shown)), "")
@@ -6517,22 +6530,27 @@ class ManagementHandler(BaseHandler):
             raise APIError(401, f"{text} {advice}")
         ledger.notice_edit()
 
+    def named(self, kind: str, body: dict[str, Any], *, former: bool = False) -> Any:
+        """The record that a field of NAMED_BY, which is taken out of a body, names, as
+        `FileLedger.find` finds it. Raises APIError 400, 404."""
+        by, *_ = [field for field in NAMED_BY[kind] if body.get(field) is not None] or [kind]
+        name = body.pop(by, None)
+        if not isinstance(name, str) or not name:
+            what = "a key: the plain key or its hash" if kind == "key" else f"a {kind}"
+            raise APIError(400, f"{next(iter(NAMED_BY[kind]))!r} must name {what}.")
+        if (found := self.gateway.ledger.find(by, name, former=former)) is None:
+            raise APIError(404, f"{kind.capitalize()} not found.")
+        return found
+
     def owner_of(self, named: Any) -> str:
-        """What a key's things are kept under, by its alias, plain value or hash; as `addressed`."""
-        alias = isinstance(named, str) and self.gateway.ledger.find("", named)
-        return self.addressed({"key_alias" if alias else "key": named}).owner
-
-    def addressed(self, body: dict[str, Any]) -> VirtualKey:
-        """Take ``key`` (plain or hash) or ``key_alias`` out of a body. Raises APIError 400, 404."""
-        by_alias = body.get("key") is None
-        named = body.pop("key_alias" if by_alias else "key", None)
-        if not isinstance(named, str) or not named:
-            raise APIError(400, "'key' must name a key: the plain key or its hash.")
-        if (found := self.gateway.ledger.find(named, alias=named if by_alias else "")) is None:
-            raise APIError(404, "Key not found.")
-        return found[1]
+        """What a key's things are kept under, by its alias, plain value or hash; as `named`."""
+        is_alias = isinstance(named, str) and self.gateway.ledger.find("key_alias", named)
+        return cast(str, self.named("key", {"key_alias" if is_alias else "key": named}).owner)
 
 
+# By which fields a record is named, and by which lists of them several are.
+NAMED_BY = {"key": {"key": "keys", "key_alias": "key_aliases"}}
+NAMED_BY |= {kind: {f"{kind}_id": f"{kind}_ids"} for kind in GROUPS}
 # What LiteLLM says of a key and means nothing here.
 LITELLM_FIELDS = {"key_type": "default", "budget_id": None, "litellm_budget_table": None}
 
@@ -6545,27 +6563,29 @@ def row_of(of: Limited) -> dict[str, Any]:
         return {"spend": of.spent(moment, budget), "budget_reset_at": budget.end(moment)}
 
     row = {name: getattr(of, name) for name in MARKED[of.of, "shown"]}
+    if of.of == "key":
+        row |= LITELLM_FIELDS | {"token": of.account.hashed, "token_id": of.account.hashed}
     row |= {"status": of.status(moment), "last_active": of.account.last_active}
     row["model_max_budget_usage"] = {b.pattern: told(b) for b in of.budgets if b.pattern}
     windows = {b.duration: told(b) for b in of.budgets if b.name.startswith(EVERY)}
     return row | told(of.budgets[0]) | {"budget_limits_usage": windows}
 
 
-def key_row(key: VirtualKey) -> dict[str, Any]:
-    """The same of a key, as LiteLLM names it."""
-    return (
-        {"token": key.account.hashed, "token_id": key.account.hashed} | LITELLM_FIELDS | row_of(key)
-    )
-
-
-def budget_rows(accounts: Sequence[Limited], moment: datetime) -> list[dict[str, Any]]:
-    """All that limits them, for bars."""
-    rows = []
-    for each in fullness(accounts, moment):
-        row = {"of": each.record.of, "for": each.budget.pattern or None, "max_budget": each.limit}
-        row |= {"spend": each.spent, "budget_duration": each.budget.duration}
-        rows.append(row | {"budget_reset_at": each.budget.end(moment)})
-    return rows
+def full_row(of: Limited, ledger: FileLedger, *, usage: bool = True) -> dict[str, Any]:
+    """The same with all that limits it, for bars, and what a key used by day and model."""
+    moment, row = now(), row_of(of)
+    key = of if isinstance(of, VirtualKey) else None
+    row["budgets"] = [
+        {"of": each.record.of, "for": each.budget.pattern or None, "max_budget": each.limit}
+        | {"spend": each.spent, "budget_duration": each.budget.duration}
+        | {"budget_reset_at": each.budget.end(moment)}
+        for each in fullness(ledger.limited(key) if key else [of], moment)
+    ]
+    if key is not None:
+        days = row["usage"] = dict[str, Any]()
+        for day, model, tally in key.account.usage.days() if usage else ():
+            days.setdefault(day, {})[model] = tally
+    return row
 
 
 def is_nested(value: object, levels: int) -> bool:
@@ -6574,15 +6594,12 @@ def is_nested(value: object, levels: int) -> bool:
     return levels < 0 or any(is_nested(entry, levels - 1) for entry in within)
 
 
-class DeedHandler(ManagementHandler):
-    """POST of what changes records, as `deeds` lists them. Null clears a field."""
+class BodyHandler(BaseHandler):
+    """Takes JSON."""
 
     def data_received(self, chunk: bytes) -> None:
         super().data_received(chunk)
         self.request.body += chunk
-
-    async def post(self, *path: str) -> None:
-        self.send_json(await self.deeds[path[-1]](self, self.read_body(), *path[:-1]))
 
     def read_body(self) -> dict[str, Any]:
         """The body's object; none is an empty one. Raises APIError 400."""
@@ -6595,87 +6612,22 @@ class DeedHandler(ManagementHandler):
             raise APIError(400, f"The body is not a JSON object of up to {MAX_OWN_DEPTH} levels.")
         return body
 
-    def changed(self, record: AnyLimited, body: Mapping[str, Any], **more: Any) -> AnyLimited:
-        """A record with these fields. Raises APIError 400."""
-        changes = read_fields(body, MARKED[record.of, "settable"])
-        if "duration" in changes:
-            changes["expires"] = changes.pop("duration")
-        for name in ("max_budget", "soft_budget", "model_max_budget", "budget_limits"):
-            if changes.get(name) not in (None, {}, []) and not self.gateway.prices.available:
-                need = "install genai-prices where the gateway runs, or start it with --prices."
-                raise APIError(400, f"{name!r} cannot be enforced, as no prices are known: {need}")
-        if (home := changes.get("home")) and home not in (names := self.gateway.real_keys.names):
-            raise APIError(400, f"'home' must be a real key's name: {', '.join(names)}.")
-        by: dict[str, Any] = {"updated_at": now(), "updated_by": self.master}
-        by |= {} if record.created_at else {"created_at": now(), "created_by": self.master}
-        return dataclasses.replace(record, **changes, **more, **by)
-
-    async def keep(
-        self, changes: Mapping[str, Limited | None], action: str, body: Mapping[str, Any] = {}
-    ) -> dict[str, Any]:
-        """Keep these records, note in the log and the audit what was done (LiteLLM's ``action``),
-        with the fields of ``body``; answer with the last one's row, and with warnings."""
-        await self.gateway.ledger.change(changes)
-        kept = [record for record in changes.values() if record is not None]
-        for record in kept:
-            self.note(record, action, body if record is kept[-1] else {})
-        row = key_row(kept[-1]) if isinstance(kept[-1], VirtualKey) else row_of(kept[-1])
-        warnings = list(self.doubts(kept[-1], body))
-        return row | ({"warnings": warnings} if warnings else {})
-
-    def note(self, record: Limited, action: str, body: Mapping[str, Any] = {}) -> None:
-        """Remember and log what was done to a record."""
-        by = printable(self.request.headers.get("litellm-changed-by", self.master))
-        row = {"id": mock_id("audit"), "updated_at": now(), "changed_by": mask_keys(by)}
-        row |= {"changed_by_api_key": self.master, "action": action, "table_name": record.of}
-        row |= {"object_id": record.account.hashed.removeprefix(f"{record.of}:")}
-        row |= {"name": record.shown_name, "updated_values": dict(body)}
-        self.gateway.audit.append(row | {"remote_ip": self.request.remote_ip})
-        fields = f": {', '.join(body)}" if body and action == "updated" else ""
-        log.info("%s %s %s%s by %s", record.of, record.shown_name, action, fields, word(by))
-
-    def doubts(self, record: Limited, body: Mapping[str, Any]) -> Iterator[str]:
-        """What of a change is allowed, but hardly meant."""
-        prices = self.gateway.prices
-        for pattern in {**dict.fromkeys(record.models), **record.model_max_budget}:
-            if prices.available and pattern != ALL_TEAM_MODELS and not prices.knows(pattern):
-                text = f"{printable(pattern)!r} matches no model that is known here."
-                yield text + nearest(pattern, prices.names)
-        most, soft = record.max_budget, record.soft_budget
-        if most is not None and soft is not None and soft > most:
-            yield "'soft_budget' is above 'max_budget', so it is never reached."
-
-    async def block(self, body: dict[str, Any], *path: str, blocked: bool = True) -> dict[str, Any]:
-        """Refuse a key, a team or a user, or take it again."""
-        record = self.changed(self.named(body, *path), {"blocked": blocked})
-        action = "blocked" if blocked else "unblocked"
-        return await self.keep({record.account.hashed: record}, action)
-
-    async def reset_spend(self, body: dict[str, Any], *path: str) -> dict[str, Any]:
-        """Set what was spent in the present window to ``reset_to`` USD (0)."""
-        record = self.named(body, *path)
-        amount = AMOUNT.parse("reset_to", body.get("reset_to")) or ZERO
-        await self.gateway.ledger.reset_spend(record, amount)
-        self.note(record, "reset_spend", {"spend": amount})
-        return row_of(record)
-
-    def named(self, body: dict[str, Any], *path: str) -> Limited:
-        """The record that a body, or the path, names. Raises APIError 400, 404."""
-        return self.addressed(body | dict(zip(("key",), path, strict=False)))
-
-    deeds: ClassVar[dict[str, Any]] = {"block": block, "reset_spend": reset_spend}
-    deeds |= {"unblock": functools.partial(block, blocked=False)}
-
 
 # Where one of these is set, it is looked whether a key's routes and budgets go together.
 ROUTE_FIELDS = {"allowed_routes", "unmetered_routes", "max_budget", "model_max_budget"}
 ROUTE_FIELDS |= {"budget_limits", "team_id", "user_id"}
 
 
-class KeyHandler(DeedHandler):
-    """POST /key/{deed} and /key/{key}/{deed}."""
+class RecordHandler(BodyHandler, ManagementHandler):
+    """POST of what changes keys, teams and users, as `deeds` lists it: /{kind}/{deed}, and
+    /{kind}/{name}/{deed}. Null clears a field."""
 
-    def chosen(self, value: Any, for_claude_code: Any) -> str:
+    async def post(self, kind: str, *path: str) -> None:
+        (*name, deed), body = path, self.read_body()
+        body |= zip(NAMED_BY.get(kind, ()), name)
+        self.send_json(await self.deeds[deed](self, kind, body))
+
+    def chosen(self, value: Any = None, for_claude_code: Any = None) -> str:
         """A key that the caller chose, or a fresh one. Raises APIError 400."""
         is_for_claude_code = FLAG.parse("claude_code", for_claude_code)
         if value is None:
@@ -6691,37 +6643,102 @@ class KeyHandler(DeedHandler):
         return value
 
     def changed(self, record: AnyLimited, body: Mapping[str, Any], **more: Any) -> AnyLimited:
-        key: Any = super().changed(record, body, **more)
-        ledger = self.gateway.ledger
-        if isinstance(key, VirtualKey):
-            taken = ledger.find("", key.key_alias or "")
-            if taken is not None and taken[0] != record.account.hashed:
-                raise APIError(400, "'key_alias' is taken by another key.")
-            named = [pattern for pattern in key.allowed_routes if unmetered(pattern)]
-            limited = any(of.has_budget for of in ledger.limited(key))
-            if named and limited and not key.unmetered_routes and ROUTE_FIELDS & body.keys():
-                what = f"'allowed_routes' names {named[0]}, whose cost a budget cannot count"
-                raise APIError(400, f"{what}: leave it out, or add 'unmetered_routes': true.")
-        return cast(AnyLimited, key)
+        """A record with these fields. Raises APIError 400."""
+        changes = read_fields(body, MARKED[record.of, "settable"])
+        if "duration" in changes:
+            changes["expires"] = changes.pop("duration")
+        for name in ("max_budget", "soft_budget", "model_max_budget", "budget_limits"):
+            if changes.get(name) not in (None, {}, []) and not self.gateway.prices.available:
+                need = "install genai-prices where the gateway runs, or start it with --prices."
+                raise APIError(400, f"{name!r} cannot be enforced, as no prices are known: {need}")
+        if (home := changes.get("home")) and home not in (names := self.gateway.real_keys.names):
+            raise APIError(400, f"'home' must be a real key's name: {', '.join(names)}.")
+        more |= {"updated_at": now(), "updated_by": self.master}
+        more |= {} if record.created_at else {"created_at": now(), "created_by": self.master}
+        changed: Any = dataclasses.replace(record, **changes, **more)
+        if isinstance(changed, VirtualKey):
+            self.check_key(changed, body)
+        return cast(AnyLimited, changed)
 
-    async def generate(self, body: dict[str, Any]) -> dict[str, Any]:
+    def check_key(self, key: VirtualKey, body: Mapping[str, Any]) -> None:
+        """Raise APIError 400 where its alias is another's, or its routes cost what no budget of its
+        own, its team … counts."""
+        ledger, alias = self.gateway.ledger, key.key_alias
+        taken = ledger.find("key_alias", alias) if alias else None
+        if taken is not None and taken.account is not key.account:
+            raise APIError(400, "'key_alias' is taken by another key.")
+        named = [pattern for pattern in key.allowed_routes if unmetered(pattern)]
+        limited = any(of.has_budget for of in ledger.limited(key))
+        if named and limited and not key.unmetered_routes and ROUTE_FIELDS & body.keys():
+            what = f"'allowed_routes' names {named[0]}, whose cost a budget cannot count"
+            raise APIError(400, f"{what}: leave it out, or add 'unmetered_routes': true.")
+
+    async def keep(
+        self, changes: Mapping[str, Limited | None], action: str, body: Mapping[str, Any] = {}
+    ) -> dict[str, Any]:
+        """Keep these records, `note` what was done, to the last one with the fields of ``body``;
+        answer with its row, and with warnings."""
+        await self.gateway.ledger.change(changes)
+        *others, record = filter(None, changes.values())
+        for other in others:
+            self.note(other, action)
+        self.note(record, action, body)
+        warnings = list(self.doubts(record))
+        return row_of(record) | ({"warnings": warnings} if warnings else {})
+
+    def note(self, record: Limited, action: str, body: Mapping[str, Any] = {}) -> None:
+        """Log and remember for the audit what was done to a record (LiteLLM's ``action``)."""
+        by = mask_keys(printable(self.request.headers.get("litellm-changed-by", self.master)))
+        row = {"id": mock_id("audit"), "updated_at": now(), "changed_by": by}
+        row |= {"changed_by_api_key": self.master, "action": action, "table_name": record.of}
+        row |= {"object_id": record.account.hashed.removeprefix(f"{record.of}:")}
+        row |= {"name": record.shown_name, "updated_values": dict(body)}
+        self.gateway.audit.append(row | {"remote_ip": self.request.remote_ip})
+        fields = f": {printable(', '.join(body))}" if body and action == "updated" else ""
+        log.info("%s %s %s%s by %s", record.of, record.shown_name, action, fields, word(by))
+
+    def doubts(self, record: Limited) -> Iterator[str]:
+        """What is allowed of a record, but hardly meant."""
+        prices = self.gateway.prices
+        for pattern in {**dict.fromkeys(record.models), **record.model_max_budget}:
+            if prices.available and pattern != ALL_TEAM_MODELS and not prices.knows(pattern):
+                text = f"{printable(pattern)!r} matches no model that is known here."
+                yield text + nearest(pattern, prices.names)
+        most, soft = record.max_budget, record.soft_budget
+        if most is not None and soft is not None and soft > most:
+            yield "'soft_budget' is above 'max_budget', so it is never reached."
+
+    def new_key(self, key: str, body: Mapping[str, Any], **more: Any) -> dict[str, Limited]:
+        """The record of a key that is made now, by its hash."""
+        made = VirtualKey(key_name(key), owner_id=secrets.token_hex(8))
+        return {hash_key(key): self.changed(made, body, **more)}
+
+    async def generate(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:
         """LiteLLM's request and response; no other answer has the plain key."""
         key = self.chosen(body.pop("key", None), body.pop("claude_code", None))
-        made = VirtualKey(key_name(key), owner_id=secrets.token_hex(8))
-        record = self.changed(made, body)
-        return await self.keep({hash_key(key): record}, "created", body) | {"key": key}
+        return await self.keep(self.new_key(key, body), "created", body) | {"key": key}
 
-    async def update(self, body: dict[str, Any]) -> dict[str, Any]:
+    async def new(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:
+        """A team or a user, who gets a key of his own, unless ``auto_create_key`` is false."""
+        name = NAME.parse(f"{kind}_id", body.pop(f"{kind}_id", None)) or secrets.token_hex(8)
+        if (at := f"{kind}:{name}") in self.gateway.ledger.groups:
+            raise APIError(400, f"'{kind}_id' is taken by another {kind}.")
+        is_user, key = kind == "user", self.chosen()
+        has_key = is_user and FLAG.parse("auto_create_key", body.pop("auto_create_key", True))
+        keys = self.new_key(key, {}, user_id=name) if has_key else {}
+        made = {**keys, at: self.changed(GROUPS[kind](name), body)}
+        return await self.keep(made, "created", body) | ({"key": key} if has_key else {})
+
+    async def update(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:
         """Change the fields that the body has."""
-        record = self.addressed(body)
-        changes = {record.account.hashed: self.changed(record, body)}
-        return await self.keep(changes, "updated", body) | {"key": record.account.hashed}
+        record = self.named(kind, body)
+        hashed = record.account.hashed
+        row = await self.keep({hashed: self.changed(record, body)}, "updated", body)
+        return row | ({"key": hashed} if kind == "key" else {"data": row})
 
-    async def regenerate(self, body: dict[str, Any], *path: str) -> dict[str, Any]:
+    async def regenerate(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:
         """As `update`, and a new value, ``new_key`` or fresh; for a ``grace_period`` both work."""
-        record = self.addressed(body | dict(zip(("key",), path, strict=False)))
-        for name in ("key", "key_alias") if not path and "key" not in body else ("key",):
-            body.pop(name, None)
+        record = self.named(kind, body)
         moment, grace = now(), LIFETIME.parse("grace_period", body.pop("grace_period", None))
         value = self.chosen(body.pop("new_key", None), body.pop("claude_code", None))
         retired = {old: until for old, until in record.retired.items() if until > moment}
@@ -6731,17 +6748,47 @@ class KeyHandler(DeedHandler):
         changes = {record.account.hashed: None, hash_key(value): changed}
         return await self.keep(changes, "rotated", body) | {"key": value}
 
-    async def delete_keys(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Delete ``keys`` (plain or hashes) or ``key_aliases``; all of them or none."""
-        keys, aliases = (TEXTS.parse(name, body.get(name)) for name in ("keys", "key_aliases"))
-        named = [{"key": key} for key in keys] + [{"key_alias": alias} for alias in aliases]
-        if not named:
-            raise APIError(400, "Name the keys to delete in 'keys' or 'key_aliases'.")
-        found = [deleted(self.addressed(each)) for each in named]
-        await self.keep({record.account.hashed: record for record in found}, "deleted")
-        return {"deleted_keys": keys + aliases}
+    async def block(self, kind: str, body: dict[str, Any], blocked: bool = True) -> dict[str, Any]:
+        """Refuse a key, a team or a user, or take it again."""
+        record = self.changed(self.named(kind, body), {"blocked": blocked})
+        action = "blocked" if blocked else "unblocked"
+        return await self.keep({record.account.hashed: record}, action)
 
-    async def assign(self, body: dict[str, Any]) -> dict[str, Any]:
+    async def reset_spend(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Set what was spent in the present window to ``reset_to`` USD (0)."""
+        record = self.named(kind, body)
+        amount = read_fields(body, {"reset_to": AMOUNT}).get("reset_to") or ZERO
+        await self.gateway.ledger.reset_spend(record, amount)
+        self.note(record, "reset_spend", {"spend": amount})
+        return row_of(record)
+
+    async def remove(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Delete all that lists of NAMED_BY name, or nothing; with a team or a user their keys,
+        which would be without limits. The record of a key stays, and tells what it used."""
+        found = {
+            name: self.named(kind, {field: name})
+            for field, several in NAMED_BY[kind].items()
+            for name in TEXTS.parse(several, body.get(several))
+        }
+        if not found:
+            lists = " or ".join(map(repr, NAMED_BY[kind].values()))
+            raise APIError(400, f"Name what to delete in {lists}.")
+        gone = {of.account.hashed: of for of in found.values()}
+        for hashed, key in self.gateway.ledger.live() if kind in GROUPS else ():
+            if getattr(key, f"{kind}_id") in found:
+                gone[hashed] = key
+        marks: dict[str, Any] = {"deleted_at": now(), "retired": {}}
+        await self.gateway.ledger.change(
+            {
+                name: dataclasses.replace(of, **marks) if of.of == "key" else None
+                for name, of in gone.items()
+            }
+        )
+        for of in gone.values():
+            self.note(of, "deleted")
+        return {f"deleted_{kind}s": [*found]}
+
+    async def assign(self, _: str, body: dict[str, Any]) -> dict[str, Any]:
         """Give the things of ``ids`` to a ``key``, to nobody (null), or to all to use ("*")."""
         ids, kind = TEXTS.parse("ids", body.get("ids")), TEXT.parse("kind", body.get("kind"))
         if not ids or "key" not in body:
@@ -6758,75 +6805,22 @@ class KeyHandler(DeedHandler):
         log.info("%d things assigned", len(ids))
         return {"ids": ids, "key": key}
 
-    deeds: ClassVar[dict[str, Any]] = DeedHandler.deeds | {"generate": generate, "update": update}
-    deeds |= {"regenerate": regenerate, "delete": delete_keys, "assign": assign}
-
-
-def deleted(key: VirtualKey) -> VirtualKey:
-    """A key that is no more; its record tells what it used."""
-    return dataclasses.replace(key, deleted_at=now(), retired={})
-
-
-class GroupHandler(KeyHandler):
-    """POST /team/{deed}, /user/{deed} and, of both, /{id}/{deed}."""
-
-    def named(self, body: dict[str, Any], *path: str) -> Team | User:
-        kind, *named = path
-        name = named[0] if named else body.pop(f"{kind}_id", None)
-        if not isinstance(name, str) or not name:
-            raise APIError(400, f"'{kind}_id' must name a {kind}.")
-        if (found := self.gateway.ledger.groups.get(f"{kind}:{name}")) is None:
-            raise APIError(404, f"{kind.capitalize()} not found.")
-        return cast(Team | User, found)
-
-    async def new(self, body: dict[str, Any], kind: str) -> dict[str, Any]:
-        """LiteLLM's: a user gets a key of his own, unless ``auto_create_key`` is false."""
-        name = NAME.parse(f"{kind}_id", body.pop(f"{kind}_id", None)) or secrets.token_hex(8)
-        if (at := f"{kind}:{name}") in self.gateway.ledger.groups:
-            raise APIError(400, f"'{kind}_id' is taken by another {kind}.")
-        makes_key = kind == "user" and FLAG.parse("", body.pop("auto_create_key", True))
-        changes: dict[str, Limited | None] = {at: self.changed(GROUPS[kind](name), body)}
-        key = self.chosen(None, None)
-        if makes_key:
-            made = VirtualKey(key_name(key), owner_id=secrets.token_hex(8), user_id=name)
-            changes = {hash_key(key): self.changed(made, {})} | changes
-        return await self.keep(changes, "created", body) | ({"key": key} if makes_key else {})
-
-    async def update_group(self, body: dict[str, Any], kind: str) -> dict[str, Any]:
-        """Change the fields that the body has."""
-        record = self.named(body, kind)
-        row = await self.keep({record.account.hashed: self.changed(record, body)}, "updated", body)
-        return row | {"data": row}
-
-    async def delete_groups(self, body: dict[str, Any], kind: str) -> dict[str, Any]:
-        """Delete ``team_ids`` or ``user_ids`` and their keys, which would be without limits."""
-        names = list(dict.fromkeys(TEXTS.parse(f"{kind}_ids", body.get(f"{kind}_ids"))))
-        found = [self.named({f"{kind}_id": name}, kind) for name in names]
-        if not found:
-            raise APIError(400, f"Name those to delete in '{kind}_ids'.")
-        changes: dict[str, Limited | None] = {of.account.hashed: None for of in found}
-        for hashed, key in self.gateway.ledger.live():
-            if getattr(key, f"{kind}_id") in names:
-                changes[hashed] = deleted(key)
-        await self.gateway.ledger.change(changes)
-        for record in (*found, *filter(None, changes.values())):
-            self.note(record, "deleted")
-        return {f"deleted_{kind}s": names}
-
-    deeds: ClassVar[dict[str, Any]] = DeedHandler.deeds | {"new": new, "update": update_group}
-    deeds |= {"delete": delete_groups}
+    deeds: ClassVar[dict[str, Any]] = {"generate": generate, "new": new, "update": update}
+    deeds |= {"block": block, "unblock": functools.partial(block, blocked=False)}
+    deeds |= {"regenerate": regenerate, "reset_spend": reset_spend}
+    deeds |= {"delete": remove, "assign": assign}
 
 
 REPORT_GROUPS = ("api_key", "model", "team", "user", "day", "tag")
-STATUSES, ORDERS = ("active", "revoked", "expired"), ("asc", "desc")
 
 
-def one_of(words: Sequence[str]) -> Kind:
-    """A field or parameter that is one of these words."""
+def one_of(*words: str) -> Kind:
+    """A parameter that is one of these words."""
     return Kind(f"one of {', '.join(words)}", lambda text: words[words.index(text)])
 
 
-GROUP_NAME = one_of(REPORT_GROUPS)
+STATUS, ORDER = one_of("active", "revoked", "expired"), one_of("asc", "desc")
+GROUP_NAME = one_of(*REPORT_GROUPS)
 GROUPING = Kind(
     f"one or two, with a comma, {GROUP_NAME.words[4:]}",
     lambda text: [GROUP_NAME.read(name) for name in text.split(",", 1)],
@@ -6836,53 +6830,95 @@ PAGE_SIZE = ORDINAL._replace(read=lambda text: min(ORDINAL.read(text), MAX_PAGE_
 DAY = Kind("a date like 2026-11-22", lambda text: day_of(datetime.strptime(text, "%Y-%m-%d")))
 WORD = Kind("true or false", lambda text: ("false", "true").index(text.lower()) > 0)
 UNDER_WAY, OTHERS, MAX_LISTED = "under_way", "(others)", 10_000
-KEY_FILTERS = ("key_hash", "user_id", "team_id", "key_alias")
+KEYS_A_TURN = 4  # whose usage is summed before the loop may do something else: 90 days are 5 ms
+KEY_FILTERS = {n: operator.attrgetter(n) for n in ("user_id", "team_id", "key_alias")}
+KEY_FILTERS["key_hash"] = operator.attrgetter("account.hashed")
 SEARCHED = operator.attrgetter("key_alias", "key_name", "user_id", "team_id")
+OWN_REPORTS = ("/key/info", "/spend/logs")  # which a virtual key may ask for, of itself
 
 
-def full_row(key: VirtualKey, ledger: FileLedger, *, usage: bool = True) -> dict[str, Any]:
-    """A key with all that limits it, and what it used by day and model."""
-    row, days = key_row(key), dict[str, Any]()
-    for day, model, tally in key.account.usage.days() if usage else ():
-        days.setdefault(day, {})[model] = tally
-    return row | {"usage": days, "budgets": budget_rows(ledger.limited(key), now())}
+def order_of(row: Mapping[str, Any], name: str) -> tuple[bool, Any]:
+    """What a row is sorted by; nothing stands first."""
+    value = row[name]
+    return value is not None, value if isinstance(value, int | Decimal) else str(value)
 
 
-class InfoHandler(ManagementHandler):
-    """GET /key/info, LiteLLM's ``{"key", "info"}``, and /spend/logs: a virtual key may ask about
-    itself. A former key is answered for, too, until its grace is over."""
+class ReportHandler(ManagementHandler):
+    """GET of the paths in `reports`: what there is, and what was used, of ``mine`` where a virtual
+    key asks. Each reads what it knows of the query, and `refuse_unknown` the rest."""
 
-    prepare = BaseHandler.prepare  # `get` decides
+    mine: VirtualKey | None = None
 
-    async def get(self, path: str) -> None:
-        caller = await self.find_caller()
-        if caller.key is None:
+    async def prepare(self) -> None:
+        if self.request.path in OWN_REPORTS:
+            BaseHandler.prepare(self)
+            self.mine = (await self.find_caller()).key
+        if self.mine is None:
             super().prepare()
-        told = self.describe if path == "/key/info" else self.list_requests
-        self.send_json(told(caller.key))
 
-    def describe(self, mine: VirtualKey | None) -> dict[str, Any]:
-        """A key with what it used, by day and model, and all that limits it."""
+    async def get(self) -> None:
+        told = self.reports[self.request.path](self)
+        self.send_json(await told if asyncio.iscoroutine(told) else told)
+
+    def page_of(
+        self, what: str, rows: Iterable[Any], total: int, size: str, most: int = MAX_PAGE_SIZE
+    ) -> dict[str, Any]:
+        """The page of rows that is asked for, under ``what``; LiteLLM tells of pages in one way
+        where their ``size`` is so called, and else in another."""
+        page, length = self.query("page", ORDINAL, 1), self.query(size, PAGE_SIZE, most)
+        self.refuse_unknown()
+        row: dict[str, Any] = {"total_count": total, "current_page": page}
+        if size == "page_size":
+            row = {"total": total, "page": page, "page_size": length}
+        found = list(itertools.islice(rows, (page - 1) * length, page * length))
+        return {what: found, "total_pages": -(-total // length)} | row
+
+    def list_keys(self) -> dict[str, Any]:
+        """Pages of hashes, or of whole rows with ``return_full_object=true``."""
+        moment, ledger, wanted = now(), self.gateway.ledger, self.query("search").lower()
+        asked = [(read, value) for name, read in KEY_FILTERS.items() if (value := self.query(name))]
+        status = self.query("status", STATUS)
+        keys = [
+            key
+            for _, key in ledger.live()
+            if all(read(key) == value for read, value in asked)
+            and status in ("", key.status(moment))
+            and any(wanted in (text or "").lower() for text in SEARCHED(key))
+        ]
+        full = self.query("return_full_object", WORD, False)
+        usage = self.query("usage", WORD, True)
+        if by := self.query("sort_by"):
+            sortable = row_of(OPERATOR)
+            if by not in sortable:
+                raise APIError(400, f"'sort_by' must be a field of a key.{nearest(by, sortable)}")
+            keys.sort(key=lambda key: order_of(row_of(key), by))
+        if self.query("sort_order", ORDER) == "desc":
+            keys.reverse()
+        told = self.page_of("keys", keys, len(keys), "size", 10)
+        told["keys"] = [
+            full_row(key, ledger, usage=usage) if full else key.account.hashed
+            for key in told["keys"]
+        ]
+        return told
+
+    def describe_key(self) -> dict[str, Any]:
+        """LiteLLM's ``{"key", "info"}``; also of a former key, until its grace is over."""
         asked, alias, ledger = self.query("key"), self.query("key_alias"), self.gateway.ledger
         self.refuse_unknown()
-        own = self.shown_hashes()[0] if mine and not (asked or alias) else ""
-        hashed = own or (asked if HASH.fullmatch(asked) else hash_key(asked))
-        known = ledger.lookup(hashed) if own or asked else None
-        record = known[0] if known else None
-        if record is None or record.retired.get(hashed, now()) < now() or record.deleted_at:
-            found = ledger.find(asked, alias)
-            record = found and found[1]
-        if mine is not None and record is not mine:
-            raise APIError(403, "A virtual key may ask about itself only.")
-        if record is None:
-            record = self.addressed({"key": asked or None, "key_alias": alias})
+        if self.mine is not None and (asked or alias):
+            by, name = ("key", asked) if asked else ("key_alias", alias)
+            if ledger.find(by, name, former=True) is not self.mine:
+                raise APIError(403, "A virtual key may ask about itself only.")
+        told = {"key": asked or None, "key_alias": alias}
+        record = self.mine or self.named("key", told, former=True)
         info = full_row(record, ledger)
-        if hashed in record.retired:
-            info["retired_until"] = record.retired[hashed]
+        shown = (asked, hash_key(asked)) if asked or alias else self.shown_hashes()
+        for former in record.retired.keys() & {*shown}:
+            info["retired_until"] = record.retired[former]
         del info["token"], info["token_id"]
         return {"key": asked or record.account.hashed, "info": info}
 
-    def list_requests(self, mine: VirtualKey | None) -> list[dict[str, Any]]:
+    def list_requests(self) -> list[dict[str, Any]]:
         """The last --recent-requests, newest first, in LiteLLM's fields and with its filters; or
         those with ``status=under_way``. No more than ``limit``."""
         first = self.query("start_date", DAY, "0001-01-01")
@@ -6891,7 +6927,8 @@ class InfoHandler(ManagementHandler):
         limit, status = self.query("limit", ORDINAL, MAX_LISTED), self.query("status")
         self.refuse_unknown()
         hashed = shown if not shown or HASH.fullmatch(shown) else hash_key(shown)
-        gateway, owned = self.gateway, {mine.account.hashed, *mine.retired} if mine else set()
+        gateway, mine = self.gateway, self.mine
+        owned = {mine.account.hashed, *mine.retired} if mine else set()
         rows: Iterable[dict[str, Any]] = gateway.recent.rows()
         if status == UNDER_WAY:
             rows = [handler._visit.record.to_spend_log() for handler in gateway.active]
@@ -6906,58 +6943,12 @@ class InfoHandler(ManagementHandler):
         )
         return list(itertools.islice(found, limit))
 
-
-def order_of(row: Mapping[str, Any], name: str) -> tuple[bool, Any]:
-    """What a row is sorted by; nothing stands first."""
-    value = row[name]
-    return value is not None, value if isinstance(value, int | Decimal) else str(value)
-
-
-class ReportHandler(ManagementHandler):
-    """GET of the paths in `reports`: what there is, and what was used. Each reads what it knows of
-    the query, and `refuse_unknown` the rest."""
-
-    def get(self) -> None:
-        self.send_json(self.reports[self.request.path](self))
-
-    def page_of(self, rows: Sequence[Any], size: str = "size", most: int = 10) -> tuple[Any, ...]:
-        """Of rows those of the page that is asked for; and which it is, its size, and how many."""
-        page, length = self.query("page", ORDINAL, 1), self.query(size, PAGE_SIZE, most)
-        self.refuse_unknown()
-        return rows[(page - 1) * length : page * length], page, length, -(-len(rows) // length)
-
-    def list_keys(self) -> dict[str, Any]:
-        """Pages of hashes, or of whole rows with ``return_full_object=true``."""
-        keys, wanted = [key for _, key in self.gateway.ledger.live()], self.query("search").lower()
-        for name in KEY_FILTERS:
-            if value := self.query(name):
-                read = operator.attrgetter("account.hashed" if name == "key_hash" else name)
-                keys = [key for key in keys if read(key) == value]
-        if status := self.query("status", one_of(STATUSES)):
-            keys = [key for key in keys if key.status(now()) == status]
-        if wanted:
-            keys = [k for k in keys if any(wanted in (text or "").lower() for text in SEARCHED(k))]
-        full = self.query("return_full_object", WORD, False)
-        usage = self.query("usage", WORD, True)
-        if by := self.query("sort_by"):
-            sortable = key_row(OPERATOR)
-            if by not in sortable:
-                raise APIError(400, f"'sort_by' must be a field of a key.{nearest(by, sortable)}")
-            keys.sort(key=lambda key: order_of(key_row(key), by))
-        if self.query("sort_order", one_of(ORDERS)) == "desc":
-            keys.reverse()
-        found, page, _, pages = self.page_of(keys)
-        ledger = self.gateway.ledger
-        shown = [full_row(k, ledger, usage=usage) if full else k.account.hashed for k in found]
-        told = {"total_count": len(keys), "current_page": page, "total_pages": pages}
-        return {"keys": shown} | told
-
     def list_spend(self) -> list[dict[str, Any]]:
         """Every key's row, those that spent most first."""
-        rows = map(key_row, self.gateway.ledger.keys.values())
+        rows = map(row_of, self.gateway.ledger.keys.values())
         return sorted(rows, key=lambda row: -row["spend"])
 
-    def sum_spend(self) -> list[dict[str, Any]]:
+    async def sum_spend(self) -> list[dict[str, Any]]:
         """``start_date``, ``end_date``: UTC days, both included, by default the last 30. One row a
         group, of one or two of REPORT_GROUPS (``group_by``): its names under theirs, and every
         count. Of the last, all but the ``top`` that spent most are one. With a tag there is what
@@ -6966,100 +6957,90 @@ class ReportHandler(ManagementHandler):
         last = self.query("end_date", DAY, day_of(now()))
         groups, top = self.query("group_by", GROUPING, ["api_key"]), self.query("top", ORDINAL, 0)
         self.refuse_unknown()
-        ledger, sums = self.gateway.ledger, collections.defaultdict[Any, Tally](Tally)
-        totals = collections.defaultdict[str, Decimal](Decimal)
-        tags = ledger.groups[GATEWAY].account.usage
-        if "tag" in groups:
-            if not {"tag", "day"} >= {*groups}:
-                raise APIError(400, "'tag' goes with 'day' alone.")
-            for day, tag, tally in tags.days(first, last):
-                if tag != EVERY_TAG:
-                    sums[tuple({"tag": tag, "day": day}[g] for g in groups)].add(tally)
-        for hashed, key in ledger.keys.items():
+        if "tag" in groups and not {"tag", "day"} >= {*groups}:
+            raise APIError(400, "'tag' goes with 'day' alone.")
+        ledger = self.gateway.ledger
+        sums, merged = (collections.defaultdict[Any, Tally](Tally) for _ in range(2))
+        for number, (hashed, key) in enumerate([*ledger.keys.items()]):
+            if number % KEYS_A_TURN == 0:
+                await asyncio.sleep(0)
             for day, model, tally in key.account.usage.days(first, last):
-                names = {"api_key": hashed, "model": model, "day": day, "tag": ""}
+                names = {"api_key": hashed, "model": model, "day": day, "tag": EVERY_TAG}
                 names |= {"team": key.team_id or "", "user": key.user_id or ""}
                 sums[tuple(names[group] for group in groups)].add(tally)
-        if "tag" in groups:
-            for day, tag, tally in tags.days(first, last):
-                if tag == EVERY_TAG:
-                    sums[tuple({"tag": "", "day": day}[g] for g in groups)].subtract(tally)
+        tagged = ledger.groups[GATEWAY].account.usage
+        for day, tag, tally in tagged.days(first, last) if "tag" in groups else ():
+            count = Tally.subtract if tag == EVERY_TAG else Tally.add  # what had any is not without
+            count(sums[tuple({"tag": tag, "day": day}[group] for group in groups)], tally)
+        totals: Any = collections.Counter()
         for names, tally in sums.items():
             totals[names[-1]] += tally.spend
-        shown = {*sorted(totals, key=lambda name: -totals[name])[: top or None]}
-        merged = collections.defaultdict[Any, Tally](Tally)
+        shown = dict(totals.most_common(top or None))
         for names, tally in sums.items():
             merged[(*names[:-1], names[-1] if names[-1] in shown else OTHERS)].add(tally)
-        used = [(names, tally) for names, tally in merged.items() if tally != Tally()]
-        rows = [dict(zip(groups, names)) | dataclasses.asdict(tally) for names, tally in used]
-        for row in rows if "api_key" in groups else ():
-            if key_found := ledger.keys.get(row["api_key"]):
-                row |= {"key_alias": key_found.key_alias, "key_name": key_found.key_name}
+        rows = list[dict[str, Any]]()
+        for names, tally in merged.items():
+            if tally != Tally():
+                rows.append(dict(zip(groups, names)) | dataclasses.asdict(tally))
+                if spender := ledger.keys.get(rows[-1].get("api_key", "")):
+                    rows[-1] |= {n: getattr(spender, n) for n in ("key_alias", "key_name")}
         return sorted(rows, key=lambda row: -row["spend"])
 
+    def group_rows(self, kind: str) -> list[dict[str, Any]]:
+        """The rows of all teams, or all users, with how many keys each has."""
+        ledger, field = self.gateway.ledger, f"{kind}_id"
+        counts = collections.Counter(getattr(key, field) for _, key in ledger.live())
+        rows = [full_row(of, ledger) for of in ledger.groups.values() if of.of == kind]
+        return [row | {"keys_count": counts[row[field]]} for row in rows]
+
     def list_teams(self) -> list[dict[str, Any]]:
-        """Every team's row, with how many keys it has."""
+        """Every team's row."""
         return self.group_rows("team")
 
     def list_users(self) -> dict[str, Any]:
         """Pages of users' rows."""
         rows = self.group_rows("user")
-        shown, page, size, pages = self.page_of(rows, "page_size", MAX_PAGE_SIZE)
-        told = {"total": len(rows), "page": page, "page_size": size, "total_pages": pages}
-        return {"users": shown} | told
-
-    def group_rows(self, kind: str) -> list[dict[str, Any]]:
-        """The rows of all teams, or all users."""
-        ledger = self.gateway.ledger
-        counts = collections.Counter(getattr(key, f"{kind}_id") for _, key in ledger.live())
-        groups = [of for of in ledger.groups.values() if of.of == kind]
-        rows = [row_of(of) | {"budgets": budget_rows([of], now())} for of in groups]
-        return [row | {"keys_count": counts[row[f"{kind}_id"]]} for row in rows]
+        return self.page_of("users", rows, len(rows), "page_size")
 
     def describe_group(self) -> dict[str, Any]:
         """A team or a user, and the keys of it."""
-        kind = self.request.path.split("/")[1]
-        name, more = self.query(f"{kind}_id"), {"team": "team_memberships", "user": "teams"}[kind]
+        kind, ledger = self.request.path.split("/")[1], self.gateway.ledger
+        field, more = f"{kind}_id", {"team": "team_memberships", "user": "teams"}[kind]
+        name = self.query(field)
         self.refuse_unknown()
-        found = [row for row in self.group_rows(kind) if row[f"{kind}_id"] == name]
-        if not found:
-            raise APIError(404, f"{kind.capitalize()} not found: name one in '{kind}_id'.")
-        live = self.gateway.ledger.live()
-        keys = [key_row(key) for _, key in live if getattr(key, f"{kind}_id") == name]
-        return {f"{kind}_id": name, f"{kind}_info": found[0], "keys": keys, more: []}
+        row = full_row(self.named(kind, {field: name}), ledger)
+        keys = [row_of(key) for _, key in ledger.live() if getattr(key, field) == name]
+        row["keys_count"] = len(keys)
+        return {field: name, f"{kind}_info": row, "keys": keys, more: []}
 
     def list_changes(self) -> dict[str, Any]:
         """Pages of what was changed, newest first; of one ``object_id``."""
-        wanted, rows = self.query("object_id"), list(reversed(self.gateway.audit))
-        rows = [row for row in rows if wanted in ("", row["object_id"], row["name"])]
-        shown, page, size, pages = self.page_of(rows, "page_size", 50)
-        told = {"total": len(rows), "page": page, "page_size": size, "total_pages": pages}
-        return {"audit_logs": shown} | told
+        wanted, rows = self.query("object_id"), reversed(self.gateway.audit)
+        found = [row for row in rows if wanted in ("", row["object_id"], row["name"])]
+        return self.page_of("audit_logs", found, len(found), "page_size", 50)
 
     def list_resources(self) -> dict[str, Any]:
         """Pages of what is whose, of a ``key`` or of a ``kind``."""
-        page, size = self.query("page", ORDINAL, 1), self.query("size", PAGE_SIZE, MAX_PAGE_SIZE)
         asked, kind, things = self.query("key"), self.query("kind"), self.gateway.ledger.things
-        self.refuse_unknown()
         owner = self.owner_of(asked) if asked else None
         keys = {key.owner: hashed for hashed, key in self.gateway.ledger.live()}
         chosen = [p for p in things.made if owner in (None, p[0]) and kind in ("", p[1])]
+        every = itertools.chain.from_iterable(things.made[place] for place in chosen)
         total = sum(len(things.made[place]) for place in chosen)
-        every = itertools.chain.from_iterable(things.made[place].items() for place in chosen)
-        rows = []
-        for name, moment in itertools.islice(every, (page - 1) * size, page * size):
+        told, rows = self.page_of("resources", every, total, "size"), list[dict[str, Any]]()
+        for name in told["resources"]:
             owner, kind, home = things.places[name]
             row = dict[str, Any](id=name, kind=kind, key=keys.get(owner), home=home or None)
-            made, shared = moment_of(int(moment)), name in things.shared
-            rows.append(row | {"created_at": made, "shared": shared})
-        pages = {"current_page": page, "total_pages": -(-total // size)}
-        return {"resources": rows, "total_count": total} | pages
+            made = moment_of(int(things.made[owner, kind][name]))
+            rows.append(row | {"created_at": made, "shared": name in things.shared})
+        return told | {"resources": rows}
 
     def list_upstreams(self) -> dict[str, Any]:
         """The real keys: how each is, and what it has answered; never the key."""
         return {"upstreams": self.gateway.real_keys.states()}
 
     reports: ClassVar[dict[str, Any]] = {"/key/list": list_keys, "/audit": list_changes}
+    reports |= dict(zip(OWN_REPORTS, (describe_key, list_requests), strict=True))
     reports |= {"/team/list": list_teams, "/user/list": list_users}
     reports |= {"/team/info": describe_group, "/user/info": describe_group}
     reports |= {"/resources/list": list_resources, "/upstreams": list_upstreams}
@@ -7096,49 +7077,51 @@ class HelloHandler(BaseHandler):
     head = get
 
 
-class SessionHandler(DeedHandler):
+class SessionHandler(BodyHandler):
     """The page's session: GET /ui/session, POST /ui/login ``{"key"}`` and /ui/logout."""
 
-    prepare = BaseHandler.prepare
-
-    async def post(self, *path: str) -> None:
-        gateway, body = self.gateway, self.read_body()
-        if path == ("logout",):
-            gateway.sessions.close(self.request)
+    async def post(self, deed: str) -> None:
+        sessions, body = self.gateway.sessions, self.read_body()
+        sessions.refuse_foreign(self.request.head, must_say=False)
+        if deed == "logout":
+            sessions.close(self.request)
             self.clear_cookie(SESSION_COOKIE, path="/")
             return self.send_json({})
+        if deed != "login":
+            raise web.HTTPError(405)
         hashed, address = hash_key(str(body.get("key"))), site_of(self.request.remote_ip or "")
-        gateway.sessions.slow_down(address)
+        sessions.slow_down(address)
         try:
-            caller = await gateway.doors.admit(hashed)
+            caller = await self.gateway.doors.admit(hashed)
         except APIError:
-            gateway.sessions.slow_down(address, wrong=True)
+            sessions.slow_down(address, wrong=True)
             text = "This is neither the master key nor a virtual key that may be used."
             raise APIError(401, text) from None
-        about: Any = {"path": "/", "httponly": True, "samesite": "Strict"}
-        about |= {"secure": self.request.protocol == "https", "max_age": SESSION_HOURS * 3600}
-        self.set_cookie(SESSION_COOKIE, gateway.sessions.open(hashed), **about)
+        how: dict[str, Any] = {"httponly": True, "samesite": "Strict", "path": "/"}
+        how |= {"secure": self.request.protocol == "https", "max_age": SESSION_HOURS * 3600}
+        self.set_cookie(SESSION_COOKIE, sessions.open(hashed), **how)
         self.send_json({"role": "operator" if caller.is_master else "holder"})
 
     async def get(self, deed: str) -> None:
-        gateway, is_open = self.gateway, self.is_here_and_open
+        if deed != "session":
+            raise web.HTTPError(405)
+        gateway, settings, is_open = self.gateway, self.gateway.settings, self.is_here_and_open
         hashed = gateway.sessions.find(self.request)
-        if not (hashed or is_open) or deed != "session":
+        if not (hashed or is_open):
             raise APIError(401, "Log in with the master key or a virtual key.")
-        caller = Caller(is_master=True) if is_open else await gateway.doors.admit(hashed)
-        key, settings = caller.key, gateway.settings
+        key = None if is_open else (await gateway.doors.admit(hashed)).key
         row: dict[str, Any] = {"role": "holder" if key else "operator", "open": is_open}
         row |= {"can_change": not is_open and not key, "version": __version__}
         row |= {"name": key.shown_name if key else MASTER_NAME, "contact": settings.contact}
         row |= {"base": f"{self.request.protocol}://{self.request.host}"}
-        row |= {"prices": gateway.prices.available, "models": gateway.prices.names, "fields": {}}
-        for kind in (VirtualKey, Team, User):
-            texts = {f.name: f.metadata.get("help") for f in dataclasses.fields(kind)}
-            texts["duration"] = "how long it works"
-            row["fields"][kind.of] = {
-                name: {"help": texts[name], "must_be": field.words}
-                for name, field in MARKED[kind.of, "settable"].items()
+        row |= {"prices": gateway.prices.available, "models": gateway.prices.names}
+        row["fields"] = {
+            kind: {
+                name: {"help": MARKED[kind, "help"][name], "must_be": settable.words}
+                for name, settable in MARKED[kind, "settable"].items()
             }
+            for kind in ("key", *GROUPS)
+        }
         self.send_json(row)
 
 
@@ -8317,12 +8300,11 @@ def make_app(settings: Settings, rules: Sequence[Rule] = RULES) -> GatewayApplic
         (rf"{RELAYED}.*|{BARE_PREFIX}.*", RelayHandler),
         (r"/health/(liveliness|liveness|readiness)", HealthHandler),
         (METRICS_PATH, MetricsHandler),
-        (r"/key/(generate|update|delete|block|unblock|regenerate)", KeyHandler),
-        (r"/key/([^/]+)/(regenerate|reset_spend)", KeyHandler),
-        (r"/(team|user)/(new|update|delete|block|unblock)", GroupHandler),
-        (r"/(team|user)/([^/]+)/(reset_spend)", GroupHandler),
-        (r"/resources/(assign)", KeyHandler),
-        (r"(/key/info|/spend/logs)", InfoHandler),
+        (r"/(key)/(generate|update|delete|block|unblock|regenerate)", RecordHandler),
+        (r"/(key)/([^/]+)/(regenerate|reset_spend)", RecordHandler),
+        (r"/(team|user)/(new|update|delete|block|unblock)", RecordHandler),
+        (r"/(team|user)/([^/]+)/(reset_spend)", RecordHandler),
+        (r"/(resources)/(assign)", RecordHandler),
         (r"/ui", PageHandler),
         (r"/ui/(session|login|logout)", SessionHandler),
         *((re.escape(path), ReportHandler) for path in ReportHandler.reports),

@@ -6808,6 +6808,46 @@ async def test_the_gateways_budget_holds_for_the_master_key_too(gw: GW) -> None:
     assert (await gw.message()).status == 200
 
 
+async def test_an_edit_keeps_what_is_under_way_without_a_key(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    path.write_text('{"version": 1, "keys": {"gateway:": {"spend": "1"}}}')
+    store = gateway.FileLedger(path, limits=gateway.Limited(max_budget=Decimal(5)))
+    account = store.groups["gateway:"].account
+    assert account.windows[""].spend == 1
+    account.windows[""].held = account.windows[""].spend = Decimal(2)
+    path.write_text('{"version": 1, "keys": {"gateway:": {"spend": "3"}}}')
+    await store.reload()
+    assert store.groups["gateway:"].account is account and account.windows[""].held == 2
+    await store.close()
+
+
+async def test_a_batch_frees_what_it_held_of_a_budget_that_went(gw: GW) -> None:
+    gw.plays(answers({"id": "msgbatch_1"}))
+    await grouped(gw, "team", max_budget=1)
+    limits = {"model_max_budget": {"claude-*": {"budget_limit": 5}}}
+    key = await gw.new_key(team_id="g", **limits)
+    assert (await gw.ask(f"POST {BATCHES}", body=batch_of(10), key=key)).status == 200
+    account = account_of(gw, gateway.hash_key(key))
+    assert account.windows["claude-*"].held > 0
+    await gw.manage("/key/update", {"key": key, "model_max_budget": None})
+    gw.store.finish_batch("msgbatch_1")
+    assert_nothing_is_held(account)
+
+
+async def test_a_key_beside_a_credential_of_its_own_asks_about_itself(gw: GW) -> None:
+    shown = (f"x-api-key: {gw.key}", "Authorization: Bearer sk-ant-oat01-0123456789abcdef")
+    told = await gw.ask("GET /key/info", *shown, key="")
+    assert told.json()["key"] == gateway.hash_key(gw.key)
+
+
+async def test_a_page_elsewhere_signs_nobody_in_or_out(gw: GW) -> None:
+    for deed in ("login", "logout"):
+        for said in ("Origin: http://evil.example", "Sec-Fetch-Site: cross-site"):
+            answer = await gw.ask(f"POST /ui/{deed}", said, body={"key": MASTER_KEY}, key="")
+            error_of(answer, 403)
+            assert not answer.field("set-cookie")
+
+
 WRONG_GROUPS: list[dict[str, Any]] = [{"max_budgt": 5}, {"nonsense": 1}, {"blocked": "yes"}]
 WRONG_GROUPS += [{"max_budget": each} for each in (-1, "5", True, 1e300)]
 WRONG_GROUPS += [{"models": "x"}, {"metadata": []}, {"rpm_limit": 10**30}, {"key": "sk-x"}]
