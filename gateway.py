@@ -6845,7 +6845,7 @@ def order_of(row: Mapping[str, Any], name: str) -> tuple[bool, Any]:
 
 class ReportHandler(ManagementHandler):
     """GET of the paths in `reports`: what there is, and what was used, of ``mine`` where a virtual
-    key asks. Each reads what it knows of the query, and `refuse_unknown` the rest."""
+    key asks. What it did not read of the query is refused."""
 
     mine: VirtualKey | None = None
 
@@ -6858,7 +6858,9 @@ class ReportHandler(ManagementHandler):
 
     async def get(self) -> None:
         told = self.reports[self.request.path](self)
-        self.send_json(await told if asyncio.iscoroutine(told) else told)
+        told = await told if asyncio.iscoroutine(told) else told
+        self.refuse_unknown()
+        self.send_json(told)
 
     def page_of(
         self, what: str, rows: Iterable[Any], total: int, size: str, most: int = MAX_PAGE_SIZE
@@ -6866,7 +6868,6 @@ class ReportHandler(ManagementHandler):
         """The page of rows that is asked for, under ``what``; LiteLLM tells of pages in one way
         where their ``size`` is so called, and else in another."""
         page, length = self.query("page", ORDINAL, 1), self.query(size, PAGE_SIZE, most)
-        self.refuse_unknown()
         row: dict[str, Any] = {"total_count": total, "current_page": page}
         if size == "page_size":
             row = {"total": total, "page": page, "page_size": length}
@@ -6904,7 +6905,6 @@ class ReportHandler(ManagementHandler):
     def describe_key(self) -> dict[str, Any]:
         """LiteLLM's ``{"key", "info"}``; also of a former key, until its grace is over."""
         asked, alias, ledger = self.query("key"), self.query("key_alias"), self.gateway.ledger
-        self.refuse_unknown()
         if self.mine is not None and (asked or alias):
             by, name = ("key", asked) if asked else ("key_alias", alias)
             if ledger.find(by, name, former=True) is not self.mine:
@@ -6925,7 +6925,6 @@ class ReportHandler(ManagementHandler):
         last = self.query("end_date", DAY, "9999-12-31")
         wanted, user, shown = self.query("request_id"), self.query("user_id"), self.query("api_key")
         limit, status = self.query("limit", ORDINAL, MAX_LISTED), self.query("status")
-        self.refuse_unknown()
         hashed = shown if not shown or HASH.fullmatch(shown) else hash_key(shown)
         gateway, mine = self.gateway, self.mine
         owned = {mine.account.hashed, *mine.retired} if mine else set()
@@ -6956,7 +6955,6 @@ class ReportHandler(ManagementHandler):
         first = self.query("start_date", DAY, day_of(now() - timedelta(days=29)))
         last = self.query("end_date", DAY, day_of(now()))
         groups, top = self.query("group_by", GROUPING, ["api_key"]), self.query("top", ORDINAL, 0)
-        self.refuse_unknown()
         if "tag" in groups and not {"tag", "day"} >= {*groups}:
             raise APIError(400, "'tag' goes with 'day' alone.")
         ledger = self.gateway.ledger
@@ -7007,7 +7005,6 @@ class ReportHandler(ManagementHandler):
         kind, ledger = self.request.path.split("/")[1], self.gateway.ledger
         field, more = f"{kind}_id", {"team": "team_memberships", "user": "teams"}[kind]
         name = self.query(field)
-        self.refuse_unknown()
         row = full_row(self.named(kind, {field: name}), ledger)
         keys = [row_of(key) for _, key in ledger.live() if getattr(key, field) == name]
         row["keys_count"] = len(keys)
