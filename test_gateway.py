@@ -2782,7 +2782,7 @@ async def test_a_stream_does_not_hold_its_request(gw: GW) -> None:
 async def test_slow_heads_and_bodies_are_timed_out(gw: GW) -> None:
     head = f"POST /v1/messages HTTP/1.1\r\nHost: x\r\nx-api-key: {gw.key}\r\n".encode()
     file, in_json = head.replace(b"messages", b"files"), head + JSON_KIND.encode() + b"\r\n"
-    own = b"POST /key/info HTTP/1.1\r\nHost: x\r\n"  # for the gateway
+    own = head.replace(b"/v1/messages", b"/key/info")  # for the gateway
     cut = [head, in_json + b"content-length: 9\r\n\r\n{", own + b"content-length: 9\r\n\r\n{"]
     cut += [in_json + CHUNKS + b"1\r\n{", file + b"content-length: 9\r\n\r\nx"]
 
