@@ -2229,7 +2229,7 @@ class FileLedger:
     async def admit(self, hold: Hold, *, pays: bool, shares: bool) -> None:
         """Take a slot and one request of the key's rates; where it ``pays``, its budget must have
         room, beside what others hold where it ``shares`` it. Else raise APIError 429."""
-        clock = self._clock()
+        clock, moment = self._clock(), now()  # not when it began: an earlier window is over
         for of in hold.accounts:
             account, most, refused, wait = of.account, of.max_parallel_requests, "", 1.0
             if most is not None and account.running >= most:
@@ -2244,7 +2244,7 @@ class FileLedger:
                 raise APIError(429, text, headers=headers)
             for budget in of.budgets if pays else ():
                 if not budget.pattern:
-                    check_budget(of, budget, ZERO, hold.started, shares=shares, fit=True)
+                    check_budget(of, budget, ZERO, moment, shares=shares, fit=True)
         for of in hold.accounts:
             of.account.running += 1
             if "requests" in of.account.buckets:
@@ -2253,7 +2253,7 @@ class FileLedger:
     async def hold(self, hold: Hold, worst: Charges, *, fit: bool) -> None:
         """Hold what a request may cost of all budgets that it falls under; all of it must ``fit``,
         or else only a part. Else raise APIError 429 and hold nothing."""
-        held = list[dict[str, Decimal]]()
+        held, moment = list[dict[str, Decimal]](), now()
         for of in hold.accounts:
             held.append(amounts := {})
             for budget in of.budgets:
@@ -2261,7 +2261,7 @@ class FileLedger:
                 if costs:
                     amounts[budget.name] = cost = sum(costs, ZERO)
                     fits = fit or not cost
-                    check_budget(of, budget, cost, hold.started, shares=True, fit=fits)
+                    check_budget(of, budget, cost, moment, shares=True, fit=fits)
         for of, amounts in zip(hold.accounts, held, strict=True):
             for name, cost in amounts.items():
                 of.account.windows[name].held += cost
@@ -5204,7 +5204,7 @@ class Limits(Rule):
             return fields
         if visit.phase is RequestPhase.SETTLED and visit.meter is not None:
             fields.append(("x-litellm-response-cost", f"{visit.record.tally.spend:f}"))
-        moment = visit.record.started
+        moment = now()
         if head.status == 200 and visit.path == BILLED[0] and visit.has_budget:
             visit.hidden |= {name for name in head.values if name.startswith(UNIFIED)}
             for fullest in fullness(visit.accounts, moment, visit.order.model)[:1]:

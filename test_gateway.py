@@ -6821,6 +6821,25 @@ async def test_an_edit_keeps_what_is_under_way_without_a_key(tmp_path: Path) -> 
     await store.close()
 
 
+async def test_a_request_begun_in_an_earlier_window_frees_nothing_of_this_one(
+    tmp_path: Path,
+) -> None:
+    store = gateway.FileLedger(tmp_path / "keys.json")
+    limits: dict[str, Any] = {"max_budget": Decimal(1), "budget_duration": "1d"}
+    key = gateway.VirtualKey("sk-...test", **limits)
+    await store.change({"a" * 64: key})
+    store.charge([key], [("m", gateway.Tally(spend=Decimal(5)))], gateway.now(), ())
+    slow = gateway.Hold([key], gateway.now() - timedelta(days=1))
+    for ask in (
+        store.admit(slow, pays=True, shares=True),
+        store.hold(slow, [("m", gateway.Tally(spend=Decimal(1)))], fit=False),
+    ):
+        with pytest.raises(gateway.APIError, match="reached"):
+            await ask
+        assert key.spent(gateway.now()) == 5
+    await store.close()
+
+
 async def test_a_batch_frees_what_it_held_of_a_budget_that_went(gw: GW) -> None:
     gw.plays(answers({"id": "msgbatch_1"}))
     await grouped(gw, "team", max_budget=1)
