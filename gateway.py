@@ -801,7 +801,8 @@ def read_budgets(value: Any, amount: Callable[[Any], Decimal] = read_amount) -> 
     budgets = {}
     for pattern, row in value.items():
         fields = {BUDGET_NAMES.get(name, name): entry for name, entry in row.items()}
-        if len(fields) < len(row):
+        is_taken = not pattern or pattern.startswith(EVERY)  # what other budgets are counted under
+        if len(fields) < len(row) or (is_taken and amount is read_amount):
             raise ValueError
         limit, period = amount(fields.pop("budget_limit")), fields.pop("time_period", None)
         budgets[pattern] = ModelBudget(limit, read_window(period), **fields)  # which has no more
@@ -2306,8 +2307,8 @@ class FileLedger:
                 if bucket is not None:
                     spent = tally.input_tokens + tally.written + tally.output_tokens
                     bucket.draw(spent, self._clock())
-                if is_key and tags:
-                    for tag in (EVERY_TAG, *{*tags}):  # it is never one too many
+                if is_key and (named := {*tags} - {EVERY_TAG}):
+                    for tag in (EVERY_TAG, *named):  # it is never one too many
                         self.groups[GATEWAY].account.usage.of(day, tag).add(tally)
                     self._touched.add(GATEWAY)
             self._touched.add(account.hashed)
@@ -4512,7 +4513,7 @@ class RequestLog:
         self._path, self._error, self._saving = path, "", asyncio.Lock()
         self._recent = collections.deque[Record | bytes](maxlen=most)
         self._waiting = collections.deque[Record](maxlen=most)
-        for name in (f"{path}.1", path) if path else ():
+        for name in filter(os.path.isfile, (f"{path}.1", path)):  # a pipe would never end
             with contextlib.suppress(OSError), open(name, "rb") as file:
                 self._recent.extend(file)
 
@@ -4548,7 +4549,7 @@ class RequestLog:
                     log.error("the request log cannot be written: %s", error)
                 self._waiting, self._error = rows, str(error)
 
-    def _write(self, rows: Iterable[Record]) -> None:
+    def _write(self, rows: collections.deque[Record]) -> None:
         data = b"".join(json.dumps(row.to_spend_log()).encode() + b"\n" for row in rows)
         descriptor = os.open(self._path, LOG_FLAGS, STORE_MODE)
         with open(descriptor, "ab+", buffering=0) as file:
@@ -4556,6 +4557,7 @@ class RequestLog:
                 file.seek(size - 1)
                 data = data if file.read(1) == b"\n" else b"\n" + data  # it was cut
             append_whole(file, data)
+        rows.clear()  # they are there, even where the file cannot be moved away
         if size + len(data) > LOG_SIZE:
             os.replace(self._path, f"{self._path}.1")
 

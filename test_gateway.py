@@ -1072,7 +1072,8 @@ WRONG_FIELDS: dict[str, list[Any]] = {
     "models": ["claude-x", [1]], "allowed_routes": [["llm_api_routes"]], "tpd_limit": [5],
     "budget_limits": [5, [5], [{}], [{"budget_duration": "1d"}], {"1d": 5}],
     "model_max_budget": [{"claude-x": 5}, {"claude-x": {}}, {"x": {"budget_limit": -1}},
-                         {"x": {"budget_limit": 1, "rpm_limit": 1}}],
+                         {"x": {"budget_limit": 1, "rpm_limit": 1}},
+                         {"": {"budget_limit": 1}}, {"every 1d": {"budget_limit": 1}}],
     "nonsense": [True], "duration": ["soon", 30, "999999999w"], "key_alias": [5],
     "key": ["sk-short", "no-prefix-0123456789", "sk-with space 0123456789", 5,
             "sk-ant-0123456789012345", "sk-" + "x" * 300],
@@ -7114,7 +7115,7 @@ SUMMED = ("requests", "errors", "input_tokens", "output_tokens", "spend")
 async def test_reports_by_two_groups_by_tags_and_of_the_top(gw: GW) -> None:
     gw.plays(SPENDING)
     ann = await gw.new_key(key_alias="ann", user_id="ann", team_id="web", tags=["t1"])
-    bob = await gw.new_key(key_alias="bob", user_id="bob", team_id="ops")
+    bob = await gw.new_key(key_alias="bob", user_id="bob", team_id="ops", tags=[""])
     for key, model, tags in (
         (ann, OPUS, ""),
         (ann, HAIKU, "t2"),
@@ -7342,6 +7343,22 @@ async def test_the_request_log_is_rotated_and_no_link(
     assert b"/v1/models/b" in gone.read_bytes()
     await gw.restart(request_log=str(file), recent_requests=1)
     assert [row["api_base"] for row in await gw.rows()] == ["/v1/models/b"]
+
+
+async def test_a_request_log_that_cannot_be_moved_is_written_once(
+    gw: GW, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, pipe = gw.keys.with_name("log"), gw.keys.with_name("pipe")
+    os.mkfifo(pipe)
+    assert [*gateway.RequestLog(str(pipe), 9).rows()] == []  # and does not wait for its end
+    file.with_name("log.1").mkdir()
+    monkeypatch.setattr(gateway, "LOG_SIZE", 10)
+    await gw.restart(request_log=str(file))
+    await gw.ask("GET /v1/models/a")
+    for _ in range(3):
+        await gw.app.settings["gateway"].recent.save()
+    assert file.read_bytes().count(b"\n") == 1
+    assert gw.log.count("the request log cannot be written") == 1
 
 
 async def test_a_flood_of_wrong_keys_or_of_tags_leaves_little(gw: GW) -> None:
