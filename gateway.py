@@ -8425,6 +8425,10 @@ async def serve(settings: Settings) -> None:
     for name, file in (("keys", settings.keys), ("request-log", Path(settings.request_log))):
         if not file.absolute().parent.is_dir():
             raise SettingsError(f"--{name}={file}: its folder does not exist")
+    if name := settings.request_log:
+        keys, logged = os.path.realpath(settings.keys), os.path.realpath(name)
+        if logged in (keys, f"{keys}.resources"):
+            raise SettingsError(f"--request-log={name}: holds the keys; name another file")
     application = make_app(start_mock(settings))
     gateway: Gateway = application.settings["gateway"]
     settings, server, drained = gateway.settings, Server(gateway, application), gateway.drained

@@ -737,7 +737,7 @@ def test_a_wrong_value_ends_the_start(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         named = {"--keys=folder": "", "--address=999.1.1.1": "listen", "--log-json=maybe": "true"}
         named |= {"--port=" + str(taken.getsockname()[1]): "in use", "--keys=none/k": "its folder"}
-        named |= {"--request-log=none/k": "its folder"}
+        named |= {"--request-log=none/k": "its folder", "--request-log=./keys.json": "the keys"}
         for option, said in named.items():
             assert said in failed_start(tmp_path, option), option
 
