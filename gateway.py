@@ -801,7 +801,8 @@ def read_budgets(value: Any, amount: Callable[[Any], Decimal] = read_amount) -> 
     budgets = {}
     for pattern, row in value.items():
         fields = {BUDGET_NAMES.get(name, name): entry for name, entry in row.items()}
-        if len(fields) < len(row):
+        is_taken = not pattern or pattern.startswith(EVERY)  # what other budgets are counted under
+        if len(fields) < len(row) or (is_taken and amount is read_amount):
             raise ValueError
         limit, period = amount(fields.pop("budget_limit")), fields.pop("time_period", None)
         budgets[pattern] = ModelBudget(limit, read_window(period), **fields)  # which has no more
@@ -2229,7 +2230,7 @@ class FileLedger:
     async def admit(self, hold: Hold, *, pays: bool, shares: bool) -> None:
         """Take a slot and one request of the key's rates; where it ``pays``, its budget must have
         room, beside what others hold where it ``shares`` it. Else raise APIError 429."""
-        clock = self._clock()
+        clock, moment = self._clock(), now()  # not when it began: an earlier window is over
         for of in hold.accounts:
             account, most, refused, wait = of.account, of.max_parallel_requests, "", 1.0
             if most is not None and account.running >= most:
@@ -2244,7 +2245,7 @@ class FileLedger:
                 raise APIError(429, text, headers=headers)
             for budget in of.budgets if pays else ():
                 if not budget.pattern:
-                    check_budget(of, budget, ZERO, hold.started, shares=shares, fit=True)
+                    check_budget(of, budget, ZERO, moment, shares=shares, fit=True)
         for of in hold.accounts:
             of.account.running += 1
             if "requests" in of.account.buckets:
@@ -2253,7 +2254,7 @@ class FileLedger:
     async def hold(self, hold: Hold, worst: Charges, *, fit: bool) -> None:
         """Hold what a request may cost of all budgets that it falls under; all of it must ``fit``,
         or else only a part. Else raise APIError 429 and hold nothing."""
-        held = list[dict[str, Decimal]]()
+        held, moment = list[dict[str, Decimal]](), now()
         for of in hold.accounts:
             held.append(amounts := {})
             for budget in of.budgets:
@@ -2261,7 +2262,7 @@ class FileLedger:
                 if costs:
                     amounts[budget.name] = cost = sum(costs, ZERO)
                     fits = fit or not cost
-                    check_budget(of, budget, cost, hold.started, shares=True, fit=fits)
+                    check_budget(of, budget, cost, moment, shares=True, fit=fits)
         for of, amounts in zip(hold.accounts, held, strict=True):
             for name, cost in amounts.items():
                 of.account.windows[name].held += cost
@@ -2306,8 +2307,8 @@ class FileLedger:
                 if bucket is not None:
                     spent = tally.input_tokens + tally.written + tally.output_tokens
                     bucket.draw(spent, self._clock())
-                if is_key and tags:
-                    for tag in (EVERY_TAG, *{*tags}):  # it is never one too many
+                if is_key and (named := {*tags} - {EVERY_TAG}):
+                    for tag in (EVERY_TAG, *named):  # it is never one too many
                         self.groups[GATEWAY].account.usage.of(day, tag).add(tally)
                     self._touched.add(GATEWAY)
             self._touched.add(account.hashed)
@@ -4512,7 +4513,7 @@ class RequestLog:
         self._path, self._error, self._saving = path, "", asyncio.Lock()
         self._recent = collections.deque[Record | bytes](maxlen=most)
         self._waiting = collections.deque[Record](maxlen=most)
-        for name in (f"{path}.1", path) if path else ():
+        for name in filter(os.path.isfile, (f"{path}.1", path)):  # a pipe would never end
             with contextlib.suppress(OSError), open(name, "rb") as file:
                 self._recent.extend(file)
 
@@ -4548,7 +4549,7 @@ class RequestLog:
                     log.error("the request log cannot be written: %s", error)
                 self._waiting, self._error = rows, str(error)
 
-    def _write(self, rows: Iterable[Record]) -> None:
+    def _write(self, rows: collections.deque[Record]) -> None:
         data = b"".join(json.dumps(row.to_spend_log()).encode() + b"\n" for row in rows)
         descriptor = os.open(self._path, LOG_FLAGS, STORE_MODE)
         with open(descriptor, "ab+", buffering=0) as file:
@@ -4556,6 +4557,7 @@ class RequestLog:
                 file.seek(size - 1)
                 data = data if file.read(1) == b"\n" else b"\n" + data  # it was cut
             append_whole(file, data)
+        rows.clear()  # they are there, even where the file cannot be moved away
         if size + len(data) > LOG_SIZE:
             os.replace(self._path, f"{self._path}.1")
 
@@ -5204,7 +5206,7 @@ class Limits(Rule):
             return fields
         if visit.phase is RequestPhase.SETTLED and visit.meter is not None:
             fields.append(("x-litellm-response-cost", f"{visit.record.tally.spend:f}"))
-        moment = visit.record.started
+        moment = now()
         if head.status == 200 and visit.path == BILLED[0] and visit.has_budget:
             visit.hidden |= {name for name in head.values if name.startswith(UNIFIED)}
             for fullest in fullness(visit.accounts, moment, visit.order.model)[:1]:
@@ -8423,6 +8425,10 @@ async def serve(settings: Settings) -> None:
     for name, file in (("keys", settings.keys), ("request-log", Path(settings.request_log))):
         if not file.absolute().parent.is_dir():
             raise SettingsError(f"--{name}={file}: its folder does not exist")
+    if name := settings.request_log:
+        keys, logged = os.path.realpath(settings.keys), os.path.realpath(name)
+        if logged in (keys, f"{keys}.resources"):
+            raise SettingsError(f"--request-log={name}: holds the keys; name another file")
     application = make_app(start_mock(settings))
     gateway: Gateway = application.settings["gateway"]
     settings, server, drained = gateway.settings, Server(gateway, application), gateway.drained

@@ -737,7 +737,7 @@ def test_a_wrong_value_ends_the_start(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         named = {"--keys=folder": "", "--address=999.1.1.1": "listen", "--log-json=maybe": "true"}
         named |= {"--port=" + str(taken.getsockname()[1]): "in use", "--keys=none/k": "its folder"}
-        named |= {"--request-log=none/k": "its folder"}
+        named |= {"--request-log=none/k": "its folder", "--request-log=./keys.json": "the keys"}
         for option, said in named.items():
             assert said in failed_start(tmp_path, option), option
 
@@ -1072,7 +1072,8 @@ WRONG_FIELDS: dict[str, list[Any]] = {
     "models": ["claude-x", [1]], "allowed_routes": [["llm_api_routes"]], "tpd_limit": [5],
     "budget_limits": [5, [5], [{}], [{"budget_duration": "1d"}], {"1d": 5}],
     "model_max_budget": [{"claude-x": 5}, {"claude-x": {}}, {"x": {"budget_limit": -1}},
-                         {"x": {"budget_limit": 1, "rpm_limit": 1}}],
+                         {"x": {"budget_limit": 1, "rpm_limit": 1}},
+                         {"": {"budget_limit": 1}}, {"every 1d": {"budget_limit": 1}}],
     "nonsense": [True], "duration": ["soon", 30, "999999999w"], "key_alias": [5],
     "key": ["sk-short", "no-prefix-0123456789", "sk-with space 0123456789", 5,
             "sk-ant-0123456789012345", "sk-" + "x" * 300],
@@ -6821,6 +6822,25 @@ async def test_an_edit_keeps_what_is_under_way_without_a_key(tmp_path: Path) -> 
     await store.close()
 
 
+async def test_a_request_begun_in_an_earlier_window_frees_nothing_of_this_one(
+    tmp_path: Path,
+) -> None:
+    store = gateway.FileLedger(tmp_path / "keys.json")
+    limits: dict[str, Any] = {"max_budget": Decimal(1), "budget_duration": "1d"}
+    key = gateway.VirtualKey("sk-...test", **limits)
+    await store.change({"a" * 64: key})
+    store.charge([key], [("m", gateway.Tally(spend=Decimal(5)))], gateway.now(), ())
+    slow = gateway.Hold([key], gateway.now() - timedelta(days=1))
+    for ask in (
+        store.admit(slow, pays=True, shares=True),
+        store.hold(slow, [("m", gateway.Tally(spend=Decimal(1)))], fit=False),
+    ):
+        with pytest.raises(gateway.APIError, match="reached"):
+            await ask
+        assert key.spent(gateway.now()) == 5
+    await store.close()
+
+
 async def test_a_batch_frees_what_it_held_of_a_budget_that_went(gw: GW) -> None:
     gw.plays(answers({"id": "msgbatch_1"}))
     await grouped(gw, "team", max_budget=1)
@@ -7095,7 +7115,7 @@ SUMMED = ("requests", "errors", "input_tokens", "output_tokens", "spend")
 async def test_reports_by_two_groups_by_tags_and_of_the_top(gw: GW) -> None:
     gw.plays(SPENDING)
     ann = await gw.new_key(key_alias="ann", user_id="ann", team_id="web", tags=["t1"])
-    bob = await gw.new_key(key_alias="bob", user_id="bob", team_id="ops")
+    bob = await gw.new_key(key_alias="bob", user_id="bob", team_id="ops", tags=[""])
     for key, model, tags in (
         (ann, OPUS, ""),
         (ann, HAIKU, "t2"),
@@ -7323,6 +7343,22 @@ async def test_the_request_log_is_rotated_and_no_link(
     assert b"/v1/models/b" in gone.read_bytes()
     await gw.restart(request_log=str(file), recent_requests=1)
     assert [row["api_base"] for row in await gw.rows()] == ["/v1/models/b"]
+
+
+async def test_a_request_log_that_cannot_be_moved_is_written_once(
+    gw: GW, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, pipe = gw.keys.with_name("log"), gw.keys.with_name("pipe")
+    os.mkfifo(pipe)
+    assert [*gateway.RequestLog(str(pipe), 9).rows()] == []  # and does not wait for its end
+    file.with_name("log.1").mkdir()
+    monkeypatch.setattr(gateway, "LOG_SIZE", 10)
+    await gw.restart(request_log=str(file))
+    await gw.ask("GET /v1/models/a")
+    for _ in range(3):
+        await gw.app.settings["gateway"].recent.save()
+    assert file.read_bytes().count(b"\n") == 1
+    assert gw.log.count("the request log cannot be written") == 1
 
 
 async def test_a_flood_of_wrong_keys_or_of_tags_leaves_little(gw: GW) -> None:
