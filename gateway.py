@@ -132,7 +132,7 @@ def blaming(what: str, advice: str = "") -> Iterator[None]:
     """What fails or is wrong within is a SettingsError that begins and ends with these."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ArithmeticError, RecursionError) as error:
         reason = getattr(error, "strerror", "") or error
         raise SettingsError(f"{what}: {reason}{advice}") from None
 
@@ -339,7 +339,8 @@ def read_options(parser: OptionParser, kinds: Mapping[str, Any], arguments: Sequ
             raise SettingsError(f"{shown}: not an option ({hint})")
         if type(value) not in {float: (int, float), Path: (str,)}.get(kind, (kind,)):
             raise SettingsError(f"{shown}: is not a {OPTION_KINDS[kind]}")
-        setattr(parser, name, kind(value))
+        with blaming(shown):
+            setattr(parser, name, kind(value))
 
 
 def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
@@ -815,7 +816,9 @@ def read_windows(value: Any, amount: Callable[[Any], Decimal] = read_amount) -> 
         WindowBudget(**row | {"max_budget": amount(row["max_budget"])})
         for row in exactly(list, value)
     ]
-    if len({window(budget.budget_duration, EPOCH)[1] for budget in budgets}) < len(budgets):
+    for budget in budgets:
+        window(budget.budget_duration, EPOCH)
+    if len({budget.budget_duration for budget in budgets}) < len(budgets):
         raise ValueError
     return budgets
 

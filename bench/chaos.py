@@ -1515,10 +1515,10 @@ def judge(chaos: Chaos, first: dict[str, Any], last: dict[str, Any], file: Path)
         chaos.counts["FAILED: answers that are not in the log"] += len(chaos.expected)
     kept = json.loads(file.read_bytes())["keys"]
     spent: collections.Counter[str] = collections.Counter()
-    for record in kept.values():
+    for record in (record for record in kept.values() if "key_name" in record):
         for models in record.get("usage", {}).values():
             for tally in models.values():
-                spent[record.get("key_name", "")] += Decimal(tally["spend"])
+                spent[record["key_name"]] += Decimal(tally["spend"])
     for name, amount in chaos.spent.items():
         if amount != spent[name]:
             chaos.counts["FAILED: a key whose spend is not the log's"] += 1
