@@ -821,13 +821,13 @@ def test_without_tornado_one_line_says_so(tmp_path: Path) -> None:
 
 def test_the_start_of_a_checkout_leaves_it_clean(start: Starter, tmp_path: Path) -> None:
     git = functools.partial(subprocess.run, cwd=tmp_path, check=True, capture_output=True)
-    for name in (".gitignore", "keys.json", "gateway.py"):
+    for name in (".gitignore", "keys.json"):
         shutil.copy(GATEWAY.parent / name, tmp_path)
     git(["git", "init", "-q"])
     (tmp_path / ".git/info/exclude").write_text("log-*.txt\n")  # this test's own
     git(["git", "add", "."])
     git(["git", "-c", "user.name=x", "-c", "user.email=x@x", "commit", "-qm", "x"])
-    process = start(program=[sys.executable, "gateway.py"])
+    process = start()
     assert "(0 in keys.local.json; POST /key/generate makes one)" in process.banner
     assert process.lets_in(process.new_key()) and process.stop() == 0
     assert git(["git", "status", "--porcelain"]).stdout == b""
