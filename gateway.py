@@ -4510,6 +4510,15 @@ def log_record(record: Record) -> None:
         handler.handle(LOG_LINE)
 
 
+def line_of(row: dict[str, Any]) -> bytes:
+    """A row as a line of JSON; msgspec takes a fifth of the time, but no lone surrogate."""
+    with contextlib.suppress(ImportError, UnicodeError):
+        import msgspec
+
+        return msgspec.json.encode(row) + b"\n"
+    return json.dumps(row).encode() + b"\n"
+
+
 class RequestLog:
     """The last ``most`` requests, and a file of all (empty: none), as rows of /spend/logs: read at
     the start, written each second. At LOG_SIZE it becomes ".1", and what was ".1" is gone."""
@@ -4555,7 +4564,7 @@ class RequestLog:
                 self._waiting, self._error = rows, str(error)
 
     def _write(self, rows: collections.deque[Record]) -> None:
-        data = b"".join(json.dumps(row.to_spend_log()).encode() + b"\n" for row in rows)
+        data = b"".join(line_of(row.to_spend_log()) for row in rows)
         descriptor = os.open(self._path, LOG_FLAGS, STORE_MODE)
         with open(descriptor, "ab+", buffering=0) as file:
             if size := file.tell():
