@@ -4539,7 +4539,7 @@ class RequestLog:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The newest first; a line that is damaged is passed over."""
-        for each in reversed(self._recent):
+        for each in [*self._recent][::-1]:  # whoever reads them may wait in between
             row = dict_of(read_json(each, Any)) if isinstance(each, bytes) else each.to_spend_log()
             if row.keys() >= FILTERED and isinstance(row["startTime"], str):
                 yield row
@@ -6846,6 +6846,8 @@ PAGE_SIZE = ORDINAL._replace(read=lambda text: min(ORDINAL.read(text), MAX_PAGE_
 DAY = Kind("a date like 2026-11-22", lambda text: day_of(datetime.strptime(text, "%Y-%m-%d")))
 WORD = Kind("true or false", lambda text: ("false", "true").index(text.lower()) > 0)
 UNDER_WAY, OTHERS, MAX_LISTED = "under_way", "(others)", 10_000
+MAX_OWN_ROWS = 1000  # that a virtual key is told of its requests
+ROWS_A_TURN = 100  # of requests that are looked at before the loop may do something else
 KEYS_A_TURN = 4  # whose usage is summed before the loop may do something else: 90 days are 5 ms
 KEY_FILTERS = {n: operator.attrgetter(n) for n in ("user_id", "team_id", "key_alias")}
 KEY_FILTERS["key_hash"] = operator.attrgetter("account.hashed")
@@ -6934,9 +6936,9 @@ class ReportHandler(ManagementHandler):
         del info["token"], info["token_id"]
         return {"key": asked or record.account.hashed, "info": info}
 
-    def list_requests(self) -> list[dict[str, Any]]:
+    async def list_requests(self) -> list[dict[str, Any]]:
         """The last --recent-requests, newest first, in LiteLLM's fields and with its filters; or
-        those with ``status=under_way``. No more than ``limit``."""
+        those with ``status=under_way``. No more than ``limit``, nor MAX_OWN_ROWS of a key's own."""
         first = self.query("start_date", DAY, "0001-01-01")
         last = self.query("end_date", DAY, "9999-12-31")
         wanted, user, shown = self.query("request_id"), self.query("user_id"), self.query("api_key")
@@ -6947,16 +6949,21 @@ class ReportHandler(ManagementHandler):
         rows: Iterable[dict[str, Any]] = gateway.recent.rows()
         if status == UNDER_WAY:
             rows = [handler._visit.record.to_spend_log() for handler in gateway.active]
-        found = (
-            row
-            for row in rows
-            if (wanted in ("", row["litellm_call_id"], row["request_id"]))
-            and (hashed in ("", row["api_key"]) and user in ("", row["user"]))
-            and (status in ("", UNDER_WAY, row["status"]))
-            and (first <= row["startTime"][:10] <= last)
-            and (mine is None or row["api_key"] in owned)
-        )
-        return list(itertools.islice(found, limit))
+        found, most = list[dict[str, Any]](), min(limit, MAX_OWN_ROWS if mine else limit)
+        for number, row in enumerate(rows):
+            if number % ROWS_A_TURN == 0:
+                await asyncio.sleep(0)
+            if len(found) == most:
+                break
+            if (
+                (wanted in ("", row["litellm_call_id"], row["request_id"]))
+                and (hashed in ("", row["api_key"]) and user in ("", row["user"]))
+                and (status in ("", UNDER_WAY, row["status"]))
+                and (first <= row["startTime"][:10] <= last)
+                and (mine is None or row["api_key"] in owned)
+            ):
+                found.append(row)
+        return found
 
     def list_spend(self) -> list[dict[str, Any]]:
         """Every key's row, those that spent most first."""
