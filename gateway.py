@@ -8467,10 +8467,10 @@ async def serve(settings: Settings) -> None:
     while await signals.get() == signal.SIGHUP:  # read all again; what is wrong changes nothing
         try:
             context = server_context(settings)
+            await gateway.ledger.reload()
             gateway.prices.reload()
             take_secrets(gateway)
             server.context = context  # of connections from now on
-            await gateway.ledger.reload()
             favour_the_loop()
             told = sum(1 for _ in gateway.ledger.live()), ", ".join(gateway.real_keys.names)
             log.info("keys read again: %d; real keys: %s", *told)
