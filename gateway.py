@@ -17,12 +17,12 @@ The way of a request:
     `RelayHandler.prepare`              each of RULES looks at the head (`Rule.head`)
     `RelayHandler.data_received`        a small JSON body is kept, all else goes on as it comes
     `RelayHandler.post`                 each rule looks at the body (`Rule.body`)
-    `FileLedger.hold`                   holds what it may cost
+    `Ledger.hold`                       holds what it may cost
     `RelayHandler.fetch`                by `UpstreamClient.fetch`, over an `UpstreamConnection`
     `RelayHandler.on_head`              the answer's head came; rules choose a `ResponseFilter`
     `RelayHandler.on_chunk`             each filter sees it; `ServerConnection.write`
     `RelayHandler.settle`               each rule ends it (`Rule.end`): `Prices.charge` says what
-                                        it cost, `FileLedger.book` books it; its `Record` is logged
+                                        it cost, `Ledger.book` books it; its `Record` is logged
 
 Whatever must wait returns an awaitable, and what need not returns None, as in Tornado. What a
 connection and a request may do next stands in `FOLLOWS`. Each room of this file, from Settings to
@@ -80,7 +80,15 @@ import tomllib
 import types
 import urllib.parse
 import zlib
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -413,12 +421,13 @@ UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 EPOCH, FIRST_MONDAY = datetime(1970, 1, 1, tzinfo=UTC), datetime(1970, 1, 5, tzinfo=UTC)
 ZERO, ALMOST, WHOLE = Decimal(0), Decimal("0.99"), Decimal(1)
 MAX_MODELS_A_DAY = 50  # names come from requests; beyond these they are counted together
+CLOCK = types.SimpleNamespace(ahead=0.0)  # seconds by which the store's, which all follow, is so
 OTHER_MODELS, NO_MODEL = "other", "-"  # what stands in logs and sums for them, and for none
 
 
 def now() -> datetime:
     """The present moment, UTC, to the second."""
-    return moment_of(int(time.time()))
+    return moment_of(int(time.time() + CLOCK.ahead))
 
 
 # A busy gateway asks for the same few moments many times a second, so what comes of them is kept.
@@ -1745,11 +1754,15 @@ class Prices:
             tally.spend = (cost * factor + rates.web_search * tally.web_searches).normalize()
         return entries
 
-    def worst(self, order: Order, when: datetime) -> list[tuple[str, Tally]]:
-        """What a request may cost at worst, as (model, counts and USD)."""
+    def worst(
+        self, order: Order, when: datetime, *, prompt_only: bool = False
+    ) -> list[tuple[str, Tally]]:
+        """What a request, or its prompt, may cost at worst, as (model, counts and USD)."""
         parts = order.parts or {(order.model, False, False): [order.prompt, order.max_tokens, 0]}
         entries = []
         for (model, fast, us), (prompt, output, searches) in parts.items():
+            if prompt_only:
+                output = searches = 0
             tally = Tally(input_tokens=prompt, output_tokens=output, web_searches=searches)
             rates = self.rates(model, when, prompt // order.prompts, fast)
             cost = max(rates.input, getattr(rates, order.cache)) * prompt + rates.output * output
@@ -1835,6 +1848,7 @@ HASH = re.compile(r"[0-9a-f]{64}")
 TOMBSTONE = timedelta(days=90)  # how long a deleted key is told apart from one that never was
 WRITE_SLICE = 1000  # lines joined at a time, so that the writing thread lets the loop breathe
 FLUSH_INTERVAL = 1.0  # seconds between two writes of what relaying changes
+KEYS_A_TURN = 4  # whose usage is read before the loop may do something else: 90 days are 5 ms
 BUDGET_WAIT = 2  # seconds after which a request that a budget has no room for may ask again
 FileMark = tuple[int, ...] | None
 Contents = TypeVar("Contents")
@@ -2134,57 +2148,40 @@ def tell_nobody(*_: Any, **__: Any) -> None:
     """As `Tell`, where there is no operator."""
 
 
-class FileLedger:
-    """The keys, ``groups`` (teams, users and, as GATEWAY, the whole gateway with ``limits`` of its
-    own), and what they used, in memory and in a `StoreFile`; whose things are in another, in
-    ".resources" beside it. Nothing else changes an account. What is awaited may wait in other
-    stores; where nothing must, no task and no future is made. It will ``tell`` which ``parts`` of a
-    budget are passed. Raises SettingsError where a file cannot be used, and leaves it as it is."""
+class Ledger:
+    """What `FileLedger` and others share: the keys, ``groups`` (teams, users and, as GATEWAY, the
+    whole gateway with ``limits`` of its own), and what they used, in memory. Nothing else changes
+    an account. What is awaited may wait for a store; where nothing must, no task and no future is
+    made. It will ``tell`` which ``parts`` of a budget are passed."""
+
+    leases = False  # what is held goes by itself where its process dies
+    each: Callable[..., AsyncIterator[Any]]
 
     def __init__(
         self,
-        path: Path,
         usage_days: int = 90,
         clock: Callable[[], float] = time.monotonic,
         limits: Limited | None = None,
     ) -> None:
-        path, then = Path(os.path.realpath(path)), "what was made is there, and written later"
-        beside = Path(os.path.realpath(f"{path}.resources"))
-        self._file = StoreFile(path, KEYS_FRAME, "keys file", "nothing was changed")
-        self._things_file = StoreFile(beside, THINGS_FRAME, "file of resources", then)
         self._usage_days, self._clock = usage_days, clock
         self.parts, self.tell = [WHOLE], tell_nobody
         self.keys: dict[str, VirtualKey] = {}
         self.groups: dict[str, Limited] = {GATEWAY: limits or Limited()}
         self.groups[GATEWAY].account.hashed = GATEWAY
-        self.things = Things()
         self.batches: dict[str, Account] = {}  # whose they are
-        self._lines: dict[str, bytes] = {}
         self._retired: dict[str, str] = {}  # and what is no more, which the record tells
-        self._touched: set[str] = set()  # keys that were used since they were written
-        self._undo: dict[str, Limited | None] = {}  # what changed since, as it was before
-        self._changes: list[Mapping[str, Any]] = []  # of things
-        self._owners: dict[str, str] = {}  # the hashes of keys by what their things are kept under
-        self._writing: asyncio.Task[APIError | None] | None = None  # is under way …
-        self._next: asyncio.Task[APIError | None] | None = None  # … and what waits for its end
-        self._adding = asyncio.Lock()  # changes of things
-        self._noticed: tuple[FileMark, ...] = ()  # the last edits that were read, or could not be
-        try:
-            self._load(is_first=True)
-        except SettingsError:
-            self._file.close()
-            raise
-
-    async def find_hash(self, hashed: str) -> tuple[VirtualKey, str] | None:
-        """A key and its `VirtualKey.status`; by an old hash ``expired`` once its grace is over."""
-        return self.lookup(hashed)
+        self._touched: set[str] = set()  # what was used since it was written
 
     def lookup(self, hashed: str) -> tuple[VirtualKey, str] | None:
-        """What `find_hash` finds, at once."""
-        moment, record = now(), self.keys.get(hashed)
-        if record is None:
-            record = self.keys.get(self._retired.get(hashed, ""))
-            if record is None or hashed not in record.retired:
+        """A key and its `VirtualKey.status`; by an old hash ``expired`` once its grace is over."""
+        record = self.keys.get(hashed) or self.keys.get(self._retired.get(hashed, ""))
+        return self._judged(record, hashed) if record else None
+
+    def _judged(self, record: VirtualKey, hashed: str) -> tuple[VirtualKey, str] | None:
+        """What `lookup` says of a record that was found by a hash."""
+        moment = now()
+        if hashed != record.account.hashed:
+            if hashed not in record.retired:
                 return None
             if moment >= record.retired[hashed]:
                 return record, "expired"
@@ -2208,33 +2205,14 @@ class FileLedger:
                     found.append(group)
         return [*found, whole] if whole.has_budget else found
 
-    def find(self, by: str, name: str, *, former: bool = False) -> Limited | None:
-        """The record that is not deleted and that a field names: ``key`` (plain or hash, also a
-        ``former`` one until its grace is over), ``key_alias``, ``team_id`` or ``user_id``."""
-        if by == "key_alias":
-            return next((key for _, key in self.live() if key.key_alias == name), None)
-        if by != "key":
-            return self.groups.get(f"{by.removesuffix('_id')}:{name}")
-        hashed = name if HASH.fullmatch(name) else hash_key(name)
-        key = self.keys.get(hashed)
-        if key is None and former and (found := self.keys.get(self._retired.get(hashed, ""))):
-            key = found if found.retired.get(hashed, EPOCH) > now() else None
-        return None if key is None or key.deleted_at else key
+    async def live(self, **named: str) -> list[VirtualKey]:
+        """The keys of `each` that are not deleted."""
+        return [key async for key in self.each(**named) if not key.deleted_at]
 
-    def live(self) -> Iterator[tuple[str, VirtualKey]]:
-        """Every key that is not deleted, oldest first."""
-        return ((hashed, key) for hashed, key in self.keys.items() if not key.deleted_at)
-
-    def trouble(self) -> str:
-        """Why the last write failed, or the next one would; empty where all is well."""
-        unwritable = "" if os.access(self._file.path.parent, os.W_OK) else "It cannot be written."
-        return self._file.error or self._things_file.error or unwritable
-
-    # What requests use
-
-    async def admit(self, hold: Hold, *, pays: bool, shares: bool) -> None:
+    async def admit(self, hold: Hold, *, pays: bool, shares: bool, later: bool = False) -> None:
         """Take a slot and one request of the key's rates; where it ``pays``, its budget must have
-        room, beside what others hold where it ``shares`` it. Else raise APIError 429."""
+        room, beside what others hold where it ``shares`` it. Else raise APIError 429. A store may
+        leave what it does itself to `hold`, which follows ``later``."""
         clock, moment = self._clock(), now()  # not when it began: an earlier window is over
         for of in hold.accounts:
             account, most, refused, wait = of.account, of.max_parallel_requests, "", 1.0
@@ -2243,11 +2221,8 @@ class FileLedger:
             for kind, bucket in account.buckets.items():
                 if not refused and (wait := bucket.seconds_until(1, clock)) > 0:
                     refused = f"{bucket.limit:,} {kind} a minute"
-            if refused:  # for more than a minute Claude Code would end the turn
-                seconds = min(60, max(1, math.ceil(wait)))  # whole ones, RFC 9110 section 10.2.3
-                text = f"This {of.of} is limited to {refused}. Try again in {seconds} seconds."
-                headers = [("retry-after", str(seconds)), *self.rates(hold.accounts, {})]
-                raise APIError(429, text, headers=headers)
+            if refused:
+                self._refuse_rate(hold.accounts, of, refused, wait)
             for budget in of.budgets if pays else ():
                 if not budget.pattern:
                     check_budget(of, budget, ZERO, moment, shares=shares, fit=True)
@@ -2256,9 +2231,19 @@ class FileLedger:
             if "requests" in of.account.buckets:
                 of.account.buckets["requests"].draw(1, clock)
 
-    async def hold(self, hold: Hold, worst: Charges, *, fit: bool) -> None:
+    def _refuse_rate(
+        self, accounts: Sequence[Limited], of: Limited, what: str, wait: float
+    ) -> None:
+        """Raise APIError 429: one of the accounts has had as many as it may for some seconds."""
+        seconds = min(60, max(1, math.ceil(wait)))  # for longer Claude Code would end the turn
+        text = f"This {of.of} is limited to {what}. Try again in {seconds} seconds."
+        headers = [("retry-after", str(seconds)), *self.rates(accounts, {})]  # RFC 9110, 10.2.3
+        raise APIError(429, text, headers=headers)
+
+    async def hold(self, hold: Hold, worst: Charges, prompt: Charges = (), *, fit: bool) -> None:
         """Hold what a request may cost of all budgets that it falls under; all of it must ``fit``,
-        or else only a part. Else raise APIError 429 and hold nothing."""
+        or else only a part. Else raise APIError 429 and hold nothing. With `leases` what its
+        ``prompt`` alone costs is booked if this process dies."""
         held, moment = list[dict[str, Decimal]](), now()
         for of in hold.accounts:
             held.append(amounts := {})
@@ -2284,7 +2269,7 @@ class FileLedger:
                 of.account.windows[name].held -= amount
         if hold.pays and hold.accounts:
             for of in hold.accounts:
-                of.account.last_active = moment_of(int(time.time()))
+                of.account.last_active = now()
             if not charges or charges[0][0] != model:
                 charges = [(model, Tally()), *charges]
             charges[0][1].requests, charges[0][1].errors = 1, int(failed)
@@ -2295,7 +2280,7 @@ class FileLedger:
     ) -> None:
         """Count what was used to these accounts, by the newest records of those that are not gone;
         a key's by day and model, and under its ``tags``."""
-        present, day = moment_of(int(time.time())), day_of(moment)
+        present, day = now(), day_of(moment)
         for each in accounts:
             account = each.account
             if (of := self.record(account.hashed)) is None:
@@ -2354,11 +2339,115 @@ class FileLedger:
             if not (told.isascii() and told.isdigit() and float(told) <= left):
                 wait = math.ceil(bucket.seconds_until(bucket.limit, clock))
                 fields += [(f"{name}limit", str(bucket.limit)), (f"{name}remaining", str(left))]
-                fields.append((f"{name}reset", iso(moment_of(int(time.time()) + wait))))
+                fields.append((f"{name}reset", iso(now() + timedelta(seconds=wait))))
         return fields
 
-    def unbooked(self, name: str) -> Batch | None:
+    def _fit_buckets(self, of: Limited) -> None:
+        """Let the buckets of an account be those of its record; what was drawn stays drawn."""
+        buckets = of.account.buckets
+        for kind, limit in (("requests", of.rpm_limit), ("tokens", of.tpm_limit)):
+            bucket = buckets.pop(kind, None) or Bucket(0, self._clock())
+            if limit is not None:
+                bucket.limit, buckets[kind] = limit, bucket
+
+
+class FileLedger(Ledger):
+    """In a `StoreFile`; whose things are is in another, in ".resources" beside it. Keys that were
+    used before there were homes get this ``home``. Raises SettingsError where a file cannot be
+    used, and leaves it as it is."""
+
+    def __init__(self, path: Path, home: str = "", **shared: Any) -> None:
+        super().__init__(**shared)
+        path, then = Path(os.path.realpath(path)), "what was made is there, and written later"
+        beside = Path(os.path.realpath(f"{path}.resources"))
+        self._file = StoreFile(path, KEYS_FRAME, "keys file", "nothing was changed")
+        self._things_file = StoreFile(beside, THINGS_FRAME, "file of resources", then)
+        self._home, self.things = home, Things()
+        self._lines: dict[str, bytes] = {}
+        self._undo: dict[str, Limited | None] = {}  # what changed since, as it was before
+        self._changes: list[Mapping[str, Any]] = []  # of things
+        self._owners: dict[str, str] = {}  # the hashes of keys by what their things are kept under
+        self._writing: asyncio.Task[APIError | None] | None = None  # is under way …
+        self._next: asyncio.Task[APIError | None] | None = None  # … and what waits for its end
+        self._adding = asyncio.Lock()  # changes of things
+        self._noticed: tuple[FileMark, ...] = ()  # the last edits that were read, or could not be
+        try:
+            self._load(is_first=True)
+        except SettingsError:
+            self._file.close()
+            raise
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no key was ever made."""
+        return not self.keys
+
+    async def open(self) -> None:
+        """Called before requests are taken; the files are read already."""
+
+    def trouble(self) -> str:
+        """Why the last write failed, or the next one would; empty where all is well."""
+        unwritable = "" if os.access(self._file.path.parent, os.W_OK) else "It cannot be written."
+        return self._file.error or self._things_file.error or unwritable
+
+    # Who it is, and what there is
+
+    async def find_hash(self, hashed: str) -> tuple[VirtualKey, str] | None:
+        """What `lookup` finds."""
+        return self.lookup(hashed)
+
+    async def knows(self, hashes: Iterable[str]) -> bool:
+        """Whether one of these is a key here."""
+        return any(map(self.lookup, hashes))
+
+    async def find(self, by: str, name: str, *, former: bool = False) -> Any:
+        """The record, or None, that is not deleted and that a field names: ``key`` (plain or hash,
+        also a ``former`` one until its grace is over), ``key_alias``, ``team_id``, ``user_id``."""
+        if by == "key_alias":
+            return next((key for key in self._live() if key.key_alias == name), None)
+        if by != "key":
+            return self.groups.get(f"{by.removesuffix('_id')}:{name}")
+        hashed = name if HASH.fullmatch(name) else hash_key(name)
+        key = self.keys.get(hashed)
+        if key is None and former and (found := self.keys.get(self._retired.get(hashed, ""))):
+            key = found if found.retired.get(hashed, EPOCH) > now() else None
+        return None if key is None or key.deleted_at else key
+
+    async def each(
+        self, kind: str = "key", *, days: tuple[str, str] | None = None, **named: str
+    ) -> AsyncIterator[Any]:
+        """Every record of a kind, oldest first, keys that are deleted too; or those of a team_id or
+        user_id. What was used may be there for these ``days`` only, the first and the last; where
+        there are some, the loop does something else in between."""
+        records: Iterable[Any] = self.keys.values() if kind == "key" else self.groups.values()
+        for number, record in enumerate([*records]):
+            if days and number % KEYS_A_TURN == 0:
+                await asyncio.sleep(0)
+            if record.of == kind and all(getattr(record, at) == name for at, name in named.items()):
+                yield record
+
+    async def tagged(self, days: tuple[str, str]) -> Usage:
+        """What was used on these days, in the place of a model by tag."""
+        return self.groups[GATEWAY].account.usage
+
+    def _live(self) -> Iterator[VirtualKey]:
+        return (key for key in self.keys.values() if not key.deleted_at)
+
+    # Batches and things
+
+    async def unbooked(self, name: str) -> Batch | None:
         """The batch of that name, where results of it are still to be booked to a key."""
+        return self._unbooked(name)
+
+    async def watched(self) -> list[str]:
+        """The batches whose results are to be booked."""
+        return [*filter(self._unbooked, self.batches)]
+
+    async def take(self, name: str) -> bool:
+        """Whether it is this process that looks at a batch now."""
+        return True
+
+    def _unbooked(self, name: str) -> Batch | None:
         batch = self.batches[name].batches[name] if name in self.batches else None
         return None if batch is None or batch.booked else batch
 
@@ -2372,17 +2461,19 @@ class FileLedger:
         self.batches[name], hold.amounts = account, ()
         self._touched.add(account.hashed)
 
-    def batch_line(self, name: str, line: int) -> Account | None:
-        """Whom a line of a batch's results is to be booked to; it is said once."""
+    def book_line(self, name: str, line: int, charges: Charges) -> VirtualKey | None:
+        """Book a line of a batch's results to the key that made it, once: that is returned then."""
         account = self.batches.get(name)
         if account is None or line <= account.batches[name].lines:
             return None
         account.batches[name].lines = line
-        return account
+        if key := self.keys.get(account.hashed):
+            self.charge(self.limited(key), charges, now(), key.tags)
+        return key
 
     def finish_batch(self, name: str, *, lost: bool = False) -> None:
         """All results of a batch are booked; where they are ``lost``, what is held for it is."""
-        batch = self.unbooked(name)
+        batch = self._unbooked(name)
         if batch is None:
             return
         account, moment = self.batches[name], now()
@@ -2434,7 +2525,7 @@ class FileLedger:
 
     async def assign(self, kinds: Mapping[str, str], owner: str | None) -> None:
         """Give things (id: kind) to an owner ("": nobody) or all (None), or raise APIError 503."""
-        places, moment, changes = self.things.places, int(time.time()), list[dict[str, Any]]()
+        places, moment, changes = self.things.places, now().timestamp(), list[dict[str, Any]]()
         for name in reversed(list(kinds)):  # lists begin with the newest
             before, of, home = places.get(name, ("", "", ""))
             since = self.things.made[before, of][name] if name in places else moment
@@ -2443,6 +2534,22 @@ class FileLedger:
                 changes.append(place | {"made": {name: since}})
         changes += [{"shared": list(kinds)}] if owner is None else []
         await asyncio.shield(self._add(changes))
+
+    async def list_things(
+        self, owner: str | None, kind: str, first: int, most: int
+    ) -> tuple[int, list[dict[str, Any]]]:
+        """How many are an owner's (None: anybody's) and of a kind (empty: any), and rows of them:
+        at most so many, from the ``first`` (0) on."""
+        things, keys = self.things, {key.owner: key.account.hashed for key in self._live()}
+        chosen = [p for p in things.made if owner in (None, p[0]) and kind in ("", p[1])]
+        every = itertools.chain.from_iterable(things.made[place] for place in chosen)
+        rows = list[dict[str, Any]]()
+        for name in itertools.islice(every, first, first + most):
+            owner, kind, home = things.places[name]
+            row = dict[str, Any](id=name, kind=kind, key=keys.get(owner), home=home or None)
+            made = moment_of(int(things.made[owner, kind][name]))
+            rows.append(row | {"created_at": made, "shared": name in things.shared})
+        return sum(len(things.made[place]) for place in chosen), rows
 
     def forget(self, name: str, owner: str | None) -> None:
         """A thing is no more, if it is this owner's (None: anybody's)."""
@@ -2474,9 +2581,18 @@ class FileLedger:
 
     # Changing
 
-    def settle(self, key: VirtualKey, home: str) -> None:
-        """Remember the home of a key that has none, as what relaying changes is."""
-        newest = self.keys.get(key.account.hashed, key)
+    def changing(self) -> contextlib.AbstractAsyncContextManager[None]:
+        """Within it nobody else changes anything between what is looked at and what is changed:
+        nothing is awaited there, so that changes at one time are one write."""
+        return contextlib.nullcontext()
+
+    async def settle(self, key: VirtualKey, home: str) -> None:
+        """Remember the home of a key that has none, as what relaying changes is: that of others of
+        its team, where it reaches their things, or else this."""
+        team, newest = key.team_id, self.keys.get(key.account.hashed, key)
+        if team and key.resources == "team":
+            mates = (mate.home for mate in self._live() if mate.team_id == team)
+            home = next(filter(None, mates), home)
         key.home = newest.home = newest.home or home
         self._touched.add(key.account.hashed)
 
@@ -2512,11 +2628,7 @@ class FileLedger:
                 self._retired.update(dict.fromkeys(record.retired, name))
             else:
                 self.groups[name] = record
-            for kind, limit in (("requests", record.rpm_limit), ("tokens", record.tpm_limit)):
-                bucket = account.buckets.pop(kind, None) or Bucket(0, self._clock())
-                if limit is not None:
-                    bucket.limit = limit  # what was drawn stays drawn
-                    account.buckets[kind] = bucket
+            self._fit_buckets(record)
             self.batches.update(dict.fromkeys(account.batches, account))
 
     def _line(self, hashed: str, record: Limited) -> bytes:
@@ -2568,6 +2680,9 @@ class FileLedger:
         forgotten = now() - TOMBSTONE
         for hashed, key in keys.items():
             key.home = key.home or getattr(known.get(hashed), "home", None)
+            if is_first and key.account.last_active and not key.home:
+                key.home = self._home
+                self._touched.add(hashed)
             gone = key.deleted_at is not None and key.deleted_at < forgotten
             if gone and not (key.team_id and key.owner in heritage):
                 del records[hashed]
@@ -2703,6 +2818,9 @@ def check_budget(
         text = f"{name} ({resets}): {told}, and this batch may cost ${dollars(cost)}."
         text += " Send a smaller one, or lower its 'max_tokens'."
     raise APIError(429, text, kind="billing_error", headers=headers)
+
+
+AnyLedger = FileLedger
 
 
 # ─── Wire ─────────────────────────────────────────────────────────────────────────────────────────
@@ -4671,11 +4789,11 @@ class Doors:
     """Says who may come in. Open mode holds where no master key is set and no key was made; but one
     that was started closed, and may listen to the world, stays so when its last key goes."""
 
-    def __init__(self, settings: Settings, ledger: FileLedger) -> None:
+    def __init__(self, settings: Settings, ledger: AnyLedger) -> None:
         self._ledger = ledger
         self._address = settings.address.lower()
         self.take_secrets(settings)
-        self.started_open = not settings.master_key and not ledger.keys
+        self.started_open = not settings.master_key and ledger.is_empty
 
     def take_secrets(self, settings: Settings) -> None:
         """Let these master keys in from now on, and no others."""
@@ -4686,7 +4804,7 @@ class Doors:
     @property
     def is_open(self) -> bool:
         """Whether any or no credential is let in."""
-        return self.started_open and not self._ledger.keys
+        return self.started_open and self._ledger.is_empty
 
     def is_master(self, hashed: str) -> str:
         """Whose this hash is: "master", "master_next", or empty; takes the same time for all."""
@@ -4770,15 +4888,16 @@ class Doors:
         starts = [match.start() for match in re.finditer(KEY_PREFIX, text)]
         if len(starts) > MAX_KEY_STARTS:
             return True
+        return await self._ledger.knows(self._hashes_in(text, starts))
+
+    def _hashes_in(self, text: str, starts: Iterable[int]) -> Iterator[str]:
         # A key may have any printable characters, so whatever length it may have is tried.
         for start in starts:
             most = text[start : start + MAX_KEY_LENGTH].encode("latin-1", "replace")
             digest = hashlib.sha256(most[: MIN_KEY_LENGTH - 1])
             for end in range(MIN_KEY_LENGTH, len(most) + 1):
                 digest.update(most[end - 1 : end])
-                if await self._ledger.find_hash(digest.hexdigest()):
-                    return True
-        return False
+                yield digest.hexdigest()
 
 
 NOBODY = Caller()
@@ -5036,10 +5155,8 @@ class Credentials(Rule):
             text = "The gateway has no Anthropic credential to use. Whoever runs the gateway"
             raise APIError(401, f"{text} must set ANTHROPIC_API_KEY or ANTHROPIC_AUTH_TOKEN.")
         if (key := visit.payer) is not OPERATOR and not key.home:
-            pool, team = gateway.real_keys, key.team_id if key.resources == "team" else None
-            mates = (k.home for _, k in gateway.ledger.live() if team and k.team_id == team)
-            made = pool.choose(pool.ranked(key.owner), ALL).name
-            gateway.ledger.settle(key, next(filter(None, mates), made))
+            pool = gateway.real_keys
+            await gateway.ledger.settle(key, pool.choose(pool.ranked(key.owner), ALL).name)
 
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
         return () if visit.mask is None else (visit.mask,)
@@ -5183,8 +5300,9 @@ class Limits(Rule):
                 text = "This key has a budget, and it is not known here what tokens cost."
                 advice = "Whoever runs the gateway must install genai-prices, or set --prices."
                 raise APIError(503, f"{text} {advice}")
-            await visit.gateway.ledger.admit(hold, pays=pays, shares=route.billed)
-            visit.reads_body |= pays and route.billed
+            follows, shares = pays and route.billed, route.billed
+            await visit.gateway.ledger.admit(hold, pays=pays, shares=shares, later=follows)
+            visit.reads_body |= follows
         visit.hold = hold
 
     async def body(self, visit: Visit, body: Kept) -> None:
@@ -5198,8 +5316,10 @@ class Limits(Rule):
         batched = route.makes_batch
         visit.order = await read_order(document, body.data, batched=batched, breathe=body.breathe)
         if hold is not None and visit.has_budget:
-            charges = visit.gateway.prices.worst(visit.order, hold.started)
-            await visit.gateway.ledger.hold(hold, charges, fit=batched)
+            ledger = visit.gateway.ledger
+            worst = functools.partial(visit.gateway.prices.worst, visit.order, hold.started)
+            prompt = worst(prompt_only=True) if ledger.leases else ()
+            await ledger.hold(hold, worst(), prompt, fit=batched)
 
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
         route = visit.route
@@ -5296,6 +5416,8 @@ class Batches(Rule):
     async def head(self, visit: Visit) -> None:
         if visit.route.deletes and not visit.caller.own:
             await visit.gateway.batches.book(visit.route.name)
+        elif batch := visit.route.results_of:
+            await visit.gateway.ledger.unbooked(batch)  # so that lines of it may be booked at once
 
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
         batch, gateway = visit.route.results_of, visit.gateway
@@ -5968,11 +6090,15 @@ class BatchKeeper:
 
     async def run(self) -> None:
         """Watch all that are not booked, until cancelled."""
-        for name in filter(self._ledger.unbooked, self._ledger.batches):
-            self.watch(name)
         async with asyncio.TaskGroup() as group:
             while True:
-                group.create_task(self._keep(await self._watched.get()))
+                with contextlib.suppress(APIError):  # which was logged
+                    for name in await self._ledger.watched():  # what other processes left, too
+                        self.watch(name)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(BATCH_LOOK):
+                        while True:
+                            group.create_task(self._keep(await self._watched.get()))
 
     async def _keep(self, name: str) -> None:
         wait, booked = BATCH_LOOK, False
@@ -5982,7 +6108,7 @@ class BatchKeeper:
             async with self._turn:
                 self._hurried[name].clear()
                 try:
-                    booked = await self.book(name)
+                    booked = await self._ledger.take(name) and await self.book(name)
                 except Exception:
                     log.exception("a batch could not be booked; it is looked at again")
             wait = min(BATCH_LOOK_LATEST, wait * BATCH_SLACK)
@@ -5990,13 +6116,12 @@ class BatchKeeper:
 
     async def book(self, name: str) -> bool:
         """Book what a batch cost, if it has ended; whether nothing of it is left to be booked."""
-        kept, code, booked = self._ledger.unbooked(name), NO_ANSWER, False
+        kept, code, booked = await self._ledger.unbooked(name), NO_ANSWER, False
         if kept is None:
             return True
         path = f"/v1/messages/batches/{urllib.parse.quote(name, safe='')}"
-        maker = self._ledger.keys.get(self._ledger.batches[name].hashed, OPERATOR)
         thing = (await self._ledger.find_things([name])).get(name, Thing(""))
-        pool, home = self._gateway.real_keys, thing.home or maker.home
+        pool, home = self._gateway.real_keys, thing.home
         try:
             state = await self._gateway.client.get(path, BATCH_STATE_TIMEOUT, pool.at(home))
             batch, code = dict_of(read_json(state.body)), state.code
@@ -6027,16 +6152,14 @@ class BatchKeeper:
 
     def book_result(self, name: str, line: int, measured: Measured) -> None:
         """Book a line of a batch's results to the key that made it, once."""
-        if (account := self._ledger.batch_line(name, line)) is None:
-            return
         if measured.seen:  # it was too long to be read
             measured.complete_with(Order())
+        charges: Charges = ()
         if measured.usage or measured.beyond is not None:
             measured.usage["service_tier"] = "batch"
             charges = self._gateway.prices.charge(measured, now())
-            if key := self._ledger.keys.get(account.hashed):
-                self._ledger.charge(self._ledger.limited(key), charges, now(), key.tags)
-                self._gateway.traffic.book(key.shown_name, charges)
+        if key := self._ledger.book_line(name, line, charges):
+            self._gateway.traffic.book(key.shown_name, charges)
 
 
 class Gateway:
@@ -6054,11 +6177,9 @@ class Gateway:
         most, length = settings.max_budget, settings.budget_duration or None
         whole = None if most is None else Decimal(str(most))
         limits = Limited(max_budget=whole, budget_duration=length)
-        self.ledger = FileLedger(settings.keys, settings.usage_days, limits=limits)
+        told: Any = {"limits": limits, "usage_days": settings.usage_days}
+        self.ledger: AnyLedger = FileLedger(settings.keys, self.real_keys.first.name, **told)
         self.ledger.parts, self.ledger.tell = settings.warned_parts, self.alerts.tell
-        for key in self.ledger.keys.values():
-            if key.account.last_active and not key.home:  # before there were homes it had the first
-                self.ledger.settle(key, self.real_keys.first.name)
         self.doors = Doors(settings, self.ledger)
         self.time = self.client.time
         self.batches = BatchKeeper(self)
@@ -6531,7 +6652,7 @@ class ManagementHandler(BaseHandler):
 
     master = ""
 
-    def prepare(self) -> Any:
+    async def prepare(self) -> None:
         super().prepare()
         doors, ledger, shown = self.gateway.doors, self.gateway.ledger, self.shown_hashes()
         self.master = next(filter(None, map(doors.is_master, shown)), "")
@@ -6539,14 +6660,14 @@ class ManagementHandler(BaseHandler):
             if not self.gateway.settings.master_key:
                 text = "No master key is set: start with GATEWAY_MASTER_KEY to have one."
                 raise APIError(403, text)
-            if any(map(ledger.lookup, shown)):
+            if await ledger.knows(shown):
                 raise APIError(403, "Only the master key may do this; a virtual key was sent.")
             text = "This is not the master key." if shown else "No key was sent."
             advice = "Send the master key as 'Authorization: Bearer' or 'x-api-key'."
             raise APIError(401, f"{text} {advice}")
         ledger.notice_edit()
 
-    def named(self, kind: str, body: dict[str, Any], *, former: bool = False) -> Any:
+    async def named(self, kind: str, body: dict[str, Any], *, former: bool = False) -> Any:
         """The record that a field of NAMED_BY, which is taken out of a body, names, as
         `FileLedger.find` finds it. Raises APIError 400, 404."""
         by, *_ = [field for field in NAMED_BY[kind] if body.get(field) is not None] or [kind]
@@ -6554,14 +6675,15 @@ class ManagementHandler(BaseHandler):
         if not isinstance(name, str) or not name:
             what = "a key: the plain key or its hash" if kind == "key" else f"a {kind}"
             raise APIError(400, f"{next(iter(NAMED_BY[kind]))!r} must name {what}.")
-        if (found := self.gateway.ledger.find(by, name, former=former)) is None:
+        if not (found := await self.gateway.ledger.find(by, name, former=former)):
             raise APIError(404, f"{kind.capitalize()} not found.")
         return found
 
-    def owner_of(self, named: Any) -> str:
+    async def owner_of(self, named: Any) -> str:
         """What a key's things are kept under, by its alias, plain value or hash; as `named`."""
-        is_alias = isinstance(named, str) and self.gateway.ledger.find("key_alias", named)
-        return cast(str, self.named("key", {"key_alias" if is_alias else "key": named}).owner)
+        is_alias = isinstance(named, str) and await self.gateway.ledger.find("key_alias", named)
+        record = await self.named("key", {"key_alias" if is_alias else "key": named})
+        return cast(str, record.owner)
 
 
 # By which fields a record is named, and by which lists of them several are.
@@ -6587,7 +6709,7 @@ def row_of(of: Limited) -> dict[str, Any]:
     return row | told(of.budgets[0]) | {"budget_limits_usage": windows}
 
 
-def full_row(of: Limited, ledger: FileLedger, *, usage: bool = True) -> dict[str, Any]:
+def full_row(of: Limited, ledger: AnyLedger, *, usage: bool = True) -> dict[str, Any]:
     """The same with all that limits it, for bars, and what a key used by day and model."""
     moment, row = now(), row_of(of)
     key = of if isinstance(of, VirtualKey) else None
@@ -6641,9 +6763,11 @@ class RecordHandler(BodyHandler, ManagementHandler):
     async def post(self, kind: str, *path: str) -> None:
         (*name, deed), body = path, self.read_body()
         body |= zip(NAMED_BY.get(kind, ()), name)
-        self.send_json(await self.deeds[deed](self, kind, body))
+        async with self.gateway.ledger.changing():
+            told = await self.deeds[deed](self, kind, body)
+        self.send_json(told)
 
-    def chosen(self, value: Any = None, for_claude_code: Any = None) -> str:
+    async def chosen(self, value: Any = None, for_claude_code: Any = None) -> str:
         """A key that the caller chose, or a fresh one. Raises APIError 400."""
         is_for_claude_code = FLAG.parse("claude_code", for_claude_code)
         if value is None:
@@ -6654,11 +6778,11 @@ class RecordHandler(BodyHandler, ManagementHandler):
         if not isinstance(value, str) or not CHOSEN_KEY.fullmatch(value):
             rule = f"{MIN_KEY_LENGTH} to {MAX_KEY_LENGTH} ASCII characters, no quote or backslash"
             raise APIError(400, f"'key' must begin 'sk-', not as Anthropic's 'sk-ant-': {rule}.")
-        if self.gateway.ledger.lookup(hash_key(value)) is not None:
+        if await self.gateway.ledger.knows([hash_key(value)]):
             raise APIError(400, "'key' exists already; choose another, or leave it out.")
         return value
 
-    def changed(self, record: AnyLimited, body: Mapping[str, Any], **more: Any) -> AnyLimited:
+    async def changed(self, record: AnyLimited, body: Mapping[str, Any], **more: Any) -> AnyLimited:
         """A record with these fields. Raises APIError 400."""
         changes = read_fields(body, MARKED[record.of, "settable"])
         if "duration" in changes:
@@ -6673,15 +6797,15 @@ class RecordHandler(BodyHandler, ManagementHandler):
         more |= {} if record.created_at else {"created_at": now(), "created_by": self.master}
         changed: Any = dataclasses.replace(record, **changes, **more)
         if isinstance(changed, VirtualKey):
-            self.check_key(changed, body)
+            await self.check_key(changed, body)
         return cast(AnyLimited, changed)
 
-    def check_key(self, key: VirtualKey, body: Mapping[str, Any]) -> None:
+    async def check_key(self, key: VirtualKey, body: Mapping[str, Any]) -> None:
         """Raise APIError 400 where its alias is another's, or its routes cost what no budget of its
         own, its team … counts."""
         ledger, alias = self.gateway.ledger, key.key_alias
-        taken = ledger.find("key_alias", alias) if alias else None
-        if taken is not None and taken.account is not key.account:
+        taken = await ledger.find("key_alias", alias) if alias else None
+        if taken is not None and taken.account.hashed != key.account.hashed:
             raise APIError(400, "'key_alias' is taken by another key.")
         named = [pattern for pattern in key.allowed_routes if unmetered(pattern)]
         limited = any(of.has_budget for of in ledger.limited(key))
@@ -6724,55 +6848,56 @@ class RecordHandler(BodyHandler, ManagementHandler):
         if most is not None and soft is not None and soft > most:
             yield "'soft_budget' is above 'max_budget', so it is never reached."
 
-    def new_key(self, key: str, body: Mapping[str, Any], **more: Any) -> dict[str, Limited]:
+    async def new_key(self, key: str, body: Mapping[str, Any], **more: Any) -> dict[str, Limited]:
         """The record of a key that is made now, by its hash."""
         made = VirtualKey(key_name(key), owner_id=secrets.token_hex(8))
-        return {hash_key(key): self.changed(made, body, **more)}
+        return {hash_key(key): await self.changed(made, body, **more)}
 
     async def generate(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:
         """LiteLLM's request and response; no other answer has the plain key."""
-        key = self.chosen(body.pop("key", None), body.pop("claude_code", None))
-        return await self.keep(self.new_key(key, body), "created", body) | {"key": key}
+        key = await self.chosen(body.pop("key", None), body.pop("claude_code", None))
+        made = await self.new_key(key, body)
+        return await self.keep(made, "created", body) | {"key": key}
 
     async def new(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:
         """A team or a user, who gets a key of his own, unless ``auto_create_key`` is false."""
         name = NAME.parse(f"{kind}_id", body.pop(f"{kind}_id", None)) or secrets.token_hex(8)
-        if (at := f"{kind}:{name}") in self.gateway.ledger.groups:
+        if await self.gateway.ledger.find(f"{kind}_id", name):
             raise APIError(400, f"'{kind}_id' is taken by another {kind}.")
-        is_user, key = kind == "user", self.chosen()
+        is_user, key = kind == "user", await self.chosen()
         has_key = is_user and FLAG.parse("auto_create_key", body.pop("auto_create_key", True))
-        keys = self.new_key(key, {}, user_id=name) if has_key else {}
-        made = {**keys, at: self.changed(GROUPS[kind](name), body)}
+        keys = await self.new_key(key, {}, user_id=name) if has_key else {}
+        made = {**keys, f"{kind}:{name}": await self.changed(GROUPS[kind](name), body)}
         return await self.keep(made, "created", body) | ({"key": key} if has_key else {})
 
     async def update(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:
         """Change the fields that the body has."""
-        record = self.named(kind, body)
+        record = await self.named(kind, body)
         hashed = record.account.hashed
-        row = await self.keep({hashed: self.changed(record, body)}, "updated", body)
+        row = await self.keep({hashed: await self.changed(record, body)}, "updated", body)
         return row | ({"key": hashed} if kind == "key" else {"data": row})
 
     async def regenerate(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:
         """As `update`, and a new value, ``new_key`` or fresh; for a ``grace_period`` both work."""
-        record = self.named(kind, body)
+        record = await self.named(kind, body)
         moment, grace = now(), LIFETIME.parse("grace_period", body.pop("grace_period", None))
-        value = self.chosen(body.pop("new_key", None), body.pop("claude_code", None))
+        value = await self.chosen(body.pop("new_key", None), body.pop("claude_code", None))
         retired = {old: until for old, until in record.retired.items() if until > moment}
         retired[record.account.hashed] = grace or moment
         more = {"key_name": key_name(value), "retired": retired, "owner_id": record.owner}
-        changed = self.changed(record, body, **more)
+        changed = await self.changed(record, body, **more)
         changes = {record.account.hashed: None, hash_key(value): changed}
         return await self.keep(changes, "rotated", body) | {"key": value}
 
     async def block(self, kind: str, body: dict[str, Any], blocked: bool = True) -> dict[str, Any]:
         """Refuse a key, a team or a user, or take it again."""
-        record = self.changed(self.named(kind, body), {"blocked": blocked})
+        record = await self.changed(await self.named(kind, body), {"blocked": blocked})
         action = "blocked" if blocked else "unblocked"
         return await self.keep({record.account.hashed: record}, action)
 
     async def reset_spend(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:
         """Set what was spent in the present window to ``reset_to`` USD (0)."""
-        record = self.named(kind, body)
+        record = await self.named(kind, body)
         amount = read_fields(body, {"reset_to": AMOUNT}).get("reset_to") or ZERO
         await self.gateway.ledger.reset_spend(record, amount)
         self.note(record, "reset_spend", {"spend": amount})
@@ -6782,7 +6907,7 @@ class RecordHandler(BodyHandler, ManagementHandler):
         """Delete all that lists of NAMED_BY name, or nothing; with a team or a user their keys,
         which would be without limits. The record of a key stays, and tells what it used."""
         found = {
-            name: self.named(kind, {field: name})
+            name: await self.named(kind, {field: name})
             for field, several in NAMED_BY[kind].items()
             for name in TEXTS.parse(several, body.get(several))
         }
@@ -6790,9 +6915,9 @@ class RecordHandler(BodyHandler, ManagementHandler):
             lists = " or ".join(map(repr, NAMED_BY[kind].values()))
             raise APIError(400, f"Name what to delete in {lists}.")
         gone = {of.account.hashed: of for of in found.values()}
-        for hashed, key in self.gateway.ledger.live() if kind in GROUPS else ():
-            if getattr(key, f"{kind}_id") in found:
-                gone[hashed] = key
+        for name in found if kind in GROUPS else ():
+            keys = await self.gateway.ledger.live(**{f"{kind}_id": name})
+            gone |= {key.account.hashed: key for key in keys}
         marks: dict[str, Any] = {"deleted_at": now(), "retired": {}}
         await self.gateway.ledger.change(
             {
@@ -6810,7 +6935,7 @@ class RecordHandler(BodyHandler, ManagementHandler):
         if not ids or "key" not in body:
             raise APIError(400, "'ids' must list things, and 'key' name a key, '*' or null.")
         ledger, key = self.gateway.ledger, body["key"]
-        owner = {"*": None, None: ""}[key] if key in ("*", None) else self.owner_of(key)
+        owner = {"*": None, None: ""}[key] if key in ("*", None) else await self.owner_of(key)
         known, names = await ledger.find_things(ids), dict[str, str]()
         for name in ids:
             guessed = next((k for k, prefix in KINDS.items() if name.startswith(prefix)), None)
@@ -6848,7 +6973,6 @@ WORD = Kind("true or false", lambda text: ("false", "true").index(text.lower()) 
 UNDER_WAY, OTHERS, MAX_LISTED = "under_way", "(others)", 10_000
 MAX_OWN_ROWS = 1000  # that a virtual key is told of its requests
 ROWS_A_TURN = 100  # of requests that are looked at before the loop may do something else
-KEYS_A_TURN = 4  # whose usage is summed before the loop may do something else: 90 days are 5 ms
 KEY_FILTERS = {n: operator.attrgetter(n) for n in ("user_id", "team_id", "key_alias")}
 KEY_FILTERS["key_hash"] = operator.attrgetter("account.hashed")
 SEARCHED = operator.attrgetter("key_alias", "key_name", "user_id", "team_id")
@@ -6872,7 +6996,7 @@ class ReportHandler(ManagementHandler):
             BaseHandler.prepare(self)
             self.mine = (await self.find_caller()).key
         if self.mine is None:
-            super().prepare()
+            await super().prepare()
 
     async def get(self) -> None:
         told = self.reports[self.request.path](self)
@@ -6892,14 +7016,14 @@ class ReportHandler(ManagementHandler):
         found = list(itertools.islice(rows, (page - 1) * length, page * length))
         return {what: found, "total_pages": -(-total // length)} | row
 
-    def list_keys(self) -> dict[str, Any]:
+    async def list_keys(self) -> dict[str, Any]:
         """Pages of hashes, or of whole rows with ``return_full_object=true``."""
         moment, ledger, wanted = now(), self.gateway.ledger, self.query("search").lower()
         asked = [(read, value) for name, read in KEY_FILTERS.items() if (value := self.query(name))]
         status = self.query("status", STATUS)
         keys = [
             key
-            for _, key in ledger.live()
+            for key in await ledger.live()
             if all(read(key) == value for read, value in asked)
             and status in ("", key.status(moment))
             and any(wanted in (text or "").lower() for text in SEARCHED(key))
@@ -6914,21 +7038,22 @@ class ReportHandler(ManagementHandler):
         if self.query("sort_order", ORDER) == "desc":
             keys.reverse()
         told = self.page_of("keys", keys, len(keys), "size", 10)
-        told["keys"] = [
-            full_row(key, ledger, usage=usage) if full else key.account.hashed
-            for key in told["keys"]
-        ]
-        return told
+        hashes = [key.account.hashed for key in told["keys"]]
+        if not full:
+            return told | {"keys": hashes}
+        whole = [await ledger.find("key", hashed) for hashed in hashes] if usage else told["keys"]
+        return told | {"keys": [full_row(key, ledger, usage=usage) for key in filter(None, whole)]}
 
-    def describe_key(self) -> dict[str, Any]:
+    async def describe_key(self) -> dict[str, Any]:
         """LiteLLM's ``{"key", "info"}``; also of a former key, until its grace is over."""
         asked, alias, ledger = self.query("key"), self.query("key_alias"), self.gateway.ledger
-        if self.mine is not None and (asked or alias):
+        told: dict[str, Any] = {"key": asked or None, "key_alias": alias}
+        if (mine := self.mine and self.mine.account.hashed) and (asked or alias):
             by, name = ("key", asked) if asked else ("key_alias", alias)
-            if ledger.find(by, name, former=True) is not self.mine:
+            found = await ledger.find(by, name, former=True)
+            if found is None or found.account.hashed != mine:
                 raise APIError(403, "A virtual key may ask about itself only.")
-        told = {"key": asked or None, "key_alias": alias}
-        record = self.mine or self.named("key", told, former=True)
+        record = await self.named("key", {"key": mine} if mine else told, former=True)
         info = full_row(record, ledger)
         shown = (asked, hash_key(asked)) if asked or alias else self.shown_hashes()
         for former in record.retired.keys() & {*shown}:
@@ -6965,9 +7090,9 @@ class ReportHandler(ManagementHandler):
                 found.append(row)
         return found
 
-    def list_spend(self) -> list[dict[str, Any]]:
+    async def list_spend(self) -> list[dict[str, Any]]:
         """Every key's row, those that spent most first."""
-        rows = map(row_of, self.gateway.ledger.keys.values())
+        rows = [row_of(key) async for key in self.gateway.ledger.each()]
         return sorted(rows, key=lambda row: -row["spend"])
 
     async def sum_spend(self) -> list[dict[str, Any]]:
@@ -6982,14 +7107,14 @@ class ReportHandler(ManagementHandler):
             raise APIError(400, "'tag' goes with 'day' alone.")
         ledger = self.gateway.ledger
         sums, merged = (collections.defaultdict[Any, Tally](Tally) for _ in range(2))
-        for number, (hashed, key) in enumerate([*ledger.keys.items()]):
-            if number % KEYS_A_TURN == 0:
-                await asyncio.sleep(0)
+        keys = dict[str, VirtualKey]()
+        async for key in ledger.each(days=(first, last)):
+            keys[hashed := key.account.hashed] = key
             for day, model, tally in key.account.usage.days(first, last):
                 names = {"api_key": hashed, "model": model, "day": day, "tag": EVERY_TAG}
                 names |= {"team": key.team_id or "", "user": key.user_id or ""}
                 sums[tuple(names[group] for group in groups)].add(tally)
-        tagged = ledger.groups[GATEWAY].account.usage
+        tagged = await ledger.tagged((first, last))
         for day, tag, tally in tagged.days(first, last) if "tag" in groups else ():
             count = Tally.subtract if tag == EVERY_TAG else Tally.add  # what had any is not without
             count(sums[tuple({"tag": tag, "day": day}[group] for group in groups)], tally)
@@ -7003,33 +7128,33 @@ class ReportHandler(ManagementHandler):
         for names, tally in merged.items():
             if tally != Tally():
                 rows.append(dict(zip(groups, names)) | dataclasses.asdict(tally))
-                if spender := ledger.keys.get(rows[-1].get("api_key", "")):
+                if spender := keys.get(rows[-1].get("api_key", "")):
                     rows[-1] |= {n: getattr(spender, n) for n in ("key_alias", "key_name")}
         return sorted(rows, key=lambda row: -row["spend"])
 
-    def group_rows(self, kind: str) -> list[dict[str, Any]]:
+    async def group_rows(self, kind: str) -> list[dict[str, Any]]:
         """The rows of all teams, or all users, with how many keys each has."""
         ledger, field = self.gateway.ledger, f"{kind}_id"
-        counts = collections.Counter(getattr(key, field) for _, key in ledger.live())
-        rows = [full_row(of, ledger) for of in ledger.groups.values() if of.of == kind]
+        counts = collections.Counter(getattr(key, field) for key in await ledger.live())
+        rows = [full_row(of, ledger) async for of in ledger.each(kind)]
         return [row | {"keys_count": counts[row[field]]} for row in rows]
 
-    def list_teams(self) -> list[dict[str, Any]]:
+    async def list_teams(self) -> list[dict[str, Any]]:
         """Every team's row."""
-        return self.group_rows("team")
+        return await self.group_rows("team")
 
-    def list_users(self) -> dict[str, Any]:
+    async def list_users(self) -> dict[str, Any]:
         """Pages of users' rows."""
-        rows = self.group_rows("user")
+        rows = await self.group_rows("user")
         return self.page_of("users", rows, len(rows), "page_size")
 
-    def describe_group(self) -> dict[str, Any]:
+    async def describe_group(self) -> dict[str, Any]:
         """A team or a user, and the keys of it."""
         kind, ledger = self.request.path.split("/")[1], self.gateway.ledger
         field, more = f"{kind}_id", {"team": "team_memberships", "user": "teams"}[kind]
         name = self.query(field)
-        row = full_row(self.named(kind, {field: name}), ledger)
-        keys = [row_of(key) for _, key in ledger.live() if getattr(key, field) == name]
+        row = full_row(await self.named(kind, {field: name}), ledger)
+        keys = [row_of(key) for key in await ledger.live(**{field: name})]
         row["keys_count"] = len(keys)
         return {field: name, f"{kind}_info": row, "keys": keys, more: []}
 
@@ -7039,21 +7164,15 @@ class ReportHandler(ManagementHandler):
         found = [row for row in rows if wanted in ("", row["object_id"], row["name"])]
         return self.page_of("audit_logs", found, len(found), "page_size", 50)
 
-    def list_resources(self) -> dict[str, Any]:
+    async def list_resources(self) -> dict[str, Any]:
         """Pages of what is whose, of a ``key`` or of a ``kind``."""
-        asked, kind, things = self.query("key"), self.query("kind"), self.gateway.ledger.things
-        owner = self.owner_of(asked) if asked else None
-        keys = {key.owner: hashed for hashed, key in self.gateway.ledger.live()}
-        chosen = [p for p in things.made if owner in (None, p[0]) and kind in ("", p[1])]
-        every = itertools.chain.from_iterable(things.made[place] for place in chosen)
-        total = sum(len(things.made[place]) for place in chosen)
-        told, rows = self.page_of("resources", every, total, "size"), list[dict[str, Any]]()
-        for name in told["resources"]:
-            owner, kind, home = things.places[name]
-            row = dict[str, Any](id=name, kind=kind, key=keys.get(owner), home=home or None)
-            made = moment_of(int(things.made[owner, kind][name]))
-            rows.append(row | {"created_at": made, "shared": name in things.shared})
-        return told | {"resources": rows}
+        asked, kind, page = self.query("key"), self.query("kind"), self.query("page", ORDINAL, 1)
+        owner, size = (
+            await self.owner_of(asked) if asked else None,
+            self.query("size", PAGE_SIZE, MAX_PAGE_SIZE),
+        )
+        total, rows = await self.gateway.ledger.list_things(owner, kind, (page - 1) * size, size)
+        return self.page_of("resources", (), total, "size") | {"resources": rows}
 
     def list_upstreams(self) -> dict[str, Any]:
         """The real keys: how each is, and what it has answered; never the key."""
@@ -7166,8 +7285,10 @@ class UsageHandler(BaseHandler):
     Anthropic's own gateway answers; spend is in cents."""
 
     async def get(self) -> None:
-        key, moment = (await self.gateway.doors.authenticate(self.request.head.values)).key, now()
-        budgets = fullness(self.gateway.ledger.limited(key), moment) if key else []
+        key = (await self.gateway.doors.authenticate(self.request.head.values)).key
+        ledger, moment = self.gateway.ledger, now()
+        key = key and await ledger.find("key", key.account.hashed)
+        budgets = fullness(ledger.limited(key), moment) if key else []
         limits = list[dict[str, Any]]()
         for each in budgets:
             duration = each.budget.duration
@@ -7249,22 +7370,23 @@ class MetricsHandler(ManagementHandler):
     """GET /metrics: what the gateway has done since it started, for Prometheus; for the master key,
     for keys whose ``allowed_routes`` name it, and with --open-metrics and in open mode for all."""
 
-    def prepare(self) -> None:
+    async def prepare(self) -> None:
         BaseHandler.prepare(self)
         if self.gateway.settings.open_metrics or self.gateway.doors.is_open:
             return
         for _, credential in candidates(self.request.head.values):
-            found = self.gateway.ledger.lookup(hash_key(credential))
+            found = await self.gateway.ledger.find_hash(hash_key(credential))
             for route in found[0].allowed_routes if found and found[1] == "active" else ():
                 if route.startswith(METRICS_PATH) and fnmatch.fnmatchcase(METRICS_PATH, route):
                     return  # a mere "*" does not name it
-        super().prepare()
+        await super().prepare()
 
-    def get(self) -> None:
+    async def get(self) -> None:
         try:
             import prometheus_client as prometheus
         except ImportError:
             raise APIError(501, "Metrics need it: pip install prometheus-client") from None
+        self._keys = (await self.gateway.ledger.live())[:MAX_LABELS]
         registry = prometheus.CollectorRegistry()
         registry.register(self)
         prometheus.ProcessCollector(registry=registry)
@@ -7292,7 +7414,7 @@ class MetricsHandler(ManagementHandler):
             prompt, output = used.input_tokens + used.cached, used.output_tokens
             cache = (used.cache_read_tokens, used.written)
             usage[label] = (used.spend, prompt + output, prompt, output, *cache)
-        for _, record in itertools.islice(gateway.ledger.live(), MAX_LABELS):
+        for record in self._keys:
             spent, limit, length = record.spent(moment), record.max_budget, record.budget_duration
             end = window(length, moment)[1] if length and limit is not None else None
             left = None if limit is None else limit - spent
@@ -8387,10 +8509,10 @@ def say(text: str, *, as_json: bool, level: int = logging.INFO, to: Any = None) 
         print(LineFormatter(None).format(record) if as_json else line, file=to, flush=True)
 
 
-def announce(gateway: Gateway, port: int) -> None:
+def announce(gateway: Gateway, port: int, keys: int) -> None:
     """Print where it listens and relays to, what it lets in, and what a user pastes to connect."""
     settings, is_open = gateway.settings, gateway.doors.is_open
-    url, keys = base_url(settings, port), sum(1 for _ in gateway.ledger.live())
+    url = base_url(settings, port)
     everywhere = "" if settings.address or is_open else " and every other address"
     is_mock = settings.api_key.startswith(MOCK_CREDENTIAL)
     made = "" if keys else "; POST /key/generate makes one"
@@ -8452,6 +8574,8 @@ async def serve(settings: Settings) -> None:
             raise SettingsError(f"--request-log={name}: holds the keys; name another file")
     application = make_app(start_mock(settings))
     gateway: Gateway = application.settings["gateway"]
+    await gateway.ledger.open()
+    gateway.doors = Doors(gateway.settings, gateway.ledger)  # which may be open now
     settings, server, drained = gateway.settings, Server(gateway, application), gateway.drained
     sockets = bind(settings, loopback=gateway.doors.is_open)
     server.listen(sockets, server_context(settings))
@@ -8461,7 +8585,8 @@ async def serve(settings: Settings) -> None:
         loop.add_signal_handler(number, signals.put_nowait, number)
     booking = asyncio.create_task(gateway.batches.run())
     saving = [asyncio.create_task(each.run()) for each in (gateway.ledger, gateway.recent)]
-    announce(gateway, 0 if settings.unix_socket else sockets[0].getsockname()[1])
+    port = 0 if settings.unix_socket else sockets[0].getsockname()[1]
+    announce(gateway, port, len(await gateway.ledger.live()))
     await loop.run_in_executor(None, gateway.prices.load)
     favour_the_loop()
     while await signals.get() == signal.SIGHUP:  # read all again; what is wrong changes nothing
@@ -8472,7 +8597,7 @@ async def serve(settings: Settings) -> None:
             take_secrets(gateway)
             server.context = context  # of connections from now on
             favour_the_loop()
-            told = sum(1 for _ in gateway.ledger.live()), ", ".join(gateway.real_keys.names)
+            told = len(await gateway.ledger.live()), ", ".join(gateway.real_keys.names)
             log.info("keys read again: %d; real keys: %s", *told)
         except Exception as error:  # noqa: BLE001 - whatever it is, it does not stop the gateway
             log.error("not read again: %s", error)
