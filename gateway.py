@@ -2185,6 +2185,7 @@ class Ledger:
     made. It will ``tell`` which ``parts`` of a budget are passed."""
 
     leases = False  # what is held goes by itself where its process dies
+    doubt = ""  # what is less than sure of the store
     each: Callable[..., AsyncIterator[Any]]
 
     def __init__(
@@ -2253,13 +2254,17 @@ class Ledger:
                     refused = f"{bucket.limit:,} {kind} a minute"
             if refused:
                 self._refuse_rate(hold.accounts, of, refused, wait)
-            for budget in of.budgets if pays else ():
+            for budget in self._budgets(of) if pays else ():
                 if not budget.pattern:
                     check_budget(of, budget, ZERO, moment, shares=shares, fit=True)
         for of in hold.accounts:
             of.account.running += 1
             if "requests" in of.account.buckets:
                 of.account.buckets["requests"].draw(1, clock)
+
+    def _budgets(self, of: Limited) -> Iterable[Budget]:
+        """Those that hold now; a store that is away leaves each process a part."""
+        return of.budgets
 
     def _refuse_rate(
         self, accounts: Sequence[Limited], of: Limited, what: str, wait: float
@@ -2277,7 +2282,7 @@ class Ledger:
         held, moment = list[dict[str, Decimal]](), now()
         for of in hold.accounts:
             held.append(amounts := {})
-            for budget in of.budgets:
+            for budget in self._budgets(of):
                 costs = [tally.spend for name, tally in worst if budget.is_for(name)]
                 if costs:
                     amounts[budget.name] = cost = sum(costs, ZERO)
@@ -2862,8 +2867,10 @@ AnyLedger = FileLedger
 
 LEAST_REDIS = (6, 2)
 STORE_DEADLINE = 0.5  # seconds for an answer
+STORE_GRACE = 0.05  # more of them, in which what has come is read
 STORE_RETRY = 0.1  # seconds until the next try to reach it
-CHECK_INTERVAL = 0.4  # seconds; less than the second within which a change holds everywhere
+CHECK_INTERVAL = 0.2  # seconds; less than the second within which a change holds everywhere
+GONE = ("NOSCRIPT", "READONLY", "LOADING", "MASTERDOWN")  # what another connection may mend
 LEASE, RENEWAL = 60.0, 20.0  # seconds that a hold stands by itself; until it is renewed
 LOCK_LEASE = 5.0  # seconds that a change may take
 KEPT_RECORDS = 10_000  # keys in use, which a process remembers
@@ -3159,17 +3166,22 @@ class Link(asyncio.Protocol):
                 continue
             if isinstance(reply, self._error):
                 answer.set_exception(StoreRefused(str(reply)))
+                if str(reply).startswith(GONE):
+                    self.abort(str(reply))
             else:
                 answer.set_result(reply)
 
-    def _look(self) -> None:
+    def _look(self, is_sure: bool = False) -> None:
         self._timer = None
-        if self._waiting:
-            left = self._waiting[0][1] + STORE_DEADLINE - self._loop.time()
-            if left <= 0:
-                self.abort(f"no answer in {STORE_DEADLINE:g} seconds")
-            else:
-                self._timer = self._loop.call_later(left, self._look)
+        if not self._waiting:
+            return
+        left = self._waiting[0][1] + STORE_DEADLINE - self._loop.time()
+        if left > 0:
+            self._timer = self._loop.call_later(left, self._look)
+        elif is_sure:
+            self.abort(f"no answer in {STORE_DEADLINE:g} seconds")
+        else:  # this process may have been late itself, and the answer here
+            self._timer = self._loop.call_later(STORE_GRACE, self._look, True)
 
     def abort(self, why: str) -> None:
         """Break off."""
@@ -3324,6 +3336,7 @@ class RedisLedger(Ledger):
 
     async def _follow(self) -> None:
         """Hear of changes, at once and after any pause."""
+        failed = 0
         while True:
             try:
                 block = int(CHECK_INTERVAL * 1000)
@@ -3331,8 +3344,10 @@ class RedisLedger(Ledger):
                 for self._last, change in itertools.chain(*(entries for _, entries in told)):
                     self._forget(change["name"])
                 await self._check()
+                failed = 0
             except self._errors as error:
-                if self._link is not None:
+                failed += 1
+                if self._link is not None and failed > 1:
                     self._link.abort(str(error) or "no answer")
                 await asyncio.sleep(STORE_RETRY)
 
@@ -3468,7 +3483,7 @@ class RedisLedger(Ledger):
                 if key is None:
                     self._unknown.add(hashed)
                 else:
-                    await self._join([key])
+                    await self._look([key], None)
                     self.keys[hashed] = key
             for kept, most in ((self.keys, KEPT_RECORDS), (self._unknown, KEPT_RECORDS)):
                 if len(kept) > most:
@@ -3591,6 +3606,7 @@ class RedisLedger(Ledger):
                 self._give_back(hold, places)
                 if not isinstance(error, StoreAway):
                     raise
+                self.lost = self.lost or str(error).startswith("LOST")
                 return await self._hold_alone(hold, worst, pays=pays, shares=shares, fit=fit)
             if verdict == "held":
                 for of, row, state in zip(accounts, rows, told[3:], strict=True):
@@ -3698,17 +3714,21 @@ class RedisLedger(Ledger):
         self, hold: Hold, worst: Charges, *, pays: bool, shares: bool, fit: bool
     ) -> None:
         """Hold it here, while the store is away."""
-        if (
-            pays
-            and any(of.has_budget for of in hold.accounts)
-            and not (self._allow and not self.lost)
-        ):
+        if self.lost or (pays and not self._allow and any(of.has_budget for of in hold.accounts)):
             with self._asking():
                 raise StoreAway(self.away or "no answer")
         await super().admit(hold, pays=pays, shares=shares, later=False)
         hold.is_alone = True
         if worst:
             await super().hold(hold, worst, (), fit=fit)
+
+    def _budgets(self, of: Limited) -> Iterator[Budget]:
+        for budget in of.budgets:
+            if (limit := budget.limit) is not None:
+                known = of.account.windows[budget.name].known
+                left = max(ZERO, limit - known) / max(1, self._processes)
+                budget = budget._replace(limit=known + left)
+            yield budget
 
     def book(
         self, hold: Hold, charges: Charges, *, model: str, failed: bool, tags: Sequence[str] = ()
@@ -4005,8 +4025,10 @@ class RedisLedger(Ledger):
             what, _, window = name.partition(":")
             if what == "start":
                 account.windows[window].start = value
-            elif what in ("spent", "held"):
-                setattr(account.windows[window], {"spent": "spend"}.get(what, what), usd(value))
+            elif what == "spent":
+                account.windows[window].spend = account.windows[window].known = usd(value)
+            elif what == "held":
+                account.windows[window].held = usd(value)
             elif what == "tat" and (bucket := account.buckets.get(window)):
                 ahead = max(0.0, float(value) - moment)
                 bucket.drawn, bucket.seen = ahead * bucket.limit / MINUTE, clock
@@ -8528,7 +8550,9 @@ class HealthHandler(BaseHandler):
         is_here = gateway.phase is GatewayPhase.SERVING
         status = ("healthy" if is_well else "unhealthy") if is_here else "shutting_down"
         prices = "loaded" if gateway.prices.loaded else "loading"
-        told = dict[str, Any](status=status, store=error or "writable", version=__version__)
+        told = dict[str, Any](
+            status=status, store=error or gateway.ledger.doubt or "writable", version=__version__
+        )
         told["prices"] = prices if gateway.prices.available else "none"
         told["uptime"] = round((now() - gateway.started).total_seconds())
         told["upstreams"] = upstreams
