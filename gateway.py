@@ -466,6 +466,15 @@ def later(start: datetime, duration: str) -> datetime:
     return start.replace(year=year, month=month + 1, day=day)
 
 
+def as_json(value: Any) -> bytes:
+    """JSON; msgspec takes a fifth of the time, but no lone surrogate."""
+    with contextlib.suppress(ImportError, UnicodeError):
+        import msgspec
+
+        return msgspec.json.encode(value)
+    return json.dumps(value).encode()
+
+
 @functools.lru_cache(maxsize=256)
 def window(duration: str, moment: datetime) -> tuple[datetime, datetime]:
     """Start and end of the window that ``moment`` falls in, in UTC, as LiteLLM snaps them: ``7d``
@@ -3086,7 +3095,7 @@ class StoreRefused(StoreAway):
 
 def nano(amount: Decimal) -> int:
     """Whole nano-dollars."""
-    return int((amount / NANO).to_integral_value())
+    return round(amount.scaleb(9))
 
 
 def usd(amount: Any) -> Decimal:
@@ -3149,7 +3158,9 @@ class Link(asyncio.Protocol):
         self._waiting.append((answer, self._loop.time()))
         return answer
 
-    def script(self, text: str, keys: Sequence[str], *arguments: str | int) -> asyncio.Future[Any]:
+    def script(
+        self, text: str, keys: Sequence[str], *arguments: str | int | bytes
+    ) -> asyncio.Future[Any]:
         """Run one of SCRIPTS."""
         return self.call("EVALSHA", DIGESTS[text], len(keys), *keys, *arguments)
 
@@ -3203,7 +3214,7 @@ class Write(NamedTuple):
 
     script: str
     keys: Sequence[str]
-    arguments: Sequence[str | int]
+    arguments: Sequence[str | int | bytes]
     then: Callable[[Any], None] | None
     done: asyncio.Future[None]
 
@@ -3433,7 +3444,7 @@ class RedisLedger(Ledger):
             text = f"Redis, which holds the keys, does not answer ({error or 'too late'})."
             raise APIError(503, f"{text} Try again in a second.", headers=again) from None
 
-    async def _run(self, script: str, keys: Sequence[str], *arguments: str | int) -> Any:
+    async def _run(self, script: str, keys: Sequence[str], *arguments: str | int | bytes) -> Any:
         """What a script answers. Raises StoreAway."""
         if self._link is None:
             raise StoreAway(self.away)
@@ -3443,7 +3454,7 @@ class RedisLedger(Ledger):
         self,
         script: str,
         keys: Sequence[str],
-        *arguments: str | int,
+        *arguments: str | int | bytes,
         then: Callable[[Any], None] | None = None,
     ) -> None:
         """Have a script of WRITTEN_ONCE run once; the last of ``keys`` is one that it writes."""
@@ -3598,7 +3609,7 @@ class RedisLedger(Ledger):
             hold.id = f"{self._process}:{self._number}"
             places = [of.account.place for of in accounts]
             self._holds[hold.id] = places
-            arguments = hold.id, int(LEASE * 1e6), json.dumps(rows)
+            arguments = hold.id, int(LEASE * 1e6), as_json(rows)
             try:
                 verdict, *told = await self._run(RESERVE, places, *arguments)
             except BaseException as error:  # it may be held, and nobody knows
@@ -3627,7 +3638,7 @@ class RedisLedger(Ledger):
 
     def _give_back(self, hold: Hold, places: Sequence[str]) -> None:
         nothing = [{"w": [], "u": [], "t": False, "a": False}] * len(places)
-        self._later(BOOK, [places[0], *places], hold.id, json.dumps(nothing), "0")
+        self._later(BOOK, [places[0], *places], hold.id, as_json(nothing), "0")
         hold.id = ""
 
     def _wanted(
@@ -3781,7 +3792,7 @@ class RedisLedger(Ledger):
         places = [of.account.place for of in accounts]
         then = functools.partial(self._booked, accounts)
         keys = [f"{PREFIX}batch:{batch}" if batch else places[0], *places]
-        self._later(BOOK, keys, id, json.dumps(rows), str(line), then=then)
+        self._later(BOOK, keys, id, as_json(rows), str(line), then=then)
 
     def _booked(self, accounts: Sequence[Limited], told: Sequence[Sequence[int]]) -> None:
         """Tell which marks were passed: the script says it to one process alone."""
@@ -3834,7 +3845,7 @@ class RedisLedger(Ledger):
         owner = next(of.owner for of in hold.accounts if isinstance(of, VirtualKey))
         row = ["owner", owner, "day", day_of(now()), "lines", 0, "booked", 0]
         keys = [f"{PREFIX}batch:{name}", f"{PREFIX}unbooked", *places]
-        self._later(KEEP, keys, hold.id, name, json.dumps(hold.costs), json.dumps(row))
+        self._later(KEEP, keys, hold.id, name, as_json(hold.costs), as_json(row))
         hold.id, hold.costs = "", []
 
     def book_line(self, name: str, line: int, charges: Charges) -> VirtualKey | None:
@@ -3855,7 +3866,7 @@ class RedisLedger(Ledger):
             rows.append({"w": spent, "u": usage})
             places.append(of.account.place)
         keys = [f"{PREFIX}batch:{name}", f"{PREFIX}unbooked", *places]
-        self._later(FINISH, keys, name, json.dumps(rows), self._usage_days * 86400)
+        self._later(FINISH, keys, name, as_json(rows), self._usage_days * 86400)
         if lost and key:
             log.warning(
                 "key %s: batch %s is gone, so its worst case is booked", key.shown_name, name
@@ -5848,15 +5859,6 @@ def log_record(record: Record) -> None:
         handler.handle(LOG_LINE)
 
 
-def line_of(row: dict[str, Any]) -> bytes:
-    """A row as a line of JSON; msgspec takes a fifth of the time, but no lone surrogate."""
-    with contextlib.suppress(ImportError, UnicodeError):
-        import msgspec
-
-        return msgspec.json.encode(row) + b"\n"
-    return json.dumps(row).encode() + b"\n"
-
-
 class RequestLog:
     """The last ``most`` requests, and a file of all (empty: none), as rows of /spend/logs: read at
     the start, written each second. At LOG_SIZE it becomes ".1", and what was ".1" is gone."""
@@ -5902,7 +5904,7 @@ class RequestLog:
                 self._waiting, self._error = rows, str(error)
 
     def _write(self, rows: collections.deque[Record]) -> None:
-        data = b"".join(line_of(row.to_spend_log()) for row in rows)
+        data = b"".join(as_json(row.to_spend_log()) + b"\n" for row in rows)
         descriptor = os.open(self._path, LOG_FLAGS, STORE_MODE)
         with open(descriptor, "ab+", buffering=0) as file:
             if size := file.tell():
