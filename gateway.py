@@ -79,6 +79,7 @@ import time
 import tomllib
 import types
 import urllib.parse
+import weakref
 import zlib
 from collections.abc import (
     AsyncIterator,
@@ -631,16 +632,18 @@ class Bucket:
 
 @dataclass(slots=True)
 class Window:
-    """USD spent in one window of a budget, and held for requests under way (not in the file)."""
+    """USD spent in one window of a budget, and held for requests under way (not in the file); what
+    a store that is shared said last is ``known``."""
 
     start: str = ""
     spend: Decimal = ZERO
     held: Decimal = ZERO
+    known: Decimal = ZERO
 
     def spent(self, start: str) -> Decimal:
         """What was spent in the window that starts there: nothing, if it is a new one."""
         if start > self.start:  # else the clock may have been set back, and what was spent counts
-            self.spend = ZERO
+            self.spend = self.known = ZERO
         self.start = start
         return self.spend
 
@@ -705,11 +708,12 @@ class Batch:
             amounts |= {name: read_decimal(amount) for name, amount in amounts.items()}
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class Account:
     """What a key has used and has under way, one for all versions of its record. ``windows`` are by
     a budget's name, ``buckets`` its limits a minute of "requests" and "tokens"; ``hashed`` is what
-    the record is kept under now. Of its large bodies one at a time is judged: it has the turn."""
+    the record is kept under now. Of its large bodies one at a time is judged: it has the turn. In a
+    store that is shared it has a ``place``, and the records of its team and user ``beside`` it."""
 
     windows: dict[str, Window] = field(default_factory=lambda: collections.defaultdict(Window))
     usage: Usage = field(default_factory=Usage)
@@ -719,6 +723,8 @@ class Account:
     running: int = 0
     buckets: dict[str, Bucket] = field(default_factory=dict)
     turn: asyncio.Lock = field(default_factory=asyncio.Lock, compare=False)
+    place: str = ""
+    beside: Sequence[Limited] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -891,6 +897,7 @@ class Limited:
     account: Account = field(default_factory=Account)
     budgets: tuple[Budget, ...] = field(init=False, compare=False)  # that of the spend first
     has_budget: bool = field(init=False, compare=False)
+    revision: str = field(default="", compare=False)  # in a store that is shared
 
     def __post_init__(self) -> None:
         budgets = [Budget(ALL_MODELS, ALL_MODELS, self.max_budget, self.budget_duration)]
@@ -901,6 +908,12 @@ class Limited:
             budgets.append(Budget(pattern, pattern, row.budget_limit, row.time_period))
         self.budgets = tuple(budgets)
         self.has_budget = any(budget.limit is not None for budget in budgets)
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether anything of it must be held for a request."""
+        limits = (self.rpm_limit, self.tpm_limit, self.max_parallel_requests)
+        return self.has_budget or limits != (None, None, None)
 
     @property
     def shown_name(self) -> str:
@@ -1869,6 +1882,9 @@ class Hold:
     started: datetime
     pays: bool = True
     amounts: Sequence[dict[str, Decimal]] = ()  # of each account
+    id: str = ""  # in a store that is shared
+    costs: Sequence[Sequence[str]] = ()  # there: (place, window, nano-dollars)
+    is_alone: bool = False  # such a store was away
 
 
 class Fullness(NamedTuple):
@@ -1910,6 +1926,20 @@ class Thing(NamedTuple):
     def is_for(self, key: VirtualKey) -> bool:
         """Whether a key may read it and refer to it."""
         return self.is_shared or self.belongs_to(key)
+
+
+def counted(charges: Charges, model: str, failed: bool) -> Charges:
+    """What one request used, with the request itself."""
+    if not charges or charges[0][0] != model:
+        charges = [(model, Tally()), *charges]
+    charges[0][1].requests, charges[0][1].errors = 1, int(failed)
+    return charges
+
+
+def group_names(key: VirtualKey) -> list[str]:
+    """What its team and its user are kept under."""
+    named = {"team": key.team_id, "user": key.user_id}
+    return [f"{kind}:{name}" for kind, name in named.items() if name]
 
 
 def store_line(name: str, record: Limited, today: str = "", keep_from: str = "") -> bytes:
@@ -2181,7 +2211,7 @@ class Ledger:
         if hashed != record.account.hashed and (until is None or moment >= until):
             return (record, "expired") if until else None
         status = record.status(moment)
-        if status == "active" and len(self.groups) > 1:
+        if status == "active":
             blocked = (of for of in self.limited(record) if of.blocked)
             status = next((f"its {of.of}" for of in blocked), status)
         return record, status
@@ -2257,18 +2287,18 @@ class Ledger:
         self, hold: Hold, charges: Charges, *, model: str, failed: bool, tags: Sequence[str] = ()
     ) -> None:
         """Give back what a request held; count it and what it used, once, and under its tags."""
+        self._release(hold)
+        if hold.pays and hold.accounts:
+            for of in hold.accounts:
+                of.account.last_active = now()
+            self.charge(hold.accounts, counted(charges, model, failed), hold.started, tags)
+
+    def _release(self, hold: Hold) -> None:
         for of in hold.accounts:
             of.account.running -= 1
         for of, amounts in zip(hold.accounts, hold.amounts, strict=False):
             for name, amount in amounts.items():
                 of.account.windows[name].held -= amount
-        if hold.pays and hold.accounts:
-            for of in hold.accounts:
-                of.account.last_active = now()
-            if not charges or charges[0][0] != model:
-                charges = [(model, Tally()), *charges]
-            charges[0][1].requests, charges[0][1].errors = 1, int(failed)
-            self.charge(hold.accounts, charges, hold.started, tags)
 
     def charge(
         self, accounts: Sequence[Limited], charges: Charges, moment: datetime, tags: Sequence[str]
@@ -2810,6 +2840,1174 @@ def check_budget(
 
 
 AnyLedger = FileLedger
+
+
+# ─── Redis ────────────────────────────────────────────────────────────────────────────────────────
+
+# The same promises over any number of processes: what keys are, use and hold is in Redis or Valkey,
+# and what a process remembers of it is a copy. An account is held and booked by scripts, which run
+# one after the other, by the server's clock; all keys of one begin as its ``place`` does, and have
+# its team's hash tag. Amounts are nano-dollars: Lua's numbers are exact up to 2^53, $9 million.
+
+LEAST_REDIS = (6, 2)
+STORE_DEADLINE = 0.5  # seconds for an answer
+STORE_RETRY = 0.1  # seconds until the next try to reach it
+CHECK_INTERVAL = 0.4  # seconds; less than the second within which a change holds everywhere
+LEASE, RENEWAL = 60.0, 20.0  # seconds that a hold stands by itself; until it is renewed
+LOCK_LEASE = 5.0  # seconds that a change may take
+KEPT_RECORDS = 10_000  # keys in use, which a process remembers
+RECORDS_A_TRIP, LOOKED_AT = 500, 100  # records that are read in one trip, and with their usage
+CHANGES_KEPT = 10_000  # in the stream that tells of them
+TRIES = 3  # of a request whose key is changed under it
+MARK_DAYS = 7  # after which a process that was cut off may not write any more
+PREFIX, STORE, CHANGES, REVISION = "gw:", "gw:store", "gw:changes", "gw:revision"
+NANO = Decimal("1e-9")
+REMEMBERED = ".store"  # behind the name of the keys file: which stores were used from here
+MINUTE = 60_000_000  # microseconds
+NO_STORE = "The store is empty, or another one: nothing is changed in it. Whoever runs the gateway"
+NO_STORE += " must bring its data back, or start it with --new-store or --import."
+
+# What every script begins with. KEYS[1] is the store's name, ARGV[1] what it was when we came.
+PRELUDE = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return redis.error_reply('LOST the store') end
+local time = redis.call('TIME')
+local now = time[1] * 1000000 + time[2]
+
+local function ahead(place, kind, limit, tokens)  -- moves the time at which all is there again
+  local at = math.max(tonumber(redis.call('HGET', place, 'tat:' .. kind) or 0), now)
+  redis.call('HSET', place, 'tat:' .. kind, at + tokens * math.floor(60000000 / limit))
+end
+
+local function add(place, used, sign)
+  for _, each in ipairs(used.w) do  -- window, start, amount
+    local start = redis.call('HGET', place, 'start:' .. each[1])
+    if not start or each[2] > start then
+      redis.call('HSET', place, 'start:' .. each[1], each[2], 'spent:' .. each[1], 0)
+    end
+    redis.call('HINCRBY', place, 'spent:' .. each[1], sign * each[3])
+  end
+  for _, each in ipairs(used.u) do  -- day, model, counts, seconds it is kept
+    local day, model = place .. ':' .. each[1], each[2]
+    local known = redis.call('HEXISTS', day, model .. '\\0requests')
+    if known == 0 and redis.call('HLEN', day) >= MOST then model = 'OTHER' end
+    for name, count in pairs(each[3]) do
+      redis.call('HINCRBY', day, model .. '\\0' .. name, sign * count)
+    end
+    redis.call('EXPIRE', day, each[4])
+  end
+end
+
+local function free(place, id)  -- gives back what a request holds, where it still does
+  if redis.call('ZREM', place .. ':leases', id) == 0 then return end
+  local text = redis.call('HGET', place .. ':holds', id)
+  redis.call('HDEL', place .. ':holds', id)
+  local held = cjson.decode(text)
+  for _, each in ipairs(held.c) do
+    redis.call('HINCRBY', place, 'held:' .. each[1], -each[2])
+  end
+  return held, text
+end
+
+local function lapse(place)  -- what nobody renewed costs what its prompt did, until it is known
+  local leases = place .. ':leases'
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', leases, '-inf', now, 'LIMIT', 0, 100)) do
+    local held, text = free(place, id)
+    add(place, held, 1)
+    redis.call('SET', place .. ':lapsed:' .. id, text, 'EX', 604800)
+  end
+end
+
+local function settle(place, id)
+  local held = free(place, id)
+  local text = not held and redis.call('GET', place .. ':lapsed:' .. id)
+  if text then
+    add(place, cjson.decode(text), -1)
+    redis.call('DEL', place .. ':lapsed:' .. id)
+  end
+end
+"""
+PRELUDE = PRELUDE.replace("MOST", str(9 * MAX_MODELS_A_DAY)).replace("OTHER", OTHER_MODELS)
+# Before a request: all that it needs is checked of all its accounts, and held, or nothing.
+RESERVE = """
+local accounts, told = cjson.decode(ARGV[4]), {}
+for i, account in ipairs(accounts) do
+  local place, wanted = KEYS[i + 1], {'rev', 'tat:requests', 'tat:tokens'}
+  lapse(place)
+  for _, each in ipairs(account.b) do  -- window, start, limit, cost, whether all of it must fit
+    for _, name in ipairs({'start:', 'spent:', 'held:'}) do
+      wanted[#wanted + 1] = name .. each[1]
+    end
+  end
+  local found = redis.call('HMGET', place, unpack(wanted))
+  local running = redis.call('ZCARD', place .. ':leases')
+  if (found[1] or '') ~= account.r then return {'stale'} end
+  local state, refused, wait = {running}, nil, 1000000
+  if account.p and running >= account.p then refused = 'slots' end
+  for j, limit in ipairs({account.q, account.k}) do
+    local at = math.max(tonumber(found[j + 1] or 0), now)
+    state[j + 1] = at - now
+    if limit and not refused then
+      local late = at + math.floor(60000000 / limit) - now - 60000000
+      if late > 0 then refused, wait = (j == 1 and 'requests' or 'tokens'), late end
+    end
+  end
+  for j, each in ipairs(account.b) do
+    local spent, held = tonumber(found[3 * j + 2] or 0), tonumber(found[3 * j + 3] or 0)
+    if each[2] > (found[3 * j + 1] or '') then spent = 0 end
+    state[#state + 1], state[#state + 2] = spent, held
+    local limit, cost, fit = each[3], each[4], each[5]
+    if limit and cost and not refused then
+      local room = limit - spent - (account.s and held or 0)
+      if spent >= limit or (fit and cost > room) or (not fit and room <= 0) then
+        refused = j - 1
+      end
+    end
+  end
+  told[i] = state
+  if refused then return {'refused', i - 1, refused, wait, unpack(told)} end
+end
+for i, account in ipairs(accounts) do
+  local place, state = KEYS[i + 1], told[i]
+  redis.call('ZADD', place .. ':leases', now + ARGV[3], ARGV[2])
+  redis.call('HSET', place .. ':holds', ARGV[2], cjson.encode(account.h))
+  for _, each in ipairs(account.h.c) do
+    redis.call('HINCRBY', place, 'held:' .. each[1], each[2])
+  end
+  if account.q then ahead(place, 'requests', account.q, 1) end
+  state[1] = state[1] + 1
+end
+return {'held', 0, 0, 0, unpack(told)}
+"""
+# What is written later, in its order, and perhaps twice: only once it counts. KEYS[2] remembers how
+# far it is, ARGV[2] is its number.
+ONCE = """
+if tonumber(redis.call('GET', KEYS[2]) or 0) >= tonumber(ARGV[2]) then return {} end
+redis.call('SET', KEYS[2], ARGV[2], 'EX', 604800)
+"""
+# After a request, or a line of a batch (KEYS[3], ARGV[5]): what it held is given back, and what it
+# used is counted to those of its accounts that are still there.
+BOOK = """
+if ARGV[5] ~= '0' then
+  if tonumber(redis.call('HGET', KEYS[3], 'lines') or 1e15) >= tonumber(ARGV[5]) then return {} end
+  redis.call('HSET', KEYS[3], 'lines', ARGV[5])
+end
+local told = {}
+for i, used in ipairs(cjson.decode(ARGV[4])) do
+  local place = KEYS[i + 3]
+  told[i] = {}
+  if redis.call('HEXISTS', place, 'rev') == 1 then
+    if ARGV[3] ~= '' then settle(place, ARGV[3]) end
+    add(place, used, 1)
+    for j, each in ipairs(used.w) do
+      local spent = tonumber(redis.call('HGET', place, 'spent:' .. each[1]))
+      told[i][2 * j - 1], told[i][2 * j] = spent - each[3], spent
+    end
+    if used.t then ahead(place, 'tokens', used.t[2], used.t[1]) end
+    if used.a then redis.call('HSET', place, 'active', time[1]) end
+  end
+end
+return told
+"""
+# A hold becomes a batch's (KEYS[3]), and lasts until it is booked.
+KEEP = """
+for i = 5, #KEYS do
+  if not free(KEYS[i], ARGV[3]) then settle(KEYS[i], ARGV[3]) end
+end
+for _, each in ipairs(cjson.decode(ARGV[5])) do  -- place, window, amount
+  redis.call('HINCRBY', each[1], 'held:' .. each[2], each[3])
+end
+redis.call('HSET', KEYS[3], 'held', ARGV[5], unpack(cjson.decode(ARGV[6])))
+redis.call('SADD', KEYS[4], ARGV[4])
+return {}
+"""
+FINISH = """
+local found = redis.call('HMGET', KEYS[3], 'held', 'booked')
+if not found[1] or found[2] == '1' then return {} end
+for _, each in ipairs(cjson.decode(found[1])) do
+  redis.call('HINCRBY', each[1], 'held:' .. each[2], -each[3])
+end
+for i, used in ipairs(cjson.decode(ARGV[4])) do add(KEYS[i + 4], used, 1) end
+redis.call('HSET', KEYS[3], 'booked', 1)
+redis.call('EXPIRE', KEYS[3], ARGV[5])
+redis.call('SREM', KEYS[4], ARGV[3])
+return {}
+"""
+RENEW = """
+for i = 2, #KEYS do
+  redis.call('ZADD', KEYS[i] .. ':leases', 'XX', now + ARGV[2], ARGV[i + 1])
+end
+"""
+# What accounts are now: [what the account has, its slots, [day, counts …]].
+LOOK = """
+local told = {}
+for i = 2, #KEYS do
+  local days = {}
+  lapse(KEYS[i])
+  for j = 2, #ARGV do
+    local counts = redis.call('HGETALL', KEYS[i] .. ':' .. ARGV[j])
+    if #counts > 0 then days[#days + 1], days[#days + 2] = ARGV[j], counts end
+  end
+  told[i - 1] = {redis.call('HGETALL', KEYS[i]), redis.call('ZCARD', KEYS[i] .. ':leases'), days}
+end
+return told
+"""
+EVERY_SCRIPT = (RESERVE, RENEW, LOOK)
+WRITTEN_ONCE = (BOOK, KEEP, FINISH)
+SCRIPTS = {text: PRELUDE + text for text in EVERY_SCRIPT}
+SCRIPTS |= {text: PRELUDE + ONCE + text for text in WRITTEN_ONCE}
+DIGESTS = {text: hashlib.sha1(script.encode()).hexdigest() for text, script in SCRIPTS.items()}
+
+
+class StoreAway(Exception):
+    """Redis did not answer, or not as it should; its text says how."""
+
+
+class StoreRefused(StoreAway):
+    """Redis answered with an error, and has done nothing."""
+
+
+def nano(amount: Decimal) -> int:
+    """Whole nano-dollars."""
+    return int((amount / NANO).to_integral_value())
+
+
+def usd(amount: Any) -> Decimal:
+    """USD of nano-dollars."""
+    return (int(amount) * NANO).normalize()
+
+
+class Link(asyncio.Protocol):
+    """One connection for all scripts of a process, in RESP2, by hiredis: what is called in a turn
+    of the loop goes out in one write, and is answered in its order. Where an answer takes longer
+    than STORE_DEADLINE it breaks off; all that wait then get StoreAway, and ``closed`` is done."""
+
+    def __init__(self) -> None:
+        import hiredis
+
+        self._loop = asyncio.get_running_loop()
+        self.closed: asyncio.Future[None] = self._loop.create_future()
+        self._error, self._pack = hiredis.ReplyError, cast(Any, hiredis.pack_command)
+        self._reader = hiredis.Reader(encoding="utf-8", errors="surrogateescape")
+        self._out = list[bytes]()
+        self._waiting = collections.deque[tuple[asyncio.Future[Any], float]]()
+        self._timer: asyncio.TimerHandle | None = None
+        self.why = "the connection was closed"
+
+    @classmethod
+    async def open(cls, pool: Any) -> Link:
+        """Connect as a pool of redis-py's does, and load the scripts. Raises OSError, StoreAway."""
+        told, loop, context = pool.connection_kwargs, asyncio.get_running_loop(), None
+        try:
+            async with asyncio.timeout(STORE_DEADLINE):
+                if "path" in told:
+                    _, link = await loop.create_unix_connection(cls, told["path"])
+                else:
+                    if hasattr(connection := pool.make_connection(), "ssl_context"):
+                        context = connection.ssl_context.get()
+                    place = told.get("host", "localhost"), told.get("port", 6379)
+                    _, link = await loop.create_connection(cls, *place, ssl=context)
+        except TimeoutError:
+            raise StoreAway("no connection in time") from None
+        if word := told.get("password"):
+            await link.call("AUTH", *filter(None, (told.get("username"), word)))
+        await link.call("SELECT", told.get("db") or 0)
+        await asyncio.gather(*(link.call("SCRIPT", "LOAD", text) for text in SCRIPTS.values()))
+        return link
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+
+    def call(self, *command: str | int | bytes) -> asyncio.Future[Any]:
+        """Send a command; its answer is awaited, or StoreAway."""
+        answer = self._loop.create_future()
+        if self.closed.done():
+            answer.set_exception(StoreAway(self.why))
+            return answer
+        if self._timer is None:
+            self._timer = self._loop.call_later(STORE_DEADLINE, self._look)
+        if not self._out:
+            self._loop.call_soon(self._flush)
+        self._out.append(self._pack(command))
+        self._waiting.append((answer, self._loop.time()))
+        return answer
+
+    def script(self, text: str, keys: Sequence[str], *arguments: str | int) -> asyncio.Future[Any]:
+        """Run one of SCRIPTS."""
+        return self.call("EVALSHA", DIGESTS[text], len(keys), *keys, *arguments)
+
+    def _flush(self) -> None:
+        if not self.closed.done():
+            self._transport.write(b"".join(self._out))
+        self._out.clear()
+
+    def data_received(self, data: bytes) -> None:
+        self._reader.feed(data)
+        while self._waiting and (reply := self._reader.gets()) is not False:
+            answer, _ = self._waiting.popleft()
+            if answer.done():
+                continue
+            if isinstance(reply, self._error):
+                answer.set_exception(StoreRefused(str(reply)))
+            else:
+                answer.set_result(reply)
+
+    def _look(self) -> None:
+        self._timer = None
+        if self._waiting:
+            left = self._waiting[0][1] + STORE_DEADLINE - self._loop.time()
+            if left <= 0:
+                self.abort(f"no answer in {STORE_DEADLINE:g} seconds")
+            else:
+                self._timer = self._loop.call_later(left, self._look)
+
+    def abort(self, why: str) -> None:
+        """Break off."""
+        self.why = why
+        self._transport.abort()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.closed.done():
+            self.closed.set_result(None)
+        for answer, _ in self._waiting:
+            if not answer.done():
+                answer.set_exception(StoreAway(self.why))
+                answer.exception()  # whoever asked may be gone
+        self._waiting.clear()
+
+
+class Write(NamedTuple):
+    """What is to be written once, whatever happens: ``then`` gets what its script answers."""
+
+    script: str
+    keys: Sequence[str]
+    arguments: Sequence[str | int]
+    then: Callable[[Any], None] | None
+    done: asyncio.Future[None]
+
+
+class RedisLedger(Ledger):
+    """The same over any number of processes, which share a ``store`` (a URL). What a process knows
+    of the keys in use is a copy that a stream of changes keeps fresh, and each script tells of what
+    is old. Where Redis does not answer, keys without limits go on, rates are held here, and budgets
+    are refused (503), or, where ``allow``, what was left is shared out. What is written later has a
+    number, goes in its order, and counts once. ``remember`` is a file of the stores used here."""
+
+    leases = True
+
+    def __init__(
+        self,
+        store: str,
+        usage_days: int = 90,
+        clock: Callable[[], float] = time.monotonic,
+        limits: Limited | None = None,
+        *,
+        new_store: bool = False,
+        allow: bool = False,
+        remember: Path | None = None,
+    ) -> None:
+        import redis.asyncio
+        from redis.asyncio.retry import Retry
+        from redis.backoff import NoBackoff
+
+        super().__init__(usage_days, clock, limits)
+        times: Any = dict.fromkeys(("socket_timeout", "socket_connect_timeout"), STORE_DEADLINE)
+        told: Any = times | {"decode_responses": True, "retry": Retry(NoBackoff(), 0)}
+        self._redis: Any = redis.asyncio.from_url(store, protocol=2, **told)
+        self._errors = (redis.RedisError, OSError, TimeoutError, StoreAway)
+        self._new, self._allow, self._remember = new_store, allow, remember
+        self._shown = re.sub(r"//[^@/]*@", "//", store.partition("?")[0])
+        self.keys: collections.OrderedDict[str, VirtualKey] = collections.OrderedDict()
+        self._unknown: set[str] = set()  # hashes of no key, until any changes
+        self._accounts = weakref.WeakValueDictionary[str, Account]()  # by their places
+        self._link, self._linked = cast(Link | None, None), asyncio.Event()
+        self.away, self.lost, self.doubt = "it was not asked yet", False, ""
+        self._id, self._process, self._number = "", secrets.token_hex(4), 0
+        self._writes: dict[int, Write] = {}
+        self._again: list[int] = []  # writes that were refused
+        self._holds: dict[str, Sequence[str]] = {}  # places, by the ids of holds
+        self._turn, self._lock = asyncio.Lock(), None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._waits = False  # for WAITAOF
+        self._last, self._count, self._processes = "0-0", 0, 1
+        self.groups[GATEWAY].account.place = f"{PREFIX}{{gateway}}:{GATEWAY}"
+        self._booking: dict[str, tuple[VirtualKey, Any]] = {}  # batches: whose, and what is held
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no key was ever made."""
+        return not self._count
+
+    # Coming and going
+
+    async def open(self) -> None:
+        """Find the store, or make one where there was none. Raises SettingsError."""
+        try:
+            told = await self._redis.info("server")
+            if tuple(map(int, told["redis_version"].split(".")[:2])) < LEAST_REDIS:
+                least = ".".join(map(str, LEAST_REDIS))
+                raise SettingsError(f"--store: Redis {told['redis_version']} is before {least}")
+            await self._find_disk()
+            await self._find_store()
+            await self._redis.hset(self.groups[GATEWAY].account.place, "rev", "")
+            newest = await self._redis.xrevrange(CHANGES, count=1)
+            self._last = newest[0][0] if newest else self._last
+            await self._check()
+            self._tasks = [
+                asyncio.create_task(each) for each in (self._keep_linked(), self._follow())
+            ]
+            await asyncio.wait_for(self._linked.wait(), 2 * STORE_DEADLINE)
+        except self._errors as error:
+            raise SettingsError(f"--store: {self._shown}: {error or 'no answer'}") from None
+
+    async def _find_disk(self) -> None:
+        """How a change gets on disk; what is less than sure is said."""
+        config, asks = dict[str, str](), self._redis.execute_command
+        with contextlib.suppress(*self._errors):
+            for name in ("appendonly", "appendfsync"):
+                config |= await self._redis.config_get(name)
+        with contextlib.suppress(*self._errors):
+            self._waits = bool((await asks("WAITAOF", 1, 0, int(STORE_DEADLINE * 800)))[0])
+        if not self._waits and [*config.values()] != ["yes", "always"]:
+            self.doubt = "a change may be lost with Redis: it needs appendonly yes, and appendfsync"
+            self.doubt += " always or Redis 7.2"
+            log.warning("! %s", self.doubt)
+
+    async def _find_store(self) -> None:
+        """The store's id; one that was used from here does not come back empty unnoticed."""
+        used, redis = dict[str, str](), self._redis
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            used = json.loads(self._remember.read_text()) if self._remember else used
+        self._id = await redis.get(STORE) or ""
+        if not self._id:
+            if not self._new and (self._shown in used or await redis.dbsize()):
+                text = "it holds no keys of a gateway: bring its data back, or start once with"
+                raise SettingsError(f"--store: {self._shown}: {text} --new-store or --import")
+            await redis.set(STORE, secrets.token_hex(8), nx=True)
+            self._id = await redis.get(STORE)
+        if self._remember and used.get(self._shown) != self._id:
+            with contextlib.suppress(OSError):
+                self._remember.write_text(json.dumps(used | {self._shown: self._id}))
+
+    async def _keep_linked(self) -> None:
+        while True:
+            try:
+                self._link = link = await Link.open(self._redis.connection_pool)
+                self._linked.set()
+                if self.away and self._number:
+                    log.warning("Redis is back: %d writes waited for it", len(self._writes))
+                self.away, self._again = "", []
+                self._forget()  # what changed meanwhile
+                await self._renew()
+                for number, write in [*self._writes.items()]:
+                    self._send(number, write)
+                await link.closed
+                why = link.why
+            except (OSError, StoreAway) as error:
+                why = str(error) or "no answer"
+            self._link = None
+            if why != self.away:
+                log.error("Redis is away: %s", why) if not self.away else None
+                self.tell("db_exceptions", f"Redis is away: {why}", matter="Redis")
+            self.away = why
+            await asyncio.sleep(STORE_RETRY)
+
+    async def _follow(self) -> None:
+        """Hear of changes, at once and after any pause."""
+        while True:
+            try:
+                block = int(CHECK_INTERVAL * 1000)
+                told = await self._redis.xread({CHANGES: self._last}, block=block, count=1000)
+                for self._last, change in itertools.chain(*(entries for _, entries in told)):
+                    self._forget(change["name"])
+                await self._check()
+            except self._errors as error:
+                if self._link is not None:
+                    self._link.abort(str(error) or "no answer")
+                await asyncio.sleep(STORE_RETRY)
+
+    async def _check(self) -> None:
+        """Whether it is still the same store; what time it is there, and who else is."""
+        asked = time.time()
+        async with self._redis.pipeline(transaction=False) as pipe:
+            pipe.get(STORE).time().zcard(f"{PREFIX}key")
+            pipe.zadd(f"{PREFIX}processes", {self._process: asked + CLOCK.ahead})
+            pipe.zcount(f"{PREFIX}processes", asked + CLOCK.ahead - 5, "inf")
+            store, (seconds, more), self._count, _, self._processes = await pipe.execute()
+        CLOCK.ahead = seconds + more / 1e6 - (asked + time.time()) / 2
+        if self.lost != (lost := store != self._id):
+            log.critical(NO_STORE) if lost else log.warning("the store is back")
+            self.lost = lost
+            if not lost and self._link is not None:
+                self._link.abort("the store is back")
+
+    async def run(self) -> None:
+        """Renew what requests hold, and try again what Redis refused, until cancelled."""
+        for beat in itertools.count():
+            await asyncio.sleep(FLUSH_INTERVAL)
+            again, self._again = self._again, []
+            for number in again:
+                self._send(number, self._writes[number])
+            if beat % RENEWAL == 0:
+                await self._renew()
+
+    async def _renew(self) -> None:
+        holds = [(place, id) for id, places in self._holds.items() for place in places]
+        for start in range(0, len(holds), RECORDS_A_TRIP):
+            part = holds[start : start + RECORDS_A_TRIP]
+            with contextlib.suppress(StoreAway):
+                ids = (id for _, id in part)
+                await self._run(RENEW, [place for place, _ in part], int(LEASE * 1e6), *ids)
+
+    async def save(self) -> None:
+        """Make all that was written before this call durable. Raises APIError 503."""
+        with self._asking():
+            async with asyncio.timeout(STORE_DEADLINE):
+                if writes := [write.done for write in self._writes.values()]:
+                    await asyncio.wait(writes)
+            await self._sync()
+
+    async def _sync(self) -> None:
+        if self._waits:
+            async with self._redis.pipeline(transaction=False) as pipe:
+                pipe.incr(f"{PREFIX}synced")  # what this connection wrote is what it waits for
+                pipe.execute_command("WAITAOF", 1, 0, int(STORE_DEADLINE * 800))
+                if not (await pipe.execute())[1][0]:
+                    raise StoreAway("it is not known to be on disk")
+
+    async def close(self) -> None:
+        """Write what is not written, and leave."""
+        try:
+            await self.save()
+        except APIError as error:
+            log.error("%d writes are lost: %s", len(self._writes), error)
+        for task in self._tasks:
+            task.cancel()
+        if self._link is not None:
+            self._link.abort("closed")
+        await self._redis.aclose()
+
+    def trouble(self) -> str:
+        """What is wrong with the store."""
+        if self.lost:
+            return NO_STORE
+        waiting = f"; {len(self._writes)} writes wait" if self._writes else ""
+        return f"Redis is away: {self.away}{waiting}" if self.away else ""
+
+    @contextlib.contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Raise APIError 503 where the store does not answer, or not as itself."""
+        again = [("retry-after", "1")]
+        if self.lost:
+            raise APIError(503, NO_STORE, headers=again)
+        try:
+            if self.away:
+                raise StoreAway(self.away)
+            yield
+        except self._errors as error:
+            text = f"Redis, which holds the keys, does not answer ({error or 'too late'})."
+            raise APIError(503, f"{text} Try again in a second.", headers=again) from None
+
+    async def _run(self, script: str, keys: Sequence[str], *arguments: str | int) -> Any:
+        """What a script answers. Raises StoreAway."""
+        if self._link is None:
+            raise StoreAway(self.away)
+        return await self._link.script(script, [STORE, *keys], self._id, *arguments)
+
+    def _later(
+        self,
+        script: str,
+        keys: Sequence[str],
+        *arguments: str | int,
+        then: Callable[[Any], None] | None = None,
+    ) -> None:
+        """Have a script of WRITTEN_ONCE run once; the last of ``keys`` is one that it writes."""
+        self._number += 1
+        done = asyncio.get_running_loop().create_future()
+        self._writes[self._number] = write = Write(script, keys, arguments, then, done)
+        self._send(self._number, write)
+
+    def _send(self, number: int, write: Write) -> None:
+        if self._link is not None and not self.lost:
+            keys = [STORE, f"{write.keys[-1]}:seen:{self._process}", *write.keys]
+            answer = self._link.script(write.script, keys, self._id, number, *write.arguments)
+            answer.add_done_callback(functools.partial(self._sent, number, write))
+
+    def _sent(self, number: int, write: Write, answer: asyncio.Future[Any]) -> None:
+        error = answer.exception()
+        if isinstance(error, StoreRefused):  # so it was not written; others behind it may be
+            del self._writes[number]
+            self._number += 1
+            self._writes[self._number] = write
+            self._again.append(self._number)
+            log.error("Redis refuses to write: %s", error) if len(self._again) == 1 else None
+        elif error is None:
+            del self._writes[number]
+            write.done.set_result(None)
+            if write.then:
+                write.then(answer.result())
+
+    # Who it is
+
+    async def find_hash(self, hashed: str) -> tuple[VirtualKey, str] | None:
+        if self.lost:
+            raise APIError(503, NO_STORE, headers=[("retry-after", "1")])
+        if (key := self.keys.get(hashed)) is None and hashed not in self._unknown:
+            with self._asking():
+                key = await self._read_key(hashed, former=True)
+                if key is None:
+                    self._unknown.add(hashed)
+                else:
+                    await self._join([key])
+                    self.keys[hashed] = key
+            for kept, most in ((self.keys, KEPT_RECORDS), (self._unknown, KEPT_RECORDS)):
+                if len(kept) > most:
+                    kept.popitem(last=False) if kept is self.keys else self._unknown.clear()
+        if key is None:
+            return None
+        if key is self.keys.get(hashed):
+            self.keys.move_to_end(hashed)
+        return self._judged(key, hashed)
+
+    async def knows(self, hashes: Iterable[str]) -> bool:
+        asked = [*hashes]
+        with self._asking():
+            for start in range(0, len(asked), RECORDS_A_TRIP):
+                part = asked[start : start + RECORDS_A_TRIP]
+                async with self._redis.pipeline(transaction=False) as pipe:
+                    pipe.exists(*(f"{PREFIX}record:{each}" for each in part))
+                    pipe.hmget(f"{PREFIX}retired", part)
+                    known, retired = await pipe.execute()
+                if known or any(retired):
+                    return True
+        return False
+
+    def limited(self, key: VirtualKey | None) -> Sequence[Limited]:
+        whole = self.groups[GATEWAY]
+        found = [key, *key.account.beside] if key else []
+        return [*found, whole] if whole.has_budget else found
+
+    def _forget(self, name: str = "") -> None:
+        """A record has changed, or (without a name) any may have."""
+        self._unknown.clear()
+        if not name:
+            self.keys.clear()
+        elif HASH.fullmatch(name):
+            for hashed in [h for h, key in self.keys.items() if key.account.hashed == name]:
+                del self.keys[hashed]
+        else:
+            kind, _, of = name.partition(":")
+            for hashed in [h for h, key in self.keys.items() if getattr(key, f"{kind}_id") == of]:
+                del self.keys[hashed]
+
+    async def _read_key(self, hashed: str, *, former: bool) -> VirtualKey | None:
+        """A key by its hash, or by one that it had."""
+        if found := (await self._records([hashed])).get(hashed):
+            return cast(VirtualKey, found)
+        newer = await self._redis.hget(f"{PREFIX}retired", hashed) if former else None
+        found = (await self._records([newer])).get(newer) if newer else None
+        return found if isinstance(found, VirtualKey) and hashed in found.retired else None
+
+    async def _records(self, names: Sequence[str]) -> dict[str, Limited]:
+        """The records that are kept under these names, those that are there."""
+        found = dict[str, Limited]()
+        texts = await self._redis.mget([f"{PREFIX}record:{n}" for n in names]) if names else []
+        for name, text in zip(names, texts, strict=True):
+            if text is None:
+                continue
+            row, kind = json.loads(text), GROUPS.get(name.partition(":")[0], VirtualKey)
+            record = found[name] = kind.from_json(row["record"])
+            account = self._accounts.setdefault(row["place"], record.account)
+            record.account, record.revision = account, row["rev"]
+            account.place, account.hashed = row["place"], name
+            self._fit_buckets(record)
+        homeless = [of for of in found.values() if isinstance(of, VirtualKey) and not of.home]
+        if homeless:
+            homes = await self._redis.hmget(f"{PREFIX}homes", [of.owner for of in homeless])
+            for each, home in zip(homeless, homes, strict=True):
+                each.home = home
+        return found
+
+    async def _join(self, keys: Iterable[VirtualKey]) -> list[Limited]:
+        """Put the records of their teams and users beside keys."""
+        named = {key.account.place: (f"team:{key.team_id}", f"user:{key.user_id}") for key in keys}
+        groups = await self._records(sorted({*itertools.chain(*named.values())}))
+        for key in keys:
+            names = named[key.account.place]
+            key.account.beside = [groups[name] for name in names if name in groups]
+        return [*groups.values()]
+
+    async def settle(self, key: VirtualKey, home: str) -> None:
+        team, homes = f"team:{key.team_id}", f"{PREFIX}homes"
+        try:
+            if key.team_id and key.resources == "team":
+                await self._redis.hsetnx(homes, team, home)
+                home = await self._redis.hget(homes, team)
+            await self._redis.hsetnx(homes, key.owner, home)
+            key.home = await self._redis.hget(homes, key.owner)
+        except self._errors:
+            key.home = home  # until it can be asked
+
+    # What requests use
+
+    async def admit(self, hold: Hold, *, pays: bool, shares: bool, later: bool = False) -> None:
+        if not later:
+            await self._reserve(hold, (), (), pays=pays, shares=shares, fit=True)
+
+    async def hold(self, hold: Hold, worst: Charges, prompt: Charges = (), *, fit: bool) -> None:
+        await self._reserve(hold, worst, prompt, pays=True, shares=True, fit=fit)
+
+    async def _reserve(
+        self, hold: Hold, worst: Charges, prompt: Charges, *, pays: bool, shares: bool, fit: bool
+    ) -> None:
+        for _ in range(TRIES):
+            accounts = [of for of in hold.accounts if of.is_limited]
+            if not accounts:
+                return
+            moment = moment_of(int(now().timestamp()))
+            rows = [
+                self._wanted(of, worst, prompt, moment, pays=pays, shares=shares, fit=fit)
+                for of in accounts
+            ]
+            self._number += 1
+            hold.id = f"{self._process}:{self._number}"
+            places = [of.account.place for of in accounts]
+            self._holds[hold.id] = places
+            arguments = hold.id, int(LEASE * 1e6), json.dumps(rows)
+            try:
+                verdict, *told = await self._run(RESERVE, places, *arguments)
+            except BaseException as error:  # it may be held, and nobody knows
+                del self._holds[hold.id]
+                self._give_back(hold, places)
+                if not isinstance(error, StoreAway):
+                    raise
+                return await self._hold_alone(hold, worst, pays=pays, shares=shares, fit=fit)
+            if verdict == "held":
+                for of, row, state in zip(accounts, rows, told[3:], strict=True):
+                    self._mirror(of, row, state)
+                hold.costs = [
+                    [place, *c] for place, row in zip(places, rows) for c in row["h"]["c"]
+                ]
+                return
+            del self._holds[hold.id]
+            hold.id = ""
+            if verdict == "refused":
+                index, why, wait, *states = told
+                for of, row, state in zip(accounts, rows, states, strict=False):
+                    self._mirror(of, row, state)
+                self._refuse(hold, accounts[index], why, wait, rows[index], shares=shares)
+            await self._read_anew(hold)
+        raise APIError(503, "The key is being changed. Try again.", headers=[("retry-after", "1")])
+
+    def _give_back(self, hold: Hold, places: Sequence[str]) -> None:
+        nothing = [{"w": [], "u": [], "t": False, "a": False}] * len(places)
+        self._later(BOOK, [places[0], *places], hold.id, json.dumps(nothing), "0")
+        hold.id = ""
+
+    def _wanted(
+        self,
+        of: Limited,
+        worst: Charges,
+        prompt: Charges,
+        moment: datetime,
+        *,
+        pays: bool,
+        shares: bool,
+        fit: bool,
+    ) -> dict[str, Any]:
+        """What a request needs of one account, as RESERVE reads it."""
+        budgets, costs, used = list[Any](), list[Any](), list[Any]()
+        for budget in of.budgets:
+            name, start = budget.name, window_start(budget.duration, moment)
+            limit = False if budget.limit is None else nano(budget.limit)
+            found = [nano(tally.spend) for model, tally in worst if budget.is_for(model)]
+            cost = (
+                sum(found) if found else 0 if pays and not worst and not budget.pattern else False
+            )
+            if cost:
+                costs.append([name, str(cost)])
+                amount = sum(nano(t.spend) for model, t in prompt if budget.is_for(model))
+                used.append([name, start, str(amount)])
+            budgets.append([name, start, limit, cost, fit or not cost])
+        usage = self._usage(prompt, day_of(moment)) if of.of == "key" else []
+        row: dict[str, Any] = {"r": of.revision, "b": budgets, "s": shares}
+        for name, most in (
+            ("p", of.max_parallel_requests),
+            ("q", of.rpm_limit),
+            ("k", of.tpm_limit),
+        ):
+            row[name] = False if most is None else most
+        return row | {"h": {"c": costs, "w": used, "u": usage}}
+
+    def _usage(self, charges: Charges, day: str) -> list[Any]:
+        kept = (self._usage_days + 1) * 86400
+        rows = list[Any]()
+        for model, tally in charges:
+            counts = {n: count for n in tally.__slots__ if (count := getattr(tally, n))}
+            if tally.spend:
+                counts["spend"] = nano(tally.spend)
+            rows.append([day, model, counts, kept])
+        return rows
+
+    def _mirror(self, of: Limited, row: Mapping[str, Any], state: Sequence[int]) -> None:
+        """Remember what a script said of an account."""
+        account, clock = of.account, self._clock()
+        account.running = state[0]
+        for kind, ahead in zip(("requests", "tokens"), state[1:3], strict=True):
+            if bucket := account.buckets.get(kind):
+                bucket.drawn, bucket.seen = ahead * bucket.limit / MINUTE, clock
+        for (name, start, *_), spent, held in zip(row["b"], state[3::2], state[4::2], strict=True):
+            window = account.windows[name]
+            window.start, window.spend, window.held = start, usd(spent), usd(held)
+            window.known = window.spend
+
+    def _refuse(
+        self, hold: Hold, of: Limited, why: Any, wait: int, row: Any, *, shares: bool
+    ) -> None:
+        """Raise the APIError 429 for what a script refused."""
+        limits = {"slots": f"{of.max_parallel_requests} requests at a time"}
+        limits |= {"requests": f"{of.rpm_limit or 0:,} requests a minute"}
+        limits |= {"tokens": f"{of.tpm_limit or 0:,} tokens a minute"}
+        if why in limits:
+            self._refuse_rate(hold.accounts, of, limits[why], wait / 1e6)
+        *_, cost, fit = row["b"][why]
+        check_budget(of, of.budgets[why], usd(cost), now(), shares=shares, fit=fit)
+
+    async def _read_anew(self, hold: Hold) -> None:
+        """Its records have changed. Raises APIError 401 where its key is no good any more."""
+        key = hold.accounts[0]
+        with self._asking():
+            self._forget(key.account.hashed)
+            found = await self.find_hash(key.account.hashed)
+        if found is None or found[1] != "active":
+            status = "gone" if found is None else found[1]
+            raise APIError(401, f"This virtual key is {status}.", headers=[DO_NOT_RETRY])
+        hold.accounts = self.limited(found[0])
+
+    async def _hold_alone(
+        self, hold: Hold, worst: Charges, *, pays: bool, shares: bool, fit: bool
+    ) -> None:
+        """Hold it here, while the store is away."""
+        if (
+            pays
+            and any(of.has_budget for of in hold.accounts)
+            and not (self._allow and not self.lost)
+        ):
+            with self._asking():
+                raise StoreAway(self.away or "no answer")
+        await super().admit(hold, pays=pays, shares=shares, later=False)
+        hold.is_alone = True
+        if worst:
+            await super().hold(hold, worst, (), fit=fit)
+
+    def book(
+        self, hold: Hold, charges: Charges, *, model: str, failed: bool, tags: Sequence[str] = ()
+    ) -> None:
+        places = self._holds.pop(hold.id, ())
+        if hold.is_alone:
+            self._release(hold)
+        elif hold.id:
+            for of in hold.accounts:
+                of.account.running -= 1
+        if hold.pays and hold.accounts:
+            charges = counted(charges, model, failed)
+            self.charge(hold.accounts, charges, hold.started, tags, id=hold.id)
+        elif hold.id:
+            self._give_back(hold, places)
+
+    def charge(
+        self,
+        accounts: Sequence[Limited],
+        charges: Charges,
+        moment: datetime,
+        tags: Sequence[str],
+        *,
+        id: str = "",
+        batch: str = "",
+        line: int = 0,
+    ) -> None:
+        present, day, rows = moment_of(int(now().timestamp())), day_of(moment), list[Any]()
+        named = [(tag, tally) for tag in {*tags} for _, tally in charges]
+        if named := named and [*((EVERY_TAG, tally) for _, tally in charges), *named]:
+            whole = self.groups[GATEWAY]
+            accounts = accounts if whole in accounts else [*accounts, whole]
+        for of in accounts:
+            spent, is_counted = list[Any](), of.of != "gateway" or of.has_budget
+            for budget in of.budgets if is_counted else ():
+                start = window_start(budget.duration, present)
+                amount = sum(nano(tally.spend) for m, tally in charges if budget.is_for(m))
+                spent.append([budget.name, start, amount])
+                window = of.account.windows[budget.name]
+                window.spent(start)
+                window.spend += usd(amount)
+            used = named if of.of == "gateway" else ()
+            if of.of == "key":
+                used = [(model or NO_MODEL, tally) for model, tally in charges]
+            row = {"w": spent, "u": self._usage(used, day), "t": False, "a": True}
+            if of.tpm_limit:
+                tokens = (t.input_tokens + t.written + t.output_tokens for _, t in charges)
+                row["t"] = sum(tokens), of.tpm_limit
+            rows.append(row)
+        places = [of.account.place for of in accounts]
+        then = functools.partial(self._booked, accounts)
+        keys = [f"{PREFIX}batch:{batch}" if batch else places[0], *places]
+        self._later(BOOK, keys, id, json.dumps(rows), str(line), then=then)
+
+    def _booked(self, accounts: Sequence[Limited], told: Sequence[Sequence[int]]) -> None:
+        """Tell which marks were passed: the script says it to one process alone."""
+        for of, amounts in zip(accounts, told, strict=False):
+            for budget, before, after in zip(of.budgets, amounts[::2], amounts[1::2], strict=False):
+                window = of.account.windows[budget.name]
+                window.spend = window.known = usd(after)
+                if after > before:
+                    self._warn(of, budget, usd(before), usd(after))
+
+    # Batches
+
+    async def unbooked(self, name: str) -> Batch | None:
+        with self._asking():
+            row = await self._redis.hgetall(f"{PREFIX}batch:{name}")
+            hashed = (
+                await self._redis.hget(f"{PREFIX}owners", row.get("owner", "")) if row else None
+            )
+            key = await self._read_key(hashed, former=True) if hashed else None
+            if key is not None:
+                await self._join([key])
+                self._booking[name] = key, json.loads(row["held"])
+        if not row or row["booked"] == "1":
+            self._booking.pop(name, None)
+            return None
+        return Batch(row["day"], int(row["lines"]))
+
+    def maker(self, name: str) -> VirtualKey | None:
+        """The key that made a batch which `unbooked` has found."""
+        return self._booking.get(name, (None,))[0]
+
+    async def watched(self) -> list[str]:
+        with self._asking():
+            return sorted(await self._redis.smembers(f"{PREFIX}unbooked"))
+
+    async def take(self, name: str) -> bool:
+        with self._asking():
+            look = f"{PREFIX}look:{name}"
+            is_mine = await self._redis.set(look, self._process, nx=True, px=int(LEASE * 1000))
+            return bool(is_mine) or await self._redis.get(look) == self._process
+
+    async def leave(self, name: str) -> None:
+        """Let others look at a batch that was taken."""
+        with contextlib.suppress(*self._errors):
+            await self._redis.delete(f"{PREFIX}look:{name}")
+
+    def own_batch(self, account: Account, name: str, hold: Hold) -> None:
+        self.finish_batch(name)
+        places = self._holds.pop(hold.id, ())
+        owner = next(of.owner for of in hold.accounts if isinstance(of, VirtualKey))
+        row = ["owner", owner, "day", day_of(now()), "lines", 0, "booked", 0]
+        keys = [f"{PREFIX}batch:{name}", f"{PREFIX}unbooked", *places]
+        self._later(KEEP, keys, hold.id, name, json.dumps(hold.costs), json.dumps(row))
+        hold.id, hold.costs = "", []
+
+    def book_line(self, name: str, line: int, charges: Charges) -> VirtualKey | None:
+        if key := self.maker(name):
+            self.charge(self.limited(key), charges, now(), key.tags, batch=name, line=line)
+        return key
+
+    def finish_batch(self, name: str, *, lost: bool = False) -> None:
+        key, held = self._booking.pop(name, (None, ()))
+        rows, places, moment = list[Any](), list[str](), now()
+        for of in self.limited(key) if key and lost else ():
+            costs = {window: int(cost) for place, window, cost in held if place == of.account.place}
+            spent = [
+                [b.name, window_start(b.duration, moment), costs.get(b.name, 0)] for b in of.budgets
+            ]
+            total = Tally(spend=usd(max(costs.values(), default=0)))
+            usage = self._usage([(NO_MODEL, total)], day_of(moment)) if of is key else []
+            rows.append({"w": spent, "u": usage})
+            places.append(of.account.place)
+        keys = [f"{PREFIX}batch:{name}", f"{PREFIX}unbooked", *places]
+        self._later(FINISH, keys, name, json.dumps(rows), self._usage_days * 86400)
+        if lost and key:
+            log.warning(
+                "key %s: batch %s is gone, so its worst case is booked", key.shown_name, name
+            )
+
+    # Changing
+
+    @contextlib.asynccontextmanager
+    async def changing(self) -> AsyncIterator[None]:
+        async with self._turn:
+            with self._asking():
+                waits: Any = {"sleep": 0.02, "blocking_timeout": LOCK_LEASE, "thread_local": False}
+                self._lock = lock = self._redis.lock(f"{PREFIX}lock", LOCK_LEASE, **waits)
+                if not await lock.acquire():
+                    raise StoreAway("another change is under way")
+            try:
+                yield
+            finally:
+                self._lock = None
+                with contextlib.suppress(*self._errors):
+                    await lock.release()
+
+    async def change(self, changes: Mapping[str, Limited | None]) -> None:
+        if self._lock is None:
+            async with self.changing():
+                return await self.change(changes)
+        with self._asking():
+            before = await self._records([*changes])
+            revision = str(await self._redis.incr(REVISION))
+            async with self._redis.pipeline(transaction=True) as pipe:
+                await pipe.watch(STORE, f"{PREFIX}lock")
+                is_ours = await pipe.get(STORE) == self._id
+                if (
+                    not is_ours
+                    or await pipe.get(f"{PREFIX}lock") != self._lock.local.token.decode()
+                ):
+                    raise StoreAway("the change took too long")
+                pipe.multi()
+                for name, record in changes.items():
+                    if old := before.get(name):
+                        self._take(pipe, name, old, is_gone=record is None)
+                    if record is not None:
+                        self._put(pipe, name, record, revision)
+                    pipe.xadd(CHANGES, {"name": name}, maxlen=CHANGES_KEPT)
+                await pipe.execute()
+            await self._sync()
+        for name, record in changes.items():
+            self._forget(name)
+            if record is not None:
+                record.account.hashed, record.revision = name, revision
+
+    def _put(self, pipe: Any, name: str, record: Limited, revision: str) -> None:
+        """Queue what keeps a record and finds it."""
+        account, bare = record.account, dataclasses.replace(record, account=Account())
+        if isinstance(record, VirtualKey):
+            record.owner_id = record.owner_id or name
+            id, team = record.owner_id, record.team_id
+            pipe.hset(f"{PREFIX}owners", record.owner_id, name)
+            for old in record.retired:
+                pipe.hset(f"{PREFIX}retired", old, name)
+            if not record.deleted_at:
+                for group in group_names(record):
+                    pipe.sadd(f"{PREFIX}members:{group}", name)
+                if record.key_alias:
+                    pipe.hset(f"{PREFIX}alias", record.key_alias, name)
+        else:
+            id, team = name, getattr(record, "team_id", None)
+        tag = urllib.parse.quote(team or id, safe="")
+        account.place = account.place or f"{PREFIX}{{{tag}}}:{urllib.parse.quote(id, safe=':')}"
+        row = {"rev": revision, "place": account.place, "record": bare.to_json()}
+        pipe.set(f"{PREFIX}record:{name}", json.dumps(row, default=written))
+        pipe.hset(account.place, "rev", revision)
+        pipe.zadd(f"{PREFIX}{record.of}", {name: revision}, nx=True)
+
+    def _take(self, pipe: Any, name: str, record: Limited, *, is_gone: bool) -> None:
+        """Queue what takes an earlier version of a record out, or a record that ``is_gone``."""
+        if isinstance(record, VirtualKey):
+            for group in group_names(record):
+                pipe.srem(f"{PREFIX}members:{group}", name)
+            if record.key_alias:
+                pipe.hdel(f"{PREFIX}alias", record.key_alias)
+            if record.retired:
+                pipe.hdel(f"{PREFIX}retired", *record.retired)
+        elif is_gone:
+            place = record.account.place
+            pipe.delete(place, f"{place}:leases", f"{place}:holds")
+        if is_gone:
+            pipe.delete(f"{PREFIX}record:{name}")
+            pipe.zrem(f"{PREFIX}{record.of}", name)
+
+    async def reset_spend(self, record: Limited, amount: Decimal) -> None:
+        budget, place = record.budgets[0], record.account.place
+        start = window_start(budget.duration, now())
+        with self._asking():
+            said = {f"start:{budget.name}": start, f"spent:{budget.name}": nano(amount)}
+            await self._redis.hset(place, mapping=said)
+            await self._sync()
+        window = record.account.windows[budget.name]
+        window.start, window.spend = start, amount
+
+    async def reload(self) -> None:
+        self._forget()
+
+    def notice_edit(self) -> None:
+        """What is in Redis is changed by the gateway alone."""
+
+    # Reports
+
+    async def find(self, by: str, name: str, *, former: bool = False) -> Limited | None:
+        with self._asking():
+            at: str | None = f"{by.removesuffix('_id')}:{name}"
+            if by == "key_alias":
+                at = await self._redis.hget(f"{PREFIX}alias", name)
+            found: Limited | None = None
+            if by == "key":
+                at = name if HASH.fullmatch(name) else hash_key(name)
+                found = key = await self._read_key(at, former=former)
+                if key and key.account.hashed != at and key.retired.get(at, EPOCH) <= now():
+                    return None
+            elif at:
+                found = (await self._records([at])).get(at)
+            if found is None or getattr(found, "deleted_at", None):
+                return None
+            await self._look([found], ("", "9999"))
+            return found
+
+    async def each(
+        self, kind: str = "key", *, days: tuple[str, str] | None = None, **named: str
+    ) -> AsyncIterator[Limited]:
+        names = list[str]()
+        with self._asking():
+            for by, of in named.items():
+                members = f"{PREFIX}members:{by.removesuffix('_id')}:{of}"
+                names = sorted(await self._redis.smembers(members))
+            if not named:
+                names = await self._redis.zrange(f"{PREFIX}{kind}", 0, -1)
+        for start in range(0, len(names), RECORDS_A_TRIP):
+            with self._asking():
+                found = [*(await self._records(names[start : start + RECORDS_A_TRIP])).values()]
+                for at in range(0, len(found), LOOKED_AT):
+                    await self._look(found[at : at + LOOKED_AT], days)
+            for record in found:
+                yield record
+
+    async def tagged(self, days: tuple[str, str]) -> Usage:
+        with self._asking():
+            await self._look([self.groups[GATEWAY]], days)
+        return self.groups[GATEWAY].account.usage
+
+    async def _look(self, records: Sequence[Limited], days: tuple[str, str] | None) -> None:
+        """Read what these have used, and their teams and users; usage of these days."""
+        keys = [of for of in records if isinstance(of, VirtualKey)]
+        every = {of.account.place: of for of in (*await self._join(keys), *records)}
+        wanted = list[str]()
+        if days is not None:
+            past = (day_of(now() - timedelta(days=n)) for n in range(self._usage_days, -2, -1))
+            wanted = [day for day in past if days[0] <= day <= days[1]]
+        for of, told in zip(every.values(), await self._run(LOOK, [*every], *wanted), strict=True):
+            row, running, used = told
+            self._fill(of, dict(zip(row[::2], row[1::2])), dict(zip(used[::2], used[1::2])))
+            of.account.running = running
+
+    def _fill(self, of: Limited, row: Mapping[str, str], used: Mapping[str, list[str]]) -> None:
+        """Make an account of what Redis has of it."""
+        account, moment, clock = of.account, now().timestamp() * 1e6, self._clock()
+        for name, value in row.items():
+            what, _, window = name.partition(":")
+            if what == "start":
+                account.windows[window].start = value
+            elif what in ("spent", "held"):
+                setattr(account.windows[window], {"spent": "spend"}.get(what, what), usd(value))
+            elif what == "tat" and (bucket := account.buckets.get(window)):
+                ahead = max(0.0, float(value) - moment)
+                bucket.drawn, bucket.seen = ahead * bucket.limit / MINUTE, clock
+            elif what == "active":
+                account.last_active = moment_of(int(value))
+        days = dict[str, dict[str, dict[str, Any]]]()
+        for day, counts in used.items():
+            for name, count in zip(counts[::2], counts[1::2], strict=True):
+                model, _, what = name.rpartition("\0")
+                tally = days.setdefault(day, {}).setdefault(model, {"spend": "0"})
+                tally[what] = f"{usd(count):f}" if what == "spend" else int(count)
+        account.usage = Usage(days)
 
 
 # ─── Wire ─────────────────────────────────────────────────────────────────────────────────────────
