@@ -2417,9 +2417,9 @@ class FileLedger(Ledger):
             raise
 
     @property
-    def is_empty(self) -> bool:
-        """Whether no key was ever made."""
-        return not self.keys
+    def count(self) -> int:
+        """How many keys were made, also of those that are deleted."""
+        return len(self.keys)
 
     async def open(self) -> None:
         """Called before requests are taken; the files are read already."""
@@ -2484,8 +2484,11 @@ class FileLedger(Ledger):
         return [name for name, of in self.batches.items() if not of.batches[name].booked]
 
     async def take(self, name: str) -> bool:
-        """Whether it is this process that looks at a batch now."""
+        """Whether it is this process that looks at a batch now, until it does `leave`."""
         return True
+
+    async def leave(self, name: str) -> None:
+        """As `take` says."""
 
     def own_batch(self, account: Account, name: str, hold: Hold) -> None:
         """A key made a batch: what is held for it stays until it is booked."""
@@ -2872,7 +2875,7 @@ GONE = ("NOSCRIPT", "READONLY", "LOADING", "MASTERDOWN")  # what another connect
 LEASE, RENEWAL = 60.0, 20.0  # seconds that a hold stands by itself; until it is renewed
 LOCK_LEASE = 5.0  # seconds that a change may take
 KEPT_RECORDS = 10_000  # keys in use, which a process remembers
-RECORDS_A_TRIP, LOOKED_AT = 500, 100  # records that are read in one trip, and with their usage
+NAMES_A_TRIP, LOOKED_AT = 500, 100  # hashes, and records with their usage, in one script or call
 CHANGES_KEPT = 10_000  # in the stream that tells of them
 TRIES = 3  # of a request whose key is changed under it
 MARK_DAYS = 7  # after which a process that was cut off may not write any more
@@ -3251,14 +3254,9 @@ class RedisLedger(Ledger):
         self._turn, self._lock = asyncio.Lock(), None
         self._tasks: list[asyncio.Task[None]] = []
         self._waits = False  # for WAITAOF
-        self._last, self._count, self._processes = "0-0", 0, 1
+        self._last, self.count, self._processes = "0-0", 0, 1
         self.groups[GATEWAY].account.place = f"{PREFIX}{{gateway}}:{GATEWAY}"
         self._booking: dict[str, tuple[VirtualKey, Any]] = {}  # batches: whose, and what is held
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether no key was ever made."""
-        return not self._count
 
     # Coming and going
 
@@ -3358,7 +3356,7 @@ class RedisLedger(Ledger):
             pipe.get(STORE).time().zcard(f"{PREFIX}key")
             pipe.zadd(f"{PREFIX}processes", {self._process: asked + CLOCK.ahead})
             pipe.zcount(f"{PREFIX}processes", asked + CLOCK.ahead - 5, "inf")
-            store, (seconds, more), self._count, _, self._processes = await pipe.execute()
+            store, (seconds, more), self.count, _, self._processes = await pipe.execute()
         CLOCK.ahead = seconds + more / 1e6 - (asked + time.time()) / 2
         if self.lost != (lost := store != self._id):
             log.critical(NO_STORE) if lost else log.warning("the store is back")
@@ -3378,8 +3376,8 @@ class RedisLedger(Ledger):
 
     async def _renew(self) -> None:
         holds = [(place, id) for id, places in self._holds.items() for place in places]
-        for start in range(0, len(holds), RECORDS_A_TRIP):
-            part = holds[start : start + RECORDS_A_TRIP]
+        for start in range(0, len(holds), NAMES_A_TRIP):
+            part = holds[start : start + NAMES_A_TRIP]
             with contextlib.suppress(StoreAway):
                 ids = (id for _, id in part)
                 await self._run(RENEW, [place for place, _ in part], int(LEASE * 1e6), *ids)
@@ -3497,8 +3495,8 @@ class RedisLedger(Ledger):
     async def knows(self, hashes: Iterable[str]) -> bool:
         asked = [*hashes]
         with self._asking():
-            for start in range(0, len(asked), RECORDS_A_TRIP):
-                part = asked[start : start + RECORDS_A_TRIP]
+            for start in range(0, len(asked), NAMES_A_TRIP):
+                part = asked[start : start + NAMES_A_TRIP]
                 async with self._redis.pipeline(transaction=False) as pipe:
                     pipe.exists(*(f"{PREFIX}record:{each}" for each in part))
                     pipe.hmget(f"{PREFIX}retired", part)
@@ -3824,7 +3822,6 @@ class RedisLedger(Ledger):
             return bool(is_mine) or await self._redis.get(look) == self._process
 
     async def leave(self, name: str) -> None:
-        """Let others look at a batch that was taken."""
         with contextlib.suppress(*self._errors):
             await self._redis.delete(f"{PREFIX}look:{name}")
 
@@ -3985,20 +3982,24 @@ class RedisLedger(Ledger):
     async def each(
         self, kind: str = "key", *, days: tuple[str, str] | None = None, **named: str
     ) -> AsyncIterator[Limited]:
-        names = list[str]()
+        names, start = list[str](), 0
         with self._asking():
             for by, of in named.items():
                 members = f"{PREFIX}members:{by.removesuffix('_id')}:{of}"
                 names = sorted(await self._redis.smembers(members))
-            if not named:
-                names = await self._redis.zrange(f"{PREFIX}{kind}", 0, -1)
-        for start in range(0, len(names), RECORDS_A_TRIP):
+        while True:
             with self._asking():
-                found = [*(await self._records(names[start : start + RECORDS_A_TRIP])).values()]
-                for at in range(0, len(found), LOOKED_AT):
-                    await self._look(found[at : at + LOOKED_AT], days)
+                part = names[start : start + LOOKED_AT]
+                if not named:
+                    end = start + LOOKED_AT - 1
+                    part = await self._redis.zrange(f"{PREFIX}{kind}", start, end)
+                found = [*(await self._records(part)).values()]
+                await self._look(found, days)
             for record in found:
                 yield record
+            start += LOOKED_AT
+            if len(part) < LOOKED_AT:
+                return
 
     async def tagged(self, days: tuple[str, str]) -> Usage:
         with self._asking():
@@ -6004,7 +6005,7 @@ class Doors:
         self._ledger = ledger
         self._address = settings.address.lower()
         self.take_secrets(settings)
-        self.started_open = not settings.master_key and ledger.is_empty
+        self.started_open = not (settings.master_key or ledger.count)
 
     def take_secrets(self, settings: Settings) -> None:
         """Let these master keys in from now on, and no others."""
@@ -6015,7 +6016,7 @@ class Doors:
     @property
     def is_open(self) -> bool:
         """Whether any or no credential is let in."""
-        return self.started_open and self._ledger.is_empty
+        return self.started_open and not self._ledger.count
 
     def is_master(self, hashed: str) -> str:
         """Whose this hash is: "master", "master_next", or empty; takes the same time for all."""
@@ -7319,7 +7320,11 @@ class BatchKeeper:
             async with self._turn:
                 self._hurried[name].clear()
                 try:
-                    booked = await self._ledger.take(name) and await self.book(name)
+                    if await self._ledger.take(name):
+                        booked = await self.book(name)
+                        await self._ledger.leave(name)
+                except APIError as error:  # of a store that is away
+                    log.info("a batch could not be looked at: %s", error)
                 except Exception:
                     log.exception("a batch could not be booked; it is looked at again")
             wait = min(BATCH_LOOK_LATEST, wait * BATCH_SLACK)
@@ -9721,10 +9726,10 @@ def say(text: str, *, as_json: bool, level: int = logging.INFO, to: Any = None) 
         print(LineFormatter(None).format(record) if as_json else line, file=to, flush=True)
 
 
-def announce(gateway: Gateway, port: int, keys: int) -> None:
+def announce(gateway: Gateway, port: int) -> None:
     """Print where it listens and relays to, what it lets in, and what a user pastes to connect."""
     settings, is_open = gateway.settings, gateway.doors.is_open
-    url = base_url(settings, port)
+    url, keys = base_url(settings, port), gateway.ledger.count
     everywhere = "" if settings.address or is_open else " and every other address"
     is_mock = settings.api_key.startswith(MOCK_CREDENTIAL)
     made = "" if keys else "; POST /key/generate makes one"
@@ -9798,7 +9803,7 @@ async def serve(settings: Settings) -> None:
     booking = asyncio.create_task(gateway.batches.run())
     saving = [asyncio.create_task(each.run()) for each in (gateway.ledger, gateway.recent)]
     port = 0 if settings.unix_socket else sockets[0].getsockname()[1]
-    announce(gateway, port, len(await gateway.ledger.live()))
+    announce(gateway, port)
     await loop.run_in_executor(None, gateway.prices.load)
     favour_the_loop()
     while await signals.get() == signal.SIGHUP:  # read all again; what is wrong changes nothing
@@ -9809,7 +9814,7 @@ async def serve(settings: Settings) -> None:
             take_secrets(gateway)
             server.context = context  # of connections from now on
             favour_the_loop()
-            told = len(await gateway.ledger.live()), ", ".join(gateway.real_keys.names)
+            told = gateway.ledger.count, ", ".join(gateway.real_keys.names)
             log.info("keys read again: %d; real keys: %s", *told)
         except Exception as error:  # noqa: BLE001 - whatever it is, it does not stop the gateway
             log.error("not read again: %s", error)
