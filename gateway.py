@@ -3249,7 +3249,7 @@ class RedisLedger(Ledger):
         self.away, self.lost, self.doubt = "it was not asked yet", False, ""
         self._id, self._process, self._number = "", secrets.token_hex(4), 0
         self._writes: dict[int, Write] = {}
-        self._again: list[int] = []  # writes that were refused
+        self._refused: list[Write] = []  # which are sent again, each with another number
         self._holds: dict[str, Sequence[str]] = {}  # places, by the ids of holds
         self._turn, self._lock = asyncio.Lock(), None
         self._tasks: list[asyncio.Task[None]] = []
@@ -3316,11 +3316,12 @@ class RedisLedger(Ledger):
                 self._linked.set()
                 if self.away and self._number:
                     log.warning("Redis is back: %d writes waited for it", len(self._writes))
-                self.away, self._again = "", []
+                self.away = ""
                 self._forget()  # what changed meanwhile
-                await self._renew()
-                for number, write in [*self._writes.items()]:
+                for number, write in [*self._writes.items()]:  # in their order, before any other
                     self._send(number, write)
+                self._write_refused()
+                await self._renew()
                 await link.closed
                 why = link.why
             except (OSError, StoreAway) as error:
@@ -3368,9 +3369,7 @@ class RedisLedger(Ledger):
         """Renew what requests hold, and try again what Redis refused, until cancelled."""
         for beat in itertools.count():
             await asyncio.sleep(FLUSH_INTERVAL)
-            again, self._again = self._again, []
-            for number in again:
-                self._send(number, self._writes[number])
+            self._write_refused()
             if beat % RENEWAL == 0:
                 await self._renew()
 
@@ -3386,8 +3385,8 @@ class RedisLedger(Ledger):
         """Make all that was written before this call durable. Raises APIError 503."""
         with self._asking():
             async with asyncio.timeout(STORE_DEADLINE):
-                if writes := [write.done for write in self._writes.values()]:
-                    await asyncio.wait(writes)
+                if writes := [*self._writes.values(), *self._refused]:
+                    await asyncio.wait([write.done for write in writes])
             await self._sync()
 
     async def _sync(self) -> None:
@@ -3445,10 +3444,18 @@ class RedisLedger(Ledger):
         then: Callable[[Any], None] | None = None,
     ) -> None:
         """Have a script of WRITTEN_ONCE run once; the last of ``keys`` is one that it writes."""
-        self._number += 1
         done = asyncio.get_running_loop().create_future()
-        self._writes[self._number] = write = Write(script, keys, arguments, then, done)
+        self._number_and_send(Write(script, keys, arguments, then, done))
+
+    def _number_and_send(self, write: Write) -> None:
+        self._number += 1
+        self._writes[self._number] = write
         self._send(self._number, write)
+
+    def _write_refused(self) -> None:
+        refused, self._refused = self._refused, []
+        for write in refused:
+            self._number_and_send(write)
 
     def _send(self, number: int, write: Write) -> None:
         if self._link is not None and not self.lost:
@@ -3459,11 +3466,9 @@ class RedisLedger(Ledger):
     def _sent(self, number: int, write: Write, answer: asyncio.Future[Any]) -> None:
         error = answer.exception()
         if isinstance(error, StoreRefused):  # so it was not written; others behind it may be
-            del self._writes[number]
-            self._number += 1
-            self._writes[self._number] = write
-            self._again.append(self._number)
-            log.error("Redis refuses to write: %s", error) if len(self._again) == 1 else None
+            self._refused.append(self._writes.pop(number))
+            if len(self._refused) == 1:
+                log.error("Redis refuses to write: %s", error)
         elif error is None:
             del self._writes[number]
             write.done.set_result(None)
