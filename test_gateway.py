@@ -9568,18 +9568,18 @@ async def test_records_are_found_as_they_are(either: Ledgers) -> None:
     for name in ("first", "second", "third"):
         await put(ledger, name, team_id="t" if name != "third" else "u", user_id="ann")
     assert not ledger.is_empty
-    for here in (ledger, ledger := await either.again(ledger)):
+    for _ in range(2):
         order = [hash_of(name) for name in ("first", "second", "third")]
-        assert await listed(here) == order and await listed(here, "team") == [*teams]
-        assert await listed(here, team_id="t") == order[:2]
-        assert await listed(here, user_id="ann") == order and await listed(here, "user") == [
-            "user:ann"
-        ]
+        assert await listed(ledger) == order and await listed(ledger, "team") == [*teams]
+        assert await listed(ledger, team_id="t") == order[:2]
+        assert await listed(ledger, user_id="ann") == order
+        assert await listed(ledger, "user") == ["user:ann"]
         for by, name in (("key", hash_of("first")), ("key", "sk-first"), ("key_alias", "first")):
-            assert (await here.find(by, name)).account.hashed == order[0]
-        assert (await here.find("team_id", "t")).team_alias == "A"
+            assert (await ledger.find(by, name)).account.hashed == order[0]
+        assert (await ledger.find("team_id", "t")).team_alias == "A"
         for by, name in (("key_alias", "x"), ("team_id", "x"), ("user_id", "t"), ("key", "sk-x")):
-            assert await here.find(by, name) is None, (by, name)
+            assert await ledger.find(by, name) is None, (by, name)
+        ledger = await either.again(ledger)
     assert await ledger.knows([hash_of("x"), hash_of("third")])
     assert not await ledger.knows([hash_of("x"), hash_of("y")])
     await put(ledger, "third", key_alias="other", team_id="t")
@@ -9646,10 +9646,8 @@ async def test_rates_and_slots_are_told_exactly(either: Ledgers) -> None:
     rates = dict(ledger.rates(holds[0].accounts, {}))
     assert rates["anthropic-ratelimit-requests-limit"] == "2"
     assert rates["anthropic-ratelimit-requests-remaining"] == "0"
-    await put(ledger, rpm_limit=1200)  # of which two are drawn
-    quick = [await take(ledger) for _ in range(100)]
     await put(ledger, rpm_limit=None, max_parallel_requests=101)
-    quick.append(await take(ledger))
+    quick = [await take(ledger) for _ in range(101)]
     told = await refusal_of(take(ledger))
     text = "This key is limited to 101 requests at a time. Try again in 1 seconds."
     assert told.message == text and ("retry-after", "1") in told.headers
@@ -9662,8 +9660,19 @@ async def test_rates_and_slots_are_told_exactly(either: Ledgers) -> None:
     assert "limited to 1,000 tokens a minute. Try again in 31 seconds." in told.message
     rates = dict(ledger.rates(ledger.limited((await ledger.find_hash(hash_of("k")))[0]), {}))
     assert rates["anthropic-ratelimit-tokens-remaining"] == "0"
-    await put(ledger, tpm_limit=600_000)  # refilled in a moment
-    await give(ledger, await take(ledger))
+
+
+async def test_a_limit_that_is_raised_lets_in_at_once(either: Ledgers) -> None:
+    ledger = await either.open()
+    await put(ledger, rpm_limit=2, tpm_limit=1000)
+    for _ in range(2):
+        await give(ledger, await take(ledger), used_up(0, OPUS, 1000, 500))
+    await refusal_of(take(ledger))
+    await put(ledger, rpm_limit=1200, tpm_limit=600_000)  # what was drawn is little of it
+    for _ in range(100):
+        await give(ledger, await take(ledger))
+    await put(ledger, rpm_limit=2)
+    await refusal_of(take(ledger))
 
 
 async def test_one_answer_at_most_passes_a_budget(either: Ledgers) -> None:
@@ -9895,6 +9904,522 @@ async def test_a_key_makes_things_where_its_team_does(either: Ledgers) -> None:
     ledger = await either.again(ledger)
     homes = {key.key_alias: key.home async for key in ledger.each()}
     assert homes == {"k": "one", "mate": "one", "alone": "two"}
+
+
+class Between:
+    """A connection to a server that can be cut, or let no answer through."""
+
+    def __init__(self, server: StoreServer) -> None:
+        self.server, self.mute = server, False
+        self.writers: list[asyncio.StreamWriter] = []
+
+    async def __aenter__(self) -> Self:
+        self.listening = await asyncio.start_server(self.accept, "127.0.0.1", 0)
+        self.url = f"redis://127.0.0.1:{self.listening.sockets[0].getsockname()[1]}/0"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.listening.close()
+        self.cut()
+
+    def cut(self) -> None:
+        for writer in self.writers:
+            reset(writer)
+        self.writers.clear()
+
+    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        theirs, ours = await asyncio.open_connection("127.0.0.1", self.server.port)
+        self.writers += [writer, ours]
+        await asyncio.gather(self.pass_on(reader, ours), self.pass_on(theirs, writer, back=True))
+
+    async def pass_on(self, reader: Any, writer: Any, *, back: bool = False) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                if not (back and self.mute):
+                    writer.write(data)
+        writer.close()
+
+
+async def test_many_at_once_over_two_ledgers_keep_within_the_budget(shared: Ledgers) -> None:
+    ledgers = [await shared.open() for _ in range(2)]
+    await put(ledgers[0], max_budget=Decimal(1))
+    asked = [take(ledgers[number % 2], worst="0.01") for number in range(400)]
+    told = await asyncio.gather(*asked, return_exceptions=True)
+    holds = [(number % 2, each) for number, each in enumerate(told) if type(each) is gateway.Hold]
+    assert len(holds) == 100
+    assert {each.status for each in told if isinstance(each, gateway.APIError)} == {429}
+    assert await seen(ledgers[0]) == (0, 1)
+    for which, hold in holds:
+        ledgers[which].book(hold, used_up("0.002"), model=OPUS, failed=False)
+    for ledger in ledgers:
+        await ledger.save()
+    assert await seen(ledgers[1]) == (Decimal("0.2"), 0)
+    (key,) = [key async for key in ledgers[1].each(days=("", "9999"))]
+    ((_, _, tally),) = key.account.usage.days()
+    assert tally.requests == 100 and tally.spend == Decimal("0.2")
+
+
+async def test_a_change_holds_for_what_another_process_begins(shared: Ledgers) -> None:
+    here, there = [await shared.open() for _ in range(2)]
+    await put(here, max_budget=Decimal(1))
+    await put(here, "free")
+    await spend(here, "0.04")
+
+    async def waits(changes: dict[str, Any]) -> gateway.APIError | None:
+        """A request that is under way there while the key is changed here."""
+        key, _ = await there.find_hash(hash_of("k"))
+        hold = gateway.Hold(there.limited(key), gateway.now())
+        await put(here, **changes)
+        await there.admit(hold, pays=True, shares=True, later=True)
+        try:
+            await there.hold(hold, used_up("0.5"), [], fit=False)
+        except gateway.APIError as refused:
+            return refused
+        await give(there, hold)
+        return None
+
+    assert "Budget of $0.03 reached" in (await waits({"max_budget": Decimal("0.03")})).message
+    assert await waits({"max_budget": Decimal(1)}) is None, "nor is it kept out"
+    assert "0 requests at a time" in (await waits({"max_parallel_requests": 0})).message
+    assert await waits({"max_parallel_requests": None}) is None
+    for changes in ({"blocked": True}, {"expires": WHEN}, {"deleted_at": WHEN, "key_alias": None}):
+        assert (await waits(changes)).status == 401
+        await here.change({hash_of("k"): (await there.find_hash(hash_of("k")))[0]})
+        await put(here, **{**dict.fromkeys(changes), "key_alias": "k"} | {"blocked": False})
+    # What nothing limits asks nobody.
+    for blocked, said in ((True, "revoked"), (False, "active")):
+        await status_of(there, "free")
+        await put(here, "free", blocked=blocked)
+
+        async def has_heard(said: str = said) -> bool:
+            return await status_of(there, "free") == said
+
+        await eventually(has_heard, 1)
+    await put(here, "new")
+    assert await status_of(there, "new") == "active"
+
+
+async def test_a_key_that_was_unknown_is_let_in_when_it_is_made(shared: Ledgers) -> None:
+    here, there = [await shared.open() for _ in range(2)]
+    assert await status_of(there) == "unknown"
+    await put(here)
+
+    async def is_known() -> bool:
+        return await status_of(there) == "active"
+
+    await eventually(is_known, 1)
+
+
+async def test_what_a_dead_process_held_is_free_after_its_lease(
+    shared: Ledgers, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(gateway, "LEASE", 0.2)
+    dead, alive = [await shared.open() for _ in range(2)]
+    shared.cut(dead)
+    await put(alive, max_budget=Decimal(1), max_parallel_requests=1)
+    hold = await take(dead, worst="0.9", prompt="0.1")
+    assert await seen(alive) == (0, Decimal("0.9"))
+
+    async def is_free() -> bool:
+        with contextlib.suppress(gateway.APIError):
+            await give(alive, await take(alive, worst="0.01"))
+            return True
+        return False
+
+    assert not await is_free()
+    await eventually(is_free, 2)
+    assert await seen(alive) == (Decimal("0.1"), 0), "what its prompt costs, at the least"
+    shared.running[dead] = asyncio.create_task(dead.run())  # it was not dead after all
+    await give(dead, hold, used_up("0.3"))
+    assert await seen(alive) == (Decimal("0.3"), 0), "and is not counted beside what it was"
+    (key,) = [key async for key in alive.each(days=("", "9999"))]
+    usage = {model: tally for _, model, tally in key.account.usage.days()}
+    assert usage[OPUS].spend == Decimal("0.3")
+    assert sum(tally.requests for tally in usage.values()) == 2
+
+
+async def test_a_hold_is_renewed_while_its_process_lives(
+    shared: Ledgers, valkey: StoreServer, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(gateway, "LEASE", 0.6)
+    monkeypatch.setattr(gateway, "RENEWAL", 1)
+    monkeypatch.setattr(gateway, "FLUSH_INTERVAL", 0.05)  # of which it takes one in so many
+    ledger = await shared.open()
+    await put(ledger, max_budget=Decimal(1), max_parallel_requests=1)
+    hold = await take(ledger, worst="0.9")
+    (leases,) = (name for name in valkey.client.keys() if name.endswith(b":leases"))
+    begun = valkey.client.zrange(leases, 0, -1, withscores=True)[0][1]
+
+    def is_renewed() -> bool:  # more than twice
+        rows = valkey.client.zrange(leases, 0, -1, withscores=True)
+        return bool(rows) and rows[0][1] > begun + 2e6 * gateway.LEASE
+
+    await until(is_renewed)
+    await refusal_of(take(ledger))
+    await give(ledger, hold, used_up("0.2"))
+    assert await seen(ledger) == (Decimal("0.2"), 0)
+
+
+async def test_what_is_written_twice_counts_once(shared: Ledgers, valkey: StoreServer) -> None:
+    async with Between(valkey) as between:
+        ledger, other = await shared.open(between.url), await shared.open()
+        await put(ledger, max_budget=Decimal(1), tpm_limit=1000)
+
+        async def has(spent: str) -> bool:
+            return (await seen(other))[0] == Decimal(spent)
+
+        hold = await take(ledger, worst="0.5")
+        between.mute = True
+        ledger.book(hold, used_up("0.3", OPUS, 10, 10), model=OPUS, failed=False, tags=["a"])
+        await eventually(lambda: has("0.3"))
+        between.cut()  # it is there, and its answer is lost
+        between.mute = False
+        await eventually(lambda: asyncio.sleep(0, not ledger.away))
+        await spend(ledger, "0.2")
+        assert await seen(other) == (Decimal("0.5"), 0)
+        (key,) = [key async for key in other.each(days=("", "9999"))]
+        ((day, _, tally),) = key.account.usage.days()
+        assert (tally.requests, tally.input_tokens) == (2, 10)
+        tags = {tag: each.requests for _, tag, each in (await other.tagged((day, day))).days()}
+        assert tags == {"a": 1, "": 1}
+        # Nor does a hold stay whose answer is lost.
+        between.mute = True
+        asked = asyncio.create_task(take(ledger, worst="0.25"))
+        await eventually(lambda: holds(other, "0.25"))
+        between.cut()
+        between.mute = False
+        assert await wait_of(asked, 503) == 1
+        await eventually(lambda: holds(other, "0"))
+        assert await seen(other) == (Decimal("0.5"), 0)
+
+
+async def holds(ledger: Any, amount: str) -> bool:
+    return (await seen(ledger))[1] == Decimal(amount)
+
+
+@pytest.fixture
+def fragile(io_loop: Any, tmp_path: Path, frail: StoreServer) -> Iterator[Ledgers]:
+    """As `shared`, over a server that is the test's own."""
+    ledgers = Ledgers(tmp_path, frail)
+    yield ledgers
+    frail.send(signal.SIGCONT)
+    io_loop.run_sync(ledgers.close_all)
+
+
+async def test_while_the_store_is_away_what_it_limits_is_refused(
+    fragile: Ledgers, frail: StoreServer
+) -> None:
+    strict, other = await fragile.open(), await fragile.open(allow=True)
+    for name, limits in (
+        ("k", {"max_budget": Decimal(1)}),
+        ("free", {}),
+        ("rate", {"rpm_limit": 2}),
+    ):
+        await put(strict, name, **limits)
+    for ledger in (strict, other):
+        for name in ("k", "free", "rate"):
+            assert await status_of(ledger, name) == "active"
+    begun = await take(strict, worst="0.1")
+    await spend(other, "0.2")
+    await eventually(lambda: asyncio.sleep(0, strict._processes == other._processes == 2))
+    with frail.stopped():
+        asked = time.monotonic()
+        assert await wait_of(take(strict), 503) == 1
+        assert time.monotonic() - asked < 1
+        assert strict.trouble()
+        asked = time.monotonic()
+        for _ in range(10):  # then it is known, and nobody waits for it
+            assert await wait_of(take(strict), 503) == 1
+        assert time.monotonic() - asked < 0.5
+        assert await wait_of(status_of(strict, "unknown"), 503) == 1
+        hold = await take(strict, "free")
+        strict.book(hold, used_up("0.05"), model=OPUS, failed=False)
+        rated = [await take(strict, "rate") for _ in range(2)]
+        await refusal_of(take(strict, "rate"))
+        for hold in rated:
+            strict.book(hold, used_up("0.01"), model=OPUS, failed=False)
+        strict.book(begun, used_up("0.1"), model=OPUS, failed=False)
+        # Where it may go on, each of two has a half of what was left: of $0.80, or of 0.70.
+        alone = []
+        with pytest.raises(gateway.APIError) as told:
+            while True:
+                alone.append(await take(other, worst="0.1"))
+        assert told.value.status == 429 and len(alone) in (3, 4)
+        for hold in alone:
+            other.book(hold, used_up("0.1"), model=OPUS, failed=False)
+        for path in (put(strict), put(strict, "new"), strict.find("key_alias", "k"), strict.save()):
+            assert await wait_of(path, 503) == 1
+    for ledger in (strict, other):
+        await eventually(lambda ledger=ledger: asyncio.sleep(0, not ledger.trouble()))
+        await ledger.save()
+    for name, spent in (("k", f"{0.3 + len(alone) / 10:.1f}"), ("free", "0.05"), ("rate", "0.02")):
+        assert await seen(other, name) == (Decimal(spent), 0), name
+    assert await status_of(strict, "new") == "unknown"
+    await put(strict, "new")
+    await spend(strict, "0.1")
+
+
+async def test_a_store_that_was_emptied_is_left_alone(
+    fragile: Ledgers, frail: StoreServer, caplog: Any
+) -> None:
+    ledger = await fragile.open()
+    await put(ledger, max_budget=Decimal(1))
+    await put(ledger, "free")
+    for name in ("k", "free"):
+        hold = await take(ledger, name, worst="0.1")
+    frail.empty()
+    await until(ledger.trouble, 2)
+    assert "--new-store" in ledger.trouble() and "--new-store" in caplog.text
+    ledger.book(hold, used_up("0.1"), model=OPUS, failed=False)
+    refused = [status_of(ledger, name) for name in ("k", "free", "unknown")]
+    refused += [put(ledger), put(ledger, "new"), ledger.find("key_alias", "k"), listed(ledger)]
+    refused += [ledger.save(), ledger.watched(), ledger.knows([hash_of("k")])]
+    for asked in refused:
+        assert "store is empty" in (await refusal_of(asked, 503)).message
+    assert not [name for name in frail.client.keys() if name != b"gw:processes"]
+    other = await fragile.open()  # with --new-store it is another
+    assert other.is_empty and await status_of(other) == "unknown"
+    await put(other)
+    await refusal_of(status_of(ledger), 503)
+
+
+async def test_a_mark_is_told_once_over_all_ledgers(shared: Ledgers) -> None:
+    told: list[tuple[str, str]] = []
+    ledgers = [await shared.open() for _ in range(2)]
+    for ledger in ledgers:
+        ledger.parts = [Decimal("0.5"), Decimal(1)]
+        ledger.tell = lambda event, _text, *, matter, **__: told.append((event, matter))
+    await put(ledgers[0], max_budget=Decimal(1), soft_budget=Decimal("0.3"))
+    holds = [(ledgers[n % 2], await take(ledgers[n % 2], worst="0.01")) for n in range(40)]
+    for ledger, hold in holds:
+        ledger.book(hold, used_up("0.03"), model=OPUS, failed=False)
+    for ledger in ledgers:
+        await ledger.save()
+    events = collections.Counter(event for event, _ in told)
+    marks = ("soft_budget_crossed", "threshold_crossed", "budget_crossed")
+    assert events == dict.fromkeys(marks, 1) and await seen(ledgers[0]) == (Decimal("1.2"), 0)
+
+
+async def test_a_batch_is_booked_once_over_two_ledgers(shared: Ledgers, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(gateway, "LEASE", 0.3)
+    here, there = ledgers = [await shared.open() for _ in range(2)]
+    await put(here, max_budget=Decimal(1))
+    hold = await take(here, worst="0.6", fit=True)
+    here.own_batch(hold.accounts[0].account, "msgbatch_1", hold)
+    await give(here, hold)
+    assert await seen(there) == (0, Decimal("0.6")) and await there.watched() == ["msgbatch_1"]
+    assert await here.take("msgbatch_1") and not await there.take("msgbatch_1")
+    await eventually(lambda: there.take("msgbatch_1"))  # who looked at it is dead
+    for ledger in ledgers:
+        assert (await ledger.unbooked("msgbatch_1")).lines == 0
+    for line in range(1, 11):
+        for ledger in ledgers if line % 2 else ledgers[::-1]:
+            ledger.book_line("msgbatch_1", line, used_up("0.01"))
+    for ledger in ledgers:
+        ledger.finish_batch("msgbatch_1")
+    for ledger in ledgers:
+        await ledger.save()
+        assert await ledger.unbooked("msgbatch_1") is None and not await ledger.watched()
+    assert await seen(here) == await seen(there) == (Decimal("0.1"), 0)
+
+
+@pytest.mark.parametrize("frail", ["valkey", "redis"], indirect=True)
+async def test_a_change_is_on_disk_before_it_is_answered(
+    fragile: Ledgers, frail: StoreServer, caplog: Any
+) -> None:
+    can_wait = frail.kind == "valkey"  # WAITAOF
+    for often in ("always", "everysec"):
+        frail.client.config_set("appendfsync", often)
+        caplog.clear()
+        ledger = await fragile.open()
+        assert ("may be lost" in caplog.text) == (often == "everysec" and not can_wait)
+        await put(ledger, often)
+        assert (frail.client.lastsave() is not None) and await status_of(ledger, often) == "active"
+        if can_wait:
+            calls = frail.client.info("commandstats")["cmdstat_waitaof"]["calls"]
+            await put(ledger, often, max_budget=Decimal(1))
+            told = frail.client.info("commandstats")["cmdstat_waitaof"]
+            assert told["calls"] > calls and not told["failed_calls"]
+        await fragile.close(ledger)
+    frail.end(signal.SIGKILL)
+    frail.begin()
+    ledger = await fragile.open()
+    assert [await status_of(ledger, name) for name in ("always", "everysec")] == ["active"] * 2
+
+
+async def test_a_server_that_comes_back_goes_on(fragile: Ledgers, frail: StoreServer) -> None:
+    ledger = await fragile.open()
+    await put(ledger, max_budget=Decimal(1))
+    hold = await take(ledger, worst="0.5")
+    frail.end(signal.SIGKILL)
+    await until(ledger.trouble)
+    ledger.book(hold, used_up("0.4"), model=OPUS, failed=False)
+    assert await wait_of(take(ledger), 503) == 1
+    frail.begin()
+    await until(lambda: not ledger.trouble())
+    await ledger.save()
+    assert await seen(ledger) == (Decimal("0.4"), 0)
+    await spend(ledger, "0.1")
+
+
+async def test_what_is_no_store_of_a_gateway_is_not_opened(
+    tmp_path: Path, valkey: StoreServer
+) -> None:
+    async def failure(url: str, **options: Any) -> str:
+        with pytest.raises(gateway.SettingsError) as told:
+            await gateway.RedisLedger(url, **options).open()
+        return str(told.value)
+
+    valkey.empty()
+    valkey.client.set("theirs", "1")
+    assert "--new-store" in await failure(store_url(valkey))
+    assert valkey.client.keys() == [b"theirs"]
+    for url in (
+        f"redis://:hidden-word@127.0.0.1:{valkey.port}/0",
+        "redis://:hidden-word@127.0.0.1:9",
+    ):
+        text = await failure(url)
+        assert "hidden-word" not in text and text.startswith("--store: redis://127.0.0.1:"), text
+
+
+async def test_a_store_has_a_password_and_a_socket(fragile: Ledgers, frail: StoreServer) -> None:
+    frail.client.config_set("requirepass", "a word/1")
+    for url in (
+        f"redis://:a%20word%2F1@127.0.0.1:{frail.port}/3",
+        f"unix://:a%20word%2F1@{frail.folder}/socket?db=3",
+    ):
+        ledger = await fragile.open(url)
+        await put(ledger, max_budget=Decimal(1))
+        await spend(ledger, "0.1")
+        await ledger.reset_spend(await ledger.find("key_alias", "k"), Decimal(0))
+    assert not ledger.trouble()
+
+
+STORE_DEEDS = ["hold", "hold", "batch", "book", "cut", "die", "limit"]
+STORE_STEPS = st.lists(
+    st.tuples(st.sampled_from(STORE_DEEDS), st.integers(0, 9), st.integers(1, 60)), max_size=40
+)
+
+
+@settings(deadline=None, max_examples=25)
+@given(deeds=STORE_STEPS)
+def test_no_sequence_over_two_ledgers_breaks_a_limit(
+    deeds: Any, valkey: StoreServer, tmp_path_factory: Any
+) -> None:
+    valkey.empty()
+    ledgers = Ledgers(tmp_path_factory.getbasetemp(), valkey)
+
+    async def run() -> None:
+        try:
+            await Interleaving(ledgers, valkey).run(deeds)
+        finally:
+            await ledgers.close_all()
+
+    asyncio.run(run())
+
+
+class Interleaving:
+    """Requests of a key and a mate of its team, in two processes; each costs no more than its worst
+    case, a cent at most, and some of them die."""
+
+    def __init__(self, ledgers: Ledgers, server: StoreServer) -> None:
+        self.shared, self.server = ledgers, server
+        self.under_way: list[tuple[int, str, gateway.Hold, Decimal]] = []
+        self.dead: list[tuple[str, Decimal]] = []  # what their prompts cost
+        self.spent = collections.Counter[str]()
+        self.batches: list[tuple[str, str, Decimal]] = []
+        self.limit = self.highest = Decimal("0.20")
+        self.made = 0
+
+    async def run(self, deeds: list[tuple[str, int, int]]) -> None:
+        self.ledgers = [await self.shared.open() for _ in range(2)]
+        team = gateway.Team("t", max_budget=self.limit, max_parallel_requests=5)
+        await self.ledgers[0].change({"team:t": team})
+        for name in ("k", "mate"):
+            await put(self.ledgers[0], name, team_id="t", max_parallel_requests=4)
+        for deed, which, amount in deeds:
+            await self.step(deed, which, Decimal(amount) / 1000)
+            if amount % 5 == 0:
+                await self.check()
+        await self.check()
+        while self.under_way:
+            await self.step("book", 0, Decimal("0.001"))
+        for number, (name, owner, _) in enumerate(self.batches):
+            ledger = self.ledgers[number % 2]
+            assert await ledger.unbooked(name)
+            for line in (1, 1):
+                ledger.book_line(name, line, used_up("0.002"))
+            ledger.finish_batch(name)
+            self.spent[owner] += Decimal("0.002")
+        self.batches.clear()
+        for ledger in self.ledgers:
+            await ledger.save()
+        self.dead_lapse()
+        await self.check()
+        for name in ("k", "mate"):
+            holds = [await take(self.ledgers[1], name, 0, free=True) for _ in range(4)]
+            for hold in holds:
+                await give(self.ledgers[1], hold)
+
+    async def step(self, deed: str, which: int, amount: Decimal) -> None:
+        number, name = which % 2, ("k", "mate")[which // 2 % 2]
+        ledger = self.ledgers[number]
+        if deed in ("hold", "batch"):
+            await self.ask(number, name, amount, batch=deed == "batch")
+        elif deed == "limit":
+            self.limit = amount * 4
+            self.highest = max(self.highest, self.limit)
+            team = await ledger.find("team_id", "t")
+            await ledger.change({"team:t": dataclasses.replace(team, max_budget=self.limit)})
+        elif self.under_way:
+            number, name, hold, worst = self.under_way.pop(which % len(self.under_way))
+            if deed == "die":
+                self.ledgers[number]._holds.pop(hold.id)
+                self.dead.append((name, worst / 2))
+                return
+            cost = min(amount, worst) if deed == "book" else Decimal(0)
+            await give(self.ledgers[number], hold, used_up(cost))
+            self.spent[name] += cost
+
+    async def ask(self, number: int, name: str, worst: Decimal, *, batch: bool) -> None:
+        ledger, before = self.ledgers[number], await self.team()
+        try:
+            hold = await take(ledger, name, worst, prompt=worst / 2, fit=batch)
+        except gateway.APIError as refused:
+            assert refused.status == 429
+            return
+        assert sum(before) < self.limit, "it was let in where there was room"
+        assert not batch or sum(before) + worst <= self.limit
+        if not batch:
+            self.under_way.append((number, name, hold, worst))
+            return
+        self.made += 1
+        self.batches.append((f"msgbatch_{self.made}", name, worst))
+        ledger.own_batch(hold.accounts[0].account, self.batches[-1][0], hold)
+        await give(ledger, hold)
+
+    async def team(self) -> tuple[Decimal, Decimal]:
+        return await seen(self.ledgers[0], "t", "team_id")
+
+    def dead_lapse(self) -> None:
+        """Let it be long ago that the leases of all holds began."""
+        for leases in self.server.client.keys("*:leases"):
+            for hold in self.server.client.zrange(leases, 0, -1):
+                self.server.client.zadd(leases, {hold: 1})
+        for name, prompt in self.dead:
+            self.spent[name] += prompt
+        self.dead.clear()
+
+    async def check(self) -> None:
+        """What is spent is what was charged, and what is held is of those under way."""
+        under_way = [(name, worst) for _, name, _, worst in self.under_way]
+        under_way += [(name, worst) for _, name, worst in self.batches]
+        under_way += [(name, 2 * prompt) for name, prompt in self.dead]
+        for name in ("k", "mate"):
+            held = sum((worst for of, worst in under_way if of == name), Decimal(0))
+            assert await seen(self.ledgers[1], name) == (self.spent[name], held)
+        spent, held = await self.team()
+        assert spent == self.spent.total() and held == sum(worst for _, worst in under_way)
 
 
 # Every coroutine here runs on a loop of its own, and for a minute if it does not say longer.
