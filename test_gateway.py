@@ -9511,7 +9511,8 @@ async def take(ledger: Any, name: str = "k", worst: Any = 0.01, **more: Any) -> 
             prompt = used_up(more.get("prompt", 0), model)
             await ledger.hold(hold, used_up(worst, model), prompt, fit=fit)
         except gateway.APIError:
-            await give(ledger, hold, [], failed=True)
+            with contextlib.suppress(gateway.APIError):
+                await give(ledger, hold, [], failed=True)
             raise
     return hold
 
@@ -9665,8 +9666,8 @@ async def test_rates_and_slots_are_told_exactly(either: Ledgers) -> None:
 async def test_a_limit_that_is_raised_lets_in_at_once(either: Ledgers) -> None:
     ledger = await either.open()
     await put(ledger, rpm_limit=2, tpm_limit=1000)
-    for _ in range(2):
-        await give(ledger, await take(ledger), used_up(0, OPUS, 1000, 500))
+    for tokens in (0, 1500):
+        await give(ledger, await take(ledger), used_up(0, OPUS, tokens))
     await refusal_of(take(ledger))
     await put(ledger, rpm_limit=1200, tpm_limit=600_000)  # what was drawn is little of it
     for _ in range(100):
@@ -10021,10 +10022,7 @@ async def test_what_a_dead_process_held_is_free_after_its_lease(
     assert await seen(alive) == (0, Decimal("0.9"))
 
     async def is_free() -> bool:
-        with contextlib.suppress(gateway.APIError):
-            await give(alive, await take(alive, worst="0.01"))
-            return True
-        return False
+        return await works(spend(alive, 0))
 
     assert not await is_free()
     await eventually(is_free, 2)
@@ -10034,8 +10032,7 @@ async def test_what_a_dead_process_held_is_free_after_its_lease(
     assert await seen(alive) == (Decimal("0.3"), 0), "and is not counted beside what it was"
     (key,) = [key async for key in alive.each(days=("", "9999"))]
     usage = {model: tally for _, model, tally in key.account.usage.days()}
-    assert usage[OPUS].spend == Decimal("0.3")
-    assert sum(tally.requests for tally in usage.values()) == 2
+    assert (usage[OPUS].requests, usage[OPUS].spend) == (2, Decimal("0.3"))
 
 
 async def test_a_hold_is_renewed_while_its_process_lives(
@@ -10047,7 +10044,7 @@ async def test_a_hold_is_renewed_while_its_process_lives(
     ledger = await shared.open()
     await put(ledger, max_budget=Decimal(1), max_parallel_requests=1)
     hold = await take(ledger, worst="0.9")
-    (leases,) = (name for name in valkey.client.keys() if name.endswith(b":leases"))
+    (leases,) = valkey.client.keys("*:leases")
     begun = valkey.client.zrange(leases, 0, -1, withscores=True)[0][1]
 
     def is_renewed() -> bool:  # more than twice
@@ -10074,7 +10071,7 @@ async def test_what_is_written_twice_counts_once(shared: Ledgers, valkey: StoreS
         await eventually(lambda: has("0.3"))
         between.cut()  # it is there, and its answer is lost
         between.mute = False
-        await eventually(lambda: asyncio.sleep(0, not ledger.away))
+        await eventually(lambda: works(ledger.save()))
         await spend(ledger, "0.2")
         assert await seen(other) == (Decimal("0.5"), 0)
         (key,) = [key async for key in other.each(days=("", "9999"))]
@@ -10091,6 +10088,13 @@ async def test_what_is_written_twice_counts_once(shared: Ledgers, valkey: StoreS
         assert await wait_of(asked, 503) == 1
         await eventually(lambda: holds(other, "0"))
         assert await seen(other) == (Decimal("0.5"), 0)
+
+
+async def works(asked: Awaitable[Any]) -> bool:
+    with contextlib.suppress(gateway.APIError):
+        await asked
+        return True
+    return False
 
 
 async def holds(ledger: Any, amount: str) -> bool:
@@ -10176,7 +10180,7 @@ async def test_a_store_that_was_emptied_is_left_alone(
     refused += [ledger.save(), ledger.watched(), ledger.knows([hash_of("k")])]
     for asked in refused:
         assert "store is empty" in (await refusal_of(asked, 503)).message
-    assert not [name for name in frail.client.keys() if name != b"gw:processes"]
+    assert not [*frail.client.keys("gw:[^p]*")]
     other = await fragile.open()  # with --new-store it is another
     assert other.is_empty and await status_of(other) == "unknown"
     await put(other)
@@ -10301,7 +10305,7 @@ STORE_STEPS = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(deeds=STORE_STEPS)
 def test_no_sequence_over_two_ledgers_breaks_a_limit(
     deeds: Any, valkey: StoreServer, tmp_path_factory: Any
