@@ -9512,7 +9512,7 @@ async def take(ledger: Any, name: str = "k", worst: Any = 0.01, **more: Any) -> 
             await ledger.hold(hold, used_up(worst, model), prompt, fit=fit)
         except gateway.APIError:
             with contextlib.suppress(gateway.APIError):
-                await give(ledger, hold, [], failed=True)
+                await give(ledger, hold, [], failed=True, model="")
             raise
     return hold
 
@@ -9562,13 +9562,13 @@ async def listed(ledger: Any, kind: str = "key", **named: Any) -> list[str]:
 
 async def test_records_are_found_as_they_are(either: Ledgers) -> None:
     ledger = await either.open()
-    assert ledger.is_empty and await ledger.find_hash(hash_of("k")) is None
+    assert not ledger.count and await ledger.find_hash(hash_of("k")) is None
     teams = {f"team:{name}": gateway.Team(name, team_alias="A") for name in ("t", "u")}
     await ledger.change({**teams, "user:ann": gateway.User("ann")})
-    assert ledger.is_empty, "a key makes it another"
+    assert not ledger.count, "of keys"
     for name in ("first", "second", "third"):
         await put(ledger, name, team_id="t" if name != "third" else "u", user_id="ann")
-    assert not ledger.is_empty
+    assert ledger.count == 3
     for _ in range(2):
         order = [hash_of(name) for name in ("first", "second", "third")]
         assert await listed(ledger) == order and await listed(ledger, "team") == [*teams]
@@ -10182,9 +10182,28 @@ async def test_a_store_that_was_emptied_is_left_alone(
         assert "store is empty" in (await refusal_of(asked, 503)).message
     assert not [*frail.client.keys("gw:[^p]*")]
     other = await fragile.open()  # with --new-store it is another
-    assert other.is_empty and await status_of(other) == "unknown"
+    assert not other.count and await status_of(other) == "unknown"
     await put(other)
     await refusal_of(status_of(ledger), 503)
+
+
+async def test_reports_at_the_same_time_do_not_mix(either: Ledgers) -> None:
+    ledger, today = await either.open(), gateway.day_of(gateway.now())
+    for number in range(5):
+        await put(ledger, f"key {number}")
+        await spend(ledger, "0.1", f"key {number}")
+
+    async def total(*days: str) -> Decimal:
+        found = Decimal(0)
+        async for key in ledger.each(days=days):
+            for _ in range(20):  # as a long report lets others go on
+                await asyncio.sleep(0)
+            found += sum(tally.spend for *_, tally in key.account.usage.days(*days))
+            await status_of(ledger, "key 0")
+        return found
+
+    reports = [total(*days) for days in ((today, today), ("2020-01-01", "2020-01-02")) * 3]
+    assert await asyncio.gather(*reports) == [Decimal("0.5"), 0] * 3
 
 
 async def test_a_mark_is_told_once_over_all_ledgers(shared: Ledgers) -> None:
