@@ -2880,7 +2880,6 @@ MARK_DAYS = 7  # after which a process that was cut off may not write any more
 PREFIX, STORE, CHANGES, REVISION = "gw:", "gw:store", "gw:changes", "gw:revision"
 NANO = Decimal("1e-9")
 REMEMBERED = ".store"  # behind the name of the keys file: which stores were used from here
-MINUTE = 60_000_000  # microseconds
 NO_STORE = "The store is empty, or another one: nothing is changed in it. Whoever runs the gateway"
 NO_STORE += " must bring its data back, or start it with --new-store or --import."
 
@@ -2890,9 +2889,15 @@ if redis.call('GET', KEYS[1]) ~= ARGV[1] then return redis.error_reply('LOST the
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 
-local function ahead(place, kind, limit, tokens)  -- moves the time at which all is there again
-  local at = math.max(tonumber(redis.call('HGET', place, 'tat:' .. kind) or 0), now)
-  redis.call('HSET', place, 'tat:' .. kind, at + tokens * math.floor(60000000 / limit))
+-- A `Bucket` in millionths, and in microseconds.
+local function level(drawn, seen, limit)
+  return math.max(0, (drawn or 0) - math.floor((now - (seen or now)) * (limit or 0) / 60))
+end
+
+local function draw(place, kind, limit, amount)
+  local found = redis.call('HMGET', place, 'drawn:' .. kind, 'seen:' .. kind)
+  local drawn = level(found[1], found[2], limit) + amount * 1000000
+  redis.call('HSET', place, 'drawn:' .. kind, drawn, 'seen:' .. kind, now)
 end
 
 local function add(place, used, sign)
@@ -2948,8 +2953,11 @@ PRELUDE = PRELUDE.replace("MOST", str(9 * MAX_MODELS_A_DAY)).replace("OTHER", OT
 RESERVE = """
 local accounts, told = cjson.decode(ARGV[4]), {}
 for i, account in ipairs(accounts) do
-  local place, wanted = KEYS[i + 1], {'rev', 'tat:requests', 'tat:tokens'}
+  local place, wanted = KEYS[i + 1], {'rev'}
   lapse(place)
+  for _, kind in ipairs({'requests', 'tokens'}) do
+    wanted[#wanted + 1], wanted[#wanted + 2] = 'drawn:' .. kind, 'seen:' .. kind
+  end
   for _, each in ipairs(account.b) do  -- window, start, limit, cost, whether all of it must fit
     for _, name in ipairs({'start:', 'spent:', 'held:'}) do
       wanted[#wanted + 1] = name .. each[1]
@@ -2961,16 +2969,16 @@ for i, account in ipairs(accounts) do
   local state, refused, wait = {running}, nil, 1000000
   if account.p and running >= account.p then refused = 'slots' end
   for j, limit in ipairs({account.q, account.k}) do
-    local at = math.max(tonumber(found[j + 1] or 0), now)
-    state[j + 1] = at - now
-    if limit and not refused then
-      local late = at + math.floor(60000000 / limit) - now - 60000000
-      if late > 0 then refused, wait = (j == 1 and 'requests' or 'tokens'), late end
+    state[j + 1] = level(found[2 * j], found[2 * j + 1], limit)
+    local missing = limit and state[j + 1] + 1000000 * (1 - limit)
+    if limit and not refused and missing > 0 then
+      refused = j == 1 and 'requests' or 'tokens'
+      wait = limit > 0 and math.ceil(missing * 60 / limit) or 60000000
     end
   end
   for j, each in ipairs(account.b) do
-    local spent, held = tonumber(found[3 * j + 2] or 0), tonumber(found[3 * j + 3] or 0)
-    if each[2] > (found[3 * j + 1] or '') then spent = 0 end
+    local spent, held = tonumber(found[3 * j + 4] or 0), tonumber(found[3 * j + 5] or 0)
+    if each[2] > (found[3 * j + 3] or '') then spent = 0 end
     state[#state + 1], state[#state + 2] = spent, held
     local limit, cost, fit = each[3], each[4], each[5]
     if limit and cost and not refused then
@@ -2990,8 +2998,11 @@ for i, account in ipairs(accounts) do
   for _, each in ipairs(account.h.c) do
     redis.call('HINCRBY', place, 'held:' .. each[1], each[2])
   end
-  if account.q then ahead(place, 'requests', account.q, 1) end
   state[1] = state[1] + 1
+  if account.q then
+    draw(place, 'requests', account.q, 1)
+    state[2] = state[2] + 1000000
+  end
 end
 return {'held', 0, 0, 0, unpack(told)}
 """
@@ -3019,7 +3030,7 @@ for i, used in ipairs(cjson.decode(ARGV[4])) do
       local spent = tonumber(redis.call('HGET', place, 'spent:' .. each[1]))
       told[i][2 * j - 1], told[i][2 * j] = spent - each[3], spent
     end
-    if used.t then ahead(place, 'tokens', used.t[2], used.t[1]) end
+    if used.t then draw(place, 'tokens', used.t[2], used.t[1]) end
     if used.a then redis.call('HSET', place, 'active', time[1]) end
   end
 end
@@ -3254,7 +3265,8 @@ class RedisLedger(Ledger):
         self._waits = False  # for WAITAOF
         self._last, self.count, self._processes = "0-0", 0, 1
         self.groups[GATEWAY].account.place = f"{PREFIX}{{gateway}}:{GATEWAY}"
-        self._booking: dict[str, tuple[VirtualKey, Any]] = {}  # batches: whose, and what is held
+        # Batches: whose they are, what is held, and the last line that was booked here.
+        self._booking: dict[str, tuple[VirtualKey, Any, int]] = {}
 
     # Coming and going
 
@@ -3343,8 +3355,8 @@ class RedisLedger(Ledger):
                 await self._check()
                 failed = 0
             except self._errors as error:
-                failed += 1
-                if self._link is not None and failed > 1:
+                failed += 1  # if but once, perhaps this process was late itself
+                if self._link is not None and failed > 2:
                     self._link.abort(str(error) or "no answer")
                 await asyncio.sleep(STORE_RETRY)
 
@@ -3566,8 +3578,9 @@ class RedisLedger(Ledger):
     async def settle(self, key: VirtualKey, home: str) -> None:
         team, homes = f"team:{key.team_id}", f"{PREFIX}homes"
         try:
-            if key.team_id and key.resources == "team":
+            if key.team_id:
                 await self._redis.hsetnx(homes, team, home)
+            if key.team_id and key.resources == "team":
                 home = await self._redis.hget(homes, team)
             await self._redis.hsetnx(homes, key.owner, home)
             key.home = await self._redis.hget(homes, key.owner)
@@ -3680,9 +3693,9 @@ class RedisLedger(Ledger):
         """Remember what a script said of an account."""
         account, clock = of.account, self._clock()
         account.running = state[0]
-        for kind, ahead in zip(("requests", "tokens"), state[1:3], strict=True):
+        for kind, drawn in zip(("requests", "tokens"), state[1:3], strict=True):
             if bucket := account.buckets.get(kind):
-                bucket.drawn, bucket.seen = ahead * bucket.limit / MINUTE, clock
+                bucket.drawn, bucket.seen = drawn / 1e6, clock
         for (name, start, *_), spent, held in zip(row["b"], state[3::2], state[4::2], strict=True):
             window = account.windows[name]
             window.start, window.spend, window.held = start, usd(spent), usd(held)
@@ -3804,15 +3817,11 @@ class RedisLedger(Ledger):
             key = await self._read_key(hashed, former=True) if hashed else None
             if key is not None:
                 await self._join([key])
-                self._booking[name] = key, json.loads(row["held"])
+                self._booking[name] = key, json.loads(row["held"]), int(row["lines"])
         if not row or row["booked"] == "1":
             self._booking.pop(name, None)
             return None
         return Batch(row["day"], int(row["lines"]))
-
-    def maker(self, name: str) -> VirtualKey | None:
-        """The key that made a batch which `unbooked` has found."""
-        return self._booking.get(name, (None,))[0]
 
     async def watched(self) -> list[str]:
         with self._asking():
@@ -3838,12 +3847,15 @@ class RedisLedger(Ledger):
         hold.id, hold.costs = "", []
 
     def book_line(self, name: str, line: int, charges: Charges) -> VirtualKey | None:
-        if key := self.maker(name):
-            self.charge(self.limited(key), charges, now(), key.tags, batch=name, line=line)
+        key, held, lines = self._booking.get(name, (None, (), 0))
+        if key is None or line <= lines:
+            return None
+        self._booking[name] = key, held, line
+        self.charge(self.limited(key), charges, now(), key.tags, batch=name, line=line)
         return key
 
     def finish_batch(self, name: str, *, lost: bool = False) -> None:
-        key, held = self._booking.pop(name, (None, ()))
+        key, held, _ = self._booking.pop(name, (None, (), 0))
         rows, places, moment = list[Any](), list[str](), now()
         for of in self.limited(key) if key and lost else ():
             costs = {window: int(cost) for place, window, cost in held if place == of.account.place}
@@ -4024,7 +4036,7 @@ class RedisLedger(Ledger):
 
     def _fill(self, of: Limited, row: Mapping[str, str], used: Mapping[str, list[str]]) -> None:
         """Make an account of what Redis has of it."""
-        account, moment, clock = of.account, now().timestamp() * 1e6, self._clock()
+        account, moment, clock = of.account, time.time() + CLOCK.ahead, self._clock()
         for name, value in row.items():
             what, _, window = name.partition(":")
             if what == "start":
@@ -4033,9 +4045,9 @@ class RedisLedger(Ledger):
                 account.windows[window].spend = account.windows[window].known = usd(value)
             elif what == "held":
                 account.windows[window].held = usd(value)
-            elif what == "tat" and (bucket := account.buckets.get(window)):
-                ahead = max(0.0, float(value) - moment)
-                bucket.drawn, bucket.seen = ahead * bucket.limit / MINUTE, clock
+            elif what == "drawn" and (bucket := account.buckets.get(window)):
+                bucket.drawn = int(value) / 1e6
+                bucket.seen = clock - (moment - int(row[f"seen:{window}"]) / 1e6)
             elif what == "active":
                 account.last_active = moment_of(int(value))
         days = dict[str, dict[str, dict[str, Any]]]()
