@@ -2923,6 +2923,7 @@ STORE_GRACE = 0.05  # more of them, in which what has come is read
 STORE_RETRY = 0.1  # seconds until the next try to reach it
 CHECK_INTERVAL = 0.2  # seconds; less than the second within which a change holds everywhere
 GONE = ("NOSCRIPT", "READONLY", "LOADING", "MASTERDOWN")  # what another connection may mend
+MOST_CONNECTIONS = 16  # of a process, beside its `Link`, for what is not asked at each request
 LEASE, RENEWAL = 60.0, 20.0  # seconds that a hold stands by itself; until it is renewed
 LOCK_LEASE = 5.0  # seconds that a change may take
 KEPT_RECORDS = 10_000  # keys in use, which a process remembers
@@ -3300,12 +3301,15 @@ class RedisLedger(Ledger):
         super().__init__(usage_days, clock, limits)
         times: Any = dict.fromkeys(("socket_timeout", "socket_connect_timeout"), STORE_DEADLINE)
         told: Any = times | {"decode_responses": True, "retry": Retry(NoBackoff(), 0)}
-        self._redis: Any = redis.asyncio.from_url(store, protocol=2, **told)
+        told |= {"protocol": 2, "max_connections": MOST_CONNECTIONS, "timeout": STORE_DEADLINE}
+        pool = redis.asyncio.BlockingConnectionPool.from_url(store, **told)
+        self._redis: Any = redis.asyncio.Redis(connection_pool=pool)
         self._errors = (redis.RedisError, OSError, TimeoutError, StoreAway)
         self._new, self._allow, self._remember = new_store, allow, remember
         self._shown = re.sub(r"//[^@/]*@", "//", store.partition("?")[0])
         self.keys: collections.OrderedDict[str, VirtualKey] = collections.OrderedDict()
         self._unknown: set[str] = set()  # hashes of no key, until any changes
+        self._asked: dict[str, asyncio.Task[VirtualKey | None]] = {}
         self._accounts = weakref.WeakValueDictionary[str, Account]()  # by their places
         self._link, self._linked = cast(Link | None, None), asyncio.Event()
         self.away, self.lost, self.doubt = "it was not asked yet", False, ""
@@ -3543,22 +3547,30 @@ class RedisLedger(Ledger):
     async def find_hash(self, hashed: str) -> tuple[VirtualKey, str] | None:
         if self.lost:
             raise APIError(503, NO_STORE, headers=[("retry-after", "1")])
-        if (key := self.keys.get(hashed)) is None and hashed not in self._unknown:
-            with self._asking():
-                key = await self._read_key(hashed, former=True)
-                if key is None:
-                    self._unknown.add(hashed)
-                else:
-                    await self._look([key], None)
-                    self.keys[hashed] = key
-            for kept, most in ((self.keys, KEPT_RECORDS), (self._unknown, KEPT_RECORDS)):
-                if len(kept) > most:
-                    kept.popitem(last=False) if kept is self.keys else self._unknown.clear()
-        if key is None:
-            return None
-        if key is self.keys.get(hashed):
+        if (key := self.keys.get(hashed)) is not None:
             self.keys.move_to_end(hashed)
-        return self._judged(key, hashed)
+        elif hashed not in self._unknown:
+            if hashed not in self._asked:  # many may ask at once for one that is not known here
+                self._asked[hashed] = asyncio.create_task(self._learn(hashed))
+            key = await asyncio.shield(self._asked[hashed])
+        return self._judged(key, hashed) if key else None
+
+    async def _learn(self, hashed: str) -> VirtualKey | None:
+        """Read a key, and remember it, or that there is none."""
+        try:
+            with self._asking():
+                if (key := await self._read_key(hashed, former=True)) is None:
+                    self._unknown.add(hashed)
+                    return None
+                await self._look([key], None)
+                self.keys[hashed] = key
+        finally:
+            del self._asked[hashed]
+        if len(self.keys) > KEPT_RECORDS:
+            self.keys.popitem(last=False)
+        if len(self._unknown) > KEPT_RECORDS:
+            self._unknown.clear()
+        return key
 
     async def knows(self, hashes: Iterable[str]) -> bool:
         asked = [*hashes]
@@ -7303,8 +7315,15 @@ def at_once(coroutine: collections.abc.Coroutine[Any, Any, None]) -> asyncio.Tas
 
     @types.coroutine
     def rest() -> Iterator[Any]:
-        yield first
-        yield from coroutine.__await__()
+        awaited = first
+        with contextlib.suppress(StopIteration):
+            while True:
+                try:
+                    yield awaited
+                except BaseException as error:  # noqa: BLE001 - what it awaited failed: it is told
+                    awaited = coroutine.throw(error)
+                else:
+                    awaited = coroutine.send(None)
 
     async def go_on() -> None:  # of generators, Python 3.12 and later make no task
         await rest()
