@@ -9956,8 +9956,8 @@ async def test_many_at_once_over_two_ledgers_keep_within_the_budget(shared: Ledg
         await ledger.save()
     assert await seen(ledgers[1]) == (Decimal("0.2"), 0)
     (key,) = [key async for key in ledgers[1].each(days=("", "9999"))]
-    ((_, _, tally),) = key.account.usage.days()
-    assert tally.requests == 100 and tally.spend == Decimal("0.2")
+    usage = {model: tally for _, model, tally in key.account.usage.days()}
+    assert (usage[OPUS].requests, usage[OPUS].spend) == (100, Decimal("0.2"))
 
 
 async def test_a_change_holds_for_what_another_process_begins(shared: Ledgers) -> None:
