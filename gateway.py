@@ -3450,7 +3450,7 @@ class RedisLedger(Ledger):
 
     async def save(self) -> None:
         """Make all that was written before this call durable. Raises APIError 503."""
-        with self._asking():
+        async with self._asking():
             async with asyncio.timeout(STORE_DEADLINE):
                 if writes := [*self._writes.values(), *self._refused]:
                     await asyncio.wait([write.done for write in writes])
@@ -3483,9 +3483,11 @@ class RedisLedger(Ledger):
         waiting = f"; {len(self._writes)} writes wait" if self._writes else ""
         return f"Redis is away: {self.away}{waiting}" if self.away else ""
 
-    @contextlib.contextmanager
-    def _asking(self) -> Iterator[None]:
+    @contextlib.asynccontextmanager
+    async def _asking(self) -> AsyncIterator[None]:
         """Raise APIError 503 where the store does not answer, or not as itself."""
+        if asyncio.current_task() is None:  # as `at_once` runs it, which redis-py's timeouts need
+            await asyncio.sleep(0)
         again = [("retry-after", "1")]
         if self.lost:
             raise APIError(503, NO_STORE, headers=again)
@@ -3558,7 +3560,7 @@ class RedisLedger(Ledger):
     async def _learn(self, hashed: str) -> VirtualKey | None:
         """Read a key, and remember it, or that there is none."""
         try:
-            with self._asking():
+            async with self._asking():
                 if (key := await self._read_key(hashed, former=True)) is None:
                     self._unknown.add(hashed)
                     return None
@@ -3574,7 +3576,7 @@ class RedisLedger(Ledger):
 
     async def knows(self, hashes: Iterable[str]) -> bool:
         asked = [*hashes]
-        with self._asking():
+        async with self._asking():
             for start in range(0, len(asked), NAMES_A_TRIP):
                 part = asked[start : start + NAMES_A_TRIP]
                 async with self._redis.pipeline(transaction=False) as pipe:
@@ -3641,16 +3643,15 @@ class RedisLedger(Ledger):
         return [*groups.values()]
 
     async def settle(self, key: VirtualKey, home: str) -> None:
-        team, homes = f"team:{key.team_id}", f"{PREFIX}homes"
-        try:
-            if key.team_id:
-                await self._redis.hsetnx(homes, team, home)
-            if key.team_id and key.resources == "team":
-                home = await self._redis.hget(homes, team)
-            await self._redis.hsetnx(homes, key.owner, home)
-            key.home = await self._redis.hget(homes, key.owner)
-        except self._errors:
-            key.home = home  # until it can be asked
+        team, homes, key.home = f"team:{key.team_id}", f"{PREFIX}homes", home
+        with contextlib.suppress(APIError):  # until the store can be asked
+            async with self._asking():
+                if key.team_id:
+                    await self._redis.hsetnx(homes, team, home)
+                if key.team_id and key.resources == "team":
+                    home = await self._redis.hget(homes, team)
+                await self._redis.hsetnx(homes, key.owner, home)
+                key.home = await self._redis.hget(homes, key.owner)
 
     # What requests use
 
@@ -3781,7 +3782,7 @@ class RedisLedger(Ledger):
     async def _read_anew(self, hold: Hold) -> None:
         """Its records have changed. Raises APIError 401 where its key is no good any more."""
         key = hold.accounts[0]
-        with self._asking():
+        async with self._asking():
             self._forget(key.account.hashed)
             found = await self.find_hash(key.account.hashed)
         if found is None or found[1] != "active":
@@ -3794,7 +3795,7 @@ class RedisLedger(Ledger):
     ) -> None:
         """Hold it here, while the store is away."""
         if self.lost or (pays and not self._allow and any(of.has_budget for of in hold.accounts)):
-            with self._asking():
+            async with self._asking():
                 raise StoreAway(self.away or "no answer")
         await super().admit(hold, pays=pays, shares=shares, later=False)
         hold.is_alone = True
@@ -3874,7 +3875,7 @@ class RedisLedger(Ledger):
     # Batches
 
     async def unbooked(self, name: str) -> Batch | None:
-        with self._asking():
+        async with self._asking():
             row = await self._redis.hgetall(f"{PREFIX}batch:{name}")
             hashed = (
                 await self._redis.hget(f"{PREFIX}owners", row.get("owner", "")) if row else None
@@ -3889,11 +3890,11 @@ class RedisLedger(Ledger):
         return Batch(row["day"], int(row["lines"]))
 
     async def watched(self) -> list[str]:
-        with self._asking():
+        async with self._asking():
             return sorted(await self._redis.smembers(f"{PREFIX}unbooked"))
 
     async def take(self, name: str) -> bool:
-        with self._asking():
+        async with self._asking():
             look = f"{PREFIX}look:{name}"
             is_mine = await self._redis.set(look, self._process, nx=True, px=int(LEASE * 1000))
             return bool(is_mine) or await self._redis.get(look) == self._process
@@ -3943,7 +3944,7 @@ class RedisLedger(Ledger):
     @contextlib.asynccontextmanager
     async def changing(self) -> AsyncIterator[None]:
         async with self._turn:
-            with self._asking():
+            async with self._asking():
                 waits: Any = {"sleep": 0.02, "blocking_timeout": LOCK_LEASE, "thread_local": False}
                 self._lock = lock = self._redis.lock(f"{PREFIX}lock", LOCK_LEASE, **waits)
                 if not await lock.acquire():
@@ -3959,7 +3960,7 @@ class RedisLedger(Ledger):
         if self._lock is None:
             async with self.changing():
                 return await self.change(changes)
-        with self._asking():
+        async with self._asking():
             before = await self._records([*changes])
             revision = str(await self._redis.incr(REVISION))
             async with self._redis.pipeline(transaction=True) as pipe:
@@ -4026,7 +4027,7 @@ class RedisLedger(Ledger):
     async def reset_spend(self, record: Limited, amount: Decimal) -> None:
         budget, place = record.budgets[0], record.account.place
         start = window_start(budget.duration, now())
-        with self._asking():
+        async with self._asking():
             said = {f"start:{budget.name}": start, f"spent:{budget.name}": nano(amount)}
             await self._redis.hset(place, mapping=said)
             await self._sync()
@@ -4042,7 +4043,7 @@ class RedisLedger(Ledger):
     # Reports
 
     async def find(self, by: str, name: str, *, former: bool = False) -> Limited | None:
-        with self._asking():
+        async with self._asking():
             at: str | None = f"{by.removesuffix('_id')}:{name}"
             if by == "key_alias":
                 at = await self._redis.hget(f"{PREFIX}alias", name)
@@ -4063,12 +4064,12 @@ class RedisLedger(Ledger):
         self, kind: str = "key", *, days: tuple[str, str] | None = None, **named: str
     ) -> AsyncIterator[Limited]:
         names, start = list[str](), 0
-        with self._asking():
+        async with self._asking():
             for by, of in named.items():
                 members = f"{PREFIX}members:{by.removesuffix('_id')}:{of}"
                 names = sorted(await self._redis.smembers(members))
         while True:
-            with self._asking():
+            async with self._asking():
                 part = names[start : start + LOOKED_AT]
                 if not named:
                     end = start + LOOKED_AT - 1
@@ -4082,7 +4083,7 @@ class RedisLedger(Ledger):
                 return
 
     async def tagged(self, days: tuple[str, str]) -> Usage:
-        with self._asking():
+        async with self._asking():
             await self._look([self.groups[GATEWAY]], days)
         return self.groups[GATEWAY].account.usage
 
