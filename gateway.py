@@ -90,6 +90,7 @@ from collections.abc import (
     Iterable,
     Iterator,
     Mapping,
+    MutableMapping,
     Sequence,
 )
 from dataclasses import dataclass, field
@@ -3564,7 +3565,7 @@ class RedisLedger(Ledger):
                 if (key := await self._read_key(hashed, former=True)) is None:
                     self._unknown.add(hashed)
                     return None
-                await self._look([key], None)
+                await self._look([key], None, shared=self._accounts)
                 self.keys[hashed] = key
         finally:
             del self._asked[hashed]
@@ -3622,10 +3623,8 @@ class RedisLedger(Ledger):
                 continue
             row, kind = json.loads(text), GROUPS.get(name.partition(":")[0], VirtualKey)
             record = found[name] = kind.from_json(row["record"])
-            account = self._accounts.setdefault(row["place"], record.account)
-            record.account, record.revision = account, row["rev"]
-            account.place, account.hashed = row["place"], name
-            self._fit_buckets(record)
+            record.revision, record.account.place = row["rev"], row["place"]
+            record.account.hashed = name
         homeless = [of for of in found.values() if isinstance(of, VirtualKey) and not of.home]
         if homeless:
             homes = await self._redis.hmget(f"{PREFIX}homes", [of.owner for of in homeless])
@@ -3962,7 +3961,7 @@ class RedisLedger(Ledger):
                 return await self.change(changes)
         async with self._asking():
             before = await self._records([*changes])
-            revision = str(await self._redis.incr(REVISION))
+            last = await self._redis.incrby(REVISION, len(changes))
             async with self._redis.pipeline(transaction=True) as pipe:
                 await pipe.watch(STORE, f"{PREFIX}lock")
                 is_ours = await pipe.get(STORE) == self._id
@@ -3972,18 +3971,18 @@ class RedisLedger(Ledger):
                 ):
                     raise StoreAway("the change took too long")
                 pipe.multi()
-                for name, record in changes.items():
+                for number, (name, record) in enumerate(changes.items()):
                     if old := before.get(name):
                         self._take(pipe, name, old, is_gone=record is None)
-                    if record is not None:
-                        self._put(pipe, name, record, revision)
+                    if record is not None:  # each has a number of its own, the order of reports
+                        self._put(pipe, name, record, str(last - len(changes) + number + 1))
                     pipe.xadd(CHANGES, {"name": name}, maxlen=CHANGES_KEPT)
                 await pipe.execute()
             await self._sync()
         for name, record in changes.items():
             self._forget(name)
             if record is not None:
-                record.account.hashed, record.revision = name, revision
+                record.account.hashed = name
 
     def _put(self, pipe: Any, name: str, record: Limited, revision: str) -> None:
         """Queue what keeps a record and finds it."""
@@ -4063,34 +4062,48 @@ class RedisLedger(Ledger):
     async def each(
         self, kind: str = "key", *, days: tuple[str, str] | None = None, **named: str
     ) -> AsyncIterator[Limited]:
-        names, start = list[str](), 0
+        names, last = list[tuple[str, float]](), 0.0
         async with self._asking():
             for by, of in named.items():
                 members = f"{PREFIX}members:{by.removesuffix('_id')}:{of}"
-                names = sorted(await self._redis.smembers(members))
+                if found := [*await self._redis.smembers(members)]:
+                    made = await self._redis.zmscore(f"{PREFIX}{kind}", found)
+                    names = sorted(zip(found, made), key=operator.itemgetter(1))
         while True:
             async with self._asking():
-                part = names[start : start + LOOKED_AT]
+                part, names = names[:LOOKED_AT], names[LOOKED_AT:]
                 if not named:
-                    end = start + LOOKED_AT - 1
-                    part = await self._redis.zrange(f"{PREFIX}{kind}", start, end)
-                found = [*(await self._records(part)).values()]
-                await self._look(found, days)
-            for record in found:
+                    told: Any = {"start": 0, "num": LOOKED_AT, "withscores": True}
+                    told |= {"min": f"({last:.0f}", "max": "inf"}
+                    part = await self._redis.zrangebyscore(f"{PREFIX}{kind}", **told)
+                records = [*(await self._records([name for name, _ in part])).values()]
+                await self._look(records, days)
+            for record in records:
                 yield record
-            start += LOOKED_AT
             if len(part) < LOOKED_AT:
                 return
+            last = part[-1][1]
 
     async def tagged(self, days: tuple[str, str]) -> Usage:
+        whole = Limited(account=Account(place=self.groups[GATEWAY].account.place))
         async with self._asking():
-            await self._look([self.groups[GATEWAY]], days)
-        return self.groups[GATEWAY].account.usage
+            await self._look([whole], days)
+        return whole.account.usage
 
-    async def _look(self, records: Sequence[Limited], days: tuple[str, str] | None) -> None:
-        """Read what these have used, and their teams and users; usage of these days."""
+    async def _look(
+        self,
+        records: Sequence[Limited],
+        days: tuple[str, str] | None,
+        shared: MutableMapping[str, Account] | None = None,
+    ) -> None:
+        """Read what these have used, and their teams and users, in accounts that all versions of a
+        record may share; usage of these days."""
         keys = [of for of in records if isinstance(of, VirtualKey)]
         every = {of.account.place: of for of in (*await self._join(keys), *records)}
+        for place, of in every.items() if shared is not None else ():
+            known = shared.setdefault(place, of.account)
+            known.beside, known.hashed = of.account.beside, of.account.hashed
+            of.account = known
         wanted = list[str]()
         if days is not None:
             past = (day_of(now() - timedelta(days=n)) for n in range(self._usage_days, -2, -1))
@@ -4103,6 +4116,7 @@ class RedisLedger(Ledger):
     def _fill(self, of: Limited, row: Mapping[str, str], used: Mapping[str, list[str]]) -> None:
         """Make an account of what Redis has of it."""
         account, moment, clock = of.account, time.time() + CLOCK.ahead, self._clock()
+        self._fit_buckets(of)
         for name, value in row.items():
             what, _, window = name.partition(":")
             if what == "start":
