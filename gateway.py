@@ -4100,10 +4100,11 @@ class RedisLedger(Ledger):
         record may share; usage of these days."""
         keys = [of for of in records if isinstance(of, VirtualKey)]
         every = {of.account.place: of for of in (*await self._join(keys), *records)}
-        for place, of in every.items() if shared is not None else ():
-            known = shared.setdefault(place, of.account)
-            known.beside, known.hashed = of.account.beside, of.account.hashed
-            of.account = known
+        if shared is not None:
+            for place, of in every.items():
+                known = shared.setdefault(place, of.account)
+                known.beside, known.hashed = of.account.beside, of.account.hashed
+                of.account = known
         wanted = list[str]()
         if days is not None:
             past = (day_of(now() - timedelta(days=n)) for n in range(self._usage_days, -2, -1))
