@@ -90,6 +90,7 @@ from collections.abc import (
     Iterable,
     Iterator,
     Mapping,
+    MutableMapping,
     Sequence,
 )
 from dataclasses import dataclass, field
@@ -3450,7 +3451,7 @@ class RedisLedger(Ledger):
 
     async def save(self) -> None:
         """Make all that was written before this call durable. Raises APIError 503."""
-        with self._asking():
+        async with self._asking():
             async with asyncio.timeout(STORE_DEADLINE):
                 if writes := [*self._writes.values(), *self._refused]:
                     await asyncio.wait([write.done for write in writes])
@@ -3483,9 +3484,11 @@ class RedisLedger(Ledger):
         waiting = f"; {len(self._writes)} writes wait" if self._writes else ""
         return f"Redis is away: {self.away}{waiting}" if self.away else ""
 
-    @contextlib.contextmanager
-    def _asking(self) -> Iterator[None]:
+    @contextlib.asynccontextmanager
+    async def _asking(self) -> AsyncIterator[None]:
         """Raise APIError 503 where the store does not answer, or not as itself."""
+        if asyncio.current_task() is None:  # as `at_once` runs it, which redis-py's timeouts need
+            await asyncio.sleep(0)
         again = [("retry-after", "1")]
         if self.lost:
             raise APIError(503, NO_STORE, headers=again)
@@ -3558,11 +3561,11 @@ class RedisLedger(Ledger):
     async def _learn(self, hashed: str) -> VirtualKey | None:
         """Read a key, and remember it, or that there is none."""
         try:
-            with self._asking():
+            async with self._asking():
                 if (key := await self._read_key(hashed, former=True)) is None:
                     self._unknown.add(hashed)
                     return None
-                await self._look([key], None)
+                await self._look([key], None, shared=self._accounts)
                 self.keys[hashed] = key
         finally:
             del self._asked[hashed]
@@ -3574,7 +3577,7 @@ class RedisLedger(Ledger):
 
     async def knows(self, hashes: Iterable[str]) -> bool:
         asked = [*hashes]
-        with self._asking():
+        async with self._asking():
             for start in range(0, len(asked), NAMES_A_TRIP):
                 part = asked[start : start + NAMES_A_TRIP]
                 async with self._redis.pipeline(transaction=False) as pipe:
@@ -3620,10 +3623,8 @@ class RedisLedger(Ledger):
                 continue
             row, kind = json.loads(text), GROUPS.get(name.partition(":")[0], VirtualKey)
             record = found[name] = kind.from_json(row["record"])
-            account = self._accounts.setdefault(row["place"], record.account)
-            record.account, record.revision = account, row["rev"]
-            account.place, account.hashed = row["place"], name
-            self._fit_buckets(record)
+            record.revision, record.account.place = row["rev"], row["place"]
+            record.account.hashed = name
         homeless = [of for of in found.values() if isinstance(of, VirtualKey) and not of.home]
         if homeless:
             homes = await self._redis.hmget(f"{PREFIX}homes", [of.owner for of in homeless])
@@ -3641,16 +3642,15 @@ class RedisLedger(Ledger):
         return [*groups.values()]
 
     async def settle(self, key: VirtualKey, home: str) -> None:
-        team, homes = f"team:{key.team_id}", f"{PREFIX}homes"
-        try:
-            if key.team_id:
-                await self._redis.hsetnx(homes, team, home)
-            if key.team_id and key.resources == "team":
-                home = await self._redis.hget(homes, team)
-            await self._redis.hsetnx(homes, key.owner, home)
-            key.home = await self._redis.hget(homes, key.owner)
-        except self._errors:
-            key.home = home  # until it can be asked
+        team, homes, key.home = f"team:{key.team_id}", f"{PREFIX}homes", home
+        with contextlib.suppress(APIError):  # until the store can be asked
+            async with self._asking():
+                if key.team_id:
+                    await self._redis.hsetnx(homes, team, home)
+                if key.team_id and key.resources == "team":
+                    home = await self._redis.hget(homes, team)
+                await self._redis.hsetnx(homes, key.owner, home)
+                key.home = await self._redis.hget(homes, key.owner)
 
     # What requests use
 
@@ -3781,7 +3781,7 @@ class RedisLedger(Ledger):
     async def _read_anew(self, hold: Hold) -> None:
         """Its records have changed. Raises APIError 401 where its key is no good any more."""
         key = hold.accounts[0]
-        with self._asking():
+        async with self._asking():
             self._forget(key.account.hashed)
             found = await self.find_hash(key.account.hashed)
         if found is None or found[1] != "active":
@@ -3794,7 +3794,7 @@ class RedisLedger(Ledger):
     ) -> None:
         """Hold it here, while the store is away."""
         if self.lost or (pays and not self._allow and any(of.has_budget for of in hold.accounts)):
-            with self._asking():
+            async with self._asking():
                 raise StoreAway(self.away or "no answer")
         await super().admit(hold, pays=pays, shares=shares, later=False)
         hold.is_alone = True
@@ -3874,7 +3874,7 @@ class RedisLedger(Ledger):
     # Batches
 
     async def unbooked(self, name: str) -> Batch | None:
-        with self._asking():
+        async with self._asking():
             row = await self._redis.hgetall(f"{PREFIX}batch:{name}")
             hashed = (
                 await self._redis.hget(f"{PREFIX}owners", row.get("owner", "")) if row else None
@@ -3889,11 +3889,11 @@ class RedisLedger(Ledger):
         return Batch(row["day"], int(row["lines"]))
 
     async def watched(self) -> list[str]:
-        with self._asking():
+        async with self._asking():
             return sorted(await self._redis.smembers(f"{PREFIX}unbooked"))
 
     async def take(self, name: str) -> bool:
-        with self._asking():
+        async with self._asking():
             look = f"{PREFIX}look:{name}"
             is_mine = await self._redis.set(look, self._process, nx=True, px=int(LEASE * 1000))
             return bool(is_mine) or await self._redis.get(look) == self._process
@@ -3943,7 +3943,7 @@ class RedisLedger(Ledger):
     @contextlib.asynccontextmanager
     async def changing(self) -> AsyncIterator[None]:
         async with self._turn:
-            with self._asking():
+            async with self._asking():
                 waits: Any = {"sleep": 0.02, "blocking_timeout": LOCK_LEASE, "thread_local": False}
                 self._lock = lock = self._redis.lock(f"{PREFIX}lock", LOCK_LEASE, **waits)
                 if not await lock.acquire():
@@ -3959,9 +3959,9 @@ class RedisLedger(Ledger):
         if self._lock is None:
             async with self.changing():
                 return await self.change(changes)
-        with self._asking():
+        async with self._asking():
             before = await self._records([*changes])
-            revision = str(await self._redis.incr(REVISION))
+            last = await self._redis.incrby(REVISION, len(changes))
             async with self._redis.pipeline(transaction=True) as pipe:
                 await pipe.watch(STORE, f"{PREFIX}lock")
                 is_ours = await pipe.get(STORE) == self._id
@@ -3971,18 +3971,18 @@ class RedisLedger(Ledger):
                 ):
                     raise StoreAway("the change took too long")
                 pipe.multi()
-                for name, record in changes.items():
+                for number, (name, record) in enumerate(changes.items()):
                     if old := before.get(name):
                         self._take(pipe, name, old, is_gone=record is None)
-                    if record is not None:
-                        self._put(pipe, name, record, revision)
+                    if record is not None:  # each has a number of its own, the order of reports
+                        self._put(pipe, name, record, str(last - len(changes) + number + 1))
                     pipe.xadd(CHANGES, {"name": name}, maxlen=CHANGES_KEPT)
                 await pipe.execute()
             await self._sync()
         for name, record in changes.items():
             self._forget(name)
             if record is not None:
-                record.account.hashed, record.revision = name, revision
+                record.account.hashed = name
 
     def _put(self, pipe: Any, name: str, record: Limited, revision: str) -> None:
         """Queue what keeps a record and finds it."""
@@ -4026,7 +4026,7 @@ class RedisLedger(Ledger):
     async def reset_spend(self, record: Limited, amount: Decimal) -> None:
         budget, place = record.budgets[0], record.account.place
         start = window_start(budget.duration, now())
-        with self._asking():
+        async with self._asking():
             said = {f"start:{budget.name}": start, f"spent:{budget.name}": nano(amount)}
             await self._redis.hset(place, mapping=said)
             await self._sync()
@@ -4042,7 +4042,7 @@ class RedisLedger(Ledger):
     # Reports
 
     async def find(self, by: str, name: str, *, former: bool = False) -> Limited | None:
-        with self._asking():
+        async with self._asking():
             at: str | None = f"{by.removesuffix('_id')}:{name}"
             if by == "key_alias":
                 at = await self._redis.hget(f"{PREFIX}alias", name)
@@ -4062,34 +4062,49 @@ class RedisLedger(Ledger):
     async def each(
         self, kind: str = "key", *, days: tuple[str, str] | None = None, **named: str
     ) -> AsyncIterator[Limited]:
-        names, start = list[str](), 0
-        with self._asking():
+        names, last = list[tuple[str, float]](), 0.0
+        async with self._asking():
             for by, of in named.items():
                 members = f"{PREFIX}members:{by.removesuffix('_id')}:{of}"
-                names = sorted(await self._redis.smembers(members))
+                if found := [*await self._redis.smembers(members)]:
+                    made = await self._redis.zmscore(f"{PREFIX}{kind}", found)
+                    names = sorted(zip(found, made), key=operator.itemgetter(1))
         while True:
-            with self._asking():
-                part = names[start : start + LOOKED_AT]
+            async with self._asking():
+                part, names = names[:LOOKED_AT], names[LOOKED_AT:]
                 if not named:
-                    end = start + LOOKED_AT - 1
-                    part = await self._redis.zrange(f"{PREFIX}{kind}", start, end)
-                found = [*(await self._records(part)).values()]
-                await self._look(found, days)
-            for record in found:
+                    told: Any = {"start": 0, "num": LOOKED_AT, "withscores": True}
+                    told |= {"min": f"({last:.0f}", "max": "inf"}
+                    part = await self._redis.zrangebyscore(f"{PREFIX}{kind}", **told)
+                records = [*(await self._records([name for name, _ in part])).values()]
+                await self._look(records, days)
+            for record in records:
                 yield record
-            start += LOOKED_AT
             if len(part) < LOOKED_AT:
                 return
+            last = part[-1][1]
 
     async def tagged(self, days: tuple[str, str]) -> Usage:
-        with self._asking():
-            await self._look([self.groups[GATEWAY]], days)
-        return self.groups[GATEWAY].account.usage
+        whole = Limited(account=Account(place=self.groups[GATEWAY].account.place))
+        async with self._asking():
+            await self._look([whole], days)
+        return whole.account.usage
 
-    async def _look(self, records: Sequence[Limited], days: tuple[str, str] | None) -> None:
-        """Read what these have used, and their teams and users; usage of these days."""
+    async def _look(
+        self,
+        records: Sequence[Limited],
+        days: tuple[str, str] | None,
+        shared: MutableMapping[str, Account] | None = None,
+    ) -> None:
+        """Read what these have used, and their teams and users, in accounts that all versions of a
+        record may share; usage of these days."""
         keys = [of for of in records if isinstance(of, VirtualKey)]
         every = {of.account.place: of for of in (*await self._join(keys), *records)}
+        if shared is not None:
+            for place, of in every.items():
+                known = shared.setdefault(place, of.account)
+                known.beside, known.hashed = of.account.beside, of.account.hashed
+                of.account = known
         wanted = list[str]()
         if days is not None:
             past = (day_of(now() - timedelta(days=n)) for n in range(self._usage_days, -2, -1))
@@ -4102,6 +4117,7 @@ class RedisLedger(Ledger):
     def _fill(self, of: Limited, row: Mapping[str, str], used: Mapping[str, list[str]]) -> None:
         """Make an account of what Redis has of it."""
         account, moment, clock = of.account, time.time() + CLOCK.ahead, self._clock()
+        self._fit_buckets(of)
         for name, value in row.items():
             what, _, window = name.partition(":")
             if what == "start":
