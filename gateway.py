@@ -80,7 +80,7 @@ import tomllib
 import types
 import urllib.parse
 import zlib
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -4396,6 +4396,7 @@ MAX_LABELS = 1000  # keys, and keys with their models, that /metrics tells apart
 # Seconds; LiteLLM's buckets of its latency metrics.
 LATENCY_BUCKETS = [0.0005, 0.001, 0.0025, 0.005, 0.0125, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0]
 LATENCY_BUCKETS += [2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0]
+ROWS_A_TURN = 100  # of requests that are looked at before the loop may do something else
 LOG_SIZE, LOG_FLAGS = 64 * MIB, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
 FILTERED = {"litellm_call_id", "request_id", "api_key", "user", "status", "startTime"}
 TIMINGS = ("total", "first_byte", "upstream", "overhead")
@@ -4537,12 +4538,19 @@ class RequestLog:
         if self._path:
             self._waiting.append(record)
 
-    def rows(self) -> Iterator[dict[str, Any]]:
+    async def rows(self) -> AsyncIterator[dict[str, Any]]:
         """The newest first; a line that is damaged is passed over."""
-        for each in [*self._recent][::-1]:  # whoever reads them may wait in between
-            row = dict_of(read_json(each, Any)) if isinstance(each, bytes) else each.to_spend_log()
+        number = 0
+        async for each in self._newest():
+            row = each.to_spend_log() if isinstance(each, Record) else dict_of(read_json(each, Any))
+            if (number := number + 1) % ROWS_A_TURN == 0:
+                await asyncio.sleep(0)
             if row.keys() >= FILTERED and isinstance(row["startTime"], str):
                 yield row
+
+    async def _newest(self) -> AsyncIterator[Record | bytes]:
+        for each in [*self._recent][::-1]:  # whoever reads them may wait in between
+            yield each
 
     async def run(self) -> None:
         """Save once a second, until cancelled."""
@@ -6847,7 +6855,6 @@ DAY = Kind("a date like 2026-11-22", lambda text: day_of(datetime.strptime(text,
 WORD = Kind("true or false", lambda text: ("false", "true").index(text.lower()) > 0)
 UNDER_WAY, OTHERS, MAX_LISTED = "under_way", "(others)", 10_000
 MAX_OWN_ROWS = 1000  # that a virtual key is told of its requests
-ROWS_A_TURN = 100  # of requests that are looked at before the loop may do something else
 KEYS_A_TURN = 4  # whose usage is summed before the loop may do something else: 90 days are 5 ms
 KEY_FILTERS = {n: operator.attrgetter(n) for n in ("user_id", "team_id", "key_alias")}
 KEY_FILTERS["key_hash"] = operator.attrgetter("account.hashed")
@@ -6946,22 +6953,24 @@ class ReportHandler(ManagementHandler):
         hashed = shown if not shown or HASH.fullmatch(shown) else hash_key(shown)
         gateway, mine = self.gateway, self.mine
         owned = {mine.account.hashed, *mine.retired} if mine else set()
-        rows: Iterable[dict[str, Any]] = gateway.recent.rows()
-        if status == UNDER_WAY:
-            rows = [handler._visit.record.to_spend_log() for handler in gateway.active]
         found, most = list[dict[str, Any]](), min(limit, MAX_OWN_ROWS if mine else limit)
-        for number, row in enumerate(rows):
-            if number % ROWS_A_TURN == 0:
-                await asyncio.sleep(0)
-            if len(found) == most:
-                break
-            if (
+
+        def is_asked(row: dict[str, Any]) -> bool:
+            return (
                 (wanted in ("", row["litellm_call_id"], row["request_id"]))
                 and (hashed in ("", row["api_key"]) and user in ("", row["user"]))
                 and (status in ("", UNDER_WAY, row["status"]))
                 and (first <= row["startTime"][:10] <= last)
                 and (mine is None or row["api_key"] in owned)
-            ):
+            )
+
+        if status == UNDER_WAY:
+            rows = [handler._visit.record.to_spend_log() for handler in gateway.active]
+            return [*filter(is_asked, rows)][:most]
+        async for row in gateway.recent.rows():
+            if len(found) == most:
+                break
+            if is_asked(row):
                 found.append(row)
         return found
 
