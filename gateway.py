@@ -8751,7 +8751,7 @@ def merged(told: Mapping[str, bytes]) -> bytes:
     return b"".join([*itertools.chain(*families.values()), end])
 
 
-@dataclass
+@dataclass(eq=False)  # a registry hashes it
 class Metrics:
     """Those of this process, made of the gateway's counts, and of what keys have left."""
 
