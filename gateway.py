@@ -2323,13 +2323,11 @@ class Ledger:
         """Those that hold now; a store that is away leaves each process a part."""
         return of.budgets
 
-    def _refuse_rate(
-        self, accounts: Sequence[Limited], of: Limited, what: str, wait: float
-    ) -> None:
+    def _refuse_rate(self, whose: Sequence[Limited], of: Limited, what: str, wait: float) -> None:
         """Raise APIError 429: one of the accounts has had as many as it may for some seconds."""
         seconds = min(60, max(1, math.ceil(wait)))  # for longer Claude Code would end the turn
         text = f"This {of.of} is limited to {what}. Try again in {seconds} seconds."
-        headers = [("retry-after", str(seconds)), *self.rates(accounts, {})]  # RFC 9110, 10.2.3
+        headers = [("retry-after", str(seconds)), *self.rates(whose, {})]  # RFC 9110, 10.2.3
         raise APIError(429, text, headers=headers)
 
     async def hold(self, hold: Hold, worst: Charges, prompt: Charges = (), *, fit: bool) -> None:
@@ -6726,10 +6724,11 @@ class Batches(Rule):
     """A batch is its maker's: held until it is booked, booked once, before it is deleted."""
 
     async def head(self, visit: Visit) -> None:
-        if visit.route.deletes and not visit.caller.own:
-            await visit.gateway.batches.book(visit.route.name)
-        elif batch := visit.route.results_of:
-            await visit.gateway.ledger.unbooked(batch)  # so that lines of it may be booked at once
+        route, gateway = visit.route, visit.gateway
+        if route.deletes and not visit.caller.own:
+            await gateway.batches.book(route.name)
+        elif route.results_of and not visit.caller.own:
+            await gateway.ledger.unbooked(route.results_of)  # so that a line is booked at once
 
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
         batch, gateway = visit.route.results_of, visit.gateway
