@@ -2917,6 +2917,7 @@ STORE_GRACE = 0.05  # more of them, in which what has come is read
 STORE_RETRY = 0.1  # seconds until the next try to reach it
 CHECK_INTERVAL = 0.2  # seconds; less than the second within which a change holds everywhere
 GONE = ("NOSCRIPT", "READONLY", "LOADING", "MASTERDOWN")  # what another connection may mend
+MOST_CONNECTIONS = 16  # of a process, beside its `Link`, for what is not asked at each request
 LEASE, RENEWAL = 60.0, 20.0  # seconds that a hold stands by itself; until it is renewed
 LOCK_LEASE = 5.0  # seconds that a change may take
 KEPT_RECORDS = 10_000  # keys in use, which a process remembers
@@ -3294,12 +3295,15 @@ class RedisLedger(Ledger):
         super().__init__(usage_days, clock, limits)
         times: Any = dict.fromkeys(("socket_timeout", "socket_connect_timeout"), STORE_DEADLINE)
         told: Any = times | {"decode_responses": True, "retry": Retry(NoBackoff(), 0)}
-        self._redis: Any = redis.asyncio.from_url(store, protocol=2, **told)
+        told |= {"protocol": 2, "max_connections": MOST_CONNECTIONS, "timeout": STORE_DEADLINE}
+        pool = redis.asyncio.BlockingConnectionPool.from_url(store, **told)
+        self._redis: Any = redis.asyncio.Redis(connection_pool=pool)
         self._errors = (redis.RedisError, OSError, TimeoutError, StoreAway)
         self._new, self._allow, self._remember = new_store, allow, remember
         self._shown = re.sub(r"//[^@/]*@", "//", store.partition("?")[0])
         self.keys: collections.OrderedDict[str, VirtualKey] = collections.OrderedDict()
         self._unknown: set[str] = set()  # hashes of no key, until any changes
+        self._asked: dict[str, asyncio.Task[VirtualKey | None]] = {}
         self._accounts = weakref.WeakValueDictionary[str, Account]()  # by their places
         self._link, self._linked = cast(Link | None, None), asyncio.Event()
         self.away, self.lost, self.doubt = "it was not asked yet", False, ""
@@ -3440,7 +3444,7 @@ class RedisLedger(Ledger):
 
     async def save(self) -> None:
         """Make all that was written before this call durable. Raises APIError 503."""
-        with self._asking():
+        async with self._asking():
             async with asyncio.timeout(STORE_DEADLINE):
                 if writes := [*self._writes.values(), *self._refused]:
                     await asyncio.wait([write.done for write in writes])
@@ -3473,9 +3477,11 @@ class RedisLedger(Ledger):
         waiting = f"; {len(self._writes)} writes wait" if self._writes else ""
         return f"Redis is away: {self.away}{waiting}" if self.away else ""
 
-    @contextlib.contextmanager
-    def _asking(self) -> Iterator[None]:
+    @contextlib.asynccontextmanager
+    async def _asking(self) -> AsyncIterator[None]:
         """Raise APIError 503 where the store does not answer, or not as itself."""
+        if asyncio.current_task() is None:  # as `at_once` runs it, which redis-py's timeouts need
+            await asyncio.sleep(0)
         again = [("retry-after", "1")]
         if self.lost:
             raise APIError(503, NO_STORE, headers=again)
@@ -3537,26 +3543,34 @@ class RedisLedger(Ledger):
     async def find_hash(self, hashed: str) -> tuple[VirtualKey, str] | None:
         if self.lost:
             raise APIError(503, NO_STORE, headers=[("retry-after", "1")])
-        if (key := self.keys.get(hashed)) is None and hashed not in self._unknown:
-            with self._asking():
-                key = await self._read_key(hashed, former=True)
-                if key is None:
-                    self._unknown.add(hashed)
-                else:
-                    await self._look([key], None)
-                    self.keys[hashed] = key
-            for kept, most in ((self.keys, KEPT_RECORDS), (self._unknown, KEPT_RECORDS)):
-                if len(kept) > most:
-                    kept.popitem(last=False) if kept is self.keys else self._unknown.clear()
-        if key is None:
-            return None
-        if key is self.keys.get(hashed):
+        if (key := self.keys.get(hashed)) is not None:
             self.keys.move_to_end(hashed)
-        return self._judged(key, hashed)
+        elif hashed not in self._unknown:
+            if hashed not in self._asked:  # many may ask at once for one that is not known here
+                self._asked[hashed] = asyncio.create_task(self._learn(hashed))
+            key = await asyncio.shield(self._asked[hashed])
+        return self._judged(key, hashed) if key else None
+
+    async def _learn(self, hashed: str) -> VirtualKey | None:
+        """Read a key, and remember it, or that there is none."""
+        try:
+            async with self._asking():
+                if (key := await self._read_key(hashed, former=True)) is None:
+                    self._unknown.add(hashed)
+                    return None
+                await self._look([key], None)
+                self.keys[hashed] = key
+        finally:
+            del self._asked[hashed]
+        if len(self.keys) > KEPT_RECORDS:
+            self.keys.popitem(last=False)
+        if len(self._unknown) > KEPT_RECORDS:
+            self._unknown.clear()
+        return key
 
     async def knows(self, hashes: Iterable[str]) -> bool:
         asked = [*hashes]
-        with self._asking():
+        async with self._asking():
             for start in range(0, len(asked), NAMES_A_TRIP):
                 part = asked[start : start + NAMES_A_TRIP]
                 async with self._redis.pipeline(transaction=False) as pipe:
@@ -3623,16 +3637,15 @@ class RedisLedger(Ledger):
         return [*groups.values()]
 
     async def settle(self, key: VirtualKey, home: str) -> None:
-        team, homes = f"team:{key.team_id}", f"{PREFIX}homes"
-        try:
-            if key.team_id:
-                await self._redis.hsetnx(homes, team, home)
-            if key.team_id and key.resources == "team":
-                home = await self._redis.hget(homes, team)
-            await self._redis.hsetnx(homes, key.owner, home)
-            key.home = await self._redis.hget(homes, key.owner)
-        except self._errors:
-            key.home = home  # until it can be asked
+        team, homes, key.home = f"team:{key.team_id}", f"{PREFIX}homes", home
+        with contextlib.suppress(APIError):  # until the store can be asked
+            async with self._asking():
+                if key.team_id:
+                    await self._redis.hsetnx(homes, team, home)
+                if key.team_id and key.resources == "team":
+                    home = await self._redis.hget(homes, team)
+                await self._redis.hsetnx(homes, key.owner, home)
+                key.home = await self._redis.hget(homes, key.owner)
 
     # What requests use
 
@@ -3763,7 +3776,7 @@ class RedisLedger(Ledger):
     async def _read_anew(self, hold: Hold) -> None:
         """Its records have changed. Raises APIError 401 where its key is no good any more."""
         key = hold.accounts[0]
-        with self._asking():
+        async with self._asking():
             self._forget(key.account.hashed)
             found = await self.find_hash(key.account.hashed)
         if found is None or found[1] != "active":
@@ -3776,7 +3789,7 @@ class RedisLedger(Ledger):
     ) -> None:
         """Hold it here, while the store is away."""
         if self.lost or (pays and not self._allow and any(of.has_budget for of in hold.accounts)):
-            with self._asking():
+            async with self._asking():
                 raise StoreAway(self.away or "no answer")
         await super().admit(hold, pays=pays, shares=shares, later=False)
         hold.is_alone = True
@@ -3856,7 +3869,7 @@ class RedisLedger(Ledger):
     # Batches
 
     async def unbooked(self, name: str) -> Batch | None:
-        with self._asking():
+        async with self._asking():
             row = await self._redis.hgetall(f"{PREFIX}batch:{name}")
             hashed = (
                 await self._redis.hget(f"{PREFIX}owners", row.get("owner", "")) if row else None
@@ -3871,11 +3884,11 @@ class RedisLedger(Ledger):
         return Batch(row["day"], int(row["lines"]))
 
     async def watched(self) -> list[str]:
-        with self._asking():
+        async with self._asking():
             return sorted(await self._redis.smembers(f"{PREFIX}unbooked"))
 
     async def take(self, name: str) -> bool:
-        with self._asking():
+        async with self._asking():
             look = f"{PREFIX}look:{name}"
             is_mine = await self._redis.set(look, self._process, nx=True, px=int(LEASE * 1000))
             return bool(is_mine) or await self._redis.get(look) == self._process
@@ -3925,7 +3938,7 @@ class RedisLedger(Ledger):
     @contextlib.asynccontextmanager
     async def changing(self) -> AsyncIterator[None]:
         async with self._turn:
-            with self._asking():
+            async with self._asking():
                 waits: Any = {"sleep": 0.02, "blocking_timeout": LOCK_LEASE, "thread_local": False}
                 self._lock = lock = self._redis.lock(f"{PREFIX}lock", LOCK_LEASE, **waits)
                 if not await lock.acquire():
@@ -3941,7 +3954,7 @@ class RedisLedger(Ledger):
         if self._lock is None:
             async with self.changing():
                 return await self.change(changes)
-        with self._asking():
+        async with self._asking():
             before = await self._records([*changes])
             revision = str(await self._redis.incr(REVISION))
             async with self._redis.pipeline(transaction=True) as pipe:
@@ -4008,7 +4021,7 @@ class RedisLedger(Ledger):
     async def reset_spend(self, record: Limited, amount: Decimal) -> None:
         budget, place = record.budgets[0], record.account.place
         start = window_start(budget.duration, now())
-        with self._asking():
+        async with self._asking():
             said = {f"start:{budget.name}": start, f"spent:{budget.name}": nano(amount)}
             await self._redis.hset(place, mapping=said)
             await self._sync()
@@ -4024,7 +4037,7 @@ class RedisLedger(Ledger):
     # Reports
 
     async def find(self, by: str, name: str, *, former: bool = False) -> Limited | None:
-        with self._asking():
+        async with self._asking():
             at: str | None = f"{by.removesuffix('_id')}:{name}"
             if by == "key_alias":
                 at = await self._redis.hget(f"{PREFIX}alias", name)
@@ -4045,12 +4058,12 @@ class RedisLedger(Ledger):
         self, kind: str = "key", *, days: tuple[str, str] | None = None, **named: str
     ) -> AsyncIterator[Limited]:
         names, start = list[str](), 0
-        with self._asking():
+        async with self._asking():
             for by, of in named.items():
                 members = f"{PREFIX}members:{by.removesuffix('_id')}:{of}"
                 names = sorted(await self._redis.smembers(members))
         while True:
-            with self._asking():
+            async with self._asking():
                 part = names[start : start + LOOKED_AT]
                 if not named:
                     end = start + LOOKED_AT - 1
@@ -4064,7 +4077,7 @@ class RedisLedger(Ledger):
                 return
 
     async def tagged(self, days: tuple[str, str]) -> Usage:
-        with self._asking():
+        async with self._asking():
             await self._look([self.groups[GATEWAY]], days)
         return self.groups[GATEWAY].account.usage
 
@@ -7290,8 +7303,15 @@ def at_once(coroutine: collections.abc.Coroutine[Any, Any, None]) -> asyncio.Tas
 
     @types.coroutine
     def rest() -> Iterator[Any]:
-        yield first
-        yield from coroutine.__await__()
+        awaited = first
+        with contextlib.suppress(StopIteration):
+            while True:
+                try:
+                    yield awaited
+                except BaseException as error:  # noqa: BLE001 - what it awaited failed: it is told
+                    awaited = coroutine.throw(error)
+                else:
+                    awaited = coroutine.send(None)
 
     async def go_on() -> None:  # of generators, Python 3.12 and later make no task
         await rest()
