@@ -2806,11 +2806,12 @@ class FileLedger(Ledger):
         whole.account = told.account if told else whole.account
         self.groups = {GATEWAY: whole}
         self._apply(records | ({GATEWAY: whole} if told else {}))
+        every = known | records
         for name in (
             known.keys() ^ records.keys()
         ):  # what is new of batches, or gone, is held of all
             sign = 1 if name in records else -1
-            for batch in (known | records)[name].account.batches.values():
+            for batch in every[name].account.batches.values():
                 for at in batch.beside.keys() & self.groups.keys():
                     for budget, amount in batch.beside[at].items():
                         self.groups[at].account.windows[budget].held += sign * amount
