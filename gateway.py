@@ -2962,7 +2962,6 @@ NANO = Decimal("1e-9")
 IMPORTED = "gw:import"  # is STORE until all is there
 TOLD_OF, COPY_DEADLINE = 10_000, 60.0  # records; seconds for an answer
 Sums = collections.Counter[str]  # of what was copied
-REMEMBERED = ".store"  # behind the name of the keys file: which stores were used from here
 NO_STORE = "The store is empty, or another one: nothing is changed in it. Whoever runs the gateway"
 NO_STORE += " must bring its data back, or start it with --new-store or --import."
 
@@ -3197,6 +3196,9 @@ SCRIPTS |= {text: PRELUDE + ONCE + text for text in WRITTEN_ONCE}
 DIGESTS = {text: hashlib.sha1(script.encode()).hexdigest() for text, script in SCRIPTS.items()}
 
 
+Nanos = Sequence[tuple[str, int]]  # by model
+
+
 class StoreAway(Exception):
     """Redis did not answer, or not as it should; its text says how."""
 
@@ -3208,6 +3210,16 @@ class StoreRefused(StoreAway):
 def nano(amount: Decimal) -> int:
     """Whole nano-dollars."""
     return round(amount.scaleb(9))
+
+
+def nanos(charges: Charges) -> Nanos:
+    """What was used, by model, in these."""
+    return [(model, nano(tally.spend)) for model, tally in charges]
+
+
+def sum_for(budget: Budget, amounts: Nanos) -> int:
+    """What of it counts for a budget."""
+    return sum([n for model, n in amounts if not budget.pattern or budget.is_for(model)])
 
 
 def usd(amount: Any) -> Decimal:
@@ -3491,9 +3503,8 @@ class RedisLedger(Ledger):
         asked = time.time()
         async with self._redis.pipeline(transaction=False) as pipe:
             pipe.get(STORE).time().zcard(f"{PREFIX}key")
-            pipe.zadd(f"{PREFIX}processes", {self._process: asked + CLOCK.ahead})
             pipe.zcount(f"{PREFIX}processes", asked + CLOCK.ahead - 5, "inf")
-            store, (seconds, more), self.count, _, self._processes = await pipe.execute()
+            store, (seconds, more), self.count, self._processes = await pipe.execute()
         told = seconds + more / 1e6  # some time between the question and its answer
         CLOCK.ahead = min(max(CLOCK.ahead, told - time.time()), told - asked)
         if self.lost != (lost := store != self._id):
@@ -3501,6 +3512,9 @@ class RedisLedger(Ledger):
             self.lost = lost
             if not lost and self._link is not None:
                 self._link.abort("the store is back")
+        if not lost:
+            here = {self._process: asked + CLOCK.ahead}
+            await self._redis.zadd(f"{PREFIX}processes", here)
 
     async def run(self) -> None:
         """Renew what requests hold, and try again what Redis refused, until cancelled."""
@@ -3739,11 +3753,14 @@ class RedisLedger(Ledger):
             accounts = [of for of in hold.accounts if of.is_limited]
             if not accounts:
                 return
-            moment = moment_of(int(now().timestamp()))
+            moment, used = now(), self._usage(prompt, day_of(now()))
+            needs = nanos(worst), nanos(prompt)
             rows = [
-                self._wanted(of, worst, prompt, moment, pays=pays, shares=shares, fit=fit)
+                self._wanted(of, *needs, moment, pays=pays, shares=shares, fit=fit)
                 for of in accounts
             ]
+            if accounts[0].of == "key":
+                rows[0]["h"]["u"] = used
             self._number += 1
             hold.id = f"{self._process}:{self._number}"
             places = [of.account.place for of in accounts]
@@ -3783,37 +3800,36 @@ class RedisLedger(Ledger):
     def _wanted(
         self,
         of: Limited,
-        worst: Charges,
-        prompt: Charges,
+        worst: Nanos,
+        prompt: Nanos,
         moment: datetime,
         *,
         pays: bool,
         shares: bool,
         fit: bool,
     ) -> dict[str, Any]:
-        """What a request needs of one account, as RESERVE reads it."""
+        """What a request needs of one account, as RESERVE reads it: there None would be true."""
         budgets, costs, used = list[Any](), list[Any](), list[Any]()
         for budget in of.budgets:
             name, start = budget.name, window_start(budget.duration, moment)
             limit = False if budget.limit is None else nano(budget.limit)
-            found = [nano(tally.spend) for model, tally in worst if budget.is_for(model)]
-            cost = (
-                sum(found) if found else 0 if pays and not worst and not budget.pattern else False
-            )
+            cost: int | bool = sum_for(budget, worst)
             if cost:
-                costs.append([name, str(cost)])
-                amount = sum(nano(t.spend) for model, t in prompt if budget.is_for(model))
-                used.append([name, start, str(amount)])
-            budgets.append([name, start, limit, cost, fit or not cost])
-        usage = self._usage(prompt, day_of(moment)) if of.of == "key" else []
-        row: dict[str, Any] = {"r": of.revision, "b": budgets, "s": shares}
-        for name, most in (
-            ("p", of.max_parallel_requests),
-            ("q", of.rpm_limit),
-            ("k", of.tpm_limit),
-        ):
-            row[name] = False if most is None else most
-        return row | {"h": {"c": costs, "w": used, "u": usage}}
+                costs.append((name, str(cost)))
+                used.append((name, start, str(sum_for(budget, prompt))))
+            elif budget.pattern or not pays:
+                cost = False
+            budgets.append((name, start, limit, cost, fit or not cost))
+        parallel, rpm, tpm = of.max_parallel_requests, of.rpm_limit, of.tpm_limit
+        return {
+            "r": of.revision,
+            "b": budgets,
+            "s": shares,
+            "p": False if parallel is None else parallel,
+            "q": False if rpm is None else rpm,
+            "k": False if tpm is None else tpm,
+            "h": {"c": costs, "w": used, "u": ()},
+        }
 
     def _usage(self, charges: Charges, day: str) -> list[Any]:
         kept = (self._usage_days + 1) * 86400
@@ -3822,7 +3838,7 @@ class RedisLedger(Ledger):
             counts = {n: count for n in tally.__slots__ if (count := getattr(tally, n))}
             if tally.spend:
                 counts["spend"] = nano(tally.spend)
-            rows.append([day, model, counts, kept])
+            rows.append((day, model, counts, kept))
         return rows
 
     def _mirror(self, of: Limited, row: Mapping[str, Any], state: Sequence[int]) -> None:
@@ -3906,7 +3922,7 @@ class RedisLedger(Ledger):
         batch: str = "",
         line: int = 0,
     ) -> None:
-        present, day, rows = moment_of(int(now().timestamp())), day_of(moment), list[Any]()
+        present, day, rows, amounts = now(), day_of(moment), list[Any](), nanos(charges)
         named = [(tag, tally) for tag in {*tags} for _, tally in charges]
         if named := named and [*((EVERY_TAG, tally) for _, tally in charges), *named]:
             whole = self.groups[GATEWAY]
@@ -3914,9 +3930,8 @@ class RedisLedger(Ledger):
         for of in accounts:
             spent, is_counted = list[Any](), of.of != "gateway" or of.has_budget
             for budget in of.budgets if is_counted else ():
-                start = window_start(budget.duration, present)
-                amount = sum(nano(tally.spend) for m, tally in charges if budget.is_for(m))
-                spent.append([budget.name, start, amount])
+                start, amount = window_start(budget.duration, present), sum_for(budget, amounts)
+                spent.append((budget.name, start, amount))
                 window = of.account.windows[budget.name]
                 window.spent(start)
                 window.spend += usd(amount)
