@@ -10527,7 +10527,7 @@ class Parent:
     its successor. The first process starts alone, so that what is wrong is said once."""
 
     TOLD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    SIGNALS = (*TOLD, signal.SIGCHLD, signal.SIGALRM, signal.SIGUSR1)
+    SIGNALS = (*TOLD, signal.SIGCHLD, signal.SIGUSR1)
 
     def __init__(self, settings: Settings) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
@@ -10542,8 +10542,9 @@ class Parent:
             while not self.stopping or any(child.process for child in self.children):
                 if not self.stopping:
                     self._start(folder)
-                if (number := signal.sigwait(self.SIGNALS)) in self.TOLD:
-                    self._tell(number)
+                came = signal.sigtimedwait(self.SIGNALS, 1)  # till something may be due
+                if came and came.si_signo in self.TOLD:
+                    self._tell(came.si_signo)
                 for child in self.children:
                     if child.process and not (child.sockets or self.stopping):
                         self._take_sockets(child)
@@ -10554,7 +10555,7 @@ class Parent:
         return self.code
 
     def _start(self, folder: str) -> None:
-        """Start what is due, and have SIGALRM tell when more is."""
+        """Start what is due."""
         moment, count = time.monotonic(), len(self.children)
         for child in self.children:
             if not child.process and child.due <= moment:
@@ -10568,9 +10569,6 @@ class Parent:
                     child.process = subprocess.Popen(
                         command, env=variables, pass_fds=(control, *given)
                     )
-        due = min((child.due for child in self.children if not child.process), default=math.inf)
-        if due < math.inf:
-            signal.alarm(max(1, math.ceil(due - moment)))
 
     def _take_sockets(self, child: Child) -> None:
         """Keep what one listens to, if it does by now; a Unix socket is everybody's."""
