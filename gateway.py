@@ -1924,6 +1924,7 @@ KEYS_FRAME = (b'{"version": %d, "keys": {' % STORE_VERSION, b",\n", b"\n}}\n")
 THINGS_FRAME = (b'{"version": %d}' % STORE_VERSION, b"\n", b"\n")
 GATEWAY = "gateway:"  # what the whole gateway's account is kept under
 EVERY_TAG = ""  # among its tags: whatever had any
+MAX_AUDITED = 10_000  # changes that are remembered
 UNTIDY_LINES = 1000  # of changes, beyond twice the fewest, until a file of them is written anew
 Charges = Sequence[tuple[str, Tally]]  # what was used, by model
 written = functools.partial(shown, amount="{:f}".format)  # in the file amounts lose no digit
@@ -2257,6 +2258,8 @@ class Ledger:
         self.batches: dict[str, Account] = {}  # whose they are
         self._retired: dict[str, str] = {}  # and what is no more, which the record tells
         self._touched: set[str] = set()  # what was used since it was written
+        self._kept: dict[str, tuple[str, float]] = {}
+        self._noted = collections.deque[Mapping[str, Any]](maxlen=MAX_AUDITED)
 
     def lookup(self, hashed: str) -> tuple[VirtualKey, str] | None:
         """A key and its `VirtualKey.status`; by an old hash ``expired`` once its grace is over."""
@@ -2291,6 +2294,33 @@ class Ledger:
     async def live(self, **named: str) -> list[VirtualKey]:
         """The keys of `each` that are not deleted."""
         return [key async for key in self.each(**named) if not key.deleted_at]
+
+    async def keep(self, name: str, value: str, seconds: float, most: int = 0) -> bool:
+        """Remember a word for some seconds, for all who share the store, where it is not there: is
+        it new? Of those with one value there may be so many; the oldest goes."""
+        self._kept = {n: row for n, row in self._kept.items() if row[1] > self._clock()}
+        alike = [other for other, row in self._kept.items() if row[0] == value]
+        for old in alike[: 1 - most] if most else ():
+            del self._kept[old]
+        return self._kept.setdefault(name, row := (value, self._clock() + seconds)) is row
+
+    async def recall(self, name: str) -> str:
+        """What is remembered under a name; else empty."""
+        value, end = self._kept.get(name, ("", 0.0))
+        return value if end > self._clock() else ""
+
+    async def drop(self, name: str) -> None:
+        """Remember it no more."""
+        self._kept.pop(name, None)
+
+    def note(self, row: Mapping[str, Any]) -> None:
+        """Remember a change for the audit, as the last of MAX_AUDITED."""
+        self._noted.append(row)
+
+    async def noted(self) -> AsyncIterator[Mapping[str, Any]]:
+        """What was noted, the newest first."""
+        for row in [*self._noted][::-1]:
+            yield row
 
     async def admit(self, hold: Hold, *, pays: bool, shares: bool, later: bool = False) -> None:
         """Take a slot and one request of the key's rates; where it ``pays``, its budget must have
@@ -2776,11 +2806,12 @@ class FileLedger(Ledger):
         whole.account = told.account if told else whole.account
         self.groups = {GATEWAY: whole}
         self._apply(records | ({GATEWAY: whole} if told else {}))
+        every = known | records
         for name in (
             known.keys() ^ records.keys()
         ):  # what is new of batches, or gone, is held of all
             sign = 1 if name in records else -1
-            for batch in (known | records)[name].account.batches.values():
+            for batch in every[name].account.batches.values():
                 for at in batch.beside.keys() & self.groups.keys():
                     for budget, amount in batch.beside[at].items():
                         self.groups[at].account.windows[budget].held += sign * amount
@@ -3331,12 +3362,14 @@ class RedisLedger(Ledger):
         told |= {"protocol": 2, "max_connections": MOST_CONNECTIONS, "timeout": STORE_DEADLINE}
         pool = redis.asyncio.BlockingConnectionPool.from_url(store, **told)
         self._redis: Any = redis.asyncio.Redis(connection_pool=pool)
-        self._errors = (redis.RedisError, OSError, TimeoutError, StoreAway)
+        # uvloop raises RuntimeError for what is written to a connection that was just reset.
+        self._errors = (redis.RedisError, OSError, TimeoutError, RuntimeError, StoreAway)
         self._new, self._allow, self._remember = new_store, allow, remember
         self._shown = re.sub(r"//[^@/]*@", "//", store.partition("?")[0])
         self.keys: collections.OrderedDict[str, VirtualKey] = collections.OrderedDict()
         self._unknown: set[str] = set()  # hashes of no key, until any changes
         self._asked: dict[str, asyncio.Task[VirtualKey | None]] = {}
+        self._forgotten = 0  # how often any has changed: what is read meanwhile may be old
         self._accounts = weakref.WeakValueDictionary[str, Account]()  # by their places
         self._link, self._linked = cast(Link | None, None), asyncio.Event()
         self.away, self.lost, self.doubt = "it was not asked yet", False, ""
@@ -3423,8 +3456,10 @@ class RedisLedger(Ledger):
                 await self._renew()
                 await link.closed
                 why = link.why
-            except (OSError, StoreAway) as error:
+            except Exception as error:  # whatever it is, it is tried again
                 why = str(error) or "no answer"
+                if not isinstance(error, self._errors):
+                    log.exception("Redis cannot be reached")
             self._link = None
             if why != self.away:
                 log.error("Redis is away: %s", why) if not self.away else None
@@ -3443,8 +3478,10 @@ class RedisLedger(Ledger):
                     self._forget(change["name"])
                 await self._check()
                 failed = 0
-            except self._errors as error:
+            except Exception as error:  # whatever it is, it is tried again
                 failed += 1  # if but once, perhaps this process was late itself
+                if not isinstance(error, self._errors):
+                    log.exception("changes in Redis cannot be followed")
                 if self._link is not None and failed > 2:
                     self._link.abort(str(error) or "no answer")
                 await asyncio.sleep(STORE_RETRY)
@@ -3457,7 +3494,8 @@ class RedisLedger(Ledger):
             pipe.zadd(f"{PREFIX}processes", {self._process: asked + CLOCK.ahead})
             pipe.zcount(f"{PREFIX}processes", asked + CLOCK.ahead - 5, "inf")
             store, (seconds, more), self.count, _, self._processes = await pipe.execute()
-        CLOCK.ahead = seconds + more / 1e6 - (asked + time.time()) / 2
+        told = seconds + more / 1e6  # some time between the question and its answer
+        CLOCK.ahead = min(max(CLOCK.ahead, told - time.time()), told - asked)
         if self.lost != (lost := store != self._id):
             log.critical(NO_STORE) if lost else log.warning("the store is back")
             self.lost = lost
@@ -3591,15 +3629,16 @@ class RedisLedger(Ledger):
 
     async def _learn(self, hashed: str) -> VirtualKey | None:
         """Read a key, and remember it, or that there is none."""
+        began = self._forgotten
         try:
             async with self._asking():
-                if (key := await self._read_key(hashed, former=True)) is None:
-                    self._unknown.add(hashed)
-                    return None
-                await self._look([key], None, shared=self._accounts)
-                self.keys[hashed] = key
+                if key := await self._read_key(hashed, former=True):
+                    await self._look([key], None, shared=self._accounts)
         finally:
             del self._asked[hashed]
+        if began == self._forgotten:
+            self.keys |= {hashed: key} if key else {}
+            self._unknown |= set() if key else {hashed}
         if len(self.keys) > KEPT_RECORDS:
             self.keys.popitem(last=False)
         if len(self._unknown) > KEPT_RECORDS:
@@ -3627,6 +3666,7 @@ class RedisLedger(Ledger):
     def _forget(self, name: str = "") -> None:
         """A record has changed, or (without a name) any may have."""
         self._unknown.clear()
+        self._forgotten += 1
         if not name:
             self.keys.clear()
         elif HASH.fullmatch(name):
@@ -3972,7 +4012,7 @@ class RedisLedger(Ledger):
     # Things
 
     async def find_things(self, names: Iterable[object]) -> dict[str, Thing]:
-        with self._asking():
+        async with self._asking():
             rows, keys = await self._rows([n for n in names if isinstance(n, str)])
         found = dict[str, Thing]()
         for name, (owner, kind, home, _, is_shared) in rows.items():
@@ -3993,7 +4033,7 @@ class RedisLedger(Ledger):
 
     async def reached(self, key: VirtualKey, kind: str) -> dict[str, float]:
         owners = {key.owner, "+"}
-        with self._asking():
+        async with self._asking():
             if key.team_id and key.resources == "team":
                 sets = [f"{PREFIX}{of}:team:{key.team_id}" for of in ("members", "deleted")]
                 mates: Any = await self._records([*await self._redis.sunion(sets)])
@@ -4019,7 +4059,7 @@ class RedisLedger(Ledger):
             raise APIError(503, text, headers=[DO_NOT_RETRY]) from None
 
     async def assign(self, kinds: Mapping[str, str], owner: str | None) -> None:
-        with self._asking():  # else nothing is changed
+        async with self._asking():  # else nothing is changed
             rows = [[name, kind, "", now().timestamp()] for name, kind in kinds.items()]
         self._change("shared" if owner is None else "given", owner or "", rows)
         await asyncio.shield(self.save())
@@ -4035,7 +4075,7 @@ class RedisLedger(Ledger):
         self, owner: str | None, kind: str, first: int, most: int
     ) -> tuple[int, list[dict[str, Any]]]:
         made = f"{PREFIX}made:{kind}:{'*' if owner is None else owner}"
-        with self._asking():
+        async with self._asking():
             total = await self._redis.zcard(made)
             names = await self._redis.zrange(made, first, first + most - 1)
             found, keys = await self._rows(names)
@@ -4047,18 +4087,44 @@ class RedisLedger(Ledger):
             rows.append(row | {"created_at": moment_of(int(made)), "shared": is_shared})
         return total, rows
 
-    # The request log
+    # What is remembered for all
 
-    def log(self, rows: Iterable[bytes], most: int) -> None:
-        """Add rows to the log that all share, which keeps the last ``most``."""
-        self._later(LOG, [f"{PREFIX}requests"], most, *rows)
+    async def keep(self, name: str, value: str, seconds: float, most: int = 0) -> bool:
+        at, alike = f"{PREFIX}kept:{name}", f"{PREFIX}alike:{value}"
+        async with self._asking():
+            if not await self._redis.set(at, value, nx=True, px=int(seconds * 1000)):
+                return False
+            if most and await self._redis.rpush(alike, at) > most:
+                await self._redis.delete(await self._redis.lpop(alike))
+            await self._redis.expire(alike, math.ceil(seconds))
+        return True
 
-    async def logged(self) -> AsyncIterator[bytes]:
+    async def recall(self, name: str) -> str:
+        async with self._asking():
+            return await self._redis.get(f"{PREFIX}kept:{name}") or ""
+
+    async def drop(self, name: str) -> None:
+        async with self._asking():
+            await self._redis.delete(f"{PREFIX}kept:{name}")
+
+    def note(self, row: Mapping[str, Any]) -> None:
+        self.log([json.dumps(row, default=shown).encode()], MAX_AUDITED, "audit")
+
+    async def noted(self) -> AsyncIterator[Mapping[str, Any]]:
+        await self.save()
+        async for row in self.logged("audit"):
+            yield json.loads(row)
+
+    def log(self, rows: Iterable[bytes], most: int, name: str = "requests") -> None:
+        """Add rows to a log that all share, which keeps the last ``most``."""
+        self._later(LOG, [f"{PREFIX}{name}"], most, *rows)
+
+    async def logged(self, name: str = "requests") -> AsyncIterator[bytes]:
         """Its rows, the newest first."""
         at = "+"
         while at:
-            with self._asking():
-                log = f"{PREFIX}requests"
+            async with self._asking():
+                log = f"{PREFIX}{name}"
                 rows = await self._redis.xrevrange(log, at, count=NAMES_A_TRIP)
             for _, row in rows:
                 yield row["row"].encode()
@@ -4167,12 +4233,12 @@ class RedisLedger(Ledger):
 
     async def _everything(self) -> AsyncIterator[Limited]:
         """Every record, with all that it used and its batches."""
-        whole, batches = self.groups[GATEWAY], collections.defaultdict[str, Any](dict)
-        days, names = (self._oldest, "9999"), {whole.account.place: GATEWAY}
+        days, batches = (self._oldest, "9999"), collections.defaultdict[str, Any](dict)
+        whole = await self._whole(days)
+        names = {whole.account.place: GATEWAY}
         async for at in self._redis.scan_iter(f"{PREFIX}batch:*", NAMES_A_TRIP):
             if row := await self._redis.hgetall(at):
                 batches[row["owner"]][at.removeprefix(f"{PREFIX}batch:")] = row
-        await self.tagged(days)
         yield whole
         for kind in (*GROUPS, "key"):
             async for of in self.each(kind, days=days):
@@ -4241,9 +4307,9 @@ class RedisLedger(Ledger):
                 return await self.change(changes)
         async with self._asking():
             before = await self._records([*changes])
-            last = await self._redis.incrby(REVISION, len(changes))
             async with self._redis.pipeline(transaction=True) as pipe:
-                await pipe.watch(STORE, f"{PREFIX}lock")
+                await pipe.watch(STORE, REVISION, f"{PREFIX}lock")
+                revision = int(await pipe.get(REVISION) or 0)
                 is_ours = await pipe.get(STORE) == self._id
                 if (
                     not is_ours
@@ -4251,11 +4317,12 @@ class RedisLedger(Ledger):
                 ):
                     raise StoreAway("the change took too long")
                 pipe.multi()
-                for number, (name, record) in enumerate(changes.items()):
+                pipe.incrby(REVISION, len(changes))
+                for number, (name, record) in enumerate(changes.items(), start=1):
                     if old := before.get(name):
                         self._take(pipe, name, old, is_gone=record is None)
                     if record is not None:  # each has a number of its own, the order of reports
-                        self._put(pipe, name, record, str(last - len(changes) + number + 1))
+                        self._put(pipe, name, record, str(revision + number))
                     pipe.xadd(CHANGES, {"name": name}, maxlen=CHANGES_KEPT)
                 await pipe.execute()
             await self._sync()
@@ -4367,10 +4434,14 @@ class RedisLedger(Ledger):
             last = part[-1][1]
 
     async def tagged(self, days: tuple[str, str]) -> Usage:
-        whole = Limited(account=Account(place=self.groups[GATEWAY].account.place))
+        return (await self._whole(days)).account.usage
+
+    async def _whole(self, days: tuple[str, str]) -> Limited:
+        place = self.groups[GATEWAY].account.place
+        whole = Limited(account=Account(hashed=GATEWAY, place=place))
         async with self._asking():
             await self._look([whole], days)
-        return whole.account.usage
+        return whole
 
     async def _look(
         self,
@@ -5346,7 +5417,8 @@ class Alerts:
 
     def __init__(self, client: UpstreamClient, url: str) -> None:
         self._client, self._url = client, url
-        self._waiting: collections.deque[bytes] = collections.deque(maxlen=MAX_ALERTS)
+        self.keep: Callable[..., Awaitable[bool]] | None = None  # `Ledger.keep`: who is the first?
+        self._waiting = collections.deque[tuple[str, bytes]](maxlen=MAX_ALERTS)
         self._told: dict[str, float] = {}  # when each matter was
         self._sending: asyncio.Future[None] = client.done
 
@@ -5361,7 +5433,7 @@ class Alerts:
             del self._told[next(iter(self._told))]
         told = {"text": text, "event": event, "event_message": text, "alert_type": event}
         told |= {"event_group": "proxy"} | details
-        self._waiting.append(json.dumps(told, default=shown).encode())
+        self._waiting.append((matter, json.dumps(told, default=shown).encode()))
         if self._sending.done():
             self._sending = self._client.loop.create_task(self._send())
 
@@ -5370,7 +5442,10 @@ class Alerts:
         options |= {"method": "POST", "headers": {"Content-Type": "application/json"}}
         options["streaming_callback"] = lambda _: None  # of an answer nothing is kept
         while self._waiting:
-            body, error = self._waiting.popleft(), None
+            (matter, body), error = self._waiting.popleft(), None
+            with contextlib.suppress(APIError):  # a store that is away: then each process tells it
+                if self.keep and not await self.keep(f"told:{matter}", "", ALERT_AGAIN / 2):
+                    continue
             for pause in (0.0, *ALERT_BACKOFF):
                 await asyncio.sleep(pause)
                 try:
@@ -6543,7 +6618,6 @@ class Doors:
 
 NOBODY = Caller()
 OPERATOR = VirtualKey(resources="all")  # the master key, and whoever comes in open mode
-MAX_AUDITED = 10_000  # changes that are remembered
 SESSION_COOKIE, SESSION_HOURS = "gateway_session", 12
 MAX_SESSIONS = 20  # of a key; the oldest goes
 WRONG_TRIES = 10  # a minute, of an address (of IPv6: a site), to log in
@@ -6554,30 +6628,26 @@ class Sessions:
     """Who is logged in at the page: a random id stands for the hash of the key that opened it, and
     is good for as long as that is. A page elsewhere can change nothing with it."""
 
-    def __init__(self) -> None:
-        self._open: dict[str, tuple[str, float]] = {}  # by the hash of its id
+    def __init__(self, ledger: AnyLedger) -> None:
+        self._ledger = ledger
         self._wrong = collections.OrderedDict[str, Bucket]()
 
-    def open(self, hashed: str) -> str:
+    async def open(self, hashed: str) -> str:
         """Begin one; its id."""
-        self._open = {s: row for s, row in self._open.items() if row[1] > time.monotonic()}
-        own = [session for session, row in self._open.items() if row[0] == hashed]
-        for session in own[: 1 - MAX_SESSIONS]:
-            del self._open[session]
         name = secrets.token_urlsafe(32)
-        self._open[hash_key(name)] = hashed, time.monotonic() + SESSION_HOURS * 3600
+        at, length = f"session:{hash_key(name)}", SESSION_HOURS * 3600
+        await self._ledger.keep(at, hashed, length, MAX_SESSIONS)
         return name
 
-    def close(self, request: Request) -> None:
+    async def close(self, request: Request) -> None:
         """End a request's session."""
-        self._open.pop(self._shown(request), None)
+        await self._ledger.drop(self._shown(request))
 
-    def find(self, request: Request) -> str:
+    async def find(self, request: Request) -> str:
         """The hash of the key that opened a request's session; none: empty. Raises APIError 403."""
-        hashed, end = self._open.get(self._shown(request), ("", 0.0))
-        if end <= time.monotonic():
-            return ""
-        if request.head.method not in ("GET", "HEAD"):
+        shown = self._shown(request)
+        hashed = await self._ledger.recall(shown) if shown else ""
+        if hashed and request.head.method not in ("GET", "HEAD"):
             self.refuse_foreign(request.head, must_say=True)
         return hashed
 
@@ -6591,7 +6661,7 @@ class Sessions:
 
     def _shown(self, request: Request) -> str:
         cookie = request.cookies.get(SESSION_COOKIE)
-        return hash_key(cookie.value) if cookie else ""
+        return f"session:{hash_key(cookie.value)}" if cookie else ""
 
     def slow_down(self, address: str, *, wrong: bool = False) -> None:
         """Count a ``wrong`` try. Raises APIError 429 where an address has had too many."""
@@ -7578,14 +7648,14 @@ class BaseHandler(web.RequestHandler):
             text = f"{printable(name)!r} is not known here: it may be {known}."
             raise APIError(400, text + nearest(name, self._known))
 
-    def shown_hashes(self) -> list[str]:
+    async def shown_hashes(self) -> list[str]:
         """The hashes of the credentials that are shown; or of that which opened the session."""
         shown = [hash_key(credential) for _, credential in candidates(self.request.head.values)]
-        return shown or list(filter(None, [self.gateway.sessions.find(self.request)]))
+        return shown or list(filter(None, [await self.gateway.sessions.find(self.request)]))
 
     async def find_caller(self) -> Caller:
         """Who asks, by what he shows or his session. Raises APIError 401."""
-        hashed = self.gateway.sessions.find(self.request)
+        hashed = await self.gateway.sessions.find(self.request)
         if candidates(self.request.head.values) or not hashed:
             return await self.gateway.doors.authenticate(self.request.head.values)
         return await self.gateway.doors.admit(hashed)
@@ -7854,11 +7924,13 @@ class Gateway:
         self.host_line = f"Host: {self.origin.authority}"
         self.traffic = Traffic()
         path = settings.request_log or f"{os.path.realpath(settings.keys)}.requests"
+        path = "none" if settings.store else path
         self.recent = RequestLog("" if path == "none" else path, settings.recent_requests)
+        if isinstance(self.ledger, RedisLedger):
+            self.recent = SharedLog(settings.recent_requests, self.ledger)
         self.active: set[RelayHandler] = set()
         self.started = now()
-        self.sessions = Sessions()
-        self.audit: collections.deque[dict[str, Any]] = collections.deque(maxlen=MAX_AUDITED)
+        self.sessions, self.alerts.keep = Sessions(self.ledger), self.ledger.keep
         self.drained = asyncio.Event()
 
     async def close(self) -> None:
@@ -8319,7 +8391,7 @@ class ManagementHandler(BaseHandler):
 
     async def prepare(self) -> None:
         super().prepare()
-        doors, ledger, shown = self.gateway.doors, self.gateway.ledger, self.shown_hashes()
+        doors, ledger, shown = self.gateway.doors, self.gateway.ledger, await self.shown_hashes()
         self.master = next(filter(None, map(doors.is_master, shown)), "")
         if not (self.master or (self.request.method == "GET" and self.is_here_and_open)):
             if not self.gateway.settings.master_key:
@@ -8498,7 +8570,7 @@ class RecordHandler(BodyHandler, ManagementHandler):
         row |= {"changed_by_api_key": self.master, "action": action, "table_name": record.of}
         row |= {"object_id": record.account.hashed.removeprefix(f"{record.of}:")}
         row |= {"name": record.shown_name, "updated_values": dict(body)}
-        self.gateway.audit.append(row | {"remote_ip": self.request.remote_ip})
+        self.gateway.ledger.note(row | {"remote_ip": self.request.remote_ip})
         fields = f": {printable(', '.join(body))}" if body and action == "updated" else ""
         log.info("%s %s %s%s by %s", record.of, record.shown_name, action, fields, word(by))
 
@@ -8719,7 +8791,7 @@ class ReportHandler(ManagementHandler):
                 raise APIError(403, "A virtual key may ask about itself only.")
         record = await self.named("key", {"key": mine} if mine else told, former=True)
         info = full_row(record, ledger)
-        shown = (asked, hash_key(asked)) if asked or alias else self.shown_hashes()
+        shown = (asked, hash_key(asked)) if asked or alias else await self.shown_hashes()
         for former in record.retired.keys() & {*shown}:
             info["retired_until"] = record.retired[former]
         del info["token"], info["token_id"]
@@ -8824,10 +8896,10 @@ class ReportHandler(ManagementHandler):
         row["keys_count"] = len(keys)
         return {field: name, f"{kind}_info": row, "keys": keys, more: []}
 
-    def list_changes(self) -> dict[str, Any]:
+    async def list_changes(self) -> dict[str, Any]:
         """Pages of what was changed, newest first; of one ``object_id``."""
-        wanted, rows = self.query("object_id"), reversed(self.gateway.audit)
-        found = [row for row in rows if wanted in ("", row["object_id"], row["name"])]
+        wanted, rows = self.query("object_id"), self.gateway.ledger.noted()
+        found = [row async for row in rows if wanted in ("", row["object_id"], row["name"])]
         return self.page_of("audit_logs", found, len(found), "page_size", 50)
 
     async def list_resources(self) -> dict[str, Any]:
@@ -8888,7 +8960,7 @@ class SessionHandler(BodyHandler):
         sessions, body = self.gateway.sessions, self.read_body()
         sessions.refuse_foreign(self.request.head, must_say=False)
         if deed == "logout":
-            sessions.close(self.request)
+            await sessions.close(self.request)
             self.clear_cookie(SESSION_COOKIE, path="/")
             return self.send_json({})
         if deed != "login":
@@ -8903,14 +8975,14 @@ class SessionHandler(BodyHandler):
             raise APIError(401, text) from None
         how: dict[str, Any] = {"httponly": True, "samesite": "Strict", "path": "/"}
         how |= {"secure": self.request.protocol == "https", "max_age": SESSION_HOURS * 3600}
-        self.set_cookie(SESSION_COOKIE, sessions.open(hashed), **how)
+        self.set_cookie(SESSION_COOKIE, await sessions.open(hashed), **how)
         self.send_json({"role": "operator" if caller.is_master else "holder"})
 
     async def get(self, deed: str) -> None:
         if deed != "session":
             raise web.HTTPError(405)
         gateway, settings, is_open = self.gateway, self.gateway.settings, self.is_here_and_open
-        hashed = gateway.sessions.find(self.request)
+        hashed = await gateway.sessions.find(self.request)
         if not (hashed or is_open):
             raise APIError(401, "Log in with the master key or a virtual key.")
         key = None if is_open else (await gateway.doors.admit(hashed)).key
