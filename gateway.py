@@ -10559,7 +10559,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # as many as the system allows
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-        if settings.processes != 1 and not (PLACE.folder or settings.check):
+        copies = settings.import_ or settings.export
+        if settings.processes != 1 and not (PLACE.folder or settings.check or copies):
             sys.exit(Parent(settings).run())
         loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
         with contextlib.suppress(ImportError):
@@ -10569,7 +10570,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with asyncio.Runner(loop_factory=loop_factory) as runner:
             if settings.check:
                 sys.exit(0 if runner.run(check(settings)) else 1)
-            runner.run(serve(settings))
+            runner.run(copy_store(settings) if copies else serve(settings))
     except SettingsError as error:
         text, as_json = " ".join(f"gateway: {error}".split()), error.as_json or settings.log_json
         say(text, as_json=as_json, level=logging.CRITICAL, to=sys.stderr)
