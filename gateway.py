@@ -10574,7 +10574,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # as many as the system allows
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-        if settings.processes != 1 and not (PLACE.folder or settings.check):
+        copies = settings.import_ or settings.export
+        if settings.processes != 1 and not (PLACE.folder or settings.check or copies):
             sys.exit(Parent(settings).run())
         loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
         with contextlib.suppress(ImportError):
@@ -10584,7 +10585,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with asyncio.Runner(loop_factory=loop_factory) as runner:
             if settings.check:
                 sys.exit(0 if runner.run(check(settings)) else 1)
-            runner.run(serve(settings))
+            runner.run(copy_store(settings) if copies else serve(settings))
     except SettingsError as error:
         text, as_json = " ".join(f"gateway: {error}".split()), error.as_json or settings.log_json
         say(text, as_json=as_json, level=logging.CRITICAL, to=sys.stderr)
@@ -10614,7 +10615,7 @@ class Parent:
     its successor. The first process starts alone, so that what is wrong is said once."""
 
     TOLD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    SIGNALS = (*TOLD, signal.SIGCHLD, signal.SIGALRM, signal.SIGUSR1)
+    SIGNALS = (*TOLD, signal.SIGCHLD, signal.SIGUSR1)
 
     def __init__(self, settings: Settings) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
@@ -10629,8 +10630,9 @@ class Parent:
             while not self.stopping or any(child.process for child in self.children):
                 if not self.stopping:
                     self._start(folder)
-                if (number := signal.sigwait(self.SIGNALS)) in self.TOLD:
-                    self._tell(number)
+                came = signal.sigtimedwait(self.SIGNALS, 1)  # till something may be due
+                if came and came.si_signo in self.TOLD:
+                    self._tell(came.si_signo)
                 for child in self.children:
                     if child.process and not (child.sockets or self.stopping):
                         self._take_sockets(child)
@@ -10641,7 +10643,7 @@ class Parent:
         return self.code
 
     def _start(self, folder: str) -> None:
-        """Start what is due, and have SIGALRM tell when more is."""
+        """Start what is due."""
         moment, count = time.monotonic(), len(self.children)
         for child in self.children:
             if not child.process and child.due <= moment:
@@ -10655,9 +10657,6 @@ class Parent:
                     child.process = subprocess.Popen(
                         command, env=variables, pass_fds=(control, *given)
                     )
-        due = min((child.due for child in self.children if not child.process), default=math.inf)
-        if due < math.inf:
-            signal.alarm(max(1, math.ceil(due - moment)))
 
     def _take_sockets(self, child: Child) -> None:
         """Keep what one listens to, if it does by now; a Unix socket is everybody's."""
