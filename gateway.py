@@ -2998,6 +2998,7 @@ local function add(place, used, sign)
       redis.call('HINCRBY', day, model .. '\\0' .. name, sign * count)
     end
     redis.call('EXPIRE', day, each[4])
+    redis.call('HSET', place, 'day:' .. each[1], 1)
   end
 end
 
@@ -3147,17 +3148,22 @@ for i = 2, #KEYS do
   redis.call('ZADD', KEYS[i] .. ':leases', 'XX', now + ARGV[2], ARGV[i + 1])
 end
 """
-# What accounts are now: [what the account has, its slots, [day, counts …]].
+# What accounts are now, with what was used from a day to another: [what the account has, its slots,
+# [day, counts …]].
 LOOK = """
 local told = {}
 for i = 2, #KEYS do
-  local days = {}
   lapse(KEYS[i])
-  for j = 2, #ARGV do
-    local counts = redis.call('HGETALL', KEYS[i] .. ':' .. ARGV[j])
-    if #counts > 0 then days[#days + 1], days[#days + 2] = ARGV[j], counts end
+  local row, days = redis.call('HGETALL', KEYS[i]), {}
+  for j = 1, #row, 2 do
+    local day = row[j]:match('^day:(.*)')
+    if day and day >= ARGV[2] and day <= ARGV[3] then
+      local counts = redis.call('HGETALL', KEYS[i] .. ':' .. day)
+      if #counts > 0 then days[#days + 1], days[#days + 2] = day, counts
+      else redis.call('HDEL', KEYS[i], row[j]) end
+    end
   end
-  told[i - 1] = {redis.call('HGETALL', KEYS[i]), redis.call('ZCARD', KEYS[i] .. ':leases'), days}
+  told[i - 1] = {row, redis.call('ZCARD', KEYS[i] .. ':leases'), days}
 end
 return told
 """
@@ -4473,12 +4479,8 @@ class RedisLedger(Ledger):
                 known = shared.setdefault(place, of.account)
                 known.beside, known.hashed = of.account.beside, of.account.hashed
                 of.account = known
-        wanted = list[str]()
-        if days is not None:
-            past = (day_of(now() - timedelta(days=n)) for n in range(self._usage_days, -2, -1))
-            wanted = [day for day in past if days[0] <= day <= days[1]]
-        for of, told in zip(every.values(), await self._run(LOOK, [*every], *wanted), strict=True):
-            row, running, used = told
+        found = await self._run(LOOK, [*every], *days or ("none", ""))
+        for of, (row, running, used) in zip(every.values(), found, strict=True):
             self._fill(of, dict(zip(row[::2], row[1::2])), dict(zip(used[::2], used[1::2])))
             of.account.running = running
 
