@@ -3265,7 +3265,7 @@ class Link(asyncio.Protocol):
         if self._timer is None:
             self._timer = self._loop.call_later(STORE_DEADLINE, self._look)
         if not self._out:
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self.flush)
         self._out.append(self._pack(command))
         self._waiting.append((answer, self._loop.time()))
         return answer
@@ -3276,8 +3276,9 @@ class Link(asyncio.Protocol):
         """Run one of SCRIPTS."""
         return self.call("EVALSHA", DIGESTS[text], len(keys), *keys, *arguments)
 
-    def _flush(self) -> None:
-        if not self.closed.done():
+    def flush(self) -> None:
+        """Send what was called, before what others write after this."""
+        if self._out and not self.closed.done():
             self._transport.write(b"".join(self._out))
         self._out.clear()
 
@@ -3601,6 +3602,7 @@ class RedisLedger(Ledger):
             keys = [self._store, f"{write.keys[-1]}:seen:{self._process}", *write.keys]
             answer = self._link.script(write.script, keys, self._id, number, *write.arguments)
             answer.add_done_callback(functools.partial(self._sent, number, write))
+            self._link.flush()  # before the last bytes of an answer, behind which more may come
 
     def _sent(self, number: int, write: Write, answer: asyncio.Future[Any]) -> None:
         error = answer.exception()
