@@ -3497,11 +3497,15 @@ class RedisLedger(Ledger):
             store, (seconds, more), self.count, _, self._processes = await pipe.execute()
         told = seconds + more / 1e6  # some time between the question and its answer
         CLOCK.ahead = min(max(CLOCK.ahead, told - time.time()), told - asked)
-        if self.lost != (lost := store != self._id):
+        was_lost = self.lost
+        self._lose(store != self._id)
+        if was_lost and not self.lost and self._link is not None:
+            self._link.abort("the store is back")
+
+    def _lose(self, lost: bool) -> None:
+        if self.lost != lost:
             log.critical(NO_STORE) if lost else log.warning("the store is back")
-            self.lost = lost
-            if not lost and self._link is not None:
-                self._link.abort("the store is back")
+        self.lost = lost
 
     async def run(self) -> None:
         """Renew what requests hold, and try again what Redis refused, until cancelled."""
@@ -3640,15 +3644,13 @@ class RedisLedger(Ledger):
             del self._asked[hashed]
         if began == self._forgotten:
             self.keys |= {hashed: key} if key else {}
-            self._unknown |= set() if key else {hashed}
+            self._remember_unknown([] if key else [hashed])
         if len(self.keys) > KEPT_RECORDS:
             self.keys.popitem(last=False)
-        if len(self._unknown) > KEPT_RECORDS:
-            self._unknown.clear()
         return key
 
     async def knows(self, hashes: Iterable[str]) -> bool:
-        asked = [*hashes]
+        began, asked = self._forgotten, [each for each in hashes if each not in self._unknown]
         async with self._asking():
             for start in range(0, len(asked), NAMES_A_TRIP):
                 part = asked[start : start + NAMES_A_TRIP]
@@ -3658,7 +3660,13 @@ class RedisLedger(Ledger):
                     known, retired = await pipe.execute()
                 if known or any(retired):
                     return True
+        self._remember_unknown(asked if began == self._forgotten else ())
         return False
+
+    def _remember_unknown(self, hashes: Iterable[str]) -> None:
+        self._unknown.update(hashes)
+        if len(self._unknown) > KEPT_RECORDS:
+            self._unknown.clear()
 
     def limited(self, key: VirtualKey | None) -> Sequence[Limited]:
         whole = self.groups[GATEWAY]
@@ -3758,7 +3766,7 @@ class RedisLedger(Ledger):
                 self._give_back(hold, places)
                 if not isinstance(error, StoreAway):
                     raise
-                self.lost = self.lost or str(error).startswith("LOST")
+                self._lose(self.lost or str(error).startswith("LOST"))
                 return await self._hold_alone(hold, worst, pays=pays, shares=shares, fit=fit)
             if verdict == "held":
                 for of, row, state in zip(accounts, rows, told[3:], strict=True):
