@@ -3283,7 +3283,7 @@ class Link(asyncio.Protocol):
         if self._timer is None:
             self._timer = self._loop.call_later(STORE_DEADLINE, self._look)
         if not self._out:
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self.flush)
         self._out.append(self._pack(command))
         self._waiting.append((answer, self._loop.time()))
         return answer
@@ -3294,8 +3294,9 @@ class Link(asyncio.Protocol):
         """Run one of SCRIPTS."""
         return self.call("EVALSHA", DIGESTS[text], len(keys), *keys, *arguments)
 
-    def _flush(self) -> None:
-        if not self.closed.done():
+    def flush(self) -> None:
+        """Send what was called, before what others write after this."""
+        if self._out and not self.closed.done():
             self._transport.write(b"".join(self._out))
         self._out.clear()
 
@@ -3513,7 +3514,13 @@ class RedisLedger(Ledger):
             store, (seconds, more), self.count, self._processes = await pipe.execute()
         told = seconds + more / 1e6  # some time between the question and its answer
         CLOCK.ahead = min(max(CLOCK.ahead, told - time.time()), told - asked)
-        if self.lost != (lost := store != self._id):
+        was_lost = self.lost
+        self._lose(store != self._id)
+        if was_lost and not self.lost and self._link is not None:
+            self._link.abort("the store is back")
+
+    def _lose(self, lost: bool) -> None:
+        if self.lost != lost:
             log.critical(NO_STORE) if lost else log.warning("the store is back")
             self.lost = lost
             if not lost and self._link is not None:
@@ -3621,6 +3628,7 @@ class RedisLedger(Ledger):
             keys = [self._store, f"{write.keys[-1]}:seen:{self._process}", *write.keys]
             answer = self._link.script(write.script, keys, self._id, number, *write.arguments)
             answer.add_done_callback(functools.partial(self._sent, number, write))
+            self._link.flush()  # before the last bytes of an answer, behind which more may come
 
     def _sent(self, number: int, write: Write, answer: asyncio.Future[Any]) -> None:
         error = answer.exception()
@@ -3658,15 +3666,13 @@ class RedisLedger(Ledger):
             del self._asked[hashed]
         if began == self._forgotten:
             self.keys |= {hashed: key} if key else {}
-            self._unknown |= set() if key else {hashed}
+            self._remember_unknown([] if key else [hashed])
         if len(self.keys) > KEPT_RECORDS:
             self.keys.popitem(last=False)
-        if len(self._unknown) > KEPT_RECORDS:
-            self._unknown.clear()
         return key
 
     async def knows(self, hashes: Iterable[str]) -> bool:
-        asked = [*hashes]
+        began, asked = self._forgotten, [each for each in hashes if each not in self._unknown]
         async with self._asking():
             for start in range(0, len(asked), NAMES_A_TRIP):
                 part = asked[start : start + NAMES_A_TRIP]
@@ -3676,7 +3682,13 @@ class RedisLedger(Ledger):
                     known, retired = await pipe.execute()
                 if known or any(retired):
                     return True
+        self._remember_unknown(asked if began == self._forgotten else ())
         return False
+
+    def _remember_unknown(self, hashes: Iterable[str]) -> None:
+        self._unknown.update(hashes)
+        if len(self._unknown) > KEPT_RECORDS:
+            self._unknown.clear()
 
     def limited(self, key: VirtualKey | None) -> Sequence[Limited]:
         whole = self.groups[GATEWAY]
@@ -3779,7 +3791,7 @@ class RedisLedger(Ledger):
                 self._give_back(hold, places)
                 if not isinstance(error, StoreAway):
                     raise
-                self.lost = self.lost or str(error).startswith("LOST")
+                self._lose(self.lost or str(error).startswith("LOST"))
                 return await self._hold_alone(hold, worst, pays=pays, shares=shares, fit=fit)
             if verdict == "held":
                 for of, row, state in zip(accounts, rows, told[3:], strict=True):
