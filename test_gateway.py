@@ -9591,6 +9591,13 @@ async def test_records_are_found_as_they_are(either: Ledgers) -> None:
     assert await ledger.find("team_id", "u") is None and await listed(ledger, "team") == ["team:t"]
 
 
+async def test_records_that_are_made_at_once_are_all_there(either: Ledgers) -> None:
+    ledger, names = await either.open(), [hash_of(f"{number}") for number in range(250)]
+    await ledger.change({name: gateway.VirtualKey("sk-...test", team_id="t") for name in names})
+    assert sorted(await listed(ledger)) == sorted(names) and ledger.count == 250
+    assert sorted(await listed(ledger, team_id="t")) == sorted(names)
+
+
 async def test_the_status_of_a_key_is_that_of_now(either: Ledgers) -> None:
     ledger, soon = await either.open(), gateway.now() + timedelta(days=1)
     await ledger.change({"team:t": gateway.Team("t"), "user:ann": gateway.User("ann")})
