@@ -10325,6 +10325,37 @@ async def test_a_store_has_a_password_and_a_socket(fragile: Ledgers, frail: Stor
     assert not ledger.trouble()
 
 
+def test_gateways_over_one_store_are_one(
+    start: Starter, valkey: StoreServer, tmp_path: Path
+) -> None:
+    valkey.empty()
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir()
+    store = (f"--store={store_url(valkey)}", "--new-store")
+    one, two = (start("mock", *store, folder=folder) for folder in folders)
+    key = one.new_key(key_alias="k", max_budget=5, team_id="t")
+    assert two.manage("/team/new", {"team_id": "t", "max_budget": 9}).status_code == 200
+    assert "'key_alias'" in error_of(two.manage("/key/generate", {"key_alias": "k"}), 400)
+    for process in (one, two):
+        assert message(process, key).status_code == 200
+    spend = two.info(key)["spend"]
+    assert spend > 0 and one.info(key)["spend"] == spend
+    assert one.manage("/team/info?team_id=t").json()["team_info"]["spend"] == spend
+    for changes in ({"blocked": True}, {"blocked": False}, {"max_parallel_requests": 0}):
+        assert two.manage("/key/update", {"key": key, **changes}).status_code == 200
+        status = 429 if "blocked" not in changes else 401 if changes["blocked"] else 200
+        assert {message(process, key).status_code for process in (one, two)} == {status}
+    assert two.manage("/key/update", {"key": key, "max_parallel_requests": None}).status_code == 200
+    new = one.manage("/key/regenerate", {"key": key}).json()["key"]
+    assert [message(two, each).status_code for each in (key, new)] == [401, 200]
+    one.kill()
+    assert two.manage("/key/delete", {"keys": [new]}).status_code == 200
+    one = start("mock", store[0], folder=folders[0])
+    assert message(one, new).status_code == 401
+    assert not list(folders[0].glob("keys.json")), "nothing is in a file"
+
+
 STORE_DEEDS = ["hold", "hold", "batch", "book", "cut", "die", "limit"]
 STORE_STEPS = st.lists(
     st.tuples(st.sampled_from(STORE_DEEDS), st.integers(0, 9), st.integers(1, 60)), max_size=40
