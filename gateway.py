@@ -3337,12 +3337,14 @@ class RedisLedger(Ledger):
         told |= {"protocol": 2, "max_connections": MOST_CONNECTIONS, "timeout": STORE_DEADLINE}
         pool = redis.asyncio.BlockingConnectionPool.from_url(store, **told)
         self._redis: Any = redis.asyncio.Redis(connection_pool=pool)
-        self._errors = (redis.RedisError, OSError, TimeoutError, StoreAway)
+        # uvloop raises RuntimeError for what is written to a connection that was just reset.
+        self._errors = (redis.RedisError, OSError, TimeoutError, RuntimeError, StoreAway)
         self._new, self._allow, self._remember = new_store, allow, remember
         self._shown = re.sub(r"//[^@/]*@", "//", store.partition("?")[0])
         self.keys: collections.OrderedDict[str, VirtualKey] = collections.OrderedDict()
         self._unknown: set[str] = set()  # hashes of no key, until any changes
         self._asked: dict[str, asyncio.Task[VirtualKey | None]] = {}
+        self._forgotten = 0  # how often any has changed: what is read meanwhile may be old
         self._accounts = weakref.WeakValueDictionary[str, Account]()  # by their places
         self._link, self._linked = cast(Link | None, None), asyncio.Event()
         self.away, self.lost, self.doubt = "it was not asked yet", False, ""
@@ -3429,8 +3431,10 @@ class RedisLedger(Ledger):
                 await self._renew()
                 await link.closed
                 why = link.why
-            except (OSError, StoreAway) as error:
+            except Exception as error:  # whatever it is, it is tried again
                 why = str(error) or "no answer"
+                if not isinstance(error, self._errors):
+                    log.exception("Redis cannot be reached")
             self._link = None
             if why != self.away:
                 log.error("Redis is away: %s", why) if not self.away else None
@@ -3449,8 +3453,10 @@ class RedisLedger(Ledger):
                     self._forget(change["name"])
                 await self._check()
                 failed = 0
-            except self._errors as error:
+            except Exception as error:  # whatever it is, it is tried again
                 failed += 1  # if but once, perhaps this process was late itself
+                if not isinstance(error, self._errors):
+                    log.exception("changes in Redis cannot be followed")
                 if self._link is not None and failed > 2:
                     self._link.abort(str(error) or "no answer")
                 await asyncio.sleep(STORE_RETRY)
@@ -3463,7 +3469,8 @@ class RedisLedger(Ledger):
             pipe.zadd(f"{PREFIX}processes", {self._process: asked + CLOCK.ahead})
             pipe.zcount(f"{PREFIX}processes", asked + CLOCK.ahead - 5, "inf")
             store, (seconds, more), self.count, _, self._processes = await pipe.execute()
-        CLOCK.ahead = seconds + more / 1e6 - (asked + time.time()) / 2
+        told = seconds + more / 1e6  # some time between the question and its answer
+        CLOCK.ahead = min(max(CLOCK.ahead, told - time.time()), told - asked)
         if self.lost != (lost := store != self._id):
             log.critical(NO_STORE) if lost else log.warning("the store is back")
             self.lost = lost
@@ -3597,15 +3604,16 @@ class RedisLedger(Ledger):
 
     async def _learn(self, hashed: str) -> VirtualKey | None:
         """Read a key, and remember it, or that there is none."""
+        began = self._forgotten
         try:
             async with self._asking():
-                if (key := await self._read_key(hashed, former=True)) is None:
-                    self._unknown.add(hashed)
-                    return None
-                await self._look([key], None, shared=self._accounts)
-                self.keys[hashed] = key
+                if key := await self._read_key(hashed, former=True):
+                    await self._look([key], None, shared=self._accounts)
         finally:
             del self._asked[hashed]
+        if began == self._forgotten:
+            self.keys |= {hashed: key} if key else {}
+            self._unknown |= set() if key else {hashed}
         if len(self.keys) > KEPT_RECORDS:
             self.keys.popitem(last=False)
         if len(self._unknown) > KEPT_RECORDS:
@@ -3633,6 +3641,7 @@ class RedisLedger(Ledger):
     def _forget(self, name: str = "") -> None:
         """A record has changed, or (without a name) any may have."""
         self._unknown.clear()
+        self._forgotten += 1
         if not name:
             self.keys.clear()
         elif HASH.fullmatch(name):
@@ -3978,7 +3987,7 @@ class RedisLedger(Ledger):
     # Things
 
     async def find_things(self, names: Iterable[object]) -> dict[str, Thing]:
-        with self._asking():
+        async with self._asking():
             rows, keys = await self._rows([n for n in names if isinstance(n, str)])
         found = dict[str, Thing]()
         for name, (owner, kind, home, _, is_shared) in rows.items():
@@ -3999,7 +4008,7 @@ class RedisLedger(Ledger):
 
     async def reached(self, key: VirtualKey, kind: str) -> dict[str, float]:
         owners = {key.owner, "+"}
-        with self._asking():
+        async with self._asking():
             if key.team_id and key.resources == "team":
                 sets = [f"{PREFIX}{of}:team:{key.team_id}" for of in ("members", "deleted")]
                 mates: Any = await self._records([*await self._redis.sunion(sets)])
@@ -4025,7 +4034,7 @@ class RedisLedger(Ledger):
             raise APIError(503, text, headers=[DO_NOT_RETRY]) from None
 
     async def assign(self, kinds: Mapping[str, str], owner: str | None) -> None:
-        with self._asking():  # else nothing is changed
+        async with self._asking():  # else nothing is changed
             rows = [[name, kind, "", now().timestamp()] for name, kind in kinds.items()]
         self._change("shared" if owner is None else "given", owner or "", rows)
         await asyncio.shield(self.save())
@@ -4041,7 +4050,7 @@ class RedisLedger(Ledger):
         self, owner: str | None, kind: str, first: int, most: int
     ) -> tuple[int, list[dict[str, Any]]]:
         made = f"{PREFIX}made:{kind}:{'*' if owner is None else owner}"
-        with self._asking():
+        async with self._asking():
             total = await self._redis.zcard(made)
             names = await self._redis.zrange(made, first, first + most - 1)
             found, keys = await self._rows(names)
@@ -4063,7 +4072,7 @@ class RedisLedger(Ledger):
         """Its rows, the newest first."""
         at = "+"
         while at:
-            with self._asking():
+            async with self._asking():
                 log = f"{PREFIX}requests"
                 rows = await self._redis.xrevrange(log, at, count=NAMES_A_TRIP)
             for _, row in rows:
@@ -4173,12 +4182,12 @@ class RedisLedger(Ledger):
 
     async def _everything(self) -> AsyncIterator[Limited]:
         """Every record, with all that it used and its batches."""
-        whole, batches = self.groups[GATEWAY], collections.defaultdict[str, Any](dict)
-        days, names = (self._oldest, "9999"), {whole.account.place: GATEWAY}
+        days, batches = (self._oldest, "9999"), collections.defaultdict[str, Any](dict)
+        whole = await self._whole(days)
+        names = {whole.account.place: GATEWAY}
         async for at in self._redis.scan_iter(f"{PREFIX}batch:*", NAMES_A_TRIP):
             if row := await self._redis.hgetall(at):
                 batches[row["owner"]][at.removeprefix(f"{PREFIX}batch:")] = row
-        await self.tagged(days)
         yield whole
         for kind in (*GROUPS, "key"):
             async for of in self.each(kind, days=days):
@@ -4247,9 +4256,9 @@ class RedisLedger(Ledger):
                 return await self.change(changes)
         async with self._asking():
             before = await self._records([*changes])
-            last = await self._redis.incrby(REVISION, len(changes))
             async with self._redis.pipeline(transaction=True) as pipe:
-                await pipe.watch(STORE, f"{PREFIX}lock")
+                await pipe.watch(STORE, REVISION, f"{PREFIX}lock")
+                revision = int(await pipe.get(REVISION) or 0)
                 is_ours = await pipe.get(STORE) == self._id
                 if (
                     not is_ours
@@ -4257,11 +4266,12 @@ class RedisLedger(Ledger):
                 ):
                     raise StoreAway("the change took too long")
                 pipe.multi()
-                for number, (name, record) in enumerate(changes.items()):
+                pipe.incrby(REVISION, len(changes))
+                for number, (name, record) in enumerate(changes.items(), start=1):
                     if old := before.get(name):
                         self._take(pipe, name, old, is_gone=record is None)
                     if record is not None:  # each has a number of its own, the order of reports
-                        self._put(pipe, name, record, str(last - len(changes) + number + 1))
+                        self._put(pipe, name, record, str(revision + number))
                     pipe.xadd(CHANGES, {"name": name}, maxlen=CHANGES_KEPT)
                 await pipe.execute()
             await self._sync()
@@ -4373,10 +4383,14 @@ class RedisLedger(Ledger):
             last = part[-1][1]
 
     async def tagged(self, days: tuple[str, str]) -> Usage:
-        whole = Limited(account=Account(place=self.groups[GATEWAY].account.place))
+        return (await self._whole(days)).account.usage
+
+    async def _whole(self, days: tuple[str, str]) -> Limited:
+        place = self.groups[GATEWAY].account.place
+        whole = Limited(account=Account(hashed=GATEWAY, place=place))
         async with self._asking():
             await self._look([whole], days)
-        return whole.account.usage
+        return whole
 
     async def _look(
         self,
