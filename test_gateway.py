@@ -10354,6 +10354,15 @@ def test_gateways_over_one_store_are_one(
     one = start("mock", store[0], folder=folders[0])
     assert message(one, new).status_code == 401
     assert not list(folders[0].glob("keys.json")), "nothing is in a file"
+    valkey.empty()
+    wait_for(lambda: two.manage("/health/readiness").status_code == 503)
+    wait_for(lambda: one.manage("/health/readiness").status_code == 503)
+    for path in ("generate", "update", "regenerate", "delete", "block"):
+        answer = two.manage(f"/key/{path}", {"keys": [new]} if path == "delete" else {"key": new})
+        assert "store is empty" in error_of(answer, 503), path
+    for answer in (message(one, new), two.manage("/key/list"), two.manage(f"/key/info?key={new}")):
+        assert "store is empty" in error_of(answer, 503)
+    assert not valkey.client.keys("gw:[^p]*")
 
 
 STORE_DEEDS = ["hold", "hold", "batch", "book", "cut", "die", "limit"]
