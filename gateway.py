@@ -124,10 +124,10 @@ GOOD_MASTER_KEY = "set GATEWAY_MASTER_KEY to 16 characters or more that nobody c
 SENDABLE = re.compile(r"[\x21-\x7e]*")  # what a header or a URL can carry
 REAL_KEY = re.compile(r"(?:([\w.-]{1,64})=)?(sk-[\x21-\x7e]+)", re.ASCII)  # with a name for it
 DURATION = re.compile(r"\A([0-9]{1,9})(mo|s|m|h|d|w)\Z")
-STORE_URL = re.compile(  # with or without who it is for, and which of its databases
-    r"(?:rediss?://(?:[^@/?#]*@)?(?:[\w.-]+|\[[\w:.]+\])(?::\d{1,5})?(?:/\d*)?"
-    r"|unix://(?:[^@/?#]*@)?/[^@?#]+)(?:\?db=\d+)?"
-)
+STORE_HOST = r"rediss?://(?:[^\s/?#@]*@)?(?:\[[\w:.]+\]|[\w.-]+)(?::\d{1,5})?(?:/\d*)?"
+STORE_URL = re.compile(rf"(?:{STORE_HOST}|unix://(?:[^\s/?#@]*@)?/[^\s?#@]+)(?:\?db=\d+)?")
+WITHOUT_STORE = ("refuse", "allow")
+NEED_STORE = ("processes", "without_store", "new_store", "import_", "export")
 SHIPPED_KEYS = b'{"version": 1, "keys": {}}\n'  # a checkout's keys file, as no gateway writes it
 LOCAL_KEYS = Path("keys.local.json")  # stands in for that one, which is only read
 LOG_LEVELS = ("debug", "info", "warning", "error", "none")
@@ -249,10 +249,8 @@ class Settings:
         alone, duration = not self.master_key, self.budget_duration
         length = DURATION.match(duration)
         is_odd = duration and not (length and int(length[1]))
-        needy = (
-            () if self.store else ("processes", "without_store", "new_store", "import_", "export")
-        )
-        lost = [each for each in needy if getattr(self, each) != getattr(Settings, each)]
+        needs = [name for name in NEED_STORE if getattr(self, name) != getattr(Settings, name)]
+        no_store = self.store and not STORE_URL.fullmatch(self.store)
         wrong = {
             f"--port: {self.port} is not a port number (0 to 65535)": self.port > 65535,
             "--keyfile: needs --certfile": self.keyfile and not self.certfile,
@@ -260,12 +258,9 @@ class Settings:
             "GATEWAY_MASTER_KEY_NEXT: needs GATEWAY_MASTER_KEY": alone and self.master_key_next,
             f"--budget-duration: {duration} is no length of time, as 1d": is_odd,
             "--budget-duration: needs --max-budget": duration and self.max_budget is None,
-            "--store: is no URL as redis://user:password@host:6379/0, or rediss:// or unix://": (
-                self.store and not STORE_URL.fullmatch(self.store)
-            ),
-            f"--{option_name(''.join(lost[:1]))}: needs --store": lost,
-            "--without-store: is not refuse or allow": self.without_store
-            not in ("refuse", "allow"),
+            "--store: is no URL as redis://:password@host:6379/0": no_store,
+            f"--{option_name(''.join(needs[:1]))}: needs --store": needs and not self.store,
+            "--without-store: is not refuse or allow": self.without_store not in WITHOUT_STORE,
             "--reuse-port: takes no --unix-socket": self.reuse_port and self.unix_socket,
         }
         for text in filter(wrong.get, wrong):
@@ -414,7 +409,7 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
         if kind := each.metadata["kind"]:
             value = values[each.name] = next(filter(None, found), each.default)
             told = "; else $".join((each.metadata["help"], *each.metadata["variables"]))
-            shown = None if each.name == "store" else value  # by --help: it may hold a password
+            shown = "" if each.name == "store" else value  # by --help: it may hold a password
             parser.define(option_name(each.name), shown, kind, told, group="Gateway")
             kinds[option_name(each.name)] = kind
     try:
@@ -432,8 +427,7 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
                 parser.log_file_prefix += f".{PLACE.number}"
             parser.run_parse_callbacks()  # which open the log
         chosen = parser.group_dict("Gateway")
-        chosen = {name: chosen[option_name(name)] for name in values}
-        values |= {name: value for name, value in chosen.items() if value not in ("", Path(), None)}
+        values |= {n: v for n in values if (v := chosen[option_name(n)]) not in ("", Path())}
         return Settings(**values, **read_secrets(environment))
     except SettingsError as error:
         error.as_json = parser.log_json or bool({"--log-json", "--log-json=true"} & {*arguments})
@@ -1930,6 +1924,7 @@ KEYS_FRAME = (b'{"version": %d, "keys": {' % STORE_VERSION, b",\n", b"\n}}\n")
 THINGS_FRAME = (b'{"version": %d}' % STORE_VERSION, b"\n", b"\n")
 GATEWAY = "gateway:"  # what the whole gateway's account is kept under
 EVERY_TAG = ""  # among its tags: whatever had any
+MAX_AUDITED = 10_000  # changes that are remembered
 UNTIDY_LINES = 1000  # of changes, beyond twice the fewest, until a file of them is written anew
 Charges = Sequence[tuple[str, Tally]]  # what was used, by model
 written = functools.partial(shown, amount="{:f}".format)  # in the file amounts lose no digit
@@ -2263,6 +2258,8 @@ class Ledger:
         self.batches: dict[str, Account] = {}  # whose they are
         self._retired: dict[str, str] = {}  # and what is no more, which the record tells
         self._touched: set[str] = set()  # what was used since it was written
+        self._kept: dict[str, tuple[str, float]] = {}
+        self._noted = collections.deque[Mapping[str, Any]](maxlen=MAX_AUDITED)
 
     def lookup(self, hashed: str) -> tuple[VirtualKey, str] | None:
         """A key and its `VirtualKey.status`; by an old hash ``expired`` once its grace is over."""
@@ -2297,6 +2294,33 @@ class Ledger:
     async def live(self, **named: str) -> list[VirtualKey]:
         """The keys of `each` that are not deleted."""
         return [key async for key in self.each(**named) if not key.deleted_at]
+
+    async def keep(self, name: str, value: str, seconds: float, most: int = 0) -> bool:
+        """Remember a word for some seconds, for all who share the store, where it is not there: is
+        it new? Of those with one value there may be so many; the oldest goes."""
+        self._kept = {n: row for n, row in self._kept.items() if row[1] > self._clock()}
+        alike = [other for other, row in self._kept.items() if row[0] == value]
+        for old in alike[: 1 - most] if most else ():
+            del self._kept[old]
+        return self._kept.setdefault(name, row := (value, self._clock() + seconds)) is row
+
+    async def recall(self, name: str) -> str:
+        """What is remembered under a name; else empty."""
+        value, end = self._kept.get(name, ("", 0.0))
+        return value if end > self._clock() else ""
+
+    async def drop(self, name: str) -> None:
+        """Remember it no more."""
+        self._kept.pop(name, None)
+
+    def note(self, row: Mapping[str, Any]) -> None:
+        """Remember a change for the audit, as the last of MAX_AUDITED."""
+        self._noted.append(row)
+
+    async def noted(self) -> AsyncIterator[Mapping[str, Any]]:
+        """What was noted, the newest first."""
+        for row in [*self._noted][::-1]:
+            yield row
 
     async def admit(self, hold: Hold, *, pays: bool, shares: bool, later: bool = False) -> None:
         """Take a slot and one request of the key's rates; where it ``pays``, its budget must have
@@ -2782,11 +2806,12 @@ class FileLedger(Ledger):
         whole.account = told.account if told else whole.account
         self.groups = {GATEWAY: whole}
         self._apply(records | ({GATEWAY: whole} if told else {}))
+        every = known | records
         for name in (
             known.keys() ^ records.keys()
         ):  # what is new of batches, or gone, is held of all
             sign = 1 if name in records else -1
-            for batch in (known | records)[name].account.batches.values():
+            for batch in every[name].account.batches.values():
                 for at in batch.beside.keys() & self.groups.keys():
                     for budget, amount in batch.beside[at].items():
                         self.groups[at].account.windows[budget].held += sign * amount
@@ -4062,18 +4087,44 @@ class RedisLedger(Ledger):
             rows.append(row | {"created_at": moment_of(int(made)), "shared": is_shared})
         return total, rows
 
-    # The request log
+    # What is remembered for all
 
-    def log(self, rows: Iterable[bytes], most: int) -> None:
-        """Add rows to the log that all share, which keeps the last ``most``."""
-        self._later(LOG, [f"{PREFIX}requests"], most, *rows)
+    async def keep(self, name: str, value: str, seconds: float, most: int = 0) -> bool:
+        at, alike = f"{PREFIX}kept:{name}", f"{PREFIX}alike:{value}"
+        async with self._asking():
+            if not await self._redis.set(at, value, nx=True, px=int(seconds * 1000)):
+                return False
+            if most and await self._redis.rpush(alike, at) > most:
+                await self._redis.delete(await self._redis.lpop(alike))
+            await self._redis.expire(alike, math.ceil(seconds))
+        return True
 
-    async def logged(self) -> AsyncIterator[bytes]:
+    async def recall(self, name: str) -> str:
+        async with self._asking():
+            return await self._redis.get(f"{PREFIX}kept:{name}") or ""
+
+    async def drop(self, name: str) -> None:
+        async with self._asking():
+            await self._redis.delete(f"{PREFIX}kept:{name}")
+
+    def note(self, row: Mapping[str, Any]) -> None:
+        self.log([json.dumps(row, default=shown).encode()], MAX_AUDITED, "audit")
+
+    async def noted(self) -> AsyncIterator[Mapping[str, Any]]:
+        await self.save()
+        async for row in self.logged("audit"):
+            yield json.loads(row)
+
+    def log(self, rows: Iterable[bytes], most: int, name: str = "requests") -> None:
+        """Add rows to a log that all share, which keeps the last ``most``."""
+        self._later(LOG, [f"{PREFIX}{name}"], most, *rows)
+
+    async def logged(self, name: str = "requests") -> AsyncIterator[bytes]:
         """Its rows, the newest first."""
         at = "+"
         while at:
             async with self._asking():
-                log = f"{PREFIX}requests"
+                log = f"{PREFIX}{name}"
                 rows = await self._redis.xrevrange(log, at, count=NAMES_A_TRIP)
             for _, row in rows:
                 yield row["row"].encode()
@@ -5366,7 +5417,8 @@ class Alerts:
 
     def __init__(self, client: UpstreamClient, url: str) -> None:
         self._client, self._url = client, url
-        self._waiting: collections.deque[bytes] = collections.deque(maxlen=MAX_ALERTS)
+        self.keep: Callable[..., Awaitable[bool]] | None = None  # `Ledger.keep`: who is the first?
+        self._waiting = collections.deque[tuple[str, bytes]](maxlen=MAX_ALERTS)
         self._told: dict[str, float] = {}  # when each matter was
         self._sending: asyncio.Future[None] = client.done
 
@@ -5381,7 +5433,7 @@ class Alerts:
             del self._told[next(iter(self._told))]
         told = {"text": text, "event": event, "event_message": text, "alert_type": event}
         told |= {"event_group": "proxy"} | details
-        self._waiting.append(json.dumps(told, default=shown).encode())
+        self._waiting.append((matter, json.dumps(told, default=shown).encode()))
         if self._sending.done():
             self._sending = self._client.loop.create_task(self._send())
 
@@ -5390,7 +5442,10 @@ class Alerts:
         options |= {"method": "POST", "headers": {"Content-Type": "application/json"}}
         options["streaming_callback"] = lambda _: None  # of an answer nothing is kept
         while self._waiting:
-            body, error = self._waiting.popleft(), None
+            (matter, body), error = self._waiting.popleft(), None
+            with contextlib.suppress(APIError):  # a store that is away: then each process tells it
+                if self.keep and not await self.keep(f"told:{matter}", "", ALERT_AGAIN / 2):
+                    continue
             for pause in (0.0, *ALERT_BACKOFF):
                 await asyncio.sleep(pause)
                 try:
@@ -5705,10 +5760,7 @@ RESERVED_FILES = 64  # for the keys file, the log and whatever else is no connec
 BACKLOG = 4096  # connections that the kernel holds until they are accepted, up to its somaxconn
 HANDSHAKE = 0.25  # seconds for one that has begun to end, and then for the request behind it
 SO_ATTACH_FILTER = 26  # <asm-generic/socket.h>; Python does not name it
-NO_SYN = (  # BPF: of the flags of TCP, is SYN set and ACK not? then drop it, else take it
-    *((0x30, 0, 0, 13), (0x54, 0, 0, 0x12), (0x15, 0, 1, 0x02), (0x06, 0, 0, 0)),
-    (0x06, 0, 0, 0xFFFF),
-)
+NO_SYN = ((0x30, 0, 0, 13), (0x54, 0, 0, 0x12), (0x15, 0, 1, 2), (6, 0, 0, 0), (6, 0, 0, 0xFFFF))
 ACCEPT_AGAIN = 1.0  # seconds after which connections are taken again where no file could be opened
 
 
@@ -5730,8 +5782,7 @@ class Server:
         files = MANY_FILES if files == resource.RLIM_INFINITY else files
         self.max_connections = max(1, (files - RESERVED_FILES) // 2)
         self._sites: collections.Counter[str] = collections.Counter()
-        self._listening = list[socket.socket]()
-        self._accepting: list[asyncio.Task[None]] = []
+        self._accepting: dict[socket.socket, asyncio.Task[None]] = {}
         self._opening: set[asyncio.Task[None]] = set()
         self._sweep()
 
@@ -5740,24 +5791,18 @@ class Server:
         self.context = context
         for listening in sockets:
             listening.listen(BACKLOG)
-            self._listening.append(listening)
-            self._accepting.append(self.loop.create_task(self._accept(listening)))
+            self._accepting[listening] = self.loop.create_task(self._accept(listening))
 
     async def _accept(self, listening: socket.socket) -> None:
         with listening:
-            try:
-                while True:
-                    try:
-                        self._take(*await self.loop.sock_accept(listening))
-                    except ConnectionError:  # the client has left, which holds up nobody
-                        continue
-                    except OSError as error:
-                        log.warning("%s: connections wait; raise the limit", error.strerror)
-                        await asyncio.sleep(ACCEPT_AGAIN)
-            finally:
-                with contextlib.suppress(OSError):  # until none waits
-                    while self.gateway.phase is GatewayPhase.LEAVING:
-                        self._take(*listening.accept())
+            while True:
+                try:
+                    self._take(*await self.loop.sock_accept(listening))
+                except ConnectionError:  # the client has left, which holds up nobody
+                    continue
+                except OSError as error:
+                    log.warning("%s: connections wait; raise the limit", error.strerror)
+                    await asyncio.sleep(ACCEPT_AGAIN)
 
     def _take(self, client: socket.socket, peer: Any) -> None:
         client.setblocking(False)
@@ -5821,14 +5866,17 @@ class Server:
         """Leave a port to others that share it, so that no client notices: what waits is taken, and
         in the end nothing is on its way. A SYN that is dropped comes again a second later, and so
         meets another; without this, handshakes under way are reset (net.ipv4.tcp_migrate_req)."""
+        # BPF: load TCP's flags, of these SYN and ACK; where it is SYN alone drop it, else take it.
         steps = array.array("B", b"".join(struct.pack("HBBI", *step) for step in NO_SYN))
         program = struct.pack("HP", len(NO_SYN), steps.buffer_info()[0])
-        for listening in self._listening:
-            if sys.platform == "linux" and listening.family is not socket.AF_UNIX:
-                with contextlib.suppress(OSError):  # a kernel that does not know it
-                    listening.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+        for listening in self._accepting:
+            with contextlib.suppress(OSError):  # none but Linux knows it
+                listening.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
         await asyncio.sleep(HANDSHAKE)
-        for task in self._accepting:
+        for listening, task in self._accepting.items():
+            with contextlib.suppress(OSError):  # until none waits
+                while True:
+                    self._take(*listening.accept())
             task.cancel()
         await asyncio.sleep(HANDSHAKE)
 
@@ -5841,7 +5889,7 @@ class Server:
 
     def close(self) -> None:
         """Take no further connections, break what is left, and free all."""
-        for task in self._accepting:
+        for task in self._accepting.values():
             task.cancel()
         for connection in list(self.connections):
             connection.transport.abort()
@@ -6570,7 +6618,6 @@ class Doors:
 
 NOBODY = Caller()
 OPERATOR = VirtualKey(resources="all")  # the master key, and whoever comes in open mode
-MAX_AUDITED = 10_000  # changes that are remembered
 SESSION_COOKIE, SESSION_HOURS = "gateway_session", 12
 MAX_SESSIONS = 20  # of a key; the oldest goes
 WRONG_TRIES = 10  # a minute, of an address (of IPv6: a site), to log in
@@ -6581,30 +6628,26 @@ class Sessions:
     """Who is logged in at the page: a random id stands for the hash of the key that opened it, and
     is good for as long as that is. A page elsewhere can change nothing with it."""
 
-    def __init__(self) -> None:
-        self._open: dict[str, tuple[str, float]] = {}  # by the hash of its id
+    def __init__(self, ledger: AnyLedger) -> None:
+        self._ledger = ledger
         self._wrong = collections.OrderedDict[str, Bucket]()
 
-    def open(self, hashed: str) -> str:
+    async def open(self, hashed: str) -> str:
         """Begin one; its id."""
-        self._open = {s: row for s, row in self._open.items() if row[1] > time.monotonic()}
-        own = [session for session, row in self._open.items() if row[0] == hashed]
-        for session in own[: 1 - MAX_SESSIONS]:
-            del self._open[session]
         name = secrets.token_urlsafe(32)
-        self._open[hash_key(name)] = hashed, time.monotonic() + SESSION_HOURS * 3600
+        at, length = f"session:{hash_key(name)}", SESSION_HOURS * 3600
+        await self._ledger.keep(at, hashed, length, MAX_SESSIONS)
         return name
 
-    def close(self, request: Request) -> None:
+    async def close(self, request: Request) -> None:
         """End a request's session."""
-        self._open.pop(self._shown(request), None)
+        await self._ledger.drop(self._shown(request))
 
-    def find(self, request: Request) -> str:
+    async def find(self, request: Request) -> str:
         """The hash of the key that opened a request's session; none: empty. Raises APIError 403."""
-        hashed, end = self._open.get(self._shown(request), ("", 0.0))
-        if end <= time.monotonic():
-            return ""
-        if request.head.method not in ("GET", "HEAD"):
+        shown = self._shown(request)
+        hashed = await self._ledger.recall(shown) if shown else ""
+        if hashed and request.head.method not in ("GET", "HEAD"):
             self.refuse_foreign(request.head, must_say=True)
         return hashed
 
@@ -6618,7 +6661,7 @@ class Sessions:
 
     def _shown(self, request: Request) -> str:
         cookie = request.cookies.get(SESSION_COOKIE)
-        return hash_key(cookie.value) if cookie else ""
+        return f"session:{hash_key(cookie.value)}" if cookie else ""
 
     def slow_down(self, address: str, *, wrong: bool = False) -> None:
         """Count a ``wrong`` try. Raises APIError 429 where an address has had too many."""
@@ -7605,14 +7648,14 @@ class BaseHandler(web.RequestHandler):
             text = f"{printable(name)!r} is not known here: it may be {known}."
             raise APIError(400, text + nearest(name, self._known))
 
-    def shown_hashes(self) -> list[str]:
+    async def shown_hashes(self) -> list[str]:
         """The hashes of the credentials that are shown; or of that which opened the session."""
         shown = [hash_key(credential) for _, credential in candidates(self.request.head.values)]
-        return shown or list(filter(None, [self.gateway.sessions.find(self.request)]))
+        return shown or list(filter(None, [await self.gateway.sessions.find(self.request)]))
 
     async def find_caller(self) -> Caller:
         """Who asks, by what he shows or his session. Raises APIError 401."""
-        hashed = self.gateway.sessions.find(self.request)
+        hashed = await self.gateway.sessions.find(self.request)
         if candidates(self.request.head.values) or not hashed:
             return await self.gateway.doors.authenticate(self.request.head.values)
         return await self.gateway.doors.admit(hashed)
@@ -7881,11 +7924,13 @@ class Gateway:
         self.host_line = f"Host: {self.origin.authority}"
         self.traffic = Traffic()
         path = settings.request_log or f"{os.path.realpath(settings.keys)}.requests"
+        path = "none" if settings.store else path
         self.recent = RequestLog("" if path == "none" else path, settings.recent_requests)
+        if isinstance(self.ledger, RedisLedger):
+            self.recent = SharedLog(settings.recent_requests, self.ledger)
         self.active: set[RelayHandler] = set()
         self.started = now()
-        self.sessions = Sessions()
-        self.audit: collections.deque[dict[str, Any]] = collections.deque(maxlen=MAX_AUDITED)
+        self.sessions, self.alerts.keep = Sessions(self.ledger), self.ledger.keep
         self.drained = asyncio.Event()
 
     async def close(self) -> None:
@@ -8346,7 +8391,7 @@ class ManagementHandler(BaseHandler):
 
     async def prepare(self) -> None:
         super().prepare()
-        doors, ledger, shown = self.gateway.doors, self.gateway.ledger, self.shown_hashes()
+        doors, ledger, shown = self.gateway.doors, self.gateway.ledger, await self.shown_hashes()
         self.master = next(filter(None, map(doors.is_master, shown)), "")
         if not (self.master or (self.request.method == "GET" and self.is_here_and_open)):
             if not self.gateway.settings.master_key:
@@ -8525,7 +8570,7 @@ class RecordHandler(BodyHandler, ManagementHandler):
         row |= {"changed_by_api_key": self.master, "action": action, "table_name": record.of}
         row |= {"object_id": record.account.hashed.removeprefix(f"{record.of}:")}
         row |= {"name": record.shown_name, "updated_values": dict(body)}
-        self.gateway.audit.append(row | {"remote_ip": self.request.remote_ip})
+        self.gateway.ledger.note(row | {"remote_ip": self.request.remote_ip})
         fields = f": {printable(', '.join(body))}" if body and action == "updated" else ""
         log.info("%s %s %s%s by %s", record.of, record.shown_name, action, fields, word(by))
 
@@ -8746,7 +8791,7 @@ class ReportHandler(ManagementHandler):
                 raise APIError(403, "A virtual key may ask about itself only.")
         record = await self.named("key", {"key": mine} if mine else told, former=True)
         info = full_row(record, ledger)
-        shown = (asked, hash_key(asked)) if asked or alias else self.shown_hashes()
+        shown = (asked, hash_key(asked)) if asked or alias else await self.shown_hashes()
         for former in record.retired.keys() & {*shown}:
             info["retired_until"] = record.retired[former]
         del info["token"], info["token_id"]
@@ -8851,10 +8896,10 @@ class ReportHandler(ManagementHandler):
         row["keys_count"] = len(keys)
         return {field: name, f"{kind}_info": row, "keys": keys, more: []}
 
-    def list_changes(self) -> dict[str, Any]:
+    async def list_changes(self) -> dict[str, Any]:
         """Pages of what was changed, newest first; of one ``object_id``."""
-        wanted, rows = self.query("object_id"), reversed(self.gateway.audit)
-        found = [row for row in rows if wanted in ("", row["object_id"], row["name"])]
+        wanted, rows = self.query("object_id"), self.gateway.ledger.noted()
+        found = [row async for row in rows if wanted in ("", row["object_id"], row["name"])]
         return self.page_of("audit_logs", found, len(found), "page_size", 50)
 
     async def list_resources(self) -> dict[str, Any]:
@@ -8915,7 +8960,7 @@ class SessionHandler(BodyHandler):
         sessions, body = self.gateway.sessions, self.read_body()
         sessions.refuse_foreign(self.request.head, must_say=False)
         if deed == "logout":
-            sessions.close(self.request)
+            await sessions.close(self.request)
             self.clear_cookie(SESSION_COOKIE, path="/")
             return self.send_json({})
         if deed != "login":
@@ -8930,14 +8975,14 @@ class SessionHandler(BodyHandler):
             raise APIError(401, text) from None
         how: dict[str, Any] = {"httponly": True, "samesite": "Strict", "path": "/"}
         how |= {"secure": self.request.protocol == "https", "max_age": SESSION_HOURS * 3600}
-        self.set_cookie(SESSION_COOKIE, sessions.open(hashed), **how)
+        self.set_cookie(SESSION_COOKIE, await sessions.open(hashed), **how)
         self.send_json({"role": "operator" if caller.is_master else "holder"})
 
     async def get(self, deed: str) -> None:
         if deed != "session":
             raise web.HTTPError(405)
         gateway, settings, is_open = self.gateway, self.gateway.settings, self.is_here_and_open
-        hashed = gateway.sessions.find(self.request)
+        hashed = await gateway.sessions.find(self.request)
         if not (hashed or is_open):
             raise APIError(401, "Log in with the master key or a virtual key.")
         key = None if is_open else (await gateway.doors.admit(hashed)).key
@@ -9116,7 +9161,7 @@ def merged(told: Mapping[str, bytes]) -> bytes:
     return b"".join([*itertools.chain(*families.values()), end])
 
 
-@dataclass
+@dataclass(eq=False)  # a registry hashes it
 class Metrics:
     """Those of this process, made of the gateway's counts, and of what keys have left."""
 
@@ -9232,9 +9277,11 @@ class LineFormatter(logging.Formatter):
 def mask_secrets(settings: Settings) -> None:
     """Have the log mask these secrets, beside those that it masks already."""
     real = [value.removeprefix("Bearer ") for _, value in real_keys(settings).values()]
+    quoted = urllib.parse.urlsplit(settings.store).password or ""
+    password = quoted, urllib.parse.unquote(quoted)
     for handler in logging.root.handlers:
         if isinstance(line := handler.formatter, LineFormatter):
-            line.mask([settings.master_key, settings.master_key_next, *real])
+            line.mask([settings.master_key, settings.master_key_next, *real, *password])
 
 
 def log_request(handler: web.RequestHandler) -> None:
@@ -10176,7 +10223,6 @@ DRAIN_PROGRESS = 5.0  # seconds between two lines about what a stop waits for
 LOOPBACK = ("127.0.0.1", "::1")
 MOCK_CREDENTIAL = "sk-ant-mock-"
 CHECK_TIMEOUT = 30.0  # seconds
-USAGE_ERROR = 2  # the exit code behind a SettingsError
 STEADY = 60.0  # seconds after which a process that ends is started again at once,
 LONGEST_WAIT = 30  # else in 0, 1, 2, 4 … and at most so many
 OPTIONAL_PACKAGES = {"uvloop": "the gateway is slower", "prometheus-client": "there is no /metrics"}
@@ -10314,21 +10360,16 @@ def take_secrets(gateway: Gateway) -> None:
     mask_secrets(settings)
 
 
-def meet_parent(
-    loop: asyncio.AbstractEventLoop,
-    signals: asyncio.Queue[int],
-    sockets: Sequence[socket.socket],
-    port: int,
-) -> None:
+def meet_parent(take: Callable[[int], Any], sockets: list[socket.socket], port: int) -> None:
     """Give the `Parent` what it does not have, and take signals from it; if it goes, stop too."""
-    control = socket.socket(fileno=PLACE.control)
+    control, loop = socket.socket(fileno=PLACE.control), asyncio.get_running_loop()
 
     def hear() -> None:
         told = control.recv(64)
         if not told:
             loop.remove_reader(control)
         for number in told or [signal.SIGTERM]:
-            signals.put_nowait(number)
+            take(number)
 
     loop.add_reader(control, hear)
     for each in sockets if port else ():
@@ -10368,7 +10409,7 @@ async def serve(settings: Settings) -> None:
     if PLACE.folder:
         path = Path(PLACE.folder, str(PLACE.number))
         telling = await asyncio.start_unix_server(Metrics(gateway).tell, path)
-        meet_parent(loop, signals, sockets, port)
+        meet_parent(signals.put_nowait, sockets, port)
     if not (PLACE.port or PLACE.sockets):
         announce(gateway, port)
     await loop.run_in_executor(None, gateway.prices.load)
@@ -10532,7 +10573,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except SettingsError as error:
         text, as_json = " ".join(f"gateway: {error}".split()), error.as_json or settings.log_json
         say(text, as_json=as_json, level=logging.CRITICAL, to=sys.stderr)
-        sys.exit(USAGE_ERROR)
+        sys.exit(2)
     except Exception:  # a mistake in this file: its lines are the log's too
         log.critical("ended", exc_info=True)
         sys.exit(1)
@@ -10576,7 +10617,7 @@ class Parent:
                 if (number := signal.sigwait(self.SIGNALS)) in self.TOLD:
                     self._tell(number)
                 for child in self.children:
-                    if child.process and not child.sockets:
+                    if child.process and not (child.sockets or self.stopping):
                         self._take_sockets(child)
                     if child.process and (code := child.process.poll()) is not None:
                         self._bury(child, code)
@@ -10618,6 +10659,8 @@ class Parent:
             self.stopping = True
             for each in {each for child in self.children for each in child.sockets}:
                 os.close(each)  # else it would listen for as long as the parent lives
+            for child in self.children:
+                child.sockets = ()
         for child in self.children:
             with contextlib.suppress(BrokenPipeError):
                 if child.process:
@@ -10627,7 +10670,7 @@ class Parent:
         """One has ended, to be started again; unless it, or a first one, could not start at all."""
         child.process, ran = None, time.monotonic() - child.started
         child.control.close()
-        if code == USAGE_ERROR and not child.sockets and not self.stopping:
+        if code == 2 and not child.sockets and not self.stopping:  # a SettingsError
             self._tell(signal.SIGTERM)
         if self.stopping:
             self.code = max(self.code, code if code >= 0 else 128 - code)
