@@ -3265,10 +3265,15 @@ class Link(asyncio.Protocol):
                     _, link = await loop.create_connection(cls, *place, ssl=context)
         except TimeoutError:
             raise StoreAway("no connection in time") from None
-        if word := told.get("password"):
-            await link.call("AUTH", *filter(None, (told.get("username"), word)))
-        await link.call("SELECT", told.get("db") or 0)
-        await asyncio.gather(*(link.call("SCRIPT", "LOAD", text) for text in SCRIPTS.values()))
+        try:
+            if word := told.get("password"):
+                await link.call("AUTH", *filter(None, (told.get("username"), word)))
+            await link.call("SELECT", told.get("db") or 0)
+            await asyncio.gather(*(link.call("SCRIPT", "LOAD", text) for text in SCRIPTS.values()))
+            await link.call("SETRANGE", f"{PREFIX}nothing", 0, "")  # whether it may be written in
+        except BaseException:
+            link.abort("it cannot be used")
+            raise
         return link
 
     def connection_made(self, transport: Any) -> None:
@@ -3429,7 +3434,8 @@ class RedisLedger(Ledger):
             ]
             await asyncio.wait_for(self._linked.wait(), 2 * STORE_DEADLINE)
         except self._errors as error:
-            raise SettingsError(f"--store: {self._shown}: {error or 'no answer'}") from None
+            why = error or (self.away if self._tasks else "no answer")
+            raise SettingsError(f"--store: {self._shown}: {why}") from None
 
     async def _find_disk(self) -> None:
         """How a change gets on disk; what is less than sure is said."""
