@@ -3265,10 +3265,15 @@ class Link(asyncio.Protocol):
                     _, link = await loop.create_connection(cls, *place, ssl=context)
         except TimeoutError:
             raise StoreAway("no connection in time") from None
-        if word := told.get("password"):
-            await link.call("AUTH", *filter(None, (told.get("username"), word)))
-        await link.call("SELECT", told.get("db") or 0)
-        await asyncio.gather(*(link.call("SCRIPT", "LOAD", text) for text in SCRIPTS.values()))
+        try:
+            if word := told.get("password"):
+                await link.call("AUTH", *filter(None, (told.get("username"), word)))
+            await link.call("SELECT", told.get("db") or 0)
+            await asyncio.gather(*(link.call("SCRIPT", "LOAD", text) for text in SCRIPTS.values()))
+            await link.call("SETRANGE", f"{PREFIX}nothing", 0, "")  # whether it may be written in
+        except BaseException:
+            link.abort("it cannot be used")
+            raise
         return link
 
     def connection_made(self, transport: Any) -> None:
@@ -3429,7 +3434,8 @@ class RedisLedger(Ledger):
             ]
             await asyncio.wait_for(self._linked.wait(), 2 * STORE_DEADLINE)
         except self._errors as error:
-            raise SettingsError(f"--store: {self._shown}: {error or 'no answer'}") from None
+            why = error or (self.away if self._tasks else "no answer")
+            raise SettingsError(f"--store: {self._shown}: {why}") from None
 
     async def _find_disk(self) -> None:
         """How a change gets on disk; what is less than sure is said."""
@@ -3464,9 +3470,9 @@ class RedisLedger(Ledger):
         while True:
             try:
                 self._link = link = await Link.open(self._redis.connection_pool)
-                self._linked.set()
-                if self.away and self._number:
+                if self._linked.is_set():
                     log.warning("Redis is back: %d writes waited for it", len(self._writes))
+                self._linked.set()
                 self.away = ""
                 self._forget()  # what changed meanwhile
                 for number, write in [*self._writes.items()]:  # in their order, before any other
@@ -3514,10 +3520,9 @@ class RedisLedger(Ledger):
             store, (seconds, more), self.count, self._processes = await pipe.execute()
         told = seconds + more / 1e6  # some time between the question and its answer
         CLOCK.ahead = min(max(CLOCK.ahead, told - time.time()), told - asked)
-        was_lost = self.lost
         self._lose(store != self._id)
-        if was_lost and not self.lost and self._link is not None:
-            self._link.abort("the store is back")
+        if not self.lost:
+            await self._redis.zadd(f"{PREFIX}processes", {self._process: told})
 
     def _lose(self, lost: bool) -> None:
         if self.lost != lost:
@@ -3525,9 +3530,6 @@ class RedisLedger(Ledger):
             self.lost = lost
             if not lost and self._link is not None:
                 self._link.abort("the store is back")
-        if not lost:
-            here = {self._process: asked + CLOCK.ahead}
-            await self._redis.zadd(f"{PREFIX}processes", here)
 
     async def run(self) -> None:
         """Renew what requests hold, and try again what Redis refused, until cancelled."""
@@ -3901,10 +3903,28 @@ class RedisLedger(Ledger):
         if self.lost or (pays and not self._allow and any(of.has_budget for of in hold.accounts)):
             async with self._asking():
                 raise StoreAway(self.away or "no answer")
-        await super().admit(hold, pays=pays, shares=shares, later=False)
+
+        async def take() -> None:
+            await super(RedisLedger, self).admit(hold, pays=pays, shares=shares)
+            if worst:
+                try:
+                    await super(RedisLedger, self).hold(hold, worst, fit=fit)
+                except APIError:
+                    self._release(hold)
+                    raise
+
+        try:
+            await take()
+        except APIError:  # for all, or has this process had its part?
+            others, self._processes = self._processes, 1
+            try:
+                await take()
+            finally:
+                self._processes = others
+            self._release(hold)
+            async with self._asking():
+                raise StoreAway(self.away or "no answer") from None
         hold.is_alone = True
-        if worst:
-            await super().hold(hold, worst, (), fit=fit)
 
     def _budgets(self, of: Limited) -> Iterator[Budget]:
         for budget in of.budgets:
