@@ -17,12 +17,12 @@ The way of a request:
     `RelayHandler.prepare`              each of RULES looks at the head (`Rule.head`)
     `RelayHandler.data_received`        a small JSON body is kept, all else goes on as it comes
     `RelayHandler.post`                 each rule looks at the body (`Rule.body`)
-    `FileLedger.hold`                   holds what it may cost
+    `Ledger.hold`                       holds what it may cost
     `RelayHandler.fetch`                by `UpstreamClient.fetch`, over an `UpstreamConnection`
     `RelayHandler.on_head`              the answer's head came; rules choose a `ResponseFilter`
     `RelayHandler.on_chunk`             each filter sees it; `ServerConnection.write`
     `RelayHandler.settle`               each rule ends it (`Rule.end`): `Prices.charge` says what
-                                        it cost, `FileLedger.book` books it; its `Record` is logged
+                                        it cost, `Ledger.book` books it; its `Record` is logged
 
 Whatever must wait returns an awaitable, and what need not returns None, as in Tornado. What a
 connection and a request may do next stands in `FOLLOWS`. Each room of this file, from Settings to
@@ -79,8 +79,17 @@ import time
 import tomllib
 import types
 import urllib.parse
+import weakref
 import zlib
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -413,12 +422,13 @@ UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 EPOCH, FIRST_MONDAY = datetime(1970, 1, 1, tzinfo=UTC), datetime(1970, 1, 5, tzinfo=UTC)
 ZERO, ALMOST, WHOLE = Decimal(0), Decimal("0.99"), Decimal(1)
 MAX_MODELS_A_DAY = 50  # names come from requests; beyond these they are counted together
+CLOCK = types.SimpleNamespace(ahead=0.0)  # seconds by which the store's, which all follow, is so
 OTHER_MODELS, NO_MODEL = "other", "-"  # what stands in logs and sums for them, and for none
 
 
 def now() -> datetime:
     """The present moment, UTC, to the second."""
-    return moment_of(int(time.time()))
+    return moment_of(int(time.time() + CLOCK.ahead))
 
 
 # A busy gateway asks for the same few moments many times a second, so what comes of them is kept.
@@ -454,6 +464,15 @@ def later(start: datetime, duration: str) -> datetime:
     year, month = divmod(start.year * 12 + start.month - 1 + int(amount), 12)
     day = min(start.day, calendar.monthrange(year, month + 1)[1])
     return start.replace(year=year, month=month + 1, day=day)
+
+
+def as_json(value: Any) -> bytes:
+    """JSON; msgspec takes a fifth of the time, but no lone surrogate."""
+    with contextlib.suppress(ImportError, UnicodeError):
+        import msgspec
+
+        return msgspec.json.encode(value)
+    return json.dumps(value).encode()
 
 
 @functools.lru_cache(maxsize=256)
@@ -622,16 +641,18 @@ class Bucket:
 
 @dataclass(slots=True)
 class Window:
-    """USD spent in one window of a budget, and held for requests under way (not in the file)."""
+    """USD spent in one window of a budget, and held for requests under way (not in the file); what
+    a store that is shared said last is ``known``."""
 
     start: str = ""
     spend: Decimal = ZERO
     held: Decimal = ZERO
+    known: Decimal = ZERO
 
     def spent(self, start: str) -> Decimal:
         """What was spent in the window that starts there: nothing, if it is a new one."""
         if start > self.start:  # else the clock may have been set back, and what was spent counts
-            self.spend = ZERO
+            self.spend = self.known = ZERO
         self.start = start
         return self.spend
 
@@ -696,11 +717,12 @@ class Batch:
             amounts |= {name: read_decimal(amount) for name, amount in amounts.items()}
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class Account:
     """What a key has used and has under way, one for all versions of its record. ``windows`` are by
     a budget's name, ``buckets`` its limits a minute of "requests" and "tokens"; ``hashed`` is what
-    the record is kept under now. Of its large bodies one at a time is judged: it has the turn."""
+    the record is kept under now. Of its large bodies one at a time is judged: it has the turn. In a
+    store that is shared it has a ``place``, and the records of its team and user ``beside`` it."""
 
     windows: dict[str, Window] = field(default_factory=lambda: collections.defaultdict(Window))
     usage: Usage = field(default_factory=Usage)
@@ -710,6 +732,8 @@ class Account:
     running: int = 0
     buckets: dict[str, Bucket] = field(default_factory=dict)
     turn: asyncio.Lock = field(default_factory=asyncio.Lock, compare=False)
+    place: str = ""
+    beside: Sequence[Limited] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -882,6 +906,7 @@ class Limited:
     account: Account = field(default_factory=Account)
     budgets: tuple[Budget, ...] = field(init=False, compare=False)  # that of the spend first
     has_budget: bool = field(init=False, compare=False)
+    revision: str = field(default="", compare=False)  # in a store that is shared
 
     def __post_init__(self) -> None:
         budgets = [Budget(ALL_MODELS, ALL_MODELS, self.max_budget, self.budget_duration)]
@@ -892,6 +917,12 @@ class Limited:
             budgets.append(Budget(pattern, pattern, row.budget_limit, row.time_period))
         self.budgets = tuple(budgets)
         self.has_budget = any(budget.limit is not None for budget in budgets)
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether anything of it must be held for a request."""
+        limits = (self.rpm_limit, self.tpm_limit, self.max_parallel_requests)
+        return self.has_budget or limits != (None, None, None)
 
     @property
     def shown_name(self) -> str:
@@ -1745,11 +1776,15 @@ class Prices:
             tally.spend = (cost * factor + rates.web_search * tally.web_searches).normalize()
         return entries
 
-    def worst(self, order: Order, when: datetime) -> list[tuple[str, Tally]]:
-        """What a request may cost at worst, as (model, counts and USD)."""
+    def worst(
+        self, order: Order, when: datetime, *, prompt_only: bool = False
+    ) -> list[tuple[str, Tally]]:
+        """What a request, or its prompt, may cost at worst, as (model, counts and USD)."""
         parts = order.parts or {(order.model, False, False): [order.prompt, order.max_tokens, 0]}
         entries = []
         for (model, fast, us), (prompt, output, searches) in parts.items():
+            if prompt_only:
+                output = searches = 0
             tally = Tally(input_tokens=prompt, output_tokens=output, web_searches=searches)
             rates = self.rates(model, when, prompt // order.prompts, fast)
             cost = max(rates.input, getattr(rates, order.cache)) * prompt + rates.output * output
@@ -1835,6 +1870,7 @@ HASH = re.compile(r"[0-9a-f]{64}")
 TOMBSTONE = timedelta(days=90)  # how long a deleted key is told apart from one that never was
 WRITE_SLICE = 1000  # lines joined at a time, so that the writing thread lets the loop breathe
 FLUSH_INTERVAL = 1.0  # seconds between two writes of what relaying changes
+KEYS_A_TURN = 4  # whose usage is read before the loop may do something else: 90 days are 5 ms
 BUDGET_WAIT = 2  # seconds after which a request that a budget has no room for may ask again
 FileMark = tuple[int, ...] | None
 Contents = TypeVar("Contents")
@@ -1857,6 +1893,9 @@ class Hold:
     started: datetime
     pays: bool = True
     amounts: Sequence[dict[str, Decimal]] = ()  # of each account
+    id: str = ""  # in a store that is shared
+    costs: Sequence[Sequence[str]] = ()  # there: (place, window, nano-dollars)
+    is_alone: bool = False  # such a store was away
 
 
 class Fullness(NamedTuple):
@@ -1898,6 +1937,20 @@ class Thing(NamedTuple):
     def is_for(self, key: VirtualKey) -> bool:
         """Whether a key may read it and refer to it."""
         return self.is_shared or self.belongs_to(key)
+
+
+def counted(charges: Charges, model: str, failed: bool) -> Charges:
+    """What one request used, with the request itself."""
+    if not charges or charges[0][0] != model:
+        charges = [(model, Tally()), *charges]
+    charges[0][1].requests, charges[0][1].errors = 1, int(failed)
+    return charges
+
+
+def group_names(key: VirtualKey) -> list[str]:
+    """What its team and its user are kept under."""
+    named = {"team": key.team_id, "user": key.user_id}
+    return [f"{kind}:{name}" for kind, name in named.items() if name]
 
 
 def store_line(name: str, record: Limited, today: str = "", keep_from: str = "") -> bytes:
@@ -2134,62 +2187,46 @@ def tell_nobody(*_: Any, **__: Any) -> None:
     """As `Tell`, where there is no operator."""
 
 
-class FileLedger:
-    """The keys, ``groups`` (teams, users and, as GATEWAY, the whole gateway with ``limits`` of its
-    own), and what they used, in memory and in a `StoreFile`; whose things are in another, in
-    ".resources" beside it. Nothing else changes an account. What is awaited may wait in other
-    stores; where nothing must, no task and no future is made. It will ``tell`` which ``parts`` of a
-    budget are passed. Raises SettingsError where a file cannot be used, and leaves it as it is."""
+class Ledger:
+    """What `FileLedger` and others share: the keys, ``groups`` (teams, users and, as GATEWAY, the
+    whole gateway with ``limits`` of its own), and what they used, in memory. Nothing else changes
+    an account. What is awaited may wait for a store; where nothing must, no task and no future is
+    made. It will ``tell`` which ``parts`` of a budget are passed."""
+
+    leases = False  # what is held goes by itself where its process dies
+    doubt = ""  # what is less than sure of the store
+    each: Callable[..., AsyncIterator[Any]]
 
     def __init__(
         self,
-        path: Path,
         usage_days: int = 90,
         clock: Callable[[], float] = time.monotonic,
         limits: Limited | None = None,
     ) -> None:
-        path, then = Path(os.path.realpath(path)), "what was made is there, and written later"
-        beside = Path(os.path.realpath(f"{path}.resources"))
-        self._file = StoreFile(path, KEYS_FRAME, "keys file", "nothing was changed")
-        self._things_file = StoreFile(beside, THINGS_FRAME, "file of resources", then)
         self._usage_days, self._clock = usage_days, clock
         self.parts, self.tell = [WHOLE], tell_nobody
         self.keys: dict[str, VirtualKey] = {}
         self.groups: dict[str, Limited] = {GATEWAY: limits or Limited()}
         self.groups[GATEWAY].account.hashed = GATEWAY
-        self.things = Things()
         self.batches: dict[str, Account] = {}  # whose they are
-        self._lines: dict[str, bytes] = {}
         self._retired: dict[str, str] = {}  # and what is no more, which the record tells
-        self._touched: set[str] = set()  # keys that were used since they were written
-        self._undo: dict[str, Limited | None] = {}  # what changed since, as it was before
-        self._changes: list[Mapping[str, Any]] = []  # of things
-        self._owners: dict[str, str] = {}  # the hashes of keys by what their things are kept under
-        self._writing: asyncio.Task[APIError | None] | None = None  # is under way …
-        self._next: asyncio.Task[APIError | None] | None = None  # … and what waits for its end
-        self._adding = asyncio.Lock()  # changes of things
-        self._noticed: tuple[FileMark, ...] = ()  # the last edits that were read, or could not be
-        try:
-            self._load(is_first=True)
-        except SettingsError:
-            self._file.close()
-            raise
-
-    async def find_hash(self, hashed: str) -> tuple[VirtualKey, str] | None:
-        """A key and its `VirtualKey.status`; by an old hash ``expired`` once its grace is over."""
-        return self.lookup(hashed)
+        self._touched: set[str] = set()  # what was used since it was written
 
     def lookup(self, hashed: str) -> tuple[VirtualKey, str] | None:
-        """What `find_hash` finds, at once."""
-        moment, record = now(), self.keys.get(hashed)
-        if record is None:
-            record = self.keys.get(self._retired.get(hashed, ""))
-            if record is None or hashed not in record.retired:
+        """A key and its `VirtualKey.status`; by an old hash ``expired`` once its grace is over."""
+        record = self.keys.get(hashed) or self.keys.get(self._retired.get(hashed, ""))
+        return self._judged(record, hashed) if record else None
+
+    def _judged(self, record: VirtualKey, hashed: str) -> tuple[VirtualKey, str] | None:
+        """What `lookup` says of a record that was found by a hash."""
+        moment = now()
+        if hashed != record.account.hashed:
+            if hashed not in record.retired:
                 return None
             if moment >= record.retired[hashed]:
                 return record, "expired"
         status = record.status(moment)
-        if status == "active" and len(self.groups) > 1:
+        if status == "active":
             blocked = (of for of in self.limited(record) if of.blocked)
             status = next((f"its {of.of}" for of in blocked), status)
         return record, status
@@ -2208,33 +2245,14 @@ class FileLedger:
                     found.append(group)
         return [*found, whole] if whole.has_budget else found
 
-    def find(self, by: str, name: str, *, former: bool = False) -> Limited | None:
-        """The record that is not deleted and that a field names: ``key`` (plain or hash, also a
-        ``former`` one until its grace is over), ``key_alias``, ``team_id`` or ``user_id``."""
-        if by == "key_alias":
-            return next((key for _, key in self.live() if key.key_alias == name), None)
-        if by != "key":
-            return self.groups.get(f"{by.removesuffix('_id')}:{name}")
-        hashed = name if HASH.fullmatch(name) else hash_key(name)
-        key = self.keys.get(hashed)
-        if key is None and former and (found := self.keys.get(self._retired.get(hashed, ""))):
-            key = found if found.retired.get(hashed, EPOCH) > now() else None
-        return None if key is None or key.deleted_at else key
+    async def live(self, **named: str) -> list[VirtualKey]:
+        """The keys of `each` that are not deleted."""
+        return [key async for key in self.each(**named) if not key.deleted_at]
 
-    def live(self) -> Iterator[tuple[str, VirtualKey]]:
-        """Every key that is not deleted, oldest first."""
-        return ((hashed, key) for hashed, key in self.keys.items() if not key.deleted_at)
-
-    def trouble(self) -> str:
-        """Why the last write failed, or the next one would; empty where all is well."""
-        unwritable = "" if os.access(self._file.path.parent, os.W_OK) else "It cannot be written."
-        return self._file.error or self._things_file.error or unwritable
-
-    # What requests use
-
-    async def admit(self, hold: Hold, *, pays: bool, shares: bool) -> None:
+    async def admit(self, hold: Hold, *, pays: bool, shares: bool, later: bool = False) -> None:
         """Take a slot and one request of the key's rates; where it ``pays``, its budget must have
-        room, beside what others hold where it ``shares`` it. Else raise APIError 429."""
+        room, beside what others hold where it ``shares`` it. Else raise APIError 429. A store may
+        leave what it does itself to `hold`, which follows ``later``."""
         clock, moment = self._clock(), now()  # not when it began: an earlier window is over
         for of in hold.accounts:
             account, most, refused, wait = of.account, of.max_parallel_requests, "", 1.0
@@ -2243,12 +2261,9 @@ class FileLedger:
             for kind, bucket in account.buckets.items():
                 if not refused and (wait := bucket.seconds_until(1, clock)) > 0:
                     refused = f"{bucket.limit:,} {kind} a minute"
-            if refused:  # for more than a minute Claude Code would end the turn
-                seconds = min(60, max(1, math.ceil(wait)))  # whole ones, RFC 9110 section 10.2.3
-                text = f"This {of.of} is limited to {refused}. Try again in {seconds} seconds."
-                headers = [("retry-after", str(seconds)), *self.rates(hold.accounts, {})]
-                raise APIError(429, text, headers=headers)
-            for budget in of.budgets if pays else ():
+            if refused:
+                self._refuse_rate(hold.accounts, of, refused, wait)
+            for budget in self._budgets(of) if pays else ():
                 if not budget.pattern:
                     check_budget(of, budget, ZERO, moment, shares=shares, fit=True)
         for of in hold.accounts:
@@ -2256,13 +2271,27 @@ class FileLedger:
             if "requests" in of.account.buckets:
                 of.account.buckets["requests"].draw(1, clock)
 
-    async def hold(self, hold: Hold, worst: Charges, *, fit: bool) -> None:
+    def _budgets(self, of: Limited) -> Iterable[Budget]:
+        """Those that hold now; a store that is away leaves each process a part."""
+        return of.budgets
+
+    def _refuse_rate(
+        self, accounts: Sequence[Limited], of: Limited, what: str, wait: float
+    ) -> None:
+        """Raise APIError 429: one of the accounts has had as many as it may for some seconds."""
+        seconds = min(60, max(1, math.ceil(wait)))  # for longer Claude Code would end the turn
+        text = f"This {of.of} is limited to {what}. Try again in {seconds} seconds."
+        headers = [("retry-after", str(seconds)), *self.rates(accounts, {})]  # RFC 9110, 10.2.3
+        raise APIError(429, text, headers=headers)
+
+    async def hold(self, hold: Hold, worst: Charges, prompt: Charges = (), *, fit: bool) -> None:
         """Hold what a request may cost of all budgets that it falls under; all of it must ``fit``,
-        or else only a part. Else raise APIError 429 and hold nothing."""
+        or else only a part. Else raise APIError 429 and hold nothing. With `leases` what its
+        ``prompt`` alone costs is booked if this process dies."""
         held, moment = list[dict[str, Decimal]](), now()
         for of in hold.accounts:
             held.append(amounts := {})
-            for budget in of.budgets:
+            for budget in self._budgets(of):
                 costs = [tally.spend for name, tally in worst if budget.is_for(name)]
                 if costs:
                     amounts[budget.name] = cost = sum(costs, ZERO)
@@ -2277,25 +2306,25 @@ class FileLedger:
         self, hold: Hold, charges: Charges, *, model: str, failed: bool, tags: Sequence[str] = ()
     ) -> None:
         """Give back what a request held; count it and what it used, once, and under its tags."""
+        self._release(hold)
+        if hold.pays and hold.accounts:
+            for of in hold.accounts:
+                of.account.last_active = now()
+            self.charge(hold.accounts, counted(charges, model, failed), hold.started, tags)
+
+    def _release(self, hold: Hold) -> None:
         for of in hold.accounts:
             of.account.running -= 1
         for of, amounts in zip(hold.accounts, hold.amounts, strict=False):
             for name, amount in amounts.items():
                 of.account.windows[name].held -= amount
-        if hold.pays and hold.accounts:
-            for of in hold.accounts:
-                of.account.last_active = moment_of(int(time.time()))
-            if not charges or charges[0][0] != model:
-                charges = [(model, Tally()), *charges]
-            charges[0][1].requests, charges[0][1].errors = 1, int(failed)
-            self.charge(hold.accounts, charges, hold.started, tags)
 
     def charge(
         self, accounts: Sequence[Limited], charges: Charges, moment: datetime, tags: Sequence[str]
     ) -> None:
         """Count what was used to these accounts, by the newest records of those that are not gone;
         a key's by day and model, and under its ``tags``."""
-        present, day = moment_of(int(time.time())), day_of(moment)
+        present, day = now(), day_of(moment)
         for each in accounts:
             account = each.account
             if (of := self.record(account.hashed)) is None:
@@ -2354,11 +2383,115 @@ class FileLedger:
             if not (told.isascii() and told.isdigit() and float(told) <= left):
                 wait = math.ceil(bucket.seconds_until(bucket.limit, clock))
                 fields += [(f"{name}limit", str(bucket.limit)), (f"{name}remaining", str(left))]
-                fields.append((f"{name}reset", iso(moment_of(int(time.time()) + wait))))
+                fields.append((f"{name}reset", iso(now() + timedelta(seconds=wait))))
         return fields
 
-    def unbooked(self, name: str) -> Batch | None:
+    def _fit_buckets(self, of: Limited) -> None:
+        """Let the buckets of an account be those of its record; what was drawn stays drawn."""
+        buckets = of.account.buckets
+        for kind, limit in (("requests", of.rpm_limit), ("tokens", of.tpm_limit)):
+            bucket = buckets.pop(kind, None) or Bucket(0, self._clock())
+            if limit is not None:
+                bucket.limit, buckets[kind] = limit, bucket
+
+
+class FileLedger(Ledger):
+    """In a `StoreFile`; whose things are is in another, in ".resources" beside it. Keys that were
+    used before there were homes get this ``home``. Raises SettingsError where a file cannot be
+    used, and leaves it as it is."""
+
+    def __init__(self, path: Path, home: str = "", **shared: Any) -> None:
+        super().__init__(**shared)
+        path, then = Path(os.path.realpath(path)), "what was made is there, and written later"
+        beside = Path(os.path.realpath(f"{path}.resources"))
+        self._file = StoreFile(path, KEYS_FRAME, "keys file", "nothing was changed")
+        self._things_file = StoreFile(beside, THINGS_FRAME, "file of resources", then)
+        self._home, self.things = home, Things()
+        self._lines: dict[str, bytes] = {}
+        self._undo: dict[str, Limited | None] = {}  # what changed since, as it was before
+        self._changes: list[Mapping[str, Any]] = []  # of things
+        self._owners: dict[str, str] = {}  # the hashes of keys by what their things are kept under
+        self._writing: asyncio.Task[APIError | None] | None = None  # is under way …
+        self._next: asyncio.Task[APIError | None] | None = None  # … and what waits for its end
+        self._adding = asyncio.Lock()  # changes of things
+        self._noticed: tuple[FileMark, ...] = ()  # the last edits that were read, or could not be
+        try:
+            self._load(is_first=True)
+        except SettingsError:
+            self._file.close()
+            raise
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no key was ever made."""
+        return not self.keys
+
+    async def open(self) -> None:
+        """Called before requests are taken; the files are read already."""
+
+    def trouble(self) -> str:
+        """Why the last write failed, or the next one would; empty where all is well."""
+        unwritable = "" if os.access(self._file.path.parent, os.W_OK) else "It cannot be written."
+        return self._file.error or self._things_file.error or unwritable
+
+    # Who it is, and what there is
+
+    async def find_hash(self, hashed: str) -> tuple[VirtualKey, str] | None:
+        """What `lookup` finds."""
+        return self.lookup(hashed)
+
+    async def knows(self, hashes: Iterable[str]) -> bool:
+        """Whether one of these is a key here."""
+        return any(map(self.lookup, hashes))
+
+    async def find(self, by: str, name: str, *, former: bool = False) -> Any:
+        """The record, or None, that is not deleted and that a field names: ``key`` (plain or hash,
+        also a ``former`` one until its grace is over), ``key_alias``, ``team_id``, ``user_id``."""
+        if by == "key_alias":
+            return next((key for key in self._live() if key.key_alias == name), None)
+        if by != "key":
+            return self.groups.get(f"{by.removesuffix('_id')}:{name}")
+        hashed = name if HASH.fullmatch(name) else hash_key(name)
+        key = self.keys.get(hashed)
+        if key is None and former and (found := self.keys.get(self._retired.get(hashed, ""))):
+            key = found if found.retired.get(hashed, EPOCH) > now() else None
+        return None if key is None or key.deleted_at else key
+
+    async def each(
+        self, kind: str = "key", *, days: tuple[str, str] | None = None, **named: str
+    ) -> AsyncIterator[Any]:
+        """Every record of a kind, oldest first, keys that are deleted too; or those of a team_id or
+        user_id. What was used may be there for these ``days`` only, the first and the last; where
+        there are some, the loop does something else in between."""
+        records: Iterable[Any] = self.keys.values() if kind == "key" else self.groups.values()
+        for number, record in enumerate([*records]):
+            if days and number % KEYS_A_TURN == 0:
+                await asyncio.sleep(0)
+            if record.of == kind and all(getattr(record, at) == name for at, name in named.items()):
+                yield record
+
+    async def tagged(self, days: tuple[str, str]) -> Usage:
+        """What was used on these days, in the place of a model by tag."""
+        return self.groups[GATEWAY].account.usage
+
+    def _live(self) -> Iterator[VirtualKey]:
+        return (key for key in self.keys.values() if not key.deleted_at)
+
+    # Batches and things
+
+    async def unbooked(self, name: str) -> Batch | None:
         """The batch of that name, where results of it are still to be booked to a key."""
+        return self._unbooked(name)
+
+    async def watched(self) -> list[str]:
+        """The batches whose results are to be booked."""
+        return [*filter(self._unbooked, self.batches)]
+
+    async def take(self, name: str) -> bool:
+        """Whether it is this process that looks at a batch now."""
+        return True
+
+    def _unbooked(self, name: str) -> Batch | None:
         batch = self.batches[name].batches[name] if name in self.batches else None
         return None if batch is None or batch.booked else batch
 
@@ -2372,17 +2505,19 @@ class FileLedger:
         self.batches[name], hold.amounts = account, ()
         self._touched.add(account.hashed)
 
-    def batch_line(self, name: str, line: int) -> Account | None:
-        """Whom a line of a batch's results is to be booked to; it is said once."""
+    def book_line(self, name: str, line: int, charges: Charges) -> VirtualKey | None:
+        """Book a line of a batch's results to the key that made it, once: that is returned then."""
         account = self.batches.get(name)
         if account is None or line <= account.batches[name].lines:
             return None
         account.batches[name].lines = line
-        return account
+        if key := self.keys.get(account.hashed):
+            self.charge(self.limited(key), charges, now(), key.tags)
+        return key
 
     def finish_batch(self, name: str, *, lost: bool = False) -> None:
         """All results of a batch are booked; where they are ``lost``, what is held for it is."""
-        batch = self.unbooked(name)
+        batch = self._unbooked(name)
         if batch is None:
             return
         account, moment = self.batches[name], now()
@@ -2434,7 +2569,7 @@ class FileLedger:
 
     async def assign(self, kinds: Mapping[str, str], owner: str | None) -> None:
         """Give things (id: kind) to an owner ("": nobody) or all (None), or raise APIError 503."""
-        places, moment, changes = self.things.places, int(time.time()), list[dict[str, Any]]()
+        places, moment, changes = self.things.places, now().timestamp(), list[dict[str, Any]]()
         for name in reversed(list(kinds)):  # lists begin with the newest
             before, of, home = places.get(name, ("", "", ""))
             since = self.things.made[before, of][name] if name in places else moment
@@ -2443,6 +2578,22 @@ class FileLedger:
                 changes.append(place | {"made": {name: since}})
         changes += [{"shared": list(kinds)}] if owner is None else []
         await asyncio.shield(self._add(changes))
+
+    async def list_things(
+        self, owner: str | None, kind: str, first: int, most: int
+    ) -> tuple[int, list[dict[str, Any]]]:
+        """How many are an owner's (None: anybody's) and of a kind (empty: any), and rows of them:
+        at most so many, from the ``first`` (0) on."""
+        things, keys = self.things, {key.owner: key.account.hashed for key in self._live()}
+        chosen = [p for p in things.made if owner in (None, p[0]) and kind in ("", p[1])]
+        every = itertools.chain.from_iterable(things.made[place] for place in chosen)
+        rows = list[dict[str, Any]]()
+        for name in itertools.islice(every, first, first + most):
+            owner, kind, home = things.places[name]
+            row = dict[str, Any](id=name, kind=kind, key=keys.get(owner), home=home or None)
+            made = moment_of(int(things.made[owner, kind][name]))
+            rows.append(row | {"created_at": made, "shared": name in things.shared})
+        return sum(len(things.made[place]) for place in chosen), rows
 
     def forget(self, name: str, owner: str | None) -> None:
         """A thing is no more, if it is this owner's (None: anybody's)."""
@@ -2474,9 +2625,18 @@ class FileLedger:
 
     # Changing
 
-    def settle(self, key: VirtualKey, home: str) -> None:
-        """Remember the home of a key that has none, as what relaying changes is."""
-        newest = self.keys.get(key.account.hashed, key)
+    def changing(self) -> contextlib.AbstractAsyncContextManager[None]:
+        """Within it nobody else changes anything between what is looked at and what is changed:
+        nothing is awaited there, so that changes at one time are one write."""
+        return contextlib.nullcontext()
+
+    async def settle(self, key: VirtualKey, home: str) -> None:
+        """Remember the home of a key that has none, as what relaying changes is: that of others of
+        its team, where it reaches their things, or else this."""
+        team, newest = key.team_id, self.keys.get(key.account.hashed, key)
+        if team and key.resources == "team":
+            mates = (mate.home for mate in self._live() if mate.team_id == team)
+            home = next(filter(None, mates), home)
         key.home = newest.home = newest.home or home
         self._touched.add(key.account.hashed)
 
@@ -2512,11 +2672,7 @@ class FileLedger:
                 self._retired.update(dict.fromkeys(record.retired, name))
             else:
                 self.groups[name] = record
-            for kind, limit in (("requests", record.rpm_limit), ("tokens", record.tpm_limit)):
-                bucket = account.buckets.pop(kind, None) or Bucket(0, self._clock())
-                if limit is not None:
-                    bucket.limit = limit  # what was drawn stays drawn
-                    account.buckets[kind] = bucket
+            self._fit_buckets(record)
             self.batches.update(dict.fromkeys(account.batches, account))
 
     def _line(self, hashed: str, record: Limited) -> bytes:
@@ -2568,6 +2724,9 @@ class FileLedger:
         forgotten = now() - TOMBSTONE
         for hashed, key in keys.items():
             key.home = key.home or getattr(known.get(hashed), "home", None)
+            if is_first and key.account.last_active and not key.home:
+                key.home = self._home
+                self._touched.add(hashed)
             gone = key.deleted_at is not None and key.deleted_at < forgotten
             if gone and not (key.team_id and key.owner in heritage):
                 del records[hashed]
@@ -2703,6 +2862,1196 @@ def check_budget(
         text = f"{name} ({resets}): {told}, and this batch may cost ${dollars(cost)}."
         text += " Send a smaller one, or lower its 'max_tokens'."
     raise APIError(429, text, kind="billing_error", headers=headers)
+
+
+AnyLedger = FileLedger
+
+
+# ─── Redis ────────────────────────────────────────────────────────────────────────────────────────
+
+# The same promises over any number of processes: what keys are, use and hold is in Redis or Valkey,
+# and what a process remembers of it is a copy. An account is held and booked by scripts, which run
+# one after the other, by the server's clock; all keys of one begin as its ``place`` does, and have
+# its team's hash tag. Amounts are nano-dollars: Lua's numbers are exact up to 2^53, $9 million.
+
+LEAST_REDIS = (6, 2)
+STORE_DEADLINE = 0.5  # seconds for an answer
+STORE_GRACE = 0.05  # more of them, in which what has come is read
+STORE_RETRY = 0.1  # seconds until the next try to reach it
+CHECK_INTERVAL = 0.2  # seconds; less than the second within which a change holds everywhere
+GONE = ("NOSCRIPT", "READONLY", "LOADING", "MASTERDOWN")  # what another connection may mend
+LEASE, RENEWAL = 60.0, 20.0  # seconds that a hold stands by itself; until it is renewed
+LOCK_LEASE = 5.0  # seconds that a change may take
+KEPT_RECORDS = 10_000  # keys in use, which a process remembers
+RECORDS_A_TRIP, LOOKED_AT = 500, 100  # records that are read in one trip, and with their usage
+CHANGES_KEPT = 10_000  # in the stream that tells of them
+TRIES = 3  # of a request whose key is changed under it
+MARK_DAYS = 7  # after which a process that was cut off may not write any more
+PREFIX, STORE, CHANGES, REVISION = "gw:", "gw:store", "gw:changes", "gw:revision"
+NANO = Decimal("1e-9")
+REMEMBERED = ".store"  # behind the name of the keys file: which stores were used from here
+MINUTE = 60_000_000  # microseconds
+NO_STORE = "The store is empty, or another one: nothing is changed in it. Whoever runs the gateway"
+NO_STORE += " must bring its data back, or start it with --new-store or --import."
+
+# What every script begins with. KEYS[1] is the store's name, ARGV[1] what it was when we came.
+PRELUDE = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return redis.error_reply('LOST the store') end
+local time = redis.call('TIME')
+local now = time[1] * 1000000 + time[2]
+
+local function ahead(place, kind, limit, tokens)  -- moves the time at which all is there again
+  local at = math.max(tonumber(redis.call('HGET', place, 'tat:' .. kind) or 0), now)
+  redis.call('HSET', place, 'tat:' .. kind, at + tokens * math.floor(60000000 / limit))
+end
+
+local function add(place, used, sign)
+  for _, each in ipairs(used.w) do  -- window, start, amount
+    local start = redis.call('HGET', place, 'start:' .. each[1])
+    if not start or each[2] > start then
+      redis.call('HSET', place, 'start:' .. each[1], each[2], 'spent:' .. each[1], 0)
+    end
+    redis.call('HINCRBY', place, 'spent:' .. each[1], sign * each[3])
+  end
+  for _, each in ipairs(used.u) do  -- day, model, counts, seconds it is kept
+    local day, model = place .. ':' .. each[1], each[2]
+    local known = redis.call('HEXISTS', day, model .. '\\0requests')
+    if known == 0 and redis.call('HLEN', day) >= MOST then model = 'OTHER' end
+    for name, count in pairs(each[3]) do
+      redis.call('HINCRBY', day, model .. '\\0' .. name, sign * count)
+    end
+    redis.call('EXPIRE', day, each[4])
+  end
+end
+
+local function free(place, id)  -- gives back what a request holds, where it still does
+  if redis.call('ZREM', place .. ':leases', id) == 0 then return end
+  local text = redis.call('HGET', place .. ':holds', id)
+  redis.call('HDEL', place .. ':holds', id)
+  local held = cjson.decode(text)
+  for _, each in ipairs(held.c) do
+    redis.call('HINCRBY', place, 'held:' .. each[1], -each[2])
+  end
+  return held, text
+end
+
+local function lapse(place)  -- what nobody renewed costs what its prompt did, until it is known
+  local leases = place .. ':leases'
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', leases, '-inf', now, 'LIMIT', 0, 100)) do
+    local held, text = free(place, id)
+    add(place, held, 1)
+    redis.call('SET', place .. ':lapsed:' .. id, text, 'EX', 604800)
+  end
+end
+
+local function settle(place, id)
+  local held = free(place, id)
+  local text = not held and redis.call('GET', place .. ':lapsed:' .. id)
+  if text then
+    add(place, cjson.decode(text), -1)
+    redis.call('DEL', place .. ':lapsed:' .. id)
+  end
+end
+"""
+PRELUDE = PRELUDE.replace("MOST", str(9 * MAX_MODELS_A_DAY)).replace("OTHER", OTHER_MODELS)
+# Before a request: all that it needs is checked of all its accounts, and held, or nothing.
+RESERVE = """
+local accounts, told = cjson.decode(ARGV[4]), {}
+for i, account in ipairs(accounts) do
+  local place, wanted = KEYS[i + 1], {'rev', 'tat:requests', 'tat:tokens'}
+  lapse(place)
+  for _, each in ipairs(account.b) do  -- window, start, limit, cost, whether all of it must fit
+    for _, name in ipairs({'start:', 'spent:', 'held:'}) do
+      wanted[#wanted + 1] = name .. each[1]
+    end
+  end
+  local found = redis.call('HMGET', place, unpack(wanted))
+  local running = redis.call('ZCARD', place .. ':leases')
+  if (found[1] or '') ~= account.r then return {'stale'} end
+  local state, refused, wait = {running}, nil, 1000000
+  if account.p and running >= account.p then refused = 'slots' end
+  for j, limit in ipairs({account.q, account.k}) do
+    local at = math.max(tonumber(found[j + 1] or 0), now)
+    state[j + 1] = at - now
+    if limit and not refused then
+      local late = at + math.floor(60000000 / limit) - now - 60000000
+      if late > 0 then refused, wait = (j == 1 and 'requests' or 'tokens'), late end
+    end
+  end
+  for j, each in ipairs(account.b) do
+    local spent, held = tonumber(found[3 * j + 2] or 0), tonumber(found[3 * j + 3] or 0)
+    if each[2] > (found[3 * j + 1] or '') then spent = 0 end
+    state[#state + 1], state[#state + 2] = spent, held
+    local limit, cost, fit = each[3], each[4], each[5]
+    if limit and cost and not refused then
+      local room = limit - spent - (account.s and held or 0)
+      if spent >= limit or (fit and cost > room) or (not fit and room <= 0) then
+        refused = j - 1
+      end
+    end
+  end
+  told[i] = state
+  if refused then return {'refused', i - 1, refused, wait, unpack(told)} end
+end
+for i, account in ipairs(accounts) do
+  local place, state = KEYS[i + 1], told[i]
+  redis.call('ZADD', place .. ':leases', now + ARGV[3], ARGV[2])
+  redis.call('HSET', place .. ':holds', ARGV[2], cjson.encode(account.h))
+  for _, each in ipairs(account.h.c) do
+    redis.call('HINCRBY', place, 'held:' .. each[1], each[2])
+  end
+  if account.q then ahead(place, 'requests', account.q, 1) end
+  state[1] = state[1] + 1
+end
+return {'held', 0, 0, 0, unpack(told)}
+"""
+# What is written later, in its order, and perhaps twice: only once it counts. KEYS[2] remembers how
+# far it is, ARGV[2] is its number.
+ONCE = """
+if tonumber(redis.call('GET', KEYS[2]) or 0) >= tonumber(ARGV[2]) then return {} end
+redis.call('SET', KEYS[2], ARGV[2], 'EX', 604800)
+"""
+# After a request, or a line of a batch (KEYS[3], ARGV[5]): what it held is given back, and what it
+# used is counted to those of its accounts that are still there.
+BOOK = """
+if ARGV[5] ~= '0' then
+  if tonumber(redis.call('HGET', KEYS[3], 'lines') or 1e15) >= tonumber(ARGV[5]) then return {} end
+  redis.call('HSET', KEYS[3], 'lines', ARGV[5])
+end
+local told = {}
+for i, used in ipairs(cjson.decode(ARGV[4])) do
+  local place = KEYS[i + 3]
+  told[i] = {}
+  if redis.call('HEXISTS', place, 'rev') == 1 then
+    if ARGV[3] ~= '' then settle(place, ARGV[3]) end
+    add(place, used, 1)
+    for j, each in ipairs(used.w) do
+      local spent = tonumber(redis.call('HGET', place, 'spent:' .. each[1]))
+      told[i][2 * j - 1], told[i][2 * j] = spent - each[3], spent
+    end
+    if used.t then ahead(place, 'tokens', used.t[2], used.t[1]) end
+    if used.a then redis.call('HSET', place, 'active', time[1]) end
+  end
+end
+return told
+"""
+# A hold becomes a batch's (KEYS[3]), and lasts until it is booked.
+KEEP = """
+for i = 5, #KEYS do
+  if not free(KEYS[i], ARGV[3]) then settle(KEYS[i], ARGV[3]) end
+end
+for _, each in ipairs(cjson.decode(ARGV[5])) do  -- place, window, amount
+  redis.call('HINCRBY', each[1], 'held:' .. each[2], each[3])
+end
+redis.call('HSET', KEYS[3], 'held', ARGV[5], unpack(cjson.decode(ARGV[6])))
+redis.call('SADD', KEYS[4], ARGV[4])
+return {}
+"""
+FINISH = """
+local found = redis.call('HMGET', KEYS[3], 'held', 'booked')
+if not found[1] or found[2] == '1' then return {} end
+for _, each in ipairs(cjson.decode(found[1])) do
+  redis.call('HINCRBY', each[1], 'held:' .. each[2], -each[3])
+end
+for i, used in ipairs(cjson.decode(ARGV[4])) do add(KEYS[i + 4], used, 1) end
+redis.call('HSET', KEYS[3], 'booked', 1)
+redis.call('EXPIRE', KEYS[3], ARGV[5])
+redis.call('SREM', KEYS[4], ARGV[3])
+return {}
+"""
+RENEW = """
+for i = 2, #KEYS do
+  redis.call('ZADD', KEYS[i] .. ':leases', 'XX', now + ARGV[2], ARGV[i + 1])
+end
+"""
+# What accounts are now: [what the account has, its slots, [day, counts …]].
+LOOK = """
+local told = {}
+for i = 2, #KEYS do
+  local days = {}
+  lapse(KEYS[i])
+  for j = 2, #ARGV do
+    local counts = redis.call('HGETALL', KEYS[i] .. ':' .. ARGV[j])
+    if #counts > 0 then days[#days + 1], days[#days + 2] = ARGV[j], counts end
+  end
+  told[i - 1] = {redis.call('HGETALL', KEYS[i]), redis.call('ZCARD', KEYS[i] .. ':leases'), days}
+end
+return told
+"""
+EVERY_SCRIPT = (RESERVE, RENEW, LOOK)
+WRITTEN_ONCE = (BOOK, KEEP, FINISH)
+SCRIPTS = {text: PRELUDE + text for text in EVERY_SCRIPT}
+SCRIPTS |= {text: PRELUDE + ONCE + text for text in WRITTEN_ONCE}
+DIGESTS = {text: hashlib.sha1(script.encode()).hexdigest() for text, script in SCRIPTS.items()}
+
+
+class StoreAway(Exception):
+    """Redis did not answer, or not as it should; its text says how."""
+
+
+class StoreRefused(StoreAway):
+    """Redis answered with an error, and has done nothing."""
+
+
+def nano(amount: Decimal) -> int:
+    """Whole nano-dollars."""
+    return round(amount.scaleb(9))
+
+
+def usd(amount: Any) -> Decimal:
+    """USD of nano-dollars."""
+    return (int(amount) * NANO).normalize()
+
+
+class Link(asyncio.Protocol):
+    """One connection for all scripts of a process, in RESP2, by hiredis: what is called in a turn
+    of the loop goes out in one write, and is answered in its order. Where an answer takes longer
+    than STORE_DEADLINE it breaks off; all that wait then get StoreAway, and ``closed`` is done."""
+
+    def __init__(self) -> None:
+        import hiredis
+
+        self._loop = asyncio.get_running_loop()
+        self.closed: asyncio.Future[None] = self._loop.create_future()
+        self._error, self._pack = hiredis.ReplyError, cast(Any, hiredis.pack_command)
+        self._reader = hiredis.Reader(encoding="utf-8", errors="surrogateescape")
+        self._out = list[bytes]()
+        self._waiting = collections.deque[tuple[asyncio.Future[Any], float]]()
+        self._timer: asyncio.TimerHandle | None = None
+        self.why = "the connection was closed"
+
+    @classmethod
+    async def open(cls, pool: Any) -> Link:
+        """Connect as a pool of redis-py's does, and load the scripts. Raises OSError, StoreAway."""
+        told, loop, context = pool.connection_kwargs, asyncio.get_running_loop(), None
+        try:
+            async with asyncio.timeout(STORE_DEADLINE):
+                if "path" in told:
+                    _, link = await loop.create_unix_connection(cls, told["path"])
+                else:
+                    if hasattr(connection := pool.make_connection(), "ssl_context"):
+                        context = connection.ssl_context.get()
+                    place = told.get("host", "localhost"), told.get("port", 6379)
+                    _, link = await loop.create_connection(cls, *place, ssl=context)
+        except TimeoutError:
+            raise StoreAway("no connection in time") from None
+        if word := told.get("password"):
+            await link.call("AUTH", *filter(None, (told.get("username"), word)))
+        await link.call("SELECT", told.get("db") or 0)
+        await asyncio.gather(*(link.call("SCRIPT", "LOAD", text) for text in SCRIPTS.values()))
+        return link
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+
+    def call(self, *command: str | int | bytes) -> asyncio.Future[Any]:
+        """Send a command; its answer is awaited, or StoreAway."""
+        answer = self._loop.create_future()
+        if self.closed.done():
+            answer.set_exception(StoreAway(self.why))
+            return answer
+        if self._timer is None:
+            self._timer = self._loop.call_later(STORE_DEADLINE, self._look)
+        if not self._out:
+            self._loop.call_soon(self._flush)
+        self._out.append(self._pack(command))
+        self._waiting.append((answer, self._loop.time()))
+        return answer
+
+    def script(
+        self, text: str, keys: Sequence[str], *arguments: str | int | bytes
+    ) -> asyncio.Future[Any]:
+        """Run one of SCRIPTS."""
+        return self.call("EVALSHA", DIGESTS[text], len(keys), *keys, *arguments)
+
+    def _flush(self) -> None:
+        if not self.closed.done():
+            self._transport.write(b"".join(self._out))
+        self._out.clear()
+
+    def data_received(self, data: bytes) -> None:
+        self._reader.feed(data)
+        while self._waiting and (reply := self._reader.gets()) is not False:
+            answer, _ = self._waiting.popleft()
+            if answer.done():
+                continue
+            if isinstance(reply, self._error):
+                answer.set_exception(StoreRefused(str(reply)))
+                if str(reply).startswith(GONE):
+                    self.abort(str(reply))
+            else:
+                answer.set_result(reply)
+
+    def _look(self, is_sure: bool = False) -> None:
+        self._timer = None
+        if not self._waiting:
+            return
+        left = self._waiting[0][1] + STORE_DEADLINE - self._loop.time()
+        if left > 0:
+            self._timer = self._loop.call_later(left, self._look)
+        elif is_sure:
+            self.abort(f"no answer in {STORE_DEADLINE:g} seconds")
+        else:  # this process may have been late itself, and the answer here
+            self._timer = self._loop.call_later(STORE_GRACE, self._look, True)
+
+    def abort(self, why: str) -> None:
+        """Break off."""
+        self.why = why
+        self._transport.abort()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.closed.done():
+            self.closed.set_result(None)
+        for answer, _ in self._waiting:
+            if not answer.done():
+                answer.set_exception(StoreAway(self.why))
+                answer.exception()  # whoever asked may be gone
+        self._waiting.clear()
+
+
+class Write(NamedTuple):
+    """What is to be written once, whatever happens: ``then`` gets what its script answers."""
+
+    script: str
+    keys: Sequence[str]
+    arguments: Sequence[str | int | bytes]
+    then: Callable[[Any], None] | None
+    done: asyncio.Future[None]
+
+
+class RedisLedger(Ledger):
+    """The same over any number of processes, which share a ``store`` (a URL). What a process knows
+    of the keys in use is a copy that a stream of changes keeps fresh, and each script tells of what
+    is old. Where Redis does not answer, keys without limits go on, rates are held here, and budgets
+    are refused (503), or, where ``allow``, what was left is shared out. What is written later has a
+    number, goes in its order, and counts once. ``remember`` is a file of the stores used here."""
+
+    leases = True
+
+    def __init__(
+        self,
+        store: str,
+        usage_days: int = 90,
+        clock: Callable[[], float] = time.monotonic,
+        limits: Limited | None = None,
+        *,
+        new_store: bool = False,
+        allow: bool = False,
+        remember: Path | None = None,
+    ) -> None:
+        import redis.asyncio
+        from redis.asyncio.retry import Retry
+        from redis.backoff import NoBackoff
+
+        super().__init__(usage_days, clock, limits)
+        times: Any = dict.fromkeys(("socket_timeout", "socket_connect_timeout"), STORE_DEADLINE)
+        told: Any = times | {"decode_responses": True, "retry": Retry(NoBackoff(), 0)}
+        self._redis: Any = redis.asyncio.from_url(store, protocol=2, **told)
+        self._errors = (redis.RedisError, OSError, TimeoutError, StoreAway)
+        self._new, self._allow, self._remember = new_store, allow, remember
+        self._shown = re.sub(r"//[^@/]*@", "//", store.partition("?")[0])
+        self.keys: collections.OrderedDict[str, VirtualKey] = collections.OrderedDict()
+        self._unknown: set[str] = set()  # hashes of no key, until any changes
+        self._accounts = weakref.WeakValueDictionary[str, Account]()  # by their places
+        self._link, self._linked = cast(Link | None, None), asyncio.Event()
+        self.away, self.lost, self.doubt = "it was not asked yet", False, ""
+        self._id, self._process, self._number = "", secrets.token_hex(4), 0
+        self._writes: dict[int, Write] = {}
+        self._again: list[int] = []  # writes that were refused
+        self._holds: dict[str, Sequence[str]] = {}  # places, by the ids of holds
+        self._turn, self._lock = asyncio.Lock(), None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._waits = False  # for WAITAOF
+        self._last, self._count, self._processes = "0-0", 0, 1
+        self.groups[GATEWAY].account.place = f"{PREFIX}{{gateway}}:{GATEWAY}"
+        self._booking: dict[str, tuple[VirtualKey, Any]] = {}  # batches: whose, and what is held
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no key was ever made."""
+        return not self._count
+
+    # Coming and going
+
+    async def open(self) -> None:
+        """Find the store, or make one where there was none. Raises SettingsError."""
+        try:
+            told = await self._redis.info("server")
+            if tuple(map(int, told["redis_version"].split(".")[:2])) < LEAST_REDIS:
+                least = ".".join(map(str, LEAST_REDIS))
+                raise SettingsError(f"--store: Redis {told['redis_version']} is before {least}")
+            await self._find_disk()
+            await self._find_store()
+            await self._redis.hset(self.groups[GATEWAY].account.place, "rev", "")
+            newest = await self._redis.xrevrange(CHANGES, count=1)
+            self._last = newest[0][0] if newest else self._last
+            await self._check()
+            self._tasks = [
+                asyncio.create_task(each) for each in (self._keep_linked(), self._follow())
+            ]
+            await asyncio.wait_for(self._linked.wait(), 2 * STORE_DEADLINE)
+        except self._errors as error:
+            raise SettingsError(f"--store: {self._shown}: {error or 'no answer'}") from None
+
+    async def _find_disk(self) -> None:
+        """How a change gets on disk; what is less than sure is said."""
+        config, asks = dict[str, str](), self._redis.execute_command
+        with contextlib.suppress(*self._errors):
+            for name in ("appendonly", "appendfsync"):
+                config |= await self._redis.config_get(name)
+        with contextlib.suppress(*self._errors):
+            self._waits = bool((await asks("WAITAOF", 1, 0, int(STORE_DEADLINE * 800)))[0])
+        if not self._waits and [*config.values()] != ["yes", "always"]:
+            self.doubt = "a change may be lost with Redis: it needs appendonly yes, and appendfsync"
+            self.doubt += " always or Redis 7.2"
+            log.warning("! %s", self.doubt)
+
+    async def _find_store(self) -> None:
+        """The store's id; one that was used from here does not come back empty unnoticed."""
+        used, redis = dict[str, str](), self._redis
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            used = json.loads(self._remember.read_text()) if self._remember else used
+        self._id = await redis.get(STORE) or ""
+        if not self._id:
+            if not self._new and (self._shown in used or await redis.dbsize()):
+                text = "it holds no keys of a gateway: bring its data back, or start once with"
+                raise SettingsError(f"--store: {self._shown}: {text} --new-store or --import")
+            await redis.set(STORE, secrets.token_hex(8), nx=True)
+            self._id = await redis.get(STORE)
+        if self._remember and used.get(self._shown) != self._id:
+            with contextlib.suppress(OSError):
+                self._remember.write_text(json.dumps(used | {self._shown: self._id}))
+
+    async def _keep_linked(self) -> None:
+        while True:
+            try:
+                self._link = link = await Link.open(self._redis.connection_pool)
+                self._linked.set()
+                if self.away and self._number:
+                    log.warning("Redis is back: %d writes waited for it", len(self._writes))
+                self.away, self._again = "", []
+                self._forget()  # what changed meanwhile
+                await self._renew()
+                for number, write in [*self._writes.items()]:
+                    self._send(number, write)
+                await link.closed
+                why = link.why
+            except (OSError, StoreAway) as error:
+                why = str(error) or "no answer"
+            self._link = None
+            if why != self.away:
+                log.error("Redis is away: %s", why) if not self.away else None
+                self.tell("db_exceptions", f"Redis is away: {why}", matter="Redis")
+            self.away = why
+            await asyncio.sleep(STORE_RETRY)
+
+    async def _follow(self) -> None:
+        """Hear of changes, at once and after any pause."""
+        failed = 0
+        while True:
+            try:
+                block = int(CHECK_INTERVAL * 1000)
+                told = await self._redis.xread({CHANGES: self._last}, block=block, count=1000)
+                for self._last, change in itertools.chain(*(entries for _, entries in told)):
+                    self._forget(change["name"])
+                await self._check()
+                failed = 0
+            except self._errors as error:
+                failed += 1
+                if self._link is not None and failed > 1:
+                    self._link.abort(str(error) or "no answer")
+                await asyncio.sleep(STORE_RETRY)
+
+    async def _check(self) -> None:
+        """Whether it is still the same store; what time it is there, and who else is."""
+        asked = time.time()
+        async with self._redis.pipeline(transaction=False) as pipe:
+            pipe.get(STORE).time().zcard(f"{PREFIX}key")
+            pipe.zadd(f"{PREFIX}processes", {self._process: asked + CLOCK.ahead})
+            pipe.zcount(f"{PREFIX}processes", asked + CLOCK.ahead - 5, "inf")
+            store, (seconds, more), self._count, _, self._processes = await pipe.execute()
+        CLOCK.ahead = seconds + more / 1e6 - (asked + time.time()) / 2
+        if self.lost != (lost := store != self._id):
+            log.critical(NO_STORE) if lost else log.warning("the store is back")
+            self.lost = lost
+            if not lost and self._link is not None:
+                self._link.abort("the store is back")
+
+    async def run(self) -> None:
+        """Renew what requests hold, and try again what Redis refused, until cancelled."""
+        for beat in itertools.count():
+            await asyncio.sleep(FLUSH_INTERVAL)
+            again, self._again = self._again, []
+            for number in again:
+                self._send(number, self._writes[number])
+            if beat % RENEWAL == 0:
+                await self._renew()
+
+    async def _renew(self) -> None:
+        holds = [(place, id) for id, places in self._holds.items() for place in places]
+        for start in range(0, len(holds), RECORDS_A_TRIP):
+            part = holds[start : start + RECORDS_A_TRIP]
+            with contextlib.suppress(StoreAway):
+                ids = (id for _, id in part)
+                await self._run(RENEW, [place for place, _ in part], int(LEASE * 1e6), *ids)
+
+    async def save(self) -> None:
+        """Make all that was written before this call durable. Raises APIError 503."""
+        with self._asking():
+            async with asyncio.timeout(STORE_DEADLINE):
+                if writes := [write.done for write in self._writes.values()]:
+                    await asyncio.wait(writes)
+            await self._sync()
+
+    async def _sync(self) -> None:
+        if self._waits:
+            async with self._redis.pipeline(transaction=False) as pipe:
+                pipe.incr(f"{PREFIX}synced")  # what this connection wrote is what it waits for
+                pipe.execute_command("WAITAOF", 1, 0, int(STORE_DEADLINE * 800))
+                if not (await pipe.execute())[1][0]:
+                    raise StoreAway("it is not known to be on disk")
+
+    async def close(self) -> None:
+        """Write what is not written, and leave."""
+        try:
+            await self.save()
+        except APIError as error:
+            log.error("%d writes are lost: %s", len(self._writes), error)
+        for task in self._tasks:
+            task.cancel()
+        if self._link is not None:
+            self._link.abort("closed")
+        await self._redis.aclose()
+
+    def trouble(self) -> str:
+        """What is wrong with the store."""
+        if self.lost:
+            return NO_STORE
+        waiting = f"; {len(self._writes)} writes wait" if self._writes else ""
+        return f"Redis is away: {self.away}{waiting}" if self.away else ""
+
+    @contextlib.contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Raise APIError 503 where the store does not answer, or not as itself."""
+        again = [("retry-after", "1")]
+        if self.lost:
+            raise APIError(503, NO_STORE, headers=again)
+        try:
+            if self.away:
+                raise StoreAway(self.away)
+            yield
+        except self._errors as error:
+            text = f"Redis, which holds the keys, does not answer ({error or 'too late'})."
+            raise APIError(503, f"{text} Try again in a second.", headers=again) from None
+
+    async def _run(self, script: str, keys: Sequence[str], *arguments: str | int | bytes) -> Any:
+        """What a script answers. Raises StoreAway."""
+        if self._link is None:
+            raise StoreAway(self.away)
+        return await self._link.script(script, [STORE, *keys], self._id, *arguments)
+
+    def _later(
+        self,
+        script: str,
+        keys: Sequence[str],
+        *arguments: str | int | bytes,
+        then: Callable[[Any], None] | None = None,
+    ) -> None:
+        """Have a script of WRITTEN_ONCE run once; the last of ``keys`` is one that it writes."""
+        self._number += 1
+        done = asyncio.get_running_loop().create_future()
+        self._writes[self._number] = write = Write(script, keys, arguments, then, done)
+        self._send(self._number, write)
+
+    def _send(self, number: int, write: Write) -> None:
+        if self._link is not None and not self.lost:
+            keys = [STORE, f"{write.keys[-1]}:seen:{self._process}", *write.keys]
+            answer = self._link.script(write.script, keys, self._id, number, *write.arguments)
+            answer.add_done_callback(functools.partial(self._sent, number, write))
+
+    def _sent(self, number: int, write: Write, answer: asyncio.Future[Any]) -> None:
+        error = answer.exception()
+        if isinstance(error, StoreRefused):  # so it was not written; others behind it may be
+            del self._writes[number]
+            self._number += 1
+            self._writes[self._number] = write
+            self._again.append(self._number)
+            log.error("Redis refuses to write: %s", error) if len(self._again) == 1 else None
+        elif error is None:
+            del self._writes[number]
+            write.done.set_result(None)
+            if write.then:
+                write.then(answer.result())
+
+    # Who it is
+
+    async def find_hash(self, hashed: str) -> tuple[VirtualKey, str] | None:
+        if self.lost:
+            raise APIError(503, NO_STORE, headers=[("retry-after", "1")])
+        if (key := self.keys.get(hashed)) is None and hashed not in self._unknown:
+            with self._asking():
+                key = await self._read_key(hashed, former=True)
+                if key is None:
+                    self._unknown.add(hashed)
+                else:
+                    await self._look([key], None)
+                    self.keys[hashed] = key
+            for kept, most in ((self.keys, KEPT_RECORDS), (self._unknown, KEPT_RECORDS)):
+                if len(kept) > most:
+                    kept.popitem(last=False) if kept is self.keys else self._unknown.clear()
+        if key is None:
+            return None
+        if key is self.keys.get(hashed):
+            self.keys.move_to_end(hashed)
+        return self._judged(key, hashed)
+
+    async def knows(self, hashes: Iterable[str]) -> bool:
+        asked = [*hashes]
+        with self._asking():
+            for start in range(0, len(asked), RECORDS_A_TRIP):
+                part = asked[start : start + RECORDS_A_TRIP]
+                async with self._redis.pipeline(transaction=False) as pipe:
+                    pipe.exists(*(f"{PREFIX}record:{each}" for each in part))
+                    pipe.hmget(f"{PREFIX}retired", part)
+                    known, retired = await pipe.execute()
+                if known or any(retired):
+                    return True
+        return False
+
+    def limited(self, key: VirtualKey | None) -> Sequence[Limited]:
+        whole = self.groups[GATEWAY]
+        found = [key, *key.account.beside] if key else []
+        return [*found, whole] if whole.has_budget else found
+
+    def _forget(self, name: str = "") -> None:
+        """A record has changed, or (without a name) any may have."""
+        self._unknown.clear()
+        if not name:
+            self.keys.clear()
+        elif HASH.fullmatch(name):
+            for hashed in [h for h, key in self.keys.items() if key.account.hashed == name]:
+                del self.keys[hashed]
+        else:
+            kind, _, of = name.partition(":")
+            for hashed in [h for h, key in self.keys.items() if getattr(key, f"{kind}_id") == of]:
+                del self.keys[hashed]
+
+    async def _read_key(self, hashed: str, *, former: bool) -> VirtualKey | None:
+        """A key by its hash, or by one that it had."""
+        if found := (await self._records([hashed])).get(hashed):
+            return cast(VirtualKey, found)
+        newer = await self._redis.hget(f"{PREFIX}retired", hashed) if former else None
+        found = (await self._records([newer])).get(newer) if newer else None
+        return found if isinstance(found, VirtualKey) and hashed in found.retired else None
+
+    async def _records(self, names: Sequence[str]) -> dict[str, Limited]:
+        """The records that are kept under these names, those that are there."""
+        found = dict[str, Limited]()
+        texts = await self._redis.mget([f"{PREFIX}record:{n}" for n in names]) if names else []
+        for name, text in zip(names, texts, strict=True):
+            if text is None:
+                continue
+            row, kind = json.loads(text), GROUPS.get(name.partition(":")[0], VirtualKey)
+            record = found[name] = kind.from_json(row["record"])
+            account = self._accounts.setdefault(row["place"], record.account)
+            record.account, record.revision = account, row["rev"]
+            account.place, account.hashed = row["place"], name
+            self._fit_buckets(record)
+        homeless = [of for of in found.values() if isinstance(of, VirtualKey) and not of.home]
+        if homeless:
+            homes = await self._redis.hmget(f"{PREFIX}homes", [of.owner for of in homeless])
+            for each, home in zip(homeless, homes, strict=True):
+                each.home = home
+        return found
+
+    async def _join(self, keys: Iterable[VirtualKey]) -> list[Limited]:
+        """Put the records of their teams and users beside keys."""
+        named = {key.account.place: (f"team:{key.team_id}", f"user:{key.user_id}") for key in keys}
+        groups = await self._records(sorted({*itertools.chain(*named.values())}))
+        for key in keys:
+            names = named[key.account.place]
+            key.account.beside = [groups[name] for name in names if name in groups]
+        return [*groups.values()]
+
+    async def settle(self, key: VirtualKey, home: str) -> None:
+        team, homes = f"team:{key.team_id}", f"{PREFIX}homes"
+        try:
+            if key.team_id and key.resources == "team":
+                await self._redis.hsetnx(homes, team, home)
+                home = await self._redis.hget(homes, team)
+            await self._redis.hsetnx(homes, key.owner, home)
+            key.home = await self._redis.hget(homes, key.owner)
+        except self._errors:
+            key.home = home  # until it can be asked
+
+    # What requests use
+
+    async def admit(self, hold: Hold, *, pays: bool, shares: bool, later: bool = False) -> None:
+        if not later:
+            await self._reserve(hold, (), (), pays=pays, shares=shares, fit=True)
+
+    async def hold(self, hold: Hold, worst: Charges, prompt: Charges = (), *, fit: bool) -> None:
+        await self._reserve(hold, worst, prompt, pays=True, shares=True, fit=fit)
+
+    async def _reserve(
+        self, hold: Hold, worst: Charges, prompt: Charges, *, pays: bool, shares: bool, fit: bool
+    ) -> None:
+        for _ in range(TRIES):
+            accounts = [of for of in hold.accounts if of.is_limited]
+            if not accounts:
+                return
+            moment = moment_of(int(now().timestamp()))
+            rows = [
+                self._wanted(of, worst, prompt, moment, pays=pays, shares=shares, fit=fit)
+                for of in accounts
+            ]
+            self._number += 1
+            hold.id = f"{self._process}:{self._number}"
+            places = [of.account.place for of in accounts]
+            self._holds[hold.id] = places
+            arguments = hold.id, int(LEASE * 1e6), as_json(rows)
+            try:
+                verdict, *told = await self._run(RESERVE, places, *arguments)
+            except BaseException as error:  # it may be held, and nobody knows
+                del self._holds[hold.id]
+                self._give_back(hold, places)
+                if not isinstance(error, StoreAway):
+                    raise
+                self.lost = self.lost or str(error).startswith("LOST")
+                return await self._hold_alone(hold, worst, pays=pays, shares=shares, fit=fit)
+            if verdict == "held":
+                for of, row, state in zip(accounts, rows, told[3:], strict=True):
+                    self._mirror(of, row, state)
+                hold.costs = [
+                    [place, *c] for place, row in zip(places, rows) for c in row["h"]["c"]
+                ]
+                return
+            del self._holds[hold.id]
+            hold.id = ""
+            if verdict == "refused":
+                index, why, wait, *states = told
+                for of, row, state in zip(accounts, rows, states, strict=False):
+                    self._mirror(of, row, state)
+                self._refuse(hold, accounts[index], why, wait, rows[index], shares=shares)
+            await self._read_anew(hold)
+        raise APIError(503, "The key is being changed. Try again.", headers=[("retry-after", "1")])
+
+    def _give_back(self, hold: Hold, places: Sequence[str]) -> None:
+        nothing = [{"w": [], "u": [], "t": False, "a": False}] * len(places)
+        self._later(BOOK, [places[0], *places], hold.id, as_json(nothing), "0")
+        hold.id = ""
+
+    def _wanted(
+        self,
+        of: Limited,
+        worst: Charges,
+        prompt: Charges,
+        moment: datetime,
+        *,
+        pays: bool,
+        shares: bool,
+        fit: bool,
+    ) -> dict[str, Any]:
+        """What a request needs of one account, as RESERVE reads it."""
+        budgets, costs, used = list[Any](), list[Any](), list[Any]()
+        for budget in of.budgets:
+            name, start = budget.name, window_start(budget.duration, moment)
+            limit = False if budget.limit is None else nano(budget.limit)
+            found = [nano(tally.spend) for model, tally in worst if budget.is_for(model)]
+            cost = (
+                sum(found) if found else 0 if pays and not worst and not budget.pattern else False
+            )
+            if cost:
+                costs.append([name, str(cost)])
+                amount = sum(nano(t.spend) for model, t in prompt if budget.is_for(model))
+                used.append([name, start, str(amount)])
+            budgets.append([name, start, limit, cost, fit or not cost])
+        usage = self._usage(prompt, day_of(moment)) if of.of == "key" else []
+        row: dict[str, Any] = {"r": of.revision, "b": budgets, "s": shares}
+        for name, most in (
+            ("p", of.max_parallel_requests),
+            ("q", of.rpm_limit),
+            ("k", of.tpm_limit),
+        ):
+            row[name] = False if most is None else most
+        return row | {"h": {"c": costs, "w": used, "u": usage}}
+
+    def _usage(self, charges: Charges, day: str) -> list[Any]:
+        kept = (self._usage_days + 1) * 86400
+        rows = list[Any]()
+        for model, tally in charges:
+            counts = {n: count for n in tally.__slots__ if (count := getattr(tally, n))}
+            if tally.spend:
+                counts["spend"] = nano(tally.spend)
+            rows.append([day, model, counts, kept])
+        return rows
+
+    def _mirror(self, of: Limited, row: Mapping[str, Any], state: Sequence[int]) -> None:
+        """Remember what a script said of an account."""
+        account, clock = of.account, self._clock()
+        account.running = state[0]
+        for kind, ahead in zip(("requests", "tokens"), state[1:3], strict=True):
+            if bucket := account.buckets.get(kind):
+                bucket.drawn, bucket.seen = ahead * bucket.limit / MINUTE, clock
+        for (name, start, *_), spent, held in zip(row["b"], state[3::2], state[4::2], strict=True):
+            window = account.windows[name]
+            window.start, window.spend, window.held = start, usd(spent), usd(held)
+            window.known = window.spend
+
+    def _refuse(
+        self, hold: Hold, of: Limited, why: Any, wait: int, row: Any, *, shares: bool
+    ) -> None:
+        """Raise the APIError 429 for what a script refused."""
+        limits = {"slots": f"{of.max_parallel_requests} requests at a time"}
+        limits |= {"requests": f"{of.rpm_limit or 0:,} requests a minute"}
+        limits |= {"tokens": f"{of.tpm_limit or 0:,} tokens a minute"}
+        if why in limits:
+            self._refuse_rate(hold.accounts, of, limits[why], wait / 1e6)
+        *_, cost, fit = row["b"][why]
+        check_budget(of, of.budgets[why], usd(cost), now(), shares=shares, fit=fit)
+
+    async def _read_anew(self, hold: Hold) -> None:
+        """Its records have changed. Raises APIError 401 where its key is no good any more."""
+        key = hold.accounts[0]
+        with self._asking():
+            self._forget(key.account.hashed)
+            found = await self.find_hash(key.account.hashed)
+        if found is None or found[1] != "active":
+            status = "gone" if found is None else found[1]
+            raise APIError(401, f"This virtual key is {status}.", headers=[DO_NOT_RETRY])
+        hold.accounts = self.limited(found[0])
+
+    async def _hold_alone(
+        self, hold: Hold, worst: Charges, *, pays: bool, shares: bool, fit: bool
+    ) -> None:
+        """Hold it here, while the store is away."""
+        if self.lost or (pays and not self._allow and any(of.has_budget for of in hold.accounts)):
+            with self._asking():
+                raise StoreAway(self.away or "no answer")
+        await super().admit(hold, pays=pays, shares=shares, later=False)
+        hold.is_alone = True
+        if worst:
+            await super().hold(hold, worst, (), fit=fit)
+
+    def _budgets(self, of: Limited) -> Iterator[Budget]:
+        for budget in of.budgets:
+            if (limit := budget.limit) is not None:
+                known = of.account.windows[budget.name].known
+                left = max(ZERO, limit - known) / max(1, self._processes)
+                budget = budget._replace(limit=known + left)
+            yield budget
+
+    def book(
+        self, hold: Hold, charges: Charges, *, model: str, failed: bool, tags: Sequence[str] = ()
+    ) -> None:
+        places = self._holds.pop(hold.id, ())
+        if hold.is_alone:
+            self._release(hold)
+        elif hold.id:
+            for of in hold.accounts:
+                of.account.running -= 1
+        if hold.pays and hold.accounts:
+            charges = counted(charges, model, failed)
+            self.charge(hold.accounts, charges, hold.started, tags, id=hold.id)
+        elif hold.id:
+            self._give_back(hold, places)
+
+    def charge(
+        self,
+        accounts: Sequence[Limited],
+        charges: Charges,
+        moment: datetime,
+        tags: Sequence[str],
+        *,
+        id: str = "",
+        batch: str = "",
+        line: int = 0,
+    ) -> None:
+        present, day, rows = moment_of(int(now().timestamp())), day_of(moment), list[Any]()
+        named = [(tag, tally) for tag in {*tags} for _, tally in charges]
+        if named := named and [*((EVERY_TAG, tally) for _, tally in charges), *named]:
+            whole = self.groups[GATEWAY]
+            accounts = accounts if whole in accounts else [*accounts, whole]
+        for of in accounts:
+            spent, is_counted = list[Any](), of.of != "gateway" or of.has_budget
+            for budget in of.budgets if is_counted else ():
+                start = window_start(budget.duration, present)
+                amount = sum(nano(tally.spend) for m, tally in charges if budget.is_for(m))
+                spent.append([budget.name, start, amount])
+                window = of.account.windows[budget.name]
+                window.spent(start)
+                window.spend += usd(amount)
+            used = named if of.of == "gateway" else ()
+            if of.of == "key":
+                used = [(model or NO_MODEL, tally) for model, tally in charges]
+            row = {"w": spent, "u": self._usage(used, day), "t": False, "a": True}
+            if of.tpm_limit:
+                tokens = (t.input_tokens + t.written + t.output_tokens for _, t in charges)
+                row["t"] = sum(tokens), of.tpm_limit
+            rows.append(row)
+        places = [of.account.place for of in accounts]
+        then = functools.partial(self._booked, accounts)
+        keys = [f"{PREFIX}batch:{batch}" if batch else places[0], *places]
+        self._later(BOOK, keys, id, as_json(rows), str(line), then=then)
+
+    def _booked(self, accounts: Sequence[Limited], told: Sequence[Sequence[int]]) -> None:
+        """Tell which marks were passed: the script says it to one process alone."""
+        for of, amounts in zip(accounts, told, strict=False):
+            for budget, before, after in zip(of.budgets, amounts[::2], amounts[1::2], strict=False):
+                window = of.account.windows[budget.name]
+                window.spend = window.known = usd(after)
+                if after > before:
+                    self._warn(of, budget, usd(before), usd(after))
+
+    # Batches
+
+    async def unbooked(self, name: str) -> Batch | None:
+        with self._asking():
+            row = await self._redis.hgetall(f"{PREFIX}batch:{name}")
+            hashed = (
+                await self._redis.hget(f"{PREFIX}owners", row.get("owner", "")) if row else None
+            )
+            key = await self._read_key(hashed, former=True) if hashed else None
+            if key is not None:
+                await self._join([key])
+                self._booking[name] = key, json.loads(row["held"])
+        if not row or row["booked"] == "1":
+            self._booking.pop(name, None)
+            return None
+        return Batch(row["day"], int(row["lines"]))
+
+    def maker(self, name: str) -> VirtualKey | None:
+        """The key that made a batch which `unbooked` has found."""
+        return self._booking.get(name, (None,))[0]
+
+    async def watched(self) -> list[str]:
+        with self._asking():
+            return sorted(await self._redis.smembers(f"{PREFIX}unbooked"))
+
+    async def take(self, name: str) -> bool:
+        with self._asking():
+            look = f"{PREFIX}look:{name}"
+            is_mine = await self._redis.set(look, self._process, nx=True, px=int(LEASE * 1000))
+            return bool(is_mine) or await self._redis.get(look) == self._process
+
+    async def leave(self, name: str) -> None:
+        """Let others look at a batch that was taken."""
+        with contextlib.suppress(*self._errors):
+            await self._redis.delete(f"{PREFIX}look:{name}")
+
+    def own_batch(self, account: Account, name: str, hold: Hold) -> None:
+        self.finish_batch(name)
+        places = self._holds.pop(hold.id, ())
+        owner = next(of.owner for of in hold.accounts if isinstance(of, VirtualKey))
+        row = ["owner", owner, "day", day_of(now()), "lines", 0, "booked", 0]
+        keys = [f"{PREFIX}batch:{name}", f"{PREFIX}unbooked", *places]
+        self._later(KEEP, keys, hold.id, name, as_json(hold.costs), as_json(row))
+        hold.id, hold.costs = "", []
+
+    def book_line(self, name: str, line: int, charges: Charges) -> VirtualKey | None:
+        if key := self.maker(name):
+            self.charge(self.limited(key), charges, now(), key.tags, batch=name, line=line)
+        return key
+
+    def finish_batch(self, name: str, *, lost: bool = False) -> None:
+        key, held = self._booking.pop(name, (None, ()))
+        rows, places, moment = list[Any](), list[str](), now()
+        for of in self.limited(key) if key and lost else ():
+            costs = {window: int(cost) for place, window, cost in held if place == of.account.place}
+            spent = [
+                [b.name, window_start(b.duration, moment), costs.get(b.name, 0)] for b in of.budgets
+            ]
+            total = Tally(spend=usd(max(costs.values(), default=0)))
+            usage = self._usage([(NO_MODEL, total)], day_of(moment)) if of is key else []
+            rows.append({"w": spent, "u": usage})
+            places.append(of.account.place)
+        keys = [f"{PREFIX}batch:{name}", f"{PREFIX}unbooked", *places]
+        self._later(FINISH, keys, name, as_json(rows), self._usage_days * 86400)
+        if lost and key:
+            log.warning(
+                "key %s: batch %s is gone, so its worst case is booked", key.shown_name, name
+            )
+
+    # Changing
+
+    @contextlib.asynccontextmanager
+    async def changing(self) -> AsyncIterator[None]:
+        async with self._turn:
+            with self._asking():
+                waits: Any = {"sleep": 0.02, "blocking_timeout": LOCK_LEASE, "thread_local": False}
+                self._lock = lock = self._redis.lock(f"{PREFIX}lock", LOCK_LEASE, **waits)
+                if not await lock.acquire():
+                    raise StoreAway("another change is under way")
+            try:
+                yield
+            finally:
+                self._lock = None
+                with contextlib.suppress(*self._errors):
+                    await lock.release()
+
+    async def change(self, changes: Mapping[str, Limited | None]) -> None:
+        if self._lock is None:
+            async with self.changing():
+                return await self.change(changes)
+        with self._asking():
+            before = await self._records([*changes])
+            revision = str(await self._redis.incr(REVISION))
+            async with self._redis.pipeline(transaction=True) as pipe:
+                await pipe.watch(STORE, f"{PREFIX}lock")
+                is_ours = await pipe.get(STORE) == self._id
+                if (
+                    not is_ours
+                    or await pipe.get(f"{PREFIX}lock") != self._lock.local.token.decode()
+                ):
+                    raise StoreAway("the change took too long")
+                pipe.multi()
+                for name, record in changes.items():
+                    if old := before.get(name):
+                        self._take(pipe, name, old, is_gone=record is None)
+                    if record is not None:
+                        self._put(pipe, name, record, revision)
+                    pipe.xadd(CHANGES, {"name": name}, maxlen=CHANGES_KEPT)
+                await pipe.execute()
+            await self._sync()
+        for name, record in changes.items():
+            self._forget(name)
+            if record is not None:
+                record.account.hashed, record.revision = name, revision
+
+    def _put(self, pipe: Any, name: str, record: Limited, revision: str) -> None:
+        """Queue what keeps a record and finds it."""
+        account, bare = record.account, dataclasses.replace(record, account=Account())
+        if isinstance(record, VirtualKey):
+            record.owner_id = record.owner_id or name
+            id, team = record.owner_id, record.team_id
+            pipe.hset(f"{PREFIX}owners", record.owner_id, name)
+            for old in record.retired:
+                pipe.hset(f"{PREFIX}retired", old, name)
+            if not record.deleted_at:
+                for group in group_names(record):
+                    pipe.sadd(f"{PREFIX}members:{group}", name)
+                if record.key_alias:
+                    pipe.hset(f"{PREFIX}alias", record.key_alias, name)
+        else:
+            id, team = name, getattr(record, "team_id", None)
+        tag = urllib.parse.quote(team or id, safe="")
+        account.place = account.place or f"{PREFIX}{{{tag}}}:{urllib.parse.quote(id, safe=':')}"
+        row = {"rev": revision, "place": account.place, "record": bare.to_json()}
+        pipe.set(f"{PREFIX}record:{name}", json.dumps(row, default=written))
+        pipe.hset(account.place, "rev", revision)
+        pipe.zadd(f"{PREFIX}{record.of}", {name: revision}, nx=True)
+
+    def _take(self, pipe: Any, name: str, record: Limited, *, is_gone: bool) -> None:
+        """Queue what takes an earlier version of a record out, or a record that ``is_gone``."""
+        if isinstance(record, VirtualKey):
+            for group in group_names(record):
+                pipe.srem(f"{PREFIX}members:{group}", name)
+            if record.key_alias:
+                pipe.hdel(f"{PREFIX}alias", record.key_alias)
+            if record.retired:
+                pipe.hdel(f"{PREFIX}retired", *record.retired)
+        elif is_gone:
+            place = record.account.place
+            pipe.delete(place, f"{place}:leases", f"{place}:holds")
+        if is_gone:
+            pipe.delete(f"{PREFIX}record:{name}")
+            pipe.zrem(f"{PREFIX}{record.of}", name)
+
+    async def reset_spend(self, record: Limited, amount: Decimal) -> None:
+        budget, place = record.budgets[0], record.account.place
+        start = window_start(budget.duration, now())
+        with self._asking():
+            said = {f"start:{budget.name}": start, f"spent:{budget.name}": nano(amount)}
+            await self._redis.hset(place, mapping=said)
+            await self._sync()
+        window = record.account.windows[budget.name]
+        window.start, window.spend = start, amount
+
+    async def reload(self) -> None:
+        self._forget()
+
+    def notice_edit(self) -> None:
+        """What is in Redis is changed by the gateway alone."""
+
+    # Reports
+
+    async def find(self, by: str, name: str, *, former: bool = False) -> Limited | None:
+        with self._asking():
+            at: str | None = f"{by.removesuffix('_id')}:{name}"
+            if by == "key_alias":
+                at = await self._redis.hget(f"{PREFIX}alias", name)
+            found: Limited | None = None
+            if by == "key":
+                at = name if HASH.fullmatch(name) else hash_key(name)
+                found = key = await self._read_key(at, former=former)
+                if key and key.account.hashed != at and key.retired.get(at, EPOCH) <= now():
+                    return None
+            elif at:
+                found = (await self._records([at])).get(at)
+            if found is None or getattr(found, "deleted_at", None):
+                return None
+            await self._look([found], ("", "9999"))
+            return found
+
+    async def each(
+        self, kind: str = "key", *, days: tuple[str, str] | None = None, **named: str
+    ) -> AsyncIterator[Limited]:
+        names = list[str]()
+        with self._asking():
+            for by, of in named.items():
+                members = f"{PREFIX}members:{by.removesuffix('_id')}:{of}"
+                names = sorted(await self._redis.smembers(members))
+            if not named:
+                names = await self._redis.zrange(f"{PREFIX}{kind}", 0, -1)
+        for start in range(0, len(names), RECORDS_A_TRIP):
+            with self._asking():
+                found = [*(await self._records(names[start : start + RECORDS_A_TRIP])).values()]
+                for at in range(0, len(found), LOOKED_AT):
+                    await self._look(found[at : at + LOOKED_AT], days)
+            for record in found:
+                yield record
+
+    async def tagged(self, days: tuple[str, str]) -> Usage:
+        with self._asking():
+            await self._look([self.groups[GATEWAY]], days)
+        return self.groups[GATEWAY].account.usage
+
+    async def _look(self, records: Sequence[Limited], days: tuple[str, str] | None) -> None:
+        """Read what these have used, and their teams and users; usage of these days."""
+        keys = [of for of in records if isinstance(of, VirtualKey)]
+        every = {of.account.place: of for of in (*await self._join(keys), *records)}
+        wanted = list[str]()
+        if days is not None:
+            past = (day_of(now() - timedelta(days=n)) for n in range(self._usage_days, -2, -1))
+            wanted = [day for day in past if days[0] <= day <= days[1]]
+        for of, told in zip(every.values(), await self._run(LOOK, [*every], *wanted), strict=True):
+            row, running, used = told
+            self._fill(of, dict(zip(row[::2], row[1::2])), dict(zip(used[::2], used[1::2])))
+            of.account.running = running
+
+    def _fill(self, of: Limited, row: Mapping[str, str], used: Mapping[str, list[str]]) -> None:
+        """Make an account of what Redis has of it."""
+        account, moment, clock = of.account, now().timestamp() * 1e6, self._clock()
+        for name, value in row.items():
+            what, _, window = name.partition(":")
+            if what == "start":
+                account.windows[window].start = value
+            elif what == "spent":
+                account.windows[window].spend = account.windows[window].known = usd(value)
+            elif what == "held":
+                account.windows[window].held = usd(value)
+            elif what == "tat" and (bucket := account.buckets.get(window)):
+                ahead = max(0.0, float(value) - moment)
+                bucket.drawn, bucket.seen = ahead * bucket.limit / MINUTE, clock
+            elif what == "active":
+                account.last_active = moment_of(int(value))
+        days = dict[str, dict[str, dict[str, Any]]]()
+        for day, counts in used.items():
+            for name, count in zip(counts[::2], counts[1::2], strict=True):
+                model, _, what = name.rpartition("\0")
+                tally = days.setdefault(day, {}).setdefault(model, {"spend": "0"})
+                tally[what] = f"{usd(count):f}" if what == "spend" else int(count)
+        account.usage = Usage(days)
 
 
 # ─── Wire ─────────────────────────────────────────────────────────────────────────────────────────
@@ -4510,15 +5859,6 @@ def log_record(record: Record) -> None:
         handler.handle(LOG_LINE)
 
 
-def line_of(row: dict[str, Any]) -> bytes:
-    """A row as a line of JSON; msgspec takes a fifth of the time, but no lone surrogate."""
-    with contextlib.suppress(ImportError, UnicodeError):
-        import msgspec
-
-        return msgspec.json.encode(row) + b"\n"
-    return json.dumps(row).encode() + b"\n"
-
-
 class RequestLog:
     """The last ``most`` requests, and a file of all (empty: none), as rows of /spend/logs: read at
     the start, written each second. At LOG_SIZE it becomes ".1", and what was ".1" is gone."""
@@ -4564,7 +5904,7 @@ class RequestLog:
                 self._waiting, self._error = rows, str(error)
 
     def _write(self, rows: collections.deque[Record]) -> None:
-        data = b"".join(line_of(row.to_spend_log()) for row in rows)
+        data = b"".join(as_json(row.to_spend_log()) + b"\n" for row in rows)
         descriptor = os.open(self._path, LOG_FLAGS, STORE_MODE)
         with open(descriptor, "ab+", buffering=0) as file:
             if size := file.tell():
@@ -4671,11 +6011,11 @@ class Doors:
     """Says who may come in. Open mode holds where no master key is set and no key was made; but one
     that was started closed, and may listen to the world, stays so when its last key goes."""
 
-    def __init__(self, settings: Settings, ledger: FileLedger) -> None:
+    def __init__(self, settings: Settings, ledger: AnyLedger) -> None:
         self._ledger = ledger
         self._address = settings.address.lower()
         self.take_secrets(settings)
-        self.started_open = not settings.master_key and not ledger.keys
+        self.started_open = not settings.master_key and ledger.is_empty
 
     def take_secrets(self, settings: Settings) -> None:
         """Let these master keys in from now on, and no others."""
@@ -4686,7 +6026,7 @@ class Doors:
     @property
     def is_open(self) -> bool:
         """Whether any or no credential is let in."""
-        return self.started_open and not self._ledger.keys
+        return self.started_open and self._ledger.is_empty
 
     def is_master(self, hashed: str) -> str:
         """Whose this hash is: "master", "master_next", or empty; takes the same time for all."""
@@ -4770,15 +6110,16 @@ class Doors:
         starts = [match.start() for match in re.finditer(KEY_PREFIX, text)]
         if len(starts) > MAX_KEY_STARTS:
             return True
+        return await self._ledger.knows(self._hashes_in(text, starts))
+
+    def _hashes_in(self, text: str, starts: Iterable[int]) -> Iterator[str]:
         # A key may have any printable characters, so whatever length it may have is tried.
         for start in starts:
             most = text[start : start + MAX_KEY_LENGTH].encode("latin-1", "replace")
             digest = hashlib.sha256(most[: MIN_KEY_LENGTH - 1])
             for end in range(MIN_KEY_LENGTH, len(most) + 1):
                 digest.update(most[end - 1 : end])
-                if await self._ledger.find_hash(digest.hexdigest()):
-                    return True
-        return False
+                yield digest.hexdigest()
 
 
 NOBODY = Caller()
@@ -5036,10 +6377,8 @@ class Credentials(Rule):
             text = "The gateway has no Anthropic credential to use. Whoever runs the gateway"
             raise APIError(401, f"{text} must set ANTHROPIC_API_KEY or ANTHROPIC_AUTH_TOKEN.")
         if (key := visit.payer) is not OPERATOR and not key.home:
-            pool, team = gateway.real_keys, key.team_id if key.resources == "team" else None
-            mates = (k.home for _, k in gateway.ledger.live() if team and k.team_id == team)
-            made = pool.choose(pool.ranked(key.owner), ALL).name
-            gateway.ledger.settle(key, next(filter(None, mates), made))
+            pool = gateway.real_keys
+            await gateway.ledger.settle(key, pool.choose(pool.ranked(key.owner), ALL).name)
 
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
         return () if visit.mask is None else (visit.mask,)
@@ -5183,8 +6522,9 @@ class Limits(Rule):
                 text = "This key has a budget, and it is not known here what tokens cost."
                 advice = "Whoever runs the gateway must install genai-prices, or set --prices."
                 raise APIError(503, f"{text} {advice}")
-            await visit.gateway.ledger.admit(hold, pays=pays, shares=route.billed)
-            visit.reads_body |= pays and route.billed
+            follows, shares = pays and route.billed, route.billed
+            await visit.gateway.ledger.admit(hold, pays=pays, shares=shares, later=follows)
+            visit.reads_body |= follows
         visit.hold = hold
 
     async def body(self, visit: Visit, body: Kept) -> None:
@@ -5198,8 +6538,10 @@ class Limits(Rule):
         batched = route.makes_batch
         visit.order = await read_order(document, body.data, batched=batched, breathe=body.breathe)
         if hold is not None and visit.has_budget:
-            charges = visit.gateway.prices.worst(visit.order, hold.started)
-            await visit.gateway.ledger.hold(hold, charges, fit=batched)
+            ledger = visit.gateway.ledger
+            worst = functools.partial(visit.gateway.prices.worst, visit.order, hold.started)
+            prompt = worst(prompt_only=True) if ledger.leases else ()
+            await ledger.hold(hold, worst(), prompt, fit=batched)
 
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
         route = visit.route
@@ -5296,6 +6638,8 @@ class Batches(Rule):
     async def head(self, visit: Visit) -> None:
         if visit.route.deletes and not visit.caller.own:
             await visit.gateway.batches.book(visit.route.name)
+        elif batch := visit.route.results_of:
+            await visit.gateway.ledger.unbooked(batch)  # so that lines of it may be booked at once
 
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
         batch, gateway = visit.route.results_of, visit.gateway
@@ -5968,11 +7312,15 @@ class BatchKeeper:
 
     async def run(self) -> None:
         """Watch all that are not booked, until cancelled."""
-        for name in filter(self._ledger.unbooked, self._ledger.batches):
-            self.watch(name)
         async with asyncio.TaskGroup() as group:
             while True:
-                group.create_task(self._keep(await self._watched.get()))
+                with contextlib.suppress(APIError):  # which was logged
+                    for name in await self._ledger.watched():  # what other processes left, too
+                        self.watch(name)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(BATCH_LOOK):
+                        while True:
+                            group.create_task(self._keep(await self._watched.get()))
 
     async def _keep(self, name: str) -> None:
         wait, booked = BATCH_LOOK, False
@@ -5982,7 +7330,7 @@ class BatchKeeper:
             async with self._turn:
                 self._hurried[name].clear()
                 try:
-                    booked = await self.book(name)
+                    booked = await self._ledger.take(name) and await self.book(name)
                 except Exception:
                     log.exception("a batch could not be booked; it is looked at again")
             wait = min(BATCH_LOOK_LATEST, wait * BATCH_SLACK)
@@ -5990,13 +7338,12 @@ class BatchKeeper:
 
     async def book(self, name: str) -> bool:
         """Book what a batch cost, if it has ended; whether nothing of it is left to be booked."""
-        kept, code, booked = self._ledger.unbooked(name), NO_ANSWER, False
+        kept, code, booked = await self._ledger.unbooked(name), NO_ANSWER, False
         if kept is None:
             return True
         path = f"/v1/messages/batches/{urllib.parse.quote(name, safe='')}"
-        maker = self._ledger.keys.get(self._ledger.batches[name].hashed, OPERATOR)
         thing = (await self._ledger.find_things([name])).get(name, Thing(""))
-        pool, home = self._gateway.real_keys, thing.home or maker.home
+        pool, home = self._gateway.real_keys, thing.home
         try:
             state = await self._gateway.client.get(path, BATCH_STATE_TIMEOUT, pool.at(home))
             batch, code = dict_of(read_json(state.body)), state.code
@@ -6027,16 +7374,14 @@ class BatchKeeper:
 
     def book_result(self, name: str, line: int, measured: Measured) -> None:
         """Book a line of a batch's results to the key that made it, once."""
-        if (account := self._ledger.batch_line(name, line)) is None:
-            return
         if measured.seen:  # it was too long to be read
             measured.complete_with(Order())
+        charges: Charges = ()
         if measured.usage or measured.beyond is not None:
             measured.usage["service_tier"] = "batch"
             charges = self._gateway.prices.charge(measured, now())
-            if key := self._ledger.keys.get(account.hashed):
-                self._ledger.charge(self._ledger.limited(key), charges, now(), key.tags)
-                self._gateway.traffic.book(key.shown_name, charges)
+        if key := self._ledger.book_line(name, line, charges):
+            self._gateway.traffic.book(key.shown_name, charges)
 
 
 class Gateway:
@@ -6054,11 +7399,9 @@ class Gateway:
         most, length = settings.max_budget, settings.budget_duration or None
         whole = None if most is None else Decimal(str(most))
         limits = Limited(max_budget=whole, budget_duration=length)
-        self.ledger = FileLedger(settings.keys, settings.usage_days, limits=limits)
+        told: Any = {"limits": limits, "usage_days": settings.usage_days}
+        self.ledger: AnyLedger = FileLedger(settings.keys, self.real_keys.first.name, **told)
         self.ledger.parts, self.ledger.tell = settings.warned_parts, self.alerts.tell
-        for key in self.ledger.keys.values():
-            if key.account.last_active and not key.home:  # before there were homes it had the first
-                self.ledger.settle(key, self.real_keys.first.name)
         self.doors = Doors(settings, self.ledger)
         self.time = self.client.time
         self.batches = BatchKeeper(self)
@@ -6531,7 +7874,7 @@ class ManagementHandler(BaseHandler):
 
     master = ""
 
-    def prepare(self) -> Any:
+    async def prepare(self) -> None:
         super().prepare()
         doors, ledger, shown = self.gateway.doors, self.gateway.ledger, self.shown_hashes()
         self.master = next(filter(None, map(doors.is_master, shown)), "")
@@ -6539,14 +7882,14 @@ class ManagementHandler(BaseHandler):
             if not self.gateway.settings.master_key:
                 text = "No master key is set: start with GATEWAY_MASTER_KEY to have one."
                 raise APIError(403, text)
-            if any(map(ledger.lookup, shown)):
+            if await ledger.knows(shown):
                 raise APIError(403, "Only the master key may do this; a virtual key was sent.")
             text = "This is not the master key." if shown else "No key was sent."
             advice = "Send the master key as 'Authorization: Bearer' or 'x-api-key'."
             raise APIError(401, f"{text} {advice}")
         ledger.notice_edit()
 
-    def named(self, kind: str, body: dict[str, Any], *, former: bool = False) -> Any:
+    async def named(self, kind: str, body: dict[str, Any], *, former: bool = False) -> Any:
         """The record that a field of NAMED_BY, which is taken out of a body, names, as
         `FileLedger.find` finds it. Raises APIError 400, 404."""
         by, *_ = [field for field in NAMED_BY[kind] if body.get(field) is not None] or [kind]
@@ -6554,14 +7897,15 @@ class ManagementHandler(BaseHandler):
         if not isinstance(name, str) or not name:
             what = "a key: the plain key or its hash" if kind == "key" else f"a {kind}"
             raise APIError(400, f"{next(iter(NAMED_BY[kind]))!r} must name {what}.")
-        if (found := self.gateway.ledger.find(by, name, former=former)) is None:
+        if not (found := await self.gateway.ledger.find(by, name, former=former)):
             raise APIError(404, f"{kind.capitalize()} not found.")
         return found
 
-    def owner_of(self, named: Any) -> str:
+    async def owner_of(self, named: Any) -> str:
         """What a key's things are kept under, by its alias, plain value or hash; as `named`."""
-        is_alias = isinstance(named, str) and self.gateway.ledger.find("key_alias", named)
-        return cast(str, self.named("key", {"key_alias" if is_alias else "key": named}).owner)
+        is_alias = isinstance(named, str) and await self.gateway.ledger.find("key_alias", named)
+        record = await self.named("key", {"key_alias" if is_alias else "key": named})
+        return cast(str, record.owner)
 
 
 # By which fields a record is named, and by which lists of them several are.
@@ -6587,7 +7931,7 @@ def row_of(of: Limited) -> dict[str, Any]:
     return row | told(of.budgets[0]) | {"budget_limits_usage": windows}
 
 
-def full_row(of: Limited, ledger: FileLedger, *, usage: bool = True) -> dict[str, Any]:
+def full_row(of: Limited, ledger: AnyLedger, *, usage: bool = True) -> dict[str, Any]:
     """The same with all that limits it, for bars, and what a key used by day and model."""
     moment, row = now(), row_of(of)
     key = of if isinstance(of, VirtualKey) else None
@@ -6641,9 +7985,11 @@ class RecordHandler(BodyHandler, ManagementHandler):
     async def post(self, kind: str, *path: str) -> None:
         (*name, deed), body = path, self.read_body()
         body |= zip(NAMED_BY.get(kind, ()), name)
-        self.send_json(await self.deeds[deed](self, kind, body))
+        async with self.gateway.ledger.changing():
+            told = await self.deeds[deed](self, kind, body)
+        self.send_json(told)
 
-    def chosen(self, value: Any = None, for_claude_code: Any = None) -> str:
+    async def chosen(self, value: Any = None, for_claude_code: Any = None) -> str:
         """A key that the caller chose, or a fresh one. Raises APIError 400."""
         is_for_claude_code = FLAG.parse("claude_code", for_claude_code)
         if value is None:
@@ -6654,11 +8000,11 @@ class RecordHandler(BodyHandler, ManagementHandler):
         if not isinstance(value, str) or not CHOSEN_KEY.fullmatch(value):
             rule = f"{MIN_KEY_LENGTH} to {MAX_KEY_LENGTH} ASCII characters, no quote or backslash"
             raise APIError(400, f"'key' must begin 'sk-', not as Anthropic's 'sk-ant-': {rule}.")
-        if self.gateway.ledger.lookup(hash_key(value)) is not None:
+        if await self.gateway.ledger.knows([hash_key(value)]):
             raise APIError(400, "'key' exists already; choose another, or leave it out.")
         return value
 
-    def changed(self, record: AnyLimited, body: Mapping[str, Any], **more: Any) -> AnyLimited:
+    async def changed(self, record: AnyLimited, body: Mapping[str, Any], **more: Any) -> AnyLimited:
         """A record with these fields. Raises APIError 400."""
         changes = read_fields(body, MARKED[record.of, "settable"])
         if "duration" in changes:
@@ -6673,15 +8019,15 @@ class RecordHandler(BodyHandler, ManagementHandler):
         more |= {} if record.created_at else {"created_at": now(), "created_by": self.master}
         changed: Any = dataclasses.replace(record, **changes, **more)
         if isinstance(changed, VirtualKey):
-            self.check_key(changed, body)
+            await self.check_key(changed, body)
         return cast(AnyLimited, changed)
 
-    def check_key(self, key: VirtualKey, body: Mapping[str, Any]) -> None:
+    async def check_key(self, key: VirtualKey, body: Mapping[str, Any]) -> None:
         """Raise APIError 400 where its alias is another's, or its routes cost what no budget of its
         own, its team … counts."""
         ledger, alias = self.gateway.ledger, key.key_alias
-        taken = ledger.find("key_alias", alias) if alias else None
-        if taken is not None and taken.account is not key.account:
+        taken = await ledger.find("key_alias", alias) if alias else None
+        if taken is not None and taken.account.hashed != key.account.hashed:
             raise APIError(400, "'key_alias' is taken by another key.")
         named = [pattern for pattern in key.allowed_routes if unmetered(pattern)]
         limited = any(of.has_budget for of in ledger.limited(key))
@@ -6724,55 +8070,56 @@ class RecordHandler(BodyHandler, ManagementHandler):
         if most is not None and soft is not None and soft > most:
             yield "'soft_budget' is above 'max_budget', so it is never reached."
 
-    def new_key(self, key: str, body: Mapping[str, Any], **more: Any) -> dict[str, Limited]:
+    async def new_key(self, key: str, body: Mapping[str, Any], **more: Any) -> dict[str, Limited]:
         """The record of a key that is made now, by its hash."""
         made = VirtualKey(key_name(key), owner_id=secrets.token_hex(8))
-        return {hash_key(key): self.changed(made, body, **more)}
+        return {hash_key(key): await self.changed(made, body, **more)}
 
     async def generate(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:
         """LiteLLM's request and response; no other answer has the plain key."""
-        key = self.chosen(body.pop("key", None), body.pop("claude_code", None))
-        return await self.keep(self.new_key(key, body), "created", body) | {"key": key}
+        key = await self.chosen(body.pop("key", None), body.pop("claude_code", None))
+        made = await self.new_key(key, body)
+        return await self.keep(made, "created", body) | {"key": key}
 
     async def new(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:
         """A team or a user, who gets a key of his own, unless ``auto_create_key`` is false."""
         name = NAME.parse(f"{kind}_id", body.pop(f"{kind}_id", None)) or secrets.token_hex(8)
-        if (at := f"{kind}:{name}") in self.gateway.ledger.groups:
+        if await self.gateway.ledger.find(f"{kind}_id", name):
             raise APIError(400, f"'{kind}_id' is taken by another {kind}.")
-        is_user, key = kind == "user", self.chosen()
+        is_user, key = kind == "user", await self.chosen()
         has_key = is_user and FLAG.parse("auto_create_key", body.pop("auto_create_key", True))
-        keys = self.new_key(key, {}, user_id=name) if has_key else {}
-        made = {**keys, at: self.changed(GROUPS[kind](name), body)}
+        keys = await self.new_key(key, {}, user_id=name) if has_key else {}
+        made = {**keys, f"{kind}:{name}": await self.changed(GROUPS[kind](name), body)}
         return await self.keep(made, "created", body) | ({"key": key} if has_key else {})
 
     async def update(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:
         """Change the fields that the body has."""
-        record = self.named(kind, body)
+        record = await self.named(kind, body)
         hashed = record.account.hashed
-        row = await self.keep({hashed: self.changed(record, body)}, "updated", body)
+        row = await self.keep({hashed: await self.changed(record, body)}, "updated", body)
         return row | ({"key": hashed} if kind == "key" else {"data": row})
 
     async def regenerate(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:
         """As `update`, and a new value, ``new_key`` or fresh; for a ``grace_period`` both work."""
-        record = self.named(kind, body)
+        record = await self.named(kind, body)
         moment, grace = now(), LIFETIME.parse("grace_period", body.pop("grace_period", None))
-        value = self.chosen(body.pop("new_key", None), body.pop("claude_code", None))
+        value = await self.chosen(body.pop("new_key", None), body.pop("claude_code", None))
         retired = {old: until for old, until in record.retired.items() if until > moment}
         retired[record.account.hashed] = grace or moment
         more = {"key_name": key_name(value), "retired": retired, "owner_id": record.owner}
-        changed = self.changed(record, body, **more)
+        changed = await self.changed(record, body, **more)
         changes = {record.account.hashed: None, hash_key(value): changed}
         return await self.keep(changes, "rotated", body) | {"key": value}
 
     async def block(self, kind: str, body: dict[str, Any], blocked: bool = True) -> dict[str, Any]:
         """Refuse a key, a team or a user, or take it again."""
-        record = self.changed(self.named(kind, body), {"blocked": blocked})
+        record = await self.changed(await self.named(kind, body), {"blocked": blocked})
         action = "blocked" if blocked else "unblocked"
         return await self.keep({record.account.hashed: record}, action)
 
     async def reset_spend(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:
         """Set what was spent in the present window to ``reset_to`` USD (0)."""
-        record = self.named(kind, body)
+        record = await self.named(kind, body)
         amount = read_fields(body, {"reset_to": AMOUNT}).get("reset_to") or ZERO
         await self.gateway.ledger.reset_spend(record, amount)
         self.note(record, "reset_spend", {"spend": amount})
@@ -6782,7 +8129,7 @@ class RecordHandler(BodyHandler, ManagementHandler):
         """Delete all that lists of NAMED_BY name, or nothing; with a team or a user their keys,
         which would be without limits. The record of a key stays, and tells what it used."""
         found = {
-            name: self.named(kind, {field: name})
+            name: await self.named(kind, {field: name})
             for field, several in NAMED_BY[kind].items()
             for name in TEXTS.parse(several, body.get(several))
         }
@@ -6790,9 +8137,9 @@ class RecordHandler(BodyHandler, ManagementHandler):
             lists = " or ".join(map(repr, NAMED_BY[kind].values()))
             raise APIError(400, f"Name what to delete in {lists}.")
         gone = {of.account.hashed: of for of in found.values()}
-        for hashed, key in self.gateway.ledger.live() if kind in GROUPS else ():
-            if getattr(key, f"{kind}_id") in found:
-                gone[hashed] = key
+        for name in found if kind in GROUPS else ():
+            keys = await self.gateway.ledger.live(**{f"{kind}_id": name})
+            gone |= {key.account.hashed: key for key in keys}
         marks: dict[str, Any] = {"deleted_at": now(), "retired": {}}
         await self.gateway.ledger.change(
             {
@@ -6810,7 +8157,7 @@ class RecordHandler(BodyHandler, ManagementHandler):
         if not ids or "key" not in body:
             raise APIError(400, "'ids' must list things, and 'key' name a key, '*' or null.")
         ledger, key = self.gateway.ledger, body["key"]
-        owner = {"*": None, None: ""}[key] if key in ("*", None) else self.owner_of(key)
+        owner = {"*": None, None: ""}[key] if key in ("*", None) else await self.owner_of(key)
         known, names = await ledger.find_things(ids), dict[str, str]()
         for name in ids:
             guessed = next((k for k, prefix in KINDS.items() if name.startswith(prefix)), None)
@@ -6848,7 +8195,6 @@ WORD = Kind("true or false", lambda text: ("false", "true").index(text.lower()) 
 UNDER_WAY, OTHERS, MAX_LISTED = "under_way", "(others)", 10_000
 MAX_OWN_ROWS = 1000  # that a virtual key is told of its requests
 ROWS_A_TURN = 100  # of requests that are looked at before the loop may do something else
-KEYS_A_TURN = 4  # whose usage is summed before the loop may do something else: 90 days are 5 ms
 KEY_FILTERS = {n: operator.attrgetter(n) for n in ("user_id", "team_id", "key_alias")}
 KEY_FILTERS["key_hash"] = operator.attrgetter("account.hashed")
 SEARCHED = operator.attrgetter("key_alias", "key_name", "user_id", "team_id")
@@ -6872,7 +8218,7 @@ class ReportHandler(ManagementHandler):
             BaseHandler.prepare(self)
             self.mine = (await self.find_caller()).key
         if self.mine is None:
-            super().prepare()
+            await super().prepare()
 
     async def get(self) -> None:
         told = self.reports[self.request.path](self)
@@ -6892,14 +8238,14 @@ class ReportHandler(ManagementHandler):
         found = list(itertools.islice(rows, (page - 1) * length, page * length))
         return {what: found, "total_pages": -(-total // length)} | row
 
-    def list_keys(self) -> dict[str, Any]:
+    async def list_keys(self) -> dict[str, Any]:
         """Pages of hashes, or of whole rows with ``return_full_object=true``."""
         moment, ledger, wanted = now(), self.gateway.ledger, self.query("search").lower()
         asked = [(read, value) for name, read in KEY_FILTERS.items() if (value := self.query(name))]
         status = self.query("status", STATUS)
         keys = [
             key
-            for _, key in ledger.live()
+            for key in await ledger.live()
             if all(read(key) == value for read, value in asked)
             and status in ("", key.status(moment))
             and any(wanted in (text or "").lower() for text in SEARCHED(key))
@@ -6914,21 +8260,22 @@ class ReportHandler(ManagementHandler):
         if self.query("sort_order", ORDER) == "desc":
             keys.reverse()
         told = self.page_of("keys", keys, len(keys), "size", 10)
-        told["keys"] = [
-            full_row(key, ledger, usage=usage) if full else key.account.hashed
-            for key in told["keys"]
-        ]
-        return told
+        hashes = [key.account.hashed for key in told["keys"]]
+        if not full:
+            return told | {"keys": hashes}
+        whole = [await ledger.find("key", hashed) for hashed in hashes] if usage else told["keys"]
+        return told | {"keys": [full_row(key, ledger, usage=usage) for key in filter(None, whole)]}
 
-    def describe_key(self) -> dict[str, Any]:
+    async def describe_key(self) -> dict[str, Any]:
         """LiteLLM's ``{"key", "info"}``; also of a former key, until its grace is over."""
         asked, alias, ledger = self.query("key"), self.query("key_alias"), self.gateway.ledger
-        if self.mine is not None and (asked or alias):
+        told: dict[str, Any] = {"key": asked or None, "key_alias": alias}
+        if (mine := self.mine and self.mine.account.hashed) and (asked or alias):
             by, name = ("key", asked) if asked else ("key_alias", alias)
-            if ledger.find(by, name, former=True) is not self.mine:
+            found = await ledger.find(by, name, former=True)
+            if found is None or found.account.hashed != mine:
                 raise APIError(403, "A virtual key may ask about itself only.")
-        told = {"key": asked or None, "key_alias": alias}
-        record = self.mine or self.named("key", told, former=True)
+        record = await self.named("key", {"key": mine} if mine else told, former=True)
         info = full_row(record, ledger)
         shown = (asked, hash_key(asked)) if asked or alias else self.shown_hashes()
         for former in record.retired.keys() & {*shown}:
@@ -6965,9 +8312,9 @@ class ReportHandler(ManagementHandler):
                 found.append(row)
         return found
 
-    def list_spend(self) -> list[dict[str, Any]]:
+    async def list_spend(self) -> list[dict[str, Any]]:
         """Every key's row, those that spent most first."""
-        rows = map(row_of, self.gateway.ledger.keys.values())
+        rows = [row_of(key) async for key in self.gateway.ledger.each()]
         return sorted(rows, key=lambda row: -row["spend"])
 
     async def sum_spend(self) -> list[dict[str, Any]]:
@@ -6982,14 +8329,14 @@ class ReportHandler(ManagementHandler):
             raise APIError(400, "'tag' goes with 'day' alone.")
         ledger = self.gateway.ledger
         sums, merged = (collections.defaultdict[Any, Tally](Tally) for _ in range(2))
-        for number, (hashed, key) in enumerate([*ledger.keys.items()]):
-            if number % KEYS_A_TURN == 0:
-                await asyncio.sleep(0)
+        keys = dict[str, VirtualKey]()
+        async for key in ledger.each(days=(first, last)):
+            keys[hashed := key.account.hashed] = key
             for day, model, tally in key.account.usage.days(first, last):
                 names = {"api_key": hashed, "model": model, "day": day, "tag": EVERY_TAG}
                 names |= {"team": key.team_id or "", "user": key.user_id or ""}
                 sums[tuple(names[group] for group in groups)].add(tally)
-        tagged = ledger.groups[GATEWAY].account.usage
+        tagged = await ledger.tagged((first, last))
         for day, tag, tally in tagged.days(first, last) if "tag" in groups else ():
             count = Tally.subtract if tag == EVERY_TAG else Tally.add  # what had any is not without
             count(sums[tuple({"tag": tag, "day": day}[group] for group in groups)], tally)
@@ -7003,33 +8350,33 @@ class ReportHandler(ManagementHandler):
         for names, tally in merged.items():
             if tally != Tally():
                 rows.append(dict(zip(groups, names)) | dataclasses.asdict(tally))
-                if spender := ledger.keys.get(rows[-1].get("api_key", "")):
+                if spender := keys.get(rows[-1].get("api_key", "")):
                     rows[-1] |= {n: getattr(spender, n) for n in ("key_alias", "key_name")}
         return sorted(rows, key=lambda row: -row["spend"])
 
-    def group_rows(self, kind: str) -> list[dict[str, Any]]:
+    async def group_rows(self, kind: str) -> list[dict[str, Any]]:
         """The rows of all teams, or all users, with how many keys each has."""
         ledger, field = self.gateway.ledger, f"{kind}_id"
-        counts = collections.Counter(getattr(key, field) for _, key in ledger.live())
-        rows = [full_row(of, ledger) for of in ledger.groups.values() if of.of == kind]
+        counts = collections.Counter(getattr(key, field) for key in await ledger.live())
+        rows = [full_row(of, ledger) async for of in ledger.each(kind)]
         return [row | {"keys_count": counts[row[field]]} for row in rows]
 
-    def list_teams(self) -> list[dict[str, Any]]:
+    async def list_teams(self) -> list[dict[str, Any]]:
         """Every team's row."""
-        return self.group_rows("team")
+        return await self.group_rows("team")
 
-    def list_users(self) -> dict[str, Any]:
+    async def list_users(self) -> dict[str, Any]:
         """Pages of users' rows."""
-        rows = self.group_rows("user")
+        rows = await self.group_rows("user")
         return self.page_of("users", rows, len(rows), "page_size")
 
-    def describe_group(self) -> dict[str, Any]:
+    async def describe_group(self) -> dict[str, Any]:
         """A team or a user, and the keys of it."""
         kind, ledger = self.request.path.split("/")[1], self.gateway.ledger
         field, more = f"{kind}_id", {"team": "team_memberships", "user": "teams"}[kind]
         name = self.query(field)
-        row = full_row(self.named(kind, {field: name}), ledger)
-        keys = [row_of(key) for _, key in ledger.live() if getattr(key, field) == name]
+        row = full_row(await self.named(kind, {field: name}), ledger)
+        keys = [row_of(key) for key in await ledger.live(**{field: name})]
         row["keys_count"] = len(keys)
         return {field: name, f"{kind}_info": row, "keys": keys, more: []}
 
@@ -7039,21 +8386,15 @@ class ReportHandler(ManagementHandler):
         found = [row for row in rows if wanted in ("", row["object_id"], row["name"])]
         return self.page_of("audit_logs", found, len(found), "page_size", 50)
 
-    def list_resources(self) -> dict[str, Any]:
+    async def list_resources(self) -> dict[str, Any]:
         """Pages of what is whose, of a ``key`` or of a ``kind``."""
-        asked, kind, things = self.query("key"), self.query("kind"), self.gateway.ledger.things
-        owner = self.owner_of(asked) if asked else None
-        keys = {key.owner: hashed for hashed, key in self.gateway.ledger.live()}
-        chosen = [p for p in things.made if owner in (None, p[0]) and kind in ("", p[1])]
-        every = itertools.chain.from_iterable(things.made[place] for place in chosen)
-        total = sum(len(things.made[place]) for place in chosen)
-        told, rows = self.page_of("resources", every, total, "size"), list[dict[str, Any]]()
-        for name in told["resources"]:
-            owner, kind, home = things.places[name]
-            row = dict[str, Any](id=name, kind=kind, key=keys.get(owner), home=home or None)
-            made = moment_of(int(things.made[owner, kind][name]))
-            rows.append(row | {"created_at": made, "shared": name in things.shared})
-        return told | {"resources": rows}
+        asked, kind, page = self.query("key"), self.query("kind"), self.query("page", ORDINAL, 1)
+        owner, size = (
+            await self.owner_of(asked) if asked else None,
+            self.query("size", PAGE_SIZE, MAX_PAGE_SIZE),
+        )
+        total, rows = await self.gateway.ledger.list_things(owner, kind, (page - 1) * size, size)
+        return self.page_of("resources", (), total, "size") | {"resources": rows}
 
     def list_upstreams(self) -> dict[str, Any]:
         """The real keys: how each is, and what it has answered; never the key."""
@@ -7166,8 +8507,10 @@ class UsageHandler(BaseHandler):
     Anthropic's own gateway answers; spend is in cents."""
 
     async def get(self) -> None:
-        key, moment = (await self.gateway.doors.authenticate(self.request.head.values)).key, now()
-        budgets = fullness(self.gateway.ledger.limited(key), moment) if key else []
+        key = (await self.gateway.doors.authenticate(self.request.head.values)).key
+        ledger, moment = self.gateway.ledger, now()
+        key = key and await ledger.find("key", key.account.hashed)
+        budgets = fullness(ledger.limited(key), moment) if key else []
         limits = list[dict[str, Any]]()
         for each in budgets:
             duration = each.budget.duration
@@ -7209,7 +8552,9 @@ class HealthHandler(BaseHandler):
         is_here = gateway.phase is GatewayPhase.SERVING
         status = ("healthy" if is_well else "unhealthy") if is_here else "shutting_down"
         prices = "loaded" if gateway.prices.loaded else "loading"
-        told = dict[str, Any](status=status, store=error or "writable", version=__version__)
+        told = dict[str, Any](
+            status=status, store=error or gateway.ledger.doubt or "writable", version=__version__
+        )
         told["prices"] = prices if gateway.prices.available else "none"
         told["uptime"] = round((now() - gateway.started).total_seconds())
         told["upstreams"] = upstreams
@@ -7249,22 +8594,23 @@ class MetricsHandler(ManagementHandler):
     """GET /metrics: what the gateway has done since it started, for Prometheus; for the master key,
     for keys whose ``allowed_routes`` name it, and with --open-metrics and in open mode for all."""
 
-    def prepare(self) -> None:
+    async def prepare(self) -> None:
         BaseHandler.prepare(self)
         if self.gateway.settings.open_metrics or self.gateway.doors.is_open:
             return
         for _, credential in candidates(self.request.head.values):
-            found = self.gateway.ledger.lookup(hash_key(credential))
+            found = await self.gateway.ledger.find_hash(hash_key(credential))
             for route in found[0].allowed_routes if found and found[1] == "active" else ():
                 if route.startswith(METRICS_PATH) and fnmatch.fnmatchcase(METRICS_PATH, route):
                     return  # a mere "*" does not name it
-        super().prepare()
+        await super().prepare()
 
-    def get(self) -> None:
+    async def get(self) -> None:
         try:
             import prometheus_client as prometheus
         except ImportError:
             raise APIError(501, "Metrics need it: pip install prometheus-client") from None
+        self._keys = (await self.gateway.ledger.live())[:MAX_LABELS]
         registry = prometheus.CollectorRegistry()
         registry.register(self)
         prometheus.ProcessCollector(registry=registry)
@@ -7292,7 +8638,7 @@ class MetricsHandler(ManagementHandler):
             prompt, output = used.input_tokens + used.cached, used.output_tokens
             cache = (used.cache_read_tokens, used.written)
             usage[label] = (used.spend, prompt + output, prompt, output, *cache)
-        for _, record in itertools.islice(gateway.ledger.live(), MAX_LABELS):
+        for record in self._keys:
             spent, limit, length = record.spent(moment), record.max_budget, record.budget_duration
             end = window(length, moment)[1] if length and limit is not None else None
             left = None if limit is None else limit - spent
@@ -8387,10 +9733,10 @@ def say(text: str, *, as_json: bool, level: int = logging.INFO, to: Any = None) 
         print(LineFormatter(None).format(record) if as_json else line, file=to, flush=True)
 
 
-def announce(gateway: Gateway, port: int) -> None:
+def announce(gateway: Gateway, port: int, keys: int) -> None:
     """Print where it listens and relays to, what it lets in, and what a user pastes to connect."""
     settings, is_open = gateway.settings, gateway.doors.is_open
-    url, keys = base_url(settings, port), sum(1 for _ in gateway.ledger.live())
+    url = base_url(settings, port)
     everywhere = "" if settings.address or is_open else " and every other address"
     is_mock = settings.api_key.startswith(MOCK_CREDENTIAL)
     made = "" if keys else "; POST /key/generate makes one"
@@ -8452,6 +9798,8 @@ async def serve(settings: Settings) -> None:
             raise SettingsError(f"--request-log={name}: holds the keys; name another file")
     application = make_app(start_mock(settings))
     gateway: Gateway = application.settings["gateway"]
+    await gateway.ledger.open()
+    gateway.doors = Doors(gateway.settings, gateway.ledger)  # which may be open now
     settings, server, drained = gateway.settings, Server(gateway, application), gateway.drained
     sockets = bind(settings, loopback=gateway.doors.is_open)
     server.listen(sockets, server_context(settings))
@@ -8461,7 +9809,8 @@ async def serve(settings: Settings) -> None:
         loop.add_signal_handler(number, signals.put_nowait, number)
     booking = asyncio.create_task(gateway.batches.run())
     saving = [asyncio.create_task(each.run()) for each in (gateway.ledger, gateway.recent)]
-    announce(gateway, 0 if settings.unix_socket else sockets[0].getsockname()[1])
+    port = 0 if settings.unix_socket else sockets[0].getsockname()[1]
+    announce(gateway, port, len(await gateway.ledger.live()))
     await loop.run_in_executor(None, gateway.prices.load)
     favour_the_loop()
     while await signals.get() == signal.SIGHUP:  # read all again; what is wrong changes nothing
@@ -8472,7 +9821,7 @@ async def serve(settings: Settings) -> None:
             take_secrets(gateway)
             server.context = context  # of connections from now on
             favour_the_loop()
-            told = sum(1 for _ in gateway.ledger.live()), ", ".join(gateway.real_keys.names)
+            told = len(await gateway.ledger.live()), ", ".join(gateway.real_keys.names)
             log.info("keys read again: %d; real keys: %s", *told)
         except Exception as error:  # noqa: BLE001 - whatever it is, it does not stop the gateway
             log.error("not read again: %s", error)

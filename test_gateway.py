@@ -3477,9 +3477,7 @@ class Admissions:
         for line in () if lost else (1, 2, 1):  # a line that is read again is booked once
             used = usage_of(0, each, service_tier="batch")
             row = gateway.Measured(OPUS, used, empty=False, final=True)
-            if account := self.store.batch_line(name, line):
-                of = self.store.limited(self.store.keys[account.hashed])
-                self.store.charge(of, self.prices.charge(row, WHEN), WHEN, ())
+            self.store.book_line(name, line, self.prices.charge(row, WHEN))
         self.store.finish_batch(name, lost=lost)
 
     def check(self) -> None:
@@ -4481,7 +4479,7 @@ async def test_who_leaves_while_his_batch_is_made_owns_it(gw: GW, batches: Batch
     batches.state = "ended"
     batches.answering.set()
     # Its rows are booked one by one, then what was held for it is given back.
-    await until(lambda: account.batches and not any(map(gw.store.unbooked, account.batches)))
+    await until(lambda: account.batches and all(each.booked for each in account.batches.values()))
     await until(lambda: not gw.active)
     assert await gw.spent(key) == Decimal("0.07")
     assert_nothing_is_held(account)
@@ -5062,7 +5060,7 @@ async def test_ids_go_back_to_where_they_were_born(ring: Keyring) -> None:
         batches.gone = names != "abc"
         ring.asked.clear()
         await gw.lookout.book("msgbatch_1")
-        assert bool(gw.store.unbooked("msgbatch_1")) == batches.gone
+        assert bool(await gw.store.unbooked("msgbatch_1")) == batches.gone
     assert ring.asked == ["b", "b"]
     assert await ring.asks(f"GET {BATCHES}/msgbatch_1/results", key=key) == (200, "b")
     assert (await ring.asks("DELETE /v1/files/file_2", key=key)) == (200, "b")
