@@ -1776,14 +1776,12 @@ class Prices:
             tally.spend = (cost * factor + rates.web_search * tally.web_searches).normalize()
         return entries
 
-    def worst(
-        self, order: Order, when: datetime, *, prompt_only: bool = False
-    ) -> list[tuple[str, Tally]]:
-        """What a request, or its prompt, may cost at worst, as (model, counts and USD)."""
+    def worst(self, order: Order, when: datetime, bare: bool = False) -> list[tuple[str, Tally]]:
+        """What a request, or its ``bare`` prompt, may cost at worst, as (model, counts and USD)."""
         parts = order.parts or {(order.model, False, False): [order.prompt, order.max_tokens, 0]}
         entries = []
         for (model, fast, us), (prompt, output, searches) in parts.items():
-            if prompt_only:
+            if bare:
                 output = searches = 0
             tally = Tally(input_tokens=prompt, output_tokens=output, web_searches=searches)
             rates = self.rates(model, when, prompt // order.prompts, fast)
@@ -2219,12 +2217,9 @@ class Ledger:
 
     def _judged(self, record: VirtualKey, hashed: str) -> tuple[VirtualKey, str] | None:
         """What `lookup` says of a record that was found by a hash."""
-        moment = now()
-        if hashed != record.account.hashed:
-            if hashed not in record.retired:
-                return None
-            if moment >= record.retired[hashed]:
-                return record, "expired"
+        moment, until = now(), record.retired.get(hashed)
+        if hashed != record.account.hashed and (until is None or moment >= until):
+            return (record, "expired") if until else None
         status = record.status(moment)
         if status == "active":
             blocked = (of for of in self.limited(record) if of.blocked)
@@ -2396,9 +2391,9 @@ class Ledger:
 
 
 class FileLedger(Ledger):
-    """In a `StoreFile`; whose things are is in another, in ".resources" beside it. Keys that were
-    used before there were homes get this ``home``. Raises SettingsError where a file cannot be
-    used, and leaves it as it is."""
+    """Keeps all in a `StoreFile`, and whose things are in another, in ".resources" beside it. Keys
+    that were used before there were homes get this ``home``. Raises SettingsError where a file
+    cannot be used, and leaves it as it is."""
 
     def __init__(self, path: Path, home: str = "", **shared: Any) -> None:
         super().__init__(**shared)
@@ -2481,19 +2476,16 @@ class FileLedger(Ledger):
 
     async def unbooked(self, name: str) -> Batch | None:
         """The batch of that name, where results of it are still to be booked to a key."""
-        return self._unbooked(name)
+        batch = self.batches[name].batches[name] if name in self.batches else None
+        return None if batch is None or batch.booked else batch
 
     async def watched(self) -> list[str]:
         """The batches whose results are to be booked."""
-        return [*filter(self._unbooked, self.batches)]
+        return [name for name, of in self.batches.items() if not of.batches[name].booked]
 
     async def take(self, name: str) -> bool:
         """Whether it is this process that looks at a batch now."""
         return True
-
-    def _unbooked(self, name: str) -> Batch | None:
-        batch = self.batches[name].batches[name] if name in self.batches else None
-        return None if batch is None or batch.booked else batch
 
     def own_batch(self, account: Account, name: str, hold: Hold) -> None:
         """A key made a batch: what is held for it stays until it is booked."""
@@ -2517,10 +2509,9 @@ class FileLedger(Ledger):
 
     def finish_batch(self, name: str, *, lost: bool = False) -> None:
         """All results of a batch are booked; where they are ``lost``, what is held for it is."""
-        batch = self._unbooked(name)
-        if batch is None:
+        account, moment = self.batches.get(name), now()
+        if account is None or (batch := account.batches[name]).booked:
             return
-        account, moment = self.batches[name], now()
         held, batch.held, batch.booked = {account.hashed: batch.held, **batch.beside}, {}, True
         batch.beside, total = {}, max([*held[account.hashed].values(), ZERO])
         for at, amounts in held.items():
@@ -2845,10 +2836,8 @@ def check_budget(
     held = of.account.windows[budget.name].held if shares else ZERO
     if spent < limit and (spent + held + cost <= limit if fit else spent + held < limit):
         return
-    name = (
-        f"{WHOSE_BUDGET[of.of]}{budget.pattern and f' for {budget.pattern}'} of ${dollars(limit)}"
-    )
-    told = f"${dollars(spent)} is spent"
+    models, told = budget.pattern and f" for {budget.pattern}", f"${dollars(spent)} is spent"
+    name = f"{WHOSE_BUDGET[of.of]}{models} of ${dollars(limit)}"
     if spent < limit and not (fit and spent + cost > limit):
         text = f"{name}: {told}, and ${dollars(held)} is held for requests and batches under way."
         headers = [("retry-after", str(BUDGET_WAIT))]
@@ -6540,7 +6529,7 @@ class Limits(Rule):
         if hold is not None and visit.has_budget:
             ledger = visit.gateway.ledger
             worst = functools.partial(visit.gateway.prices.worst, visit.order, hold.started)
-            prompt = worst(prompt_only=True) if ledger.leases else ()
+            prompt = worst(bare=True) if ledger.leases else ()
             await ledger.hold(hold, worst(), prompt, fit=batched)
 
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
@@ -7904,8 +7893,8 @@ class ManagementHandler(BaseHandler):
     async def owner_of(self, named: Any) -> str:
         """What a key's things are kept under, by its alias, plain value or hash; as `named`."""
         is_alias = isinstance(named, str) and await self.gateway.ledger.find("key_alias", named)
-        record = await self.named("key", {"key_alias" if is_alias else "key": named})
-        return cast(str, record.owner)
+        record: VirtualKey = await self.named("key", {"key_alias" if is_alias else "key": named})
+        return record.owner
 
 
 # By which fields a record is named, and by which lists of them several are.
@@ -8389,10 +8378,9 @@ class ReportHandler(ManagementHandler):
     async def list_resources(self) -> dict[str, Any]:
         """Pages of what is whose, of a ``key`` or of a ``kind``."""
         asked, kind, page = self.query("key"), self.query("kind"), self.query("page", ORDINAL, 1)
-        owner, size = (
-            await self.owner_of(asked) if asked else None,
-            self.query("size", PAGE_SIZE, MAX_PAGE_SIZE),
-        )
+        size, owner = self.query("size", PAGE_SIZE, MAX_PAGE_SIZE), None
+        if asked:
+            owner = await self.owner_of(asked)
         total, rows = await self.gateway.ledger.list_things(owner, kind, (page - 1) * size, size)
         return self.page_of("resources", (), total, "size") | {"resources": rows}
 
