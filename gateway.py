@@ -2417,9 +2417,9 @@ class FileLedger(Ledger):
             raise
 
     @property
-    def is_empty(self) -> bool:
-        """Whether no key was ever made."""
-        return not self.keys
+    def count(self) -> int:
+        """How many keys were made, also of those that are deleted."""
+        return len(self.keys)
 
     async def open(self) -> None:
         """Called before requests are taken; the files are read already."""
@@ -2484,8 +2484,11 @@ class FileLedger(Ledger):
         return [name for name, of in self.batches.items() if not of.batches[name].booked]
 
     async def take(self, name: str) -> bool:
-        """Whether it is this process that looks at a batch now."""
+        """Whether it is this process that looks at a batch now, until it does `leave`."""
         return True
+
+    async def leave(self, name: str) -> None:
+        """As `take` says."""
 
     def own_batch(self, account: Account, name: str, hold: Hold) -> None:
         """A key made a batch: what is held for it stays until it is booked."""
@@ -2872,14 +2875,13 @@ GONE = ("NOSCRIPT", "READONLY", "LOADING", "MASTERDOWN")  # what another connect
 LEASE, RENEWAL = 60.0, 20.0  # seconds that a hold stands by itself; until it is renewed
 LOCK_LEASE = 5.0  # seconds that a change may take
 KEPT_RECORDS = 10_000  # keys in use, which a process remembers
-RECORDS_A_TRIP, LOOKED_AT = 500, 100  # records that are read in one trip, and with their usage
+NAMES_A_TRIP, LOOKED_AT = 500, 100  # hashes, and records with their usage, in one script or call
 CHANGES_KEPT = 10_000  # in the stream that tells of them
 TRIES = 3  # of a request whose key is changed under it
 MARK_DAYS = 7  # after which a process that was cut off may not write any more
 PREFIX, STORE, CHANGES, REVISION = "gw:", "gw:store", "gw:changes", "gw:revision"
 NANO = Decimal("1e-9")
 REMEMBERED = ".store"  # behind the name of the keys file: which stores were used from here
-MINUTE = 60_000_000  # microseconds
 NO_STORE = "The store is empty, or another one: nothing is changed in it. Whoever runs the gateway"
 NO_STORE += " must bring its data back, or start it with --new-store or --import."
 
@@ -2889,9 +2891,15 @@ if redis.call('GET', KEYS[1]) ~= ARGV[1] then return redis.error_reply('LOST the
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 
-local function ahead(place, kind, limit, tokens)  -- moves the time at which all is there again
-  local at = math.max(tonumber(redis.call('HGET', place, 'tat:' .. kind) or 0), now)
-  redis.call('HSET', place, 'tat:' .. kind, at + tokens * math.floor(60000000 / limit))
+-- A `Bucket` in millionths, and in microseconds.
+local function level(drawn, seen, limit)
+  return math.max(0, (drawn or 0) - math.floor((now - (seen or now)) * (limit or 0) / 60))
+end
+
+local function draw(place, kind, limit, amount)
+  local found = redis.call('HMGET', place, 'drawn:' .. kind, 'seen:' .. kind)
+  local drawn = level(found[1], found[2], limit) + amount * 1000000
+  redis.call('HSET', place, 'drawn:' .. kind, drawn, 'seen:' .. kind, now)
 end
 
 local function add(place, used, sign)
@@ -2947,8 +2955,11 @@ PRELUDE = PRELUDE.replace("MOST", str(9 * MAX_MODELS_A_DAY)).replace("OTHER", OT
 RESERVE = """
 local accounts, told = cjson.decode(ARGV[4]), {}
 for i, account in ipairs(accounts) do
-  local place, wanted = KEYS[i + 1], {'rev', 'tat:requests', 'tat:tokens'}
+  local place, wanted = KEYS[i + 1], {'rev'}
   lapse(place)
+  for _, kind in ipairs({'requests', 'tokens'}) do
+    wanted[#wanted + 1], wanted[#wanted + 2] = 'drawn:' .. kind, 'seen:' .. kind
+  end
   for _, each in ipairs(account.b) do  -- window, start, limit, cost, whether all of it must fit
     for _, name in ipairs({'start:', 'spent:', 'held:'}) do
       wanted[#wanted + 1] = name .. each[1]
@@ -2960,16 +2971,16 @@ for i, account in ipairs(accounts) do
   local state, refused, wait = {running}, nil, 1000000
   if account.p and running >= account.p then refused = 'slots' end
   for j, limit in ipairs({account.q, account.k}) do
-    local at = math.max(tonumber(found[j + 1] or 0), now)
-    state[j + 1] = at - now
-    if limit and not refused then
-      local late = at + math.floor(60000000 / limit) - now - 60000000
-      if late > 0 then refused, wait = (j == 1 and 'requests' or 'tokens'), late end
+    state[j + 1] = level(found[2 * j], found[2 * j + 1], limit)
+    local missing = limit and state[j + 1] + 1000000 * (1 - limit)
+    if limit and not refused and missing > 0 then
+      refused = j == 1 and 'requests' or 'tokens'
+      wait = limit > 0 and math.ceil(missing * 60 / limit) or 60000000
     end
   end
   for j, each in ipairs(account.b) do
-    local spent, held = tonumber(found[3 * j + 2] or 0), tonumber(found[3 * j + 3] or 0)
-    if each[2] > (found[3 * j + 1] or '') then spent = 0 end
+    local spent, held = tonumber(found[3 * j + 4] or 0), tonumber(found[3 * j + 5] or 0)
+    if each[2] > (found[3 * j + 3] or '') then spent = 0 end
     state[#state + 1], state[#state + 2] = spent, held
     local limit, cost, fit = each[3], each[4], each[5]
     if limit and cost and not refused then
@@ -2989,8 +3000,11 @@ for i, account in ipairs(accounts) do
   for _, each in ipairs(account.h.c) do
     redis.call('HINCRBY', place, 'held:' .. each[1], each[2])
   end
-  if account.q then ahead(place, 'requests', account.q, 1) end
   state[1] = state[1] + 1
+  if account.q then
+    draw(place, 'requests', account.q, 1)
+    state[2] = state[2] + 1000000
+  end
 end
 return {'held', 0, 0, 0, unpack(told)}
 """
@@ -3018,7 +3032,7 @@ for i, used in ipairs(cjson.decode(ARGV[4])) do
       local spent = tonumber(redis.call('HGET', place, 'spent:' .. each[1]))
       told[i][2 * j - 1], told[i][2 * j] = spent - each[3], spent
     end
-    if used.t then ahead(place, 'tokens', used.t[2], used.t[1]) end
+    if used.t then draw(place, 'tokens', used.t[2], used.t[1]) end
     if used.a then redis.call('HSET', place, 'active', time[1]) end
   end
 end
@@ -3246,19 +3260,15 @@ class RedisLedger(Ledger):
         self.away, self.lost, self.doubt = "it was not asked yet", False, ""
         self._id, self._process, self._number = "", secrets.token_hex(4), 0
         self._writes: dict[int, Write] = {}
-        self._again: list[int] = []  # writes that were refused
+        self._refused: list[Write] = []  # which are sent again, each with another number
         self._holds: dict[str, Sequence[str]] = {}  # places, by the ids of holds
         self._turn, self._lock = asyncio.Lock(), None
         self._tasks: list[asyncio.Task[None]] = []
         self._waits = False  # for WAITAOF
-        self._last, self._count, self._processes = "0-0", 0, 1
+        self._last, self.count, self._processes = "0-0", 0, 1
         self.groups[GATEWAY].account.place = f"{PREFIX}{{gateway}}:{GATEWAY}"
-        self._booking: dict[str, tuple[VirtualKey, Any]] = {}  # batches: whose, and what is held
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether no key was ever made."""
-        return not self._count
+        # Batches: whose they are, what is held, and the last line that was booked here.
+        self._booking: dict[str, tuple[VirtualKey, Any, int]] = {}
 
     # Coming and going
 
@@ -3318,11 +3328,12 @@ class RedisLedger(Ledger):
                 self._linked.set()
                 if self.away and self._number:
                     log.warning("Redis is back: %d writes waited for it", len(self._writes))
-                self.away, self._again = "", []
+                self.away = ""
                 self._forget()  # what changed meanwhile
-                await self._renew()
-                for number, write in [*self._writes.items()]:
+                for number, write in [*self._writes.items()]:  # in their order, before any other
                     self._send(number, write)
+                self._write_refused()
+                await self._renew()
                 await link.closed
                 why = link.why
             except (OSError, StoreAway) as error:
@@ -3346,8 +3357,8 @@ class RedisLedger(Ledger):
                 await self._check()
                 failed = 0
             except self._errors as error:
-                failed += 1
-                if self._link is not None and failed > 1:
+                failed += 1  # if but once, perhaps this process was late itself
+                if self._link is not None and failed > 2:
                     self._link.abort(str(error) or "no answer")
                 await asyncio.sleep(STORE_RETRY)
 
@@ -3358,7 +3369,7 @@ class RedisLedger(Ledger):
             pipe.get(STORE).time().zcard(f"{PREFIX}key")
             pipe.zadd(f"{PREFIX}processes", {self._process: asked + CLOCK.ahead})
             pipe.zcount(f"{PREFIX}processes", asked + CLOCK.ahead - 5, "inf")
-            store, (seconds, more), self._count, _, self._processes = await pipe.execute()
+            store, (seconds, more), self.count, _, self._processes = await pipe.execute()
         CLOCK.ahead = seconds + more / 1e6 - (asked + time.time()) / 2
         if self.lost != (lost := store != self._id):
             log.critical(NO_STORE) if lost else log.warning("the store is back")
@@ -3370,16 +3381,14 @@ class RedisLedger(Ledger):
         """Renew what requests hold, and try again what Redis refused, until cancelled."""
         for beat in itertools.count():
             await asyncio.sleep(FLUSH_INTERVAL)
-            again, self._again = self._again, []
-            for number in again:
-                self._send(number, self._writes[number])
+            self._write_refused()
             if beat % RENEWAL == 0:
                 await self._renew()
 
     async def _renew(self) -> None:
         holds = [(place, id) for id, places in self._holds.items() for place in places]
-        for start in range(0, len(holds), RECORDS_A_TRIP):
-            part = holds[start : start + RECORDS_A_TRIP]
+        for start in range(0, len(holds), NAMES_A_TRIP):
+            part = holds[start : start + NAMES_A_TRIP]
             with contextlib.suppress(StoreAway):
                 ids = (id for _, id in part)
                 await self._run(RENEW, [place for place, _ in part], int(LEASE * 1e6), *ids)
@@ -3388,8 +3397,8 @@ class RedisLedger(Ledger):
         """Make all that was written before this call durable. Raises APIError 503."""
         with self._asking():
             async with asyncio.timeout(STORE_DEADLINE):
-                if writes := [write.done for write in self._writes.values()]:
-                    await asyncio.wait(writes)
+                if writes := [*self._writes.values(), *self._refused]:
+                    await asyncio.wait([write.done for write in writes])
             await self._sync()
 
     async def _sync(self) -> None:
@@ -3447,10 +3456,18 @@ class RedisLedger(Ledger):
         then: Callable[[Any], None] | None = None,
     ) -> None:
         """Have a script of WRITTEN_ONCE run once; the last of ``keys`` is one that it writes."""
-        self._number += 1
         done = asyncio.get_running_loop().create_future()
-        self._writes[self._number] = write = Write(script, keys, arguments, then, done)
+        self._number_and_send(Write(script, keys, arguments, then, done))
+
+    def _number_and_send(self, write: Write) -> None:
+        self._number += 1
+        self._writes[self._number] = write
         self._send(self._number, write)
+
+    def _write_refused(self) -> None:
+        refused, self._refused = self._refused, []
+        for write in refused:
+            self._number_and_send(write)
 
     def _send(self, number: int, write: Write) -> None:
         if self._link is not None and not self.lost:
@@ -3461,11 +3478,9 @@ class RedisLedger(Ledger):
     def _sent(self, number: int, write: Write, answer: asyncio.Future[Any]) -> None:
         error = answer.exception()
         if isinstance(error, StoreRefused):  # so it was not written; others behind it may be
-            del self._writes[number]
-            self._number += 1
-            self._writes[self._number] = write
-            self._again.append(self._number)
-            log.error("Redis refuses to write: %s", error) if len(self._again) == 1 else None
+            self._refused.append(self._writes.pop(number))
+            if len(self._refused) == 1:
+                log.error("Redis refuses to write: %s", error)
         elif error is None:
             del self._writes[number]
             write.done.set_result(None)
@@ -3497,8 +3512,8 @@ class RedisLedger(Ledger):
     async def knows(self, hashes: Iterable[str]) -> bool:
         asked = [*hashes]
         with self._asking():
-            for start in range(0, len(asked), RECORDS_A_TRIP):
-                part = asked[start : start + RECORDS_A_TRIP]
+            for start in range(0, len(asked), NAMES_A_TRIP):
+                part = asked[start : start + NAMES_A_TRIP]
                 async with self._redis.pipeline(transaction=False) as pipe:
                     pipe.exists(*(f"{PREFIX}record:{each}" for each in part))
                     pipe.hmget(f"{PREFIX}retired", part)
@@ -3565,8 +3580,9 @@ class RedisLedger(Ledger):
     async def settle(self, key: VirtualKey, home: str) -> None:
         team, homes = f"team:{key.team_id}", f"{PREFIX}homes"
         try:
-            if key.team_id and key.resources == "team":
+            if key.team_id:
                 await self._redis.hsetnx(homes, team, home)
+            if key.team_id and key.resources == "team":
                 home = await self._redis.hget(homes, team)
             await self._redis.hsetnx(homes, key.owner, home)
             key.home = await self._redis.hget(homes, key.owner)
@@ -3679,9 +3695,9 @@ class RedisLedger(Ledger):
         """Remember what a script said of an account."""
         account, clock = of.account, self._clock()
         account.running = state[0]
-        for kind, ahead in zip(("requests", "tokens"), state[1:3], strict=True):
+        for kind, drawn in zip(("requests", "tokens"), state[1:3], strict=True):
             if bucket := account.buckets.get(kind):
-                bucket.drawn, bucket.seen = ahead * bucket.limit / MINUTE, clock
+                bucket.drawn, bucket.seen = drawn / 1e6, clock
         for (name, start, *_), spent, held in zip(row["b"], state[3::2], state[4::2], strict=True):
             window = account.windows[name]
             window.start, window.spend, window.held = start, usd(spent), usd(held)
@@ -3803,15 +3819,11 @@ class RedisLedger(Ledger):
             key = await self._read_key(hashed, former=True) if hashed else None
             if key is not None:
                 await self._join([key])
-                self._booking[name] = key, json.loads(row["held"])
+                self._booking[name] = key, json.loads(row["held"]), int(row["lines"])
         if not row or row["booked"] == "1":
             self._booking.pop(name, None)
             return None
         return Batch(row["day"], int(row["lines"]))
-
-    def maker(self, name: str) -> VirtualKey | None:
-        """The key that made a batch which `unbooked` has found."""
-        return self._booking.get(name, (None,))[0]
 
     async def watched(self) -> list[str]:
         with self._asking():
@@ -3824,7 +3836,6 @@ class RedisLedger(Ledger):
             return bool(is_mine) or await self._redis.get(look) == self._process
 
     async def leave(self, name: str) -> None:
-        """Let others look at a batch that was taken."""
         with contextlib.suppress(*self._errors):
             await self._redis.delete(f"{PREFIX}look:{name}")
 
@@ -3838,12 +3849,15 @@ class RedisLedger(Ledger):
         hold.id, hold.costs = "", []
 
     def book_line(self, name: str, line: int, charges: Charges) -> VirtualKey | None:
-        if key := self.maker(name):
-            self.charge(self.limited(key), charges, now(), key.tags, batch=name, line=line)
+        key, held, lines = self._booking.get(name, (None, (), 0))
+        if key is None or line <= lines:
+            return None
+        self._booking[name] = key, held, line
+        self.charge(self.limited(key), charges, now(), key.tags, batch=name, line=line)
         return key
 
     def finish_batch(self, name: str, *, lost: bool = False) -> None:
-        key, held = self._booking.pop(name, (None, ()))
+        key, held, _ = self._booking.pop(name, (None, (), 0))
         rows, places, moment = list[Any](), list[str](), now()
         for of in self.limited(key) if key and lost else ():
             costs = {window: int(cost) for place, window, cost in held if place == of.account.place}
@@ -3985,20 +3999,24 @@ class RedisLedger(Ledger):
     async def each(
         self, kind: str = "key", *, days: tuple[str, str] | None = None, **named: str
     ) -> AsyncIterator[Limited]:
-        names = list[str]()
+        names, start = list[str](), 0
         with self._asking():
             for by, of in named.items():
                 members = f"{PREFIX}members:{by.removesuffix('_id')}:{of}"
                 names = sorted(await self._redis.smembers(members))
-            if not named:
-                names = await self._redis.zrange(f"{PREFIX}{kind}", 0, -1)
-        for start in range(0, len(names), RECORDS_A_TRIP):
+        while True:
             with self._asking():
-                found = [*(await self._records(names[start : start + RECORDS_A_TRIP])).values()]
-                for at in range(0, len(found), LOOKED_AT):
-                    await self._look(found[at : at + LOOKED_AT], days)
+                part = names[start : start + LOOKED_AT]
+                if not named:
+                    end = start + LOOKED_AT - 1
+                    part = await self._redis.zrange(f"{PREFIX}{kind}", start, end)
+                found = [*(await self._records(part)).values()]
+                await self._look(found, days)
             for record in found:
                 yield record
+            start += LOOKED_AT
+            if len(part) < LOOKED_AT:
+                return
 
     async def tagged(self, days: tuple[str, str]) -> Usage:
         with self._asking():
@@ -4020,7 +4038,7 @@ class RedisLedger(Ledger):
 
     def _fill(self, of: Limited, row: Mapping[str, str], used: Mapping[str, list[str]]) -> None:
         """Make an account of what Redis has of it."""
-        account, moment, clock = of.account, now().timestamp() * 1e6, self._clock()
+        account, moment, clock = of.account, time.time() + CLOCK.ahead, self._clock()
         for name, value in row.items():
             what, _, window = name.partition(":")
             if what == "start":
@@ -4029,9 +4047,9 @@ class RedisLedger(Ledger):
                 account.windows[window].spend = account.windows[window].known = usd(value)
             elif what == "held":
                 account.windows[window].held = usd(value)
-            elif what == "tat" and (bucket := account.buckets.get(window)):
-                ahead = max(0.0, float(value) - moment)
-                bucket.drawn, bucket.seen = ahead * bucket.limit / MINUTE, clock
+            elif what == "drawn" and (bucket := account.buckets.get(window)):
+                bucket.drawn = int(value) / 1e6
+                bucket.seen = clock - (moment - int(row[f"seen:{window}"]) / 1e6)
             elif what == "active":
                 account.last_active = moment_of(int(value))
         days = dict[str, dict[str, dict[str, Any]]]()
@@ -6004,7 +6022,7 @@ class Doors:
         self._ledger = ledger
         self._address = settings.address.lower()
         self.take_secrets(settings)
-        self.started_open = not settings.master_key and ledger.is_empty
+        self.started_open = not (settings.master_key or ledger.count)
 
     def take_secrets(self, settings: Settings) -> None:
         """Let these master keys in from now on, and no others."""
@@ -6015,7 +6033,7 @@ class Doors:
     @property
     def is_open(self) -> bool:
         """Whether any or no credential is let in."""
-        return self.started_open and self._ledger.is_empty
+        return self.started_open and not self._ledger.count
 
     def is_master(self, hashed: str) -> str:
         """Whose this hash is: "master", "master_next", or empty; takes the same time for all."""
@@ -7319,7 +7337,11 @@ class BatchKeeper:
             async with self._turn:
                 self._hurried[name].clear()
                 try:
-                    booked = await self._ledger.take(name) and await self.book(name)
+                    if await self._ledger.take(name):
+                        booked = await self.book(name)
+                        await self._ledger.leave(name)
+                except APIError as error:  # of a store that is away
+                    log.info("a batch could not be looked at: %s", error)
                 except Exception:
                     log.exception("a batch could not be booked; it is looked at again")
             wait = min(BATCH_LOOK_LATEST, wait * BATCH_SLACK)
@@ -9721,10 +9743,10 @@ def say(text: str, *, as_json: bool, level: int = logging.INFO, to: Any = None) 
         print(LineFormatter(None).format(record) if as_json else line, file=to, flush=True)
 
 
-def announce(gateway: Gateway, port: int, keys: int) -> None:
+def announce(gateway: Gateway, port: int) -> None:
     """Print where it listens and relays to, what it lets in, and what a user pastes to connect."""
     settings, is_open = gateway.settings, gateway.doors.is_open
-    url = base_url(settings, port)
+    url, keys = base_url(settings, port), gateway.ledger.count
     everywhere = "" if settings.address or is_open else " and every other address"
     is_mock = settings.api_key.startswith(MOCK_CREDENTIAL)
     made = "" if keys else "; POST /key/generate makes one"
@@ -9798,7 +9820,7 @@ async def serve(settings: Settings) -> None:
     booking = asyncio.create_task(gateway.batches.run())
     saving = [asyncio.create_task(each.run()) for each in (gateway.ledger, gateway.recent)]
     port = 0 if settings.unix_socket else sockets[0].getsockname()[1]
-    announce(gateway, port, len(await gateway.ledger.live()))
+    announce(gateway, port)
     await loop.run_in_executor(None, gateway.prices.load)
     favour_the_loop()
     while await signals.get() == signal.SIGHUP:  # read all again; what is wrong changes nothing
@@ -9809,7 +9831,7 @@ async def serve(settings: Settings) -> None:
             take_secrets(gateway)
             server.context = context  # of connections from now on
             favour_the_loop()
-            told = len(await gateway.ledger.live()), ", ".join(gateway.real_keys.names)
+            told = gateway.ledger.count, ", ".join(gateway.real_keys.names)
             log.info("keys read again: %d; real keys: %s", *told)
         except Exception as error:  # noqa: BLE001 - whatever it is, it does not stop the gateway
             log.error("not read again: %s", error)
