@@ -1427,6 +1427,7 @@ REVOKING: list[tuple[str, Callable[[str], Any]]] = [
     ("/key/delete", lambda key: {"keys": [key]}),
     ("/key/update", lambda key: {"key": key, "max_budget": 0}),
 ]
+EARLIEST, LATEST = "2000-01-01", "2099-12-31"
 NUMBER = re.compile(rb'"content": "(\d+) ')
 
 
@@ -1491,6 +1492,7 @@ class Node(Chaos):
     def __init__(self, number: int, seed: int, store: Store) -> None:
         super().__init__(seed, 0, 0, tls=False)
         self.number, self.store = number, store
+        self.process: asyncio.subprocess.Process | None = None
         self.is_cut, self.is_deaf, self.flows = False, False, asyncio.Event()
         self.flows.set()
         self.ways: set[asyncio.StreamWriter] = set()
@@ -1627,7 +1629,7 @@ class Fleet:
         document["messages"] = [{"role": "user", "content": f"{number} {words}"}]
         began, status, answer = time.monotonic(), 0, b""
         spender.most += DEAREST  # until it is known
-        with contextlib.suppress(OSError, EOFError):
+        with contextlib.suppress(OSError, EOFError, ValueError):
             async with node.connection() as (reader, writer):
                 writer.write(request(spender.key, body=json.dumps(document).encode()))
                 start, answer = await asyncio.wait_for(read_answer(reader), 30)
@@ -1746,10 +1748,7 @@ class Fleet:
         """Once nothing is held any more, compare what the store knows with what clients saw."""
         until = time.monotonic() + LEASE + 4
         while (read := self.store.read())[2] and time.monotonic() < until:
-            for node, spender in itertools.product(self.nodes[:1], self.spenders):
-                await node.call(f"/key/info?key={gateway.hash_key(spender.key)}", None, "GET")
-            for of in ("team/info?team_id=crew", "user/info?user_id=mate"):
-                await self.nodes[0].call(f"/{of}", None, "GET")
+            await self.nodes[0].call("/global/spend/report", None, "GET")  # looks at all
             await asyncio.sleep(0.2)
         used, crew, held = read
         self.must(not held, f"nothing is held after {when}", *held[:5])
@@ -1766,23 +1765,29 @@ class Fleet:
             rate = spender.may.get("rpm_limit", 10**6) / 60
             most = rate * (60 + time.monotonic() - spender.made) + 1
             self.must(spender.arrived <= most, f"a rate holds {when}", spender.arrived, most)
-            for node in self.nodes:
-                await self.judge_shown(node, spender, spend, when)
         theirs = sum(used[gateway.hash_key(s.key)] for s in self.spenders if "team_id" in s.may)
         self.must(crew == theirs, f"a team's spend is its keys' {when}", crew, theirs)
         for node in self.nodes:
+            await self.judge_shown(node, used)
             node.match()
             self.must(not node.expected or not exactly, "answers are logged", len(node.expected))
         self.counts[f"cents spent {when}"] = int(100 * sum(used.values()))
 
-    async def judge_shown(self, node: Node, spender: Spender, spend: Decimal, when: str) -> None:
-        hashed = gateway.hash_key(spender.key)
-        status, shown = await node.call(f"/key/info?key={hashed}", None, "GET")
-        if status == 404 and spender.revoked < math.inf:
-            return
-        self.must(status == 200, f"a key is there {when}", status, shown)
-        info = shown.get("info", {})
-        self.must(round(info.get("spend", -1), 9) == float(spend), f"it is shown {when}", info)
+    async def judge_shown(self, node: Node, used: dict[str, Decimal]) -> None:
+        """Every gateway tells of every key that was acknowledged, and what all have used."""
+        query = f"start_date={EARLIEST}&end_date={LATEST}"
+        _, rows = await node.call(f"/global/spend/report?{query}", None, "GET")
+        spends = {row["api_key"]: Decimal(str(row["spend"])) for row in rows}
+        of_each = [spends.get(name, 0) == used[name] for name in used]
+        self.must(all(of_each), "each gateway tells what keys have used", rows)
+        for spender in self.spenders:
+            hashed = gateway.hash_key(spender.key)
+            status, shown = await node.call(f"/key/info?key={hashed}", None, "GET")
+            shown, is_revoked = shown.get("info", {}), spender.revoked < math.inf
+            fine = is_revoked if status == 404 else shown.get("spend") == float(used[hashed])
+            stops = shown.get("blocked") or shown.get("max_budget") == 0 or status == 404
+            self.must(fine, "a key that was acknowledged is there", status, shown, used[hashed])
+            self.must(stops or not is_revoked, "what was revoked stays so", shown)
 
     async def lose_all(self) -> None:
         """The store comes back empty: nobody is served, nothing is written, until one says so."""
@@ -1792,8 +1797,9 @@ class Fleet:
         await asyncio.sleep(SOON)
         for node in self.nodes:
             for number in range(len(self.spenders) - len(MAY), len(self.spenders)):
-                self.must(await self.ask(number, node) == 503, "nothing is served by no store")
-            for path, body in (("/key/generate", {}), ("/key/info", None), ("/key/list", None)):
+                status = await self.ask(number, node)
+                self.must(status == 503, "nobody is served by an empty store", node.number, status)
+            for path, body in (("/key/generate", {}), ("/team/list", None), ("/key/list", None)):
                 status, _ = await node.call(path, body, "GET" if body is None else "POST")
                 self.must(status == 503, "an empty store is none", path, status)
         written = set(self.store.client.keys()) - {"gw:processes"}
@@ -1841,8 +1847,8 @@ async def run_store(seconds: float, seed: int, folder: Path) -> collections.Coun
             if node.process.returncode is None:
                 await node.end(signal.SIGTERM)
     finally:
-        for process in [node.process for node in nodes] + [fleet.store.process]:
-            if process.returncode is None:
+        for process in (each.process for each in (*nodes, fleet.store)):
+            if process is not None and process.returncode is None:
                 process.kill()
                 await process.wait()
     return counts
