@@ -1415,7 +1415,8 @@ LEASE = 6.0  # seconds, in the place of the gateway's minute
 SOON = 1.0  # seconds, after which a change holds over every gateway
 LATELY = 0.3  # seconds before a kill, of which the bookings may be lost
 STORE_MODEL = "claude-opus-chaos"
-DEAREST = 500 * INPUT_PRICE + 60 * OUTPUT_PRICE  # more than any request here can cost
+TOKEN_INTERVAL = 0.035  # seconds; the longest of some streams is longer than a lease
+DEAREST = 500 * INPUT_PRICE + 200 * OUTPUT_PRICE  # more than any request here can cost
 PLENTY = {"max_budget": 10**6, "tpm_limit": 10**9}
 CREW = {"team_id": "crew", "user_id": "mate"}
 MAY: list[dict[str, Any]] = [  # what keys may do; those without a budget go on without the store
@@ -1624,9 +1625,9 @@ class Fleet:
 
     async def ask(self, number: int, node: Node) -> int:
         """Ask with a key over a gateway; the answer's status, or 0 where it broke off."""
-        spender, words = self.spenders[number], "word " * self.rng.randint(1, 40)
-        document = {"model": STORE_MODEL, "max_tokens": 60, "stream": self.rng.random() < 0.5}
-        document["messages"] = [{"role": "user", "content": f"{number} {words}"}]
+        spender, words = self.spenders[number], self.rng.choice((190, *range(1, 30)))
+        document = {"model": STORE_MODEL, "max_tokens": 200, "stream": self.rng.random() < 0.5}
+        document["messages"] = [{"role": "user", "content": f"{number} {'word ' * words}"}]
         began, status, answer = time.monotonic(), 0, b""
         spender.most += DEAREST  # until it is known
         with contextlib.suppress(OSError, EOFError, ValueError):
@@ -1776,14 +1777,16 @@ class Fleet:
     async def judge_shown(self, node: Node, used: dict[str, Decimal]) -> None:
         """Every gateway tells of every key that was acknowledged, and what all have used."""
         query = f"start_date={EARLIEST}&end_date={LATEST}"
-        _, rows = await node.call(f"/global/spend/report?{query}", None, "GET")
+        status, rows = await node.call(f"/global/spend/report?{query}", None, "GET")
+        if status != 200:
+            return self.must(False, "a gateway is well in the end", node.number, rows)
         spends = {row["api_key"]: Decimal(str(row["spend"])) for row in rows}
         of_each = [spends.get(name, 0) == used[name] for name in used]
         self.must(all(of_each), "each gateway tells what keys have used", rows)
         for spender in self.spenders:
             hashed = gateway.hash_key(spender.key)
             status, shown = await node.call(f"/key/info?key={hashed}", None, "GET")
-            shown, is_revoked = shown.get("info", {}), spender.revoked < math.inf
+            is_revoked, shown = spender.revoked < math.inf, shown.get("info", shown)
             fine = is_revoked if status == 404 else shown.get("spend") == float(used[hashed])
             stops = shown.get("blocked") or shown.get("max_budget") == 0 or status == 404
             self.must(fine, "a key that was acknowledged is there", status, shown, used[hashed])
@@ -1825,7 +1828,7 @@ async def run_store(seconds: float, seed: int, folder: Path) -> collections.Coun
             with fleet.arriving(self.request.body):
                 await super().prepare()
 
-    gateway.MockAnthropic = Upstream  # type: ignore[misc]
+    gateway.MockAnthropic, gateway.MOCK_TOKEN_INTERVAL = Upstream, TOKEN_INTERVAL
     mock = gateway.start_mock(gateway.Settings(upstream=gateway.MOCK_UPSTREAM))
     (folder / "prices.json").write_text(json.dumps({STORE_MODEL: PRICES["claude-chaos-*"]}))
     options = ["--port=0", "--log-json", "--prices=prices.json", f"--upstream={mock.upstream}"]
