@@ -2,7 +2,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["tornado>=6.6", "uvloop>=0.21; sys_platform != 'win32'", "genai-prices>=0.2.3",
-#   "prometheus-client", "msgspec"]
+#   "prometheus-client", "msgspec", "redis", "hiredis"]
 # ///
 """A gateway that lets a team share one Anthropic API key without handing it out.
 
@@ -41,6 +41,7 @@ if __name__ == "__main__":  # until the files can be read again, SIGHUP must not
         sys.stderr.write("gateway: Tornado is not installed: python3 -m pip install tornado\n")
         sys.exit(2)
 
+import array
 import asyncio
 import base64
 import bisect
@@ -74,6 +75,7 @@ import select
 import socket
 import ssl
 import struct
+import subprocess
 import tempfile
 import time
 import tomllib
@@ -88,6 +90,7 @@ from collections.abc import (
     Iterable,
     Iterator,
     Mapping,
+    MutableMapping,
     Sequence,
 )
 from dataclasses import dataclass, field
@@ -121,6 +124,10 @@ GOOD_MASTER_KEY = "set GATEWAY_MASTER_KEY to 16 characters or more that nobody c
 SENDABLE = re.compile(r"[\x21-\x7e]*")  # what a header or a URL can carry
 REAL_KEY = re.compile(r"(?:([\w.-]{1,64})=)?(sk-[\x21-\x7e]+)", re.ASCII)  # with a name for it
 DURATION = re.compile(r"\A([0-9]{1,9})(mo|s|m|h|d|w)\Z")
+STORE_URL = re.compile(  # with or without who it is for, and which of its databases
+    r"(?:rediss?://(?:[^@/?#]*@)?(?:[\w.-]+|\[[\w:.]+\])(?::\d{1,5})?(?:/\d*)?"
+    r"|unix://(?:[^@/?#]*@)?/[^@?#]+)(?:\?db=\d+)?"
+)
 SHIPPED_KEYS = b'{"version": 1, "keys": {}}\n'  # a checkout's keys file, as no gateway writes it
 LOCAL_KEYS = Path("keys.local.json")  # stands in for that one, which is only read
 LOG_LEVELS = ("debug", "info", "warning", "error", "none")
@@ -146,6 +153,11 @@ def blaming(what: str, advice: str = "") -> Iterator[None]:
         raise SettingsError(f"{what}: {reason}{advice}") from None
 
 
+def option_name(field_name: str) -> str:
+    """How a field is named on the command line."""
+    return field_name.rstrip("_").replace("_", "-")
+
+
 def option(
     default: Any, help: str, *variables: str, least: float | None = None, kind: Any = None
 ) -> Any:
@@ -160,6 +172,21 @@ def secret(help: str, *variables: str) -> Any:
     """A field that is no option and never shown; its variables' twins ``…_FILE`` name files."""
     known = {"help": help, "least": None, "variables": variables, "kind": None}
     return field(default="", repr=False, metadata=known)
+
+
+class Place(NamedTuple):
+    """Which of several processes this is, and what its `Parent` gave it."""
+
+    number: int = 0
+    of: int = 1
+    folder: str = ""  # of Unix sockets, over which each tells its metrics; none if it is alone
+    control: int = -1  # the descriptor of what is the parent's end of, too, for as long as it lives
+    sockets: Sequence[int] = ()  # that listen; those of one that ended
+    port: int = 0  # else one of its own is to be bound to this
+
+
+PLACE_VARIABLE = "GATEWAY_PLACE"
+PLACE = Place(*json.loads(os.environ.get(PLACE_VARIABLE, "[]")))
 
 
 @dataclass(frozen=True)
@@ -188,6 +215,13 @@ class Settings:
     budget_warnings: str = option("0.75,0.95", "parts of a budget whose passing is told")
     alert_webhook: str = option("", "URL to POST alerts to, as JSON", "GATEWAY_ALERT_WEBHOOK")
     unix_socket: str = option("", "Unix socket, for a proxy on this machine, instead of a port")
+    reuse_port: bool = option(False, "let another gateway listen on the port too, as in a restart")
+    processes: int = option(1, "processes that serve, over one --store; 0: one a core", least=0)
+    store: str = option("", "Redis or Valkey for the keys, as redis://host/0", "GATEWAY_STORE")
+    without_store: str = option("refuse", "requests while --store is away: 'refuse' or 'allow'")
+    new_store: bool = option(False, "let --store be one that holds no gateway's keys yet")
+    import_: str = option("", "keys file to write into --store, and end")
+    export: str = option("", "keys file to make of what is in --store, and end")
     certfile: str = option("", "PEM file of certificates to serve TLS with; read again on SIGHUP")
     keyfile: str = option("", "its private key, where --certfile does not hold it")
     xheaders: bool = option(False, "believe a proxy's X-Real-Ip, X-Forwarded-For and -Proto")
@@ -207,7 +241,7 @@ class Settings:
             value, known = getattr(self, each.name), each.metadata
             least = known["least"] if value is not None else None
             if least is not None and not least <= value < math.inf:
-                name = each.name.replace("_", "-")
+                name = option_name(each.name)
                 raise SettingsError(f"--{name}: {value} is not a number from {least} up")
             if not known["kind"] and each.name != "api_keys" and not SENDABLE.fullmatch(value):
                 names = " or ".join(known["variables"])
@@ -215,6 +249,10 @@ class Settings:
         alone, duration = not self.master_key, self.budget_duration
         length = DURATION.match(duration)
         is_odd = duration and not (length and int(length[1]))
+        needy = (
+            () if self.store else ("processes", "without_store", "new_store", "import_", "export")
+        )
+        lost = [each for each in needy if getattr(self, each) != getattr(Settings, each)]
         wrong = {
             f"--port: {self.port} is not a port number (0 to 65535)": self.port > 65535,
             "--keyfile: needs --certfile": self.keyfile and not self.certfile,
@@ -222,6 +260,13 @@ class Settings:
             "GATEWAY_MASTER_KEY_NEXT: needs GATEWAY_MASTER_KEY": alone and self.master_key_next,
             f"--budget-duration: {duration} is no length of time, as 1d": is_odd,
             "--budget-duration: needs --max-budget": duration and self.max_budget is None,
+            "--store: is no URL as redis://user:password@host:6379/0, or rediss:// or unix://": (
+                self.store and not STORE_URL.fullmatch(self.store)
+            ),
+            f"--{option_name(''.join(lost[:1]))}: needs --store": lost,
+            "--without-store: is not refuse or allow": self.without_store
+            not in ("refuse", "allow"),
+            "--reuse-port: takes no --unix-socket": self.reuse_port and self.unix_socket,
         }
         for text in filter(wrong.get, wrong):
             raise SettingsError(text)
@@ -230,6 +275,11 @@ class Settings:
         if self.alert_webhook:
             parse_upstream(self.alert_webhook.partition("?")[0], "--alert-webhook")
         _ = self.warned_parts
+
+    @property
+    def shown_store(self) -> str:
+        """Where the store is, without who it is asked for and his password."""
+        return re.sub(r"//.*@", "//", self.store)
 
     @functools.cached_property
     def warned_parts(self) -> list[Decimal]:
@@ -364,8 +414,9 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
         if kind := each.metadata["kind"]:
             value = values[each.name] = next(filter(None, found), each.default)
             told = "; else $".join((each.metadata["help"], *each.metadata["variables"]))
-            parser.define(each.name, value, kind, told, group="Gateway")
-            kinds[each.name.replace("_", "-")] = kind
+            shown = None if each.name == "store" else value  # by --help: it may hold a password
+            parser.define(option_name(each.name), shown, kind, told, group="Gateway")
+            kinds[option_name(each.name)] = kind
     try:
         read_options(parser, kinds, arguments)
         if parser.version:
@@ -377,9 +428,12 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
             if parser.keys is Settings.keys and parser.keys.read_bytes() == SHIPPED_KEYS:
                 parser.keys = LOCAL_KEYS  # as no other was named
         with blaming("--log-file-prefix, --log-rotate-…"):
+            if PLACE.folder and parser.log_file_prefix:  # a file has one writer, which rotates it
+                parser.log_file_prefix += f".{PLACE.number}"
             parser.run_parse_callbacks()  # which open the log
-        chosen = parser.group_dict("Gateway").items()
-        values |= {name: value for name, value in chosen if value not in ("", Path())}
+        chosen = parser.group_dict("Gateway")
+        chosen = {name: chosen[option_name(name)] for name in values}
+        values |= {name: value for name, value in chosen.items() if value not in ("", Path(), None)}
         return Settings(**values, **read_secrets(environment))
     except SettingsError as error:
         error.as_json = parser.log_json or bool({"--log-json", "--log-json=true"} & {*arguments})
@@ -2270,13 +2324,11 @@ class Ledger:
         """Those that hold now; a store that is away leaves each process a part."""
         return of.budgets
 
-    def _refuse_rate(
-        self, accounts: Sequence[Limited], of: Limited, what: str, wait: float
-    ) -> None:
+    def _refuse_rate(self, whose: Sequence[Limited], of: Limited, what: str, wait: float) -> None:
         """Raise APIError 429: one of the accounts has had as many as it may for some seconds."""
         seconds = min(60, max(1, math.ceil(wait)))  # for longer Claude Code would end the turn
         text = f"This {of.of} is limited to {what}. Try again in {seconds} seconds."
-        headers = [("retry-after", str(seconds)), *self.rates(accounts, {})]  # RFC 9110, 10.2.3
+        headers = [("retry-after", str(seconds)), *self.rates(whose, {})]  # RFC 9110, 10.2.3
         raise APIError(429, text, headers=headers)
 
     async def hold(self, hold: Hold, worst: Charges, prompt: Charges = (), *, fit: bool) -> None:
@@ -2872,6 +2924,7 @@ STORE_GRACE = 0.05  # more of them, in which what has come is read
 STORE_RETRY = 0.1  # seconds until the next try to reach it
 CHECK_INTERVAL = 0.2  # seconds; less than the second within which a change holds everywhere
 GONE = ("NOSCRIPT", "READONLY", "LOADING", "MASTERDOWN")  # what another connection may mend
+MOST_CONNECTIONS = 16  # of a process, beside its `Link`, for what is not asked at each request
 LEASE, RENEWAL = 60.0, 20.0  # seconds that a hold stands by itself; until it is renewed
 LOCK_LEASE = 5.0  # seconds that a change may take
 KEPT_RECORDS = 10_000  # keys in use, which a process remembers
@@ -3249,12 +3302,15 @@ class RedisLedger(Ledger):
         super().__init__(usage_days, clock, limits)
         times: Any = dict.fromkeys(("socket_timeout", "socket_connect_timeout"), STORE_DEADLINE)
         told: Any = times | {"decode_responses": True, "retry": Retry(NoBackoff(), 0)}
-        self._redis: Any = redis.asyncio.from_url(store, protocol=2, **told)
+        told |= {"protocol": 2, "max_connections": MOST_CONNECTIONS, "timeout": STORE_DEADLINE}
+        pool = redis.asyncio.BlockingConnectionPool.from_url(store, **told)
+        self._redis: Any = redis.asyncio.Redis(connection_pool=pool)
         self._errors = (redis.RedisError, OSError, TimeoutError, StoreAway)
         self._new, self._allow, self._remember = new_store, allow, remember
         self._shown = re.sub(r"//[^@/]*@", "//", store.partition("?")[0])
         self.keys: collections.OrderedDict[str, VirtualKey] = collections.OrderedDict()
         self._unknown: set[str] = set()  # hashes of no key, until any changes
+        self._asked: dict[str, asyncio.Task[VirtualKey | None]] = {}
         self._accounts = weakref.WeakValueDictionary[str, Account]()  # by their places
         self._link, self._linked = cast(Link | None, None), asyncio.Event()
         self.away, self.lost, self.doubt = "it was not asked yet", False, ""
@@ -3395,7 +3451,7 @@ class RedisLedger(Ledger):
 
     async def save(self) -> None:
         """Make all that was written before this call durable. Raises APIError 503."""
-        with self._asking():
+        async with self._asking():
             async with asyncio.timeout(STORE_DEADLINE):
                 if writes := [*self._writes.values(), *self._refused]:
                     await asyncio.wait([write.done for write in writes])
@@ -3428,9 +3484,11 @@ class RedisLedger(Ledger):
         waiting = f"; {len(self._writes)} writes wait" if self._writes else ""
         return f"Redis is away: {self.away}{waiting}" if self.away else ""
 
-    @contextlib.contextmanager
-    def _asking(self) -> Iterator[None]:
+    @contextlib.asynccontextmanager
+    async def _asking(self) -> AsyncIterator[None]:
         """Raise APIError 503 where the store does not answer, or not as itself."""
+        if asyncio.current_task() is None:  # as `at_once` runs it, which redis-py's timeouts need
+            await asyncio.sleep(0)
         again = [("retry-after", "1")]
         if self.lost:
             raise APIError(503, NO_STORE, headers=again)
@@ -3492,26 +3550,34 @@ class RedisLedger(Ledger):
     async def find_hash(self, hashed: str) -> tuple[VirtualKey, str] | None:
         if self.lost:
             raise APIError(503, NO_STORE, headers=[("retry-after", "1")])
-        if (key := self.keys.get(hashed)) is None and hashed not in self._unknown:
-            with self._asking():
-                key = await self._read_key(hashed, former=True)
-                if key is None:
-                    self._unknown.add(hashed)
-                else:
-                    await self._look([key], None)
-                    self.keys[hashed] = key
-            for kept, most in ((self.keys, KEPT_RECORDS), (self._unknown, KEPT_RECORDS)):
-                if len(kept) > most:
-                    kept.popitem(last=False) if kept is self.keys else self._unknown.clear()
-        if key is None:
-            return None
-        if key is self.keys.get(hashed):
+        if (key := self.keys.get(hashed)) is not None:
             self.keys.move_to_end(hashed)
-        return self._judged(key, hashed)
+        elif hashed not in self._unknown:
+            if hashed not in self._asked:  # many may ask at once for one that is not known here
+                self._asked[hashed] = asyncio.create_task(self._learn(hashed))
+            key = await asyncio.shield(self._asked[hashed])
+        return self._judged(key, hashed) if key else None
+
+    async def _learn(self, hashed: str) -> VirtualKey | None:
+        """Read a key, and remember it, or that there is none."""
+        try:
+            async with self._asking():
+                if (key := await self._read_key(hashed, former=True)) is None:
+                    self._unknown.add(hashed)
+                    return None
+                await self._look([key], None, shared=self._accounts)
+                self.keys[hashed] = key
+        finally:
+            del self._asked[hashed]
+        if len(self.keys) > KEPT_RECORDS:
+            self.keys.popitem(last=False)
+        if len(self._unknown) > KEPT_RECORDS:
+            self._unknown.clear()
+        return key
 
     async def knows(self, hashes: Iterable[str]) -> bool:
         asked = [*hashes]
-        with self._asking():
+        async with self._asking():
             for start in range(0, len(asked), NAMES_A_TRIP):
                 part = asked[start : start + NAMES_A_TRIP]
                 async with self._redis.pipeline(transaction=False) as pipe:
@@ -3557,10 +3623,8 @@ class RedisLedger(Ledger):
                 continue
             row, kind = json.loads(text), GROUPS.get(name.partition(":")[0], VirtualKey)
             record = found[name] = kind.from_json(row["record"])
-            account = self._accounts.setdefault(row["place"], record.account)
-            record.account, record.revision = account, row["rev"]
-            account.place, account.hashed = row["place"], name
-            self._fit_buckets(record)
+            record.revision, record.account.place = row["rev"], row["place"]
+            record.account.hashed = name
         homeless = [of for of in found.values() if isinstance(of, VirtualKey) and not of.home]
         if homeless:
             homes = await self._redis.hmget(f"{PREFIX}homes", [of.owner for of in homeless])
@@ -3578,16 +3642,15 @@ class RedisLedger(Ledger):
         return [*groups.values()]
 
     async def settle(self, key: VirtualKey, home: str) -> None:
-        team, homes = f"team:{key.team_id}", f"{PREFIX}homes"
-        try:
-            if key.team_id:
-                await self._redis.hsetnx(homes, team, home)
-            if key.team_id and key.resources == "team":
-                home = await self._redis.hget(homes, team)
-            await self._redis.hsetnx(homes, key.owner, home)
-            key.home = await self._redis.hget(homes, key.owner)
-        except self._errors:
-            key.home = home  # until it can be asked
+        team, homes, key.home = f"team:{key.team_id}", f"{PREFIX}homes", home
+        with contextlib.suppress(APIError):  # until the store can be asked
+            async with self._asking():
+                if key.team_id:
+                    await self._redis.hsetnx(homes, team, home)
+                if key.team_id and key.resources == "team":
+                    home = await self._redis.hget(homes, team)
+                await self._redis.hsetnx(homes, key.owner, home)
+                key.home = await self._redis.hget(homes, key.owner)
 
     # What requests use
 
@@ -3718,7 +3781,7 @@ class RedisLedger(Ledger):
     async def _read_anew(self, hold: Hold) -> None:
         """Its records have changed. Raises APIError 401 where its key is no good any more."""
         key = hold.accounts[0]
-        with self._asking():
+        async with self._asking():
             self._forget(key.account.hashed)
             found = await self.find_hash(key.account.hashed)
         if found is None or found[1] != "active":
@@ -3731,7 +3794,7 @@ class RedisLedger(Ledger):
     ) -> None:
         """Hold it here, while the store is away."""
         if self.lost or (pays and not self._allow and any(of.has_budget for of in hold.accounts)):
-            with self._asking():
+            async with self._asking():
                 raise StoreAway(self.away or "no answer")
         await super().admit(hold, pays=pays, shares=shares, later=False)
         hold.is_alone = True
@@ -3811,7 +3874,7 @@ class RedisLedger(Ledger):
     # Batches
 
     async def unbooked(self, name: str) -> Batch | None:
-        with self._asking():
+        async with self._asking():
             row = await self._redis.hgetall(f"{PREFIX}batch:{name}")
             hashed = (
                 await self._redis.hget(f"{PREFIX}owners", row.get("owner", "")) if row else None
@@ -3826,11 +3889,11 @@ class RedisLedger(Ledger):
         return Batch(row["day"], int(row["lines"]))
 
     async def watched(self) -> list[str]:
-        with self._asking():
+        async with self._asking():
             return sorted(await self._redis.smembers(f"{PREFIX}unbooked"))
 
     async def take(self, name: str) -> bool:
-        with self._asking():
+        async with self._asking():
             look = f"{PREFIX}look:{name}"
             is_mine = await self._redis.set(look, self._process, nx=True, px=int(LEASE * 1000))
             return bool(is_mine) or await self._redis.get(look) == self._process
@@ -3880,7 +3943,7 @@ class RedisLedger(Ledger):
     @contextlib.asynccontextmanager
     async def changing(self) -> AsyncIterator[None]:
         async with self._turn:
-            with self._asking():
+            async with self._asking():
                 waits: Any = {"sleep": 0.02, "blocking_timeout": LOCK_LEASE, "thread_local": False}
                 self._lock = lock = self._redis.lock(f"{PREFIX}lock", LOCK_LEASE, **waits)
                 if not await lock.acquire():
@@ -3896,9 +3959,9 @@ class RedisLedger(Ledger):
         if self._lock is None:
             async with self.changing():
                 return await self.change(changes)
-        with self._asking():
+        async with self._asking():
             before = await self._records([*changes])
-            revision = str(await self._redis.incr(REVISION))
+            last = await self._redis.incrby(REVISION, len(changes))
             async with self._redis.pipeline(transaction=True) as pipe:
                 await pipe.watch(STORE, f"{PREFIX}lock")
                 is_ours = await pipe.get(STORE) == self._id
@@ -3908,18 +3971,18 @@ class RedisLedger(Ledger):
                 ):
                     raise StoreAway("the change took too long")
                 pipe.multi()
-                for name, record in changes.items():
+                for number, (name, record) in enumerate(changes.items()):
                     if old := before.get(name):
                         self._take(pipe, name, old, is_gone=record is None)
-                    if record is not None:
-                        self._put(pipe, name, record, revision)
+                    if record is not None:  # each has a number of its own, the order of reports
+                        self._put(pipe, name, record, str(last - len(changes) + number + 1))
                     pipe.xadd(CHANGES, {"name": name}, maxlen=CHANGES_KEPT)
                 await pipe.execute()
             await self._sync()
         for name, record in changes.items():
             self._forget(name)
             if record is not None:
-                record.account.hashed, record.revision = name, revision
+                record.account.hashed = name
 
     def _put(self, pipe: Any, name: str, record: Limited, revision: str) -> None:
         """Queue what keeps a record and finds it."""
@@ -3963,7 +4026,7 @@ class RedisLedger(Ledger):
     async def reset_spend(self, record: Limited, amount: Decimal) -> None:
         budget, place = record.budgets[0], record.account.place
         start = window_start(budget.duration, now())
-        with self._asking():
+        async with self._asking():
             said = {f"start:{budget.name}": start, f"spent:{budget.name}": nano(amount)}
             await self._redis.hset(place, mapping=said)
             await self._sync()
@@ -3979,7 +4042,7 @@ class RedisLedger(Ledger):
     # Reports
 
     async def find(self, by: str, name: str, *, former: bool = False) -> Limited | None:
-        with self._asking():
+        async with self._asking():
             at: str | None = f"{by.removesuffix('_id')}:{name}"
             if by == "key_alias":
                 at = await self._redis.hget(f"{PREFIX}alias", name)
@@ -3999,34 +4062,49 @@ class RedisLedger(Ledger):
     async def each(
         self, kind: str = "key", *, days: tuple[str, str] | None = None, **named: str
     ) -> AsyncIterator[Limited]:
-        names, start = list[str](), 0
-        with self._asking():
+        names, last = list[tuple[str, float]](), 0.0
+        async with self._asking():
             for by, of in named.items():
                 members = f"{PREFIX}members:{by.removesuffix('_id')}:{of}"
-                names = sorted(await self._redis.smembers(members))
+                if found := [*await self._redis.smembers(members)]:
+                    made = await self._redis.zmscore(f"{PREFIX}{kind}", found)
+                    names = sorted(zip(found, made), key=operator.itemgetter(1))
         while True:
-            with self._asking():
-                part = names[start : start + LOOKED_AT]
+            async with self._asking():
+                part, names = names[:LOOKED_AT], names[LOOKED_AT:]
                 if not named:
-                    end = start + LOOKED_AT - 1
-                    part = await self._redis.zrange(f"{PREFIX}{kind}", start, end)
-                found = [*(await self._records(part)).values()]
-                await self._look(found, days)
-            for record in found:
+                    told: Any = {"start": 0, "num": LOOKED_AT, "withscores": True}
+                    told |= {"min": f"({last:.0f}", "max": "inf"}
+                    part = await self._redis.zrangebyscore(f"{PREFIX}{kind}", **told)
+                records = [*(await self._records([name for name, _ in part])).values()]
+                await self._look(records, days)
+            for record in records:
                 yield record
-            start += LOOKED_AT
             if len(part) < LOOKED_AT:
                 return
+            last = part[-1][1]
 
     async def tagged(self, days: tuple[str, str]) -> Usage:
-        with self._asking():
-            await self._look([self.groups[GATEWAY]], days)
-        return self.groups[GATEWAY].account.usage
+        whole = Limited(account=Account(place=self.groups[GATEWAY].account.place))
+        async with self._asking():
+            await self._look([whole], days)
+        return whole.account.usage
 
-    async def _look(self, records: Sequence[Limited], days: tuple[str, str] | None) -> None:
-        """Read what these have used, and their teams and users; usage of these days."""
+    async def _look(
+        self,
+        records: Sequence[Limited],
+        days: tuple[str, str] | None,
+        shared: MutableMapping[str, Account] | None = None,
+    ) -> None:
+        """Read what these have used, and their teams and users, in accounts that all versions of a
+        record may share; usage of these days."""
         keys = [of for of in records if isinstance(of, VirtualKey)]
         every = {of.account.place: of for of in (*await self._join(keys), *records)}
+        if shared is not None:
+            for place, of in every.items():
+                known = shared.setdefault(place, of.account)
+                known.beside, known.hashed = of.account.beside, of.account.hashed
+                of.account = known
         wanted = list[str]()
         if days is not None:
             past = (day_of(now() - timedelta(days=n)) for n in range(self._usage_days, -2, -1))
@@ -4039,6 +4117,7 @@ class RedisLedger(Ledger):
     def _fill(self, of: Limited, row: Mapping[str, str], used: Mapping[str, list[str]]) -> None:
         """Make an account of what Redis has of it."""
         account, moment, clock = of.account, time.time() + CLOCK.ahead, self._clock()
+        self._fit_buckets(of)
         for name, value in row.items():
             what, _, window = name.partition(":")
             if what == "start":
@@ -4325,7 +4404,7 @@ def framed(data: bytes) -> bytes:
 ClientPhase = enum.StrEnum("ClientPhase", "WAITING READING ANSWERING DROPPING LINGERING GONE")
 UpstreamPhase = enum.StrEnum("UpstreamPhase", "IDLE ASKED ANSWERED SHUT")
 RequestPhase = enum.StrEnum("RequestPhase", "JUDGED FETCHED BEGUN DESERTED SETTLED")
-GatewayPhase = enum.StrEnum("GatewayPhase", "SERVING DRAINING STOPPED")
+GatewayPhase = enum.StrEnum("GatewayPhase", "SERVING LEAVING DRAINING STOPPED")
 C, U, R = ClientPhase, UpstreamPhase, RequestPhase  # of either side's connections, of relayed ones
 G = GatewayPhase
 STEPS: dict[str, tuple[enum.StrEnum, ...]] = {
@@ -4344,7 +4423,8 @@ STEPS: dict[str, tuple[enum.StrEnum, ...]] = {
     R.BEGUN: (R.DESERTED, R.SETTLED),  # its answer's head is sent
     R.DESERTED: (R.SETTLED,),  # the client left, and the answer is awaited all the same
     R.SETTLED: (),  # booked and logged
-    G.SERVING: (G.DRAINING,),
+    G.SERVING: (G.LEAVING, G.DRAINING),
+    G.LEAVING: (G.DRAINING,),  # a shared port to others; who is here already gets an answer
     G.DRAINING: (G.STOPPED,),  # requests under way have some time to end
     G.STOPPED: (),  # what has not ended is broken off
 }
@@ -5321,6 +5401,12 @@ REFUSALS = 100  # connections beyond a limit that are told so; further ones are 
 MANY_FILES = 2**20  # what "no limit" is taken for
 RESERVED_FILES = 64  # for the keys file, the log and whatever else is no connection
 BACKLOG = 4096  # connections that the kernel holds until they are accepted, up to its somaxconn
+HANDSHAKE = 0.25  # seconds for one that has begun to end, and then for the request behind it
+SO_ATTACH_FILTER = 26  # <asm-generic/socket.h>; Python does not name it
+NO_SYN = (  # BPF: of the flags of TCP, is SYN set and ACK not? then drop it, else take it
+    *((0x30, 0, 0, 13), (0x54, 0, 0, 0x12), (0x15, 0, 1, 0x02), (0x06, 0, 0, 0)),
+    (0x06, 0, 0, 0xFFFF),
+)
 ACCEPT_AGAIN = 1.0  # seconds after which connections are taken again where no file could be opened
 
 
@@ -5342,6 +5428,7 @@ class Server:
         files = MANY_FILES if files == resource.RLIM_INFINITY else files
         self.max_connections = max(1, (files - RESERVED_FILES) // 2)
         self._sites: collections.Counter[str] = collections.Counter()
+        self._listening = list[socket.socket]()
         self._accepting: list[asyncio.Task[None]] = []
         self._opening: set[asyncio.Task[None]] = set()
         self._sweep()
@@ -5351,23 +5438,30 @@ class Server:
         self.context = context
         for listening in sockets:
             listening.listen(BACKLOG)
+            self._listening.append(listening)
             self._accepting.append(self.loop.create_task(self._accept(listening)))
 
     async def _accept(self, listening: socket.socket) -> None:
         with listening:
-            while True:
-                try:
-                    client, peer = await self.loop.sock_accept(listening)
-                except ConnectionError:  # the client has left, which holds up nobody
-                    continue
-                except OSError as error:
-                    log.warning("%s: connections wait; raise the limit", error.strerror)
-                    await asyncio.sleep(ACCEPT_AGAIN)
-                    continue
-                address = peer[0] if isinstance(peer, tuple) else ""
-                task = self.loop.create_task(self._open(client, address))
-                self._opening.add(task)
-                task.add_done_callback(self._opening.discard)
+            try:
+                while True:
+                    try:
+                        self._take(*await self.loop.sock_accept(listening))
+                    except ConnectionError:  # the client has left, which holds up nobody
+                        continue
+                    except OSError as error:
+                        log.warning("%s: connections wait; raise the limit", error.strerror)
+                        await asyncio.sleep(ACCEPT_AGAIN)
+            finally:
+                with contextlib.suppress(OSError):  # until none waits
+                    while self.gateway.phase is GatewayPhase.LEAVING:
+                        self._take(*listening.accept())
+
+    def _take(self, client: socket.socket, peer: Any) -> None:
+        client.setblocking(False)
+        task = self.loop.create_task(self._open(client, peer[0] if type(peer) is tuple else ""))
+        self._opening.add(task)
+        task.add_done_callback(self._opening.discard)
 
     async def _open(self, client: socket.socket, address: str) -> None:
         """Count a connection in, which without a word costs some 100 KB over TLS, and open it."""
@@ -5420,6 +5514,21 @@ class Server:
         self._sites[connection.site] -= 1
         if not self._sites[connection.site]:
             del self._sites[connection.site]
+
+    async def leave_port(self) -> None:
+        """Leave a port to others that share it, so that no client notices: what waits is taken, and
+        in the end nothing is on its way. A SYN that is dropped comes again a second later, and so
+        meets another; without this, handshakes under way are reset (net.ipv4.tcp_migrate_req)."""
+        steps = array.array("B", b"".join(struct.pack("HBBI", *step) for step in NO_SYN))
+        program = struct.pack("HP", len(NO_SYN), steps.buffer_info()[0])
+        for listening in self._listening:
+            if sys.platform == "linux" and listening.family is not socket.AF_UNIX:
+                with contextlib.suppress(OSError):  # a kernel that does not know it
+                    listening.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+        await asyncio.sleep(HANDSHAKE)
+        for task in self._accepting:
+            task.cancel()
+        await asyncio.sleep(HANDSHAKE)
 
     def stop(self) -> None:
         """Close the connections that are not just sending a request; others still come in, and are
@@ -6643,10 +6752,11 @@ class Batches(Rule):
     """A batch is its maker's: held until it is booked, booked once, before it is deleted."""
 
     async def head(self, visit: Visit) -> None:
-        if visit.route.deletes and not visit.caller.own:
-            await visit.gateway.batches.book(visit.route.name)
-        elif batch := visit.route.results_of:
-            await visit.gateway.ledger.unbooked(batch)  # so that lines of it may be booked at once
+        route, gateway = visit.route, visit.gateway
+        if route.deletes and not visit.caller.own:
+            await gateway.batches.book(route.name)
+        elif route.results_of and not visit.caller.own:
+            await gateway.ledger.unbooked(route.results_of)  # so that a line is booked at once
 
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
         batch, gateway = visit.route.results_of, visit.gateway
@@ -7221,8 +7331,15 @@ def at_once(coroutine: collections.abc.Coroutine[Any, Any, None]) -> asyncio.Tas
 
     @types.coroutine
     def rest() -> Iterator[Any]:
-        yield first
-        yield from coroutine.__await__()
+        awaited = first
+        with contextlib.suppress(StopIteration):
+            while True:
+                try:
+                    yield awaited
+                except BaseException as error:  # noqa: BLE001 - what it awaited failed: it is told
+                    awaited = coroutine.throw(error)
+                else:
+                    awaited = coroutine.send(None)
 
     async def go_on() -> None:  # of generators, Python 3.12 and later make no task
         await rest()
@@ -7288,6 +7405,7 @@ class GatewayApplication(web.Application):
         return HandlerDelegate(target_class(self, request), path)
 
 
+STORE_PACKAGES = ("redis", "hiredis")
 BATCH_LOOK = 60.0  # seconds from the making of a batch to the first look at it
 BATCH_SLACK = 1.5  # each look comes so many times later than the one before,
 BATCH_LOOK_LATEST = 1800.0  # but not later than this
@@ -7395,6 +7513,17 @@ class BatchKeeper:
             self._gateway.traffic.book(key.shown_name, charges)
 
 
+def make_ledger(settings: Settings, home: str, **told: Any) -> Any:
+    """Where keys are kept: a file, whose keys of old have this home, or a store. SettingsError."""
+    if not settings.store:
+        return FileLedger(settings.keys, home, **told)
+    if lacking := [name for name in STORE_PACKAGES if importlib.util.find_spec(name) is None]:
+        raise SettingsError(f"--store: needs more: pip install {' '.join(lacking)}")
+    told["remember"] = Path(f"{os.path.realpath(settings.keys)}.stores")
+    allow = settings.without_store == "allow"
+    return RedisLedger(settings.store, new_store=settings.new_store, allow=allow, **told)
+
+
 class Gateway:
     """What all requests share; ``turn`` is whose large body is judged."""
 
@@ -7411,12 +7540,12 @@ class Gateway:
         whole = None if most is None else Decimal(str(most))
         limits = Limited(max_budget=whole, budget_duration=length)
         told: Any = {"limits": limits, "usage_days": settings.usage_days}
-        self.ledger: AnyLedger = FileLedger(settings.keys, self.real_keys.first.name, **told)
+        self.ledger: AnyLedger = make_ledger(settings, self.real_keys.first.name, **told)
         self.ledger.parts, self.ledger.tell = settings.warned_parts, self.alerts.tell
         self.doors = Doors(settings, self.ledger)
         self.time = self.client.time
         self.batches = BatchKeeper(self)
-        self.held = Held(settings.max_held_bytes or memory_size() // HELD_SHARE)
+        self.held = Held(settings.max_held_bytes or memory_size() // HELD_SHARE // PLACE.of)
         self.turn = asyncio.Lock()
         self.origin, self.base_path = parse_upstream(settings.upstream)
         self.host_line = f"Host: {self.origin.authority}"
@@ -7470,7 +7599,7 @@ class RelayHandler(BaseHandler):
     async def prepare(self) -> None:
         """Decide by the head alone; then keep a small JSON body, or let the rest stream."""
         visit, gateway, head = self._visit, self.gateway, self._visit.head
-        if gateway.phase is not GatewayPhase.SERVING:
+        if gateway.phase in (GatewayPhase.DRAINING, GatewayPhase.STOPPED):
             raise APIError(503, "The gateway stops. Try again.", headers=[("retry-after", "5")])
         visit.path = path = rule_path(visit.target)
         route = Route if len(path) > KEPT_PATH else read_route
@@ -8598,6 +8727,7 @@ KEY_METRICS = {"gateway_upstream_key_requests": "Requests that a real key carrie
 KEY_METRICS["gateway_upstream_key_errors"] = "Errors and no answers that it got"
 REST_METRICS = {"gateway_upstream_key_resting": "Whether nothing is asked with it for a while"}
 KEYED = "api_key_alias model"  # labels
+PROCESS_TIMEOUT = 1.0  # seconds for another process to tell its metrics
 
 
 class MetricsHandler(ManagementHandler):
@@ -8616,18 +8746,69 @@ class MetricsHandler(ManagementHandler):
         await super().prepare()
 
     async def get(self) -> None:
+        accepted = self.request.headers.get("Accept", "")
+        keys = (await self.gateway.ledger.live())[:MAX_LABELS]
+        data, kind = Metrics(self.gateway, keys).encode(accepted)
+        if PLACE.folder:
+            others = sorted({*os.listdir(PLACE.folder)} - {str(PLACE.number)})
+            told = await asyncio.gather(*(ask_process(other, accepted) for other in others))
+            data = merged(dict(zip([str(PLACE.number), *others], [data, *told])))
+        self.set_header("Content-Type", kind)
+        self.finish(data)
+
+
+async def ask_process(name: str, accepted: str) -> bytes:
+    """What one of the `Parent`'s other processes tells of itself; nothing if it is not there."""
+    with contextlib.suppress(OSError):
+        async with asyncio.timeout(PROCESS_TIMEOUT):
+            reader, writer = await asyncio.open_unix_connection(Path(PLACE.folder, name))
+            with contextlib.closing(writer):
+                writer.write(f"{accepted}\n".encode("latin-1"))
+                return await reader.read()
+    return b""
+
+
+def merged(told: Mapping[str, bytes]) -> bytes:
+    """What processes tell, by their names, as one: each sample names its process, but not those of
+    keys, which the store has."""
+    families, end = dict[bytes, list[bytes]](), b""
+    own = rf"(?m)^((?!{'|'.join(BUDGET_METRICS)})[\w:]+)".encode()
+    for name, data in told.items():
+        whose = b'process="%b"' % name.encode()
+        data = re.sub(own + rb"\{", rb"\1{%b," % whose, data)
+        data = re.sub(own + rb" ", rb"\1{%b} " % whose, data)
+        data, eof, _ = data.partition(b"# EOF\n")  # of OpenMetrics
+        end = end or eof
+        for family in re.split(rb"(?m)^(?=# HELP )", data)[1:]:
+            about, kind, samples = family.split(b"\n", 2)
+            families.setdefault(about, [about, b"\n", kind, b"\n"]).append(samples)
+    return b"".join([*itertools.chain(*families.values()), end])
+
+
+@dataclass
+class Metrics:
+    """Those of this process, made of the gateway's counts, and of what keys have left."""
+
+    gateway: Gateway
+    keys: Sequence[VirtualKey] = ()
+
+    def encode(self, accepted: str) -> tuple[bytes, str]:
+        """All, and the media type that was chosen of those accepted. Raises APIError 501."""
         try:
             import prometheus_client as prometheus
         except ImportError:
             raise APIError(501, "Metrics need it: pip install prometheus-client") from None
-        self._keys = (await self.gateway.ledger.live())[:MAX_LABELS]
         registry = prometheus.CollectorRegistry()
         registry.register(self)
         prometheus.ProcessCollector(registry=registry)
-        accepted = self.request.headers.get("Accept", "")
-        encode, content_type = prometheus.exposition.choose_encoder(accepted)
-        self.set_header("Content-Type", content_type)
-        self.finish(encode(registry))
+        encode, kind = prometheus.exposition.choose_encoder(accepted)
+        return encode(registry), kind
+
+    async def tell(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answer `ask_process`."""
+        with contextlib.closing(writer):
+            accepted = (await reader.readline()).decode("latin-1")
+            writer.write(self.encode(accepted.strip())[0])
 
     def collect(self) -> Iterator[Any]:
         """Every metric, made of the gateway's counts as the registry asks for them."""
@@ -8648,7 +8829,7 @@ class MetricsHandler(ManagementHandler):
             prompt, output = used.input_tokens + used.cached, used.output_tokens
             cache = (used.cache_read_tokens, used.written)
             usage[label] = (used.spend, prompt + output, prompt, output, *cache)
-        for record in self._keys:
+        for record in self.keys:
             spent, limit, length = record.spent(moment), record.max_budget, record.budget_duration
             end = window(length, moment)[1] if length and limit is not None else None
             left = None if limit is None else limit - spent
@@ -9664,7 +9845,11 @@ DRAIN_PROGRESS = 5.0  # seconds between two lines about what a stop waits for
 LOOPBACK = ("127.0.0.1", "::1")
 MOCK_CREDENTIAL = "sk-ant-mock-"
 CHECK_TIMEOUT = 30.0  # seconds
+USAGE_ERROR = 2  # the exit code behind a SettingsError
+STEADY = 60.0  # seconds after which a process that ends is started again at once,
+LONGEST_WAIT = 30  # else in 0, 1, 2, 4 … and at most so many
 OPTIONAL_PACKAGES = {"uvloop": "the gateway is slower", "prometheus-client": "there is no /metrics"}
+OPTIONAL_PACKAGES |= dict.fromkeys(STORE_PACKAGES, "keys cannot be in a --store")
 OPTIONAL_PACKAGES["genai-prices"] = "money is not counted, budgets cannot be set"
 
 
@@ -9692,16 +9877,17 @@ def make_app(settings: Settings, rules: Sequence[Rule] = RULES) -> GatewayApplic
 def bind(settings: Settings, *, loopback: bool) -> list[socket.socket]:
     """Listening sockets, on ``loopback`` where no option says otherwise. Raises SettingsError."""
     where = settings.unix_socket or f"{settings.address or 'port'} {settings.port}"
+    bind_port = functools.partial(netutil.bind_sockets, reuse_port=settings.reuse_port)
     with blaming(
         f"cannot listen on {where}", "; stop what listens there, or choose another --port"
     ):
         if settings.unix_socket:  # for the owner's group too, such as the proxy's
             return [netutil.bind_unix_socket(settings.unix_socket, 0o660)]
         if settings.address or not loopback:
-            return netutil.bind_sockets(settings.port, settings.address or None)
-        sockets = netutil.bind_sockets(settings.port, LOOPBACK[0])
+            return bind_port(settings.port, settings.address or None)
+        sockets = bind_port(settings.port, LOOPBACK[0])
         with contextlib.suppress(OSError):  # a machine without IPv6
-            sockets += netutil.bind_sockets(sockets[0].getsockname()[1], LOOPBACK[1])
+            sockets += bind_port(sockets[0].getsockname()[1], LOOPBACK[1])
         return sockets
 
 
@@ -9749,13 +9935,14 @@ def announce(gateway: Gateway, port: int) -> None:
     url, keys = base_url(settings, port), gateway.ledger.count
     everywhere = "" if settings.address or is_open else " and every other address"
     is_mock = settings.api_key.startswith(MOCK_CREDENTIAL)
+    where = settings.shown_store or settings.keys
     made = "" if keys else "; POST /key/generate makes one"
-    required = f"virtual keys are required ({keys} in {settings.keys}{made})"
+    required = f"virtual keys are required ({keys} in {where}{made})"
     lines = [f"gateway {__version__} listening on {settings.unix_socket or url + everywhere}"]
     lines.append(f"relaying to {'the built-in stand-in' if is_mock else settings.upstream}")
     if gateway.real_keys.several:
         lines.append(f"with the real keys {', '.join(gateway.real_keys.names)}")
-    lines.append(f"! open to all who reach it (keys: {settings.keys})" if is_open else required)
+    lines.append(f"! open to all who reach it (keys: {where})" if is_open else required)
     lines += [f"! {lack}" for lack in lacks(settings)]
     if not gateway.prices.available:
         lines.append("! genai-prices is not installed: tokens are counted, money is not")
@@ -9796,6 +9983,30 @@ def take_secrets(gateway: Gateway) -> None:
     mask_secrets(settings)
 
 
+def meet_parent(
+    loop: asyncio.AbstractEventLoop,
+    signals: asyncio.Queue[int],
+    sockets: Sequence[socket.socket],
+    port: int,
+) -> None:
+    """Give the `Parent` what it does not have, and take signals from it; if it goes, stop too."""
+    control = socket.socket(fileno=PLACE.control)
+
+    def hear() -> None:
+        told = control.recv(64)
+        if not told:
+            loop.remove_reader(control)
+        for number in told or [signal.SIGTERM]:
+            signals.put_nowait(number)
+
+    loop.add_reader(control, hear)
+    for each in sockets if port else ():
+        each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # the first has the port alone
+    if not PLACE.sockets:
+        socket.send_fds(control, [b"%d" % port], [each.fileno() for each in sockets])
+        os.kill(os.getppid(), signal.SIGUSR1)
+
+
 async def serve(settings: Settings) -> None:
     """Run until SIGTERM or SIGINT; then refuse requests, let those under way end until all are
     `drained`, and break the rest. Raises SettingsError where it cannot start."""
@@ -9811,7 +10022,11 @@ async def serve(settings: Settings) -> None:
     await gateway.ledger.open()
     gateway.doors = Doors(gateway.settings, gateway.ledger)  # which may be open now
     settings, server, drained = gateway.settings, Server(gateway, application), gateway.drained
-    sockets = bind(settings, loopback=gateway.doors.is_open)
+    if PLACE.port:
+        settings = dataclasses.replace(settings, port=PLACE.port, reuse_port=True)
+    sockets = [socket.socket(fileno=each) for each in PLACE.sockets]
+    sockets = sockets or bind(settings, loopback=gateway.doors.is_open)
+    port = 0 if settings.unix_socket else sockets[0].getsockname()[1]
     server.listen(sockets, server_context(settings))
     signals, loop = asyncio.Queue[int](), asyncio.get_running_loop()
     loop.set_exception_handler(report_loop_error)
@@ -9819,8 +10034,12 @@ async def serve(settings: Settings) -> None:
         loop.add_signal_handler(number, signals.put_nowait, number)
     booking = asyncio.create_task(gateway.batches.run())
     saving = [asyncio.create_task(each.run()) for each in (gateway.ledger, gateway.recent)]
-    port = 0 if settings.unix_socket else sockets[0].getsockname()[1]
-    announce(gateway, port)
+    if PLACE.folder:
+        path = Path(PLACE.folder, str(PLACE.number))
+        telling = await asyncio.start_unix_server(Metrics(gateway).tell, path)
+        meet_parent(loop, signals, sockets, port)
+    if not (PLACE.port or PLACE.sockets):
+        announce(gateway, port)
     await loop.run_in_executor(None, gateway.prices.load)
     favour_the_loop()
     while await signals.get() == signal.SIGHUP:  # read all again; what is wrong changes nothing
@@ -9835,9 +10054,17 @@ async def serve(settings: Settings) -> None:
             log.info("keys read again: %d; real keys: %s", *told)
         except Exception as error:  # noqa: BLE001 - whatever it is, it does not stop the gateway
             log.error("not read again: %s", error)
-    for number in (signal.SIGTERM, signal.SIGINT):  # a second one hurries
-        loop.add_signal_handler(number, drained.set)
+
+    async def hurry() -> None:  # at a second one
+        while await signals.get() == signal.SIGHUP:
+            pass
+        drained.set()
+
     booking.cancel()
+    hurrying = asyncio.create_task(hurry())
+    if settings.reuse_port or PLACE.folder:
+        gateway.phase = FOLLOWS[gateway.phase][GatewayPhase.LEAVING]
+        await server.leave_port()
     gateway.phase = FOLLOWS[gateway.phase][GatewayPhase.DRAINING]
     server.stop()
     deadline = gateway.time() + settings.drain_timeout
@@ -9852,9 +10079,11 @@ async def serve(settings: Settings) -> None:
         handler.settle("client_gone")
     await gateway.close()
     log.info("stopped")
-    for task in saving:
+    for task in (*saving, hurrying):
         task.cancel()
-    if settings.unix_socket:
+    if PLACE.folder:
+        telling.close()
+    elif settings.unix_socket:
         Path(settings.unix_socket).unlink(missing_ok=True)
 
 
@@ -9897,7 +10126,7 @@ async def check(settings: Settings) -> bool:
         if where and not os.access(Path(where).absolute().parent, os.W_OK):
             raise SettingsError(f"{where}: its folder cannot be written")
         if not where:  # to bind a Unix socket would take it from a gateway that runs
-            for each in bind(settings, loopback=is_open):
+            for each in () if settings.reuse_port else bind(settings, loopback=is_open):
                 each.close()
             where = f"port {settings.port} of {settings.address or ('loopback' * is_open or 'all')}"
         findings.append((True, f"{where} is free to listen on"))
@@ -9936,6 +10165,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # as many as the system allows
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+        if settings.processes != 1 and not (PLACE.folder or settings.check):
+            sys.exit(Parent(settings).run())
         loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
         with contextlib.suppress(ImportError):
             import uvloop
@@ -9948,10 +10179,109 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except SettingsError as error:
         text, as_json = " ".join(f"gateway: {error}".split()), error.as_json or settings.log_json
         say(text, as_json=as_json, level=logging.CRITICAL, to=sys.stderr)
-        sys.exit(2)
+        sys.exit(USAGE_ERROR)
     except Exception:  # a mistake in this file: its lines are the log's too
         log.critical("ended", exc_info=True)
         sys.exit(1)
+
+
+@dataclass
+class Child:
+    """One of several processes, as their `Parent` sees it; times are of `time.monotonic`."""
+
+    number: int
+    sockets: Sequence[int] = ()  # descriptors of copies
+    due: float = math.inf  # when it is to be started,
+    wait: int = 0  # and so long behind its end
+    started: float = 0.0
+    process: subprocess.Popen[bytes] | None = None
+    control: socket.socket = field(default_factory=socket.socket)
+
+
+class Parent:
+    """Starts processes of this file that serve together, and again what ends. Signals are blocked,
+    here and by inheritance there, where they come through sockets: terminals and service managers
+    send them to all. Listening sockets are kept: whoever connects to a process that died waits for
+    its successor. The first process starts alone, so that what is wrong is said once."""
+
+    TOLD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    SIGNALS = (*TOLD, signal.SIGCHLD, signal.SIGALRM, signal.SIGUSR1)
+
+    def __init__(self, settings: Settings) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
+        self.path, self.port, self.code, self.stopping = settings.unix_socket, 0, 0, False
+        count = settings.processes or len(os.sched_getaffinity(0))
+        self.children = [Child(number) for number in range(count)]
+        self.children[0].due = 0
+
+    def run(self) -> int:
+        """Go on until all have ended behind a signal; their worst exit code."""
+        with tempfile.TemporaryDirectory(prefix="gateway-") as folder:
+            while not self.stopping or any(child.process for child in self.children):
+                if not self.stopping:
+                    self._start(folder)
+                if (number := signal.sigwait(self.SIGNALS)) in self.TOLD:
+                    self._tell(number)
+                for child in self.children:
+                    if child.process and not child.sockets:
+                        self._take_sockets(child)
+                    if child.process and (code := child.process.poll()) is not None:
+                        self._bury(child, code)
+        if self.path:
+            Path(self.path).unlink(missing_ok=True)
+        return self.code
+
+    def _start(self, folder: str) -> None:
+        """Start what is due, and have SIGALRM tell when more is."""
+        moment, count = time.monotonic(), len(self.children)
+        for child in self.children:
+            if not child.process and child.due <= moment:
+                child.started = moment
+                child.control, theirs = socket.socketpair()
+                with theirs:
+                    given, control = child.sockets, theirs.fileno()
+                    place = Place(child.number, count, folder, control, given, self.port)
+                    variables = os.environ | {PLACE_VARIABLE: json.dumps(place)}
+                    command = [sys.executable, *sys.orig_argv[1:]]
+                    child.process = subprocess.Popen(
+                        command, env=variables, pass_fds=(control, *given)
+                    )
+        due = min((child.due for child in self.children if not child.process), default=math.inf)
+        if due < math.inf:
+            signal.alarm(max(1, math.ceil(due - moment)))
+
+    def _take_sockets(self, child: Child) -> None:
+        """Keep what one listens to, if it does by now; a Unix socket is everybody's."""
+        with contextlib.suppress(BlockingIOError):
+            told, files, _, _ = socket.recv_fds(child.control, 8, 64, socket.MSG_DONTWAIT)
+            for each in self.children if files and self.path else [child]:
+                each.sockets = files
+            for each in self.children if files and not self.port else ():
+                each.due = 0
+            self.port = int(told or self.port)
+
+    def _tell(self, number: int) -> None:
+        if number != signal.SIGHUP:
+            self.stopping = True
+            for each in {each for child in self.children for each in child.sockets}:
+                os.close(each)  # else it would listen for as long as the parent lives
+        for child in self.children:
+            with contextlib.suppress(BrokenPipeError):
+                if child.process:
+                    child.control.send(bytes([number]))
+
+    def _bury(self, child: Child, code: int) -> None:
+        """One has ended, to be started again; unless it, or a first one, could not start at all."""
+        child.process, ran = None, time.monotonic() - child.started
+        child.control.close()
+        if code == USAGE_ERROR and not child.sockets and not self.stopping:
+            self._tell(signal.SIGTERM)
+        if self.stopping:
+            self.code = max(self.code, code if code >= 0 else 128 - code)
+            return
+        wait = 0 if ran >= STEADY else child.wait
+        child.due, child.wait = time.monotonic() + wait, min(LONGEST_WAIT, 2 * wait or 1)
+        log.error("process %d ended with %d; another starts in %d s", child.number, code, wait)
 
 
 def favour_the_loop() -> None:

