@@ -124,10 +124,10 @@ GOOD_MASTER_KEY = "set GATEWAY_MASTER_KEY to 16 characters or more that nobody c
 SENDABLE = re.compile(r"[\x21-\x7e]*")  # what a header or a URL can carry
 REAL_KEY = re.compile(r"(?:([\w.-]{1,64})=)?(sk-[\x21-\x7e]+)", re.ASCII)  # with a name for it
 DURATION = re.compile(r"\A([0-9]{1,9})(mo|s|m|h|d|w)\Z")
-STORE_URL = re.compile(  # with or without who it is for, and which of its databases
-    r"(?:rediss?://(?:[^@/?#]*@)?(?:[\w.-]+|\[[\w:.]+\])(?::\d{1,5})?(?:/\d*)?"
-    r"|unix://(?:[^@/?#]*@)?/[^@?#]+)(?:\?db=\d+)?"
-)
+STORE_HOST = r"rediss?://(?:[^\s/?#@]*@)?(?:\[[\w:.]+\]|[\w.-]+)(?::\d{1,5})?(?:/\d*)?"
+STORE_URL = re.compile(rf"(?:{STORE_HOST}|unix://(?:[^\s/?#@]*@)?/[^\s?#@]+)(?:\?db=\d+)?")
+WITHOUT_STORE = ("refuse", "allow")
+NEED_STORE = ("processes", "without_store", "new_store", "import_", "export")
 SHIPPED_KEYS = b'{"version": 1, "keys": {}}\n'  # a checkout's keys file, as no gateway writes it
 LOCAL_KEYS = Path("keys.local.json")  # stands in for that one, which is only read
 LOG_LEVELS = ("debug", "info", "warning", "error", "none")
@@ -249,10 +249,8 @@ class Settings:
         alone, duration = not self.master_key, self.budget_duration
         length = DURATION.match(duration)
         is_odd = duration and not (length and int(length[1]))
-        needy = (
-            () if self.store else ("processes", "without_store", "new_store", "import_", "export")
-        )
-        lost = [each for each in needy if getattr(self, each) != getattr(Settings, each)]
+        needs = [name for name in NEED_STORE if getattr(self, name) != getattr(Settings, name)]
+        no_store = self.store and not STORE_URL.fullmatch(self.store)
         wrong = {
             f"--port: {self.port} is not a port number (0 to 65535)": self.port > 65535,
             "--keyfile: needs --certfile": self.keyfile and not self.certfile,
@@ -260,12 +258,9 @@ class Settings:
             "GATEWAY_MASTER_KEY_NEXT: needs GATEWAY_MASTER_KEY": alone and self.master_key_next,
             f"--budget-duration: {duration} is no length of time, as 1d": is_odd,
             "--budget-duration: needs --max-budget": duration and self.max_budget is None,
-            "--store: is no URL as redis://user:password@host:6379/0, or rediss:// or unix://": (
-                self.store and not STORE_URL.fullmatch(self.store)
-            ),
-            f"--{option_name(''.join(lost[:1]))}: needs --store": lost,
-            "--without-store: is not refuse or allow": self.without_store
-            not in ("refuse", "allow"),
+            "--store: is no URL as redis://:password@host:6379/0": no_store,
+            f"--{option_name(''.join(needs[:1]))}: needs --store": needs and not self.store,
+            "--without-store: is not refuse or allow": self.without_store not in WITHOUT_STORE,
             "--reuse-port: takes no --unix-socket": self.reuse_port and self.unix_socket,
         }
         for text in filter(wrong.get, wrong):
@@ -414,7 +409,7 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
         if kind := each.metadata["kind"]:
             value = values[each.name] = next(filter(None, found), each.default)
             told = "; else $".join((each.metadata["help"], *each.metadata["variables"]))
-            shown = None if each.name == "store" else value  # by --help: it may hold a password
+            shown = "" if each.name == "store" else value  # by --help: it may hold a password
             parser.define(option_name(each.name), shown, kind, told, group="Gateway")
             kinds[option_name(each.name)] = kind
     try:
@@ -432,8 +427,7 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
                 parser.log_file_prefix += f".{PLACE.number}"
             parser.run_parse_callbacks()  # which open the log
         chosen = parser.group_dict("Gateway")
-        chosen = {name: chosen[option_name(name)] for name in values}
-        values |= {name: value for name, value in chosen.items() if value not in ("", Path(), None)}
+        values |= {n: v for n in values if (v := chosen[option_name(n)]) not in ("", Path())}
         return Settings(**values, **read_secrets(environment))
     except SettingsError as error:
         error.as_json = parser.log_json or bool({"--log-json", "--log-json=true"} & {*arguments})
@@ -1930,6 +1924,7 @@ KEYS_FRAME = (b'{"version": %d, "keys": {' % STORE_VERSION, b",\n", b"\n}}\n")
 THINGS_FRAME = (b'{"version": %d}' % STORE_VERSION, b"\n", b"\n")
 GATEWAY = "gateway:"  # what the whole gateway's account is kept under
 EVERY_TAG = ""  # among its tags: whatever had any
+MAX_AUDITED = 10_000  # changes that are remembered
 UNTIDY_LINES = 1000  # of changes, beyond twice the fewest, until a file of them is written anew
 Charges = Sequence[tuple[str, Tally]]  # what was used, by model
 written = functools.partial(shown, amount="{:f}".format)  # in the file amounts lose no digit
@@ -2263,6 +2258,8 @@ class Ledger:
         self.batches: dict[str, Account] = {}  # whose they are
         self._retired: dict[str, str] = {}  # and what is no more, which the record tells
         self._touched: set[str] = set()  # what was used since it was written
+        self._kept: dict[str, tuple[str, float]] = {}
+        self._noted = collections.deque[Mapping[str, Any]](maxlen=MAX_AUDITED)
 
     def lookup(self, hashed: str) -> tuple[VirtualKey, str] | None:
         """A key and its `VirtualKey.status`; by an old hash ``expired`` once its grace is over."""
@@ -2297,6 +2294,33 @@ class Ledger:
     async def live(self, **named: str) -> list[VirtualKey]:
         """The keys of `each` that are not deleted."""
         return [key async for key in self.each(**named) if not key.deleted_at]
+
+    async def keep(self, name: str, value: str, seconds: float, most: int = 0) -> bool:
+        """Remember a word for some seconds, for all who share the store, where it is not there: is
+        it new? Of those with one value there may be so many; the oldest goes."""
+        self._kept = {n: row for n, row in self._kept.items() if row[1] > self._clock()}
+        alike = [other for other, row in self._kept.items() if row[0] == value]
+        for old in alike[: 1 - most] if most else ():
+            del self._kept[old]
+        return self._kept.setdefault(name, row := (value, self._clock() + seconds)) is row
+
+    async def recall(self, name: str) -> str:
+        """What is remembered under a name; else empty."""
+        value, end = self._kept.get(name, ("", 0.0))
+        return value if end > self._clock() else ""
+
+    async def drop(self, name: str) -> None:
+        """Remember it no more."""
+        self._kept.pop(name, None)
+
+    def note(self, row: Mapping[str, Any]) -> None:
+        """Remember a change for the audit, as the last of MAX_AUDITED."""
+        self._noted.append(row)
+
+    async def noted(self) -> AsyncIterator[Mapping[str, Any]]:
+        """What was noted, the newest first."""
+        for row in [*self._noted][::-1]:
+            yield row
 
     async def admit(self, hold: Hold, *, pays: bool, shares: bool, later: bool = False) -> None:
         """Take a slot and one request of the key's rates; where it ``pays``, its budget must have
@@ -2782,11 +2806,12 @@ class FileLedger(Ledger):
         whole.account = told.account if told else whole.account
         self.groups = {GATEWAY: whole}
         self._apply(records | ({GATEWAY: whole} if told else {}))
+        every = known | records
         for name in (
             known.keys() ^ records.keys()
         ):  # what is new of batches, or gone, is held of all
             sign = 1 if name in records else -1
-            for batch in (known | records)[name].account.batches.values():
+            for batch in every[name].account.batches.values():
                 for at in batch.beside.keys() & self.groups.keys():
                     for budget, amount in batch.beside[at].items():
                         self.groups[at].account.windows[budget].held += sign * amount
@@ -2934,6 +2959,9 @@ TRIES = 3  # of a request whose key is changed under it
 MARK_DAYS = 7  # after which a process that was cut off may not write any more
 PREFIX, STORE, CHANGES, REVISION = "gw:", "gw:store", "gw:changes", "gw:revision"
 NANO = Decimal("1e-9")
+IMPORTED = "gw:import"  # is STORE until all is there
+TOLD_OF, COPY_DEADLINE = 10_000, 60.0  # records; seconds for an answer
+Sums = collections.Counter[str]  # of what was copied
 REMEMBERED = ".store"  # behind the name of the keys file: which stores were used from here
 NO_STORE = "The store is empty, or another one: nothing is changed in it. Whoever runs the gateway"
 NO_STORE += " must bring its data back, or start it with --new-store or --import."
@@ -3134,8 +3162,36 @@ for i = 2, #KEYS do
 end
 return told
 """
+# Things, each [id, kind, home, made]: "made" and "shared" leave an owner, "given" does not, "gone"
+# is his own. Sets are of an owner, of all ("*") and of what is shared ("+"), of a kind or of any.
+THINGS = """
+local deed, owner, rows = unpack(cjson.decode(ARGV[3]))
+for _, row in ipairs(rows) do
+  local name, text = row[1], redis.call('HGET', KEYS[3], row[1])
+  local old = text and cjson.decode(text)
+  local of = old or {owner, row[2], row[3], row[4]}
+  if not old or deed ~= 'made' and (deed ~= 'gone' or owner == '*' or owner == of[1]) then
+    for pass = 1, 2 do
+      local places = {':*', ':' .. of[1], of[2] .. ':*', of[2] .. ':' .. of[1], of[2] .. ':+'}
+      for i, place in ipairs(places) do
+        if pass == 1 then redis.call('ZREM', 'gw:made:' .. place, name)
+        elseif i < 5 or of[5] then redis.call('ZADD', 'gw:made:' .. place, of[4], name) end
+      end
+      if deed == 'gone' then break end
+      of[1], of[5] = deed == 'given' and owner or of[1], deed == 'shared'
+    end
+    if deed == 'gone' then redis.call('HDEL', KEYS[3], name)
+    else redis.call('HSET', KEYS[3], name, cjson.encode(of)) end
+  end
+end
+return {}
+"""
+LOG = """
+for i = 4, #ARGV do redis.call('XADD', KEYS[3], 'MAXLEN', '~', ARGV[3], '*', 'row', ARGV[i]) end
+return {}
+"""
 EVERY_SCRIPT = (RESERVE, RENEW, LOOK)
-WRITTEN_ONCE = (BOOK, KEEP, FINISH)
+WRITTEN_ONCE = (BOOK, KEEP, FINISH, THINGS, LOG)
 SCRIPTS = {text: PRELUDE + text for text in EVERY_SCRIPT}
 SCRIPTS |= {text: PRELUDE + ONCE + text for text in WRITTEN_ONCE}
 DIGESTS = {text: hashlib.sha1(script.encode()).hexdigest() for text, script in SCRIPTS.items()}
@@ -3294,27 +3350,31 @@ class RedisLedger(Ledger):
         new_store: bool = False,
         allow: bool = False,
         remember: Path | None = None,
+        deadline: float = STORE_DEADLINE,
     ) -> None:
         import redis.asyncio
         from redis.asyncio.retry import Retry
         from redis.backoff import NoBackoff
 
         super().__init__(usage_days, clock, limits)
-        times: Any = dict.fromkeys(("socket_timeout", "socket_connect_timeout"), STORE_DEADLINE)
+        times: Any = dict.fromkeys(("socket_timeout", "socket_connect_timeout"), deadline)
         told: Any = times | {"decode_responses": True, "retry": Retry(NoBackoff(), 0)}
         told |= {"protocol": 2, "max_connections": MOST_CONNECTIONS, "timeout": STORE_DEADLINE}
         pool = redis.asyncio.BlockingConnectionPool.from_url(store, **told)
         self._redis: Any = redis.asyncio.Redis(connection_pool=pool)
-        self._errors = (redis.RedisError, OSError, TimeoutError, StoreAway)
+        # uvloop raises RuntimeError for what is written to a connection that was just reset.
+        self._errors = (redis.RedisError, OSError, TimeoutError, RuntimeError, StoreAway)
         self._new, self._allow, self._remember = new_store, allow, remember
         self._shown = re.sub(r"//[^@/]*@", "//", store.partition("?")[0])
         self.keys: collections.OrderedDict[str, VirtualKey] = collections.OrderedDict()
         self._unknown: set[str] = set()  # hashes of no key, until any changes
         self._asked: dict[str, asyncio.Task[VirtualKey | None]] = {}
+        self._forgotten = 0  # how often any has changed: what is read meanwhile may be old
         self._accounts = weakref.WeakValueDictionary[str, Account]()  # by their places
         self._link, self._linked = cast(Link | None, None), asyncio.Event()
         self.away, self.lost, self.doubt = "it was not asked yet", False, ""
         self._id, self._process, self._number = "", secrets.token_hex(4), 0
+        self._store = STORE
         self._writes: dict[int, Write] = {}
         self._refused: list[Write] = []  # which are sent again, each with another number
         self._holds: dict[str, Sequence[str]] = {}  # places, by the ids of holds
@@ -3325,6 +3385,10 @@ class RedisLedger(Ledger):
         self.groups[GATEWAY].account.place = f"{PREFIX}{{gateway}}:{GATEWAY}"
         # Batches: whose they are, what is held, and the last line that was booked here.
         self._booking: dict[str, tuple[VirtualKey, Any, int]] = {}
+
+    @property
+    def _oldest(self) -> str:
+        return day_of(now() - timedelta(days=self._usage_days))
 
     # Coming and going
 
@@ -3392,8 +3456,10 @@ class RedisLedger(Ledger):
                 await self._renew()
                 await link.closed
                 why = link.why
-            except (OSError, StoreAway) as error:
+            except Exception as error:  # whatever it is, it is tried again
                 why = str(error) or "no answer"
+                if not isinstance(error, self._errors):
+                    log.exception("Redis cannot be reached")
             self._link = None
             if why != self.away:
                 log.error("Redis is away: %s", why) if not self.away else None
@@ -3412,8 +3478,10 @@ class RedisLedger(Ledger):
                     self._forget(change["name"])
                 await self._check()
                 failed = 0
-            except self._errors as error:
+            except Exception as error:  # whatever it is, it is tried again
                 failed += 1  # if but once, perhaps this process was late itself
+                if not isinstance(error, self._errors):
+                    log.exception("changes in Redis cannot be followed")
                 if self._link is not None and failed > 2:
                     self._link.abort(str(error) or "no answer")
                 await asyncio.sleep(STORE_RETRY)
@@ -3426,7 +3494,8 @@ class RedisLedger(Ledger):
             pipe.zadd(f"{PREFIX}processes", {self._process: asked + CLOCK.ahead})
             pipe.zcount(f"{PREFIX}processes", asked + CLOCK.ahead - 5, "inf")
             store, (seconds, more), self.count, _, self._processes = await pipe.execute()
-        CLOCK.ahead = seconds + more / 1e6 - (asked + time.time()) / 2
+        told = seconds + more / 1e6  # some time between the question and its answer
+        CLOCK.ahead = min(max(CLOCK.ahead, told - time.time()), told - asked)
         if self.lost != (lost := store != self._id):
             log.critical(NO_STORE) if lost else log.warning("the store is back")
             self.lost = lost
@@ -3504,7 +3573,7 @@ class RedisLedger(Ledger):
         """What a script answers. Raises StoreAway."""
         if self._link is None:
             raise StoreAway(self.away)
-        return await self._link.script(script, [STORE, *keys], self._id, *arguments)
+        return await self._link.script(script, [self._store, *keys], self._id, *arguments)
 
     def _later(
         self,
@@ -3529,7 +3598,7 @@ class RedisLedger(Ledger):
 
     def _send(self, number: int, write: Write) -> None:
         if self._link is not None and not self.lost:
-            keys = [STORE, f"{write.keys[-1]}:seen:{self._process}", *write.keys]
+            keys = [self._store, f"{write.keys[-1]}:seen:{self._process}", *write.keys]
             answer = self._link.script(write.script, keys, self._id, number, *write.arguments)
             answer.add_done_callback(functools.partial(self._sent, number, write))
 
@@ -3560,15 +3629,16 @@ class RedisLedger(Ledger):
 
     async def _learn(self, hashed: str) -> VirtualKey | None:
         """Read a key, and remember it, or that there is none."""
+        began = self._forgotten
         try:
             async with self._asking():
-                if (key := await self._read_key(hashed, former=True)) is None:
-                    self._unknown.add(hashed)
-                    return None
-                await self._look([key], None, shared=self._accounts)
-                self.keys[hashed] = key
+                if key := await self._read_key(hashed, former=True):
+                    await self._look([key], None, shared=self._accounts)
         finally:
             del self._asked[hashed]
+        if began == self._forgotten:
+            self.keys |= {hashed: key} if key else {}
+            self._unknown |= set() if key else {hashed}
         if len(self.keys) > KEPT_RECORDS:
             self.keys.popitem(last=False)
         if len(self._unknown) > KEPT_RECORDS:
@@ -3596,6 +3666,7 @@ class RedisLedger(Ledger):
     def _forget(self, name: str = "") -> None:
         """A record has changed, or (without a name) any may have."""
         self._unknown.clear()
+        self._forgotten += 1
         if not name:
             self.keys.clear()
         elif HASH.fullmatch(name):
@@ -3938,6 +4009,281 @@ class RedisLedger(Ledger):
                 "key %s: batch %s is gone, so its worst case is booked", key.shown_name, name
             )
 
+    # Things
+
+    async def find_things(self, names: Iterable[object]) -> dict[str, Thing]:
+        async with self._asking():
+            rows, keys = await self._rows([n for n in names if isinstance(n, str)])
+        found = dict[str, Thing]()
+        for name, (owner, kind, home, _, is_shared) in rows.items():
+            key = keys.get(owner)
+            team, home = (key.team_id, home or key.home or "") if key else (None, home)
+            found[name] = Thing(kind, owner, team, is_shared, home)
+        return found
+
+    async def _rows(self, names: Sequence[str]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+        """Of these things those that are known, and the keys of their owners, by these."""
+        asked = [name for name in names if name.isprintable()]  # no id is else, nor UTF-8
+        texts = await self._redis.hmget(f"{PREFIX}things", asked) if asked else []
+        rows = {name: json.loads(text) for name, text in zip(asked, texts, strict=True) if text}
+        owners = sorted({owner for owner, *_ in rows.values()})
+        hashes = await self._redis.hmget(f"{PREFIX}owners", owners) if owners else []
+        keys: Any = await self._records([*filter(None, hashes)])
+        return rows, {key.owner: key for key in keys.values()}
+
+    async def reached(self, key: VirtualKey, kind: str) -> dict[str, float]:
+        owners = {key.owner, "+"}
+        async with self._asking():
+            if key.team_id and key.resources == "team":
+                sets = [f"{PREFIX}{of}:team:{key.team_id}" for of in ("members", "deleted")]
+                mates: Any = await self._records([*await self._redis.sunion(sets)])
+                owners |= {mate.owner for mate in mates.values()}
+            async with self._redis.pipeline(transaction=False) as pipe:
+                for owner in owners:
+                    pipe.zrange(f"{PREFIX}made:{kind}:{owner}", 0, -1, withscores=True)
+                return dict(itertools.chain(*await pipe.execute()))
+
+    async def own(self, born: Mapping[tuple[str, str], Mapping[str, float]], home: str) -> None:
+        known, names = dict[str, Thing](), {name for made in born.values() for name in made}
+        with contextlib.suppress(APIError):
+            known = await self.find_things(names)
+        for (owner, kind), made in born.items():
+            self._change(
+                "made", owner, [[n, kind, home, made[n]] for n in made.keys() - known.keys()]
+            )
+        try:
+            if names - known.keys():
+                await asyncio.shield(self.save())
+        except APIError as error:
+            text = f"{error.message} What was made is there, and is remembered later."
+            raise APIError(503, text, headers=[DO_NOT_RETRY]) from None
+
+    async def assign(self, kinds: Mapping[str, str], owner: str | None) -> None:
+        async with self._asking():  # else nothing is changed
+            rows = [[name, kind, "", now().timestamp()] for name, kind in kinds.items()]
+        self._change("shared" if owner is None else "given", owner or "", rows)
+        await asyncio.shield(self.save())
+
+    def forget(self, name: str, owner: str | None) -> None:
+        self._change("gone", "*" if owner is None else owner, [[name, "", "", 0]])
+
+    def _change(self, deed: str, owner: str, rows: Sequence[Sequence[Any]]) -> None:
+        if rows := [row for row in rows if row[0].isprintable()]:
+            self._later(THINGS, [f"{PREFIX}things"], json.dumps([deed, owner, rows]))
+
+    async def list_things(
+        self, owner: str | None, kind: str, first: int, most: int
+    ) -> tuple[int, list[dict[str, Any]]]:
+        made = f"{PREFIX}made:{kind}:{'*' if owner is None else owner}"
+        async with self._asking():
+            total = await self._redis.zcard(made)
+            names = await self._redis.zrange(made, first, first + most - 1)
+            found, keys = await self._rows(names)
+        rows = list[dict[str, Any]]()
+        for name, (whose, of, home, made, is_shared) in found.items():
+            key = keys.get(whose)
+            hashed = key.account.hashed if key and not key.deleted_at else None
+            row = dict[str, Any](id=name, kind=of, key=hashed, home=home or None)
+            rows.append(row | {"created_at": moment_of(int(made)), "shared": is_shared})
+        return total, rows
+
+    # What is remembered for all
+
+    async def keep(self, name: str, value: str, seconds: float, most: int = 0) -> bool:
+        at, alike = f"{PREFIX}kept:{name}", f"{PREFIX}alike:{value}"
+        async with self._asking():
+            if not await self._redis.set(at, value, nx=True, px=int(seconds * 1000)):
+                return False
+            if most and await self._redis.rpush(alike, at) > most:
+                await self._redis.delete(await self._redis.lpop(alike))
+            await self._redis.expire(alike, math.ceil(seconds))
+        return True
+
+    async def recall(self, name: str) -> str:
+        async with self._asking():
+            return await self._redis.get(f"{PREFIX}kept:{name}") or ""
+
+    async def drop(self, name: str) -> None:
+        async with self._asking():
+            await self._redis.delete(f"{PREFIX}kept:{name}")
+
+    def note(self, row: Mapping[str, Any]) -> None:
+        self.log([json.dumps(row, default=shown).encode()], MAX_AUDITED, "audit")
+
+    async def noted(self) -> AsyncIterator[Mapping[str, Any]]:
+        await self.save()
+        async for row in self.logged("audit"):
+            yield json.loads(row)
+
+    def log(self, rows: Iterable[bytes], most: int, name: str = "requests") -> None:
+        """Add rows to a log that all share, which keeps the last ``most``."""
+        self._later(LOG, [f"{PREFIX}{name}"], most, *rows)
+
+    async def logged(self, name: str = "requests") -> AsyncIterator[bytes]:
+        """Its rows, the newest first."""
+        at = "+"
+        while at:
+            async with self._asking():
+                log = f"{PREFIX}{name}"
+                rows = await self._redis.xrevrange(log, at, count=NAMES_A_TRIP)
+            for _, row in rows:
+                yield row["row"].encode()
+            at = f"({rows[-1][0]}" if rows else ""
+
+    # Copying
+
+    async def take_in(self, source: FileLedger, tell: Callable[[str], None]) -> Sums:
+        """Fill a store that has no keys with all that a file has, over what a broken try left.
+        STORE comes last, when all was read back; till then there is none. Raises SettingsError."""
+        redis, sums, self._store, self._id = self._redis, Sums(), IMPORTED, self._process
+        whole = source.groups[GATEWAY]
+        whole.account.place = self.groups[GATEWAY].account.place
+        records = [*source.groups.values(), *source.keys.values()]
+        try:
+            if await redis.exists(STORE) and await redis.zcard(f"{PREFIX}key"):
+                raise SettingsError(f"--import: {self._shown} holds keys already")
+            await redis.delete(STORE)
+            await self._clear("*")
+            pipe = redis.pipeline(transaction=False).set(IMPORTED, self._id)
+            pipe.hset(whole.account.place, "rev", "").set(REVISION, len(records))
+            self._tasks = [asyncio.create_task(self._keep_linked())]
+            for start in range(0, len(records), NAMES_A_TRIP):
+                part = records[start : start + NAMES_A_TRIP]
+                for number, of in enumerate(part, start=start + 1):
+                    if of is not whole:
+                        self._put(pipe, of.account.hashed, of, str(number))
+                    if of.account.last_active:
+                        active = int(of.account.last_active.timestamp())
+                        pipe.hset(of.account.place, "active", active)
+                await pipe.execute()
+                for of in part:
+                    self._copy_account(of, source)
+                    self._count_in(sums, of)
+                await self._written()
+                if start % TOLD_OF == 0:
+                    tell(f"{start:,} of {len(records):,} records")
+            for change in map(json.loads, source.things.lines()):
+                kind, home, names = change.get("kind"), change.get("home"), change.get("shared", ())
+                rows = [[n, kind, home, made] for n, made in change.get("made", {}).items()]
+                rows += [[name, "", "", 0] for name in names]
+                for start in range(0, len(rows), NAMES_A_TRIP):
+                    deed, owner = "shared" if names else "made", change.get("key", "")
+                    self._change(deed, owner, rows[start : start + NAMES_A_TRIP])
+                    await self._written()
+            found, sums["things"] = Sums(), len(source.things.places)
+            async for of in self._everything():
+                self._count_in(found, of)
+            found["things"] = await redis.hlen(f"{PREFIX}things")
+            if found != sums:
+                wrong = f"{dict(found - sums)} too many, {dict(sums - found)} too few"
+                raise SettingsError(f"--import: what was written is not what was read: {wrong}")
+            await self._clear(f"*:seen:{self._process}")
+            await redis.rename(IMPORTED, STORE)
+            await self._find_disk()
+            await redis.execute_command(*("WAITAOF", 1, 0, 0) if self._waits else ("PING",))
+        except self._errors as error:
+            raise SettingsError(f"--store: {self._shown}: {error or 'no answer'}") from None
+        return sums
+
+    def _copy_account(self, of: Limited, source: FileLedger) -> None:
+        """Write what a record has used, its batches, and where it makes things."""
+        account, used = of.account, list[Any]()
+        for day, model, tally in account.usage.days(self._oldest):
+            used += self._usage([(model, tally)], day)
+        spent = [[name, w.start, nano(w.spend)] for name, w in account.windows.items()]
+        rows = [{"w": spent, "u": used, "t": False, "a": False}]
+        self._later(BOOK, [account.place] * 2, "", json.dumps(rows), "0")
+        for name, batch in account.batches.items():
+            held = [
+                [other.account.place, window, str(nano(amount))]
+                for at, amounts in ({account.hashed: batch.held} | batch.beside).items()
+                for window, amount in amounts.items()
+                if (other := source.record(at))
+            ]
+            row = ["owner", cast(VirtualKey, of).owner, "day", batch.day, "lines", batch.lines]
+            keys = [f"{PREFIX}batch:{name}", f"{PREFIX}unbooked"]
+            self._later(KEEP, keys, "", name, json.dumps(held), json.dumps([*row, "booked", 0]))
+            if batch.booked:
+                self._later(FINISH, keys, name, "[]", self._usage_days * 86400)
+
+    async def give_out(self, path: Path, tell: Callable[[str], None]) -> Sums:
+        """Write all into a keys file, and one of resources, that are not there yet. While gateways
+        run, what they use and make meanwhile is there in part: batches are read first, then some
+        records at a time, then things. Raises SettingsError."""
+        sums, lines, things, today = Sums(), list[bytes](), Things(), day_of(now())
+        files = {Path(f"{path}.resources"): THINGS_FRAME, path: KEYS_FRAME}
+        if there := [*filter(os.path.lexists, files)]:
+            raise SettingsError(f"--export: {there[0]} is there already; name another file")
+        try:
+            async for of in self._everything():
+                self._count_in(sums, of)
+                lines.append(store_line(of.account.hashed, of, today, self._oldest))
+                if len(lines) % TOLD_OF == 0:
+                    tell(f"{len(lines):,} records")
+            async for name, text in self._redis.hscan_iter(f"{PREFIX}things", count=NAMES_A_TRIP):
+                owner, kind, home, made, is_shared = json.loads(text)
+                things.change({"key": owner, "kind": kind, "home": home, "made": {name: made}})
+                things.shared |= {name} if is_shared else set()
+            for (file, frame), each in zip(files.items(), (things.lines(), lines), strict=True):
+                StoreFile(file, frame, "", "").write(each)
+        except self._errors as error:
+            raise SettingsError(f"--export: {error or 'Redis gave no answer'}") from None
+        sums["things"] = len(things.places)
+        return sums
+
+    async def _everything(self) -> AsyncIterator[Limited]:
+        """Every record, with all that it used and its batches."""
+        days, batches = (self._oldest, "9999"), collections.defaultdict[str, Any](dict)
+        whole = await self._whole(days)
+        names = {whole.account.place: GATEWAY}
+        async for at in self._redis.scan_iter(f"{PREFIX}batch:*", NAMES_A_TRIP):
+            if row := await self._redis.hgetall(at):
+                batches[row["owner"]][at.removeprefix(f"{PREFIX}batch:")] = row
+        yield whole
+        for kind in (*GROUPS, "key"):
+            async for of in self.each(kind, days=days):
+                account = of.account
+                names[account.place] = account.hashed
+                if isinstance(of, VirtualKey):
+                    account.batches, own = {}, batches.pop(of.owner, {})
+                    of.owner_id = "" if of.owner_id == account.hashed else of.owner_id
+                    for name, row in own.items():
+                        batch = Batch(row["day"], int(row["lines"]), booked=row["booked"] == "1")
+                        account.batches[name] = batch
+                        held = {account.hashed: batch.held} | batch.beside
+                        for place, window, amount in (
+                            [] if batch.booked else json.loads(row["held"])
+                        ):
+                            held.setdefault(names.get(place, ""), {})[window] = usd(amount)
+                        batch.held, batch.beside = held.pop(account.hashed), held
+                yield of
+                if kind == "key":
+                    del names[account.place]
+
+    def _count_in(self, sums: Sums, of: Limited) -> None:
+        """Count a record in, and what it used: amounts are nano-dollars."""
+        which, batches = "tagged " if of.of == "gateway" else "", of.account.batches.values()
+        sums[f"{of.of}s"] += 1
+        sums["batches"] += len(batches)
+        sums["unbooked batches"] += sum(not batch.booked for batch in batches)
+        sums["spent of budgets"] += sum(nano(w.spend) for w in of.account.windows.values())
+        for _, _, tally in of.account.usage.days(self._oldest):
+            sums[f"{which}requests"] += tally.requests
+            sums[f"{which}spent"] += nano(tally.spend)
+
+    async def _written(self) -> None:
+        """Wait until what is to be written is."""
+        waiting = [write.done for write in self._writes.values()]
+        late = (await asyncio.wait(waiting, timeout=COPY_DEADLINE))[1] if waiting else ()
+        if late or self._refused:
+            raise StoreAway(self.away or "it refused what was to be written")
+
+    async def _clear(self, pattern: str) -> None:
+        scan = self._redis.scan_iter(f"{PREFIX}{pattern}", NAMES_A_TRIP)
+        names = [name async for name in scan]
+        for start in range(0, len(names), NAMES_A_TRIP):
+            await self._redis.unlink(*names[start : start + NAMES_A_TRIP])
+
     # Changing
 
     @contextlib.asynccontextmanager
@@ -3961,9 +4307,9 @@ class RedisLedger(Ledger):
                 return await self.change(changes)
         async with self._asking():
             before = await self._records([*changes])
-            last = await self._redis.incrby(REVISION, len(changes))
             async with self._redis.pipeline(transaction=True) as pipe:
-                await pipe.watch(STORE, f"{PREFIX}lock")
+                await pipe.watch(STORE, REVISION, f"{PREFIX}lock")
+                revision = int(await pipe.get(REVISION) or 0)
                 is_ours = await pipe.get(STORE) == self._id
                 if (
                     not is_ours
@@ -3971,11 +4317,12 @@ class RedisLedger(Ledger):
                 ):
                     raise StoreAway("the change took too long")
                 pipe.multi()
-                for number, (name, record) in enumerate(changes.items()):
+                pipe.incrby(REVISION, len(changes))
+                for number, (name, record) in enumerate(changes.items(), start=1):
                     if old := before.get(name):
                         self._take(pipe, name, old, is_gone=record is None)
                     if record is not None:  # each has a number of its own, the order of reports
-                        self._put(pipe, name, record, str(last - len(changes) + number + 1))
+                        self._put(pipe, name, record, str(revision + number))
                     pipe.xadd(CHANGES, {"name": name}, maxlen=CHANGES_KEPT)
                 await pipe.execute()
             await self._sync()
@@ -3998,6 +4345,8 @@ class RedisLedger(Ledger):
                     pipe.sadd(f"{PREFIX}members:{group}", name)
                 if record.key_alias:
                     pipe.hset(f"{PREFIX}alias", record.key_alias, name)
+            elif record.team_id:  # whose others still reach what it made
+                pipe.sadd(f"{PREFIX}deleted:team:{record.team_id}", name)
         else:
             id, team = name, getattr(record, "team_id", None)
         tag = urllib.parse.quote(team or id, safe="")
@@ -4085,10 +4434,14 @@ class RedisLedger(Ledger):
             last = part[-1][1]
 
     async def tagged(self, days: tuple[str, str]) -> Usage:
-        whole = Limited(account=Account(place=self.groups[GATEWAY].account.place))
+        return (await self._whole(days)).account.usage
+
+    async def _whole(self, days: tuple[str, str]) -> Limited:
+        place = self.groups[GATEWAY].account.place
+        whole = Limited(account=Account(hashed=GATEWAY, place=place))
         async with self._asking():
             await self._look([whole], days)
-        return whole.account.usage
+        return whole
 
     async def _look(
         self,
@@ -5064,7 +5417,8 @@ class Alerts:
 
     def __init__(self, client: UpstreamClient, url: str) -> None:
         self._client, self._url = client, url
-        self._waiting: collections.deque[bytes] = collections.deque(maxlen=MAX_ALERTS)
+        self.keep: Callable[..., Awaitable[bool]] | None = None  # `Ledger.keep`: who is the first?
+        self._waiting = collections.deque[tuple[str, bytes]](maxlen=MAX_ALERTS)
         self._told: dict[str, float] = {}  # when each matter was
         self._sending: asyncio.Future[None] = client.done
 
@@ -5079,7 +5433,7 @@ class Alerts:
             del self._told[next(iter(self._told))]
         told = {"text": text, "event": event, "event_message": text, "alert_type": event}
         told |= {"event_group": "proxy"} | details
-        self._waiting.append(json.dumps(told, default=shown).encode())
+        self._waiting.append((matter, json.dumps(told, default=shown).encode()))
         if self._sending.done():
             self._sending = self._client.loop.create_task(self._send())
 
@@ -5088,7 +5442,10 @@ class Alerts:
         options |= {"method": "POST", "headers": {"Content-Type": "application/json"}}
         options["streaming_callback"] = lambda _: None  # of an answer nothing is kept
         while self._waiting:
-            body, error = self._waiting.popleft(), None
+            (matter, body), error = self._waiting.popleft(), None
+            with contextlib.suppress(APIError):  # a store that is away: then each process tells it
+                if self.keep and not await self.keep(f"told:{matter}", "", ALERT_AGAIN / 2):
+                    continue
             for pause in (0.0, *ALERT_BACKOFF):
                 await asyncio.sleep(pause)
                 try:
@@ -5403,10 +5760,7 @@ RESERVED_FILES = 64  # for the keys file, the log and whatever else is no connec
 BACKLOG = 4096  # connections that the kernel holds until they are accepted, up to its somaxconn
 HANDSHAKE = 0.25  # seconds for one that has begun to end, and then for the request behind it
 SO_ATTACH_FILTER = 26  # <asm-generic/socket.h>; Python does not name it
-NO_SYN = (  # BPF: of the flags of TCP, is SYN set and ACK not? then drop it, else take it
-    *((0x30, 0, 0, 13), (0x54, 0, 0, 0x12), (0x15, 0, 1, 0x02), (0x06, 0, 0, 0)),
-    (0x06, 0, 0, 0xFFFF),
-)
+NO_SYN = ((0x30, 0, 0, 13), (0x54, 0, 0, 0x12), (0x15, 0, 1, 2), (6, 0, 0, 0), (6, 0, 0, 0xFFFF))
 ACCEPT_AGAIN = 1.0  # seconds after which connections are taken again where no file could be opened
 
 
@@ -5428,8 +5782,7 @@ class Server:
         files = MANY_FILES if files == resource.RLIM_INFINITY else files
         self.max_connections = max(1, (files - RESERVED_FILES) // 2)
         self._sites: collections.Counter[str] = collections.Counter()
-        self._listening = list[socket.socket]()
-        self._accepting: list[asyncio.Task[None]] = []
+        self._accepting: dict[socket.socket, asyncio.Task[None]] = {}
         self._opening: set[asyncio.Task[None]] = set()
         self._sweep()
 
@@ -5438,24 +5791,18 @@ class Server:
         self.context = context
         for listening in sockets:
             listening.listen(BACKLOG)
-            self._listening.append(listening)
-            self._accepting.append(self.loop.create_task(self._accept(listening)))
+            self._accepting[listening] = self.loop.create_task(self._accept(listening))
 
     async def _accept(self, listening: socket.socket) -> None:
         with listening:
-            try:
-                while True:
-                    try:
-                        self._take(*await self.loop.sock_accept(listening))
-                    except ConnectionError:  # the client has left, which holds up nobody
-                        continue
-                    except OSError as error:
-                        log.warning("%s: connections wait; raise the limit", error.strerror)
-                        await asyncio.sleep(ACCEPT_AGAIN)
-            finally:
-                with contextlib.suppress(OSError):  # until none waits
-                    while self.gateway.phase is GatewayPhase.LEAVING:
-                        self._take(*listening.accept())
+            while True:
+                try:
+                    self._take(*await self.loop.sock_accept(listening))
+                except ConnectionError:  # the client has left, which holds up nobody
+                    continue
+                except OSError as error:
+                    log.warning("%s: connections wait; raise the limit", error.strerror)
+                    await asyncio.sleep(ACCEPT_AGAIN)
 
     def _take(self, client: socket.socket, peer: Any) -> None:
         client.setblocking(False)
@@ -5519,14 +5866,17 @@ class Server:
         """Leave a port to others that share it, so that no client notices: what waits is taken, and
         in the end nothing is on its way. A SYN that is dropped comes again a second later, and so
         meets another; without this, handshakes under way are reset (net.ipv4.tcp_migrate_req)."""
+        # BPF: load TCP's flags, of these SYN and ACK; where it is SYN alone drop it, else take it.
         steps = array.array("B", b"".join(struct.pack("HBBI", *step) for step in NO_SYN))
         program = struct.pack("HP", len(NO_SYN), steps.buffer_info()[0])
-        for listening in self._listening:
-            if sys.platform == "linux" and listening.family is not socket.AF_UNIX:
-                with contextlib.suppress(OSError):  # a kernel that does not know it
-                    listening.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+        for listening in self._accepting:
+            with contextlib.suppress(OSError):  # none but Linux knows it
+                listening.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
         await asyncio.sleep(HANDSHAKE)
-        for task in self._accepting:
+        for listening, task in self._accepting.items():
+            with contextlib.suppress(OSError):  # until none waits
+                while True:
+                    self._take(*listening.accept())
             task.cancel()
         await asyncio.sleep(HANDSHAKE)
 
@@ -5539,7 +5889,7 @@ class Server:
 
     def close(self) -> None:
         """Take no further connections, break what is left, and free all."""
-        for task in self._accepting:
+        for task in self._accepting.values():
             task.cancel()
         for connection in list(self.connections):
             connection.transport.abort()
@@ -5861,6 +6211,7 @@ MAX_LABELS = 1000  # keys, and keys with their models, that /metrics tells apart
 # Seconds; LiteLLM's buckets of its latency metrics.
 LATENCY_BUCKETS = [0.0005, 0.001, 0.0025, 0.005, 0.0125, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0]
 LATENCY_BUCKETS += [2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0]
+ROWS_A_TURN = 100  # of requests that are looked at before the loop may do something else
 LOG_SIZE, LOG_FLAGS = 64 * MIB, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
 FILTERED = {"litellm_call_id", "request_id", "api_key", "user", "status", "startTime"}
 TIMINGS = ("total", "first_byte", "upstream", "overhead")
@@ -5993,12 +6344,19 @@ class RequestLog:
         if self._path:
             self._waiting.append(record)
 
-    def rows(self) -> Iterator[dict[str, Any]]:
+    async def rows(self) -> AsyncIterator[dict[str, Any]]:
         """The newest first; a line that is damaged is passed over."""
-        for each in [*self._recent][::-1]:  # whoever reads them may wait in between
-            row = dict_of(read_json(each, Any)) if isinstance(each, bytes) else each.to_spend_log()
+        number = 0
+        async for each in self._newest():
+            row = each.to_spend_log() if isinstance(each, Record) else dict_of(read_json(each, Any))
+            if (number := number + 1) % ROWS_A_TURN == 0:
+                await asyncio.sleep(0)
             if row.keys() >= FILTERED and isinstance(row["startTime"], str):
                 yield row
+
+    async def _newest(self) -> AsyncIterator[Record | bytes]:
+        for each in [*self._recent][::-1]:  # whoever reads them may wait in between
+            yield each
 
     async def run(self) -> None:
         """Save once a second, until cancelled."""
@@ -6030,6 +6388,26 @@ class RequestLog:
         rows.clear()  # they are there, even where the file cannot be moved away
         if size + len(data) > LOG_SIZE:
             os.replace(self._path, f"{self._path}.1")
+
+
+class SharedLog(RequestLog):
+    """The same where processes share a store, which has the last rows of all; those of others come
+    each second. While it is away they wait here."""
+
+    def __init__(self, most: int, ledger: RedisLedger) -> None:
+        super().__init__("", most)
+        self._path, self._ledger, self._most = "the store", ledger, most
+
+    async def save(self) -> None:
+        if self._waiting and not self._ledger.away:
+            self._ledger.log([as_json(each.to_spend_log()) for each in self._waiting], self._most)
+            self._waiting.clear()
+
+    async def _newest(self) -> AsyncIterator[Record | bytes]:
+        await self.save()
+        await self._ledger.save()
+        async for row in self._ledger.logged():
+            yield row
 
 
 @dataclass(slots=True)
@@ -6240,7 +6618,6 @@ class Doors:
 
 NOBODY = Caller()
 OPERATOR = VirtualKey(resources="all")  # the master key, and whoever comes in open mode
-MAX_AUDITED = 10_000  # changes that are remembered
 SESSION_COOKIE, SESSION_HOURS = "gateway_session", 12
 MAX_SESSIONS = 20  # of a key; the oldest goes
 WRONG_TRIES = 10  # a minute, of an address (of IPv6: a site), to log in
@@ -6251,30 +6628,26 @@ class Sessions:
     """Who is logged in at the page: a random id stands for the hash of the key that opened it, and
     is good for as long as that is. A page elsewhere can change nothing with it."""
 
-    def __init__(self) -> None:
-        self._open: dict[str, tuple[str, float]] = {}  # by the hash of its id
+    def __init__(self, ledger: AnyLedger) -> None:
+        self._ledger = ledger
         self._wrong = collections.OrderedDict[str, Bucket]()
 
-    def open(self, hashed: str) -> str:
+    async def open(self, hashed: str) -> str:
         """Begin one; its id."""
-        self._open = {s: row for s, row in self._open.items() if row[1] > time.monotonic()}
-        own = [session for session, row in self._open.items() if row[0] == hashed]
-        for session in own[: 1 - MAX_SESSIONS]:
-            del self._open[session]
         name = secrets.token_urlsafe(32)
-        self._open[hash_key(name)] = hashed, time.monotonic() + SESSION_HOURS * 3600
+        at, length = f"session:{hash_key(name)}", SESSION_HOURS * 3600
+        await self._ledger.keep(at, hashed, length, MAX_SESSIONS)
         return name
 
-    def close(self, request: Request) -> None:
+    async def close(self, request: Request) -> None:
         """End a request's session."""
-        self._open.pop(self._shown(request), None)
+        await self._ledger.drop(self._shown(request))
 
-    def find(self, request: Request) -> str:
+    async def find(self, request: Request) -> str:
         """The hash of the key that opened a request's session; none: empty. Raises APIError 403."""
-        hashed, end = self._open.get(self._shown(request), ("", 0.0))
-        if end <= time.monotonic():
-            return ""
-        if request.head.method not in ("GET", "HEAD"):
+        shown = self._shown(request)
+        hashed = await self._ledger.recall(shown) if shown else ""
+        if hashed and request.head.method not in ("GET", "HEAD"):
             self.refuse_foreign(request.head, must_say=True)
         return hashed
 
@@ -6288,7 +6661,7 @@ class Sessions:
 
     def _shown(self, request: Request) -> str:
         cookie = request.cookies.get(SESSION_COOKIE)
-        return hash_key(cookie.value) if cookie else ""
+        return f"session:{hash_key(cookie.value)}" if cookie else ""
 
     def slow_down(self, address: str, *, wrong: bool = False) -> None:
         """Count a ``wrong`` try. Raises APIError 429 where an address has had too many."""
@@ -7275,14 +7648,14 @@ class BaseHandler(web.RequestHandler):
             text = f"{printable(name)!r} is not known here: it may be {known}."
             raise APIError(400, text + nearest(name, self._known))
 
-    def shown_hashes(self) -> list[str]:
+    async def shown_hashes(self) -> list[str]:
         """The hashes of the credentials that are shown; or of that which opened the session."""
         shown = [hash_key(credential) for _, credential in candidates(self.request.head.values)]
-        return shown or list(filter(None, [self.gateway.sessions.find(self.request)]))
+        return shown or list(filter(None, [await self.gateway.sessions.find(self.request)]))
 
     async def find_caller(self) -> Caller:
         """Who asks, by what he shows or his session. Raises APIError 401."""
-        hashed = self.gateway.sessions.find(self.request)
+        hashed = await self.gateway.sessions.find(self.request)
         if candidates(self.request.head.values) or not hashed:
             return await self.gateway.doors.authenticate(self.request.head.values)
         return await self.gateway.doors.admit(hashed)
@@ -7551,11 +7924,13 @@ class Gateway:
         self.host_line = f"Host: {self.origin.authority}"
         self.traffic = Traffic()
         path = settings.request_log or f"{os.path.realpath(settings.keys)}.requests"
+        path = "none" if settings.store else path
         self.recent = RequestLog("" if path == "none" else path, settings.recent_requests)
+        if isinstance(self.ledger, RedisLedger):
+            self.recent = SharedLog(settings.recent_requests, self.ledger)
         self.active: set[RelayHandler] = set()
         self.started = now()
-        self.sessions = Sessions()
-        self.audit: collections.deque[dict[str, Any]] = collections.deque(maxlen=MAX_AUDITED)
+        self.sessions, self.alerts.keep = Sessions(self.ledger), self.ledger.keep
         self.drained = asyncio.Event()
 
     async def close(self) -> None:
@@ -8016,7 +8391,7 @@ class ManagementHandler(BaseHandler):
 
     async def prepare(self) -> None:
         super().prepare()
-        doors, ledger, shown = self.gateway.doors, self.gateway.ledger, self.shown_hashes()
+        doors, ledger, shown = self.gateway.doors, self.gateway.ledger, await self.shown_hashes()
         self.master = next(filter(None, map(doors.is_master, shown)), "")
         if not (self.master or (self.request.method == "GET" and self.is_here_and_open)):
             if not self.gateway.settings.master_key:
@@ -8195,7 +8570,7 @@ class RecordHandler(BodyHandler, ManagementHandler):
         row |= {"changed_by_api_key": self.master, "action": action, "table_name": record.of}
         row |= {"object_id": record.account.hashed.removeprefix(f"{record.of}:")}
         row |= {"name": record.shown_name, "updated_values": dict(body)}
-        self.gateway.audit.append(row | {"remote_ip": self.request.remote_ip})
+        self.gateway.ledger.note(row | {"remote_ip": self.request.remote_ip})
         fields = f": {printable(', '.join(body))}" if body and action == "updated" else ""
         log.info("%s %s %s%s by %s", record.of, record.shown_name, action, fields, word(by))
 
@@ -8334,7 +8709,6 @@ DAY = Kind("a date like 2026-11-22", lambda text: day_of(datetime.strptime(text,
 WORD = Kind("true or false", lambda text: ("false", "true").index(text.lower()) > 0)
 UNDER_WAY, OTHERS, MAX_LISTED = "under_way", "(others)", 10_000
 MAX_OWN_ROWS = 1000  # that a virtual key is told of its requests
-ROWS_A_TURN = 100  # of requests that are looked at before the loop may do something else
 KEY_FILTERS = {n: operator.attrgetter(n) for n in ("user_id", "team_id", "key_alias")}
 KEY_FILTERS["key_hash"] = operator.attrgetter("account.hashed")
 SEARCHED = operator.attrgetter("key_alias", "key_name", "user_id", "team_id")
@@ -8417,7 +8791,7 @@ class ReportHandler(ManagementHandler):
                 raise APIError(403, "A virtual key may ask about itself only.")
         record = await self.named("key", {"key": mine} if mine else told, former=True)
         info = full_row(record, ledger)
-        shown = (asked, hash_key(asked)) if asked or alias else self.shown_hashes()
+        shown = (asked, hash_key(asked)) if asked or alias else await self.shown_hashes()
         for former in record.retired.keys() & {*shown}:
             info["retired_until"] = record.retired[former]
         del info["token"], info["token_id"]
@@ -8433,22 +8807,24 @@ class ReportHandler(ManagementHandler):
         hashed = shown if not shown or HASH.fullmatch(shown) else hash_key(shown)
         gateway, mine = self.gateway, self.mine
         owned = {mine.account.hashed, *mine.retired} if mine else set()
-        rows: Iterable[dict[str, Any]] = gateway.recent.rows()
-        if status == UNDER_WAY:
-            rows = [handler._visit.record.to_spend_log() for handler in gateway.active]
         found, most = list[dict[str, Any]](), min(limit, MAX_OWN_ROWS if mine else limit)
-        for number, row in enumerate(rows):
-            if number % ROWS_A_TURN == 0:
-                await asyncio.sleep(0)
-            if len(found) == most:
-                break
-            if (
+
+        def is_asked(row: dict[str, Any]) -> bool:
+            return (
                 (wanted in ("", row["litellm_call_id"], row["request_id"]))
                 and (hashed in ("", row["api_key"]) and user in ("", row["user"]))
                 and (status in ("", UNDER_WAY, row["status"]))
                 and (first <= row["startTime"][:10] <= last)
                 and (mine is None or row["api_key"] in owned)
-            ):
+            )
+
+        if status == UNDER_WAY:
+            rows = [handler._visit.record.to_spend_log() for handler in gateway.active]
+            return [*filter(is_asked, rows)][:most]
+        async for row in gateway.recent.rows():
+            if len(found) == most:
+                break
+            if is_asked(row):
                 found.append(row)
         return found
 
@@ -8520,10 +8896,10 @@ class ReportHandler(ManagementHandler):
         row["keys_count"] = len(keys)
         return {field: name, f"{kind}_info": row, "keys": keys, more: []}
 
-    def list_changes(self) -> dict[str, Any]:
+    async def list_changes(self) -> dict[str, Any]:
         """Pages of what was changed, newest first; of one ``object_id``."""
-        wanted, rows = self.query("object_id"), reversed(self.gateway.audit)
-        found = [row for row in rows if wanted in ("", row["object_id"], row["name"])]
+        wanted, rows = self.query("object_id"), self.gateway.ledger.noted()
+        found = [row async for row in rows if wanted in ("", row["object_id"], row["name"])]
         return self.page_of("audit_logs", found, len(found), "page_size", 50)
 
     async def list_resources(self) -> dict[str, Any]:
@@ -8584,7 +8960,7 @@ class SessionHandler(BodyHandler):
         sessions, body = self.gateway.sessions, self.read_body()
         sessions.refuse_foreign(self.request.head, must_say=False)
         if deed == "logout":
-            sessions.close(self.request)
+            await sessions.close(self.request)
             self.clear_cookie(SESSION_COOKIE, path="/")
             return self.send_json({})
         if deed != "login":
@@ -8599,14 +8975,14 @@ class SessionHandler(BodyHandler):
             raise APIError(401, text) from None
         how: dict[str, Any] = {"httponly": True, "samesite": "Strict", "path": "/"}
         how |= {"secure": self.request.protocol == "https", "max_age": SESSION_HOURS * 3600}
-        self.set_cookie(SESSION_COOKIE, sessions.open(hashed), **how)
+        self.set_cookie(SESSION_COOKIE, await sessions.open(hashed), **how)
         self.send_json({"role": "operator" if caller.is_master else "holder"})
 
     async def get(self, deed: str) -> None:
         if deed != "session":
             raise web.HTTPError(405)
         gateway, settings, is_open = self.gateway, self.gateway.settings, self.is_here_and_open
-        hashed = gateway.sessions.find(self.request)
+        hashed = await gateway.sessions.find(self.request)
         if not (hashed or is_open):
             raise APIError(401, "Log in with the master key or a virtual key.")
         key = None if is_open else (await gateway.doors.admit(hashed)).key
@@ -8785,7 +9161,7 @@ def merged(told: Mapping[str, bytes]) -> bytes:
     return b"".join([*itertools.chain(*families.values()), end])
 
 
-@dataclass
+@dataclass(eq=False)  # a registry hashes it
 class Metrics:
     """Those of this process, made of the gateway's counts, and of what keys have left."""
 
@@ -8901,9 +9277,11 @@ class LineFormatter(logging.Formatter):
 def mask_secrets(settings: Settings) -> None:
     """Have the log mask these secrets, beside those that it masks already."""
     real = [value.removeprefix("Bearer ") for _, value in real_keys(settings).values()]
+    quoted = urllib.parse.urlsplit(settings.store).password or ""
+    password = quoted, urllib.parse.unquote(quoted)
     for handler in logging.root.handlers:
         if isinstance(line := handler.formatter, LineFormatter):
-            line.mask([settings.master_key, settings.master_key_next, *real])
+            line.mask([settings.master_key, settings.master_key_next, *real, *password])
 
 
 def log_request(handler: web.RequestHandler) -> None:
@@ -9845,7 +10223,6 @@ DRAIN_PROGRESS = 5.0  # seconds between two lines about what a stop waits for
 LOOPBACK = ("127.0.0.1", "::1")
 MOCK_CREDENTIAL = "sk-ant-mock-"
 CHECK_TIMEOUT = 30.0  # seconds
-USAGE_ERROR = 2  # the exit code behind a SettingsError
 STEADY = 60.0  # seconds after which a process that ends is started again at once,
 LONGEST_WAIT = 30  # else in 0, 1, 2, 4 … and at most so many
 OPTIONAL_PACKAGES = {"uvloop": "the gateway is slower", "prometheus-client": "there is no /metrics"}
@@ -9983,21 +10360,16 @@ def take_secrets(gateway: Gateway) -> None:
     mask_secrets(settings)
 
 
-def meet_parent(
-    loop: asyncio.AbstractEventLoop,
-    signals: asyncio.Queue[int],
-    sockets: Sequence[socket.socket],
-    port: int,
-) -> None:
+def meet_parent(take: Callable[[int], Any], sockets: list[socket.socket], port: int) -> None:
     """Give the `Parent` what it does not have, and take signals from it; if it goes, stop too."""
-    control = socket.socket(fileno=PLACE.control)
+    control, loop = socket.socket(fileno=PLACE.control), asyncio.get_running_loop()
 
     def hear() -> None:
         told = control.recv(64)
         if not told:
             loop.remove_reader(control)
         for number in told or [signal.SIGTERM]:
-            signals.put_nowait(number)
+            take(number)
 
     loop.add_reader(control, hear)
     for each in sockets if port else ():
@@ -10037,7 +10409,7 @@ async def serve(settings: Settings) -> None:
     if PLACE.folder:
         path = Path(PLACE.folder, str(PLACE.number))
         telling = await asyncio.start_unix_server(Metrics(gateway).tell, path)
-        meet_parent(loop, signals, sockets, port)
+        meet_parent(signals.put_nowait, sockets, port)
     if not (PLACE.port or PLACE.sockets):
         announce(gateway, port)
     await loop.run_in_executor(None, gateway.prices.load)
@@ -10085,6 +10457,28 @@ async def serve(settings: Settings) -> None:
         telling.close()
     elif settings.unix_socket:
         Path(settings.unix_socket).unlink(missing_ok=True)
+
+
+async def copy_store(settings: Settings) -> None:
+    """Do what ``--import`` or ``--export`` asks, and print of what. Raises SettingsError."""
+    tell, path = functools.partial(say, as_json=settings.log_json), Path(settings.import_)
+    told: Any = {"usage_days": settings.usage_days}
+    store = RedisLedger(settings.store, deadline=COPY_DEADLINE, **told)
+    try:
+        if not settings.import_:
+            await store.open()
+            sums = await store.give_out(Path(settings.export), tell)
+        elif path.is_file():
+            source = FileLedger(path, RealKeys(settings).first.name, **told)
+            sums = await store.take_in(source, tell)
+        else:
+            raise SettingsError(f"--import={path}: there is no such file")
+    except APIError as error:
+        raise SettingsError(error.message) from None
+    finally:
+        await store.close()
+    amounts = {n: f"${dollars(usd(c))}" if "spent" in n else f"{c:,}" for n, c in sums.items()}
+    tell(", ".join(f"{amount} {name}" for name, amount in amounts.items()))
 
 
 async def check(settings: Settings) -> bool:
@@ -10179,7 +10573,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except SettingsError as error:
         text, as_json = " ".join(f"gateway: {error}".split()), error.as_json or settings.log_json
         say(text, as_json=as_json, level=logging.CRITICAL, to=sys.stderr)
-        sys.exit(USAGE_ERROR)
+        sys.exit(2)
     except Exception:  # a mistake in this file: its lines are the log's too
         log.critical("ended", exc_info=True)
         sys.exit(1)
@@ -10223,7 +10617,7 @@ class Parent:
                 if (number := signal.sigwait(self.SIGNALS)) in self.TOLD:
                     self._tell(number)
                 for child in self.children:
-                    if child.process and not child.sockets:
+                    if child.process and not (child.sockets or self.stopping):
                         self._take_sockets(child)
                     if child.process and (code := child.process.poll()) is not None:
                         self._bury(child, code)
@@ -10265,6 +10659,8 @@ class Parent:
             self.stopping = True
             for each in {each for child in self.children for each in child.sockets}:
                 os.close(each)  # else it would listen for as long as the parent lives
+            for child in self.children:
+                child.sockets = ()
         for child in self.children:
             with contextlib.suppress(BrokenPipeError):
                 if child.process:
@@ -10274,7 +10670,7 @@ class Parent:
         """One has ended, to be started again; unless it, or a first one, could not start at all."""
         child.process, ran = None, time.monotonic() - child.started
         child.control.close()
-        if code == USAGE_ERROR and not child.sockets and not self.stopping:
+        if code == 2 and not child.sockets and not self.stopping:  # a SettingsError
             self._tell(signal.SIGTERM)
         if self.stopping:
             self.code = max(self.code, code if code >= 0 else 128 - code)
