@@ -2962,7 +2962,6 @@ NANO = Decimal("1e-9")
 IMPORTED = "gw:import"  # is STORE until all is there
 TOLD_OF, COPY_DEADLINE = 10_000, 60.0  # records; seconds for an answer
 Sums = collections.Counter[str]  # of what was copied
-REMEMBERED = ".store"  # behind the name of the keys file: which stores were used from here
 NO_STORE = "The store is empty, or another one: nothing is changed in it. Whoever runs the gateway"
 NO_STORE += " must bring its data back, or start it with --new-store or --import."
 
@@ -2999,6 +2998,7 @@ local function add(place, used, sign)
       redis.call('HINCRBY', day, model .. '\\0' .. name, sign * count)
     end
     redis.call('EXPIRE', day, each[4])
+    redis.call('HSET', place, 'day:' .. each[1], 1)
   end
 end
 
@@ -3148,17 +3148,22 @@ for i = 2, #KEYS do
   redis.call('ZADD', KEYS[i] .. ':leases', 'XX', now + ARGV[2], ARGV[i + 1])
 end
 """
-# What accounts are now: [what the account has, its slots, [day, counts …]].
+# What accounts are now, with what was used from a day to another: [what the account has, its slots,
+# [day, counts …]].
 LOOK = """
 local told = {}
 for i = 2, #KEYS do
-  local days = {}
   lapse(KEYS[i])
-  for j = 2, #ARGV do
-    local counts = redis.call('HGETALL', KEYS[i] .. ':' .. ARGV[j])
-    if #counts > 0 then days[#days + 1], days[#days + 2] = ARGV[j], counts end
+  local row, days = redis.call('HGETALL', KEYS[i]), {}
+  for j = 1, #row, 2 do
+    local day = row[j]:match('^day:(.*)')
+    if day and day >= ARGV[2] and day <= ARGV[3] then
+      local counts = redis.call('HGETALL', KEYS[i] .. ':' .. day)
+      if #counts > 0 then days[#days + 1], days[#days + 2] = day, counts
+      else redis.call('HDEL', KEYS[i], row[j]) end
+    end
   end
-  told[i - 1] = {redis.call('HGETALL', KEYS[i]), redis.call('ZCARD', KEYS[i] .. ':leases'), days}
+  told[i - 1] = {row, redis.call('ZCARD', KEYS[i] .. ':leases'), days}
 end
 return told
 """
@@ -3197,6 +3202,9 @@ SCRIPTS |= {text: PRELUDE + ONCE + text for text in WRITTEN_ONCE}
 DIGESTS = {text: hashlib.sha1(script.encode()).hexdigest() for text, script in SCRIPTS.items()}
 
 
+Nanos = Sequence[tuple[str, int]]  # by model
+
+
 class StoreAway(Exception):
     """Redis did not answer, or not as it should; its text says how."""
 
@@ -3208,6 +3216,16 @@ class StoreRefused(StoreAway):
 def nano(amount: Decimal) -> int:
     """Whole nano-dollars."""
     return round(amount.scaleb(9))
+
+
+def nanos(charges: Charges) -> Nanos:
+    """What was used, by model, in these."""
+    return [(model, nano(tally.spend)) for model, tally in charges]
+
+
+def sum_for(budget: Budget, amounts: Nanos) -> int:
+    """What of it counts for a budget."""
+    return sum([n for model, n in amounts if not budget.pattern or budget.is_for(model)])
 
 
 def usd(amount: Any) -> Decimal:
@@ -3247,10 +3265,15 @@ class Link(asyncio.Protocol):
                     _, link = await loop.create_connection(cls, *place, ssl=context)
         except TimeoutError:
             raise StoreAway("no connection in time") from None
-        if word := told.get("password"):
-            await link.call("AUTH", *filter(None, (told.get("username"), word)))
-        await link.call("SELECT", told.get("db") or 0)
-        await asyncio.gather(*(link.call("SCRIPT", "LOAD", text) for text in SCRIPTS.values()))
+        try:
+            if word := told.get("password"):
+                await link.call("AUTH", *filter(None, (told.get("username"), word)))
+            await link.call("SELECT", told.get("db") or 0)
+            await asyncio.gather(*(link.call("SCRIPT", "LOAD", text) for text in SCRIPTS.values()))
+            await link.call("SETRANGE", f"{PREFIX}nothing", 0, "")  # whether it may be written in
+        except BaseException:
+            link.abort("it cannot be used")
+            raise
         return link
 
     def connection_made(self, transport: Any) -> None:
@@ -3265,7 +3288,7 @@ class Link(asyncio.Protocol):
         if self._timer is None:
             self._timer = self._loop.call_later(STORE_DEADLINE, self._look)
         if not self._out:
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self.flush)
         self._out.append(self._pack(command))
         self._waiting.append((answer, self._loop.time()))
         return answer
@@ -3276,8 +3299,9 @@ class Link(asyncio.Protocol):
         """Run one of SCRIPTS."""
         return self.call("EVALSHA", DIGESTS[text], len(keys), *keys, *arguments)
 
-    def _flush(self) -> None:
-        if not self.closed.done():
+    def flush(self) -> None:
+        """Send what was called, before what others write after this."""
+        if self._out and not self.closed.done():
             self._transport.write(b"".join(self._out))
         self._out.clear()
 
@@ -3410,7 +3434,8 @@ class RedisLedger(Ledger):
             ]
             await asyncio.wait_for(self._linked.wait(), 2 * STORE_DEADLINE)
         except self._errors as error:
-            raise SettingsError(f"--store: {self._shown}: {error or 'no answer'}") from None
+            why = error or (self.away if self._tasks else "no answer")
+            raise SettingsError(f"--store: {self._shown}: {why}") from None
 
     async def _find_disk(self) -> None:
         """How a change gets on disk; what is less than sure is said."""
@@ -3445,9 +3470,9 @@ class RedisLedger(Ledger):
         while True:
             try:
                 self._link = link = await Link.open(self._redis.connection_pool)
-                self._linked.set()
-                if self.away and self._number:
+                if self._linked.is_set():
                     log.warning("Redis is back: %d writes waited for it", len(self._writes))
+                self._linked.set()
                 self.away = ""
                 self._forget()  # what changed meanwhile
                 for number, write in [*self._writes.items()]:  # in their order, before any other
@@ -3491,12 +3516,16 @@ class RedisLedger(Ledger):
         asked = time.time()
         async with self._redis.pipeline(transaction=False) as pipe:
             pipe.get(STORE).time().zcard(f"{PREFIX}key")
-            pipe.zadd(f"{PREFIX}processes", {self._process: asked + CLOCK.ahead})
             pipe.zcount(f"{PREFIX}processes", asked + CLOCK.ahead - 5, "inf")
-            store, (seconds, more), self.count, _, self._processes = await pipe.execute()
+            store, (seconds, more), self.count, self._processes = await pipe.execute()
         told = seconds + more / 1e6  # some time between the question and its answer
         CLOCK.ahead = min(max(CLOCK.ahead, told - time.time()), told - asked)
-        if self.lost != (lost := store != self._id):
+        self._lose(store != self._id)
+        if not self.lost:
+            await self._redis.zadd(f"{PREFIX}processes", {self._process: told})
+
+    def _lose(self, lost: bool) -> None:
+        if self.lost != lost:
             log.critical(NO_STORE) if lost else log.warning("the store is back")
             self.lost = lost
             if not lost and self._link is not None:
@@ -3601,6 +3630,7 @@ class RedisLedger(Ledger):
             keys = [self._store, f"{write.keys[-1]}:seen:{self._process}", *write.keys]
             answer = self._link.script(write.script, keys, self._id, number, *write.arguments)
             answer.add_done_callback(functools.partial(self._sent, number, write))
+            self._link.flush()  # before the last bytes of an answer, behind which more may come
 
     def _sent(self, number: int, write: Write, answer: asyncio.Future[Any]) -> None:
         error = answer.exception()
@@ -3638,15 +3668,13 @@ class RedisLedger(Ledger):
             del self._asked[hashed]
         if began == self._forgotten:
             self.keys |= {hashed: key} if key else {}
-            self._unknown |= set() if key else {hashed}
+            self._remember_unknown([] if key else [hashed])
         if len(self.keys) > KEPT_RECORDS:
             self.keys.popitem(last=False)
-        if len(self._unknown) > KEPT_RECORDS:
-            self._unknown.clear()
         return key
 
     async def knows(self, hashes: Iterable[str]) -> bool:
-        asked = [*hashes]
+        began, asked = self._forgotten, [each for each in hashes if each not in self._unknown]
         async with self._asking():
             for start in range(0, len(asked), NAMES_A_TRIP):
                 part = asked[start : start + NAMES_A_TRIP]
@@ -3656,7 +3684,13 @@ class RedisLedger(Ledger):
                     known, retired = await pipe.execute()
                 if known or any(retired):
                     return True
+        self._remember_unknown(asked if began == self._forgotten else ())
         return False
+
+    def _remember_unknown(self, hashes: Iterable[str]) -> None:
+        self._unknown.update(hashes)
+        if len(self._unknown) > KEPT_RECORDS:
+            self._unknown.clear()
 
     def limited(self, key: VirtualKey | None) -> Sequence[Limited]:
         whole = self.groups[GATEWAY]
@@ -3739,11 +3773,14 @@ class RedisLedger(Ledger):
             accounts = [of for of in hold.accounts if of.is_limited]
             if not accounts:
                 return
-            moment = moment_of(int(now().timestamp()))
+            moment, used = now(), self._usage(prompt, day_of(now()))
+            needs = nanos(worst), nanos(prompt)
             rows = [
-                self._wanted(of, worst, prompt, moment, pays=pays, shares=shares, fit=fit)
+                self._wanted(of, *needs, moment, pays=pays, shares=shares, fit=fit)
                 for of in accounts
             ]
+            if accounts[0].of == "key":
+                rows[0]["h"]["u"] = used
             self._number += 1
             hold.id = f"{self._process}:{self._number}"
             places = [of.account.place for of in accounts]
@@ -3756,7 +3793,7 @@ class RedisLedger(Ledger):
                 self._give_back(hold, places)
                 if not isinstance(error, StoreAway):
                     raise
-                self.lost = self.lost or str(error).startswith("LOST")
+                self._lose(self.lost or str(error).startswith("LOST"))
                 return await self._hold_alone(hold, worst, pays=pays, shares=shares, fit=fit)
             if verdict == "held":
                 for of, row, state in zip(accounts, rows, told[3:], strict=True):
@@ -3783,37 +3820,36 @@ class RedisLedger(Ledger):
     def _wanted(
         self,
         of: Limited,
-        worst: Charges,
-        prompt: Charges,
+        worst: Nanos,
+        prompt: Nanos,
         moment: datetime,
         *,
         pays: bool,
         shares: bool,
         fit: bool,
     ) -> dict[str, Any]:
-        """What a request needs of one account, as RESERVE reads it."""
+        """What a request needs of one account, as RESERVE reads it: there None would be true."""
         budgets, costs, used = list[Any](), list[Any](), list[Any]()
         for budget in of.budgets:
             name, start = budget.name, window_start(budget.duration, moment)
             limit = False if budget.limit is None else nano(budget.limit)
-            found = [nano(tally.spend) for model, tally in worst if budget.is_for(model)]
-            cost = (
-                sum(found) if found else 0 if pays and not worst and not budget.pattern else False
-            )
+            cost: int | bool = sum_for(budget, worst)
             if cost:
-                costs.append([name, str(cost)])
-                amount = sum(nano(t.spend) for model, t in prompt if budget.is_for(model))
-                used.append([name, start, str(amount)])
-            budgets.append([name, start, limit, cost, fit or not cost])
-        usage = self._usage(prompt, day_of(moment)) if of.of == "key" else []
-        row: dict[str, Any] = {"r": of.revision, "b": budgets, "s": shares}
-        for name, most in (
-            ("p", of.max_parallel_requests),
-            ("q", of.rpm_limit),
-            ("k", of.tpm_limit),
-        ):
-            row[name] = False if most is None else most
-        return row | {"h": {"c": costs, "w": used, "u": usage}}
+                costs.append((name, str(cost)))
+                used.append((name, start, str(sum_for(budget, prompt))))
+            elif budget.pattern or not pays:
+                cost = False
+            budgets.append((name, start, limit, cost, fit or not cost))
+        parallel, rpm, tpm = of.max_parallel_requests, of.rpm_limit, of.tpm_limit
+        return {
+            "r": of.revision,
+            "b": budgets,
+            "s": shares,
+            "p": False if parallel is None else parallel,
+            "q": False if rpm is None else rpm,
+            "k": False if tpm is None else tpm,
+            "h": {"c": costs, "w": used, "u": ()},
+        }
 
     def _usage(self, charges: Charges, day: str) -> list[Any]:
         kept = (self._usage_days + 1) * 86400
@@ -3822,7 +3858,7 @@ class RedisLedger(Ledger):
             counts = {n: count for n in tally.__slots__ if (count := getattr(tally, n))}
             if tally.spend:
                 counts["spend"] = nano(tally.spend)
-            rows.append([day, model, counts, kept])
+            rows.append((day, model, counts, kept))
         return rows
 
     def _mirror(self, of: Limited, row: Mapping[str, Any], state: Sequence[int]) -> None:
@@ -3867,10 +3903,28 @@ class RedisLedger(Ledger):
         if self.lost or (pays and not self._allow and any(of.has_budget for of in hold.accounts)):
             async with self._asking():
                 raise StoreAway(self.away or "no answer")
-        await super().admit(hold, pays=pays, shares=shares, later=False)
+
+        async def take() -> None:
+            await super(RedisLedger, self).admit(hold, pays=pays, shares=shares)
+            if worst:
+                try:
+                    await super(RedisLedger, self).hold(hold, worst, fit=fit)
+                except APIError:
+                    self._release(hold)
+                    raise
+
+        try:
+            await take()
+        except APIError:  # for all, or has this process had its part?
+            others, self._processes = self._processes, 1
+            try:
+                await take()
+            finally:
+                self._processes = others
+            self._release(hold)
+            async with self._asking():
+                raise StoreAway(self.away or "no answer") from None
         hold.is_alone = True
-        if worst:
-            await super().hold(hold, worst, (), fit=fit)
 
     def _budgets(self, of: Limited) -> Iterator[Budget]:
         for budget in of.budgets:
@@ -3906,7 +3960,7 @@ class RedisLedger(Ledger):
         batch: str = "",
         line: int = 0,
     ) -> None:
-        present, day, rows = moment_of(int(now().timestamp())), day_of(moment), list[Any]()
+        present, day, rows, amounts = now(), day_of(moment), list[Any](), nanos(charges)
         named = [(tag, tally) for tag in {*tags} for _, tally in charges]
         if named := named and [*((EVERY_TAG, tally) for _, tally in charges), *named]:
             whole = self.groups[GATEWAY]
@@ -3914,9 +3968,8 @@ class RedisLedger(Ledger):
         for of in accounts:
             spent, is_counted = list[Any](), of.of != "gateway" or of.has_budget
             for budget in of.budgets if is_counted else ():
-                start = window_start(budget.duration, present)
-                amount = sum(nano(tally.spend) for m, tally in charges if budget.is_for(m))
-                spent.append([budget.name, start, amount])
+                start, amount = window_start(budget.duration, present), sum_for(budget, amounts)
+                spent.append((budget.name, start, amount))
                 window = of.account.windows[budget.name]
                 window.spent(start)
                 window.spend += usd(amount)
@@ -4458,12 +4511,8 @@ class RedisLedger(Ledger):
                 known = shared.setdefault(place, of.account)
                 known.beside, known.hashed = of.account.beside, of.account.hashed
                 of.account = known
-        wanted = list[str]()
-        if days is not None:
-            past = (day_of(now() - timedelta(days=n)) for n in range(self._usage_days, -2, -1))
-            wanted = [day for day in past if days[0] <= day <= days[1]]
-        for of, told in zip(every.values(), await self._run(LOOK, [*every], *wanted), strict=True):
-            row, running, used = told
+        found = await self._run(LOOK, [*every], *days or ("none", ""))
+        for of, (row, running, used) in zip(every.values(), found, strict=True):
             self._fill(of, dict(zip(row[::2], row[1::2])), dict(zip(used[::2], used[1::2])))
             of.account.running = running
 
@@ -10559,7 +10608,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # as many as the system allows
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-        if settings.processes != 1 and not (PLACE.folder or settings.check):
+        copies = settings.import_ or settings.export
+        if settings.processes != 1 and not (PLACE.folder or settings.check or copies):
             sys.exit(Parent(settings).run())
         loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
         with contextlib.suppress(ImportError):
@@ -10569,7 +10619,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with asyncio.Runner(loop_factory=loop_factory) as runner:
             if settings.check:
                 sys.exit(0 if runner.run(check(settings)) else 1)
-            runner.run(serve(settings))
+            runner.run(copy_store(settings) if copies else serve(settings))
     except SettingsError as error:
         text, as_json = " ".join(f"gateway: {error}".split()), error.as_json or settings.log_json
         say(text, as_json=as_json, level=logging.CRITICAL, to=sys.stderr)
@@ -10599,7 +10649,7 @@ class Parent:
     its successor. The first process starts alone, so that what is wrong is said once."""
 
     TOLD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    SIGNALS = (*TOLD, signal.SIGCHLD, signal.SIGALRM, signal.SIGUSR1)
+    SIGNALS = (*TOLD, signal.SIGCHLD, signal.SIGUSR1)
 
     def __init__(self, settings: Settings) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
@@ -10614,8 +10664,9 @@ class Parent:
             while not self.stopping or any(child.process for child in self.children):
                 if not self.stopping:
                     self._start(folder)
-                if (number := signal.sigwait(self.SIGNALS)) in self.TOLD:
-                    self._tell(number)
+                came = signal.sigtimedwait(self.SIGNALS, 1)  # till something may be due
+                if came and came.si_signo in self.TOLD:
+                    self._tell(came.si_signo)
                 for child in self.children:
                     if child.process and not (child.sockets or self.stopping):
                         self._take_sockets(child)
@@ -10626,7 +10677,7 @@ class Parent:
         return self.code
 
     def _start(self, folder: str) -> None:
-        """Start what is due, and have SIGALRM tell when more is."""
+        """Start what is due."""
         moment, count = time.monotonic(), len(self.children)
         for child in self.children:
             if not child.process and child.due <= moment:
@@ -10640,9 +10691,6 @@ class Parent:
                     child.process = subprocess.Popen(
                         command, env=variables, pass_fds=(control, *given)
                     )
-        due = min((child.due for child in self.children if not child.process), default=math.inf)
-        if due < math.inf:
-            signal.alarm(max(1, math.ceil(due - moment)))
 
     def _take_sockets(self, child: Child) -> None:
         """Keep what one listens to, if it does by now; a Unix socket is everybody's."""
