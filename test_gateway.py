@@ -9789,6 +9789,7 @@ async def test_what_was_used_is_told_by_day_model_and_tag(either: Ledgers) -> No
         charges = used_up(cost, model, 100, 7)
         charges[0][1].cache_read_tokens = 5
         ledger.book(hold, charges, model=model, failed=False, tags=tags)
+    await give(ledger, await take(ledger), used_up(0, "other"), model="other", tags=[""])
     hold = await take(ledger)
     hold.started -= timedelta(days=1)  # it began yesterday
     ledger.book(hold, [], model="", failed=True, tags=[])
@@ -9804,9 +9805,11 @@ async def test_what_was_used_is_told_by_day_model_and_tag(either: Ledgers) -> No
     dear, cheap = (tally(spend=Decimal(cost), **counts) for cost in ("0.10", "0.02"))
     assert usage[today, OPUS] == dear and usage[today, HAIKU] == cheap
     yesterday = gateway.day_of(gateway.now() - timedelta(days=1))
-    assert usage[yesterday, "-"] == tally(requests=1, errors=1) and len(usage) == 3
+    assert usage[yesterday, "-"] == tally(requests=1, errors=1) and len(usage) == 4
     (key,) = [key async for key in ledger.each(days=(today, today))]
-    assert set(told(key.account.usage, today, today)) == {(today, OPUS), (today, HAIKU)}
+    assert set(told(key.account.usage, today, today)) == {
+        (today, name) for name in (OPUS, HAIKU, "other")
+    }
     both, tagged = tally(), told(await ledger.tagged((today, today)), today, today)
     both.add(dear)
     both.add(cheap)
@@ -9821,7 +9824,7 @@ async def test_a_batch_is_held_for_and_booked_once(either: Ledgers) -> None:
 
     async def make(name: str) -> None:
         hold = await take(ledger, worst="0.40", fit=True)
-        assert any(hold.amounts), "by which it is paid if its name is never known"
+        assert any(hold.amounts) or hold.costs, "by which it is paid if its name is never known"
         ledger.own_batch(hold.accounts[0].account, name, hold)
         await give(ledger, hold)
 
@@ -10156,7 +10159,7 @@ async def test_while_the_store_is_away_what_it_limits_is_refused(
         with pytest.raises(gateway.APIError) as told:
             while True:
                 alone.append(await take(other, worst="0.1"))
-        assert told.value.status == 429 and len(alone) in (3, 4)
+        assert told.value.status == 503 and len(alone) in (3, 4), "it may be spent elsewhere"
         for hold in alone:
             other.book(hold, used_up("0.1"), model=OPUS, failed=False)
         for path in (put(strict), put(strict, "new"), strict.find("key_alias", "k"), strict.save()):
@@ -10372,7 +10375,7 @@ STORE_STEPS = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=12)
 @given(deeds=STORE_STEPS)
 def test_no_sequence_over_two_ledgers_breaks_a_limit(
     deeds: Any, valkey: StoreServer, tmp_path_factory: Any
