@@ -28,7 +28,7 @@ limited, or out of credit. A request goes up again only for what tells of the ke
 one; it is logged with the names of both, and costs what the last answer says. No real key stands in
 the log or an answer. Ends with 1 where any of this fails.
 
-With --store there are three gateways over one Redis or Valkey instead, the clock of one a day ahead.
+With --store there are three gateways over one Redis or Valkey instead, one a day ahead of others.
 It is killed and comes back with what it had, or stands still; ways to it are cut, stalled, or lose
 answers, so that what was done is done again; and gateways are stopped, in the second half killed.
 Meanwhile clients spend over all of them, in streams that may be longer than the lease of what they
