@@ -3764,7 +3764,11 @@ class RedisLedger(Ledger):
             await self._reserve(hold, (), (), pays=pays, shares=shares, fit=True)
 
     async def hold(self, hold: Hold, worst: Charges, prompt: Charges = (), *, fit: bool) -> None:
-        await self._reserve(hold, worst, prompt, pays=True, shares=True, fit=fit)
+        try:
+            await self._reserve(hold, worst, prompt, pays=True, shares=True, fit=fit)
+        except BaseException:
+            hold.accounts = ()  # as nothing is held, nothing is counted
+            raise
 
     async def _reserve(
         self, hold: Hold, worst: Charges, prompt: Charges, *, pays: bool, shares: bool, fit: bool
@@ -7148,7 +7152,8 @@ class Limits(Rule):
         if route.makes_batch:
             # One that may have been made, though nobody knows its name, costs what is held for it.
             made = answer is None or answer.status < 300
-            return Measured(blind=True) if made and hold is not None and hold.amounts else None
+            is_held = hold is not None and bool(hold.amounts or hold.costs)
+            return Measured(blind=True) if made and is_held else None
         # Whoever leaves before the head pays what was under way; without it no stream has begun.
         if answer is not None or outcome not in ("client_gone", "stopped", "timeout"):
             return None

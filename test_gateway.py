@@ -9821,6 +9821,7 @@ async def test_a_batch_is_held_for_and_booked_once(either: Ledgers) -> None:
 
     async def make(name: str) -> None:
         hold = await take(ledger, worst="0.40", fit=True)
+        assert any(hold.amounts), "by which it is paid if its name is never known"
         ledger.own_batch(hold.accounts[0].account, name, hold)
         await give(ledger, hold)
 
