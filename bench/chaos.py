@@ -27,6 +27,16 @@ The real keys are three, two of which change as the gateway runs; now and then o
 limited, or out of credit. A request goes up again only for what tells of the key, and over another
 one; it is logged with the names of both, and costs what the last answer says. No real key stands in
 the log or an answer. Ends with 1 where any of this fails.
+
+With --store there are three gateways over one Redis or Valkey instead, one a day ahead of others.
+It is killed and comes back with what it had, or stands still; ways to it are cut, stalled, or lose
+answers, so that what was done is done again; and gateways are stopped, in the second half killed.
+Meanwhile clients spend over all of them, in streams that may be longer than the lease of what they
+hold, and keys are made, blocked, deleted and lowered. Without kills the store then says to the last
+nano-dollar what the logs say; with them no less than clients got answers for, and no more than all
+they asked may have cost. Nothing stays held, no budget, rate or number of requests at a time was
+passed, a key that was acknowledged is there, and one that was revoked served nobody a second later.
+At last the store comes back empty: nobody is served, and nothing is written, until --new-store.
 """
 
 from __future__ import annotations
@@ -140,7 +150,7 @@ def run_gateway(arguments: list[str]) -> None:
 
     gateway.POOL_IDLE_TIMEOUT = 3.0  # so that the pool is empty when memory is measured
     gateway.BATCH_LOOK = 1.0  # so that nothing of a batch is under way then
-    gateway.LEASE, gateway.RENEWAL = LEASE, LEASE / 3
+    gateway.LEASE, gateway.RENEWAL = LEASE, 1
     gateway.make_app = remember
     signal.signal(signal.SIGUSR1, jump)
     signal.signal(signal.SIGUSR2, census)
@@ -1415,7 +1425,7 @@ LEASE = 6.0  # seconds, in the place of the gateway's minute
 SOON = 1.0  # seconds, after which a change holds over every gateway
 LATELY = 0.3  # seconds before a kill, of which the bookings may be lost
 STORE_MODEL = "claude-opus-chaos"
-TOKEN_INTERVAL = 0.035  # seconds; the longest of some streams is longer than a lease
+TOKEN_INTERVAL, LONG = 0.04, 190  # seconds, and words of a stream that is longer than a lease
 DEAREST = 500 * INPUT_PRICE + 200 * OUTPUT_PRICE  # more than any request here can cost
 PLENTY = {"max_budget": 10**6, "tpm_limit": 10**9}
 CREW = {"team_id": "crew", "user_id": "mate"}
@@ -1599,6 +1609,7 @@ class Fleet:
         self.rng, self.counts, self.store = random.Random(seed), counts, Store(folder / "store")
         self.nodes = [Node(number, seed + number, self.store) for number in range(NODES)]
         self.spenders: list[Spender] = []
+        self.until = 0.0  # the present storm's end, by the monotonic clock
         for node in self.nodes:
             node.folder, node.counts = folder, counts
 
@@ -1625,7 +1636,9 @@ class Fleet:
 
     async def ask(self, number: int, node: Node) -> int:
         """Ask with a key over a gateway; the answer's status, or 0 where it broke off."""
-        spender, words = self.spenders[number], self.rng.choice((190, *range(1, 30)))
+        spender, words = self.spenders[number], self.rng.randint(1, 30)
+        if self.until - time.monotonic() > LEASE and self.rng.random() < 0.1:
+            words = LONG
         document = {"model": STORE_MODEL, "max_tokens": 200, "stream": self.rng.random() < 0.5}
         document["messages"] = [{"role": "user", "content": f"{number} {'word ' * words}"}]
         began, status, answer = time.monotonic(), 0, b""
@@ -1742,7 +1755,7 @@ class Fleet:
                 await fault()
 
     async def storm(self, seconds: float, *faults: Fault) -> None:
-        until = time.monotonic() + seconds
+        until = self.until = time.monotonic() + seconds
         work = [self.asks(until) for _ in range(ASKERS)]
         work += [self.manages(until), self.wire_faults(until)]
         await asyncio.gather(*work, self.faults(until, faults))
