@@ -124,10 +124,10 @@ GOOD_MASTER_KEY = "set GATEWAY_MASTER_KEY to 16 characters or more that nobody c
 SENDABLE = re.compile(r"[\x21-\x7e]*")  # what a header or a URL can carry
 REAL_KEY = re.compile(r"(?:([\w.-]{1,64})=)?(sk-[\x21-\x7e]+)", re.ASCII)  # with a name for it
 DURATION = re.compile(r"\A([0-9]{1,9})(mo|s|m|h|d|w)\Z")
-STORE_URL = re.compile(  # with or without who it is for, and which of its databases
-    r"(?:rediss?://(?:[^@/?#]*@)?(?:[\w.-]+|\[[\w:.]+\])(?::\d{1,5})?(?:/\d*)?"
-    r"|unix://(?:[^@/?#]*@)?/[^@?#]+)(?:\?db=\d+)?"
-)
+STORE_HOST = r"rediss?://(?:[^\s/?#@]*@)?(?:\[[\w:.]+\]|[\w.-]+)(?::\d{1,5})?(?:/\d*)?"
+STORE_URL = re.compile(rf"(?:{STORE_HOST}|unix://(?:[^\s/?#@]*@)?/[^\s?#@]+)(?:\?db=\d+)?")
+WITHOUT_STORE = ("refuse", "allow")
+NEED_STORE = ("processes", "without_store", "new_store", "import_", "export")
 SHIPPED_KEYS = b'{"version": 1, "keys": {}}\n'  # a checkout's keys file, as no gateway writes it
 LOCAL_KEYS = Path("keys.local.json")  # stands in for that one, which is only read
 LOG_LEVELS = ("debug", "info", "warning", "error", "none")
@@ -249,10 +249,8 @@ class Settings:
         alone, duration = not self.master_key, self.budget_duration
         length = DURATION.match(duration)
         is_odd = duration and not (length and int(length[1]))
-        needy = (
-            () if self.store else ("processes", "without_store", "new_store", "import_", "export")
-        )
-        lost = [each for each in needy if getattr(self, each) != getattr(Settings, each)]
+        needs = [name for name in NEED_STORE if getattr(self, name) != getattr(Settings, name)]
+        no_store = self.store and not STORE_URL.fullmatch(self.store)
         wrong = {
             f"--port: {self.port} is not a port number (0 to 65535)": self.port > 65535,
             "--keyfile: needs --certfile": self.keyfile and not self.certfile,
@@ -260,12 +258,9 @@ class Settings:
             "GATEWAY_MASTER_KEY_NEXT: needs GATEWAY_MASTER_KEY": alone and self.master_key_next,
             f"--budget-duration: {duration} is no length of time, as 1d": is_odd,
             "--budget-duration: needs --max-budget": duration and self.max_budget is None,
-            "--store: is no URL as redis://user:password@host:6379/0, or rediss:// or unix://": (
-                self.store and not STORE_URL.fullmatch(self.store)
-            ),
-            f"--{option_name(''.join(lost[:1]))}: needs --store": lost,
-            "--without-store: is not refuse or allow": self.without_store
-            not in ("refuse", "allow"),
+            "--store: is no URL as redis://:password@host:6379/0": no_store,
+            f"--{option_name(''.join(needs[:1]))}: needs --store": needs and not self.store,
+            "--without-store: is not refuse or allow": self.without_store not in WITHOUT_STORE,
             "--reuse-port: takes no --unix-socket": self.reuse_port and self.unix_socket,
         }
         for text in filter(wrong.get, wrong):
@@ -414,7 +409,7 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
         if kind := each.metadata["kind"]:
             value = values[each.name] = next(filter(None, found), each.default)
             told = "; else $".join((each.metadata["help"], *each.metadata["variables"]))
-            shown = None if each.name == "store" else value  # by --help: it may hold a password
+            shown = "" if each.name == "store" else value  # by --help: it may hold a password
             parser.define(option_name(each.name), shown, kind, told, group="Gateway")
             kinds[option_name(each.name)] = kind
     try:
@@ -432,8 +427,7 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
                 parser.log_file_prefix += f".{PLACE.number}"
             parser.run_parse_callbacks()  # which open the log
         chosen = parser.group_dict("Gateway")
-        chosen = {name: chosen[option_name(name)] for name in values}
-        values |= {name: value for name, value in chosen.items() if value not in ("", Path(), None)}
+        values |= {n: v for n in values if (v := chosen[option_name(n)]) not in ("", Path())}
         return Settings(**values, **read_secrets(environment))
     except SettingsError as error:
         error.as_json = parser.log_json or bool({"--log-json", "--log-json=true"} & {*arguments})
@@ -5403,10 +5397,7 @@ RESERVED_FILES = 64  # for the keys file, the log and whatever else is no connec
 BACKLOG = 4096  # connections that the kernel holds until they are accepted, up to its somaxconn
 HANDSHAKE = 0.25  # seconds for one that has begun to end, and then for the request behind it
 SO_ATTACH_FILTER = 26  # <asm-generic/socket.h>; Python does not name it
-NO_SYN = (  # BPF: of the flags of TCP, is SYN set and ACK not? then drop it, else take it
-    *((0x30, 0, 0, 13), (0x54, 0, 0, 0x12), (0x15, 0, 1, 0x02), (0x06, 0, 0, 0)),
-    (0x06, 0, 0, 0xFFFF),
-)
+NO_SYN = ((0x30, 0, 0, 13), (0x54, 0, 0, 0x12), (0x15, 0, 1, 2), (6, 0, 0, 0), (6, 0, 0, 0xFFFF))
 ACCEPT_AGAIN = 1.0  # seconds after which connections are taken again where no file could be opened
 
 
@@ -5428,8 +5419,7 @@ class Server:
         files = MANY_FILES if files == resource.RLIM_INFINITY else files
         self.max_connections = max(1, (files - RESERVED_FILES) // 2)
         self._sites: collections.Counter[str] = collections.Counter()
-        self._listening = list[socket.socket]()
-        self._accepting: list[asyncio.Task[None]] = []
+        self._accepting: dict[socket.socket, asyncio.Task[None]] = {}
         self._opening: set[asyncio.Task[None]] = set()
         self._sweep()
 
@@ -5438,24 +5428,18 @@ class Server:
         self.context = context
         for listening in sockets:
             listening.listen(BACKLOG)
-            self._listening.append(listening)
-            self._accepting.append(self.loop.create_task(self._accept(listening)))
+            self._accepting[listening] = self.loop.create_task(self._accept(listening))
 
     async def _accept(self, listening: socket.socket) -> None:
         with listening:
-            try:
-                while True:
-                    try:
-                        self._take(*await self.loop.sock_accept(listening))
-                    except ConnectionError:  # the client has left, which holds up nobody
-                        continue
-                    except OSError as error:
-                        log.warning("%s: connections wait; raise the limit", error.strerror)
-                        await asyncio.sleep(ACCEPT_AGAIN)
-            finally:
-                with contextlib.suppress(OSError):  # until none waits
-                    while self.gateway.phase is GatewayPhase.LEAVING:
-                        self._take(*listening.accept())
+            while True:
+                try:
+                    self._take(*await self.loop.sock_accept(listening))
+                except ConnectionError:  # the client has left, which holds up nobody
+                    continue
+                except OSError as error:
+                    log.warning("%s: connections wait; raise the limit", error.strerror)
+                    await asyncio.sleep(ACCEPT_AGAIN)
 
     def _take(self, client: socket.socket, peer: Any) -> None:
         client.setblocking(False)
@@ -5519,14 +5503,17 @@ class Server:
         """Leave a port to others that share it, so that no client notices: what waits is taken, and
         in the end nothing is on its way. A SYN that is dropped comes again a second later, and so
         meets another; without this, handshakes under way are reset (net.ipv4.tcp_migrate_req)."""
+        # BPF: load TCP's flags, of these SYN and ACK; where it is SYN alone drop it, else take it.
         steps = array.array("B", b"".join(struct.pack("HBBI", *step) for step in NO_SYN))
         program = struct.pack("HP", len(NO_SYN), steps.buffer_info()[0])
-        for listening in self._listening:
-            if sys.platform == "linux" and listening.family is not socket.AF_UNIX:
-                with contextlib.suppress(OSError):  # a kernel that does not know it
-                    listening.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+        for listening in self._accepting:
+            with contextlib.suppress(OSError):  # none but Linux knows it
+                listening.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
         await asyncio.sleep(HANDSHAKE)
-        for task in self._accepting:
+        for listening, task in self._accepting.items():
+            with contextlib.suppress(OSError):  # until none waits
+                while True:
+                    self._take(*listening.accept())
             task.cancel()
         await asyncio.sleep(HANDSHAKE)
 
@@ -5539,7 +5526,7 @@ class Server:
 
     def close(self) -> None:
         """Take no further connections, break what is left, and free all."""
-        for task in self._accepting:
+        for task in self._accepting.values():
             task.cancel()
         for connection in list(self.connections):
             connection.transport.abort()
@@ -8785,7 +8772,7 @@ def merged(told: Mapping[str, bytes]) -> bytes:
     return b"".join([*itertools.chain(*families.values()), end])
 
 
-@dataclass
+@dataclass(eq=False)  # a registry hashes it
 class Metrics:
     """Those of this process, made of the gateway's counts, and of what keys have left."""
 
@@ -8901,9 +8888,11 @@ class LineFormatter(logging.Formatter):
 def mask_secrets(settings: Settings) -> None:
     """Have the log mask these secrets, beside those that it masks already."""
     real = [value.removeprefix("Bearer ") for _, value in real_keys(settings).values()]
+    quoted = urllib.parse.urlsplit(settings.store).password or ""
+    password = quoted, urllib.parse.unquote(quoted)
     for handler in logging.root.handlers:
         if isinstance(line := handler.formatter, LineFormatter):
-            line.mask([settings.master_key, settings.master_key_next, *real])
+            line.mask([settings.master_key, settings.master_key_next, *real, *password])
 
 
 def log_request(handler: web.RequestHandler) -> None:
@@ -9845,7 +9834,6 @@ DRAIN_PROGRESS = 5.0  # seconds between two lines about what a stop waits for
 LOOPBACK = ("127.0.0.1", "::1")
 MOCK_CREDENTIAL = "sk-ant-mock-"
 CHECK_TIMEOUT = 30.0  # seconds
-USAGE_ERROR = 2  # the exit code behind a SettingsError
 STEADY = 60.0  # seconds after which a process that ends is started again at once,
 LONGEST_WAIT = 30  # else in 0, 1, 2, 4 … and at most so many
 OPTIONAL_PACKAGES = {"uvloop": "the gateway is slower", "prometheus-client": "there is no /metrics"}
@@ -9983,21 +9971,16 @@ def take_secrets(gateway: Gateway) -> None:
     mask_secrets(settings)
 
 
-def meet_parent(
-    loop: asyncio.AbstractEventLoop,
-    signals: asyncio.Queue[int],
-    sockets: Sequence[socket.socket],
-    port: int,
-) -> None:
+def meet_parent(take: Callable[[int], Any], sockets: list[socket.socket], port: int) -> None:
     """Give the `Parent` what it does not have, and take signals from it; if it goes, stop too."""
-    control = socket.socket(fileno=PLACE.control)
+    control, loop = socket.socket(fileno=PLACE.control), asyncio.get_running_loop()
 
     def hear() -> None:
         told = control.recv(64)
         if not told:
             loop.remove_reader(control)
         for number in told or [signal.SIGTERM]:
-            signals.put_nowait(number)
+            take(number)
 
     loop.add_reader(control, hear)
     for each in sockets if port else ():
@@ -10037,7 +10020,7 @@ async def serve(settings: Settings) -> None:
     if PLACE.folder:
         path = Path(PLACE.folder, str(PLACE.number))
         telling = await asyncio.start_unix_server(Metrics(gateway).tell, path)
-        meet_parent(loop, signals, sockets, port)
+        meet_parent(signals.put_nowait, sockets, port)
     if not (PLACE.port or PLACE.sockets):
         announce(gateway, port)
     await loop.run_in_executor(None, gateway.prices.load)
@@ -10179,7 +10162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except SettingsError as error:
         text, as_json = " ".join(f"gateway: {error}".split()), error.as_json or settings.log_json
         say(text, as_json=as_json, level=logging.CRITICAL, to=sys.stderr)
-        sys.exit(USAGE_ERROR)
+        sys.exit(2)
     except Exception:  # a mistake in this file: its lines are the log's too
         log.critical("ended", exc_info=True)
         sys.exit(1)
@@ -10223,7 +10206,7 @@ class Parent:
                 if (number := signal.sigwait(self.SIGNALS)) in self.TOLD:
                     self._tell(number)
                 for child in self.children:
-                    if child.process and not child.sockets:
+                    if child.process and not (child.sockets or self.stopping):
                         self._take_sockets(child)
                     if child.process and (code := child.process.poll()) is not None:
                         self._bury(child, code)
@@ -10265,6 +10248,8 @@ class Parent:
             self.stopping = True
             for each in {each for child in self.children for each in child.sockets}:
                 os.close(each)  # else it would listen for as long as the parent lives
+            for child in self.children:
+                child.sockets = ()
         for child in self.children:
             with contextlib.suppress(BrokenPipeError):
                 if child.process:
@@ -10274,7 +10259,7 @@ class Parent:
         """One has ended, to be started again; unless it, or a first one, could not start at all."""
         child.process, ran = None, time.monotonic() - child.started
         child.control.close()
-        if code == USAGE_ERROR and not child.sockets and not self.stopping:
+        if code == 2 and not child.sockets and not self.stopping:  # a SettingsError
             self._tell(signal.SIGTERM)
         if self.stopping:
             self.code = max(self.code, code if code >= 0 else 128 - code)
