@@ -2928,6 +2928,9 @@ TRIES = 3  # of a request whose key is changed under it
 MARK_DAYS = 7  # after which a process that was cut off may not write any more
 PREFIX, STORE, CHANGES, REVISION = "gw:", "gw:store", "gw:changes", "gw:revision"
 NANO = Decimal("1e-9")
+IMPORTED = "gw:import"  # is STORE until all is there
+TOLD_OF, COPY_DEADLINE = 10_000, 60.0  # records; seconds for an answer
+Sums = collections.Counter[str]  # of what was copied
 REMEMBERED = ".store"  # behind the name of the keys file: which stores were used from here
 NO_STORE = "The store is empty, or another one: nothing is changed in it. Whoever runs the gateway"
 NO_STORE += " must bring its data back, or start it with --new-store or --import."
@@ -3128,8 +3131,36 @@ for i = 2, #KEYS do
 end
 return told
 """
+# Things, each [id, kind, home, made]: "made" and "shared" leave an owner, "given" does not, "gone"
+# is his own. Sets are of an owner, of all ("*") and of what is shared ("+"), of a kind or of any.
+THINGS = """
+local deed, owner, rows = unpack(cjson.decode(ARGV[3]))
+for _, row in ipairs(rows) do
+  local name, text = row[1], redis.call('HGET', KEYS[3], row[1])
+  local old = text and cjson.decode(text)
+  local of = old or {owner, row[2], row[3], row[4]}
+  if not old or deed ~= 'made' and (deed ~= 'gone' or owner == '*' or owner == of[1]) then
+    for pass = 1, 2 do
+      local places = {':*', ':' .. of[1], of[2] .. ':*', of[2] .. ':' .. of[1], of[2] .. ':+'}
+      for i, place in ipairs(places) do
+        if pass == 1 then redis.call('ZREM', 'gw:made:' .. place, name)
+        elseif i < 5 or of[5] then redis.call('ZADD', 'gw:made:' .. place, of[4], name) end
+      end
+      if deed == 'gone' then break end
+      of[1], of[5] = deed == 'given' and owner or of[1], deed == 'shared'
+    end
+    if deed == 'gone' then redis.call('HDEL', KEYS[3], name)
+    else redis.call('HSET', KEYS[3], name, cjson.encode(of)) end
+  end
+end
+return {}
+"""
+LOG = """
+for i = 4, #ARGV do redis.call('XADD', KEYS[3], 'MAXLEN', '~', ARGV[3], '*', 'row', ARGV[i]) end
+return {}
+"""
 EVERY_SCRIPT = (RESERVE, RENEW, LOOK)
-WRITTEN_ONCE = (BOOK, KEEP, FINISH)
+WRITTEN_ONCE = (BOOK, KEEP, FINISH, THINGS, LOG)
 SCRIPTS = {text: PRELUDE + text for text in EVERY_SCRIPT}
 SCRIPTS |= {text: PRELUDE + ONCE + text for text in WRITTEN_ONCE}
 DIGESTS = {text: hashlib.sha1(script.encode()).hexdigest() for text, script in SCRIPTS.items()}
@@ -3288,27 +3319,31 @@ class RedisLedger(Ledger):
         new_store: bool = False,
         allow: bool = False,
         remember: Path | None = None,
+        deadline: float = STORE_DEADLINE,
     ) -> None:
         import redis.asyncio
         from redis.asyncio.retry import Retry
         from redis.backoff import NoBackoff
 
         super().__init__(usage_days, clock, limits)
-        times: Any = dict.fromkeys(("socket_timeout", "socket_connect_timeout"), STORE_DEADLINE)
+        times: Any = dict.fromkeys(("socket_timeout", "socket_connect_timeout"), deadline)
         told: Any = times | {"decode_responses": True, "retry": Retry(NoBackoff(), 0)}
         told |= {"protocol": 2, "max_connections": MOST_CONNECTIONS, "timeout": STORE_DEADLINE}
         pool = redis.asyncio.BlockingConnectionPool.from_url(store, **told)
         self._redis: Any = redis.asyncio.Redis(connection_pool=pool)
-        self._errors = (redis.RedisError, OSError, TimeoutError, StoreAway)
+        # uvloop raises RuntimeError for what is written to a connection that was just reset.
+        self._errors = (redis.RedisError, OSError, TimeoutError, RuntimeError, StoreAway)
         self._new, self._allow, self._remember = new_store, allow, remember
         self._shown = re.sub(r"//[^@/]*@", "//", store.partition("?")[0])
         self.keys: collections.OrderedDict[str, VirtualKey] = collections.OrderedDict()
         self._unknown: set[str] = set()  # hashes of no key, until any changes
         self._asked: dict[str, asyncio.Task[VirtualKey | None]] = {}
+        self._forgotten = 0  # how often any has changed: what is read meanwhile may be old
         self._accounts = weakref.WeakValueDictionary[str, Account]()  # by their places
         self._link, self._linked = cast(Link | None, None), asyncio.Event()
         self.away, self.lost, self.doubt = "it was not asked yet", False, ""
         self._id, self._process, self._number = "", secrets.token_hex(4), 0
+        self._store = STORE
         self._writes: dict[int, Write] = {}
         self._refused: list[Write] = []  # which are sent again, each with another number
         self._holds: dict[str, Sequence[str]] = {}  # places, by the ids of holds
@@ -3319,6 +3354,10 @@ class RedisLedger(Ledger):
         self.groups[GATEWAY].account.place = f"{PREFIX}{{gateway}}:{GATEWAY}"
         # Batches: whose they are, what is held, and the last line that was booked here.
         self._booking: dict[str, tuple[VirtualKey, Any, int]] = {}
+
+    @property
+    def _oldest(self) -> str:
+        return day_of(now() - timedelta(days=self._usage_days))
 
     # Coming and going
 
@@ -3386,8 +3425,10 @@ class RedisLedger(Ledger):
                 await self._renew()
                 await link.closed
                 why = link.why
-            except (OSError, StoreAway) as error:
+            except Exception as error:  # whatever it is, it is tried again
                 why = str(error) or "no answer"
+                if not isinstance(error, self._errors):
+                    log.exception("Redis cannot be reached")
             self._link = None
             if why != self.away:
                 log.error("Redis is away: %s", why) if not self.away else None
@@ -3406,8 +3447,10 @@ class RedisLedger(Ledger):
                     self._forget(change["name"])
                 await self._check()
                 failed = 0
-            except self._errors as error:
+            except Exception as error:  # whatever it is, it is tried again
                 failed += 1  # if but once, perhaps this process was late itself
+                if not isinstance(error, self._errors):
+                    log.exception("changes in Redis cannot be followed")
                 if self._link is not None and failed > 2:
                     self._link.abort(str(error) or "no answer")
                 await asyncio.sleep(STORE_RETRY)
@@ -3420,7 +3463,8 @@ class RedisLedger(Ledger):
             pipe.zadd(f"{PREFIX}processes", {self._process: asked + CLOCK.ahead})
             pipe.zcount(f"{PREFIX}processes", asked + CLOCK.ahead - 5, "inf")
             store, (seconds, more), self.count, _, self._processes = await pipe.execute()
-        CLOCK.ahead = seconds + more / 1e6 - (asked + time.time()) / 2
+        told = seconds + more / 1e6  # some time between the question and its answer
+        CLOCK.ahead = min(max(CLOCK.ahead, told - time.time()), told - asked)
         if self.lost != (lost := store != self._id):
             log.critical(NO_STORE) if lost else log.warning("the store is back")
             self.lost = lost
@@ -3498,7 +3542,7 @@ class RedisLedger(Ledger):
         """What a script answers. Raises StoreAway."""
         if self._link is None:
             raise StoreAway(self.away)
-        return await self._link.script(script, [STORE, *keys], self._id, *arguments)
+        return await self._link.script(script, [self._store, *keys], self._id, *arguments)
 
     def _later(
         self,
@@ -3523,7 +3567,7 @@ class RedisLedger(Ledger):
 
     def _send(self, number: int, write: Write) -> None:
         if self._link is not None and not self.lost:
-            keys = [STORE, f"{write.keys[-1]}:seen:{self._process}", *write.keys]
+            keys = [self._store, f"{write.keys[-1]}:seen:{self._process}", *write.keys]
             answer = self._link.script(write.script, keys, self._id, number, *write.arguments)
             answer.add_done_callback(functools.partial(self._sent, number, write))
 
@@ -3554,15 +3598,16 @@ class RedisLedger(Ledger):
 
     async def _learn(self, hashed: str) -> VirtualKey | None:
         """Read a key, and remember it, or that there is none."""
+        began = self._forgotten
         try:
             async with self._asking():
-                if (key := await self._read_key(hashed, former=True)) is None:
-                    self._unknown.add(hashed)
-                    return None
-                await self._look([key], None, shared=self._accounts)
-                self.keys[hashed] = key
+                if key := await self._read_key(hashed, former=True):
+                    await self._look([key], None, shared=self._accounts)
         finally:
             del self._asked[hashed]
+        if began == self._forgotten:
+            self.keys |= {hashed: key} if key else {}
+            self._unknown |= set() if key else {hashed}
         if len(self.keys) > KEPT_RECORDS:
             self.keys.popitem(last=False)
         if len(self._unknown) > KEPT_RECORDS:
@@ -3590,6 +3635,7 @@ class RedisLedger(Ledger):
     def _forget(self, name: str = "") -> None:
         """A record has changed, or (without a name) any may have."""
         self._unknown.clear()
+        self._forgotten += 1
         if not name:
             self.keys.clear()
         elif HASH.fullmatch(name):
@@ -3932,6 +3978,255 @@ class RedisLedger(Ledger):
                 "key %s: batch %s is gone, so its worst case is booked", key.shown_name, name
             )
 
+    # Things
+
+    async def find_things(self, names: Iterable[object]) -> dict[str, Thing]:
+        async with self._asking():
+            rows, keys = await self._rows([n for n in names if isinstance(n, str)])
+        found = dict[str, Thing]()
+        for name, (owner, kind, home, _, is_shared) in rows.items():
+            key = keys.get(owner)
+            team, home = (key.team_id, home or key.home or "") if key else (None, home)
+            found[name] = Thing(kind, owner, team, is_shared, home)
+        return found
+
+    async def _rows(self, names: Sequence[str]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+        """Of these things those that are known, and the keys of their owners, by these."""
+        asked = [name for name in names if name.isprintable()]  # no id is else, nor UTF-8
+        texts = await self._redis.hmget(f"{PREFIX}things", asked) if asked else []
+        rows = {name: json.loads(text) for name, text in zip(asked, texts, strict=True) if text}
+        owners = sorted({owner for owner, *_ in rows.values()})
+        hashes = await self._redis.hmget(f"{PREFIX}owners", owners) if owners else []
+        keys: Any = await self._records([*filter(None, hashes)])
+        return rows, {key.owner: key for key in keys.values()}
+
+    async def reached(self, key: VirtualKey, kind: str) -> dict[str, float]:
+        owners = {key.owner, "+"}
+        async with self._asking():
+            if key.team_id and key.resources == "team":
+                sets = [f"{PREFIX}{of}:team:{key.team_id}" for of in ("members", "deleted")]
+                mates: Any = await self._records([*await self._redis.sunion(sets)])
+                owners |= {mate.owner for mate in mates.values()}
+            async with self._redis.pipeline(transaction=False) as pipe:
+                for owner in owners:
+                    pipe.zrange(f"{PREFIX}made:{kind}:{owner}", 0, -1, withscores=True)
+                return dict(itertools.chain(*await pipe.execute()))
+
+    async def own(self, born: Mapping[tuple[str, str], Mapping[str, float]], home: str) -> None:
+        known, names = dict[str, Thing](), {name for made in born.values() for name in made}
+        with contextlib.suppress(APIError):
+            known = await self.find_things(names)
+        for (owner, kind), made in born.items():
+            self._change(
+                "made", owner, [[n, kind, home, made[n]] for n in made.keys() - known.keys()]
+            )
+        try:
+            if names - known.keys():
+                await asyncio.shield(self.save())
+        except APIError as error:
+            text = f"{error.message} What was made is there, and is remembered later."
+            raise APIError(503, text, headers=[DO_NOT_RETRY]) from None
+
+    async def assign(self, kinds: Mapping[str, str], owner: str | None) -> None:
+        async with self._asking():  # else nothing is changed
+            rows = [[name, kind, "", now().timestamp()] for name, kind in kinds.items()]
+        self._change("shared" if owner is None else "given", owner or "", rows)
+        await asyncio.shield(self.save())
+
+    def forget(self, name: str, owner: str | None) -> None:
+        self._change("gone", "*" if owner is None else owner, [[name, "", "", 0]])
+
+    def _change(self, deed: str, owner: str, rows: Sequence[Sequence[Any]]) -> None:
+        if rows := [row for row in rows if row[0].isprintable()]:
+            self._later(THINGS, [f"{PREFIX}things"], json.dumps([deed, owner, rows]))
+
+    async def list_things(
+        self, owner: str | None, kind: str, first: int, most: int
+    ) -> tuple[int, list[dict[str, Any]]]:
+        made = f"{PREFIX}made:{kind}:{'*' if owner is None else owner}"
+        async with self._asking():
+            total = await self._redis.zcard(made)
+            names = await self._redis.zrange(made, first, first + most - 1)
+            found, keys = await self._rows(names)
+        rows = list[dict[str, Any]]()
+        for name, (whose, of, home, made, is_shared) in found.items():
+            key = keys.get(whose)
+            hashed = key.account.hashed if key and not key.deleted_at else None
+            row = dict[str, Any](id=name, kind=of, key=hashed, home=home or None)
+            rows.append(row | {"created_at": moment_of(int(made)), "shared": is_shared})
+        return total, rows
+
+    # The request log
+
+    def log(self, rows: Iterable[bytes], most: int) -> None:
+        """Add rows to the log that all share, which keeps the last ``most``."""
+        self._later(LOG, [f"{PREFIX}requests"], most, *rows)
+
+    async def logged(self) -> AsyncIterator[bytes]:
+        """Its rows, the newest first."""
+        at = "+"
+        while at:
+            async with self._asking():
+                log = f"{PREFIX}requests"
+                rows = await self._redis.xrevrange(log, at, count=NAMES_A_TRIP)
+            for _, row in rows:
+                yield row["row"].encode()
+            at = f"({rows[-1][0]}" if rows else ""
+
+    # Copying
+
+    async def take_in(self, source: FileLedger, tell: Callable[[str], None]) -> Sums:
+        """Fill a store that has no keys with all that a file has, over what a broken try left.
+        STORE comes last, when all was read back; till then there is none. Raises SettingsError."""
+        redis, sums, self._store, self._id = self._redis, Sums(), IMPORTED, self._process
+        whole = source.groups[GATEWAY]
+        whole.account.place = self.groups[GATEWAY].account.place
+        records = [*source.groups.values(), *source.keys.values()]
+        try:
+            if await redis.exists(STORE) and await redis.zcard(f"{PREFIX}key"):
+                raise SettingsError(f"--import: {self._shown} holds keys already")
+            await redis.delete(STORE)
+            await self._clear("*")
+            pipe = redis.pipeline(transaction=False).set(IMPORTED, self._id)
+            pipe.hset(whole.account.place, "rev", "").set(REVISION, len(records))
+            self._tasks = [asyncio.create_task(self._keep_linked())]
+            for start in range(0, len(records), NAMES_A_TRIP):
+                part = records[start : start + NAMES_A_TRIP]
+                for number, of in enumerate(part, start=start + 1):
+                    if of is not whole:
+                        self._put(pipe, of.account.hashed, of, str(number))
+                    if of.account.last_active:
+                        active = int(of.account.last_active.timestamp())
+                        pipe.hset(of.account.place, "active", active)
+                await pipe.execute()
+                for of in part:
+                    self._copy_account(of, source)
+                    self._count_in(sums, of)
+                await self._written()
+                if start % TOLD_OF == 0:
+                    tell(f"{start:,} of {len(records):,} records")
+            for change in map(json.loads, source.things.lines()):
+                kind, home, names = change.get("kind"), change.get("home"), change.get("shared", ())
+                rows = [[n, kind, home, made] for n, made in change.get("made", {}).items()]
+                rows += [[name, "", "", 0] for name in names]
+                for start in range(0, len(rows), NAMES_A_TRIP):
+                    deed, owner = "shared" if names else "made", change.get("key", "")
+                    self._change(deed, owner, rows[start : start + NAMES_A_TRIP])
+                    await self._written()
+            found, sums["things"] = Sums(), len(source.things.places)
+            async for of in self._everything():
+                self._count_in(found, of)
+            found["things"] = await redis.hlen(f"{PREFIX}things")
+            if found != sums:
+                wrong = f"{dict(found - sums)} too many, {dict(sums - found)} too few"
+                raise SettingsError(f"--import: what was written is not what was read: {wrong}")
+            await self._clear(f"*:seen:{self._process}")
+            await redis.rename(IMPORTED, STORE)
+            await self._find_disk()
+            await redis.execute_command(*("WAITAOF", 1, 0, 0) if self._waits else ("PING",))
+        except self._errors as error:
+            raise SettingsError(f"--store: {self._shown}: {error or 'no answer'}") from None
+        return sums
+
+    def _copy_account(self, of: Limited, source: FileLedger) -> None:
+        """Write what a record has used, its batches, and where it makes things."""
+        account, used = of.account, list[Any]()
+        for day, model, tally in account.usage.days(self._oldest):
+            used += self._usage([(model, tally)], day)
+        spent = [[name, w.start, nano(w.spend)] for name, w in account.windows.items()]
+        rows = [{"w": spent, "u": used, "t": False, "a": False}]
+        self._later(BOOK, [account.place] * 2, "", json.dumps(rows), "0")
+        for name, batch in account.batches.items():
+            held = [
+                [other.account.place, window, str(nano(amount))]
+                for at, amounts in ({account.hashed: batch.held} | batch.beside).items()
+                for window, amount in amounts.items()
+                if (other := source.record(at))
+            ]
+            row = ["owner", cast(VirtualKey, of).owner, "day", batch.day, "lines", batch.lines]
+            keys = [f"{PREFIX}batch:{name}", f"{PREFIX}unbooked"]
+            self._later(KEEP, keys, "", name, json.dumps(held), json.dumps([*row, "booked", 0]))
+            if batch.booked:
+                self._later(FINISH, keys, name, "[]", self._usage_days * 86400)
+
+    async def give_out(self, path: Path, tell: Callable[[str], None]) -> Sums:
+        """Write all into a keys file, and one of resources, that are not there yet. While gateways
+        run, what they use and make meanwhile is there in part: batches are read first, then some
+        records at a time, then things. Raises SettingsError."""
+        sums, lines, things, today = Sums(), list[bytes](), Things(), day_of(now())
+        files = {Path(f"{path}.resources"): THINGS_FRAME, path: KEYS_FRAME}
+        if there := [*filter(os.path.lexists, files)]:
+            raise SettingsError(f"--export: {there[0]} is there already; name another file")
+        try:
+            async for of in self._everything():
+                self._count_in(sums, of)
+                lines.append(store_line(of.account.hashed, of, today, self._oldest))
+                if len(lines) % TOLD_OF == 0:
+                    tell(f"{len(lines):,} records")
+            async for name, text in self._redis.hscan_iter(f"{PREFIX}things", count=NAMES_A_TRIP):
+                owner, kind, home, made, is_shared = json.loads(text)
+                things.change({"key": owner, "kind": kind, "home": home, "made": {name: made}})
+                things.shared |= {name} if is_shared else set()
+            for (file, frame), each in zip(files.items(), (things.lines(), lines), strict=True):
+                StoreFile(file, frame, "", "").write(each)
+        except self._errors as error:
+            raise SettingsError(f"--export: {error or 'Redis gave no answer'}") from None
+        sums["things"] = len(things.places)
+        return sums
+
+    async def _everything(self) -> AsyncIterator[Limited]:
+        """Every record, with all that it used and its batches."""
+        days, batches = (self._oldest, "9999"), collections.defaultdict[str, Any](dict)
+        whole = await self._whole(days)
+        names = {whole.account.place: GATEWAY}
+        async for at in self._redis.scan_iter(f"{PREFIX}batch:*", NAMES_A_TRIP):
+            if row := await self._redis.hgetall(at):
+                batches[row["owner"]][at.removeprefix(f"{PREFIX}batch:")] = row
+        yield whole
+        for kind in (*GROUPS, "key"):
+            async for of in self.each(kind, days=days):
+                account = of.account
+                names[account.place] = account.hashed
+                if isinstance(of, VirtualKey):
+                    account.batches, own = {}, batches.pop(of.owner, {})
+                    of.owner_id = "" if of.owner_id == account.hashed else of.owner_id
+                    for name, row in own.items():
+                        batch = Batch(row["day"], int(row["lines"]), booked=row["booked"] == "1")
+                        account.batches[name] = batch
+                        held = {account.hashed: batch.held} | batch.beside
+                        for place, window, amount in (
+                            [] if batch.booked else json.loads(row["held"])
+                        ):
+                            held.setdefault(names.get(place, ""), {})[window] = usd(amount)
+                        batch.held, batch.beside = held.pop(account.hashed), held
+                yield of
+                if kind == "key":
+                    del names[account.place]
+
+    def _count_in(self, sums: Sums, of: Limited) -> None:
+        """Count a record in, and what it used: amounts are nano-dollars."""
+        which, batches = "tagged " if of.of == "gateway" else "", of.account.batches.values()
+        sums[f"{of.of}s"] += 1
+        sums["batches"] += len(batches)
+        sums["unbooked batches"] += sum(not batch.booked for batch in batches)
+        sums["spent of budgets"] += sum(nano(w.spend) for w in of.account.windows.values())
+        for _, _, tally in of.account.usage.days(self._oldest):
+            sums[f"{which}requests"] += tally.requests
+            sums[f"{which}spent"] += nano(tally.spend)
+
+    async def _written(self) -> None:
+        """Wait until what is to be written is."""
+        waiting = [write.done for write in self._writes.values()]
+        late = (await asyncio.wait(waiting, timeout=COPY_DEADLINE))[1] if waiting else ()
+        if late or self._refused:
+            raise StoreAway(self.away or "it refused what was to be written")
+
+    async def _clear(self, pattern: str) -> None:
+        scan = self._redis.scan_iter(f"{PREFIX}{pattern}", NAMES_A_TRIP)
+        names = [name async for name in scan]
+        for start in range(0, len(names), NAMES_A_TRIP):
+            await self._redis.unlink(*names[start : start + NAMES_A_TRIP])
+
     # Changing
 
     @contextlib.asynccontextmanager
@@ -3955,9 +4250,9 @@ class RedisLedger(Ledger):
                 return await self.change(changes)
         async with self._asking():
             before = await self._records([*changes])
-            last = await self._redis.incrby(REVISION, len(changes))
             async with self._redis.pipeline(transaction=True) as pipe:
-                await pipe.watch(STORE, f"{PREFIX}lock")
+                await pipe.watch(STORE, REVISION, f"{PREFIX}lock")
+                revision = int(await pipe.get(REVISION) or 0)
                 is_ours = await pipe.get(STORE) == self._id
                 if (
                     not is_ours
@@ -3965,11 +4260,12 @@ class RedisLedger(Ledger):
                 ):
                     raise StoreAway("the change took too long")
                 pipe.multi()
-                for number, (name, record) in enumerate(changes.items()):
+                pipe.incrby(REVISION, len(changes))
+                for number, (name, record) in enumerate(changes.items(), start=1):
                     if old := before.get(name):
                         self._take(pipe, name, old, is_gone=record is None)
                     if record is not None:  # each has a number of its own, the order of reports
-                        self._put(pipe, name, record, str(last - len(changes) + number + 1))
+                        self._put(pipe, name, record, str(revision + number))
                     pipe.xadd(CHANGES, {"name": name}, maxlen=CHANGES_KEPT)
                 await pipe.execute()
             await self._sync()
@@ -3992,6 +4288,8 @@ class RedisLedger(Ledger):
                     pipe.sadd(f"{PREFIX}members:{group}", name)
                 if record.key_alias:
                     pipe.hset(f"{PREFIX}alias", record.key_alias, name)
+            elif record.team_id:  # whose others still reach what it made
+                pipe.sadd(f"{PREFIX}deleted:team:{record.team_id}", name)
         else:
             id, team = name, getattr(record, "team_id", None)
         tag = urllib.parse.quote(team or id, safe="")
@@ -4079,10 +4377,14 @@ class RedisLedger(Ledger):
             last = part[-1][1]
 
     async def tagged(self, days: tuple[str, str]) -> Usage:
-        whole = Limited(account=Account(place=self.groups[GATEWAY].account.place))
+        return (await self._whole(days)).account.usage
+
+    async def _whole(self, days: tuple[str, str]) -> Limited:
+        place = self.groups[GATEWAY].account.place
+        whole = Limited(account=Account(hashed=GATEWAY, place=place))
         async with self._asking():
             await self._look([whole], days)
-        return whole.account.usage
+        return whole
 
     async def _look(
         self,
@@ -5848,6 +6150,7 @@ MAX_LABELS = 1000  # keys, and keys with their models, that /metrics tells apart
 # Seconds; LiteLLM's buckets of its latency metrics.
 LATENCY_BUCKETS = [0.0005, 0.001, 0.0025, 0.005, 0.0125, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0]
 LATENCY_BUCKETS += [2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0]
+ROWS_A_TURN = 100  # of requests that are looked at before the loop may do something else
 LOG_SIZE, LOG_FLAGS = 64 * MIB, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
 FILTERED = {"litellm_call_id", "request_id", "api_key", "user", "status", "startTime"}
 TIMINGS = ("total", "first_byte", "upstream", "overhead")
@@ -5980,12 +6283,19 @@ class RequestLog:
         if self._path:
             self._waiting.append(record)
 
-    def rows(self) -> Iterator[dict[str, Any]]:
+    async def rows(self) -> AsyncIterator[dict[str, Any]]:
         """The newest first; a line that is damaged is passed over."""
-        for each in [*self._recent][::-1]:  # whoever reads them may wait in between
-            row = dict_of(read_json(each, Any)) if isinstance(each, bytes) else each.to_spend_log()
+        number = 0
+        async for each in self._newest():
+            row = each.to_spend_log() if isinstance(each, Record) else dict_of(read_json(each, Any))
+            if (number := number + 1) % ROWS_A_TURN == 0:
+                await asyncio.sleep(0)
             if row.keys() >= FILTERED and isinstance(row["startTime"], str):
                 yield row
+
+    async def _newest(self) -> AsyncIterator[Record | bytes]:
+        for each in [*self._recent][::-1]:  # whoever reads them may wait in between
+            yield each
 
     async def run(self) -> None:
         """Save once a second, until cancelled."""
@@ -6017,6 +6327,26 @@ class RequestLog:
         rows.clear()  # they are there, even where the file cannot be moved away
         if size + len(data) > LOG_SIZE:
             os.replace(self._path, f"{self._path}.1")
+
+
+class SharedLog(RequestLog):
+    """The same where processes share a store, which has the last rows of all; those of others come
+    each second. While it is away they wait here."""
+
+    def __init__(self, most: int, ledger: RedisLedger) -> None:
+        super().__init__("", most)
+        self._path, self._ledger, self._most = "the store", ledger, most
+
+    async def save(self) -> None:
+        if self._waiting and not self._ledger.away:
+            self._ledger.log([as_json(each.to_spend_log()) for each in self._waiting], self._most)
+            self._waiting.clear()
+
+    async def _newest(self) -> AsyncIterator[Record | bytes]:
+        await self.save()
+        await self._ledger.save()
+        async for row in self._ledger.logged():
+            yield row
 
 
 @dataclass(slots=True)
@@ -8321,7 +8651,6 @@ DAY = Kind("a date like 2026-11-22", lambda text: day_of(datetime.strptime(text,
 WORD = Kind("true or false", lambda text: ("false", "true").index(text.lower()) > 0)
 UNDER_WAY, OTHERS, MAX_LISTED = "under_way", "(others)", 10_000
 MAX_OWN_ROWS = 1000  # that a virtual key is told of its requests
-ROWS_A_TURN = 100  # of requests that are looked at before the loop may do something else
 KEY_FILTERS = {n: operator.attrgetter(n) for n in ("user_id", "team_id", "key_alias")}
 KEY_FILTERS["key_hash"] = operator.attrgetter("account.hashed")
 SEARCHED = operator.attrgetter("key_alias", "key_name", "user_id", "team_id")
@@ -8420,22 +8749,24 @@ class ReportHandler(ManagementHandler):
         hashed = shown if not shown or HASH.fullmatch(shown) else hash_key(shown)
         gateway, mine = self.gateway, self.mine
         owned = {mine.account.hashed, *mine.retired} if mine else set()
-        rows: Iterable[dict[str, Any]] = gateway.recent.rows()
-        if status == UNDER_WAY:
-            rows = [handler._visit.record.to_spend_log() for handler in gateway.active]
         found, most = list[dict[str, Any]](), min(limit, MAX_OWN_ROWS if mine else limit)
-        for number, row in enumerate(rows):
-            if number % ROWS_A_TURN == 0:
-                await asyncio.sleep(0)
-            if len(found) == most:
-                break
-            if (
+
+        def is_asked(row: dict[str, Any]) -> bool:
+            return (
                 (wanted in ("", row["litellm_call_id"], row["request_id"]))
                 and (hashed in ("", row["api_key"]) and user in ("", row["user"]))
                 and (status in ("", UNDER_WAY, row["status"]))
                 and (first <= row["startTime"][:10] <= last)
                 and (mine is None or row["api_key"] in owned)
-            ):
+            )
+
+        if status == UNDER_WAY:
+            rows = [handler._visit.record.to_spend_log() for handler in gateway.active]
+            return [*filter(is_asked, rows)][:most]
+        async for row in gateway.recent.rows():
+            if len(found) == most:
+                break
+            if is_asked(row):
                 found.append(row)
         return found
 
@@ -10068,6 +10399,28 @@ async def serve(settings: Settings) -> None:
         telling.close()
     elif settings.unix_socket:
         Path(settings.unix_socket).unlink(missing_ok=True)
+
+
+async def copy_store(settings: Settings) -> None:
+    """Do what ``--import`` or ``--export`` asks, and print of what. Raises SettingsError."""
+    tell, path = functools.partial(say, as_json=settings.log_json), Path(settings.import_)
+    told: Any = {"usage_days": settings.usage_days}
+    store = RedisLedger(settings.store, deadline=COPY_DEADLINE, **told)
+    try:
+        if not settings.import_:
+            await store.open()
+            sums = await store.give_out(Path(settings.export), tell)
+        elif path.is_file():
+            source = FileLedger(path, RealKeys(settings).first.name, **told)
+            sums = await store.take_in(source, tell)
+        else:
+            raise SettingsError(f"--import={path}: there is no such file")
+    except APIError as error:
+        raise SettingsError(error.message) from None
+    finally:
+        await store.close()
+    amounts = {n: f"${dollars(usd(c))}" if "spent" in n else f"{c:,}" for n, c in sums.items()}
+    tell(", ".join(f"{amount} {name}" for name, amount in amounts.items()))
 
 
 async def check(settings: Settings) -> bool:
