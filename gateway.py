@@ -1924,6 +1924,7 @@ KEYS_FRAME = (b'{"version": %d, "keys": {' % STORE_VERSION, b",\n", b"\n}}\n")
 THINGS_FRAME = (b'{"version": %d}' % STORE_VERSION, b"\n", b"\n")
 GATEWAY = "gateway:"  # what the whole gateway's account is kept under
 EVERY_TAG = ""  # among its tags: whatever had any
+MAX_AUDITED = 10_000  # changes that are remembered
 UNTIDY_LINES = 1000  # of changes, beyond twice the fewest, until a file of them is written anew
 Charges = Sequence[tuple[str, Tally]]  # what was used, by model
 written = functools.partial(shown, amount="{:f}".format)  # in the file amounts lose no digit
@@ -2257,6 +2258,8 @@ class Ledger:
         self.batches: dict[str, Account] = {}  # whose they are
         self._retired: dict[str, str] = {}  # and what is no more, which the record tells
         self._touched: set[str] = set()  # what was used since it was written
+        self._kept: dict[str, tuple[str, float]] = {}
+        self._noted = collections.deque[Mapping[str, Any]](maxlen=MAX_AUDITED)
 
     def lookup(self, hashed: str) -> tuple[VirtualKey, str] | None:
         """A key and its `VirtualKey.status`; by an old hash ``expired`` once its grace is over."""
@@ -2291,6 +2294,33 @@ class Ledger:
     async def live(self, **named: str) -> list[VirtualKey]:
         """The keys of `each` that are not deleted."""
         return [key async for key in self.each(**named) if not key.deleted_at]
+
+    async def keep(self, name: str, value: str, seconds: float, most: int = 0) -> bool:
+        """Remember a word for some seconds, for all who share the store, where it is not there: is
+        it new? Of those with one value there may be so many; the oldest goes."""
+        self._kept = {n: row for n, row in self._kept.items() if row[1] > self._clock()}
+        alike = [other for other, row in self._kept.items() if row[0] == value]
+        for old in alike[: 1 - most] if most else ():
+            del self._kept[old]
+        return self._kept.setdefault(name, row := (value, self._clock() + seconds)) is row
+
+    async def recall(self, name: str) -> str:
+        """What is remembered under a name; else empty."""
+        value, end = self._kept.get(name, ("", 0.0))
+        return value if end > self._clock() else ""
+
+    async def drop(self, name: str) -> None:
+        """Remember it no more."""
+        self._kept.pop(name, None)
+
+    def note(self, row: Mapping[str, Any]) -> None:
+        """Remember a change for the audit, as the last of MAX_AUDITED."""
+        self._noted.append(row)
+
+    async def noted(self) -> AsyncIterator[Mapping[str, Any]]:
+        """What was noted, the newest first."""
+        for row in [*self._noted][::-1]:
+            yield row
 
     async def admit(self, hold: Hold, *, pays: bool, shares: bool, later: bool = False) -> None:
         """Take a slot and one request of the key's rates; where it ``pays``, its budget must have
@@ -2776,11 +2806,12 @@ class FileLedger(Ledger):
         whole.account = told.account if told else whole.account
         self.groups = {GATEWAY: whole}
         self._apply(records | ({GATEWAY: whole} if told else {}))
+        every = known | records
         for name in (
             known.keys() ^ records.keys()
         ):  # what is new of batches, or gone, is held of all
             sign = 1 if name in records else -1
-            for batch in (known | records)[name].account.batches.values():
+            for batch in every[name].account.batches.values():
                 for at in batch.beside.keys() & self.groups.keys():
                     for budget, amount in batch.beside[at].items():
                         self.groups[at].account.windows[budget].held += sign * amount
@@ -2931,7 +2962,6 @@ NANO = Decimal("1e-9")
 IMPORTED = "gw:import"  # is STORE until all is there
 TOLD_OF, COPY_DEADLINE = 10_000, 60.0  # records; seconds for an answer
 Sums = collections.Counter[str]  # of what was copied
-REMEMBERED = ".store"  # behind the name of the keys file: which stores were used from here
 NO_STORE = "The store is empty, or another one: nothing is changed in it. Whoever runs the gateway"
 NO_STORE += " must bring its data back, or start it with --new-store or --import."
 
@@ -2968,6 +2998,7 @@ local function add(place, used, sign)
       redis.call('HINCRBY', day, model .. '\\0' .. name, sign * count)
     end
     redis.call('EXPIRE', day, each[4])
+    redis.call('HSET', place, 'day:' .. each[1], 1)
   end
 end
 
@@ -3117,17 +3148,22 @@ for i = 2, #KEYS do
   redis.call('ZADD', KEYS[i] .. ':leases', 'XX', now + ARGV[2], ARGV[i + 1])
 end
 """
-# What accounts are now: [what the account has, its slots, [day, counts …]].
+# What accounts are now, with what was used from a day to another: [what the account has, its slots,
+# [day, counts …]].
 LOOK = """
 local told = {}
 for i = 2, #KEYS do
-  local days = {}
   lapse(KEYS[i])
-  for j = 2, #ARGV do
-    local counts = redis.call('HGETALL', KEYS[i] .. ':' .. ARGV[j])
-    if #counts > 0 then days[#days + 1], days[#days + 2] = ARGV[j], counts end
+  local row, days = redis.call('HGETALL', KEYS[i]), {}
+  for j = 1, #row, 2 do
+    local day = row[j]:match('^day:(.*)')
+    if day and day >= ARGV[2] and day <= ARGV[3] then
+      local counts = redis.call('HGETALL', KEYS[i] .. ':' .. day)
+      if #counts > 0 then days[#days + 1], days[#days + 2] = day, counts
+      else redis.call('HDEL', KEYS[i], row[j]) end
+    end
   end
-  told[i - 1] = {redis.call('HGETALL', KEYS[i]), redis.call('ZCARD', KEYS[i] .. ':leases'), days}
+  told[i - 1] = {row, redis.call('ZCARD', KEYS[i] .. ':leases'), days}
 end
 return told
 """
@@ -3166,6 +3202,9 @@ SCRIPTS |= {text: PRELUDE + ONCE + text for text in WRITTEN_ONCE}
 DIGESTS = {text: hashlib.sha1(script.encode()).hexdigest() for text, script in SCRIPTS.items()}
 
 
+Nanos = Sequence[tuple[str, int]]  # by model
+
+
 class StoreAway(Exception):
     """Redis did not answer, or not as it should; its text says how."""
 
@@ -3177,6 +3216,16 @@ class StoreRefused(StoreAway):
 def nano(amount: Decimal) -> int:
     """Whole nano-dollars."""
     return round(amount.scaleb(9))
+
+
+def nanos(charges: Charges) -> Nanos:
+    """What was used, by model, in these."""
+    return [(model, nano(tally.spend)) for model, tally in charges]
+
+
+def sum_for(budget: Budget, amounts: Nanos) -> int:
+    """What of it counts for a budget."""
+    return sum([n for model, n in amounts if not budget.pattern or budget.is_for(model)])
 
 
 def usd(amount: Any) -> Decimal:
@@ -3460,9 +3509,8 @@ class RedisLedger(Ledger):
         asked = time.time()
         async with self._redis.pipeline(transaction=False) as pipe:
             pipe.get(STORE).time().zcard(f"{PREFIX}key")
-            pipe.zadd(f"{PREFIX}processes", {self._process: asked + CLOCK.ahead})
             pipe.zcount(f"{PREFIX}processes", asked + CLOCK.ahead - 5, "inf")
-            store, (seconds, more), self.count, _, self._processes = await pipe.execute()
+            store, (seconds, more), self.count, self._processes = await pipe.execute()
         told = seconds + more / 1e6  # some time between the question and its answer
         CLOCK.ahead = min(max(CLOCK.ahead, told - time.time()), told - asked)
         if self.lost != (lost := store != self._id):
@@ -3470,6 +3518,9 @@ class RedisLedger(Ledger):
             self.lost = lost
             if not lost and self._link is not None:
                 self._link.abort("the store is back")
+        if not lost:
+            here = {self._process: asked + CLOCK.ahead}
+            await self._redis.zadd(f"{PREFIX}processes", here)
 
     async def run(self) -> None:
         """Renew what requests hold, and try again what Redis refused, until cancelled."""
@@ -3708,11 +3759,14 @@ class RedisLedger(Ledger):
             accounts = [of for of in hold.accounts if of.is_limited]
             if not accounts:
                 return
-            moment = moment_of(int(now().timestamp()))
+            moment, used = now(), self._usage(prompt, day_of(now()))
+            needs = nanos(worst), nanos(prompt)
             rows = [
-                self._wanted(of, worst, prompt, moment, pays=pays, shares=shares, fit=fit)
+                self._wanted(of, *needs, moment, pays=pays, shares=shares, fit=fit)
                 for of in accounts
             ]
+            if accounts[0].of == "key":
+                rows[0]["h"]["u"] = used
             self._number += 1
             hold.id = f"{self._process}:{self._number}"
             places = [of.account.place for of in accounts]
@@ -3752,37 +3806,36 @@ class RedisLedger(Ledger):
     def _wanted(
         self,
         of: Limited,
-        worst: Charges,
-        prompt: Charges,
+        worst: Nanos,
+        prompt: Nanos,
         moment: datetime,
         *,
         pays: bool,
         shares: bool,
         fit: bool,
     ) -> dict[str, Any]:
-        """What a request needs of one account, as RESERVE reads it."""
+        """What a request needs of one account, as RESERVE reads it: there None would be true."""
         budgets, costs, used = list[Any](), list[Any](), list[Any]()
         for budget in of.budgets:
             name, start = budget.name, window_start(budget.duration, moment)
             limit = False if budget.limit is None else nano(budget.limit)
-            found = [nano(tally.spend) for model, tally in worst if budget.is_for(model)]
-            cost = (
-                sum(found) if found else 0 if pays and not worst and not budget.pattern else False
-            )
+            cost: int | bool = sum_for(budget, worst)
             if cost:
-                costs.append([name, str(cost)])
-                amount = sum(nano(t.spend) for model, t in prompt if budget.is_for(model))
-                used.append([name, start, str(amount)])
-            budgets.append([name, start, limit, cost, fit or not cost])
-        usage = self._usage(prompt, day_of(moment)) if of.of == "key" else []
-        row: dict[str, Any] = {"r": of.revision, "b": budgets, "s": shares}
-        for name, most in (
-            ("p", of.max_parallel_requests),
-            ("q", of.rpm_limit),
-            ("k", of.tpm_limit),
-        ):
-            row[name] = False if most is None else most
-        return row | {"h": {"c": costs, "w": used, "u": usage}}
+                costs.append((name, str(cost)))
+                used.append((name, start, str(sum_for(budget, prompt))))
+            elif budget.pattern or not pays:
+                cost = False
+            budgets.append((name, start, limit, cost, fit or not cost))
+        parallel, rpm, tpm = of.max_parallel_requests, of.rpm_limit, of.tpm_limit
+        return {
+            "r": of.revision,
+            "b": budgets,
+            "s": shares,
+            "p": False if parallel is None else parallel,
+            "q": False if rpm is None else rpm,
+            "k": False if tpm is None else tpm,
+            "h": {"c": costs, "w": used, "u": ()},
+        }
 
     def _usage(self, charges: Charges, day: str) -> list[Any]:
         kept = (self._usage_days + 1) * 86400
@@ -3791,7 +3844,7 @@ class RedisLedger(Ledger):
             counts = {n: count for n in tally.__slots__ if (count := getattr(tally, n))}
             if tally.spend:
                 counts["spend"] = nano(tally.spend)
-            rows.append([day, model, counts, kept])
+            rows.append((day, model, counts, kept))
         return rows
 
     def _mirror(self, of: Limited, row: Mapping[str, Any], state: Sequence[int]) -> None:
@@ -3875,7 +3928,7 @@ class RedisLedger(Ledger):
         batch: str = "",
         line: int = 0,
     ) -> None:
-        present, day, rows = moment_of(int(now().timestamp())), day_of(moment), list[Any]()
+        present, day, rows, amounts = now(), day_of(moment), list[Any](), nanos(charges)
         named = [(tag, tally) for tag in {*tags} for _, tally in charges]
         if named := named and [*((EVERY_TAG, tally) for _, tally in charges), *named]:
             whole = self.groups[GATEWAY]
@@ -3883,9 +3936,8 @@ class RedisLedger(Ledger):
         for of in accounts:
             spent, is_counted = list[Any](), of.of != "gateway" or of.has_budget
             for budget in of.budgets if is_counted else ():
-                start = window_start(budget.duration, present)
-                amount = sum(nano(tally.spend) for m, tally in charges if budget.is_for(m))
-                spent.append([budget.name, start, amount])
+                start, amount = window_start(budget.duration, present), sum_for(budget, amounts)
+                spent.append((budget.name, start, amount))
                 window = of.account.windows[budget.name]
                 window.spent(start)
                 window.spend += usd(amount)
@@ -4056,18 +4108,44 @@ class RedisLedger(Ledger):
             rows.append(row | {"created_at": moment_of(int(made)), "shared": is_shared})
         return total, rows
 
-    # The request log
+    # What is remembered for all
 
-    def log(self, rows: Iterable[bytes], most: int) -> None:
-        """Add rows to the log that all share, which keeps the last ``most``."""
-        self._later(LOG, [f"{PREFIX}requests"], most, *rows)
+    async def keep(self, name: str, value: str, seconds: float, most: int = 0) -> bool:
+        at, alike = f"{PREFIX}kept:{name}", f"{PREFIX}alike:{value}"
+        async with self._asking():
+            if not await self._redis.set(at, value, nx=True, px=int(seconds * 1000)):
+                return False
+            if most and await self._redis.rpush(alike, at) > most:
+                await self._redis.delete(await self._redis.lpop(alike))
+            await self._redis.expire(alike, math.ceil(seconds))
+        return True
 
-    async def logged(self) -> AsyncIterator[bytes]:
+    async def recall(self, name: str) -> str:
+        async with self._asking():
+            return await self._redis.get(f"{PREFIX}kept:{name}") or ""
+
+    async def drop(self, name: str) -> None:
+        async with self._asking():
+            await self._redis.delete(f"{PREFIX}kept:{name}")
+
+    def note(self, row: Mapping[str, Any]) -> None:
+        self.log([json.dumps(row, default=shown).encode()], MAX_AUDITED, "audit")
+
+    async def noted(self) -> AsyncIterator[Mapping[str, Any]]:
+        await self.save()
+        async for row in self.logged("audit"):
+            yield json.loads(row)
+
+    def log(self, rows: Iterable[bytes], most: int, name: str = "requests") -> None:
+        """Add rows to a log that all share, which keeps the last ``most``."""
+        self._later(LOG, [f"{PREFIX}{name}"], most, *rows)
+
+    async def logged(self, name: str = "requests") -> AsyncIterator[bytes]:
         """Its rows, the newest first."""
         at = "+"
         while at:
             async with self._asking():
-                log = f"{PREFIX}requests"
+                log = f"{PREFIX}{name}"
                 rows = await self._redis.xrevrange(log, at, count=NAMES_A_TRIP)
             for _, row in rows:
                 yield row["row"].encode()
@@ -4401,12 +4479,8 @@ class RedisLedger(Ledger):
                 known = shared.setdefault(place, of.account)
                 known.beside, known.hashed = of.account.beside, of.account.hashed
                 of.account = known
-        wanted = list[str]()
-        if days is not None:
-            past = (day_of(now() - timedelta(days=n)) for n in range(self._usage_days, -2, -1))
-            wanted = [day for day in past if days[0] <= day <= days[1]]
-        for of, told in zip(every.values(), await self._run(LOOK, [*every], *wanted), strict=True):
-            row, running, used = told
+        found = await self._run(LOOK, [*every], *days or ("none", ""))
+        for of, (row, running, used) in zip(every.values(), found, strict=True):
             self._fill(of, dict(zip(row[::2], row[1::2])), dict(zip(used[::2], used[1::2])))
             of.account.running = running
 
@@ -5360,7 +5434,8 @@ class Alerts:
 
     def __init__(self, client: UpstreamClient, url: str) -> None:
         self._client, self._url = client, url
-        self._waiting: collections.deque[bytes] = collections.deque(maxlen=MAX_ALERTS)
+        self.keep: Callable[..., Awaitable[bool]] | None = None  # `Ledger.keep`: who is the first?
+        self._waiting = collections.deque[tuple[str, bytes]](maxlen=MAX_ALERTS)
         self._told: dict[str, float] = {}  # when each matter was
         self._sending: asyncio.Future[None] = client.done
 
@@ -5375,7 +5450,7 @@ class Alerts:
             del self._told[next(iter(self._told))]
         told = {"text": text, "event": event, "event_message": text, "alert_type": event}
         told |= {"event_group": "proxy"} | details
-        self._waiting.append(json.dumps(told, default=shown).encode())
+        self._waiting.append((matter, json.dumps(told, default=shown).encode()))
         if self._sending.done():
             self._sending = self._client.loop.create_task(self._send())
 
@@ -5384,7 +5459,10 @@ class Alerts:
         options |= {"method": "POST", "headers": {"Content-Type": "application/json"}}
         options["streaming_callback"] = lambda _: None  # of an answer nothing is kept
         while self._waiting:
-            body, error = self._waiting.popleft(), None
+            (matter, body), error = self._waiting.popleft(), None
+            with contextlib.suppress(APIError):  # a store that is away: then each process tells it
+                if self.keep and not await self.keep(f"told:{matter}", "", ALERT_AGAIN / 2):
+                    continue
             for pause in (0.0, *ALERT_BACKOFF):
                 await asyncio.sleep(pause)
                 try:
@@ -6557,7 +6635,6 @@ class Doors:
 
 NOBODY = Caller()
 OPERATOR = VirtualKey(resources="all")  # the master key, and whoever comes in open mode
-MAX_AUDITED = 10_000  # changes that are remembered
 SESSION_COOKIE, SESSION_HOURS = "gateway_session", 12
 MAX_SESSIONS = 20  # of a key; the oldest goes
 WRONG_TRIES = 10  # a minute, of an address (of IPv6: a site), to log in
@@ -6568,30 +6645,26 @@ class Sessions:
     """Who is logged in at the page: a random id stands for the hash of the key that opened it, and
     is good for as long as that is. A page elsewhere can change nothing with it."""
 
-    def __init__(self) -> None:
-        self._open: dict[str, tuple[str, float]] = {}  # by the hash of its id
+    def __init__(self, ledger: AnyLedger) -> None:
+        self._ledger = ledger
         self._wrong = collections.OrderedDict[str, Bucket]()
 
-    def open(self, hashed: str) -> str:
+    async def open(self, hashed: str) -> str:
         """Begin one; its id."""
-        self._open = {s: row for s, row in self._open.items() if row[1] > time.monotonic()}
-        own = [session for session, row in self._open.items() if row[0] == hashed]
-        for session in own[: 1 - MAX_SESSIONS]:
-            del self._open[session]
         name = secrets.token_urlsafe(32)
-        self._open[hash_key(name)] = hashed, time.monotonic() + SESSION_HOURS * 3600
+        at, length = f"session:{hash_key(name)}", SESSION_HOURS * 3600
+        await self._ledger.keep(at, hashed, length, MAX_SESSIONS)
         return name
 
-    def close(self, request: Request) -> None:
+    async def close(self, request: Request) -> None:
         """End a request's session."""
-        self._open.pop(self._shown(request), None)
+        await self._ledger.drop(self._shown(request))
 
-    def find(self, request: Request) -> str:
+    async def find(self, request: Request) -> str:
         """The hash of the key that opened a request's session; none: empty. Raises APIError 403."""
-        hashed, end = self._open.get(self._shown(request), ("", 0.0))
-        if end <= time.monotonic():
-            return ""
-        if request.head.method not in ("GET", "HEAD"):
+        shown = self._shown(request)
+        hashed = await self._ledger.recall(shown) if shown else ""
+        if hashed and request.head.method not in ("GET", "HEAD"):
             self.refuse_foreign(request.head, must_say=True)
         return hashed
 
@@ -6605,7 +6678,7 @@ class Sessions:
 
     def _shown(self, request: Request) -> str:
         cookie = request.cookies.get(SESSION_COOKIE)
-        return hash_key(cookie.value) if cookie else ""
+        return f"session:{hash_key(cookie.value)}" if cookie else ""
 
     def slow_down(self, address: str, *, wrong: bool = False) -> None:
         """Count a ``wrong`` try. Raises APIError 429 where an address has had too many."""
@@ -7592,14 +7665,14 @@ class BaseHandler(web.RequestHandler):
             text = f"{printable(name)!r} is not known here: it may be {known}."
             raise APIError(400, text + nearest(name, self._known))
 
-    def shown_hashes(self) -> list[str]:
+    async def shown_hashes(self) -> list[str]:
         """The hashes of the credentials that are shown; or of that which opened the session."""
         shown = [hash_key(credential) for _, credential in candidates(self.request.head.values)]
-        return shown or list(filter(None, [self.gateway.sessions.find(self.request)]))
+        return shown or list(filter(None, [await self.gateway.sessions.find(self.request)]))
 
     async def find_caller(self) -> Caller:
         """Who asks, by what he shows or his session. Raises APIError 401."""
-        hashed = self.gateway.sessions.find(self.request)
+        hashed = await self.gateway.sessions.find(self.request)
         if candidates(self.request.head.values) or not hashed:
             return await self.gateway.doors.authenticate(self.request.head.values)
         return await self.gateway.doors.admit(hashed)
@@ -7868,11 +7941,13 @@ class Gateway:
         self.host_line = f"Host: {self.origin.authority}"
         self.traffic = Traffic()
         path = settings.request_log or f"{os.path.realpath(settings.keys)}.requests"
+        path = "none" if settings.store else path
         self.recent = RequestLog("" if path == "none" else path, settings.recent_requests)
+        if isinstance(self.ledger, RedisLedger):
+            self.recent = SharedLog(settings.recent_requests, self.ledger)
         self.active: set[RelayHandler] = set()
         self.started = now()
-        self.sessions = Sessions()
-        self.audit: collections.deque[dict[str, Any]] = collections.deque(maxlen=MAX_AUDITED)
+        self.sessions, self.alerts.keep = Sessions(self.ledger), self.ledger.keep
         self.drained = asyncio.Event()
 
     async def close(self) -> None:
@@ -8333,7 +8408,7 @@ class ManagementHandler(BaseHandler):
 
     async def prepare(self) -> None:
         super().prepare()
-        doors, ledger, shown = self.gateway.doors, self.gateway.ledger, self.shown_hashes()
+        doors, ledger, shown = self.gateway.doors, self.gateway.ledger, await self.shown_hashes()
         self.master = next(filter(None, map(doors.is_master, shown)), "")
         if not (self.master or (self.request.method == "GET" and self.is_here_and_open)):
             if not self.gateway.settings.master_key:
@@ -8512,7 +8587,7 @@ class RecordHandler(BodyHandler, ManagementHandler):
         row |= {"changed_by_api_key": self.master, "action": action, "table_name": record.of}
         row |= {"object_id": record.account.hashed.removeprefix(f"{record.of}:")}
         row |= {"name": record.shown_name, "updated_values": dict(body)}
-        self.gateway.audit.append(row | {"remote_ip": self.request.remote_ip})
+        self.gateway.ledger.note(row | {"remote_ip": self.request.remote_ip})
         fields = f": {printable(', '.join(body))}" if body and action == "updated" else ""
         log.info("%s %s %s%s by %s", record.of, record.shown_name, action, fields, word(by))
 
@@ -8733,7 +8808,7 @@ class ReportHandler(ManagementHandler):
                 raise APIError(403, "A virtual key may ask about itself only.")
         record = await self.named("key", {"key": mine} if mine else told, former=True)
         info = full_row(record, ledger)
-        shown = (asked, hash_key(asked)) if asked or alias else self.shown_hashes()
+        shown = (asked, hash_key(asked)) if asked or alias else await self.shown_hashes()
         for former in record.retired.keys() & {*shown}:
             info["retired_until"] = record.retired[former]
         del info["token"], info["token_id"]
@@ -8838,10 +8913,10 @@ class ReportHandler(ManagementHandler):
         row["keys_count"] = len(keys)
         return {field: name, f"{kind}_info": row, "keys": keys, more: []}
 
-    def list_changes(self) -> dict[str, Any]:
+    async def list_changes(self) -> dict[str, Any]:
         """Pages of what was changed, newest first; of one ``object_id``."""
-        wanted, rows = self.query("object_id"), reversed(self.gateway.audit)
-        found = [row for row in rows if wanted in ("", row["object_id"], row["name"])]
+        wanted, rows = self.query("object_id"), self.gateway.ledger.noted()
+        found = [row async for row in rows if wanted in ("", row["object_id"], row["name"])]
         return self.page_of("audit_logs", found, len(found), "page_size", 50)
 
     async def list_resources(self) -> dict[str, Any]:
@@ -8902,7 +8977,7 @@ class SessionHandler(BodyHandler):
         sessions, body = self.gateway.sessions, self.read_body()
         sessions.refuse_foreign(self.request.head, must_say=False)
         if deed == "logout":
-            sessions.close(self.request)
+            await sessions.close(self.request)
             self.clear_cookie(SESSION_COOKIE, path="/")
             return self.send_json({})
         if deed != "login":
@@ -8917,14 +8992,14 @@ class SessionHandler(BodyHandler):
             raise APIError(401, text) from None
         how: dict[str, Any] = {"httponly": True, "samesite": "Strict", "path": "/"}
         how |= {"secure": self.request.protocol == "https", "max_age": SESSION_HOURS * 3600}
-        self.set_cookie(SESSION_COOKIE, sessions.open(hashed), **how)
+        self.set_cookie(SESSION_COOKIE, await sessions.open(hashed), **how)
         self.send_json({"role": "operator" if caller.is_master else "holder"})
 
     async def get(self, deed: str) -> None:
         if deed != "session":
             raise web.HTTPError(405)
         gateway, settings, is_open = self.gateway, self.gateway.settings, self.is_here_and_open
-        hashed = gateway.sessions.find(self.request)
+        hashed = await gateway.sessions.find(self.request)
         if not (hashed or is_open):
             raise APIError(401, "Log in with the master key or a virtual key.")
         key = None if is_open else (await gateway.doors.admit(hashed)).key
@@ -10501,7 +10576,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # as many as the system allows
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-        if settings.processes != 1 and not (PLACE.folder or settings.check):
+        copies = settings.import_ or settings.export
+        if settings.processes != 1 and not (PLACE.folder or settings.check or copies):
             sys.exit(Parent(settings).run())
         loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
         with contextlib.suppress(ImportError):
@@ -10511,7 +10587,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with asyncio.Runner(loop_factory=loop_factory) as runner:
             if settings.check:
                 sys.exit(0 if runner.run(check(settings)) else 1)
-            runner.run(serve(settings))
+            runner.run(copy_store(settings) if copies else serve(settings))
     except SettingsError as error:
         text, as_json = " ".join(f"gateway: {error}".split()), error.as_json or settings.log_json
         say(text, as_json=as_json, level=logging.CRITICAL, to=sys.stderr)
@@ -10541,7 +10617,7 @@ class Parent:
     its successor. The first process starts alone, so that what is wrong is said once."""
 
     TOLD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    SIGNALS = (*TOLD, signal.SIGCHLD, signal.SIGALRM, signal.SIGUSR1)
+    SIGNALS = (*TOLD, signal.SIGCHLD, signal.SIGUSR1)
 
     def __init__(self, settings: Settings) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
@@ -10556,8 +10632,9 @@ class Parent:
             while not self.stopping or any(child.process for child in self.children):
                 if not self.stopping:
                     self._start(folder)
-                if (number := signal.sigwait(self.SIGNALS)) in self.TOLD:
-                    self._tell(number)
+                came = signal.sigtimedwait(self.SIGNALS, 1)  # till something may be due
+                if came and came.si_signo in self.TOLD:
+                    self._tell(came.si_signo)
                 for child in self.children:
                     if child.process and not (child.sockets or self.stopping):
                         self._take_sockets(child)
@@ -10568,7 +10645,7 @@ class Parent:
         return self.code
 
     def _start(self, folder: str) -> None:
-        """Start what is due, and have SIGALRM tell when more is."""
+        """Start what is due."""
         moment, count = time.monotonic(), len(self.children)
         for child in self.children:
             if not child.process and child.due <= moment:
@@ -10582,9 +10659,6 @@ class Parent:
                     child.process = subprocess.Popen(
                         command, env=variables, pass_fds=(control, *given)
                     )
-        due = min((child.due for child in self.children if not child.process), default=math.inf)
-        if due < math.inf:
-            signal.alarm(max(1, math.ceil(due - moment)))
 
     def _take_sockets(self, child: Child) -> None:
         """Keep what one listens to, if it does by now; a Unix socket is everybody's."""

@@ -956,7 +956,7 @@ def test_what_stands_beside_it_agrees() -> None:
         if help := each.metadata.get("help"):
             assert f"| `{each.name}` | {help} |" in readme
     for each in dataclasses.fields(gateway.Settings):
-        name = f"--{each.name.replace('_', '-')}"
+        name = f"--{gateway.option_name(each.name)}"
         assert not each.metadata["kind"] or f"`{name}`" in readme, name
 
 
@@ -10443,6 +10443,115 @@ class Interleaving:
             assert await seen(self.ledgers[1], name) == (self.spent[name], held)
         spent, held = await self.team()
         assert spent == self.spent.total() and held == sum(worst for _, worst in under_way)
+
+
+# ─── Several processes ────────────────────────────────────────────────────────────────
+
+
+def test_options_of_a_store_are_checked_and_its_password_is_not_shown(tmp_path: Path) -> None:
+    password = "a-password-of-a-store"
+    url = f"redis://user:{password}@127.0.0.1:1/0"
+    for told, said in {
+        "--processes=2": "--processes: needs --store",
+        "--without-store=allow": "--without-store: needs --store",
+        "--import=keys.json": "--import: needs --store",
+        "--export=keys.json": "--export: needs --store",
+        "--new-store": "--new-store: needs --store",
+        "--store=redis://x --without-store=perhaps": "--without-store: is not",
+        f"--store=http://user:{password}@127.0.0.1": "--store: is no URL",
+        f"--store=redis://user:{password}@127.0.0.1:port": "--store: is no URL",
+        "--processes=-1": "--processes: -1 is not a number from 0 up",
+    }.items():
+        with pytest.raises(gateway.SettingsError) as refused:
+            gateway.read_settings(told.split(), {})
+        assert said in str(refused.value) and password not in str(refused.value), told
+    line = failed_start(tmp_path, "--processes=2", GATEWAY_STORE=url)
+    assert "redis://127.0.0.1:1/0" in line and password not in line
+    for good in (url, "rediss://[::1]:6380", "redis://store/3", "unix:///run/redis.sock?db=2"):
+        chosen = gateway.read_settings([], {"GATEWAY_STORE": good})
+        assert chosen.store == good and password not in chosen.shown_store
+    assert password not in run(tmp_path, "--help", GATEWAY_STORE=url).stdout
+
+
+async def test_several_processes_serve_as_one(gw: GW, valkey: StoreServer) -> None:
+    valkey.empty()
+    await gw.restart(process=True, store=store_url(valkey), new_store=True, processes=2)
+    parent = gw.process.popen
+    gw.key, _ = await gw.new_key(resources="all"), await gw.new_key(max_budget=9)
+
+    async def born() -> dict[str, float]:
+        """When each process was started, as the metrics of any tell."""
+        text = (await gw.ask("GET /metrics", key=MASTER_KEY)).text
+        families = {each.name: each for each in text_string_to_metric_families(text)}
+        (budget,) = families["litellm_api_key_max_budget_metric"].samples
+        assert budget.value == 9 and "process" not in budget.labels, "it is the store's"
+        samples = families["process_start_time_seconds"].samples
+        return {sample.labels["process"]: sample.value for sample in samples}
+
+    async def all_born(*before: float) -> dict[str, float]:
+        async with asyncio.timeout(PATIENCE):
+            while len(seen := await born()) < 2 or any(each in seen.values() for each in before):
+                await asyncio.sleep(0.02)
+        return seen
+
+    def processes() -> list[int]:
+        listed = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text()
+        return [int(each) for each in listed.split()]
+
+    first = await all_born()
+    os.kill(processes()[1], signal.SIGKILL)
+    told = await asyncio.gather(*(gw.message() for _ in range(20)))
+    assert {answer.status for answer in told} == {200}, "those of one that died are waited for"
+    second = await all_born(first["1"])
+    assert second["0"] == first["0"]
+    release = asyncio.Event()
+    gw.plays(says(SSE_HEAD + chunk(b"a\n\n"), release, chunk(b"b\n\n") + chunk(b"")))
+    clients = [await gw.asking("POST /v1/messages", body=b"{}") for _ in range(4)]
+    for client in clients:
+        await client.head()
+    for number in (*processes(), parent.pid):  # as systemd does, which tells all of them
+        os.kill(number, signal.SIGTERM)
+    with pytest.raises(ConnectionRefusedError):
+        while True:
+            _, writer = await asyncio.open_connection("127.0.0.1", gw.port)
+            writer.close()
+    assert len(processes()) == 2, "they wait for what is under way"
+    release.set()
+    for client in clients:
+        assert await read_chunked(client.reader) == b"a\n\nb\n\n"
+    assert await asyncio.to_thread(parent.wait, PATIENCE) == 0
+
+
+async def test_a_restart_on_a_shared_port_refuses_and_resets_nobody(start: Starter) -> None:
+    old, met, over = start("mock", "--reuse-port"), collections.Counter[int](), asyncio.Event()
+    (folder := start.folder / "new").mkdir()
+
+    async def ask(*fields: str) -> None:
+        while not over.is_set():
+            async with Client(old.port, MASTER_KEY) as client:
+                last = False
+                while not (last or over.is_set()):
+                    answer = await client.ask("GET /v1/models", *fields)
+                    met[answer.status] += 1
+                    last = answer.field("connection") == ["close"]
+
+    async def more() -> None:
+        goal = met.total() + 200
+        await until(lambda: met.total() > goal or any(task.done() for task in asking))
+
+    asking = [asyncio.create_task(ask(*fields)) for fields in 6 * [(), ("Connection: close",)]]
+    await more()
+    assert "choose another --port" in failed_start(folder, f"--port={old.port}")
+    again = functools.partial(start, "mock", "--reuse-port", f"--port={old.port}", folder=folder)
+    new = await asyncio.to_thread(again)
+    await more()
+    old.popen.send_signal(signal.SIGTERM)
+    assert await asyncio.to_thread(old.popen.wait, PATIENCE) == 0
+    await more()
+    over.set()
+    await asyncio.gather(*asking)
+    assert set(met) == {200}
+    assert " 200 ok" in new.log and " 200 ok" in old.log
 
 
 # Every coroutine here runs on a loop of its own, and for a minute if it does not say longer.
