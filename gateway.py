@@ -9,8 +9,8 @@
     python gateway.py --port=4000
 
 It relays Anthropic's API byte for byte under /anthropic/ and /v1/, swaps a virtual key for the real
-one, and keeps the virtual keys in a JSON file. Only Tornado is required.
-The way of a request:
+one, and keeps the virtual keys in a JSON file, or, for many processes, in Redis or Valkey. Only
+Tornado is required. The way of a request:
 
     `ServerConnection.data_received`    reads its head strictly, by `parse_request_head`
     `GatewayApplication.start_request`  gives it to a handler, run by a `HandlerDelegate`
