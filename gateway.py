@@ -3434,7 +3434,7 @@ class RedisLedger(Ledger):
             ]
             await asyncio.wait_for(self._linked.wait(), 2 * STORE_DEADLINE)
         except self._errors as error:
-            why = error or (self.away if self._tasks else "no answer")
+            why = str(error) or (self.away if self._tasks else "no answer")
             raise SettingsError(f"--store: {self._shown}: {why}") from None
 
     async def _find_disk(self) -> None:
