@@ -3470,9 +3470,9 @@ class RedisLedger(Ledger):
         while True:
             try:
                 self._link = link = await Link.open(self._redis.connection_pool)
-                self._linked.set()
-                if self.away and self._number:
+                if self._linked.is_set():
                     log.warning("Redis is back: %d writes waited for it", len(self._writes))
+                self._linked.set()
                 self.away = ""
                 self._forget()  # what changed meanwhile
                 for number, write in [*self._writes.items()]:  # in their order, before any other
@@ -3520,18 +3520,16 @@ class RedisLedger(Ledger):
             store, (seconds, more), self.count, self._processes = await pipe.execute()
         told = seconds + more / 1e6  # some time between the question and its answer
         CLOCK.ahead = min(max(CLOCK.ahead, told - time.time()), told - asked)
-        was_lost = self.lost
         self._lose(store != self._id)
-        if was_lost and not self.lost and self._link is not None:
-            self._link.abort("the store is back")
         if not self.lost:
-            here = {self._process: asked + CLOCK.ahead}
-            await self._redis.zadd(f"{PREFIX}processes", here)
+            await self._redis.zadd(f"{PREFIX}processes", {self._process: told})
 
     def _lose(self, lost: bool) -> None:
         if self.lost != lost:
             log.critical(NO_STORE) if lost else log.warning("the store is back")
-        self.lost = lost
+            self.lost = lost
+            if not lost and self._link is not None:
+                self._link.abort("the store is back")
 
     async def run(self) -> None:
         """Renew what requests hold, and try again what Redis refused, until cancelled."""
@@ -3766,7 +3764,11 @@ class RedisLedger(Ledger):
             await self._reserve(hold, (), (), pays=pays, shares=shares, fit=True)
 
     async def hold(self, hold: Hold, worst: Charges, prompt: Charges = (), *, fit: bool) -> None:
-        await self._reserve(hold, worst, prompt, pays=True, shares=True, fit=fit)
+        try:
+            await self._reserve(hold, worst, prompt, pays=True, shares=True, fit=fit)
+        except BaseException:
+            hold.accounts = ()  # as nothing is held, nothing is counted
+            raise
 
     async def _reserve(
         self, hold: Hold, worst: Charges, prompt: Charges, *, pays: bool, shares: bool, fit: bool
@@ -3905,10 +3907,28 @@ class RedisLedger(Ledger):
         if self.lost or (pays and not self._allow and any(of.has_budget for of in hold.accounts)):
             async with self._asking():
                 raise StoreAway(self.away or "no answer")
-        await super().admit(hold, pays=pays, shares=shares, later=False)
+
+        async def take() -> None:
+            await super(RedisLedger, self).admit(hold, pays=pays, shares=shares)
+            if worst:
+                try:
+                    await super(RedisLedger, self).hold(hold, worst, fit=fit)
+                except APIError:
+                    self._release(hold)
+                    raise
+
+        try:
+            await take()
+        except APIError:  # for all, or has this process had its part?
+            others, self._processes = self._processes, 1
+            try:
+                await take()
+            finally:
+                self._processes = others
+            self._release(hold)
+            async with self._asking():
+                raise StoreAway(self.away or "no answer") from None
         hold.is_alone = True
-        if worst:
-            await super().hold(hold, worst, (), fit=fit)
 
     def _budgets(self, of: Limited) -> Iterator[Budget]:
         for budget in of.budgets:
@@ -7132,7 +7152,8 @@ class Limits(Rule):
         if route.makes_batch:
             # One that may have been made, though nobody knows its name, costs what is held for it.
             made = answer is None or answer.status < 300
-            return Measured(blind=True) if made and hold is not None and hold.amounts else None
+            is_held = hold is not None and bool(hold.amounts or hold.costs)
+            return Measured(blind=True) if made and is_held else None
         # Whoever leaves before the head pays what was under way; without it no stream has begun.
         if answer is not None or outcome not in ("client_gone", "stopped", "timeout"):
             return None
