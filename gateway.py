@@ -3002,6 +3002,14 @@ local function add(place, used, sign)
   end
 end
 
+local function change_held(costs, sign)  -- place, window, amount; of what is still there
+  for _, each in ipairs(costs) do
+    if redis.call('HEXISTS', each[1], 'rev') == 1 then
+      redis.call('HINCRBY', each[1], 'held:' .. each[2], sign * each[3])
+    end
+  end
+end
+
 local function free(place, id)  -- gives back what a request holds, where it still does
   if redis.call('ZREM', place .. ':leases', id) == 0 then return end
   local text = redis.call('HGET', place .. ':holds', id)
@@ -3124,9 +3132,7 @@ KEEP = """
 for i = 5, #KEYS do
   if not free(KEYS[i], ARGV[3]) then settle(KEYS[i], ARGV[3]) end
 end
-for _, each in ipairs(cjson.decode(ARGV[5])) do  -- place, window, amount
-  redis.call('HINCRBY', each[1], 'held:' .. each[2], each[3])
-end
+change_held(cjson.decode(ARGV[5]), 1)
 redis.call('HSET', KEYS[3], 'held', ARGV[5], unpack(cjson.decode(ARGV[6])))
 redis.call('SADD', KEYS[4], ARGV[4])
 return {}
@@ -3134,9 +3140,7 @@ return {}
 FINISH = """
 local found = redis.call('HMGET', KEYS[3], 'held', 'booked')
 if not found[1] or found[2] == '1' then return {} end
-for _, each in ipairs(cjson.decode(found[1])) do
-  redis.call('HINCRBY', each[1], 'held:' .. each[2], -each[3])
-end
+change_held(cjson.decode(found[1]), -1)
 for i, used in ipairs(cjson.decode(ARGV[4])) do add(KEYS[i + 4], used, 1) end
 redis.call('HSET', KEYS[3], 'booked', 1)
 redis.call('EXPIRE', KEYS[3], ARGV[5])
@@ -4405,7 +4409,8 @@ class RedisLedger(Ledger):
             elif record.team_id:  # whose others still reach what it made
                 pipe.sadd(f"{PREFIX}deleted:team:{record.team_id}", name)
         else:
-            id, team = name, getattr(record, "team_id", None)
+            # One that is made anew begins without what requests and batches of the old one held.
+            id, team = f"{name}:{revision}", getattr(record, "team_id", None)
         tag = urllib.parse.quote(team or id, safe="")
         account.place = account.place or f"{PREFIX}{{{tag}}}:{urllib.parse.quote(id, safe=':')}"
         row = {"rev": revision, "place": account.place, "record": bare.to_json()}
