@@ -2949,6 +2949,10 @@ STORE_GRACE = 0.05  # more of them, in which what has come is read
 STORE_RETRY = 0.1  # seconds until the next try to reach it
 CHECK_INTERVAL = 0.2  # seconds; less than the second within which a change holds everywhere
 GONE = ("NOSCRIPT", "READONLY", "LOADING", "MASTERDOWN")  # what another connection may mend
+# Errors before anything is written; behind others a part may be, which must not count twice.
+UNWRITTEN = re.compile(
+    r"\b(OOM|READONLY|MISCONF|NOREPLICAS|LOADING|MASTERDOWN|BUSY|NOSCRIPT|LOST)\b"
+)
 MOST_CONNECTIONS = 16  # of a process, beside its `Link`, for what is not asked at each request
 LEASE, RENEWAL = 60.0, 20.0  # seconds that a hold stands by itself; until it is renewed
 LOCK_LEASE = 5.0  # seconds that a change may take
@@ -3638,7 +3642,10 @@ class RedisLedger(Ledger):
 
     def _sent(self, number: int, write: Write, answer: asyncio.Future[Any]) -> None:
         error = answer.exception()
-        if isinstance(error, StoreRefused):  # so it was not written; others behind it may be
+        if isinstance(error, StoreRefused) and not UNWRITTEN.search(str(error)):
+            log.critical("A write is given up; is what Redis has damaged? %s", error)
+            del self._writes[number]  # whoever waits for it is told that it is not kept
+        elif isinstance(error, StoreRefused):  # so it was not written; others behind it may be
             self._refused.append(self._writes.pop(number))
             if len(self._refused) == 1:
                 log.error("Redis refuses to write: %s", error)
