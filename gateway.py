@@ -2949,6 +2949,10 @@ STORE_GRACE = 0.05  # more of them, in which what has come is read
 STORE_RETRY = 0.1  # seconds until the next try to reach it
 CHECK_INTERVAL = 0.2  # seconds; less than the second within which a change holds everywhere
 GONE = ("NOSCRIPT", "READONLY", "LOADING", "MASTERDOWN")  # what another connection may mend
+# Errors before anything is written; behind others a part may be, which must not count twice.
+UNWRITTEN = re.compile(
+    r"\b(OOM|READONLY|MISCONF|NOREPLICAS|LOADING|MASTERDOWN|BUSY|NOSCRIPT|LOST)\b"
+)
 MOST_CONNECTIONS = 16  # of a process, beside its `Link`, for what is not asked at each request
 LEASE, RENEWAL = 60.0, 20.0  # seconds that a hold stands by itself; until it is renewed
 LOCK_LEASE = 5.0  # seconds that a change may take
@@ -2999,6 +3003,14 @@ local function add(place, used, sign)
     end
     redis.call('EXPIRE', day, each[4])
     redis.call('HSET', place, 'day:' .. each[1], 1)
+  end
+end
+
+local function change_held(costs, sign)  -- place, window, amount; of what is still there
+  for _, each in ipairs(costs) do
+    if redis.call('HEXISTS', each[1], 'rev') == 1 then
+      redis.call('HINCRBY', each[1], 'held:' .. each[2], sign * each[3])
+    end
   end
 end
 
@@ -3124,9 +3136,7 @@ KEEP = """
 for i = 5, #KEYS do
   if not free(KEYS[i], ARGV[3]) then settle(KEYS[i], ARGV[3]) end
 end
-for _, each in ipairs(cjson.decode(ARGV[5])) do  -- place, window, amount
-  redis.call('HINCRBY', each[1], 'held:' .. each[2], each[3])
-end
+change_held(cjson.decode(ARGV[5]), 1)
 redis.call('HSET', KEYS[3], 'held', ARGV[5], unpack(cjson.decode(ARGV[6])))
 redis.call('SADD', KEYS[4], ARGV[4])
 return {}
@@ -3134,9 +3144,7 @@ return {}
 FINISH = """
 local found = redis.call('HMGET', KEYS[3], 'held', 'booked')
 if not found[1] or found[2] == '1' then return {} end
-for _, each in ipairs(cjson.decode(found[1])) do
-  redis.call('HINCRBY', each[1], 'held:' .. each[2], -each[3])
-end
+change_held(cjson.decode(found[1]), -1)
 for i, used in ipairs(cjson.decode(ARGV[4])) do add(KEYS[i + 4], used, 1) end
 redis.call('HSET', KEYS[3], 'booked', 1)
 redis.call('EXPIRE', KEYS[3], ARGV[5])
@@ -3434,7 +3442,7 @@ class RedisLedger(Ledger):
             ]
             await asyncio.wait_for(self._linked.wait(), 2 * STORE_DEADLINE)
         except self._errors as error:
-            why = error or (self.away if self._tasks else "no answer")
+            why = str(error) or (self.away if self._tasks else "no answer")
             raise SettingsError(f"--store: {self._shown}: {why}") from None
 
     async def _find_disk(self) -> None:
@@ -3634,7 +3642,10 @@ class RedisLedger(Ledger):
 
     def _sent(self, number: int, write: Write, answer: asyncio.Future[Any]) -> None:
         error = answer.exception()
-        if isinstance(error, StoreRefused):  # so it was not written; others behind it may be
+        if isinstance(error, StoreRefused) and not UNWRITTEN.search(str(error)):
+            log.critical("A write is given up; is what Redis has damaged? %s", error)
+            del self._writes[number]  # whoever waits for it is told that it is not kept
+        elif isinstance(error, StoreRefused):  # so it was not written; others behind it may be
             self._refused.append(self._writes.pop(number))
             if len(self._refused) == 1:
                 log.error("Redis refuses to write: %s", error)
@@ -4405,7 +4416,8 @@ class RedisLedger(Ledger):
             elif record.team_id:  # whose others still reach what it made
                 pipe.sadd(f"{PREFIX}deleted:team:{record.team_id}", name)
         else:
-            id, team = name, getattr(record, "team_id", None)
+            # One that is made anew begins without what requests and batches of the old one held.
+            id, team = f"{name}:{revision}", getattr(record, "team_id", None)
         tag = urllib.parse.quote(team or id, safe="")
         account.place = account.place or f"{PREFIX}{{{tag}}}:{urllib.parse.quote(id, safe=':')}"
         row = {"rev": revision, "place": account.place, "record": bare.to_json()}
