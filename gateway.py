@@ -3265,10 +3265,15 @@ class Link(asyncio.Protocol):
                     _, link = await loop.create_connection(cls, *place, ssl=context)
         except TimeoutError:
             raise StoreAway("no connection in time") from None
-        if word := told.get("password"):
-            await link.call("AUTH", *filter(None, (told.get("username"), word)))
-        await link.call("SELECT", told.get("db") or 0)
-        await asyncio.gather(*(link.call("SCRIPT", "LOAD", text) for text in SCRIPTS.values()))
+        try:
+            if word := told.get("password"):
+                await link.call("AUTH", *filter(None, (told.get("username"), word)))
+            await link.call("SELECT", told.get("db") or 0)
+            await asyncio.gather(*(link.call("SCRIPT", "LOAD", text) for text in SCRIPTS.values()))
+            await link.call("SETRANGE", f"{PREFIX}nothing", 0, "")  # whether it may be written in
+        except BaseException:
+            link.abort("it cannot be used")
+            raise
         return link
 
     def connection_made(self, transport: Any) -> None:
@@ -3283,7 +3288,7 @@ class Link(asyncio.Protocol):
         if self._timer is None:
             self._timer = self._loop.call_later(STORE_DEADLINE, self._look)
         if not self._out:
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self.flush)
         self._out.append(self._pack(command))
         self._waiting.append((answer, self._loop.time()))
         return answer
@@ -3294,8 +3299,9 @@ class Link(asyncio.Protocol):
         """Run one of SCRIPTS."""
         return self.call("EVALSHA", DIGESTS[text], len(keys), *keys, *arguments)
 
-    def _flush(self) -> None:
-        if not self.closed.done():
+    def flush(self) -> None:
+        """Send what was called, before what others write after this."""
+        if self._out and not self.closed.done():
             self._transport.write(b"".join(self._out))
         self._out.clear()
 
@@ -3428,7 +3434,8 @@ class RedisLedger(Ledger):
             ]
             await asyncio.wait_for(self._linked.wait(), 2 * STORE_DEADLINE)
         except self._errors as error:
-            raise SettingsError(f"--store: {self._shown}: {error or 'no answer'}") from None
+            why = error or (self.away if self._tasks else "no answer")
+            raise SettingsError(f"--store: {self._shown}: {why}") from None
 
     async def _find_disk(self) -> None:
         """How a change gets on disk; what is less than sure is said."""
@@ -3463,9 +3470,9 @@ class RedisLedger(Ledger):
         while True:
             try:
                 self._link = link = await Link.open(self._redis.connection_pool)
-                self._linked.set()
-                if self.away and self._number:
+                if self._linked.is_set():
                     log.warning("Redis is back: %d writes waited for it", len(self._writes))
+                self._linked.set()
                 self.away = ""
                 self._forget()  # what changed meanwhile
                 for number, write in [*self._writes.items()]:  # in their order, before any other
@@ -3513,14 +3520,16 @@ class RedisLedger(Ledger):
             store, (seconds, more), self.count, self._processes = await pipe.execute()
         told = seconds + more / 1e6  # some time between the question and its answer
         CLOCK.ahead = min(max(CLOCK.ahead, told - time.time()), told - asked)
-        if self.lost != (lost := store != self._id):
+        self._lose(store != self._id)
+        if not self.lost:
+            await self._redis.zadd(f"{PREFIX}processes", {self._process: told})
+
+    def _lose(self, lost: bool) -> None:
+        if self.lost != lost:
             log.critical(NO_STORE) if lost else log.warning("the store is back")
             self.lost = lost
             if not lost and self._link is not None:
                 self._link.abort("the store is back")
-        if not lost:
-            here = {self._process: asked + CLOCK.ahead}
-            await self._redis.zadd(f"{PREFIX}processes", here)
 
     async def run(self) -> None:
         """Renew what requests hold, and try again what Redis refused, until cancelled."""
@@ -3621,6 +3630,7 @@ class RedisLedger(Ledger):
             keys = [self._store, f"{write.keys[-1]}:seen:{self._process}", *write.keys]
             answer = self._link.script(write.script, keys, self._id, number, *write.arguments)
             answer.add_done_callback(functools.partial(self._sent, number, write))
+            self._link.flush()  # before the last bytes of an answer, behind which more may come
 
     def _sent(self, number: int, write: Write, answer: asyncio.Future[Any]) -> None:
         error = answer.exception()
@@ -3658,15 +3668,13 @@ class RedisLedger(Ledger):
             del self._asked[hashed]
         if began == self._forgotten:
             self.keys |= {hashed: key} if key else {}
-            self._unknown |= set() if key else {hashed}
+            self._remember_unknown([] if key else [hashed])
         if len(self.keys) > KEPT_RECORDS:
             self.keys.popitem(last=False)
-        if len(self._unknown) > KEPT_RECORDS:
-            self._unknown.clear()
         return key
 
     async def knows(self, hashes: Iterable[str]) -> bool:
-        asked = [*hashes]
+        began, asked = self._forgotten, [each for each in hashes if each not in self._unknown]
         async with self._asking():
             for start in range(0, len(asked), NAMES_A_TRIP):
                 part = asked[start : start + NAMES_A_TRIP]
@@ -3676,7 +3684,13 @@ class RedisLedger(Ledger):
                     known, retired = await pipe.execute()
                 if known or any(retired):
                     return True
+        self._remember_unknown(asked if began == self._forgotten else ())
         return False
+
+    def _remember_unknown(self, hashes: Iterable[str]) -> None:
+        self._unknown.update(hashes)
+        if len(self._unknown) > KEPT_RECORDS:
+            self._unknown.clear()
 
     def limited(self, key: VirtualKey | None) -> Sequence[Limited]:
         whole = self.groups[GATEWAY]
@@ -3750,7 +3764,11 @@ class RedisLedger(Ledger):
             await self._reserve(hold, (), (), pays=pays, shares=shares, fit=True)
 
     async def hold(self, hold: Hold, worst: Charges, prompt: Charges = (), *, fit: bool) -> None:
-        await self._reserve(hold, worst, prompt, pays=True, shares=True, fit=fit)
+        try:
+            await self._reserve(hold, worst, prompt, pays=True, shares=True, fit=fit)
+        except BaseException:
+            hold.accounts = ()  # as nothing is held, nothing is counted
+            raise
 
     async def _reserve(
         self, hold: Hold, worst: Charges, prompt: Charges, *, pays: bool, shares: bool, fit: bool
@@ -3779,7 +3797,7 @@ class RedisLedger(Ledger):
                 self._give_back(hold, places)
                 if not isinstance(error, StoreAway):
                     raise
-                self.lost = self.lost or str(error).startswith("LOST")
+                self._lose(self.lost or str(error).startswith("LOST"))
                 return await self._hold_alone(hold, worst, pays=pays, shares=shares, fit=fit)
             if verdict == "held":
                 for of, row, state in zip(accounts, rows, told[3:], strict=True):
@@ -3889,10 +3907,28 @@ class RedisLedger(Ledger):
         if self.lost or (pays and not self._allow and any(of.has_budget for of in hold.accounts)):
             async with self._asking():
                 raise StoreAway(self.away or "no answer")
-        await super().admit(hold, pays=pays, shares=shares, later=False)
+
+        async def take() -> None:
+            await super(RedisLedger, self).admit(hold, pays=pays, shares=shares)
+            if worst:
+                try:
+                    await super(RedisLedger, self).hold(hold, worst, fit=fit)
+                except APIError:
+                    self._release(hold)
+                    raise
+
+        try:
+            await take()
+        except APIError:  # for all, or has this process had its part?
+            others, self._processes = self._processes, 1
+            try:
+                await take()
+            finally:
+                self._processes = others
+            self._release(hold)
+            async with self._asking():
+                raise StoreAway(self.away or "no answer") from None
         hold.is_alone = True
-        if worst:
-            await super().hold(hold, worst, (), fit=fit)
 
     def _budgets(self, of: Limited) -> Iterator[Budget]:
         for budget in of.budgets:
@@ -7116,7 +7152,8 @@ class Limits(Rule):
         if route.makes_batch:
             # One that may have been made, though nobody knows its name, costs what is held for it.
             made = answer is None or answer.status < 300
-            return Measured(blind=True) if made and hold is not None and hold.amounts else None
+            is_held = hold is not None and bool(hold.amounts or hold.costs)
+            return Measured(blind=True) if made and is_held else None
         # Whoever leaves before the head pays what was under way; without it no stream has begun.
         if answer is not None or outcome not in ("client_gone", "stopped", "timeout"):
             return None

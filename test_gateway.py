@@ -9591,6 +9591,13 @@ async def test_records_are_found_as_they_are(either: Ledgers) -> None:
     assert await ledger.find("team_id", "u") is None and await listed(ledger, "team") == ["team:t"]
 
 
+async def test_records_that_are_made_at_once_are_all_there(either: Ledgers) -> None:
+    ledger, names = await either.open(), [hash_of(f"{number}") for number in range(250)]
+    await ledger.change({name: gateway.VirtualKey("sk-...test", team_id="t") for name in names})
+    assert sorted(await listed(ledger)) == sorted(names) and ledger.count == 250
+    assert sorted(await listed(ledger, team_id="t")) == sorted(names)
+
+
 async def test_the_status_of_a_key_is_that_of_now(either: Ledgers) -> None:
     ledger, soon = await either.open(), gateway.now() + timedelta(days=1)
     await ledger.change({"team:t": gateway.Team("t"), "user:ann": gateway.User("ann")})
@@ -9814,6 +9821,7 @@ async def test_a_batch_is_held_for_and_booked_once(either: Ledgers) -> None:
 
     async def make(name: str) -> None:
         hold = await take(ledger, worst="0.40", fit=True)
+        assert any(hold.amounts), "by which it is paid if its name is never known"
         ledger.own_batch(hold.accounts[0].account, name, hold)
         await give(ledger, hold)
 
@@ -10316,6 +10324,46 @@ async def test_a_store_has_a_password_and_a_socket(fragile: Ledgers, frail: Stor
         await spend(ledger, "0.1")
         await ledger.reset_spend(await ledger.find("key_alias", "k"), Decimal(0))
     assert not ledger.trouble()
+
+
+def test_gateways_over_one_store_are_one(
+    start: Starter, valkey: StoreServer, tmp_path: Path
+) -> None:
+    valkey.empty()
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir()
+    store = (f"--store={store_url(valkey)}", "--new-store")
+    one, two = (start("mock", *store, folder=folder) for folder in folders)
+    key = one.new_key(key_alias="k", max_budget=5, team_id="t")
+    assert two.manage("/team/new", {"team_id": "t", "max_budget": 9}).status_code == 200
+    assert "'key_alias'" in error_of(two.manage("/key/generate", {"key_alias": "k"}), 400)
+    for process in (one, two):
+        assert message(process, key).status_code == 200
+    spend = two.info(key)["spend"]
+    assert spend > 0 and one.info(key)["spend"] == spend
+    assert one.manage("/team/info?team_id=t").json()["team_info"]["spend"] == spend
+    for changes in ({"blocked": True}, {"blocked": False}, {"max_parallel_requests": 0}):
+        assert two.manage("/key/update", {"key": key, **changes}).status_code == 200
+        status = 429 if "blocked" not in changes else 401 if changes["blocked"] else 200
+        assert {message(process, key).status_code for process in (one, two)} == {status}
+    assert two.manage("/key/update", {"key": key, "max_parallel_requests": None}).status_code == 200
+    new = one.manage("/key/regenerate", {"key": key}).json()["key"]
+    assert [message(two, each).status_code for each in (key, new)] == [401, 200]
+    one.kill()
+    assert two.manage("/key/delete", {"keys": [new]}).status_code == 200
+    one = start("mock", store[0], folder=folders[0])
+    assert message(one, new).status_code == 401
+    assert not list(folders[0].glob("keys.json")), "nothing is in a file"
+    valkey.empty()
+    wait_for(lambda: two.manage("/health/readiness").status_code == 503)
+    wait_for(lambda: one.manage("/health/readiness").status_code == 503)
+    for path in ("generate", "update", "regenerate", "delete", "block"):
+        answer = two.manage(f"/key/{path}", {"keys": [new]} if path == "delete" else {"key": new})
+        assert "store is empty" in error_of(answer, 503), path
+    for answer in (message(one, new), two.manage("/key/list"), two.manage(f"/key/info?key={new}")):
+        assert "store is empty" in error_of(answer, 503)
+    assert not valkey.client.keys("gw:[^p]*")
 
 
 STORE_DEEDS = ["hold", "hold", "batch", "book", "cut", "die", "limit"]

