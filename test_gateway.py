@@ -7350,7 +7350,9 @@ async def test_a_request_log_that_cannot_be_moved_is_written_once(
 ) -> None:
     file, pipe = gw.keys.with_name("log"), gw.keys.with_name("pipe")
     os.mkfifo(pipe)
-    assert [*gateway.RequestLog(str(pipe), 9).rows()] == []  # and does not wait for its end
+    assert [
+        row async for row in gateway.RequestLog(str(pipe), 9).rows()
+    ] == []  # nor waits for its end
     file.with_name("log.1").mkdir()
     monkeypatch.setattr(gateway, "LOG_SIZE", 10)
     await gw.restart(request_log=str(file))
