@@ -7350,7 +7350,9 @@ async def test_a_request_log_that_cannot_be_moved_is_written_once(
 ) -> None:
     file, pipe = gw.keys.with_name("log"), gw.keys.with_name("pipe")
     os.mkfifo(pipe)
-    assert [*gateway.RequestLog(str(pipe), 9).rows()] == []  # and does not wait for its end
+    assert [
+        row async for row in gateway.RequestLog(str(pipe), 9).rows()
+    ] == []  # nor waits for its end
     file.with_name("log.1").mkdir()
     monkeypatch.setattr(gateway, "LOG_SIZE", 10)
     await gw.restart(request_log=str(file))
@@ -10603,6 +10605,132 @@ async def test_a_restart_on_a_shared_port_refuses_and_resets_nobody(start: Start
     await asyncio.gather(*asking)
     assert set(met) == {200}
     assert " 200 ok" in new.log and " 200 ok" in old.log
+
+
+def file_of_everything(path: Path, count: int) -> None:
+    """A keys file, and one of resources, with something of each kind."""
+    days = [gateway.day_of(gateway.now() - timedelta(days=n)) for n in (2, 1, 0)]
+    counts = {"requests": 2, "input_tokens": 9, "spend": "0.000000123"}
+    day, month = gateway.window_start("1d", gateway.now()), gateway.window_start("30d", WHEN)
+    lines = {"gateway:": {"usage": {days[2]: {"": counts, "a tag": counts}}}}
+    lines["team:a {b}:c"] = {"team_id": "a {b}:c", "max_budget": "9", "spend": "1.5"}
+    lines["user:ann"] = {"user_id": "ann", "max_budget": "5.25", "budget_duration": "30d"}
+    lines["user:ann"] |= {"spend_window": month, "spend": "0.25"}
+    held = {"held": {"": "0.5", "every 1d": "0.5"}, "beside": {"team:a {b}:c": {"": "0.5"}}}
+    batches = {"msgbatch_1": {"day": days[1], "lines": 3, "booked": False} | held}
+    batches["msgbatch_2"] = {"day": days[1], "lines": 7, "booked": True, "held": {}, "beside": {}}
+    for n in range(count):
+        line = lines[hash_of(f"{n}")] = {"key_name": "sk-...test", "created_at": f"{WHEN:%FT%TZ}"}
+        line |= {"key_alias": f"alias {n}", "home": "here", "resources": "team", "spend": "0.7"}
+        line |= {"usage": {each: {OPUS: counts, "other": counts} for each in days}}
+        line |= {"last_active": f"{WHEN:%FT%TZ}"}
+    lines[hash_of("0")] |= {"team_id": "a {b}:c", "user_id": "ann", "batches": batches}
+    lines[hash_of("0")] |= {"budget_limits": [{"budget_duration": "1d", "max_budget": "3"}]}
+    lines[hash_of("0")] |= {"model_spend": {"every 1d": [day, "0.5"]}, "metadata": {"é": [1]}}
+    lines[hash_of("1")] |= {"retired": {hash_of("old"): "2100-01-01T00:00:00Z"}}
+    lines[hash_of("1")] |= {"owner_id": hash_of("old"), "tags": ["a tag"]}
+    lines[hash_of("2")] |= {"deleted_at": f"{gateway.now():%FT%TZ}", "team_id": "a {b}:c"}
+    path.write_text(json.dumps({"version": 1, "keys": lines}))
+    things = [{"key": hash_of("old"), "kind": "files", "home": "", "made": {"file_1": 1.25}}]
+    things += [{"key": hash_of("2"), "kind": "agents", "home": "here", "made": {"agent_1": 2}}]
+    things += [{"shared": ["agent_1"]}]
+    rows = [json.dumps(row) + "\n" for row in ({"version": 1}, *things)]
+    Path(f"{path}.resources").write_text("".join(rows))
+
+
+def contents(path: Path) -> tuple[Any, list[str]]:
+    """What two files have; the order of keys, and of counts of a day, says nothing."""
+    keys = json.loads(path.read_bytes(), parse_float=Decimal)["keys"]
+    return keys, sorted(Path(f"{path}.resources").read_text().splitlines())
+
+
+async def test_a_file_goes_into_a_store_and_comes_out_the_same(
+    shared: Ledgers, tmp_path: Path, valkey: StoreServer
+) -> None:
+    path, store = tmp_path / "keys.json", f"--store={shared.url}"
+    file_of_everything(path, 150)  # more than are read in one call
+    ledger = gateway.FileLedger(path)  # which writes them its way
+    ledger._file.write([ledger._line(n, of) for n, of in (ledger.keys | ledger.groups).items()])
+    await ledger.close()
+    before = contents(path)
+    said = run(tmp_path, store, f"--import={path}").stdout.splitlines()[-1]
+    for told in ("150 keys", "1 teams", "2 batches", "2 things", "1,800 requests"):
+        assert told in said, said
+    assert contents(path) == before and not valkey.client.keys("gw:*:seen:*")
+    assert run(tmp_path, store, "--export=out.json").stdout.splitlines()[-1] == said
+    assert contents(tmp_path / "out.json") == before
+    store = await shared.open()
+    with pytest.raises(gateway.SettingsError, match="is there already"):
+        await store.give_out(tmp_path / "out.json", print)
+    importer = gateway.RedisLedger(shared.url)
+    with pytest.raises(gateway.SettingsError, match="holds keys already"):
+        await importer.take_in(gateway.FileLedger(path), print)
+    await importer.close()
+    assert await store.find("key", hash_of("0")) and not store.trouble()
+
+
+async def test_what_was_imported_is_used_and_booked(shared: Ledgers, tmp_path: Path) -> None:
+    file_of_everything(tmp_path / "keys.json", 3)
+    importer = gateway.RedisLedger(shared.url)
+    await importer.take_in(gateway.FileLedger(tmp_path / "keys.json"), print)
+    await importer.close()
+    ledger = await shared.open()
+    key, status = await ledger.find_hash(hash_of("old"))
+    assert status == "active" and key.key_alias == "alias 1"
+    assert (await ledger.find_things(["file_1"]))["file_1"].home == "here"
+    key = await ledger.find("key", hash_of("0"))
+    assert (await ledger.reached(key, "agents")) == {"agent_1": 2}
+    team = await ledger.find("team_id", "a {b}:c")
+    held = {budget: window.held for budget, window in key.account.windows.items()}
+    assert held == {"": Decimal("0.5"), "every 1d": Decimal("0.5")}
+    assert team.account.windows[""].held == Decimal("0.5")
+    assert await ledger.watched() == ["msgbatch_1"] and await ledger.unbooked("msgbatch_1")
+    ledger.finish_batch("msgbatch_1")
+    await ledger.save()
+    team = await ledger.find("team_id", "a {b}:c")
+    assert team.account.windows[""].held == 0 and not await ledger.watched()
+
+
+def test_a_broken_import_is_no_store(tmp_path: Path, valkey: StoreServer) -> None:
+    valkey.empty()
+    options = f"--store={store_url(valkey)}", "--import=keys.json"
+    file_of_everything(tmp_path / "keys.json", 1500)
+    told = {"cwd": tmp_path, "env": environment(), "stdout": subprocess.DEVNULL}
+    with subprocess.Popen([*PROGRAM, *options], **told) as broken:
+        wait_for(lambda: valkey.client.zcard("gw:key") > 100)
+        broken.kill()
+    assert not valkey.client.exists("gw:store"), "it was not over"
+    valkey.client.set("gw:record:left", "{}")
+    assert "--import" in failed_start(tmp_path, options[0], GATEWAY_MASTER_KEY=MASTER_KEY)
+    file_of_everything(tmp_path / "keys.json", 5)
+    assert "5 keys" in run(tmp_path, *options).stdout
+    assert valkey.client.exists("gw:store") and valkey.client.zcard("gw:key") == 5
+    assert not valkey.client.exists("gw:record:left", "gw:import")
+
+
+def test_requests_of_all_processes_are_listed(start: Starter, valkey: StoreServer) -> None:
+    valkey.empty()
+    store, recent = f"--store={store_url(valkey)}", "--recent-requests=600"
+    one, two = start("mock", store, "--new-store", recent), start("mock", store, recent)
+    key = one.new_key()
+    for n in range(3):
+        for process in (one, two):
+            assert process.ask("GET", f"/v1/models/{process.port}-{n}", key).status_code == 404
+    wait_for(lambda: len(one.manage("/spend/logs").json()) == 6)  # the other's come each second
+    rows = one.manage("/spend/logs", key=key).json()
+    assert {row["api_base"] for row in rows} == {
+        f"/v1/models/{process.port}-{n}" for process in (one, two) for n in range(3)
+    }
+    one.kill()
+    assert two.manage("/spend/logs?limit=6").json() == rows
+    client = valkey.client
+    for n in range(600):  # more than are read in one call
+        row = json.dumps(rows[0] | {"request_id": f"req_{n}", "spend": n})
+        client.xadd("gw:requests", {"row": row})
+    client.xadd("gw:requests", {"row": "damaged"})
+    listed = two.manage("/spend/logs").json()
+    assert [row["spend"] for row in listed[:600]] == [*range(600)][::-1]
+    assert listed[600:] == rows
 
 
 # Every coroutine here runs on a loop of its own, and for a minute if it does not say longer.
