@@ -3105,7 +3105,7 @@ return {'held', 0, 0, 0, unpack(told)}
 # far it is, ARGV[2] is its number.
 ONCE = """
 if tonumber(redis.call('GET', KEYS[2]) or 0) >= tonumber(ARGV[2]) then return {} end
-redis.call('SET', KEYS[2], ARGV[2], 'EX', 604800)
+redis.call('SET', KEYS[2], ARGV[2], 'EX', 86400)
 """
 # After a request, or a line of a batch (KEYS[3], ARGV[5]): what it held is given back, and what it
 # used is counted to those of its accounts that are still there.
@@ -3976,7 +3976,7 @@ class RedisLedger(Ledger):
         line: int = 0,
     ) -> None:
         present, day, rows, amounts = now(), day_of(moment), list[Any](), nanos(charges)
-        named = [(tag, tally) for tag in {*tags} for _, tally in charges]
+        named = [(tag, tally) for tag in {*tags} - {EVERY_TAG} for _, tally in charges]
         if named := named and [*((EVERY_TAG, tally) for _, tally in charges), *named]:
             whole = self.groups[GATEWAY]
             accounts = accounts if whole in accounts else [*accounts, whole]
