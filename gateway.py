@@ -3426,12 +3426,8 @@ class RedisLedger(Ledger):
 
     async def open(self) -> None:
         """Find the store, or make one where there was none. Raises SettingsError."""
-        try:
-            told = await self._redis.info("server")
-            if tuple(map(int, told["redis_version"].split(".")[:2])) < LEAST_REDIS:
-                least = ".".join(map(str, LEAST_REDIS))
-                raise SettingsError(f"--store: Redis {told['redis_version']} is before {least}")
-            await self._find_disk()
+        await self.look()
+        with self._starting():
             await self._find_store()
             await self._redis.hset(self.groups[GATEWAY].account.place, "rev", "")
             newest = await self._redis.xrevrange(CHANGES, count=1)
@@ -3441,31 +3437,49 @@ class RedisLedger(Ledger):
                 asyncio.create_task(each) for each in (self._keep_linked(), self._follow())
             ]
             await asyncio.wait_for(self._linked.wait(), 2 * STORE_DEADLINE)
+
+    @contextlib.contextmanager
+    def _starting(self) -> Iterator[None]:
+        """What fails within is a SettingsError."""
+        try:
+            yield
         except self._errors as error:
             why = str(error) or (self.away if self._tasks else "no answer")
             raise SettingsError(f"--store: {self._shown}: {why}") from None
 
-    async def _find_disk(self) -> None:
-        """How a change gets on disk; what is less than sure is said."""
-        config, asks = dict[str, str](), self._redis.execute_command
+    async def look(self) -> str:
+        """What is there, and in `doubt` what is less than sure of it. Raises SettingsError."""
+        with self._starting():
+            version = (await self._redis.info("server"))["redis_version"]
+            self.count = await self._redis.zcard(f"{PREFIX}key")
+        if tuple(map(int, version.split(".")[:2])) < LEAST_REDIS:
+            least = ".".join(map(str, LEAST_REDIS))
+            raise SettingsError(f"--store: Redis {version} is before {least}")
+        config, asks, doubts = dict[str, str](), self._redis.execute_command, list[str]()
         with contextlib.suppress(*self._errors):
-            for name in ("appendonly", "appendfsync"):
+            for name in ("appendonly", "appendfsync", "maxmemory", "maxmemory-policy"):
                 config |= await self._redis.config_get(name)
         with contextlib.suppress(*self._errors):
             self._waits = bool((await asks("WAITAOF", 1, 0, int(STORE_DEADLINE * 800)))[0])
-        if not self._waits and [*config.values()] != ["yes", "always"]:
-            self.doubt = "a change may be lost with Redis: it needs appendonly yes, and appendfsync"
-            self.doubt += " always or Redis 7.2"
-            log.warning("! %s", self.doubt)
+        if not self._waits and [*config.values()][:2] != ["yes", "always"]:
+            doubts.append("a change may be lost with it: it needs appendonly yes, and appendfsync")
+            doubts[0] += " always or Redis 7.2"
+        is_full = config.get("maxmemory", "0") != "0"  # one day
+        if is_full and config.get("maxmemory-policy") != "noeviction":
+            doubts.append("it may drop keys: it needs maxmemory-policy noeviction")
+        self.doubt = "; ".join(doubts)
+        for doubt in doubts:
+            log.warning("! Redis: %s", doubt)
+        return f"Redis {version}, {self.count} keys"
 
     async def _find_store(self) -> None:
         """The store's id; one that was used from here does not come back empty unnoticed."""
         used, redis = dict[str, str](), self._redis
         with contextlib.suppress(OSError, ValueError, TypeError):
             used = json.loads(self._remember.read_text()) if self._remember else used
-        self._id = await redis.get(STORE) or ""
+        size, self._id = await redis.dbsize(), await redis.get(STORE) or ""
         if not self._id:
-            if not self._new and (self._shown in used or await redis.dbsize()):
+            if not self._new and (self._shown in used or size):
                 text = "it holds no keys of a gateway: bring its data back, or start once with"
                 raise SettingsError(f"--store: {self._shown}: {text} --new-store or --import")
             await redis.set(STORE, secrets.token_hex(8), nx=True)
@@ -3576,7 +3590,8 @@ class RedisLedger(Ledger):
         try:
             await self.save()
         except APIError as error:
-            log.error("%d writes are lost: %s", len(self._writes), error)
+            if lost := len(self._writes) + len(self._refused):
+                log.error("%d writes are lost: %s", lost, error)
         for task in self._tasks:
             task.cancel()
         if self._link is not None:
@@ -4247,7 +4262,7 @@ class RedisLedger(Ledger):
                 raise SettingsError(f"--import: what was written is not what was read: {wrong}")
             await self._clear(f"*:seen:{self._process}")
             await redis.rename(IMPORTED, STORE)
-            await self._find_disk()
+            await self.look()
             await redis.execute_command(*("WAITAOF", 1, 0, 0) if self._waits else ("PING",))
         except self._errors as error:
             raise SettingsError(f"--store: {self._shown}: {error or 'no answer'}") from None
@@ -10547,9 +10562,27 @@ async def copy_store(settings: Settings) -> None:
     tell(", ".join(f"{amount} {name}" for name, amount in amounts.items()))
 
 
+def look_at_file(path: Path) -> int:
+    """How many records a keys file has that could be used now. Raises SettingsError."""
+    rights = "; let the gateway's user read it, and write in its folder, or set --keys"
+    with blaming(str(path), rights):
+        with tempfile.TemporaryFile(dir=path.parent):  # as each change makes one
+            found = parse_store(path.read_bytes(), str(path)) if path.exists() else {}
+        if path.exists():
+            try:
+                with path.open("rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                used = (
+                    "another gateway uses it; stop that one, or give this one its own with --keys"
+                )
+                raise SettingsError(f"{path}: {used}") from None
+    return len(found)
+
+
 async def check(settings: Settings) -> bool:
     """Print, a line each, what is well and what is not, and what to do about it (``--check``)."""
-    settings, found = start_mock(settings), None
+    settings, count = start_mock(settings), 0
     path, upstream, where = settings.keys, settings.upstream, settings.unix_socket
     findings = [(True, f"Python {sys.version.split()[0]}, Tornado {tornado.version}")]
 
@@ -10565,24 +10598,18 @@ async def check(settings: Settings) -> bool:
         missing = f"is not installed: {loss} (pip install {package})"
         findings.append((True, f"{package} {'is installed' if is_there else missing}"))
     findings += [(False, lack) for lack in lacks(settings)] or [(True, "both secrets are set")]
-    rights = "; let the gateway's user read it, and write in its folder, or set --keys"
-    with looking(), blaming(str(path), rights):
-        with tempfile.TemporaryFile(dir=path.parent):  # as each change makes one
-            keys = "will be made"
-        if path.exists():
-            found = parse_store(path.read_bytes(), str(path))
-            keys = f"{len(found)} keys"
-            try:
-                with path.open("rb") as file:
-                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                used = (
-                    "another gateway uses it; stop that one, or give this one its own with --keys"
-                )
-                raise SettingsError(f"{path}: {used}") from None
-        findings.append((True, f"{path}: {keys}"))
     with looking():
-        is_open = not (found or settings.master_key)
+        if settings.store:
+            store = make_ledger(settings, "")
+            told, count = await store.look(), store.count
+            findings.append((not store.doubt, f"{settings.shown_store}: {store.doubt or told}"))
+        else:
+            count = look_at_file(path)
+            findings.append(
+                (True, f"{path}: {count} keys" if count else f"{path}: holds no key yet")
+            )
+    with looking():
+        is_open = not (count or settings.master_key)
         if where and not os.access(Path(where).absolute().parent, os.W_OK):
             raise SettingsError(f"{where}: its folder cannot be written")
         if not where:  # to bind a Unix socket would take it from a gateway that runs
@@ -10732,10 +10759,11 @@ class Parent:
                     child.control.send(bytes([number]))
 
     def _bury(self, child: Child, code: int) -> None:
-        """One has ended, to be started again; unless it, or a first one, could not start at all."""
+        """One has ended, to be started again; unless not even a first one could start."""
         child.process, ran = None, time.monotonic() - child.started
         child.control.close()
-        if code == 2 and not child.sockets and not self.stopping:  # a SettingsError
+        none_listened = not any(each.sockets for each in self.children)
+        if code == 2 and none_listened and not self.stopping:  # a SettingsError
             self._tell(signal.SIGTERM)
         if self.stopping:
             self.code = max(self.code, code if code >= 0 else 128 - code)
