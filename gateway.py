@@ -2964,7 +2964,7 @@ MARK_DAYS = 7  # after which a process that was cut off may not write any more
 PREFIX, STORE, CHANGES, REVISION = "gw:", "gw:store", "gw:changes", "gw:revision"
 NANO = Decimal("1e-9")
 IMPORTED = "gw:import"  # is STORE until all is there
-TOLD_OF, COPY_DEADLINE = 10_000, 60.0  # records; seconds until some are written
+TOLD_OF = 10_000  # records
 Sums = collections.Counter[str]  # of what was copied
 NO_STORE = "The store is empty, or another one: nothing is changed in it. Whoever runs the gateway"
 NO_STORE += " must bring its data back, or start it with --new-store or --import."
@@ -3146,7 +3146,7 @@ local found = redis.call('HMGET', KEYS[3], 'held', 'booked')
 if not found[1] or found[2] == '1' then return {} end
 change_held(cjson.decode(found[1]), -1)
 for i, used in ipairs(cjson.decode(ARGV[4])) do add(KEYS[i + 4], used, 1) end
-redis.call('HSET', KEYS[3], 'booked', 1)
+redis.call('HSET', KEYS[3], 'booked', 1, 'held', '[]')
 redis.call('EXPIRE', KEYS[3], ARGV[5])
 redis.call('SREM', KEYS[4], ARGV[3])
 return {}
@@ -4219,75 +4219,73 @@ class RedisLedger(Ledger):
         """Fill a store that has no keys with all that a file has, over what a broken try left.
         STORE comes last, when all was read back; till then there is none. Raises SettingsError."""
         redis, sums, self._store, self._id = self._redis, Sums(), IMPORTED, self._process
-        whole = source.groups[GATEWAY]
-        whole.account.place = self.groups[GATEWAY].account.place
-        records = [*source.groups.values(), *source.keys.values()]
-        try:
-            if await redis.exists(STORE) and await redis.zcard(f"{PREFIX}key"):
+        groups, things = source.groups, source.things
+        groups[GATEWAY].account.place = self.groups[GATEWAY].account.place
+        records = [*groups.values(), *source.keys.values()]
+        await self.look()
+        with self._starting():
+            if await redis.exists(STORE) and self.count:
                 raise SettingsError(f"--import: {self._shown} holds keys already")
             await redis.delete(STORE)
-            await self._clear("*")
+            left = [name async for name in redis.scan_iter(f"{PREFIX}*", NAMES_A_TRIP)]
+            for start in range(0, len(left), NAMES_A_TRIP):
+                await redis.unlink(*left[start : start + NAMES_A_TRIP])
             pipe = redis.pipeline(transaction=False).set(IMPORTED, self._id)
-            pipe.hset(whole.account.place, "rev", "").set(REVISION, len(records))
-            self._tasks = [asyncio.create_task(self._keep_linked())]
-            for start in range(0, len(records), LOOKED_AT):
-                part = records[start : start + LOOKED_AT]
-                for number, of in enumerate(part, start=start + 1):
-                    if of is not whole:
-                        self._put(pipe, of.account.hashed, of, str(number))
-                    if of.account.last_active:
-                        active = int(of.account.last_active.timestamp())
-                        pipe.hset(of.account.place, "active", active)
-                await pipe.execute()
-                for of in part:
-                    self._copy_account(of, source)
-                    self._count_in(sums, of)
-                await self._written()
-                if start % TOLD_OF == 0:
-                    tell(f"{start:,} of {len(records):,} records")
-            for change in map(json.loads, source.things.lines()):
-                kind, home, names = change.get("kind"), change.get("home"), change.get("shared", ())
-                rows = [[n, kind, home, made] for n, made in change.get("made", {}).items()]
-                rows += [[name, "", "", 0] for name in names]
-                for start in range(0, len(rows), NAMES_A_TRIP):
-                    deed, owner = "shared" if names else "made", change.get("key", "")
-                    self._change(deed, owner, rows[start : start + NAMES_A_TRIP])
-                    await self._written()
-            found, sums["things"] = Sums(), len(source.things.places)
+            pipe.set(REVISION, len(records))
+            for number, of in enumerate(records):
+                if number % LOOKED_AT == 0:
+                    await pipe.execute()
+                if number % TOLD_OF == 0:
+                    tell(f"{number:,} of {len(records):,} records")
+                if of.of != "gateway":
+                    self._put(pipe, of.account.hashed, of, str(number))
+                self._put_used(pipe, of, source)
+                self._count_in(sums, of)
+            for name, (owner, kind, home) in things.places.items():
+                made, is_shared = things.made[owner, kind][name], name in things.shared
+                pipe.hset(f"{PREFIX}things", name, as_json((owner, kind, home, made, is_shared)))
+                sets = ":*", f":{owner}", f"{kind}:*", f"{kind}:{owner}", f"{kind}:+"
+                for at in sets if is_shared else sets[:-1]:
+                    pipe.zadd(f"{PREFIX}made:{at}", {name: made})
+                if len(pipe) > NAMES_A_TRIP:
+                    await pipe.execute()
+            await pipe.execute()
+            self._link, self.away = await Link.open(redis.connection_pool), ""
+            sums["things"] = len(things.places)
+            found = Sums(things=await redis.hlen(f"{PREFIX}things"))
             async for of in self._everything():
                 self._count_in(found, of)
-            found["things"] = await redis.hlen(f"{PREFIX}things")
             if found != sums:
                 wrong = f"{dict(found - sums)} too many, {dict(sums - found)} too few"
                 raise SettingsError(f"--import: what was written is not what was read: {wrong}")
-            await self._clear(f"*:seen:{self._process}")
             await redis.rename(IMPORTED, STORE)
-            await self.look()
-            await redis.execute_command(*("WAITAOF", 1, 0, 0) if self._waits else ("PING",))
-        except self._errors as error:
-            raise SettingsError(f"--store: {self._shown}: {error or 'no answer'}") from None
+            if self._waits:
+                await redis.execute_command("WAITAOF", 1, 0, 0)
         return sums
 
-    def _copy_account(self, of: Limited, source: FileLedger) -> None:
-        """Write what a record has used, its batches, and where it makes things."""
-        account, used = of.account, list[Any]()
+    def _put_used(self, pipe: Any, of: Limited, source: FileLedger) -> None:
+        """Queue what a record has used, and its batches."""
+        account, place, day_long = of.account, of.account.place, 86400
         for day, model, tally in account.usage.days(self._oldest):
-            used += self._usage([(model, tally)], day)
-        spent = [[name, w.start, nano(w.spend)] for name, w in account.windows.items()]
-        rows = [{"w": spent, "u": used, "t": False, "a": False}]
-        self._later(BOOK, [account.place] * 2, "", json.dumps(rows), "0")
+            at, counts = f"{place}:{day}", tally.to_json() | {"spend": nano(tally.spend)}
+            pipe.hset(at, mapping={f"{model}\0{name}": count for name, count in counts.items()})
+            pipe.expire(at, (self._usage_days + 1) * day_long).hset(place, f"day:{day}", 1)
+        for name, window in account.windows.items():
+            pipe.hset(place, f"start:{name}", window.start)
+            pipe.hset(place, f"spent:{name}", nano(window.spend))
+        if account.last_active:
+            pipe.hset(place, "active", int(account.last_active.timestamp()))
         for name, batch in account.batches.items():
-            held = [
-                [other.account.place, window, str(nano(amount))]
-                for at, amounts in ({account.hashed: batch.held} | batch.beside).items()
-                for window, amount in amounts.items()
-                if (other := source.record(at))
-            ]
-            row = ["owner", cast(VirtualKey, of).owner, "day", batch.day, "lines", batch.lines]
-            keys = [f"{PREFIX}batch:{name}", f"{PREFIX}unbooked"]
-            self._later(KEEP, keys, "", name, json.dumps(held), json.dumps([*row, "booked", 0]))
-            if batch.booked:
-                self._later(FINISH, keys, name, "[]", self._usage_days * 86400)
+            at, held = f"{PREFIX}batch:{name}", list[tuple[str, str, str]]()
+            for whose, amounts in ({account.hashed: batch.held} | batch.beside).items():
+                if other := source.record(whose):
+                    held += [(other.account.place, w, str(nano(n))) for w, n in amounts.items()]
+            for whose, budget, amount in held:
+                pipe.hincrby(whose, f"held:{budget}", amount)
+            row = {"owner": cast(VirtualKey, of).owner, "day": batch.day, "lines": batch.lines}
+            pipe.hset(at, mapping=row | {"booked": int(batch.booked), "held": as_json(held)})
+            last = self._usage_days * day_long
+            pipe.expire(at, last) if batch.booked else pipe.sadd(f"{PREFIX}unbooked", name)
 
     async def give_out(self, path: Path, tell: Callable[[str], None]) -> Sums:
         """Write all into a keys file, and one of resources, that are not there yet. While gateways
@@ -4297,75 +4295,50 @@ class RedisLedger(Ledger):
         files = {Path(f"{path}.resources"): THINGS_FRAME, path: KEYS_FRAME}
         if there := [*filter(os.path.lexists, files)]:
             raise SettingsError(f"--export: {there[0]} is there already; name another file")
-        try:
+        with self._starting():
             async for of in self._everything():
-                self._count_in(sums, of)
-                lines.append(store_line(of.account.hashed, of, today, self._oldest))
                 if len(lines) % TOLD_OF == 0:
                     tell(f"{len(lines):,} records")
+                self._count_in(sums, of)
+                lines.append(store_line(of.account.hashed, of, today, self._oldest))
             async for name, text in self._redis.hscan_iter(f"{PREFIX}things", count=NAMES_A_TRIP):
                 owner, kind, home, made, is_shared = json.loads(text)
                 things.change({"key": owner, "kind": kind, "home": home, "made": {name: made}})
                 things.shared |= {name} if is_shared else set()
-            for (file, frame), each in zip(files.items(), (things.lines(), lines), strict=True):
+        for (file, frame), each in zip(files.items(), (things.lines(), lines), strict=True):
+            with blaming(f"--export: {file}"):
                 StoreFile(file, frame, "", "").write(each)
-        except self._errors as error:
-            raise SettingsError(f"--export: {error or 'Redis gave no answer'}") from None
         sums["things"] = len(things.places)
         return sums
 
     async def _everything(self) -> AsyncIterator[Limited]:
         """Every record, with all that it used and its batches."""
         days, batches = (self._oldest, "9999"), collections.defaultdict[str, Any](dict)
-        whole = await self._whole(days)
-        names = {whole.account.place: GATEWAY}
         async for at in self._redis.scan_iter(f"{PREFIX}batch:*", NAMES_A_TRIP):
             if row := await self._redis.hgetall(at):
                 batches[row["owner"]][at.removeprefix(f"{PREFIX}batch:")] = row
-        yield whole
+        yield (whole := await self._whole(days))
+        names = {whole.account.place: GATEWAY}
         for kind in (*GROUPS, "key"):
             async for of in self.each(kind, days=days):
-                account = of.account
-                names[account.place] = account.hashed
-                if isinstance(of, VirtualKey):
-                    account.batches, own = {}, batches.pop(of.owner, {})
-                    of.owner_id = "" if of.owner_id == account.hashed else of.owner_id
-                    for name, row in own.items():
-                        batch = Batch(row["day"], int(row["lines"]), booked=row["booked"] == "1")
-                        account.batches[name] = batch
-                        held = {account.hashed: batch.held} | batch.beside
-                        for place, window, amount in (
-                            [] if batch.booked else json.loads(row["held"])
-                        ):
-                            held.setdefault(names.get(place, ""), {})[window] = usd(amount)
-                        batch.held, batch.beside = held.pop(account.hashed), held
+                account, names[of.account.place] = of.account, of.account.hashed
+                own = batches.pop(of.owner, {}) if isinstance(of, VirtualKey) else {}
+                for name, row in own.items():
+                    held = dict[str, dict[str, Decimal]]()
+                    for place, window, amount in json.loads(row["held"]):
+                        held.setdefault(names.get(place, ""), {})[window] = usd(amount)
+                    told = row["day"], int(row["lines"]), held.pop(account.hashed, {})
+                    account.batches[name] = Batch(*told, row["booked"] == "1", held)
                 yield of
-                if kind == "key":
-                    del names[account.place]
 
     def _count_in(self, sums: Sums, of: Limited) -> None:
         """Count a record in, and what it used: amounts are nano-dollars."""
-        which, batches = "tagged " if of.of == "gateway" else "", of.account.batches.values()
-        sums[f"{of.of}s"] += 1
-        sums["batches"] += len(batches)
-        sums["unbooked batches"] += sum(not batch.booked for batch in batches)
-        sums["spent of budgets"] += sum(nano(w.spend) for w in of.account.windows.values())
-        for _, _, tally in of.account.usage.days(self._oldest):
-            sums[f"{which}requests"] += tally.requests
-            sums[f"{which}spent"] += nano(tally.spend)
-
-    async def _written(self) -> None:
-        """Wait until what is to be written is."""
-        waiting = [write.done for write in self._writes.values()]
-        late = (await asyncio.wait(waiting, timeout=COPY_DEADLINE))[1] if waiting else ()
-        if late or self._refused:
-            raise StoreAway(self.away or "it refused what was to be written")
-
-    async def _clear(self, pattern: str) -> None:
-        scan = self._redis.scan_iter(f"{PREFIX}{pattern}", NAMES_A_TRIP)
-        names = [name async for name in scan]
-        for start in range(0, len(names), NAMES_A_TRIP):
-            await self._redis.unlink(*names[start : start + NAMES_A_TRIP])
+        tallies = [tally for *_, tally in of.account.usage.days(self._oldest)]
+        tagged = "tagged " * (of.of == "gateway")
+        counts = {f"{of.of}s": 1, "batches": len(of.account.batches)}
+        counts["spent of budgets"] = sum(nano(w.spend) for w in of.account.windows.values())
+        counts[f"{tagged}requests"] = sum(tally.requests for tally in tallies)
+        sums.update(counts | {f"{tagged}spent": sum(nano(tally.spend) for tally in tallies)})
 
     # Changing
 
