@@ -3408,6 +3408,7 @@ class RedisLedger(Ledger):
         self._id, self._process, self._number = "", secrets.token_hex(4), 0
         self._store = STORE
         self._writes: dict[int, Write] = {}
+        self._is_behind = False  # of these some were not sent on this link, and go first
         self._refused: list[Write] = []  # which are sent again, each with another number
         self._holds: dict[str, Sequence[str]] = {}  # places, by the ids of holds
         self._turn, self._lock = asyncio.Lock(), None
@@ -3497,10 +3498,10 @@ class RedisLedger(Ledger):
                 self._linked.set()
                 self.away = ""
                 self._forget()  # what changed meanwhile
-                for number, write in [*self._writes.items()]:  # in their order, before any other
-                    self._send(number, write)
-                self._write_refused()
+                self._is_behind = True
                 await self._renew()
+                await self._catch_up(link)
+                self._write_refused()
                 await link.closed
                 why = link.why
             except Exception as error:  # whatever it is, it is tried again
@@ -3513,6 +3514,16 @@ class RedisLedger(Ledger):
                 self.tell("db_exceptions", f"Redis is away: {why}", matter="Redis")
             self.away = why
             await asyncio.sleep(STORE_RETRY)
+
+    async def _catch_up(self, link: Link) -> None:
+        """Send what waits, in its order, and in parts, between which others have their turn; what
+        is written meanwhile goes behind it."""
+        while not (self.lost or link.closed.done()):
+            part = [*itertools.islice(self._writes.items(), NAMES_A_TRIP)]
+            if not part:
+                self._is_behind = False
+                return
+            await asyncio.wait([self._send(link, *each) for each in part])
 
     async def _follow(self) -> None:
         """Hear of changes, at once and after any pause."""
@@ -3641,19 +3652,20 @@ class RedisLedger(Ledger):
     def _number_and_send(self, write: Write) -> None:
         self._number += 1
         self._writes[self._number] = write
-        self._send(self._number, write)
+        if not (self._link is None or self._is_behind or self.lost):
+            self._send(self._link, self._number, write)
+            self._link.flush()  # before the last bytes of an answer, behind which more may come
 
     def _write_refused(self) -> None:
         refused, self._refused = self._refused, []
         for write in refused:
             self._number_and_send(write)
 
-    def _send(self, number: int, write: Write) -> None:
-        if self._link is not None and not self.lost:
-            keys = [self._store, f"{write.keys[-1]}:seen:{self._process}", *write.keys]
-            answer = self._link.script(write.script, keys, self._id, number, *write.arguments)
-            answer.add_done_callback(functools.partial(self._sent, number, write))
-            self._link.flush()  # before the last bytes of an answer, behind which more may come
+    def _send(self, link: Link, number: int, write: Write) -> asyncio.Future[Any]:
+        keys = [self._store, f"{write.keys[-1]}:seen:{self._process}", *write.keys]
+        answer = link.script(write.script, keys, self._id, number, *write.arguments)
+        answer.add_done_callback(functools.partial(self._sent, number, write))
+        return answer
 
     def _sent(self, number: int, write: Write, answer: asyncio.Future[Any]) -> None:
         error = answer.exception()
@@ -8443,6 +8455,11 @@ class ManagementHandler(BaseHandler):
 
     master = ""
 
+    def on_connection_close(self) -> None:
+        """Whoever only asked wants no answer any more; a change is done to its end."""
+        if self.step is not None and self.request.method == "GET":
+            self.step.cancel()
+
     async def prepare(self) -> None:
         super().prepare()
         doors, ledger, shown = self.gateway.doors, self.gateway.ledger, await self.shown_hashes()
@@ -9177,7 +9194,11 @@ class MetricsHandler(ManagementHandler):
 
     async def get(self) -> None:
         accepted = self.request.headers.get("Accept", "")
-        keys = (await self.gateway.ledger.live())[:MAX_LABELS]
+        keys = list[VirtualKey]()
+        async for key in self.gateway.ledger.each():
+            keys += [] if key.deleted_at else [key]
+            if len(keys) == MAX_LABELS:
+                break
         data, kind = Metrics(self.gateway, keys).encode(accepted)
         if PLACE.folder:
             others = sorted({*os.listdir(PLACE.folder)} - {str(PLACE.number)})
