@@ -2259,7 +2259,7 @@ class Ledger:
         self._retired: dict[str, str] = {}  # and what is no more, which the record tells
         self._touched: set[str] = set()  # what was used since it was written
         self._kept: dict[str, tuple[str, float]] = {}
-        self._noted = collections.deque[Mapping[str, Any]](maxlen=MAX_AUDITED)
+        self._logs: dict[str, collections.deque[bytes]] = {}
 
     def lookup(self, hashed: str) -> tuple[VirtualKey, str] | None:
         """A key and its `VirtualKey.status`; by an old hash ``expired`` once its grace is over."""
@@ -2313,13 +2313,13 @@ class Ledger:
         """Remember it no more."""
         self._kept.pop(name, None)
 
-    def note(self, row: Mapping[str, Any]) -> None:
-        """Remember a change for the audit, as the last of MAX_AUDITED."""
-        self._noted.append(row)
+    def log(self, name: str, most: int, *rows: bytes) -> None:
+        """Add rows to a log, which keeps the last ``most``, for all who share the store."""
+        self._logs.setdefault(name, collections.deque(maxlen=most)).extend(rows)
 
-    async def noted(self) -> AsyncIterator[Mapping[str, Any]]:
-        """What was noted, the newest first."""
-        for row in [*self._noted][::-1]:
+    async def logged(self, name: str) -> AsyncIterator[bytes]:
+        """Its rows, the newest first."""
+        for row in [*self._logs.get(name, ())][::-1]:
             yield row
 
     async def admit(self, hold: Hold, *, pays: bool, shares: bool, later: bool = False) -> None:
@@ -2807,9 +2807,7 @@ class FileLedger(Ledger):
         self.groups = {GATEWAY: whole}
         self._apply(records | ({GATEWAY: whole} if told else {}))
         every = known | records
-        for name in (
-            known.keys() ^ records.keys()
-        ):  # what is new of batches, or gone, is held of all
+        for name in known.keys() ^ records.keys():  # their batches are held of all, or no more
             sign = 1 if name in records else -1
             for batch in every[name].account.batches.values():
                 for at in batch.beside.keys() & self.groups.keys():
@@ -2963,7 +2961,6 @@ TRIES = 3  # of a request whose key is changed under it
 MARK_DAYS = 7  # after which a process that was cut off may not write any more
 PREFIX, STORE, CHANGES, REVISION = "gw:", "gw:store", "gw:changes", "gw:revision"
 NANO = Decimal("1e-9")
-IMPORTED = "gw:import"  # is STORE until all is there
 TOLD_OF = 10_000  # records
 Sums = collections.Counter[str]  # of what was copied
 NO_STORE = "The store is empty, or another one: nothing is changed in it. Whoever runs the gateway"
@@ -2971,7 +2968,7 @@ NO_STORE += " must bring its data back, or start it with --new-store or --import
 
 # What every script begins with. KEYS[1] is the store's name, ARGV[1] what it was when we came.
 PRELUDE = """
-if redis.call('GET', KEYS[1]) ~= ARGV[1] then return redis.error_reply('LOST the store') end
+if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] then return redis.error_reply('LOST the store') end
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 
@@ -3406,7 +3403,6 @@ class RedisLedger(Ledger):
         self._link, self._linked = cast(Link | None, None), asyncio.Event()
         self.away, self.lost, self.doubt = "it was not asked yet", False, ""
         self._id, self._process, self._number = "", secrets.token_hex(4), 0
-        self._store = STORE
         self._writes: dict[int, Write] = {}
         self._is_behind = False  # of these some were not sent on this link, and go first
         self._refused: list[Write] = []  # which are sent again, each with another number
@@ -3444,7 +3440,7 @@ class RedisLedger(Ledger):
         """What fails within is a SettingsError."""
         try:
             yield
-        except self._errors as error:
+        except (APIError, *self._errors) as error:
             why = str(error) or (self.away if self._tasks else "no answer")
             raise SettingsError(f"--store: {self._shown}: {why}") from None
 
@@ -3636,7 +3632,7 @@ class RedisLedger(Ledger):
         """What a script answers. Raises StoreAway."""
         if self._link is None:
             raise StoreAway(self.away)
-        return await self._link.script(script, [self._store, *keys], self._id, *arguments)
+        return await self._link.script(script, [STORE, *keys], self._id, *arguments)
 
     def _later(
         self,
@@ -3662,7 +3658,7 @@ class RedisLedger(Ledger):
             self._number_and_send(write)
 
     def _send(self, link: Link, number: int, write: Write) -> asyncio.Future[Any]:
-        keys = [self._store, f"{write.keys[-1]}:seen:{self._process}", *write.keys]
+        keys = [STORE, f"{write.keys[-1]}:seen:{self._process}", *write.keys]
         answer = link.script(write.script, keys, self._id, number, *write.arguments)
         answer.add_done_callback(functools.partial(self._sent, number, write))
         return answer
@@ -4202,25 +4198,15 @@ class RedisLedger(Ledger):
         async with self._asking():
             await self._redis.delete(f"{PREFIX}kept:{name}")
 
-    def note(self, row: Mapping[str, Any]) -> None:
-        self.log([json.dumps(row, default=shown).encode()], MAX_AUDITED, "audit")
-
-    async def noted(self) -> AsyncIterator[Mapping[str, Any]]:
-        await self.save()
-        async for row in self.logged("audit"):
-            yield json.loads(row)
-
-    def log(self, rows: Iterable[bytes], most: int, name: str = "requests") -> None:
-        """Add rows to a log that all share, which keeps the last ``most``."""
+    def log(self, name: str, most: int, *rows: bytes) -> None:
         self._later(LOG, [f"{PREFIX}{name}"], most, *rows)
 
-    async def logged(self, name: str = "requests") -> AsyncIterator[bytes]:
-        """Its rows, the newest first."""
+    async def logged(self, name: str) -> AsyncIterator[bytes]:
+        await self.save()
         at = "+"
         while at:
             async with self._asking():
-                log = f"{PREFIX}{name}"
-                rows = await self._redis.xrevrange(log, at, count=NAMES_A_TRIP)
+                rows = await self._redis.xrevrange(f"{PREFIX}{name}", at, count=NAMES_A_TRIP)
             for _, row in rows:
                 yield row["row"].encode()
             at = f"({rows[-1][0]}" if rows else ""
@@ -4230,8 +4216,7 @@ class RedisLedger(Ledger):
     async def take_in(self, source: FileLedger, tell: Callable[[str], None]) -> Sums:
         """Fill a store that has no keys with all that a file has, over what a broken try left.
         STORE comes last, when all was read back; till then there is none. Raises SettingsError."""
-        redis, sums, self._store, self._id = self._redis, Sums(), IMPORTED, self._process
-        groups, things = source.groups, source.things
+        redis, sums, groups, things = self._redis, Sums(), source.groups, source.things
         groups[GATEWAY].account.place = self.groups[GATEWAY].account.place
         records = [*groups.values(), *source.keys.values()]
         await self.look()
@@ -4242,8 +4227,7 @@ class RedisLedger(Ledger):
             left = [name async for name in redis.scan_iter(f"{PREFIX}*", NAMES_A_TRIP)]
             for start in range(0, len(left), NAMES_A_TRIP):
                 await redis.unlink(*left[start : start + NAMES_A_TRIP])
-            pipe = redis.pipeline(transaction=False).set(IMPORTED, self._id)
-            pipe.set(REVISION, len(records))
+            pipe = redis.pipeline(transaction=False).set(REVISION, len(records))
             for number, of in enumerate(records):
                 if number % LOOKED_AT == 0:
                     await pipe.execute()
@@ -4270,7 +4254,7 @@ class RedisLedger(Ledger):
             if found != sums:
                 wrong = f"{dict(found - sums)} too many, {dict(sums - found)} too few"
                 raise SettingsError(f"--import: what was written is not what was read: {wrong}")
-            await redis.rename(IMPORTED, STORE)
+            await redis.set(STORE, self._process, nx=True)
             if self._waits:
                 await redis.execute_command("WAITAOF", 1, 0, 0)
         return sums
@@ -6465,13 +6449,13 @@ class SharedLog(RequestLog):
 
     async def save(self) -> None:
         if self._waiting and not self._ledger.away:
-            self._ledger.log([as_json(each.to_spend_log()) for each in self._waiting], self._most)
+            rows = (as_json(each.to_spend_log()) for each in self._waiting)
+            self._ledger.log("requests", self._most, *rows)
             self._waiting.clear()
 
     async def _newest(self) -> AsyncIterator[Record | bytes]:
         await self.save()
-        await self._ledger.save()
-        async for row in self._ledger.logged():
+        async for row in self._ledger.logged("requests"):
             yield row
 
 
@@ -8641,7 +8625,8 @@ class RecordHandler(BodyHandler, ManagementHandler):
         row |= {"changed_by_api_key": self.master, "action": action, "table_name": record.of}
         row |= {"object_id": record.account.hashed.removeprefix(f"{record.of}:")}
         row |= {"name": record.shown_name, "updated_values": dict(body)}
-        self.gateway.ledger.note(row | {"remote_ip": self.request.remote_ip})
+        text = json.dumps(row | {"remote_ip": self.request.remote_ip}, default=shown)
+        self.gateway.ledger.log("audit", MAX_AUDITED, text.encode())
         fields = f": {printable(', '.join(body))}" if body and action == "updated" else ""
         log.info("%s %s %s%s by %s", record.of, record.shown_name, action, fields, word(by))
 
@@ -8969,8 +8954,9 @@ class ReportHandler(ManagementHandler):
 
     async def list_changes(self) -> dict[str, Any]:
         """Pages of what was changed, newest first; of one ``object_id``."""
-        wanted, rows = self.query("object_id"), self.gateway.ledger.noted()
-        found = [row async for row in rows if wanted in ("", row["object_id"], row["name"])]
+        wanted, logged = self.query("object_id"), self.gateway.ledger.logged("audit")
+        rows = [dict_of(read_json(text, Any)) async for text in logged]
+        found = [row for row in rows if wanted in ("", row["object_id"], row["name"])]
         return self.page_of("audit_logs", found, len(found), "page_size", 50)
 
     async def list_resources(self) -> dict[str, Any]:
@@ -10536,20 +10522,18 @@ async def serve(settings: Settings) -> None:
 
 async def copy_store(settings: Settings) -> None:
     """Do what ``--import`` or ``--export`` asks, and print of what. Raises SettingsError."""
-    tell, path = functools.partial(say, as_json=settings.log_json), Path(settings.import_)
-    told: Any = {"usage_days": settings.usage_days}
-    store = RedisLedger(settings.store, deadline=None, **told)  # a fifth faster, and nobody waits
+    path, told = settings.import_, {"usage_days": settings.usage_days}
+    tell = functools.partial(say, as_json=settings.log_json)
+    store = make_ledger(settings, "", deadline=None, **told)  # a fifth faster, and nobody waits
     try:
-        if not settings.import_:
+        if not path:
             await store.open()
             sums = await store.give_out(Path(settings.export), tell)
-        elif path.is_file():
-            source = FileLedger(path, RealKeys(settings).first.name, **told)
+        elif os.path.isfile(path):
+            source = FileLedger(Path(path), RealKeys(settings).first.name, **told)
             sums = await store.take_in(source, tell)
         else:
             raise SettingsError(f"--import={path}: there is no such file")
-    except APIError as error:
-        raise SettingsError(error.message) from None
     finally:
         await store.close()
     amounts = {n: f"${dollars(usd(c))}" if "spent" in n else f"{c:,}" for n, c in sums.items()}
