@@ -1967,18 +1967,26 @@ def fullness(accounts: Sequence[Limited], moment: datetime, model: str = "") -> 
 
 
 class Thing(NamedTuple):
-    """What stands in a workspace: its kind, whose it is (empty: nobody's), of which team he is, if
-    all may read it and refer to it, and the real key that made it (empty: its owner's home)."""
+    """What stands in a workspace: its kind, whose it is (empty: nobody's) and what key he has, if
+    all may read it and refer to it, the real key that made it, if known, and when that was (Unix).
+    """
 
     kind: str
     owner: str = ""
-    team: str | None = None
+    key: VirtualKey | None = None
     is_shared: bool = False
-    home: str = ""
+    made_at: str = ""
+    made: float = 0.0
+
+    @property
+    def home(self) -> str:
+        """The real key that made it (empty: its owner's home)."""
+        return self.made_at or (self.key and self.key.home) or ""
 
     def belongs_to(self, key: VirtualKey) -> bool:
         """Whether a key reaches it and all that is its own."""
-        mate = key.resources == "team" and key.team_id and key.team_id == self.team
+        team = self.key and self.key.team_id
+        mate = key.resources == "team" and team and key.team_id == team
         return key.resources == "all" or self.owner == key.owner or bool(mate)
 
     def is_for(self, key: VirtualKey) -> bool:
@@ -2613,9 +2621,11 @@ class FileLedger(Ledger):
         for name in names:
             if isinstance(name, str) and (place := places.get(name)):
                 owner, kind, home = place
-                key = self.keys.get(self._owners.get(owner, ""))
-                home, team = home or (key and key.home) or "", key.team_id if key else None
-                found[name] = Thing(kind, owner, team, name in shared, home)
+                key, made = (
+                    self.keys.get(self._owners.get(owner, "")),
+                    self.things.made[owner, kind],
+                )
+                found[name] = Thing(kind, owner, key, name in shared, home, made[name])
         return found
 
     async def reached(self, key: VirtualKey, kind: str) -> dict[str, float]:
@@ -2651,19 +2661,13 @@ class FileLedger(Ledger):
 
     async def list_things(
         self, owner: str | None, kind: str, first: int, most: int
-    ) -> tuple[int, list[dict[str, Any]]]:
-        """How many are an owner's (None: anybody's) and of a kind (empty: any), and rows of them:
-        at most so many, from the ``first`` (0) on."""
-        things, keys = self.things, {key.owner: key.account.hashed for key in self._live()}
-        chosen = [p for p in things.made if owner in (None, p[0]) and kind in ("", p[1])]
-        every = itertools.chain.from_iterable(things.made[place] for place in chosen)
-        rows = list[dict[str, Any]]()
-        for name in itertools.islice(every, first, first + most):
-            owner, kind, home = things.places[name]
-            row = dict[str, Any](id=name, kind=kind, key=keys.get(owner), home=home or None)
-            made = moment_of(int(things.made[owner, kind][name]))
-            rows.append(row | {"created_at": made, "shared": name in things.shared})
-        return sum(len(things.made[place]) for place in chosen), rows
+    ) -> tuple[int, list[str]]:
+        """How many are an owner's (None: anybody's) and of a kind (empty: any), and at most so many
+        of them, from the ``first`` (0) on."""
+        every = self.things.made.items()
+        chosen = [made for (of, at), made in every if owner in (None, of) and kind in ("", at)]
+        names = itertools.islice(itertools.chain(*chosen), first, first + most)
+        return sum(map(len, chosen)), [*names]
 
     def forget(self, name: str, owner: str | None) -> None:
         """A thing is no more, if it is this owner's (None: anybody's)."""
@@ -4103,24 +4107,17 @@ class RedisLedger(Ledger):
     # Things
 
     async def find_things(self, names: Iterable[object]) -> dict[str, Thing]:
+        asked = [n for n in names if isinstance(n, str) and n.isprintable()]  # no id is else
         async with self._asking():
-            rows, keys = await self._rows([n for n in names if isinstance(n, str)])
-        found = dict[str, Thing]()
-        for name, (owner, kind, home, _, is_shared) in rows.items():
-            key = keys.get(owner)
-            team, home = (key.team_id, home or key.home or "") if key else (None, home)
-            found[name] = Thing(kind, owner, team, is_shared, home)
+            texts = await self._redis.hmget(f"{PREFIX}things", asked) if asked else []
+            rows = {name: json.loads(text) for name, text in zip(asked, texts) if text}
+            owners = sorted({owner for owner, *_ in rows.values()})
+            hashes = await self._redis.hmget(f"{PREFIX}owners", owners) if owners else []
+            records: Any = await self._records([*filter(None, hashes)])
+        keys, found = {key.owner: key for key in records.values()}, dict[str, Thing]()
+        for name, (owner, kind, home, made, is_shared) in rows.items():
+            found[name] = Thing(kind, owner, keys.get(owner), is_shared, home, made)
         return found
-
-    async def _rows(self, names: Sequence[str]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
-        """Of these things those that are known, and the keys of their owners, by these."""
-        asked = [name for name in names if name.isprintable()]  # no id is else, nor UTF-8
-        texts = await self._redis.hmget(f"{PREFIX}things", asked) if asked else []
-        rows = {name: json.loads(text) for name, text in zip(asked, texts, strict=True) if text}
-        owners = sorted({owner for owner, *_ in rows.values()})
-        hashes = await self._redis.hmget(f"{PREFIX}owners", owners) if owners else []
-        keys: Any = await self._records([*filter(None, hashes)])
-        return rows, {key.owner: key for key in keys.values()}
 
     async def reached(self, key: VirtualKey, kind: str) -> dict[str, float]:
         owners = {key.owner, "+"}
@@ -4139,9 +4136,8 @@ class RedisLedger(Ledger):
         with contextlib.suppress(APIError):
             known = await self.find_things(names)
         for (owner, kind), made in born.items():
-            self._change(
-                "made", owner, [[n, kind, home, made[n]] for n in made.keys() - known.keys()]
-            )
+            fresh = made.keys() - known.keys()
+            self._change("made", owner, [[name, kind, home, made[name]] for name in fresh])
         try:
             if names - known.keys():
                 await asyncio.shield(self.save())
@@ -4164,19 +4160,11 @@ class RedisLedger(Ledger):
 
     async def list_things(
         self, owner: str | None, kind: str, first: int, most: int
-    ) -> tuple[int, list[dict[str, Any]]]:
+    ) -> tuple[int, list[str]]:
         made = f"{PREFIX}made:{kind}:{'*' if owner is None else owner}"
         async with self._asking():
-            total = await self._redis.zcard(made)
             names = await self._redis.zrange(made, first, first + most - 1)
-            found, keys = await self._rows(names)
-        rows = list[dict[str, Any]]()
-        for name, (whose, of, home, made, is_shared) in found.items():
-            key = keys.get(whose)
-            hashed = key.account.hashed if key and not key.deleted_at else None
-            row = dict[str, Any](id=name, kind=of, key=hashed, home=home or None)
-            rows.append(row | {"created_at": moment_of(int(made)), "shared": is_shared})
-        return total, rows
+            return await self._redis.zcard(made), names
 
     # What is remembered for all
 
@@ -8965,7 +8953,12 @@ class ReportHandler(ManagementHandler):
         size, owner = self.query("size", PAGE_SIZE, MAX_PAGE_SIZE), None
         if asked:
             owner = await self.owner_of(asked)
-        total, rows = await self.gateway.ledger.list_things(owner, kind, (page - 1) * size, size)
+        ledger, first, rows = self.gateway.ledger, (page - 1) * size, list[dict[str, Any]]()
+        total, names = await ledger.list_things(owner, kind, first, size)
+        for name, thing in (await ledger.find_things(names)).items():
+            hashed = thing.key.account.hashed if thing.key and not thing.key.deleted_at else None
+            row = {"id": name, "kind": thing.kind, "key": hashed, "home": thing.made_at or None}
+            rows.append(row | {"created_at": moment_of(int(thing.made)), "shared": thing.is_shared})
         return self.page_of("resources", (), total, "size") | {"resources": rows}
 
     def list_upstreams(self) -> dict[str, Any]:
