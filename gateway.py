@@ -1967,18 +1967,26 @@ def fullness(accounts: Sequence[Limited], moment: datetime, model: str = "") -> 
 
 
 class Thing(NamedTuple):
-    """What stands in a workspace: its kind, whose it is (empty: nobody's), of which team he is, if
-    all may read it and refer to it, and the real key that made it (empty: its owner's home)."""
+    """What stands in a workspace: its kind, whose it is (empty: nobody's) and what key he has, if
+    all may read it and refer to it, the real key that made it, if known, and when that was (Unix).
+    """
 
     kind: str
     owner: str = ""
-    team: str | None = None
+    key: VirtualKey | None = None
     is_shared: bool = False
-    home: str = ""
+    made_at: str = ""
+    made: float = 0.0
+
+    @property
+    def home(self) -> str:
+        """The real key that made it (empty: its owner's home)."""
+        return self.made_at or (self.key and self.key.home) or ""
 
     def belongs_to(self, key: VirtualKey) -> bool:
         """Whether a key reaches it and all that is its own."""
-        mate = key.resources == "team" and key.team_id and key.team_id == self.team
+        team = self.key and self.key.team_id
+        mate = key.resources == "team" and team and key.team_id == team
         return key.resources == "all" or self.owner == key.owner or bool(mate)
 
     def is_for(self, key: VirtualKey) -> bool:
@@ -2259,7 +2267,7 @@ class Ledger:
         self._retired: dict[str, str] = {}  # and what is no more, which the record tells
         self._touched: set[str] = set()  # what was used since it was written
         self._kept: dict[str, tuple[str, float]] = {}
-        self._noted = collections.deque[Mapping[str, Any]](maxlen=MAX_AUDITED)
+        self._logs: dict[str, collections.deque[bytes]] = {}
 
     def lookup(self, hashed: str) -> tuple[VirtualKey, str] | None:
         """A key and its `VirtualKey.status`; by an old hash ``expired`` once its grace is over."""
@@ -2313,13 +2321,13 @@ class Ledger:
         """Remember it no more."""
         self._kept.pop(name, None)
 
-    def note(self, row: Mapping[str, Any]) -> None:
-        """Remember a change for the audit, as the last of MAX_AUDITED."""
-        self._noted.append(row)
+    def log(self, name: str, most: int, *rows: bytes) -> None:
+        """Add rows to a log, which keeps the last ``most``, for all who share the store."""
+        self._logs.setdefault(name, collections.deque(maxlen=most)).extend(rows)
 
-    async def noted(self) -> AsyncIterator[Mapping[str, Any]]:
-        """What was noted, the newest first."""
-        for row in [*self._noted][::-1]:
+    async def logged(self, name: str) -> AsyncIterator[bytes]:
+        """Its rows, the newest first."""
+        for row in [*self._logs.get(name, ())][::-1]:
             yield row
 
     async def admit(self, hold: Hold, *, pays: bool, shares: bool, later: bool = False) -> None:
@@ -2613,9 +2621,11 @@ class FileLedger(Ledger):
         for name in names:
             if isinstance(name, str) and (place := places.get(name)):
                 owner, kind, home = place
-                key = self.keys.get(self._owners.get(owner, ""))
-                home, team = home or (key and key.home) or "", key.team_id if key else None
-                found[name] = Thing(kind, owner, team, name in shared, home)
+                key, made = (
+                    self.keys.get(self._owners.get(owner, "")),
+                    self.things.made[owner, kind],
+                )
+                found[name] = Thing(kind, owner, key, name in shared, home, made[name])
         return found
 
     async def reached(self, key: VirtualKey, kind: str) -> dict[str, float]:
@@ -2651,19 +2661,13 @@ class FileLedger(Ledger):
 
     async def list_things(
         self, owner: str | None, kind: str, first: int, most: int
-    ) -> tuple[int, list[dict[str, Any]]]:
-        """How many are an owner's (None: anybody's) and of a kind (empty: any), and rows of them:
-        at most so many, from the ``first`` (0) on."""
-        things, keys = self.things, {key.owner: key.account.hashed for key in self._live()}
-        chosen = [p for p in things.made if owner in (None, p[0]) and kind in ("", p[1])]
-        every = itertools.chain.from_iterable(things.made[place] for place in chosen)
-        rows = list[dict[str, Any]]()
-        for name in itertools.islice(every, first, first + most):
-            owner, kind, home = things.places[name]
-            row = dict[str, Any](id=name, kind=kind, key=keys.get(owner), home=home or None)
-            made = moment_of(int(things.made[owner, kind][name]))
-            rows.append(row | {"created_at": made, "shared": name in things.shared})
-        return sum(len(things.made[place]) for place in chosen), rows
+    ) -> tuple[int, list[str]]:
+        """How many are an owner's (None: anybody's) and of a kind (empty: any), and at most so many
+        of them, from the ``first`` (0) on."""
+        every = self.things.made.items()
+        chosen = [made for (of, at), made in every if owner in (None, of) and kind in ("", at)]
+        names = itertools.islice(itertools.chain(*chosen), first, first + most)
+        return sum(map(len, chosen)), [*names]
 
     def forget(self, name: str, owner: str | None) -> None:
         """A thing is no more, if it is this owner's (None: anybody's)."""
@@ -2807,9 +2811,7 @@ class FileLedger(Ledger):
         self.groups = {GATEWAY: whole}
         self._apply(records | ({GATEWAY: whole} if told else {}))
         every = known | records
-        for name in (
-            known.keys() ^ records.keys()
-        ):  # what is new of batches, or gone, is held of all
+        for name in known.keys() ^ records.keys():  # their batches are held of all, or no more
             sign = 1 if name in records else -1
             for batch in every[name].account.batches.values():
                 for at in batch.beside.keys() & self.groups.keys():
@@ -2959,8 +2961,7 @@ NAMES_A_TRIP, LOOKED_AT = 500, 100  # hashes, and records with their usage, in o
 CHANGES_KEPT = 10_000  # in the stream that tells of them
 TRIES = 3  # of a request whose key is changed under it
 PREFIX, STORE, CHANGES, REVISION = "gw:", "gw:store", "gw:changes", "gw:revision"
-IMPORTED = "gw:import"  # is STORE until all is there
-TOLD_OF, COPY_DEADLINE = 10_000, 60.0  # records; seconds until some are written
+TOLD_OF = 10_000  # records
 Sums = collections.Counter[str]  # of what was copied
 AGAIN = [("retry-after", "1")]
 NO_STORE = "The store is empty, or another one: nothing is changed in it. Whoever runs the gateway"
@@ -2968,7 +2969,7 @@ NO_STORE += " must bring its data back, or start it with --new-store or --import
 
 # What every script begins with. KEYS[1] is the store's name, ARGV[1] what it was when we came.
 PRELUDE = """
-if redis.call('GET', KEYS[1]) ~= ARGV[1] then return redis.error_reply('LOST the store') end
+if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] then return redis.error_reply('LOST the store') end
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 
@@ -3119,7 +3120,7 @@ local found = redis.call('HMGET', KEYS[3], 'held', 'booked')
 if not found[1] or found[2] == '1' then return {} end
 change_held(cjson.decode(found[1]), -1)
 for i, used in ipairs(cjson.decode(ARGV[4])) do add(KEYS[i + 4], used, 1) end
-redis.call('HSET', KEYS[3], 'booked', 1)
+redis.call('HSET', KEYS[3], 'booked', 1, 'held', '[]')
 redis.call('EXPIRE', KEYS[3], ARGV[5])
 redis.call('SREM', KEYS[4], ARGV[3])
 return {}
@@ -3390,7 +3391,7 @@ class RedisLedger(Ledger):
         """What fails within is a SettingsError."""
         try:
             yield
-        except self._errors as error:
+        except (APIError, *self._errors) as error:
             why = str(error) or (self.away if self._tasks else "no answer")
             raise SettingsError(f"--store: {self._shown}: {why}") from None
 
@@ -3580,7 +3581,7 @@ class RedisLedger(Ledger):
         """What one of SCRIPTS answers. Raises StoreAway."""
         if self._link is None:
             raise StoreAway(self.away)
-        asked = [DIGESTS[script], len(keys) + 1, self._store, *keys, self._id, *more]
+        asked = [DIGESTS[script], len(keys) + 1, STORE, *keys, self._id, *more]
         return self._link.call("EVALSHA", *asked)
 
     def _later(
@@ -3991,24 +3992,17 @@ class RedisLedger(Ledger):
     # Things
 
     async def find_things(self, names: Iterable[object]) -> dict[str, Thing]:
+        asked = [n for n in names if isinstance(n, str) and n.isprintable()]  # no id is else
         async with self._asking():
-            rows, keys = await self._rows([n for n in names if isinstance(n, str)])
-        found = dict[str, Thing]()
-        for name, (owner, kind, home, _, is_shared) in rows.items():
-            key = keys.get(owner)
-            team, home = (key.team_id, home or key.home or "") if key else (None, home)
-            found[name] = Thing(kind, owner, team, is_shared, home)
+            texts = await self._redis.hmget(f"{PREFIX}things", asked) if asked else []
+            rows = {name: json.loads(text) for name, text in zip(asked, texts) if text}
+            owners = sorted({owner for owner, *_ in rows.values()})
+            hashes = await self._redis.hmget(f"{PREFIX}owners", owners) if owners else []
+            records: Any = await self._records([*filter(None, hashes)])
+        keys, found = {key.owner: key for key in records.values()}, dict[str, Thing]()
+        for name, (owner, kind, home, made, is_shared) in rows.items():
+            found[name] = Thing(kind, owner, keys.get(owner), is_shared, home, made)
         return found
-
-    async def _rows(self, names: Sequence[str]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
-        """Of these things those that are known, and the keys of their owners, by these."""
-        asked = [name for name in names if name.isprintable()]  # no id is else, nor UTF-8
-        texts = await self._redis.hmget(f"{PREFIX}things", asked) if asked else []
-        rows = {name: json.loads(text) for name, text in zip(asked, texts, strict=True) if text}
-        owners = sorted({owner for owner, *_ in rows.values()})
-        hashes = await self._redis.hmget(f"{PREFIX}owners", owners) if owners else []
-        keys: Any = await self._records([*filter(None, hashes)])
-        return rows, {key.owner: key for key in keys.values()}
 
     async def reached(self, key: VirtualKey, kind: str) -> dict[str, float]:
         owners = {key.owner, "+"}
@@ -4027,9 +4021,8 @@ class RedisLedger(Ledger):
         with contextlib.suppress(APIError):
             known = await self.find_things(names)
         for (owner, kind), made in born.items():
-            self._change(
-                "made", owner, [[n, kind, home, made[n]] for n in made.keys() - known.keys()]
-            )
+            fresh = made.keys() - known.keys()
+            self._change("made", owner, [[name, kind, home, made[name]] for name in fresh])
         try:
             if names - known.keys():
                 await asyncio.shield(self.save())
@@ -4052,19 +4045,11 @@ class RedisLedger(Ledger):
 
     async def list_things(
         self, owner: str | None, kind: str, first: int, most: int
-    ) -> tuple[int, list[dict[str, Any]]]:
+    ) -> tuple[int, list[str]]:
         made = f"{PREFIX}made:{kind}:{'*' if owner is None else owner}"
         async with self._asking():
-            total = await self._redis.zcard(made)
             names = await self._redis.zrange(made, first, first + most - 1)
-            found, keys = await self._rows(names)
-        rows = list[dict[str, Any]]()
-        for name, (whose, of, home, made, is_shared) in found.items():
-            key = keys.get(whose)
-            hashed = key.account.hashed if key and not key.deleted_at else None
-            row = dict[str, Any](id=name, kind=of, key=hashed, home=home or None)
-            rows.append(row | {"created_at": moment_of(int(made)), "shared": is_shared})
-        return total, rows
+            return await self._redis.zcard(made), names
 
     # What is remembered for all
 
@@ -4086,25 +4071,15 @@ class RedisLedger(Ledger):
         async with self._asking():
             await self._redis.delete(f"{PREFIX}kept:{name}")
 
-    def note(self, row: Mapping[str, Any]) -> None:
-        self.log([json.dumps(row, default=shown).encode()], MAX_AUDITED, "audit")
-
-    async def noted(self) -> AsyncIterator[Mapping[str, Any]]:
-        await self.save()
-        async for row in self.logged("audit"):
-            yield json.loads(row)
-
-    def log(self, rows: Iterable[bytes], most: int, name: str = "requests") -> None:
-        """Add rows to a log that all share, which keeps the last ``most``."""
+    def log(self, name: str, most: int, *rows: bytes) -> None:
         self._later(LOG, [f"{PREFIX}{name}"], most, *rows)
 
-    async def logged(self, name: str = "requests") -> AsyncIterator[bytes]:
-        """Its rows, the newest first."""
+    async def logged(self, name: str) -> AsyncIterator[bytes]:
+        await self.save()
         at = "+"
         while at:
             async with self._asking():
-                log = f"{PREFIX}{name}"
-                rows = await self._redis.xrevrange(log, at, count=NAMES_A_TRIP)
+                rows = await self._redis.xrevrange(f"{PREFIX}{name}", at, count=NAMES_A_TRIP)
             for _, row in rows:
                 yield row["row"].encode()
             at = f"({rows[-1][0]}" if rows else ""
@@ -4114,76 +4089,72 @@ class RedisLedger(Ledger):
     async def take_in(self, source: FileLedger, tell: Callable[[str], None]) -> Sums:
         """Fill a store that has no keys with all that a file has, over what a broken try left.
         STORE comes last, when all was read back; till then there is none. Raises SettingsError."""
-        redis, sums, self._store, self._id = self._redis, Sums(), IMPORTED, self._process
-        whole = source.groups[GATEWAY]
-        whole.account.place = self.groups[GATEWAY].account.place
-        records = [*source.groups.values(), *source.keys.values()]
-        try:
-            if await redis.exists(STORE) and await redis.zcard(f"{PREFIX}key"):
+        redis, sums, groups, things = self._redis, Sums(), source.groups, source.things
+        groups[GATEWAY].account.place = self.groups[GATEWAY].account.place
+        records = [*groups.values(), *source.keys.values()]
+        await self.look()
+        with self._starting():
+            if await redis.exists(STORE) and self.count:
                 raise SettingsError(f"--import: {self._shown} holds keys already")
             await redis.delete(STORE)
-            await self._clear("*")
-            pipe = redis.pipeline(transaction=False).set(IMPORTED, self._id)
-            pipe.hset(whole.account.place, "rev", "").set(REVISION, len(records))
-            self._tasks = [asyncio.create_task(self._keep_linked())]
-            for start in range(0, len(records), LOOKED_AT):
-                part = records[start : start + LOOKED_AT]
-                for number, of in enumerate(part, start=start + 1):
-                    if of is not whole:
-                        self._put(pipe, of.account.hashed, of, str(number))
-                    if of.account.last_active:
-                        active = int(of.account.last_active.timestamp())
-                        pipe.hset(of.account.place, "active", active)
-                await pipe.execute()
-                for of in part:
-                    self._copy_account(of, source)
-                    self._count_in(sums, of)
-                await self._written()
-                if start % TOLD_OF == 0:
-                    tell(f"{start:,} of {len(records):,} records")
-            for change in map(json.loads, source.things.lines()):
-                kind, home, names = change.get("kind"), change.get("home"), change.get("shared", ())
-                rows = [[n, kind, home, made] for n, made in change.get("made", {}).items()]
-                rows += [[name, "", "", 0] for name in names]
-                for start in range(0, len(rows), NAMES_A_TRIP):
-                    deed, owner = "shared" if names else "made", change.get("key", "")
-                    self._change(deed, owner, rows[start : start + NAMES_A_TRIP])
-                    await self._written()
-            found, sums["things"] = Sums(), len(source.things.places)
+            left = [name async for name in redis.scan_iter(f"{PREFIX}*", NAMES_A_TRIP)]
+            for start in range(0, len(left), NAMES_A_TRIP):
+                await redis.unlink(*left[start : start + NAMES_A_TRIP])
+            pipe = redis.pipeline(transaction=False).set(REVISION, len(records))
+            for number, of in enumerate(records):
+                if number % LOOKED_AT == 0:
+                    await pipe.execute()
+                if number % TOLD_OF == 0:
+                    tell(f"{number:,} of {len(records):,} records")
+                if of.of != "gateway":
+                    self._put(pipe, of.account.hashed, of, str(number))
+                self._put_used(pipe, of, source)
+                self._count_in(sums, of)
+            for name, (owner, kind, home) in things.places.items():
+                made, is_shared = things.made[owner, kind][name], name in things.shared
+                pipe.hset(f"{PREFIX}things", name, as_json((owner, kind, home, made, is_shared)))
+                sets = ":*", f":{owner}", f"{kind}:*", f"{kind}:{owner}", f"{kind}:+"
+                for at in sets if is_shared else sets[:-1]:
+                    pipe.zadd(f"{PREFIX}made:{at}", {name: made})
+                if len(pipe) > NAMES_A_TRIP:
+                    await pipe.execute()
+            await pipe.execute()
+            self._link, self.away = await Link.open(redis.connection_pool), ""
+            sums["things"] = len(things.places)
+            found = Sums(things=await redis.hlen(f"{PREFIX}things"))
             async for of in self._everything():
                 self._count_in(found, of)
-            found["things"] = await redis.hlen(f"{PREFIX}things")
             if found != sums:
                 wrong = f"{dict(found - sums)} too many, {dict(sums - found)} too few"
                 raise SettingsError(f"--import: what was written is not what was read: {wrong}")
-            await self._clear(f"*:seen:{self._process}")
-            await redis.rename(IMPORTED, STORE)
-            await self.look()
-            await redis.execute_command(*("WAITAOF", 1, 0, 0) if self._waits else ("PING",))
-        except self._errors as error:
-            raise SettingsError(f"--store: {self._shown}: {error or 'no answer'}") from None
+            await redis.set(STORE, self._process, nx=True)
+            if self._waits:
+                await redis.execute_command("WAITAOF", 1, 0, 0)
         return sums
 
-    def _copy_account(self, of: Limited, source: FileLedger) -> None:
-        """Write what a record has used, its batches, and where it makes things."""
-        account, used = of.account, list[Any]()
+    def _put_used(self, pipe: Any, of: Limited, source: FileLedger) -> None:
+        """Queue what a record has used, and its batches."""
+        account, place, day_long = of.account, of.account.place, 86400
         for day, model, tally in account.usage.days(self._oldest):
-            used += self._usage([(model, tally)], day)
-        spent = [[name, w.start, nano(w.spend)] for name, w in account.windows.items()]
-        rows = [{"w": spent, "u": used, "t": False, "a": False}]
-        self._later(BOOK, [account.place] * 2, "", json.dumps(rows), "0")
+            at, counts = f"{place}:{day}", tally.to_json() | {"spend": nano(tally.spend)}
+            pipe.hset(at, mapping={f"{model}\0{name}": count for name, count in counts.items()})
+            pipe.expire(at, (self._usage_days + 1) * day_long).hset(place, f"day:{day}", 1)
+        for name, window in account.windows.items():
+            pipe.hset(place, f"start:{name}", window.start)
+            pipe.hset(place, f"spent:{name}", nano(window.spend))
+        if account.last_active:
+            pipe.hset(place, "active", int(account.last_active.timestamp()))
         for name, batch in account.batches.items():
-            held = [
-                [other.account.place, window, str(nano(amount))]
-                for at, amounts in ({account.hashed: batch.held} | batch.beside).items()
-                for window, amount in amounts.items()
-                if (other := source.record(at))
-            ]
-            row = ["owner", cast(VirtualKey, of).owner, "day", batch.day, "lines", batch.lines]
-            keys = [f"{PREFIX}batch:{name}", f"{PREFIX}unbooked"]
-            self._later(KEEP, keys, "", name, json.dumps(held), json.dumps([*row, "booked", 0]))
-            if batch.booked:
-                self._later(FINISH, keys, name, "[]", self._usage_days * 86400)
+            at, held = f"{PREFIX}batch:{name}", list[tuple[str, str, str]]()
+            for whose, amounts in ({account.hashed: batch.held} | batch.beside).items():
+                if other := source.record(whose):
+                    held += [(other.account.place, w, str(nano(n))) for w, n in amounts.items()]
+            for whose, budget, amount in held:
+                pipe.hincrby(whose, f"held:{budget}", amount)
+            row = {"owner": cast(VirtualKey, of).owner, "day": batch.day, "lines": batch.lines}
+            pipe.hset(at, mapping=row | {"booked": int(batch.booked), "held": as_json(held)})
+            last = self._usage_days * day_long
+            pipe.expire(at, last) if batch.booked else pipe.sadd(f"{PREFIX}unbooked", name)
 
     async def give_out(self, path: Path, tell: Callable[[str], None]) -> Sums:
         """Write all into a keys file, and one of resources, that are not there yet. While gateways
@@ -4193,75 +4164,50 @@ class RedisLedger(Ledger):
         files = {Path(f"{path}.resources"): THINGS_FRAME, path: KEYS_FRAME}
         if there := [*filter(os.path.lexists, files)]:
             raise SettingsError(f"--export: {there[0]} is there already; name another file")
-        try:
+        with self._starting():
             async for of in self._everything():
-                self._count_in(sums, of)
-                lines.append(store_line(of.account.hashed, of, today, self._oldest))
                 if len(lines) % TOLD_OF == 0:
                     tell(f"{len(lines):,} records")
+                self._count_in(sums, of)
+                lines.append(store_line(of.account.hashed, of, today, self._oldest))
             async for name, text in self._redis.hscan_iter(f"{PREFIX}things", count=NAMES_A_TRIP):
                 owner, kind, home, made, is_shared = json.loads(text)
                 things.change({"key": owner, "kind": kind, "home": home, "made": {name: made}})
                 things.shared |= {name} if is_shared else set()
-            for (file, frame), each in zip(files.items(), (things.lines(), lines), strict=True):
+        for (file, frame), each in zip(files.items(), (things.lines(), lines), strict=True):
+            with blaming(f"--export: {file}"):
                 StoreFile(file, frame, "", "").write(each)
-        except self._errors as error:
-            raise SettingsError(f"--export: {error or 'Redis gave no answer'}") from None
         sums["things"] = len(things.places)
         return sums
 
     async def _everything(self) -> AsyncIterator[Limited]:
         """Every record, with all that it used and its batches."""
         days, batches = (self._oldest, "9999"), collections.defaultdict[str, Any](dict)
-        whole = await self._whole(days)
-        names = {whole.account.place: GATEWAY}
         async for at in self._redis.scan_iter(f"{PREFIX}batch:*", NAMES_A_TRIP):
             if row := await self._redis.hgetall(at):
                 batches[row["owner"]][at.removeprefix(f"{PREFIX}batch:")] = row
-        yield whole
+        yield (whole := await self._whole(days))
+        names = {whole.account.place: GATEWAY}
         for kind in (*GROUPS, "key"):
             async for of in self.each(kind, days=days):
-                account = of.account
-                names[account.place] = account.hashed
-                if isinstance(of, VirtualKey):
-                    account.batches, own = {}, batches.pop(of.owner, {})
-                    of.owner_id = "" if of.owner_id == account.hashed else of.owner_id
-                    for name, row in own.items():
-                        batch = Batch(row["day"], int(row["lines"]), booked=row["booked"] == "1")
-                        account.batches[name] = batch
-                        held = {account.hashed: batch.held} | batch.beside
-                        for place, window, amount in (
-                            [] if batch.booked else json.loads(row["held"])
-                        ):
-                            held.setdefault(names.get(place, ""), {})[window] = usd(amount)
-                        batch.held, batch.beside = held.pop(account.hashed), held
+                account, names[of.account.place] = of.account, of.account.hashed
+                own = batches.pop(of.owner, {}) if isinstance(of, VirtualKey) else {}
+                for name, row in own.items():
+                    held = dict[str, dict[str, Decimal]]()
+                    for place, window, amount in json.loads(row["held"]):
+                        held.setdefault(names.get(place, ""), {})[window] = usd(amount)
+                    told = row["day"], int(row["lines"]), held.pop(account.hashed, {})
+                    account.batches[name] = Batch(*told, row["booked"] == "1", held)
                 yield of
-                if kind == "key":
-                    del names[account.place]
 
     def _count_in(self, sums: Sums, of: Limited) -> None:
         """Count a record in, and what it used: amounts are nano-dollars."""
-        which, batches = "tagged " if of.of == "gateway" else "", of.account.batches.values()
-        sums[f"{of.of}s"] += 1
-        sums["batches"] += len(batches)
-        sums["unbooked batches"] += sum(not batch.booked for batch in batches)
-        sums["spent of budgets"] += sum(nano(w.spend) for w in of.account.windows.values())
-        for _, _, tally in of.account.usage.days(self._oldest):
-            sums[f"{which}requests"] += tally.requests
-            sums[f"{which}spent"] += nano(tally.spend)
-
-    async def _written(self) -> None:
-        """Wait until what is to be written is."""
-        waiting = [write.done for write in self._writes.values()]
-        late = (await asyncio.wait(waiting, timeout=COPY_DEADLINE))[1] if waiting else ()
-        if late or self._refused:
-            raise StoreAway(self.away or "it refused what was to be written")
-
-    async def _clear(self, pattern: str) -> None:
-        scan = self._redis.scan_iter(f"{PREFIX}{pattern}", NAMES_A_TRIP)
-        names = [name async for name in scan]
-        for start in range(0, len(names), NAMES_A_TRIP):
-            await self._redis.unlink(*names[start : start + NAMES_A_TRIP])
+        tallies = [tally for *_, tally in of.account.usage.days(self._oldest)]
+        tagged = "tagged " * (of.of == "gateway")
+        counts = {f"{of.of}s": 1, "batches": len(of.account.batches)}
+        counts["spent of budgets"] = sum(nano(w.spend) for w in of.account.windows.values())
+        counts[f"{tagged}requests"] = sum(tally.requests for tally in tallies)
+        sums.update(counts | {f"{tagged}spent": sum(nano(tally.spend) for tally in tallies)})
 
     # Changing
 
@@ -6376,13 +6322,13 @@ class SharedLog(RequestLog):
 
     async def save(self) -> None:
         if self._waiting and not self._ledger.away:
-            self._ledger.log([as_json(each.to_spend_log()) for each in self._waiting], self._most)
+            rows = (as_json(each.to_spend_log()) for each in self._waiting)
+            self._ledger.log("requests", self._most, *rows)
             self._waiting.clear()
 
     async def _newest(self) -> AsyncIterator[Record | bytes]:
         await self.save()
-        await self._ledger.save()
-        async for row in self._ledger.logged():
+        async for row in self._ledger.logged("requests"):
             yield row
 
 
@@ -8552,7 +8498,8 @@ class RecordHandler(BodyHandler, ManagementHandler):
         row |= {"changed_by_api_key": self.master, "action": action, "table_name": record.of}
         row |= {"object_id": record.account.hashed.removeprefix(f"{record.of}:")}
         row |= {"name": record.shown_name, "updated_values": dict(body)}
-        self.gateway.ledger.note(row | {"remote_ip": self.request.remote_ip})
+        text = json.dumps(row | {"remote_ip": self.request.remote_ip}, default=shown)
+        self.gateway.ledger.log("audit", MAX_AUDITED, text.encode())
         fields = f": {printable(', '.join(body))}" if body and action == "updated" else ""
         log.info("%s %s %s%s by %s", record.of, record.shown_name, action, fields, word(by))
 
@@ -8880,8 +8827,9 @@ class ReportHandler(ManagementHandler):
 
     async def list_changes(self) -> dict[str, Any]:
         """Pages of what was changed, newest first; of one ``object_id``."""
-        wanted, rows = self.query("object_id"), self.gateway.ledger.noted()
-        found = [row async for row in rows if wanted in ("", row["object_id"], row["name"])]
+        wanted, logged = self.query("object_id"), self.gateway.ledger.logged("audit")
+        rows = [dict_of(read_json(text, Any)) async for text in logged]
+        found = [row for row in rows if wanted in ("", row["object_id"], row["name"])]
         return self.page_of("audit_logs", found, len(found), "page_size", 50)
 
     async def list_resources(self) -> dict[str, Any]:
@@ -8890,7 +8838,12 @@ class ReportHandler(ManagementHandler):
         size, owner = self.query("size", PAGE_SIZE, MAX_PAGE_SIZE), None
         if asked:
             owner = await self.owner_of(asked)
-        total, rows = await self.gateway.ledger.list_things(owner, kind, (page - 1) * size, size)
+        ledger, first, rows = self.gateway.ledger, (page - 1) * size, list[dict[str, Any]]()
+        total, names = await ledger.list_things(owner, kind, first, size)
+        for name, thing in (await ledger.find_things(names)).items():
+            hashed = thing.key.account.hashed if thing.key and not thing.key.deleted_at else None
+            row = {"id": name, "kind": thing.kind, "key": hashed, "home": thing.made_at or None}
+            rows.append(row | {"created_at": moment_of(int(thing.made)), "shared": thing.is_shared})
         return self.page_of("resources", (), total, "size") | {"resources": rows}
 
     def list_upstreams(self) -> dict[str, Any]:
@@ -10447,20 +10400,18 @@ async def serve(settings: Settings) -> None:
 
 async def copy_store(settings: Settings) -> None:
     """Do what ``--import`` or ``--export`` asks, and print of what. Raises SettingsError."""
-    tell, path = functools.partial(say, as_json=settings.log_json), Path(settings.import_)
-    told: Any = {"usage_days": settings.usage_days}
-    store = RedisLedger(settings.store, deadline=None, **told)  # a fifth faster, and nobody waits
+    path, told = settings.import_, {"usage_days": settings.usage_days}
+    tell = functools.partial(say, as_json=settings.log_json)
+    store = make_ledger(settings, "", deadline=None, **told)  # a fifth faster, and nobody waits
     try:
-        if not settings.import_:
+        if not path:
             await store.open()
             sums = await store.give_out(Path(settings.export), tell)
-        elif path.is_file():
-            source = FileLedger(path, RealKeys(settings).first.name, **told)
+        elif os.path.isfile(path):
+            source = FileLedger(Path(path), RealKeys(settings).first.name, **told)
             sums = await store.take_in(source, tell)
         else:
             raise SettingsError(f"--import={path}: there is no such file")
-    except APIError as error:
-        raise SettingsError(error.message) from None
     finally:
         await store.close()
     amounts = {n: f"${dollars(usd(c))}" if "spent" in n else f"{c:,}" for n, c in sums.items()}

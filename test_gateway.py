@@ -9882,8 +9882,10 @@ async def test_things_keep_their_first_owner(either: Ledgers) -> None:
     await ledger.own({("owner-other", "files"): {"file_1": 30.0, "file_3": 30.0}}, "home-2")
     ledger = await either.again(ledger)
     found = await ledger.find_things(["file_1", "file_3", "file_x", 5])
-    assert found["file_1"] == gateway.Thing("files", "owner-k", "t", home="home-1")
-    assert found["file_3"] == gateway.Thing("files", "owner-other", "u", home="home-2")
+    for name, *told in (("file_1", "k", "t", "home-1"), ("file_3", "other", "u", "home-2")):
+        thing, (whose, team, home) = found[name], told
+        assert thing.key and thing.owner == f"owner-{whose}" and thing.kind == "files"
+        assert (thing.key.team_id, thing.home, thing.is_shared) == (team, home, False)
     assert len(found) == 2
     own, theirs = {"file_1": 10, "file_2": 20}, {"file_3": 30}
     for name, reached in (("k", own), ("mate", own), ("other", theirs)):
@@ -9900,11 +9902,11 @@ async def test_things_keep_their_first_owner(either: Ledgers) -> None:
     ledger.forget("file_1", "owner-k")  # who does not own it
     ledger.forget("file_3", None)
     await ledger.save()
-    total, rows = await ledger.list_things("owner-other", "", 0, 10)
-    assert total == 1 and [row["id"] for row in rows] == ["file_1"]
-    assert rows[0]["key"] == hash_of("other") and rows[0]["kind"] == "files"
-    total, rows = await ledger.list_things(None, "files", 1, 1)
-    assert total == 2 and len(rows) == 1
+    assert await ledger.list_things("owner-other", "", 0, 10) == (1, ["file_1"])
+    thing = (await ledger.find_things(["file_1"]))["file_1"]
+    assert thing.key.account.hashed == hash_of("other") and thing.made == 10
+    total, names = await ledger.list_things(None, "files", 1, 1)
+    assert total == 2 and len(names) == 1
     ledger = await either.again(ledger)
     assert set(await ledger.find_things(["file_1", "file_2", "file_3"])) == {"file_1", "file_2"}
 
