@@ -181,8 +181,7 @@ class Place(NamedTuple):
     of: int = 1
     folder: str = ""  # of Unix sockets, over which each tells its metrics; none if it is alone
     control: int = -1  # the descriptor of what is the parent's end of, too, for as long as it lives
-    sockets: Sequence[int] = ()  # that listen; those of one that ended
-    port: int = 0  # else one of its own is to be bound to this
+    sockets: Sequence[int] = ()  # to listen to; the first process binds its own
 
 
 PLACE_VARIABLE = "GATEWAY_PLACE"
@@ -10441,7 +10440,7 @@ def take_secrets(gateway: Gateway) -> None:
     mask_secrets(settings)
 
 
-def meet_parent(take: Callable[[int], Any], sockets: list[socket.socket], port: int) -> None:
+def meet_parent(take: Callable[[int], Any], sockets: list[socket.socket]) -> None:
     """Give the `Parent` what it does not have, and take signals from it; if it goes, stop too."""
     control, loop = socket.socket(fileno=PLACE.control), asyncio.get_running_loop()
 
@@ -10453,10 +10452,8 @@ def meet_parent(take: Callable[[int], Any], sockets: list[socket.socket], port: 
             take(number)
 
     loop.add_reader(control, hear)
-    for each in sockets if port else ():
-        each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # the first has the port alone
     if not PLACE.sockets:
-        socket.send_fds(control, [b"%d" % port], [each.fileno() for each in sockets])
+        socket.send_fds(control, [b"!"], [each.fileno() for each in sockets])
         os.kill(os.getppid(), signal.SIGUSR1)
 
 
@@ -10475,8 +10472,6 @@ async def serve(settings: Settings) -> None:
     await gateway.ledger.open()
     gateway.doors = Doors(gateway.settings, gateway.ledger)  # which may be open now
     settings, server, drained = gateway.settings, Server(gateway, application), gateway.drained
-    if PLACE.port:
-        settings = dataclasses.replace(settings, port=PLACE.port, reuse_port=True)
     sockets = [socket.socket(fileno=each) for each in PLACE.sockets]
     sockets = sockets or bind(settings, loopback=gateway.doors.is_open)
     port = 0 if settings.unix_socket else sockets[0].getsockname()[1]
@@ -10489,9 +10484,9 @@ async def serve(settings: Settings) -> None:
     saving = [asyncio.create_task(each.run()) for each in (gateway.ledger, gateway.recent)]
     if PLACE.folder:
         path = Path(PLACE.folder, str(PLACE.number))
-        telling = await asyncio.start_unix_server(Metrics(gateway).tell, path)
-        meet_parent(signals.put_nowait, sockets, port)
-    if not (PLACE.port or PLACE.sockets):
+        _telling = await asyncio.start_unix_server(Metrics(gateway).tell, path)
+        meet_parent(signals.put_nowait, sockets)
+    if not PLACE.sockets:
         announce(gateway, port)
     await loop.run_in_executor(None, gateway.prices.load)
     favour_the_loop()
@@ -10534,9 +10529,7 @@ async def serve(settings: Settings) -> None:
     log.info("stopped")
     for task in (*saving, hurrying):
         task.cancel()
-    if PLACE.folder:
-        telling.close()
-    elif settings.unix_socket:
+    if settings.unix_socket and not PLACE.folder:
         Path(settings.unix_socket).unlink(missing_ok=True)
 
 
@@ -10675,13 +10668,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @dataclass
 class Child:
-    """One of several processes, as their `Parent` sees it; times are of `time.monotonic`."""
+    """One of several processes, as their `Parent` sees it."""
 
     number: int
     sockets: Sequence[int] = ()  # descriptors of copies
-    due: float = math.inf  # when it is to be started,
-    wait: int = 0  # and so long behind its end
-    started: float = 0.0
+    due: float = math.inf  # when it is to be started, as `time.monotonic` tells,
+    wait: int = 0  # and so many seconds behind its end
     process: subprocess.Popen[bytes] | None = None
     control: socket.socket = field(default_factory=socket.socket)
 
@@ -10697,7 +10689,7 @@ class Parent:
 
     def __init__(self, settings: Settings) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
-        self.path, self.port, self.code, self.stopping = settings.unix_socket, 0, 0, False
+        self.path, self.code, self.stopping = settings.unix_socket, 0, False
         count = settings.processes or len(os.sched_getaffinity(0))
         self.children = [Child(number) for number in range(count)]
         self.children[0].due = 0
@@ -10711,9 +10703,9 @@ class Parent:
                 came = signal.sigtimedwait(self.SIGNALS, 1)  # till something may be due
                 if came and came.si_signo in self.TOLD:
                     self._tell(came.si_signo)
+                if not (self.children[0].sockets or self.stopping):
+                    self._take_sockets(self.children[0])
                 for child in self.children:
-                    if child.process and not (child.sockets or self.stopping):
-                        self._take_sockets(child)
                     if child.process and (code := child.process.poll()) is not None:
                         self._bury(child, code)
         if self.path:
@@ -10722,29 +10714,26 @@ class Parent:
 
     def _start(self, folder: str) -> None:
         """Start what is due."""
-        moment, count = time.monotonic(), len(self.children)
         for child in self.children:
-            if not child.process and child.due <= moment:
-                child.started = moment
+            if not child.process and child.due <= time.monotonic():
                 child.control, theirs = socket.socketpair()
                 with theirs:
-                    given, control = child.sockets, theirs.fileno()
-                    place = Place(child.number, count, folder, control, given, self.port)
-                    variables = os.environ | {PLACE_VARIABLE: json.dumps(place)}
+                    files = (theirs.fileno(), *child.sockets)
+                    place = Place(child.number, len(self.children), folder, files[0], files[1:])
+                    told = os.environ | {PLACE_VARIABLE: json.dumps(place)}
                     command = [sys.executable, *sys.orig_argv[1:]]
-                    child.process = subprocess.Popen(
-                        command, env=variables, pass_fds=(control, *given)
-                    )
+                    child.process = subprocess.Popen(command, env=told, pass_fds=files)
 
-    def _take_sockets(self, child: Child) -> None:
-        """Keep what one listens to, if it does by now; a Unix socket is everybody's."""
+    def _take_sockets(self, first: Child) -> None:
+        """Keep what the first listens to, if it does by now, and have the others listen there."""
         with contextlib.suppress(BlockingIOError):
-            told, files, _, _ = socket.recv_fds(child.control, 8, 64, socket.MSG_DONTWAIT)
-            for each in self.children if files and self.path else [child]:
-                each.sockets = files
-            for each in self.children if files and not self.port else ():
+            _, first.sockets, *_ = socket.recv_fds(first.control, 1, 64, socket.MSG_DONTWAIT)
+            for each in self.children if first.sockets else ():
                 each.due = 0
-            self.port = int(told or self.port)
+                if self.path or each is first:  # a Unix socket is everybody's
+                    each.sockets = first.sockets
+                else:
+                    each.sockets = [*map(twin_of, first.sockets)]
 
     def _tell(self, number: int) -> None:
         if number != signal.SIGHUP:
@@ -10760,7 +10749,7 @@ class Parent:
 
     def _bury(self, child: Child, code: int) -> None:
         """One has ended, to be started again; unless not even a first one could start."""
-        child.process, ran = None, time.monotonic() - child.started
+        child.process = None
         child.control.close()
         none_listened = not any(each.sockets for each in self.children)
         if code == 2 and none_listened and not self.stopping:  # a SettingsError
@@ -10768,9 +10757,16 @@ class Parent:
         if self.stopping:
             self.code = max(self.code, code if code >= 0 else 128 - code)
             return
-        wait = 0 if ran >= STEADY else child.wait
+        wait = 0 if time.monotonic() - child.due >= STEADY else child.wait
         child.due, child.wait = time.monotonic() + wait, min(LONGEST_WAIT, 2 * wait or 1)
         log.error("process %d ended with %d; another starts in %d s", child.number, code, wait)
+
+
+def twin_of(listening: int) -> int:
+    """Another socket on the port that this one, whose process started first, had alone."""
+    with socket.socket(fileno=os.dup(listening)) as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        return socket.create_server(one.getsockname(), family=one.family, reuse_port=True).detach()
 
 
 def favour_the_loop() -> None:
