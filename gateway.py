@@ -9202,69 +9202,57 @@ class MetricsHandler(ManagementHandler):
         await super().prepare()
 
     async def get(self) -> None:
-        accepted = self.request.headers.get("Accept", "")
+        try:
+            import prometheus_client as prometheus
+        except ImportError:
+            raise APIError(501, "Metrics need it: pip install prometheus-client") from None
         keys = (await self.gateway.ledger.live())[:MAX_LABELS]
-        data, kind = Metrics(self.gateway, keys).encode(accepted)
+        told, families = {str(PLACE.number): Metrics(self.gateway, keys).told()}, dict[str, Any]()
         if PLACE.folder:
-            others = sorted({*os.listdir(PLACE.folder)} - {str(PLACE.number)})
-            told = await asyncio.gather(*(ask_process(other, accepted) for other in others))
-            data = merged(dict(zip([str(PLACE.number), *others], [data, *told])))
-        self.set_header("Content-Type", kind)
-        self.finish(data)
+            others = sorted({*os.listdir(PLACE.folder)} - {*told})
+            told |= zip(others, await asyncio.gather(*map(ask_process, others)))
+        for process, each in told.items():
+            whose = {"process": process} if PLACE.folder else {}
+            for name, text, kind, samples in each:
+                family = families.setdefault(name, prometheus.Metric(name, text, kind))
+                for sample, labels, value in samples:
+                    more = {} if name in BUDGET_METRICS else whose  # which the store has
+                    family.add_sample(sample, labels | more, value)
+        registry: Any = types.SimpleNamespace(collect=families.values)
+        accepted = self.request.headers.get("Accept", "")
+        encode, media_type = prometheus.exposition.choose_encoder(accepted)
+        self.set_header("Content-Type", media_type)
+        self.finish(encode(registry))
 
 
-async def ask_process(name: str, accepted: str) -> bytes:
+async def ask_process(name: str) -> Any:
     """What one of the `Parent`'s other processes tells of itself; nothing if it is not there."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         async with asyncio.timeout(PROCESS_TIMEOUT):
             reader, writer = await asyncio.open_unix_connection(Path(PLACE.folder, name))
             with contextlib.closing(writer):
-                writer.write(f"{accepted}\n".encode("latin-1"))
-                return await reader.read()
-    return b""
+                return json.loads(await reader.read())
+    return []
 
 
-def merged(told: Mapping[str, bytes]) -> bytes:
-    """What processes tell, by their names, as one: each sample names its process, but not those of
-    keys, which the store has."""
-    families, end = dict[bytes, list[bytes]](), b""
-    own = rf"(?m)^((?!{'|'.join(BUDGET_METRICS)})[\w:]+)".encode()
-    for name, data in told.items():
-        whose = b'process="%b"' % name.encode()
-        data = re.sub(own + rb"\{", rb"\1{%b," % whose, data)
-        data = re.sub(own + rb" ", rb"\1{%b} " % whose, data)
-        data, eof, _ = data.partition(b"# EOF\n")  # of OpenMetrics
-        end = end or eof
-        for family in re.split(rb"(?m)^(?=# HELP )", data)[1:]:
-            about, kind, samples = family.split(b"\n", 2)
-            families.setdefault(about, [about, b"\n", kind, b"\n"]).append(samples)
-    return b"".join([*itertools.chain(*families.values()), end])
-
-
-@dataclass(eq=False)  # a registry hashes it
+@dataclass
 class Metrics:
     """Those of this process, made of the gateway's counts, and of what keys have left."""
 
     gateway: Gateway
     keys: Sequence[VirtualKey] = ()
 
-    def encode(self, accepted: str) -> tuple[bytes, str]:
-        """All, and the media type that was chosen of those accepted. Raises APIError 501."""
-        try:
-            import prometheus_client as prometheus
-        except ImportError:
-            raise APIError(501, "Metrics need it: pip install prometheus-client") from None
-        registry = prometheus.CollectorRegistry()
-        registry.register(self)
-        prometheus.ProcessCollector(registry=registry)
-        encode, kind = prometheus.exposition.choose_encoder(accepted)
-        return encode(registry), kind
+    def told(self) -> list[Any]:
+        """All: names, texts, types and samples, each a name, labels and a value."""
+        from prometheus_client import ProcessCollector
 
-    async def tell(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        families = [*self.collect(), *ProcessCollector(registry=None).collect()]
+        return [(f.name, f.documentation, f.type, [s[:3] for s in f.samples]) for f in families]
+
+    def answer(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer `ask_process`."""
         with contextlib.closing(writer):
-            accepted = (await reader.readline()).decode("latin-1")
-            writer.write(self.encode(accepted.strip())[0])
+            writer.write(json.dumps(self.told()).encode())
 
     def collect(self) -> Iterator[Any]:
         """Every metric, made of the gateway's counts as the registry asks for them."""
@@ -10484,7 +10472,7 @@ async def serve(settings: Settings) -> None:
     saving = [asyncio.create_task(each.run()) for each in (gateway.ledger, gateway.recent)]
     if PLACE.folder:
         path = Path(PLACE.folder, str(PLACE.number))
-        _telling = await asyncio.start_unix_server(Metrics(gateway).tell, path)
+        _telling = await asyncio.start_unix_server(Metrics(gateway).answer, path)
         meet_parent(signals.put_nowait, sockets)
     if not PLACE.sockets:
         announce(gateway, port)
