@@ -125,8 +125,7 @@ SENDABLE = re.compile(r"[\x21-\x7e]*")  # what a header or a URL can carry
 REAL_KEY = re.compile(r"(?:([\w.-]{1,64})=)?(sk-[\x21-\x7e]+)", re.ASCII)  # with a name for it
 DURATION = re.compile(r"\A([0-9]{1,9})(mo|s|m|h|d|w)\Z")
 STORE_HOST = r"rediss?://(?:[^\s/?#@]*@)?(?:\[[\w:.]+\]|[\w.-]+)(?::\d{1,5})?(?:/\d*)?"
-STORE_URL = re.compile(rf"(?:{STORE_HOST}|unix://(?:[^\s/?#@]*@)?/[^\s?#@]+)(?:\?db=\d+)?")
-WITHOUT_STORE = ("refuse", "allow")
+STORE_URL = re.compile(rf"|(?:{STORE_HOST}|unix://(?:[^\s/?#@]*@)?/[^\s?#@]+)(?:\?db=\d+)?")
 NEED_STORE = ("processes", "without_store", "new_store", "import_", "export")
 SHIPPED_KEYS = b'{"version": 1, "keys": {}}\n'  # a checkout's keys file, as no gateway writes it
 LOCAL_KEYS = Path("keys.local.json")  # stands in for that one, which is only read
@@ -249,7 +248,7 @@ class Settings:
         length = DURATION.match(duration)
         is_odd = duration and not (length and int(length[1]))
         needs = [name for name in NEED_STORE if getattr(self, name) != getattr(Settings, name)]
-        no_store = self.store and not STORE_URL.fullmatch(self.store)
+        is_url, without = STORE_URL.fullmatch(self.store), self.without_store
         wrong = {
             f"--port: {self.port} is not a port number (0 to 65535)": self.port > 65535,
             "--keyfile: needs --certfile": self.keyfile and not self.certfile,
@@ -257,9 +256,9 @@ class Settings:
             "GATEWAY_MASTER_KEY_NEXT: needs GATEWAY_MASTER_KEY": alone and self.master_key_next,
             f"--budget-duration: {duration} is no length of time, as 1d": is_odd,
             "--budget-duration: needs --max-budget": duration and self.max_budget is None,
-            "--store: is no URL as redis://:password@host:6379/0": no_store,
+            "--store: is no URL as redis://:password@host:6379/0": not is_url,
             f"--{option_name(''.join(needs[:1]))}: needs --store": needs and not self.store,
-            "--without-store: is not refuse or allow": self.without_store not in WITHOUT_STORE,
+            "--without-store: is not refuse or allow": without not in ("refuse", "allow"),
             "--reuse-port: takes no --unix-socket": self.reuse_port and self.unix_socket,
         }
         for text in filter(wrong.get, wrong):
@@ -425,8 +424,8 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
             if PLACE.folder and parser.log_file_prefix:  # a file has one writer, which rotates it
                 parser.log_file_prefix += f".{PLACE.number}"
             parser.run_parse_callbacks()  # which open the log
-        chosen = parser.group_dict("Gateway")
-        values |= {n: v for n in values if (v := chosen[option_name(n)]) not in ("", Path())}
+        chosen = {name: getattr(parser, option_name(name)) for name in values}
+        values |= {name: value for name, value in chosen.items() if value not in ("", Path())}
         return Settings(**values, **read_secrets(environment))
     except SettingsError as error:
         error.as_json = parser.log_json or bool({"--log-json", "--log-json=true"} & {*arguments})
@@ -783,22 +782,6 @@ class Account:
     beside: Sequence[Limited] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class ModelBudget:
-    """A budget for the models that a pattern matches: USD, and the window or None for ever."""
-
-    budget_limit: Decimal
-    time_period: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class WindowBudget:
-    """One of several budgets for all models: USD in each window."""
-
-    budget_duration: str
-    max_budget: Decimal
-
-
 class Budget(NamedTuple):
     """A budget as it is counted: the name of its `Window`, what models it is for (ALL_MODELS, or a
     pattern), USD (None: any) and the window (None: for ever)."""
@@ -869,15 +852,16 @@ def read_window(value: Any) -> str | None:
 
 
 def read_budgets(value: Any, amount: Callable[[Any], Decimal] = read_amount) -> dict[str, Any]:
-    """LiteLLM's ``{pattern: {"budget_limit": USD, "time_period": "1d"}}``."""
+    """LiteLLM's ``{pattern: {"budget_limit": USD, "time_period": "1d"}}``; null is for ever."""
     budgets = {}
     for pattern, row in value.items():
         fields = {BUDGET_NAMES.get(name, name): entry for name, entry in row.items()}
         is_taken = not pattern or pattern.startswith(EVERY)  # what other budgets are counted under
-        if len(fields) < len(row) or (is_taken and amount is read_amount):
+        is_odd = len(fields) < len(row) or not {*BUDGET_NAMES.values()} >= fields.keys()
+        if is_odd or (is_taken and amount is read_amount):
             raise ValueError
-        limit, period = amount(fields.pop("budget_limit")), fields.pop("time_period", None)
-        budgets[pattern] = ModelBudget(limit, read_window(period), **fields)  # which has no more
+        limit, period = amount(fields["budget_limit"]), read_window(fields.get("time_period"))
+        budgets[pattern] = {"budget_limit": limit, "time_period": period}
     return budgets
 
 
@@ -886,12 +870,10 @@ SOME_DAYS = EPOCH, EPOCH + timedelta(days=1000)  # on which windows that differ 
 
 def read_windows(value: Any, amount: Callable[[Any], Decimal] = read_amount) -> list[Any]:
     """LiteLLM's ``[{"budget_duration": "1d", "max_budget": USD}]``, each window once."""
-    budgets = [
-        WindowBudget(**row | {"max_budget": amount(row["max_budget"])})
-        for row in exactly(list, value)
-    ]
-    ends = {tuple(window(b.budget_duration, when)[1] for when in SOME_DAYS) for b in budgets}
-    if len(ends) < len(budgets):
+    budgets = [row | {"max_budget": amount(row["max_budget"])} for row in exactly(list, value)]
+    lengths = [row["budget_duration"] for row in budgets]
+    ends = {tuple(window(length, when)[1] for when in SOME_DAYS) for length in lengths}
+    if len(ends) < len(budgets) or any(len(row) > 2 for row in budgets):
         raise ValueError
     return budgets
 
@@ -924,7 +906,7 @@ def kept(kind: Kind, help: str = "", load: Any = None, *, shown: bool = True) ->
     return field(default_factory=kind.empty, metadata=marks)
 
 
-EVERY = "every "  # begins the names of the windows of `WindowBudget`
+EVERY = "every "  # begins the names of the windows of ``budget_limits``
 
 
 @dataclass(slots=True, kw_only=True)
@@ -941,9 +923,9 @@ class Limited:
     max_parallel_requests: int | None = kept(LIMIT, "requests at a time")
     max_budget: Decimal | None = kept(AMOUNT, "USD it may spend", read_decimal)
     budget_duration: str | None = kept(WINDOW, "window of max_budget, as 1d, 7d, 1mo; none: ever")
-    budget_limits: list[WindowBudget] = kept(WINDOWS, "more budgets, a window each", load_windows)
+    budget_limits: list[Any] = kept(WINDOWS, "more budgets, a window each", load_windows)
     soft_budget: Decimal | None = kept(AMOUNT, "USD at which the operator is told", read_decimal)
-    model_max_budget: dict[str, ModelBudget] = kept(BUDGETS, "budgets of models", load_budgets)
+    model_max_budget: dict[str, Any] = kept(BUDGETS, "budgets of models", load_budgets)
     metadata: dict[str, Any] = kept(OBJECT, "whatever you like to note")
     blocked: bool = kept(FLAG, "refuse it")
     created_at: datetime | None = kept(MOMENT)
@@ -958,10 +940,10 @@ class Limited:
     def __post_init__(self) -> None:
         budgets = [Budget(ALL_MODELS, ALL_MODELS, self.max_budget, self.budget_duration)]
         for each in self.budget_limits:
-            length = each.budget_duration
-            budgets.append(Budget(EVERY + length, ALL_MODELS, each.max_budget, length))
+            length = each["budget_duration"]
+            budgets.append(Budget(EVERY + length, ALL_MODELS, each["max_budget"], length))
         for pattern, row in self.model_max_budget.items():
-            budgets.append(Budget(pattern, pattern, row.budget_limit, row.time_period))
+            budgets.append(Budget(pattern, pattern, row["budget_limit"], row["time_period"]))
         self.budgets = tuple(budgets)
         self.has_budget = any(budget.limit is not None for budget in budgets)
 
@@ -8004,8 +7986,8 @@ class Gateway:
         self.host_line = f"Host: {self.origin.authority}"
         self.traffic = Traffic()
         path = settings.request_log or f"{os.path.realpath(settings.keys)}.requests"
-        path = "none" if settings.store else path
-        self.recent = RequestLog("" if path == "none" else path, settings.recent_requests)
+        path = "" if settings.store or path == "none" else path
+        self.recent = RequestLog(path, settings.recent_requests)
         if isinstance(self.ledger, RedisLedger):
             self.recent = SharedLog(settings.recent_requests, self.ledger)
         self.active: set[RelayHandler] = set()
@@ -8815,8 +8797,7 @@ class ReportHandler(ManagementHandler):
             await super().prepare()
 
     async def get(self) -> None:
-        told = self.reports[self.request.path](self)
-        told = await told if asyncio.iscoroutine(told) else told
+        told = await self.reports[self.request.path](self)
         self.refuse_unknown()
         self.send_json(told)
 
@@ -8957,10 +8938,6 @@ class ReportHandler(ManagementHandler):
         rows = [full_row(of, ledger) async for of in ledger.each(kind)]
         return [row | {"keys_count": counts[row[field]]} for row in rows]
 
-    async def list_teams(self) -> list[dict[str, Any]]:
-        """Every team's row."""
-        return await self.group_rows("team")
-
     async def list_users(self) -> dict[str, Any]:
         """Pages of users' rows."""
         rows = await self.group_rows("user")
@@ -8985,19 +8962,18 @@ class ReportHandler(ManagementHandler):
     async def list_resources(self) -> dict[str, Any]:
         """Pages of what is whose, of a ``key`` or of a ``kind``."""
         asked, kind, page = self.query("key"), self.query("kind"), self.query("page", ORDINAL, 1)
-        size, owner = self.query("size", PAGE_SIZE, MAX_PAGE_SIZE), None
-        if asked:
-            owner = await self.owner_of(asked)
+        size = self.query("size", PAGE_SIZE, MAX_PAGE_SIZE)
+        owner = await self.owner_of(asked) if asked else None
         total, rows = await self.gateway.ledger.list_things(owner, kind, (page - 1) * size, size)
         return self.page_of("resources", (), total, "size") | {"resources": rows}
 
-    def list_upstreams(self) -> dict[str, Any]:
+    async def list_upstreams(self) -> dict[str, Any]:
         """The real keys: how each is, and what it has answered; never the key."""
         return {"upstreams": self.gateway.real_keys.states()}
 
     reports: ClassVar[dict[str, Any]] = {"/key/list": list_keys, "/audit": list_changes}
     reports |= dict(zip(OWN_REPORTS, (describe_key, list_requests), strict=True))
-    reports |= {"/team/list": list_teams, "/user/list": list_users}
+    reports |= {"/user/list": list_users, "/team/list": functools.partial(group_rows, kind="team")}
     reports |= {"/team/info": describe_group, "/user/info": describe_group}
     reports |= {"/resources/list": list_resources, "/upstreams": list_upstreams}
     reports |= {"/spend/keys": list_spend, "/global/spend/report": sum_spend}
@@ -9120,8 +9096,8 @@ class UsageHandler(BaseHandler):
             limits.append(row | {"is_active": not limits})
         usage = dict[str, Any](is_enabled=True, currency="USD", utilization=None)
         if budgets:
-            usage["monthly_limit"] = int(budgets[0].limit * 100)
-            usage["used_credits"] = int(budgets[0].spent * 100)
+            limit, spent = (int(usd * 100) for usd in (budgets[0].limit, budgets[0].spent))
+            usage |= {"monthly_limit": limit, "used_credits": spent}
             usage["utilization"] = limits[0]["percent"]
         else:
             for group, duration in SPEND_GROUPS.items():
@@ -9147,9 +9123,8 @@ class HealthHandler(BaseHandler):
         is_here = gateway.phase is GatewayPhase.SERVING
         status = ("healthy" if is_well else "unhealthy") if is_here else "shutting_down"
         prices = "loaded" if gateway.prices.loaded else "loading"
-        told = dict[str, Any](
-            status=status, store=error or gateway.ledger.doubt or "writable", version=__version__
-        )
+        told = dict[str, Any](status=status, version=__version__)
+        told["store"] = error or gateway.ledger.doubt or "writable"
         told["prices"] = prices if gateway.prices.available else "none"
         told["uptime"] = round((now() - gateway.started).total_seconds())
         told["upstreams"] = upstreams
@@ -10546,33 +10521,31 @@ async def copy_store(settings: Settings) -> None:
 def look_at_file(path: Path) -> int:
     """How many records a keys file has that could be used now. Raises SettingsError."""
     rights = "; let the gateway's user read it, and write in its folder, or set --keys"
-    with blaming(str(path), rights):
-        with tempfile.TemporaryFile(dir=path.parent):  # as each change makes one
-            found = parse_store(path.read_bytes(), str(path)) if path.exists() else {}
-        if path.exists():
+    with blaming(str(path), rights), tempfile.TemporaryFile(dir=path.parent):  # as changes make
+        if not path.exists():
+            return 0
+        with path.open("rb") as file:
+            count = len(parse_store(file.read(), str(path)))
             try:
-                with path.open("rb") as file:
-                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                used = (
-                    "another gateway uses it; stop that one, or give this one its own with --keys"
-                )
-                raise SettingsError(f"{path}: {used}") from None
-    return len(found)
+                advice = "stop that one, or give this one its own with --keys"
+                raise SettingsError(f"{path}: another gateway uses it; {advice}") from None
+    return count
 
 
 async def check(settings: Settings) -> bool:
     """Print, a line each, what is well and what is not, and what to do about it (``--check``)."""
     settings, count = start_mock(settings), 0
-    path, upstream, where = settings.keys, settings.upstream, settings.unix_socket
+    keys, upstream, where = RealKeys(settings).keys, settings.upstream, settings.unix_socket
     findings = [(True, f"Python {sys.version.split()[0]}, Tornado {tornado.version}")]
 
     @contextlib.contextmanager
-    def looking() -> Iterator[None]:
+    def looking(what: str = "", advice: str = "") -> Iterator[None]:
         try:
             yield
-        except SettingsError as error:
-            findings.append((False, str(error)))
+        except (SettingsError, UpstreamError, OSError) as error:
+            findings.append((False, f"{what}{error}{advice}"))
 
     for package, loss in OPTIONAL_PACKAGES.items():
         is_there = importlib.util.find_spec(package.replace("-", "_"))
@@ -10585,10 +10558,8 @@ async def check(settings: Settings) -> bool:
             told, count = await store.look(), store.count
             findings.append((not store.doubt, f"{settings.shown_store}: {store.doubt or told}"))
         else:
-            count = look_at_file(path)
-            findings.append(
-                (True, f"{path}: {count} keys" if count else f"{path}: holds no key yet")
-            )
+            count = look_at_file(settings.keys)
+            findings.append((True, f"{settings.keys}: {count or 'as yet no'} keys"))
     with looking():
         is_open = not (count or settings.master_key)
         if where and not os.access(Path(where).absolute().parent, os.W_OK):
@@ -10602,20 +10573,17 @@ async def check(settings: Settings) -> bool:
         unserved = "not served: right behind a proxy, or on loopback"
         served = f"served with {settings.certfile}" if server_context(settings) else unserved
         findings.append((True, f"TLS is {served}"))
-    try:
-        with contextlib.closing(UpstreamClient(force_instance=True, settings=settings)) as client:
-            for key in RealKeys(settings).keys.values() or (None,):
-                code = (await client.get("/v1/models?limit=1", CHECK_TIMEOUT, key)).code
-                name, is_refused = f"real key {key.name}" if key else "real key", code in (401, 403)
-                well = code < 400 or (not key and code == 401)
-                doubt = (
-                    f"{name} not accepted, set another" if is_refused else "is --upstream right?"
-                )
-                fine = f" and accepts the {name}" if key else ""
-                said = fine if well else f" {code} to GET /v1/models: {doubt}"
-                findings.append((well, f"{upstream} answers{said}"))
-    except (UpstreamError, OSError) as error:
-        findings.append((False, f"{upstream}: {error} See --upstream and the network."))
+    client = UpstreamClient(force_instance=True, settings=settings)
+    with looking(f"{upstream}: ", " See --upstream and the network."), contextlib.closing(client):
+        for key in keys.values() or (None,):
+            code = (await client.get("/v1/models?limit=1", CHECK_TIMEOUT, key)).code
+            name, said = f"real key {key.name}" if key else "real key", "is --upstream right?"
+            if code in (401, 403):
+                said = f"{name} not accepted, set another"
+            said = f" {code} to GET /v1/models: {said}"
+            if well := code < 400 or (not key and code == 401):
+                said = f" and accepts the {name}" if key else ""
+            findings.append((well, f"{upstream} answers{said}"))
     lines = [f"{'ok  ' if well else 'FAIL'} {text}" for well, text in findings]
     lines.append(CONNECT.format(base=base_url(settings, settings.port), key="<a virtual key>"))
     say("\n".join(lines), as_json=settings.log_json)
@@ -10691,8 +10659,9 @@ class Parent:
                 came = signal.sigtimedwait(self.SIGNALS, 1)  # till something may be due
                 if came and came.si_signo in self.TOLD:
                     self._tell(came.si_signo)
-                if not (self.children[0].sockets or self.stopping):
-                    self._take_sockets(self.children[0])
+                first = self.children[0]
+                if first.process and not (first.sockets or self.stopping):
+                    self._take_sockets(first)
                 for child in self.children:
                     if child.process and (code := child.process.poll()) is not None:
                         self._bury(child, code)
@@ -10739,8 +10708,7 @@ class Parent:
         """One has ended, to be started again; unless not even a first one could start."""
         child.process = None
         child.control.close()
-        none_listened = not any(each.sockets for each in self.children)
-        if code == 2 and none_listened and not self.stopping:  # a SettingsError
+        if code == 2 and not (self.children[0].sockets or self.stopping):  # a SettingsError
             self._tell(signal.SIGTERM)
         if self.stopping:
             self.code = max(self.code, code if code >= 0 else 128 - code)
