@@ -9096,8 +9096,8 @@ class UsageHandler(BaseHandler):
             limits.append(row | {"is_active": not limits})
         usage = dict[str, Any](is_enabled=True, currency="USD", utilization=None)
         if budgets:
-            limit, spent = (int(usd * 100) for usd in (budgets[0].limit, budgets[0].spent))
-            usage |= {"monthly_limit": limit, "used_credits": spent}
+            usage["monthly_limit"] = int(budgets[0].limit * 100)
+            usage["used_credits"] = int(budgets[0].spent * 100)
             usage["utilization"] = limits[0]["percent"]
         else:
             for group, duration in SPEND_GROUPS.items():
