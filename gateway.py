@@ -10403,21 +10403,17 @@ def take_secrets(gateway: Gateway) -> None:
     mask_secrets(settings)
 
 
-def meet_parent(take: Callable[[int], Any], sockets: list[socket.socket]) -> None:
+async def meet_parent(take: Callable[[int], Any], sockets: Iterable[socket.socket]) -> None:
     """Give the `Parent` what it does not have, and take signals from it; if it goes, stop too."""
     control, loop = socket.socket(fileno=PLACE.control), asyncio.get_running_loop()
-
-    def hear() -> None:
-        told = control.recv(64)
-        if not told:
-            loop.remove_reader(control)
-        for number in told or [signal.SIGTERM]:
-            take(number)
-
-    loop.add_reader(control, hear)
+    control.setblocking(False)
     if not PLACE.sockets:
         socket.send_fds(control, [b"!"], [each.fileno() for each in sockets])
         os.kill(os.getppid(), signal.SIGUSR1)
+    with contextlib.suppress(ConnectionError):  # it ended before it read the above
+        while told := await loop.sock_recv(control, 1):
+            take(told[0])
+    take(signal.SIGTERM)
 
 
 async def serve(settings: Settings) -> None:
@@ -10447,8 +10443,8 @@ async def serve(settings: Settings) -> None:
     saving = [asyncio.create_task(each.run()) for each in (gateway.ledger, gateway.recent)]
     if PLACE.folder:
         path = Path(PLACE.folder, str(PLACE.number))
-        _telling = await asyncio.start_unix_server(Metrics(gateway).answer, path)
-        meet_parent(signals.put_nowait, sockets)
+        await asyncio.start_unix_server(Metrics(gateway).answer, path)
+        saving.append(asyncio.create_task(meet_parent(signals.put_nowait, sockets)))
     if not PLACE.sockets:
         announce(gateway, port)
     await loop.run_in_executor(None, gateway.prices.load)
@@ -10654,8 +10650,9 @@ class Parent:
         """Go on until all have ended behind a signal; their worst exit code."""
         with tempfile.TemporaryDirectory(prefix="gateway-") as folder:
             while not self.stopping or any(child.process for child in self.children):
-                if not self.stopping:
-                    self._start(folder)
+                for child in self.children:
+                    if not (child.process or self.stopping) and child.due <= time.monotonic():
+                        self._start(child, folder)
                 came = signal.sigtimedwait(self.SIGNALS, 1)  # till something may be due
                 if came and came.si_signo in self.TOLD:
                     self._tell(came.si_signo)
@@ -10669,17 +10666,14 @@ class Parent:
             Path(self.path).unlink(missing_ok=True)
         return self.code
 
-    def _start(self, folder: str) -> None:
-        """Start what is due."""
-        for child in self.children:
-            if not child.process and child.due <= time.monotonic():
-                child.control, theirs = socket.socketpair()
-                with theirs:
-                    files = (theirs.fileno(), *child.sockets)
-                    place = Place(child.number, len(self.children), folder, files[0], files[1:])
-                    told = os.environ | {PLACE_VARIABLE: json.dumps(place)}
-                    command = [sys.executable, *sys.orig_argv[1:]]
-                    child.process = subprocess.Popen(command, env=told, pass_fds=files)
+    def _start(self, child: Child, folder: str) -> None:
+        child.control, theirs = socket.socketpair()
+        with theirs:
+            files = (theirs.fileno(), *child.sockets)
+            place = Place(child.number, len(self.children), folder, files[0], files[1:])
+            told = os.environ | {PLACE_VARIABLE: json.dumps(place)}
+            command = [sys.executable, *sys.orig_argv[1:]]
+            child.process = subprocess.Popen(command, env=told, pass_fds=files)
 
     def _take_sockets(self, first: Child) -> None:
         """Keep what the first listens to, if it does by now, and have the others listen there."""
