@@ -2977,7 +2977,8 @@ local now = time[1] * 1000000 + time[2]
 
 -- A `Bucket` in millionths, and in microseconds.
 local function level(drawn, seen, limit)
-  return math.max(0, (drawn or 0) - math.floor((now - (seen or now)) * (limit or 0) / 60))
+  local past = math.max(0, now - (seen or now))  -- the clock may be another server's by now
+  return math.max(0, (drawn or 0) - math.floor(past * (limit or 0) / 60))
 end
 
 local function draw(place, kind, limit, amount)
