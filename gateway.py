@@ -3392,6 +3392,7 @@ class RedisLedger(Ledger):
         super().__init__(usage_days, clock, limits)
         times: Any = dict.fromkeys(("socket_timeout", "socket_connect_timeout"), deadline)
         told: Any = times | {"decode_responses": True, "retry": Retry(NoBackoff(), 0)}
+        told["encoding_errors"] = "surrogatepass"  # JSON may have them
         told |= {"protocol": 2, "max_connections": MOST_CONNECTIONS, "timeout": STORE_DEADLINE}
         pool = redis.asyncio.BlockingConnectionPool.from_url(store, **told)
         self._redis: Any = redis.asyncio.Redis(connection_pool=pool)
@@ -4446,8 +4447,9 @@ class RedisLedger(Ledger):
         else:
             # One that is made anew begins without what requests and batches of the old one held.
             id, team = f"{name}:{revision}", getattr(record, "team_id", None)
-        tag = urllib.parse.quote(team or id, safe="")
-        account.place = account.place or f"{PREFIX}{{{tag}}}:{urllib.parse.quote(id, safe=':')}"
+        quote = functools.partial(urllib.parse.quote, errors="surrogatepass")
+        tag, rest = quote(team or id, safe=""), quote(id, safe=":")
+        account.place = account.place or f"{PREFIX}{{{tag}}}:{rest}"
         row = {"rev": revision, "place": account.place, "record": bare.to_json()}
         pipe.set(f"{PREFIX}record:{name}", json.dumps(row, default=written))
         pipe.hset(account.place, "rev", revision)
