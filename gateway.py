@@ -8485,6 +8485,11 @@ class ManagementHandler(BaseHandler):
 
     master = ""
 
+    def on_connection_close(self) -> None:
+        """Whoever only asked wants no answer any more; a change is done to its end."""
+        if self.step is not None and self.request.method == "GET":
+            self.step.cancel()
+
     async def prepare(self) -> None:
         super().prepare()
         doors, ledger, shown = self.gateway.doors, self.gateway.ledger, await self.shown_hashes()
@@ -9219,7 +9224,11 @@ class MetricsHandler(ManagementHandler):
 
     async def get(self) -> None:
         accepted = self.request.headers.get("Accept", "")
-        keys = (await self.gateway.ledger.live())[:MAX_LABELS]
+        keys = list[VirtualKey]()
+        async for key in self.gateway.ledger.each():
+            keys += [] if key.deleted_at else [key]
+            if len(keys) == MAX_LABELS:
+                break
         data, kind = Metrics(self.gateway, keys).encode(accepted)
         if PLACE.folder:
             others = sorted({*os.listdir(PLACE.folder)} - {str(PLACE.number)})
