@@ -3534,8 +3534,9 @@ class RedisLedger(Ledger):
             try:
                 block = int(CHECK_INTERVAL * 1000)
                 told = await self._redis.xread({CHANGES: self._last}, block=block, count=1000)
-                for self._last, change in itertools.chain(*(entries for _, entries in told)):
-                    self._forget(change["name"])
+                if changes := [*itertools.chain(*(entries for _, entries in told))]:
+                    self._forget(*(change["name"] for _, change in changes))
+                    self._last = changes[-1][0]
                 await self._check()
                 failed = 0
             except Exception as error:  # whatever it is, it is tried again
@@ -3689,8 +3690,9 @@ class RedisLedger(Ledger):
     async def find_hash(self, hashed: str) -> tuple[VirtualKey, str] | None:
         if self.lost:
             raise APIError(503, NO_STORE, headers=[("retry-after", "1")])
-        if (key := self.keys.get(hashed)) is not None:
-            self.keys.move_to_end(hashed)
+        name = self._retired.get(hashed, hashed)
+        if (key := self.keys.get(name)) is not None:
+            self.keys.move_to_end(name)
         elif hashed not in self._unknown:
             if hashed not in self._asked:  # many may ask at once for one that is not known here
                 self._asked[hashed] = asyncio.create_task(self._learn(hashed))
@@ -3705,12 +3707,18 @@ class RedisLedger(Ledger):
                 if key := await self._read_key(hashed, former=True):
                     await self._look([key], None, shared=self._accounts)
         finally:
-            del self._asked[hashed]
-        if began == self._forgotten:
-            self.keys |= {hashed: key} if key else {}
-            self._remember_unknown([] if key else [hashed])
+            if self._asked.get(hashed) is asyncio.current_task():
+                del self._asked[hashed]
+        if began == self._forgotten and key is not None:
+            self.keys[name := key.account.hashed] = key
+            if hashed != name:
+                self._retired[hashed] = name
+        elif began == self._forgotten:
+            self._remember_unknown([hashed])
         if len(self.keys) > KEPT_RECORDS:
             self.keys.popitem(last=False)
+        if len(self._retired) > KEPT_RECORDS:
+            self._retired.clear()
         return key
 
     async def knows(self, hashes: Iterable[str]) -> bool:
@@ -3737,19 +3745,18 @@ class RedisLedger(Ledger):
         found = [key, *key.account.beside] if key else []
         return [*found, whole] if whole.has_budget else found
 
-    def _forget(self, name: str = "") -> None:
-        """A record has changed, or (without a name) any may have."""
+    def _forget(self, *names: str) -> None:
+        """These records have changed, or (without names) any may have."""
         self._unknown.clear()
+        self._asked.clear()  # what is read may be old
         self._forgotten += 1
-        if not name:
-            self.keys.clear()
-        elif HASH.fullmatch(name):
-            for hashed in [h for h, key in self.keys.items() if key.account.hashed == name]:
-                del self.keys[hashed]
-        else:
-            kind, _, of = name.partition(":")
-            for hashed in [h for h, key in self.keys.items() if getattr(key, f"{kind}_id") == of]:
-                del self.keys[hashed]
+        for index in (self.keys, self._retired):
+            for name in names or [*index]:
+                index.pop(name, None)
+        if groups := {name for name in names if not HASH.fullmatch(name)}:
+            found = [n for n, key in self.keys.items() if not groups.isdisjoint(group_names(key))]
+            for name in found:
+                del self.keys[name]
 
     async def _read_key(self, hashed: str, *, former: bool) -> VirtualKey | None:
         """A key by its hash, or by one that it had."""
@@ -4423,8 +4430,8 @@ class RedisLedger(Ledger):
                     pipe.xadd(CHANGES, {"name": name}, maxlen=CHANGES_KEPT)
                 await pipe.execute()
             await self._sync()
+        self._forget(*changes)
         for name, record in changes.items():
-            self._forget(name)
             if record is not None:
                 record.account.hashed = name
 
