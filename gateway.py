@@ -125,8 +125,7 @@ SENDABLE = re.compile(r"[\x21-\x7e]*")  # what a header or a URL can carry
 REAL_KEY = re.compile(r"(?:([\w.-]{1,64})=)?(sk-[\x21-\x7e]+)", re.ASCII)  # with a name for it
 DURATION = re.compile(r"\A([0-9]{1,9})(mo|s|m|h|d|w)\Z")
 STORE_HOST = r"rediss?://(?:[^\s/?#@]*@)?(?:\[[\w:.]+\]|[\w.-]+)(?::\d{1,5})?(?:/\d*)?"
-STORE_URL = re.compile(rf"(?:{STORE_HOST}|unix://(?:[^\s/?#@]*@)?/[^\s?#@]+)(?:\?db=\d+)?")
-WITHOUT_STORE = ("refuse", "allow")
+STORE_URL = re.compile(rf"|(?:{STORE_HOST}|unix://(?:[^\s/?#@]*@)?/[^\s?#@]+)(?:\?db=\d+)?")
 NEED_STORE = ("processes", "without_store", "new_store", "import_", "export")
 SHIPPED_KEYS = b'{"version": 1, "keys": {}}\n'  # a checkout's keys file, as no gateway writes it
 LOCAL_KEYS = Path("keys.local.json")  # stands in for that one, which is only read
@@ -181,8 +180,7 @@ class Place(NamedTuple):
     of: int = 1
     folder: str = ""  # of Unix sockets, over which each tells its metrics; none if it is alone
     control: int = -1  # the descriptor of what is the parent's end of, too, for as long as it lives
-    sockets: Sequence[int] = ()  # that listen; those of one that ended
-    port: int = 0  # else one of its own is to be bound to this
+    sockets: Sequence[int] = ()  # to listen to; the first process binds its own
 
 
 PLACE_VARIABLE = "GATEWAY_PLACE"
@@ -250,7 +248,7 @@ class Settings:
         length = DURATION.match(duration)
         is_odd = duration and not (length and int(length[1]))
         needs = [name for name in NEED_STORE if getattr(self, name) != getattr(Settings, name)]
-        no_store = self.store and not STORE_URL.fullmatch(self.store)
+        is_url, without = STORE_URL.fullmatch(self.store), self.without_store
         wrong = {
             f"--port: {self.port} is not a port number (0 to 65535)": self.port > 65535,
             "--keyfile: needs --certfile": self.keyfile and not self.certfile,
@@ -258,9 +256,9 @@ class Settings:
             "GATEWAY_MASTER_KEY_NEXT: needs GATEWAY_MASTER_KEY": alone and self.master_key_next,
             f"--budget-duration: {duration} is no length of time, as 1d": is_odd,
             "--budget-duration: needs --max-budget": duration and self.max_budget is None,
-            "--store: is no URL as redis://:password@host:6379/0": no_store,
+            "--store: is no URL as redis://:password@host:6379/0": not is_url,
             f"--{option_name(''.join(needs[:1]))}: needs --store": needs and not self.store,
-            "--without-store: is not refuse or allow": self.without_store not in WITHOUT_STORE,
+            "--without-store: is not refuse or allow": without not in ("refuse", "allow"),
             "--reuse-port: takes no --unix-socket": self.reuse_port and self.unix_socket,
         }
         for text in filter(wrong.get, wrong):
@@ -426,8 +424,8 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
             if PLACE.folder and parser.log_file_prefix:  # a file has one writer, which rotates it
                 parser.log_file_prefix += f".{PLACE.number}"
             parser.run_parse_callbacks()  # which open the log
-        chosen = parser.group_dict("Gateway")
-        values |= {n: v for n in values if (v := chosen[option_name(n)]) not in ("", Path())}
+        chosen = {name: getattr(parser, option_name(name)) for name in values}
+        values |= {name: value for name, value in chosen.items() if value not in ("", Path())}
         return Settings(**values, **read_secrets(environment))
     except SettingsError as error:
         error.as_json = parser.log_json or bool({"--log-json", "--log-json=true"} & {*arguments})
@@ -784,22 +782,6 @@ class Account:
     beside: Sequence[Limited] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class ModelBudget:
-    """A budget for the models that a pattern matches: USD, and the window or None for ever."""
-
-    budget_limit: Decimal
-    time_period: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class WindowBudget:
-    """One of several budgets for all models: USD in each window."""
-
-    budget_duration: str
-    max_budget: Decimal
-
-
 class Budget(NamedTuple):
     """A budget as it is counted: the name of its `Window`, what models it is for (ALL_MODELS, or a
     pattern), USD (None: any) and the window (None: for ever)."""
@@ -870,15 +852,16 @@ def read_window(value: Any) -> str | None:
 
 
 def read_budgets(value: Any, amount: Callable[[Any], Decimal] = read_amount) -> dict[str, Any]:
-    """LiteLLM's ``{pattern: {"budget_limit": USD, "time_period": "1d"}}``."""
+    """LiteLLM's ``{pattern: {"budget_limit": USD, "time_period": "1d"}}``; null is for ever."""
     budgets = {}
     for pattern, row in value.items():
         fields = {BUDGET_NAMES.get(name, name): entry for name, entry in row.items()}
         is_taken = not pattern or pattern.startswith(EVERY)  # what other budgets are counted under
-        if len(fields) < len(row) or (is_taken and amount is read_amount):
+        is_odd = len(fields) < len(row) or not {*BUDGET_NAMES.values()} >= fields.keys()
+        if is_odd or (is_taken and amount is read_amount):
             raise ValueError
-        limit, period = amount(fields.pop("budget_limit")), fields.pop("time_period", None)
-        budgets[pattern] = ModelBudget(limit, read_window(period), **fields)  # which has no more
+        limit, period = amount(fields["budget_limit"]), read_window(fields.get("time_period"))
+        budgets[pattern] = {"budget_limit": limit, "time_period": period}
     return budgets
 
 
@@ -887,12 +870,10 @@ SOME_DAYS = EPOCH, EPOCH + timedelta(days=1000)  # on which windows that differ 
 
 def read_windows(value: Any, amount: Callable[[Any], Decimal] = read_amount) -> list[Any]:
     """LiteLLM's ``[{"budget_duration": "1d", "max_budget": USD}]``, each window once."""
-    budgets = [
-        WindowBudget(**row | {"max_budget": amount(row["max_budget"])})
-        for row in exactly(list, value)
-    ]
-    ends = {tuple(window(b.budget_duration, when)[1] for when in SOME_DAYS) for b in budgets}
-    if len(ends) < len(budgets):
+    budgets = [row | {"max_budget": amount(row["max_budget"])} for row in exactly(list, value)]
+    lengths = [row["budget_duration"] for row in budgets]
+    ends = {tuple(window(length, when)[1] for when in SOME_DAYS) for length in lengths}
+    if len(ends) < len(budgets) or any(len(row) > 2 for row in budgets):
         raise ValueError
     return budgets
 
@@ -925,7 +906,7 @@ def kept(kind: Kind, help: str = "", load: Any = None, *, shown: bool = True) ->
     return field(default_factory=kind.empty, metadata=marks)
 
 
-EVERY = "every "  # begins the names of the windows of `WindowBudget`
+EVERY = "every "  # begins the names of the windows of ``budget_limits``
 
 
 @dataclass(slots=True, kw_only=True)
@@ -942,9 +923,9 @@ class Limited:
     max_parallel_requests: int | None = kept(LIMIT, "requests at a time")
     max_budget: Decimal | None = kept(AMOUNT, "USD it may spend", read_decimal)
     budget_duration: str | None = kept(WINDOW, "window of max_budget, as 1d, 7d, 1mo; none: ever")
-    budget_limits: list[WindowBudget] = kept(WINDOWS, "more budgets, a window each", load_windows)
+    budget_limits: list[Any] = kept(WINDOWS, "more budgets, a window each", load_windows)
     soft_budget: Decimal | None = kept(AMOUNT, "USD at which the operator is told", read_decimal)
-    model_max_budget: dict[str, ModelBudget] = kept(BUDGETS, "budgets of models", load_budgets)
+    model_max_budget: dict[str, Any] = kept(BUDGETS, "budgets of models", load_budgets)
     metadata: dict[str, Any] = kept(OBJECT, "whatever you like to note")
     blocked: bool = kept(FLAG, "refuse it")
     created_at: datetime | None = kept(MOMENT)
@@ -959,10 +940,10 @@ class Limited:
     def __post_init__(self) -> None:
         budgets = [Budget(ALL_MODELS, ALL_MODELS, self.max_budget, self.budget_duration)]
         for each in self.budget_limits:
-            length = each.budget_duration
-            budgets.append(Budget(EVERY + length, ALL_MODELS, each.max_budget, length))
+            length = each["budget_duration"]
+            budgets.append(Budget(EVERY + length, ALL_MODELS, each["max_budget"], length))
         for pattern, row in self.model_max_budget.items():
-            budgets.append(Budget(pattern, pattern, row.budget_limit, row.time_period))
+            budgets.append(Budget(pattern, pattern, row["budget_limit"], row["time_period"]))
         self.budgets = tuple(budgets)
         self.has_budget = any(budget.limit is not None for budget in budgets)
 
@@ -1967,18 +1948,26 @@ def fullness(accounts: Sequence[Limited], moment: datetime, model: str = "") -> 
 
 
 class Thing(NamedTuple):
-    """What stands in a workspace: its kind, whose it is (empty: nobody's), of which team he is, if
-    all may read it and refer to it, and the real key that made it (empty: its owner's home)."""
+    """What stands in a workspace: its kind, whose it is (empty: nobody's) and what key he has, if
+    all may read it and refer to it, the real key that made it, if known, and when that was (Unix).
+    """
 
     kind: str
     owner: str = ""
-    team: str | None = None
+    key: VirtualKey | None = None
     is_shared: bool = False
-    home: str = ""
+    made_at: str = ""
+    made: float = 0.0
+
+    @property
+    def home(self) -> str:
+        """The real key that made it (empty: its owner's home)."""
+        return self.made_at or (self.key and self.key.home) or ""
 
     def belongs_to(self, key: VirtualKey) -> bool:
         """Whether a key reaches it and all that is its own."""
-        mate = key.resources == "team" and key.team_id and key.team_id == self.team
+        team = self.key and self.key.team_id
+        mate = key.resources == "team" and team and key.team_id == team
         return key.resources == "all" or self.owner == key.owner or bool(mate)
 
     def is_for(self, key: VirtualKey) -> bool:
@@ -2259,7 +2248,7 @@ class Ledger:
         self._retired: dict[str, str] = {}  # and what is no more, which the record tells
         self._touched: set[str] = set()  # what was used since it was written
         self._kept: dict[str, tuple[str, float]] = {}
-        self._noted = collections.deque[Mapping[str, Any]](maxlen=MAX_AUDITED)
+        self._logs: dict[str, collections.deque[bytes]] = {}
 
     def lookup(self, hashed: str) -> tuple[VirtualKey, str] | None:
         """A key and its `VirtualKey.status`; by an old hash ``expired`` once its grace is over."""
@@ -2313,13 +2302,13 @@ class Ledger:
         """Remember it no more."""
         self._kept.pop(name, None)
 
-    def note(self, row: Mapping[str, Any]) -> None:
-        """Remember a change for the audit, as the last of MAX_AUDITED."""
-        self._noted.append(row)
+    def log(self, name: str, most: int, *rows: bytes) -> None:
+        """Add rows to a log, which keeps the last ``most``, for all who share the store."""
+        self._logs.setdefault(name, collections.deque(maxlen=most)).extend(rows)
 
-    async def noted(self) -> AsyncIterator[Mapping[str, Any]]:
-        """What was noted, the newest first."""
-        for row in [*self._noted][::-1]:
+    async def logged(self, name: str) -> AsyncIterator[bytes]:
+        """Its rows, the newest first."""
+        for row in [*self._logs.get(name, ())][::-1]:
             yield row
 
     async def admit(self, hold: Hold, *, pays: bool, shares: bool, later: bool = False) -> None:
@@ -2613,9 +2602,11 @@ class FileLedger(Ledger):
         for name in names:
             if isinstance(name, str) and (place := places.get(name)):
                 owner, kind, home = place
-                key = self.keys.get(self._owners.get(owner, ""))
-                home, team = home or (key and key.home) or "", key.team_id if key else None
-                found[name] = Thing(kind, owner, team, name in shared, home)
+                key, made = (
+                    self.keys.get(self._owners.get(owner, "")),
+                    self.things.made[owner, kind],
+                )
+                found[name] = Thing(kind, owner, key, name in shared, home, made[name])
         return found
 
     async def reached(self, key: VirtualKey, kind: str) -> dict[str, float]:
@@ -2651,19 +2642,13 @@ class FileLedger(Ledger):
 
     async def list_things(
         self, owner: str | None, kind: str, first: int, most: int
-    ) -> tuple[int, list[dict[str, Any]]]:
-        """How many are an owner's (None: anybody's) and of a kind (empty: any), and rows of them:
-        at most so many, from the ``first`` (0) on."""
-        things, keys = self.things, {key.owner: key.account.hashed for key in self._live()}
-        chosen = [p for p in things.made if owner in (None, p[0]) and kind in ("", p[1])]
-        every = itertools.chain.from_iterable(things.made[place] for place in chosen)
-        rows = list[dict[str, Any]]()
-        for name in itertools.islice(every, first, first + most):
-            owner, kind, home = things.places[name]
-            row = dict[str, Any](id=name, kind=kind, key=keys.get(owner), home=home or None)
-            made = moment_of(int(things.made[owner, kind][name]))
-            rows.append(row | {"created_at": made, "shared": name in things.shared})
-        return sum(len(things.made[place]) for place in chosen), rows
+    ) -> tuple[int, list[str]]:
+        """How many are an owner's (None: anybody's) and of a kind (empty: any), and at most so many
+        of them, from the ``first`` (0) on."""
+        every = self.things.made.items()
+        chosen = [made for (of, at), made in every if owner in (None, of) and kind in ("", at)]
+        names = itertools.islice(itertools.chain(*chosen), first, first + most)
+        return sum(map(len, chosen)), [*names]
 
     def forget(self, name: str, owner: str | None) -> None:
         """A thing is no more, if it is this owner's (None: anybody's)."""
@@ -2807,9 +2792,7 @@ class FileLedger(Ledger):
         self.groups = {GATEWAY: whole}
         self._apply(records | ({GATEWAY: whole} if told else {}))
         every = known | records
-        for name in (
-            known.keys() ^ records.keys()
-        ):  # what is new of batches, or gone, is held of all
+        for name in known.keys() ^ records.keys():  # their batches are held of all, or no more
             sign = 1 if name in records else -1
             for batch in every[name].account.batches.values():
                 for at in batch.beside.keys() & self.groups.keys():
@@ -2948,11 +2931,9 @@ STORE_DEADLINE = 0.5  # seconds for an answer
 STORE_GRACE = 0.05  # more of them, in which what has come is read
 STORE_RETRY = 0.1  # seconds until the next try to reach it
 CHECK_INTERVAL = 0.2  # seconds; less than the second within which a change holds everywhere
-GONE = ("NOSCRIPT", "READONLY", "LOADING", "MASTERDOWN")  # what another connection may mend
+GONE = "NOSCRIPT|READONLY|LOADING|MASTERDOWN"  # what another connection may mend
 # Errors before anything is written; behind others a part may be, which must not count twice.
-UNWRITTEN = re.compile(
-    r"\b(OOM|READONLY|MISCONF|NOREPLICAS|LOADING|MASTERDOWN|BUSY|NOSCRIPT|LOST)\b"
-)
+UNWRITTEN = re.compile(rf"\b({GONE}|OOM|MISCONF|NOREPLICAS|BUSY|LOST)\b")
 MOST_CONNECTIONS = 16  # of a process, beside its `Link`, for what is not asked at each request
 LEASE, RENEWAL = 60.0, 20.0  # seconds that a hold stands by itself; until it is renewed
 LOCK_LEASE = 5.0  # seconds that a change may take
@@ -2960,40 +2941,36 @@ KEPT_RECORDS = 10_000  # keys in use, which a process remembers
 NAMES_A_TRIP, LOOKED_AT = 500, 100  # hashes, and records with their usage, in one script or call
 CHANGES_KEPT = 10_000  # in the stream that tells of them
 TRIES = 3  # of a request whose key is changed under it
-MARK_DAYS = 7  # after which a process that was cut off may not write any more
 PREFIX, STORE, CHANGES, REVISION = "gw:", "gw:store", "gw:changes", "gw:revision"
-NANO = Decimal("1e-9")
-IMPORTED = "gw:import"  # is STORE until all is there
-TOLD_OF, COPY_DEADLINE = 10_000, 60.0  # records; seconds until some are written
+TOLD_OF = 10_000  # records
 Sums = collections.Counter[str]  # of what was copied
+AGAIN = [("retry-after", "1")]
 NO_STORE = "The store is empty, or another one: nothing is changed in it. Whoever runs the gateway"
 NO_STORE += " must bring its data back, or start it with --new-store or --import."
 
 # What every script begins with. KEYS[1] is the store's name, ARGV[1] what it was when we came.
 PRELUDE = """
-if redis.call('GET', KEYS[1]) ~= ARGV[1] then return redis.error_reply('LOST the store') end
+if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] then return redis.error_reply('LOST the store') end
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 
--- A `Bucket` in millionths, and in microseconds.
-local function level(drawn, seen, limit)
-  local past = math.max(0, now - (seen or now))  -- the clock may be another server's by now
-  return math.max(0, (drawn or 0) - math.floor(past * (limit or 0) / 60))
-end
-
-local function draw(place, kind, limit, amount)
+local function draw(place, kind, limit, amount)  -- of a `Bucket`; what is drawn then, in millionths
   local found = redis.call('HMGET', place, 'drawn:' .. kind, 'seen:' .. kind)
-  local drawn = level(found[1], found[2], limit) + amount * 1000000
-  redis.call('HSET', place, 'drawn:' .. kind, drawn, 'seen:' .. kind, now)
+  local past = math.max(0, now - (found[2] or now))  -- the clock may be another server's by now
+  local gained = math.floor(past * limit / 60)
+  local drawn = math.max(0, (found[1] or 0) - gained) + amount * 1000000
+  if amount > 0 then redis.call('HSET', place, 'drawn:' .. kind, drawn, 'seen:' .. kind, now) end
+  return drawn
 end
 
-local function add(place, used, sign)
+local function add(place, used, sign)  -- what windows had spent: before, after, of each
+  local told = {}
   for _, each in ipairs(used.w) do  -- window, start, amount
-    local start = redis.call('HGET', place, 'start:' .. each[1])
-    if not start or each[2] > start then
+    if each[2] > (redis.call('HGET', place, 'start:' .. each[1]) or '') then
       redis.call('HSET', place, 'start:' .. each[1], each[2], 'spent:' .. each[1], 0)
     end
-    redis.call('HINCRBY', place, 'spent:' .. each[1], sign * each[3])
+    local spent = redis.call('HINCRBY', place, 'spent:' .. each[1], sign * each[3])
+    told[#told + 1], told[#told + 2] = spent - each[3], spent
   end
   for _, each in ipairs(used.u) do  -- day, model, counts, seconds it is kept
     local day, model = place .. ':' .. each[1], each[2]
@@ -3005,6 +2982,7 @@ local function add(place, used, sign)
     redis.call('EXPIRE', day, each[4])
     redis.call('HSET', place, 'day:' .. each[1], 1)
   end
+  return told
 end
 
 local function change_held(costs, sign)  -- place, window, amount; of what is still there
@@ -3019,28 +2997,25 @@ local function free(place, id)  -- gives back what a request holds, where it sti
   if redis.call('ZREM', place .. ':leases', id) == 0 then return end
   local text = redis.call('HGET', place .. ':holds', id)
   redis.call('HDEL', place .. ':holds', id)
-  local held = cjson.decode(text)
-  for _, each in ipairs(held.c) do
-    redis.call('HINCRBY', place, 'held:' .. each[1], -each[2])
-  end
-  return held, text
+  change_held(cjson.decode(text).c, -1)
+  return text
 end
 
 local function lapse(place)  -- what nobody renewed costs what its prompt did, until it is known
   local leases = place .. ':leases'
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', leases, '-inf', now, 'LIMIT', 0, 100)) do
-    local held, text = free(place, id)
-    add(place, held, 1)
+    local text = free(place, id)
+    add(place, cjson.decode(text), 1)
     redis.call('SET', place .. ':lapsed:' .. id, text, 'EX', 604800)
   end
 end
 
 local function settle(place, id)
-  local held = free(place, id)
-  local text = not held and redis.call('GET', place .. ':lapsed:' .. id)
+  local lapsed = place .. ':lapsed:' .. id
+  local text = not free(place, id) and redis.call('GET', lapsed)
   if text then
     add(place, cjson.decode(text), -1)
-    redis.call('DEL', place .. ':lapsed:' .. id)
+    redis.call('DEL', lapsed)
   end
 end
 """
@@ -3049,34 +3024,25 @@ PRELUDE = PRELUDE.replace("MOST", str(9 * MAX_MODELS_A_DAY)).replace("OTHER", OT
 RESERVE = """
 local accounts, told = cjson.decode(ARGV[4]), {}
 for i, account in ipairs(accounts) do
-  local place, wanted = KEYS[i + 1], {'rev'}
+  local place, refused, wait = KEYS[i + 1], nil, 1000000
   lapse(place)
-  for _, kind in ipairs({'requests', 'tokens'}) do
-    wanted[#wanted + 1], wanted[#wanted + 2] = 'drawn:' .. kind, 'seen:' .. kind
-  end
-  for _, each in ipairs(account.b) do  -- window, start, limit, cost, whether all of it must fit
-    for _, name in ipairs({'start:', 'spent:', 'held:'}) do
-      wanted[#wanted + 1] = name .. each[1]
-    end
-  end
-  local found = redis.call('HMGET', place, unpack(wanted))
-  local running = redis.call('ZCARD', place .. ':leases')
-  if (found[1] or '') ~= account.r then return {'stale'} end
-  local state, refused, wait = {running}, nil, 1000000
-  if account.p and running >= account.p then refused = 'slots' end
-  for j, limit in ipairs({account.q, account.k}) do
-    state[j + 1] = level(found[2 * j], found[2 * j + 1], limit)
+  if (redis.call('HGET', place, 'rev') or '') ~= account.r then return {'stale', 0, 0, 0} end
+  local state = {redis.call('ZCARD', place .. ':leases'), 0, 0}
+  if account.slots and state[1] >= account.slots then refused = 'slots' end
+  for j, kind in ipairs({'requests', 'tokens'}) do
+    local limit = account[kind]
+    state[j + 1] = limit and draw(place, kind, limit, 0) or 0
     local missing = limit and state[j + 1] + 1000000 * (1 - limit)
     if limit and not refused and missing > 0 then
-      refused = j == 1 and 'requests' or 'tokens'
-      wait = limit > 0 and math.ceil(missing * 60 / limit) or 60000000
+      refused, wait = kind, limit > 0 and math.ceil(missing * 60 / limit) or 60000000
     end
   end
   for j, each in ipairs(account.b) do
-    local spent, held = tonumber(found[3 * j + 4] or 0), tonumber(found[3 * j + 5] or 0)
-    if each[2] > (found[3 * j + 3] or '') then spent = 0 end
+    local name, start, limit, cost, fit = unpack(each)  -- fit: whether all of it must
+    local found = redis.call('HMGET', place, 'start:' .. name, 'spent:' .. name, 'held:' .. name)
+    local spent = start > (found[1] or '') and 0 or tonumber(found[2] or 0)
+    local held = tonumber(found[3] or 0)
     state[#state + 1], state[#state + 2] = spent, held
-    local limit, cost, fit = each[3], each[4], each[5]
     if limit and cost and not refused then
       local room = limit - spent - (account.s and held or 0)
       if spent >= limit or (fit and cost > room) or (not fit and room <= 0) then
@@ -3088,17 +3054,12 @@ for i, account in ipairs(accounts) do
   if refused then return {'refused', i - 1, refused, wait, unpack(told)} end
 end
 for i, account in ipairs(accounts) do
-  local place, state = KEYS[i + 1], told[i]
+  local place = KEYS[i + 1]
   redis.call('ZADD', place .. ':leases', now + ARGV[3], ARGV[2])
   redis.call('HSET', place .. ':holds', ARGV[2], cjson.encode(account.h))
-  for _, each in ipairs(account.h.c) do
-    redis.call('HINCRBY', place, 'held:' .. each[1], each[2])
-  end
-  state[1] = state[1] + 1
-  if account.q then
-    draw(place, 'requests', account.q, 1)
-    state[2] = state[2] + 1000000
-  end
+  change_held(account.h.c, 1)
+  told[i][1] = told[i][1] + 1
+  if account.requests then told[i][2] = draw(place, 'requests', account.requests, 1) end
 end
 return {'held', 0, 0, 0, unpack(told)}
 """
@@ -3121,11 +3082,7 @@ for i, used in ipairs(cjson.decode(ARGV[4])) do
   told[i] = {}
   if redis.call('HEXISTS', place, 'rev') == 1 then
     if ARGV[3] ~= '' then settle(place, ARGV[3]) end
-    add(place, used, 1)
-    for j, each in ipairs(used.w) do
-      local spent = tonumber(redis.call('HGET', place, 'spent:' .. each[1]))
-      told[i][2 * j - 1], told[i][2 * j] = spent - each[3], spent
-    end
+    told[i] = add(place, used, 1)
     if used.t then draw(place, 'tokens', used.t[2], used.t[1]) end
     if used.a then redis.call('HSET', place, 'active', time[1]) end
   end
@@ -3134,9 +3091,7 @@ return told
 """
 # A hold becomes a batch's (KEYS[3]), and lasts until it is booked.
 KEEP = """
-for i = 5, #KEYS do
-  if not free(KEYS[i], ARGV[3]) then settle(KEYS[i], ARGV[3]) end
-end
+for i = 5, #KEYS do settle(KEYS[i], ARGV[3]) end
 change_held(cjson.decode(ARGV[5]), 1)
 redis.call('HSET', KEYS[3], 'held', ARGV[5], unpack(cjson.decode(ARGV[6])))
 redis.call('SADD', KEYS[4], ARGV[4])
@@ -3147,7 +3102,7 @@ local found = redis.call('HMGET', KEYS[3], 'held', 'booked')
 if not found[1] or found[2] == '1' then return {} end
 change_held(cjson.decode(found[1]), -1)
 for i, used in ipairs(cjson.decode(ARGV[4])) do add(KEYS[i + 4], used, 1) end
-redis.call('HSET', KEYS[3], 'booked', 1)
+redis.call('HSET', KEYS[3], 'booked', 1, 'held', '[]')
 redis.call('EXPIRE', KEYS[3], ARGV[5])
 redis.call('SREM', KEYS[4], ARGV[3])
 return {}
@@ -3204,14 +3159,9 @@ LOG = """
 for i = 4, #ARGV do redis.call('XADD', KEYS[3], 'MAXLEN', '~', ARGV[3], '*', 'row', ARGV[i]) end
 return {}
 """
-EVERY_SCRIPT = (RESERVE, RENEW, LOOK)
-WRITTEN_ONCE = (BOOK, KEEP, FINISH, THINGS, LOG)
-SCRIPTS = {text: PRELUDE + text for text in EVERY_SCRIPT}
-SCRIPTS |= {text: PRELUDE + ONCE + text for text in WRITTEN_ONCE}
+SCRIPTS = {text: PRELUDE + text for text in (RESERVE, RENEW, LOOK)}
+SCRIPTS |= {text: PRELUDE + ONCE + text for text in (BOOK, KEEP, FINISH, THINGS, LOG)}
 DIGESTS = {text: hashlib.sha1(script.encode()).hexdigest() for text, script in SCRIPTS.items()}
-
-
-Nanos = Sequence[tuple[str, int]]  # by model
 
 
 class StoreAway(Exception):
@@ -3227,31 +3177,25 @@ def nano(amount: Decimal) -> int:
     return round(amount.scaleb(9))
 
 
-def nanos(charges: Charges) -> Nanos:
-    """What was used, by model, in these."""
-    return [(model, nano(tally.spend)) for model, tally in charges]
-
-
-def sum_for(budget: Budget, amounts: Nanos) -> int:
-    """What of it counts for a budget."""
-    return sum([n for model, n in amounts if not budget.pattern or budget.is_for(model)])
-
-
 def usd(amount: Any) -> Decimal:
     """USD of nano-dollars."""
-    return (int(amount) * NANO).normalize()
+    return Decimal(amount).scaleb(-9).normalize()
+
+
+def sum_for(budget: Budget, charges: Charges) -> int:
+    """What of these counts for a budget, in nano-dollars."""
+    return sum([nano(tally.spend) for model, tally in charges if budget.is_for(model)])
 
 
 class Link(asyncio.Protocol):
     """One connection for all scripts of a process, in RESP2, by hiredis: what is called in a turn
     of the loop goes out in one write, and is answered in its order. Where an answer takes longer
-    than STORE_DEADLINE it breaks off; all that wait then get StoreAway, and ``closed`` is done."""
+    than STORE_DEADLINE it breaks off; all that wait then get StoreAway, and ``closed`` is set."""
 
     def __init__(self) -> None:
         import hiredis
 
-        self._loop = asyncio.get_running_loop()
-        self.closed: asyncio.Future[None] = self._loop.create_future()
+        self._loop, self.closed = asyncio.get_running_loop(), asyncio.Event()
         self._error, self._pack = hiredis.ReplyError, cast(Any, hiredis.pack_command)
         self._reader = hiredis.Reader(encoding="utf-8", errors="surrogateescape")
         self._out = list[bytes]()
@@ -3262,18 +3206,14 @@ class Link(asyncio.Protocol):
     @classmethod
     async def open(cls, pool: Any) -> Link:
         """Connect as a pool of redis-py's does, and load the scripts. Raises OSError, StoreAway."""
-        told, loop, context = pool.connection_kwargs, asyncio.get_running_loop(), None
-        try:
-            async with asyncio.timeout(STORE_DEADLINE):
-                if "path" in told:
-                    _, link = await loop.create_unix_connection(cls, told["path"])
-                else:
-                    if hasattr(connection := pool.make_connection(), "ssl_context"):
-                        context = connection.ssl_context.get()
-                    place = told.get("host", "localhost"), told.get("port", 6379)
-                    _, link = await loop.create_connection(cls, *place, ssl=context)
-        except TimeoutError:
-            raise StoreAway("no connection in time") from None
+        told, loop = pool.connection_kwargs, asyncio.get_running_loop()
+        async with asyncio.timeout(STORE_DEADLINE):
+            if "path" in told:
+                _, link = await loop.create_unix_connection(cls, told["path"])
+            else:
+                tls = getattr(pool.make_connection(), "ssl_context", None)
+                place = told.get("host", "localhost"), told.get("port", 6379)
+                _, link = await loop.create_connection(cls, *place, ssl=tls and tls.get())
         try:
             if word := told.get("password"):
                 await link.call("AUTH", *filter(None, (told.get("username"), word)))
@@ -3291,7 +3231,7 @@ class Link(asyncio.Protocol):
     def call(self, *command: str | int | bytes) -> asyncio.Future[Any]:
         """Send a command; its answer is awaited, or StoreAway."""
         answer = self._loop.create_future()
-        if self.closed.done():
+        if self.closed.is_set():
             answer.set_exception(StoreAway(self.why))
             return answer
         if self._timer is None:
@@ -3302,15 +3242,9 @@ class Link(asyncio.Protocol):
         self._waiting.append((answer, self._loop.time()))
         return answer
 
-    def script(
-        self, text: str, keys: Sequence[str], *arguments: str | int | bytes
-    ) -> asyncio.Future[Any]:
-        """Run one of SCRIPTS."""
-        return self.call("EVALSHA", DIGESTS[text], len(keys), *keys, *arguments)
-
     def flush(self) -> None:
         """Send what was called, before what others write after this."""
-        if self._out and not self.closed.done():
+        if self._out and not self.closed.is_set():
             self._transport.write(b"".join(self._out))
         self._out.clear()
 
@@ -3321,9 +3255,9 @@ class Link(asyncio.Protocol):
             if answer.done():
                 continue
             if isinstance(reply, self._error):
-                answer.set_exception(StoreRefused(str(reply)))
-                if str(reply).startswith(GONE):
-                    self.abort(str(reply))
+                answer.set_exception(StoreRefused(text := str(reply)))
+                if re.match(GONE, text):
+                    self.abort(text)
             else:
                 answer.set_result(reply)
 
@@ -3332,12 +3266,11 @@ class Link(asyncio.Protocol):
         if not self._waiting:
             return
         left = self._waiting[0][1] + STORE_DEADLINE - self._loop.time()
-        if left > 0:
-            self._timer = self._loop.call_later(left, self._look)
-        elif is_sure:
-            self.abort(f"no answer in {STORE_DEADLINE:g} seconds")
-        else:  # this process may have been late itself, and the answer here
-            self._timer = self._loop.call_later(STORE_GRACE, self._look, True)
+        if left <= 0 and is_sure:
+            return self.abort(f"no answer in {STORE_DEADLINE:g} seconds")
+        # This process may have been late itself, and the answer is here.
+        wait = left if left > 0 else STORE_GRACE
+        self._timer = self._loop.call_later(wait, self._look, left <= 0)
 
     def abort(self, why: str) -> None:
         """Break off."""
@@ -3345,8 +3278,7 @@ class Link(asyncio.Protocol):
         self._transport.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
-        if not self.closed.done():
-            self.closed.set_result(None)
+        self.closed.set()
         for answer, _ in self._waiting:
             if not answer.done():
                 answer.set_exception(StoreAway(self.why))
@@ -3355,12 +3287,12 @@ class Link(asyncio.Protocol):
 
 
 class Write(NamedTuple):
-    """What is to be written once, whatever happens: ``then`` gets what its script answers."""
+    """What is to be written once, whatever happens; these accounts are ``told`` what is spent."""
 
     script: str
     keys: Sequence[str]
     arguments: Sequence[str | int | bytes]
-    then: Callable[[Any], None] | None
+    told: Sequence[Limited]
     done: asyncio.Future[None]
 
 
@@ -3390,10 +3322,10 @@ class RedisLedger(Ledger):
         from redis.backoff import NoBackoff
 
         super().__init__(usage_days, clock, limits)
-        times: Any = dict.fromkeys(("socket_timeout", "socket_connect_timeout"), deadline)
-        told: Any = times | {"decode_responses": True, "retry": Retry(NoBackoff(), 0)}
+        told: Any = dict.fromkeys(("socket_timeout", "socket_connect_timeout"), deadline)
+        told |= {"decode_responses": True, "retry": Retry(NoBackoff(), 0), "protocol": 2}
+        told |= {"max_connections": MOST_CONNECTIONS, "timeout": STORE_DEADLINE}
         told["encoding_errors"] = "surrogatepass"  # JSON may have them
-        told |= {"protocol": 2, "max_connections": MOST_CONNECTIONS, "timeout": STORE_DEADLINE}
         pool = redis.asyncio.BlockingConnectionPool.from_url(store, **told)
         self._redis: Any = redis.asyncio.Redis(connection_pool=pool)
         # uvloop raises RuntimeError for what is written to a connection that was just reset.
@@ -3406,16 +3338,14 @@ class RedisLedger(Ledger):
         self._forgotten = 0  # how often any has changed: what is read meanwhile may be old
         self._accounts = weakref.WeakValueDictionary[str, Account]()  # by their places
         self._link, self._linked = cast(Link | None, None), asyncio.Event()
-        self.away, self.lost, self.doubt = "it was not asked yet", False, ""
+        self.away, self.lost, self._store = "it was not asked yet", False, STORE
         self._id, self._process, self._number = "", secrets.token_hex(4), 0
-        self._store = STORE
         self._writes: dict[int, Write] = {}
         self._is_behind = False  # of these some were not sent on this link, and go first
         self._refused: list[Write] = []  # which are sent again, each with another number
         self._holds: dict[str, Sequence[str]] = {}  # places, by the ids of holds
-        self._turn, self._lock = asyncio.Lock(), None
+        self._turn, self._lock, self._waits = asyncio.Lock(), None, False  # for WAITAOF
         self._tasks: list[asyncio.Task[None]] = []
-        self._waits = False  # for WAITAOF
         self._last, self.count, self._processes = "0-0", 0, 1
         self.groups[GATEWAY].account.place = f"{PREFIX}{{gateway}}:{GATEWAY}"
         # Batches: whose they are, what is held, and the last line that was booked here.
@@ -3436,9 +3366,7 @@ class RedisLedger(Ledger):
             newest = await self._redis.xrevrange(CHANGES, count=1)
             self._last = newest[0][0] if newest else self._last
             await self._check()
-            self._tasks = [
-                asyncio.create_task(each) for each in (self._keep_linked(), self._follow())
-            ]
+            self._tasks = [*map(asyncio.create_task, (self._keep_linked(), self._follow()))]
             await asyncio.wait_for(self._linked.wait(), 2 * STORE_DEADLINE)
 
     @contextlib.contextmanager
@@ -3446,7 +3374,7 @@ class RedisLedger(Ledger):
         """What fails within is a SettingsError."""
         try:
             yield
-        except self._errors as error:
+        except (APIError, *self._errors) as error:
             why = str(error) or (self.away if self._tasks else "no answer")
             raise SettingsError(f"--store: {self._shown}: {why}") from None
 
@@ -3458,15 +3386,15 @@ class RedisLedger(Ledger):
         if tuple(map(int, version.split(".")[:2])) < LEAST_REDIS:
             least = ".".join(map(str, LEAST_REDIS))
             raise SettingsError(f"--store: Redis {version} is before {least}")
-        config, asks, doubts = dict[str, str](), self._redis.execute_command, list[str]()
+        config, doubts = dict[str, str](), list[str]()
         with contextlib.suppress(*self._errors):
             for name in ("appendonly", "appendfsync", "maxmemory", "maxmemory-policy"):
                 config |= await self._redis.config_get(name)
         with contextlib.suppress(*self._errors):
-            self._waits = bool((await asks("WAITAOF", 1, 0, int(STORE_DEADLINE * 800)))[0])
+            self._waits = bool((await self._redis.waitaof(1, 0, int(STORE_DEADLINE * 800)))[0])
         if not self._waits and [*config.values()][:2] != ["yes", "always"]:
-            doubts.append("a change may be lost with it: it needs appendonly yes, and appendfsync")
-            doubts[0] += " always or Redis 7.2"
+            needs = "appendonly yes, and appendfsync always or Redis 7.2"
+            doubts.append(f"a change may be lost with it: it needs {needs}")
         is_full = config.get("maxmemory", "0") != "0"  # one day
         if is_full and config.get("maxmemory-policy") != "noeviction":
             doubts.append("it may drop keys: it needs maxmemory-policy noeviction")
@@ -3504,15 +3432,16 @@ class RedisLedger(Ledger):
                 await self._renew()
                 await self._catch_up(link)
                 self._write_refused()
-                await link.closed
+                await link.closed.wait()
                 why = link.why
             except Exception as error:  # whatever it is, it is tried again
                 why = str(error) or "no answer"
                 if not isinstance(error, self._errors):
                     log.exception("Redis cannot be reached")
             self._link = None
+            if not self.away:
+                log.error("Redis is away: %s", why)
             if why != self.away:
-                log.error("Redis is away: %s", why) if not self.away else None
                 self.tell("db_exceptions", f"Redis is away: {why}", matter="Redis")
             self.away = why
             await asyncio.sleep(STORE_RETRY)
@@ -3520,30 +3449,29 @@ class RedisLedger(Ledger):
     async def _catch_up(self, link: Link) -> None:
         """Send what waits, in its order, and in parts, between which others have their turn; what
         is written meanwhile goes behind it."""
-        while not (self.lost or link.closed.done()):
+        while not (self.lost or link.closed.is_set()):
             part = [*itertools.islice(self._writes.items(), NAMES_A_TRIP)]
             if not part:
                 self._is_behind = False
                 return
-            await asyncio.wait([self._send(link, *each) for each in part])
+            await asyncio.wait([self._send(*each) for each in part])
 
     async def _follow(self) -> None:
         """Hear of changes, at once and after any pause."""
-        failed = 0
+        failed, wait = 0, int(CHECK_INTERVAL * 1000)
         while True:
             try:
-                block = int(CHECK_INTERVAL * 1000)
-                told = await self._redis.xread({CHANGES: self._last}, block=block, count=1000)
+                told = await self._redis.xread({CHANGES: self._last}, block=wait, count=1000)
                 if changes := [*itertools.chain(*(entries for _, entries in told))]:
                     self._forget(*(change["name"] for _, change in changes))
                     self._last = changes[-1][0]
                 await self._check()
                 failed = 0
             except Exception as error:  # whatever it is, it is tried again
-                failed += 1  # if but once, perhaps this process was late itself
+                failed += 1
                 if not isinstance(error, self._errors):
                     log.exception("changes in Redis cannot be followed")
-                if self._link is not None and failed > 2:
+                if self._link is not None and failed > 2:  # else this process may be late itself
                     self._link.abort(str(error) or "no answer")
                 await asyncio.sleep(STORE_RETRY)
 
@@ -3577,11 +3505,10 @@ class RedisLedger(Ledger):
 
     async def _renew(self) -> None:
         holds = [(place, id) for id, places in self._holds.items() for place in places]
-        for start in range(0, len(holds), NAMES_A_TRIP):
-            part = holds[start : start + NAMES_A_TRIP]
+        if holds:
+            places, ids = zip(*holds, strict=True)
             with contextlib.suppress(StoreAway):
-                ids = (id for _, id in part)
-                await self._run(RENEW, [place for place, _ in part], int(LEASE * 1e6), *ids)
+                await self._run(RENEW, places, int(LEASE * 1e6), *ids)
 
     async def save(self) -> None:
         """Make all that was written before this call durable. Raises APIError 503."""
@@ -3595,7 +3522,7 @@ class RedisLedger(Ledger):
         if self._waits:
             async with self._redis.pipeline(transaction=False) as pipe:
                 pipe.incr(f"{PREFIX}synced")  # what this connection wrote is what it waits for
-                pipe.execute_command("WAITAOF", 1, 0, int(STORE_DEADLINE * 800))
+                pipe.waitaof(1, 0, int(STORE_DEADLINE * 800))
                 if not (await pipe.execute())[1][0]:
                     raise StoreAway("it is not known to be on disk")
 
@@ -3624,49 +3551,49 @@ class RedisLedger(Ledger):
         """Raise APIError 503 where the store does not answer, or not as itself."""
         if asyncio.current_task() is None:  # as `at_once` runs it, which redis-py's timeouts need
             await asyncio.sleep(0)
-        again = [("retry-after", "1")]
         if self.lost:
-            raise APIError(503, NO_STORE, headers=again)
+            raise APIError(503, NO_STORE, headers=AGAIN)
         try:
             if self.away:
                 raise StoreAway(self.away)
             yield
         except self._errors as error:
             text = f"Redis, which holds the keys, does not answer ({error or 'too late'})."
-            raise APIError(503, f"{text} Try again in a second.", headers=again) from None
+            raise APIError(503, f"{text} Try again in a second.", headers=AGAIN) from None
 
-    async def _run(self, script: str, keys: Sequence[str], *arguments: str | int | bytes) -> Any:
-        """What a script answers. Raises StoreAway."""
+    def _run(self, script: str, keys: Sequence[str], *more: Any) -> asyncio.Future[Any]:
+        """What one of SCRIPTS answers. Raises StoreAway."""
         if self._link is None:
             raise StoreAway(self.away)
-        return await self._link.script(script, [self._store, *keys], self._id, *arguments)
+        asked = [DIGESTS[script], len(keys) + 1, STORE, *keys, self._id, *more]
+        return self._link.call("EVALSHA", *asked)
 
     def _later(
         self,
         script: str,
         keys: Sequence[str],
         *arguments: str | int | bytes,
-        then: Callable[[Any], None] | None = None,
+        told: Sequence[Limited] = (),
     ) -> None:
-        """Have a script of WRITTEN_ONCE run once; the last of ``keys`` is one that it writes."""
+        """Have a script run ONCE; the last of ``keys`` is one that it writes."""
         done = asyncio.get_running_loop().create_future()
-        self._number_and_send(Write(script, keys, arguments, then, done))
+        self._write(Write(script, keys, arguments, told, done))
 
-    def _number_and_send(self, write: Write) -> None:
-        self._number += 1
-        self._writes[self._number] = write
-        if not (self._link is None or self._is_behind or self.lost):
-            self._send(self._link, self._number, write)
-            self._link.flush()  # before the last bytes of an answer, behind which more may come
+    def _write(self, *writes: Write) -> None:
+        for write in writes:
+            self._number += 1
+            self._writes[self._number] = write
+            if not (self._link is None or self._is_behind or self.lost):
+                self._send(self._number, write)
+                self._link.flush()  # before an answer's last bytes, behind which more may come
 
     def _write_refused(self) -> None:
         refused, self._refused = self._refused, []
-        for write in refused:
-            self._number_and_send(write)
+        self._write(*refused)
 
-    def _send(self, link: Link, number: int, write: Write) -> asyncio.Future[Any]:
-        keys = [self._store, f"{write.keys[-1]}:seen:{self._process}", *write.keys]
-        answer = link.script(write.script, keys, self._id, number, *write.arguments)
+    def _send(self, number: int, write: Write) -> asyncio.Future[Any]:
+        keys = [f"{write.keys[-1]}:seen:{self._process}", *write.keys]
+        answer = self._run(write.script, keys, number, *write.arguments)
         answer.add_done_callback(functools.partial(self._sent, number, write))
         return answer
 
@@ -3682,14 +3609,13 @@ class RedisLedger(Ledger):
         elif error is None:
             del self._writes[number]
             write.done.set_result(None)
-            if write.then:
-                write.then(answer.result())
+            self._booked(write.told, answer.result())
 
     # Who it is
 
     async def find_hash(self, hashed: str) -> tuple[VirtualKey, str] | None:
         if self.lost:
-            raise APIError(503, NO_STORE, headers=[("retry-after", "1")])
+            raise APIError(503, NO_STORE, headers=AGAIN)
         name = self._retired.get(hashed, hashed)
         if (key := self.keys.get(name)) is not None:
             self.keys.move_to_end(name)
@@ -3726,11 +3652,8 @@ class RedisLedger(Ledger):
         async with self._asking():
             for start in range(0, len(asked), NAMES_A_TRIP):
                 part = asked[start : start + NAMES_A_TRIP]
-                async with self._redis.pipeline(transaction=False) as pipe:
-                    pipe.exists(*(f"{PREFIX}record:{each}" for each in part))
-                    pipe.hmget(f"{PREFIX}retired", part)
-                    known, retired = await pipe.execute()
-                if known or any(retired):
+                known = await self._redis.exists(*(f"{PREFIX}record:{each}" for each in part))
+                if known or any(await self._redis.hmget(f"{PREFIX}retired", part)):
                     return True
         self._remember_unknown(asked if began == self._forgotten else ())
         return False
@@ -3768,16 +3691,15 @@ class RedisLedger(Ledger):
 
     async def _records(self, names: Sequence[str]) -> dict[str, Limited]:
         """The records that are kept under these names, those that are there."""
-        found = dict[str, Limited]()
+        found, homeless = dict[str, Limited](), list[VirtualKey]()
         texts = await self._redis.mget([f"{PREFIX}record:{n}" for n in names]) if names else []
         for name, text in zip(names, texts, strict=True):
-            if text is None:
-                continue
-            row, kind = json.loads(text), GROUPS.get(name.partition(":")[0], VirtualKey)
-            record = found[name] = kind.from_json(row["record"])
-            record.revision, record.account.place = row["rev"], row["place"]
-            record.account.hashed = name
-        homeless = [of for of in found.values() if isinstance(of, VirtualKey) and not of.home]
+            if text is not None:
+                row, kind = json.loads(text), GROUPS.get(name.partition(":")[0], VirtualKey)
+                record = found[name] = kind.from_json(row["record"])
+                record.revision, record.account.place = row["rev"], row["place"]
+                record.account.hashed = name
+                homeless += [record] if isinstance(record, VirtualKey) and not record.home else []
         if homeless:
             homes = await self._redis.hmget(f"{PREFIX}homes", [of.owner for of in homeless])
             for each, home in zip(homeless, homes, strict=True):
@@ -3817,165 +3739,130 @@ class RedisLedger(Ledger):
             hold.accounts = ()  # as nothing is held, nothing is counted
             raise
 
-    async def _reserve(
-        self, hold: Hold, worst: Charges, prompt: Charges, *, pays: bool, shares: bool, fit: bool
-    ) -> None:
+    async def _reserve(self, hold: Hold, worst: Charges, prompt: Charges, **how: bool) -> None:
+        """Hold it, as it ``pays``, ``shares`` and must ``fit``. Else raise APIError."""
         for _ in range(TRIES):
             accounts = [of for of in hold.accounts if of.is_limited]
             if not accounts:
                 return
-            moment, used = now(), self._usage(prompt, day_of(now()))
-            needs = nanos(worst), nanos(prompt)
-            rows = [
-                self._wanted(of, *needs, moment, pays=pays, shares=shares, fit=fit)
-                for of in accounts
-            ]
-            if accounts[0].of == "key":
-                rows[0]["h"]["u"] = used
+            rows = [self._wanted(of, worst, prompt, **how) for of in accounts]
             self._number += 1
             hold.id = f"{self._process}:{self._number}"
-            places = [of.account.place for of in accounts]
-            self._holds[hold.id] = places
+            places = self._holds[hold.id] = [of.account.place for of in accounts]
             arguments = hold.id, int(LEASE * 1e6), as_json(rows)
             try:
-                verdict, *told = await self._run(RESERVE, places, *arguments)
+                said, index, why, wait, *states = await self._run(RESERVE, places, *arguments)
             except BaseException as error:  # it may be held, and nobody knows
-                del self._holds[hold.id]
-                self._give_back(hold, places)
+                self._give_back(hold)
                 if not isinstance(error, StoreAway):
                     raise
                 self._lose(self.lost or str(error).startswith("LOST"))
-                return await self._hold_alone(hold, worst, pays=pays, shares=shares, fit=fit)
-            if verdict == "held":
-                for of, row, state in zip(accounts, rows, told[3:], strict=True):
-                    self._mirror(of, row, state)
-                hold.costs = [
-                    [place, *c] for place, row in zip(places, rows) for c in row["h"]["c"]
-                ]
+                if await self._hold_alone(hold, worst, **how):
+                    return
+                async with self._asking():
+                    raise
+            for of, row, state in zip(accounts, rows, states, strict=False):
+                self._mirror(of, row, state)
+            if said == "held":
+                hold.costs = [cost for row in rows for cost in row["h"]["c"]]
                 return
             del self._holds[hold.id]
             hold.id = ""
-            if verdict == "refused":
-                index, why, wait, *states = told
-                for of, row, state in zip(accounts, rows, states, strict=False):
-                    self._mirror(of, row, state)
-                self._refuse(hold, accounts[index], why, wait, rows[index], shares=shares)
+            if said == "refused":
+                of, row = accounts[index], rows[index]
+                if why in row:
+                    most = f"{row[why]} requests at a time"
+                    most = most if why == "slots" else f"{row[why]:,} {why} a minute"
+                    self._refuse_rate(hold.accounts, of, most, wait / 1e6)
+                budget, (*_, cost, fit) = of.budgets[why], row["b"][why]
+                check_budget(of, budget, usd(cost), now(), shares=how["shares"], fit=fit)
             await self._read_anew(hold)
-        raise APIError(503, "The key is being changed. Try again.", headers=[("retry-after", "1")])
+        raise APIError(503, "The key is being changed. Try again.", headers=AGAIN)
 
-    def _give_back(self, hold: Hold, places: Sequence[str]) -> None:
-        nothing = [{"w": [], "u": [], "t": False, "a": False}] * len(places)
-        self._later(BOOK, [places[0], *places], hold.id, as_json(nothing), "0")
+    def _give_back(self, hold: Hold) -> None:
+        if places := self._holds.pop(hold.id, ()):
+            nothing = as_json([{"w": (), "u": ()}] * len(places))
+            self._later(BOOK, [places[0], *places], hold.id, nothing, "0")
         hold.id = ""
 
     def _wanted(
-        self,
-        of: Limited,
-        worst: Nanos,
-        prompt: Nanos,
-        moment: datetime,
-        *,
-        pays: bool,
-        shares: bool,
-        fit: bool,
+        self, of: Limited, worst: Charges, prompt: Charges, *, pays: bool, shares: bool, fit: bool
     ) -> dict[str, Any]:
         """What a request needs of one account, as RESERVE reads it: there None would be true."""
-        budgets, costs, used = list[Any](), list[Any](), list[Any]()
+        moment, budgets, costs, used = now(), list[Any](), list[Any](), list[Any]()
         for budget in of.budgets:
             name, start = budget.name, window_start(budget.duration, moment)
-            limit = False if budget.limit is None else nano(budget.limit)
+            limit = budget.limit is not None and nano(budget.limit)
             cost: int | bool = sum_for(budget, worst)
             if cost:
-                costs.append((name, str(cost)))
+                costs.append((of.account.place, name, str(cost)))
                 used.append((name, start, str(sum_for(budget, prompt))))
             elif budget.pattern or not pays:
                 cost = False
             budgets.append((name, start, limit, cost, fit or not cost))
-        parallel, rpm, tpm = of.max_parallel_requests, of.rpm_limit, of.tpm_limit
-        return {
-            "r": of.revision,
-            "b": budgets,
-            "s": shares,
-            "p": False if parallel is None else parallel,
-            "q": False if rpm is None else rpm,
-            "k": False if tpm is None else tpm,
-            "h": {"c": costs, "w": used, "u": ()},
-        }
+        usage = self._usage(prompt, day_of(moment)) if of.of == "key" else ()
+        held = {"c": costs, "w": used, "u": usage}
+        most = {"slots": of.max_parallel_requests, "requests": of.rpm_limit, "tokens": of.tpm_limit}
+        row = {name: limit for name, limit in most.items() if limit is not None}
+        return row | {"r": of.revision, "b": budgets, "s": shares, "h": held}
 
     def _usage(self, charges: Charges, day: str) -> list[Any]:
-        kept = (self._usage_days + 1) * 86400
-        rows = list[Any]()
+        kept, rows = (self._usage_days + 1) * 86400, list[Any]()
         for model, tally in charges:
             counts = {n: count for n in tally.__slots__ if (count := getattr(tally, n))}
-            if tally.spend:
-                counts["spend"] = nano(tally.spend)
+            counts |= {"spend": nano(tally.spend)} if tally.spend else {}
             rows.append((day, model, counts, kept))
         return rows
 
     def _mirror(self, of: Limited, row: Mapping[str, Any], state: Sequence[int]) -> None:
         """Remember what a script said of an account."""
-        account, clock = of.account, self._clock()
-        account.running = state[0]
+        account, account.running = of.account, state[0]
         for kind, drawn in zip(("requests", "tokens"), state[1:3], strict=True):
             if bucket := account.buckets.get(kind):
-                bucket.drawn, bucket.seen = drawn / 1e6, clock
+                bucket.drawn, bucket.seen = drawn / 1e6, self._clock()
         for (name, start, *_), spent, held in zip(row["b"], state[3::2], state[4::2], strict=True):
             window = account.windows[name]
             window.start, window.spend, window.held = start, usd(spent), usd(held)
             window.known = window.spend
-
-    def _refuse(
-        self, hold: Hold, of: Limited, why: Any, wait: int, row: Any, *, shares: bool
-    ) -> None:
-        """Raise the APIError 429 for what a script refused."""
-        limits = {"slots": f"{of.max_parallel_requests} requests at a time"}
-        limits |= {"requests": f"{of.rpm_limit or 0:,} requests a minute"}
-        limits |= {"tokens": f"{of.tpm_limit or 0:,} tokens a minute"}
-        if why in limits:
-            self._refuse_rate(hold.accounts, of, limits[why], wait / 1e6)
-        *_, cost, fit = row["b"][why]
-        check_budget(of, of.budgets[why], usd(cost), now(), shares=shares, fit=fit)
 
     async def _read_anew(self, hold: Hold) -> None:
         """Its records have changed. Raises APIError 401 where its key is no good any more."""
         key = hold.accounts[0]
         async with self._asking():
             self._forget(key.account.hashed)
-            found = await self.find_hash(key.account.hashed)
-        if found is None or found[1] != "active":
-            status = "gone" if found is None else found[1]
+            found, status = await self.find_hash(key.account.hashed) or (None, "gone")
+        if found is None or status != "active":
             raise APIError(401, f"This virtual key is {status}.", headers=[DO_NOT_RETRY])
-        hold.accounts = self.limited(found[0])
+        hold.accounts = self.limited(found)
 
     async def _hold_alone(
         self, hold: Hold, worst: Charges, *, pays: bool, shares: bool, fit: bool
-    ) -> None:
-        """Hold it here, while the store is away."""
+    ) -> bool:
+        """Hold it here, while the store is away: is it within this process's part?"""
         if self.lost or (pays and not self._allow and any(of.has_budget for of in hold.accounts)):
-            async with self._asking():
-                raise StoreAway(self.away or "no answer")
+            return False
 
         async def take() -> None:
             await super(RedisLedger, self).admit(hold, pays=pays, shares=shares)
-            if worst:
-                try:
+            try:
+                if worst:
                     await super(RedisLedger, self).hold(hold, worst, fit=fit)
-                except APIError:
-                    self._release(hold)
-                    raise
+            except APIError:
+                self._release(hold)
+                raise
 
+        others = self._processes
         try:
             await take()
-        except APIError:  # for all, or has this process had its part?
-            others, self._processes = self._processes, 1
-            try:
-                await take()
-            finally:
-                self._processes = others
+        except APIError:
+            self._processes = 1
+            await take()  # or it is refused for all
             self._release(hold)
-            async with self._asking():
-                raise StoreAway(self.away or "no answer") from None
+            return False
+        finally:
+            self._processes = others
         hold.is_alone = True
+        return True
 
     def _budgets(self, of: Limited) -> Iterator[Budget]:
         for budget in of.budgets:
@@ -3988,17 +3875,14 @@ class RedisLedger(Ledger):
     def book(
         self, hold: Hold, charges: Charges, *, model: str, failed: bool, tags: Sequence[str] = ()
     ) -> None:
-        places = self._holds.pop(hold.id, ())
-        if hold.is_alone:
+        if hold.id or hold.is_alone:
             self._release(hold)
-        elif hold.id:
-            for of in hold.accounts:
-                of.account.running -= 1
         if hold.pays and hold.accounts:
+            self._holds.pop(hold.id, None)
             charges = counted(charges, model, failed)
             self.charge(hold.accounts, charges, hold.started, tags, id=hold.id)
-        elif hold.id:
-            self._give_back(hold, places)
+        else:
+            self._give_back(hold)
 
     def charge(
         self,
@@ -4011,31 +3895,24 @@ class RedisLedger(Ledger):
         batch: str = "",
         line: int = 0,
     ) -> None:
-        present, day, rows, amounts = now(), day_of(moment), list[Any](), nanos(charges)
-        named = [(tag, tally) for tag in {*tags} - {EVERY_TAG} for _, tally in charges]
-        if named := named and [*((EVERY_TAG, tally) for _, tally in charges), *named]:
-            whole = self.groups[GATEWAY]
-            accounts = accounts if whole in accounts else [*accounts, whole]
+        present, day, whole, rows = now(), day_of(moment), self.groups[GATEWAY], list[Any]()
+        named = {*tags} - {EVERY_TAG}
+        tagged = [(t, tally) for t in (EVERY_TAG, *named) for _, tally in charges] if named else []
+        accounts = [*accounts, whole] if tagged and whole not in accounts else accounts
+        used = {"gateway": tagged, "key": [(model or NO_MODEL, t) for model, t in charges]}
+        tokens = sum(t.input_tokens + t.written + t.output_tokens for _, t in charges)
         for of in accounts:
-            spent, is_counted = list[Any](), of.of != "gateway" or of.has_budget
-            for budget in of.budgets if is_counted else ():
-                start, amount = window_start(budget.duration, present), sum_for(budget, amounts)
+            spent = list[Any]()
+            for budget in of.budgets if of is not whole or of.has_budget else ():
+                start, amount = window_start(budget.duration, present), sum_for(budget, charges)
                 spent.append((budget.name, start, amount))
                 window = of.account.windows[budget.name]
-                window.spent(start)
-                window.spend += usd(amount)
-            used = named if of.of == "gateway" else ()
-            if of.of == "key":
-                used = [(model or NO_MODEL, tally) for model, tally in charges]
-            row = {"w": spent, "u": self._usage(used, day), "t": False, "a": True}
-            if of.tpm_limit:
-                tokens = (t.input_tokens + t.written + t.output_tokens for _, t in charges)
-                row["t"] = sum(tokens), of.tpm_limit
-            rows.append(row)
+                window.spend = window.spent(start) + usd(amount)
+            row = {"w": spent, "u": self._usage(used.get(of.of, ()), day), "a": True}
+            rows.append(row | ({"t": (tokens, of.tpm_limit)} if of.tpm_limit else {}))
         places = [of.account.place for of in accounts]
-        then = functools.partial(self._booked, accounts)
         keys = [f"{PREFIX}batch:{batch}" if batch else places[0], *places]
-        self._later(BOOK, keys, id, as_json(rows), str(line), then=then)
+        self._later(BOOK, keys, id, as_json(rows), str(line), told=accounts)
 
     def _booked(self, accounts: Sequence[Limited], told: Sequence[Sequence[int]]) -> None:
         """Tell which marks were passed: the script says it to one process alone."""
@@ -4051,16 +3928,13 @@ class RedisLedger(Ledger):
     async def unbooked(self, name: str) -> Batch | None:
         async with self._asking():
             row = await self._redis.hgetall(f"{PREFIX}batch:{name}")
-            hashed = (
-                await self._redis.hget(f"{PREFIX}owners", row.get("owner", "")) if row else None
-            )
-            key = await self._read_key(hashed, former=True) if hashed else None
-            if key is not None:
+            if not row or row["booked"] == "1":
+                self._booking.pop(name, None)
+                return None
+            hashed = await self._redis.hget(f"{PREFIX}owners", row["owner"]) or ""
+            if key := await self._read_key(hashed, former=True):
                 await self._join([key])
                 self._booking[name] = key, json.loads(row["held"]), int(row["lines"])
-        if not row or row["booked"] == "1":
-            self._booking.pop(name, None)
-            return None
         return Batch(row["day"], int(row["lines"]))
 
     async def watched(self) -> list[str]:
@@ -4079,10 +3953,9 @@ class RedisLedger(Ledger):
 
     def own_batch(self, account: Account, name: str, hold: Hold) -> None:
         self.finish_batch(name)
-        places = self._holds.pop(hold.id, ())
         owner = next(of.owner for of in hold.accounts if isinstance(of, VirtualKey))
         row = ["owner", owner, "day", day_of(now()), "lines", 0, "booked", 0]
-        keys = [f"{PREFIX}batch:{name}", f"{PREFIX}unbooked", *places]
+        keys = [f"{PREFIX}batch:{name}", f"{PREFIX}unbooked", *self._holds.pop(hold.id, ())]
         self._later(KEEP, keys, hold.id, name, as_json(hold.costs), as_json(row))
         hold.id, hold.costs = "", []
 
@@ -4096,44 +3969,35 @@ class RedisLedger(Ledger):
 
     def finish_batch(self, name: str, *, lost: bool = False) -> None:
         key, held, _ = self._booking.pop(name, (None, (), 0))
-        rows, places, moment = list[Any](), list[str](), now()
-        for of in self.limited(key) if key and lost else ():
-            costs = {window: int(cost) for place, window, cost in held if place == of.account.place}
-            spent = [
-                [b.name, window_start(b.duration, moment), costs.get(b.name, 0)] for b in of.budgets
-            ]
-            total = Tally(spend=usd(max(costs.values(), default=0)))
-            usage = self._usage([(NO_MODEL, total)], day_of(moment)) if of is key else []
+        accounts, rows, moment = self.limited(key) if key and lost else (), list[Any](), now()
+        for of in accounts:
+            costs = {w: int(cost) for place, w, cost in held if place == of.account.place}
+            starts = {b.name: window_start(b.duration, moment) for b in of.budgets}
+            total = [(NO_MODEL, Tally(spend=usd(max(costs.values(), default=0))))]
+            usage = self._usage(total if of is key else (), day_of(moment))
+            spent = [(w, start, costs.get(w, 0)) for w, start in starts.items()]
             rows.append({"w": spent, "u": usage})
-            places.append(of.account.place)
+        places = [of.account.place for of in accounts]
         keys = [f"{PREFIX}batch:{name}", f"{PREFIX}unbooked", *places]
         self._later(FINISH, keys, name, as_json(rows), self._usage_days * 86400)
-        if lost and key:
-            log.warning(
-                "key %s: batch %s is gone, so its worst case is booked", key.shown_name, name
-            )
+        if accounts and key:
+            text = "key %s: batch %s is gone, so its worst case is booked"
+            log.warning(text, key.shown_name, name)
 
     # Things
 
     async def find_things(self, names: Iterable[object]) -> dict[str, Thing]:
+        asked = [n for n in names if isinstance(n, str) and n.isprintable()]  # no id is else
         async with self._asking():
-            rows, keys = await self._rows([n for n in names if isinstance(n, str)])
-        found = dict[str, Thing]()
-        for name, (owner, kind, home, _, is_shared) in rows.items():
-            key = keys.get(owner)
-            team, home = (key.team_id, home or key.home or "") if key else (None, home)
-            found[name] = Thing(kind, owner, team, is_shared, home)
+            texts = await self._redis.hmget(f"{PREFIX}things", asked) if asked else []
+            rows = {name: json.loads(text) for name, text in zip(asked, texts) if text}
+            owners = sorted({owner for owner, *_ in rows.values()})
+            hashes = await self._redis.hmget(f"{PREFIX}owners", owners) if owners else []
+            records: Any = await self._records([*filter(None, hashes)])
+        keys, found = {key.owner: key for key in records.values()}, dict[str, Thing]()
+        for name, (owner, kind, home, made, is_shared) in rows.items():
+            found[name] = Thing(kind, owner, keys.get(owner), is_shared, home, made)
         return found
-
-    async def _rows(self, names: Sequence[str]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
-        """Of these things those that are known, and the keys of their owners, by these."""
-        asked = [name for name in names if name.isprintable()]  # no id is else, nor UTF-8
-        texts = await self._redis.hmget(f"{PREFIX}things", asked) if asked else []
-        rows = {name: json.loads(text) for name, text in zip(asked, texts, strict=True) if text}
-        owners = sorted({owner for owner, *_ in rows.values()})
-        hashes = await self._redis.hmget(f"{PREFIX}owners", owners) if owners else []
-        keys: Any = await self._records([*filter(None, hashes)])
-        return rows, {key.owner: key for key in keys.values()}
 
     async def reached(self, key: VirtualKey, kind: str) -> dict[str, float]:
         owners = {key.owner, "+"}
@@ -4152,9 +4016,8 @@ class RedisLedger(Ledger):
         with contextlib.suppress(APIError):
             known = await self.find_things(names)
         for (owner, kind), made in born.items():
-            self._change(
-                "made", owner, [[n, kind, home, made[n]] for n in made.keys() - known.keys()]
-            )
+            fresh = made.keys() - known.keys()
+            self._change("made", owner, [[name, kind, home, made[name]] for name in fresh])
         try:
             if names - known.keys():
                 await asyncio.shield(self.save())
@@ -4177,19 +4040,11 @@ class RedisLedger(Ledger):
 
     async def list_things(
         self, owner: str | None, kind: str, first: int, most: int
-    ) -> tuple[int, list[dict[str, Any]]]:
+    ) -> tuple[int, list[str]]:
         made = f"{PREFIX}made:{kind}:{'*' if owner is None else owner}"
         async with self._asking():
-            total = await self._redis.zcard(made)
             names = await self._redis.zrange(made, first, first + most - 1)
-            found, keys = await self._rows(names)
-        rows = list[dict[str, Any]]()
-        for name, (whose, of, home, made, is_shared) in found.items():
-            key = keys.get(whose)
-            hashed = key.account.hashed if key and not key.deleted_at else None
-            row = dict[str, Any](id=name, kind=of, key=hashed, home=home or None)
-            rows.append(row | {"created_at": moment_of(int(made)), "shared": is_shared})
-        return total, rows
+            return await self._redis.zcard(made), names
 
     # What is remembered for all
 
@@ -4211,25 +4066,15 @@ class RedisLedger(Ledger):
         async with self._asking():
             await self._redis.delete(f"{PREFIX}kept:{name}")
 
-    def note(self, row: Mapping[str, Any]) -> None:
-        self.log([json.dumps(row, default=shown).encode()], MAX_AUDITED, "audit")
-
-    async def noted(self) -> AsyncIterator[Mapping[str, Any]]:
-        await self.save()
-        async for row in self.logged("audit"):
-            yield json.loads(row)
-
-    def log(self, rows: Iterable[bytes], most: int, name: str = "requests") -> None:
-        """Add rows to a log that all share, which keeps the last ``most``."""
+    def log(self, name: str, most: int, *rows: bytes) -> None:
         self._later(LOG, [f"{PREFIX}{name}"], most, *rows)
 
-    async def logged(self, name: str = "requests") -> AsyncIterator[bytes]:
-        """Its rows, the newest first."""
+    async def logged(self, name: str) -> AsyncIterator[bytes]:
+        await self.save()
         at = "+"
         while at:
             async with self._asking():
-                log = f"{PREFIX}{name}"
-                rows = await self._redis.xrevrange(log, at, count=NAMES_A_TRIP)
+                rows = await self._redis.xrevrange(f"{PREFIX}{name}", at, count=NAMES_A_TRIP)
             for _, row in rows:
                 yield row["row"].encode()
             at = f"({rows[-1][0]}" if rows else ""
@@ -4239,76 +4084,72 @@ class RedisLedger(Ledger):
     async def take_in(self, source: FileLedger, tell: Callable[[str], None]) -> Sums:
         """Fill a store that has no keys with all that a file has, over what a broken try left.
         STORE comes last, when all was read back; till then there is none. Raises SettingsError."""
-        redis, sums, self._store, self._id = self._redis, Sums(), IMPORTED, self._process
-        whole = source.groups[GATEWAY]
-        whole.account.place = self.groups[GATEWAY].account.place
-        records = [*source.groups.values(), *source.keys.values()]
-        try:
-            if await redis.exists(STORE) and await redis.zcard(f"{PREFIX}key"):
+        redis, sums, groups, things = self._redis, Sums(), source.groups, source.things
+        groups[GATEWAY].account.place = self.groups[GATEWAY].account.place
+        records = [*groups.values(), *source.keys.values()]
+        await self.look()
+        with self._starting():
+            if await redis.exists(STORE) and self.count:
                 raise SettingsError(f"--import: {self._shown} holds keys already")
             await redis.delete(STORE)
-            await self._clear("*")
-            pipe = redis.pipeline(transaction=False).set(IMPORTED, self._id)
-            pipe.hset(whole.account.place, "rev", "").set(REVISION, len(records))
-            self._tasks = [asyncio.create_task(self._keep_linked())]
-            for start in range(0, len(records), LOOKED_AT):
-                part = records[start : start + LOOKED_AT]
-                for number, of in enumerate(part, start=start + 1):
-                    if of is not whole:
-                        self._put(pipe, of.account.hashed, of, str(number))
-                    if of.account.last_active:
-                        active = int(of.account.last_active.timestamp())
-                        pipe.hset(of.account.place, "active", active)
-                await pipe.execute()
-                for of in part:
-                    self._copy_account(of, source)
-                    self._count_in(sums, of)
-                await self._written()
-                if start % TOLD_OF == 0:
-                    tell(f"{start:,} of {len(records):,} records")
-            for change in map(json.loads, source.things.lines()):
-                kind, home, names = change.get("kind"), change.get("home"), change.get("shared", ())
-                rows = [[n, kind, home, made] for n, made in change.get("made", {}).items()]
-                rows += [[name, "", "", 0] for name in names]
-                for start in range(0, len(rows), NAMES_A_TRIP):
-                    deed, owner = "shared" if names else "made", change.get("key", "")
-                    self._change(deed, owner, rows[start : start + NAMES_A_TRIP])
-                    await self._written()
-            found, sums["things"] = Sums(), len(source.things.places)
+            left = [name async for name in redis.scan_iter(f"{PREFIX}*", NAMES_A_TRIP)]
+            for start in range(0, len(left), NAMES_A_TRIP):
+                await redis.unlink(*left[start : start + NAMES_A_TRIP])
+            pipe = redis.pipeline(transaction=False).set(REVISION, len(records))
+            for number, of in enumerate(records):
+                if number % LOOKED_AT == 0:
+                    await pipe.execute()
+                if number % TOLD_OF == 0:
+                    tell(f"{number:,} of {len(records):,} records")
+                if of.of != "gateway":
+                    self._put(pipe, of.account.hashed, of, str(number))
+                self._put_used(pipe, of, source)
+                self._count_in(sums, of)
+            for name, (owner, kind, home) in things.places.items():
+                made, is_shared = things.made[owner, kind][name], name in things.shared
+                pipe.hset(f"{PREFIX}things", name, as_json((owner, kind, home, made, is_shared)))
+                sets = ":*", f":{owner}", f"{kind}:*", f"{kind}:{owner}", f"{kind}:+"
+                for at in sets if is_shared else sets[:-1]:
+                    pipe.zadd(f"{PREFIX}made:{at}", {name: made})
+                if len(pipe) > NAMES_A_TRIP:
+                    await pipe.execute()
+            await pipe.execute()
+            self._link, self.away = await Link.open(redis.connection_pool), ""
+            sums["things"] = len(things.places)
+            found = Sums(things=await redis.hlen(f"{PREFIX}things"))
             async for of in self._everything():
                 self._count_in(found, of)
-            found["things"] = await redis.hlen(f"{PREFIX}things")
             if found != sums:
                 wrong = f"{dict(found - sums)} too many, {dict(sums - found)} too few"
                 raise SettingsError(f"--import: what was written is not what was read: {wrong}")
-            await self._clear(f"*:seen:{self._process}")
-            await redis.rename(IMPORTED, STORE)
-            await self.look()
-            await redis.execute_command(*("WAITAOF", 1, 0, 0) if self._waits else ("PING",))
-        except self._errors as error:
-            raise SettingsError(f"--store: {self._shown}: {error or 'no answer'}") from None
+            await redis.set(STORE, self._process, nx=True)
+            if self._waits:
+                await redis.execute_command("WAITAOF", 1, 0, 0)
         return sums
 
-    def _copy_account(self, of: Limited, source: FileLedger) -> None:
-        """Write what a record has used, its batches, and where it makes things."""
-        account, used = of.account, list[Any]()
+    def _put_used(self, pipe: Any, of: Limited, source: FileLedger) -> None:
+        """Queue what a record has used, and its batches."""
+        account, place, day_long = of.account, of.account.place, 86400
         for day, model, tally in account.usage.days(self._oldest):
-            used += self._usage([(model, tally)], day)
-        spent = [[name, w.start, nano(w.spend)] for name, w in account.windows.items()]
-        rows = [{"w": spent, "u": used, "t": False, "a": False}]
-        self._later(BOOK, [account.place] * 2, "", json.dumps(rows), "0")
+            at, counts = f"{place}:{day}", tally.to_json() | {"spend": nano(tally.spend)}
+            pipe.hset(at, mapping={f"{model}\0{name}": count for name, count in counts.items()})
+            pipe.expire(at, (self._usage_days + 1) * day_long).hset(place, f"day:{day}", 1)
+        for name, window in account.windows.items():
+            pipe.hset(place, f"start:{name}", window.start)
+            pipe.hset(place, f"spent:{name}", nano(window.spend))
+        if account.last_active:
+            pipe.hset(place, "active", int(account.last_active.timestamp()))
         for name, batch in account.batches.items():
-            held = [
-                [other.account.place, window, str(nano(amount))]
-                for at, amounts in ({account.hashed: batch.held} | batch.beside).items()
-                for window, amount in amounts.items()
-                if (other := source.record(at))
-            ]
-            row = ["owner", cast(VirtualKey, of).owner, "day", batch.day, "lines", batch.lines]
-            keys = [f"{PREFIX}batch:{name}", f"{PREFIX}unbooked"]
-            self._later(KEEP, keys, "", name, json.dumps(held), json.dumps([*row, "booked", 0]))
-            if batch.booked:
-                self._later(FINISH, keys, name, "[]", self._usage_days * 86400)
+            at, held = f"{PREFIX}batch:{name}", list[tuple[str, str, str]]()
+            for whose, amounts in ({account.hashed: batch.held} | batch.beside).items():
+                if other := source.record(whose):
+                    held += [(other.account.place, w, str(nano(n))) for w, n in amounts.items()]
+            for whose, budget, amount in held:
+                pipe.hincrby(whose, f"held:{budget}", amount)
+            row = {"owner": cast(VirtualKey, of).owner, "day": batch.day, "lines": batch.lines}
+            pipe.hset(at, mapping=row | {"booked": int(batch.booked), "held": as_json(held)})
+            last = self._usage_days * day_long
+            pipe.expire(at, last) if batch.booked else pipe.sadd(f"{PREFIX}unbooked", name)
 
     async def give_out(self, path: Path, tell: Callable[[str], None]) -> Sums:
         """Write all into a keys file, and one of resources, that are not there yet. While gateways
@@ -4318,75 +4159,50 @@ class RedisLedger(Ledger):
         files = {Path(f"{path}.resources"): THINGS_FRAME, path: KEYS_FRAME}
         if there := [*filter(os.path.lexists, files)]:
             raise SettingsError(f"--export: {there[0]} is there already; name another file")
-        try:
+        with self._starting():
             async for of in self._everything():
-                self._count_in(sums, of)
-                lines.append(store_line(of.account.hashed, of, today, self._oldest))
                 if len(lines) % TOLD_OF == 0:
                     tell(f"{len(lines):,} records")
+                self._count_in(sums, of)
+                lines.append(store_line(of.account.hashed, of, today, self._oldest))
             async for name, text in self._redis.hscan_iter(f"{PREFIX}things", count=NAMES_A_TRIP):
                 owner, kind, home, made, is_shared = json.loads(text)
                 things.change({"key": owner, "kind": kind, "home": home, "made": {name: made}})
                 things.shared |= {name} if is_shared else set()
-            for (file, frame), each in zip(files.items(), (things.lines(), lines), strict=True):
+        for (file, frame), each in zip(files.items(), (things.lines(), lines), strict=True):
+            with blaming(f"--export: {file}"):
                 StoreFile(file, frame, "", "").write(each)
-        except self._errors as error:
-            raise SettingsError(f"--export: {error or 'Redis gave no answer'}") from None
         sums["things"] = len(things.places)
         return sums
 
     async def _everything(self) -> AsyncIterator[Limited]:
         """Every record, with all that it used and its batches."""
         days, batches = (self._oldest, "9999"), collections.defaultdict[str, Any](dict)
-        whole = await self._whole(days)
-        names = {whole.account.place: GATEWAY}
         async for at in self._redis.scan_iter(f"{PREFIX}batch:*", NAMES_A_TRIP):
             if row := await self._redis.hgetall(at):
                 batches[row["owner"]][at.removeprefix(f"{PREFIX}batch:")] = row
-        yield whole
+        yield (whole := await self._whole(days))
+        names = {whole.account.place: GATEWAY}
         for kind in (*GROUPS, "key"):
             async for of in self.each(kind, days=days):
-                account = of.account
-                names[account.place] = account.hashed
-                if isinstance(of, VirtualKey):
-                    account.batches, own = {}, batches.pop(of.owner, {})
-                    of.owner_id = "" if of.owner_id == account.hashed else of.owner_id
-                    for name, row in own.items():
-                        batch = Batch(row["day"], int(row["lines"]), booked=row["booked"] == "1")
-                        account.batches[name] = batch
-                        held = {account.hashed: batch.held} | batch.beside
-                        for place, window, amount in (
-                            [] if batch.booked else json.loads(row["held"])
-                        ):
-                            held.setdefault(names.get(place, ""), {})[window] = usd(amount)
-                        batch.held, batch.beside = held.pop(account.hashed), held
+                account, names[of.account.place] = of.account, of.account.hashed
+                own = batches.pop(of.owner, {}) if isinstance(of, VirtualKey) else {}
+                for name, row in own.items():
+                    held = dict[str, dict[str, Decimal]]()
+                    for place, window, amount in json.loads(row["held"]):
+                        held.setdefault(names.get(place, ""), {})[window] = usd(amount)
+                    told = row["day"], int(row["lines"]), held.pop(account.hashed, {})
+                    account.batches[name] = Batch(*told, row["booked"] == "1", held)
                 yield of
-                if kind == "key":
-                    del names[account.place]
 
     def _count_in(self, sums: Sums, of: Limited) -> None:
         """Count a record in, and what it used: amounts are nano-dollars."""
-        which, batches = "tagged " if of.of == "gateway" else "", of.account.batches.values()
-        sums[f"{of.of}s"] += 1
-        sums["batches"] += len(batches)
-        sums["unbooked batches"] += sum(not batch.booked for batch in batches)
-        sums["spent of budgets"] += sum(nano(w.spend) for w in of.account.windows.values())
-        for _, _, tally in of.account.usage.days(self._oldest):
-            sums[f"{which}requests"] += tally.requests
-            sums[f"{which}spent"] += nano(tally.spend)
-
-    async def _written(self) -> None:
-        """Wait until what is to be written is."""
-        waiting = [write.done for write in self._writes.values()]
-        late = (await asyncio.wait(waiting, timeout=COPY_DEADLINE))[1] if waiting else ()
-        if late or self._refused:
-            raise StoreAway(self.away or "it refused what was to be written")
-
-    async def _clear(self, pattern: str) -> None:
-        scan = self._redis.scan_iter(f"{PREFIX}{pattern}", NAMES_A_TRIP)
-        names = [name async for name in scan]
-        for start in range(0, len(names), NAMES_A_TRIP):
-            await self._redis.unlink(*names[start : start + NAMES_A_TRIP])
+        tallies = [tally for *_, tally in of.account.usage.days(self._oldest)]
+        tagged = "tagged " * (of.of == "gateway")
+        counts = {f"{of.of}s": 1, "batches": len(of.account.batches)}
+        counts["spent of budgets"] = sum(nano(w.spend) for w in of.account.windows.values())
+        counts[f"{tagged}requests"] = sum(tally.requests for tally in tallies)
+        sums.update(counts | {f"{tagged}spent": sum(nano(tally.spend) for tally in tallies)})
 
     # Changing
 
@@ -6502,13 +6318,13 @@ class SharedLog(RequestLog):
 
     async def save(self) -> None:
         if self._waiting and not self._ledger.away:
-            self._ledger.log([as_json(each.to_spend_log()) for each in self._waiting], self._most)
+            rows = (as_json(each.to_spend_log()) for each in self._waiting)
+            self._ledger.log("requests", self._most, *rows)
             self._waiting.clear()
 
     async def _newest(self) -> AsyncIterator[Record | bytes]:
         await self.save()
-        await self._ledger.save()
-        async for row in self._ledger.logged():
+        async for row in self._ledger.logged("requests"):
             yield row
 
 
@@ -8027,8 +7843,8 @@ class Gateway:
         self.host_line = f"Host: {self.origin.authority}"
         self.traffic = Traffic()
         path = settings.request_log or f"{os.path.realpath(settings.keys)}.requests"
-        path = "none" if settings.store else path
-        self.recent = RequestLog("" if path == "none" else path, settings.recent_requests)
+        path = "" if settings.store or path == "none" else path
+        self.recent = RequestLog(path, settings.recent_requests)
         if isinstance(self.ledger, RedisLedger):
             self.recent = SharedLog(settings.recent_requests, self.ledger)
         self.active: set[RelayHandler] = set()
@@ -8678,7 +8494,8 @@ class RecordHandler(BodyHandler, ManagementHandler):
         row |= {"changed_by_api_key": self.master, "action": action, "table_name": record.of}
         row |= {"object_id": record.account.hashed.removeprefix(f"{record.of}:")}
         row |= {"name": record.shown_name, "updated_values": dict(body)}
-        self.gateway.ledger.note(row | {"remote_ip": self.request.remote_ip})
+        text = json.dumps(row | {"remote_ip": self.request.remote_ip}, default=shown)
+        self.gateway.ledger.log("audit", MAX_AUDITED, text.encode())
         fields = f": {printable(', '.join(body))}" if body and action == "updated" else ""
         log.info("%s %s %s%s by %s", record.of, record.shown_name, action, fields, word(by))
 
@@ -8843,8 +8660,7 @@ class ReportHandler(ManagementHandler):
             await super().prepare()
 
     async def get(self) -> None:
-        told = self.reports[self.request.path](self)
-        told = await told if asyncio.iscoroutine(told) else told
+        told = await self.reports[self.request.path](self)
         self.refuse_unknown()
         self.send_json(told)
 
@@ -8985,10 +8801,6 @@ class ReportHandler(ManagementHandler):
         rows = [full_row(of, ledger) async for of in ledger.each(kind)]
         return [row | {"keys_count": counts[row[field]]} for row in rows]
 
-    async def list_teams(self) -> list[dict[str, Any]]:
-        """Every team's row."""
-        return await self.group_rows("team")
-
     async def list_users(self) -> dict[str, Any]:
         """Pages of users' rows."""
         rows = await self.group_rows("user")
@@ -9006,26 +8818,31 @@ class ReportHandler(ManagementHandler):
 
     async def list_changes(self) -> dict[str, Any]:
         """Pages of what was changed, newest first; of one ``object_id``."""
-        wanted, rows = self.query("object_id"), self.gateway.ledger.noted()
-        found = [row async for row in rows if wanted in ("", row["object_id"], row["name"])]
+        wanted, logged = self.query("object_id"), self.gateway.ledger.logged("audit")
+        rows = [dict_of(read_json(text, Any)) async for text in logged]
+        found = [row for row in rows if wanted in ("", row["object_id"], row["name"])]
         return self.page_of("audit_logs", found, len(found), "page_size", 50)
 
     async def list_resources(self) -> dict[str, Any]:
         """Pages of what is whose, of a ``key`` or of a ``kind``."""
         asked, kind, page = self.query("key"), self.query("kind"), self.query("page", ORDINAL, 1)
-        size, owner = self.query("size", PAGE_SIZE, MAX_PAGE_SIZE), None
-        if asked:
-            owner = await self.owner_of(asked)
-        total, rows = await self.gateway.ledger.list_things(owner, kind, (page - 1) * size, size)
+        size = self.query("size", PAGE_SIZE, MAX_PAGE_SIZE)
+        owner = await self.owner_of(asked) if asked else None
+        ledger, first, rows = self.gateway.ledger, (page - 1) * size, list[dict[str, Any]]()
+        total, names = await ledger.list_things(owner, kind, first, size)
+        for name, thing in (await ledger.find_things(names)).items():
+            hashed = thing.key.account.hashed if thing.key and not thing.key.deleted_at else None
+            row = {"id": name, "kind": thing.kind, "key": hashed, "home": thing.made_at or None}
+            rows.append(row | {"created_at": moment_of(int(thing.made)), "shared": thing.is_shared})
         return self.page_of("resources", (), total, "size") | {"resources": rows}
 
-    def list_upstreams(self) -> dict[str, Any]:
+    async def list_upstreams(self) -> dict[str, Any]:
         """The real keys: how each is, and what it has answered; never the key."""
         return {"upstreams": self.gateway.real_keys.states()}
 
     reports: ClassVar[dict[str, Any]] = {"/key/list": list_keys, "/audit": list_changes}
     reports |= dict(zip(OWN_REPORTS, (describe_key, list_requests), strict=True))
-    reports |= {"/team/list": list_teams, "/user/list": list_users}
+    reports |= {"/user/list": list_users, "/team/list": functools.partial(group_rows, kind="team")}
     reports |= {"/team/info": describe_group, "/user/info": describe_group}
     reports |= {"/resources/list": list_resources, "/upstreams": list_upstreams}
     reports |= {"/spend/keys": list_spend, "/global/spend/report": sum_spend}
@@ -9154,9 +8971,8 @@ class UsageHandler(BaseHandler):
         else:
             for group, duration in SPEND_GROUPS.items():
                 first = day_of(window(duration, moment)[0])
-                used = [tally.spend for _, _, tally in key.account.usage.days(first)] if key else []
-                cents = int(sum(used) * 100)
-                usage[group] = {"limit": None, "used_credits": cents, "utilization": None}
+                used = sum(t.spend for *_, t in (key.account.usage.days(first) if key else ()))
+                usage[group] = {"limit": None, "used_credits": int(used * 100), "utilization": None}
             usage |= {"monthly_limit": None, "used_credits": usage.pop("monthly")["used_credits"]}
         self.send_json({"extra_usage": usage, "limits": limits})
 
@@ -9175,9 +8991,8 @@ class HealthHandler(BaseHandler):
         is_here = gateway.phase is GatewayPhase.SERVING
         status = ("healthy" if is_well else "unhealthy") if is_here else "shutting_down"
         prices = "loaded" if gateway.prices.loaded else "loading"
-        told = dict[str, Any](
-            status=status, store=error or gateway.ledger.doubt or "writable", version=__version__
-        )
+        told = dict[str, Any](status=status, version=__version__)
+        told["store"] = error or gateway.ledger.doubt or "writable"
         told["prices"] = prices if gateway.prices.available else "none"
         told["uptime"] = round((now() - gateway.started).total_seconds())
         told["upstreams"] = upstreams
@@ -9230,122 +9045,104 @@ class MetricsHandler(ManagementHandler):
         await super().prepare()
 
     async def get(self) -> None:
-        accepted = self.request.headers.get("Accept", "")
+        try:
+            import prometheus_client as prometheus
+        except ImportError:
+            raise APIError(501, "Metrics need it: pip install prometheus-client") from None
         keys = list[VirtualKey]()
         async for key in self.gateway.ledger.each():
             keys += [] if key.deleted_at else [key]
             if len(keys) == MAX_LABELS:
                 break
-        data, kind = Metrics(self.gateway, keys).encode(accepted)
+        told, families = {str(PLACE.number): own_metrics(self.gateway, keys)}, dict[str, Any]()
         if PLACE.folder:
-            others = sorted({*os.listdir(PLACE.folder)} - {str(PLACE.number)})
-            told = await asyncio.gather(*(ask_process(other, accepted) for other in others))
-            data = merged(dict(zip([str(PLACE.number), *others], [data, *told])))
-        self.set_header("Content-Type", kind)
-        self.finish(data)
+            others = sorted({*os.listdir(PLACE.folder)} - {*told})
+            told |= zip(others, await asyncio.gather(*map(ask_process, others)))
+        for process, each in told.items():
+            whose = {"process": process} if PLACE.folder else {}
+            for name, text, kind, samples in each:
+                family = families.setdefault(name, prometheus.Metric(name, text, kind))
+                for sample, labels, value in samples:
+                    more = {} if name in BUDGET_METRICS else whose  # which the store has
+                    family.add_sample(sample, labels | more, value)
+        registry: Any = types.SimpleNamespace(collect=families.values)
+        accepted = self.request.headers.get("Accept", "")
+        encode, media_type = prometheus.exposition.choose_encoder(accepted)
+        self.set_header("Content-Type", media_type)
+        self.finish(encode(registry))
 
 
-async def ask_process(name: str, accepted: str) -> bytes:
+async def ask_process(name: str) -> Any:
     """What one of the `Parent`'s other processes tells of itself; nothing if it is not there."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         async with asyncio.timeout(PROCESS_TIMEOUT):
             reader, writer = await asyncio.open_unix_connection(Path(PLACE.folder, name))
             with contextlib.closing(writer):
-                writer.write(f"{accepted}\n".encode("latin-1"))
-                return await reader.read()
-    return b""
+                return json.loads(await reader.read())
+    return []
 
 
-def merged(told: Mapping[str, bytes]) -> bytes:
-    """What processes tell, by their names, as one: each sample names its process, but not those of
-    keys, which the store has."""
-    families, end = dict[bytes, list[bytes]](), b""
-    own = rf"(?m)^((?!{'|'.join(BUDGET_METRICS)})[\w:]+)".encode()
-    for name, data in told.items():
-        whose = b'process="%b"' % name.encode()
-        data = re.sub(own + rb"\{", rb"\1{%b," % whose, data)
-        data = re.sub(own + rb" ", rb"\1{%b} " % whose, data)
-        data, eof, _ = data.partition(b"# EOF\n")  # of OpenMetrics
-        end = end or eof
-        for family in re.split(rb"(?m)^(?=# HELP )", data)[1:]:
-            about, kind, samples = family.split(b"\n", 2)
-            families.setdefault(about, [about, b"\n", kind, b"\n"]).append(samples)
-    return b"".join([*itertools.chain(*families.values()), end])
+def own_metrics(gateway: Gateway, keys: Sequence[VirtualKey] = ()) -> list[Any]:
+    """Those of this process, and what these keys have left: names, texts, types and samples."""
+    families = collect_metrics(gateway, keys)
+    return [(f.name, f.documentation, f.type, [s[:3] for s in f.samples]) for f in families]
 
 
-@dataclass(eq=False)  # a registry hashes it
-class Metrics:
-    """Those of this process, made of the gateway's counts, and of what keys have left."""
+def tell_metrics(gateway: Gateway, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Answer `ask_process`."""
+    with contextlib.closing(writer):
+        writer.write(json.dumps(own_metrics(gateway)).encode())
 
-    gateway: Gateway
-    keys: Sequence[VirtualKey] = ()
 
-    def encode(self, accepted: str) -> tuple[bytes, str]:
-        """All, and the media type that was chosen of those accepted. Raises APIError 501."""
-        try:
-            import prometheus_client as prometheus
-        except ImportError:
-            raise APIError(501, "Metrics need it: pip install prometheus-client") from None
-        registry = prometheus.CollectorRegistry()
-        registry.register(self)
-        prometheus.ProcessCollector(registry=registry)
-        encode, kind = prometheus.exposition.choose_encoder(accepted)
-        return encode(registry), kind
+def collect_metrics(gateway: Gateway, keys: Sequence[VirtualKey]) -> Iterator[Any]:
+    """Every metric, made of the gateway's counts."""
+    from prometheus_client import ProcessCollector, core
 
-    async def tell(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Answer `ask_process`."""
-        with contextlib.closing(writer):
-            accepted = (await reader.readline()).decode("latin-1")
-            writer.write(self.encode(accepted.strip())[0])
-
-    def collect(self) -> Iterator[Any]:
-        """Every metric, made of the gateway's counts as the registry asks for them."""
-        from prometheus_client import core
-
-        gateway, traffic, client = self.gateway, self.gateway.traffic, self.gateway.client
-        requests, failed, gone = dict[Any, list[int]](), dict[Any, list[int]](), 0
-        for (key, model, status, outcome), count in traffic.requests.items():
-            requests.setdefault((key, model, str(status)), [0])[0] += count
-            if outcome != "ok":
-                failed[key, model, str(status), outcome] = [count]
-            gone += count if outcome == "client_gone" else 0
-        times, ends = dict[Any, Any](), (*map(str, LATENCY_BUCKETS), "+Inf")
-        for model, each in traffic.timings.items():
-            times[model,] = [([*zip(ends, itertools.accumulate(h.counts))], h.total) for h in each]
-        usage, budgets, moment = dict[Any, Any](), dict[Any, Any](), now()
-        for label, used in traffic.used.items():
-            prompt, output = used.input_tokens + used.cached, used.output_tokens
-            cache = (used.cache_read_tokens, used.written)
-            usage[label] = (used.spend, prompt + output, prompt, output, *cache)
-        for record in self.keys:
-            spent, limit, length = record.spent(moment), record.max_budget, record.budget_duration
-            end = window(length, moment)[1] if length and limit is not None else None
-            left = None if limit is None else limit - spent
-            hours = end and (end - moment) / timedelta(hours=1)
-            budgets[record.shown_name,] = (spent, limit, left, hours)
-        states = gateway.real_keys.states()
-        keys = {(each["name"],): (each["requests"], each["errors"]) for each in states}
-        resting = {(each["name"],): (each["state"] != "ok",) for each in states}
-        answers = [handler._visit.answer for handler in gateway.active]
-        streams = sum(head is not None and is_event_stream(head) for head in answers)
-        for kind, labels, names, rows in (
-            ("Counter", f"{KEYED} status_code", REQUEST_METRICS, requests),
-            ("Counter", f"{KEYED} exception_status exception_class", FAILURE_METRICS, failed),
-            ("Histogram", "model", LATENCY_METRICS, times),
-            ("Counter", KEYED, USAGE_METRICS, usage),
-            ("Gauge", "api_key_alias", BUDGET_METRICS, budgets),
-            ("Gauge", "", PRESENT_METRICS, {(): (len(gateway.active), streams, len(client.idle))}),
-            ("Counter", "", EVENT_METRICS, {(): (client.opened, client.reused, gone)}),
-            ("Counter", "upstream_key", KEY_METRICS, keys),
-            ("Gauge", "upstream_key", REST_METRICS, resting),
-        ):
-            for index, (name, text) in enumerate(names.items()):
-                family = getattr(core, f"{kind}MetricFamily")(name, text, labels=labels.split())
-                for values, row in rows.items():
-                    if row[index] is not None:  # there is such a thing
-                        shown: Any = row[index] if kind == "Histogram" else [float(row[index])]
-                        family.add_metric(values, *shown)
-                yield family
+    traffic, client = gateway.traffic, gateway.client
+    requests, failed, gone = dict[Any, list[int]](), dict[Any, list[int]](), 0
+    for (key, model, status, outcome), count in traffic.requests.items():
+        requests.setdefault((key, model, str(status)), [0])[0] += count
+        if outcome != "ok":
+            failed[key, model, str(status), outcome] = [count]
+        gone += count if outcome == "client_gone" else 0
+    times, ends = dict[Any, Any](), (*map(str, LATENCY_BUCKETS), "+Inf")
+    for model, each in traffic.timings.items():
+        times[model,] = [([*zip(ends, itertools.accumulate(h.counts))], h.total) for h in each]
+    usage, budgets, moment = dict[Any, Any](), dict[Any, Any](), now()
+    for label, used in traffic.used.items():
+        prompt, output = used.input_tokens + used.cached, used.output_tokens
+        cache = (used.cache_read_tokens, used.written)
+        usage[label] = (used.spend, prompt + output, prompt, output, *cache)
+    for record in keys:
+        spent, limit, length = record.spent(moment), record.max_budget, record.budget_duration
+        end = window(length, moment)[1] if length and limit is not None else None
+        left = None if limit is None else limit - spent
+        hours = end and (end - moment) / timedelta(hours=1)
+        budgets[record.shown_name,] = (spent, limit, left, hours)
+    states = gateway.real_keys.states()
+    real = {(each["name"],): (each["requests"], each["errors"]) for each in states}
+    resting = {(each["name"],): (each["state"] != "ok",) for each in states}
+    answers = [handler._visit.answer for handler in gateway.active]
+    streams = sum(head is not None and is_event_stream(head) for head in answers)
+    for kind, labels, names, rows in (
+        ("Counter", f"{KEYED} status_code", REQUEST_METRICS, requests),
+        ("Counter", f"{KEYED} exception_status exception_class", FAILURE_METRICS, failed),
+        ("Histogram", "model", LATENCY_METRICS, times),
+        ("Counter", KEYED, USAGE_METRICS, usage),
+        ("Gauge", "api_key_alias", BUDGET_METRICS, budgets),
+        ("Gauge", "", PRESENT_METRICS, {(): (len(gateway.active), streams, len(client.idle))}),
+        ("Counter", "", EVENT_METRICS, {(): (client.opened, client.reused, gone)}),
+        ("Counter", "upstream_key", KEY_METRICS, real),
+        ("Gauge", "upstream_key", REST_METRICS, resting),
+    ):
+        for index, (name, text) in enumerate(names.items()):
+            family = getattr(core, f"{kind}MetricFamily")(name, text, labels=labels.split())
+            for values, row in rows.items():
+                if row[index] is not None:  # there is such a thing
+                    shown: Any = row[index] if kind == "Histogram" else [float(row[index])]
+                    family.add_metric(values, *shown)
+            yield family
+    yield from ProcessCollector(registry=None).collect()
 
 
 class LineFormatter(logging.Formatter):
@@ -10472,23 +10269,20 @@ def take_secrets(gateway: Gateway) -> None:
     mask_secrets(settings)
 
 
-def meet_parent(take: Callable[[int], Any], sockets: list[socket.socket], port: int) -> None:
+async def meet_parent(take: Callable[[int], Any], sockets: Iterable[socket.socket]) -> None:
     """Give the `Parent` what it does not have, and take signals from it; if it goes, stop too."""
     control, loop = socket.socket(fileno=PLACE.control), asyncio.get_running_loop()
-
-    def hear() -> None:
-        told = control.recv(64)
-        if not told:
-            loop.remove_reader(control)
-        for number in told or [signal.SIGTERM]:
-            take(number)
-
-    loop.add_reader(control, hear)
-    for each in sockets if port else ():
-        each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # the first has the port alone
+    control.setblocking(False)
     if not PLACE.sockets:
-        socket.send_fds(control, [b"%d" % port], [each.fileno() for each in sockets])
+        for each in sockets:  # the first process had the port alone
+            with contextlib.suppress(OSError):  # a Unix socket has none
+                each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        socket.send_fds(control, [b"!"], [each.fileno() for each in sockets])
         os.kill(os.getppid(), signal.SIGUSR1)
+    with contextlib.suppress(ConnectionError):  # it ended before it read the above
+        while told := await loop.sock_recv(control, 1):
+            take(told[0])
+    take(signal.SIGTERM)
 
 
 async def serve(settings: Settings) -> None:
@@ -10506,8 +10300,6 @@ async def serve(settings: Settings) -> None:
     await gateway.ledger.open()
     gateway.doors = Doors(gateway.settings, gateway.ledger)  # which may be open now
     settings, server, drained = gateway.settings, Server(gateway, application), gateway.drained
-    if PLACE.port:
-        settings = dataclasses.replace(settings, port=PLACE.port, reuse_port=True)
     sockets = [socket.socket(fileno=each) for each in PLACE.sockets]
     sockets = sockets or bind(settings, loopback=gateway.doors.is_open)
     port = 0 if settings.unix_socket else sockets[0].getsockname()[1]
@@ -10520,9 +10312,9 @@ async def serve(settings: Settings) -> None:
     saving = [asyncio.create_task(each.run()) for each in (gateway.ledger, gateway.recent)]
     if PLACE.folder:
         path = Path(PLACE.folder, str(PLACE.number))
-        telling = await asyncio.start_unix_server(Metrics(gateway).tell, path)
-        meet_parent(signals.put_nowait, sockets, port)
-    if not (PLACE.port or PLACE.sockets):
+        telling = await asyncio.start_unix_server(functools.partial(tell_metrics, gateway), path)
+        saving.append(asyncio.create_task(meet_parent(signals.put_nowait, sockets)))
+    if not PLACE.sockets:
         announce(gateway, port)
     await loop.run_in_executor(None, gateway.prices.load)
     favour_the_loop()
@@ -10566,27 +10358,25 @@ async def serve(settings: Settings) -> None:
     for task in (*saving, hurrying):
         task.cancel()
     if PLACE.folder:
-        telling.close()
+        telling.close()  # which uvloop closes itself once nobody has it
     elif settings.unix_socket:
         Path(settings.unix_socket).unlink(missing_ok=True)
 
 
 async def copy_store(settings: Settings) -> None:
     """Do what ``--import`` or ``--export`` asks, and print of what. Raises SettingsError."""
-    tell, path = functools.partial(say, as_json=settings.log_json), Path(settings.import_)
-    told: Any = {"usage_days": settings.usage_days}
-    store = RedisLedger(settings.store, deadline=None, **told)  # a fifth faster, and nobody waits
+    path, told = settings.import_, {"usage_days": settings.usage_days}
+    tell = functools.partial(say, as_json=settings.log_json)
+    store = make_ledger(settings, "", deadline=None, **told)  # a fifth faster, and nobody waits
     try:
-        if not settings.import_:
+        if not path:
             await store.open()
             sums = await store.give_out(Path(settings.export), tell)
-        elif path.is_file():
-            source = FileLedger(path, RealKeys(settings).first.name, **told)
+        elif os.path.isfile(path):
+            source = FileLedger(Path(path), RealKeys(settings).first.name, **told)
             sums = await store.take_in(source, tell)
         else:
             raise SettingsError(f"--import={path}: there is no such file")
-    except APIError as error:
-        raise SettingsError(error.message) from None
     finally:
         await store.close()
     amounts = {n: f"${dollars(usd(c))}" if "spent" in n else f"{c:,}" for n, c in sums.items()}
@@ -10596,33 +10386,31 @@ async def copy_store(settings: Settings) -> None:
 def look_at_file(path: Path) -> int:
     """How many records a keys file has that could be used now. Raises SettingsError."""
     rights = "; let the gateway's user read it, and write in its folder, or set --keys"
-    with blaming(str(path), rights):
-        with tempfile.TemporaryFile(dir=path.parent):  # as each change makes one
-            found = parse_store(path.read_bytes(), str(path)) if path.exists() else {}
-        if path.exists():
+    with blaming(str(path), rights), tempfile.TemporaryFile(dir=path.parent):  # as changes make
+        if not path.exists():
+            return 0
+        with path.open("rb") as file:
+            count = len(parse_store(file.read(), str(path)))
             try:
-                with path.open("rb") as file:
-                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                used = (
-                    "another gateway uses it; stop that one, or give this one its own with --keys"
-                )
-                raise SettingsError(f"{path}: {used}") from None
-    return len(found)
+                advice = "stop that one, or give this one its own with --keys"
+                raise SettingsError(f"{path}: another gateway uses it; {advice}") from None
+    return count
 
 
 async def check(settings: Settings) -> bool:
     """Print, a line each, what is well and what is not, and what to do about it (``--check``)."""
     settings, count = start_mock(settings), 0
-    path, upstream, where = settings.keys, settings.upstream, settings.unix_socket
+    keys, upstream, where = RealKeys(settings).keys, settings.upstream, settings.unix_socket
     findings = [(True, f"Python {sys.version.split()[0]}, Tornado {tornado.version}")]
 
     @contextlib.contextmanager
-    def looking() -> Iterator[None]:
+    def looking(what: str = "", advice: str = "") -> Iterator[None]:
         try:
             yield
-        except SettingsError as error:
-            findings.append((False, str(error)))
+        except (SettingsError, UpstreamError, OSError) as error:
+            findings.append((False, f"{what}{error}{advice}"))
 
     for package, loss in OPTIONAL_PACKAGES.items():
         is_there = importlib.util.find_spec(package.replace("-", "_"))
@@ -10635,10 +10423,8 @@ async def check(settings: Settings) -> bool:
             told, count = await store.look(), store.count
             findings.append((not store.doubt, f"{settings.shown_store}: {store.doubt or told}"))
         else:
-            count = look_at_file(path)
-            findings.append(
-                (True, f"{path}: {count} keys" if count else f"{path}: holds no key yet")
-            )
+            count = look_at_file(settings.keys)
+            findings.append((True, f"{settings.keys}: {count or 'as yet no'} keys"))
     with looking():
         is_open = not (count or settings.master_key)
         if where and not os.access(Path(where).absolute().parent, os.W_OK):
@@ -10652,20 +10438,17 @@ async def check(settings: Settings) -> bool:
         unserved = "not served: right behind a proxy, or on loopback"
         served = f"served with {settings.certfile}" if server_context(settings) else unserved
         findings.append((True, f"TLS is {served}"))
-    try:
-        with contextlib.closing(UpstreamClient(force_instance=True, settings=settings)) as client:
-            for key in RealKeys(settings).keys.values() or (None,):
-                code = (await client.get("/v1/models?limit=1", CHECK_TIMEOUT, key)).code
-                name, is_refused = f"real key {key.name}" if key else "real key", code in (401, 403)
-                well = code < 400 or (not key and code == 401)
-                doubt = (
-                    f"{name} not accepted, set another" if is_refused else "is --upstream right?"
-                )
-                fine = f" and accepts the {name}" if key else ""
-                said = fine if well else f" {code} to GET /v1/models: {doubt}"
-                findings.append((well, f"{upstream} answers{said}"))
-    except (UpstreamError, OSError) as error:
-        findings.append((False, f"{upstream}: {error} See --upstream and the network."))
+    client = UpstreamClient(force_instance=True, settings=settings)
+    with looking(f"{upstream}: ", " See --upstream and the network."), contextlib.closing(client):
+        for key in keys.values() or (None,):
+            code = (await client.get("/v1/models?limit=1", CHECK_TIMEOUT, key)).code
+            name, said = f"real key {key.name}" if key else "real key", "is --upstream right?"
+            if code in (401, 403):
+                said = f"{name} not accepted, set another"
+            said = f" {code} to GET /v1/models: {said}"
+            if well := code < 400 or (not key and code == 401):
+                said = f" and accepts the {name}" if key else ""
+            findings.append((well, f"{upstream} answers{said}"))
     lines = [f"{'ok  ' if well else 'FAIL'} {text}" for well, text in findings]
     lines.append(CONNECT.format(base=base_url(settings, settings.port), key="<a virtual key>"))
     say("\n".join(lines), as_json=settings.log_json)
@@ -10706,13 +10489,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @dataclass
 class Child:
-    """One of several processes, as their `Parent` sees it; times are of `time.monotonic`."""
+    """One of several processes, as their `Parent` sees it."""
 
     number: int
     sockets: Sequence[int] = ()  # descriptors of copies
-    due: float = math.inf  # when it is to be started,
-    wait: int = 0  # and so long behind its end
-    started: float = 0.0
+    due: float = math.inf  # when it is to be started, as `time.monotonic` tells,
+    wait: int = 0  # and so many seconds behind its end
     process: subprocess.Popen[bytes] | None = None
     control: socket.socket = field(default_factory=socket.socket)
 
@@ -10728,7 +10510,7 @@ class Parent:
 
     def __init__(self, settings: Settings) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
-        self.path, self.port, self.code, self.stopping = settings.unix_socket, 0, 0, False
+        self.path, self.code, self.stopping = settings.unix_socket, 0, False
         count = settings.processes or len(os.sched_getaffinity(0))
         self.children = [Child(number) for number in range(count)]
         self.children[0].due = 0
@@ -10737,45 +10519,38 @@ class Parent:
         """Go on until all have ended behind a signal; their worst exit code."""
         with tempfile.TemporaryDirectory(prefix="gateway-") as folder:
             while not self.stopping or any(child.process for child in self.children):
-                if not self.stopping:
-                    self._start(folder)
+                for child in self.children:
+                    if not (child.process or self.stopping) and child.due <= time.monotonic():
+                        self._start(child, folder)
                 came = signal.sigtimedwait(self.SIGNALS, 1)  # till something may be due
                 if came and came.si_signo in self.TOLD:
                     self._tell(came.si_signo)
+                first = self.children[0]
+                if first.process and not (first.sockets or self.stopping):
+                    self._take_sockets(first)
                 for child in self.children:
-                    if child.process and not (child.sockets or self.stopping):
-                        self._take_sockets(child)
                     if child.process and (code := child.process.poll()) is not None:
                         self._bury(child, code)
         if self.path:
             Path(self.path).unlink(missing_ok=True)
         return self.code
 
-    def _start(self, folder: str) -> None:
-        """Start what is due."""
-        moment, count = time.monotonic(), len(self.children)
-        for child in self.children:
-            if not child.process and child.due <= moment:
-                child.started = moment
-                child.control, theirs = socket.socketpair()
-                with theirs:
-                    given, control = child.sockets, theirs.fileno()
-                    place = Place(child.number, count, folder, control, given, self.port)
-                    variables = os.environ | {PLACE_VARIABLE: json.dumps(place)}
-                    command = [sys.executable, *sys.orig_argv[1:]]
-                    child.process = subprocess.Popen(
-                        command, env=variables, pass_fds=(control, *given)
-                    )
+    def _start(self, child: Child, folder: str) -> None:
+        child.control, theirs = socket.socketpair()
+        with theirs:
+            files = (theirs.fileno(), *child.sockets)
+            place = Place(child.number, len(self.children), folder, files[0], files[1:])
+            told = os.environ | {PLACE_VARIABLE: json.dumps(place)}
+            command = [sys.executable, *sys.orig_argv[1:]]
+            child.process = subprocess.Popen(command, env=told, pass_fds=files)
 
-    def _take_sockets(self, child: Child) -> None:
-        """Keep what one listens to, if it does by now; a Unix socket is everybody's."""
+    def _take_sockets(self, first: Child) -> None:
+        """Keep what the first listens to, if it does by now, and have the others listen there."""
         with contextlib.suppress(BlockingIOError):
-            told, files, _, _ = socket.recv_fds(child.control, 8, 64, socket.MSG_DONTWAIT)
-            for each in self.children if files and self.path else [child]:
-                each.sockets = files
-            for each in self.children if files and not self.port else ():
+            _, first.sockets, *_ = socket.recv_fds(first.control, 1, 64, socket.MSG_DONTWAIT)
+            for each in self.children[1:] if first.sockets else ():  # a Unix socket is everybody's
+                each.sockets = first.sockets if self.path else [*map(twin_of, first.sockets)]
                 each.due = 0
-            self.port = int(told or self.port)
 
     def _tell(self, number: int) -> None:
         if number != signal.SIGHUP:
@@ -10791,17 +10566,22 @@ class Parent:
 
     def _bury(self, child: Child, code: int) -> None:
         """One has ended, to be started again; unless not even a first one could start."""
-        child.process, ran = None, time.monotonic() - child.started
+        child.process = None
         child.control.close()
-        none_listened = not any(each.sockets for each in self.children)
-        if code == 2 and none_listened and not self.stopping:  # a SettingsError
+        if code == 2 and not (self.children[0].sockets or self.stopping):  # a SettingsError
             self._tell(signal.SIGTERM)
         if self.stopping:
             self.code = max(self.code, code if code >= 0 else 128 - code)
             return
-        wait = 0 if ran >= STEADY else child.wait
+        wait = 0 if time.monotonic() - child.due >= STEADY else child.wait
         child.due, child.wait = time.monotonic() + wait, min(LONGEST_WAIT, 2 * wait or 1)
         log.error("process %d ended with %d; another starts in %d s", child.number, code, wait)
+
+
+def twin_of(listening: int) -> int:
+    """Another socket that listens to the same port."""
+    with socket.socket(fileno=os.dup(listening)) as one:
+        return socket.create_server(one.getsockname(), family=one.family, reuse_port=True).detach()
 
 
 def favour_the_loop() -> None:
