@@ -3357,6 +3357,7 @@ class RedisLedger(Ledger):
         self.away, self.lost, self._store = "it was not asked yet", False, STORE
         self._id, self._process, self._number = "", secrets.token_hex(4), 0
         self._writes: dict[int, Write] = {}
+        self._is_behind = False  # of these some were not sent on this link, and go first
         self._refused: list[Write] = []  # which are sent again, each with another number
         self._holds: dict[str, Sequence[str]] = {}  # places, by the ids of holds
         self._turn, self._lock, self._waits = asyncio.Lock(), None, False  # for WAITAOF
@@ -3443,10 +3444,14 @@ class RedisLedger(Ledger):
                 self._linked.set()
                 self.away = ""
                 self._forget()  # what changed meanwhile
-                for number, write in [*self._writes.items()]:  # in their order, before any other
-                    self._send(number, write)
-                self._write_refused()
+                self._is_behind = True
                 await self._renew()
+                while self._is_behind and not (self.lost or link.closed.is_set()):
+                    first = itertools.islice(self._writes.items(), NAMES_A_TRIP)
+                    if sent := [self._send(*each) for each in first]:  # others have their turn
+                        await asyncio.wait(sent)
+                    self._is_behind = bool(sent)
+                self._write_refused()
                 await link.closed.wait()
                 why = link.why
             except Exception as error:  # whatever it is, it is tried again
@@ -3587,18 +3592,19 @@ class RedisLedger(Ledger):
         for write in writes:
             self._number += 1
             self._writes[self._number] = write
-            self._send(self._number, write)
+            if not (self._link is None or self._is_behind or self.lost):
+                self._send(self._number, write)
+                self._link.flush()  # before the last bytes of an answer, behind which more may come
 
     def _write_refused(self) -> None:
         refused, self._refused = self._refused, []
         self._write(*refused)
 
-    def _send(self, number: int, write: Write) -> None:
-        if self._link is not None and not self.lost:
-            keys = [f"{write.keys[-1]}:seen:{self._process}", *write.keys]
-            answer = self._run(write.script, keys, number, *write.arguments)
-            answer.add_done_callback(functools.partial(self._sent, number, write))
-            self._link.flush()  # before the last bytes of an answer, behind which more may come
+    def _send(self, number: int, write: Write) -> asyncio.Future[Any]:
+        keys = [f"{write.keys[-1]}:seen:{self._process}", *write.keys]
+        answer = self._run(write.script, keys, number, *write.arguments)
+        answer.add_done_callback(functools.partial(self._sent, number, write))
+        return answer
 
     def _sent(self, number: int, write: Write, answer: asyncio.Future[Any]) -> None:
         error = answer.exception()
@@ -8354,6 +8360,11 @@ class ManagementHandler(BaseHandler):
 
     master = ""
 
+    def on_connection_close(self) -> None:
+        """Whoever only asked wants no answer any more; a change is done to its end."""
+        if self.step is not None and self.request.method == "GET":
+            self.step.cancel()
+
     async def prepare(self) -> None:
         super().prepare()
         doors, ledger, shown = self.gateway.doors, self.gateway.ledger, await self.shown_hashes()
@@ -9088,7 +9099,11 @@ class MetricsHandler(ManagementHandler):
 
     async def get(self) -> None:
         accepted = self.request.headers.get("Accept", "")
-        keys = (await self.gateway.ledger.live())[:MAX_LABELS]
+        keys = list[VirtualKey]()
+        async for key in self.gateway.ledger.each():
+            keys += [] if key.deleted_at else [key]
+            if len(keys) == MAX_LABELS:
+                break
         data, kind = Metrics(self.gateway, keys).encode(accepted)
         if PLACE.folder:
             others = sorted({*os.listdir(PLACE.folder)} - {str(PLACE.number)})

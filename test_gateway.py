@@ -35,6 +35,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.parse
@@ -485,11 +486,15 @@ class Process:
 def environment(**variables: str) -> dict[str, str]:
     steering = ("ANTHROPIC_", "GATEWAY_", "LITELLM_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(steering)}
-    return {**kept, **variables}
+    kept.pop("PYTHONDONTWRITEBYTECODE", None)
+    return {**kept, **COMPILED, **variables}
 
 
 DEFAULT_VARIABLES = {"ANTHROPIC_API_KEY": REAL_KEY, "GATEWAY_MASTER_KEY": MASTER_KEY}
-PROGRAM = [sys.executable, str(GATEWAY)]
+# As a module it is compiled once, and not at each of the many starts.
+PROGRAM = [sys.executable, "-m", "gateway"]
+BYTECODE = tempfile.TemporaryDirectory()
+COMPILED = {"PYTHONPATH": str(GATEWAY.parent), "PYTHONPYCACHEPREFIX": BYTECODE.name}
 
 
 class Starter:
