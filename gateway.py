@@ -90,7 +90,6 @@ from collections.abc import (
     Iterable,
     Iterator,
     Mapping,
-    MutableMapping,
     Sequence,
 )
 from dataclasses import dataclass, field
@@ -3635,11 +3634,11 @@ class RedisLedger(Ledger):
 
     async def _learn(self, hashed: str) -> VirtualKey | None:
         """Read a key, and remember it, or that there is none."""
-        began = self._forgotten
+        began, key = self._forgotten, cast(VirtualKey | None, None)
         try:
             async with self._asking():
-                if key := await self._read_key(hashed, former=True):
-                    await self._look([key], None, shared=self._accounts)
+                if key := await self._read(hashed, former=True):
+                    await self._look([key], None, is_hot=True)
         finally:
             del self._asked[hashed]
         if began == self._forgotten:
@@ -3679,13 +3678,14 @@ class RedisLedger(Ledger):
             if not name or of == (getattr(key, f"{kind}_id") if kind else key.account.hashed):
                 del self.keys[hashed]
 
-    async def _read_key(self, hashed: str, *, former: bool) -> VirtualKey | None:
-        """A key by its hash, or by one that it had."""
-        if found := (await self._records([hashed])).get(hashed):
-            return cast(VirtualKey, found)
-        newer = await self._redis.hget(f"{PREFIX}retired", hashed) if former else None
-        found = (await self._records([newer])).get(newer) if newer else None
-        return found if isinstance(found, VirtualKey) and hashed in found.retired else None
+    async def _read(self, name: str, *, former: bool) -> Any:
+        """A record by its name, or a key by a hash that it had."""
+        found: Any = (await self._records([name])).get(name)
+        newer = await self._redis.hget(f"{PREFIX}retired", name) if former and not found else ""
+        if newer:
+            found = (await self._records([newer])).get(newer)
+            found = found if found and name in found.retired else None
+        return found
 
     async def _records(self, names: Sequence[str]) -> dict[str, Limited]:
         """The records that are kept under these names, those that are there."""
@@ -3704,13 +3704,11 @@ class RedisLedger(Ledger):
                 each.home = home
         return found
 
-    async def _join(self, keys: Iterable[VirtualKey]) -> list[Limited]:
+    async def _join(self, keys: Sequence[VirtualKey]) -> list[Limited]:
         """Put the records of their teams and users beside keys."""
-        named = {key.account.place: (f"team:{key.team_id}", f"user:{key.user_id}") for key in keys}
-        groups = await self._records(sorted({*itertools.chain(*named.values())}))
+        groups = await self._records([*{*itertools.chain(*map(group_names, keys))}])
         for key in keys:
-            names = named[key.account.place]
-            key.account.beside = [groups[name] for name in names if name in groups]
+            key.account.beside = [groups[name] for name in group_names(key) if name in groups]
         return [*groups.values()]
 
     async def settle(self, key: VirtualKey, home: str) -> None:
@@ -3930,7 +3928,7 @@ class RedisLedger(Ledger):
                 self._booking.pop(name, None)
                 return None
             hashed = await self._redis.hget(f"{PREFIX}owners", row["owner"]) or ""
-            if key := await self._read_key(hashed, former=True):
+            if key := await self._read(hashed, former=True):
                 await self._join([key])
                 self._booking[name] = key, json.loads(row["held"]), int(row["lines"])
         return Batch(row["day"], int(row["lines"]))
@@ -4281,36 +4279,33 @@ class RedisLedger(Ledger):
         async with self._asking():
             before = await self._records([*changes])
             async with self._redis.pipeline(transaction=True) as pipe:
-                await pipe.watch(STORE, REVISION, f"{PREFIX}lock")
-                revision = int(await pipe.get(REVISION) or 0)
-                is_ours = await pipe.get(STORE) == self._id
-                if (
-                    not is_ours
-                    or await pipe.get(f"{PREFIX}lock") != self._lock.local.token.decode()
-                ):
+                watched = STORE, f"{PREFIX}lock", REVISION
+                await pipe.watch(*watched)
+                *there, revision = await pipe.mget(watched)
+                if there != [self._id, self._lock.local.token.decode()]:
                     raise StoreAway("the change took too long")
                 pipe.multi()
                 pipe.incrby(REVISION, len(changes))
-                for number, (name, record) in enumerate(changes.items(), start=1):
+                # Each has a number of its own, the order of reports.
+                for number, (name, record) in enumerate(changes.items(), int(revision or 0) + 1):
                     if old := before.get(name):
                         self._take(pipe, name, old, is_gone=record is None)
-                    if record is not None:  # each has a number of its own, the order of reports
-                        self._put(pipe, name, record, str(revision + number))
+                    if record is not None:
+                        self._put(pipe, name, record, str(number))
                     pipe.xadd(CHANGES, {"name": name}, maxlen=CHANGES_KEPT)
                 await pipe.execute()
             await self._sync()
-        for name, record in changes.items():
+        for name in changes:
             self._forget(name)
-            if record is not None:
-                record.account.hashed = name
 
     def _put(self, pipe: Any, name: str, record: Limited, revision: str) -> None:
         """Queue what keeps a record and finds it."""
         account, bare = record.account, dataclasses.replace(record, account=Account())
+        account.hashed = name
         if isinstance(record, VirtualKey):
-            record.owner_id = record.owner_id or name
-            id, team = record.owner_id, record.team_id
-            pipe.hset(f"{PREFIX}owners", record.owner_id, name)
+            id = record.owner_id = record.owner_id or name
+            team = record.team_id
+            pipe.hset(f"{PREFIX}owners", id, name)
             for old in record.retired:
                 pipe.hset(f"{PREFIX}retired", old, name)
             if not record.deleted_at:
@@ -4318,8 +4313,8 @@ class RedisLedger(Ledger):
                     pipe.sadd(f"{PREFIX}members:{group}", name)
                 if record.key_alias:
                     pipe.hset(f"{PREFIX}alias", record.key_alias, name)
-            elif record.team_id:  # whose others still reach what it made
-                pipe.sadd(f"{PREFIX}deleted:team:{record.team_id}", name)
+            elif team:  # whose others still reach what it made
+                pipe.sadd(f"{PREFIX}deleted:team:{team}", name)
         else:
             # One that is made anew begins without what requests and batches of the old one held.
             id, team = f"{name}:{revision}", getattr(record, "team_id", None)
@@ -4348,13 +4343,12 @@ class RedisLedger(Ledger):
 
     async def reset_spend(self, record: Limited, amount: Decimal) -> None:
         budget, place = record.budgets[0], record.account.place
-        start = window_start(budget.duration, now())
+        window = record.account.windows[budget.name]
+        window.start, window.spend = window_start(budget.duration, now()), amount
+        said = {f"start:{budget.name}": window.start, f"spent:{budget.name}": nano(amount)}
         async with self._asking():
-            said = {f"start:{budget.name}": start, f"spent:{budget.name}": nano(amount)}
             await self._redis.hset(place, mapping=said)
             await self._sync()
-        window = record.account.windows[budget.name]
-        window.start, window.spend = start, amount
 
     async def reload(self) -> None:
         self._forget()
@@ -4366,46 +4360,40 @@ class RedisLedger(Ledger):
 
     async def find(self, by: str, name: str, *, former: bool = False) -> Limited | None:
         async with self._asking():
-            at: str | None = f"{by.removesuffix('_id')}:{name}"
-            if by == "key_alias":
-                at = await self._redis.hget(f"{PREFIX}alias", name)
-            found: Limited | None = None
+            at = f"{by.removesuffix('_id')}:{name}"
             if by == "key":
                 at = name if HASH.fullmatch(name) else hash_key(name)
-                found = key = await self._read_key(at, former=former)
-                if key and key.account.hashed != at and key.retired.get(at, EPOCH) <= now():
-                    return None
-            elif at:
-                found = (await self._records([at])).get(at)
+            elif by == "key_alias":
+                at = await self._redis.hget(f"{PREFIX}alias", name) or ""
+            found = await self._read(at, former=former)
             if found is None or getattr(found, "deleted_at", None):
                 return None
+            if found.account.hashed != at and found.retired[at] <= now():
+                return None
             await self._look([found], ("", "9999"))
-            return found
+            return cast(Limited, found)
 
     async def each(
         self, kind: str = "key", *, days: tuple[str, str] | None = None, **named: str
     ) -> AsyncIterator[Limited]:
-        names, last = list[tuple[str, float]](), 0.0
+        every, names, last = f"{PREFIX}{kind}", list[str](), 0.0
         async with self._asking():
             for by, of in named.items():
                 members = f"{PREFIX}members:{by.removesuffix('_id')}:{of}"
-                if found := [*await self._redis.smembers(members)]:
-                    made = await self._redis.zmscore(f"{PREFIX}{kind}", found)
-                    names = sorted(zip(found, made), key=operator.itemgetter(1))
+                names = await self._redis.zinter({every: 1, members: 0})
         while True:
             async with self._asking():
                 part, names = names[:LOOKED_AT], names[LOOKED_AT:]
                 if not named:
-                    told: Any = {"start": 0, "num": LOOKED_AT, "withscores": True}
-                    told |= {"min": f"({last:.0f}", "max": "inf"}
-                    part = await self._redis.zrangebyscore(f"{PREFIX}{kind}", **told)
-                records = [*(await self._records([name for name, _ in part])).values()]
+                    span = f"({last:.0f}", "inf", 0, LOOKED_AT
+                    told = await self._redis.zrangebyscore(every, *span, withscores=True)
+                    part, last = [name for name, _ in told], told[-1][1] if told else last
+                records = [*(await self._records(part)).values()]
                 await self._look(records, days)
             for record in records:
                 yield record
             if len(part) < LOOKED_AT:
                 return
-            last = part[-1][1]
 
     async def tagged(self, days: tuple[str, str]) -> Usage:
         return (await self._whole(days)).account.usage
@@ -4418,20 +4406,15 @@ class RedisLedger(Ledger):
         return whole
 
     async def _look(
-        self,
-        records: Sequence[Limited],
-        days: tuple[str, str] | None,
-        shared: MutableMapping[str, Account] | None = None,
+        self, records: Sequence[Limited], days: tuple[str, str] | None, *, is_hot: bool = False
     ) -> None:
-        """Read what these have used, and their teams and users, in accounts that all versions of a
-        record may share; usage of these days."""
+        """Read what these have used, and their teams and users, with usage of these days; where
+        ``is_hot``, in accounts that all versions of a record share."""
         keys = [of for of in records if isinstance(of, VirtualKey)]
         every = {of.account.place: of for of in (*await self._join(keys), *records)}
-        if shared is not None:
-            for place, of in every.items():
-                known = shared.setdefault(place, of.account)
-                known.beside, known.hashed = of.account.beside, of.account.hashed
-                of.account = known
+        for place, of in every.items() if is_hot else ():
+            account, of.account = of.account, self._accounts.setdefault(place, of.account)
+            of.account.beside, of.account.hashed = account.beside, account.hashed
         found = await self._run(LOOK, [*every], *days or ("none", ""))
         for of, (row, running, used) in zip(every.values(), found, strict=True):
             self._fill(of, dict(zip(row[::2], row[1::2])), dict(zip(used[::2], used[1::2])))
