@@ -124,8 +124,7 @@ SENDABLE = re.compile(r"[\x21-\x7e]*")  # what a header or a URL can carry
 REAL_KEY = re.compile(r"(?:([\w.-]{1,64})=)?(sk-[\x21-\x7e]+)", re.ASCII)  # with a name for it
 DURATION = re.compile(r"\A([0-9]{1,9})(mo|s|m|h|d|w)\Z")
 STORE_HOST = r"rediss?://(?:[^\s/?#@]*@)?(?:\[[\w:.]+\]|[\w.-]+)(?::\d{1,5})?(?:/\d*)?"
-STORE_URL = re.compile(rf"(?:{STORE_HOST}|unix://(?:[^\s/?#@]*@)?/[^\s?#@]+)(?:\?db=\d+)?")
-WITHOUT_STORE = ("refuse", "allow")
+STORE_URL = re.compile(rf"|(?:{STORE_HOST}|unix://(?:[^\s/?#@]*@)?/[^\s?#@]+)(?:\?db=\d+)?")
 NEED_STORE = ("processes", "without_store", "new_store", "import_", "export")
 SHIPPED_KEYS = b'{"version": 1, "keys": {}}\n'  # a checkout's keys file, as no gateway writes it
 LOCAL_KEYS = Path("keys.local.json")  # stands in for that one, which is only read
@@ -180,8 +179,7 @@ class Place(NamedTuple):
     of: int = 1
     folder: str = ""  # of Unix sockets, over which each tells its metrics; none if it is alone
     control: int = -1  # the descriptor of what is the parent's end of, too, for as long as it lives
-    sockets: Sequence[int] = ()  # that listen; those of one that ended
-    port: int = 0  # else one of its own is to be bound to this
+    sockets: Sequence[int] = ()  # to listen to; the first process binds its own
 
 
 PLACE_VARIABLE = "GATEWAY_PLACE"
@@ -249,7 +247,7 @@ class Settings:
         length = DURATION.match(duration)
         is_odd = duration and not (length and int(length[1]))
         needs = [name for name in NEED_STORE if getattr(self, name) != getattr(Settings, name)]
-        no_store = self.store and not STORE_URL.fullmatch(self.store)
+        is_url, without = STORE_URL.fullmatch(self.store), self.without_store
         wrong = {
             f"--port: {self.port} is not a port number (0 to 65535)": self.port > 65535,
             "--keyfile: needs --certfile": self.keyfile and not self.certfile,
@@ -257,9 +255,9 @@ class Settings:
             "GATEWAY_MASTER_KEY_NEXT: needs GATEWAY_MASTER_KEY": alone and self.master_key_next,
             f"--budget-duration: {duration} is no length of time, as 1d": is_odd,
             "--budget-duration: needs --max-budget": duration and self.max_budget is None,
-            "--store: is no URL as redis://:password@host:6379/0": no_store,
+            "--store: is no URL as redis://:password@host:6379/0": not is_url,
             f"--{option_name(''.join(needs[:1]))}: needs --store": needs and not self.store,
-            "--without-store: is not refuse or allow": self.without_store not in WITHOUT_STORE,
+            "--without-store: is not refuse or allow": without not in ("refuse", "allow"),
             "--reuse-port: takes no --unix-socket": self.reuse_port and self.unix_socket,
         }
         for text in filter(wrong.get, wrong):
@@ -425,8 +423,8 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
             if PLACE.folder and parser.log_file_prefix:  # a file has one writer, which rotates it
                 parser.log_file_prefix += f".{PLACE.number}"
             parser.run_parse_callbacks()  # which open the log
-        chosen = parser.group_dict("Gateway")
-        values |= {n: v for n in values if (v := chosen[option_name(n)]) not in ("", Path())}
+        chosen = {name: getattr(parser, option_name(name)) for name in values}
+        values |= {name: value for name, value in chosen.items() if value not in ("", Path())}
         return Settings(**values, **read_secrets(environment))
     except SettingsError as error:
         error.as_json = parser.log_json or bool({"--log-json", "--log-json=true"} & {*arguments})
@@ -783,22 +781,6 @@ class Account:
     beside: Sequence[Limited] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class ModelBudget:
-    """A budget for the models that a pattern matches: USD, and the window or None for ever."""
-
-    budget_limit: Decimal
-    time_period: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class WindowBudget:
-    """One of several budgets for all models: USD in each window."""
-
-    budget_duration: str
-    max_budget: Decimal
-
-
 class Budget(NamedTuple):
     """A budget as it is counted: the name of its `Window`, what models it is for (ALL_MODELS, or a
     pattern), USD (None: any) and the window (None: for ever)."""
@@ -869,15 +851,16 @@ def read_window(value: Any) -> str | None:
 
 
 def read_budgets(value: Any, amount: Callable[[Any], Decimal] = read_amount) -> dict[str, Any]:
-    """LiteLLM's ``{pattern: {"budget_limit": USD, "time_period": "1d"}}``."""
+    """LiteLLM's ``{pattern: {"budget_limit": USD, "time_period": "1d"}}``; null is for ever."""
     budgets = {}
     for pattern, row in value.items():
         fields = {BUDGET_NAMES.get(name, name): entry for name, entry in row.items()}
         is_taken = not pattern or pattern.startswith(EVERY)  # what other budgets are counted under
-        if len(fields) < len(row) or (is_taken and amount is read_amount):
+        is_odd = len(fields) < len(row) or not {*BUDGET_NAMES.values()} >= fields.keys()
+        if is_odd or (is_taken and amount is read_amount):
             raise ValueError
-        limit, period = amount(fields.pop("budget_limit")), fields.pop("time_period", None)
-        budgets[pattern] = ModelBudget(limit, read_window(period), **fields)  # which has no more
+        limit, period = amount(fields["budget_limit"]), read_window(fields.get("time_period"))
+        budgets[pattern] = {"budget_limit": limit, "time_period": period}
     return budgets
 
 
@@ -886,12 +869,10 @@ SOME_DAYS = EPOCH, EPOCH + timedelta(days=1000)  # on which windows that differ 
 
 def read_windows(value: Any, amount: Callable[[Any], Decimal] = read_amount) -> list[Any]:
     """LiteLLM's ``[{"budget_duration": "1d", "max_budget": USD}]``, each window once."""
-    budgets = [
-        WindowBudget(**row | {"max_budget": amount(row["max_budget"])})
-        for row in exactly(list, value)
-    ]
-    ends = {tuple(window(b.budget_duration, when)[1] for when in SOME_DAYS) for b in budgets}
-    if len(ends) < len(budgets):
+    budgets = [row | {"max_budget": amount(row["max_budget"])} for row in exactly(list, value)]
+    lengths = [row["budget_duration"] for row in budgets]
+    ends = {tuple(window(length, when)[1] for when in SOME_DAYS) for length in lengths}
+    if len(ends) < len(budgets) or any(len(row) > 2 for row in budgets):
         raise ValueError
     return budgets
 
@@ -924,7 +905,7 @@ def kept(kind: Kind, help: str = "", load: Any = None, *, shown: bool = True) ->
     return field(default_factory=kind.empty, metadata=marks)
 
 
-EVERY = "every "  # begins the names of the windows of `WindowBudget`
+EVERY = "every "  # begins the names of the windows of ``budget_limits``
 
 
 @dataclass(slots=True, kw_only=True)
@@ -941,9 +922,9 @@ class Limited:
     max_parallel_requests: int | None = kept(LIMIT, "requests at a time")
     max_budget: Decimal | None = kept(AMOUNT, "USD it may spend", read_decimal)
     budget_duration: str | None = kept(WINDOW, "window of max_budget, as 1d, 7d, 1mo; none: ever")
-    budget_limits: list[WindowBudget] = kept(WINDOWS, "more budgets, a window each", load_windows)
+    budget_limits: list[Any] = kept(WINDOWS, "more budgets, a window each", load_windows)
     soft_budget: Decimal | None = kept(AMOUNT, "USD at which the operator is told", read_decimal)
-    model_max_budget: dict[str, ModelBudget] = kept(BUDGETS, "budgets of models", load_budgets)
+    model_max_budget: dict[str, Any] = kept(BUDGETS, "budgets of models", load_budgets)
     metadata: dict[str, Any] = kept(OBJECT, "whatever you like to note")
     blocked: bool = kept(FLAG, "refuse it")
     created_at: datetime | None = kept(MOMENT)
@@ -958,10 +939,10 @@ class Limited:
     def __post_init__(self) -> None:
         budgets = [Budget(ALL_MODELS, ALL_MODELS, self.max_budget, self.budget_duration)]
         for each in self.budget_limits:
-            length = each.budget_duration
-            budgets.append(Budget(EVERY + length, ALL_MODELS, each.max_budget, length))
+            length = each["budget_duration"]
+            budgets.append(Budget(EVERY + length, ALL_MODELS, each["max_budget"], length))
         for pattern, row in self.model_max_budget.items():
-            budgets.append(Budget(pattern, pattern, row.budget_limit, row.time_period))
+            budgets.append(Budget(pattern, pattern, row["budget_limit"], row["time_period"]))
         self.budgets = tuple(budgets)
         self.has_budget = any(budget.limit is not None for budget in budgets)
 
@@ -1966,18 +1947,26 @@ def fullness(accounts: Sequence[Limited], moment: datetime, model: str = "") -> 
 
 
 class Thing(NamedTuple):
-    """What stands in a workspace: its kind, whose it is (empty: nobody's), of which team he is, if
-    all may read it and refer to it, and the real key that made it (empty: its owner's home)."""
+    """What stands in a workspace: its kind, whose it is (empty: nobody's) and what key he has, if
+    all may read it and refer to it, the real key that made it, if known, and when that was (Unix).
+    """
 
     kind: str
     owner: str = ""
-    team: str | None = None
+    key: VirtualKey | None = None
     is_shared: bool = False
-    home: str = ""
+    made_at: str = ""
+    made: float = 0.0
+
+    @property
+    def home(self) -> str:
+        """The real key that made it (empty: its owner's home)."""
+        return self.made_at or (self.key and self.key.home) or ""
 
     def belongs_to(self, key: VirtualKey) -> bool:
         """Whether a key reaches it and all that is its own."""
-        mate = key.resources == "team" and key.team_id and key.team_id == self.team
+        team = self.key and self.key.team_id
+        mate = key.resources == "team" and team and key.team_id == team
         return key.resources == "all" or self.owner == key.owner or bool(mate)
 
     def is_for(self, key: VirtualKey) -> bool:
@@ -2258,7 +2247,7 @@ class Ledger:
         self._retired: dict[str, str] = {}  # and what is no more, which the record tells
         self._touched: set[str] = set()  # what was used since it was written
         self._kept: dict[str, tuple[str, float]] = {}
-        self._noted = collections.deque[Mapping[str, Any]](maxlen=MAX_AUDITED)
+        self._logs: dict[str, collections.deque[bytes]] = {}
 
     def lookup(self, hashed: str) -> tuple[VirtualKey, str] | None:
         """A key and its `VirtualKey.status`; by an old hash ``expired`` once its grace is over."""
@@ -2312,13 +2301,13 @@ class Ledger:
         """Remember it no more."""
         self._kept.pop(name, None)
 
-    def note(self, row: Mapping[str, Any]) -> None:
-        """Remember a change for the audit, as the last of MAX_AUDITED."""
-        self._noted.append(row)
+    def log(self, name: str, most: int, *rows: bytes) -> None:
+        """Add rows to a log, which keeps the last ``most``, for all who share the store."""
+        self._logs.setdefault(name, collections.deque(maxlen=most)).extend(rows)
 
-    async def noted(self) -> AsyncIterator[Mapping[str, Any]]:
-        """What was noted, the newest first."""
-        for row in [*self._noted][::-1]:
+    async def logged(self, name: str) -> AsyncIterator[bytes]:
+        """Its rows, the newest first."""
+        for row in [*self._logs.get(name, ())][::-1]:
             yield row
 
     async def admit(self, hold: Hold, *, pays: bool, shares: bool, later: bool = False) -> None:
@@ -2612,9 +2601,11 @@ class FileLedger(Ledger):
         for name in names:
             if isinstance(name, str) and (place := places.get(name)):
                 owner, kind, home = place
-                key = self.keys.get(self._owners.get(owner, ""))
-                home, team = home or (key and key.home) or "", key.team_id if key else None
-                found[name] = Thing(kind, owner, team, name in shared, home)
+                key, made = (
+                    self.keys.get(self._owners.get(owner, "")),
+                    self.things.made[owner, kind],
+                )
+                found[name] = Thing(kind, owner, key, name in shared, home, made[name])
         return found
 
     async def reached(self, key: VirtualKey, kind: str) -> dict[str, float]:
@@ -2650,19 +2641,13 @@ class FileLedger(Ledger):
 
     async def list_things(
         self, owner: str | None, kind: str, first: int, most: int
-    ) -> tuple[int, list[dict[str, Any]]]:
-        """How many are an owner's (None: anybody's) and of a kind (empty: any), and rows of them:
-        at most so many, from the ``first`` (0) on."""
-        things, keys = self.things, {key.owner: key.account.hashed for key in self._live()}
-        chosen = [p for p in things.made if owner in (None, p[0]) and kind in ("", p[1])]
-        every = itertools.chain.from_iterable(things.made[place] for place in chosen)
-        rows = list[dict[str, Any]]()
-        for name in itertools.islice(every, first, first + most):
-            owner, kind, home = things.places[name]
-            row = dict[str, Any](id=name, kind=kind, key=keys.get(owner), home=home or None)
-            made = moment_of(int(things.made[owner, kind][name]))
-            rows.append(row | {"created_at": made, "shared": name in things.shared})
-        return sum(len(things.made[place]) for place in chosen), rows
+    ) -> tuple[int, list[str]]:
+        """How many are an owner's (None: anybody's) and of a kind (empty: any), and at most so many
+        of them, from the ``first`` (0) on."""
+        every = self.things.made.items()
+        chosen = [made for (of, at), made in every if owner in (None, of) and kind in ("", at)]
+        names = itertools.islice(itertools.chain(*chosen), first, first + most)
+        return sum(map(len, chosen)), [*names]
 
     def forget(self, name: str, owner: str | None) -> None:
         """A thing is no more, if it is this owner's (None: anybody's)."""
@@ -2806,9 +2791,7 @@ class FileLedger(Ledger):
         self.groups = {GATEWAY: whole}
         self._apply(records | ({GATEWAY: whole} if told else {}))
         every = known | records
-        for name in (
-            known.keys() ^ records.keys()
-        ):  # what is new of batches, or gone, is held of all
+        for name in known.keys() ^ records.keys():  # their batches are held of all, or no more
             sign = 1 if name in records else -1
             for batch in every[name].account.batches.values():
                 for at in batch.beside.keys() & self.groups.keys():
@@ -2958,8 +2941,7 @@ NAMES_A_TRIP, LOOKED_AT = 500, 100  # hashes, and records with their usage, in o
 CHANGES_KEPT = 10_000  # in the stream that tells of them
 TRIES = 3  # of a request whose key is changed under it
 PREFIX, STORE, CHANGES, REVISION = "gw:", "gw:store", "gw:changes", "gw:revision"
-IMPORTED = "gw:import"  # is STORE until all is there
-TOLD_OF, COPY_DEADLINE = 10_000, 60.0  # records; seconds until some are written
+TOLD_OF = 10_000  # records
 Sums = collections.Counter[str]  # of what was copied
 AGAIN = [("retry-after", "1")]
 NO_STORE = "The store is empty, or another one: nothing is changed in it. Whoever runs the gateway"
@@ -2967,7 +2949,7 @@ NO_STORE += " must bring its data back, or start it with --new-store or --import
 
 # What every script begins with. KEYS[1] is the store's name, ARGV[1] what it was when we came.
 PRELUDE = """
-if redis.call('GET', KEYS[1]) ~= ARGV[1] then return redis.error_reply('LOST the store') end
+if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] then return redis.error_reply('LOST the store') end
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 
@@ -3118,7 +3100,7 @@ local found = redis.call('HMGET', KEYS[3], 'held', 'booked')
 if not found[1] or found[2] == '1' then return {} end
 change_held(cjson.decode(found[1]), -1)
 for i, used in ipairs(cjson.decode(ARGV[4])) do add(KEYS[i + 4], used, 1) end
-redis.call('HSET', KEYS[3], 'booked', 1)
+redis.call('HSET', KEYS[3], 'booked', 1, 'held', '[]')
 redis.call('EXPIRE', KEYS[3], ARGV[5])
 redis.call('SREM', KEYS[4], ARGV[3])
 return {}
@@ -3389,7 +3371,7 @@ class RedisLedger(Ledger):
         """What fails within is a SettingsError."""
         try:
             yield
-        except self._errors as error:
+        except (APIError, *self._errors) as error:
             why = str(error) or (self.away if self._tasks else "no answer")
             raise SettingsError(f"--store: {self._shown}: {why}") from None
 
@@ -3573,7 +3555,7 @@ class RedisLedger(Ledger):
         """What one of SCRIPTS answers. Raises StoreAway."""
         if self._link is None:
             raise StoreAway(self.away)
-        asked = [DIGESTS[script], len(keys) + 1, self._store, *keys, self._id, *more]
+        asked = [DIGESTS[script], len(keys) + 1, STORE, *keys, self._id, *more]
         return self._link.call("EVALSHA", *asked)
 
     def _later(
@@ -3593,7 +3575,7 @@ class RedisLedger(Ledger):
             self._writes[self._number] = write
             if not (self._link is None or self._is_behind or self.lost):
                 self._send(self._number, write)
-                self._link.flush()  # before the last bytes of an answer, behind which more may come
+                self._link.flush()  # before an answer's last bytes, behind which more may come
 
     def _write_refused(self) -> None:
         refused, self._refused = self._refused, []
@@ -3983,24 +3965,17 @@ class RedisLedger(Ledger):
     # Things
 
     async def find_things(self, names: Iterable[object]) -> dict[str, Thing]:
+        asked = [n for n in names if isinstance(n, str) and n.isprintable()]  # no id is else
         async with self._asking():
-            rows, keys = await self._rows([n for n in names if isinstance(n, str)])
-        found = dict[str, Thing]()
-        for name, (owner, kind, home, _, is_shared) in rows.items():
-            key = keys.get(owner)
-            team, home = (key.team_id, home or key.home or "") if key else (None, home)
-            found[name] = Thing(kind, owner, team, is_shared, home)
+            texts = await self._redis.hmget(f"{PREFIX}things", asked) if asked else []
+            rows = {name: json.loads(text) for name, text in zip(asked, texts) if text}
+            owners = sorted({owner for owner, *_ in rows.values()})
+            hashes = await self._redis.hmget(f"{PREFIX}owners", owners) if owners else []
+            records: Any = await self._records([*filter(None, hashes)])
+        keys, found = {key.owner: key for key in records.values()}, dict[str, Thing]()
+        for name, (owner, kind, home, made, is_shared) in rows.items():
+            found[name] = Thing(kind, owner, keys.get(owner), is_shared, home, made)
         return found
-
-    async def _rows(self, names: Sequence[str]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
-        """Of these things those that are known, and the keys of their owners, by these."""
-        asked = [name for name in names if name.isprintable()]  # no id is else, nor UTF-8
-        texts = await self._redis.hmget(f"{PREFIX}things", asked) if asked else []
-        rows = {name: json.loads(text) for name, text in zip(asked, texts, strict=True) if text}
-        owners = sorted({owner for owner, *_ in rows.values()})
-        hashes = await self._redis.hmget(f"{PREFIX}owners", owners) if owners else []
-        keys: Any = await self._records([*filter(None, hashes)])
-        return rows, {key.owner: key for key in keys.values()}
 
     async def reached(self, key: VirtualKey, kind: str) -> dict[str, float]:
         owners = {key.owner, "+"}
@@ -4019,9 +3994,8 @@ class RedisLedger(Ledger):
         with contextlib.suppress(APIError):
             known = await self.find_things(names)
         for (owner, kind), made in born.items():
-            self._change(
-                "made", owner, [[n, kind, home, made[n]] for n in made.keys() - known.keys()]
-            )
+            fresh = made.keys() - known.keys()
+            self._change("made", owner, [[name, kind, home, made[name]] for name in fresh])
         try:
             if names - known.keys():
                 await asyncio.shield(self.save())
@@ -4044,19 +4018,11 @@ class RedisLedger(Ledger):
 
     async def list_things(
         self, owner: str | None, kind: str, first: int, most: int
-    ) -> tuple[int, list[dict[str, Any]]]:
+    ) -> tuple[int, list[str]]:
         made = f"{PREFIX}made:{kind}:{'*' if owner is None else owner}"
         async with self._asking():
-            total = await self._redis.zcard(made)
             names = await self._redis.zrange(made, first, first + most - 1)
-            found, keys = await self._rows(names)
-        rows = list[dict[str, Any]]()
-        for name, (whose, of, home, made, is_shared) in found.items():
-            key = keys.get(whose)
-            hashed = key.account.hashed if key and not key.deleted_at else None
-            row = dict[str, Any](id=name, kind=of, key=hashed, home=home or None)
-            rows.append(row | {"created_at": moment_of(int(made)), "shared": is_shared})
-        return total, rows
+            return await self._redis.zcard(made), names
 
     # What is remembered for all
 
@@ -4078,25 +4044,15 @@ class RedisLedger(Ledger):
         async with self._asking():
             await self._redis.delete(f"{PREFIX}kept:{name}")
 
-    def note(self, row: Mapping[str, Any]) -> None:
-        self.log([json.dumps(row, default=shown).encode()], MAX_AUDITED, "audit")
-
-    async def noted(self) -> AsyncIterator[Mapping[str, Any]]:
-        await self.save()
-        async for row in self.logged("audit"):
-            yield json.loads(row)
-
-    def log(self, rows: Iterable[bytes], most: int, name: str = "requests") -> None:
-        """Add rows to a log that all share, which keeps the last ``most``."""
+    def log(self, name: str, most: int, *rows: bytes) -> None:
         self._later(LOG, [f"{PREFIX}{name}"], most, *rows)
 
-    async def logged(self, name: str = "requests") -> AsyncIterator[bytes]:
-        """Its rows, the newest first."""
+    async def logged(self, name: str) -> AsyncIterator[bytes]:
+        await self.save()
         at = "+"
         while at:
             async with self._asking():
-                log = f"{PREFIX}{name}"
-                rows = await self._redis.xrevrange(log, at, count=NAMES_A_TRIP)
+                rows = await self._redis.xrevrange(f"{PREFIX}{name}", at, count=NAMES_A_TRIP)
             for _, row in rows:
                 yield row["row"].encode()
             at = f"({rows[-1][0]}" if rows else ""
@@ -4106,76 +4062,72 @@ class RedisLedger(Ledger):
     async def take_in(self, source: FileLedger, tell: Callable[[str], None]) -> Sums:
         """Fill a store that has no keys with all that a file has, over what a broken try left.
         STORE comes last, when all was read back; till then there is none. Raises SettingsError."""
-        redis, sums, self._store, self._id = self._redis, Sums(), IMPORTED, self._process
-        whole = source.groups[GATEWAY]
-        whole.account.place = self.groups[GATEWAY].account.place
-        records = [*source.groups.values(), *source.keys.values()]
-        try:
-            if await redis.exists(STORE) and await redis.zcard(f"{PREFIX}key"):
+        redis, sums, groups, things = self._redis, Sums(), source.groups, source.things
+        groups[GATEWAY].account.place = self.groups[GATEWAY].account.place
+        records = [*groups.values(), *source.keys.values()]
+        await self.look()
+        with self._starting():
+            if await redis.exists(STORE) and self.count:
                 raise SettingsError(f"--import: {self._shown} holds keys already")
             await redis.delete(STORE)
-            await self._clear("*")
-            pipe = redis.pipeline(transaction=False).set(IMPORTED, self._id)
-            pipe.hset(whole.account.place, "rev", "").set(REVISION, len(records))
-            self._tasks = [asyncio.create_task(self._keep_linked())]
-            for start in range(0, len(records), LOOKED_AT):
-                part = records[start : start + LOOKED_AT]
-                for number, of in enumerate(part, start=start + 1):
-                    if of is not whole:
-                        self._put(pipe, of.account.hashed, of, str(number))
-                    if of.account.last_active:
-                        active = int(of.account.last_active.timestamp())
-                        pipe.hset(of.account.place, "active", active)
-                await pipe.execute()
-                for of in part:
-                    self._copy_account(of, source)
-                    self._count_in(sums, of)
-                await self._written()
-                if start % TOLD_OF == 0:
-                    tell(f"{start:,} of {len(records):,} records")
-            for change in map(json.loads, source.things.lines()):
-                kind, home, names = change.get("kind"), change.get("home"), change.get("shared", ())
-                rows = [[n, kind, home, made] for n, made in change.get("made", {}).items()]
-                rows += [[name, "", "", 0] for name in names]
-                for start in range(0, len(rows), NAMES_A_TRIP):
-                    deed, owner = "shared" if names else "made", change.get("key", "")
-                    self._change(deed, owner, rows[start : start + NAMES_A_TRIP])
-                    await self._written()
-            found, sums["things"] = Sums(), len(source.things.places)
+            left = [name async for name in redis.scan_iter(f"{PREFIX}*", NAMES_A_TRIP)]
+            for start in range(0, len(left), NAMES_A_TRIP):
+                await redis.unlink(*left[start : start + NAMES_A_TRIP])
+            pipe = redis.pipeline(transaction=False).set(REVISION, len(records))
+            for number, of in enumerate(records):
+                if number % LOOKED_AT == 0:
+                    await pipe.execute()
+                if number % TOLD_OF == 0:
+                    tell(f"{number:,} of {len(records):,} records")
+                if of.of != "gateway":
+                    self._put(pipe, of.account.hashed, of, str(number))
+                self._put_used(pipe, of, source)
+                self._count_in(sums, of)
+            for name, (owner, kind, home) in things.places.items():
+                made, is_shared = things.made[owner, kind][name], name in things.shared
+                pipe.hset(f"{PREFIX}things", name, as_json((owner, kind, home, made, is_shared)))
+                sets = ":*", f":{owner}", f"{kind}:*", f"{kind}:{owner}", f"{kind}:+"
+                for at in sets if is_shared else sets[:-1]:
+                    pipe.zadd(f"{PREFIX}made:{at}", {name: made})
+                if len(pipe) > NAMES_A_TRIP:
+                    await pipe.execute()
+            await pipe.execute()
+            self._link, self.away = await Link.open(redis.connection_pool), ""
+            sums["things"] = len(things.places)
+            found = Sums(things=await redis.hlen(f"{PREFIX}things"))
             async for of in self._everything():
                 self._count_in(found, of)
-            found["things"] = await redis.hlen(f"{PREFIX}things")
             if found != sums:
                 wrong = f"{dict(found - sums)} too many, {dict(sums - found)} too few"
                 raise SettingsError(f"--import: what was written is not what was read: {wrong}")
-            await self._clear(f"*:seen:{self._process}")
-            await redis.rename(IMPORTED, STORE)
-            await self.look()
-            await redis.execute_command(*("WAITAOF", 1, 0, 0) if self._waits else ("PING",))
-        except self._errors as error:
-            raise SettingsError(f"--store: {self._shown}: {error or 'no answer'}") from None
+            await redis.set(STORE, self._process, nx=True)
+            if self._waits:
+                await redis.execute_command("WAITAOF", 1, 0, 0)
         return sums
 
-    def _copy_account(self, of: Limited, source: FileLedger) -> None:
-        """Write what a record has used, its batches, and where it makes things."""
-        account, used = of.account, list[Any]()
+    def _put_used(self, pipe: Any, of: Limited, source: FileLedger) -> None:
+        """Queue what a record has used, and its batches."""
+        account, place, day_long = of.account, of.account.place, 86400
         for day, model, tally in account.usage.days(self._oldest):
-            used += self._usage([(model, tally)], day)
-        spent = [[name, w.start, nano(w.spend)] for name, w in account.windows.items()]
-        rows = [{"w": spent, "u": used, "t": False, "a": False}]
-        self._later(BOOK, [account.place] * 2, "", json.dumps(rows), "0")
+            at, counts = f"{place}:{day}", tally.to_json() | {"spend": nano(tally.spend)}
+            pipe.hset(at, mapping={f"{model}\0{name}": count for name, count in counts.items()})
+            pipe.expire(at, (self._usage_days + 1) * day_long).hset(place, f"day:{day}", 1)
+        for name, window in account.windows.items():
+            pipe.hset(place, f"start:{name}", window.start)
+            pipe.hset(place, f"spent:{name}", nano(window.spend))
+        if account.last_active:
+            pipe.hset(place, "active", int(account.last_active.timestamp()))
         for name, batch in account.batches.items():
-            held = [
-                [other.account.place, window, str(nano(amount))]
-                for at, amounts in ({account.hashed: batch.held} | batch.beside).items()
-                for window, amount in amounts.items()
-                if (other := source.record(at))
-            ]
-            row = ["owner", cast(VirtualKey, of).owner, "day", batch.day, "lines", batch.lines]
-            keys = [f"{PREFIX}batch:{name}", f"{PREFIX}unbooked"]
-            self._later(KEEP, keys, "", name, json.dumps(held), json.dumps([*row, "booked", 0]))
-            if batch.booked:
-                self._later(FINISH, keys, name, "[]", self._usage_days * 86400)
+            at, held = f"{PREFIX}batch:{name}", list[tuple[str, str, str]]()
+            for whose, amounts in ({account.hashed: batch.held} | batch.beside).items():
+                if other := source.record(whose):
+                    held += [(other.account.place, w, str(nano(n))) for w, n in amounts.items()]
+            for whose, budget, amount in held:
+                pipe.hincrby(whose, f"held:{budget}", amount)
+            row = {"owner": cast(VirtualKey, of).owner, "day": batch.day, "lines": batch.lines}
+            pipe.hset(at, mapping=row | {"booked": int(batch.booked), "held": as_json(held)})
+            last = self._usage_days * day_long
+            pipe.expire(at, last) if batch.booked else pipe.sadd(f"{PREFIX}unbooked", name)
 
     async def give_out(self, path: Path, tell: Callable[[str], None]) -> Sums:
         """Write all into a keys file, and one of resources, that are not there yet. While gateways
@@ -4185,75 +4137,50 @@ class RedisLedger(Ledger):
         files = {Path(f"{path}.resources"): THINGS_FRAME, path: KEYS_FRAME}
         if there := [*filter(os.path.lexists, files)]:
             raise SettingsError(f"--export: {there[0]} is there already; name another file")
-        try:
+        with self._starting():
             async for of in self._everything():
-                self._count_in(sums, of)
-                lines.append(store_line(of.account.hashed, of, today, self._oldest))
                 if len(lines) % TOLD_OF == 0:
                     tell(f"{len(lines):,} records")
+                self._count_in(sums, of)
+                lines.append(store_line(of.account.hashed, of, today, self._oldest))
             async for name, text in self._redis.hscan_iter(f"{PREFIX}things", count=NAMES_A_TRIP):
                 owner, kind, home, made, is_shared = json.loads(text)
                 things.change({"key": owner, "kind": kind, "home": home, "made": {name: made}})
                 things.shared |= {name} if is_shared else set()
-            for (file, frame), each in zip(files.items(), (things.lines(), lines), strict=True):
+        for (file, frame), each in zip(files.items(), (things.lines(), lines), strict=True):
+            with blaming(f"--export: {file}"):
                 StoreFile(file, frame, "", "").write(each)
-        except self._errors as error:
-            raise SettingsError(f"--export: {error or 'Redis gave no answer'}") from None
         sums["things"] = len(things.places)
         return sums
 
     async def _everything(self) -> AsyncIterator[Limited]:
         """Every record, with all that it used and its batches."""
         days, batches = (self._oldest, "9999"), collections.defaultdict[str, Any](dict)
-        whole = await self._whole(days)
-        names = {whole.account.place: GATEWAY}
         async for at in self._redis.scan_iter(f"{PREFIX}batch:*", NAMES_A_TRIP):
             if row := await self._redis.hgetall(at):
                 batches[row["owner"]][at.removeprefix(f"{PREFIX}batch:")] = row
-        yield whole
+        yield (whole := await self._whole(days))
+        names = {whole.account.place: GATEWAY}
         for kind in (*GROUPS, "key"):
             async for of in self.each(kind, days=days):
-                account = of.account
-                names[account.place] = account.hashed
-                if isinstance(of, VirtualKey):
-                    account.batches, own = {}, batches.pop(of.owner, {})
-                    of.owner_id = "" if of.owner_id == account.hashed else of.owner_id
-                    for name, row in own.items():
-                        batch = Batch(row["day"], int(row["lines"]), booked=row["booked"] == "1")
-                        account.batches[name] = batch
-                        held = {account.hashed: batch.held} | batch.beside
-                        for place, window, amount in (
-                            [] if batch.booked else json.loads(row["held"])
-                        ):
-                            held.setdefault(names.get(place, ""), {})[window] = usd(amount)
-                        batch.held, batch.beside = held.pop(account.hashed), held
+                account, names[of.account.place] = of.account, of.account.hashed
+                own = batches.pop(of.owner, {}) if isinstance(of, VirtualKey) else {}
+                for name, row in own.items():
+                    held = dict[str, dict[str, Decimal]]()
+                    for place, window, amount in json.loads(row["held"]):
+                        held.setdefault(names.get(place, ""), {})[window] = usd(amount)
+                    told = row["day"], int(row["lines"]), held.pop(account.hashed, {})
+                    account.batches[name] = Batch(*told, row["booked"] == "1", held)
                 yield of
-                if kind == "key":
-                    del names[account.place]
 
     def _count_in(self, sums: Sums, of: Limited) -> None:
         """Count a record in, and what it used: amounts are nano-dollars."""
-        which, batches = "tagged " if of.of == "gateway" else "", of.account.batches.values()
-        sums[f"{of.of}s"] += 1
-        sums["batches"] += len(batches)
-        sums["unbooked batches"] += sum(not batch.booked for batch in batches)
-        sums["spent of budgets"] += sum(nano(w.spend) for w in of.account.windows.values())
-        for _, _, tally in of.account.usage.days(self._oldest):
-            sums[f"{which}requests"] += tally.requests
-            sums[f"{which}spent"] += nano(tally.spend)
-
-    async def _written(self) -> None:
-        """Wait until what is to be written is."""
-        waiting = [write.done for write in self._writes.values()]
-        late = (await asyncio.wait(waiting, timeout=COPY_DEADLINE))[1] if waiting else ()
-        if late or self._refused:
-            raise StoreAway(self.away or "it refused what was to be written")
-
-    async def _clear(self, pattern: str) -> None:
-        scan = self._redis.scan_iter(f"{PREFIX}{pattern}", NAMES_A_TRIP)
-        names = [name async for name in scan]
-        for start in range(0, len(names), NAMES_A_TRIP):
-            await self._redis.unlink(*names[start : start + NAMES_A_TRIP])
+        tallies = [tally for *_, tally in of.account.usage.days(self._oldest)]
+        tagged = "tagged " * (of.of == "gateway")
+        counts = {f"{of.of}s": 1, "batches": len(of.account.batches)}
+        counts["spent of budgets"] = sum(nano(w.spend) for w in of.account.windows.values())
+        counts[f"{tagged}requests"] = sum(tally.requests for tally in tallies)
+        sums.update(counts | {f"{tagged}spent": sum(nano(tally.spend) for tally in tallies)})
 
     # Changing
 
@@ -6353,13 +6280,13 @@ class SharedLog(RequestLog):
 
     async def save(self) -> None:
         if self._waiting and not self._ledger.away:
-            self._ledger.log([as_json(each.to_spend_log()) for each in self._waiting], self._most)
+            rows = (as_json(each.to_spend_log()) for each in self._waiting)
+            self._ledger.log("requests", self._most, *rows)
             self._waiting.clear()
 
     async def _newest(self) -> AsyncIterator[Record | bytes]:
         await self.save()
-        await self._ledger.save()
-        async for row in self._ledger.logged():
+        async for row in self._ledger.logged("requests"):
             yield row
 
 
@@ -7878,8 +7805,8 @@ class Gateway:
         self.host_line = f"Host: {self.origin.authority}"
         self.traffic = Traffic()
         path = settings.request_log or f"{os.path.realpath(settings.keys)}.requests"
-        path = "none" if settings.store else path
-        self.recent = RequestLog("" if path == "none" else path, settings.recent_requests)
+        path = "" if settings.store or path == "none" else path
+        self.recent = RequestLog(path, settings.recent_requests)
         if isinstance(self.ledger, RedisLedger):
             self.recent = SharedLog(settings.recent_requests, self.ledger)
         self.active: set[RelayHandler] = set()
@@ -8529,7 +8456,8 @@ class RecordHandler(BodyHandler, ManagementHandler):
         row |= {"changed_by_api_key": self.master, "action": action, "table_name": record.of}
         row |= {"object_id": record.account.hashed.removeprefix(f"{record.of}:")}
         row |= {"name": record.shown_name, "updated_values": dict(body)}
-        self.gateway.ledger.note(row | {"remote_ip": self.request.remote_ip})
+        text = json.dumps(row | {"remote_ip": self.request.remote_ip}, default=shown)
+        self.gateway.ledger.log("audit", MAX_AUDITED, text.encode())
         fields = f": {printable(', '.join(body))}" if body and action == "updated" else ""
         log.info("%s %s %s%s by %s", record.of, record.shown_name, action, fields, word(by))
 
@@ -8694,8 +8622,7 @@ class ReportHandler(ManagementHandler):
             await super().prepare()
 
     async def get(self) -> None:
-        told = self.reports[self.request.path](self)
-        told = await told if asyncio.iscoroutine(told) else told
+        told = await self.reports[self.request.path](self)
         self.refuse_unknown()
         self.send_json(told)
 
@@ -8836,10 +8763,6 @@ class ReportHandler(ManagementHandler):
         rows = [full_row(of, ledger) async for of in ledger.each(kind)]
         return [row | {"keys_count": counts[row[field]]} for row in rows]
 
-    async def list_teams(self) -> list[dict[str, Any]]:
-        """Every team's row."""
-        return await self.group_rows("team")
-
     async def list_users(self) -> dict[str, Any]:
         """Pages of users' rows."""
         rows = await self.group_rows("user")
@@ -8857,26 +8780,31 @@ class ReportHandler(ManagementHandler):
 
     async def list_changes(self) -> dict[str, Any]:
         """Pages of what was changed, newest first; of one ``object_id``."""
-        wanted, rows = self.query("object_id"), self.gateway.ledger.noted()
-        found = [row async for row in rows if wanted in ("", row["object_id"], row["name"])]
+        wanted, logged = self.query("object_id"), self.gateway.ledger.logged("audit")
+        rows = [dict_of(read_json(text, Any)) async for text in logged]
+        found = [row for row in rows if wanted in ("", row["object_id"], row["name"])]
         return self.page_of("audit_logs", found, len(found), "page_size", 50)
 
     async def list_resources(self) -> dict[str, Any]:
         """Pages of what is whose, of a ``key`` or of a ``kind``."""
         asked, kind, page = self.query("key"), self.query("kind"), self.query("page", ORDINAL, 1)
-        size, owner = self.query("size", PAGE_SIZE, MAX_PAGE_SIZE), None
-        if asked:
-            owner = await self.owner_of(asked)
-        total, rows = await self.gateway.ledger.list_things(owner, kind, (page - 1) * size, size)
+        size = self.query("size", PAGE_SIZE, MAX_PAGE_SIZE)
+        owner = await self.owner_of(asked) if asked else None
+        ledger, first, rows = self.gateway.ledger, (page - 1) * size, list[dict[str, Any]]()
+        total, names = await ledger.list_things(owner, kind, first, size)
+        for name, thing in (await ledger.find_things(names)).items():
+            hashed = thing.key.account.hashed if thing.key and not thing.key.deleted_at else None
+            row = {"id": name, "kind": thing.kind, "key": hashed, "home": thing.made_at or None}
+            rows.append(row | {"created_at": moment_of(int(thing.made)), "shared": thing.is_shared})
         return self.page_of("resources", (), total, "size") | {"resources": rows}
 
-    def list_upstreams(self) -> dict[str, Any]:
+    async def list_upstreams(self) -> dict[str, Any]:
         """The real keys: how each is, and what it has answered; never the key."""
         return {"upstreams": self.gateway.real_keys.states()}
 
     reports: ClassVar[dict[str, Any]] = {"/key/list": list_keys, "/audit": list_changes}
     reports |= dict(zip(OWN_REPORTS, (describe_key, list_requests), strict=True))
-    reports |= {"/team/list": list_teams, "/user/list": list_users}
+    reports |= {"/user/list": list_users, "/team/list": functools.partial(group_rows, kind="team")}
     reports |= {"/team/info": describe_group, "/user/info": describe_group}
     reports |= {"/resources/list": list_resources, "/upstreams": list_upstreams}
     reports |= {"/spend/keys": list_spend, "/global/spend/report": sum_spend}
@@ -9026,9 +8954,8 @@ class HealthHandler(BaseHandler):
         is_here = gateway.phase is GatewayPhase.SERVING
         status = ("healthy" if is_well else "unhealthy") if is_here else "shutting_down"
         prices = "loaded" if gateway.prices.loaded else "loading"
-        told = dict[str, Any](
-            status=status, store=error or gateway.ledger.doubt or "writable", version=__version__
-        )
+        told = dict[str, Any](status=status, version=__version__)
+        told["store"] = error or gateway.ledger.doubt or "writable"
         told["prices"] = prices if gateway.prices.available else "none"
         told["uptime"] = round((now() - gateway.started).total_seconds())
         told["upstreams"] = upstreams
@@ -9081,73 +9008,61 @@ class MetricsHandler(ManagementHandler):
         await super().prepare()
 
     async def get(self) -> None:
-        accepted = self.request.headers.get("Accept", "")
+        try:
+            import prometheus_client as prometheus
+        except ImportError:
+            raise APIError(501, "Metrics need it: pip install prometheus-client") from None
         keys = list[VirtualKey]()
         async for key in self.gateway.ledger.each():
             keys += [] if key.deleted_at else [key]
             if len(keys) == MAX_LABELS:
                 break
-        data, kind = Metrics(self.gateway, keys).encode(accepted)
+        told, families = {str(PLACE.number): Metrics(self.gateway, keys).told()}, dict[str, Any]()
         if PLACE.folder:
-            others = sorted({*os.listdir(PLACE.folder)} - {str(PLACE.number)})
-            told = await asyncio.gather(*(ask_process(other, accepted) for other in others))
-            data = merged(dict(zip([str(PLACE.number), *others], [data, *told])))
-        self.set_header("Content-Type", kind)
-        self.finish(data)
+            others = sorted({*os.listdir(PLACE.folder)} - {*told})
+            told |= zip(others, await asyncio.gather(*map(ask_process, others)))
+        for process, each in told.items():
+            whose = {"process": process} if PLACE.folder else {}
+            for name, text, kind, samples in each:
+                family = families.setdefault(name, prometheus.Metric(name, text, kind))
+                for sample, labels, value in samples:
+                    more = {} if name in BUDGET_METRICS else whose  # which the store has
+                    family.add_sample(sample, labels | more, value)
+        registry: Any = types.SimpleNamespace(collect=families.values)
+        accepted = self.request.headers.get("Accept", "")
+        encode, media_type = prometheus.exposition.choose_encoder(accepted)
+        self.set_header("Content-Type", media_type)
+        self.finish(encode(registry))
 
 
-async def ask_process(name: str, accepted: str) -> bytes:
+async def ask_process(name: str) -> Any:
     """What one of the `Parent`'s other processes tells of itself; nothing if it is not there."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         async with asyncio.timeout(PROCESS_TIMEOUT):
             reader, writer = await asyncio.open_unix_connection(Path(PLACE.folder, name))
             with contextlib.closing(writer):
-                writer.write(f"{accepted}\n".encode("latin-1"))
-                return await reader.read()
-    return b""
+                return json.loads(await reader.read())
+    return []
 
 
-def merged(told: Mapping[str, bytes]) -> bytes:
-    """What processes tell, by their names, as one: each sample names its process, but not those of
-    keys, which the store has."""
-    families, end = dict[bytes, list[bytes]](), b""
-    own = rf"(?m)^((?!{'|'.join(BUDGET_METRICS)})[\w:]+)".encode()
-    for name, data in told.items():
-        whose = b'process="%b"' % name.encode()
-        data = re.sub(own + rb"\{", rb"\1{%b," % whose, data)
-        data = re.sub(own + rb" ", rb"\1{%b} " % whose, data)
-        data, eof, _ = data.partition(b"# EOF\n")  # of OpenMetrics
-        end = end or eof
-        for family in re.split(rb"(?m)^(?=# HELP )", data)[1:]:
-            about, kind, samples = family.split(b"\n", 2)
-            families.setdefault(about, [about, b"\n", kind, b"\n"]).append(samples)
-    return b"".join([*itertools.chain(*families.values()), end])
-
-
-@dataclass(eq=False)  # a registry hashes it
+@dataclass
 class Metrics:
     """Those of this process, made of the gateway's counts, and of what keys have left."""
 
     gateway: Gateway
     keys: Sequence[VirtualKey] = ()
 
-    def encode(self, accepted: str) -> tuple[bytes, str]:
-        """All, and the media type that was chosen of those accepted. Raises APIError 501."""
-        try:
-            import prometheus_client as prometheus
-        except ImportError:
-            raise APIError(501, "Metrics need it: pip install prometheus-client") from None
-        registry = prometheus.CollectorRegistry()
-        registry.register(self)
-        prometheus.ProcessCollector(registry=registry)
-        encode, kind = prometheus.exposition.choose_encoder(accepted)
-        return encode(registry), kind
+    def told(self) -> list[Any]:
+        """All: names, texts, types and samples, each a name, labels and a value."""
+        from prometheus_client import ProcessCollector
 
-    async def tell(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        families = [*self.collect(), *ProcessCollector(registry=None).collect()]
+        return [(f.name, f.documentation, f.type, [s[:3] for s in f.samples]) for f in families]
+
+    def answer(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer `ask_process`."""
         with contextlib.closing(writer):
-            accepted = (await reader.readline()).decode("latin-1")
-            writer.write(self.encode(accepted.strip())[0])
+            writer.write(json.dumps(self.told()).encode())
 
     def collect(self) -> Iterator[Any]:
         """Every metric, made of the gateway's counts as the registry asks for them."""
@@ -10323,23 +10238,17 @@ def take_secrets(gateway: Gateway) -> None:
     mask_secrets(settings)
 
 
-def meet_parent(take: Callable[[int], Any], sockets: list[socket.socket], port: int) -> None:
+async def meet_parent(take: Callable[[int], Any], sockets: Iterable[socket.socket]) -> None:
     """Give the `Parent` what it does not have, and take signals from it; if it goes, stop too."""
     control, loop = socket.socket(fileno=PLACE.control), asyncio.get_running_loop()
-
-    def hear() -> None:
-        told = control.recv(64)
-        if not told:
-            loop.remove_reader(control)
-        for number in told or [signal.SIGTERM]:
-            take(number)
-
-    loop.add_reader(control, hear)
-    for each in sockets if port else ():
-        each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # the first has the port alone
+    control.setblocking(False)
     if not PLACE.sockets:
-        socket.send_fds(control, [b"%d" % port], [each.fileno() for each in sockets])
+        socket.send_fds(control, [b"!"], [each.fileno() for each in sockets])
         os.kill(os.getppid(), signal.SIGUSR1)
+    with contextlib.suppress(ConnectionError):  # it ended before it read the above
+        while told := await loop.sock_recv(control, 1):
+            take(told[0])
+    take(signal.SIGTERM)
 
 
 async def serve(settings: Settings) -> None:
@@ -10357,8 +10266,6 @@ async def serve(settings: Settings) -> None:
     await gateway.ledger.open()
     gateway.doors = Doors(gateway.settings, gateway.ledger)  # which may be open now
     settings, server, drained = gateway.settings, Server(gateway, application), gateway.drained
-    if PLACE.port:
-        settings = dataclasses.replace(settings, port=PLACE.port, reuse_port=True)
     sockets = [socket.socket(fileno=each) for each in PLACE.sockets]
     sockets = sockets or bind(settings, loopback=gateway.doors.is_open)
     port = 0 if settings.unix_socket else sockets[0].getsockname()[1]
@@ -10371,9 +10278,9 @@ async def serve(settings: Settings) -> None:
     saving = [asyncio.create_task(each.run()) for each in (gateway.ledger, gateway.recent)]
     if PLACE.folder:
         path = Path(PLACE.folder, str(PLACE.number))
-        telling = await asyncio.start_unix_server(Metrics(gateway).tell, path)
-        meet_parent(signals.put_nowait, sockets, port)
-    if not (PLACE.port or PLACE.sockets):
+        await asyncio.start_unix_server(Metrics(gateway).answer, path)
+        saving.append(asyncio.create_task(meet_parent(signals.put_nowait, sockets)))
+    if not PLACE.sockets:
         announce(gateway, port)
     await loop.run_in_executor(None, gateway.prices.load)
     favour_the_loop()
@@ -10416,28 +10323,24 @@ async def serve(settings: Settings) -> None:
     log.info("stopped")
     for task in (*saving, hurrying):
         task.cancel()
-    if PLACE.folder:
-        telling.close()
-    elif settings.unix_socket:
+    if settings.unix_socket and not PLACE.folder:
         Path(settings.unix_socket).unlink(missing_ok=True)
 
 
 async def copy_store(settings: Settings) -> None:
     """Do what ``--import`` or ``--export`` asks, and print of what. Raises SettingsError."""
-    tell, path = functools.partial(say, as_json=settings.log_json), Path(settings.import_)
-    told: Any = {"usage_days": settings.usage_days}
-    store = RedisLedger(settings.store, deadline=None, **told)  # a fifth faster, and nobody waits
+    path, told = settings.import_, {"usage_days": settings.usage_days}
+    tell = functools.partial(say, as_json=settings.log_json)
+    store = make_ledger(settings, "", deadline=None, **told)  # a fifth faster, and nobody waits
     try:
-        if not settings.import_:
+        if not path:
             await store.open()
             sums = await store.give_out(Path(settings.export), tell)
-        elif path.is_file():
-            source = FileLedger(path, RealKeys(settings).first.name, **told)
+        elif os.path.isfile(path):
+            source = FileLedger(Path(path), RealKeys(settings).first.name, **told)
             sums = await store.take_in(source, tell)
         else:
             raise SettingsError(f"--import={path}: there is no such file")
-    except APIError as error:
-        raise SettingsError(error.message) from None
     finally:
         await store.close()
     amounts = {n: f"${dollars(usd(c))}" if "spent" in n else f"{c:,}" for n, c in sums.items()}
@@ -10447,33 +10350,31 @@ async def copy_store(settings: Settings) -> None:
 def look_at_file(path: Path) -> int:
     """How many records a keys file has that could be used now. Raises SettingsError."""
     rights = "; let the gateway's user read it, and write in its folder, or set --keys"
-    with blaming(str(path), rights):
-        with tempfile.TemporaryFile(dir=path.parent):  # as each change makes one
-            found = parse_store(path.read_bytes(), str(path)) if path.exists() else {}
-        if path.exists():
+    with blaming(str(path), rights), tempfile.TemporaryFile(dir=path.parent):  # as changes make
+        if not path.exists():
+            return 0
+        with path.open("rb") as file:
+            count = len(parse_store(file.read(), str(path)))
             try:
-                with path.open("rb") as file:
-                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                used = (
-                    "another gateway uses it; stop that one, or give this one its own with --keys"
-                )
-                raise SettingsError(f"{path}: {used}") from None
-    return len(found)
+                advice = "stop that one, or give this one its own with --keys"
+                raise SettingsError(f"{path}: another gateway uses it; {advice}") from None
+    return count
 
 
 async def check(settings: Settings) -> bool:
     """Print, a line each, what is well and what is not, and what to do about it (``--check``)."""
     settings, count = start_mock(settings), 0
-    path, upstream, where = settings.keys, settings.upstream, settings.unix_socket
+    keys, upstream, where = RealKeys(settings).keys, settings.upstream, settings.unix_socket
     findings = [(True, f"Python {sys.version.split()[0]}, Tornado {tornado.version}")]
 
     @contextlib.contextmanager
-    def looking() -> Iterator[None]:
+    def looking(what: str = "", advice: str = "") -> Iterator[None]:
         try:
             yield
-        except SettingsError as error:
-            findings.append((False, str(error)))
+        except (SettingsError, UpstreamError, OSError) as error:
+            findings.append((False, f"{what}{error}{advice}"))
 
     for package, loss in OPTIONAL_PACKAGES.items():
         is_there = importlib.util.find_spec(package.replace("-", "_"))
@@ -10486,10 +10387,8 @@ async def check(settings: Settings) -> bool:
             told, count = await store.look(), store.count
             findings.append((not store.doubt, f"{settings.shown_store}: {store.doubt or told}"))
         else:
-            count = look_at_file(path)
-            findings.append(
-                (True, f"{path}: {count} keys" if count else f"{path}: holds no key yet")
-            )
+            count = look_at_file(settings.keys)
+            findings.append((True, f"{settings.keys}: {count or 'as yet no'} keys"))
     with looking():
         is_open = not (count or settings.master_key)
         if where and not os.access(Path(where).absolute().parent, os.W_OK):
@@ -10503,20 +10402,17 @@ async def check(settings: Settings) -> bool:
         unserved = "not served: right behind a proxy, or on loopback"
         served = f"served with {settings.certfile}" if server_context(settings) else unserved
         findings.append((True, f"TLS is {served}"))
-    try:
-        with contextlib.closing(UpstreamClient(force_instance=True, settings=settings)) as client:
-            for key in RealKeys(settings).keys.values() or (None,):
-                code = (await client.get("/v1/models?limit=1", CHECK_TIMEOUT, key)).code
-                name, is_refused = f"real key {key.name}" if key else "real key", code in (401, 403)
-                well = code < 400 or (not key and code == 401)
-                doubt = (
-                    f"{name} not accepted, set another" if is_refused else "is --upstream right?"
-                )
-                fine = f" and accepts the {name}" if key else ""
-                said = fine if well else f" {code} to GET /v1/models: {doubt}"
-                findings.append((well, f"{upstream} answers{said}"))
-    except (UpstreamError, OSError) as error:
-        findings.append((False, f"{upstream}: {error} See --upstream and the network."))
+    client = UpstreamClient(force_instance=True, settings=settings)
+    with looking(f"{upstream}: ", " See --upstream and the network."), contextlib.closing(client):
+        for key in keys.values() or (None,):
+            code = (await client.get("/v1/models?limit=1", CHECK_TIMEOUT, key)).code
+            name, said = f"real key {key.name}" if key else "real key", "is --upstream right?"
+            if code in (401, 403):
+                said = f"{name} not accepted, set another"
+            said = f" {code} to GET /v1/models: {said}"
+            if well := code < 400 or (not key and code == 401):
+                said = f" and accepts the {name}" if key else ""
+            findings.append((well, f"{upstream} answers{said}"))
     lines = [f"{'ok  ' if well else 'FAIL'} {text}" for well, text in findings]
     lines.append(CONNECT.format(base=base_url(settings, settings.port), key="<a virtual key>"))
     say("\n".join(lines), as_json=settings.log_json)
@@ -10557,13 +10453,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @dataclass
 class Child:
-    """One of several processes, as their `Parent` sees it; times are of `time.monotonic`."""
+    """One of several processes, as their `Parent` sees it."""
 
     number: int
     sockets: Sequence[int] = ()  # descriptors of copies
-    due: float = math.inf  # when it is to be started,
-    wait: int = 0  # and so long behind its end
-    started: float = 0.0
+    due: float = math.inf  # when it is to be started, as `time.monotonic` tells,
+    wait: int = 0  # and so many seconds behind its end
     process: subprocess.Popen[bytes] | None = None
     control: socket.socket = field(default_factory=socket.socket)
 
@@ -10579,7 +10474,7 @@ class Parent:
 
     def __init__(self, settings: Settings) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
-        self.path, self.port, self.code, self.stopping = settings.unix_socket, 0, 0, False
+        self.path, self.code, self.stopping = settings.unix_socket, 0, False
         count = settings.processes or len(os.sched_getaffinity(0))
         self.children = [Child(number) for number in range(count)]
         self.children[0].due = 0
@@ -10588,45 +10483,41 @@ class Parent:
         """Go on until all have ended behind a signal; their worst exit code."""
         with tempfile.TemporaryDirectory(prefix="gateway-") as folder:
             while not self.stopping or any(child.process for child in self.children):
-                if not self.stopping:
-                    self._start(folder)
+                for child in self.children:
+                    if not (child.process or self.stopping) and child.due <= time.monotonic():
+                        self._start(child, folder)
                 came = signal.sigtimedwait(self.SIGNALS, 1)  # till something may be due
                 if came and came.si_signo in self.TOLD:
                     self._tell(came.si_signo)
+                first = self.children[0]
+                if first.process and not (first.sockets or self.stopping):
+                    self._take_sockets(first)
                 for child in self.children:
-                    if child.process and not (child.sockets or self.stopping):
-                        self._take_sockets(child)
                     if child.process and (code := child.process.poll()) is not None:
                         self._bury(child, code)
         if self.path:
             Path(self.path).unlink(missing_ok=True)
         return self.code
 
-    def _start(self, folder: str) -> None:
-        """Start what is due."""
-        moment, count = time.monotonic(), len(self.children)
-        for child in self.children:
-            if not child.process and child.due <= moment:
-                child.started = moment
-                child.control, theirs = socket.socketpair()
-                with theirs:
-                    given, control = child.sockets, theirs.fileno()
-                    place = Place(child.number, count, folder, control, given, self.port)
-                    variables = os.environ | {PLACE_VARIABLE: json.dumps(place)}
-                    command = [sys.executable, *sys.orig_argv[1:]]
-                    child.process = subprocess.Popen(
-                        command, env=variables, pass_fds=(control, *given)
-                    )
+    def _start(self, child: Child, folder: str) -> None:
+        child.control, theirs = socket.socketpair()
+        with theirs:
+            files = (theirs.fileno(), *child.sockets)
+            place = Place(child.number, len(self.children), folder, files[0], files[1:])
+            told = os.environ | {PLACE_VARIABLE: json.dumps(place)}
+            command = [sys.executable, *sys.orig_argv[1:]]
+            child.process = subprocess.Popen(command, env=told, pass_fds=files)
 
-    def _take_sockets(self, child: Child) -> None:
-        """Keep what one listens to, if it does by now; a Unix socket is everybody's."""
+    def _take_sockets(self, first: Child) -> None:
+        """Keep what the first listens to, if it does by now, and have the others listen there."""
         with contextlib.suppress(BlockingIOError):
-            told, files, _, _ = socket.recv_fds(child.control, 8, 64, socket.MSG_DONTWAIT)
-            for each in self.children if files and self.path else [child]:
-                each.sockets = files
-            for each in self.children if files and not self.port else ():
+            _, first.sockets, *_ = socket.recv_fds(first.control, 1, 64, socket.MSG_DONTWAIT)
+            for each in self.children if first.sockets else ():
                 each.due = 0
-            self.port = int(told or self.port)
+                if self.path or each is first:  # a Unix socket is everybody's
+                    each.sockets = first.sockets
+                else:
+                    each.sockets = [*map(twin_of, first.sockets)]
 
     def _tell(self, number: int) -> None:
         if number != signal.SIGHUP:
@@ -10642,17 +10533,23 @@ class Parent:
 
     def _bury(self, child: Child, code: int) -> None:
         """One has ended, to be started again; unless not even a first one could start."""
-        child.process, ran = None, time.monotonic() - child.started
+        child.process = None
         child.control.close()
-        none_listened = not any(each.sockets for each in self.children)
-        if code == 2 and none_listened and not self.stopping:  # a SettingsError
+        if code == 2 and not (self.children[0].sockets or self.stopping):  # a SettingsError
             self._tell(signal.SIGTERM)
         if self.stopping:
             self.code = max(self.code, code if code >= 0 else 128 - code)
             return
-        wait = 0 if ran >= STEADY else child.wait
+        wait = 0 if time.monotonic() - child.due >= STEADY else child.wait
         child.due, child.wait = time.monotonic() + wait, min(LONGEST_WAIT, 2 * wait or 1)
         log.error("process %d ended with %d; another starts in %d s", child.number, code, wait)
+
+
+def twin_of(listening: int) -> int:
+    """Another socket on the port that this one, whose process started first, had alone."""
+    with socket.socket(fileno=os.dup(listening)) as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        return socket.create_server(one.getsockname(), family=one.family, reuse_port=True).detach()
 
 
 def favour_the_loop() -> None:

@@ -9732,8 +9732,9 @@ async def test_all_budgets_of_a_request_have_room_or_none_is_touched(either: Led
     team = gateway.Team("t", max_budget=Decimal("0.30"), budget_duration="1d", rpm_limit=100)
     users = gateway.User("ann", max_parallel_requests=1)
     await ledger.change({"team:t": team, "user:ann": users})
-    models = {"*haiku*": gateway.ModelBudget(Decimal("0.05"), "7d")}
-    windows = [gateway.WindowBudget("1h", Decimal("0.20")), gateway.WindowBudget("30d", Decimal(9))]
+    models = {"*haiku*": {"budget_limit": Decimal("0.05"), "time_period": "7d"}}
+    amounts = {"1h": Decimal("0.20"), "30d": Decimal(9)}
+    windows = [{"budget_duration": each, "max_budget": usd} for each, usd in amounts.items()]
     limits = {"model_max_budget": models, "budget_limits": windows, "rpm_limit": 100}
     await put(ledger, team_id="t", user_id="ann", max_budget=Decimal(5), **limits)
     await put(ledger, "mate", team_id="t")
@@ -9758,7 +9759,7 @@ async def test_all_budgets_of_a_request_have_room_or_none_is_touched(either: Led
     await give(ledger, hold, used_up("0.15"))
     await says("Budget of $0.20 reached (1h; resets ")
     await spend(ledger, "0.10", "mate")
-    windows[0] = gateway.WindowBudget("1h", Decimal(9))
+    windows[0] = {"budget_duration": "1h", "max_budget": Decimal(9)}
     await put(ledger, budget_limits=windows)
     await says("Team's budget of $0.30 reached (1d; resets ")
     told = await refusal_of(take(ledger, "mate"))
@@ -9882,8 +9883,10 @@ async def test_things_keep_their_first_owner(either: Ledgers) -> None:
     await ledger.own({("owner-other", "files"): {"file_1": 30.0, "file_3": 30.0}}, "home-2")
     ledger = await either.again(ledger)
     found = await ledger.find_things(["file_1", "file_3", "file_x", 5])
-    assert found["file_1"] == gateway.Thing("files", "owner-k", "t", home="home-1")
-    assert found["file_3"] == gateway.Thing("files", "owner-other", "u", home="home-2")
+    for name, *told in (("file_1", "k", "t", "home-1"), ("file_3", "other", "u", "home-2")):
+        thing, (whose, team, home) = found[name], told
+        assert thing.key and thing.owner == f"owner-{whose}" and thing.kind == "files"
+        assert (thing.key.team_id, thing.home, thing.is_shared) == (team, home, False)
     assert len(found) == 2
     own, theirs = {"file_1": 10, "file_2": 20}, {"file_3": 30}
     for name, reached in (("k", own), ("mate", own), ("other", theirs)):
@@ -9900,11 +9903,11 @@ async def test_things_keep_their_first_owner(either: Ledgers) -> None:
     ledger.forget("file_1", "owner-k")  # who does not own it
     ledger.forget("file_3", None)
     await ledger.save()
-    total, rows = await ledger.list_things("owner-other", "", 0, 10)
-    assert total == 1 and [row["id"] for row in rows] == ["file_1"]
-    assert rows[0]["key"] == hash_of("other") and rows[0]["kind"] == "files"
-    total, rows = await ledger.list_things(None, "files", 1, 1)
-    assert total == 2 and len(rows) == 1
+    assert await ledger.list_things("owner-other", "", 0, 10) == (1, ["file_1"])
+    thing = (await ledger.find_things(["file_1"]))["file_1"]
+    assert thing.key.account.hashed == hash_of("other") and thing.made == 10
+    total, names = await ledger.list_things(None, "files", 1, 1)
+    assert total == 2 and len(names) == 1
     ledger = await either.again(ledger)
     assert set(await ledger.find_things(["file_1", "file_2", "file_3"])) == {"file_1", "file_2"}
 
