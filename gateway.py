@@ -3306,21 +3306,19 @@ class RedisLedger(Ledger):
     def __init__(
         self,
         store: str,
-        usage_days: int = 90,
-        clock: Callable[[], float] = time.monotonic,
-        limits: Limited | None = None,
         *,
         new_store: bool = False,
         allow: bool = False,
         remember: Path | None = None,
         deadline: float | None = STORE_DEADLINE,
+        **told: Any,
     ) -> None:
         import redis.asyncio
         from redis.asyncio.retry import Retry
         from redis.backoff import NoBackoff
 
-        super().__init__(usage_days, clock, limits)
-        told: Any = dict.fromkeys(("socket_timeout", "socket_connect_timeout"), deadline)
+        super().__init__(**told)
+        told = dict.fromkeys(("socket_timeout", "socket_connect_timeout"), deadline)
         told |= {"decode_responses": True, "retry": Retry(NoBackoff(), 0), "protocol": 2}
         told |= {"max_connections": MOST_CONNECTIONS, "timeout": STORE_DEADLINE}
         pool = redis.asyncio.BlockingConnectionPool.from_url(store, **told)
@@ -3475,6 +3473,8 @@ class RedisLedger(Ledger):
         told = seconds + more / 1e6  # some time between the question and its answer
         CLOCK.ahead = min(max(CLOCK.ahead, told - time.time()), told - asked)
         self._lose(store != self._id)
+        if len(self._unknown) > KEPT_RECORDS:
+            self._unknown.clear()
         if not self.lost:
             await self._redis.zadd(f"{PREFIX}processes", {self._process: told})
 
@@ -3559,11 +3559,7 @@ class RedisLedger(Ledger):
         return self._link.call("EVALSHA", *asked)
 
     def _later(
-        self,
-        script: str,
-        keys: Sequence[str],
-        *arguments: str | int | bytes,
-        told: Sequence[Limited] = (),
+        self, script: str, keys: Sequence[str], *arguments: Any, told: Sequence[Limited] = ()
     ) -> None:
         """Have a script run ONCE; the last of ``keys`` is one that it writes."""
         done = asyncio.get_running_loop().create_future()
@@ -3625,7 +3621,7 @@ class RedisLedger(Ledger):
             del self._asked[hashed]
         if began == self._forgotten:
             self.keys |= {hashed: key} if key else {}
-            self._remember_unknown([] if key else [hashed])
+            self._unknown |= set() if key else {hashed}
         if len(self.keys) > KEPT_RECORDS:
             self.keys.popitem(last=False)
         return key
@@ -3638,13 +3634,8 @@ class RedisLedger(Ledger):
                 known = await self._redis.exists(*(f"{PREFIX}record:{each}" for each in part))
                 if known or any(await self._redis.hmget(f"{PREFIX}retired", part)):
                     return True
-        self._remember_unknown(asked if began == self._forgotten else ())
+        self._unknown.update(asked if began == self._forgotten else ())
         return False
-
-    def _remember_unknown(self, hashes: Iterable[str]) -> None:
-        self._unknown.update(hashes)
-        if len(self._unknown) > KEPT_RECORDS:
-            self._unknown.clear()
 
     def limited(self, key: VirtualKey | None) -> Sequence[Limited]:
         whole = self.groups[GATEWAY]
@@ -3858,25 +3849,17 @@ class RedisLedger(Ledger):
         if hold.pays and hold.accounts:
             self._holds.pop(hold.id, None)
             charges = counted(charges, model, failed)
-            self.charge(hold.accounts, charges, hold.started, tags, id=hold.id)
+            self._charge(hold, charges, tags)
         else:
             self._give_back(hold)
 
-    def charge(
-        self,
-        accounts: Sequence[Limited],
-        charges: Charges,
-        moment: datetime,
-        tags: Sequence[str],
-        *,
-        id: str = "",
-        batch: str = "",
-        line: int = 0,
+    def _charge(
+        self, hold: Hold, charges: Charges, tags: Iterable[str], batch: str = "", line: int = 0
     ) -> None:
-        present, day, whole, rows = now(), day_of(moment), self.groups[GATEWAY], list[Any]()
+        present, day, whole, rows = now(), day_of(hold.started), self.groups[GATEWAY], list[Any]()
         named = {*tags} - {EVERY_TAG}
         tagged = [(t, tally) for t in (EVERY_TAG, *named) for _, tally in charges] if named else []
-        accounts = [*accounts, whole] if tagged and whole not in accounts else accounts
+        accounts = [*hold.accounts, *([whole] if tagged and whole not in hold.accounts else ())]
         used = {"gateway": tagged, "key": [(model or NO_MODEL, t) for model, t in charges]}
         tokens = sum(t.input_tokens + t.written + t.output_tokens for _, t in charges)
         for of in accounts:
@@ -3890,7 +3873,7 @@ class RedisLedger(Ledger):
             rows.append(row | ({"t": (tokens, of.tpm_limit)} if of.tpm_limit else {}))
         places = [of.account.place for of in accounts]
         keys = [f"{PREFIX}batch:{batch}" if batch else places[0], *places]
-        self._later(BOOK, keys, id, as_json(rows), str(line), told=accounts)
+        self._later(BOOK, keys, hold.id, as_json(rows), str(line), told=accounts)
 
     def _booked(self, accounts: Sequence[Limited], told: Sequence[Sequence[int]]) -> None:
         """Tell which marks were passed: the script says it to one process alone."""
@@ -3942,7 +3925,7 @@ class RedisLedger(Ledger):
         if key is None or line <= lines:
             return None
         self._booking[name] = key, held, line
-        self.charge(self.limited(key), charges, now(), key.tags, batch=name, line=line)
+        self._charge(Hold(self.limited(key), now()), charges, key.tags, name, line)
         return key
 
     def finish_batch(self, name: str, *, lost: bool = False) -> None:
@@ -4235,13 +4218,10 @@ class RedisLedger(Ledger):
             pipe.hset(f"{PREFIX}owners", id, name)
             for old in record.retired:
                 pipe.hset(f"{PREFIX}retired", old, name)
-            if not record.deleted_at:
-                for group in group_names(record):
-                    pipe.sadd(f"{PREFIX}members:{group}", name)
-                if record.key_alias:
-                    pipe.hset(f"{PREFIX}alias", record.key_alias, name)
-            elif team:  # whose others still reach what it made
-                pipe.sadd(f"{PREFIX}deleted:team:{team}", name)
+            if record.key_alias and not record.deleted_at:
+                pipe.hset(f"{PREFIX}alias", record.key_alias, name)
+            for group in group_names(record):  # what it made others of its team still reach
+                pipe.sadd(f"{PREFIX}{'deleted' if record.deleted_at else 'members'}:{group}", name)
         else:
             # One that is made anew begins without what requests and batches of the old one held.
             id, team = f"{name}:{revision}", getattr(record, "team_id", None)
