@@ -2925,7 +2925,6 @@ AnyLedger = FileLedger
 # one after the other, by the server's clock; all keys of one begin as its ``place`` does, and have
 # its team's hash tag. Amounts are nano-dollars: Lua's numbers are exact up to 2^53, $9 million.
 
-LEAST_REDIS = (6, 2)
 STORE_DEADLINE = 0.5  # seconds for an answer
 STORE_GRACE = 0.05  # more of them, in which what has come is read
 STORE_RETRY = 0.1  # seconds until the next try to reach it
@@ -3009,12 +3008,8 @@ local function lapse(place)  -- what nobody renewed costs what its prompt did, u
 end
 
 local function settle(place, id)
-  local lapsed = place .. ':lapsed:' .. id
-  local text = not free(place, id) and redis.call('GET', lapsed)
-  if text then
-    add(place, cjson.decode(text), -1)
-    redis.call('DEL', lapsed)
-  end
+  local text = not free(place, id) and redis.call('GETDEL', place .. ':lapsed:' .. id)
+  if text then add(place, cjson.decode(text), -1) end
 end
 """
 PRELUDE = PRELUDE.replace("MOST", str(9 * MAX_MODELS_A_DAY)).replace("OTHER", OTHER_MODELS)
@@ -3043,9 +3038,7 @@ for i, account in ipairs(accounts) do
     state[#state + 1], state[#state + 2] = spent, held
     if limit and cost and not refused then
       local room = limit - spent - (account.s and held or 0)
-      if spent >= limit or (fit and cost > room) or (not fit and room <= 0) then
-        refused = j - 1
-      end
+      if spent >= limit or (fit and cost > room) or (not fit and room <= 0) then refused = j - 1 end
     end
   end
   told[i] = state
@@ -3378,9 +3371,8 @@ class RedisLedger(Ledger):
         with self._starting():
             version = (await self._redis.info("server"))["redis_version"]
             self.count = await self._redis.zcard(f"{PREFIX}key")
-        if tuple(map(int, version.split(".")[:2])) < LEAST_REDIS:
-            least = ".".join(map(str, LEAST_REDIS))
-            raise SettingsError(f"--store: Redis {version} is before {least}")
+        if tuple(map(int, version.split(".")[:2])) < (6, 2):
+            raise SettingsError(f"--store: Redis {version} is before 6.2")
         config, doubts = dict[str, str](), list[str]()
         with contextlib.suppress(*self._errors):
             for name in ("appendonly", "appendfsync", "maxmemory", "maxmemory-policy"):
@@ -3941,7 +3933,7 @@ class RedisLedger(Ledger):
         places = [of.account.place for of in accounts]
         keys = [f"{PREFIX}batch:{name}", f"{PREFIX}unbooked", *places]
         self._later(FINISH, keys, name, as_json(rows), self._usage_days * 86400)
-        if accounts and key:
+        if key and lost:
             text = "key %s: batch %s is gone, so its worst case is booked"
             log.warning(text, key.shown_name, name)
 
