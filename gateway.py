@@ -8905,9 +8905,8 @@ class UsageHandler(BaseHandler):
         else:
             for group, duration in SPEND_GROUPS.items():
                 first = day_of(window(duration, moment)[0])
-                used = [tally.spend for _, _, tally in key.account.usage.days(first)] if key else []
-                cents = int(sum(used) * 100)
-                usage[group] = {"limit": None, "used_credits": cents, "utilization": None}
+                used = sum(t.spend for *_, t in (key.account.usage.days(first) if key else ()))
+                usage[group] = {"limit": None, "used_credits": int(used * 100), "utilization": None}
             usage |= {"monthly_limit": None, "used_credits": usage.pop("monthly")["used_credits"]}
         self.send_json({"extra_usage": usage, "limits": limits})
 
@@ -8989,7 +8988,7 @@ class MetricsHandler(ManagementHandler):
             keys += [] if key.deleted_at else [key]
             if len(keys) == MAX_LABELS:
                 break
-        told, families = {str(PLACE.number): Metrics(self.gateway, keys).told()}, dict[str, Any]()
+        told, families = {str(PLACE.number): own_metrics(self.gateway, keys)}, dict[str, Any]()
         if PLACE.folder:
             others = sorted({*os.listdir(PLACE.folder)} - {*told})
             told |= zip(others, await asyncio.gather(*map(ask_process, others)))
@@ -9017,73 +9016,67 @@ async def ask_process(name: str) -> Any:
     return []
 
 
-@dataclass
-class Metrics:
-    """Those of this process, made of the gateway's counts, and of what keys have left."""
+def own_metrics(gateway: Gateway, keys: Sequence[VirtualKey] = ()) -> list[Any]:
+    """Those of this process, and what these keys have left: names, texts, types and samples."""
+    families = collect_metrics(gateway, keys)
+    return [(f.name, f.documentation, f.type, [s[:3] for s in f.samples]) for f in families]
 
-    gateway: Gateway
-    keys: Sequence[VirtualKey] = ()
 
-    def told(self) -> list[Any]:
-        """All: names, texts, types and samples, each a name, labels and a value."""
-        from prometheus_client import ProcessCollector
+def tell_metrics(gateway: Gateway, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Answer `ask_process`."""
+    with contextlib.closing(writer):
+        writer.write(json.dumps(own_metrics(gateway)).encode())
 
-        families = [*self.collect(), *ProcessCollector(registry=None).collect()]
-        return [(f.name, f.documentation, f.type, [s[:3] for s in f.samples]) for f in families]
 
-    def answer(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Answer `ask_process`."""
-        with contextlib.closing(writer):
-            writer.write(json.dumps(self.told()).encode())
+def collect_metrics(gateway: Gateway, keys: Sequence[VirtualKey]) -> Iterator[Any]:
+    """Every metric, made of the gateway's counts."""
+    from prometheus_client import ProcessCollector, core
 
-    def collect(self) -> Iterator[Any]:
-        """Every metric, made of the gateway's counts as the registry asks for them."""
-        from prometheus_client import core
-
-        gateway, traffic, client = self.gateway, self.gateway.traffic, self.gateway.client
-        requests, failed, gone = dict[Any, list[int]](), dict[Any, list[int]](), 0
-        for (key, model, status, outcome), count in traffic.requests.items():
-            requests.setdefault((key, model, str(status)), [0])[0] += count
-            if outcome != "ok":
-                failed[key, model, str(status), outcome] = [count]
-            gone += count if outcome == "client_gone" else 0
-        times, ends = dict[Any, Any](), (*map(str, LATENCY_BUCKETS), "+Inf")
-        for model, each in traffic.timings.items():
-            times[model,] = [([*zip(ends, itertools.accumulate(h.counts))], h.total) for h in each]
-        usage, budgets, moment = dict[Any, Any](), dict[Any, Any](), now()
-        for label, used in traffic.used.items():
-            prompt, output = used.input_tokens + used.cached, used.output_tokens
-            cache = (used.cache_read_tokens, used.written)
-            usage[label] = (used.spend, prompt + output, prompt, output, *cache)
-        for record in self.keys:
-            spent, limit, length = record.spent(moment), record.max_budget, record.budget_duration
-            end = window(length, moment)[1] if length and limit is not None else None
-            left = None if limit is None else limit - spent
-            hours = end and (end - moment) / timedelta(hours=1)
-            budgets[record.shown_name,] = (spent, limit, left, hours)
-        states = gateway.real_keys.states()
-        keys = {(each["name"],): (each["requests"], each["errors"]) for each in states}
-        resting = {(each["name"],): (each["state"] != "ok",) for each in states}
-        answers = [handler._visit.answer for handler in gateway.active]
-        streams = sum(head is not None and is_event_stream(head) for head in answers)
-        for kind, labels, names, rows in (
-            ("Counter", f"{KEYED} status_code", REQUEST_METRICS, requests),
-            ("Counter", f"{KEYED} exception_status exception_class", FAILURE_METRICS, failed),
-            ("Histogram", "model", LATENCY_METRICS, times),
-            ("Counter", KEYED, USAGE_METRICS, usage),
-            ("Gauge", "api_key_alias", BUDGET_METRICS, budgets),
-            ("Gauge", "", PRESENT_METRICS, {(): (len(gateway.active), streams, len(client.idle))}),
-            ("Counter", "", EVENT_METRICS, {(): (client.opened, client.reused, gone)}),
-            ("Counter", "upstream_key", KEY_METRICS, keys),
-            ("Gauge", "upstream_key", REST_METRICS, resting),
-        ):
-            for index, (name, text) in enumerate(names.items()):
-                family = getattr(core, f"{kind}MetricFamily")(name, text, labels=labels.split())
-                for values, row in rows.items():
-                    if row[index] is not None:  # there is such a thing
-                        shown: Any = row[index] if kind == "Histogram" else [float(row[index])]
-                        family.add_metric(values, *shown)
-                yield family
+    traffic, client = gateway.traffic, gateway.client
+    requests, failed, gone = dict[Any, list[int]](), dict[Any, list[int]](), 0
+    for (key, model, status, outcome), count in traffic.requests.items():
+        requests.setdefault((key, model, str(status)), [0])[0] += count
+        if outcome != "ok":
+            failed[key, model, str(status), outcome] = [count]
+        gone += count if outcome == "client_gone" else 0
+    times, ends = dict[Any, Any](), (*map(str, LATENCY_BUCKETS), "+Inf")
+    for model, each in traffic.timings.items():
+        times[model,] = [([*zip(ends, itertools.accumulate(h.counts))], h.total) for h in each]
+    usage, budgets, moment = dict[Any, Any](), dict[Any, Any](), now()
+    for label, used in traffic.used.items():
+        prompt, output = used.input_tokens + used.cached, used.output_tokens
+        cache = (used.cache_read_tokens, used.written)
+        usage[label] = (used.spend, prompt + output, prompt, output, *cache)
+    for record in keys:
+        spent, limit, length = record.spent(moment), record.max_budget, record.budget_duration
+        end = window(length, moment)[1] if length and limit is not None else None
+        left = None if limit is None else limit - spent
+        hours = end and (end - moment) / timedelta(hours=1)
+        budgets[record.shown_name,] = (spent, limit, left, hours)
+    states = gateway.real_keys.states()
+    real = {(each["name"],): (each["requests"], each["errors"]) for each in states}
+    resting = {(each["name"],): (each["state"] != "ok",) for each in states}
+    answers = [handler._visit.answer for handler in gateway.active]
+    streams = sum(head is not None and is_event_stream(head) for head in answers)
+    for kind, labels, names, rows in (
+        ("Counter", f"{KEYED} status_code", REQUEST_METRICS, requests),
+        ("Counter", f"{KEYED} exception_status exception_class", FAILURE_METRICS, failed),
+        ("Histogram", "model", LATENCY_METRICS, times),
+        ("Counter", KEYED, USAGE_METRICS, usage),
+        ("Gauge", "api_key_alias", BUDGET_METRICS, budgets),
+        ("Gauge", "", PRESENT_METRICS, {(): (len(gateway.active), streams, len(client.idle))}),
+        ("Counter", "", EVENT_METRICS, {(): (client.opened, client.reused, gone)}),
+        ("Counter", "upstream_key", KEY_METRICS, real),
+        ("Gauge", "upstream_key", REST_METRICS, resting),
+    ):
+        for index, (name, text) in enumerate(names.items()):
+            family = getattr(core, f"{kind}MetricFamily")(name, text, labels=labels.split())
+            for values, row in rows.items():
+                if row[index] is not None:  # there is such a thing
+                    shown: Any = row[index] if kind == "Histogram" else [float(row[index])]
+                    family.add_metric(values, *shown)
+            yield family
+    yield from ProcessCollector(registry=None).collect()
 
 
 class LineFormatter(logging.Formatter):
@@ -10215,6 +10208,9 @@ async def meet_parent(take: Callable[[int], Any], sockets: Iterable[socket.socke
     control, loop = socket.socket(fileno=PLACE.control), asyncio.get_running_loop()
     control.setblocking(False)
     if not PLACE.sockets:
+        for each in sockets:  # the first process had the port alone
+            with contextlib.suppress(OSError):  # a Unix socket has none
+                each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         socket.send_fds(control, [b"!"], [each.fileno() for each in sockets])
         os.kill(os.getppid(), signal.SIGUSR1)
     with contextlib.suppress(ConnectionError):  # it ended before it read the above
@@ -10250,7 +10246,7 @@ async def serve(settings: Settings) -> None:
     saving = [asyncio.create_task(each.run()) for each in (gateway.ledger, gateway.recent)]
     if PLACE.folder:
         path = Path(PLACE.folder, str(PLACE.number))
-        await asyncio.start_unix_server(Metrics(gateway).answer, path)
+        telling = await asyncio.start_unix_server(functools.partial(tell_metrics, gateway), path)
         saving.append(asyncio.create_task(meet_parent(signals.put_nowait, sockets)))
     if not PLACE.sockets:
         announce(gateway, port)
@@ -10295,7 +10291,9 @@ async def serve(settings: Settings) -> None:
     log.info("stopped")
     for task in (*saving, hurrying):
         task.cancel()
-    if settings.unix_socket and not PLACE.folder:
+    if PLACE.folder:
+        telling.close()  # which uvloop closes itself once nobody has it
+    elif settings.unix_socket:
         Path(settings.unix_socket).unlink(missing_ok=True)
 
 
@@ -10484,12 +10482,9 @@ class Parent:
         """Keep what the first listens to, if it does by now, and have the others listen there."""
         with contextlib.suppress(BlockingIOError):
             _, first.sockets, *_ = socket.recv_fds(first.control, 1, 64, socket.MSG_DONTWAIT)
-            for each in self.children if first.sockets else ():
+            for each in self.children[1:] if first.sockets else ():  # a Unix socket is everybody's
+                each.sockets = first.sockets if self.path else [*map(twin_of, first.sockets)]
                 each.due = 0
-                if self.path or each is first:  # a Unix socket is everybody's
-                    each.sockets = first.sockets
-                else:
-                    each.sockets = [*map(twin_of, first.sockets)]
 
     def _tell(self, number: int) -> None:
         if number != signal.SIGHUP:
@@ -10518,9 +10513,8 @@ class Parent:
 
 
 def twin_of(listening: int) -> int:
-    """Another socket on the port that this one, whose process started first, had alone."""
+    """Another socket that listens to the same port."""
     with socket.socket(fileno=os.dup(listening)) as one:
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         return socket.create_server(one.getsockname(), family=one.family, reuse_port=True).detach()
 
 
