@@ -90,7 +90,6 @@ from collections.abc import (
     Iterable,
     Iterator,
     Mapping,
-    MutableMapping,
     Sequence,
 )
 from dataclasses import dataclass, field
@@ -2926,7 +2925,6 @@ AnyLedger = FileLedger
 # one after the other, by the server's clock; all keys of one begin as its ``place`` does, and have
 # its team's hash tag. Amounts are nano-dollars: Lua's numbers are exact up to 2^53, $9 million.
 
-LEAST_REDIS = (6, 2)
 STORE_DEADLINE = 0.5  # seconds for an answer
 STORE_GRACE = 0.05  # more of them, in which what has come is read
 STORE_RETRY = 0.1  # seconds until the next try to reach it
@@ -3011,12 +3009,8 @@ local function lapse(place)  -- what nobody renewed costs what its prompt did, u
 end
 
 local function settle(place, id)
-  local lapsed = place .. ':lapsed:' .. id
-  local text = not free(place, id) and redis.call('GET', lapsed)
-  if text then
-    add(place, cjson.decode(text), -1)
-    redis.call('DEL', lapsed)
-  end
+  local text = not free(place, id) and redis.call('GETDEL', place .. ':lapsed:' .. id)
+  if text then add(place, cjson.decode(text), -1) end
 end
 """
 PRELUDE = PRELUDE.replace("MOST", str(9 * MAX_MODELS_A_DAY)).replace("OTHER", OTHER_MODELS)
@@ -3045,9 +3039,7 @@ for i, account in ipairs(accounts) do
     state[#state + 1], state[#state + 2] = spent, held
     if limit and cost and not refused then
       local room = limit - spent - (account.s and held or 0)
-      if spent >= limit or (fit and cost > room) or (not fit and room <= 0) then
-        refused = j - 1
-      end
+      if spent >= limit or (fit and cost > room) or (not fit and room <= 0) then refused = j - 1 end
     end
   end
   told[i] = state
@@ -3308,21 +3300,19 @@ class RedisLedger(Ledger):
     def __init__(
         self,
         store: str,
-        usage_days: int = 90,
-        clock: Callable[[], float] = time.monotonic,
-        limits: Limited | None = None,
         *,
         new_store: bool = False,
         allow: bool = False,
         remember: Path | None = None,
         deadline: float | None = STORE_DEADLINE,
+        **told: Any,
     ) -> None:
         import redis.asyncio
         from redis.asyncio.retry import Retry
         from redis.backoff import NoBackoff
 
-        super().__init__(usage_days, clock, limits)
-        told: Any = dict.fromkeys(("socket_timeout", "socket_connect_timeout"), deadline)
+        super().__init__(**told)
+        told = dict.fromkeys(("socket_timeout", "socket_connect_timeout"), deadline)
         told |= {"decode_responses": True, "retry": Retry(NoBackoff(), 0), "protocol": 2}
         told |= {"max_connections": MOST_CONNECTIONS, "timeout": STORE_DEADLINE}
         told["encoding_errors"] = "surrogatepass"  # JSON may have them
@@ -3383,9 +3373,8 @@ class RedisLedger(Ledger):
         with self._starting():
             version = (await self._redis.info("server"))["redis_version"]
             self.count = await self._redis.zcard(f"{PREFIX}key")
-        if tuple(map(int, version.split(".")[:2])) < LEAST_REDIS:
-            least = ".".join(map(str, LEAST_REDIS))
-            raise SettingsError(f"--store: Redis {version} is before {least}")
+        if tuple(map(int, version.split(".")[:2])) < (6, 2):
+            raise SettingsError(f"--store: Redis {version} is before 6.2")
         config, doubts = dict[str, str](), list[str]()
         with contextlib.suppress(*self._errors):
             for name in ("appendonly", "appendfsync", "maxmemory", "maxmemory-policy"):
@@ -3430,7 +3419,11 @@ class RedisLedger(Ledger):
                 self._forget()  # what changed meanwhile
                 self._is_behind = True
                 await self._renew()
-                await self._catch_up(link)
+                while self._is_behind and not (self.lost or link.closed.is_set()):
+                    first = itertools.islice(self._writes.items(), NAMES_A_TRIP)
+                    if sent := [self._send(*each) for each in first]:  # others have their turn
+                        await asyncio.wait(sent)
+                    self._is_behind = bool(sent)
                 self._write_refused()
                 await link.closed.wait()
                 why = link.why
@@ -3445,16 +3438,6 @@ class RedisLedger(Ledger):
                 self.tell("db_exceptions", f"Redis is away: {why}", matter="Redis")
             self.away = why
             await asyncio.sleep(STORE_RETRY)
-
-    async def _catch_up(self, link: Link) -> None:
-        """Send what waits, in its order, and in parts, between which others have their turn; what
-        is written meanwhile goes behind it."""
-        while not (self.lost or link.closed.is_set()):
-            part = [*itertools.islice(self._writes.items(), NAMES_A_TRIP)]
-            if not part:
-                self._is_behind = False
-                return
-            await asyncio.wait([self._send(*each) for each in part])
 
     async def _follow(self) -> None:
         """Hear of changes, at once and after any pause."""
@@ -3485,6 +3468,8 @@ class RedisLedger(Ledger):
         told = seconds + more / 1e6  # some time between the question and its answer
         CLOCK.ahead = min(max(CLOCK.ahead, told - time.time()), told - asked)
         self._lose(store != self._id)
+        if len(self._unknown) > KEPT_RECORDS:
+            self._unknown.clear()
         if not self.lost:
             await self._redis.zadd(f"{PREFIX}processes", {self._process: told})
 
@@ -3569,11 +3554,7 @@ class RedisLedger(Ledger):
         return self._link.call("EVALSHA", *asked)
 
     def _later(
-        self,
-        script: str,
-        keys: Sequence[str],
-        *arguments: str | int | bytes,
-        told: Sequence[Limited] = (),
+        self, script: str, keys: Sequence[str], *arguments: Any, told: Sequence[Limited] = ()
     ) -> None:
         """Have a script run ONCE; the last of ``keys`` is one that it writes."""
         done = asyncio.get_running_loop().create_future()
@@ -3627,20 +3608,19 @@ class RedisLedger(Ledger):
 
     async def _learn(self, hashed: str) -> VirtualKey | None:
         """Read a key, and remember it, or that there is none."""
-        began = self._forgotten
+        began, key = self._forgotten, cast(VirtualKey | None, None)
         try:
             async with self._asking():
-                if key := await self._read_key(hashed, former=True):
-                    await self._look([key], None, shared=self._accounts)
+                if key := await self._read(hashed, former=True):
+                    await self._look([key], None, is_hot=True)
         finally:
             if self._asked.get(hashed) is asyncio.current_task():
                 del self._asked[hashed]
         if began == self._forgotten and key is not None:
             self.keys[name := key.account.hashed] = key
-            if hashed != name:
-                self._retired[hashed] = name
+            self._retired |= {hashed: name} if hashed != name else {}
         elif began == self._forgotten:
-            self._remember_unknown([hashed])
+            self._unknown.add(hashed)
         if len(self.keys) > KEPT_RECORDS:
             self.keys.popitem(last=False)
         if len(self._retired) > KEPT_RECORDS:
@@ -3655,13 +3635,8 @@ class RedisLedger(Ledger):
                 known = await self._redis.exists(*(f"{PREFIX}record:{each}" for each in part))
                 if known or any(await self._redis.hmget(f"{PREFIX}retired", part)):
                     return True
-        self._remember_unknown(asked if began == self._forgotten else ())
+        self._unknown.update(asked if began == self._forgotten else ())
         return False
-
-    def _remember_unknown(self, hashes: Iterable[str]) -> None:
-        self._unknown.update(hashes)
-        if len(self._unknown) > KEPT_RECORDS:
-            self._unknown.clear()
 
     def limited(self, key: VirtualKey | None) -> Sequence[Limited]:
         whole = self.groups[GATEWAY]
@@ -3681,13 +3656,14 @@ class RedisLedger(Ledger):
             for name in found:
                 del self.keys[name]
 
-    async def _read_key(self, hashed: str, *, former: bool) -> VirtualKey | None:
-        """A key by its hash, or by one that it had."""
-        if found := (await self._records([hashed])).get(hashed):
-            return cast(VirtualKey, found)
-        newer = await self._redis.hget(f"{PREFIX}retired", hashed) if former else None
-        found = (await self._records([newer])).get(newer) if newer else None
-        return found if isinstance(found, VirtualKey) and hashed in found.retired else None
+    async def _read(self, name: str, *, former: bool) -> Any:
+        """A record by its name, or a key by a hash that it had."""
+        found: Any = (await self._records([name])).get(name)
+        newer = await self._redis.hget(f"{PREFIX}retired", name) if former and not found else ""
+        if newer:
+            found = (await self._records([newer])).get(newer)
+            found = found if found and name in found.retired else None
+        return found
 
     async def _records(self, names: Sequence[str]) -> dict[str, Limited]:
         """The records that are kept under these names, those that are there."""
@@ -3706,13 +3682,11 @@ class RedisLedger(Ledger):
                 each.home = home
         return found
 
-    async def _join(self, keys: Iterable[VirtualKey]) -> list[Limited]:
+    async def _join(self, keys: Sequence[VirtualKey]) -> list[Limited]:
         """Put the records of their teams and users beside keys."""
-        named = {key.account.place: (f"team:{key.team_id}", f"user:{key.user_id}") for key in keys}
-        groups = await self._records(sorted({*itertools.chain(*named.values())}))
+        groups = await self._records([*{*itertools.chain(*map(group_names, keys))}])
         for key in keys:
-            names = named[key.account.place]
-            key.account.beside = [groups[name] for name in names if name in groups]
+            key.account.beside = [groups[name] for name in group_names(key) if name in groups]
         return [*groups.values()]
 
     async def settle(self, key: VirtualKey, home: str) -> None:
@@ -3880,25 +3854,17 @@ class RedisLedger(Ledger):
         if hold.pays and hold.accounts:
             self._holds.pop(hold.id, None)
             charges = counted(charges, model, failed)
-            self.charge(hold.accounts, charges, hold.started, tags, id=hold.id)
+            self._charge(hold, charges, tags)
         else:
             self._give_back(hold)
 
-    def charge(
-        self,
-        accounts: Sequence[Limited],
-        charges: Charges,
-        moment: datetime,
-        tags: Sequence[str],
-        *,
-        id: str = "",
-        batch: str = "",
-        line: int = 0,
+    def _charge(
+        self, hold: Hold, charges: Charges, tags: Iterable[str], batch: str = "", line: int = 0
     ) -> None:
-        present, day, whole, rows = now(), day_of(moment), self.groups[GATEWAY], list[Any]()
+        present, day, whole, rows = now(), day_of(hold.started), self.groups[GATEWAY], list[Any]()
         named = {*tags} - {EVERY_TAG}
         tagged = [(t, tally) for t in (EVERY_TAG, *named) for _, tally in charges] if named else []
-        accounts = [*accounts, whole] if tagged and whole not in accounts else accounts
+        accounts = [*hold.accounts, *([whole] if tagged and whole not in hold.accounts else ())]
         used = {"gateway": tagged, "key": [(model or NO_MODEL, t) for model, t in charges]}
         tokens = sum(t.input_tokens + t.written + t.output_tokens for _, t in charges)
         for of in accounts:
@@ -3912,7 +3878,7 @@ class RedisLedger(Ledger):
             rows.append(row | ({"t": (tokens, of.tpm_limit)} if of.tpm_limit else {}))
         places = [of.account.place for of in accounts]
         keys = [f"{PREFIX}batch:{batch}" if batch else places[0], *places]
-        self._later(BOOK, keys, id, as_json(rows), str(line), told=accounts)
+        self._later(BOOK, keys, hold.id, as_json(rows), str(line), told=accounts)
 
     def _booked(self, accounts: Sequence[Limited], told: Sequence[Sequence[int]]) -> None:
         """Tell which marks were passed: the script says it to one process alone."""
@@ -3932,7 +3898,7 @@ class RedisLedger(Ledger):
                 self._booking.pop(name, None)
                 return None
             hashed = await self._redis.hget(f"{PREFIX}owners", row["owner"]) or ""
-            if key := await self._read_key(hashed, former=True):
+            if key := await self._read(hashed, former=True):
                 await self._join([key])
                 self._booking[name] = key, json.loads(row["held"]), int(row["lines"])
         return Batch(row["day"], int(row["lines"]))
@@ -3964,7 +3930,7 @@ class RedisLedger(Ledger):
         if key is None or line <= lines:
             return None
         self._booking[name] = key, held, line
-        self.charge(self.limited(key), charges, now(), key.tags, batch=name, line=line)
+        self._charge(Hold(self.limited(key), now()), charges, key.tags, name, line)
         return key
 
     def finish_batch(self, name: str, *, lost: bool = False) -> None:
@@ -3980,7 +3946,7 @@ class RedisLedger(Ledger):
         places = [of.account.place for of in accounts]
         keys = [f"{PREFIX}batch:{name}", f"{PREFIX}unbooked", *places]
         self._later(FINISH, keys, name, as_json(rows), self._usage_days * 86400)
-        if accounts and key:
+        if key and lost:
             text = "key %s: batch %s is gone, so its worst case is booked"
             log.warning(text, key.shown_name, name)
 
@@ -4228,45 +4194,38 @@ class RedisLedger(Ledger):
         async with self._asking():
             before = await self._records([*changes])
             async with self._redis.pipeline(transaction=True) as pipe:
-                await pipe.watch(STORE, REVISION, f"{PREFIX}lock")
-                revision = int(await pipe.get(REVISION) or 0)
-                is_ours = await pipe.get(STORE) == self._id
-                if (
-                    not is_ours
-                    or await pipe.get(f"{PREFIX}lock") != self._lock.local.token.decode()
-                ):
+                watched = STORE, f"{PREFIX}lock", REVISION
+                await pipe.watch(*watched)
+                *there, revision = await pipe.mget(watched)
+                if there != [self._id, self._lock.local.token.decode()]:
                     raise StoreAway("the change took too long")
                 pipe.multi()
                 pipe.incrby(REVISION, len(changes))
-                for number, (name, record) in enumerate(changes.items(), start=1):
+                # Each has a number of its own, the order of reports.
+                for number, (name, record) in enumerate(changes.items(), int(revision or 0) + 1):
                     if old := before.get(name):
                         self._take(pipe, name, old, is_gone=record is None)
-                    if record is not None:  # each has a number of its own, the order of reports
-                        self._put(pipe, name, record, str(revision + number))
+                    if record is not None:
+                        self._put(pipe, name, record, str(number))
                     pipe.xadd(CHANGES, {"name": name}, maxlen=CHANGES_KEPT)
                 await pipe.execute()
             await self._sync()
         self._forget(*changes)
-        for name, record in changes.items():
-            if record is not None:
-                record.account.hashed = name
 
     def _put(self, pipe: Any, name: str, record: Limited, revision: str) -> None:
         """Queue what keeps a record and finds it."""
         account, bare = record.account, dataclasses.replace(record, account=Account())
+        account.hashed = name
         if isinstance(record, VirtualKey):
-            record.owner_id = record.owner_id or name
-            id, team = record.owner_id, record.team_id
-            pipe.hset(f"{PREFIX}owners", record.owner_id, name)
+            id = record.owner_id = record.owner_id or name
+            team = record.team_id
+            pipe.hset(f"{PREFIX}owners", id, name)
             for old in record.retired:
                 pipe.hset(f"{PREFIX}retired", old, name)
-            if not record.deleted_at:
-                for group in group_names(record):
-                    pipe.sadd(f"{PREFIX}members:{group}", name)
-                if record.key_alias:
-                    pipe.hset(f"{PREFIX}alias", record.key_alias, name)
-            elif record.team_id:  # whose others still reach what it made
-                pipe.sadd(f"{PREFIX}deleted:team:{record.team_id}", name)
+            if record.key_alias and not record.deleted_at:
+                pipe.hset(f"{PREFIX}alias", record.key_alias, name)
+            for group in group_names(record):  # what it made others of its team still reach
+                pipe.sadd(f"{PREFIX}{'deleted' if record.deleted_at else 'members'}:{group}", name)
         else:
             # One that is made anew begins without what requests and batches of the old one held.
             id, team = f"{name}:{revision}", getattr(record, "team_id", None)
@@ -4296,13 +4255,12 @@ class RedisLedger(Ledger):
 
     async def reset_spend(self, record: Limited, amount: Decimal) -> None:
         budget, place = record.budgets[0], record.account.place
-        start = window_start(budget.duration, now())
+        window = record.account.windows[budget.name]
+        window.start, window.spend = window_start(budget.duration, now()), amount
+        said = {f"start:{budget.name}": window.start, f"spent:{budget.name}": nano(amount)}
         async with self._asking():
-            said = {f"start:{budget.name}": start, f"spent:{budget.name}": nano(amount)}
             await self._redis.hset(place, mapping=said)
             await self._sync()
-        window = record.account.windows[budget.name]
-        window.start, window.spend = start, amount
 
     async def reload(self) -> None:
         self._forget()
@@ -4314,46 +4272,40 @@ class RedisLedger(Ledger):
 
     async def find(self, by: str, name: str, *, former: bool = False) -> Limited | None:
         async with self._asking():
-            at: str | None = f"{by.removesuffix('_id')}:{name}"
-            if by == "key_alias":
-                at = await self._redis.hget(f"{PREFIX}alias", name)
-            found: Limited | None = None
+            at = f"{by.removesuffix('_id')}:{name}"
             if by == "key":
                 at = name if HASH.fullmatch(name) else hash_key(name)
-                found = key = await self._read_key(at, former=former)
-                if key and key.account.hashed != at and key.retired.get(at, EPOCH) <= now():
-                    return None
-            elif at:
-                found = (await self._records([at])).get(at)
+            elif by == "key_alias":
+                at = await self._redis.hget(f"{PREFIX}alias", name) or ""
+            found = await self._read(at, former=former)
             if found is None or getattr(found, "deleted_at", None):
                 return None
+            if found.account.hashed != at and found.retired[at] <= now():
+                return None
             await self._look([found], ("", "9999"))
-            return found
+            return cast(Limited, found)
 
     async def each(
         self, kind: str = "key", *, days: tuple[str, str] | None = None, **named: str
     ) -> AsyncIterator[Limited]:
-        names, last = list[tuple[str, float]](), 0.0
+        every, names, last = f"{PREFIX}{kind}", list[str](), 0.0
         async with self._asking():
             for by, of in named.items():
                 members = f"{PREFIX}members:{by.removesuffix('_id')}:{of}"
-                if found := [*await self._redis.smembers(members)]:
-                    made = await self._redis.zmscore(f"{PREFIX}{kind}", found)
-                    names = sorted(zip(found, made), key=operator.itemgetter(1))
+                names = await self._redis.zinter({every: 1, members: 0})
         while True:
             async with self._asking():
                 part, names = names[:LOOKED_AT], names[LOOKED_AT:]
                 if not named:
-                    told: Any = {"start": 0, "num": LOOKED_AT, "withscores": True}
-                    told |= {"min": f"({last:.0f}", "max": "inf"}
-                    part = await self._redis.zrangebyscore(f"{PREFIX}{kind}", **told)
-                records = [*(await self._records([name for name, _ in part])).values()]
+                    span = f"({last:.0f}", "inf", 0, LOOKED_AT
+                    told = await self._redis.zrangebyscore(every, *span, withscores=True)
+                    part, last = [name for name, _ in told], told[-1][1] if told else last
+                records = [*(await self._records(part)).values()]
                 await self._look(records, days)
             for record in records:
                 yield record
             if len(part) < LOOKED_AT:
                 return
-            last = part[-1][1]
 
     async def tagged(self, days: tuple[str, str]) -> Usage:
         return (await self._whole(days)).account.usage
@@ -4366,20 +4318,15 @@ class RedisLedger(Ledger):
         return whole
 
     async def _look(
-        self,
-        records: Sequence[Limited],
-        days: tuple[str, str] | None,
-        shared: MutableMapping[str, Account] | None = None,
+        self, records: Sequence[Limited], days: tuple[str, str] | None, *, is_hot: bool = False
     ) -> None:
-        """Read what these have used, and their teams and users, in accounts that all versions of a
-        record may share; usage of these days."""
+        """Read what these have used, and their teams and users, with usage of these days; where
+        ``is_hot``, in accounts that all versions of a record share."""
         keys = [of for of in records if isinstance(of, VirtualKey)]
         every = {of.account.place: of for of in (*await self._join(keys), *records)}
-        if shared is not None:
-            for place, of in every.items():
-                known = shared.setdefault(place, of.account)
-                known.beside, known.hashed = of.account.beside, of.account.hashed
-                of.account = known
+        for place, of in every.items() if is_hot else ():
+            account, of.account = of.account, self._accounts.setdefault(place, of.account)
+            of.account.beside, of.account.hashed = account.beside, account.hashed
         found = await self._run(LOOK, [*every], *days or ("none", ""))
         for of, (row, running, used) in zip(every.values(), found, strict=True):
             self._fill(of, dict(zip(row[::2], row[1::2])), dict(zip(used[::2], used[1::2])))
