@@ -2249,7 +2249,7 @@ class Ledger:
     made. It will ``tell`` which ``parts`` of a budget are passed."""
 
     leases = False  # what is held goes by itself where its process dies
-    doubt = ""  # what is less than sure of the store
+    away = doubt = ""  # why the store does not answer, and what is less than sure of it
     each: Callable[..., AsyncIterator[Any]]
 
     def __init__(
@@ -2269,13 +2269,8 @@ class Ledger:
         self._kept: dict[str, tuple[str, float]] = {}
         self._logs: dict[str, collections.deque[bytes]] = {}
 
-    def lookup(self, hashed: str) -> tuple[VirtualKey, str] | None:
-        """A key and its `VirtualKey.status`; by an old hash ``expired`` once its grace is over."""
-        record = self.keys.get(hashed) or self.keys.get(self._retired.get(hashed, ""))
-        return self._judged(record, hashed) if record else None
-
     def _judged(self, record: VirtualKey, hashed: str) -> tuple[VirtualKey, str] | None:
-        """What `lookup` says of a record that was found by a hash."""
+        """What `find_hash` says of a record that was found by a hash."""
         moment, until = now(), record.retired.get(hashed)
         if hashed != record.account.hashed and (until is None or moment >= until):
             return (record, "expired") if until else None
@@ -2321,7 +2316,7 @@ class Ledger:
         """Remember it no more."""
         self._kept.pop(name, None)
 
-    def log(self, name: str, most: int, *rows: bytes) -> None:
+    def log(self, name: str, most: int, rows: Iterable[bytes]) -> None:
         """Add rows to a log, which keeps the last ``most``, for all who share the store."""
         self._logs.setdefault(name, collections.deque(maxlen=most)).extend(rows)
 
@@ -2516,12 +2511,13 @@ class FileLedger(Ledger):
     # Who it is, and what there is
 
     async def find_hash(self, hashed: str) -> tuple[VirtualKey, str] | None:
-        """What `lookup` finds."""
-        return self.lookup(hashed)
+        """A key and its `VirtualKey.status`; by an old hash ``expired`` once its grace is over."""
+        record = self.keys.get(hashed) or self.keys.get(self._retired.get(hashed, ""))
+        return self._judged(record, hashed) if record else None
 
     async def knows(self, hashes: Iterable[str]) -> bool:
         """Whether one of these is a key here."""
-        return any(map(self.lookup, hashes))
+        return any([await self.find_hash(each) for each in hashes])
 
     async def find(self, by: str, name: str, *, former: bool = False) -> Any:
         """The record, or None, that is not deleted and that a field names: ``key`` (plain or hash,
@@ -2549,9 +2545,9 @@ class FileLedger(Ledger):
             if record.of == kind and all(getattr(record, at) == name for at, name in named.items()):
                 yield record
 
-    async def tagged(self, days: tuple[str, str]) -> Usage:
-        """What was used on these days, in the place of a model by tag."""
-        return self.groups[GATEWAY].account.usage
+    async def whole(self, days: tuple[str, str]) -> Limited:
+        """The gateway, with what was used on these days, in the place of a model by tag."""
+        return self.groups[GATEWAY]
 
     def _live(self) -> Iterator[VirtualKey]:
         return (key for key in self.keys.values() if not key.deleted_at)
@@ -2621,10 +2617,7 @@ class FileLedger(Ledger):
         for name in names:
             if isinstance(name, str) and (place := places.get(name)):
                 owner, kind, home = place
-                key, made = (
-                    self.keys.get(self._owners.get(owner, "")),
-                    self.things.made[owner, kind],
-                )
+                key, made = self.keys.get(self._owners.get(owner, "")), self.things.made[place[:2]]
                 found[name] = Thing(kind, owner, key, name in shared, home, made[name])
         return found
 
@@ -4186,7 +4179,7 @@ class RedisLedger(Ledger):
         async with self._asking():
             await self._redis.delete(f"{PREFIX}kept:{name}")
 
-    def log(self, name: str, most: int, *rows: bytes) -> None:
+    def log(self, name: str, most: int, rows: Iterable[bytes]) -> None:
         self._later(LOG, [f"{PREFIX}{name}"], most, *rows)
 
     async def logged(self, name: str) -> AsyncIterator[bytes]:
@@ -4249,14 +4242,13 @@ class RedisLedger(Ledger):
 
     def _put_used(self, pipe: Any, of: Limited, source: FileLedger) -> None:
         """Queue what a record has used, and its batches."""
-        account, place, day_long = of.account, of.account.place, 86400
+        account, place, kept = of.account, of.account.place, (self._usage_days + 1) * 86400
         for day, model, tally in account.usage.days(self._oldest):
             at, counts = f"{place}:{day}", tally.to_json() | {"spend": nano(tally.spend)}
             pipe.hset(at, mapping={f"{model}\0{name}": count for name, count in counts.items()})
-            pipe.expire(at, (self._usage_days + 1) * day_long).hset(place, f"day:{day}", 1)
-        for name, window in account.windows.items():
-            pipe.hset(place, f"start:{name}", window.start)
-            pipe.hset(place, f"spent:{name}", nano(window.spend))
+            pipe.expire(at, kept).hset(place, f"day:{day}", 1)
+        for name, w in account.windows.items():
+            pipe.hset(place, mapping={f"start:{name}": w.start, f"spent:{name}": nano(w.spend)})
         if account.last_active:
             pipe.hset(place, "active", int(account.last_active.timestamp()))
         for name, batch in account.batches.items():
@@ -4268,8 +4260,7 @@ class RedisLedger(Ledger):
                 pipe.hincrby(whose, f"held:{budget}", amount)
             row = {"owner": cast(VirtualKey, of).owner, "day": batch.day, "lines": batch.lines}
             pipe.hset(at, mapping=row | {"booked": int(batch.booked), "held": as_json(held)})
-            last = self._usage_days * day_long
-            pipe.expire(at, last) if batch.booked else pipe.sadd(f"{PREFIX}unbooked", name)
+            pipe.expire(at, kept) if batch.booked else pipe.sadd(f"{PREFIX}unbooked", name)
 
     async def give_out(self, path: Path, tell: Callable[[str], None]) -> Sums:
         """Write all into a keys file, and one of resources, that are not there yet. While gateways
@@ -4301,7 +4292,7 @@ class RedisLedger(Ledger):
         async for at in self._redis.scan_iter(f"{PREFIX}batch:*", NAMES_A_TRIP):
             if row := await self._redis.hgetall(at):
                 batches[row["owner"]][at.removeprefix(f"{PREFIX}batch:")] = row
-        yield (whole := await self._whole(days))
+        yield (whole := await self.whole(days))
         names = {whole.account.place: GATEWAY}
         for kind in (*GROUPS, "key"):
             async for of in self.each(kind, days=days):
@@ -4474,12 +4465,8 @@ class RedisLedger(Ledger):
                 return
             last = part[-1][1]
 
-    async def tagged(self, days: tuple[str, str]) -> Usage:
-        return (await self._whole(days)).account.usage
-
-    async def _whole(self, days: tuple[str, str]) -> Limited:
-        place = self.groups[GATEWAY].account.place
-        whole = Limited(account=Account(hashed=GATEWAY, place=place))
+    async def whole(self, days: tuple[str, str]) -> Limited:
+        whole = Limited(account=Account(hashed=GATEWAY, place=self.groups[GATEWAY].account.place))
         async with self._asking():
             await self._look([whole], days)
         return whole
@@ -6364,36 +6351,40 @@ def log_record(record: Record) -> None:
 
 
 class RequestLog:
-    """The last ``most`` requests, and a file of all (empty: none), as rows of /spend/logs: read at
-    the start, written each second. At LOG_SIZE it becomes ".1", and what was ".1" is gone."""
+    """The last ``most`` requests, of all who share a ledger, and a file (empty: none) of those that
+    were here, as rows of /spend/logs: read at the start, written each second. At LOG_SIZE it
+    becomes ".1", and what was ".1" is gone."""
 
-    def __init__(self, path: str, most: int) -> None:
-        self._path, self._error, self._saving = path, "", asyncio.Lock()
-        self._recent = collections.deque[Record | bytes](maxlen=most)
+    def __init__(self, path: str, most: int, ledger: AnyLedger) -> None:
+        self._path, self._most, self._ledger = path, most, ledger
+        self._error, self._saving = "", asyncio.Lock()
         self._waiting = collections.deque[Record](maxlen=most)
+        self._unwritten = collections.deque[bytes](maxlen=most)
         for name in filter(os.path.isfile, (f"{path}.1", path)):  # a pipe would never end
             with contextlib.suppress(OSError), open(name, "rb") as file:
-                self._recent.extend(file)
+                ledger.log("requests", most, file)
 
     def append(self, record: Record) -> None:
         """Remember a request that is over."""
-        self._recent.append(record)
-        if self._path:
-            self._waiting.append(record)
+        self._waiting.append(record)
 
     async def rows(self) -> AsyncIterator[dict[str, Any]]:
         """The newest first; a line that is damaged is passed over."""
+        self._tell()
         number = 0
-        async for each in self._newest():
-            row = each.to_spend_log() if isinstance(each, Record) else dict_of(read_json(each, Any))
+        async for each in self._ledger.logged("requests"):
+            row = dict_of(read_json(each, Any))
             if (number := number + 1) % ROWS_A_TURN == 0:
                 await asyncio.sleep(0)
             if row.keys() >= FILTERED and isinstance(row["startTime"], str):
                 yield row
 
-    async def _newest(self) -> AsyncIterator[Record | bytes]:
-        for each in [*self._recent][::-1]:  # whoever reads them may wait in between
-            yield each
+    def _tell(self) -> None:
+        if self._waiting and not self._ledger.away:
+            rows = [as_json(each.to_spend_log()) for each in self._waiting]
+            self._waiting.clear()
+            self._ledger.log("requests", self._most, rows)
+            self._unwritten.extend(rows if self._path else ())
 
     async def run(self) -> None:
         """Save once a second, until cancelled."""
@@ -6404,18 +6395,19 @@ class RequestLog:
     async def save(self) -> None:
         """Write what is not written; what cannot be is tried again, as far as it is remembered."""
         async with self._saving:
-            rows, self._waiting = self._waiting, collections.deque(maxlen=self._waiting.maxlen)
+            self._tell()
+            rows, self._unwritten = self._unwritten, collections.deque(maxlen=self._most)
             try:
                 await asyncio.to_thread(self._write, rows) if rows else None
                 self._error = ""
             except Exception as error:  # noqa: BLE001 - whatever it is, requests go on
-                rows.extend(self._waiting)
+                rows.extend(self._unwritten)
                 if str(error) != self._error:
                     log.error("the request log cannot be written: %s", error)
-                self._waiting, self._error = rows, str(error)
+                self._unwritten, self._error = rows, str(error)
 
-    def _write(self, rows: collections.deque[Record]) -> None:
-        data = b"".join(as_json(row.to_spend_log()) + b"\n" for row in rows)
+    def _write(self, rows: collections.deque[bytes]) -> None:
+        data = b"".join(row + b"\n" for row in rows)
         descriptor = os.open(self._path, LOG_FLAGS, STORE_MODE)
         with open(descriptor, "ab+", buffering=0) as file:
             if size := file.tell():
@@ -6425,26 +6417,6 @@ class RequestLog:
         rows.clear()  # they are there, even where the file cannot be moved away
         if size + len(data) > LOG_SIZE:
             os.replace(self._path, f"{self._path}.1")
-
-
-class SharedLog(RequestLog):
-    """The same where processes share a store, which has the last rows of all; those of others come
-    each second. While it is away they wait here."""
-
-    def __init__(self, most: int, ledger: RedisLedger) -> None:
-        super().__init__("", most)
-        self._path, self._ledger, self._most = "the store", ledger, most
-
-    async def save(self) -> None:
-        if self._waiting and not self._ledger.away:
-            rows = (as_json(each.to_spend_log()) for each in self._waiting)
-            self._ledger.log("requests", self._most, *rows)
-            self._waiting.clear()
-
-    async def _newest(self) -> AsyncIterator[Record | bytes]:
-        await self.save()
-        async for row in self._ledger.logged("requests"):
-            yield row
 
 
 @dataclass(slots=True)
@@ -7963,9 +7935,8 @@ class Gateway:
         self.traffic = Traffic()
         path = settings.request_log or f"{os.path.realpath(settings.keys)}.requests"
         path = "none" if settings.store else path
-        self.recent = RequestLog("" if path == "none" else path, settings.recent_requests)
-        if isinstance(self.ledger, RedisLedger):
-            self.recent = SharedLog(settings.recent_requests, self.ledger)
+        path = "" if path == "none" else path
+        self.recent = RequestLog(path, settings.recent_requests, self.ledger)
         self.active: set[RelayHandler] = set()
         self.started = now()
         self.sessions, self.alerts.keep = Sessions(self.ledger), self.ledger.keep
@@ -8614,7 +8585,7 @@ class RecordHandler(BodyHandler, ManagementHandler):
         row |= {"object_id": record.account.hashed.removeprefix(f"{record.of}:")}
         row |= {"name": record.shown_name, "updated_values": dict(body)}
         text = json.dumps(row | {"remote_ip": self.request.remote_ip}, default=shown)
-        self.gateway.ledger.log("audit", MAX_AUDITED, text.encode())
+        self.gateway.ledger.log("audit", MAX_AUDITED, [text.encode()])
         fields = f": {printable(', '.join(body))}" if body and action == "updated" else ""
         log.info("%s %s %s%s by %s", record.of, record.shown_name, action, fields, word(by))
 
@@ -8896,7 +8867,7 @@ class ReportHandler(ManagementHandler):
                 names = {"api_key": hashed, "model": model, "day": day, "tag": EVERY_TAG}
                 names |= {"team": key.team_id or "", "user": key.user_id or ""}
                 sums[tuple(names[group] for group in groups)].add(tally)
-        tagged = await ledger.tagged((first, last))
+        tagged = (await ledger.whole((first, last))).account.usage
         for day, tag, tally in tagged.days(first, last) if "tag" in groups else ():
             count = Tally.subtract if tag == EVERY_TAG else Tally.add  # what had any is not without
             count(sums[tuple({"tag": tag, "day": day}[group] for group in groups)], tally)
