@@ -2943,11 +2943,9 @@ STORE_DEADLINE = 0.5  # seconds for an answer
 STORE_GRACE = 0.05  # more of them, in which what has come is read
 STORE_RETRY = 0.1  # seconds until the next try to reach it
 CHECK_INTERVAL = 0.2  # seconds; less than the second within which a change holds everywhere
-GONE = ("NOSCRIPT", "READONLY", "LOADING", "MASTERDOWN")  # what another connection may mend
+GONE = "NOSCRIPT|READONLY|LOADING|MASTERDOWN"  # what another connection may mend
 # Errors before anything is written; behind others a part may be, which must not count twice.
-UNWRITTEN = re.compile(
-    r"\b(OOM|READONLY|MISCONF|NOREPLICAS|LOADING|MASTERDOWN|BUSY|NOSCRIPT|LOST)\b"
-)
+UNWRITTEN = re.compile(rf"\b({GONE}|OOM|MISCONF|NOREPLICAS|BUSY|LOST)\b")
 MOST_CONNECTIONS = 16  # of a process, beside its `Link`, for what is not asked at each request
 LEASE, RENEWAL = 60.0, 20.0  # seconds that a hold stands by itself; until it is renewed
 LOCK_LEASE = 5.0  # seconds that a change may take
@@ -2955,11 +2953,10 @@ KEPT_RECORDS = 10_000  # keys in use, which a process remembers
 NAMES_A_TRIP, LOOKED_AT = 500, 100  # hashes, and records with their usage, in one script or call
 CHANGES_KEPT = 10_000  # in the stream that tells of them
 TRIES = 3  # of a request whose key is changed under it
-MARK_DAYS = 7  # after which a process that was cut off may not write any more
 PREFIX, STORE, CHANGES, REVISION = "gw:", "gw:store", "gw:changes", "gw:revision"
-NANO = Decimal("1e-9")
 TOLD_OF = 10_000  # records
 Sums = collections.Counter[str]  # of what was copied
+AGAIN = [("retry-after", "1")]
 NO_STORE = "The store is empty, or another one: nothing is changed in it. Whoever runs the gateway"
 NO_STORE += " must bring its data back, or start it with --new-store or --import."
 
@@ -2969,24 +2966,22 @@ if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] then return redis.error_reply('
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 
--- A `Bucket` in millionths, and in microseconds.
-local function level(drawn, seen, limit)
-  return math.max(0, (drawn or 0) - math.floor((now - (seen or now)) * (limit or 0) / 60))
-end
-
-local function draw(place, kind, limit, amount)
+local function draw(place, kind, limit, amount)  -- of a `Bucket`; what is drawn then, in millionths
   local found = redis.call('HMGET', place, 'drawn:' .. kind, 'seen:' .. kind)
-  local drawn = level(found[1], found[2], limit) + amount * 1000000
-  redis.call('HSET', place, 'drawn:' .. kind, drawn, 'seen:' .. kind, now)
+  local gained = math.floor((now - (found[2] or now)) * limit / 60)
+  local drawn = math.max(0, (found[1] or 0) - gained) + amount * 1000000
+  if amount > 0 then redis.call('HSET', place, 'drawn:' .. kind, drawn, 'seen:' .. kind, now) end
+  return drawn
 end
 
-local function add(place, used, sign)
+local function add(place, used, sign)  -- what windows had spent: before, after, of each
+  local told = {}
   for _, each in ipairs(used.w) do  -- window, start, amount
-    local start = redis.call('HGET', place, 'start:' .. each[1])
-    if not start or each[2] > start then
+    if each[2] > (redis.call('HGET', place, 'start:' .. each[1]) or '') then
       redis.call('HSET', place, 'start:' .. each[1], each[2], 'spent:' .. each[1], 0)
     end
-    redis.call('HINCRBY', place, 'spent:' .. each[1], sign * each[3])
+    local spent = redis.call('HINCRBY', place, 'spent:' .. each[1], sign * each[3])
+    told[#told + 1], told[#told + 2] = spent - each[3], spent
   end
   for _, each in ipairs(used.u) do  -- day, model, counts, seconds it is kept
     local day, model = place .. ':' .. each[1], each[2]
@@ -2998,6 +2993,7 @@ local function add(place, used, sign)
     redis.call('EXPIRE', day, each[4])
     redis.call('HSET', place, 'day:' .. each[1], 1)
   end
+  return told
 end
 
 local function change_held(costs, sign)  -- place, window, amount; of what is still there
@@ -3012,28 +3008,25 @@ local function free(place, id)  -- gives back what a request holds, where it sti
   if redis.call('ZREM', place .. ':leases', id) == 0 then return end
   local text = redis.call('HGET', place .. ':holds', id)
   redis.call('HDEL', place .. ':holds', id)
-  local held = cjson.decode(text)
-  for _, each in ipairs(held.c) do
-    redis.call('HINCRBY', place, 'held:' .. each[1], -each[2])
-  end
-  return held, text
+  change_held(cjson.decode(text).c, -1)
+  return text
 end
 
 local function lapse(place)  -- what nobody renewed costs what its prompt did, until it is known
   local leases = place .. ':leases'
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', leases, '-inf', now, 'LIMIT', 0, 100)) do
-    local held, text = free(place, id)
-    add(place, held, 1)
+    local text = free(place, id)
+    add(place, cjson.decode(text), 1)
     redis.call('SET', place .. ':lapsed:' .. id, text, 'EX', 604800)
   end
 end
 
 local function settle(place, id)
-  local held = free(place, id)
-  local text = not held and redis.call('GET', place .. ':lapsed:' .. id)
+  local lapsed = place .. ':lapsed:' .. id
+  local text = not free(place, id) and redis.call('GET', lapsed)
   if text then
     add(place, cjson.decode(text), -1)
-    redis.call('DEL', place .. ':lapsed:' .. id)
+    redis.call('DEL', lapsed)
   end
 end
 """
@@ -3042,34 +3035,25 @@ PRELUDE = PRELUDE.replace("MOST", str(9 * MAX_MODELS_A_DAY)).replace("OTHER", OT
 RESERVE = """
 local accounts, told = cjson.decode(ARGV[4]), {}
 for i, account in ipairs(accounts) do
-  local place, wanted = KEYS[i + 1], {'rev'}
+  local place, refused, wait = KEYS[i + 1], nil, 1000000
   lapse(place)
-  for _, kind in ipairs({'requests', 'tokens'}) do
-    wanted[#wanted + 1], wanted[#wanted + 2] = 'drawn:' .. kind, 'seen:' .. kind
-  end
-  for _, each in ipairs(account.b) do  -- window, start, limit, cost, whether all of it must fit
-    for _, name in ipairs({'start:', 'spent:', 'held:'}) do
-      wanted[#wanted + 1] = name .. each[1]
-    end
-  end
-  local found = redis.call('HMGET', place, unpack(wanted))
-  local running = redis.call('ZCARD', place .. ':leases')
-  if (found[1] or '') ~= account.r then return {'stale'} end
-  local state, refused, wait = {running}, nil, 1000000
-  if account.p and running >= account.p then refused = 'slots' end
-  for j, limit in ipairs({account.q, account.k}) do
-    state[j + 1] = level(found[2 * j], found[2 * j + 1], limit)
+  if (redis.call('HGET', place, 'rev') or '') ~= account.r then return {'stale', 0, 0, 0} end
+  local state = {redis.call('ZCARD', place .. ':leases'), 0, 0}
+  if account.slots and state[1] >= account.slots then refused = 'slots' end
+  for j, kind in ipairs({'requests', 'tokens'}) do
+    local limit = account[kind]
+    state[j + 1] = limit and draw(place, kind, limit, 0) or 0
     local missing = limit and state[j + 1] + 1000000 * (1 - limit)
     if limit and not refused and missing > 0 then
-      refused = j == 1 and 'requests' or 'tokens'
-      wait = limit > 0 and math.ceil(missing * 60 / limit) or 60000000
+      refused, wait = kind, limit > 0 and math.ceil(missing * 60 / limit) or 60000000
     end
   end
   for j, each in ipairs(account.b) do
-    local spent, held = tonumber(found[3 * j + 4] or 0), tonumber(found[3 * j + 5] or 0)
-    if each[2] > (found[3 * j + 3] or '') then spent = 0 end
+    local name, start, limit, cost, fit = unpack(each)  -- fit: whether all of it must
+    local found = redis.call('HMGET', place, 'start:' .. name, 'spent:' .. name, 'held:' .. name)
+    local spent = start > (found[1] or '') and 0 or tonumber(found[2] or 0)
+    local held = tonumber(found[3] or 0)
     state[#state + 1], state[#state + 2] = spent, held
-    local limit, cost, fit = each[3], each[4], each[5]
     if limit and cost and not refused then
       local room = limit - spent - (account.s and held or 0)
       if spent >= limit or (fit and cost > room) or (not fit and room <= 0) then
@@ -3081,17 +3065,12 @@ for i, account in ipairs(accounts) do
   if refused then return {'refused', i - 1, refused, wait, unpack(told)} end
 end
 for i, account in ipairs(accounts) do
-  local place, state = KEYS[i + 1], told[i]
+  local place = KEYS[i + 1]
   redis.call('ZADD', place .. ':leases', now + ARGV[3], ARGV[2])
   redis.call('HSET', place .. ':holds', ARGV[2], cjson.encode(account.h))
-  for _, each in ipairs(account.h.c) do
-    redis.call('HINCRBY', place, 'held:' .. each[1], each[2])
-  end
-  state[1] = state[1] + 1
-  if account.q then
-    draw(place, 'requests', account.q, 1)
-    state[2] = state[2] + 1000000
-  end
+  change_held(account.h.c, 1)
+  told[i][1] = told[i][1] + 1
+  if account.requests then told[i][2] = draw(place, 'requests', account.requests, 1) end
 end
 return {'held', 0, 0, 0, unpack(told)}
 """
@@ -3114,11 +3093,7 @@ for i, used in ipairs(cjson.decode(ARGV[4])) do
   told[i] = {}
   if redis.call('HEXISTS', place, 'rev') == 1 then
     if ARGV[3] ~= '' then settle(place, ARGV[3]) end
-    add(place, used, 1)
-    for j, each in ipairs(used.w) do
-      local spent = tonumber(redis.call('HGET', place, 'spent:' .. each[1]))
-      told[i][2 * j - 1], told[i][2 * j] = spent - each[3], spent
-    end
+    told[i] = add(place, used, 1)
     if used.t then draw(place, 'tokens', used.t[2], used.t[1]) end
     if used.a then redis.call('HSET', place, 'active', time[1]) end
   end
@@ -3127,9 +3102,7 @@ return told
 """
 # A hold becomes a batch's (KEYS[3]), and lasts until it is booked.
 KEEP = """
-for i = 5, #KEYS do
-  if not free(KEYS[i], ARGV[3]) then settle(KEYS[i], ARGV[3]) end
-end
+for i = 5, #KEYS do settle(KEYS[i], ARGV[3]) end
 change_held(cjson.decode(ARGV[5]), 1)
 redis.call('HSET', KEYS[3], 'held', ARGV[5], unpack(cjson.decode(ARGV[6])))
 redis.call('SADD', KEYS[4], ARGV[4])
@@ -3197,14 +3170,9 @@ LOG = """
 for i = 4, #ARGV do redis.call('XADD', KEYS[3], 'MAXLEN', '~', ARGV[3], '*', 'row', ARGV[i]) end
 return {}
 """
-EVERY_SCRIPT = (RESERVE, RENEW, LOOK)
-WRITTEN_ONCE = (BOOK, KEEP, FINISH, THINGS, LOG)
-SCRIPTS = {text: PRELUDE + text for text in EVERY_SCRIPT}
-SCRIPTS |= {text: PRELUDE + ONCE + text for text in WRITTEN_ONCE}
+SCRIPTS = {text: PRELUDE + text for text in (RESERVE, RENEW, LOOK)}
+SCRIPTS |= {text: PRELUDE + ONCE + text for text in (BOOK, KEEP, FINISH, THINGS, LOG)}
 DIGESTS = {text: hashlib.sha1(script.encode()).hexdigest() for text, script in SCRIPTS.items()}
-
-
-Nanos = Sequence[tuple[str, int]]  # by model
 
 
 class StoreAway(Exception):
@@ -3220,31 +3188,25 @@ def nano(amount: Decimal) -> int:
     return round(amount.scaleb(9))
 
 
-def nanos(charges: Charges) -> Nanos:
-    """What was used, by model, in these."""
-    return [(model, nano(tally.spend)) for model, tally in charges]
-
-
-def sum_for(budget: Budget, amounts: Nanos) -> int:
-    """What of it counts for a budget."""
-    return sum([n for model, n in amounts if not budget.pattern or budget.is_for(model)])
-
-
 def usd(amount: Any) -> Decimal:
     """USD of nano-dollars."""
-    return (int(amount) * NANO).normalize()
+    return Decimal(amount).scaleb(-9).normalize()
+
+
+def sum_for(budget: Budget, charges: Charges) -> int:
+    """What of these counts for a budget, in nano-dollars."""
+    return sum([nano(tally.spend) for model, tally in charges if budget.is_for(model)])
 
 
 class Link(asyncio.Protocol):
     """One connection for all scripts of a process, in RESP2, by hiredis: what is called in a turn
     of the loop goes out in one write, and is answered in its order. Where an answer takes longer
-    than STORE_DEADLINE it breaks off; all that wait then get StoreAway, and ``closed`` is done."""
+    than STORE_DEADLINE it breaks off; all that wait then get StoreAway, and ``closed`` is set."""
 
     def __init__(self) -> None:
         import hiredis
 
-        self._loop = asyncio.get_running_loop()
-        self.closed: asyncio.Future[None] = self._loop.create_future()
+        self._loop, self.closed = asyncio.get_running_loop(), asyncio.Event()
         self._error, self._pack = hiredis.ReplyError, cast(Any, hiredis.pack_command)
         self._reader = hiredis.Reader(encoding="utf-8", errors="surrogateescape")
         self._out = list[bytes]()
@@ -3255,18 +3217,14 @@ class Link(asyncio.Protocol):
     @classmethod
     async def open(cls, pool: Any) -> Link:
         """Connect as a pool of redis-py's does, and load the scripts. Raises OSError, StoreAway."""
-        told, loop, context = pool.connection_kwargs, asyncio.get_running_loop(), None
-        try:
-            async with asyncio.timeout(STORE_DEADLINE):
-                if "path" in told:
-                    _, link = await loop.create_unix_connection(cls, told["path"])
-                else:
-                    if hasattr(connection := pool.make_connection(), "ssl_context"):
-                        context = connection.ssl_context.get()
-                    place = told.get("host", "localhost"), told.get("port", 6379)
-                    _, link = await loop.create_connection(cls, *place, ssl=context)
-        except TimeoutError:
-            raise StoreAway("no connection in time") from None
+        told, loop = pool.connection_kwargs, asyncio.get_running_loop()
+        async with asyncio.timeout(STORE_DEADLINE):
+            if "path" in told:
+                _, link = await loop.create_unix_connection(cls, told["path"])
+            else:
+                tls = getattr(pool.make_connection(), "ssl_context", None)
+                place = told.get("host", "localhost"), told.get("port", 6379)
+                _, link = await loop.create_connection(cls, *place, ssl=tls and tls.get())
         try:
             if word := told.get("password"):
                 await link.call("AUTH", *filter(None, (told.get("username"), word)))
@@ -3284,7 +3242,7 @@ class Link(asyncio.Protocol):
     def call(self, *command: str | int | bytes) -> asyncio.Future[Any]:
         """Send a command; its answer is awaited, or StoreAway."""
         answer = self._loop.create_future()
-        if self.closed.done():
+        if self.closed.is_set():
             answer.set_exception(StoreAway(self.why))
             return answer
         if self._timer is None:
@@ -3295,15 +3253,9 @@ class Link(asyncio.Protocol):
         self._waiting.append((answer, self._loop.time()))
         return answer
 
-    def script(
-        self, text: str, keys: Sequence[str], *arguments: str | int | bytes
-    ) -> asyncio.Future[Any]:
-        """Run one of SCRIPTS."""
-        return self.call("EVALSHA", DIGESTS[text], len(keys), *keys, *arguments)
-
     def flush(self) -> None:
         """Send what was called, before what others write after this."""
-        if self._out and not self.closed.done():
+        if self._out and not self.closed.is_set():
             self._transport.write(b"".join(self._out))
         self._out.clear()
 
@@ -3314,9 +3266,9 @@ class Link(asyncio.Protocol):
             if answer.done():
                 continue
             if isinstance(reply, self._error):
-                answer.set_exception(StoreRefused(str(reply)))
-                if str(reply).startswith(GONE):
-                    self.abort(str(reply))
+                answer.set_exception(StoreRefused(text := str(reply)))
+                if re.match(GONE, text):
+                    self.abort(text)
             else:
                 answer.set_result(reply)
 
@@ -3325,12 +3277,11 @@ class Link(asyncio.Protocol):
         if not self._waiting:
             return
         left = self._waiting[0][1] + STORE_DEADLINE - self._loop.time()
-        if left > 0:
-            self._timer = self._loop.call_later(left, self._look)
-        elif is_sure:
-            self.abort(f"no answer in {STORE_DEADLINE:g} seconds")
-        else:  # this process may have been late itself, and the answer here
-            self._timer = self._loop.call_later(STORE_GRACE, self._look, True)
+        if left <= 0 and is_sure:
+            return self.abort(f"no answer in {STORE_DEADLINE:g} seconds")
+        # This process may have been late itself, and the answer is here.
+        wait = left if left > 0 else STORE_GRACE
+        self._timer = self._loop.call_later(wait, self._look, left <= 0)
 
     def abort(self, why: str) -> None:
         """Break off."""
@@ -3338,8 +3289,7 @@ class Link(asyncio.Protocol):
         self._transport.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
-        if not self.closed.done():
-            self.closed.set_result(None)
+        self.closed.set()
         for answer, _ in self._waiting:
             if not answer.done():
                 answer.set_exception(StoreAway(self.why))
@@ -3348,12 +3298,12 @@ class Link(asyncio.Protocol):
 
 
 class Write(NamedTuple):
-    """What is to be written once, whatever happens: ``then`` gets what its script answers."""
+    """What is to be written once, whatever happens; these accounts are ``told`` what is spent."""
 
     script: str
     keys: Sequence[str]
     arguments: Sequence[str | int | bytes]
-    then: Callable[[Any], None] | None
+    told: Sequence[Limited]
     done: asyncio.Future[None]
 
 
@@ -3383,9 +3333,9 @@ class RedisLedger(Ledger):
         from redis.backoff import NoBackoff
 
         super().__init__(usage_days, clock, limits)
-        times: Any = dict.fromkeys(("socket_timeout", "socket_connect_timeout"), deadline)
-        told: Any = times | {"decode_responses": True, "retry": Retry(NoBackoff(), 0)}
-        told |= {"protocol": 2, "max_connections": MOST_CONNECTIONS, "timeout": STORE_DEADLINE}
+        told: Any = dict.fromkeys(("socket_timeout", "socket_connect_timeout"), deadline)
+        told |= {"decode_responses": True, "retry": Retry(NoBackoff(), 0), "protocol": 2}
+        told |= {"max_connections": MOST_CONNECTIONS, "timeout": STORE_DEADLINE}
         pool = redis.asyncio.BlockingConnectionPool.from_url(store, **told)
         self._redis: Any = redis.asyncio.Redis(connection_pool=pool)
         # uvloop raises RuntimeError for what is written to a connection that was just reset.
@@ -3398,15 +3348,14 @@ class RedisLedger(Ledger):
         self._forgotten = 0  # how often any has changed: what is read meanwhile may be old
         self._accounts = weakref.WeakValueDictionary[str, Account]()  # by their places
         self._link, self._linked = cast(Link | None, None), asyncio.Event()
-        self.away, self.lost, self.doubt = "it was not asked yet", False, ""
+        self.away, self.lost, self._store = "it was not asked yet", False, STORE
         self._id, self._process, self._number = "", secrets.token_hex(4), 0
         self._writes: dict[int, Write] = {}
         self._is_behind = False  # of these some were not sent on this link, and go first
         self._refused: list[Write] = []  # which are sent again, each with another number
         self._holds: dict[str, Sequence[str]] = {}  # places, by the ids of holds
-        self._turn, self._lock = asyncio.Lock(), None
+        self._turn, self._lock, self._waits = asyncio.Lock(), None, False  # for WAITAOF
         self._tasks: list[asyncio.Task[None]] = []
-        self._waits = False  # for WAITAOF
         self._last, self.count, self._processes = "0-0", 0, 1
         self.groups[GATEWAY].account.place = f"{PREFIX}{{gateway}}:{GATEWAY}"
         # Batches: whose they are, what is held, and the last line that was booked here.
@@ -3427,9 +3376,7 @@ class RedisLedger(Ledger):
             newest = await self._redis.xrevrange(CHANGES, count=1)
             self._last = newest[0][0] if newest else self._last
             await self._check()
-            self._tasks = [
-                asyncio.create_task(each) for each in (self._keep_linked(), self._follow())
-            ]
+            self._tasks = [*map(asyncio.create_task, (self._keep_linked(), self._follow()))]
             await asyncio.wait_for(self._linked.wait(), 2 * STORE_DEADLINE)
 
     @contextlib.contextmanager
@@ -3449,15 +3396,15 @@ class RedisLedger(Ledger):
         if tuple(map(int, version.split(".")[:2])) < LEAST_REDIS:
             least = ".".join(map(str, LEAST_REDIS))
             raise SettingsError(f"--store: Redis {version} is before {least}")
-        config, asks, doubts = dict[str, str](), self._redis.execute_command, list[str]()
+        config, doubts = dict[str, str](), list[str]()
         with contextlib.suppress(*self._errors):
             for name in ("appendonly", "appendfsync", "maxmemory", "maxmemory-policy"):
                 config |= await self._redis.config_get(name)
         with contextlib.suppress(*self._errors):
-            self._waits = bool((await asks("WAITAOF", 1, 0, int(STORE_DEADLINE * 800)))[0])
+            self._waits = bool((await self._redis.waitaof(1, 0, int(STORE_DEADLINE * 800)))[0])
         if not self._waits and [*config.values()][:2] != ["yes", "always"]:
-            doubts.append("a change may be lost with it: it needs appendonly yes, and appendfsync")
-            doubts[0] += " always or Redis 7.2"
+            needs = "appendonly yes, and appendfsync always or Redis 7.2"
+            doubts.append(f"a change may be lost with it: it needs {needs}")
         is_full = config.get("maxmemory", "0") != "0"  # one day
         if is_full and config.get("maxmemory-policy") != "noeviction":
             doubts.append("it may drop keys: it needs maxmemory-policy noeviction")
@@ -3495,15 +3442,16 @@ class RedisLedger(Ledger):
                 await self._renew()
                 await self._catch_up(link)
                 self._write_refused()
-                await link.closed
+                await link.closed.wait()
                 why = link.why
             except Exception as error:  # whatever it is, it is tried again
                 why = str(error) or "no answer"
                 if not isinstance(error, self._errors):
                     log.exception("Redis cannot be reached")
             self._link = None
+            if not self.away:
+                log.error("Redis is away: %s", why)
             if why != self.away:
-                log.error("Redis is away: %s", why) if not self.away else None
                 self.tell("db_exceptions", f"Redis is away: {why}", matter="Redis")
             self.away = why
             await asyncio.sleep(STORE_RETRY)
@@ -3511,29 +3459,28 @@ class RedisLedger(Ledger):
     async def _catch_up(self, link: Link) -> None:
         """Send what waits, in its order, and in parts, between which others have their turn; what
         is written meanwhile goes behind it."""
-        while not (self.lost or link.closed.done()):
+        while not (self.lost or link.closed.is_set()):
             part = [*itertools.islice(self._writes.items(), NAMES_A_TRIP)]
             if not part:
                 self._is_behind = False
                 return
-            await asyncio.wait([self._send(link, *each) for each in part])
+            await asyncio.wait([self._send(*each) for each in part])
 
     async def _follow(self) -> None:
         """Hear of changes, at once and after any pause."""
-        failed = 0
+        failed, wait = 0, int(CHECK_INTERVAL * 1000)
         while True:
             try:
-                block = int(CHECK_INTERVAL * 1000)
-                told = await self._redis.xread({CHANGES: self._last}, block=block, count=1000)
+                told = await self._redis.xread({CHANGES: self._last}, block=wait, count=1000)
                 for self._last, change in itertools.chain(*(entries for _, entries in told)):
                     self._forget(change["name"])
                 await self._check()
                 failed = 0
             except Exception as error:  # whatever it is, it is tried again
-                failed += 1  # if but once, perhaps this process was late itself
+                failed += 1
                 if not isinstance(error, self._errors):
                     log.exception("changes in Redis cannot be followed")
-                if self._link is not None and failed > 2:
+                if self._link is not None and failed > 2:  # else this process may be late itself
                     self._link.abort(str(error) or "no answer")
                 await asyncio.sleep(STORE_RETRY)
 
@@ -3567,11 +3514,10 @@ class RedisLedger(Ledger):
 
     async def _renew(self) -> None:
         holds = [(place, id) for id, places in self._holds.items() for place in places]
-        for start in range(0, len(holds), NAMES_A_TRIP):
-            part = holds[start : start + NAMES_A_TRIP]
+        if holds:
+            places, ids = zip(*holds, strict=True)
             with contextlib.suppress(StoreAway):
-                ids = (id for _, id in part)
-                await self._run(RENEW, [place for place, _ in part], int(LEASE * 1e6), *ids)
+                await self._run(RENEW, places, int(LEASE * 1e6), *ids)
 
     async def save(self) -> None:
         """Make all that was written before this call durable. Raises APIError 503."""
@@ -3585,7 +3531,7 @@ class RedisLedger(Ledger):
         if self._waits:
             async with self._redis.pipeline(transaction=False) as pipe:
                 pipe.incr(f"{PREFIX}synced")  # what this connection wrote is what it waits for
-                pipe.execute_command("WAITAOF", 1, 0, int(STORE_DEADLINE * 800))
+                pipe.waitaof(1, 0, int(STORE_DEADLINE * 800))
                 if not (await pipe.execute())[1][0]:
                     raise StoreAway("it is not known to be on disk")
 
@@ -3614,49 +3560,49 @@ class RedisLedger(Ledger):
         """Raise APIError 503 where the store does not answer, or not as itself."""
         if asyncio.current_task() is None:  # as `at_once` runs it, which redis-py's timeouts need
             await asyncio.sleep(0)
-        again = [("retry-after", "1")]
         if self.lost:
-            raise APIError(503, NO_STORE, headers=again)
+            raise APIError(503, NO_STORE, headers=AGAIN)
         try:
             if self.away:
                 raise StoreAway(self.away)
             yield
         except self._errors as error:
             text = f"Redis, which holds the keys, does not answer ({error or 'too late'})."
-            raise APIError(503, f"{text} Try again in a second.", headers=again) from None
+            raise APIError(503, f"{text} Try again in a second.", headers=AGAIN) from None
 
-    async def _run(self, script: str, keys: Sequence[str], *arguments: str | int | bytes) -> Any:
-        """What a script answers. Raises StoreAway."""
+    def _run(self, script: str, keys: Sequence[str], *more: Any) -> asyncio.Future[Any]:
+        """What one of SCRIPTS answers. Raises StoreAway."""
         if self._link is None:
             raise StoreAway(self.away)
-        return await self._link.script(script, [STORE, *keys], self._id, *arguments)
+        asked = [DIGESTS[script], len(keys) + 1, STORE, *keys, self._id, *more]
+        return self._link.call("EVALSHA", *asked)
 
     def _later(
         self,
         script: str,
         keys: Sequence[str],
         *arguments: str | int | bytes,
-        then: Callable[[Any], None] | None = None,
+        told: Sequence[Limited] = (),
     ) -> None:
-        """Have a script of WRITTEN_ONCE run once; the last of ``keys`` is one that it writes."""
+        """Have a script run ONCE; the last of ``keys`` is one that it writes."""
         done = asyncio.get_running_loop().create_future()
-        self._number_and_send(Write(script, keys, arguments, then, done))
+        self._write(Write(script, keys, arguments, told, done))
 
-    def _number_and_send(self, write: Write) -> None:
-        self._number += 1
-        self._writes[self._number] = write
-        if not (self._link is None or self._is_behind or self.lost):
-            self._send(self._link, self._number, write)
-            self._link.flush()  # before the last bytes of an answer, behind which more may come
+    def _write(self, *writes: Write) -> None:
+        for write in writes:
+            self._number += 1
+            self._writes[self._number] = write
+            if not (self._link is None or self._is_behind or self.lost):
+                self._send(self._number, write)
+                self._link.flush()  # before an answer's last bytes, behind which more may come
 
     def _write_refused(self) -> None:
         refused, self._refused = self._refused, []
-        for write in refused:
-            self._number_and_send(write)
+        self._write(*refused)
 
-    def _send(self, link: Link, number: int, write: Write) -> asyncio.Future[Any]:
-        keys = [STORE, f"{write.keys[-1]}:seen:{self._process}", *write.keys]
-        answer = link.script(write.script, keys, self._id, number, *write.arguments)
+    def _send(self, number: int, write: Write) -> asyncio.Future[Any]:
+        keys = [f"{write.keys[-1]}:seen:{self._process}", *write.keys]
+        answer = self._run(write.script, keys, number, *write.arguments)
         answer.add_done_callback(functools.partial(self._sent, number, write))
         return answer
 
@@ -3672,14 +3618,13 @@ class RedisLedger(Ledger):
         elif error is None:
             del self._writes[number]
             write.done.set_result(None)
-            if write.then:
-                write.then(answer.result())
+            self._booked(write.told, answer.result())
 
     # Who it is
 
     async def find_hash(self, hashed: str) -> tuple[VirtualKey, str] | None:
         if self.lost:
-            raise APIError(503, NO_STORE, headers=[("retry-after", "1")])
+            raise APIError(503, NO_STORE, headers=AGAIN)
         if (key := self.keys.get(hashed)) is not None:
             self.keys.move_to_end(hashed)
         elif hashed not in self._unknown:
@@ -3709,11 +3654,8 @@ class RedisLedger(Ledger):
         async with self._asking():
             for start in range(0, len(asked), NAMES_A_TRIP):
                 part = asked[start : start + NAMES_A_TRIP]
-                async with self._redis.pipeline(transaction=False) as pipe:
-                    pipe.exists(*(f"{PREFIX}record:{each}" for each in part))
-                    pipe.hmget(f"{PREFIX}retired", part)
-                    known, retired = await pipe.execute()
-                if known or any(retired):
+                known = await self._redis.exists(*(f"{PREFIX}record:{each}" for each in part))
+                if known or any(await self._redis.hmget(f"{PREFIX}retired", part)):
                     return True
         self._remember_unknown(asked if began == self._forgotten else ())
         return False
@@ -3732,14 +3674,9 @@ class RedisLedger(Ledger):
         """A record has changed, or (without a name) any may have."""
         self._unknown.clear()
         self._forgotten += 1
-        if not name:
-            self.keys.clear()
-        elif HASH.fullmatch(name):
-            for hashed in [h for h, key in self.keys.items() if key.account.hashed == name]:
-                del self.keys[hashed]
-        else:
-            kind, _, of = name.partition(":")
-            for hashed in [h for h, key in self.keys.items() if getattr(key, f"{kind}_id") == of]:
+        kind, _, of = name.rpartition(":")
+        for hashed, key in [*self.keys.items()]:
+            if not name or of == (getattr(key, f"{kind}_id") if kind else key.account.hashed):
                 del self.keys[hashed]
 
     async def _read_key(self, hashed: str, *, former: bool) -> VirtualKey | None:
@@ -3752,16 +3689,15 @@ class RedisLedger(Ledger):
 
     async def _records(self, names: Sequence[str]) -> dict[str, Limited]:
         """The records that are kept under these names, those that are there."""
-        found = dict[str, Limited]()
+        found, homeless = dict[str, Limited](), list[VirtualKey]()
         texts = await self._redis.mget([f"{PREFIX}record:{n}" for n in names]) if names else []
         for name, text in zip(names, texts, strict=True):
-            if text is None:
-                continue
-            row, kind = json.loads(text), GROUPS.get(name.partition(":")[0], VirtualKey)
-            record = found[name] = kind.from_json(row["record"])
-            record.revision, record.account.place = row["rev"], row["place"]
-            record.account.hashed = name
-        homeless = [of for of in found.values() if isinstance(of, VirtualKey) and not of.home]
+            if text is not None:
+                row, kind = json.loads(text), GROUPS.get(name.partition(":")[0], VirtualKey)
+                record = found[name] = kind.from_json(row["record"])
+                record.revision, record.account.place = row["rev"], row["place"]
+                record.account.hashed = name
+                homeless += [record] if isinstance(record, VirtualKey) and not record.home else []
         if homeless:
             homes = await self._redis.hmget(f"{PREFIX}homes", [of.owner for of in homeless])
             for each, home in zip(homeless, homes, strict=True):
@@ -3801,165 +3737,130 @@ class RedisLedger(Ledger):
             hold.accounts = ()  # as nothing is held, nothing is counted
             raise
 
-    async def _reserve(
-        self, hold: Hold, worst: Charges, prompt: Charges, *, pays: bool, shares: bool, fit: bool
-    ) -> None:
+    async def _reserve(self, hold: Hold, worst: Charges, prompt: Charges, **how: bool) -> None:
+        """Hold it, as it ``pays``, ``shares`` and must ``fit``. Else raise APIError."""
         for _ in range(TRIES):
             accounts = [of for of in hold.accounts if of.is_limited]
             if not accounts:
                 return
-            moment, used = now(), self._usage(prompt, day_of(now()))
-            needs = nanos(worst), nanos(prompt)
-            rows = [
-                self._wanted(of, *needs, moment, pays=pays, shares=shares, fit=fit)
-                for of in accounts
-            ]
-            if accounts[0].of == "key":
-                rows[0]["h"]["u"] = used
+            rows = [self._wanted(of, worst, prompt, **how) for of in accounts]
             self._number += 1
             hold.id = f"{self._process}:{self._number}"
-            places = [of.account.place for of in accounts]
-            self._holds[hold.id] = places
+            places = self._holds[hold.id] = [of.account.place for of in accounts]
             arguments = hold.id, int(LEASE * 1e6), as_json(rows)
             try:
-                verdict, *told = await self._run(RESERVE, places, *arguments)
+                said, index, why, wait, *states = await self._run(RESERVE, places, *arguments)
             except BaseException as error:  # it may be held, and nobody knows
-                del self._holds[hold.id]
-                self._give_back(hold, places)
+                self._give_back(hold)
                 if not isinstance(error, StoreAway):
                     raise
                 self._lose(self.lost or str(error).startswith("LOST"))
-                return await self._hold_alone(hold, worst, pays=pays, shares=shares, fit=fit)
-            if verdict == "held":
-                for of, row, state in zip(accounts, rows, told[3:], strict=True):
-                    self._mirror(of, row, state)
-                hold.costs = [
-                    [place, *c] for place, row in zip(places, rows) for c in row["h"]["c"]
-                ]
+                if await self._hold_alone(hold, worst, **how):
+                    return
+                async with self._asking():
+                    raise
+            for of, row, state in zip(accounts, rows, states, strict=False):
+                self._mirror(of, row, state)
+            if said == "held":
+                hold.costs = [cost for row in rows for cost in row["h"]["c"]]
                 return
             del self._holds[hold.id]
             hold.id = ""
-            if verdict == "refused":
-                index, why, wait, *states = told
-                for of, row, state in zip(accounts, rows, states, strict=False):
-                    self._mirror(of, row, state)
-                self._refuse(hold, accounts[index], why, wait, rows[index], shares=shares)
+            if said == "refused":
+                of, row = accounts[index], rows[index]
+                if why in row:
+                    most = f"{row[why]} requests at a time"
+                    most = most if why == "slots" else f"{row[why]:,} {why} a minute"
+                    self._refuse_rate(hold.accounts, of, most, wait / 1e6)
+                budget, (*_, cost, fit) = of.budgets[why], row["b"][why]
+                check_budget(of, budget, usd(cost), now(), shares=how["shares"], fit=fit)
             await self._read_anew(hold)
-        raise APIError(503, "The key is being changed. Try again.", headers=[("retry-after", "1")])
+        raise APIError(503, "The key is being changed. Try again.", headers=AGAIN)
 
-    def _give_back(self, hold: Hold, places: Sequence[str]) -> None:
-        nothing = [{"w": [], "u": [], "t": False, "a": False}] * len(places)
-        self._later(BOOK, [places[0], *places], hold.id, as_json(nothing), "0")
+    def _give_back(self, hold: Hold) -> None:
+        if places := self._holds.pop(hold.id, ()):
+            nothing = as_json([{"w": (), "u": ()}] * len(places))
+            self._later(BOOK, [places[0], *places], hold.id, nothing, "0")
         hold.id = ""
 
     def _wanted(
-        self,
-        of: Limited,
-        worst: Nanos,
-        prompt: Nanos,
-        moment: datetime,
-        *,
-        pays: bool,
-        shares: bool,
-        fit: bool,
+        self, of: Limited, worst: Charges, prompt: Charges, *, pays: bool, shares: bool, fit: bool
     ) -> dict[str, Any]:
         """What a request needs of one account, as RESERVE reads it: there None would be true."""
-        budgets, costs, used = list[Any](), list[Any](), list[Any]()
+        moment, budgets, costs, used = now(), list[Any](), list[Any](), list[Any]()
         for budget in of.budgets:
             name, start = budget.name, window_start(budget.duration, moment)
-            limit = False if budget.limit is None else nano(budget.limit)
+            limit = budget.limit is not None and nano(budget.limit)
             cost: int | bool = sum_for(budget, worst)
             if cost:
-                costs.append((name, str(cost)))
+                costs.append((of.account.place, name, str(cost)))
                 used.append((name, start, str(sum_for(budget, prompt))))
             elif budget.pattern or not pays:
                 cost = False
             budgets.append((name, start, limit, cost, fit or not cost))
-        parallel, rpm, tpm = of.max_parallel_requests, of.rpm_limit, of.tpm_limit
-        return {
-            "r": of.revision,
-            "b": budgets,
-            "s": shares,
-            "p": False if parallel is None else parallel,
-            "q": False if rpm is None else rpm,
-            "k": False if tpm is None else tpm,
-            "h": {"c": costs, "w": used, "u": ()},
-        }
+        usage = self._usage(prompt, day_of(moment)) if of.of == "key" else ()
+        held = {"c": costs, "w": used, "u": usage}
+        most = {"slots": of.max_parallel_requests, "requests": of.rpm_limit, "tokens": of.tpm_limit}
+        row = {name: limit for name, limit in most.items() if limit is not None}
+        return row | {"r": of.revision, "b": budgets, "s": shares, "h": held}
 
     def _usage(self, charges: Charges, day: str) -> list[Any]:
-        kept = (self._usage_days + 1) * 86400
-        rows = list[Any]()
+        kept, rows = (self._usage_days + 1) * 86400, list[Any]()
         for model, tally in charges:
             counts = {n: count for n in tally.__slots__ if (count := getattr(tally, n))}
-            if tally.spend:
-                counts["spend"] = nano(tally.spend)
+            counts |= {"spend": nano(tally.spend)} if tally.spend else {}
             rows.append((day, model, counts, kept))
         return rows
 
     def _mirror(self, of: Limited, row: Mapping[str, Any], state: Sequence[int]) -> None:
         """Remember what a script said of an account."""
-        account, clock = of.account, self._clock()
-        account.running = state[0]
+        account, account.running = of.account, state[0]
         for kind, drawn in zip(("requests", "tokens"), state[1:3], strict=True):
             if bucket := account.buckets.get(kind):
-                bucket.drawn, bucket.seen = drawn / 1e6, clock
+                bucket.drawn, bucket.seen = drawn / 1e6, self._clock()
         for (name, start, *_), spent, held in zip(row["b"], state[3::2], state[4::2], strict=True):
             window = account.windows[name]
             window.start, window.spend, window.held = start, usd(spent), usd(held)
             window.known = window.spend
-
-    def _refuse(
-        self, hold: Hold, of: Limited, why: Any, wait: int, row: Any, *, shares: bool
-    ) -> None:
-        """Raise the APIError 429 for what a script refused."""
-        limits = {"slots": f"{of.max_parallel_requests} requests at a time"}
-        limits |= {"requests": f"{of.rpm_limit or 0:,} requests a minute"}
-        limits |= {"tokens": f"{of.tpm_limit or 0:,} tokens a minute"}
-        if why in limits:
-            self._refuse_rate(hold.accounts, of, limits[why], wait / 1e6)
-        *_, cost, fit = row["b"][why]
-        check_budget(of, of.budgets[why], usd(cost), now(), shares=shares, fit=fit)
 
     async def _read_anew(self, hold: Hold) -> None:
         """Its records have changed. Raises APIError 401 where its key is no good any more."""
         key = hold.accounts[0]
         async with self._asking():
             self._forget(key.account.hashed)
-            found = await self.find_hash(key.account.hashed)
-        if found is None or found[1] != "active":
-            status = "gone" if found is None else found[1]
+            found, status = await self.find_hash(key.account.hashed) or (None, "gone")
+        if found is None or status != "active":
             raise APIError(401, f"This virtual key is {status}.", headers=[DO_NOT_RETRY])
-        hold.accounts = self.limited(found[0])
+        hold.accounts = self.limited(found)
 
     async def _hold_alone(
         self, hold: Hold, worst: Charges, *, pays: bool, shares: bool, fit: bool
-    ) -> None:
-        """Hold it here, while the store is away."""
+    ) -> bool:
+        """Hold it here, while the store is away: is it within this process's part?"""
         if self.lost or (pays and not self._allow and any(of.has_budget for of in hold.accounts)):
-            async with self._asking():
-                raise StoreAway(self.away or "no answer")
+            return False
 
         async def take() -> None:
             await super(RedisLedger, self).admit(hold, pays=pays, shares=shares)
-            if worst:
-                try:
+            try:
+                if worst:
                     await super(RedisLedger, self).hold(hold, worst, fit=fit)
-                except APIError:
-                    self._release(hold)
-                    raise
+            except APIError:
+                self._release(hold)
+                raise
 
+        others = self._processes
         try:
             await take()
-        except APIError:  # for all, or has this process had its part?
-            others, self._processes = self._processes, 1
-            try:
-                await take()
-            finally:
-                self._processes = others
+        except APIError:
+            self._processes = 1
+            await take()  # or it is refused for all
             self._release(hold)
-            async with self._asking():
-                raise StoreAway(self.away or "no answer") from None
+            return False
+        finally:
+            self._processes = others
         hold.is_alone = True
+        return True
 
     def _budgets(self, of: Limited) -> Iterator[Budget]:
         for budget in of.budgets:
@@ -3972,17 +3873,14 @@ class RedisLedger(Ledger):
     def book(
         self, hold: Hold, charges: Charges, *, model: str, failed: bool, tags: Sequence[str] = ()
     ) -> None:
-        places = self._holds.pop(hold.id, ())
-        if hold.is_alone:
+        if hold.id or hold.is_alone:
             self._release(hold)
-        elif hold.id:
-            for of in hold.accounts:
-                of.account.running -= 1
         if hold.pays and hold.accounts:
+            self._holds.pop(hold.id, None)
             charges = counted(charges, model, failed)
             self.charge(hold.accounts, charges, hold.started, tags, id=hold.id)
-        elif hold.id:
-            self._give_back(hold, places)
+        else:
+            self._give_back(hold)
 
     def charge(
         self,
@@ -3995,31 +3893,24 @@ class RedisLedger(Ledger):
         batch: str = "",
         line: int = 0,
     ) -> None:
-        present, day, rows, amounts = now(), day_of(moment), list[Any](), nanos(charges)
-        named = [(tag, tally) for tag in {*tags} - {EVERY_TAG} for _, tally in charges]
-        if named := named and [*((EVERY_TAG, tally) for _, tally in charges), *named]:
-            whole = self.groups[GATEWAY]
-            accounts = accounts if whole in accounts else [*accounts, whole]
+        present, day, whole, rows = now(), day_of(moment), self.groups[GATEWAY], list[Any]()
+        named = {*tags} - {EVERY_TAG}
+        tagged = [(t, tally) for t in (EVERY_TAG, *named) for _, tally in charges] if named else []
+        accounts = [*accounts, whole] if tagged and whole not in accounts else accounts
+        used = {"gateway": tagged, "key": [(model or NO_MODEL, t) for model, t in charges]}
+        tokens = sum(t.input_tokens + t.written + t.output_tokens for _, t in charges)
         for of in accounts:
-            spent, is_counted = list[Any](), of.of != "gateway" or of.has_budget
-            for budget in of.budgets if is_counted else ():
-                start, amount = window_start(budget.duration, present), sum_for(budget, amounts)
+            spent = list[Any]()
+            for budget in of.budgets if of is not whole or of.has_budget else ():
+                start, amount = window_start(budget.duration, present), sum_for(budget, charges)
                 spent.append((budget.name, start, amount))
                 window = of.account.windows[budget.name]
-                window.spent(start)
-                window.spend += usd(amount)
-            used = named if of.of == "gateway" else ()
-            if of.of == "key":
-                used = [(model or NO_MODEL, tally) for model, tally in charges]
-            row = {"w": spent, "u": self._usage(used, day), "t": False, "a": True}
-            if of.tpm_limit:
-                tokens = (t.input_tokens + t.written + t.output_tokens for _, t in charges)
-                row["t"] = sum(tokens), of.tpm_limit
-            rows.append(row)
+                window.spend = window.spent(start) + usd(amount)
+            row = {"w": spent, "u": self._usage(used.get(of.of, ()), day), "a": True}
+            rows.append(row | ({"t": (tokens, of.tpm_limit)} if of.tpm_limit else {}))
         places = [of.account.place for of in accounts]
-        then = functools.partial(self._booked, accounts)
         keys = [f"{PREFIX}batch:{batch}" if batch else places[0], *places]
-        self._later(BOOK, keys, id, as_json(rows), str(line), then=then)
+        self._later(BOOK, keys, id, as_json(rows), str(line), told=accounts)
 
     def _booked(self, accounts: Sequence[Limited], told: Sequence[Sequence[int]]) -> None:
         """Tell which marks were passed: the script says it to one process alone."""
@@ -4035,16 +3926,13 @@ class RedisLedger(Ledger):
     async def unbooked(self, name: str) -> Batch | None:
         async with self._asking():
             row = await self._redis.hgetall(f"{PREFIX}batch:{name}")
-            hashed = (
-                await self._redis.hget(f"{PREFIX}owners", row.get("owner", "")) if row else None
-            )
-            key = await self._read_key(hashed, former=True) if hashed else None
-            if key is not None:
+            if not row or row["booked"] == "1":
+                self._booking.pop(name, None)
+                return None
+            hashed = await self._redis.hget(f"{PREFIX}owners", row["owner"]) or ""
+            if key := await self._read_key(hashed, former=True):
                 await self._join([key])
                 self._booking[name] = key, json.loads(row["held"]), int(row["lines"])
-        if not row or row["booked"] == "1":
-            self._booking.pop(name, None)
-            return None
         return Batch(row["day"], int(row["lines"]))
 
     async def watched(self) -> list[str]:
@@ -4063,10 +3951,9 @@ class RedisLedger(Ledger):
 
     def own_batch(self, account: Account, name: str, hold: Hold) -> None:
         self.finish_batch(name)
-        places = self._holds.pop(hold.id, ())
         owner = next(of.owner for of in hold.accounts if isinstance(of, VirtualKey))
         row = ["owner", owner, "day", day_of(now()), "lines", 0, "booked", 0]
-        keys = [f"{PREFIX}batch:{name}", f"{PREFIX}unbooked", *places]
+        keys = [f"{PREFIX}batch:{name}", f"{PREFIX}unbooked", *self._holds.pop(hold.id, ())]
         self._later(KEEP, keys, hold.id, name, as_json(hold.costs), as_json(row))
         hold.id, hold.costs = "", []
 
@@ -4080,22 +3967,20 @@ class RedisLedger(Ledger):
 
     def finish_batch(self, name: str, *, lost: bool = False) -> None:
         key, held, _ = self._booking.pop(name, (None, (), 0))
-        rows, places, moment = list[Any](), list[str](), now()
-        for of in self.limited(key) if key and lost else ():
-            costs = {window: int(cost) for place, window, cost in held if place == of.account.place}
-            spent = [
-                [b.name, window_start(b.duration, moment), costs.get(b.name, 0)] for b in of.budgets
-            ]
-            total = Tally(spend=usd(max(costs.values(), default=0)))
-            usage = self._usage([(NO_MODEL, total)], day_of(moment)) if of is key else []
+        accounts, rows, moment = self.limited(key) if key and lost else (), list[Any](), now()
+        for of in accounts:
+            costs = {w: int(cost) for place, w, cost in held if place == of.account.place}
+            starts = {b.name: window_start(b.duration, moment) for b in of.budgets}
+            total = [(NO_MODEL, Tally(spend=usd(max(costs.values(), default=0))))]
+            usage = self._usage(total if of is key else (), day_of(moment))
+            spent = [(w, start, costs.get(w, 0)) for w, start in starts.items()]
             rows.append({"w": spent, "u": usage})
-            places.append(of.account.place)
+        places = [of.account.place for of in accounts]
         keys = [f"{PREFIX}batch:{name}", f"{PREFIX}unbooked", *places]
         self._later(FINISH, keys, name, as_json(rows), self._usage_days * 86400)
-        if lost and key:
-            log.warning(
-                "key %s: batch %s is gone, so its worst case is booked", key.shown_name, name
-            )
+        if accounts and key:
+            text = "key %s: batch %s is gone, so its worst case is booked"
+            log.warning(text, key.shown_name, name)
 
     # Things
 

@@ -1859,7 +1859,7 @@ async def run_store(seconds: float, seed: int, folder: Path) -> collections.Coun
             await fleet.call(f"/{kind}/new", {f"{kind}_id": name, "max_budget": 10**6})
         for _ in range(2 * len(MAY)):
             await fleet.make()
-        await fleet.storm(seconds / 2, Fleet.store_dies, Fleet.node_restarts, Fleet.store_stops)
+        await fleet.storm(seconds / 2, Fleet.store_stops, Fleet.store_dies, Fleet.node_restarts)
         await fleet.judge("without kills", exactly=True)
         await fleet.storm(seconds / 2, Fleet.node_dies, Fleet.store_dies, Fleet.node_dies)
         await fleet.judge("with kills", exactly=False)
