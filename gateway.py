@@ -1916,6 +1916,7 @@ HASH = re.compile(r"[0-9a-f]{64}")
 TOMBSTONE = timedelta(days=90)  # how long a deleted key is told apart from one that never was
 WRITE_SLICE = 1000  # lines joined at a time, so that the writing thread lets the loop breathe
 FLUSH_INTERVAL = 1.0  # seconds between two writes of what relaying changes
+ROWS_A_TURN = 100  # of a log, that are looked at before the loop may do something else
 KEYS_A_TURN = 4  # whose usage is read before the loop may do something else: 90 days are 5 ms
 BUDGET_WAIT = 2  # seconds after which a request that a budget has no room for may ask again
 FileMark = tuple[int, ...] | None
@@ -1927,6 +1928,7 @@ EVERY_TAG = ""  # among its tags: whatever had any
 MAX_AUDITED = 10_000  # changes that are remembered
 UNTIDY_LINES = 1000  # of changes, beyond twice the fewest, until a file of them is written anew
 Charges = Sequence[tuple[str, Tally]]  # what was used, by model
+Page = tuple[int, list[str]]  # how many there are, and the names of some
 written = functools.partial(shown, amount="{:f}".format)  # in the file amounts lose no digit
 
 
@@ -2322,7 +2324,9 @@ class Ledger:
 
     async def logged(self, name: str) -> AsyncIterator[bytes]:
         """Its rows, the newest first."""
-        for row in [*self._logs.get(name, ())][::-1]:
+        for number, row in enumerate([*self._logs.get(name, ())][::-1]):
+            if number % ROWS_A_TURN == 0:
+                await asyncio.sleep(0)
             yield row
 
     async def admit(self, hold: Hold, *, pays: bool, shares: bool, later: bool = False) -> None:
@@ -2523,7 +2527,8 @@ class FileLedger(Ledger):
         """The record, or None, that is not deleted and that a field names: ``key`` (plain or hash,
         also a ``former`` one until its grace is over), ``key_alias``, ``team_id``, ``user_id``."""
         if by == "key_alias":
-            return next((key for key in self._live() if key.key_alias == name), None)
+            alike = (key for key in self.keys.values() if key.key_alias == name)
+            return next((key for key in alike if not key.deleted_at), None)
         if by != "key":
             return self.groups.get(f"{by.removesuffix('_id')}:{name}")
         hashed = name if HASH.fullmatch(name) else hash_key(name)
@@ -2548,9 +2553,6 @@ class FileLedger(Ledger):
     async def whole(self, days: tuple[str, str]) -> Limited:
         """The gateway, with what was used on these days, in the place of a model by tag."""
         return self.groups[GATEWAY]
-
-    def _live(self) -> Iterator[VirtualKey]:
-        return (key for key in self.keys.values() if not key.deleted_at)
 
     # Batches and things
 
@@ -2652,9 +2654,7 @@ class FileLedger(Ledger):
         changes += [{"shared": list(kinds)}] if owner is None else []
         await asyncio.shield(self._add(changes))
 
-    async def list_things(
-        self, owner: str | None, kind: str, first: int, most: int
-    ) -> tuple[int, list[str]]:
+    async def list_things(self, owner: str | None, kind: str, first: int, most: int) -> Page:
         """How many are an owner's (None: anybody's) and of a kind (empty: any), and at most so many
         of them, from the ``first`` (0) on."""
         every = self.things.made.items()
@@ -2702,8 +2702,8 @@ class FileLedger(Ledger):
         its team, where it reaches their things, or else this."""
         team, newest = key.team_id, self.keys.get(key.account.hashed, key)
         if team and key.resources == "team":
-            mates = (mate.home for mate in self._live() if mate.team_id == team)
-            home = next(filter(None, mates), home)
+            mates = (of for of in self.keys.values() if of.team_id == team and not of.deleted_at)
+            home = next((of.home for of in mates if of.home), home)
         key.home = newest.home = newest.home or home
         self._touched.add(key.account.hashed)
 
@@ -4036,9 +4036,7 @@ class RedisLedger(Ledger):
         if rows := [row for row in rows if row[0].isprintable()]:
             self._later(THINGS, [f"{PREFIX}things"], json.dumps([deed, owner, rows]))
 
-    async def list_things(
-        self, owner: str | None, kind: str, first: int, most: int
-    ) -> tuple[int, list[str]]:
+    async def list_things(self, owner: str | None, kind: str, first: int, most: int) -> Page:
         made = f"{PREFIX}made:{kind}:{'*' if owner is None else owner}"
         async with self._asking():
             names = await self._redis.zrange(made, first, first + most - 1)
@@ -6120,7 +6118,6 @@ MAX_LABELS = 1000  # keys, and keys with their models, that /metrics tells apart
 # Seconds; LiteLLM's buckets of its latency metrics.
 LATENCY_BUCKETS = [0.0005, 0.001, 0.0025, 0.005, 0.0125, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0]
 LATENCY_BUCKETS += [2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0]
-ROWS_A_TURN = 100  # of requests that are looked at before the loop may do something else
 LOG_SIZE, LOG_FLAGS = 64 * MIB, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
 FILTERED = {"litellm_call_id", "request_id", "api_key", "user", "status", "startTime"}
 TIMINGS = ("total", "first_byte", "upstream", "overhead")
@@ -6256,11 +6253,8 @@ class RequestLog:
     async def rows(self) -> AsyncIterator[dict[str, Any]]:
         """The newest first; a line that is damaged is passed over."""
         self._tell()
-        number = 0
         async for each in self._ledger.logged("requests"):
             row = dict_of(read_json(each, Any))
-            if (number := number + 1) % ROWS_A_TURN == 0:
-                await asyncio.sleep(0)
             if row.keys() >= FILTERED and isinstance(row["startTime"], str):
                 yield row
 
