@@ -125,8 +125,7 @@ SENDABLE = re.compile(r"[\x21-\x7e]*")  # what a header or a URL can carry
 REAL_KEY = re.compile(r"(?:([\w.-]{1,64})=)?(sk-[\x21-\x7e]+)", re.ASCII)  # with a name for it
 DURATION = re.compile(r"\A([0-9]{1,9})(mo|s|m|h|d|w)\Z")
 STORE_HOST = r"rediss?://(?:[^\s/?#@]*@)?(?:\[[\w:.]+\]|[\w.-]+)(?::\d{1,5})?(?:/\d*)?"
-STORE_URL = re.compile(rf"(?:{STORE_HOST}|unix://(?:[^\s/?#@]*@)?/[^\s?#@]+)(?:\?db=\d+)?")
-WITHOUT_STORE = ("refuse", "allow")
+STORE_URL = re.compile(rf"|(?:{STORE_HOST}|unix://(?:[^\s/?#@]*@)?/[^\s?#@]+)(?:\?db=\d+)?")
 NEED_STORE = ("processes", "without_store", "new_store", "import_", "export")
 SHIPPED_KEYS = b'{"version": 1, "keys": {}}\n'  # a checkout's keys file, as no gateway writes it
 LOCAL_KEYS = Path("keys.local.json")  # stands in for that one, which is only read
@@ -181,8 +180,7 @@ class Place(NamedTuple):
     of: int = 1
     folder: str = ""  # of Unix sockets, over which each tells its metrics; none if it is alone
     control: int = -1  # the descriptor of what is the parent's end of, too, for as long as it lives
-    sockets: Sequence[int] = ()  # that listen; those of one that ended
-    port: int = 0  # else one of its own is to be bound to this
+    sockets: Sequence[int] = ()  # to listen to; the first process binds its own
 
 
 PLACE_VARIABLE = "GATEWAY_PLACE"
@@ -250,7 +248,7 @@ class Settings:
         length = DURATION.match(duration)
         is_odd = duration and not (length and int(length[1]))
         needs = [name for name in NEED_STORE if getattr(self, name) != getattr(Settings, name)]
-        no_store = self.store and not STORE_URL.fullmatch(self.store)
+        is_url, without = STORE_URL.fullmatch(self.store), self.without_store
         wrong = {
             f"--port: {self.port} is not a port number (0 to 65535)": self.port > 65535,
             "--keyfile: needs --certfile": self.keyfile and not self.certfile,
@@ -258,9 +256,9 @@ class Settings:
             "GATEWAY_MASTER_KEY_NEXT: needs GATEWAY_MASTER_KEY": alone and self.master_key_next,
             f"--budget-duration: {duration} is no length of time, as 1d": is_odd,
             "--budget-duration: needs --max-budget": duration and self.max_budget is None,
-            "--store: is no URL as redis://:password@host:6379/0": no_store,
+            "--store: is no URL as redis://:password@host:6379/0": not is_url,
             f"--{option_name(''.join(needs[:1]))}: needs --store": needs and not self.store,
-            "--without-store: is not refuse or allow": self.without_store not in WITHOUT_STORE,
+            "--without-store: is not refuse or allow": without not in ("refuse", "allow"),
             "--reuse-port: takes no --unix-socket": self.reuse_port and self.unix_socket,
         }
         for text in filter(wrong.get, wrong):
@@ -426,8 +424,8 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
             if PLACE.folder and parser.log_file_prefix:  # a file has one writer, which rotates it
                 parser.log_file_prefix += f".{PLACE.number}"
             parser.run_parse_callbacks()  # which open the log
-        chosen = parser.group_dict("Gateway")
-        values |= {n: v for n in values if (v := chosen[option_name(n)]) not in ("", Path())}
+        chosen = {name: getattr(parser, option_name(name)) for name in values}
+        values |= {name: value for name, value in chosen.items() if value not in ("", Path())}
         return Settings(**values, **read_secrets(environment))
     except SettingsError as error:
         error.as_json = parser.log_json or bool({"--log-json", "--log-json=true"} & {*arguments})
@@ -784,22 +782,6 @@ class Account:
     beside: Sequence[Limited] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class ModelBudget:
-    """A budget for the models that a pattern matches: USD, and the window or None for ever."""
-
-    budget_limit: Decimal
-    time_period: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class WindowBudget:
-    """One of several budgets for all models: USD in each window."""
-
-    budget_duration: str
-    max_budget: Decimal
-
-
 class Budget(NamedTuple):
     """A budget as it is counted: the name of its `Window`, what models it is for (ALL_MODELS, or a
     pattern), USD (None: any) and the window (None: for ever)."""
@@ -870,15 +852,16 @@ def read_window(value: Any) -> str | None:
 
 
 def read_budgets(value: Any, amount: Callable[[Any], Decimal] = read_amount) -> dict[str, Any]:
-    """LiteLLM's ``{pattern: {"budget_limit": USD, "time_period": "1d"}}``."""
+    """LiteLLM's ``{pattern: {"budget_limit": USD, "time_period": "1d"}}``; null is for ever."""
     budgets = {}
     for pattern, row in value.items():
         fields = {BUDGET_NAMES.get(name, name): entry for name, entry in row.items()}
         is_taken = not pattern or pattern.startswith(EVERY)  # what other budgets are counted under
-        if len(fields) < len(row) or (is_taken and amount is read_amount):
+        is_odd = len(fields) < len(row) or not {*BUDGET_NAMES.values()} >= fields.keys()
+        if is_odd or (is_taken and amount is read_amount):
             raise ValueError
-        limit, period = amount(fields.pop("budget_limit")), fields.pop("time_period", None)
-        budgets[pattern] = ModelBudget(limit, read_window(period), **fields)  # which has no more
+        limit, period = amount(fields["budget_limit"]), read_window(fields.get("time_period"))
+        budgets[pattern] = {"budget_limit": limit, "time_period": period}
     return budgets
 
 
@@ -887,12 +870,10 @@ SOME_DAYS = EPOCH, EPOCH + timedelta(days=1000)  # on which windows that differ 
 
 def read_windows(value: Any, amount: Callable[[Any], Decimal] = read_amount) -> list[Any]:
     """LiteLLM's ``[{"budget_duration": "1d", "max_budget": USD}]``, each window once."""
-    budgets = [
-        WindowBudget(**row | {"max_budget": amount(row["max_budget"])})
-        for row in exactly(list, value)
-    ]
-    ends = {tuple(window(b.budget_duration, when)[1] for when in SOME_DAYS) for b in budgets}
-    if len(ends) < len(budgets):
+    budgets = [row | {"max_budget": amount(row["max_budget"])} for row in exactly(list, value)]
+    lengths = [row["budget_duration"] for row in budgets]
+    ends = {tuple(window(length, when)[1] for when in SOME_DAYS) for length in lengths}
+    if len(ends) < len(budgets) or any(len(row) > 2 for row in budgets):
         raise ValueError
     return budgets
 
@@ -925,7 +906,7 @@ def kept(kind: Kind, help: str = "", load: Any = None, *, shown: bool = True) ->
     return field(default_factory=kind.empty, metadata=marks)
 
 
-EVERY = "every "  # begins the names of the windows of `WindowBudget`
+EVERY = "every "  # begins the names of the windows of ``budget_limits``
 
 
 @dataclass(slots=True, kw_only=True)
@@ -942,9 +923,9 @@ class Limited:
     max_parallel_requests: int | None = kept(LIMIT, "requests at a time")
     max_budget: Decimal | None = kept(AMOUNT, "USD it may spend", read_decimal)
     budget_duration: str | None = kept(WINDOW, "window of max_budget, as 1d, 7d, 1mo; none: ever")
-    budget_limits: list[WindowBudget] = kept(WINDOWS, "more budgets, a window each", load_windows)
+    budget_limits: list[Any] = kept(WINDOWS, "more budgets, a window each", load_windows)
     soft_budget: Decimal | None = kept(AMOUNT, "USD at which the operator is told", read_decimal)
-    model_max_budget: dict[str, ModelBudget] = kept(BUDGETS, "budgets of models", load_budgets)
+    model_max_budget: dict[str, Any] = kept(BUDGETS, "budgets of models", load_budgets)
     metadata: dict[str, Any] = kept(OBJECT, "whatever you like to note")
     blocked: bool = kept(FLAG, "refuse it")
     created_at: datetime | None = kept(MOMENT)
@@ -959,10 +940,10 @@ class Limited:
     def __post_init__(self) -> None:
         budgets = [Budget(ALL_MODELS, ALL_MODELS, self.max_budget, self.budget_duration)]
         for each in self.budget_limits:
-            length = each.budget_duration
-            budgets.append(Budget(EVERY + length, ALL_MODELS, each.max_budget, length))
+            length = each["budget_duration"]
+            budgets.append(Budget(EVERY + length, ALL_MODELS, each["max_budget"], length))
         for pattern, row in self.model_max_budget.items():
-            budgets.append(Budget(pattern, pattern, row.budget_limit, row.time_period))
+            budgets.append(Budget(pattern, pattern, row["budget_limit"], row["time_period"]))
         self.budgets = tuple(budgets)
         self.has_budget = any(budget.limit is not None for budget in budgets)
 
@@ -7813,8 +7794,7 @@ class Gateway:
         self.host_line = f"Host: {self.origin.authority}"
         self.traffic = Traffic()
         path = settings.request_log or f"{os.path.realpath(settings.keys)}.requests"
-        path = "none" if settings.store else path
-        path = "" if path == "none" else path
+        path = "" if settings.store or path == "none" else path
         self.recent = RequestLog(path, settings.recent_requests, self.ledger)
         self.active: set[RelayHandler] = set()
         self.started = now()
@@ -8629,8 +8609,7 @@ class ReportHandler(ManagementHandler):
             await super().prepare()
 
     async def get(self) -> None:
-        told = self.reports[self.request.path](self)
-        told = await told if asyncio.iscoroutine(told) else told
+        told = await self.reports[self.request.path](self)
         self.refuse_unknown()
         self.send_json(told)
 
@@ -8771,10 +8750,6 @@ class ReportHandler(ManagementHandler):
         rows = [full_row(of, ledger) async for of in ledger.each(kind)]
         return [row | {"keys_count": counts[row[field]]} for row in rows]
 
-    async def list_teams(self) -> list[dict[str, Any]]:
-        """Every team's row."""
-        return await self.group_rows("team")
-
     async def list_users(self) -> dict[str, Any]:
         """Pages of users' rows."""
         rows = await self.group_rows("user")
@@ -8800,9 +8775,8 @@ class ReportHandler(ManagementHandler):
     async def list_resources(self) -> dict[str, Any]:
         """Pages of what is whose, of a ``key`` or of a ``kind``."""
         asked, kind, page = self.query("key"), self.query("kind"), self.query("page", ORDINAL, 1)
-        size, owner = self.query("size", PAGE_SIZE, MAX_PAGE_SIZE), None
-        if asked:
-            owner = await self.owner_of(asked)
+        size = self.query("size", PAGE_SIZE, MAX_PAGE_SIZE)
+        owner = await self.owner_of(asked) if asked else None
         ledger, first, rows = self.gateway.ledger, (page - 1) * size, list[dict[str, Any]]()
         total, names = await ledger.list_things(owner, kind, first, size)
         for name, thing in (await ledger.find_things(names)).items():
@@ -8811,13 +8785,13 @@ class ReportHandler(ManagementHandler):
             rows.append(row | {"created_at": moment_of(int(thing.made)), "shared": thing.is_shared})
         return self.page_of("resources", (), total, "size") | {"resources": rows}
 
-    def list_upstreams(self) -> dict[str, Any]:
+    async def list_upstreams(self) -> dict[str, Any]:
         """The real keys: how each is, and what it has answered; never the key."""
         return {"upstreams": self.gateway.real_keys.states()}
 
     reports: ClassVar[dict[str, Any]] = {"/key/list": list_keys, "/audit": list_changes}
     reports |= dict(zip(OWN_REPORTS, (describe_key, list_requests), strict=True))
-    reports |= {"/team/list": list_teams, "/user/list": list_users}
+    reports |= {"/user/list": list_users, "/team/list": functools.partial(group_rows, kind="team")}
     reports |= {"/team/info": describe_group, "/user/info": describe_group}
     reports |= {"/resources/list": list_resources, "/upstreams": list_upstreams}
     reports |= {"/spend/keys": list_spend, "/global/spend/report": sum_spend}
@@ -8946,9 +8920,8 @@ class UsageHandler(BaseHandler):
         else:
             for group, duration in SPEND_GROUPS.items():
                 first = day_of(window(duration, moment)[0])
-                used = [tally.spend for _, _, tally in key.account.usage.days(first)] if key else []
-                cents = int(sum(used) * 100)
-                usage[group] = {"limit": None, "used_credits": cents, "utilization": None}
+                used = sum(t.spend for *_, t in (key.account.usage.days(first) if key else ()))
+                usage[group] = {"limit": None, "used_credits": int(used * 100), "utilization": None}
             usage |= {"monthly_limit": None, "used_credits": usage.pop("monthly")["used_credits"]}
         self.send_json({"extra_usage": usage, "limits": limits})
 
@@ -8967,9 +8940,8 @@ class HealthHandler(BaseHandler):
         is_here = gateway.phase is GatewayPhase.SERVING
         status = ("healthy" if is_well else "unhealthy") if is_here else "shutting_down"
         prices = "loaded" if gateway.prices.loaded else "loading"
-        told = dict[str, Any](
-            status=status, store=error or gateway.ledger.doubt or "writable", version=__version__
-        )
+        told = dict[str, Any](status=status, version=__version__)
+        told["store"] = error or gateway.ledger.doubt or "writable"
         told["prices"] = prices if gateway.prices.available else "none"
         told["uptime"] = round((now() - gateway.started).total_seconds())
         told["upstreams"] = upstreams
@@ -9022,122 +8994,104 @@ class MetricsHandler(ManagementHandler):
         await super().prepare()
 
     async def get(self) -> None:
-        accepted = self.request.headers.get("Accept", "")
+        try:
+            import prometheus_client as prometheus
+        except ImportError:
+            raise APIError(501, "Metrics need it: pip install prometheus-client") from None
         keys = list[VirtualKey]()
         async for key in self.gateway.ledger.each():
             keys += [] if key.deleted_at else [key]
             if len(keys) == MAX_LABELS:
                 break
-        data, kind = Metrics(self.gateway, keys).encode(accepted)
+        told, families = {str(PLACE.number): own_metrics(self.gateway, keys)}, dict[str, Any]()
         if PLACE.folder:
-            others = sorted({*os.listdir(PLACE.folder)} - {str(PLACE.number)})
-            told = await asyncio.gather(*(ask_process(other, accepted) for other in others))
-            data = merged(dict(zip([str(PLACE.number), *others], [data, *told])))
-        self.set_header("Content-Type", kind)
-        self.finish(data)
+            others = sorted({*os.listdir(PLACE.folder)} - {*told})
+            told |= zip(others, await asyncio.gather(*map(ask_process, others)))
+        for process, each in told.items():
+            whose = {"process": process} if PLACE.folder else {}
+            for name, text, kind, samples in each:
+                family = families.setdefault(name, prometheus.Metric(name, text, kind))
+                for sample, labels, value in samples:
+                    more = {} if name in BUDGET_METRICS else whose  # which the store has
+                    family.add_sample(sample, labels | more, value)
+        registry: Any = types.SimpleNamespace(collect=families.values)
+        accepted = self.request.headers.get("Accept", "")
+        encode, media_type = prometheus.exposition.choose_encoder(accepted)
+        self.set_header("Content-Type", media_type)
+        self.finish(encode(registry))
 
 
-async def ask_process(name: str, accepted: str) -> bytes:
+async def ask_process(name: str) -> Any:
     """What one of the `Parent`'s other processes tells of itself; nothing if it is not there."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         async with asyncio.timeout(PROCESS_TIMEOUT):
             reader, writer = await asyncio.open_unix_connection(Path(PLACE.folder, name))
             with contextlib.closing(writer):
-                writer.write(f"{accepted}\n".encode("latin-1"))
-                return await reader.read()
-    return b""
+                return json.loads(await reader.read())
+    return []
 
 
-def merged(told: Mapping[str, bytes]) -> bytes:
-    """What processes tell, by their names, as one: each sample names its process, but not those of
-    keys, which the store has."""
-    families, end = dict[bytes, list[bytes]](), b""
-    own = rf"(?m)^((?!{'|'.join(BUDGET_METRICS)})[\w:]+)".encode()
-    for name, data in told.items():
-        whose = b'process="%b"' % name.encode()
-        data = re.sub(own + rb"\{", rb"\1{%b," % whose, data)
-        data = re.sub(own + rb" ", rb"\1{%b} " % whose, data)
-        data, eof, _ = data.partition(b"# EOF\n")  # of OpenMetrics
-        end = end or eof
-        for family in re.split(rb"(?m)^(?=# HELP )", data)[1:]:
-            about, kind, samples = family.split(b"\n", 2)
-            families.setdefault(about, [about, b"\n", kind, b"\n"]).append(samples)
-    return b"".join([*itertools.chain(*families.values()), end])
+def own_metrics(gateway: Gateway, keys: Sequence[VirtualKey] = ()) -> list[Any]:
+    """Those of this process, and what these keys have left: names, texts, types and samples."""
+    families = collect_metrics(gateway, keys)
+    return [(f.name, f.documentation, f.type, [s[:3] for s in f.samples]) for f in families]
 
 
-@dataclass(eq=False)  # a registry hashes it
-class Metrics:
-    """Those of this process, made of the gateway's counts, and of what keys have left."""
+def tell_metrics(gateway: Gateway, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Answer `ask_process`."""
+    with contextlib.closing(writer):
+        writer.write(json.dumps(own_metrics(gateway)).encode())
 
-    gateway: Gateway
-    keys: Sequence[VirtualKey] = ()
 
-    def encode(self, accepted: str) -> tuple[bytes, str]:
-        """All, and the media type that was chosen of those accepted. Raises APIError 501."""
-        try:
-            import prometheus_client as prometheus
-        except ImportError:
-            raise APIError(501, "Metrics need it: pip install prometheus-client") from None
-        registry = prometheus.CollectorRegistry()
-        registry.register(self)
-        prometheus.ProcessCollector(registry=registry)
-        encode, kind = prometheus.exposition.choose_encoder(accepted)
-        return encode(registry), kind
+def collect_metrics(gateway: Gateway, keys: Sequence[VirtualKey]) -> Iterator[Any]:
+    """Every metric, made of the gateway's counts."""
+    from prometheus_client import ProcessCollector, core
 
-    async def tell(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Answer `ask_process`."""
-        with contextlib.closing(writer):
-            accepted = (await reader.readline()).decode("latin-1")
-            writer.write(self.encode(accepted.strip())[0])
-
-    def collect(self) -> Iterator[Any]:
-        """Every metric, made of the gateway's counts as the registry asks for them."""
-        from prometheus_client import core
-
-        gateway, traffic, client = self.gateway, self.gateway.traffic, self.gateway.client
-        requests, failed, gone = dict[Any, list[int]](), dict[Any, list[int]](), 0
-        for (key, model, status, outcome), count in traffic.requests.items():
-            requests.setdefault((key, model, str(status)), [0])[0] += count
-            if outcome != "ok":
-                failed[key, model, str(status), outcome] = [count]
-            gone += count if outcome == "client_gone" else 0
-        times, ends = dict[Any, Any](), (*map(str, LATENCY_BUCKETS), "+Inf")
-        for model, each in traffic.timings.items():
-            times[model,] = [([*zip(ends, itertools.accumulate(h.counts))], h.total) for h in each]
-        usage, budgets, moment = dict[Any, Any](), dict[Any, Any](), now()
-        for label, used in traffic.used.items():
-            prompt, output = used.input_tokens + used.cached, used.output_tokens
-            cache = (used.cache_read_tokens, used.written)
-            usage[label] = (used.spend, prompt + output, prompt, output, *cache)
-        for record in self.keys:
-            spent, limit, length = record.spent(moment), record.max_budget, record.budget_duration
-            end = window(length, moment)[1] if length and limit is not None else None
-            left = None if limit is None else limit - spent
-            hours = end and (end - moment) / timedelta(hours=1)
-            budgets[record.shown_name,] = (spent, limit, left, hours)
-        states = gateway.real_keys.states()
-        keys = {(each["name"],): (each["requests"], each["errors"]) for each in states}
-        resting = {(each["name"],): (each["state"] != "ok",) for each in states}
-        answers = [handler._visit.answer for handler in gateway.active]
-        streams = sum(head is not None and is_event_stream(head) for head in answers)
-        for kind, labels, names, rows in (
-            ("Counter", f"{KEYED} status_code", REQUEST_METRICS, requests),
-            ("Counter", f"{KEYED} exception_status exception_class", FAILURE_METRICS, failed),
-            ("Histogram", "model", LATENCY_METRICS, times),
-            ("Counter", KEYED, USAGE_METRICS, usage),
-            ("Gauge", "api_key_alias", BUDGET_METRICS, budgets),
-            ("Gauge", "", PRESENT_METRICS, {(): (len(gateway.active), streams, len(client.idle))}),
-            ("Counter", "", EVENT_METRICS, {(): (client.opened, client.reused, gone)}),
-            ("Counter", "upstream_key", KEY_METRICS, keys),
-            ("Gauge", "upstream_key", REST_METRICS, resting),
-        ):
-            for index, (name, text) in enumerate(names.items()):
-                family = getattr(core, f"{kind}MetricFamily")(name, text, labels=labels.split())
-                for values, row in rows.items():
-                    if row[index] is not None:  # there is such a thing
-                        shown: Any = row[index] if kind == "Histogram" else [float(row[index])]
-                        family.add_metric(values, *shown)
-                yield family
+    traffic, client = gateway.traffic, gateway.client
+    requests, failed, gone = dict[Any, list[int]](), dict[Any, list[int]](), 0
+    for (key, model, status, outcome), count in traffic.requests.items():
+        requests.setdefault((key, model, str(status)), [0])[0] += count
+        if outcome != "ok":
+            failed[key, model, str(status), outcome] = [count]
+        gone += count if outcome == "client_gone" else 0
+    times, ends = dict[Any, Any](), (*map(str, LATENCY_BUCKETS), "+Inf")
+    for model, each in traffic.timings.items():
+        times[model,] = [([*zip(ends, itertools.accumulate(h.counts))], h.total) for h in each]
+    usage, budgets, moment = dict[Any, Any](), dict[Any, Any](), now()
+    for label, used in traffic.used.items():
+        prompt, output = used.input_tokens + used.cached, used.output_tokens
+        cache = (used.cache_read_tokens, used.written)
+        usage[label] = (used.spend, prompt + output, prompt, output, *cache)
+    for record in keys:
+        spent, limit, length = record.spent(moment), record.max_budget, record.budget_duration
+        end = window(length, moment)[1] if length and limit is not None else None
+        left = None if limit is None else limit - spent
+        hours = end and (end - moment) / timedelta(hours=1)
+        budgets[record.shown_name,] = (spent, limit, left, hours)
+    states = gateway.real_keys.states()
+    real = {(each["name"],): (each["requests"], each["errors"]) for each in states}
+    resting = {(each["name"],): (each["state"] != "ok",) for each in states}
+    answers = [handler._visit.answer for handler in gateway.active]
+    streams = sum(head is not None and is_event_stream(head) for head in answers)
+    for kind, labels, names, rows in (
+        ("Counter", f"{KEYED} status_code", REQUEST_METRICS, requests),
+        ("Counter", f"{KEYED} exception_status exception_class", FAILURE_METRICS, failed),
+        ("Histogram", "model", LATENCY_METRICS, times),
+        ("Counter", KEYED, USAGE_METRICS, usage),
+        ("Gauge", "api_key_alias", BUDGET_METRICS, budgets),
+        ("Gauge", "", PRESENT_METRICS, {(): (len(gateway.active), streams, len(client.idle))}),
+        ("Counter", "", EVENT_METRICS, {(): (client.opened, client.reused, gone)}),
+        ("Counter", "upstream_key", KEY_METRICS, real),
+        ("Gauge", "upstream_key", REST_METRICS, resting),
+    ):
+        for index, (name, text) in enumerate(names.items()):
+            family = getattr(core, f"{kind}MetricFamily")(name, text, labels=labels.split())
+            for values, row in rows.items():
+                if row[index] is not None:  # there is such a thing
+                    shown: Any = row[index] if kind == "Histogram" else [float(row[index])]
+                    family.add_metric(values, *shown)
+            yield family
+    yield from ProcessCollector(registry=None).collect()
 
 
 class LineFormatter(logging.Formatter):
@@ -10264,23 +10218,20 @@ def take_secrets(gateway: Gateway) -> None:
     mask_secrets(settings)
 
 
-def meet_parent(take: Callable[[int], Any], sockets: list[socket.socket], port: int) -> None:
+async def meet_parent(take: Callable[[int], Any], sockets: Iterable[socket.socket]) -> None:
     """Give the `Parent` what it does not have, and take signals from it; if it goes, stop too."""
     control, loop = socket.socket(fileno=PLACE.control), asyncio.get_running_loop()
-
-    def hear() -> None:
-        told = control.recv(64)
-        if not told:
-            loop.remove_reader(control)
-        for number in told or [signal.SIGTERM]:
-            take(number)
-
-    loop.add_reader(control, hear)
-    for each in sockets if port else ():
-        each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # the first has the port alone
+    control.setblocking(False)
     if not PLACE.sockets:
-        socket.send_fds(control, [b"%d" % port], [each.fileno() for each in sockets])
+        for each in sockets:  # the first process had the port alone
+            with contextlib.suppress(OSError):  # a Unix socket has none
+                each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        socket.send_fds(control, [b"!"], [each.fileno() for each in sockets])
         os.kill(os.getppid(), signal.SIGUSR1)
+    with contextlib.suppress(ConnectionError):  # it ended before it read the above
+        while told := await loop.sock_recv(control, 1):
+            take(told[0])
+    take(signal.SIGTERM)
 
 
 async def serve(settings: Settings) -> None:
@@ -10298,8 +10249,6 @@ async def serve(settings: Settings) -> None:
     await gateway.ledger.open()
     gateway.doors = Doors(gateway.settings, gateway.ledger)  # which may be open now
     settings, server, drained = gateway.settings, Server(gateway, application), gateway.drained
-    if PLACE.port:
-        settings = dataclasses.replace(settings, port=PLACE.port, reuse_port=True)
     sockets = [socket.socket(fileno=each) for each in PLACE.sockets]
     sockets = sockets or bind(settings, loopback=gateway.doors.is_open)
     port = 0 if settings.unix_socket else sockets[0].getsockname()[1]
@@ -10312,9 +10261,9 @@ async def serve(settings: Settings) -> None:
     saving = [asyncio.create_task(each.run()) for each in (gateway.ledger, gateway.recent)]
     if PLACE.folder:
         path = Path(PLACE.folder, str(PLACE.number))
-        telling = await asyncio.start_unix_server(Metrics(gateway).tell, path)
-        meet_parent(signals.put_nowait, sockets, port)
-    if not (PLACE.port or PLACE.sockets):
+        telling = await asyncio.start_unix_server(functools.partial(tell_metrics, gateway), path)
+        saving.append(asyncio.create_task(meet_parent(signals.put_nowait, sockets)))
+    if not PLACE.sockets:
         announce(gateway, port)
     await loop.run_in_executor(None, gateway.prices.load)
     favour_the_loop()
@@ -10358,7 +10307,7 @@ async def serve(settings: Settings) -> None:
     for task in (*saving, hurrying):
         task.cancel()
     if PLACE.folder:
-        telling.close()
+        telling.close()  # which uvloop closes itself once nobody has it
     elif settings.unix_socket:
         Path(settings.unix_socket).unlink(missing_ok=True)
 
@@ -10386,33 +10335,31 @@ async def copy_store(settings: Settings) -> None:
 def look_at_file(path: Path) -> int:
     """How many records a keys file has that could be used now. Raises SettingsError."""
     rights = "; let the gateway's user read it, and write in its folder, or set --keys"
-    with blaming(str(path), rights):
-        with tempfile.TemporaryFile(dir=path.parent):  # as each change makes one
-            found = parse_store(path.read_bytes(), str(path)) if path.exists() else {}
-        if path.exists():
+    with blaming(str(path), rights), tempfile.TemporaryFile(dir=path.parent):  # as changes make
+        if not path.exists():
+            return 0
+        with path.open("rb") as file:
+            count = len(parse_store(file.read(), str(path)))
             try:
-                with path.open("rb") as file:
-                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                used = (
-                    "another gateway uses it; stop that one, or give this one its own with --keys"
-                )
-                raise SettingsError(f"{path}: {used}") from None
-    return len(found)
+                advice = "stop that one, or give this one its own with --keys"
+                raise SettingsError(f"{path}: another gateway uses it; {advice}") from None
+    return count
 
 
 async def check(settings: Settings) -> bool:
     """Print, a line each, what is well and what is not, and what to do about it (``--check``)."""
     settings, count = start_mock(settings), 0
-    path, upstream, where = settings.keys, settings.upstream, settings.unix_socket
+    keys, upstream, where = RealKeys(settings).keys, settings.upstream, settings.unix_socket
     findings = [(True, f"Python {sys.version.split()[0]}, Tornado {tornado.version}")]
 
     @contextlib.contextmanager
-    def looking() -> Iterator[None]:
+    def looking(what: str = "", advice: str = "") -> Iterator[None]:
         try:
             yield
-        except SettingsError as error:
-            findings.append((False, str(error)))
+        except (SettingsError, UpstreamError, OSError) as error:
+            findings.append((False, f"{what}{error}{advice}"))
 
     for package, loss in OPTIONAL_PACKAGES.items():
         is_there = importlib.util.find_spec(package.replace("-", "_"))
@@ -10425,10 +10372,8 @@ async def check(settings: Settings) -> bool:
             told, count = await store.look(), store.count
             findings.append((not store.doubt, f"{settings.shown_store}: {store.doubt or told}"))
         else:
-            count = look_at_file(path)
-            findings.append(
-                (True, f"{path}: {count} keys" if count else f"{path}: holds no key yet")
-            )
+            count = look_at_file(settings.keys)
+            findings.append((True, f"{settings.keys}: {count or 'as yet no'} keys"))
     with looking():
         is_open = not (count or settings.master_key)
         if where and not os.access(Path(where).absolute().parent, os.W_OK):
@@ -10442,20 +10387,17 @@ async def check(settings: Settings) -> bool:
         unserved = "not served: right behind a proxy, or on loopback"
         served = f"served with {settings.certfile}" if server_context(settings) else unserved
         findings.append((True, f"TLS is {served}"))
-    try:
-        with contextlib.closing(UpstreamClient(force_instance=True, settings=settings)) as client:
-            for key in RealKeys(settings).keys.values() or (None,):
-                code = (await client.get("/v1/models?limit=1", CHECK_TIMEOUT, key)).code
-                name, is_refused = f"real key {key.name}" if key else "real key", code in (401, 403)
-                well = code < 400 or (not key and code == 401)
-                doubt = (
-                    f"{name} not accepted, set another" if is_refused else "is --upstream right?"
-                )
-                fine = f" and accepts the {name}" if key else ""
-                said = fine if well else f" {code} to GET /v1/models: {doubt}"
-                findings.append((well, f"{upstream} answers{said}"))
-    except (UpstreamError, OSError) as error:
-        findings.append((False, f"{upstream}: {error} See --upstream and the network."))
+    client = UpstreamClient(force_instance=True, settings=settings)
+    with looking(f"{upstream}: ", " See --upstream and the network."), contextlib.closing(client):
+        for key in keys.values() or (None,):
+            code = (await client.get("/v1/models?limit=1", CHECK_TIMEOUT, key)).code
+            name, said = f"real key {key.name}" if key else "real key", "is --upstream right?"
+            if code in (401, 403):
+                said = f"{name} not accepted, set another"
+            said = f" {code} to GET /v1/models: {said}"
+            if well := code < 400 or (not key and code == 401):
+                said = f" and accepts the {name}" if key else ""
+            findings.append((well, f"{upstream} answers{said}"))
     lines = [f"{'ok  ' if well else 'FAIL'} {text}" for well, text in findings]
     lines.append(CONNECT.format(base=base_url(settings, settings.port), key="<a virtual key>"))
     say("\n".join(lines), as_json=settings.log_json)
@@ -10496,13 +10438,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @dataclass
 class Child:
-    """One of several processes, as their `Parent` sees it; times are of `time.monotonic`."""
+    """One of several processes, as their `Parent` sees it."""
 
     number: int
     sockets: Sequence[int] = ()  # descriptors of copies
-    due: float = math.inf  # when it is to be started,
-    wait: int = 0  # and so long behind its end
-    started: float = 0.0
+    due: float = math.inf  # when it is to be started, as `time.monotonic` tells,
+    wait: int = 0  # and so many seconds behind its end
     process: subprocess.Popen[bytes] | None = None
     control: socket.socket = field(default_factory=socket.socket)
 
@@ -10518,7 +10459,7 @@ class Parent:
 
     def __init__(self, settings: Settings) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
-        self.path, self.port, self.code, self.stopping = settings.unix_socket, 0, 0, False
+        self.path, self.code, self.stopping = settings.unix_socket, 0, False
         count = settings.processes or len(os.sched_getaffinity(0))
         self.children = [Child(number) for number in range(count)]
         self.children[0].due = 0
@@ -10527,45 +10468,38 @@ class Parent:
         """Go on until all have ended behind a signal; their worst exit code."""
         with tempfile.TemporaryDirectory(prefix="gateway-") as folder:
             while not self.stopping or any(child.process for child in self.children):
-                if not self.stopping:
-                    self._start(folder)
+                for child in self.children:
+                    if not (child.process or self.stopping) and child.due <= time.monotonic():
+                        self._start(child, folder)
                 came = signal.sigtimedwait(self.SIGNALS, 1)  # till something may be due
                 if came and came.si_signo in self.TOLD:
                     self._tell(came.si_signo)
+                first = self.children[0]
+                if first.process and not (first.sockets or self.stopping):
+                    self._take_sockets(first)
                 for child in self.children:
-                    if child.process and not (child.sockets or self.stopping):
-                        self._take_sockets(child)
                     if child.process and (code := child.process.poll()) is not None:
                         self._bury(child, code)
         if self.path:
             Path(self.path).unlink(missing_ok=True)
         return self.code
 
-    def _start(self, folder: str) -> None:
-        """Start what is due."""
-        moment, count = time.monotonic(), len(self.children)
-        for child in self.children:
-            if not child.process and child.due <= moment:
-                child.started = moment
-                child.control, theirs = socket.socketpair()
-                with theirs:
-                    given, control = child.sockets, theirs.fileno()
-                    place = Place(child.number, count, folder, control, given, self.port)
-                    variables = os.environ | {PLACE_VARIABLE: json.dumps(place)}
-                    command = [sys.executable, *sys.orig_argv[1:]]
-                    child.process = subprocess.Popen(
-                        command, env=variables, pass_fds=(control, *given)
-                    )
+    def _start(self, child: Child, folder: str) -> None:
+        child.control, theirs = socket.socketpair()
+        with theirs:
+            files = (theirs.fileno(), *child.sockets)
+            place = Place(child.number, len(self.children), folder, files[0], files[1:])
+            told = os.environ | {PLACE_VARIABLE: json.dumps(place)}
+            command = [sys.executable, *sys.orig_argv[1:]]
+            child.process = subprocess.Popen(command, env=told, pass_fds=files)
 
-    def _take_sockets(self, child: Child) -> None:
-        """Keep what one listens to, if it does by now; a Unix socket is everybody's."""
+    def _take_sockets(self, first: Child) -> None:
+        """Keep what the first listens to, if it does by now, and have the others listen there."""
         with contextlib.suppress(BlockingIOError):
-            told, files, _, _ = socket.recv_fds(child.control, 8, 64, socket.MSG_DONTWAIT)
-            for each in self.children if files and self.path else [child]:
-                each.sockets = files
-            for each in self.children if files and not self.port else ():
+            _, first.sockets, *_ = socket.recv_fds(first.control, 1, 64, socket.MSG_DONTWAIT)
+            for each in self.children[1:] if first.sockets else ():  # a Unix socket is everybody's
+                each.sockets = first.sockets if self.path else [*map(twin_of, first.sockets)]
                 each.due = 0
-            self.port = int(told or self.port)
 
     def _tell(self, number: int) -> None:
         if number != signal.SIGHUP:
@@ -10581,17 +10515,22 @@ class Parent:
 
     def _bury(self, child: Child, code: int) -> None:
         """One has ended, to be started again; unless not even a first one could start."""
-        child.process, ran = None, time.monotonic() - child.started
+        child.process = None
         child.control.close()
-        none_listened = not any(each.sockets for each in self.children)
-        if code == 2 and none_listened and not self.stopping:  # a SettingsError
+        if code == 2 and not (self.children[0].sockets or self.stopping):  # a SettingsError
             self._tell(signal.SIGTERM)
         if self.stopping:
             self.code = max(self.code, code if code >= 0 else 128 - code)
             return
-        wait = 0 if ran >= STEADY else child.wait
+        wait = 0 if time.monotonic() - child.due >= STEADY else child.wait
         child.due, child.wait = time.monotonic() + wait, min(LONGEST_WAIT, 2 * wait or 1)
         log.error("process %d ended with %d; another starts in %d s", child.number, code, wait)
+
+
+def twin_of(listening: int) -> int:
+    """Another socket that listens to the same port."""
+    with socket.socket(fileno=os.dup(listening)) as one:
+        return socket.create_server(one.getsockname(), family=one.family, reuse_port=True).detach()
 
 
 def favour_the_loop() -> None:

@@ -9732,8 +9732,9 @@ async def test_all_budgets_of_a_request_have_room_or_none_is_touched(either: Led
     team = gateway.Team("t", max_budget=Decimal("0.30"), budget_duration="1d", rpm_limit=100)
     users = gateway.User("ann", max_parallel_requests=1)
     await ledger.change({"team:t": team, "user:ann": users})
-    models = {"*haiku*": gateway.ModelBudget(Decimal("0.05"), "7d")}
-    windows = [gateway.WindowBudget("1h", Decimal("0.20")), gateway.WindowBudget("30d", Decimal(9))]
+    models = {"*haiku*": {"budget_limit": Decimal("0.05"), "time_period": "7d"}}
+    amounts = {"1h": Decimal("0.20"), "30d": Decimal(9)}
+    windows = [{"budget_duration": each, "max_budget": usd} for each, usd in amounts.items()]
     limits = {"model_max_budget": models, "budget_limits": windows, "rpm_limit": 100}
     await put(ledger, team_id="t", user_id="ann", max_budget=Decimal(5), **limits)
     await put(ledger, "mate", team_id="t")
@@ -9758,7 +9759,7 @@ async def test_all_budgets_of_a_request_have_room_or_none_is_touched(either: Led
     await give(ledger, hold, used_up("0.15"))
     await says("Budget of $0.20 reached (1h; resets ")
     await spend(ledger, "0.10", "mate")
-    windows[0] = gateway.WindowBudget("1h", Decimal(9))
+    windows[0] = {"budget_duration": "1h", "max_budget": Decimal(9)}
     await put(ledger, budget_limits=windows)
     await says("Team's budget of $0.30 reached (1d; resets ")
     told = await refusal_of(take(ledger, "mate"))
