@@ -1950,9 +1950,8 @@ def fullness(accounts: Sequence[Limited], moment: datetime, model: str = "") -> 
 
 
 class Thing(NamedTuple):
-    """What stands in a workspace: its kind, whose it is (empty: nobody's) and what key he has, if
-    all may read it and refer to it, the real key that made it, if known, and when that was (Unix).
-    """
+    """What stands in a workspace: its kind, whose it is (empty: nobody's), his key, if all may read
+    it and refer to it, the real key it was made under, if that is known, and when (Unix)."""
 
     kind: str
     owner: str = ""
@@ -2231,6 +2230,7 @@ class Ledger:
     an account. What is awaited may wait for a store; where nothing must, no task and no future is
     made. It will ``tell`` which ``parts`` of a budget are passed."""
 
+    count = 0  # of the keys that were made, also those that are deleted
     leases = False  # what is held goes by itself where its process dies
     away = doubt = ""  # why the store does not answer, and what is less than sure of it
     each: Callable[..., AsyncIterator[Any]]
@@ -2270,11 +2270,10 @@ class Ledger:
     def limited(self, key: VirtualKey | None) -> Sequence[Limited]:
         """Whose limits its requests are held against: its own, its team's, its user's, and the
         gateway's, where these have records and the gateway limits. Without a key, the last."""
-        whole, found = self.groups[GATEWAY], list[Limited]([key] if key else [])
+        whole, groups = self.groups[GATEWAY], list[Limited]()
         if key and len(self.groups) > 1:
-            for name in (f"team:{key.team_id}", f"user:{key.user_id}"):
-                if group := self.groups.get(name):
-                    found.append(group)
+            groups = [self.groups[name] for name in group_names(key) if name in self.groups]
+        found = [key, *groups] if key else groups
         return [*found, whole] if whole.has_budget else found
 
     async def live(self, **named: str) -> list[VirtualKey]:
@@ -2480,11 +2479,6 @@ class FileLedger(Ledger):
             self._file.close()
             raise
 
-    @property
-    def count(self) -> int:
-        """How many keys were made, also of those that are deleted."""
-        return len(self.keys)
-
     async def open(self) -> None:
         """Called before requests are taken; the files are read already."""
 
@@ -2673,10 +2667,9 @@ class FileLedger(Ledger):
 
     # Changing
 
-    def changing(self) -> contextlib.AbstractAsyncContextManager[None]:
-        """Within it nobody else changes anything between what is looked at and what is changed:
-        nothing is awaited there, so that changes at one time are one write."""
-        return contextlib.nullcontext()
+    # Within it nobody else changes anything between what is looked at and what is changed: nothing
+    # is awaited there, so that changes at one time are one write.
+    changing = contextlib.nullcontext
 
     async def settle(self, key: VirtualKey, home: str) -> None:
         """Remember the home of a key that has none, as what relaying changes is: that of others of
@@ -2722,6 +2715,7 @@ class FileLedger(Ledger):
                 self.groups[name] = record
             self._fit_buckets(record)
             self.batches.update(dict.fromkeys(account.batches, account))
+        self.count = len(self.keys)
 
     def _line(self, hashed: str, record: Limited) -> bytes:
         moment, batches = now(), record.account.batches
@@ -3329,7 +3323,7 @@ class RedisLedger(Ledger):
         self._forgotten = 0  # how often any has changed: what is read meanwhile may be old
         self._accounts = weakref.WeakValueDictionary[str, Account]()  # by their places
         self._link, self._linked = cast(Link | None, None), asyncio.Event()
-        self.away, self.lost, self._store = "it was not asked yet", False, STORE
+        self.away, self.lost = "it was not asked yet", False
         self._id, self._process, self._number = "", secrets.token_hex(4), 0
         self._writes: dict[int, Write] = {}
         self._is_behind = False  # of these some were not sent on this link, and go first
