@@ -2956,7 +2956,8 @@ local now = time[1] * 1000000 + time[2]
 
 local function draw(place, kind, limit, amount)  -- of a `Bucket`; what is drawn then, in millionths
   local found = redis.call('HMGET', place, 'drawn:' .. kind, 'seen:' .. kind)
-  local gained = math.floor((now - (found[2] or now)) * limit / 60)
+  local past = math.max(0, now - (found[2] or now))  -- the clock may be another server's by now
+  local gained = math.floor(past * limit / 60)
   local drawn = math.max(0, (found[1] or 0) - gained) + amount * 1000000
   if amount > 0 then redis.call('HSET', place, 'drawn:' .. kind, drawn, 'seen:' .. kind, now) end
   return drawn
@@ -3324,6 +3325,7 @@ class RedisLedger(Ledger):
         told: Any = dict.fromkeys(("socket_timeout", "socket_connect_timeout"), deadline)
         told |= {"decode_responses": True, "retry": Retry(NoBackoff(), 0), "protocol": 2}
         told |= {"max_connections": MOST_CONNECTIONS, "timeout": STORE_DEADLINE}
+        told["encoding_errors"] = "surrogatepass"  # JSON may have them
         pool = redis.asyncio.BlockingConnectionPool.from_url(store, **told)
         self._redis: Any = redis.asyncio.Redis(connection_pool=pool)
         # uvloop raises RuntimeError for what is written to a connection that was just reset.
@@ -3460,8 +3462,9 @@ class RedisLedger(Ledger):
         while True:
             try:
                 told = await self._redis.xread({CHANGES: self._last}, block=wait, count=1000)
-                for self._last, change in itertools.chain(*(entries for _, entries in told)):
-                    self._forget(change["name"])
+                if changes := [*itertools.chain(*(entries for _, entries in told))]:
+                    self._forget(*(change["name"] for _, change in changes))
+                    self._last = changes[-1][0]
                 await self._check()
                 failed = 0
             except Exception as error:  # whatever it is, it is tried again
@@ -3613,8 +3616,9 @@ class RedisLedger(Ledger):
     async def find_hash(self, hashed: str) -> tuple[VirtualKey, str] | None:
         if self.lost:
             raise APIError(503, NO_STORE, headers=AGAIN)
-        if (key := self.keys.get(hashed)) is not None:
-            self.keys.move_to_end(hashed)
+        name = self._retired.get(hashed, hashed)
+        if (key := self.keys.get(name)) is not None:
+            self.keys.move_to_end(name)
         elif hashed not in self._unknown:
             if hashed not in self._asked:  # many may ask at once for one that is not known here
                 self._asked[hashed] = asyncio.create_task(self._learn(hashed))
@@ -3629,12 +3633,18 @@ class RedisLedger(Ledger):
                 if key := await self._read_key(hashed, former=True):
                     await self._look([key], None, shared=self._accounts)
         finally:
-            del self._asked[hashed]
-        if began == self._forgotten:
-            self.keys |= {hashed: key} if key else {}
-            self._remember_unknown([] if key else [hashed])
+            if self._asked.get(hashed) is asyncio.current_task():
+                del self._asked[hashed]
+        if began == self._forgotten and key is not None:
+            self.keys[name := key.account.hashed] = key
+            if hashed != name:
+                self._retired[hashed] = name
+        elif began == self._forgotten:
+            self._remember_unknown([hashed])
         if len(self.keys) > KEPT_RECORDS:
             self.keys.popitem(last=False)
+        if len(self._retired) > KEPT_RECORDS:
+            self._retired.clear()
         return key
 
     async def knows(self, hashes: Iterable[str]) -> bool:
@@ -3658,14 +3668,18 @@ class RedisLedger(Ledger):
         found = [key, *key.account.beside] if key else []
         return [*found, whole] if whole.has_budget else found
 
-    def _forget(self, name: str = "") -> None:
-        """A record has changed, or (without a name) any may have."""
+    def _forget(self, *names: str) -> None:
+        """These records have changed, or (without names) any may have."""
         self._unknown.clear()
+        self._asked.clear()  # what is read may be old
         self._forgotten += 1
-        kind, _, of = name.rpartition(":")
-        for hashed, key in [*self.keys.items()]:
-            if not name or of == (getattr(key, f"{kind}_id") if kind else key.account.hashed):
-                del self.keys[hashed]
+        for index in (self.keys, self._retired):
+            for name in names or [*index]:
+                index.pop(name, None)
+        if groups := {name for name in names if not HASH.fullmatch(name)}:
+            found = [n for n, key in self.keys.items() if not groups.isdisjoint(group_names(key))]
+            for name in found:
+                del self.keys[name]
 
     async def _read_key(self, hashed: str, *, former: bool) -> VirtualKey | None:
         """A key by its hash, or by one that it had."""
@@ -4232,8 +4246,8 @@ class RedisLedger(Ledger):
                     pipe.xadd(CHANGES, {"name": name}, maxlen=CHANGES_KEPT)
                 await pipe.execute()
             await self._sync()
+        self._forget(*changes)
         for name, record in changes.items():
-            self._forget(name)
             if record is not None:
                 record.account.hashed = name
 
@@ -4256,8 +4270,9 @@ class RedisLedger(Ledger):
         else:
             # One that is made anew begins without what requests and batches of the old one held.
             id, team = f"{name}:{revision}", getattr(record, "team_id", None)
-        tag = urllib.parse.quote(team or id, safe="")
-        account.place = account.place or f"{PREFIX}{{{tag}}}:{urllib.parse.quote(id, safe=':')}"
+        quote = functools.partial(urllib.parse.quote, errors="surrogatepass")
+        tag, rest = quote(team or id, safe=""), quote(id, safe=":")
+        account.place = account.place or f"{PREFIX}{{{tag}}}:{rest}"
         row = {"rev": revision, "place": account.place, "record": bare.to_json()}
         pipe.set(f"{PREFIX}record:{name}", json.dumps(row, default=written))
         pipe.hset(account.place, "rev", revision)
