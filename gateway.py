@@ -6189,16 +6189,17 @@ class RequestLog:
 
     async def rows(self) -> AsyncIterator[dict[str, Any]]:
         """The newest first; a line that is damaged is passed over."""
-        self._tell()
+        await self._tell()
         async for each in self._ledger.logged("requests"):
             row = dict_of(read_json(each, Any))
             if row.keys() >= FILTERED and isinstance(row["startTime"], str):
                 yield row
 
-    def _tell(self) -> None:
+    async def _tell(self) -> None:
         if self._waiting and not self._ledger.away:
-            rows = [as_json(each.to_spend_log()) for each in self._waiting]
-            self._waiting.clear()
+            told, self._waiting = self._waiting, collections.deque(maxlen=self._most)
+            # In a thread: thousands would keep streams waiting.
+            rows = await asyncio.to_thread(lambda: [as_json(each.to_spend_log()) for each in told])
             self._ledger.log("requests", self._most, rows)
             self._unwritten.extend(rows if self._path else ())
 
@@ -6211,7 +6212,7 @@ class RequestLog:
     async def save(self) -> None:
         """Write what is not written; what cannot be is tried again, as far as it is remembered."""
         async with self._saving:
-            self._tell()
+            await self._tell()
             rows, self._unwritten = self._unwritten, collections.deque(maxlen=self._most)
             try:
                 await asyncio.to_thread(self._write, rows) if rows else None
