@@ -1896,6 +1896,7 @@ HASH = re.compile(r"[0-9a-f]{64}")
 TOMBSTONE = timedelta(days=90)  # how long a deleted key is told apart from one that never was
 WRITE_SLICE = 1000  # lines joined at a time, so that the writing thread lets the loop breathe
 FLUSH_INTERVAL = 1.0  # seconds between two writes of what relaying changes
+ROWS_A_TURN = 100  # of a log, that are looked at before the loop may do something else
 KEYS_A_TURN = 4  # whose usage is read before the loop may do something else: 90 days are 5 ms
 BUDGET_WAIT = 2  # seconds after which a request that a budget has no room for may ask again
 FileMark = tuple[int, ...] | None
@@ -1907,6 +1908,7 @@ EVERY_TAG = ""  # among its tags: whatever had any
 MAX_AUDITED = 10_000  # changes that are remembered
 UNTIDY_LINES = 1000  # of changes, beyond twice the fewest, until a file of them is written anew
 Charges = Sequence[tuple[str, Tally]]  # what was used, by model
+Page = tuple[int, list[str]]  # how many there are, and the names of some
 written = functools.partial(shown, amount="{:f}".format)  # in the file amounts lose no digit
 
 
@@ -1947,9 +1949,8 @@ def fullness(accounts: Sequence[Limited], moment: datetime, model: str = "") -> 
 
 
 class Thing(NamedTuple):
-    """What stands in a workspace: its kind, whose it is (empty: nobody's) and what key he has, if
-    all may read it and refer to it, the real key that made it, if known, and when that was (Unix).
-    """
+    """What stands in a workspace: its kind, whose it is (empty: nobody's), his key, if all may read
+    it and refer to it, the real key it was made under, if that is known, and when (Unix)."""
 
     kind: str
     owner: str = ""
@@ -2228,8 +2229,9 @@ class Ledger:
     an account. What is awaited may wait for a store; where nothing must, no task and no future is
     made. It will ``tell`` which ``parts`` of a budget are passed."""
 
+    count = 0  # of the keys that were made, also those that are deleted
     leases = False  # what is held goes by itself where its process dies
-    doubt = ""  # what is less than sure of the store
+    away = doubt = ""  # why the store does not answer, and what is less than sure of it
     each: Callable[..., AsyncIterator[Any]]
 
     def __init__(
@@ -2249,13 +2251,8 @@ class Ledger:
         self._kept: dict[str, tuple[str, float]] = {}
         self._logs: dict[str, collections.deque[bytes]] = {}
 
-    def lookup(self, hashed: str) -> tuple[VirtualKey, str] | None:
-        """A key and its `VirtualKey.status`; by an old hash ``expired`` once its grace is over."""
-        record = self.keys.get(hashed) or self.keys.get(self._retired.get(hashed, ""))
-        return self._judged(record, hashed) if record else None
-
     def _judged(self, record: VirtualKey, hashed: str) -> tuple[VirtualKey, str] | None:
-        """What `lookup` says of a record that was found by a hash."""
+        """What `find_hash` says of a record that was found by a hash."""
         moment, until = now(), record.retired.get(hashed)
         if hashed != record.account.hashed and (until is None or moment >= until):
             return (record, "expired") if until else None
@@ -2272,11 +2269,10 @@ class Ledger:
     def limited(self, key: VirtualKey | None) -> Sequence[Limited]:
         """Whose limits its requests are held against: its own, its team's, its user's, and the
         gateway's, where these have records and the gateway limits. Without a key, the last."""
-        whole, found = self.groups[GATEWAY], list[Limited]([key] if key else [])
+        whole, groups = self.groups[GATEWAY], list[Limited]()
         if key and len(self.groups) > 1:
-            for name in (f"team:{key.team_id}", f"user:{key.user_id}"):
-                if group := self.groups.get(name):
-                    found.append(group)
+            groups = [self.groups[name] for name in group_names(key) if name in self.groups]
+        found = [key, *groups] if key else groups
         return [*found, whole] if whole.has_budget else found
 
     async def live(self, **named: str) -> list[VirtualKey]:
@@ -2301,13 +2297,15 @@ class Ledger:
         """Remember it no more."""
         self._kept.pop(name, None)
 
-    def log(self, name: str, most: int, *rows: bytes) -> None:
+    def log(self, name: str, most: int, rows: Iterable[bytes]) -> None:
         """Add rows to a log, which keeps the last ``most``, for all who share the store."""
         self._logs.setdefault(name, collections.deque(maxlen=most)).extend(rows)
 
     async def logged(self, name: str) -> AsyncIterator[bytes]:
         """Its rows, the newest first."""
-        for row in [*self._logs.get(name, ())][::-1]:
+        for number, row in enumerate([*self._logs.get(name, ())][::-1]):
+            if number % ROWS_A_TURN == 0:
+                await asyncio.sleep(0)
             yield row
 
     async def admit(self, hold: Hold, *, pays: bool, shares: bool, later: bool = False) -> None:
@@ -2480,11 +2478,6 @@ class FileLedger(Ledger):
             self._file.close()
             raise
 
-    @property
-    def count(self) -> int:
-        """How many keys were made, also of those that are deleted."""
-        return len(self.keys)
-
     async def open(self) -> None:
         """Called before requests are taken; the files are read already."""
 
@@ -2496,18 +2489,20 @@ class FileLedger(Ledger):
     # Who it is, and what there is
 
     async def find_hash(self, hashed: str) -> tuple[VirtualKey, str] | None:
-        """What `lookup` finds."""
-        return self.lookup(hashed)
+        """A key and its `VirtualKey.status`; by an old hash ``expired`` once its grace is over."""
+        record = self.keys.get(hashed) or self.keys.get(self._retired.get(hashed, ""))
+        return self._judged(record, hashed) if record else None
 
     async def knows(self, hashes: Iterable[str]) -> bool:
         """Whether one of these is a key here."""
-        return any(map(self.lookup, hashes))
+        return any([await self.find_hash(each) for each in hashes])
 
     async def find(self, by: str, name: str, *, former: bool = False) -> Any:
         """The record, or None, that is not deleted and that a field names: ``key`` (plain or hash,
         also a ``former`` one until its grace is over), ``key_alias``, ``team_id``, ``user_id``."""
         if by == "key_alias":
-            return next((key for key in self._live() if key.key_alias == name), None)
+            alike = (key for key in self.keys.values() if key.key_alias == name)
+            return next((key for key in alike if not key.deleted_at), None)
         if by != "key":
             return self.groups.get(f"{by.removesuffix('_id')}:{name}")
         hashed = name if HASH.fullmatch(name) else hash_key(name)
@@ -2529,12 +2524,9 @@ class FileLedger(Ledger):
             if record.of == kind and all(getattr(record, at) == name for at, name in named.items()):
                 yield record
 
-    async def tagged(self, days: tuple[str, str]) -> Usage:
-        """What was used on these days, in the place of a model by tag."""
-        return self.groups[GATEWAY].account.usage
-
-    def _live(self) -> Iterator[VirtualKey]:
-        return (key for key in self.keys.values() if not key.deleted_at)
+    async def whole(self, days: tuple[str, str]) -> Limited:
+        """The gateway, with what was used on these days, in the place of a model by tag."""
+        return self.groups[GATEWAY]
 
     # Batches and things
 
@@ -2601,10 +2593,7 @@ class FileLedger(Ledger):
         for name in names:
             if isinstance(name, str) and (place := places.get(name)):
                 owner, kind, home = place
-                key, made = (
-                    self.keys.get(self._owners.get(owner, "")),
-                    self.things.made[owner, kind],
-                )
+                key, made = self.keys.get(self._owners.get(owner, "")), self.things.made[place[:2]]
                 found[name] = Thing(kind, owner, key, name in shared, home, made[name])
         return found
 
@@ -2639,9 +2628,7 @@ class FileLedger(Ledger):
         changes += [{"shared": list(kinds)}] if owner is None else []
         await asyncio.shield(self._add(changes))
 
-    async def list_things(
-        self, owner: str | None, kind: str, first: int, most: int
-    ) -> tuple[int, list[str]]:
+    async def list_things(self, owner: str | None, kind: str, first: int, most: int) -> Page:
         """How many are an owner's (None: anybody's) and of a kind (empty: any), and at most so many
         of them, from the ``first`` (0) on."""
         every = self.things.made.items()
@@ -2679,18 +2666,17 @@ class FileLedger(Ledger):
 
     # Changing
 
-    def changing(self) -> contextlib.AbstractAsyncContextManager[None]:
-        """Within it nobody else changes anything between what is looked at and what is changed:
-        nothing is awaited there, so that changes at one time are one write."""
-        return contextlib.nullcontext()
+    # Within it nobody else changes anything between what is looked at and what is changed: nothing
+    # is awaited there, so that changes at one time are one write.
+    changing = contextlib.nullcontext
 
     async def settle(self, key: VirtualKey, home: str) -> None:
         """Remember the home of a key that has none, as what relaying changes is: that of others of
         its team, where it reaches their things, or else this."""
         team, newest = key.team_id, self.keys.get(key.account.hashed, key)
         if team and key.resources == "team":
-            mates = (mate.home for mate in self._live() if mate.team_id == team)
-            home = next(filter(None, mates), home)
+            mates = (of for of in self.keys.values() if of.team_id == team and not of.deleted_at)
+            home = next((of.home for of in mates if of.home), home)
         key.home = newest.home = newest.home or home
         self._touched.add(key.account.hashed)
 
@@ -2728,6 +2714,7 @@ class FileLedger(Ledger):
                 self.groups[name] = record
             self._fit_buckets(record)
             self.batches.update(dict.fromkeys(account.batches, account))
+        self.count = len(self.keys)
 
     def _line(self, hashed: str, record: Limited) -> bytes:
         moment, batches = now(), record.account.batches
@@ -2954,7 +2941,8 @@ local now = time[1] * 1000000 + time[2]
 
 local function draw(place, kind, limit, amount)  -- of a `Bucket`; what is drawn then, in millionths
   local found = redis.call('HMGET', place, 'drawn:' .. kind, 'seen:' .. kind)
-  local gained = math.floor((now - (found[2] or now)) * limit / 60)
+  local past = math.max(0, now - (found[2] or now))  -- the clock may be another server's by now
+  local gained = math.floor(past * limit / 60)
   local drawn = math.max(0, (found[1] or 0) - gained) + amount * 1000000
   if amount > 0 then redis.call('HSET', place, 'drawn:' .. kind, drawn, 'seen:' .. kind, now) end
   return drawn
@@ -3314,6 +3302,7 @@ class RedisLedger(Ledger):
         told = dict.fromkeys(("socket_timeout", "socket_connect_timeout"), deadline)
         told |= {"decode_responses": True, "retry": Retry(NoBackoff(), 0), "protocol": 2}
         told |= {"max_connections": MOST_CONNECTIONS, "timeout": STORE_DEADLINE}
+        told["encoding_errors"] = "surrogatepass"  # JSON may have them
         pool = redis.asyncio.BlockingConnectionPool.from_url(store, **told)
         self._redis: Any = redis.asyncio.Redis(connection_pool=pool)
         # uvloop raises RuntimeError for what is written to a connection that was just reset.
@@ -3326,7 +3315,7 @@ class RedisLedger(Ledger):
         self._forgotten = 0  # how often any has changed: what is read meanwhile may be old
         self._accounts = weakref.WeakValueDictionary[str, Account]()  # by their places
         self._link, self._linked = cast(Link | None, None), asyncio.Event()
-        self.away, self.lost, self._store = "it was not asked yet", False, STORE
+        self.away, self.lost = "it was not asked yet", False
         self._id, self._process, self._number = "", secrets.token_hex(4), 0
         self._writes: dict[int, Write] = {}
         self._is_behind = False  # of these some were not sent on this link, and go first
@@ -3444,8 +3433,9 @@ class RedisLedger(Ledger):
         while True:
             try:
                 told = await self._redis.xread({CHANGES: self._last}, block=wait, count=1000)
-                for self._last, change in itertools.chain(*(entries for _, entries in told)):
-                    self._forget(change["name"])
+                if changes := [*itertools.chain(*(entries for _, entries in told))]:
+                    self._forget(*(change["name"] for _, change in changes))
+                    self._last = changes[-1][0]
                 await self._check()
                 failed = 0
             except Exception as error:  # whatever it is, it is tried again
@@ -3595,8 +3585,9 @@ class RedisLedger(Ledger):
     async def find_hash(self, hashed: str) -> tuple[VirtualKey, str] | None:
         if self.lost:
             raise APIError(503, NO_STORE, headers=AGAIN)
-        if (key := self.keys.get(hashed)) is not None:
-            self.keys.move_to_end(hashed)
+        name = self._retired.get(hashed, hashed)
+        if (key := self.keys.get(name)) is not None:
+            self.keys.move_to_end(name)
         elif hashed not in self._unknown:
             if hashed not in self._asked:  # many may ask at once for one that is not known here
                 self._asked[hashed] = asyncio.create_task(self._learn(hashed))
@@ -3611,12 +3602,17 @@ class RedisLedger(Ledger):
                 if key := await self._read(hashed, former=True):
                     await self._look([key], None, is_hot=True)
         finally:
-            del self._asked[hashed]
-        if began == self._forgotten:
-            self.keys |= {hashed: key} if key else {}
-            self._unknown |= set() if key else {hashed}
+            if self._asked.get(hashed) is asyncio.current_task():
+                del self._asked[hashed]
+        if began == self._forgotten and key is not None:
+            self.keys[name := key.account.hashed] = key
+            self._retired |= {hashed: name} if hashed != name else {}
+        elif began == self._forgotten:
+            self._unknown.add(hashed)
         if len(self.keys) > KEPT_RECORDS:
             self.keys.popitem(last=False)
+        if len(self._retired) > KEPT_RECORDS:
+            self._retired.clear()
         return key
 
     async def knows(self, hashes: Iterable[str]) -> bool:
@@ -3635,14 +3631,18 @@ class RedisLedger(Ledger):
         found = [key, *key.account.beside] if key else []
         return [*found, whole] if whole.has_budget else found
 
-    def _forget(self, name: str = "") -> None:
-        """A record has changed, or (without a name) any may have."""
+    def _forget(self, *names: str) -> None:
+        """These records have changed, or (without names) any may have."""
         self._unknown.clear()
+        self._asked.clear()  # what is read may be old
         self._forgotten += 1
-        kind, _, of = name.rpartition(":")
-        for hashed, key in [*self.keys.items()]:
-            if not name or of == (getattr(key, f"{kind}_id") if kind else key.account.hashed):
-                del self.keys[hashed]
+        for index in (self.keys, self._retired):
+            for name in names or [*index]:
+                index.pop(name, None)
+        if groups := {name for name in names if not HASH.fullmatch(name)}:
+            found = [n for n, key in self.keys.items() if not groups.isdisjoint(group_names(key))]
+            for name in found:
+                del self.keys[name]
 
     async def _read(self, name: str, *, former: bool) -> Any:
         """A record by its name, or a key by a hash that it had."""
@@ -3991,9 +3991,7 @@ class RedisLedger(Ledger):
         if rows := [row for row in rows if row[0].isprintable()]:
             self._later(THINGS, [f"{PREFIX}things"], json.dumps([deed, owner, rows]))
 
-    async def list_things(
-        self, owner: str | None, kind: str, first: int, most: int
-    ) -> tuple[int, list[str]]:
+    async def list_things(self, owner: str | None, kind: str, first: int, most: int) -> Page:
         made = f"{PREFIX}made:{kind}:{'*' if owner is None else owner}"
         async with self._asking():
             names = await self._redis.zrange(made, first, first + most - 1)
@@ -4019,7 +4017,7 @@ class RedisLedger(Ledger):
         async with self._asking():
             await self._redis.delete(f"{PREFIX}kept:{name}")
 
-    def log(self, name: str, most: int, *rows: bytes) -> None:
+    def log(self, name: str, most: int, rows: Iterable[bytes]) -> None:
         self._later(LOG, [f"{PREFIX}{name}"], most, *rows)
 
     async def logged(self, name: str) -> AsyncIterator[bytes]:
@@ -4082,14 +4080,13 @@ class RedisLedger(Ledger):
 
     def _put_used(self, pipe: Any, of: Limited, source: FileLedger) -> None:
         """Queue what a record has used, and its batches."""
-        account, place, day_long = of.account, of.account.place, 86400
+        account, place, kept = of.account, of.account.place, (self._usage_days + 1) * 86400
         for day, model, tally in account.usage.days(self._oldest):
             at, counts = f"{place}:{day}", tally.to_json() | {"spend": nano(tally.spend)}
             pipe.hset(at, mapping={f"{model}\0{name}": count for name, count in counts.items()})
-            pipe.expire(at, (self._usage_days + 1) * day_long).hset(place, f"day:{day}", 1)
-        for name, window in account.windows.items():
-            pipe.hset(place, f"start:{name}", window.start)
-            pipe.hset(place, f"spent:{name}", nano(window.spend))
+            pipe.expire(at, kept).hset(place, f"day:{day}", 1)
+        for name, w in account.windows.items():
+            pipe.hset(place, mapping={f"start:{name}": w.start, f"spent:{name}": nano(w.spend)})
         if account.last_active:
             pipe.hset(place, "active", int(account.last_active.timestamp()))
         for name, batch in account.batches.items():
@@ -4101,8 +4098,7 @@ class RedisLedger(Ledger):
                 pipe.hincrby(whose, f"held:{budget}", amount)
             row = {"owner": cast(VirtualKey, of).owner, "day": batch.day, "lines": batch.lines}
             pipe.hset(at, mapping=row | {"booked": int(batch.booked), "held": as_json(held)})
-            last = self._usage_days * day_long
-            pipe.expire(at, last) if batch.booked else pipe.sadd(f"{PREFIX}unbooked", name)
+            pipe.expire(at, kept) if batch.booked else pipe.sadd(f"{PREFIX}unbooked", name)
 
     async def give_out(self, path: Path, tell: Callable[[str], None]) -> Sums:
         """Write all into a keys file, and one of resources, that are not there yet. While gateways
@@ -4134,7 +4130,7 @@ class RedisLedger(Ledger):
         async for at in self._redis.scan_iter(f"{PREFIX}batch:*", NAMES_A_TRIP):
             if row := await self._redis.hgetall(at):
                 batches[row["owner"]][at.removeprefix(f"{PREFIX}batch:")] = row
-        yield (whole := await self._whole(days))
+        yield (whole := await self.whole(days))
         names = {whole.account.place: GATEWAY}
         for kind in (*GROUPS, "key"):
             async for of in self.each(kind, days=days):
@@ -4197,8 +4193,7 @@ class RedisLedger(Ledger):
                     pipe.xadd(CHANGES, {"name": name}, maxlen=CHANGES_KEPT)
                 await pipe.execute()
             await self._sync()
-        for name in changes:
-            self._forget(name)
+        self._forget(*changes)
 
     def _put(self, pipe: Any, name: str, record: Limited, revision: str) -> None:
         """Queue what keeps a record and finds it."""
@@ -4217,8 +4212,9 @@ class RedisLedger(Ledger):
         else:
             # One that is made anew begins without what requests and batches of the old one held.
             id, team = f"{name}:{revision}", getattr(record, "team_id", None)
-        tag = urllib.parse.quote(team or id, safe="")
-        account.place = account.place or f"{PREFIX}{{{tag}}}:{urllib.parse.quote(id, safe=':')}"
+        quote = functools.partial(urllib.parse.quote, errors="surrogatepass")
+        tag, rest = quote(team or id, safe=""), quote(id, safe=":")
+        account.place = account.place or f"{PREFIX}{{{tag}}}:{rest}"
         row = {"rev": revision, "place": account.place, "record": bare.to_json()}
         pipe.set(f"{PREFIX}record:{name}", json.dumps(row, default=written))
         pipe.hset(account.place, "rev", revision)
@@ -4294,12 +4290,8 @@ class RedisLedger(Ledger):
             if len(part) < LOOKED_AT:
                 return
 
-    async def tagged(self, days: tuple[str, str]) -> Usage:
-        return (await self._whole(days)).account.usage
-
-    async def _whole(self, days: tuple[str, str]) -> Limited:
-        place = self.groups[GATEWAY].account.place
-        whole = Limited(account=Account(hashed=GATEWAY, place=place))
+    async def whole(self, days: tuple[str, str]) -> Limited:
+        whole = Limited(account=Account(hashed=GATEWAY, place=self.groups[GATEWAY].account.place))
         async with self._asking():
             await self._look([whole], days)
         return whole
@@ -6063,7 +6055,6 @@ MAX_LABELS = 1000  # keys, and keys with their models, that /metrics tells apart
 # Seconds; LiteLLM's buckets of its latency metrics.
 LATENCY_BUCKETS = [0.0005, 0.001, 0.0025, 0.005, 0.0125, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0]
 LATENCY_BUCKETS += [2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0]
-ROWS_A_TURN = 100  # of requests that are looked at before the loop may do something else
 LOG_SIZE, LOG_FLAGS = 64 * MIB, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
 FILTERED = {"litellm_call_id", "request_id", "api_key", "user", "status", "startTime"}
 TIMINGS = ("total", "first_byte", "upstream", "overhead")
@@ -6179,36 +6170,37 @@ def log_record(record: Record) -> None:
 
 
 class RequestLog:
-    """The last ``most`` requests, and a file of all (empty: none), as rows of /spend/logs: read at
-    the start, written each second. At LOG_SIZE it becomes ".1", and what was ".1" is gone."""
+    """The last ``most`` requests, of all who share a ledger, and a file (empty: none) of those that
+    were here, as rows of /spend/logs: read at the start, written each second. At LOG_SIZE it
+    becomes ".1", and what was ".1" is gone."""
 
-    def __init__(self, path: str, most: int) -> None:
-        self._path, self._error, self._saving = path, "", asyncio.Lock()
-        self._recent = collections.deque[Record | bytes](maxlen=most)
+    def __init__(self, path: str, most: int, ledger: AnyLedger) -> None:
+        self._path, self._most, self._ledger = path, most, ledger
+        self._error, self._saving = "", asyncio.Lock()
         self._waiting = collections.deque[Record](maxlen=most)
+        self._unwritten = collections.deque[bytes](maxlen=most)
         for name in filter(os.path.isfile, (f"{path}.1", path)):  # a pipe would never end
             with contextlib.suppress(OSError), open(name, "rb") as file:
-                self._recent.extend(file)
+                ledger.log("requests", most, file)
 
     def append(self, record: Record) -> None:
         """Remember a request that is over."""
-        self._recent.append(record)
-        if self._path:
-            self._waiting.append(record)
+        self._waiting.append(record)
 
     async def rows(self) -> AsyncIterator[dict[str, Any]]:
         """The newest first; a line that is damaged is passed over."""
-        number = 0
-        async for each in self._newest():
-            row = each.to_spend_log() if isinstance(each, Record) else dict_of(read_json(each, Any))
-            if (number := number + 1) % ROWS_A_TURN == 0:
-                await asyncio.sleep(0)
+        self._tell()
+        async for each in self._ledger.logged("requests"):
+            row = dict_of(read_json(each, Any))
             if row.keys() >= FILTERED and isinstance(row["startTime"], str):
                 yield row
 
-    async def _newest(self) -> AsyncIterator[Record | bytes]:
-        for each in [*self._recent][::-1]:  # whoever reads them may wait in between
-            yield each
+    def _tell(self) -> None:
+        if self._waiting and not self._ledger.away:
+            rows = [as_json(each.to_spend_log()) for each in self._waiting]
+            self._waiting.clear()
+            self._ledger.log("requests", self._most, rows)
+            self._unwritten.extend(rows if self._path else ())
 
     async def run(self) -> None:
         """Save once a second, until cancelled."""
@@ -6219,18 +6211,19 @@ class RequestLog:
     async def save(self) -> None:
         """Write what is not written; what cannot be is tried again, as far as it is remembered."""
         async with self._saving:
-            rows, self._waiting = self._waiting, collections.deque(maxlen=self._waiting.maxlen)
+            self._tell()
+            rows, self._unwritten = self._unwritten, collections.deque(maxlen=self._most)
             try:
                 await asyncio.to_thread(self._write, rows) if rows else None
                 self._error = ""
             except Exception as error:  # noqa: BLE001 - whatever it is, requests go on
-                rows.extend(self._waiting)
+                rows.extend(self._unwritten)
                 if str(error) != self._error:
                     log.error("the request log cannot be written: %s", error)
-                self._waiting, self._error = rows, str(error)
+                self._unwritten, self._error = rows, str(error)
 
-    def _write(self, rows: collections.deque[Record]) -> None:
-        data = b"".join(as_json(row.to_spend_log()) + b"\n" for row in rows)
+    def _write(self, rows: collections.deque[bytes]) -> None:
+        data = b"".join(row + b"\n" for row in rows)
         descriptor = os.open(self._path, LOG_FLAGS, STORE_MODE)
         with open(descriptor, "ab+", buffering=0) as file:
             if size := file.tell():
@@ -6240,26 +6233,6 @@ class RequestLog:
         rows.clear()  # they are there, even where the file cannot be moved away
         if size + len(data) > LOG_SIZE:
             os.replace(self._path, f"{self._path}.1")
-
-
-class SharedLog(RequestLog):
-    """The same where processes share a store, which has the last rows of all; those of others come
-    each second. While it is away they wait here."""
-
-    def __init__(self, most: int, ledger: RedisLedger) -> None:
-        super().__init__("", most)
-        self._path, self._ledger, self._most = "the store", ledger, most
-
-    async def save(self) -> None:
-        if self._waiting and not self._ledger.away:
-            rows = (as_json(each.to_spend_log()) for each in self._waiting)
-            self._ledger.log("requests", self._most, *rows)
-            self._waiting.clear()
-
-    async def _newest(self) -> AsyncIterator[Record | bytes]:
-        await self.save()
-        async for row in self._ledger.logged("requests"):
-            yield row
 
 
 @dataclass(slots=True)
@@ -7778,9 +7751,7 @@ class Gateway:
         self.traffic = Traffic()
         path = settings.request_log or f"{os.path.realpath(settings.keys)}.requests"
         path = "" if settings.store or path == "none" else path
-        self.recent = RequestLog(path, settings.recent_requests)
-        if isinstance(self.ledger, RedisLedger):
-            self.recent = SharedLog(settings.recent_requests, self.ledger)
+        self.recent = RequestLog(path, settings.recent_requests, self.ledger)
         self.active: set[RelayHandler] = set()
         self.started = now()
         self.sessions, self.alerts.keep = Sessions(self.ledger), self.ledger.keep
@@ -8429,7 +8400,7 @@ class RecordHandler(BodyHandler, ManagementHandler):
         row |= {"object_id": record.account.hashed.removeprefix(f"{record.of}:")}
         row |= {"name": record.shown_name, "updated_values": dict(body)}
         text = json.dumps(row | {"remote_ip": self.request.remote_ip}, default=shown)
-        self.gateway.ledger.log("audit", MAX_AUDITED, text.encode())
+        self.gateway.ledger.log("audit", MAX_AUDITED, [text.encode()])
         fields = f": {printable(', '.join(body))}" if body and action == "updated" else ""
         log.info("%s %s %s%s by %s", record.of, record.shown_name, action, fields, word(by))
 
@@ -8710,7 +8681,7 @@ class ReportHandler(ManagementHandler):
                 names = {"api_key": hashed, "model": model, "day": day, "tag": EVERY_TAG}
                 names |= {"team": key.team_id or "", "user": key.user_id or ""}
                 sums[tuple(names[group] for group in groups)].add(tally)
-        tagged = await ledger.tagged((first, last))
+        tagged = (await ledger.whole((first, last))).account.usage
         for day, tag, tally in tagged.days(first, last) if "tag" in groups else ():
             count = Tally.subtract if tag == EVERY_TAG else Tally.add  # what had any is not without
             count(sums[tuple({"tag": tag, "day": day}[group] for group in groups)], tally)

@@ -7356,7 +7356,7 @@ async def test_a_request_log_that_cannot_be_moved_is_written_once(
     file, pipe = gw.keys.with_name("log"), gw.keys.with_name("pipe")
     os.mkfifo(pipe)
     assert [
-        row async for row in gateway.RequestLog(str(pipe), 9).rows()
+        row async for row in gateway.RequestLog(str(pipe), 9, gateway.Ledger()).rows()
     ] == []  # nor waits for its end
     file.with_name("log.1").mkdir()
     monkeypatch.setattr(gateway, "LOG_SIZE", 10)
@@ -9818,7 +9818,7 @@ async def test_what_was_used_is_told_by_day_model_and_tag(either: Ledgers) -> No
     assert set(told(key.account.usage, today, today)) == {
         (today, name) for name in (OPUS, HAIKU, "other")
     }
-    both, tagged = tally(), told(await ledger.tagged((today, today)), today, today)
+    both, tagged = tally(), told((await ledger.whole((today, today))).account.usage, today, today)
     both.add(dear)
     both.add(cheap)
     assert tagged == {(today, "a"): both, (today, "b"): dear, (today, ""): both}
@@ -10098,7 +10098,10 @@ async def test_what_is_written_twice_counts_once(shared: Ledgers, valkey: StoreS
         (key,) = [key async for key in other.each(days=("", "9999"))]
         ((day, _, tally),) = key.account.usage.days()
         assert (tally.requests, tally.input_tokens) == (2, 10)
-        tags = {tag: each.requests for _, tag, each in (await other.tagged((day, day))).days()}
+        tags = {
+            tag: each.requests
+            for _, tag, each in (await other.whole((day, day))).account.usage.days()
+        }
         assert tags == {"a": 1, "": 1}
         # Nor does a hold stay whose answer is lost.
         between.mute = True

@@ -160,7 +160,7 @@ def run_gateway(arguments: list[str]) -> None:
 def books(relay: gateway.Gateway) -> int:
     """How many objects are what the gateway is there to keep: keys, their use by day, and the most
     recent requests. More of them are no leak."""
-    things: list[Any] = [relay.ledger.keys, relay.recent._recent, relay.traffic]
+    things: list[Any] = [relay.ledger.keys, relay.ledger._logs, relay.traffic]
     seen = set(map(id, things))
     for thing in things:
         for part in gc.get_referents(thing):

@@ -87,7 +87,7 @@ async def lookup(path: Path, key: str) -> float:
     store, hashed = gateway.FileLedger(path), gateway.hash_key(key)
     began = time.perf_counter()
     for _ in range(LOOKUPS):
-        assert store.lookup(hashed)
+        assert await store.find_hash(hashed)
     took = (time.perf_counter() - began) / LOOKUPS
     await store.close()
     return took
