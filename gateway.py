@@ -3321,7 +3321,8 @@ class RedisLedger(Ledger):
         self._is_behind = False  # of these some were not sent on this link, and go first
         self._refused: list[Write] = []  # which are sent again, each with another number
         self._holds: dict[str, Sequence[str]] = {}  # places, by the ids of holds
-        self._turn, self._lock, self._waits = asyncio.Lock(), None, False  # for WAITAOF
+        self._turn, self._lock = asyncio.Lock(), None
+        self._waits = False  # for WAITAOF
         self._tasks: list[asyncio.Task[None]] = []
         self._last, self.count, self._processes = "0-0", 0, 1
         self.groups[GATEWAY].account.place = f"{PREFIX}{{gateway}}:{GATEWAY}"
@@ -3840,8 +3841,7 @@ class RedisLedger(Ledger):
             self._release(hold)
         if hold.pays and hold.accounts:
             self._holds.pop(hold.id, None)
-            charges = counted(charges, model, failed)
-            self._charge(hold, charges, tags)
+            self._charge(hold, counted(charges, model, failed), tags)
         else:
             self._give_back(hold)
 
