@@ -2951,11 +2951,14 @@ end
 local function add(place, used, sign)  -- what windows had spent: before, after, of each
   local told = {}
   for _, each in ipairs(used.w) do  -- window, start, amount
-    if each[2] > (redis.call('HGET', place, 'start:' .. each[1]) or '') then
+    local start = redis.call('HGET', place, 'start:' .. each[1]) or ''
+    if each[2] > start then
       redis.call('HSET', place, 'start:' .. each[1], each[2], 'spent:' .. each[1], 0)
     end
-    local spent = redis.call('HINCRBY', place, 'spent:' .. each[1], sign * each[3])
-    told[#told + 1], told[#told + 2] = spent - each[3], spent
+    local is_past = sign < 0 and each[2] < start  -- of a window that is over nothing comes back
+    local amount = is_past and 0 or sign * each[3]
+    local spent = redis.call('HINCRBY', place, 'spent:' .. each[1], amount)
+    told[#told + 1], told[#told + 2] = spent - amount, spent
   end
   for _, each in ipairs(used.u) do  -- day, model, counts, seconds it is kept
     local day, model = place .. ':' .. each[1], each[2]
@@ -3161,9 +3164,14 @@ def usd(amount: Any) -> Decimal:
     return Decimal(amount).scaleb(-9).normalize()
 
 
-def sum_for(budget: Budget, charges: Charges) -> int:
-    """What of these counts for a budget, in nano-dollars."""
-    return sum([nano(tally.spend) for model, tally in charges if budget.is_for(model)])
+def nanos(charges: Charges) -> list[tuple[str, int]]:
+    """What these cost, by model."""
+    return [(model, nano(tally.spend)) for model, tally in charges]
+
+
+def sum_for(budget: Budget, amounts: Iterable[tuple[str, int]]) -> int:
+    """What of these counts for a budget."""
+    return sum([n for model, n in amounts if not budget.pattern or budget.is_for(model)])
 
 
 class Link(asyncio.Protocol):
@@ -3554,7 +3562,6 @@ class RedisLedger(Ledger):
             self._writes[self._number] = write
             if not (self._link is None or self._is_behind or self.lost):
                 self._send(self._number, write)
-                self._link.flush()  # before an answer's last bytes, behind which more may come
 
     def _write_refused(self) -> None:
         refused, self._refused = self._refused, []
@@ -3707,7 +3714,10 @@ class RedisLedger(Ledger):
             accounts = [of for of in hold.accounts if of.is_limited]
             if not accounts:
                 return
-            rows = [self._wanted(of, worst, prompt, **how) for of in accounts]
+            costs = nanos(worst), nanos(prompt)
+            rows = [self._wanted(of, *costs, **how) for of in accounts]
+            if accounts[0].of == "key":
+                rows[0]["h"]["u"] = self._usage(prompt, day_of(now()))
             self._number += 1
             hold.id = f"{self._process}:{self._number}"
             places = self._holds[hold.id] = [of.account.place for of in accounts]
@@ -3745,10 +3755,12 @@ class RedisLedger(Ledger):
         if places := self._holds.pop(hold.id, ()):
             nothing = as_json([{"w": (), "u": ()}] * len(places))
             self._later(BOOK, [places[0], *places], hold.id, nothing, "0")
+            if self._link is not None:
+                self._link.flush()
         hold.id = ""
 
     def _wanted(
-        self, of: Limited, worst: Charges, prompt: Charges, *, pays: bool, shares: bool, fit: bool
+        self, of: Limited, worst: Any, prompt: Any, *, pays: bool, shares: bool, fit: bool
     ) -> dict[str, Any]:
         """What a request needs of one account, as RESERVE reads it: there None would be true."""
         moment, budgets, costs, used = now(), list[Any](), list[Any](), list[Any]()
@@ -3762,8 +3774,7 @@ class RedisLedger(Ledger):
             elif budget.pattern or not pays:
                 cost = False
             budgets.append((name, start, limit, cost, fit or not cost))
-        usage = self._usage(prompt, day_of(moment)) if of.of == "key" else ()
-        held = {"c": costs, "w": used, "u": usage}
+        held = {"c": costs, "w": used, "u": ()}
         most = {"slots": of.max_parallel_requests, "requests": of.rpm_limit, "tokens": of.tpm_limit}
         row = {name: limit for name, limit in most.items() if limit is not None}
         return row | {"r": of.revision, "b": budgets, "s": shares, "h": held}
@@ -3854,18 +3865,24 @@ class RedisLedger(Ledger):
         accounts = [*hold.accounts, *([whole] if tagged and whole not in hold.accounts else ())]
         used = {"gateway": tagged, "key": [(model or NO_MODEL, t) for model, t in charges]}
         tokens = sum(t.input_tokens + t.written + t.output_tokens for _, t in charges)
+        amounts, is_tight = nanos(charges), False
         for of in accounts:
             spent = list[Any]()
             for budget in of.budgets if of is not whole or of.has_budget else ():
-                start, amount = window_start(budget.duration, present), sum_for(budget, charges)
+                start, amount = window_start(budget.duration, present), sum_for(budget, amounts)
                 spent.append((budget.name, start, amount))
-                window = of.account.windows[budget.name]
+                window, limit = of.account.windows[budget.name], budget.limit
                 window.spend = window.spent(start) + usd(amount)
+                is_tight |= limit is not None and window.spend + window.held >= limit
             row = {"w": spent, "u": self._usage(used.get(of.of, ()), day), "a": True}
             rows.append(row | ({"t": (tokens, of.tpm_limit)} if of.tpm_limit else {}))
+            slots = of.max_parallel_requests
+            is_tight |= slots is not None and of.account.running + 1 >= slots
         places = [of.account.place for of in accounts]
         keys = [f"{PREFIX}batch:{batch}" if batch else places[0], *places]
         self._later(BOOK, keys, hold.id, as_json(rows), str(line), told=accounts)
+        if is_tight and self._link is not None:  # room for the next, who comes behind this answer
+            self._link.flush()
 
     def _booked(self, accounts: Sequence[Limited], told: Sequence[Sequence[int]]) -> None:
         """Tell which marks were passed: the script says it to one process alone."""
