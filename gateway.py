@@ -3038,8 +3038,10 @@ end
 for i, account in ipairs(accounts) do
   local place = KEYS[i + 1]
   redis.call('ZADD', place .. ':leases', now + ARGV[3], ARGV[2])
-  redis.call('HSET', place .. ':holds', ARGV[2], cjson.encode(account.h))
-  change_held(account.h.c, 1)
+  redis.call('HSET', place .. ':holds', ARGV[2], ARGV[i + 4])
+  for _, each in ipairs(account.b) do
+    if each[4] then redis.call('HINCRBY', place, 'held:' .. each[1], each[4]) end
+  end
   told[i][1] = told[i][1] + 1
   if account.requests then told[i][2] = draw(place, 'requests', account.requests, 1) end
 end
@@ -3715,13 +3717,13 @@ class RedisLedger(Ledger):
             if not accounts:
                 return
             costs = nanos(worst), nanos(prompt)
-            rows = [self._wanted(of, *costs, **how) for of in accounts]
+            rows, held = zip(*(self._wanted(of, *costs, **how) for of in accounts), strict=True)
             if accounts[0].of == "key":
-                rows[0]["h"]["u"] = self._usage(prompt, day_of(now()))
+                held[0]["u"] = self._usage(prompt, day_of(now()))
             self._number += 1
             hold.id = f"{self._process}:{self._number}"
             places = self._holds[hold.id] = [of.account.place for of in accounts]
-            arguments = hold.id, int(LEASE * 1e6), as_json(rows)
+            arguments = hold.id, int(LEASE * 1e6), as_json(rows), *map(as_json, held)
             try:
                 said, index, why, wait, *states = await self._run(RESERVE, places, *arguments)
             except BaseException as error:  # it may be held, and nobody knows
@@ -3736,7 +3738,7 @@ class RedisLedger(Ledger):
             for of, row, state in zip(accounts, rows, states, strict=False):
                 self._mirror(of, row, state)
             if said == "held":
-                hold.costs = [cost for row in rows for cost in row["h"]["c"]]
+                hold.costs = [cost for each in held for cost in each["c"]]
                 return
             del self._holds[hold.id]
             hold.id = ""
@@ -3761,8 +3763,9 @@ class RedisLedger(Ledger):
 
     def _wanted(
         self, of: Limited, worst: Any, prompt: Any, *, pays: bool, shares: bool, fit: bool
-    ) -> dict[str, Any]:
-        """What a request needs of one account, as RESERVE reads it: there None would be true."""
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a request needs of one account, as RESERVE reads it (there None would be true), and
+        what is remembered of it: costs, and what its prompt alone uses."""
         moment, budgets, costs, used = now(), list[Any](), list[Any](), list[Any]()
         for budget in of.budgets:
             name, start = budget.name, window_start(budget.duration, moment)
@@ -3774,10 +3777,10 @@ class RedisLedger(Ledger):
             elif budget.pattern or not pays:
                 cost = False
             budgets.append((name, start, limit, cost, fit or not cost))
-        held = {"c": costs, "w": used, "u": ()}
         most = {"slots": of.max_parallel_requests, "requests": of.rpm_limit, "tokens": of.tpm_limit}
-        row = {name: limit for name, limit in most.items() if limit is not None}
-        return row | {"r": of.revision, "b": budgets, "s": shares, "h": held}
+        row: dict[str, Any] = {n: limit for n, limit in most.items() if limit is not None}
+        row |= {"r": of.revision, "b": budgets, "s": shares}
+        return row, {"c": costs, "w": used, "u": ()}
 
     def _usage(self, charges: Charges, day: str) -> list[Any]:
         kept, rows = (self._usage_days + 1) * 86400, list[Any]()
