@@ -2913,7 +2913,6 @@ AnyLedger = FileLedger
 # its team's hash tag. Amounts are nano-dollars: Lua's numbers are exact up to 2^53, $9 million.
 
 STORE_DEADLINE = 0.5  # seconds for an answer
-WRITE_LAG = 0.005  # of them, for which a write may wait to go with what is asked next
 STORE_GRACE = 0.05  # more of them, in which what has come is read
 STORE_RETRY = 0.1  # seconds until the next try to reach it
 CHECK_INTERVAL = 0.2  # seconds; less than the second within which a change holds everywhere
@@ -3191,7 +3190,6 @@ class Link(asyncio.Protocol):
         self._out = list[bytes]()
         self._waiting = collections.deque[tuple[asyncio.Future[Any], float]]()
         self._timer: asyncio.TimerHandle | None = None
-        self._is_due = False
         self.why = "the connection was closed"
 
     @classmethod
@@ -3219,18 +3217,16 @@ class Link(asyncio.Protocol):
     def connection_made(self, transport: Any) -> None:
         self._transport = transport
 
-    def call(self, *command: str | int | bytes, lag: float = 0.0) -> asyncio.Future[Any]:
-        """Send a command, within so many seconds; its answer is awaited, or StoreAway."""
+    def call(self, *command: str | int | bytes) -> asyncio.Future[Any]:
+        """Send a command; its answer is awaited, or StoreAway."""
         answer = self._loop.create_future()
         if self.closed.is_set():
             answer.set_exception(StoreAway(self.why))
             return answer
         if self._timer is None:
             self._timer = self._loop.call_later(STORE_DEADLINE, self._look)
-        if not lag and not self._is_due:
-            self._is_due = bool(self._loop.call_soon(self.flush))
-        elif not self._out:
-            self._loop.call_later(lag, self.flush)
+        if not self._out:
+            self._loop.call_soon(self.flush)
         self._out.append(self._pack(command))
         self._waiting.append((answer, self._loop.time()))
         return answer
@@ -3240,7 +3236,6 @@ class Link(asyncio.Protocol):
         if self._out and not self.closed.is_set():
             self._transport.write(b"".join(self._out))
         self._out.clear()
-        self._is_due = False
 
     def data_received(self, data: bytes) -> None:
         self._reader.feed(data)
@@ -3501,8 +3496,6 @@ class RedisLedger(Ledger):
     async def save(self) -> None:
         """Make all that was written before this call durable. Raises APIError 503."""
         async with self._asking():
-            if self._link is not None:
-                self._link.flush()
             async with asyncio.timeout(STORE_DEADLINE):
                 if writes := [*self._writes.values(), *self._refused]:
                     await asyncio.wait([write.done for write in writes])
@@ -3551,14 +3544,12 @@ class RedisLedger(Ledger):
             text = f"Redis, which holds the keys, does not answer ({error or 'too late'})."
             raise APIError(503, f"{text} Try again in a second.", headers=AGAIN) from None
 
-    def _run(
-        self, script: str, keys: Sequence[str], *more: Any, lag: float = 0.0
-    ) -> asyncio.Future[Any]:
+    def _run(self, script: str, keys: Sequence[str], *more: Any) -> asyncio.Future[Any]:
         """What one of SCRIPTS answers. Raises StoreAway."""
         if self._link is None:
             raise StoreAway(self.away)
         asked = [DIGESTS[script], len(keys) + 1, STORE, *keys, self._id, *more]
-        return self._link.call("EVALSHA", *asked, lag=lag)
+        return self._link.call("EVALSHA", *asked)
 
     def _later(
         self, script: str, keys: Sequence[str], *arguments: Any, told: Sequence[Limited] = ()
@@ -3580,7 +3571,7 @@ class RedisLedger(Ledger):
 
     def _send(self, number: int, write: Write) -> asyncio.Future[Any]:
         keys = [f"{write.keys[-1]}:seen:{self._process}", *write.keys]
-        answer = self._run(write.script, keys, number, *write.arguments, lag=WRITE_LAG)
+        answer = self._run(write.script, keys, number, *write.arguments)
         answer.add_done_callback(functools.partial(self._sent, number, write))
         return answer
 
