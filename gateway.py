@@ -2919,7 +2919,7 @@ CHECK_INTERVAL = 0.2  # seconds; less than the second within which a change hold
 GONE = "NOSCRIPT|READONLY|LOADING|MASTERDOWN"  # what another connection may mend
 # Errors before anything is written; behind others a part may be, which must not count twice.
 UNWRITTEN = re.compile(rf"\b({GONE}|OOM|MISCONF|NOREPLICAS|BUSY|LOST)\b")
-MOST_CONNECTIONS = 16  # of a process, beside its `Link`, for what is not asked at each request
+MOST_CONNECTIONS = 64  # of a process, beside its `Link`, for what is not asked at each request
 LEASE, RENEWAL = 60.0, 20.0  # seconds that a hold stands by itself; until it is renewed
 LOCK_LEASE = 5.0  # seconds that a change may take
 KEPT_RECORDS = 10_000  # keys in use, which a process remembers
