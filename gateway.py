@@ -1925,6 +1925,7 @@ class Hold:
     id: str = ""  # in a store that is shared
     costs: Sequence[Sequence[str]] = ()  # there: (place, window, nano-dollars)
     is_alone: bool = False  # such a store was away
+    call_id: str = ""
 
 
 class Fullness(NamedTuple):
@@ -2993,7 +2994,12 @@ local function lapse(place)  -- what nobody renewed costs what its prompt did, u
   local leases = place .. ':leases'
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', leases, '-inf', now, 'LIMIT', 0, 100)) do
     local text = free(place, id)
-    add(place, cjson.decode(text), 1)
+    local held = cjson.decode(text)
+    add(place, held, 1)
+    if held.r then
+      local row = cjson.encode(held.r)
+      redis.call('XADD', 'gw:requests', 'MAXLEN', '~', 10000, '*', 'row', row)
+    end
     redis.call('SET', place .. ':lapsed:' .. id, text, 'EX', 604800)
   end
 end
@@ -3718,8 +3724,9 @@ class RedisLedger(Ledger):
                 return
             costs = nanos(worst), nanos(prompt)
             rows, held = zip(*(self._wanted(of, *costs, **how) for of in accounts), strict=True)
-            if accounts[0].of == "key":
+            if isinstance(key := accounts[0], VirtualKey):
                 held[0]["u"] = self._usage(prompt, day_of(now()))
+                held[0]["r"] = self._lost_row(hold, key, costs[1])
             self._number += 1
             hold.id = f"{self._process}:{self._number}"
             places = self._holds[hold.id] = [of.account.place for of in accounts]
@@ -3752,6 +3759,14 @@ class RedisLedger(Ledger):
                 check_budget(of, budget, usd(cost), now(), shares=how["shares"], fit=fit)
             await self._read_anew(hold)
         raise APIError(503, "The key is being changed. Try again.", headers=AGAIN)
+
+    def _lost_row(self, hold: Hold, key: VirtualKey, costs: Sequence[tuple[str, int]]) -> Any:
+        """A row of /spend/logs for a request whose process dies."""
+        row: dict[str, Any] = {"request_id": hold.call_id, "litellm_call_id": hold.call_id}
+        row |= {"api_key": key.account.hashed, "key_alias": key.key_alias, "user": key.user_id}
+        row |= {"team_id": key.team_id, "startTime": iso(hold.started), "status": "failure"}
+        row |= {"outcome": "process_gone", "estimated": True, "model": costs and costs[0][0]}
+        return row | {"spend": sum(cost for _, cost in costs) / 1e9}
 
     def _give_back(self, hold: Hold) -> None:
         if places := self._holds.pop(hold.id, ()):
@@ -6850,7 +6865,8 @@ class Limits(Rule):
 
     async def head(self, visit: Visit) -> None:
         key, payer, route = visit.caller.key, visit.payer, visit.route
-        hold = Hold(visit.accounts, visit.record.started, key is None or payer is key)
+        pays, call_id = key is None or payer is key, visit.record.call_id
+        hold = Hold(visit.accounts, visit.record.started, pays, call_id=call_id)
         if visit.accounts:
             pays = visit.has_budget and not route.free
             if pays and not visit.gateway.prices.available:
