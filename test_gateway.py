@@ -967,7 +967,8 @@ def test_what_stands_beside_it_agrees() -> None:
 
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
 async def test_no_more_files_is_survived(gw: GW, loop: str, tmp_path: Path) -> None:
-    variables = {"PYTHONPATH": str(tmp_path)} if loop == "asyncio" else {}
+    path = f"{tmp_path}:{GATEWAY.parent}"
+    variables = {"PYTHONPATH": path} if loop == "asyncio" else {}
     (tmp_path / "uvloop.py").write_text("raise ImportError")
     await gw.restart(process=True, variables=variables)
     client = await gw.client()
