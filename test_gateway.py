@@ -10368,6 +10368,9 @@ def test_gateways_over_one_store_are_one(
         status = 429 if "blocked" not in changes else 401 if changes["blocked"] else 200
         assert {message(process, key).status_code for process in (one, two)} == {status}
     assert two.manage("/key/update", {"key": key, "max_parallel_requests": None}).status_code == 200
+    alone = one.new_key(max_parallel_requests=1)
+    for process in 20 * (one, two):
+        assert message(process, alone).status_code == 200, "behind an answer its slot is free"
     new = one.manage("/key/regenerate", {"key": key}).json()["key"]
     assert [message(two, each).status_code for each in (key, new)] == [401, 200]
     one.kill()
