@@ -3321,8 +3321,10 @@ class RedisLedger(Ledger):
         told["encoding_errors"] = "surrogatepass"  # JSON may have them
         pool = redis.asyncio.BlockingConnectionPool.from_url(store, **told)
         self._redis: Any = redis.asyncio.Redis(connection_pool=pool)
-        # uvloop raises RuntimeError for what is written to a connection that was just reset.
-        self._errors = (redis.RedisError, OSError, TimeoutError, RuntimeError, StoreAway)
+        # Where a connection was just reset, uvloop raises RuntimeError for what is written to it,
+        # asyncio of Python 3.13 AttributeError.
+        errors = (redis.RedisError, OSError, TimeoutError, RuntimeError, AttributeError, StoreAway)
+        self._errors: tuple[type[Exception], ...] = errors
         self._new, self._allow, self._remember = new_store, allow, remember
         self._shown = re.sub(r"//[^@/]*@", "//", store.partition("?")[0])
         self.keys: collections.OrderedDict[str, VirtualKey] = collections.OrderedDict()
