@@ -3323,8 +3323,8 @@ class RedisLedger(Ledger):
         self._redis: Any = redis.asyncio.Redis(connection_pool=pool)
         # Where a connection was just reset, uvloop raises RuntimeError for what is written to it,
         # asyncio of Python 3.13 AttributeError.
-        errors = (redis.RedisError, OSError, TimeoutError, RuntimeError, AttributeError, StoreAway)
-        self._errors: tuple[type[Exception], ...] = errors
+        reset = (OSError, RuntimeError, AttributeError)
+        self._errors = (redis.RedisError, TimeoutError, StoreAway, *reset)
         self._new, self._allow, self._remember = new_store, allow, remember
         self._shown = re.sub(r"//[^@/]*@", "//", store.partition("?")[0])
         self.keys: collections.OrderedDict[str, VirtualKey] = collections.OrderedDict()
