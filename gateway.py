@@ -248,6 +248,7 @@ class Settings:
         is_odd = duration and not (length and int(length[1]))
         needs = [name for name in NEED_STORE if getattr(self, name) != getattr(Settings, name)]
         is_url, without = STORE_URL.fullmatch(self.store), self.without_store
+        filed = self.request_log not in ("", "none")
         wrong = {
             f"--port: {self.port} is not a port number (0 to 65535)": self.port > 65535,
             "--keyfile: needs --certfile": self.keyfile and not self.certfile,
@@ -258,6 +259,7 @@ class Settings:
             "--store: is no URL as redis://:password@host:6379/0": not is_url,
             f"--{option_name(''.join(needs[:1]))}: needs --store": needs and not self.store,
             "--without-store: is not refuse or allow": without not in ("refuse", "allow"),
+            "--request-log: takes no --store, which has the log": self.store and filed,
             "--reuse-port: takes no --unix-socket": self.reuse_port and self.unix_socket,
         }
         for text in filter(wrong.get, wrong):
@@ -2232,6 +2234,7 @@ class Ledger:
 
     count = 0  # of the keys that were made, also those that are deleted
     leases = False  # what is held goes by itself where its process dies
+    lost = False  # the store is empty, or another one
     away = doubt = ""  # why the store does not answer, and what is less than sure of it
     each: Callable[..., AsyncIterator[Any]]
 
@@ -2998,7 +3001,7 @@ local function lapse(place)  -- what nobody renewed costs what its prompt did, u
     add(place, held, 1)
     if held.r then
       local row = cjson.encode(held.r)
-      redis.call('XADD', 'gw:requests', 'MAXLEN', '~', 10000, '*', 'row', row)
+      redis.call('XADD', 'gw:requests', '*', 'row', row)
     end
     redis.call('SET', place .. ':lapsed:' .. id, text, 'EX', 604800)
   end
@@ -3159,7 +3162,7 @@ class StoreAway(Exception):
 
 
 class StoreRefused(StoreAway):
-    """Redis answered with an error, and has done nothing."""
+    """Redis answered with an error; where this is UNWRITTEN it has done nothing."""
 
 
 def nano(amount: Decimal) -> int:
@@ -3282,7 +3285,8 @@ class Link(asyncio.Protocol):
 
 
 class Write(NamedTuple):
-    """What is to be written once, whatever happens; these accounts are ``told`` what is spent."""
+    """What is to be written once, and waits until Redis takes it; these accounts are ``told`` what
+    is spent."""
 
     script: str
     keys: Sequence[str]
@@ -3338,6 +3342,7 @@ class RedisLedger(Ledger):
         self._writes: dict[int, Write] = {}
         self._is_behind = False  # of these some were not sent on this link, and go first
         self._refused: list[Write] = []  # which are sent again, each with another number
+        self._is_refusing = False
         self._holds: dict[str, Sequence[str]] = {}  # places, by the ids of holds
         self._turn, self._lock = asyncio.Lock(), None
         self._waits = False  # for WAITAOF
@@ -3437,6 +3442,8 @@ class RedisLedger(Ledger):
                 why = str(error) or "no answer"
                 if not isinstance(error, self._errors):
                     log.exception("Redis cannot be reached")
+                if self._link is not None:
+                    self._link.abort(why)
             self._link = None
             if not self.away:
                 log.error("Redis is away: %s", why)
@@ -3470,14 +3477,16 @@ class RedisLedger(Ledger):
         async with self._redis.pipeline(transaction=False) as pipe:
             pipe.get(STORE).time().zcard(f"{PREFIX}key")
             pipe.zcount(f"{PREFIX}processes", asked + CLOCK.ahead - 5, "inf")
-            store, (seconds, more), self.count, self._processes = await pipe.execute()
+            store, (seconds, more), count, self._processes = await pipe.execute()
         told = seconds + more / 1e6  # some time between the question and its answer
         CLOCK.ahead = min(max(CLOCK.ahead, told - time.time()), told - asked)
         self._lose(store != self._id)
         if len(self._unknown) > KEPT_RECORDS:
             self._unknown.clear()
         if not self.lost:
-            await self._redis.zadd(f"{PREFIX}processes", {self._process: told})
+            self.count, here = count, f"{PREFIX}processes"
+            await self._redis.zadd(here, {self._process: told})
+            await self._redis.zremrangebyscore(here, 0, told - 3600)
 
     def _lose(self, lost: bool) -> None:
         if self.lost != lost:
@@ -3534,7 +3543,11 @@ class RedisLedger(Ledger):
         """What is wrong with the store."""
         if self.lost:
             return NO_STORE
-        waiting = f"; {len(self._writes)} writes wait" if self._writes else ""
+        waiting = (
+            f"; {count} writes wait" if (count := len(self._writes) + len(self._refused)) else ""
+        )
+        if self._is_refusing and not self.away:
+            return f"Redis refuses to write{waiting}"
         return f"Redis is away: {self.away}{waiting}" if self.away else ""
 
     @contextlib.asynccontextmanager
@@ -3574,7 +3587,7 @@ class RedisLedger(Ledger):
                 self._send(self._number, write)
 
     def _write_refused(self) -> None:
-        refused, self._refused = self._refused, []
+        refused, self._refused = self._refused[:NAMES_A_TRIP], self._refused[NAMES_A_TRIP:]
         self._write(*refused)
 
     def _send(self, number: int, write: Write) -> asyncio.Future[Any]:
@@ -3590,9 +3603,11 @@ class RedisLedger(Ledger):
             del self._writes[number]  # whoever waits for it is told that it is not kept
         elif isinstance(error, StoreRefused):  # so it was not written; others behind it may be
             self._refused.append(self._writes.pop(number))
-            if len(self._refused) == 1:
+            if not self._is_refusing:
                 log.error("Redis refuses to write: %s", error)
+            self._is_refusing = True
         elif error is None:
+            self._is_refusing = False
             del self._writes[number]
             write.done.set_result(None)
             self._booked(write.told, answer.result())
@@ -3618,6 +3633,8 @@ class RedisLedger(Ledger):
             async with self._asking():
                 if key := await self._read(hashed, former=True):
                     await self._look([key], None, is_hot=True)
+                else:
+                    await self._be_sure()
         finally:
             if self._asked.get(hashed) is asyncio.current_task():
                 del self._asked[hashed]
@@ -3632,14 +3649,22 @@ class RedisLedger(Ledger):
             self._retired.clear()
         return key
 
+    async def _be_sure(self) -> None:
+        """What is not there may be missing with the whole store."""
+        if await self._redis.get(STORE) != self._id:
+            raise StoreAway("it is empty, or another one")
+
     async def knows(self, hashes: Iterable[str]) -> bool:
         began, asked = self._forgotten, [each for each in hashes if each not in self._unknown]
+        if not asked:
+            return False
         async with self._asking():
             for start in range(0, len(asked), NAMES_A_TRIP):
                 part = asked[start : start + NAMES_A_TRIP]
                 known = await self._redis.exists(*(f"{PREFIX}record:{each}" for each in part))
                 if known or any(await self._redis.hmget(f"{PREFIX}retired", part)):
                     return True
+            await self._be_sure()
         self._unknown.update(asked if began == self._forgotten else ())
         return False
 
@@ -3721,8 +3746,8 @@ class RedisLedger(Ledger):
     async def _reserve(self, hold: Hold, worst: Charges, prompt: Charges, **how: bool) -> None:
         """Hold it, as it ``pays``, ``shares`` and must ``fit``. Else raise APIError."""
         for _ in range(TRIES):
-            accounts = [of for of in hold.accounts if of.is_limited]
-            if not accounts:
+            accounts = hold.accounts
+            if not any(of.is_limited for of in accounts):
                 return
             costs = nanos(worst), nanos(prompt)
             rows, held = zip(*(self._wanted(of, *costs, **how) for of in accounts), strict=True)
@@ -3733,10 +3758,15 @@ class RedisLedger(Ledger):
             hold.id = f"{self._process}:{self._number}"
             places = self._holds[hold.id] = [of.account.place for of in accounts]
             arguments = hold.id, int(LEASE * 1e6), as_json(rows), *map(as_json, held)
+            sent = self._link is not None
             try:
                 said, index, why, wait, *states = await self._run(RESERVE, places, *arguments)
-            except BaseException as error:  # it may be held, and nobody knows
-                self._give_back(hold)
+            except BaseException as error:
+                is_known = isinstance(error, StoreRefused) and UNWRITTEN.search(str(error))
+                if sent and not is_known:  # it may be held, and nobody knows
+                    self._give_back(hold)
+                self._holds.pop(hold.id, None)
+                hold.id = ""
                 if not isinstance(error, StoreAway):
                     raise
                 self._lose(self.lost or str(error).startswith("LOST"))
@@ -3767,7 +3797,7 @@ class RedisLedger(Ledger):
         row: dict[str, Any] = {"request_id": hold.call_id, "litellm_call_id": hold.call_id}
         row |= {"api_key": key.account.hashed, "key_alias": key.key_alias, "user": key.user_id}
         row |= {"team_id": key.team_id, "startTime": iso(hold.started), "status": "failure"}
-        row |= {"outcome": "process_gone", "estimated": True, "model": costs and costs[0][0]}
+        row |= {"outcome": "process_gone", "estimated": True, "model": costs[0][0] if costs else ""}
         return row | {"spend": sum(cost for _, cost in costs) / 1e9}
 
     def _give_back(self, hold: Hold) -> None:
@@ -3943,6 +3973,14 @@ class RedisLedger(Ledger):
 
     def own_batch(self, account: Account, name: str, hold: Hold) -> None:
         self.finish_batch(name)
+        if hold.is_alone:  # what was held here is held there
+            hold.costs = [
+                (of.account.place, budget, str(nano(amount)))
+                for of, amounts in zip(hold.accounts, hold.amounts, strict=False)
+                for budget, amount in amounts.items()
+            ]
+            self._release(hold)
+            hold.is_alone, hold.amounts = False, ()
         owner = next(of.owner for of in hold.accounts if isinstance(of, VirtualKey))
         row = ["owner", owner, "day", day_of(now()), "lines", 0, "booked", 0]
         keys = [f"{PREFIX}batch:{name}", f"{PREFIX}unbooked", *self._holds.pop(hold.id, ())]
@@ -6226,14 +6264,14 @@ class RequestLog:
 
     async def rows(self) -> AsyncIterator[dict[str, Any]]:
         """The newest first; a line that is damaged is passed over."""
-        await self._tell()
+        await asyncio.shield(self._tell())  # whoever asks may leave
         async for each in self._ledger.logged("requests"):
             row = dict_of(read_json(each, Any))
             if row.keys() >= FILTERED and isinstance(row["startTime"], str):
                 yield row
 
     async def _tell(self) -> None:
-        if self._waiting and not self._ledger.away:
+        if self._waiting and not (self._ledger.away or self._ledger.lost):
             told, self._waiting = self._waiting, collections.deque(maxlen=self._most)
             # In a thread: thousands would keep streams waiting.
             rows = await asyncio.to_thread(lambda: [as_json(each.to_spend_log()) for each in told])
@@ -10217,13 +10255,13 @@ async def meet_parent(take: Callable[[int], Any], sockets: Iterable[socket.socke
     """Give the `Parent` what it does not have, and take signals from it; if it goes, stop too."""
     control, loop = socket.socket(fileno=PLACE.control), asyncio.get_running_loop()
     control.setblocking(False)
-    if not PLACE.sockets:
-        for each in sockets:  # the first process had the port alone
-            with contextlib.suppress(OSError):  # a Unix socket has none
-                each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        socket.send_fds(control, [b"!"], [each.fileno() for each in sockets])
-        os.kill(os.getppid(), signal.SIGUSR1)
-    with contextlib.suppress(ConnectionError):  # it ended before it read the above
+    for each in () if PLACE.sockets else sockets:  # the first process had the port alone
+        with contextlib.suppress(OSError):  # a Unix socket has none
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    with contextlib.suppress(OSError):  # it may end before it reads this
+        if not PLACE.sockets:
+            socket.send_fds(control, [b"!"], [each.fileno() for each in sockets])
+            os.kill(os.getppid(), signal.SIGUSR1)
         while told := await loop.sock_recv(control, 1):
             take(told[0])
     take(signal.SIGTERM)
@@ -10504,7 +10542,7 @@ class Parent:
             for child in self.children:
                 child.sockets = ()
         for child in self.children:
-            with contextlib.suppress(BrokenPipeError):
+            with contextlib.suppress(ConnectionError):
                 if child.process:
                     child.control.send(bytes([number]))
 
