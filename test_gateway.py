@@ -10060,6 +10060,25 @@ async def test_what_a_dead_process_held_is_free_after_its_lease(
     assert (usage[OPUS].requests, usage[OPUS].spend) == (2, Decimal("0.3"))
 
 
+async def test_a_key_without_limits_is_held_with_its_team(
+    shared: Ledgers, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(gateway, "LEASE", 0.2)
+    dead, alive = [await shared.open() for _ in range(2)]
+    shared.cut(dead)
+    await alive.change({"team:t": gateway.Team(team_id="t", max_budget=Decimal(9))})
+    await put(alive, team_id="t")
+    await take(dead, worst="0.9", prompt="0.1")
+
+    async def is_booked() -> bool:
+        (key,) = [key async for key in alive.each(days=("", "9999"))]
+        spent = sum(tally.spend for *_, tally in key.account.usage.days())
+        team = await alive.find("team_id", "t")
+        return bool(spent == team.spent(gateway.now()) == Decimal("0.1"))
+
+    await eventually(is_booked, 2)
+
+
 async def test_a_hold_is_renewed_while_its_process_lives(
     shared: Ledgers, valkey: StoreServer, monkeypatch: Patch
 ) -> None:
