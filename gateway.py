@@ -3420,7 +3420,7 @@ class RedisLedger(Ledger):
                 self._remember.write_text(json.dumps(used | {self._shown: self._id}))
 
     async def _keep_linked(self) -> None:
-        while True:
+        while self._tasks:  # redis-py, and what closes, may keep a cancellation to themselves
             try:
                 self._link = link = await Link.open(self._redis.connection_pool)
                 if self._linked.is_set():
@@ -3455,7 +3455,7 @@ class RedisLedger(Ledger):
     async def _follow(self) -> None:
         """Hear of changes, at once and after any pause."""
         failed, wait = 0, int(CHECK_INTERVAL * 1000)
-        while True:
+        while self._tasks:
             try:
                 told = await self._redis.xread({CHANGES: self._last}, block=wait, count=1000)
                 if changes := [*itertools.chain(*(entries for _, entries in told))]:
@@ -3533,7 +3533,8 @@ class RedisLedger(Ledger):
         except APIError as error:
             if lost := len(self._writes) + len(self._refused):
                 log.error("%d writes are lost: %s", lost, error)
-        for task in self._tasks:
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
             task.cancel()
         if self._link is not None:
             self._link.abort("closed")
