@@ -10353,6 +10353,9 @@ async def copy_store(settings: Settings) -> None:
     store = make_ledger(settings, "", deadline=None, **told)  # a fifth faster, and nobody waits
     try:
         if not path:
+            await store.look()
+            if not store.count:  # to open it would make one
+                raise SettingsError(f"--export: {settings.shown_store} holds no keys")
             await store.open()
             sums = await store.give_out(Path(settings.export), tell)
         elif os.path.isfile(path):
@@ -10525,7 +10528,12 @@ class Parent:
             place = Place(child.number, len(self.children), folder, files[0], files[1:])
             told = os.environ | {PLACE_VARIABLE: json.dumps(place)}
             command = [sys.executable, *sys.orig_argv[1:]]
-            child.process = subprocess.Popen(command, env=told, pass_fds=files)
+            try:
+                child.process = subprocess.Popen(command, env=told, pass_fds=files)
+            except OSError as error:  # of memory or processes; the others go on
+                log.error("process %d cannot be started: %s", child.number, error.strerror)
+                child.control.close()
+                child.due = time.monotonic() + LONGEST_WAIT
 
     def _take_sockets(self, first: Child) -> None:
         """Keep what the first listens to, if it does by now, and have the others listen there."""
