@@ -3538,6 +3538,8 @@ class RedisLedger(Ledger):
             task.cancel()
         if self._link is not None:
             self._link.abort("closed")
+        if tasks:
+            await asyncio.wait(tasks, timeout=STORE_DEADLINE)
         await self._redis.aclose()
 
     def trouble(self) -> str:
