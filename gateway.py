@@ -2287,10 +2287,13 @@ class Ledger:
         """Remember a word for some seconds, for all who share the store, where it is not there: is
         it new? Of those with one value there may be so many; the oldest goes."""
         self._kept = {n: row for n, row in self._kept.items() if row[1] > self._clock()}
+        if name in self._kept:
+            return False
         alike = [other for other, row in self._kept.items() if row[0] == value]
         for old in alike[: 1 - most] if most else ():
             del self._kept[old]
-        return self._kept.setdefault(name, row := (value, self._clock() + seconds)) is row
+        self._kept[name] = value, self._clock() + seconds
+        return True
 
     async def recall(self, name: str) -> str:
         """What is remembered under a name; else empty."""
@@ -4093,7 +4096,8 @@ class RedisLedger(Ledger):
 
     async def drop(self, name: str) -> None:
         async with self._asking():
-            await self._redis.delete(f"{PREFIX}kept:{name}")
+            if value := await self._redis.getdel(at := f"{PREFIX}kept:{name}"):
+                await self._redis.lrem(f"{PREFIX}alike:{value}", 0, at)
 
     def log(self, name: str, most: int, rows: Iterable[bytes]) -> None:
         self._later(LOG, [f"{PREFIX}{name}"], most, *rows)

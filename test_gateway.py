@@ -9875,6 +9875,22 @@ async def test_a_batch_is_held_for_and_booked_once(either: Ledgers) -> None:
     assert await seen(ledger) == await seen(ledger, "t", "team_id") == lost
 
 
+async def test_words_are_remembered_so_many_of_a_kind(either: Ledgers) -> None:
+    ledger = await either.open()
+
+    async def remembered() -> str:
+        return "".join([name for name in "abcde" if await ledger.recall(name) == "word"])
+
+    assert [await ledger.keep(name, "word", 60, 3) for name in "abca"] == [True, True, True, False]
+    await ledger.keep("other", "its own", 60, 3)
+    await ledger.drop("b")  # so that it takes no place
+    await ledger.keep("d", "word", 60, 3)
+    assert await remembered() == "acd" and await ledger.recall("other") == "its own"
+    await ledger.keep("e", "word", 60, 3)
+    assert await remembered() == "cde"
+    await ledger.drop("x")
+
+
 async def test_things_keep_their_first_owner(either: Ledgers) -> None:
     ledger = await either.open()
     for name, team in (("k", "t"), ("mate", "t"), ("other", "u")):
