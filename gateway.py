@@ -3079,7 +3079,7 @@ for i, used in ipairs(cjson.decode(ARGV[4])) do
   if redis.call('HEXISTS', place, 'rev') == 1 then
     if ARGV[3] ~= '' then settle(place, ARGV[3]) end
     told[i] = add(place, used, 1)
-    if used.t then draw(place, 'tokens', used.t[2], used.t[1]) end
+    if used.t and used.t[2] > 0 then draw(place, 'tokens', used.t[2], used.t[1]) end
     if used.a then redis.call('HSET', place, 'active', time[1]) end
   end
 end
@@ -3345,6 +3345,7 @@ class RedisLedger(Ledger):
         self._writes: dict[int, Write] = {}
         self._is_behind = False  # of these some were not sent on this link, and go first
         self._refused: list[Write] = []  # which are sent again, each with another number
+        self._summed: dict[str, tuple[Sequence[Limited], Any]] = {}  # rows that BOOK is to count
         self._is_refusing = False
         self._holds: dict[str, Sequence[str]] = {}  # places, by the ids of holds
         self._turn, self._lock = asyncio.Lock(), None
@@ -3354,6 +3355,10 @@ class RedisLedger(Ledger):
         self.groups[GATEWAY].account.place = f"{PREFIX}{{gateway}}:{GATEWAY}"
         # Batches: whose they are, what is held, and the last line that was booked here.
         self._booking: dict[str, tuple[VirtualKey, Any, int]] = {}
+
+    @property
+    def _waiting(self) -> int:
+        return sum(map(len, (self._writes, self._refused, self._summed, self._logs)))
 
     @property
     def _oldest(self) -> str:
@@ -3427,11 +3432,12 @@ class RedisLedger(Ledger):
             try:
                 self._link = link = await Link.open(self._redis.connection_pool)
                 if self._linked.is_set():
-                    log.warning("Redis is back: %d writes waited for it", len(self._writes))
+                    log.warning("Redis is back: %d writes waited for it", self._waiting)
                 self._linked.set()
                 self.away = ""
                 self._forget()  # what changed meanwhile
                 self._is_behind = True
+                self._write_summed()
                 await self._renew()
                 while self._is_behind and not (self.lost or link.closed.is_set()):
                     first = itertools.islice(self._writes.items(), NAMES_A_TRIP)
@@ -3534,8 +3540,8 @@ class RedisLedger(Ledger):
         try:
             await self.save()
         except APIError as error:
-            if lost := len(self._writes) + len(self._refused):
-                log.error("%d writes are lost: %s", lost, error)
+            if self._waiting:
+                log.error("%d writes are lost: %s", self._waiting, error)
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             task.cancel()
@@ -3549,9 +3555,7 @@ class RedisLedger(Ledger):
         """What is wrong with the store."""
         if self.lost:
             return NO_STORE
-        waiting = (
-            f"; {count} writes wait" if (count := len(self._writes) + len(self._refused)) else ""
-        )
+        waiting = f"; {self._waiting} writes wait" if self._waiting else ""
         if self._is_refusing and not self.away:
             return f"Redis refuses to write{waiting}"
         return f"Redis is away: {self.away}{waiting}" if self.away else ""
@@ -3930,15 +3934,50 @@ class RedisLedger(Ledger):
                 window, limit = of.account.windows[budget.name], budget.limit
                 window.spend = window.spent(start) + usd(amount)
                 is_tight |= limit is not None and window.spend + window.held >= limit
-            row = {"w": spent, "u": self._usage(used.get(of.of, ()), day), "a": True}
-            rows.append(row | ({"t": (tokens, of.tpm_limit)} if of.tpm_limit else {}))
+            usage = self._usage(used.get(of.of, ()), day)
+            rows.append({"w": spent, "u": usage, "a": True, "t": [tokens, of.tpm_limit or 0]})
             slots = of.max_parallel_requests
             is_tight |= slots is not None and of.account.running + 1 >= slots
-        places = [of.account.place for of in accounts]
-        keys = [f"{PREFIX}batch:{batch}" if batch else places[0], *places]
-        self._later(BOOK, keys, hold.id, as_json(rows), str(line), told=accounts)
+        if self._link is None and not (hold.id or batch):
+            return self._sum(accounts, rows)
+        self._count(accounts, rows, hold.id, batch, line)
         if is_tight and self._link is not None:  # room for the next, who comes behind this answer
             self._link.flush()
+
+    def _count(
+        self, accounts: Sequence[Limited], rows: Any, id: str = "", batch: str = "", line: int = 0
+    ) -> None:
+        places = [of.account.place for of in accounts]
+        keys = [f"{PREFIX}batch:{batch}" if batch else places[0], *places]
+        self._later(BOOK, keys, id, as_json(rows), str(line), told=accounts)
+
+    def _sum(self, accounts: Sequence[Limited], rows: Sequence[dict[str, Any]]) -> None:
+        """While Redis is away: add what is used, which so takes no more room the longer it is."""
+        alike = [[*(each[:2] for each in row["w"]), row["t"][1:]] for row in rows]
+        name = repr(([of.account.place for of in accounts], alike))
+        _, sums = self._summed.setdefault(name, (accounts, rows))
+        for total, row in zip(sums, rows, strict=True) if sums is not rows else ():
+            pairs = zip(total["w"], row["w"], strict=True)
+            total["w"] = [(*window, amount + more) for (*window, amount), (*_, more) in pairs]
+            total["t"][0] += row["t"][0]
+            known = {(day, model): counts for day, model, counts, _ in total["u"]}
+            for day, model, counts, kept in row["u"]:
+                if (day, model) not in known and len(known) >= MAX_MODELS_A_DAY:
+                    model = OTHER_MODELS
+                if (day, model) not in known:
+                    total["u"].append((day, model, known.setdefault((day, model), {}), kept))
+                for what, count in counts.items():
+                    known[day, model][what] = known[day, model].get(what, 0) + count
+
+    def _write_summed(self) -> None:
+        summed, self._summed = self._summed, {}
+        for accounts, rows in summed.values():
+            self._count(accounts, rows)
+        logs, self._logs = self._logs, {}
+        for name, rows in logs.items():
+            for start in range(0, len(rows), NAMES_A_TRIP):
+                part = itertools.islice(rows, start, start + NAMES_A_TRIP)
+                self.log(name, cast(int, rows.maxlen), part)
 
     def _booked(self, accounts: Sequence[Limited], told: Sequence[Sequence[int]]) -> None:
         """Tell which marks were passed: the script says it to one process alone."""
@@ -4100,6 +4139,8 @@ class RedisLedger(Ledger):
                 await self._redis.lrem(f"{PREFIX}alike:{value}", 0, at)
 
     def log(self, name: str, most: int, rows: Iterable[bytes]) -> None:
+        if self._link is None:
+            return super().log(name, most, rows)
         self._later(LOG, [f"{PREFIX}{name}"], most, *rows)
 
     async def logged(self, name: str) -> AsyncIterator[bytes]:

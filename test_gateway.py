@@ -10227,6 +10227,45 @@ async def test_while_the_store_is_away_what_it_limits_is_refused(
     await spend(strict, "0.1")
 
 
+async def test_what_waits_for_redis_takes_no_more_room_the_longer_it_is(
+    fragile: Ledgers, frail: StoreServer
+) -> None:
+    ledger = await fragile.open(allow=True)
+    await put(ledger, max_budget=Decimal(100), tpm_limit=10**9)
+    await put(ledger, "free")
+    cost = used_up("0.001", OPUS, 10, 5)
+    for name in ("k", "free"):
+        ledger.book(await take(ledger, name), cost, model=OPUS, failed=False)
+    with frail.stopped():
+        await until(ledger.trouble)
+        for number in range(500):
+            for name in ("k", "free"):
+                tags = ["even"] if number % 2 else ["odd", "even"]
+                ledger.book(await take(ledger, name), cost, model=OPUS, failed=False, tags=tags)
+            hold = await take(ledger, "free")  # whoever asks for models that there are not
+            ledger.book(hold, [], model=f"m-{number}", failed=True)
+            ledger.log("requests", 700, [b"%d" % (2 * number), b"%d" % (2 * number + 1)])
+        (count,) = re.findall(r"(\d+) writes wait", ledger.trouble())
+        assert 0 < int(count) < 10
+    await until(lambda: not ledger.trouble())
+    await ledger.save()
+    days = ("", "9999")
+    used = {key.key_alias: key async for key in ledger.each(days=days)}
+    tallies = {model: tally for _, model, tally in used["free"].account.usage.days()}
+    failed = {model: tally.errors for model, tally in tallies.items() if model != OPUS}
+    assert sum(failed.values()) == 500 and len(failed) < 60
+    for key in used.values():
+        (opus,) = [tally for _, model, tally in key.account.usage.days() if model == OPUS]
+        assert (opus.requests, opus.input_tokens, opus.output_tokens) == (501, 5010, 2505)
+        assert opus.spend == Decimal("0.501")
+    assert await seen(ledger) == (Decimal("0.501"), 0)
+    whole = (await ledger.whole(days)).account.usage
+    by_tag = {tag: tally.requests for _, tag, tally in whole.days()}
+    assert by_tag["even"] == 1000 and by_tag["odd"] == 500 and by_tag[""] == 1000
+    rows = [int(row) async for row in ledger.logged("requests")]
+    assert rows[:700] == [*range(999, 299, -1)]
+
+
 async def test_a_store_that_was_emptied_is_left_alone(
     fragile: Ledgers, frail: StoreServer, caplog: Any
 ) -> None:
