@@ -247,7 +247,10 @@ class Settings:
         length = DURATION.match(duration)
         is_odd = duration and not (length and int(length[1]))
         needs = [name for name in NEED_STORE if getattr(self, name) != getattr(Settings, name)]
-        is_url, without = STORE_URL.fullmatch(self.store), self.without_store
+        is_url, without = False, self.without_store
+        with contextlib.suppress(ValueError):  # of a port beyond 65535
+            port = urllib.parse.urlsplit(self.store).port
+            is_url = port != 0 and bool(STORE_URL.fullmatch(self.store))
         filed = self.request_log not in ("", "none")
         wrong = {
             f"--port: {self.port} is not a port number (0 to 65535)": self.port > 65535,
@@ -258,6 +261,7 @@ class Settings:
             "--budget-duration: needs --max-budget": duration and self.max_budget is None,
             "--store: is no URL as redis://:password@host:6379/0": not is_url,
             f"--{option_name(''.join(needs[:1]))}: needs --store": needs and not self.store,
+            "--import: takes no --export": self.import_ and self.export,
             "--without-store: is not refuse or allow": without not in ("refuse", "allow"),
             "--request-log: takes no --store, which has the log": self.store and filed,
             "--reuse-port: takes no --unix-socket": self.reuse_port and self.unix_socket,
@@ -2934,6 +2938,7 @@ NAMES_A_TRIP, LOOKED_AT = 500, 100  # hashes, and records with their usage, in o
 CHANGES_KEPT = 10_000  # in the stream that tells of them
 TRIES = 3  # of a request whose key is changed under it
 PREFIX, STORE, CHANGES, REVISION = "gw:", "gw:store", "gw:changes", "gw:revision"
+IMPORTING = "gw:import"  # is there while one is not over
 TOLD_OF = 10_000  # records
 Sums = collections.Counter[str]  # of what was copied
 AGAIN = [("retry-after", "1")]
@@ -3333,7 +3338,7 @@ class RedisLedger(Ledger):
         reset = (OSError, RuntimeError, AttributeError)
         self._errors = (redis.RedisError, TimeoutError, StoreAway, *reset)
         self._new, self._allow, self._remember = new_store, allow, remember
-        self._shown = re.sub(r"//[^@/]*@", "//", store.partition("?")[0])
+        self._shown = re.sub(r"//.*@", "//", store)  # its database, too
         self.keys: collections.OrderedDict[str, VirtualKey] = collections.OrderedDict()
         self._unknown: set[str] = set()  # hashes of no key, until any changes
         self._asked: dict[str, asyncio.Task[VirtualKey | None]] = {}
@@ -3370,7 +3375,7 @@ class RedisLedger(Ledger):
         """Find the store, or make one where there was none. Raises SettingsError."""
         await self.look()
         with self._starting():
-            await self._find_store()
+            await self.find_store()
             await self._redis.hset(self.groups[GATEWAY].account.place, "rev", "")
             newest = await self._redis.xrevrange(CHANGES, count=1)
             self._last = newest[0][0] if newest else self._last
@@ -3411,19 +3416,27 @@ class RedisLedger(Ledger):
             log.warning("! Redis: %s", doubt)
         return f"Redis {version}, {self.count} keys"
 
-    async def _find_store(self) -> None:
-        """The store's id; one that was used from here does not come back empty unnoticed."""
+    async def find_store(self, *, make: bool = True) -> None:
+        """The store's id; one that was used from here does not come back empty unnoticed, nor half
+        an import. SettingsError."""
         used, redis = dict[str, str](), self._redis
         with contextlib.suppress(OSError, ValueError, TypeError):
             used = json.loads(self._remember.read_text()) if self._remember else used
-        size, self._id = await redis.dbsize(), await redis.get(STORE) or ""
+        with self._starting():
+            size, self._id = await redis.dbsize(), await redis.get(STORE) or ""
+            is_half = await redis.exists(IMPORTING)
         if not self._id:
+            if is_half:
+                text = "an import into it was broken off: do it again, with --import"
+                raise SettingsError(f"--store: {self._shown}: {text}")
             if not self._new and (self._shown in used or size):
                 text = "it holds no keys of a gateway: bring its data back, or start once with"
                 raise SettingsError(f"--store: {self._shown}: {text} --new-store or --import")
+            if not make:
+                return
             await redis.set(STORE, secrets.token_hex(8), nx=True)
             self._id = await redis.get(STORE)
-        if self._remember and used.get(self._shown) != self._id:
+        if make and self._remember and used.get(self._shown) != self._id:
             with contextlib.suppress(OSError):
                 self._remember.write_text(json.dumps(used | {self._shown: self._id}))
 
@@ -4169,7 +4182,7 @@ class RedisLedger(Ledger):
             left = [name async for name in redis.scan_iter(f"{PREFIX}*", NAMES_A_TRIP)]
             for start in range(0, len(left), NAMES_A_TRIP):
                 await redis.unlink(*left[start : start + NAMES_A_TRIP])
-            pipe = redis.pipeline(transaction=False).set(REVISION, len(records))
+            pipe = redis.pipeline(transaction=False).set(REVISION, len(records)).set(IMPORTING, 1)
             for number, of in enumerate(records):
                 if number % LOOKED_AT == 0:
                     await pipe.execute()
@@ -4196,7 +4209,7 @@ class RedisLedger(Ledger):
             if found != sums:
                 wrong = f"{dict(found - sums)} too many, {dict(sums - found)} too few"
                 raise SettingsError(f"--import: what was written is not what was read: {wrong}")
-            await redis.set(STORE, self._process, nx=True)
+            await redis.pipeline().set(STORE, self._process, nx=True).delete(IMPORTING).execute()
             if self._waits:
                 await redis.execute_command("WAITAOF", 1, 0, 0)
         return sums
@@ -10454,6 +10467,7 @@ async def check(settings: Settings) -> bool:
         if settings.store:
             store = make_ledger(settings, "")
             told, count = await store.look(), store.count
+            await store.find_store(make=False)
             findings.append((not store.doubt, f"{settings.shown_store}: {store.doubt or told}"))
         else:
             count = look_at_file(settings.keys)

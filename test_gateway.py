@@ -10606,6 +10606,9 @@ def test_options_of_a_store_are_checked_and_its_password_is_not_shown(tmp_path: 
         "--store=redis://x --without-store=perhaps": "--without-store: is not",
         f"--store=http://user:{password}@127.0.0.1": "--store: is no URL",
         f"--store=redis://user:{password}@127.0.0.1:port": "--store: is no URL",
+        f"--store=redis://user:{password}@127.0.0.1:65536/0": "--store: is no URL",
+        f"--store=redis://user:{password}@127.0.0.1:0/0": "--store: is no URL",
+        "--store=redis://x --import=keys.json --export=more.json": "--import: takes no --export",
         "--processes=-1": "--processes: -1 is not a number from 0 up",
     }.items():
         with pytest.raises(gateway.SettingsError) as refused:
@@ -10617,6 +10620,19 @@ def test_options_of_a_store_are_checked_and_its_password_is_not_shown(tmp_path: 
         chosen = gateway.read_settings([], {"GATEWAY_STORE": good})
         assert chosen.store == good and password not in chosen.shown_store
     assert password not in run(tmp_path, "--help", GATEWAY_STORE=url).stdout
+
+
+async def test_each_database_of_a_socket_is_a_store(tmp_path: Path, valkey: StoreServer) -> None:
+    valkey.empty()
+    told: Any = {"new_store": False, "remember": tmp_path / "stores"}
+    for database in (1, 2):  # the first one used is not the second one lost
+        socket_of = valkey.folder / "socket"
+        ledger = gateway.RedisLedger(f"unix://{socket_of}?db={database}", **told)
+        await ledger.open()
+        await ledger.close()
+    used = json.loads((tmp_path / "stores").read_text())
+    assert [name.rpartition("?")[2] for name in used] == ["db=1", "db=2"]
+    assert len(set(used.values())) == 2
 
 
 async def test_several_processes_serve_as_one(gw: GW, valkey: StoreServer) -> None:
@@ -10796,7 +10812,11 @@ def test_a_broken_import_is_no_store(tmp_path: Path, valkey: StoreServer) -> Non
         broken.kill()
     assert not valkey.client.exists("gw:store"), "it was not over"
     valkey.client.set("gw:record:left", "{}")
-    assert "--import" in failed_start(tmp_path, options[0], GATEWAY_MASTER_KEY=MASTER_KEY)
+    for more in ((), ("--new-store",)):  # which would make half of the keys all there are
+        line = failed_start(tmp_path, options[0], *more, GATEWAY_MASTER_KEY=MASTER_KEY)
+        assert "broken off" in line and "--import" in line
+    checked = run(tmp_path, options[0], "--check", "--upstream=mock", "--port=0", status=1)
+    assert "FAIL --store" in checked.stdout and "broken off" in checked.stdout
     file_of_everything(tmp_path / "keys.json", 5)
     assert "5 keys" in run(tmp_path, *options).stdout
     assert valkey.client.exists("gw:store") and valkey.client.zcard("gw:key") == 5
