@@ -3572,7 +3572,7 @@ class RedisLedger(Ledger):
                 raise StoreAway(self.away)
             yield
         except self._errors as error:
-            text = f"Redis, which holds the keys, does not answer ({error or 'too late'})."
+            text = f"Redis, which holds the keys, does not answer ({str(error) or 'too late'})."
             raise APIError(503, f"{text} Try again in a second.", headers=AGAIN) from None
 
     def _run(self, script: str, keys: Sequence[str], *more: Any) -> asyncio.Future[Any]:
@@ -3938,6 +3938,8 @@ class RedisLedger(Ledger):
             rows.append({"w": spent, "u": usage, "a": True, "t": [tokens, of.tpm_limit or 0]})
             slots = of.max_parallel_requests
             is_tight |= slots is not None and of.account.running + 1 >= slots
+            if bucket := of.account.buckets.get("tokens"):  # until the store says what is drawn
+                bucket.draw(tokens, self._clock())
         if self._link is None and not (hold.id or batch):
             return self._sum(accounts, rows)
         self._count(accounts, rows, hold.id, batch, line)
@@ -3953,17 +3955,20 @@ class RedisLedger(Ledger):
 
     def _sum(self, accounts: Sequence[Limited], rows: Sequence[dict[str, Any]]) -> None:
         """While Redis is away: add what is used, which so takes no more room the longer it is."""
+        clock = self._clock()
         alike = [[*(each[:2] for each in row["w"]), row["t"][1:]] for row in rows]
         name = repr(([of.account.place for of in accounts], alike))
+        for row in rows if name not in self._summed else ():
+            row["t"] = Bucket(row["t"][1], clock, row["t"][0])  # what is drawn here comes back here
         _, sums = self._summed.setdefault(name, (accounts, rows))
         for total, row in zip(sums, rows, strict=True) if sums is not rows else ():
             pairs = zip(total["w"], row["w"], strict=True)
             total["w"] = [(*window, amount + more) for (*window, amount), (*_, more) in pairs]
-            total["t"][0] += row["t"][0]
+            total["t"].draw(row["t"][0], clock)
             known = {(day, model): counts for day, model, counts, _ in total["u"]}
             for day, model, counts, kept in row["u"]:
-                if (day, model) not in known and len(known) >= MAX_MODELS_A_DAY:
-                    model = OTHER_MODELS
+                is_full = sum(each == day for each, _ in known) >= MAX_MODELS_A_DAY
+                model = OTHER_MODELS if is_full and (day, model) not in known else model
                 if (day, model) not in known:
                     total["u"].append((day, model, known.setdefault((day, model), {}), kept))
                 for what, count in counts.items():
@@ -3972,6 +3977,12 @@ class RedisLedger(Ledger):
     def _write_summed(self) -> None:
         summed, self._summed = self._summed, {}
         for accounts, rows in summed.values():
+            for of, row in zip(accounts, rows, strict=True):
+                starts = {b.name: window_start(b.duration, now()) for b in of.budgets}
+                bucket = row["t"]
+                row["t"] = int(bucket.limit - bucket.level(self._clock())), bucket.limit
+                # To a window that is over it is too late, and the next one has no part in it.
+                row["w"] = [(w, at, n if at == starts[w] else 0) for w, at, n in row["w"]]
             self._count(accounts, rows)
         logs, self._logs = self._logs, {}
         for name, rows in logs.items():

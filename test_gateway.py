@@ -10266,6 +10266,41 @@ async def test_what_waits_for_redis_takes_no_more_room_the_longer_it_is(
     assert rows[:700] == [*range(999, 299, -1)]
 
 
+async def test_what_was_used_without_redis_is_of_its_own_time(
+    fragile: Ledgers, frail: StoreServer, monkeypatch: Patch
+) -> None:
+    clock = [1000.0]
+    ledger = await fragile.open(allow=True, clock=lambda: clock[0])
+    await put(ledger, "rated", tpm_limit=600)
+    await put(ledger, max_budget=Decimal(100), budget_duration="1d")
+    await put(ledger, "free")
+    await spend(ledger, 1)
+    assert await status_of(ledger, "rated") == await status_of(ledger, "free") == "active"
+    tags, days = [f"tag-{number}" for number in range(60)], list[str]()
+    with frail.stopped():
+        await until(ledger.trouble)
+        for _ in range(5):  # of each minute all its tokens
+            hold = await take(ledger, "rated")
+            ledger.book(hold, used_up(0, OPUS, 500, 100), model=OPUS, failed=False)
+            assert "600 tokens a minute" in (await refusal_of(take(ledger, "rated"))).message
+            clock[0] += 60
+        ahead = gateway.CLOCK.ahead
+        for behind, amount in ((86400, 2), (0, 3)):
+            monkeypatch.setattr(gateway.CLOCK, "ahead", ahead - behind)
+            for name, named in (("k", []), ("free", tags)):
+                hold = await take(ledger, name)
+                ledger.book(hold, used_up(amount), model=OPUS, failed=False, tags=named)
+            days.append(gateway.day_of(hold.started))
+    await until(lambda: not ledger.trouble())
+    await ledger.save()
+    assert await seen(ledger) == (4, 0), "yesterday's are none of today's budget"
+    rated = await ledger.find("key_alias", "rated")
+    assert rated.account.buckets["tokens"].drawn < 10, "they came back meanwhile"
+    whole = (await ledger.whole(("", "9999"))).account.usage
+    by_day = {day: tally.spend for day, tag, tally in whole.days() if not tag}
+    assert by_day == dict(zip(days, (2, 3), strict=True))
+
+
 async def test_a_store_that_was_emptied_is_left_alone(
     fragile: Ledgers, frail: StoreServer, caplog: Any
 ) -> None:
