@@ -3002,17 +3002,22 @@ local function lapse(place)  -- what nobody renewed costs what its prompt did, u
     local text = free(place, id)
     local held = cjson.decode(text)
     add(place, held, 1)
-    if held.r then
-      local row = cjson.encode(held.r)
-      redis.call('XADD', 'gw:requests', '*', 'row', row)
-    end
-    redis.call('SET', place .. ':lapsed:' .. id, text, 'EX', 604800)
+    local row = held.r and cjson.encode(held.r)
+    row = row and redis.call('XADD', 'gw:requests', '*', 'row', row) or ''
+    redis.call('SET', place .. ':lapsed:' .. id, row .. ' ' .. text, 'EX', 604800)
   end
 end
 
+local function revive(place, id)  -- takes back what a lapse did, and tells what was held
+  local row, text = (redis.call('GETDEL', place .. ':lapsed:' .. id) or ''):match('^(%S*) (.*)')
+  if not text then return end
+  add(place, cjson.decode(text), -1)
+  if row ~= '' then redis.call('XDEL', 'gw:requests', row) end
+  return text
+end
+
 local function settle(place, id)
-  local text = not free(place, id) and redis.call('GETDEL', place .. ':lapsed:' .. id)
-  if text then add(place, cjson.decode(text), -1) end
+  if not free(place, id) then revive(place, id) end
 end
 """
 PRELUDE = PRELUDE.replace("MOST", str(9 * MAX_MODELS_A_DAY)).replace("OTHER", OTHER_MODELS)
@@ -3105,7 +3110,14 @@ return {}
 """
 RENEW = """
 for i = 2, #KEYS do
-  redis.call('ZADD', KEYS[i] .. ':leases', 'XX', now + ARGV[2], ARGV[i + 1])
+  local leases, id = KEYS[i] .. ':leases', ARGV[i + 1]
+  local text = revive(KEYS[i], id)
+  if text then  -- nobody could renew it: Redis was away, or its process stood still
+    redis.call('HSET', KEYS[i] .. ':holds', id, text)
+    redis.call('ZADD', leases, 0, id)
+    change_held(cjson.decode(text).c, 1)
+  end
+  redis.call('ZADD', leases, 'XX', now + ARGV[2], id)
 end
 """
 # What accounts are now, with what was used from a day to another: [what the account has, its slots,

@@ -10075,6 +10075,7 @@ async def test_what_a_dead_process_held_is_free_after_its_lease(
     (key,) = [key async for key in alive.each(days=("", "9999"))]
     usage = {model: tally for _, model, tally in key.account.usage.days()}
     assert (usage[OPUS].requests, usage[OPUS].spend) == (2, Decimal("0.3"))
+    assert not [row async for row in alive.logged("requests")], "its own row tells of it"
 
 
 async def test_a_key_without_limits_is_held_with_its_team(
@@ -10116,6 +10117,28 @@ async def test_a_hold_is_renewed_while_its_process_lives(
     await refusal_of(take(ledger))
     await give(ledger, hold, used_up("0.2"))
     assert await seen(ledger) == (Decimal("0.2"), 0)
+
+
+async def test_a_hold_that_could_not_be_renewed_comes_back_with_its_process(
+    shared: Ledgers, monkeypatch: Patch
+) -> None:
+    here, there = [await shared.open() for _ in range(2)]
+    await put(there, max_budget=Decimal(1), max_parallel_requests=1)
+    monkeypatch.setattr(gateway, "LEASE", 0.1)
+    hold = await take(here, worst="0.7", prompt="0.1")
+    monkeypatch.setattr(gateway, "LEASE", 60)
+
+    async def has_lapsed() -> bool:
+        return await seen(there) == (Decimal("0.1"), 0)
+
+    await eventually(has_lapsed)
+    await here._renew()
+    assert await seen(there) == (0, Decimal("0.7"))
+    assert "1 requests at a time" in (await refusal_of(take(there))).message
+    assert not [row async for row in there.logged("requests")], "its process is not gone"
+    await give(here, hold, used_up("0.3"))
+    await spend(there, "0.1")
+    assert await seen(there) == (Decimal("0.4"), 0)
 
 
 async def test_what_is_written_twice_counts_once(shared: Ledgers, valkey: StoreServer) -> None:
