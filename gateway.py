@@ -2936,7 +2936,7 @@ TRIES = 3  # of a request whose key is changed under it
 PREFIX, STORE, CHANGES, REVISION = "gw:", "gw:store", "gw:changes", "gw:revision"
 TOLD_OF = 10_000  # records
 Sums = collections.Counter[str]  # of what was copied
-AGAIN = [("retry-after", "1")]
+AGAIN, RETRY = [("retry-after", "1")], " Try again in a second."
 NO_STORE = "The store is empty, or another one: nothing is changed in it. Whoever runs the gateway"
 NO_STORE += " must bring its data back, or start it with --new-store or --import."
 
@@ -3485,7 +3485,7 @@ class RedisLedger(Ledger):
                 await self._check()
                 failed = 0
             except Exception as error:  # whatever it is, it is tried again
-                failed += 1
+                failed = 0 if self._link is None else failed + 1
                 if not isinstance(error, self._errors):
                     log.exception("changes in Redis cannot be followed")
                 if self._link is not None and failed > 2:  # else this process may be late itself
@@ -3585,7 +3585,7 @@ class RedisLedger(Ledger):
             yield
         except self._errors as error:
             text = f"Redis, which holds the keys, does not answer ({str(error) or 'too late'})."
-            raise APIError(503, f"{text} Try again in a second.", headers=AGAIN) from None
+            raise APIError(503, text + RETRY, headers=AGAIN) from None
 
     def _run(self, script: str, keys: Sequence[str], *more: Any) -> asyncio.Future[Any]:
         """What one of SCRIPTS answers. Raises StoreAway."""
@@ -4118,7 +4118,10 @@ class RedisLedger(Ledger):
             if names - known.keys():
                 await asyncio.shield(self.save())
         except APIError as error:
-            text = f"{error.message} What was made is there, and is remembered later."
+            text = (
+                error.message.removesuffix(RETRY)
+                + " What was made is there, and is remembered later."
+            )
             raise APIError(503, text, headers=[DO_NOT_RETRY]) from None
 
     async def assign(self, kinds: Mapping[str, str], owner: str | None) -> None:

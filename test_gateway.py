@@ -10324,6 +10324,24 @@ async def test_what_was_used_without_redis_is_of_its_own_time(
     assert by_day == dict(zip(days, (2, 3), strict=True))
 
 
+async def test_what_is_said_of_a_store_that_does_not_write_is_of_use(
+    fragile: Ledgers, frail: StoreServer
+) -> None:
+    ledger = await fragile.open()
+    await put(ledger)
+    hold = await take(ledger)
+    frail.client.config_set("maxmemory", 1)
+    ledger.book(hold, used_up("0.1"), model=OPUS, failed=False)
+    assert "(too late). Try again" in (await refusal_of(ledger.save(), 503)).message
+    made = {("owner-k", "batches"): {"msgbatch_1": 1.0}}
+    text = (await refusal_of(ledger.own(made, ""), 503)).message
+    assert "What was made is there" in text and "Try again" not in text, "it would be made twice"
+    frail.client.config_set("maxmemory", 0)
+    await until(lambda: not ledger.trouble())
+    await ledger.save()
+    assert "msgbatch_1" in await ledger.find_things(["msgbatch_1"])
+
+
 async def test_a_store_that_was_emptied_is_left_alone(
     fragile: Ledgers, frail: StoreServer, caplog: Any
 ) -> None:
