@@ -3775,7 +3775,7 @@ class RedisLedger(Ledger):
             rows, held = zip(*(self._wanted(of, *costs, **how) for of in accounts), strict=True)
             if isinstance(key := accounts[0], VirtualKey):
                 held[0]["u"] = self._usage(prompt, day_of(now()))
-                held[0]["r"] = self._lost_row(hold, key, costs[1])
+                held[0]["r"] = self._lost_row(hold, key, prompt)
             self._number += 1
             hold.id = f"{self._process}:{self._number}"
             places = self._holds[hold.id] = [of.account.place for of in accounts]
@@ -3814,13 +3814,19 @@ class RedisLedger(Ledger):
             await self._read_anew(hold)
         raise APIError(503, "The key is being changed. Try again.", headers=AGAIN)
 
-    def _lost_row(self, hold: Hold, key: VirtualKey, costs: Sequence[tuple[str, int]]) -> Any:
+    def _lost_row(self, hold: Hold, key: VirtualKey, prompt: Charges) -> Any:
         """A row of /spend/logs for a request whose process dies."""
         row: dict[str, Any] = {"request_id": hold.call_id, "litellm_call_id": hold.call_id}
         row |= {"api_key": key.account.hashed, "key_alias": key.key_alias, "user": key.user_id}
         row |= {"team_id": key.team_id, "startTime": iso(hold.started), "status": "failure"}
-        row |= {"outcome": "process_gone", "estimated": True, "model": costs[0][0] if costs else ""}
-        return row | {"spend": sum(cost for _, cost in costs) / 1e9}
+        row |= {
+            "outcome": "process_gone",
+            "estimated": True,
+            "model": prompt[0][0] if prompt else "",
+        }
+        tokens = sum(tally.input_tokens + tally.cached for _, tally in prompt)
+        row |= {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens}
+        return row | {"spend": sum(cost for _, cost in nanos(prompt)) / 1e9}
 
     def _give_back(self, hold: Hold) -> None:
         if places := self._holds.pop(hold.id, ()):

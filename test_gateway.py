@@ -10069,6 +10069,7 @@ async def test_what_a_dead_process_held_is_free_after_its_lease(
     (row,) = [json.loads(row) async for row in alive.logged("requests")]
     told = row["estimated"], row["outcome"], row["spend"], row["model"]
     assert told == (True, "process_gone", 0.1, OPUS)
+    assert [row[f"{what}_tokens"] for what in ("prompt", "completion", "total")] == [0, 0, 0]
     shared.running[dead] = asyncio.create_task(dead.run())  # it was not dead after all
     await give(dead, hold, used_up("0.3"))
     assert await seen(alive) == (Decimal("0.3"), 0), "and is not counted beside what it was"
