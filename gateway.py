@@ -2941,7 +2941,7 @@ PREFIX, STORE, CHANGES, REVISION = "gw:", "gw:store", "gw:changes", "gw:revision
 IMPORTING = "gw:import"  # is there while one is not over
 TOLD_OF = 10_000  # records
 Sums = collections.Counter[str]  # of what was copied
-AGAIN = [("retry-after", "1")]
+AGAIN, RETRY = [("retry-after", "1")], " Try again in a second."
 NO_STORE = "The store is empty, or another one: nothing is changed in it. Whoever runs the gateway"
 NO_STORE += " must bring its data back, or start it with --new-store or --import."
 
@@ -3007,17 +3007,22 @@ local function lapse(place)  -- what nobody renewed costs what its prompt did, u
     local text = free(place, id)
     local held = cjson.decode(text)
     add(place, held, 1)
-    if held.r then
-      local row = cjson.encode(held.r)
-      redis.call('XADD', 'gw:requests', '*', 'row', row)
-    end
-    redis.call('SET', place .. ':lapsed:' .. id, text, 'EX', 604800)
+    local row = held.r and cjson.encode(held.r)
+    row = row and redis.call('XADD', 'gw:requests', '*', 'row', row) or ''
+    redis.call('SET', place .. ':lapsed:' .. id, row .. ' ' .. text, 'EX', 604800)
   end
 end
 
+local function revive(place, id)  -- takes back what a lapse did, and tells what was held
+  local row, text = (redis.call('GETDEL', place .. ':lapsed:' .. id) or ''):match('^(%S*) (.*)')
+  if not text then return end
+  add(place, cjson.decode(text), -1)
+  if row ~= '' then redis.call('XDEL', 'gw:requests', row) end
+  return text
+end
+
 local function settle(place, id)
-  local text = not free(place, id) and redis.call('GETDEL', place .. ':lapsed:' .. id)
-  if text then add(place, cjson.decode(text), -1) end
+  if not free(place, id) then revive(place, id) end
 end
 """
 PRELUDE = PRELUDE.replace("MOST", str(9 * MAX_MODELS_A_DAY)).replace("OTHER", OTHER_MODELS)
@@ -3110,7 +3115,14 @@ return {}
 """
 RENEW = """
 for i = 2, #KEYS do
-  redis.call('ZADD', KEYS[i] .. ':leases', 'XX', now + ARGV[2], ARGV[i + 1])
+  local leases, id = KEYS[i] .. ':leases', ARGV[i + 1]
+  local text = revive(KEYS[i], id)
+  if text then  -- nobody could renew it: Redis was away, or its process stood still
+    redis.call('HSET', KEYS[i] .. ':holds', id, text)
+    redis.call('ZADD', leases, 0, id)
+    change_held(cjson.decode(text).c, 1)
+  end
+  redis.call('ZADD', leases, 'XX', now + ARGV[2], id)
 end
 """
 # What accounts are now, with what was used from a day to another: [what the account has, its slots,
@@ -3486,7 +3498,7 @@ class RedisLedger(Ledger):
                 await self._check()
                 failed = 0
             except Exception as error:  # whatever it is, it is tried again
-                failed += 1
+                failed = 0 if self._link is None else failed + 1
                 if not isinstance(error, self._errors):
                     log.exception("changes in Redis cannot be followed")
                 if self._link is not None and failed > 2:  # else this process may be late itself
@@ -3585,8 +3597,8 @@ class RedisLedger(Ledger):
                 raise StoreAway(self.away)
             yield
         except self._errors as error:
-            text = f"Redis, which holds the keys, does not answer ({error or 'too late'})."
-            raise APIError(503, f"{text} Try again in a second.", headers=AGAIN) from None
+            text = f"Redis, which holds the keys, does not answer ({str(error) or 'too late'})."
+            raise APIError(503, text + RETRY, headers=AGAIN) from None
 
     def _run(self, script: str, keys: Sequence[str], *more: Any) -> asyncio.Future[Any]:
         """What one of SCRIPTS answers. Raises StoreAway."""
@@ -3776,7 +3788,7 @@ class RedisLedger(Ledger):
             rows, held = zip(*(self._wanted(of, *costs, **how) for of in accounts), strict=True)
             if isinstance(key := accounts[0], VirtualKey):
                 held[0]["u"] = self._usage(prompt, day_of(now()))
-                held[0]["r"] = self._lost_row(hold, key, costs[1])
+                held[0]["r"] = self._lost_row(hold, key, prompt)
             self._number += 1
             hold.id = f"{self._process}:{self._number}"
             places = self._holds[hold.id] = [of.account.place for of in accounts]
@@ -3815,13 +3827,19 @@ class RedisLedger(Ledger):
             await self._read_anew(hold)
         raise APIError(503, "The key is being changed. Try again.", headers=AGAIN)
 
-    def _lost_row(self, hold: Hold, key: VirtualKey, costs: Sequence[tuple[str, int]]) -> Any:
+    def _lost_row(self, hold: Hold, key: VirtualKey, prompt: Charges) -> Any:
         """A row of /spend/logs for a request whose process dies."""
         row: dict[str, Any] = {"request_id": hold.call_id, "litellm_call_id": hold.call_id}
         row |= {"api_key": key.account.hashed, "key_alias": key.key_alias, "user": key.user_id}
         row |= {"team_id": key.team_id, "startTime": iso(hold.started), "status": "failure"}
-        row |= {"outcome": "process_gone", "estimated": True, "model": costs[0][0] if costs else ""}
-        return row | {"spend": sum(cost for _, cost in costs) / 1e9}
+        row |= {
+            "outcome": "process_gone",
+            "estimated": True,
+            "model": prompt[0][0] if prompt else "",
+        }
+        tokens = sum(tally.input_tokens + tally.cached for _, tally in prompt)
+        row |= {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens}
+        return row | {"spend": sum(cost for _, cost in nanos(prompt)) / 1e9}
 
     def _give_back(self, hold: Hold) -> None:
         if places := self._holds.pop(hold.id, ()):
@@ -3951,6 +3969,8 @@ class RedisLedger(Ledger):
             rows.append({"w": spent, "u": usage, "a": True, "t": [tokens, of.tpm_limit or 0]})
             slots = of.max_parallel_requests
             is_tight |= slots is not None and of.account.running + 1 >= slots
+            if bucket := of.account.buckets.get("tokens"):  # until the store says what is drawn
+                bucket.draw(tokens, self._clock())
         if self._link is None and not (hold.id or batch):
             return self._sum(accounts, rows)
         self._count(accounts, rows, hold.id, batch, line)
@@ -3966,17 +3986,20 @@ class RedisLedger(Ledger):
 
     def _sum(self, accounts: Sequence[Limited], rows: Sequence[dict[str, Any]]) -> None:
         """While Redis is away: add what is used, which so takes no more room the longer it is."""
+        clock = self._clock()
         alike = [[*(each[:2] for each in row["w"]), row["t"][1:]] for row in rows]
         name = repr(([of.account.place for of in accounts], alike))
+        for row in rows if name not in self._summed else ():
+            row["t"] = Bucket(row["t"][1], clock, row["t"][0])  # what is drawn here comes back here
         _, sums = self._summed.setdefault(name, (accounts, rows))
         for total, row in zip(sums, rows, strict=True) if sums is not rows else ():
             pairs = zip(total["w"], row["w"], strict=True)
             total["w"] = [(*window, amount + more) for (*window, amount), (*_, more) in pairs]
-            total["t"][0] += row["t"][0]
+            total["t"].draw(row["t"][0], clock)
             known = {(day, model): counts for day, model, counts, _ in total["u"]}
             for day, model, counts, kept in row["u"]:
-                if (day, model) not in known and len(known) >= MAX_MODELS_A_DAY:
-                    model = OTHER_MODELS
+                is_full = sum(each == day for each, _ in known) >= MAX_MODELS_A_DAY
+                model = OTHER_MODELS if is_full and (day, model) not in known else model
                 if (day, model) not in known:
                     total["u"].append((day, model, known.setdefault((day, model), {}), kept))
                 for what, count in counts.items():
@@ -3985,6 +4008,12 @@ class RedisLedger(Ledger):
     def _write_summed(self) -> None:
         summed, self._summed = self._summed, {}
         for accounts, rows in summed.values():
+            for of, row in zip(accounts, rows, strict=True):
+                starts = {b.name: window_start(b.duration, now()) for b in of.budgets}
+                bucket = row["t"]
+                row["t"] = int(bucket.limit - bucket.level(self._clock())), bucket.limit
+                # To a window that is over it is too late, and the next one has no part in it.
+                row["w"] = [(w, at, n if at == starts[w] else 0) for w, at, n in row["w"]]
             self._count(accounts, rows)
         logs, self._logs = self._logs, {}
         for name, rows in logs.items():
@@ -4108,7 +4137,10 @@ class RedisLedger(Ledger):
             if names - known.keys():
                 await asyncio.shield(self.save())
         except APIError as error:
-            text = f"{error.message} What was made is there, and is remembered later."
+            text = (
+                error.message.removesuffix(RETRY)
+                + " What was made is there, and is remembered later."
+            )
             raise APIError(503, text, headers=[DO_NOT_RETRY]) from None
 
     async def assign(self, kinds: Mapping[str, str], owner: str | None) -> None:

@@ -10069,12 +10069,14 @@ async def test_what_a_dead_process_held_is_free_after_its_lease(
     (row,) = [json.loads(row) async for row in alive.logged("requests")]
     told = row["estimated"], row["outcome"], row["spend"], row["model"]
     assert told == (True, "process_gone", 0.1, OPUS)
+    assert [row[f"{what}_tokens"] for what in ("prompt", "completion", "total")] == [0, 0, 0]
     shared.running[dead] = asyncio.create_task(dead.run())  # it was not dead after all
     await give(dead, hold, used_up("0.3"))
     assert await seen(alive) == (Decimal("0.3"), 0), "and is not counted beside what it was"
     (key,) = [key async for key in alive.each(days=("", "9999"))]
     usage = {model: tally for _, model, tally in key.account.usage.days()}
     assert (usage[OPUS].requests, usage[OPUS].spend) == (2, Decimal("0.3"))
+    assert not [row async for row in alive.logged("requests")], "its own row tells of it"
 
 
 async def test_a_key_without_limits_is_held_with_its_team(
@@ -10116,6 +10118,28 @@ async def test_a_hold_is_renewed_while_its_process_lives(
     await refusal_of(take(ledger))
     await give(ledger, hold, used_up("0.2"))
     assert await seen(ledger) == (Decimal("0.2"), 0)
+
+
+async def test_a_hold_that_could_not_be_renewed_comes_back_with_its_process(
+    shared: Ledgers, monkeypatch: Patch
+) -> None:
+    here, there = [await shared.open() for _ in range(2)]
+    await put(there, max_budget=Decimal(1), max_parallel_requests=1)
+    monkeypatch.setattr(gateway, "LEASE", 0.1)
+    hold = await take(here, worst="0.7", prompt="0.1")
+    monkeypatch.setattr(gateway, "LEASE", 60)
+
+    async def has_lapsed() -> bool:
+        return await seen(there) == (Decimal("0.1"), 0)
+
+    await eventually(has_lapsed)
+    await here._renew()
+    assert await seen(there) == (0, Decimal("0.7"))
+    assert "1 requests at a time" in (await refusal_of(take(there))).message
+    assert not [row async for row in there.logged("requests")], "its process is not gone"
+    await give(here, hold, used_up("0.3"))
+    await spend(there, "0.1")
+    assert await seen(there) == (Decimal("0.4"), 0)
 
 
 async def test_what_is_written_twice_counts_once(shared: Ledgers, valkey: StoreServer) -> None:
@@ -10264,6 +10288,59 @@ async def test_what_waits_for_redis_takes_no_more_room_the_longer_it_is(
     assert by_tag["even"] == 1000 and by_tag["odd"] == 500 and by_tag[""] == 1000
     rows = [int(row) async for row in ledger.logged("requests")]
     assert rows[:700] == [*range(999, 299, -1)]
+
+
+async def test_what_was_used_without_redis_is_of_its_own_time(
+    fragile: Ledgers, frail: StoreServer, monkeypatch: Patch
+) -> None:
+    clock = [1000.0]
+    ledger = await fragile.open(allow=True, clock=lambda: clock[0])
+    await put(ledger, "rated", tpm_limit=600)
+    await put(ledger, max_budget=Decimal(100), budget_duration="1d")
+    await put(ledger, "free")
+    await spend(ledger, 1)
+    assert await status_of(ledger, "rated") == await status_of(ledger, "free") == "active"
+    tags, days = [f"tag-{number}" for number in range(60)], list[str]()
+    with frail.stopped():
+        await until(ledger.trouble)
+        for _ in range(5):  # of each minute all its tokens
+            hold = await take(ledger, "rated")
+            ledger.book(hold, used_up(0, OPUS, 500, 100), model=OPUS, failed=False)
+            assert "600 tokens a minute" in (await refusal_of(take(ledger, "rated"))).message
+            clock[0] += 60
+        ahead = gateway.CLOCK.ahead
+        for behind, amount in ((86400, 2), (0, 3)):
+            monkeypatch.setattr(gateway.CLOCK, "ahead", ahead - behind)
+            for name, named in (("k", []), ("free", tags)):
+                hold = await take(ledger, name)
+                ledger.book(hold, used_up(amount), model=OPUS, failed=False, tags=named)
+            days.append(gateway.day_of(hold.started))
+    await until(lambda: not ledger.trouble())
+    await ledger.save()
+    assert await seen(ledger) == (4, 0), "yesterday's are none of today's budget"
+    rated = await ledger.find("key_alias", "rated")
+    assert rated.account.buckets["tokens"].drawn < 10, "they came back meanwhile"
+    whole = (await ledger.whole(("", "9999"))).account.usage
+    by_day = {day: tally.spend for day, tag, tally in whole.days() if not tag}
+    assert by_day == dict(zip(days, (2, 3), strict=True))
+
+
+async def test_what_is_said_of_a_store_that_does_not_write_is_of_use(
+    fragile: Ledgers, frail: StoreServer
+) -> None:
+    ledger = await fragile.open()
+    await put(ledger)
+    hold = await take(ledger)
+    frail.client.config_set("maxmemory", 1)
+    ledger.book(hold, used_up("0.1"), model=OPUS, failed=False)
+    assert "(too late). Try again" in (await refusal_of(ledger.save(), 503)).message
+    made = {("owner-k", "batches"): {"msgbatch_1": 1.0}}
+    text = (await refusal_of(ledger.own(made, ""), 503)).message
+    assert "What was made is there" in text and "Try again" not in text, "it would be made twice"
+    frail.client.config_set("maxmemory", 0)
+    await until(lambda: not ledger.trouble())
+    await ledger.save()
+    assert "msgbatch_1" in await ledger.find_things(["msgbatch_1"])
 
 
 async def test_a_store_that_was_emptied_is_left_alone(
