@@ -347,7 +347,8 @@ def read_secrets(environment: Mapping[str, str]) -> dict[str, Any]:
     """The secrets, by their fields: of variables, or of files that these name. SettingsError."""
     found = dict[str, Any]()
     for each in dataclasses.fields(Settings):
-        for name in () if each.metadata["kind"] else each.metadata["variables"]:
+        is_secret = not each.metadata["kind"] or each.name == "store"
+        for name in each.metadata["variables"] if is_secret else ():
             value, file = environment.get(name, "").strip(), environment.get(f"{name}_FILE", "")
             if file and each.name != "api_keys":  # whose file is an option
                 with blaming(f"{name}_FILE: {file}"):
@@ -431,7 +432,9 @@ def read_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> S
             parser.run_parse_callbacks()  # which open the log
         chosen = {name: getattr(parser, option_name(name)) for name in values}
         values |= {name: value for name, value in chosen.items() if value not in ("", Path())}
-        return Settings(**values, **read_secrets(environment))
+        secrets = read_secrets(environment)
+        values["store"] = values["store"] or secrets.get("store", "")
+        return Settings(**secrets | values)
     except SettingsError as error:
         error.as_json = parser.log_json or bool({"--log-json", "--log-json=true"} & {*arguments})
         raise
@@ -3407,7 +3410,8 @@ class RedisLedger(Ledger):
     async def look(self) -> str:
         """What is there, and in `doubt` what is less than sure of it. Raises SettingsError."""
         with self._starting():
-            version = (await self._redis.info("server"))["redis_version"]
+            told = await self._redis.info("server")
+            version = told["redis_version"]
             self.count = await self._redis.zcard(f"{PREFIX}key")
         if tuple(map(int, version.split(".")[:2])) < (6, 2):
             raise SettingsError(f"--store: Redis {version} is before 6.2")
@@ -3426,7 +3430,8 @@ class RedisLedger(Ledger):
         self.doubt = "; ".join(doubts)
         for doubt in doubts:
             log.warning("! Redis: %s", doubt)
-        return f"Redis {version}, {self.count} keys"
+        name = "Valkey" if "valkey_version" in told else "Redis"
+        return f"{name} {told.get('valkey_version', version)}, {self.count} keys"
 
     async def find_store(self, *, make: bool = True) -> None:
         """The store's id; one that was used from here does not come back empty unnoticed, nor half
@@ -3527,7 +3532,7 @@ class RedisLedger(Ledger):
             log.critical(NO_STORE) if lost else log.warning("the store is back")
             self.lost = lost
             if not lost and self._link is not None:
-                self._link.abort("the store is back")
+                self._link.abort("its data is back, so it is asked anew")
 
     async def run(self) -> None:
         """Renew what requests hold, and try again what Redis refused, until cancelled."""
@@ -3832,12 +3837,9 @@ class RedisLedger(Ledger):
         row: dict[str, Any] = {"request_id": hold.call_id, "litellm_call_id": hold.call_id}
         row |= {"api_key": key.account.hashed, "key_alias": key.key_alias, "user": key.user_id}
         row |= {"team_id": key.team_id, "startTime": iso(hold.started), "status": "failure"}
-        row |= {
-            "outcome": "process_gone",
-            "estimated": True,
-            "model": prompt[0][0] if prompt else "",
-        }
+        model = prompt[0][0] if prompt else ""
         tokens = sum(tally.input_tokens + tally.cached for _, tally in prompt)
+        row |= {"outcome": "process_gone", "estimated": True, "model": model}
         row |= {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens}
         return row | {"spend": sum(cost for _, cost in nanos(prompt)) / 1e9}
 
@@ -4137,10 +4139,8 @@ class RedisLedger(Ledger):
             if names - known.keys():
                 await asyncio.shield(self.save())
         except APIError as error:
-            text = (
-                error.message.removesuffix(RETRY)
-                + " What was made is there, and is remembered later."
-            )
+            why = error.message.removesuffix(RETRY)
+            text = f"{why} What was made is there, and is remembered later."
             raise APIError(503, text, headers=[DO_NOT_RETRY]) from None
 
     async def assign(self, kinds: Mapping[str, str], owner: str | None) -> None:
@@ -4242,8 +4242,10 @@ class RedisLedger(Ledger):
                 wrong = f"{dict(found - sums)} too many, {dict(sums - found)} too few"
                 raise SettingsError(f"--import: what was written is not what was read: {wrong}")
             await redis.pipeline().set(STORE, self._process, nx=True).delete(IMPORTING).execute()
-            if self._waits:
-                await redis.execute_command("WAITAOF", 1, 0, 0)
+            while self._waits:  # as long as the disk takes for all
+                with contextlib.suppress(StoreAway):
+                    await self._sync()
+                    break
         return sums
 
     def _put_used(self, pipe: Any, of: Limited, source: FileLedger) -> None:
@@ -9113,7 +9115,9 @@ class MetricsHandler(ManagementHandler):
         if self.gateway.settings.open_metrics or self.gateway.doors.is_open:
             return
         for _, credential in candidates(self.request.head.values):
-            found = await self.gateway.ledger.find_hash(hash_key(credential))
+            found = None
+            with contextlib.suppress(APIError):  # the store is away; the master key is known here
+                found = await self.gateway.ledger.find_hash(hash_key(credential))
             for route in found[0].allowed_routes if found and found[1] == "active" else ():
                 if route.startswith(METRICS_PATH) and fnmatch.fnmatchcase(METRICS_PATH, route):
                     return  # a mere "*" does not name it
@@ -9125,10 +9129,11 @@ class MetricsHandler(ManagementHandler):
         except ImportError:
             raise APIError(501, "Metrics need it: pip install prometheus-client") from None
         keys = list[VirtualKey]()
-        async for key in self.gateway.ledger.each():
-            keys += [] if key.deleted_at else [key]
-            if len(keys) == MAX_LABELS:
-                break
+        with contextlib.suppress(APIError):  # while the store is away this process tells of itself
+            async for key in self.gateway.ledger.each():
+                keys += [] if key.deleted_at else [key]
+                if len(keys) == MAX_LABELS:
+                    break
         told, families = {str(PLACE.number): own_metrics(self.gateway, keys)}, dict[str, Any]()
         if PLACE.folder:
             others = sorted({*os.listdir(PLACE.folder)} - {*told})
@@ -10335,6 +10340,7 @@ def report_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) 
 def take_secrets(gateway: Gateway) -> None:
     """Read the secrets again, where they come from files. Raises SettingsError, changes nothing."""
     secrets, settings = read_secrets(os.environ), gateway.settings
+    secrets.pop("store", None)  # which stays the one it is
     if settings.api_key.startswith(MOCK_CREDENTIAL):  # which the stand-in alone knows
         secrets = {name: secret for name, secret in secrets.items() if name.startswith("master")}
     settings = dataclasses.replace(settings, **secrets)

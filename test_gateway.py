@@ -10538,6 +10538,10 @@ def test_gateways_over_one_store_are_one(
         assert "store is empty" in error_of(answer, 503), path
     for answer in (message(one, new), two.manage("/key/list"), two.manage(f"/key/info?key={new}")):
         assert "store is empty" in error_of(answer, 503)
+    metrics = one.manage("/metrics")  # a process tells of itself all the same
+    assert metrics.status_code == 200 and 'status_code="503"' in metrics.text
+    held = {"authorization": f"Bearer {new}"}
+    assert error_of(HTTP.get(f"{one.url}/metrics", headers=held), 503)
     assert not valkey.client.keys("gw:[^p]*")
 
 
@@ -10696,6 +10700,12 @@ def test_options_of_a_store_are_checked_and_its_password_is_not_shown(tmp_path: 
     for good in (url, "rediss://[::1]:6380", "redis://store/3", "unix:///run/redis.sock?db=2"):
         chosen = gateway.read_settings([], {"GATEWAY_STORE": good})
         assert chosen.store == good and password not in chosen.shown_store
+    (file := tmp_path / "store").write_text(f"{url}\n")
+    named = {"GATEWAY_STORE_FILE": str(file)}
+    assert gateway.read_settings([], named).store == url
+    assert gateway.read_settings(["--store=redis://x"], named).store == "redis://x"
+    with pytest.raises(gateway.SettingsError, match="leave one of them out"):
+        gateway.read_settings([], named | {"GATEWAY_STORE": url})
     assert password not in run(tmp_path, "--help", GATEWAY_STORE=url).stdout
 
 
