@@ -4318,7 +4318,7 @@ class RedisLedger(Ledger):
         """Count a record in, and what it used: amounts are nano-dollars."""
         tallies = [tally for *_, tally in of.account.usage.days(self._oldest)]
         tagged = "tagged " * (of.of == "gateway")
-        counts = {f"{of.of}s": 1, "batches": len(of.account.batches)}
+        counts = {} if tagged else {f"{of.of}s": 1, "batches": len(of.account.batches)}
         counts["spent of budgets"] = sum(nano(w.spend) for w in of.account.windows.values())
         counts[f"{tagged}requests"] = sum(tally.requests for tally in tallies)
         sums.update(counts | {f"{tagged}spent": sum(nano(tally.spend) for tally in tallies)})
@@ -9243,9 +9243,13 @@ class LineFormatter(logging.Formatter):
 
     def format(self, line: logging.LogRecord) -> str:
         record = line.msg
+        if PLACE.folder:
+            line.module = f"process {PLACE.number}"
         if self._inner is None:
             moment = datetime.fromtimestamp(line.created, UTC).isoformat(timespec="milliseconds")
-            shown = {"time": moment.replace("+00:00", "Z"), "level": line.levelname.lower()}
+            shown: dict[str, Any] = {"time": moment.replace("+00:00", "Z")}
+            shown["level"] = line.levelname.lower()
+            shown |= {"process": PLACE.number} if PLACE.folder else {}
             shown |= record.to_json() if type(record) is Record else {"message": line.getMessage()}
             if line.exc_info:
                 shown["exception"] = self.formatException(line.exc_info)
@@ -10306,6 +10310,8 @@ def announce(gateway: Gateway, port: int) -> None:
     required = f"virtual keys are required ({keys} in {where}{made})"
     lines = [f"gateway {__version__} listening on {settings.unix_socket or url + everywhere}"]
     lines.append(f"relaying to {'the built-in stand-in' if is_mock else settings.upstream}")
+    if PLACE.of > 1:
+        lines.append(f"in {PLACE.of} processes")
     if gateway.real_keys.several:
         lines.append(f"with the real keys {', '.join(gateway.real_keys.names)}")
     lines.append(f"! open to all who reach it (keys: {where})" if is_open else required)

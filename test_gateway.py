@@ -10771,6 +10771,8 @@ async def test_several_processes_serve_as_one(gw: GW, valkey: StoreServer) -> No
     for client in clients:
         assert await read_chunked(client.reader) == b"a\n\nb\n\n"
     assert await asyncio.to_thread(parent.wait, PATIENCE) == 0
+    stopped = re.findall(r"(process \d):\d+\] stopped\n", gw.log)
+    assert sorted(stopped) == ["process 0", "process 1"]
 
 
 async def test_a_restart_on_a_shared_port_refuses_and_resets_nobody(start: Starter) -> None:
