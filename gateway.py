@@ -4015,7 +4015,7 @@ class RedisLedger(Ledger):
                 bucket = row["t"]
                 row["t"] = int(bucket.limit - bucket.level(self._clock())), bucket.limit
                 # To a window that is over it is too late, and the next one has no part in it.
-                row["w"] = [(w, at, n if at == starts[w] else 0) for w, at, n in row["w"]]
+                row["w"] = [(w, at, n if at == starts.get(w) else 0) for w, at, n in row["w"]]
             self._count(accounts, rows)
         logs, self._logs = self._logs, {}
         for name, rows in logs.items():
