@@ -1934,6 +1934,7 @@ class Hold:
     id: str = ""  # in a store that is shared
     costs: Sequence[Sequence[str]] = ()  # there: (place, window, nano-dollars)
     is_alone: bool = False  # such a store was away
+    is_late: bool = False  # nor is a request of its rates drawn there yet
     call_id: str = ""
 
 
@@ -3093,6 +3094,7 @@ for i, used in ipairs(cjson.decode(ARGV[4])) do
     if ARGV[3] ~= '' then settle(place, ARGV[3]) end
     told[i] = add(place, used, 1)
     if used.t and used.t[2] > 0 then draw(place, 'tokens', used.t[2], used.t[1]) end
+    if used.r then draw(place, 'requests', used.r, 1) end
     if used.a then redis.call('HSET', place, 'active', time[1]) end
   end
 end
@@ -3773,10 +3775,26 @@ class RedisLedger(Ledger):
     # What requests use
 
     async def admit(self, hold: Hold, *, pays: bool, shares: bool, later: bool = False) -> None:
-        if not later:
+        hold.is_late = later and not any(map(self._seems_full, hold.accounts))
+        if not hold.is_late:
             await self._reserve(hold, (), (), pays=pays, shares=shares, fit=True)
 
+    def _seems_full(self, of: Limited) -> bool:
+        """So that a trip is worth it: what is refused so is not read to its end before."""
+        if self._link is None:
+            return False
+        moment, clock = now(), self._clock()
+        if any(bucket.seconds_until(1, clock) for bucket in of.account.buckets.values()):
+            return True
+        limits = ((b, b.limit) for b in of.budgets if b.limit is not None and not b.pattern)
+        return any(of.spent(moment, budget) >= limit for budget, limit in limits)
+
     async def hold(self, hold: Hold, worst: Charges, prompt: Charges = (), *, fit: bool) -> None:
+        if hold.id or hold.is_alone:  # it only seemed to be full
+            self._release(hold)
+            self._give_back(hold)
+            hold.is_alone, hold.amounts = False, ()
+        hold.is_late = False
         try:
             await self._reserve(hold, worst, prompt, pays=True, shares=True, fit=fit)
         except BaseException:
@@ -3971,8 +3989,10 @@ class RedisLedger(Ledger):
             rows.append({"w": spent, "u": usage, "a": True, "t": [tokens, of.tpm_limit or 0]})
             slots = of.max_parallel_requests
             is_tight |= slots is not None and of.account.running + 1 >= slots
-            if bucket := of.account.buckets.get("tokens"):  # until the store says what is drawn
-                bucket.draw(tokens, self._clock())
+            drawn = {"tokens": tokens, "requests": int(hold.is_late)}
+            for kind, bucket in of.account.buckets.items():  # until the store says what is drawn
+                bucket.draw(drawn[kind], self._clock())
+            rows[-1] |= {"r": of.rpm_limit} if hold.is_late and of.rpm_limit else {}
         if self._link is None and not (hold.id or batch):
             return self._sum(accounts, rows)
         self._count(accounts, rows, hold.id, batch, line)

@@ -9875,6 +9875,33 @@ async def test_a_batch_is_held_for_and_booked_once(either: Ledgers) -> None:
     assert await seen(ledger) == await seen(ledger, "t", "team_id") == lost
 
 
+async def test_what_is_refused_before_its_body_is_of_its_rate(either: Ledgers) -> None:
+    ledgers = (
+        [await either.open(), await either.open()] if either.url else 2 * [await either.open()]
+    )
+    await put(ledgers[0], rpm_limit=3, max_budget=Decimal(1))
+    await put(ledgers[0], "spent", max_budget=Decimal("0.1"))
+    await spend(ledgers[1], "0.2", "spent")
+
+    async def ask(ledger: Any, name: str) -> None:
+        found = await ledger.find_hash(hash_of(name))
+        hold = gateway.Hold(ledger.limited(found[0]), gateway.now())
+        await ledger.admit(hold, pays=True, shares=True, later=True)
+        await give(ledger, hold, [], failed=True)  # its body is not even read
+
+    for _ in range(3):
+        await ask(ledgers[0], "k")
+    assert 15 <= await wait_of(ask(ledgers[0], "k")) <= 20
+    assert 15 <= await wait_of(take(ledgers[1])) <= 20
+    refused = await refusal_of(ask(ledgers[1], "spent"))
+    assert "is spent" in refused.message
+    async with ledgers[0].changing():
+        key = await ledgers[0].find("key_alias", "spent")
+        await ledgers[0].reset_spend(key, Decimal(0))
+    await eventually(lambda: works(spend(ledgers[1], "0.05", "spent")))
+    assert await seen(ledgers[0], "spent") == (Decimal("0.05"), 0)
+
+
 async def test_words_are_remembered_so_many_of_a_kind(either: Ledgers) -> None:
     ledger = await either.open()
 
