@@ -3795,11 +3795,7 @@ class RedisLedger(Ledger):
             self._give_back(hold)
             hold.is_alone, hold.amounts = False, ()
         hold.is_late = False
-        try:
-            await self._reserve(hold, worst, prompt, pays=True, shares=True, fit=fit)
-        except BaseException:
-            hold.accounts = ()  # as nothing is held, nothing is counted
-            raise
+        await self._reserve(hold, worst, prompt, pays=True, shares=True, fit=fit)
 
     async def _reserve(self, hold: Hold, worst: Charges, prompt: Charges, **how: bool) -> None:
         """Hold it, as it ``pays``, ``shares`` and must ``fit``. Else raise APIError."""
@@ -3877,7 +3873,7 @@ class RedisLedger(Ledger):
         moment, budgets, costs, used = now(), list[Any](), list[Any](), list[Any]()
         for budget in of.budgets:
             name, start = budget.name, window_start(budget.duration, moment)
-            limit = budget.limit is not None and nano(budget.limit)
+            limit = budget.limit is not None and math.ceil(budget.limit.scaleb(9))
             cost: int | bool = sum_for(budget, worst)
             if cost:
                 costs.append((of.account.place, name, str(cost)))
@@ -4455,7 +4451,8 @@ class RedisLedger(Ledger):
                 return None
             if found.account.hashed != at and found.retired[at] <= now():
                 return None
-            await self._look([found], ("", "9999"))
+            whole = self.groups[GATEWAY]
+            await self._look([found, *([whole] if whole.has_budget else ())], ("", "9999"))
             return cast(Limited, found)
 
     async def each(
@@ -7047,7 +7044,11 @@ class Limits(Rule):
             ledger = visit.gateway.ledger
             worst = functools.partial(visit.gateway.prices.worst, visit.order, hold.started)
             prompt = worst(bare=True) if ledger.leases else ()
-            await ledger.hold(hold, worst(), prompt, fit=batched)
+            try:
+                await ledger.hold(hold, worst(), prompt, fit=batched)
+            except BaseException:
+                hold.pays = False  # as nothing is held, nothing is counted
+                raise
 
     def filters(self, visit: Visit, head: ResponseHead) -> Iterable[ResponseFilter]:
         route = visit.route

@@ -3182,6 +3182,8 @@ async def test_a_model_has_a_budget_of_its_own(gw: GW) -> None:
     row = await gw.info(key)
     assert row["model_max_budget_usage"]["claude-opus-*"]["spend"] == pytest.approx(0.042)
     assert row["model_max_budget"] == budgets
+    told = [tally["requests"] for tally in row["usage"][gateway.day_of(gateway.now())].values()]
+    assert sum(told) == 4, "what its budgets refuse is not counted"
     # Once it is gone, no other way leads to the model, nor a body that nobody here can read.
     advisor = {"type": "advisor_20260301", "model": OPUS, "max_uses": 1}
     for detour in ({"fallbacks": [{"model": OPUS}]}, {"tools": [advisor]}):
@@ -9520,6 +9522,7 @@ async def take(ledger: Any, name: str = "k", worst: Any = 0.01, **more: Any) -> 
             prompt = used_up(more.get("prompt", 0), model)
             await ledger.hold(hold, used_up(worst, model), prompt, fit=fit)
         except gateway.APIError:
+            hold.pays = False
             with contextlib.suppress(gateway.APIError):
                 await give(ledger, hold, [], failed=True, model="")
             raise
@@ -9727,6 +9730,10 @@ async def test_one_answer_at_most_passes_a_budget(either: Ledgers) -> None:
     await refusal_of(take(ledger))
     await put(ledger, max_budget=None)
     await give(ledger, await take(ledger, worst=5))
+    await put(ledger, "third", max_budget=Decimal("0.01000000001"))  # of less than a nano-dollar
+    for _ in range(2):
+        await spend(ledger, "0.01", "third")
+    assert (await refusal_of(take(ledger, "third"))).kind == "billing_error"
 
 
 async def test_all_budgets_of_a_request_have_room_or_none_is_touched(either: Ledgers) -> None:
@@ -9789,6 +9796,16 @@ async def test_the_whole_gateway_has_a_budget(either: Ledgers) -> None:
     for name in ("k", ""):
         told = await refusal_of(take(ledger, name))
         assert "The gateway's budget of $0.10 reached" in told.message
+
+
+async def test_what_the_gateway_has_left_is_told_by_all(shared: Ledgers) -> None:
+    limits = [gateway.Limited(max_budget=Decimal(5)) for _ in range(2)]
+    one, two = [await shared.open(limits=each) for each in limits]
+    await put(one)
+    for ledger, spent in ((one, 1), (two, 2)):
+        await spend(one, 1)
+        whole = ledger.limited(await ledger.find("key_alias", "k"))[-1]
+        assert whole.spent(gateway.now()) == spent
 
 
 async def test_what_was_used_is_told_by_day_model_and_tag(either: Ledgers) -> None:
@@ -10747,6 +10764,31 @@ async def test_each_database_of_a_socket_is_a_store(tmp_path: Path, valkey: Stor
     used = json.loads((tmp_path / "stores").read_text())
     assert [name.rpartition("?")[2] for name in used] == ["db=1", "db=2"]
     assert len(set(used.values())) == 2
+
+
+async def test_what_is_refused_counts_the_same_in_a_store(gw: GW, valkey: StoreServer) -> None:
+    async def tell() -> Any:
+        told = list[Any]()
+        gw.plays(spends(100, 4_000))
+        key = await gw.new_key(rpm_limit=2, max_budget=1, models=[HAIKU])
+        for body in ({"model": OPUS}, b"{", {"model": OPUS}, b"{", {"model": HAIKU}):
+            told.append((await gw.ask(f"POST {MESSAGES_PATH}", body=body, key=key)).status)
+        models = {OPUS: {"budget_limit": 0.01, "time_period": "1d"}}
+        for fields in ({"max_budget": 0}, {"max_budget": 0.01}, {"model_max_budget": models}):
+            key = await gw.new_key(**fields)
+            answers = [await gw.ask(f"POST {BATCHES}", body=batch_of(20), key=key)]
+            answers += [await gw.message(key), await gw.message(key)]
+            told.append([answer.status for answer in answers])
+            rows = [row for day in (await gw.info(key))["usage"].values() for row in day.values()]
+            told.append([(row["requests"], row["errors"]) for row in rows])
+        return told
+
+    valkey.empty()
+    in_file = await tell()
+    assert in_file[:5] == [403, 400, 429, 429, 429]
+    assert in_file[5:7] == [[429] * 3, []] and in_file[7:] == [[429, 200, 429], [(1, 0)]] * 2
+    await gw.restart(process=True, store=store_url(valkey), new_store=True)
+    assert await tell() == in_file
 
 
 async def test_several_processes_serve_as_one(gw: GW, valkey: StoreServer) -> None:
