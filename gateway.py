@@ -3775,19 +3775,22 @@ class RedisLedger(Ledger):
     # What requests use
 
     async def admit(self, hold: Hold, *, pays: bool, shares: bool, later: bool = False) -> None:
-        hold.is_late = later and not any(map(self._seems_full, hold.accounts))
+        can_ask = self._link is not None
+        hold.is_late = later and not (can_ask and any(map(self._seems_full, hold.accounts)))
         if not hold.is_late:
             await self._reserve(hold, (), (), pays=pays, shares=shares, fit=True)
 
     def _seems_full(self, of: Limited) -> bool:
         """So that a trip is worth it: what is refused so is not read to its end before."""
-        if self._link is None:
-            return False
-        moment, clock = now(), self._clock()
-        if any(bucket.seconds_until(1, clock) for bucket in of.account.buckets.values()):
-            return True
-        limits = ((b, b.limit) for b in of.budgets if b.limit is not None and not b.pattern)
-        return any(of.spent(moment, budget) >= limit for budget, limit in limits)
+        clock = self._clock()
+        for bucket in of.account.buckets.values():
+            if bucket.level(clock) < 1:
+                return True
+        for budget in of.budgets:
+            limit = None if budget.pattern else budget.limit
+            if limit is not None and of.account.windows[budget.name].spend >= limit:
+                return True
+        return False
 
     async def hold(self, hold: Hold, worst: Charges, prompt: Charges = (), *, fit: bool) -> None:
         if hold.id or hold.is_alone:  # it only seemed to be full
@@ -3987,8 +3990,10 @@ class RedisLedger(Ledger):
             is_tight |= slots is not None and of.account.running + 1 >= slots
             drawn = {"tokens": tokens, "requests": int(hold.is_late)}
             for kind, bucket in of.account.buckets.items():  # until the store says what is drawn
-                bucket.draw(drawn[kind], self._clock())
-            rows[-1] |= {"r": of.rpm_limit} if hold.is_late and of.rpm_limit else {}
+                if amount := drawn[kind]:
+                    bucket.draw(amount, self._clock())
+            if hold.is_late and of.rpm_limit:
+                rows[-1]["r"] = of.rpm_limit
         if self._link is None and not (hold.id or batch):
             return self._sum(accounts, rows)
         self._count(accounts, rows, hold.id, batch, line)
