@@ -8697,7 +8697,7 @@ class RecordHandler(BodyHandler, ManagementHandler):
     async def assign(self, _: str, body: dict[str, Any]) -> dict[str, Any]:
         """Give the things of ``ids`` to a ``key``, to nobody (null), or to all to use ("*")."""
         ids, kind = TEXTS.parse("ids", body.get("ids")), TEXT.parse("kind", body.get("kind"))
-        if not ids or "key" not in body:
+        if not ids or "key" not in body or not all(map(str.isprintable, ids)):
             raise APIError(400, "'ids' must list things, and 'key' name a key, '*' or null.")
         ledger, key = self.gateway.ledger, body["key"]
         owner = {"*": None, None: ""}[key] if key in ("*", None) else await self.owner_of(key)

@@ -6040,6 +6040,7 @@ WRONG_GIFTS += [
     {"ids": ids, "key": "ann"} for ids in ("file_1", [1], [""], {}, ["file_1", "odd_2"])
 ]
 WRONG_GIFTS += [{"ids": ["odd"], "key": "ann", "kind": 1}, {"ids": ["file_1"], "key": 1}]
+WRONG_GIFTS += [{"ids": ["file_\ud800"], "key": "ann"}]
 
 
 async def test_things_are_assigned_and_listed(two: Neighbours) -> None:
