@@ -276,8 +276,8 @@ class Settings:
 
     @property
     def shown_store(self) -> str:
-        """Where the store is, without who it is asked for and his password."""
-        return re.sub(r"//.*@", "//", self.store)
+        """Where the store is, as it may be shown."""
+        return without_password(self.store)
 
     @functools.cached_property
     def warned_parts(self) -> list[Decimal]:
@@ -341,6 +341,11 @@ def parse_upstream(url: str, option: str = "--upstream (or 'mock')") -> tuple[Or
         if parts.hostname and SENDABLE.fullmatch(url) and not more:
             return Origin(parts.scheme, parts.hostname, port, parts.netloc), parts.path.rstrip("/")
     raise SettingsError(f"{option}: is no http or https URL of a host and a path")
+
+
+def without_password(store: str) -> str:
+    """The URL of a store and of its database, without who it is asked for and his password."""
+    return re.sub(r"//.*@", "//", store)
 
 
 def read_secrets(environment: Mapping[str, str]) -> dict[str, Any]:
@@ -3364,7 +3369,7 @@ class RedisLedger(Ledger):
         reset = (OSError, RuntimeError, AttributeError)
         self._errors = (redis.RedisError, TimeoutError, StoreAway, *reset)
         self._new, self._allow, self._remember = new_store, allow, remember
-        self._shown = re.sub(r"//.*@", "//", store)  # its database, too
+        self._shown = without_password(store)
         self.keys: collections.OrderedDict[str, VirtualKey] = collections.OrderedDict()
         self._unknown: set[str] = set()  # hashes of no key, until any changes
         self._asked: dict[str, asyncio.Task[VirtualKey | None]] = {}
@@ -3472,13 +3477,13 @@ class RedisLedger(Ledger):
         while self._tasks:  # redis-py, and what closes, may keep a cancellation to themselves
             try:
                 self._link = link = await Link.open(self._redis.connection_pool)
+                self._forget()  # what changed meanwhile
+                self._is_behind = True
+                await self._write_summed()  # before anybody may `save` it
                 if self._linked.is_set():
                     log.warning("Redis is back: %d writes waited for it", self._waiting)
                 self._linked.set()
                 self.away = ""
-                self._forget()  # what changed meanwhile
-                self._is_behind = True
-                self._write_summed()
                 await self._renew()
                 while self._is_behind and not (self.lost or link.closed.is_set()):
                     first = itertools.islice(self._writes.items(), NAMES_A_TRIP)
@@ -4030,16 +4035,17 @@ class RedisLedger(Ledger):
             total["t"].draw(row["t"][0], clock)
             known = {(day, model): counts for day, model, counts, _ in total["u"]}
             for day, model, counts, kept in row["u"]:
-                is_full = sum(each == day for each, _ in known) >= MAX_MODELS_A_DAY
-                model = OTHER_MODELS if is_full and (day, model) not in known else model
+                is_new = (day, model) not in known
+                if is_new and sum(each == day for each, _ in known) >= MAX_MODELS_A_DAY:
+                    model = OTHER_MODELS
                 if (day, model) not in known:
                     total["u"].append((day, model, known.setdefault((day, model), {}), kept))
                 for what, count in counts.items():
                     known[day, model][what] = known[day, model].get(what, 0) + count
 
-    def _write_summed(self) -> None:
-        summed, self._summed = self._summed, {}
-        for accounts, rows in summed.values():
+    async def _write_summed(self) -> None:
+        while self._summed:
+            _, (accounts, rows) = self._summed.popitem()
             for of, row in zip(accounts, rows, strict=True):
                 starts = {b.name: window_start(b.duration, now()) for b in of.budgets}
                 bucket = row["t"]
@@ -4047,6 +4053,8 @@ class RedisLedger(Ledger):
                 # To a window that is over it is too late, and the next one has no part in it.
                 row["w"] = [(w, at, n if at == starts.get(w) else 0) for w, at, n in row["w"]]
             self._count(accounts, rows)
+            if len(self._summed) % NAMES_A_TRIP == 0:  # others have their turn
+                await asyncio.sleep(0)
         logs, self._logs = self._logs, {}
         for name, rows in logs.items():
             for start in range(0, len(rows), NAMES_A_TRIP):
